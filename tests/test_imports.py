@@ -1,0 +1,331 @@
+"""Imports run one way, and importing the package is quick and brings in nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (ROOT / "engine", ROOT / "kernels")
+
+# Modules (or subpackages) of fusemlp, from the top down. Each may import its own row and those below; no ring
+LAYERS = (
+    ("__init__", "__main__"),
+    ("cli", "commands"),
+    ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis"),
+    ("fleet", "training", "checkpoint"),
+    ("engine",),
+    ("inference",),
+    ("execution",),
+    ("lowering", "program", "buffers", "verifier"),
+    ("losses", "network", "optimizers", "schedules", "targets"),
+    ("data", "datafiles", "tables", "preprocessing"),
+    ("validation",),
+    ("_version",),
+)
+# Methods of a lower module that hand over to a higher one: (importer, imported), only inside functions.
+HANDOVERS = frozenset({("engine", "training"), ("engine", "checkpoint")})
+# The modules of fusemlp that know the backends; all the others see only the shared descriptions, definitions and errors.
+BACKEND_USERS = ("engine", "execution", "fleet")
+SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels.philox")
+# Libraries that are imported in these modules (and what lies inside them) and nowhere else.
+OWNERS = {
+    "cupy": ("fusemlp_kernels.cupy",),
+    "cupyx": ("fusemlp_kernels.cupy",),
+    "onnx": ("fusemlp.onnx",),
+    "torch": ("fusemlp_kernels.triton", "fusemlp.torch"),
+    "triton": ("fusemlp_kernels.triton",),
+}
+
+HEAVY = ("torch", "triton", "cupy", "scipy", "sklearn", "typer", "rich", "matplotlib", "pandas")
+IMPORT_LIMIT = 0.060  # seconds above `import numpy`
+
+
+class Import(NamedTuple):
+    """``importer`` imports ``imported`` (both full dotted names); ``deferred``: inside a function."""
+
+    importer: str
+    imported: str
+    line: int
+    deferred: bool
+
+
+def source_modules() -> dict[str, str]:
+    """Full dotted name to source text; a package is named ``package.__init__``."""
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for root in SOURCES
+        for path in sorted(root.rglob("*.py"))
+    }
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    """Whether an ``if`` is only for type checkers: ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
+    return name == "TYPE_CHECKING"
+
+
+def statements(node: ast.AST, deferred: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node that can run, with whether it stands inside a function."""
+    yield node, deferred
+    if isinstance(node, ast.If) and is_type_checking(node.test):
+        children: Iterator[ast.AST] = iter(node.orelse)
+    else:
+        children = ast.iter_child_nodes(node)
+    inner = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    for child in children:
+        yield from statements(child, inner)
+
+
+def imported_names(node: ast.AST, package: str, modules: Mapping[str, str]) -> list[str]:
+    """What a node imports: statements, and ``import_module`` or ``__import__`` of a literal name."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parents = package.split(".")
+            base = ".".join([*parents[: len(parents) + 1 - node.level], *([base] if base else [])])
+        full = [f"{base}.{alias.name}" for alias in node.names]
+        return [name if {name, f"{name}.__init__"} & modules.keys() else base for name in full]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        name = node.args[0].value
+        if called in ("import_module", "__import__") and isinstance(name, str):
+            return [f"{package}{name}" if name.startswith(".") else name]
+    return []
+
+
+def imports(modules: Mapping[str, str]) -> list[Import]:
+    found = []
+    for importer, source in modules.items():
+        package = importer.rpartition(".")[0]
+        for node, deferred in statements(ast.parse(source)):
+            for name in imported_names(node, package, modules):
+                found.append(Import(importer, name, getattr(node, "lineno", 0), deferred))
+    return found
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def part(name: str) -> str:
+    """The row entry that a module of fusemlp belongs to: its first name below the package."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def layer_numbers() -> dict[str, int]:
+    """Name to row, counted from the bottom."""
+    return {name: number for number, row in enumerate(reversed(LAYERS)) for name in row}
+
+
+def direction_faults(found: list[Import]) -> Iterator[str]:
+    layers = layer_numbers()
+    for importer, imported, line, deferred in found:
+        where = f"{importer}:{line} imports {imported}"
+        library = imported.partition(".")[0]
+        if library in OWNERS and not within(importer, *OWNERS[library]):
+            yield f"{where}; only {' and '.join(OWNERS[library])} may"
+        if within(importer, "fusemlp_kernels"):
+            if within(imported, "fusemlp"):
+                yield f"{where}; the kernels never import the engine"
+        elif within(imported, "fusemlp_kernels"):
+            if part(importer) not in BACKEND_USERS and not within(imported, *SHARED):
+                yield f"{where}; only {', '.join(BACKEND_USERS)} know the backends"
+        elif within(imported, "fusemlp"):
+            pair = (part(importer), part(imported))
+            handed_over = deferred and pair in HANDOVERS
+            if not handed_over and layers.get(pair[0], 0) < layers.get(pair[1], 0):
+                yield f"{where}, which lies above it"
+
+
+def unplaced(modules: Mapping[str, str]) -> list[str]:
+    """The parts of fusemlp that have no row in ``LAYERS``."""
+    return sorted({part(name) for name in modules if within(name, "fusemlp")} - layer_numbers().keys())
+
+
+def cycle(found: list[Import]) -> list[str]:
+    """A ring of modules of one package that import each other, or nothing."""
+    graph: dict[str, set[str]] = {}
+    for importer, imported, _, deferred in found:
+        same = importer.partition(".")[0] == imported.partition(".")[0]
+        here, there = importer.removesuffix(".__init__"), imported.removesuffix(".__init__")
+        if same and here != there and not (deferred and (part(here), part(there)) in HANDOVERS):
+            graph.setdefault(here, set()).add(there)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        ring: list[str] = error.args[1]
+        return ring
+    return []
+
+
+def faults(modules: Mapping[str, str]) -> list[str]:
+    found = imports(modules)
+    ring = cycle(found)
+    return [
+        *(f"{name}: give it a row in LAYERS of {Path(__file__).name}" for name in unplaced(modules)),
+        *direction_faults(found),
+        *([f"imports in a ring: {' <- '.join(ring)}"] if ring else []),
+    ]
+
+
+def test_imports_run_one_way() -> None:
+    modules = source_modules()
+    assert {"fusemlp.__init__", "fusemlp_kernels.contract"} <= modules.keys()
+    assert not faults(modules), "\n".join(faults(modules))
+
+
+# Made-up sources that break one rule each, and the words in which it is reported.
+BROKEN = {
+    "kernels import the engine": (
+        {"fusemlp_kernels.philox": "import fusemlp.network"},
+        "never import the engine",
+    ),
+    "kernels import the package": (
+        {"fusemlp_kernels.philox": "from fusemlp import MLP"},
+        "never import the engine",
+    ),
+    "torch outside its doors": ({"fusemlp_kernels.numpy.linear": "import torch.nn"}, "fusemlp.torch may"),
+    "triton in the engine": (
+        {"fusemlp.execution": "from triton import jit"},
+        "only fusemlp_kernels.triton may",
+    ),
+    "triton in the torch door": ({"fusemlp.torch": "import triton"}, "only fusemlp_kernels.triton may"),
+    "cupy in the triton backend": (
+        {"fusemlp_kernels.triton.launch": "import cupy"},
+        "fusemlp_kernels.cupy may",
+    ),
+    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.onnx may"),
+    "in a function": ({"fusemlp.losses": "def f():\n    import torch"}, "losses:2 imports torch"),
+    "by name": (
+        {"fusemlp.losses": "import importlib\nimportlib.import_module('torch')"},
+        "losses:2 imports torch",
+    ),
+    "upwards": ({"fusemlp.network": "from fusemlp.engine import Engine"}, "lies above it"),
+    "upwards, relative": ({"fusemlp.program": "from .execution import run"}, "lies above it"),
+    "upwards, a submodule": (
+        {"fusemlp.data": "from fusemlp import network", "fusemlp.network": ""},
+        "data:1 imports fusemlp.network, which lies above it",
+    ),
+    "upwards, from two levels down": (
+        {"fusemlp.execution.eager": "from ..engine import Engine"},
+        "lies above it",
+    ),
+    "upwards, to the public names": ({"fusemlp.sklearn": "from fusemlp import MLP"}, "lies above it"),
+    "hand-over while loading": ({"fusemlp.engine": "from fusemlp.training import fit"}, "lies above it"),
+    "hand-over of another module": (
+        {"fusemlp.execution": "def f():\n    from fusemlp.training import fit"},
+        "lies above it",
+    ),
+    "the registry": ({"fusemlp.lowering": "import fusemlp_kernels"}, "know the backends"),
+    "a backend": ({"fusemlp.training": "from fusemlp_kernels.numpy import linear"}, "know the backends"),
+    "the oracle": (
+        {"fusemlp.schedules": "from fusemlp_kernels import reference", "fusemlp_kernels.reference": ""},
+        "imports fusemlp_kernels.reference; only engine, execution, fleet know the backends",
+    ),
+    "no row": ({"fusemlp.gadgets": ""}, "gadgets: give it a row"),
+    "no row, a subpackage": ({"fusemlp.gadgets.small": ""}, "gadgets: give it a row"),
+    "a ring in one row": (
+        {
+            "fusemlp.program": "import fusemlp.buffers",
+            "fusemlp.buffers": "def f():\n    from . import program",
+        },
+        "in a ring",
+    ),
+    "not only for type checkers": (
+        {"fusemlp.network": "if TYPE_CHECKING:\n    import torch\nelse:\n    import triton"},
+        "network:4 imports triton",
+    ),
+}
+
+
+@pytest.mark.parametrize("modules, report", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_rule_is_reported_once(modules: dict[str, str], report: str) -> None:
+    (fault,) = faults(modules)
+    assert report in fault
+
+
+def test_what_the_rules_allow() -> None:
+    modules = {
+        "fusemlp.__init__": "from fusemlp.engine import Engine\nfrom ._version import __version__",
+        "fusemlp._version": "",
+        "fusemlp.cli.train": "from fusemlp.cli import tables\nfrom fusemlp.training import fit",
+        "fusemlp.cli.tables": "import rich",
+        "fusemlp.torch": "import torch\nfrom fusemlp.engine import Engine",
+        "fusemlp.training": "from fusemlp import engine, data",
+        "fusemlp.engine": "import fusemlp_kernels\ndef fit():\n    from fusemlp.training import fit",
+        "fusemlp.program": "from fusemlp_kernels import contract, errors",
+        "fusemlp.lowering": "from fusemlp.program import Program",
+        "fusemlp.network": "if typing.TYPE_CHECKING:\n    from fusemlp.engine import Engine",
+        "fusemlp.data": "import numpy",
+        "fusemlp_kernels.__init__": "from fusemlp_kernels.errors import ShapeError",
+        "fusemlp_kernels.contract": "",
+        "fusemlp_kernels.errors": "",
+        "fusemlp_kernels.numpy.__init__": "from ..contract import Traits\nfrom . import linear",
+        "fusemlp_kernels.numpy.linear": "import numpy",
+        "fusemlp_kernels.triton.launch": "import torch\nimport triton.language as tl",
+        "fusemlp_kernels.cupy.backend": "import cupy\nfrom cupyx.scipy import special",
+    }
+    assert faults(modules) == []
+
+
+IMPORT_PROBE = """
+import json, sys, time
+import numpy
+start = time.perf_counter()
+import fusemlp
+if "touch" in sys.argv:
+    for name in fusemlp.__all__:
+        getattr(fusemlp, name)
+print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))
+"""
+
+
+def probe_import(cache: Path, *options: str) -> tuple[float, set[str]]:
+    """Seconds of ``import fusemlp`` after ``import numpy`` in a fresh interpreter, and what is loaded then.
+
+    With the option ``touch`` every public name is looked up as well: some modules load only then.
+    Byte code is kept in ``cache``: whether the folders of the sources may hold any makes no difference.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, SOURCES))
+    command = [sys.executable, "-X", f"pycache_prefix={cache}", "-c", IMPORT_PROBE, *options]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    seconds, modules = json.loads(done.stdout)
+    return seconds, set(modules)
+
+
+def test_import_is_quick(tmp_path: Path) -> None:
+    """Other processes can only add to a run's time: one run within the limit shows what the import costs."""
+    probe_import(tmp_path)
+    fastest = float("inf")
+    for _ in range(15):
+        fastest = min(fastest, probe_import(tmp_path)[0])
+        if fastest <= IMPORT_LIMIT:
+            return
+    pytest.fail(f"import fusemlp takes {1e3 * fastest:.0f} ms above numpy; the limit is {1e3 * IMPORT_LIMIT:.0f} ms")
+
+
+@pytest.mark.parametrize("options", [(), ("touch",)], ids=["the package", "every public name"])
+def test_import_brings_in_nothing_heavy(options: tuple[str, ...], tmp_path: Path) -> None:
+    _, modules = probe_import(tmp_path, *options)
+    assert "fusemlp" in modules
+    assert sorted(modules.intersection(HEAVY)) == []
+
+
+def test_every_public_name_resolves() -> None:
+    package = importlib.import_module("fusemlp")
+    assert [name for name in package.__all__ if not hasattr(package, name)] == []
+    assert len(set(package.__all__)) == len(package.__all__)
