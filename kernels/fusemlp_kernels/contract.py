@@ -1,0 +1,225 @@
+"""The kernel contract: what every backend computes, over which arrays, and who may alias whom.
+
+Notation: ``M`` batch rows, ``K`` inputs, ``N`` outputs of a layer; arrays are row-major; weights are ``(N, K)``;
+``real`` is the backend's compute type (float32, or float64 where the backend offers it). ``dz`` is the gradient of
+the step's loss with respect to a layer's pre-activation ``z = x @ w.T + b``.
+
+A backend turns a call of the step program into something that can be run again and again without looking anything
+up: ``bind(op, **operands)`` checks and resolves everything once and returns a callable without arguments. Binding may
+allocate scratch memory; running may not. The same callables serve the engine's plans and the public launchers.
+
+Operands, by op (``None`` is allowed where it says "optional"):
+
+``linear``: ``y = dropout(act(x @ w.T + b))``
+    x (M, K) real, or with ``rows``: (n, K) real and row i of the batch is x[rows[i]], zeros where rows[i] is -1;
+    w (N, K) real; b (N,) real; y (M, N) real, written; activation: a name of ``ACTIVATIONS``; slope: float
+    (leaky_relu); slope_param (1,) real (prelu); z (M, N) real, optional, written: the pre-activation, for activations
+    of ``NEEDS_Z``; rows (M,) int64, optional; gathered (M, K) real, written, for backends that do not gather in the
+    load; dropout: ``Dropout``, optional, with counters (``COUNTERS``,) int64 and, for backends that store masks,
+    keep (M, N) bool, written.
+
+``loss_grad``: loss and dz from the output layer's pre-activation
+    z (M, N) real; dz (M, N) real, optional, written, may be z itself; target (n,) int64 or (n, N) real;
+    weight (n,) real, optional; class_weight (N,) real, optional; rows (M,) int64, optional, picks the rows of target
+    and weight; counters: rows from ``counters[ROW_COUNT]`` on are padding: they weigh nothing and their dz is zero;
+    stats (``STATS``,) float64, updated; loss: ``LossSpec``; activation, slope, slope_param: the output activation;
+    dslope (1,) real, optional, written (prelu); target_rows (M, ...) like target and weight_rows (M,) real, written,
+    for backends that do not gather in the load.
+
+``linear_loss_grad``: ``linear`` without dropout, then ``loss_grad``
+    the operands of both without z and y; ``rows`` picks the targets and weights, and x_rows (M,) int64, optional, the
+    rows of x (it is the same array where the output layer is the first). Where dz is given, the logits may pass
+    through it.
+
+``grad_input``: ``dz_prev = (dz @ w) * act'(y_prev) * keep / (1 - p)``
+    dz (M, N) real; w (N, K) real; y (M, K) real: the previous layer's output after dropout; dz_prev (M, K) real,
+    written, aliases nothing; activation, slope, slope_param, z, dropout, counters, keep: of the layer that produced
+    y; dslope (1,) real, written (prelu).
+
+``grad_weight``: ``dw = dz.T @ x``, ``db = sum over rows of dz``, for all layers
+    layers: a sequence of mappings with dz, x, dw, db (dw or db None where the tensor is frozen), and on the first
+    layer rows and gathered as in ``linear``; slopes: a sequence of mappings dslope (1,) real (what ``grad_input`` or
+    ``loss_grad`` wrote), grad (1,) real, written; rule, counters: with rule.accumulate k > 1 the results are added to
+    what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k.
+
+``grad_weight_update``: ``grad_weight`` and ``update`` in one, gradients never stored
+    layers: as for ``grad_weight`` with w, b in place of dw, db, and w_state, b_state: tuples of arrays shaped like the
+    parameter, w_rule, b_rule: ``TensorRule``; slopes: a sequence of mappings dslope, param, state, rule;
+    rule: ``UpdateRule`` without clipping and accumulation; hyper (``HYPER``,) float64; counters. The last to finish
+    advances the clock.
+
+``update``: the optimizer over the flat arenas
+    params, grads (size,) real, both written; states: tuple of (size,) real; segments: tuple of ``Segment``, by
+    offset, whose gaps are alignment padding (zeros) or frozen tensors; rule, hyper, counters.
+    Applied when counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate, to the mean of the accumulated gradients;
+    clips by their global norm; advances the clock.
+
+``advance``: the clock alone, for a network with nothing to train: rule, hyper, counters.
+
+Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
+the learning rate and the bias corrections of the next update (``clock.hyper_at``).
+
+NaN goes through every op as NaN. A zero normaliser (all weights zero) gives loss 0 and dz 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "prelu", "sigmoid", "tanh", "gelu", "silu")
+# act' of the others can be read off the output.
+NEEDS_Z = frozenset({"prelu", "gelu", "silu"})
+LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poisson", "quantile")
+SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
+OPS = (
+    "linear",
+    "linear_loss_grad",
+    "loss_grad",
+    "grad_input",
+    "grad_weight",
+    "grad_weight_update",
+    "update",
+    "advance",
+)
+
+# counters, int64
+BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, SKIPPED, TICKET, COUNTERS = range(6)
+# hyper, float64: of the update that comes next
+LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, HYPER = range(5)
+# stats, float64: the last step's loss; then sums since they were last cleared: loss times normaliser (the loss itself
+# where the reduction is "sum"), normalisers, right answers and how many were asked for
+LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, STATS = range(6)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout: element (row, col) is kept and scaled by 1 / (1 - rate), or is zero; see ``philox``."""
+
+    rate: float
+    layer: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss and its options; the meaning of each is in ``reference.loss_grad``.
+
+    ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
+    divide. ``soft`` says that a cross-entropy's targets are rows of probabilities. ``accuracy`` says that hits are
+    counted into ``stats``.
+    """
+
+    kind: str
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    soft: bool = False
+    delta: float = 1.0
+    quantile: float = 0.5
+    accuracy: bool = False
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The learning rate as a function of the update count; the formulas are in ``reference.learning_rate``."""
+
+    kind: str
+    base: float
+    steps: int = 1
+    gamma: float = 1.0
+    final: float = 0.0
+    peak_fraction: float = 0.3
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """An optimizer: ``kind`` "sgd" or "adam"; ``convention`` "torch" or "scikit-learn" (see ``reference.update``)."""
+
+    kind: str
+    schedule: ScheduleSpec
+    momentum: float = 0.0
+    nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    decoupled: bool = False
+    convention: str = "torch"
+    clip_norm: float | None = None
+    accumulate: int = 1
+
+    @property
+    def state_count(self) -> int:
+        """How many arrays shaped like the parameters the optimizer keeps."""
+        if self.kind == "adam":
+            return 2
+        return 1 if self.momentum else 0
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What one parameter tensor changes of the optimizer's rule."""
+
+    lr_factor: float = 1.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A tensor's stretch of the flat arena, in elements."""
+
+    offset: int
+    size: int
+    rule: TensorRule
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the lowering has to know of a backend; plain data, so that a plan can be printed without the backend.
+
+    ``row_multiple``: the row pitch of the engine's matrices is a multiple of this many elements.
+    ``gathers_in_load``: x[rows] needs no workspace. ``stores_masks``: dropout masks are kept from forward to backward.
+    ``widest_fused_output``: the largest N for which ``linear_loss_grad`` exists; wider outputs take two calls.
+    ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way.
+    """
+
+    name: str
+    row_multiple: int
+    gathers_in_load: bool
+    stores_masks: bool
+    widest_fused_output: int
+    fused_updates: tuple[str, ...]
+    precisions: tuple[str, ...]
+    plans: tuple[str, ...]
+
+
+class Backend(Protocol):
+    """One device's implementation of the contract. ``Any`` stands for the backend's own array type."""
+
+    traits: Traits
+    device: str
+
+    def allocate(self, size: int, dtype: str) -> Any:
+        """A flat, zeroed, 256-byte aligned array; dtype is "real", "float64", "int64" or "bool"."""
+
+    def view(self, flat: Any, offset: int, shape: tuple[int, ...], pitch: int) -> Any:
+        """A (rows, columns) or (columns,) view of ``flat`` from element ``offset``, rows ``pitch`` elements apart."""
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> Any:
+        """The array on the device (itself, where the device is the host)."""
+
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
+        """A contiguous NumPy copy."""
+
+    def copy_into(self, destination: Any, source: np.ndarray[Any, Any]) -> None:
+        """Write a host array into a device array of the same shape."""
+
+    def bind(self, op: str, **operands: Any) -> Callable[[], object]:
+        """The call, ready to be run any number of times."""
+
+    def synchronize(self) -> None:
+        """Wait until everything that was started has ended; raises what went wrong on the device."""

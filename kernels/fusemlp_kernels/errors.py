@@ -1,0 +1,50 @@
+"""The exception tree: each error is also the standard type that a caller would think to catch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FusemlpError(Exception):
+    """Everything that fusemlp raises on purpose."""
+
+
+class ArgumentError(FusemlpError, ValueError):
+    """An argument has the right type and an impossible value."""
+
+
+class ArgumentTypeError(FusemlpError, TypeError):
+    """An argument has the wrong type."""
+
+
+class ShapeError(ArgumentError):
+    """An array has the wrong number of dimensions, rows or columns."""
+
+
+class DTypeError(ArgumentTypeError):
+    """An array has an element type that cannot be used."""
+
+
+class DataError(ArgumentError):
+    """The values of an array, or the content of a data file, cannot be trained on."""
+
+
+class BackendUnavailableError(FusemlpError, RuntimeError):
+    """A backend, device or precision that this machine or backend does not have."""
+
+
+class CheckpointError(FusemlpError, RuntimeError):
+    """A checkpoint or run folder that cannot be read, or does not belong to this network."""
+
+
+class DivergenceError(FusemlpError, ArithmeticError):
+    """The loss stopped being a finite number."""
+
+
+def unknown_name(argument: str, given: object, known: Iterable[str]) -> ArgumentError:
+    """The error for a name that is not one of ``known``; it says which valid name lies nearest."""
+    names = list(known)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ArgumentError(f"{argument}: unknown name {given!r}{hint} Expected one of: {', '.join(names)}")

@@ -1,0 +1,1 @@
+"""The CPU backend: preallocated buffers, BLAS, no temporaries."""

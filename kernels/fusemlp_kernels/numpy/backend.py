@@ -1,0 +1,88 @@
+"""The NumPy backend: the kernel contract on the host, over preallocated arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fusemlp_kernels.contract import Traits
+from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.numpy.activations import Array, Run
+from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, bind_grad_weight_update
+from fusemlp_kernels.numpy.linear import bind_linear
+from fusemlp_kernels.numpy.loss import bind_linear_loss_grad, bind_loss_grad
+from fusemlp_kernels.numpy.update import ALIGNMENT_BYTES, bind_advance, bind_update
+
+BINDERS: dict[str, Callable[..., Run]] = {
+    "linear": bind_linear,
+    "linear_loss_grad": bind_linear_loss_grad,
+    "loss_grad": bind_loss_grad,
+    "grad_input": bind_grad_input,
+    "grad_weight": bind_grad_weight,
+    "grad_weight_update": bind_grad_weight_update,
+    "update": bind_update,
+    "advance": bind_advance,
+}
+REAL = {"fp32": np.float32, "fp64": np.float64}
+
+
+class NumpyBackend:
+    """Implements ``contract.Backend`` with NumPy arrays."""
+
+    def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
+        if device not in (None, "cpu"):
+            raise BackendUnavailableError(f"device: the numpy backend runs on 'cpu', got {device!r}")
+        if precision not in REAL:
+            raise BackendUnavailableError(
+                f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
+            )
+        self.traits = traits
+        self.device = "cpu"
+        self._dtypes: dict[str, Any] = {
+            "real": REAL[precision],
+            "float64": np.float64,
+            "int64": np.int64,
+            "bool": np.bool_,
+        }
+
+    def allocate(self, size: int, dtype: str) -> Array:
+        """See ``contract.Backend``."""
+        kind = np.dtype(self._dtypes[dtype])
+        memory = np.zeros(size * kind.itemsize + ALIGNMENT_BYTES, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT_BYTES
+        return memory[start : start + size * kind.itemsize].view(kind)
+
+    def view(self, flat: Array, offset: int, shape: tuple[int, ...], pitch: int) -> Array:
+        """See ``contract.Backend``."""
+        if len(shape) == 1:
+            return flat[offset : offset + shape[0]]
+        rows, columns = shape
+        return flat[offset : offset + rows * pitch].reshape(rows, pitch)[:, :columns]
+
+    def from_host(self, array: Array) -> Array:
+        """See ``contract.Backend``."""
+        return array
+
+    def to_host(self, array: Array) -> Array:
+        """See ``contract.Backend``."""
+        return np.array(array, order="C")
+
+    def copy_into(self, destination: Array, source: Array) -> None:
+        """See ``contract.Backend``."""
+        np.copyto(destination, source, casting="same_kind")
+
+    def bind(self, op: str, **operands: Any) -> Run:
+        """See ``contract.Backend``."""
+        if op not in BINDERS:
+            raise unknown_name("op", op, BINDERS)
+        try:
+            return BINDERS[op](**operands)
+        except TypeError as error:
+            if "unexpected keyword" in str(error) or "missing" in str(error):
+                raise ArgumentTypeError(f"{op}: {error}; the operands are listed in contract.py") from error
+            raise
+
+    def synchronize(self) -> None:
+        """See ``contract.Backend``; every call has ended when it returns."""

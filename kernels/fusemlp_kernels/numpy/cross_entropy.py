@@ -1,0 +1,218 @@
+"""Softmax cross-entropy from logits, with its gradient.
+
+Every kind of target is brought to one form: a row ``t`` of N target weights. With ``mass = sum(t)``
+
+    loss of a row = mass * logsumexp(z) - sum(t * z),        d loss / dz = mass * softmax(z) - t
+
+(C. Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4, for one-hot ``t``). Label smoothing, class
+weights, sample weights and the division by the normaliser only change ``t`` and ``mass``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fusemlp_kernels.contract import CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, LossSpec
+from fusemlp_kernels.numpy import blas
+from fusemlp_kernels.numpy.activations import Array, Run
+
+# Above this many classes a table of target rows (N x N) would not stay in the cache: the rows are written instead.
+TABLE_CLASSES = 512
+
+# Writes t and mass for a batch whose first ``count`` rows are valid; returns the normaliser and how many rows count
+# towards the accuracy.
+Fill = Callable[[int], tuple[float, int]]
+
+
+def bind_cross_entropy(
+    z: Array,
+    dz: Array,
+    target: Array,
+    weight: Array | None,
+    class_weight: Array | None,
+    counters: Array,
+    stats: Array,
+    loss: LossSpec,
+) -> Run:
+    """z, dz (M, N), contiguous, dz perhaps z itself; target (M,) int64, or (M, N) probabilities if loss.soft."""
+    rows = len(z)
+    real = z.dtype
+    t = np.empty(z.shape, real)
+    mass = np.empty(rows, real)
+    labels = np.empty(rows, np.int64) if loss.soft else target
+    if loss.soft:
+        fill = _bind_soft(t, mass, target, weight, class_weight, loss)
+    elif weight is None and class_weight is None and loss.ignore_index is None and z.shape[1] <= TABLE_CLASSES:
+        fill = _bind_plain(t, mass, target, loss)
+    else:
+        fill = _bind_weighted(t, mass, target, weight, class_weight, loss)
+
+    mean = loss.reduction == "mean"
+    largest = np.empty(rows, np.int64)
+    start_of_row = np.arange(rows, dtype=np.int64) * z.shape[1]
+    ignored = None if loss.soft else loss.ignore_index
+    right, asked = np.empty(rows, np.bool_), np.empty(rows, np.bool_)
+    index = np.empty(rows, np.int64)
+    shift = np.empty((rows, 1), real)
+    sums = np.empty(rows, real)
+    logs = np.empty(rows, real)
+    flat = z.reshape(-1)
+    sum_rows = blas.row_sums(sums, dz)
+    mass_dot_logs = blas.dot(mass, logs)
+    t_dot_shifted = blas.dot(t, dz)
+    shift_column, factor_column = shift[:, 0], sums[:, None]
+    add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
+    take, exp, log = np.take, np.exp, np.log
+
+    def run() -> None:
+        count = int(counters[ROW_COUNT])
+        normaliser, scored = fill(count)
+        z.argmax(1, largest)
+        add(largest, start_of_row, index)
+        take(flat, index, 0, shift_column, "clip")
+        if loss.accuracy:
+            if loss.soft:
+                target.argmax(1, labels)
+            np.equal(largest, labels, right)
+            if ignored is not None:
+                np.not_equal(labels, ignored, asked)
+                np.logical_and(right, asked, right)
+            stats[CORRECT] += np.count_nonzero(right[:count])
+            stats[SCORED] += scored
+        subtract(z, shift, dz)
+        if count < rows:
+            # padding may hold anything; from here on it is a row of equal logits without weight
+            dz[count:] = 0.0
+        picked = t_dot_shifted()
+        exp(dz, dz)
+        sum_rows()
+        log(sums, logs)
+        value = mass_dot_logs() - picked
+        divide(mass, sums, sums)
+        multiply(dz, factor_column, dz)
+        subtract(dz, t, dz)
+        stats[LAST_LOSS] = value
+        if mean:
+            stats[LOSS_SUM] += value * normaliser
+            stats[NORM_SUM] += normaliser
+        else:
+            stats[LOSS_SUM] += value
+
+    return run
+
+
+def _class_rows(classes: int, class_weight: Array | None, loss: LossSpec) -> tuple[Array, Array]:
+    """Of a class with unit sample weight: what smoothing gives to every column, (N,), and what is added at the class
+    itself, (N,); both float64 and with the class weights in (torch's definition: the uniform part is weighted by the
+    class of the column)."""
+    weights = np.ones(classes) if class_weight is None else class_weight.astype(np.float64)
+    return weights * (loss.label_smoothing / classes), weights * (1.0 - loss.label_smoothing)
+
+
+def _bind_plain(t: Array, mass: Array, target: Array, loss: LossSpec) -> Fill:
+    """Integer targets without weights: the table of target rows holds the division by the normaliser too."""
+    rows, classes = t.shape
+    uniform, own = _class_rows(classes, None, loss)
+    unit = (np.diag(own) + uniform).astype(t.dtype)
+    table = unit.copy()
+    mean = loss.reduction == "mean"
+    prepared = -1
+    take = np.take
+
+    def fill(count: int) -> tuple[float, int]:
+        nonlocal prepared
+        if count != prepared:
+            scale = 1.0 / max(count, 1) if mean else 1.0
+            np.multiply(unit, scale, out=table)
+            mass[:count] = scale
+            mass[count:] = 0.0
+            prepared = count
+        take(table, target, 0, t, "clip")
+        if count < rows:
+            t[count:] = 0.0
+        return float(count), count
+
+    return fill
+
+
+def _bind_weighted(
+    t: Array, mass: Array, target: Array, weight: Array | None, class_weight: Array | None, loss: LossSpec
+) -> Fill:
+    """Integer targets with class weights, sample weights or an ignored index, or too many classes for a table."""
+    rows, classes = t.shape
+    uniform, own = _class_rows(classes, class_weight, loss)
+    smooth_row = uniform.astype(t.dtype)
+    own_weight = own.astype(t.dtype)
+    smooth_mass = t.dtype.type(uniform.sum())
+    norm_of_class = (np.ones(classes) if class_weight is None else class_weight).astype(t.dtype)
+    flat = t.reshape(-1)
+    start_of_row = np.arange(rows, dtype=np.int64) * classes
+    labels, index = np.empty(rows, np.int64), np.empty(rows, np.int64)
+    ignored = np.empty(rows, np.bool_)
+    values, norms, factors = (np.empty(rows, t.dtype) for _ in range(3))
+    factor_column = factors[:, None]
+    mean = loss.reduction == "mean"
+
+    def fill(count: int) -> tuple[float, int]:
+        scored = count
+        if weight is None:
+            factors.fill(1.0)
+        else:
+            np.copyto(factors, weight)
+        factors[count:] = 0.0
+        np.copyto(labels, target)
+        if loss.ignore_index is not None:
+            np.equal(labels, loss.ignore_index, out=ignored)
+            scored -= int(np.count_nonzero(ignored[:count]))
+            np.copyto(factors, 0.0, where=ignored)
+            np.copyto(labels, 0, where=ignored)
+        np.copyto(t, smooth_row)
+        np.take(own_weight, labels, 0, values, "clip")
+        np.add(values, smooth_mass, out=mass)
+        np.add(labels, start_of_row, out=index)
+        np.take(flat, index, 0, norms, "clip")
+        np.add(values, norms, out=values)
+        np.put(flat, index, values, "clip")
+        np.take(norm_of_class, labels, 0, norms, "clip")
+        np.multiply(norms, factors, out=norms)
+        normaliser = float(norms.sum())
+        if mean:
+            np.multiply(factors, 1.0 / normaliser if normaliser else 0.0, out=factors)
+        np.multiply(mass, factors, out=mass)
+        np.multiply(t, factor_column, out=t)
+        return normaliser, scored
+
+    return fill
+
+
+def _bind_soft(
+    t: Array, mass: Array, target: Array, weight: Array | None, class_weight: Array | None, loss: LossSpec
+) -> Fill:
+    """Rows of probabilities: smoothed, then weighted by class inside the sum; the mean is over the sample weights."""
+    rows, classes = t.shape
+    factors = np.empty(rows, t.dtype)
+    factor_column = factors[:, None]
+    sum_rows = blas.row_sums(mass, t)
+    own, uniform = t.dtype.type(1.0 - loss.label_smoothing), t.dtype.type(loss.label_smoothing / classes)
+    mean = loss.reduction == "mean"
+
+    def fill(count: int) -> tuple[float, int]:
+        if weight is None:
+            factors.fill(1.0)
+        else:
+            np.copyto(factors, weight)
+        factors[count:] = 0.0
+        normaliser = float(factors.sum())
+        if mean:
+            np.multiply(factors, 1.0 / normaliser if normaliser else 0.0, out=factors)
+        np.multiply(target, own, out=t)
+        np.add(t, uniform, out=t)
+        if class_weight is not None:
+            np.multiply(t, class_weight, out=t)
+        np.multiply(t, factor_column, out=t)
+        sum_rows()
+        return normaliser, count
+
+    return fill

@@ -1,0 +1,251 @@
+"""The optimizers, as passes over blocks that stay in the cache; the formulas are in ``reference.update``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fusemlp_kernels.clock import write_hyper
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    BIAS_CORRECTION_1,
+    BIAS_CORRECTION_2,
+    COUNTERS,
+    LEARNING_RATE,
+    UPDATE_COUNT,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.numpy import blas
+from fusemlp_kernels.numpy.activations import BLOCK, Array, Run, in_sequence
+
+Accumulate = Callable[[float, float], None]
+
+# Tensors start at multiples of this in the arenas.
+ALIGNMENT_BYTES = 256
+
+
+def bind_clock(rule: UpdateRule, hyper: Array, counters: Array) -> Run:
+    """The contract's advancing of the clock after a batch with an update."""
+    step = np.zeros(COUNTERS, np.int64)
+    step[[BATCH_INDEX, UPDATE_COUNT]] = 1
+    if rule.kind == "sgd" and rule.schedule.kind == "constant" and rule.schedule.warmup == 0:
+        # nothing in hyper depends on the count
+        return lambda: np.add(counters, step, out=counters)
+
+    def clock() -> None:
+        np.add(counters, step, out=counters)
+        write_hyper(rule, int(counters[UPDATE_COUNT]), hyper)
+
+    return clock
+
+
+def bind_advance(*, rule: UpdateRule, hyper: Array, counters: Array) -> Run:
+    """The contract's ``advance``."""
+    tick = bind_clock(rule, hyper, counters)
+    every = rule.accumulate
+
+    def advance() -> None:
+        if every > 1 and (counters[BATCH_INDEX] + 1) % every:
+            counters[BATCH_INDEX] += 1
+        else:
+            tick()
+
+    return advance
+
+
+def bind_tensor_update(
+    param: Array,
+    state: tuple[Array, ...],
+    produce: Callable[[Array], Accumulate],
+    rule: UpdateRule,
+    tensor: TensorRule,
+    hyper: Array,
+) -> Run:
+    """The update of one tensor whose gradient is still to be computed.
+
+    ``produce(out)`` binds ``run(alpha, beta)``: ``out = alpha * gradient + beta * out``. SGD, with or without
+    momentum, needs the gradient nowhere else: the product lands in the parameter or in its velocity.
+    """
+    factor, decay = tensor.lr_factor, tensor.weight_decay
+    if rule.kind == "sgd" and not rule.momentum:
+        into_param = produce(param)
+
+        def sgd() -> None:
+            rate = float(hyper[LEARNING_RATE]) * factor
+            into_param(-rate, 1.0 - rate * decay)
+
+        return sgd
+    if rule.kind == "sgd" and not rule.nesterov and not rule.decoupled:
+        (velocity,) = state
+        into_velocity = produce(velocity)
+        add_decay, add_velocity = blas.axpy(param, velocity), blas.axpy(velocity, param)
+        momentum = rule.momentum
+        rate_inside = rule.convention == "scikit-learn"
+
+        def momentum_sgd() -> None:
+            rate = float(hyper[LEARNING_RATE]) * factor
+            inside = -rate if rate_inside else 1.0
+            into_velocity(inside, momentum)
+            if decay:
+                add_decay(inside * decay)
+            add_velocity(1.0 if rate_inside else -rate)
+
+        return momentum_sgd
+    gradient = np.empty(param.shape, param.dtype)
+    into_gradient = produce(gradient)
+    apply = bind_elementwise(param, gradient, state, rule, tensor, hyper)
+
+    def through_gradient() -> None:
+        into_gradient(1.0, 0.0)
+        apply()
+
+    return through_gradient
+
+
+def bind_elementwise(
+    param: Array, grad: Array, state: tuple[Array, ...], rule: UpdateRule, tensor: TensorRule, hyper: Array
+) -> Run:
+    """The update of one tensor, or of several of one rule that lie side by side, from its gradient.
+
+    ``grad`` is written to: weight decay is added to it.
+    """
+    if not all(array.flags.c_contiguous for array in (param, grad, *state)):
+        return _bind_block(param, grad, state, rule, tensor, hyper)
+    flat_param, flat_grad = param.reshape(-1), grad.reshape(-1)
+    flat_state = [array.reshape(-1) for array in state]
+    runs = []
+    for start in range(0, flat_param.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        states = tuple(array[block] for array in flat_state)
+        runs.append(_bind_block(flat_param[block], flat_grad[block], states, rule, tensor, hyper))
+    return in_sequence(runs)
+
+
+def _bind_block(
+    p: Array, g: Array, state: tuple[Array, ...], rule: UpdateRule, tensor: TensorRule, hyper: Array
+) -> Run:
+    factor, decay = tensor.lr_factor, tensor.weight_decay
+    s = np.empty(p.shape, p.dtype)
+    multiply, add, subtract = np.multiply, np.add, np.subtract
+    own = rule.convention == "scikit-learn"
+
+    def apply_decay(rate: float) -> None:
+        if not decay:
+            return
+        if rule.decoupled:
+            multiply(p, 1.0 - rate * decay, p)
+        else:
+            multiply(p, decay, s)
+            add(g, s, g)
+
+    if rule.kind == "adam":
+        m, v = state
+        beta1, beta2 = rule.beta1, rule.beta2
+
+        def adam() -> None:
+            rate = float(hyper[LEARNING_RATE]) * factor
+            root = math.sqrt(hyper[BIAS_CORRECTION_2])
+            # With root multiplied through, sqrt(v / bc2) + eps = (sqrt(v) + eps * root) / root.
+            scale = rate * root / float(hyper[BIAS_CORRECTION_1])
+            eps = rule.eps if own else rule.eps * root
+            apply_decay(rate)
+            multiply(m, beta1, m)
+            multiply(g, 1.0 - beta1, s)
+            add(m, s, m)
+            multiply(v, beta2, v)
+            multiply(g, g, s)
+            multiply(s, 1.0 - beta2, s)
+            add(v, s, v)
+            np.sqrt(v, s)
+            add(s, eps, s)
+            np.divide(m, s, s)
+            multiply(s, scale, s)
+            subtract(p, s, p)
+
+        return adam
+    if not rule.momentum:
+
+        def sgd() -> None:
+            rate = float(hyper[LEARNING_RATE]) * factor
+            apply_decay(rate)
+            multiply(g, rate, s)
+            subtract(p, s, p)
+
+        return sgd
+    (velocity,) = state
+    momentum = rule.momentum
+
+    def momentum_sgd() -> None:
+        rate = float(hyper[LEARNING_RATE]) * factor
+        apply_decay(rate)
+        if own:
+            multiply(g, rate, g)
+        multiply(velocity, momentum, velocity)
+        (subtract if own else add)(velocity, g, velocity)
+        if rule.nesterov:
+            multiply(velocity, momentum, s)
+            (subtract if own else add)(s, g, s)
+        else:
+            np.copyto(s, velocity)
+        if own:
+            add(p, s, p)
+        else:
+            multiply(s, rate, s)
+            subtract(p, s, p)
+
+    return momentum_sgd
+
+
+def bind_update(
+    *,
+    params: Array,
+    grads: Array,
+    states: tuple[Array, ...],
+    segments: Sequence[Segment],
+    rule: UpdateRule,
+    hyper: Array,
+    counters: Array,
+) -> Run:
+    """The contract's ``update``."""
+    runs = []
+    for start, stop, tensor in _stretches(segments, ALIGNMENT_BYTES // params.itemsize):
+        block = slice(start, stop)
+        state = tuple(array[block] for array in states)
+        runs.append(bind_elementwise(params[block], grads[block], state, rule, tensor, hyper))
+    tick = bind_clock(rule, hyper, counters)
+    norm = blas.norm(grads)
+    every, limit = rule.accumulate, rule.clip_norm
+
+    def update() -> None:
+        if every > 1 and (counters[BATCH_INDEX] + 1) % every:
+            counters[BATCH_INDEX] += 1
+            return
+        scale = 1.0 / every
+        if limit is not None:
+            # in this order a NaN stays
+            scale *= min(limit / (norm() * scale + 1e-6), 1.0)
+        if scale != 1.0:
+            np.multiply(grads, scale, out=grads)
+        for run in runs:
+            run()
+        tick()
+
+    return update
+
+
+def _stretches(segments: Sequence[Segment], alignment: int) -> list[tuple[int, int, TensorRule]]:
+    """Segments of one rule with nothing but padding between them, as one stretch (start, stop, rule)."""
+    stretches: list[tuple[int, int, TensorRule]] = []
+    for segment in segments:
+        stop = segment.offset + segment.size
+        if stretches:
+            start, last, rule = stretches[-1]
+            if rule == segment.rule and segment.offset == -(-last // alignment) * alignment:
+                stretches[-1] = (start, stop, rule)
+                continue
+        stretches.append((segment.offset, stop, segment.rule))
+    return stretches

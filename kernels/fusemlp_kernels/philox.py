@@ -1,0 +1,257 @@
+"""Random numbers that are a function of where they are used: Philox 4x32-10, dropout masks and the row order.
+
+A counter-based generator has no state. Element (row, col) of a mask, or entry i of a permutation, can be
+computed by whoever needs it, in any order, on any device, and is the same everywhere. Philox is from Salmon,
+Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). All backends follow the definitions
+in this file.
+
+The key is the seed (its low 32 bits and the next 32). The four counter words, each taken modulo 2**32, are
+
+    dropout     (col // 8, batch row, layer, batch_index)
+    row order   (half of the index, Feistel round, 2**32 - 1, epoch): no network has that many layers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+LANES = 8
+WORD = 0xFFFFFFFF
+_LOW, _HALF = np.array(WORD, np.uint64), np.array(32, np.uint64)
+ROW_ORDER = WORD
+# With halves of at least eight values, six rounds leave no bias that 60,000 permutations of five rows show.
+FEISTEL_ROUNDS = 6
+FEISTEL_MIN_RADIX = 8
+
+
+def seed_key(seed: int) -> tuple[int, int]:
+    """The Philox key of a seed: its low 32 bits and the next 32."""
+    return seed & WORD, (seed >> 32) & WORD
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
+    """Four random uint32 words for each counter, whose words are integers or arrays that broadcast."""
+    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) & np.uint64(WORD) for c in counter)
+    for i in range(ROUNDS):
+        k0, k1 = (np.uint64((k + i * step) & WORD) for k, step in zip(key, KEY_STEPS, strict=True))
+        product0, product1 = c0 * np.uint64(MULTIPLIERS[0]), c2 * np.uint64(MULTIPLIERS[1])
+        low0, low1 = product0 & np.uint64(WORD), product1 & np.uint64(WORD)
+        high0, high1 = product0 >> np.uint64(32), product1 >> np.uint64(32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    w0, w1, w2, w3 = (c.astype(np.uint32) for c in np.broadcast_arrays(c0, c1, c2, c3))
+    return w0, w1, w2, w3
+
+
+def threshold(rate: float) -> int:
+    """A 16-bit lane below this is dropped: the rate in units of 1 / 65536, rounded."""
+    return round(65536 * rate)
+
+
+def dropout_keep(rate: float, layer: int, seed: int, batch_index: int, rows: int, cols: int) -> Array:
+    """The dropout mask, (rows, cols) bool, True where the element is kept: the definition.
+
+    Element (row, col) is kept if lane ``col % 8`` of the words of its counter is at least
+    ``threshold(rate)``; lane 2i is the low half and lane 2i + 1 the high half of word i.
+    """
+    blocks = -(-cols // LANES)
+    counter = (np.arange(blocks)[None, :], np.arange(rows)[:, None], layer, batch_index)
+    lanes = [half for word in philox(counter, seed_key(seed)) for half in (word & 0xFFFF, word >> 16)]
+    return np.asarray(np.stack(lanes, axis=-1).reshape(rows, blocks * LANES)[:, :cols] >= threshold(rate))
+
+
+class _Word:
+    """One of the two counter words that a round multiplies, for ``size`` counters, with its 64-bit products.
+
+    A round reads the halves of this product and of the last one, so there are two; the halves are views (the
+    host is little-endian). Only the low half of ``value`` is ever written, so it stays a 32-bit number.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.value = np.zeros(size, np.uint64)
+        self.value_low = self.value.view(np.uint32)[::2]
+        self.products = (np.empty(size, np.uint64), np.empty(size, np.uint64))
+        self.low = tuple(product.view(np.uint32)[::2] for product in self.products)
+        self.high = tuple(product.view(np.uint32)[1::2] for product in self.products)
+
+
+class DropoutMask:
+    """``dropout_keep`` for one shape and rate, again and again, without allocating.
+
+    The first three of the ten rounds cost next to nothing: what depends on the column alone or the row alone
+    is computed once a column or row. The others run over a few thousand counters at a time, which stay in
+    cache.
+    """
+
+    PASS = 8192
+
+    def __init__(self, rows: int, cols: int, rate: float) -> None:
+        self.rows, self.cols, self.rate = rows, cols, rate
+        # A rate that rounds to one drops everything, and has no 16-bit threshold.
+        self._keeps_none = threshold(rate) == 1 << 16
+        self._threshold = np.array(0 if self._keeps_none else threshold(rate), np.uint16)
+        blocks = -(-cols // LANES)
+        height = max(1, min(rows, self.PASS // max(blocks, 1)))
+        spans = [(start, min(start + height, rows)) for start in range(0, rows, height)]
+        words = {
+            stop - start: (_Word((stop - start) * blocks), _Word((stop - start) * blocks)) for start, stop in spans
+        }
+        self._passes = [(start, stop, *words[stop - start]) for start, stop in spans]
+        self._lanes = np.empty((height * blocks, 4), np.uint32)
+        self._kept = np.empty((height, LANES * blocks), np.bool_)
+        self._multipliers = tuple(np.array(m, np.uint64) for m in MULTIPLIERS)
+        self._keys = [tuple(np.zeros((), np.uint64) for _ in KEY_STEPS) for _ in range(ROUNDS)]
+        self._seed: int | None = None
+        self._row = np.arange(rows, dtype=np.uint64)
+        self._row_high, self._row_low = np.empty_like(self._row), np.empty_like(self._row)
+        first = np.arange(blocks, dtype=np.uint64) * self._multipliers[0]
+        self._first_high, self._first_low = first >> _HALF, first & _LOW
+        self._col = [np.empty_like(first) for _ in range(4)]
+
+    def fill(self, keep_out: Array, seed: int, layer: int, batch_index: int) -> None:
+        """Write the mask into ``keep_out`` (rows, cols) bool, any strides."""
+        if self._keeps_none:
+            keep_out[...] = False
+            return
+        self._set_seed(seed)
+        self._early_rounds(layer, batch_index)
+        for start, stop, zero, two in self._passes:
+            lanes = self._late_rounds(start, stop, zero, two)
+            kept = self._kept[: stop - start]
+            np.greater_equal(lanes, self._threshold, out=kept)
+            np.copyto(keep_out[start:stop], kept[:, : self.cols])
+
+    def _set_seed(self, seed: int) -> None:
+        if seed != self._seed:
+            for i, keys in enumerate(self._keys):
+                for out, key, step in zip(keys, seed_key(seed), KEY_STEPS, strict=True):
+                    out[...] = (key + i * step) & WORD
+            self._seed = seed
+
+    def _early_rounds(self, layer: int, batch_index: int) -> None:
+        """Rounds 0 and 1, and of round 2 what belongs to a column: see ``philox`` for the round."""
+        (k00, k01), (k10, k11), (k20, k21) = self._keys[:3]
+        m0, m1 = self._multipliers
+        row, high, low = self._row_high, self._row_high, self._row_low
+        outer, zero, one, last = self._col
+        product = (layer & WORD) * MULTIPLIERS[1]
+        np.bitwise_xor(self._row, k00 ^ np.uint64(product >> 32), out=row)
+        np.multiply(row, m0, out=row)
+        np.bitwise_and(row, _LOW, out=low)
+        np.right_shift(row, _HALF, out=high)
+        # word 2 of the columns, and the product that it becomes
+        np.bitwise_xor(self._first_high, k01 ^ np.uint64(batch_index & WORD), out=zero)
+        np.multiply(zero, m1, out=zero)
+        np.bitwise_and(zero, _LOW, out=one)
+        np.bitwise_xor(one, k20, out=one)
+        np.right_shift(zero, _HALF, out=zero)
+        np.bitwise_xor(zero, k10 ^ np.uint64(product & WORD), out=zero)
+        np.bitwise_xor(self._first_low, k11, out=outer)
+        np.multiply(zero, m0, out=zero)
+        np.bitwise_and(zero, _LOW, out=last)
+        np.right_shift(zero, _HALF, out=zero)
+        np.bitwise_xor(zero, k21, out=zero)
+
+    def _late_rounds(self, start: int, stop: int, zero: _Word, two: _Word) -> Array:
+        """The other rounds for rows ``start`` to ``stop``: their lanes, (stop - start, 8 * blocks) uint16."""
+        outer, column, one, last = self._col
+        m0, m1 = self._multipliers
+        shape = (stop - start, -1)
+        # A ufunc that broadcasts takes a buffer from the heap, and copyto does not: spread first, then combine.
+        spare = two.products[1]
+        np.copyto(two.value.reshape(shape), self._row_high[start:stop, None])
+        np.copyto(spare.reshape(shape), outer)
+        np.bitwise_xor(two.value, spare, out=two.value)
+        np.multiply(two.value, m1, out=two.products[0])
+        np.right_shift(two.products[0], _HALF, out=zero.value)
+        np.copyto(spare.reshape(shape), one)
+        np.bitwise_xor(zero.value, spare, out=zero.value)
+        np.copyto(two.value.reshape(shape), self._row_low[start:stop, None])
+        np.copyto(spare.reshape(shape), column)
+        np.bitwise_xor(two.value, spare, out=two.value)
+        np.copyto(zero.products[0].reshape(shape), last)
+        for i in range(3, ROUNDS):
+            now = i % 2
+            key0, key1 = self._keys[i]
+            np.multiply(zero.value, m0, out=zero.products[now])
+            np.multiply(two.value, m1, out=two.products[now])
+            np.bitwise_xor(two.high[now], two.low[1 - now], out=zero.value_low)
+            np.bitwise_xor(zero.value, key0, out=zero.value)
+            np.bitwise_xor(zero.high[now], zero.low[1 - now], out=two.value_low)
+            np.bitwise_xor(two.value, key1, out=two.value)
+        lanes = self._lanes[: zero.value.size]
+        for i, word in enumerate((zero.value_low, two.low[now], two.value_low, zero.low[now])):
+            np.copyto(lanes[:, i], word)
+        return lanes.view(np.uint16).reshape(stop - start, -1)
+
+
+def radix(n: int) -> int:
+    """How many values each half of a Feistel index has: the smallest a >= 8 with a * a >= n."""
+    return max(FEISTEL_MIN_RADIX, math.isqrt(max(n - 1, 0)) + 1)
+
+
+def _feistel(left: Array, right: Array, a: int, round_values: Callable[[int, Array], Array]) -> Array:
+    """A Feistel network with addition modulo ``a`` in place of exclusive or: a bijection of range(a * a), whatever
+    the values of a round, in range(a), are. An index is ``a * left + right``."""
+    for i in range(FEISTEL_ROUNDS):
+        moved = left + round_values(i, right)
+        left, right = right, moved - a * (moved >= a)
+    return a * left + right
+
+
+def _walk(index: Array, n: int, permute: Callable[[Array], Array]) -> Array:
+    """Cycle walking: apply ``permute`` to ``index``, and again to what fell outside range(n), until it falls inside.
+
+    It permutes a larger range, and a walk that starts inside range(n) comes back into it at the latest where it
+    began; so this permutes range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, from where the
+    network modulo ``a`` is too: its range is hardly larger than n, and few indices walk).
+    """
+    index = permute(index)
+    outside = np.flatnonzero(index >= n)
+    while outside.size:
+        moved = permute(index[outside])
+        index[outside] = moved
+        outside = outside[moved >= n]
+    return index
+
+
+def _round_values(half: Array, i: Any, a: int, seed: int, epoch: int) -> Array:
+    values = philox((half, i, ROW_ORDER, epoch), seed_key(seed))[0]
+    # a multiplication maps 32 random bits to range(a) more evenly than a remainder, and quicker on a GPU
+    return ((values.astype(np.uint64) * np.uint64(a)) >> np.uint64(32)).astype(np.int64)
+
+
+def feistel_index(index: Array, n: int, seed: int, epoch: int) -> Array:
+    """Which rows come at the positions ``index`` (int64, in range(n)) of an epoch, each computed by itself.
+
+    This is what a kernel computes for its own elements: little more than ``FEISTEL_ROUNDS`` Philox calls, for n of 64
+    and more. n is at least 1 and at most 2**62. Same result as ``row_order(n, seed, epoch)[index]``.
+    """
+    a = radix(n)
+
+    def permute(walking: Array) -> Array:
+        return _feistel(walking // a, walking % a, a, lambda i, half: _round_values(half, i, a, seed, epoch))
+
+    return _walk(index, n, permute)
+
+
+def row_order(n: int, seed: int, epoch: int) -> Array:
+    """The order of the rows in an epoch, a permutation of range(n), (n,) int64: ``feistel_index`` of all.
+
+    A half has only about sqrt(n) values: every round is computed once for all of them. And the whole network is
+    computed once, so that walking is looking up.
+    """
+    a = radix(n)
+    halves = np.arange(a)
+    table = _round_values(halves, np.arange(FEISTEL_ROUNDS)[:, None], a, seed, epoch)
+    left, right = np.repeat(halves, a), np.tile(halves, a)
+    whole = _feistel(left, right, a, lambda i, half: table[i].take(half))
+    return _walk(np.arange(n, dtype=np.int64), n, whole.take)

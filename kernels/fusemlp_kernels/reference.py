@@ -1,0 +1,350 @@
+"""The mathematics of training a multi-layer perceptron, in plain float64 NumPy: the oracle of every backend.
+
+Read it from top to bottom: activations, one layer forward, the losses, one layer backward, the learning rate, the
+optimizer, and at the end a whole training step made of these. Every function is pure: it returns new arrays and changes
+none. Arrays are float64. Notation: ``M`` batch rows, ``K`` inputs and ``N`` outputs of a layer; x (M, K), w (N, K),
+b (N,), z = x @ w.T + b (M, N), y = activation(z) (M, N); ``dz`` is the gradient of the loss by z, and so on.
+
+NaN goes through as NaN, in derivatives too. Backpropagation is textbook material: Goodfellow, Bengio, Courville, "Deep
+Learning" (2016), section 6.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fusemlp_kernels.contract import LossSpec, ScheduleSpec, TensorRule, UpdateRule
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+# The optimizer's arrays, for each layer and each of its parameters.
+State: TypeAlias = list[list[tuple[Array, ...]]]
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def softplus(z: Array) -> Array:
+    """log(1 + exp(z)), written so that no exponential overflows."""
+    return np.asarray(np.maximum(z, 0.0) + np.log1p(np.exp(-np.abs(z))))
+
+
+def sigmoid(z: Array) -> Array:
+    """1 / (1 + exp(-z)). Note that 1 - sigmoid(z) = sigmoid(-z)."""
+    return np.exp(-softplus(-z))
+
+
+def normal_cdf(z: Array) -> Array:
+    """The normal distribution function; erfc keeps the relative accuracy of the left tail."""
+    return np.asarray(0.5 * _erfc(-z / math.sqrt(2.0)))
+
+
+def normal_density(z: Array) -> Array:
+    """The normal density."""
+    return np.asarray(np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi))
+
+
+# f(z) and f'(z); a is the slope below zero. heaviside is 0 up to 0, then 1, and NaN at NaN.
+# gelu is the exact form (Hendrycks and Gimpel, 2016), its derivative contains the normal density.
+_ACTIVATIONS: dict[str, tuple[Callable[[Array, Any], Array], Callable[[Array, Any], Array]]] = {
+    "identity": (lambda z, a: z.copy(), lambda z, a: np.ones_like(z)),
+    "relu": (lambda z, a: np.maximum(z, 0.0), lambda z, a: np.heaviside(z, 0.0)),
+    "leaky_relu": (lambda z, a: np.where(z > 0, z, a * z), lambda z, a: np.where(z <= 0, a, np.heaviside(z, 0.0))),
+    "sigmoid": (lambda z, a: sigmoid(z), lambda z, a: sigmoid(z) * sigmoid(-z)),
+    "tanh": (lambda z, a: np.tanh(z), lambda z, a: 1.0 - np.tanh(z) ** 2),
+    "gelu": (lambda z, a: z * normal_cdf(z), lambda z, a: normal_cdf(z) + z * normal_density(z)),
+    "silu": (lambda z, a: z * sigmoid(z), lambda z, a: sigmoid(z) * (1.0 + z * sigmoid(-z))),
+}
+# The slope is given for leaky_relu and learned for prelu.
+_ACTIVATIONS["prelu"] = _ACTIVATIONS["leaky_relu"]
+
+
+def activation(name: str, z: Array, slope: Any = 0.0) -> Array:
+    """y = f(z), shaped like z. ``slope`` is the factor below zero of leaky_relu and prelu."""
+    return _ACTIVATIONS[name][0](z, slope)
+
+
+def activation_grad(name: str, z: Array, slope: Any = 0.0) -> Array:
+    """f'(z), shaped like z. At the kink z = 0 relu' is 0 and leaky_relu' is the slope, as in torch."""
+    return _ACTIVATIONS[name][1](z, slope)
+
+
+def dropout(y: Array, keep: Array | None, rate: float) -> Array:
+    """Inverted dropout (Srivastava et al., 2014): kept elements grow by 1 / (1 - rate), the others are zero.
+
+    ``keep`` (M, N) bool, or None for no dropout. The same function carries a gradient backward.
+    """
+    return y if keep is None else np.where(keep, y / (1.0 - rate), 0.0)
+
+
+def linear(x: Array, w: Array, b: Array, activation: str = "identity", slope: Any = 0.0) -> Array:
+    """One layer forward: y = f(x @ w.T + b), (M, N)."""
+    return _ACTIVATIONS[activation][0](x @ w.T + b, slope)
+
+
+def loss_of_output(
+    spec: LossSpec, y: Array, target: Array, weight: Array | None = None, class_weight: Array | None = None
+) -> tuple[float, Array]:
+    """The loss of the outputs y (M, N), and its gradient dy (M, N).
+
+    target: (M,) integer classes for cross_entropy (``spec.soft``: (M, N) probabilities), else (M, N) values.
+    weight: (M,), one a row. class_weight: (N,), cross_entropy only. Cross-entropies take logits.
+
+    "mean" divides by the sum of the weights, times N for the element-wise losses. Cross-entropy is torch's: with
+    q = target * (1 - eps) + eps / N the loss of a row is -sum_c q_c * class_weight_c * log softmax(y)_c, and with
+    integer targets a row's share of the normaliser is its weight times its class's. Rows of ``ignore_index`` weigh
+    nothing, and so do labels outside range(N). A zero normaliser gives loss 0 and gradient 0. At a residual of zero
+    mae and quantile take the subgradient 0.
+    """
+    rows, columns = y.shape
+    weights = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
+    if spec.kind == "cross_entropy":
+        classes = np.ones(columns) if class_weight is None else np.asarray(class_weight, np.float64)
+        if spec.soft:
+            shares, wanted = weights, target
+        else:
+            wanted = (target[:, None] == np.arange(columns)) & (target != spec.ignore_index)[:, None]
+            weights = weights * wanted.any(axis=1)
+            shares = weights * (wanted @ classes)
+        eps = spec.label_smoothing
+        q = weights[:, None] * classes * (wanted * (1.0 - eps) + eps / columns)
+        shifted = y - y.max(axis=1, keepdims=True)
+        log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        total = -(q * log_softmax).sum()
+        dy = np.exp(log_softmax) * q.sum(axis=1, keepdims=True) - q
+        normaliser = shares.sum()
+    else:
+        loss, slope = _elementwise(spec, y, target)
+        total = (weights[:, None] * loss).sum()
+        dy = weights[:, None] * slope
+        normaliser = weights.sum() * columns
+    if spec.reduction == "sum":
+        return float(total), dy
+    if normaliser == 0:
+        return 0.0, np.zeros_like(dy)
+    return float(total / normaliser), dy / normaliser
+
+
+def _elementwise(spec: LossSpec, y: Array, t: Array) -> tuple[Array, Array]:
+    """The losses that look at one output at a time, and their derivatives by y."""
+    r = y - t
+    match spec.kind:
+        case "binary_cross_entropy":
+            # -t log sigmoid(y) - (1 - t) log(1 - sigmoid(y))
+            return t * softplus(-y) + (1.0 - t) * softplus(y), sigmoid(y) - t
+        case "mse":
+            return r**2, 2.0 * r
+        case "mae":
+            return np.abs(r), np.sign(r)
+        case "huber":
+            d = spec.delta
+            return np.where(np.abs(r) <= d, 0.5 * r**2, d * (np.abs(r) - 0.5 * d)), np.clip(r, -d, d)
+        case "poisson":
+            return np.exp(y) - t * y, np.exp(y) - t
+        case "quantile":
+            side = np.where(r > 0, 1.0 - spec.quantile, spec.quantile)
+            return side * np.abs(r), side * np.sign(r)
+    raise KeyError(spec.kind)
+
+
+def loss_grad(
+    spec: LossSpec,
+    z: Array,
+    target: Array,
+    weight: Array | None = None,
+    class_weight: Array | None = None,
+    activation: str = "identity",
+    slope: Any = 0.0,
+) -> tuple[float, Array]:
+    """The loss, and its gradient dz by the output layer's pre-activation z (M, N): dz = dy * f'(z)."""
+    y = _ACTIVATIONS[activation][0](z, slope)
+    loss, dy = loss_of_output(spec, y, target, weight, class_weight)
+    return loss, dy * activation_grad(activation, z, slope)
+
+
+def correct(spec: LossSpec, y: Array, target: Array) -> Array:
+    """Hits, bool (M,): the largest output is the wanted one. binary_cross_entropy: (M, N), y > 0 is "yes"."""
+    if spec.kind == "binary_cross_entropy":
+        return np.asarray((y > 0) == (target > 0.5))
+    if spec.kind == "cross_entropy" and not spec.soft:
+        return np.asarray((y.argmax(axis=1) == target) & (target != spec.ignore_index))
+    return np.asarray(y.argmax(axis=1) == target.argmax(axis=1))
+
+
+def output_grad(dz: Array, w: Array, keep: Array | None = None, rate: float = 0.0) -> Array:
+    """Back through a layer's product: the gradient by the previous layer's output before dropout, (M, K)."""
+    return dropout(dz @ w, keep, rate)
+
+
+def grad_input(
+    dz: Array, w: Array, z: Array, activation: str, slope: Any = 0.0, keep: Array | None = None, rate: float = 0.0
+) -> Array:
+    """dz of the previous layer, (M, K), from this layer's dz (M, N) and w (N, K); the rest is the previous's."""
+    return output_grad(dz, w, keep, rate) * activation_grad(activation, z, slope)
+
+
+def grad_slope(dy: Array, z: Array) -> Array:
+    """The gradient of prelu's one slope, (1,): dy of the layer's output, z its pre-activation."""
+    return np.asarray([np.sum(dy * np.minimum(z, 0.0))])
+
+
+def grad_weight(dz: Array, x: Array) -> tuple[Array, Array]:
+    """dw (N, K) and db (N,) of a layer, from its dz (M, N) and its input x (M, K)."""
+    return dz.T @ x, dz.sum(axis=0)
+
+
+def learning_rate(spec: ScheduleSpec, t: int) -> float:
+    """The learning rate of the update that comes after ``t`` updates.
+
+    Warm-up of w updates: (t + 1) / w of the base rate, and the schedule behind starts when it is over. one_cycle is
+    torch's OneCycleLR in two cosine phases (Smith and Topin, 2017): from base / 25 to base at
+    t = peak_fraction * steps - 1, from there to ``final`` at t = steps - 1. cosine and one_cycle stay at ``final``.
+    """
+    warm = (t + 1) / spec.warmup if t < spec.warmup else 1.0
+    return warm * _scheduled(spec, max(t - spec.warmup, 0))
+
+
+def _scheduled(spec: ScheduleSpec, t: int) -> float:
+    match spec.kind:
+        case "constant":
+            return spec.base
+        case "step":
+            return float(spec.base * spec.gamma ** (t // spec.steps))
+        case "exponential":
+            return float(spec.base * spec.gamma**t)
+        case "cosine":
+            return _anneal(spec.base, spec.final, min(t / spec.steps, 1.0))
+        case "one_cycle":
+            peak, last = spec.peak_fraction * spec.steps - 1.0, spec.steps - 1.0
+            if t <= peak and peak > 0:
+                return _anneal(spec.base / 25.0, spec.base, t / peak)
+            return _anneal(spec.base, spec.final, min((t - peak) / (last - peak), 1.0) if t < last else 1.0)
+    raise KeyError(spec.kind)
+
+
+def _anneal(start: float, end: float, done: float) -> float:
+    """Half a cosine wave from start (done = 0) to end (done = 1)."""
+    return end + (start - end) * (1.0 + math.cos(math.pi * done)) / 2.0
+
+
+def clip_factor(grads: Iterable[Array], max_norm: float | None) -> float:
+    """What scales all gradients so that their common norm is at most max_norm, as torch's clip_grad_norm_."""
+    if max_norm is None:
+        return 1.0
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads))
+    return float(np.minimum(1.0, max_norm / (norm + 1e-6)))
+
+
+def update(
+    rule: UpdateRule, tensor: TensorRule, p: Array, g: Array, state: tuple[Array, ...], t: int, lr: float
+) -> tuple[Array, tuple[Array, ...]]:
+    """One tensor's new value and new optimizer state, from its gradient g; all shaped like p.
+
+    t counts the updates before this one; lr is ``learning_rate(rule.schedule, t)``. state: () for plain SGD,
+    (velocity,) with momentum, (first moment, second moment) for Adam; all start at zero.
+
+    Weight decay is added to the gradient, or, ``decoupled`` (Loshchilov and Hutter, 2019), shrinks p by itself.
+    scikit-learn's convention differs from torch's in two places: the learning rate is kept inside the velocity, and
+    Adam's eps comes before the bias correction (Kingma and Ba, 2015, the remark at the end of section 2).
+    """
+    lr = lr * tensor.lr_factor
+    inside = rule.convention == "scikit-learn"
+    if rule.decoupled:
+        p = p * (1.0 - lr * tensor.weight_decay)
+    else:
+        g = g + tensor.weight_decay * p
+    if rule.kind == "adam":
+        m = rule.beta1 * state[0] + (1.0 - rule.beta1) * g
+        v = rule.beta2 * state[1] + (1.0 - rule.beta2) * g**2
+        bc1, bc2 = 1.0 - rule.beta1 ** (t + 1), 1.0 - rule.beta2 ** (t + 1)
+        if inside:
+            return p - lr * math.sqrt(bc2) / bc1 * m / (np.sqrt(v) + rule.eps), (m, v)
+        return p - lr * (m / bc1) / (np.sqrt(v / bc2) + rule.eps), (m, v)
+    if not rule.momentum:
+        return p - lr * g, ()
+    if inside:
+        velocity = rule.momentum * state[0] - lr * g
+        return p + (rule.momentum * velocity - lr * g if rule.nesterov else velocity), (velocity,)
+    velocity = rule.momentum * state[0] + g
+    return p - lr * (g + rule.momentum * velocity if rule.nesterov else velocity), (velocity,)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """w (N, K), b (N,), the activation behind them, its slope (for prelu an array (1,)), the dropout rate."""
+
+    w: Array
+    b: Array
+    activation: str = "identity"
+    slope: Any = 0.0
+    rate: float = 0.0
+
+    @property
+    def parameters(self) -> tuple[Array, ...]:
+        return (self.w, self.b, self.slope) if self.activation == "prelu" else (self.w, self.b)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x (M, K) and what ``loss_of_output`` wants; keeps: each layer's dropout mask (M, N) bool, or None."""
+
+    x: Array
+    target: Array
+    weight: Array | None = None
+    class_weight: Array | None = None
+    keeps: Sequence[Array | None] | None = None
+
+
+def gradients(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> tuple[float, list[tuple[Array, ...]]]:
+    """Forward and backward: the loss, and for each layer the gradients of its ``parameters``."""
+    keeps = batch.keeps or [None] * len(layers)
+    inputs, zs = [batch.x], []
+    for layer, keep in zip(layers, keeps, strict=True):
+        zs.append(linear(inputs[-1], layer.w, layer.b))
+        inputs.append(dropout(activation(layer.activation, zs[-1], layer.slope), keep, layer.rate))
+    loss, dy = loss_of_output(spec, inputs[-1], batch.target, batch.weight, batch.class_weight)
+    grads: list[tuple[Array, ...]] = []
+    for i in reversed(range(len(layers))):
+        layer = layers[i]
+        dz = dy * activation_grad(layer.activation, zs[i], layer.slope)
+        learned = (grad_slope(dy, zs[i]),) if layer.activation == "prelu" else ()
+        grads.insert(0, grad_weight(dz, inputs[i]) + learned)
+        if i > 0:
+            dy = output_grad(dz, layer.w, keeps[i - 1], layers[i - 1].rate)
+    return loss, grads
+
+
+def initial_state(rule: UpdateRule, layers: Sequence[Layer]) -> State:
+    """The optimizer's state before the first update: zeros, for each layer and each of its parameters."""
+    return [[tuple(np.zeros_like(p) for _ in range(rule.state_count)) for p in a.parameters] for a in layers]
+
+
+def train_step(
+    layers: Sequence[Layer],
+    state: State,
+    spec: LossSpec,
+    rule: UpdateRule,
+    t: int,
+    batch: Batch,
+    tensors: Sequence[Sequence[TensorRule]] | None = None,
+) -> tuple[float, list[Layer], State]:
+    """One step of training after ``t`` others: the loss before it, the new layers and optimizer state.
+
+    tensors: for each layer the rules of its ``parameters``; by default they are all trained alike.
+    """
+    loss, grads = gradients(layers, spec, batch)
+    factor = clip_factor((g for layer in grads for g in layer), rule.clip_norm)
+    lr = learning_rate(rule.schedule, t)
+    new_layers, new_state = [], []
+    for i, layer in enumerate(layers):
+        rules = tensors[i] if tensors else [TensorRule()] * len(layer.parameters)
+        parts = zip(rules, layer.parameters, grads[i], state[i], strict=True)
+        done = [update(rule, own, p, factor * g, s, t, lr) for own, p, g, s in parts]
+        values = [p for p, _ in done]
+        slope = values[2] if len(values) == 3 else layer.slope
+        new_layers.append(replace(layer, w=values[0], b=values[1], slope=slope))
+        new_state.append([s for _, s in done])
+    return loss, new_layers, new_state

@@ -1,0 +1,168 @@
+"""Running what is bound allocates no array: seen by tracemalloc, to which NumPy reports the memory of its arrays.
+
+NumPy's functions walk over operands that they have to cast or broadcast with buffers of ``np.getbufsize()`` elements,
+whatever the size of the arrays; here that is set low, so that it cannot be taken for an array, nor hide one.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from strategies import OUTPUT_LAYOUTS, Values, place
+
+import fusemlp_kernels
+from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    COUNTERS,
+    LOSSES,
+    NEEDS_Z,
+    ROW_COUNT,
+    STATS,
+    Dropout,
+    LossSpec,
+    ScheduleSpec,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+
+M, K, N = 200, 300, 250
+# Every array of the calls below with more than one number a row is ten times larger than this, and more; what is left
+# are Python's own objects and NumPy's views.
+LIMIT = 4096
+BUFFER = 64
+ONE_CYCLE = ScheduleSpec("one_cycle", 0.1, steps=100, warmup=3)
+
+
+@pytest.fixture(autouse=True)
+def small_buffers():
+    usual = np.setbufsize(BUFFER)
+    yield
+    np.setbufsize(usual)
+
+
+def peak(run, prepare=lambda step: None):
+    """The most memory, in bytes, that runs have held at a time beyond what was there before them."""
+    prepare(0)
+    run()
+    tracemalloc.start()
+    try:
+        run()
+        most = 0
+        for step in range(1, 5):
+            prepare(step)
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            run()
+            most = max(most, tracemalloc.get_traced_memory()[1] - before)
+        return most
+    finally:
+        tracemalloc.stop()
+
+
+def bind(op, **operands):
+    return fusemlp_kernels.backend("numpy", None, "fp32").bind(op, **operands)
+
+
+def counters(count=M):
+    values = np.zeros(COUNTERS, np.int64)
+    values[ROW_COUNT] = count
+    return values
+
+
+def slope_of(activation, values):
+    return {"slope_param": values.uniform(0.1, 0.2, 1)} if activation == "prelu" else {"slope": 0.1}
+
+
+def test_an_allocation_would_be_seen():
+    assert peak(lambda: np.ones((M, N), np.float32) * 2) >= M * N * 4
+
+
+@pytest.mark.parametrize("layout", sorted({*OUTPUT_LAYOUTS, "transposed"}))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_and_grad_input(activation, layout):
+    values = Values(1, "fp32")
+    x, w, b = (place(a, layout) for a in (values.normal(1000, K), values.normal(N, K), values.normal(N)))
+    rows = np.concatenate([np.arange(M - 3) * 5, [-1, -1, -1]])
+    y, z, keep = place(values.normal(M, N), layout), place(values.normal(M, N), layout), np.ones((M, N), np.bool_)
+    shared = {"activation": activation, "dropout": Dropout(0.5, 1, 2), "counters": counters(M - 3), "keep": keep}
+    shared |= slope_of(activation, values)
+    operands = {"x": x, "rows": rows, "gathered": place(np.empty((M, K), np.float32), layout), "w": w, "b": b, "y": y}
+    assert peak(bind("linear", **operands, z=z if activation in NEEDS_Z else None, **shared)) < LIMIT
+    dz, w_next = place(values.normal(M, 270), layout), place(values.normal(270, N), layout)
+    dslope = np.empty(1, np.float32) if activation == "prelu" else None
+    operands = {"dz": dz, "w": w_next, "y": y, "z": z, "dz_prev": place(np.empty_like(y), layout), "dslope": dslope}
+    assert peak(bind("grad_input", **operands, **shared)) < LIMIT
+
+
+@pytest.mark.parametrize("layout", sorted({*OUTPUT_LAYOUTS, "transposed"}))
+@pytest.mark.parametrize("options", ["plain", "weighted", "soft", "output activation"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses(kind, options, layout):
+    values = Values(2, "fp32")
+    weighted, soft = options == "weighted", options == "soft" and kind == "cross_entropy"
+    spec = LossSpec(kind, accuracy=True, soft=soft, ignore_index=3 if weighted else None, label_smoothing=0.1)
+    labels = kind == "cross_entropy" and not soft
+    target = values.integers(N, 1000) if labels else place(values.uniform(0, 1, 1000, N), layout)
+    target_rows = np.empty(M, np.int64) if labels else place(np.empty((M, N), np.float32), layout)
+    rows, clock = np.arange(M) * 5, counters()
+    operands = {"target": target, "target_rows": target_rows, "rows": rows, "loss": spec, "counters": clock}
+    operands |= {"stats": np.zeros(STATS), "weight_rows": np.empty(M, np.float32)}
+    operands["weight"] = values.uniform(0, 1, 1000) if weighted else None
+    operands["class_weight"] = values.uniform(0, 1, N) if weighted and kind == "cross_entropy" else None
+    if options == "output activation" and kind != "cross_entropy":
+        operands |= {"activation": "gelu"}
+    z, dz = place(values.normal(M, N), layout), place(np.empty((M, N), np.float32), layout)
+
+    def next_batch(step):
+        """Full and short batches in turn."""
+        clock[ROW_COUNT] = M - 5 * (step % 2)
+        rows[:] = np.where(np.arange(M) < clock[ROW_COUNT], np.arange(M) * 5, -1)
+
+    for where in (dz, z, None):
+        assert peak(bind("loss_grad", z=z, dz=where, **operands), next_batch) < LIMIT
+    x, w, b = place(values.normal(M, K), layout), place(values.normal(N, K), layout), values.normal(N)
+    assert peak(bind("linear_loss_grad", x=x, w=w, b=b, dz=dz, **operands), next_batch) < LIMIT
+
+
+RULES = {
+    "sgd": UpdateRule("sgd", ONE_CYCLE),
+    "momentum": UpdateRule("sgd", ONE_CYCLE, momentum=0.9),
+    "nesterov": UpdateRule("sgd", ONE_CYCLE, momentum=0.9, nesterov=True),
+    "scikit-learn's": UpdateRule("sgd", ONE_CYCLE, momentum=0.9, convention="scikit-learn"),
+    "decoupled": UpdateRule("sgd", ONE_CYCLE, momentum=0.9, decoupled=True),
+    "adam": UpdateRule("adam", ONE_CYCLE),
+    "adamw": UpdateRule("adam", ONE_CYCLE, decoupled=True),
+}
+
+
+@pytest.mark.parametrize("layout", sorted({*OUTPUT_LAYOUTS, "transposed"}))
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_gradients_and_fused_updates(rule, layout):
+    values = Values(3, "fp32")
+    tensor = TensorRule(0.5, 0.01)
+    dz, x = place(values.normal(M, N), layout), place(values.normal(M, K), layout)
+    w, b = place(values.normal(N, K), layout), place(values.normal(N), layout)
+    operands = {"dz": dz, "x": x, "w": w, "b": b, "w_rule": tensor, "b_rule": tensor, "dw": w.copy(), "db": b.copy()}
+    operands["w_state"] = tuple(place(np.zeros_like(w), layout) for _ in range(rule.state_count))
+    operands["b_state"] = tuple(place(np.zeros_like(b), layout) for _ in range(rule.state_count))
+    clock = {"hyper": hyper_at(rule, 0), "counters": counters()}
+    assert peak(bind("grad_weight_update", layers=[operands], rule=rule, **clock)) < LIMIT
+    accumulating = UpdateRule("sgd", ONE_CYCLE, accumulate=3)
+    assert peak(bind("grad_weight", layers=[operands], rule=accumulating, counters=counters())) < LIMIT
+
+
+@pytest.mark.parametrize("change", [{}, {"clip_norm": 1.0, "accumulate": 2}])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_update_and_advance(rule, change):
+    rule = UpdateRule(**{**vars(rule), **change})
+    size = 100_000
+    arrays = [np.zeros(size, np.float32) for _ in range(2 + rule.state_count)]
+    segments = (Segment(0, 60_000, TensorRule(1.0, 0.01)), Segment(60_032, 39_968, TensorRule()))
+    clock = {"rule": rule, "hyper": hyper_at(rule, 0), "counters": counters()}
+    operands = {"params": arrays[0], "grads": arrays[1], "states": tuple(arrays[2:]), "segments": segments}
+    assert peak(bind("update", **operands, **clock)) < LIMIT
+    assert peak(bind("advance", **clock)) < LIMIT

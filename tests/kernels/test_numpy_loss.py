@@ -1,0 +1,394 @@
+"""The NumPy backend's losses against the oracle, alone and behind the output layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    CASES,
+    DTYPES,
+    UNITS,
+    Unchanged,
+    Values,
+    exact,
+    layouts,
+    output_layouts,
+    padded_rows,
+    place,
+    poisoned,
+    precisions,
+    seeds,
+    sizes,
+)
+from tolerance import activation_bound, assert_within, bound, grad_slope_bound, linear_bound, loss_grad_bound
+
+import fusemlp_kernels
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    CORRECT,
+    COUNTERS,
+    LAST_LOSS,
+    LOSS_SUM,
+    LOSSES,
+    NORM_SUM,
+    ROW_COUNT,
+    SCORED,
+    STATS,
+    LossSpec,
+)
+from fusemlp_kernels.errors import ArgumentError
+
+SLOPE = {"leaky_relu": 0.1, "prelu": 0.25}
+SOURCE_ROWS = 29
+
+
+def bind(precision, op, **operands):
+    return fusemlp_kernels.backend("numpy", None, precision).bind(op, **operands)
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A loss over m rows and n columns, of which ``short`` are padding in a short batch."""
+
+    precision: str
+    spec: LossSpec
+    m: int
+    n: int
+    short: int
+    by_row: bool
+    weights: str
+    class_weights: str
+    activation: str
+    layouts: tuple[str, str, str]
+    output_layout: str
+    dz: str
+    dslope: bool
+    seed: int
+
+    @property
+    def dtype(self) -> Any:
+        return DTYPES[self.precision]
+
+    @property
+    def unit(self) -> float:
+        return UNITS[self.precision]
+
+    @property
+    def classes(self) -> bool:
+        return self.spec.kind == "cross_entropy" and not self.spec.soft
+
+    @property
+    def slope(self) -> float:
+        return SLOPE.get(self.activation, 0.0)
+
+
+@st.composite
+def loss_cases(draw):
+    # half of the cases go to the loss with the most options
+    kind = draw(st.one_of(st.just("cross_entropy"), st.sampled_from(LOSSES)))
+    cross_entropy = kind == "cross_entropy"
+    spec = LossSpec(
+        kind,
+        reduction=draw(st.sampled_from(("mean", "sum"))),
+        label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.7))) if cross_entropy else 0.0,
+        ignore_index=draw(st.sampled_from((None, None, 0, 1, -100))) if cross_entropy else None,
+        soft=cross_entropy and draw(st.booleans()),
+        delta=draw(st.sampled_from((1.0, 0.25, 3.0))),
+        quantile=draw(st.sampled_from((0.5, 0.1, 0.95))),
+        accuracy=draw(st.booleans()),
+    )
+    return LossCase(
+        precision=draw(precisions),
+        spec=spec,
+        m=draw(sizes()),
+        n=draw(st.one_of(sizes(1), st.sampled_from((10, 511, 512, 513, 700)))),
+        short=draw(st.integers(0, 3)),
+        by_row=draw(st.booleans()),
+        weights=draw(st.sampled_from(("none", "none", "some", "sparse", "zero"))),
+        class_weights=draw(st.sampled_from(("none", "some", "sparse"))) if cross_entropy else "none",
+        activation="identity" if cross_entropy else draw(st.sampled_from(("identity", *ACTIVATIONS))),
+        layouts=(draw(layouts), draw(layouts), draw(layouts)),
+        output_layout=draw(output_layouts),
+        dz=draw(st.sampled_from(("apart", "apart", "in place", "none"))),
+        dslope=draw(st.booleans()),
+        seed=draw(seeds),
+    )
+
+
+def weights_of(kind, values, size):
+    if kind == "none":
+        return None
+    weights = values.uniform(0.1, 2.0, size)
+    if kind == "sparse":
+        weights[values.rng.random(size) < 0.4] = 0.0
+    return weights if kind != "zero" else np.zeros_like(weights)
+
+
+def targets_of(case, values, rows):
+    """Labels, some of them the ignored one; probabilities; or values that suit the loss."""
+    spec, n = case.spec, case.n
+    if case.classes:
+        labels = values.integers(n, rows)
+        if spec.ignore_index is not None and spec.ignore_index < n:
+            labels[values.rng.random(rows) < 0.3] = spec.ignore_index
+        return labels
+    if spec.kind == "cross_entropy":
+        shares = values.uniform(0.0, 1.0, rows, n) + case.dtype(1e-3)
+        return shares / shares.sum(axis=1, keepdims=True)
+    if spec.kind == "binary_cross_entropy":
+        return np.where(values.rng.random((rows, n)) < 0.7, values.integers(2, rows, n), 0.3).astype(case.dtype)
+    if spec.kind == "poisson":
+        return values.integers(5, rows, n).astype(case.dtype)
+    return values.normal(rows, n)
+
+
+class Loss:
+    """The operands that ``loss_grad`` and ``linear_loss_grad`` share, and what the oracle says about them."""
+
+    def __init__(self, case, values):
+        self.case, self.values = case, values
+        rows = SOURCE_ROWS if case.by_row else case.m
+        self.target = place(targets_of(case, values, rows), case.layouts[1])
+        weight = weights_of(case.weights, values, rows)
+        self.weight = None if weight is None else place(weight, case.layouts[2])
+        self.class_weight = weights_of(case.class_weights, values, case.n)
+        self.rows = padded_rows(values.rng, case.m, case.m, rows)
+        self.counters, self.stats = np.zeros(COUNTERS, np.int64), np.arange(float(STATS))
+        self.dslope = poisoned(1, case.dtype) if case.activation == "prelu" and case.dslope else None
+        self.operands = {
+            "target": self.target,
+            "weight": self.weight,
+            "class_weight": self.class_weight,
+            "counters": self.counters,
+            "stats": self.stats,
+            "loss": case.spec,
+            "activation": case.activation,
+            "slope": case.slope,
+            "dslope": self.dslope,
+        }
+        if case.activation == "prelu":
+            self.operands["slope_param"] = np.full(1, case.slope, case.dtype)
+        if case.by_row:
+            shape = (case.m,) if case.classes else (case.m, case.n)
+            self.operands |= {
+                "rows": self.rows,
+                "target_rows": place(np.zeros(shape, self.target.dtype), case.output_layout),
+                "weight_rows": poisoned(case.m, case.dtype),
+            }
+
+    def batch(self, count):
+        """Prepares a batch of ``count`` rows and returns its targets and weights, (count, ...)."""
+        self.counters[ROW_COUNT] = count
+        index = np.arange(count)
+        if self.case.by_row:
+            self.rows[:] = padded_rows(self.values.rng, count, self.case.m, SOURCE_ROWS)
+            index = self.rows[:count]
+        self.stats[...] = np.arange(float(STATS))
+        target = self.target[index] if self.case.classes else exact(self.target[index])
+        return target, None if self.weight is None else exact(self.weight[index])
+
+    def check(self, count, dz, z, target, weight, z_bound=0.0):
+        """Compares what a run has written with the oracle; z (count, n) is exact or known within z_bound."""
+        case, spec, u = self.case, self.case.spec, self.case.unit
+        classes = exact(self.class_weight)
+        slope = float(case.dtype(case.slope)) if case.activation == "prelu" else case.slope
+        loss, expected = reference.loss_grad(spec, z, target, weight, classes, case.activation, slope)
+        limits = loss_grad_bound(spec, z, target, weight, classes, case.activation, slope, z_bound=z_bound, u=u)
+        assert_within(self.stats[LAST_LOSS], loss, limits[0])
+        if dz is not None:
+            assert_within(dz[:count], expected, limits[1])
+            np.testing.assert_array_equal(dz[count:], 0.0)
+        y = reference.activation(case.activation, z, slope)
+        y_bound = activation_bound(case.activation, z, z_bound, slope, u) * np.ones_like(z)
+        if self.dslope is not None and dz is not None:
+            _, dy = reference.loss_of_output(spec, y, target, weight)
+            _, dy_bound = loss_grad_bound(spec, y, target, weight, z_bound=y_bound, u=u)
+            assert_within(self.dslope, reference.grad_slope(dy, z), grad_slope_bound(dy, z, dy_bound, z_bound, u))
+        self._check_sums(count, loss, limits[0], y, y_bound, target, weight)
+
+    def _check_sums(self, count, loss, loss_bound, y, y_bound, target, weight):
+        case, spec = self.case, self.case.spec
+        before = np.arange(float(STATS))
+        if spec.reduction == "sum":
+            assert self.stats[LOSS_SUM] - before[LOSS_SUM] == pytest.approx(self.stats[LAST_LOSS], rel=1e-12, abs=1e-12)
+        else:
+            shares = np.ones(count) if weight is None else weight
+            if case.classes:
+                ones = np.ones(case.n) if self.class_weight is None else exact(self.class_weight)
+                shares = shares * np.where(target == spec.ignore_index, 0.0, ones[np.maximum(target, 0)])
+            elif spec.kind != "cross_entropy":
+                shares = shares * case.n
+            normaliser = shares.sum()
+            norm_bound = bound(count, normaliser, case.unit, output=normaliser, ulps=1)
+            assert_within(self.stats[NORM_SUM] - before[NORM_SUM], normaliser, norm_bound + 1e-15)
+            sum_bound = loss_bound * normaliser + (abs(loss) + loss_bound) * norm_bound + 1e-15
+            assert_within(self.stats[LOSS_SUM] - before[LOSS_SUM], loss * normaliser, sum_bound)
+        correct, scored = self.stats[[CORRECT, SCORED]] - before[[CORRECT, SCORED]]
+        if not spec.accuracy:
+            assert correct == scored == 0
+            return
+        hits = reference.correct(spec, y, target)
+        if spec.kind == "binary_cross_entropy":
+            unsure = np.abs(y) <= y_bound
+        else:
+            runner_up = np.sort(y, axis=1)[:, -2:-1] if case.n > 1 else np.full((count, 1), -np.inf)
+            unsure = y.max(axis=1, keepdims=True, initial=-np.inf) - runner_up <= 2.0 * y_bound.max(
+                axis=1, keepdims=True, initial=0.0
+            )
+            unsure &= np.any(np.asarray(y_bound) > 1e-30, axis=1, keepdims=True)
+        assert abs(correct - hits.sum()) <= unsure.sum()
+        ignored = (target == spec.ignore_index).sum() if case.classes and spec.ignore_index is not None else 0
+        assert scored == hits.size - ignored
+
+    @property
+    def inputs(self):
+        return Unchanged(self.target, self.weight, self.class_weight)
+
+
+@CASES
+@given(case=loss_cases())
+def test_loss_grad(case):
+    values = Values(case.seed, case.precision)
+    m, n = case.m, case.n
+    loss = Loss(case, values)
+    in_place = case.dz == "in place"
+    z = place(np.zeros((m, n)), case.output_layout if in_place else case.layouts[0], case.dtype)
+    dz = {"in place": z, "apart": poisoned((m, n), case.dtype, case.output_layout), "none": None}[case.dz]
+    run = bind(case.precision, "loss_grad", z=z, dz=dz, **loss.operands)
+    inputs = loss.inputs
+    for count in (max(m - case.short, 0), m, max(m - case.short, 0)):
+        logits = values.normal(m, n, scale=2.0)
+        # what lies in the padding counts for nothing
+        logits[count:] = np.nan
+        z.flags.writeable = True
+        z[...] = logits
+        z.flags.writeable = in_place or case.layouts[0] != "read-only"
+        target, weight = loss.batch(count)
+        run()
+        loss.check(count, dz, exact(logits[:count]), target, weight)
+        inputs.check()
+        if not in_place:
+            np.testing.assert_array_equal(z, logits)
+
+
+@CASES
+@given(case=loss_cases(), k=sizes(), by_x_row=st.booleans())
+def test_linear_loss_grad(case, k, by_x_row):
+    values = Values(case.seed, case.precision)
+    m, n = case.m, case.n
+    loss = Loss(case, values)
+    x = place(values.normal(SOURCE_ROWS if by_x_row else m, k), case.layouts[0])
+    w = place(values.normal(n, k, scale=2.0 / max(k, 1) ** 0.5), case.layouts[1])
+    b = values.normal(n)
+    dz = None if case.dz == "none" else poisoned((m, n), case.dtype, case.output_layout)
+    operands = {"x": x, "w": w, "b": b, "dz": dz, **loss.operands}
+    # where the output layer is the first, the rows of x are those of the targets
+    x_rows = loss.rows if case.by_row else padded_rows(values.rng, m, m, SOURCE_ROWS)
+    if by_x_row:
+        operands |= {"x_rows": x_rows, "gathered": poisoned((m, k), case.dtype, case.output_layout)}
+    run = bind(case.precision, "linear_loss_grad", **operands)
+    inputs, layer = loss.inputs, Unchanged(x, w, b)
+    for count in (max(m - case.short, 0), m, max(m - case.short, 0)):
+        target, weight = loss.batch(count)
+        if by_x_row and not case.by_row:
+            x_rows[:] = padded_rows(values.rng, count, m, SOURCE_ROWS)
+        run()
+        batch = exact(x)[x_rows[:count]] if by_x_row else exact(x)[:count]
+        z = reference.linear(batch, exact(w), exact(b))
+        z_bound, _ = linear_bound(batch, exact(w), exact(b), u=case.unit)
+        loss.check(count, dz, z, target, weight, z_bound)
+        inputs.check()
+        layer.check()
+
+
+def run_loss(spec, z, target, precision="fp64", **operands):
+    """The loss and dz of one batch without padding, and the stats."""
+    dz, counters, stats = np.full_like(z, np.nan), np.zeros(COUNTERS, np.int64), np.zeros(STATS)
+    counters[ROW_COUNT] = len(z)
+    bind(precision, "loss_grad", z=z, dz=dz, target=target, loss=spec, counters=counters, stats=stats, **operands)()
+    return stats[LAST_LOSS], dz, stats
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("options", ["plain", "weighted", "soft"])
+def test_nan_goes_through_every_loss(kind, options):
+    z = np.random.default_rng(3).standard_normal((4, 3))
+    z[2, 1] = np.nan
+    soft = options == "soft" or kind != "cross_entropy"
+    target = np.full((4, 3), 0.25) if soft else np.array([0, 2, 1, 0])
+    weight = np.array([1.0, 2.0, 0.5, 1.0]) if options == "weighted" else None
+    spec = LossSpec(kind, soft=soft and kind == "cross_entropy", accuracy=True)
+    loss, dz, _ = run_loss(spec, z, target, weight=weight)
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(np.isnan(dz), np.isnan(reference.loss_grad(spec, z, target, weight)[1]))
+    assert np.isnan(dz[2, 1]) and not np.isnan(dz[[0, 1, 3]]).any()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_weight_that_is_nan_makes_the_loss_nan(kind):
+    z, weight = np.zeros((2, 3)), np.array([1.0, np.nan])
+    target = np.array([0, 1]) if kind == "cross_entropy" else np.zeros((2, 3))
+    loss, _, _ = run_loss(LossSpec(kind), z, target, weight=weight)
+    assert np.isnan(loss)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_weights_that_are_all_zero_give_zero(kind, precision):
+    z = np.random.default_rng(4).standard_normal((5, 3)).astype(DTYPES[precision])
+    target = np.array([0, 1, 2, 1, 0]) if kind == "cross_entropy" else np.ones_like(z)
+    loss, dz, stats = run_loss(LossSpec(kind), z, target, precision, weight=np.zeros(5, z.dtype))
+    assert loss == 0.0 and not dz.any() and stats[LOSS_SUM] == stats[NORM_SUM] == 0.0
+
+
+@pytest.mark.parametrize("classes", [3, 600])
+def test_a_batch_of_ignored_labels_gives_zero(classes):
+    z = np.random.default_rng(5).standard_normal((4, classes))
+    spec = LossSpec("cross_entropy", ignore_index=1, accuracy=True)
+    loss, dz, stats = run_loss(spec, z, np.full(4, 1))
+    assert loss == 0.0 and not dz.any() and not stats.any()
+
+
+def test_logits_of_any_size_overflow_nowhere():
+    z = np.array([[8e4, -8e4, 0.0], [-3e4, 2e4, 1e4]], np.float32)
+    for kind in ("cross_entropy", "binary_cross_entropy"):
+        target = np.array([1, 1]) if kind == "cross_entropy" else np.array([[0, 1, 0], [0, 1, 1]], np.float32)
+        spec = LossSpec(kind)
+        loss, dz, _ = run_loss(spec, z, target, "fp32")
+        expected = reference.loss_grad(spec, exact(z), target)
+        limits = loss_grad_bound(spec, exact(z), target)
+        assert_within(loss, expected[0], limits[0])
+        assert_within(dz, expected[1], limits[1])
+
+
+def test_cross_entropy_wants_logits():
+    with pytest.raises(ArgumentError, match="takes logits.*got 'relu'"):
+        run_loss(LossSpec("cross_entropy"), np.zeros((2, 3)), np.zeros(2, np.int64), activation="relu")
+
+
+def test_the_bound_tells_the_options_of_a_loss_apart():
+    values = Values(6, "fp32")
+    z, target, weight = values.normal(32, 10), values.integers(10, 32), values.uniform(0.5, 1.5, 32)
+    spec = LossSpec("cross_entropy", label_smoothing=0.1)
+    loss, dz = reference.loss_grad(spec, exact(z), target, exact(weight))
+    limits = loss_grad_bound(spec, exact(z), target, exact(weight))
+    for other, operands in (
+        (LossSpec("cross_entropy", label_smoothing=0.101), {"weight": weight}),
+        (spec, {"weight": weight * np.float32(1 + 1e-3) ** np.arange(32, dtype=np.float32)}),
+        (LossSpec("cross_entropy", label_smoothing=0.1, reduction="sum"), {"weight": weight}),
+        (spec, {}),
+    ):
+        wrong_loss, wrong_dz, _ = run_loss(other, z, target, "fp32", **operands)
+        with pytest.raises(AssertionError, match="out of bound"):
+            assert_within(wrong_loss, loss, limits[0])
+        with pytest.raises(AssertionError, match="out of bound"):
+            assert_within(wrong_dz, dz, limits[1])
+    right_loss, right_dz, _ = run_loss(spec, z, target, "fp32", weight=weight)
+    assert_within(right_loss, loss, limits[0])
+    assert_within(right_dz, dz, limits[1])

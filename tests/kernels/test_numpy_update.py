@@ -1,0 +1,356 @@
+"""The NumPy backend's optimizers and clock against the oracle, with stored gradients and with gradients never stored."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    CASES,
+    DTYPES,
+    UNITS,
+    Unchanged,
+    Values,
+    exact,
+    layouts,
+    output_layouts,
+    padded_rows,
+    place,
+    precisions,
+    seeds,
+    sizes,
+)
+from tolerance import assert_within, bound, growth, update_bound
+
+import fusemlp_kernels
+from fusemlp_kernels import reference
+from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    BIAS_CORRECTION_1,
+    BIAS_CORRECTION_2,
+    COUNTERS,
+    LEARNING_RATE,
+    RATE_SCALE,
+    SCHEDULES,
+    UPDATE_COUNT,
+    ScheduleSpec,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.errors import ArgumentError
+
+ALIGNMENT_BYTES = 256
+
+
+def bind(precision, op, **operands):
+    return fusemlp_kernels.backend("numpy", None, precision).bind(op, **operands)
+
+
+@st.composite
+def schedules(draw):
+    return ScheduleSpec(
+        draw(st.sampled_from(SCHEDULES)),
+        base=draw(st.sampled_from((0.1, 1e-3))),
+        steps=draw(st.integers(1, 20)),
+        gamma=draw(st.sampled_from((0.5, 0.99, 1.0))),
+        final=draw(st.sampled_from((0.0, 1e-5))),
+        peak_fraction=draw(st.sampled_from((0.3, 0.5))),
+        warmup=draw(st.sampled_from((0, 0, 3))),
+    )
+
+
+@st.composite
+def update_rules(draw):
+    kind = draw(st.sampled_from(("sgd", "adam")))
+    momentum = draw(st.sampled_from((0.0, 0.5, 0.9))) if kind == "sgd" else 0.0
+    betas = draw(st.sampled_from(((0.9, 0.999), (0.5, 0.9), (0.0, 0.0))))
+    return UpdateRule(
+        kind,
+        draw(schedules()),
+        momentum=momentum,
+        nesterov=bool(momentum) and draw(st.booleans()),
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=draw(st.sampled_from((1e-8, 1e-3))),
+        decoupled=draw(st.booleans()),
+        convention=draw(st.sampled_from(("torch", "scikit-learn"))),
+    )
+
+
+tensor_rules = st.builds(TensorRule, st.sampled_from((1.0, 1.0, 0.0, 0.5, 10.0)), st.sampled_from((0.0, 0.0, 0.01, 1.0)))
+
+
+class Clock:
+    """hyper and counters, and what they have to be after some batches."""
+
+    def __init__(self, rule, batch_index, update_count, rate_scale):
+        self.rule, self.batch_index, self.update_count, self.rate_scale = rule, batch_index, update_count, rate_scale
+        self.counters = np.zeros(COUNTERS, np.int64)
+        self.counters[[BATCH_INDEX, UPDATE_COUNT]] = batch_index, update_count
+        self.hyper = hyper_at(rule, update_count, rate_scale)
+
+    @property
+    def rate(self):
+        return reference.learning_rate(self.rule.schedule, self.update_count) * self.rate_scale
+
+    def check_after_a_batch(self):
+        """The clock went on by one batch; returns whether by an update too."""
+        self.batch_index += 1
+        updated = self.batch_index % self.rule.accumulate == 0
+        self.update_count += updated
+        wanted = np.zeros(COUNTERS, np.int64)
+        wanted[[BATCH_INDEX, UPDATE_COUNT]] = self.batch_index, self.update_count
+        np.testing.assert_array_equal(self.counters, wanted)
+        assert self.hyper[LEARNING_RATE] == self.rate and self.hyper[RATE_SCALE] == self.rate_scale
+        if self.rule.kind == "adam":
+            t = self.update_count + 1
+            assert self.hyper[BIAS_CORRECTION_1] == 1.0 - self.rule.beta1**t
+            assert self.hyper[BIAS_CORRECTION_2] == 1.0 - self.rule.beta2**t
+        return updated
+
+
+rate_scales = st.sampled_from((1.0, 0.1))
+counts = st.sampled_from((0, 1, 7, 1000))
+
+
+@CASES
+@given(rule=update_rules(), accumulate=st.integers(1, 4), updates=counts, scale=rate_scales)
+def test_advance(rule, accumulate, updates, scale):
+    rule = UpdateRule(**{**vars(rule), "accumulate": accumulate})
+    clock = Clock(rule, updates * accumulate, updates, scale)
+    run = bind("fp32", "advance", rule=rule, hyper=clock.hyper, counters=clock.counters)
+    for _ in range(2 * accumulate + 1):
+        run()
+        clock.check_after_a_batch()
+
+
+def state_arrays(rule, values, *shape):
+    """A state in the middle of training: a velocity, or a first and a second moment."""
+    arrays = [values.normal(*shape) for _ in range(rule.state_count)]
+    if rule.kind == "adam":
+        arrays[1] = np.abs(arrays[1])
+    return tuple(arrays)
+
+
+@CASES
+@given(
+    tensors=st.lists(st.tuples(sizes(1), st.one_of(st.none(), tensor_rules), st.integers(0, 1)), max_size=5),
+    rule=update_rules(),
+    clip_norm=st.sampled_from((None, None, 0.5, 1e4)),
+    accumulate=st.sampled_from((1, 1, 2, 3)),
+    updates=counts,
+    rate_scale=rate_scales,
+    precision=precisions,
+    seed=seeds,
+)
+def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, precision, seed):
+    """Tensors of all kinds in one arena; those without a rule are frozen, and their gradient is zero."""
+    rule = UpdateRule(**{**vars(rule), "clip_norm": clip_norm, "accumulate": accumulate})
+    values, dtype, u = Values(seed, precision), DTYPES[precision], UNITS[precision]
+    alignment = ALIGNMENT_BYTES // np.dtype(dtype).itemsize
+    offsets, size = [], 0
+    for length, _, spare in tensors:
+        offsets.append(size)
+        size += (-(-length // alignment) + spare) * alignment
+    params, trained, segments = np.zeros(size, dtype), np.zeros(size, np.bool_), []
+    for (length, tensor, _), offset in zip(tensors, offsets, strict=True):
+        params[offset : offset + length] = values.normal(length)
+        if tensor is not None:
+            segments.append(Segment(offset, length, tensor))
+            trained[offset : offset + length] = True
+    states = tuple(np.where(trained, state, 0).astype(dtype) for state in state_arrays(rule, values, size))
+    grads = np.zeros(size, dtype)
+    clock = Clock(rule, updates * accumulate, updates, rate_scale)
+    operands = {"params": params, "grads": grads, "states": states, "segments": tuple(segments)}
+    run = bind(precision, "update", **operands, rule=rule, hyper=clock.hyper, counters=clock.counters)
+    for _ in range(2 * accumulate):
+        grads[...] = np.where(trained, values.normal(size), 0.0)
+        before = exact(params), exact(grads), tuple(exact(state) for state in states)
+        t, rate = clock.update_count, clock.rate
+        run()
+        if not clock.check_after_a_batch():
+            np.testing.assert_array_equal(params, before[0])
+            continue
+        mean = before[1] / accumulate
+        factor = reference.clip_factor([mean], clip_norm)
+        # the mean is rounded; the norm is a reduction, and its quotient and product are rounded too
+        relative = u * ((accumulate > 1) + (growth(size) + 4.0 if clip_norm is not None else 0.0))
+        for segment in segments:
+            at = slice(segment.offset, segment.offset + segment.size)
+            args = before[0][at], factor * mean[at], tuple(state[at] for state in before[2])
+            expected = reference.update(rule, segment.rule, *args, t, rate)
+            limits = update_bound(rule, segment.rule, *args, t, rate, relative * np.abs(args[1]), u)
+            assert_within(params[at], expected[0], limits[0])
+            for state, wanted, limit in zip(states, expected[1], limits[1], strict=True):
+                assert_within(state[at], wanted, limit)
+        # what is frozen or padding stays as it is
+        np.testing.assert_array_equal(params[~trained], before[0][~trained])
+
+
+@st.composite
+def trained_layers(draw):
+    frozen = draw(st.sampled_from(("", "", "w", "b", "wb")))
+    shape = draw(sizes()), draw(sizes())
+    return (*shape, frozen, draw(tensor_rules), draw(tensor_rules), draw(layouts), draw(layouts), draw(output_layouts))
+
+
+@CASES
+@given(
+    layers=st.lists(trained_layers(), min_size=1, max_size=3),
+    m=sizes(),
+    slope_count=st.integers(0, 2),
+    by_row=st.booleans(),
+    rule=update_rules(),
+    updates=counts,
+    rate_scale=rate_scales,
+    precision=precisions,
+    seed=seeds,
+)
+def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_scale, precision, seed):
+    values, dtype, u = Values(seed, precision), DTYPES[precision], UNITS[precision]
+    clock = Clock(rule, updates + 2, updates, rate_scale)
+    # (parameter, its states, its rule, its gradient, the error that the gradient may have)
+    operands, tensors = [], []
+    for index, (n, k, frozen, w_rule, b_rule, x_layout, dz_layout, output_layout) in enumerate(layers):
+        dz, x = place(values.normal(m, n), dz_layout), place(values.normal(m, k), x_layout)
+        layer = {"dz": dz, "x": x}
+        if by_row and index == 0:
+            rows = padded_rows(values.rng, max(m - 1, 0), m, max(m, 1))
+            batch = np.where(rows[:, None] >= 0, values.normal(m, k), 0).astype(dtype)
+            layer |= {"x": values.normal(max(m, 1), k), "rows": rows, "gathered": batch}
+            x = batch
+        gradients = reference.grad_weight(exact(dz), exact(x))
+        magnitudes = reference.grad_weight(np.abs(exact(dz)), np.abs(exact(x)))
+        for name, tensor_rule, gradient, magnitude in zip("wb", (w_rule, b_rule), gradients, magnitudes, strict=True):
+            if name in frozen:
+                layer |= {name: None, f"{name}_state": (), f"{name}_rule": tensor_rule}
+                continue
+            parameter = place(values.normal(*gradient.shape), output_layout)
+            states = tuple(place(s, output_layout) for s in state_arrays(rule, values, *gradient.shape))
+            layer |= {name: parameter, f"{name}_state": states, f"{name}_rule": tensor_rule}
+            tensors.append((parameter, states, tensor_rule, gradient, bound(m, magnitude, u, output=gradient)))
+        operands.append(layer)
+    slopes = []
+    for _ in range(slope_count):
+        slope = {"dslope": values.normal(1), "param": values.normal(1), "state": state_arrays(rule, values, 1)}
+        slopes.append(slope | {"rule": TensorRule(0.5, 0.01)})
+        tensors.append((slope["param"], slope["state"], slopes[-1]["rule"], exact(slope["dslope"]), 0.0))
+    inputs = Unchanged(*(layer[name] for layer in operands for name in ("dz", "x")))
+    clocks = {"hyper": clock.hyper, "counters": clock.counters}
+    run = bind(precision, "grad_weight_update", layers=operands, slopes=slopes, rule=rule, **clocks)
+    for _ in range(2):
+        before = [(exact(p), tuple(exact(s) for s in states)) for p, states, *_ in tensors]
+        t, rate = clock.update_count, clock.rate
+        run()
+        assert clock.check_after_a_batch()
+        for (parameter, states, tensor_rule, gradient, g_bound), (p, s) in zip(tensors, before, strict=True):
+            expected = reference.update(rule, tensor_rule, p, gradient, s, t, rate)
+            limits = update_bound(rule, tensor_rule, p, gradient, s, t, rate, g_bound, u)
+            assert_within(parameter, expected[0], limits[0])
+            for state, wanted, limit in zip(states, expected[1], limits[1], strict=True):
+                assert_within(state, wanted, limit)
+        inputs.check()
+
+
+CONSTANT = ScheduleSpec("constant", 0.1)
+RULES = {
+    "sgd": UpdateRule("sgd", CONSTANT),
+    "momentum": UpdateRule("sgd", CONSTANT, momentum=0.9),
+    "nesterov": UpdateRule("sgd", CONSTANT, momentum=0.9, nesterov=True),
+    "scikit-learn's": UpdateRule("sgd", CONSTANT, momentum=0.9, convention="scikit-learn"),
+    "adam": UpdateRule("adam", CONSTANT),
+}
+
+
+def update_arena(rule, params, grads):
+    """One update of a single tensor whose state is zero."""
+    states = tuple(np.zeros_like(params) for _ in range(rule.state_count))
+    clock = Clock(rule, 0, 0, 1.0)
+    segments = (Segment(0, params.size, TensorRule()),)
+    operands = {"params": params, "grads": grads, "states": states, "segments": segments}
+    bind("fp32", "update", **operands, rule=rule, hyper=clock.hyper, counters=clock.counters)()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_nan_goes_through_an_update(rule, clip_norm):
+    params, grads = np.ones(100, np.float32), np.ones(100, np.float32)
+    grads[7] = np.nan
+    update_arena(UpdateRule(**{**vars(rule), "clip_norm": clip_norm}), params, grads)
+    # the norm of a gradient with a NaN in it is NaN, and scales them all
+    wanted = np.arange(100) == 7 if clip_norm is None else np.ones(100, np.bool_)
+    np.testing.assert_array_equal(np.isnan(params), wanted)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_nan_goes_through_a_fused_update(rule):
+    dz, x = np.ones((5, 3), np.float32), np.ones((5, 4), np.float32)
+    dz[2, 1] = np.nan
+    w, b = np.ones((3, 4), np.float32), np.ones(3, np.float32)
+    w_state, b_state = (tuple(np.zeros_like(p) for _ in range(rule.state_count)) for p in (w, b))
+    layer = {"dz": dz, "x": x, "w": w, "b": b, "w_state": w_state, "b_state": b_state}
+    layer |= {"w_rule": TensorRule(), "b_rule": TensorRule()}
+    clock = Clock(rule, 0, 0, 1.0)
+    bind("fp32", "grad_weight_update", layers=[layer], rule=rule, hyper=clock.hyper, counters=clock.counters)()
+    np.testing.assert_array_equal(np.isnan(b), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(w), np.isnan(b)[:, None] & np.ones((3, 4), np.bool_))
+
+
+def test_the_norm_of_large_gradients_does_not_overflow():
+    params, grads = np.zeros(4, np.float32), np.full(4, 1e30, np.float32)
+    update_arena(UpdateRule("sgd", ScheduleSpec("constant", 1.0), clip_norm=1.0), params, grads)
+    np.testing.assert_allclose(params, -0.5, rtol=4 * 2.0**-23)
+
+
+@pytest.mark.parametrize("change", [{"clip_norm": 1.0}, {"accumulate": 2}])
+def test_a_fused_update_neither_clips_nor_accumulates(change):
+    rule = UpdateRule("sgd", CONSTANT, **change)
+    clock = Clock(rule, 0, 0, 1.0)
+    with pytest.raises(ArgumentError, match="use grad_weight and update"):
+        bind("fp32", "grad_weight_update", layers=[], rule=rule, hyper=clock.hyper, counters=clock.counters)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_bound_tells_an_optimizer_from_its_neighbours(rule):
+    """A wrong momentum, convention, beta or decay is further away than rounding."""
+    values, u = Values(8, "fp32"), UNITS["fp32"]
+    p, g, t = values.normal(200), values.normal(200), 3
+    tensor, wrong_tensor = TensorRule(1.0, 0.01), TensorRule(1.0, 0.0101)
+    wrong_rules = {
+        "sgd": {"schedule": ScheduleSpec("constant", 0.1001)},
+        "momentum": {"momentum": 0.901},
+        "nesterov": {"nesterov": False},
+        "scikit-learn's": {"convention": "torch"},
+        "adam": {"beta2": 0.9991},
+    }
+    name = next(key for key, value in RULES.items() if value is rule)
+    wrong_rule = UpdateRule(**{**vars(rule), **wrong_rules[name]})
+    state = state_arrays(rule, values, 200)
+    args = exact(p), exact(g), tuple(exact(s) for s in state)
+    expected = reference.update(rule, tensor, *args, t, 0.1)
+    limits = update_bound(rule, tensor, *args, t, 0.1, u=u)
+    for other, other_tensor in ((rule, tensor), (wrong_rule, tensor), (rule, wrong_tensor)):
+        params, states = p.copy(), tuple(s.copy() for s in state)
+        clock = Clock(other, t, t, 1.0)
+        operands = {"params": params, "grads": g.copy(), "states": states, "rule": other}
+        operands["segments"] = (Segment(0, 200, other_tensor),)
+        bind("fp32", "update", **operands, hyper=clock.hyper, counters=clock.counters)()
+        if other is rule and other_tensor is tensor:
+            assert_within(params, expected[0], limits[0])
+        else:
+            with pytest.raises(AssertionError, match="out of bound"):
+                assert_within(params, expected[0], limits[0])
+
+
+def test_a_long_arena_is_updated_to_its_last_element():
+    """Longer than a block of the sweep, and not a multiple of one."""
+    size = (1 << 15) * 2 + 17
+    params, grads = np.zeros(size, np.float32), np.arange(size, dtype=np.float32)
+    update_arena(UpdateRule("sgd", ScheduleSpec("constant", 0.5)), params, grads)
+    np.testing.assert_array_equal(params, -0.5 * np.arange(size, dtype=np.float32))
+    assert math.isclose(params[-1], -0.5 * (size - 1))

@@ -1,0 +1,170 @@
+"""The random numbers: Random123's known answers, the mask's definition element by element, and the row order."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from fusemlp_kernels import philox
+
+ONES = 2**32 - 1
+# From the kat_vectors file of Random123, philox4x32 with 10 rounds: counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_known_answers(counter, key, expected):
+    assert tuple(int(word) for word in philox.philox(counter, key)) == expected
+
+
+def test_counters_broadcast():
+    words = philox.philox((np.arange(3)[None, :], np.arange(2)[:, None], 5, 6), (7, 8))
+    for word, values in enumerate(words):
+        assert values.shape == (2, 3)
+        assert values.dtype == np.uint32
+        for row in range(2):
+            for col in range(3):
+                assert values[row, col] == philox.philox((col, row, 5, 6), (7, 8))[word]
+
+
+def test_dropout_is_its_definition_element_by_element():
+    rate, layer, seed, batch_index, rows, cols = 0.3, 2, 2**40 + 5, 17, 3, 21
+    keep = philox.dropout_keep(rate, layer, seed, batch_index, rows, cols)
+    assert keep.dtype == np.bool_
+    for row in range(rows):
+        for col in range(cols):
+            words = philox.philox((col // 8, row, layer, batch_index), (seed % 2**32, seed // 2**32))
+            lane = col % 8
+            value = (int(words[lane // 2]) >> (16 * (lane % 2))) & 0xFFFF
+            assert keep[row, col] == (value >= round(65536 * rate))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_stated_share(rate):
+    keep = philox.dropout_keep(rate, 0, 1, 0, 500, 800)
+    deviation = math.sqrt(rate * (1 - rate) / keep.size)
+    assert abs(keep.mean() - (1 - rate)) < 5 * deviation
+
+
+def test_dropout_at_the_ends():
+    assert philox.dropout_keep(0.0, 0, 1, 0, 64, 64).all()
+    assert not philox.dropout_keep(1.0 - 2.0**-20, 0, 1, 0, 64, 64).any()
+
+
+def test_masks_differ_by_seed_layer_and_batch():
+    base = philox.dropout_keep(0.5, 0, 0, 0, 16, 16)
+    for layer, seed, batch in [(1, 0, 0), (0, 1, 0), (0, 2**32, 0), (0, 0, 1)]:
+        other = philox.dropout_keep(0.5, layer, seed, batch, 16, 16)
+        assert abs(float((base == other).mean()) - 0.5) < 5 * 0.5 / 16
+
+
+def test_a_mask_does_not_depend_on_the_shape_around_it():
+    large = philox.dropout_keep(0.4, 1, 9, 3, 20, 40)
+    assert np.array_equal(large[:7, :13], philox.dropout_keep(0.4, 1, 9, 3, 7, 13))
+
+
+SHAPES = [(1, 1), (3, 5), (4, 8), (7, 9), (33, 129), (16, 1024), (700, 64), (5, 40_000), (0, 3), (3, 0)]
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_mask_workspace_equals_the_definition(rows, cols):
+    mask = philox.DropoutMask(rows, cols, 0.3)
+    keep = np.zeros((rows, cols), np.bool_)
+    for seed, layer, batch in [(0, 0, 0), (2**63 + 11, 3, 2**31 + 1), (5, 1, 2**32 + 7), (5, 1, 0)]:
+        mask.fill(keep, seed, layer, batch)
+        assert np.array_equal(keep, philox.dropout_keep(0.3, layer, seed, batch, rows, cols))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.999999])
+def test_mask_workspace_at_the_ends(rate):
+    keep = np.zeros((4, 9), np.bool_)
+    philox.DropoutMask(4, 9, rate).fill(keep, 1, 0, 0)
+    assert keep.all() if rate == 0.0 else not keep.any()
+
+
+def test_mask_workspace_writes_pitched_rows():
+    around = np.zeros((6, 16), np.bool_)
+    philox.DropoutMask(6, 13, 0.5).fill(around[:, :13], 1, 0, 0)
+    assert np.array_equal(around[:, :13], philox.dropout_keep(0.5, 0, 1, 0, 6, 13))
+    assert not around[:, 13:].any()
+
+
+def test_filling_a_mask_allocates_no_array():
+    mask = philox.DropoutMask(256, 500, 0.2)
+    keep = np.zeros((256, 500), np.bool_)
+    mask.fill(keep, 1, 0, 0)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        for batch in range(1, 20):
+            mask.fill(keep, 1, 0, batch)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Views and scalars come and go; the smallest array of a mask this size has 63 * 8 counters * 8 bytes.
+    assert after - before < 1024
+    assert peak - before < 4000
+
+
+@pytest.mark.parametrize("n", [*range(1, 301), 1000, 4095, 4096, 4097, 60_000, 65_537])
+def test_row_order_is_a_permutation(n):
+    order = philox.row_order(n, seed=n, epoch=3)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 63, 64, 65, 1000, 4097])
+def test_an_entry_of_the_row_order_can_be_computed_alone(n):
+    order = philox.row_order(n, 2**40 + 1, 4)
+    positions = np.random.default_rng(n).integers(0, n, 50)
+    assert np.array_equal(philox.feistel_index(positions, n, 2**40 + 1, 4), order[positions])
+    alone = [int(philox.feistel_index(np.array([i]), n, 2**40 + 1, 4)[0]) for i in positions[:5]]
+    assert alone == order[positions[:5]].tolist()
+
+
+@pytest.mark.parametrize("n", [2**31 + 1, 2**40])
+def test_entries_of_huge_orders_are_distinct_and_in_range(n):
+    index = np.concatenate([np.arange(1000), np.arange(n - 1000, n)])
+    rows = philox.feistel_index(index, n, 5, 0)
+    assert rows.min() >= 0
+    assert rows.max() < n
+    assert len(np.unique(rows)) == len(index)
+
+
+def test_feistel_index_leaves_its_argument_alone():
+    index = np.arange(10)
+    philox.feistel_index(index, 10, 0, 0)
+    assert np.array_equal(index, np.arange(10))
+
+
+def test_row_order_is_a_function_of_seed_and_epoch():
+    order = philox.row_order(1000, 1, 2)
+    assert np.array_equal(order, philox.row_order(1000, 1, 2))
+    for seed, epoch in [(2, 2), (1, 3), (1 + 2**32, 2)]:
+        # Two unrelated permutations agree in one place on average (Poisson): 12 has probability 1e-9.
+        assert (order == philox.row_order(1000, seed, epoch)).sum() < 12
+
+
+def test_row_order_is_fair():
+    """Over many epochs each ordered pair of rows comes first equally often: chi-square within five deviations."""
+    n, epochs = 5, 2000
+    first = np.zeros((n, n))
+    for epoch in range(epochs):
+        order = philox.row_order(n, 0, epoch)
+        first[order[0], order[1]] += 1
+    expected = epochs / (n * (n - 1))
+    counts = first[~np.eye(n, dtype=bool)]
+    chi_square, freedom = ((counts - expected) ** 2 / expected).sum(), n * (n - 1) - 1
+    assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
