@@ -1,0 +1,356 @@
+"""Checks of arrays and numbers where the user meets the library, before anything is allocated or written.
+
+Arrays may be NumPy arrays (of any memory order, read-only too), lists, or anything with ``__array__`` or
+``__dlpack__`` in host memory, such as pandas frames and torch tensors. What was given is never written to; an
+array of the wanted dtype in C order is returned as it is, without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+
+Array = npt.NDArray[Any]
+
+
+def as_features(
+    argument: str,
+    value: Any,
+    *,
+    width: int,
+    dtype: npt.DTypeLike,
+    check_finite: bool = True,
+    minimum_rows: int = 1,
+) -> Array:
+    """The input matrix as a C-contiguous ``(n, width)`` array of ``dtype``.
+
+    Raises ShapeError (not two-dimensional, wrong width), DTypeError (not real numbers) and DataError (too few
+    rows; with ``check_finite`` also NaN, infinities and values that ``dtype`` cannot hold).
+    """
+    array = _real(argument, to_array(argument, value))
+    if array.ndim != 2:
+        raise ShapeError(
+            f"{argument}: expected a matrix of shape (n, {width}), got an array of shape {array.shape}; "
+            + _two_dimensional(argument, array.shape, width)
+        )
+    if array.shape[1] != width:
+        other = f", or make a network with MLP([{array.shape[1]}, ...])" if array.shape[1] else ""
+        raise ShapeError(
+            f"{argument}: expected {_plural(width, 'column')}, as many as the network has inputs, got shape "
+            f"{array.shape}; give those {width} features{other}"
+        )
+    if len(array) < minimum_rows:
+        raise DataError(f"{argument}: expected {minimum_rows} or more rows, got {len(array)} (shape {array.shape})")
+    return _converted(argument, array, dtype, check_finite=check_finite)
+
+
+def as_class_labels(
+    argument: str, value: Any, *, classes: int, rows: int | None, ignore_index: int | None = None
+) -> npt.NDArray[np.int64]:
+    """Class indices 0 to ``classes`` - 1 (or ``ignore_index``) as an ``(n,)`` int64 array.
+
+    Accepted: every integer type, bool, and floats with whole values; shape (n,) or one column (n, 1). Raises
+    ShapeError (more columns, or not ``rows`` rows), DTypeError (strings, objects, complex) and DataError
+    (NaN, fractions, indices out of range).
+    """
+    array = to_array(argument, value)
+    if array.dtype.kind not in "biuf":
+        what = "strings" if _holds_strings(array) else f"dtype {array.dtype}"
+        raise DTypeError(
+            f"{argument}: class labels must be integers from 0 to {classes - 1}, got {what}; encode them: "
+            f"names, labels = numpy.unique({argument}, return_inverse=True) (the command line does so itself)"
+        )
+    array = _single_column(argument, array, f"class labels; for one-hot rows give {argument}.argmax(axis=1)")
+    _check_rows(argument, array, rows)
+    if array.dtype.kind == "f":
+        _check_finite(argument, array, array)
+        fractional = array != np.floor(array)
+        if fractional.any():
+            index, place = _first(fractional)
+            raise DataError(
+                f"{argument}: class labels must be whole numbers, got {array[index]} at {place}; for "
+                "real-valued targets choose a regression loss such as 'mse'"
+            )
+    if array.size and (array.min() < 0 or array.max() >= classes):
+        outside = (array < 0) | (array >= classes)
+        if ignore_index is not None:
+            outside &= array != ignore_index
+        if outside.any():
+            index, place = _first(outside)
+            raise DataError(
+                f"{argument}: label {array[index]:.0f} at {place} is not one of the {classes} classes 0 to "
+                f"{classes - 1}; {_label_mend(argument, array, classes)}"
+            )
+    return np.require(array, np.int64, ["C", "A"])
+
+
+def as_values(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
+    """Real targets as a C-contiguous ``(n, width)`` array; a vector counts as one column if ``width`` is 1.
+
+    Raises ShapeError, DTypeError, and DataError for NaN, infinities and values that ``dtype`` cannot hold.
+    """
+    array = _real(argument, to_array(argument, value))
+    if array.ndim == 1 and width == 1:
+        array = array.reshape(-1, 1)
+    if array.ndim != 2 or array.shape[1] != width:
+        raise ShapeError(
+            f"{argument}: expected shape (n, {width}), a column for each output, got shape {array.shape}; "
+            + _target_mend(argument, array, width)
+        )
+    _check_rows(argument, array, rows)
+    return _converted(argument, array, dtype, check_finite=True)
+
+
+def as_binary_targets(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
+    """Targets of the binary cross-entropy, 0 to 1, as an ``(n, width)`` array; errors as ``as_values``."""
+    array = as_values(argument, value, width=width, rows=rows, dtype=dtype)
+    mend = f"for labels -1 and 1 give ({argument} + 1) / 2; for more than two classes use loss 'cross_entropy'"
+    _check_range(argument, array, 0.0, 1.0, "binary cross-entropy takes targets from 0 to 1", mend)
+    return array
+
+
+def as_counts(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
+    """Targets of the Poisson loss, each at least 0 and not necessarily whole; errors as ``as_values``."""
+    array = as_values(argument, value, width=width, rows=rows, dtype=dtype)
+    mend = "use loss 'mse' or 'huber' for targets that may be negative"
+    _check_range(argument, array, 0.0, math.inf, "the Poisson loss takes counts of at least 0", mend)
+    return array
+
+
+def as_probability_rows(argument: str, value: Any, *, classes: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
+    """Soft targets as an ``(n, classes)`` array: every row at least 0 and with sum 1.
+
+    A row that was normalised in arithmetic of unit roundoff u = eps / 2 has a computed normaliser within
+    (classes - 1) u, and each quotient and its storage round once more: its sum lies within (classes + 1) u of
+    1. The bound here is (classes + 2) eps, of the coarser of the given and the wanted type, about twice that.
+    """
+    given = to_array(argument, value)
+    array = as_values(argument, given, width=classes, rows=rows, dtype=dtype)
+    mend = f"divide each row by its sum, or for logits give their softmax ({classes} classes)"
+    _check_range(argument, array, 0.0, math.inf, "class probabilities are at least 0", mend)
+    eps = float(np.finfo(array.dtype).eps)
+    if given.dtype.kind == "f":
+        eps = max(eps, float(np.finfo(given.dtype).eps))
+    sums = array.sum(axis=1, dtype=np.float64)
+    wrong = ~(np.abs(sums - 1.0) <= (classes + 2) * eps)
+    if wrong.any():
+        index, place = _first(wrong)
+        raise DataError(
+            f"{argument}: the probabilities of the {classes} classes must sum to 1, got the sum "
+            f"{sums[index]:.6g} at {place}; {mend}"
+        )
+    return array
+
+
+def as_weights(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeLike) -> Array:
+    """Row weights as an ``(n,)`` array: finite, at least 0, not all zero; one column (n, 1) is accepted."""
+    array = _single_column(argument, _real(argument, to_array(argument, value)), "weights")
+    _check_rows(argument, array, rows)
+    array = _converted(argument, array, dtype, check_finite=True)
+    _check_range(argument, array, 0.0, math.inf, "weights must be at least 0", "give 0 to rows that shall not count")
+    if array.size and not array.any():
+        raise DataError(f"{argument}: all {len(array)} weights are zero; at least one row must count")
+    return array
+
+
+def same_rows(**named: Any) -> None:
+    """ShapeError unless the arrays given by name (``None`` is passed over) have the same number of rows."""
+    counts = {}
+    for argument, value in named.items():
+        if value is not None:
+            shape = value.shape if hasattr(value, "shape") else to_array(argument, value).shape
+            if not shape:
+                raise ShapeError(f"{argument}: expected an array with rows, got the single value {value!r}")
+            counts[argument] = int(shape[0])
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{argument} has {count}" for argument, count in counts.items())
+        raise ShapeError(f"the numbers of rows differ: {listed}; give one row of each for every example")
+
+
+def as_count(argument: str, value: Any, *, minimum: int = 1) -> int:
+    """A whole number of at least ``minimum``. bool and floats are refused, NumPy's integers accepted."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError("a truth value is no count")
+        count = operator.index(value)
+    except TypeError as error:
+        mend = f"; write {value:.0f}" if isinstance(value, float) and value.is_integer() else ""
+        raise ArgumentTypeError(
+            f"{argument}: expected a whole number of at least {minimum}, got {value!r} ({type(value).__name__}){mend}"
+        ) from error
+    if count < minimum:
+        raise ArgumentError(f"{argument}: expected a whole number of at least {minimum}, got {count}")
+    return count
+
+
+def as_number(
+    argument: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """A finite real number between ``low`` and ``high``; an open end does not include its bound."""
+    wanted = "a finite number" + _interval(low, high, low_open, high_open)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise ArgumentTypeError(f"{argument}: expected {wanted}, got {value!r} ({type(value).__name__})")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    below = low is not None and (number < low or (low_open and number == low))
+    above = high is not None and (number > high or (high_open and number == high))
+    if below or above or not math.isfinite(number):
+        raise ArgumentError(f"{argument}: expected {wanted}, got {value!r}")
+    return number
+
+
+def to_array(argument: str, value: Any) -> Array:
+    """What the user gave as a plain ndarray of whatever shape and dtype, without a copy where possible."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray) and value.mask is not np.ma.nomask and value.mask.any():
+        raise DataError(f"{argument}: got {value.mask.sum()} masked values; fill them: {argument}.filled(value)")
+    if type(value).__module__.startswith("scipy.sparse"):
+        raise ArgumentTypeError(f"{argument}: sparse matrices are not supported; give {argument}.toarray()")
+    try:
+        if getattr(value, "requires_grad", False):
+            # a torch tensor; the values are read, and nothing flows back
+            value = value.detach()
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except ValueError as error:
+        raise ShapeError(f"{argument}: the rows of this {type(value).__name__} differ in length") from error
+    except (TypeError, AttributeError, RuntimeError, BufferError) as error:
+        raise ArgumentTypeError(
+            f"{argument}: this {type(value).__module__}.{type(value).__name__} cannot be read as a NumPy "
+            f"array ({error}); for a tensor give {argument}.detach().float().cpu()"
+        ) from error
+
+
+def _real(argument: str, array: Array) -> Array:
+    if array.dtype.kind in "biuf":
+        return array
+    what = "strings" if _holds_strings(array) else f"dtype {array.dtype}"
+    raise DTypeError(
+        f"{argument}: expected real numbers, got {what}; encode categories, dates or complex parts as "
+        f"numbers, then convert: numpy.asarray({argument}, dtype=float)"
+    )
+
+
+def _holds_strings(array: Array) -> bool:
+    return array.dtype.kind in "USOT" and array.size > 0 and isinstance(array.flat[0], (str, bytes))
+
+
+def _converted(argument: str, array: Array, dtype: npt.DTypeLike, *, check_finite: bool) -> Array:
+    result = array
+    if array.dtype != dtype or not (array.flags.c_contiguous and array.flags.aligned):
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = np.require(array, dtype, ["C", "A"])
+    if check_finite:
+        _check_finite(argument, array, result)
+    return result
+
+
+def _check_finite(argument: str, given: Array, result: Array) -> None:
+    # A sum is quick. It is not finite if an element is not, or if it overflows: then the elements are looked at.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(result.sum()):
+            return
+    bad = ~np.isfinite(result)
+    if not bad.any():
+        return
+    index, place = _first(bad)
+    value = given[index]
+    if np.isfinite(value):
+        raise DataError(
+            f"{argument}: {value} at {place} is beyond the largest {result.dtype}, "
+            f"{np.finfo(result.dtype).max:.4g}; scale the data, or use precision='fp64'"
+        )
+    mend = "fill in or drop missing values" if np.isnan(value) else "clip or drop infinite values"
+    raise DataError(f"{argument}: expected finite numbers, got {value} at {place}; {mend}")
+
+
+def _check_range(argument: str, array: Array, low: float, high: float, rule: str, mend: str) -> None:
+    if array.size and (array.min() < low or array.max() > high):
+        index, place = _first((array < low) | (array > high))
+        raise DataError(f"{argument}: {rule}, got {array[index]:.6g} at {place}; {mend}")
+
+
+def _first(bad: Array) -> tuple[tuple[int, ...], str]:
+    """The index of the first True, and in words its place and the number of the others."""
+    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+    place = ", ".join(f"{name} {i}" for name, i in zip(("row", "column"), index, strict=False))
+    others = int(np.count_nonzero(bad)) - 1
+    return index, f"{place} (and {others} more)" if others else place
+
+
+def _check_rows(argument: str, array: Array, rows: int | None) -> None:
+    if rows is not None and len(array) != rows:
+        raise ShapeError(
+            f"{argument}: expected {_plural(rows, 'row')}, as many as the features have, got {len(array)} "
+            f"(shape {array.shape})"
+        )
+
+
+def _single_column(argument: str, array: Array, wanted: str) -> Array:
+    if array.ndim == 1:
+        return array
+    if array.ndim == 2 and array.shape[1] == 1:
+        return array.reshape(-1)
+    raise ShapeError(f"{argument}: got shape {array.shape}, expected (n,): one column of {wanted}")
+
+
+def _two_dimensional(argument: str, shape: tuple[int, ...], width: int) -> str:
+    if len(shape) > 2:
+        return f"flatten each example: {argument}.reshape(len({argument}), -1)"
+    if not shape:
+        return "give one row for every example"
+    if not shape[0]:
+        return "it is empty: give one row for every example"
+    if width == 1 and shape[0] != 1:
+        return f"for a single feature give {argument}.reshape(-1, 1)"
+    return f"for a single example give {argument}.reshape(1, -1)"
+
+
+def _target_mend(argument: str, array: Array, width: int) -> str:
+    if array.ndim == 1 and width > 1 and array.dtype.kind in "biu":
+        return f"for class labels use loss 'cross_entropy', or one-hot rows: numpy.eye({width})[{argument}]"
+    if array.ndim == 1:
+        return f"the network has {width} outputs, so each row needs {width} values"
+    if array.ndim == 2:
+        return f"give {_plural(width, 'column')}, or make the network's last width {array.shape[1]}"
+    return f"give a matrix: {argument}.reshape(len({argument}), -1)"
+
+
+def _label_mend(argument: str, array: Array, classes: int) -> str:
+    low, high = int(array.min()), int(array.max())
+    if low == 1 and high == classes:
+        return f"the labels start at 1: give {argument} - 1"
+    if low == -1 and high == 1 and not (array == 0).any():
+        return f"for labels -1 and 1 give ({argument} + 1) // 2"
+    mend = f"number the classes from 0 without gaps: numpy.unique({argument}, return_inverse=True)[1]"
+    return mend if low < 0 else f"make the network's last width {high + 1}, or {mend}"
+
+
+def _interval(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
+    parts = []
+    if low is not None:
+        parts.append(f"above {low:g}" if low_open else f"of at least {low:g}")
+    if high is not None:
+        parts.append(f"below {high:g}" if high_open else f"at most {high:g}")
+    return " " + " and ".join(parts) if parts else ""
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
