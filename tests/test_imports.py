@@ -35,7 +35,7 @@ LAYERS = (
 )
 # Methods of a lower module that hand over to a higher one: (importer, imported), only inside functions.
 HANDOVERS = frozenset({("engine", "training"), ("engine", "checkpoint")})
-# The modules of fusemlp that know the backends; all the others see only the shared descriptions, definitions and errors.
+# The modules of fusemlp that know the backends; the others see only shared descriptions, definitions and errors.
 BACKEND_USERS = ("engine", "execution", "fleet")
 SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels.philox")
 # Libraries that are imported in these modules (and what lies inside them) and nowhere else.

@@ -157,6 +157,13 @@ def as_weights(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeL
     _check_range(argument, array, 0.0, math.inf, "weights must be at least 0", "give 0 to rows that shall not count")
     if array.size and not array.any():
         raise DataError(f"{argument}: all {len(array)} weights are zero; at least one row must count")
+    with np.errstate(over="ignore"):
+        total = array.sum()
+    if not np.isfinite(total):
+        raise DataError(
+            f"{argument}: the sum of the weights is beyond the largest {array.dtype}; only their proportions matter: "
+            f"divide by the greatest, {array.max():.6g}"
+        )
     return array
 
 
@@ -223,7 +230,7 @@ def to_array(argument: str, value: Any) -> Array:
     if type(value).__module__.startswith("scipy.sparse"):
         raise ArgumentTypeError(f"{argument}: sparse matrices are not supported; give {argument}.toarray()")
     try:
-        if getattr(value, "requires_grad", False):
+        if getattr(value, "requires_grad", None) is True:
             # a torch tensor; the values are read, and nothing flows back
             value = value.detach()
         if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import bind, slope_operands
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -27,20 +28,17 @@ from strategies import (
 )
 from tolerance import assert_within, bound, grad_input_bound, grad_slope_bound, linear_bound
 
-import fusemlp_kernels
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
     BATCH_INDEX,
     COUNTERS,
     NEEDS_Z,
-    OPS,
     ROW_COUNT,
     Dropout,
     ScheduleSpec,
     UpdateRule,
 )
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from fusemlp_kernels.philox import dropout_keep
 
 RATES = (0.1, 0.5, 0.9)
@@ -50,26 +48,12 @@ LEARNED_SLOPES = (*SLOPES, -0.4)
 SGD = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
 
 
-def backend(precision):
-    return fusemlp_kernels.backend("numpy", None, precision)
-
-
-def bind(precision, op, **operands):
-    return backend(precision).bind(op, **operands)
-
-
 @st.composite
 def slopes(draw, activation):
     """The operands slope and slope_param, and the slope as the oracle takes it."""
     if activation == "leaky_relu":
         return draw(st.sampled_from(SLOPES))
     return draw(st.sampled_from(LEARNED_SLOPES)) if activation == "prelu" else 0.0
-
-
-def slope_operands(activation, slope, dtype):
-    if activation == "prelu":
-        return {"slope_param": np.full(1, slope, dtype)}
-    return {"slope": slope} if activation == "leaky_relu" else {}
 
 
 def rounded_slope(activation, slope, dtype):
@@ -284,127 +268,26 @@ def test_grad_weight(layers, m, by_row, accumulate, slope_count, precision, seed
     assert counters[BATCH_INDEX] == 2 * accumulate - 1
 
 
-def test_every_op_is_bound_here():
-    from fusemlp_kernels.numpy.backend import BINDERS
-
-    assert tuple(sorted(BINDERS)) == tuple(sorted(OPS))
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_nan_goes_through_a_layer_and_its_derivative(activation, rate):
-    slope = {"leaky_relu": 0.1, "prelu": 0.2}.get(activation, 0.0)
-    slopes_given = slope_operands(activation, slope, np.float32)
-    x, w, b = np.ones((4, 3), np.float32), np.ones((20, 3), np.float32), np.ones(20, np.float32)
-    x[1, 1], w[2, 0], b[5] = np.nan, np.nan, np.nan
-    y, z = np.zeros((4, 20), np.float32), np.zeros((4, 20), np.float32)
-    keep, counters = np.zeros((4, 20), np.bool_), np.zeros(COUNTERS, np.int64)
-    dropped = {"dropout": Dropout(rate, 0, 7), "counters": counters, "keep": keep} if rate else {}
-    bind("fp32", "linear", x=x, w=w, b=b, y=y, z=z, activation=activation, **slopes_given, **dropped)()
-    wanted = np.zeros((4, 20), np.bool_)
-    wanted[1], wanted[:, 2], wanted[:, 5] = True, True, True
-    # a dropped element is zero, whatever it was
-    np.testing.assert_array_equal(np.isnan(y), wanted & keep if rate else wanted)
-
-    dz, w_next, dz_prev = np.ones((4, 2), np.float32), np.ones((2, 20), np.float32), np.zeros((4, 20), np.float32)
-    dz[3, 0] = np.nan
-    dslope = {"dslope": np.zeros(1, np.float32)} if activation == "prelu" else {}
-    operands = {"dz": dz, "w": w_next, "y": y, "z": z, "dz_prev": dz_prev, "activation": activation}
-    bind("fp32", "grad_input", **operands, **slopes_given, **dslope, **dropped)()
-    kept = keep if rate else np.ones_like(wanted)
-    factor = reference.activation_grad(activation, np.where(wanted, np.nan, 1.0), slope)
-    through = wanted & kept & np.isnan(factor)
-    through[3] |= kept[3]
-    np.testing.assert_array_equal(np.isnan(dz_prev)[kept], through[kept])
-    if dslope:
-        assert np.isnan(dslope["dslope"])
-
-
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "gelu", "silu"])
-def test_saturated_activations_neither_overflow_nor_lose_their_limit(activation):
-    x = np.array([[-1e4], [-1e3], [1e3], [1e4]], np.float32)
-    w, b, y = np.ones((1, 1), np.float32), np.zeros(1, np.float32), np.zeros((4, 1), np.float32)
-    bind("fp32", "linear", x=x, w=w, b=b, y=y, activation=activation)()
-    assert_within(y, reference.activation(activation, exact(x)), 0.0)
-
-
-@pytest.mark.parametrize("k", [1, 17, 128, 784])
-def test_the_bound_tells_tf32_from_fp32(k):
-    """A bound that lets rounded inputs pass would prove nothing; random signs, so that errors do not add up."""
-    values = Values(k, "fp32")
-    x, w, b = values.normal(64, k), values.normal(48, k), np.zeros(48, np.float32)
-    y = np.zeros((64, 48), np.float32)
-    bind("fp32", "linear", x=tf32(x), w=tf32(w), b=b, y=y, activation="identity")()
-    _, limit = linear_bound(exact(x), exact(w), exact(b), "identity", 0.0, None, 0.0, UNITS["fp32"])
-    expected = reference.linear(exact(x), exact(w), exact(b))
-    with pytest.raises(AssertionError, match="out of bound"):
-        assert_within(y, expected, limit)
-    bind("fp32", "linear", x=x, w=w, b=b, y=y, activation="identity")()
-    assert_within(y, expected, limit)
-
-
-def tf32(x):
-    """x rounded to the ten bits of mantissa that TF32 keeps."""
-    bits = x.view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-def test_the_bound_tells_a_forgotten_product_from_rounding():
-    values = Values(5, "fp32")
-    x, w, b = values.normal(16, 784), values.normal(8, 784), values.normal(8)
-    y = np.zeros((16, 8), np.float32)
-    _, limit = linear_bound(exact(x), exact(w), exact(b), "identity", 0.0, None, 0.0, UNITS["fp32"])
-    expected = reference.linear(exact(x), exact(w), exact(b))
-    for change in ({"x": x[:, :-1], "w": w[:, :-1]}, {"b": np.zeros_like(b)}):
-        bind("fp32", "linear", **{"x": x, "w": w, "b": b, "y": y, "activation": "identity", **change})()
-        with pytest.raises(AssertionError, match="out of bound"):
-            assert_within(y, expected, limit)
-
-
-def test_memory_is_aligned_zeroed_and_viewed_by_pitch():
-    numpy = backend("fp32")
-    for dtype, kind in (("real", np.float32), ("float64", np.float64), ("int64", np.int64), ("bool", np.bool_)):
-        flat = numpy.allocate(100, dtype)
-        assert flat.dtype == kind and flat.shape == (100,) and not flat.any() and flat.ctypes.data % 256 == 0
-    flat = numpy.allocate(100, "real")
-    view = numpy.view(flat, 10, (4, 5), 8)
-    view[...] = np.arange(20).reshape(4, 5)
-    np.testing.assert_array_equal(flat[10:42].reshape(4, 8)[:, :5], view)
-    assert flat.sum() == view.sum() == 190
-    assert numpy.view(flat, 10, (3,), 3).base is not None
-    numpy.copy_into(view, np.ones((4, 5)))
-    copy = numpy.to_host(view)
-    assert copy.flags.c_contiguous and copy.sum() == 20 and not np.shares_memory(copy, flat)
-    assert numpy.allocate(0, "real").size == 0
-
-
-@pytest.mark.parametrize("shape, pitch", [((0, 5), 5), ((4, 0), 0), ((0, 0), 0), ((0,), 0)])
-def test_views_may_be_empty(shape, pitch):
-    numpy = backend("fp64")
-    assert numpy.view(numpy.allocate(0, "real"), 0, shape, pitch).shape == shape
-
-
-def test_what_does_not_exist_is_refused_by_name():
-    with pytest.raises(ArgumentError, match="did you mean 'numpy'"):
-        fusemlp_kernels.backend("nunpy", None, "fp32")
-    with pytest.raises(ArgumentError, match="precision: unknown name 'fp23'"):
-        fusemlp_kernels.backend("numpy", None, "fp23")
-    with pytest.raises(BackendUnavailableError, match="offers fp32 and fp64, got 'bf16'"):
-        fusemlp_kernels.backend("numpy", None, "bf16")
-    with pytest.raises(BackendUnavailableError, match="runs on 'cpu', got 'cuda:0'"):
-        fusemlp_kernels.backend("numpy", "cuda:0", "fp32")
-    with pytest.raises(ArgumentError, match="did you mean 'linear'"):
-        bind("fp32", "liner")
-    with pytest.raises(ArgumentTypeError, match="advance: .*missing"):
-        bind("fp32", "advance", rule=SGD)
-
-
-def test_the_registry_says_what_works():
-    reasons = fusemlp_kernels.availability()
-    assert list(reasons) == list(fusemlp_kernels.TRAITS) and reasons["numpy"] is None
-    for name, reason in reasons.items():
-        if reason is not None:
-            with pytest.raises(BackendUnavailableError, match="not available"):
-                fusemlp_kernels.backend(name, None, "fp32")
-    assert reasons[fusemlp_kernels.choose()] is None
-    assert fusemlp_kernels.backend("auto", None, "fp32").traits.name == fusemlp_kernels.choose()
+@pytest.mark.parametrize("shape", [(300, 301), (3, 70_000)])
+def test_layers_of_many_blocks(activation, shape):
+    """More elements than a pass over them takes at a time, in rows and in columns."""
+    values, (m, k) = Values(9, "fp32"), shape
+    slope = rounded_slope(activation, 0.3, np.float32) if activation in ("leaky_relu", "prelu") else 0.0
+    slope_given = slope_operands(activation, slope, np.float32)
+    x, w, b, y = values.normal(m, 4), values.normal(k, 4), values.normal(k), poisoned((m, k), np.float32)
+    bind("fp32", "linear", x=x, w=w, b=b, y=y, activation=activation, **slope_given)()
+    _, limit = linear_bound(exact(x), exact(w), exact(b), activation, slope)
+    assert_within(y, reference.linear(exact(x), exact(w), exact(b), activation, slope), limit)
+    dz, w, z, dz_prev = values.normal(m, 5), values.normal(5, k), values.normal(m, k), poisoned((m, k), np.float32)
+    operands = {"dz": dz, "w": w, "dz_prev": dz_prev, "activation": activation, **slope_given}
+    operands["y"] = reference.activation(activation, exact(z), slope).astype(np.float32)
+    operands |= {"z": z} if activation in NEEDS_Z else {}
+    dslope = poisoned(1, np.float32) if activation == "prelu" else None
+    bind("fp32", "grad_input", **operands, dslope=dslope)()
+    dz, w, z = exact(dz), exact(w), exact(z)
+    expected = reference.grad_input(dz, w, z, activation, slope)
+    assert_within(dz_prev, expected, grad_input_bound(dz, w, z, activation, slope))
+    if dslope is not None:
+        dy, dy_bound = dz @ w, bound(5, np.abs(dz) @ np.abs(w))
+        assert_within(dslope, reference.grad_slope(dy, z), grad_slope_bound(dy, z, dy_bound))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import bind, run_loss
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -27,7 +28,6 @@ from strategies import (
 )
 from tolerance import activation_bound, assert_within, bound, grad_slope_bound, linear_bound, loss_grad_bound
 
-import fusemlp_kernels
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
@@ -46,10 +46,6 @@ from fusemlp_kernels.errors import ArgumentError
 
 SLOPE = {"leaky_relu": 0.1, "prelu": 0.25}
 SOURCE_ROWS = 29
-
-
-def bind(precision, op, **operands):
-    return fusemlp_kernels.backend("numpy", None, precision).bind(op, **operands)
 
 
 @dataclass(frozen=True)
@@ -93,12 +89,14 @@ def loss_cases(draw):
     # half of the cases go to the loss with the most options
     kind = draw(st.one_of(st.just("cross_entropy"), st.sampled_from(LOSSES)))
     cross_entropy = kind == "cross_entropy"
+    # and half of those to what most people ask of it, which has a way of its own
+    weighted = not cross_entropy or draw(st.booleans())
     spec = LossSpec(
         kind,
         reduction=draw(st.sampled_from(("mean", "sum"))),
         label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.7))) if cross_entropy else 0.0,
-        ignore_index=draw(st.sampled_from((None, None, 0, 1, -100))) if cross_entropy else None,
-        soft=cross_entropy and draw(st.booleans()),
+        ignore_index=draw(st.sampled_from((None, None, 0, 1, -100))) if cross_entropy and weighted else None,
+        soft=cross_entropy and weighted and draw(st.booleans()),
         delta=draw(st.sampled_from((1.0, 0.25, 3.0))),
         quantile=draw(st.sampled_from((0.5, 0.1, 0.95))),
         accuracy=draw(st.booleans()),
@@ -110,8 +108,8 @@ def loss_cases(draw):
         n=draw(st.one_of(sizes(1), st.sampled_from((10, 511, 512, 513, 700)))),
         short=draw(st.integers(0, 3)),
         by_row=draw(st.booleans()),
-        weights=draw(st.sampled_from(("none", "none", "some", "sparse", "zero"))),
-        class_weights=draw(st.sampled_from(("none", "some", "sparse"))) if cross_entropy else "none",
+        weights=draw(st.sampled_from(("none", "none", "some", "sparse", "zero"))) if weighted else "none",
+        class_weights=draw(st.sampled_from(("none", "some", "sparse"))) if cross_entropy and weighted else "none",
         activation="identity" if cross_entropy else draw(st.sampled_from(("identity", *ACTIVATIONS))),
         layouts=(draw(layouts), draw(layouts), draw(layouts)),
         output_layout=draw(output_layouts),
@@ -157,6 +155,7 @@ class Loss:
         self.target = place(targets_of(case, values, rows), case.layouts[1])
         weight = weights_of(case.weights, values, rows)
         self.weight = None if weight is None else place(weight, case.layouts[2])
+        self.target_values, self.weight_values = np.array(self.target), None if weight is None else weight.copy()
         self.class_weight = weights_of(case.class_weights, values, case.n)
         self.rows = padded_rows(values.rng, case.m, case.m, rows)
         self.counters, self.stats = np.zeros(COUNTERS, np.int64), np.arange(float(STATS))
@@ -189,9 +188,22 @@ class Loss:
         if self.case.by_row:
             self.rows[:] = padded_rows(self.values.rng, count, self.case.m, SOURCE_ROWS)
             index = self.rows[:count]
+        else:
+            self._spoil_padding(count)
         self.stats[...] = np.arange(float(STATS))
         target = self.target[index] if self.case.classes else exact(self.target[index])
         return target, None if self.weight is None else exact(self.weight[index])
+
+    def _spoil_padding(self, count):
+        """What lies behind the last row counts for nothing, whatever it is."""
+        arrays = [] if self.case.classes else [(self.target, self.target_values)]
+        arrays += [] if self.weight is None else [(self.weight, self.weight_values)]
+        for array, values in arrays:
+            writeable = array.flags.writeable
+            array.flags.writeable = True
+            array[...] = values
+            array[count:] = np.nan
+            array.flags.writeable = writeable
 
     def check(self, count, dz, z, target, weight, z_bound=0.0):
         """Compares what a run has written with the oracle; z (count, n) is exact or known within z_bound."""
@@ -261,7 +273,6 @@ def test_loss_grad(case):
     z = place(np.zeros((m, n)), case.output_layout if in_place else case.layouts[0], case.dtype)
     dz = {"in place": z, "apart": poisoned((m, n), case.dtype, case.output_layout), "none": None}[case.dz]
     run = bind(case.precision, "loss_grad", z=z, dz=dz, **loss.operands)
-    inputs = loss.inputs
     for count in (max(m - case.short, 0), m, max(m - case.short, 0)):
         logits = values.normal(m, n, scale=2.0)
         # what lies in the padding counts for nothing
@@ -270,6 +281,7 @@ def test_loss_grad(case):
         z[...] = logits
         z.flags.writeable = in_place or case.layouts[0] != "read-only"
         target, weight = loss.batch(count)
+        inputs = loss.inputs
         run()
         loss.check(count, dz, exact(logits[:count]), target, weight)
         inputs.check()
@@ -293,11 +305,12 @@ def test_linear_loss_grad(case, k, by_x_row):
     if by_x_row:
         operands |= {"x_rows": x_rows, "gathered": poisoned((m, k), case.dtype, case.output_layout)}
     run = bind(case.precision, "linear_loss_grad", **operands)
-    inputs, layer = loss.inputs, Unchanged(x, w, b)
+    layer = Unchanged(x, w, b)
     for count in (max(m - case.short, 0), m, max(m - case.short, 0)):
         target, weight = loss.batch(count)
         if by_x_row and not case.by_row:
             x_rows[:] = padded_rows(values.rng, count, m, SOURCE_ROWS)
+        inputs = loss.inputs
         run()
         batch = exact(x)[x_rows[:count]] if by_x_row else exact(x)[:count]
         z = reference.linear(batch, exact(w), exact(b))
@@ -305,37 +318,6 @@ def test_linear_loss_grad(case, k, by_x_row):
         loss.check(count, dz, z, target, weight, z_bound)
         inputs.check()
         layer.check()
-
-
-def run_loss(spec, z, target, precision="fp64", **operands):
-    """The loss and dz of one batch without padding, and the stats."""
-    dz, counters, stats = np.full_like(z, np.nan), np.zeros(COUNTERS, np.int64), np.zeros(STATS)
-    counters[ROW_COUNT] = len(z)
-    bind(precision, "loss_grad", z=z, dz=dz, target=target, loss=spec, counters=counters, stats=stats, **operands)()
-    return stats[LAST_LOSS], dz, stats
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("options", ["plain", "weighted", "soft"])
-def test_nan_goes_through_every_loss(kind, options):
-    z = np.random.default_rng(3).standard_normal((4, 3))
-    z[2, 1] = np.nan
-    soft = options == "soft" or kind != "cross_entropy"
-    target = np.full((4, 3), 0.25) if soft else np.array([0, 2, 1, 0])
-    weight = np.array([1.0, 2.0, 0.5, 1.0]) if options == "weighted" else None
-    spec = LossSpec(kind, soft=soft and kind == "cross_entropy", accuracy=True)
-    loss, dz, _ = run_loss(spec, z, target, weight=weight)
-    assert np.isnan(loss)
-    np.testing.assert_array_equal(np.isnan(dz), np.isnan(reference.loss_grad(spec, z, target, weight)[1]))
-    assert np.isnan(dz[2, 1]) and not np.isnan(dz[[0, 1, 3]]).any()
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-def test_a_weight_that_is_nan_makes_the_loss_nan(kind):
-    z, weight = np.zeros((2, 3)), np.array([1.0, np.nan])
-    target = np.array([0, 1]) if kind == "cross_entropy" else np.zeros((2, 3))
-    loss, _, _ = run_loss(LossSpec(kind), z, target, weight=weight)
-    assert np.isnan(loss)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -355,40 +337,6 @@ def test_a_batch_of_ignored_labels_gives_zero(classes):
     assert loss == 0.0 and not dz.any() and not stats.any()
 
 
-def test_logits_of_any_size_overflow_nowhere():
-    z = np.array([[8e4, -8e4, 0.0], [-3e4, 2e4, 1e4]], np.float32)
-    for kind in ("cross_entropy", "binary_cross_entropy"):
-        target = np.array([1, 1]) if kind == "cross_entropy" else np.array([[0, 1, 0], [0, 1, 1]], np.float32)
-        spec = LossSpec(kind)
-        loss, dz, _ = run_loss(spec, z, target, "fp32")
-        expected = reference.loss_grad(spec, exact(z), target)
-        limits = loss_grad_bound(spec, exact(z), target)
-        assert_within(loss, expected[0], limits[0])
-        assert_within(dz, expected[1], limits[1])
-
-
 def test_cross_entropy_wants_logits():
-    with pytest.raises(ArgumentError, match="takes logits.*got 'relu'"):
+    with pytest.raises(ArgumentError, match=r"takes logits.*got 'relu'"):
         run_loss(LossSpec("cross_entropy"), np.zeros((2, 3)), np.zeros(2, np.int64), activation="relu")
-
-
-def test_the_bound_tells_the_options_of_a_loss_apart():
-    values = Values(6, "fp32")
-    z, target, weight = values.normal(32, 10), values.integers(10, 32), values.uniform(0.5, 1.5, 32)
-    spec = LossSpec("cross_entropy", label_smoothing=0.1)
-    loss, dz = reference.loss_grad(spec, exact(z), target, exact(weight))
-    limits = loss_grad_bound(spec, exact(z), target, exact(weight))
-    for other, operands in (
-        (LossSpec("cross_entropy", label_smoothing=0.101), {"weight": weight}),
-        (spec, {"weight": weight * np.float32(1 + 1e-3) ** np.arange(32, dtype=np.float32)}),
-        (LossSpec("cross_entropy", label_smoothing=0.1, reduction="sum"), {"weight": weight}),
-        (spec, {}),
-    ):
-        wrong_loss, wrong_dz, _ = run_loss(other, z, target, "fp32", **operands)
-        with pytest.raises(AssertionError, match="out of bound"):
-            assert_within(wrong_loss, loss, limits[0])
-        with pytest.raises(AssertionError, match="out of bound"):
-            assert_within(wrong_dz, dz, limits[1])
-    right_loss, right_dz, _ = run_loss(spec, z, target, "fp32", weight=weight)
-    assert_within(right_loss, loss, limits[0])
-    assert_within(right_dz, dz, limits[1])

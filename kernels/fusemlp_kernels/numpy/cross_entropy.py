@@ -11,6 +11,7 @@ weights, sample weights and the division by the normaliser only change ``t`` and
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
@@ -66,8 +67,11 @@ def bind_cross_entropy(
     add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
     take, exp, log = np.take, np.exp, np.log
 
+    # one item is read or written twice as quickly through a memoryview
+    counter, statistic = counters.data, cast("memoryview[float]", stats.data)
+
     def run() -> None:
-        count = int(counters[ROW_COUNT])
+        count = counter[ROW_COUNT]
         normaliser, scored = fill(count)
         z.argmax(1, largest)
         add(largest, start_of_row, index)
@@ -79,8 +83,8 @@ def bind_cross_entropy(
             if ignored is not None:
                 np.not_equal(labels, ignored, asked)
                 np.logical_and(right, asked, right)
-            stats[CORRECT] += np.count_nonzero(right[:count])
-            stats[SCORED] += scored
+            statistic[CORRECT] += np.count_nonzero(right[:count])
+            statistic[SCORED] += scored
         subtract(z, shift, dz)
         if count < rows:
             # padding may hold anything; from here on it is a row of equal logits without weight
@@ -93,12 +97,12 @@ def bind_cross_entropy(
         divide(mass, sums, sums)
         multiply(dz, factor_column, dz)
         subtract(dz, t, dz)
-        stats[LAST_LOSS] = value
+        statistic[LAST_LOSS] = value
         if mean:
-            stats[LOSS_SUM] += value * normaliser
-            stats[NORM_SUM] += normaliser
+            statistic[LOSS_SUM] += value * normaliser
+            statistic[NORM_SUM] += normaliser
         else:
-            stats[LOSS_SUM] += value
+            statistic[LOSS_SUM] += value
 
     return run
 
@@ -212,6 +216,8 @@ def _bind_soft(
         if class_weight is not None:
             np.multiply(t, class_weight, out=t)
         np.multiply(t, factor_column, out=t)
+        if count < rows:
+            t[count:] = 0.0
         sum_rows()
         return normaliser, count
 

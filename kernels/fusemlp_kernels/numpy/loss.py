@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -160,12 +160,14 @@ def _bind_elementwise(
     total = blas.dot(sums, factors)
     column = factors[:, None]
 
+    counter, statistic = counters.data, cast("memoryview[float]", stats.data)
+
     def run() -> None:
-        count = int(counters[ROW_COUNT])
+        count = counter[ROW_COUNT]
         if hits is not None:
             correct, scored = hits(count)
-            stats[CORRECT] += correct
-            stats[SCORED] += scored
+            statistic[CORRECT] += correct
+            statistic[SCORED] += scored
         values.run()
         if weight is None:
             factors.fill(1.0)
@@ -181,14 +183,14 @@ def _bind_elementwise(
         value = total()
         if mean:
             scale = 1.0 / normaliser if normaliser else 0.0
-            stats[LOSS_SUM] += value
-            stats[NORM_SUM] += normaliser
+            statistic[LOSS_SUM] += value
+            statistic[NORM_SUM] += normaliser
             value *= scale
             np.multiply(factors, scale, out=factors)
         else:
-            stats[LOSS_SUM] += value
+            statistic[LOSS_SUM] += value
         np.multiply(d, column, out=d)
-        stats[LAST_LOSS] = value
+        statistic[LAST_LOSS] = value
 
     return run
 

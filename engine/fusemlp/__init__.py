@@ -1,0 +1,138 @@
+"""Multi-layer perceptrons trained by fused kernels.
+
+The public names, each loaded when it is first touched (PEP 562), so that ``import fusemlp`` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fusemlp._version import __version__
+
+if TYPE_CHECKING:
+    from fusemlp.checkpoint import load_checkpoint
+    from fusemlp.data import load_data
+    from fusemlp.engine import Engine
+    from fusemlp.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
+    from fusemlp.network import MLP, Activation, LeakyReLU, PReLU
+    from fusemlp.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
+    from fusemlp.schedules import (
+        Constant,
+        Cosine,
+        Exponential,
+        OneCycle,
+        ReduceOnPlateau,
+        Schedule,
+        StepDecay,
+    )
+    from fusemlp.training import Callback, History
+    from fusemlp_kernels.errors import (
+        ArgumentError,
+        ArgumentTypeError,
+        BackendUnavailableError,
+        CheckpointError,
+        DataError,
+        DivergenceError,
+        DTypeError,
+        FusemlpError,
+        ShapeError,
+    )
+
+__all__ = [
+    "MAE",
+    "MLP",
+    "MSE",
+    "SGD",
+    "Activation",
+    "Adam",
+    "AdamW",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BackendUnavailableError",
+    "BinaryCrossEntropy",
+    "Callback",
+    "CheckpointError",
+    "Constant",
+    "Cosine",
+    "CrossEntropy",
+    "DTypeError",
+    "DataError",
+    "DivergenceError",
+    "Engine",
+    "Exponential",
+    "FusemlpError",
+    "History",
+    "Huber",
+    "LeakyReLU",
+    "Loss",
+    "OneCycle",
+    "Optimizer",
+    "PReLU",
+    "ParameterOptions",
+    "Poisson",
+    "Quantile",
+    "ReduceOnPlateau",
+    "Schedule",
+    "ShapeError",
+    "StepDecay",
+    "__version__",
+    "load_checkpoint",
+    "load_data",
+]
+
+_NAMES = {
+    "fusemlp.checkpoint": ("load_checkpoint",),
+    "fusemlp.data": ("load_data",),
+    "fusemlp.engine": ("Engine",),
+    "fusemlp.losses": (
+        "BinaryCrossEntropy",
+        "CrossEntropy",
+        "Huber",
+        "Loss",
+        "MAE",
+        "MSE",
+        "Poisson",
+        "Quantile",
+    ),
+    "fusemlp.network": ("Activation", "LeakyReLU", "MLP", "PReLU"),
+    "fusemlp.optimizers": ("Adam", "AdamW", "Optimizer", "ParameterOptions", "SGD"),
+    "fusemlp.schedules": (
+        "Constant",
+        "Cosine",
+        "Exponential",
+        "OneCycle",
+        "ReduceOnPlateau",
+        "Schedule",
+        "StepDecay",
+    ),
+    "fusemlp.training": ("Callback", "History"),
+    "fusemlp_kernels.errors": (
+        "ArgumentError",
+        "ArgumentTypeError",
+        "BackendUnavailableError",
+        "CheckpointError",
+        "DTypeError",
+        "DataError",
+        "DivergenceError",
+        "FusemlpError",
+        "ShapeError",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+# Modules that are reached as attributes, as in ``fusemlp.schedules.SCHEDULES``.
+_SUBMODULES = frozenset(module.removeprefix("fusemlp.") for module in _NAMES if module.startswith("fusemlp."))
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fusemlp.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fusemlp' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,0 +1,8 @@
+"""``python -m fusemlp`` is the ``fusemlp`` command."""
+
+from __future__ import annotations
+
+from fusemlp.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""``fusemlp plan``: the step program of a network, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusemlp.commands.recipe import network
+from fusemlp.engine import plan_text
+
+
+def plan(
+    sizes: Sequence[int],
+    *,
+    batch_size: int,
+    backend: str,
+    precision: str,
+    activation: str,
+    output_activation: str,
+    dropout: str,
+    loss: str,
+    optimizer: str,
+) -> None:
+    """Print the program; no device and no library of the backend is needed for it."""
+    net = network(sizes, activation=activation, output_activation=output_activation, dropout=dropout)
+    print(plan_text(net, loss=loss, optimizer=optimizer, batch_size=batch_size, backend=backend, precision=precision))

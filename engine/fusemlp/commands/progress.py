@@ -1,0 +1,89 @@
+"""Progress of a training on stderr: a bar on a terminal, one line an epoch elsewhere, or nothing.
+
+Only the end of an epoch is listened to, and the bar is redrawn at most ten times a second and by no thread of its own:
+what is shown costs the training nothing that could be noticed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fusemlp.engine import Engine
+from fusemlp.training import Callback
+
+REDRAW = 0.1  # seconds
+
+Show = Callable[[int, dict[str, float]], None]
+
+
+class _OnEpochEnd(Callback):
+    """Calls ``show`` with the number of epochs done and the figures of the last."""
+
+    def __init__(self, show: Show) -> None:
+        self.show = show
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        self.show(epoch + 1, logs)
+
+
+def figures(logs: dict[str, float]) -> str:
+    """``loss 0.1234  accuracy 0.9612  ...`` of an epoch."""
+    return "  ".join(f"{'lr' if name == 'learning_rate' else name} {value:.4g}" for name, value in logs.items())
+
+
+@contextmanager
+def progress(epochs: int, *, done: int = 0, quiet: bool = False) -> Iterator[list[Callback]]:
+    """The callbacks that show a training of ``epochs`` epochs, ``done`` of which lie behind it."""
+    if quiet:
+        yield []
+    elif sys.stderr.isatty():
+        with _bar(epochs, done) as show:
+            yield [_OnEpochEnd(show)]
+    else:
+        yield [_OnEpochEnd(_lines(epochs))]
+
+
+def _lines(epochs: int) -> Show:
+    began = time.perf_counter()
+
+    def show(done: int, logs: dict[str, float]) -> None:
+        seconds = time.perf_counter() - began
+        print(f"epoch {done}/{epochs}  {figures(logs)}  {seconds:.1f} s", file=sys.stderr, flush=True)
+
+    return show
+
+
+@contextmanager
+def _bar(epochs: int, done: int) -> Iterator[Show]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    drawn = 0.0
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task = bar.add_task("", total=epochs, completed=done, figures="")
+        bar.refresh()
+        latest: tuple[int, dict[str, float]] | None = None
+
+        def show(completed: int, logs: dict[str, float]) -> None:
+            nonlocal drawn, latest
+            latest = completed, logs
+            now = time.monotonic()
+            if now - drawn >= REDRAW:
+                drawn, latest = now, None
+                bar.update(task, completed=completed, figures=figures(logs), refresh=True)
+
+        try:
+            yield show
+        finally:
+            if latest is not None:
+                bar.update(task, completed=latest[0], figures=figures(latest[1]), refresh=True)

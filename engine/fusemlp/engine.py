@@ -1,0 +1,444 @@
+"""The engine: a network with its loss and optimizer, bound to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusemlp.buffers import parameter_layout, short_names
+from fusemlp.execution import BoundProgram, Memory, Workspace, choose_plan
+from fusemlp.inference import Inference
+from fusemlp.losses import Loss, as_loss
+from fusemlp.lowering import Inputs, lower_training
+from fusemlp.network import MLP
+from fusemlp.optimizers import Optimizer, as_optimizer
+from fusemlp.program import Program
+from fusemlp.targets import Targets, are_one_hot, as_targets
+from fusemlp.validation import as_count, as_features, as_weights, to_array
+from fusemlp_kernels.clock import write_hyper
+from fusemlp_kernels.contract import LAST_LOSS, LEARNING_RATE, RATE_SCALE, UPDATE_COUNT, LossSpec, Traits, UpdateRule
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError, unknown_name
+from fusemlp_kernels.registry import TRAITS, availability, backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fusemlp.training import FitState, History
+
+Array = np.ndarray[Any, Any]
+
+__all__ = ["Engine", "availability", "plan_text"]
+
+REAL_BYTES = {"fp64": 8}
+EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
+
+
+class Engine:
+    """Trains ``net`` and predicts with it; owns the parameters, on the device.
+
+    ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). ``batch_size`` is the
+    number of rows of an update. ``seed`` decides the initial parameters, the order of the rows and the dropout masks:
+    with the same seed, machine and versions a run repeats bit for bit. ``backend`` is "auto" (the first of triton,
+    cupy, numpy that works) or a name; ``device`` the backend's device; ``precision`` "fp32", or "fp64" on NumPy;
+    ``plan`` "auto", or how the step is executed. What was chosen is in the attributes ``backend``, ``plan`` and
+    ``plan_reason``; ``print(engine.program)`` shows the kernel calls of a step.
+
+    Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
+    does not have.
+    """
+
+    def __init__(
+        self,
+        net: MLP,
+        loss: str | Loss = "cross_entropy",
+        optimizer: str | Optimizer = "adam",
+        batch_size: int = 32,
+        seed: int = 0,
+        backend: str = "auto",
+        device: str | None = None,
+        precision: str = "fp32",
+        plan: str = "auto",
+    ) -> None:
+        if not isinstance(net, MLP):
+            raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
+        self.network = net
+        self.loss = as_loss(loss)
+        self.optimizer = as_optimizer(optimizer)
+        self.batch_size = as_count("batch_size", batch_size, minimum=1)
+        self.seed = as_count("seed", seed, minimum=0)
+        self.loss.check_network(net)
+        self.optimizer.check_network(net)
+        self.precision = precision
+        self.start(backend, device, plan)
+        self.load_state_dict(net.initial_parameters(self.seed))
+
+    def start(self, name: str, device: str | None, plan: str) -> None:
+        """Choose the backend and allocate; everything that a pickle does not carry."""
+        for argument, value in (("backend", name), ("precision", self.precision), ("plan", plan)):
+            if not isinstance(value, str):
+                raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
+        if device is not None and not isinstance(device, str):
+            raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
+        self._backend = backend(name, device, self.precision)
+        traits = self._backend.traits
+        self.backend = traits.name
+        self.device = self._backend.device
+        self.plan, self.plan_reason = choose_plan(plan, traits)
+        self._real_bytes = REAL_BYTES.get(self.precision, 4)
+        self._real = np.dtype(np.float64 if self.precision == "fp64" else np.float32)
+        self._memory = Memory(
+            self.network,
+            self._backend,
+            self.optimizer.rule(total_updates=1).state_count,
+            item_bytes=self._real_bytes,
+        )
+        self._memory.hyper[RATE_SCALE] = 1.0
+        self._workspace = Workspace(self._backend)
+        self._inference = Inference(self.network, self._memory, real_bytes=self._real_bytes)
+        self._staged: dict[tuple[bool, bool], BoundProgram] = {}
+        # the rule that the clock follows, and the one of ``step``, whose schedule knows of no end
+        self._rule: UpdateRule | None = None
+        self._step_rule: UpdateRule | None = None
+        self._class_weight: Any | None = None
+        if self.loss.class_weight is not None:
+            self._class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
+        self.history: History | None = None
+        self.fit_state: FitState | None = None
+        self.best_parameters: dict[str, Array] | None = None
+        self.epochs_trained = 0
+        self.stop_training = False
+
+    @property
+    def program(self) -> Program:
+        """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
+        return self._lower(
+            Inputs(self.batch_size, indexed=True, class_weighted=self._class_weight is not None),
+            self.loss.spec(accuracy=self.loss.is_classification),
+            self.optimizer.rule(total_updates=1),
+            self.batch_size,
+        )
+
+    def _lower(self, inputs: Inputs, spec: LossSpec, rule: UpdateRule, batch_size: int) -> Program:
+        return lower_training(
+            self.network,
+            spec,
+            rule,
+            self.optimizer.options_for,
+            batch_size,
+            self._backend.traits,
+            self._memory.layout,
+            inputs,
+            seed=self.seed,
+            real_bytes=self._real_bytes,
+        )
+
+    def bind(
+        self, inputs: Inputs, spec: LossSpec, rule: UpdateRule, batch_size: int, given: Mapping[str, Any]
+    ) -> BoundProgram:
+        """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight)."""
+        arrays = dict(given)
+        if self._class_weight is not None:
+            arrays["class_weight"] = self._class_weight
+        return BoundProgram(self._lower(inputs, spec, rule, batch_size), self._memory, self._workspace, arrays)
+
+    def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:
+        """Make the clock follow ``rule`` from the next update on; ``rate_scale`` multiplies its learning rate."""
+        memory = self._memory
+        if rate_scale is not None:
+            memory.hyper[RATE_SCALE] = rate_scale
+        write_hyper(rule, int(memory.counters[UPDATE_COUNT]), memory.hyper)
+        self._rule = rule
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        if self._rule is None:
+            self.use_rule(self.optimizer.rule(total_updates=None))
+        return float(self._memory.hyper[LEARNING_RATE])
+
+    @property
+    def update_count(self) -> int:
+        """How many updates were applied so far."""
+        return int(self._memory.counters[UPDATE_COUNT])
+
+    @property
+    def memory(self) -> Memory:
+        """The arenas; for ``training`` and ``checkpoint``."""
+        return self._memory
+
+    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Array:
+        """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
+
+        Returns the loss before the update as a 0-d array of its own; reading it is what waits for the device.
+        Raises ShapeError, DTypeError or DataError, before anything has changed.
+        """
+        x = as_features("x", x, width=self.network.sizes[0], dtype=self._real, check_finite=False)
+        count = len(x)
+        if count > self.batch_size:
+            raise ShapeError(
+                f"x: expected 1 to {self.batch_size} rows (batch_size), got {count}; "
+                "make the engine with a larger batch_size, or use fit"
+            )
+        targets = self.targets("y", y, rows=count)
+        weight = self.weights("sample_weight", sample_weight, rows=count)
+        if self._step_rule is None:
+            self._step_rule = self.optimizer.rule(total_updates=None)
+        bound = self._staged_program(targets.soft, weight is not None, self._step_rule)
+        if self._rule is not self._step_rule:
+            self.use_rule(self._step_rule)
+        copy = self._backend.copy_into
+        arrays = bound.arrays
+        for name, array in (("x", x), ("target", targets.values), ("weight", weight)):
+            if array is not None:
+                copy(arrays[name][:count], array)
+                if count < self.batch_size:
+                    arrays[name][count:] = 0
+        bound.set_row_count(count)
+        with np.errstate(all="ignore"):
+            bound.run()
+        return np.array(arrays["stats"][LAST_LOSS], self._real)
+
+    def _staged_program(self, soft: bool, weighted: bool, rule: UpdateRule) -> BoundProgram:
+        key = (soft, weighted)
+        if key not in self._staged:
+            inputs = Inputs(self.batch_size, weighted=weighted, class_weighted=self._class_weight is not None)
+            self._staged[key] = self.bind(inputs, self.loss.spec(accuracy=False, soft=soft), rule, self.batch_size, {})
+        return self._staged[key]
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        epochs: int,
+        sample_weight: Any = None,
+        validation_data: tuple[Any, ...] | None = None,
+        early_stopping: int | None = None,
+        callbacks: Iterable[Any] = (),
+        shuffle: bool = True,
+        drop_last: bool = False,
+        row_order: Any = None,
+        resume: bool = False,
+    ) -> History:
+        """Train for ``epochs`` passes over X (n, K) and y; see ``fusemlp.training.fit``."""
+        from fusemlp.training import fit
+
+        return fit(
+            self,
+            X,
+            y,
+            epochs=epochs,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            early_stopping=early_stopping,
+            callbacks=callbacks,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            row_order=row_order,
+            resume=resume,
+        )
+
+    def predict(self, X: Any) -> Array:
+        """What the network says of X (n, K).
+
+        cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N). Other
+        losses: values (n, N), or (n,) for one output; for poisson the expected counts.
+        """
+        outputs = self._outputs(X)
+        if self.loss.kind == "cross_entropy":
+            return np.asarray(outputs.argmax(axis=1))
+        if self.loss.kind == "binary_cross_entropy":
+            outputs = (outputs > 0.0).astype(np.int64)
+        elif self.loss.kind == "poisson":
+            outputs = np.exp(outputs)
+        return outputs[:, 0] if outputs.shape[1] == 1 else outputs
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probabilities (n, N) of X (n, K): of the classes, or of each label; one logit gives (n, 2).
+
+        Raises ArgumentError if the loss is no cross-entropy.
+        """
+        if not self.loss.is_classification:
+            raise ArgumentError(
+                f"loss: predict_proba needs cross_entropy or binary_cross_entropy, this engine has {self.loss.kind!r}; "
+                "use predict"
+            )
+        from scipy.special import expit, softmax
+
+        outputs = self._outputs(X)
+        if self.loss.kind == "cross_entropy":
+            return np.asarray(softmax(outputs, axis=1))
+        if outputs.shape[1] == 1:
+            return np.asarray(np.hstack([expit(-outputs), expit(outputs)]))
+        return np.asarray(expit(outputs))
+
+    def _outputs(self, X: Any) -> Array:
+        return self._inference.outputs(self.features("X", X))
+
+    def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
+        """The loss of X (n, K) and y, without dropout, and the accuracy where there are classes.
+
+        Returns {"loss": ...} or {"loss": ..., "accuracy": ...}. Hits are not weighted. One-hot targets of mse, mae
+        and huber count as classes.
+        """
+        features = self.features("X", X)
+        targets = self.targets("y", y, rows=len(features))
+        weight = self.weights("sample_weight", sample_weight, rows=len(features))
+        return self.evaluate_checked(features, targets, weight)
+
+    def evaluate_checked(self, X: Array, targets: Targets, weight: Array | None) -> dict[str, float]:
+        """``evaluate`` of arrays that have been checked."""
+        spec = self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
+        return self._inference.evaluate(X, targets.values, weight, spec, self._class_weight)
+
+    def dead_units(self, X: Any) -> dict[str, float]:
+        """For each hidden relu layer ("layer 1", ...), the fraction of units that are zero for every row of X."""
+        silent = self._inference.silent_units(self.features("X", X))
+        return {
+            f"layer {index + 1}": float(units.mean())
+            for index, units in enumerate(silent)
+            if self.network.activations[index].name == "relu"
+        }
+
+    def features(self, argument: str, X: Any) -> Array:
+        """X as a checked (n, K) array of the engine's type."""
+        return as_features(argument, X, width=self.network.sizes[0], dtype=self._real)
+
+    def targets(self, argument: str, y: Any, *, rows: int) -> Targets:
+        """y as checked targets."""
+        return as_targets(argument, y, self.loss, outputs=self.network.sizes[-1], rows=rows, dtype=self._real)
+
+    def weights(self, argument: str, weight: Any, *, rows: int) -> Array | None:
+        """Sample weights (n,), or None."""
+        return None if weight is None else as_weights(argument, weight, rows=rows, dtype=self._real)
+
+    def counts_hits(self, targets: Targets) -> bool:
+        """Whether an accuracy can be told of these targets."""
+        if self.loss.is_classification:
+            return True
+        return self.loss.kind in ("mse", "mae", "huber") and are_one_hot(targets.values)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``."""
+        return self.tensors("")
+
+    def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
+        """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
+        names = short_names(self.network).items()
+        return {name: self._backend.to_host(self._memory.arrays[f"{prefix}{short}{suffix}"]) for short, name in names}
+
+    def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
+        """The inverse of ``tensors``."""
+        for short, name in short_names(self.network).items():
+            self._backend.copy_into(self._memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
+
+    def snapshot(self) -> dict[str, Array]:
+        """Host copies of all that a step changes, for ``restore``."""
+        return {name: self._backend.to_host(self._memory.arrays[name]) for name in self._changing()}
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Go back to a ``snapshot`` of this engine."""
+        for name in self._changing():
+            self._backend.copy_into(self._memory.arrays[name], snapshot[name])
+
+    def _changing(self) -> list[str]:
+        states = [f"state{index}" for index in range(len(self._memory.states))]
+        return ["params", "grads", *states, "counters", "hyper", "stats"]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
+
+        Raises ArgumentError for keys, ShapeError, DTypeError or DataError for values.
+        """
+        self.write_tensors(checked_state(self.network, state, self._real), "")
+
+    def save_checkpoint(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Write everything that training needs to go on bit for bit; see ``fusemlp.checkpoint``."""
+        from fusemlp.checkpoint import save_checkpoint
+
+        save_checkpoint(self, path, extra=extra)
+
+    def __getstate__(self) -> dict[str, Any]:
+        from fusemlp.checkpoint import engine_content
+
+        return engine_content(self)
+
+    def __setstate__(self, content: dict[str, Any]) -> None:
+        from fusemlp.checkpoint import restore_engine
+
+        restore_engine(self, content, backend="auto", device=None)
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine({self.network!r}, loss={self.loss!r}, optimizer={self.optimizer!r}, batch_size={self.batch_size}, "
+            f"seed={self.seed}, backend={self.backend!r}, device={self.device!r}, precision={self.precision!r}, "
+            f"plan={self.plan!r})"
+        )
+
+
+def checked_state(net: MLP, state: Mapping[str, Any], real: np.dtype[Any]) -> dict[str, Array]:
+    """``state`` as arrays of the engine's type, if it has exactly the keys and shapes of the network."""
+    if not isinstance(state, Mapping):
+        raise ArgumentTypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
+    shapes = net.parameter_shapes()
+    missing = [name for name in shapes if name not in state]
+    unknown = [str(name) for name in state if name not in shapes]
+    if missing or unknown:
+        raise ArgumentError(
+            f"state: missing keys: {', '.join(missing) or 'none'}; unknown keys: {', '.join(unknown) or 'none'}. "
+            f"This network has: {', '.join(shapes)}"
+        )
+    arrays = {}
+    for name, shape in shapes.items():
+        array = to_array(f"state[{name!r}]", state[name])
+        if array.shape != shape:
+            raise ShapeError(f"state[{name!r}]: expected shape {shape}, got {array.shape}")
+        if array.dtype.kind not in "fiub":
+            raise DTypeError(f"state[{name!r}]: expected real numbers, got dtype {array.dtype}")
+        with np.errstate(all="ignore"):
+            arrays[name] = array.astype(real)
+        if not np.isfinite(arrays[name]).all():
+            raise DataError(f"state[{name!r}]: holds NaN or infinite values (in {real}); parameters must be finite")
+    return arrays
+
+
+def plan_text(
+    net: MLP,
+    *,
+    loss: str | Loss = "cross_entropy",
+    optimizer: str | Optimizer = "sgd",
+    batch_size: int = 32,
+    backend: str = "auto",
+    precision: str = "fp32",
+) -> str:
+    """The step program of a network on a backend that need not be installed, as text.
+
+    Raises ArgumentError for impossible values.
+    """
+    if backend == "auto":
+        backend = next(name for name, reason in availability().items() if reason is None)
+    if backend not in TRAITS:
+        raise unknown_name("backend", backend, ["auto", *TRAITS])
+    traits: Traits = TRAITS[backend]
+    if precision not in traits.precisions:
+        raise unknown_name("precision", precision, traits.precisions)
+    chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
+    chosen_loss.check_network(net)
+    chosen_optimizer.check_network(net)
+    real_bytes = REAL_BYTES.get(precision, 4)
+    batch_size = as_count("batch_size", batch_size, minimum=1)
+    program = lower_training(
+        net,
+        chosen_loss.spec(accuracy=chosen_loss.is_classification),
+        chosen_optimizer.rule(total_updates=1),
+        chosen_optimizer.options_for,
+        batch_size,
+        traits,
+        parameter_layout(net, row_multiple=traits.row_multiple, item_bytes=real_bytes),
+        Inputs(batch_size, indexed=True, class_weighted=chosen_loss.class_weight is not None),
+        seed=0,
+        real_bytes=real_bytes,
+    )
+    return str(program)

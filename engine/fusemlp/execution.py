@@ -1,0 +1,131 @@
+"""How a program runs: its memory on a backend, its calls bound to that memory, and the choice of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fusemlp.buffers import Layout, allocate, parameter_layout, plan_workspace
+from fusemlp.network import MLP
+from fusemlp.program import Program, resolve
+from fusemlp.verifier import verify
+from fusemlp_kernels.contract import COUNTERS, HYPER, ROW_COUNT, STATS, Backend, Traits
+from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
+from fusemlp_kernels.registry import PLANS
+
+Array = np.ndarray[Any, Any]
+
+
+def choose_plan(plan: str, traits: Traits) -> tuple[str, str]:
+    """The plan that ``plan`` ("auto" or a name) comes to on a backend, and why.
+
+    Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have.
+    """
+    if plan not in ("auto", *PLANS):
+        raise unknown_name("plan", plan, ["auto", *PLANS])
+    if plan == "auto":
+        best = traits.plans[-1]
+        if traits.plans == ("eager",):
+            return best, f"the {traits.name} backend starts its calls one after another; it has no other plan"
+        return best, f"the quickest plan of the {traits.name} backend"
+    if plan not in traits.plans:
+        raise BackendUnavailableError(
+            f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"
+        )
+    return plan, "asked for"
+
+
+class Memory:
+    """What an engine keeps between steps: parameters, gradients, optimizer state, counters, all on the device."""
+
+    def __init__(self, net: MLP, backend: Backend, state_count: int, *, item_bytes: int) -> None:
+        self.backend = backend
+        self.layout = parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
+        self.params = self._arena()
+        self.grads = self._arena()
+        self.states = tuple(self._arena() for _ in range(state_count))
+        self.counters = backend.allocate(COUNTERS, "int64")
+        self.hyper = backend.allocate(HYPER, "float64")
+        self.stats = backend.allocate(STATS, "float64")
+        self.arrays: dict[str, Any] = {
+            "params": self.params,
+            "grads": self.grads,
+            "counters": self.counters,
+            "hyper": self.hyper,
+            "stats": self.stats,
+            **self.layout.views(backend, self.params),
+            **{f"d{name}": view for name, view in self.layout.views(backend, self.grads).items()},
+        }
+        for index, arena in enumerate(self.states):
+            self.arrays[f"state{index}"] = arena
+            for name, view in self.layout.views(backend, arena).items():
+                self.arrays[f"{name}.state{index}"] = view
+
+    def _arena(self) -> Any:
+        return self.backend.allocate(self.layout.size, "real")
+
+
+class Workspace:
+    """Scratch arenas, one a dtype, that programs which never run at once have in common. They only grow."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._arenas: dict[str, tuple[int, Any]] = {}
+
+    def arena(self, dtype: str, size: int) -> Any:
+        """A flat array of at least ``size`` elements."""
+        if dtype not in self._arenas or self._arenas[dtype][0] < size:
+            self._arenas[dtype] = (size, self.backend.allocate(size, dtype))
+        return self._arenas[dtype][1]
+
+
+class BoundProgram:
+    """A program that can be run: verified, its values in memory, its calls bound.
+
+    ``given`` are arrays for values of kind "data" and "control"; those that are not given get memory of their own and
+    are found in ``arrays``.
+    """
+
+    def __init__(self, program: Program, memory: Memory, workspace: Workspace, given: Mapping[str, Any]) -> None:
+        backend = memory.backend
+        ranges, places, sizes = plan_workspace(program, row_multiple=backend.traits.row_multiple)
+        verify(program, {**ranges, **persistent_places(program, memory.layout)})
+        self.program = program
+        self.backend = backend
+        self.arrays: dict[str, Any] = {**memory.arrays, **given}
+        arenas = {dtype: workspace.arena(dtype, size) for dtype, size in sizes.items()}
+        for name, (dtype, place) in places.items():
+            self.arrays[name] = backend.view(arenas[dtype], place.offset, place.shape, place.pitch)
+        for name, value in program.values.items():
+            if value.kind in ("data", "control") and name not in self.arrays:
+                self.arrays[name] = allocate(backend, value)
+        calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
+        self.run = _in_order(calls)
+
+    def set_row_count(self, count: int) -> None:
+        """How many rows of the batch are valid; the others are padding."""
+        self.arrays["counters"][ROW_COUNT] = count
+
+
+def _in_order(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    steps = tuple(calls)
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+def persistent_places(program: Program, layout: Layout) -> dict[str, tuple[str, int, int]]:
+    """The memory of parameters, gradients and optimizer state, for the verifier."""
+    ranges = {}
+    for name, value in program.values.items():
+        if value.kind not in ("parameter", "gradient", "state"):
+            continue
+        short, _, state = name.partition(".")
+        place = layout.places[short.removeprefix("d") if value.kind == "gradient" else short]
+        ranges[name] = (state or value.kind, place.offset, place.offset + place.size)
+    return ranges

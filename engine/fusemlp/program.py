@@ -1,0 +1,229 @@
+"""A training step as data: the ordered kernel calls, the values they read and write, and what each costs.
+
+A program knows no backend and no array. It can be printed, verified (``verifier``) and bound (``execution``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# How a value comes to be: "parameter", "gradient", "state": a stretch of the arena of that name; "data": given by the
+# caller; "control": counters and the like, there before the first call; "work": written by one call, read by others.
+KINDS = ("parameter", "gradient", "state", "data", "control", "work")
+ITEM_BYTES = {"float64": 8, "int64": 8, "bool": 1}
+
+# What each op writes, by operand; a name before a dot is a sequence of mappings. The operands in UPDATED are read too.
+WRITTEN = {
+    "linear": frozenset({"y", "z", "gathered", "keep"}),
+    "loss_grad": frozenset({"dz", "stats", "dslope", "target_rows", "weight_rows"}),
+    "linear_loss_grad": frozenset({"dz", "stats", "dslope", "target_rows", "weight_rows", "gathered"}),
+    "grad_input": frozenset({"dz_prev", "dslope"}),
+    "grad_weight": frozenset({"layers.dw", "layers.db", "slopes.grad"}),
+    "grad_weight_update": frozenset(
+        {
+            "layers.w",
+            "layers.b",
+            "layers.w_state",
+            "layers.b_state",
+            "slopes.param",
+            "slopes.state",
+            "hyper",
+            "counters",
+        }
+    ),
+    "update": frozenset({"params", "grads", "states", "hyper", "counters"}),
+    "advance": frozenset({"hyper", "counters"}),
+}
+UPDATED = frozenset(
+    {
+        "stats",
+        "hyper",
+        "counters",
+        "params",
+        "grads",
+        "states",
+        "layers.w",
+        "layers.b",
+        "layers.w_state",
+        "layers.b_state",
+        "slopes.param",
+        "slopes.state",
+    }
+)
+# The step reads x and the targets through the rows of the batch; the printed program says so.
+THROUGH_ROWS = frozenset({"x", "target", "weight"})
+UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight"})
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An operand that is a value of the program, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """An array of the program: shape, element type ("real", "float64", "int64", "bool") and kind (see ``KINDS``)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call: ``operands`` are constants, ``Ref``s, and sequences and mappings of them.
+
+    ``label`` is what the printed program adds to the op; ``products`` are the matrix products in it, as (M, N, K).
+    """
+
+    op: str
+    operands: Mapping[str, Any]
+    label: str = ""
+    products: tuple[tuple[int, int, int], ...] = ()
+
+    def references(self) -> Iterator[tuple[str, str]]:
+        """Every (operand, value name); the operand as in ``WRITTEN``."""
+        for operand, given in self.operands.items():
+            yield from _references(operand, given)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the values that the call reads, each once."""
+        written = WRITTEN.get(self.op, frozenset())
+        return _once(name for operand, name in self.references() if operand not in written or operand in UPDATED)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of the values that the call writes, each once."""
+        written = WRITTEN.get(self.op, frozenset())
+        return _once(name for operand, name in self.references() if operand in written)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products, a multiplication and an addition being two."""
+        return sum(2 * m * n * k for m, n, k in self.products)
+
+
+def _references(operand: str, given: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(given, Ref):
+        yield operand, given.name
+    elif isinstance(given, Mapping):
+        for key, inner in given.items():
+            yield from _references(f"{operand}.{key}", inner)
+    elif isinstance(given, tuple | list):
+        for inner in given:
+            yield from _references(operand, inner)
+
+
+def _once(names: Iterator[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def resolve(given: Any, lookup: Callable[[str], Any]) -> Any:
+    """``given`` with every ``Ref`` replaced by what ``lookup`` has for its name."""
+    if isinstance(given, Ref):
+        return lookup(given.name)
+    if isinstance(given, Mapping):
+        return {key: resolve(inner, lookup) for key, inner in given.items()}
+    if isinstance(given, tuple | list):
+        return tuple(resolve(inner, lookup) for inner in given)
+    return given
+
+
+@dataclass(frozen=True)
+class Program:
+    """Kernel calls in order, over ``values``.
+
+    ``arenas`` names the flat arrays that hold several values at once, with the values in them ("params": w0, b0, ...).
+    ``real_bytes`` is the size of an element of type "real".
+    """
+
+    values: Mapping[str, Value]
+    calls: tuple[Call, ...]
+    arenas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    trainable: frozenset[str] = frozenset()
+    real_bytes: int = 4
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The values that a name stands for: those in an arena, or the value itself."""
+        return self.arenas.get(name, (name,))
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes that a call has to move for a value, at least."""
+        value = self.values.get(name)
+        if value is None:
+            return sum(self.bytes_of(member) for member in self.members(name))
+        return value.size * ITEM_BYTES.get(value.dtype, self.real_bytes)
+
+    def traffic(self, call: Call) -> int:
+        """Bytes that the call reads and writes, each value once in each direction.
+
+        Of x, targets and weights that are read through ``rows``, the rows of a batch count.
+        """
+        batch = self.values["rows"].shape[0] if "rows" in self.values else None
+        total = 0
+        for name in call.reads:
+            size = self.bytes_of(name)
+            if batch is not None and name in THROUGH_ROWS and self.values[name].shape[0]:
+                size = size // self.values[name].shape[0] * batch
+            total += size
+        return total + sum(self.bytes_of(name) for name in call.writes)
+
+    @property
+    def launches(self) -> int:
+        """How many kernels a step starts."""
+        return len(self.calls)
+
+    def __str__(self) -> str:
+        header = ("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")
+        rows = [header]
+        for index, call in enumerate(self.calls):
+            rows.append(
+                (
+                    str(index),
+                    f"{call.op} {call.label}".strip(),
+                    " ".join(_shown(call, [name for name in call.reads if name != "stats"])),
+                    " ".join("loss" if name == "stats" else name for name in _shown(call, call.writes)),
+                    " ".join("x".join(map(str, dims)) for dims in call.products),
+                    scaled(call.flops) if call.flops else "",
+                    scaled(self.traffic(call)) + "B",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        right = {0, 5, 6}
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column in right else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, f"{self.launches} launch{'' if self.launches == 1 else 'es'}"])
+
+
+def _shown(call: Call, names: Iterable[str]) -> Iterator[str]:
+    """What the printed program says of values that a call reads or writes."""
+    through_rows = "rows" in call.reads
+    for name in names:
+        if name not in UNPRINTED:
+            yield f"{name}[rows]" if through_rows and name in THROUGH_ROWS else name
+
+
+def scaled(number: float) -> str:
+    """A number with three digits and a decimal prefix: 25.7M."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if number < 999.5 or prefix == "T":
+            return f"{number:.3g}{prefix}"
+        number /= 1000.0
+    raise AssertionError("unreachable")

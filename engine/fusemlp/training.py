@@ -1,0 +1,499 @@
+"""The fit loop: epochs, validation, early stopping, callbacks, history."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusemlp.inference import metrics_of
+from fusemlp.lowering import Inputs
+from fusemlp.network import check_flag
+from fusemlp.schedules import PLATEAU_START, PlateauState, ReduceOnPlateau, plateau_step
+from fusemlp.validation import as_count, to_array
+from fusemlp_kernels.contract import LOSS_SUM, LossSpec, UpdateRule
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
+from fusemlp_kernels.philox import row_order as shuffled_rows
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+    from fusemlp.execution import BoundProgram
+    from fusemlp.targets import Targets
+
+Array = np.ndarray[Any, Any]
+Snapshot = dict[str, Any]
+
+# Features beyond this in size are not standardised, and then the loss of most networks overflows.
+LARGE_FEATURE = 100.0
+
+
+class Callback:
+    """Told of the stages of ``fit``; override what you need. Epochs and batches count from 0.
+
+    Setting ``engine.stop_training`` ends the training after the batch.
+    """
+
+    def on_train_begin(self, engine: Engine) -> None:
+        """Before the first epoch."""
+
+    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
+        """Before an epoch's first batch."""
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        """After each update of an epoch."""
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        """After an epoch; ``logs`` is what the history receives."""
+
+    def on_train_end(self, engine: Engine, history: History) -> None:
+        """After the last epoch, also when training was interrupted."""
+
+
+@dataclass
+class History:
+    """What ``fit`` recorded: ``history`` has a list for each quantity, an entry an epoch, as in Keras.
+
+    ``epochs`` are the numbers of the epochs, ``seconds`` how long each took. ``best_epoch`` is the one with the lowest
+    val_loss. ``stopped`` says why training ended before its time, or is empty.
+    """
+
+    history: dict[str, list[float]] = field(default_factory=dict)
+    epochs: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+    stopped: str = ""
+
+    def record(self, epoch: int, logs: dict[str, float], seconds: float) -> None:
+        """Add an epoch."""
+        self.epochs.append(epoch)
+        self.seconds.append(seconds)
+        for name, value in logs.items():
+            self.history.setdefault(name, []).append(value)
+
+
+@dataclass
+class FitState:
+    """Where a call of ``fit`` stands; with the parameters and counters, all that it needs to go on.
+
+    ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
+    """
+
+    epoch: int
+    batch: int
+    last_epoch: int
+    total_updates: int
+    history: History
+    best_loss: float = float("inf")
+    waited: int = 0
+    plateau: PlateauState = PLATEAU_START
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able, but for infinities; ``FitState.from_config`` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FitState:
+        """The state that ``to_config`` wrote down."""
+        history = History(**config["history"])
+        return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
+
+
+@dataclass(frozen=True)
+class _Validation:
+    X: Array
+    targets: Targets
+    weight: Array | None
+
+
+class _Fit:
+    """One call of ``fit``: its data bound to the engine, and the loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        X: Array,
+        targets: Targets,
+        weight: Array | None,
+        *,
+        epochs: int,
+        validation: _Validation | None,
+        patience: int | None,
+        callbacks: list[Any],
+        order: Callable[[int], Array],
+        drop_last: bool,
+        resume: bool,
+    ) -> None:
+        self.engine = engine
+        self.rows = len(X)
+        self.X = X
+        self.validation = validation
+        self.patience = patience
+        self.callbacks = callbacks
+        self.order = order
+        self.batch_size = min(engine.batch_size, self.rows)
+        whole, rest = divmod(self.rows, self.batch_size)
+        self.batches = whole + (1 if rest and not drop_last else 0)
+        self.spec: LossSpec = engine.loss.spec(accuracy=engine.counts_hits(targets), soft=targets.soft)
+        self.state = self._resumed(epochs) if resume else self._fresh(epochs)
+        first = self.state.history.epochs[0] if self.state.history.epochs else self.state.epoch
+        self.last_epoch = first + epochs
+        self.rule: UpdateRule = engine.optimizer.rule(total_updates=self.state.total_updates)
+        self.bound = self._bind(X, targets, weight)
+        self.best: Snapshot | None = engine.best_parameters if resume else None
+
+    def _fresh(self, epochs: int) -> FitState:
+        engine = self.engine
+        updates = epochs * self.batches // engine.optimizer.accumulate
+        return FitState(
+            epoch=engine.epochs_trained,
+            batch=0,
+            last_epoch=engine.epochs_trained + epochs,
+            total_updates=engine.update_count + updates,
+            history=History(),
+        )
+
+    def _resumed(self, epochs: int) -> FitState:
+        state = self.engine.fit_state
+        if state is None:
+            raise ArgumentError(
+                "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
+            )
+        first = state.history.epochs[0] if state.history.epochs else state.epoch
+        begun = state.epoch - first + (1 if state.batch else 0)
+        if epochs < begun:
+            raise ArgumentError(
+                f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {epochs}; give {begun} or "
+                "more, or resume=False"
+            )
+        if state.batch > self.batches:
+            raise ShapeError(
+                f"X: the checkpoint stands at batch {state.batch} of its epoch, and {self.rows} rows make only "
+                f"{self.batches}; resume with the data of the first call"
+            )
+        return state
+
+    def _bind(self, X: Array, targets: Targets, weight: Array | None) -> BoundProgram:
+        engine = self.engine
+        to_device = engine.memory.backend.from_host
+        inputs = Inputs(
+            self.rows,
+            indexed=True,
+            weighted=weight is not None,
+            class_weighted=engine.loss.class_weight is not None,
+        )
+        given = {"x": to_device(X), "target": to_device(targets.values)}
+        if weight is not None:
+            given["weight"] = to_device(weight)
+        return engine.bind(inputs, self.spec, self.rule, self.batch_size, given)
+
+    def run(self) -> History:
+        """Train; the engine's ``history`` and ``fit_state`` follow."""
+        engine, state = self.engine, self.state
+        state.last_epoch = self.last_epoch
+        engine.fit_state = state
+        engine.history = state.history
+        engine.best_parameters = self.best
+        engine.stop_training = False
+        engine.use_rule(self.rule, state.plateau[2])
+        if state.batch == 0:
+            engine.memory.stats[:] = 0.0
+        state.history.stopped = ""
+        self._call("on_train_begin")
+        with _deferred_interrupt() as interrupted:
+            # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
+            while (
+                not self._out_of_patience()
+                and state.epoch < state.last_epoch
+                and not engine.stop_training
+                and not interrupted()
+            ):
+                good, first_batch = engine.snapshot(), state.batch
+                began = time.perf_counter()
+                if state.batch == 0:
+                    self._call("on_epoch_begin", state.epoch)
+                if not self._epoch(interrupted):
+                    break
+                if not self._all_finite():
+                    raise self._diverged(good, first_batch)
+                self._end_epoch(time.perf_counter() - began)
+            if interrupted():
+                place = f"in epoch {state.epoch + 1}" if state.batch else f"after epoch {state.epoch}"
+                state.history.stopped = f"interrupted {place}"
+            elif engine.stop_training:
+                state.history.stopped = "a callback stopped the training"
+        if self.patience is not None and self.best is not None and not interrupted():
+            engine.write_tensors(self.best, "")
+        engine.best_parameters = self.best
+        self._call("on_train_end", state.history)
+        if interrupted():
+            raise KeyboardInterrupt
+        return state.history
+
+    def _epoch(self, interrupted: Callable[[], bool]) -> bool:
+        """The batches that remain of the epoch; False if it was not finished."""
+        engine, state, bound = self.engine, self.state, self.bound
+        rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
+        order = self.order(state.epoch)
+        copy, run = engine.memory.backend.copy_into, bound.run
+        watchers = [c for c in self.callbacks if _overrides(c, "on_batch_end")]
+        bound.set_row_count(size)
+        with np.errstate(all="ignore"):
+            while state.batch < self.batches:
+                start = state.batch * size
+                if start + size <= n:
+                    copy(rows, order[start : start + size])
+                else:
+                    count = n - start
+                    copy(rows[:count], order[start:])
+                    rows[count:] = -1
+                    bound.set_row_count(count)
+                run()
+                state.batch += 1
+                if watchers:
+                    with np.errstate(all="warn"):
+                        for watcher in watchers:
+                            watcher.on_batch_end(engine, state.batch - 1)
+                if interrupted() or engine.stop_training:
+                    break
+        return state.batch == self.batches
+
+    def _end_epoch(self, seconds: float) -> None:
+        engine, state = self.engine, self.state
+        stats = engine.memory.backend.to_host(engine.memory.stats)
+        metrics = metrics_of(stats, self.spec)
+        logs = dict(metrics)
+        if self.validation is not None:
+            held_out = engine.evaluate_checked(self.validation.X, self.validation.targets, self.validation.weight)
+            logs |= {f"val_{name}": value for name, value in held_out.items()}
+        logs["learning_rate"] = engine.learning_rate
+        state.history.record(state.epoch, logs, seconds)
+        watched = logs.get("val_loss", logs["loss"])
+        if watched < state.best_loss:
+            state.best_loss, state.waited = watched, 0
+            if self.validation is not None:
+                state.history.best_epoch = state.epoch
+                if self.patience is not None:
+                    self.best = engine.state_dict()
+        else:
+            state.waited += 1
+        schedule = engine.optimizer.schedule
+        if isinstance(schedule, ReduceOnPlateau):
+            state.plateau = plateau_step(schedule, state.plateau, watched)
+            engine.use_rule(self.rule, state.plateau[2])
+        epoch = state.epoch
+        state.epoch, state.batch = epoch + 1, 0
+        engine.epochs_trained = state.epoch
+        engine.best_parameters = self.best
+        engine.memory.stats[:] = 0.0
+        self._call("on_epoch_end", epoch, logs)
+
+    def _out_of_patience(self) -> bool:
+        state = self.state
+        if self.patience is None or state.waited < self.patience:
+            return False
+        state.history.stopped = (
+            f"val_loss has not improved for {state.waited} epochs; the weights of epoch "
+            f"{(state.history.best_epoch or 0) + 1} were restored"
+        )
+        return True
+
+    def _all_finite(self) -> bool:
+        """Whether the loss of the epoch and what its last update left are numbers."""
+        memory = self.engine.memory
+        return bool(np.isfinite(memory.stats[LOSS_SUM]) and np.isfinite(memory.backend.to_host(memory.params)).all())
+
+    def _diverged(self, good: Snapshot, first_batch: int) -> DivergenceError:
+        """Go back to the last good state, and say what most likely went wrong."""
+        engine, epoch = self.engine, self.state.epoch
+        rate = engine.learning_rate
+        engine.restore(good)
+        self.state.batch = first_batch
+        largest = float(np.abs(self.X).max())
+        if largest > LARGE_FEATURE:
+            cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
+        else:
+            cause = f"a learning rate of {rate:.3g} is too high for this network: try {rate / 10:.3g}, or clip_norm=1.0"
+        self.state.history.stopped = f"the loss became NaN or infinite in epoch {epoch + 1}"
+        return DivergenceError(
+            f"loss: it became NaN or infinite in epoch {epoch + 1}. Likely cause: {cause}. "
+            "The engine is back at the state before that epoch"
+        )
+
+    def _call(self, stage: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            method = getattr(callback, stage, None)
+            if method is not None:
+                method(self.engine, *arguments)
+
+
+def _overrides(callback: Any, stage: str) -> bool:
+    """Whether a callback wants to hear of a stage."""
+    return getattr(type(callback), stage, None) not in (None, getattr(Callback, stage))
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C inside is noted instead of raised, so that no update is cut in two; a second one is raised at once.
+
+    Yields the function that tells whether it came. Only the main thread can do this; elsewhere it tells False.
+    """
+    came = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def fit(
+    engine: Engine,
+    X: Any,
+    y: Any,
+    *,
+    epochs: int,
+    sample_weight: Any = None,
+    validation_data: tuple[Any, ...] | None = None,
+    early_stopping: int | None = None,
+    callbacks: Iterable[Any] = (),
+    shuffle: bool = True,
+    drop_last: bool = False,
+    row_order: Callable[[int], Any] | None = None,
+    resume: bool = False,
+) -> History:
+    """Train ``engine`` on X (n, K) and y for ``epochs`` passes.
+
+    y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
+    (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0.
+
+    validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch. early_stopping: end when val_loss has
+    not improved for so many epochs, and go back to the best weights. callbacks: objects like ``Callback``.
+
+    The order of the rows is a function of seed and epoch; ``shuffle=False`` keeps the rows as they are, ``row_order``
+    is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
+    ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
+    the beginning of that call.
+
+    Ctrl-C ends training after the batch and raises KeyboardInterrupt; what was trained and recorded is kept. Raises
+    ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
+    no longer finite, with the engine back at the last good epoch.
+    """
+    epochs = as_count("epochs", epochs, minimum=1)
+    for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
+        check_flag(argument, flag)
+    features = engine.features("X", X)
+    targets = engine.targets("y", y, rows=len(features))
+    weight = engine.weights("sample_weight", sample_weight, rows=len(features))
+    validation = _validation(engine, validation_data)
+    patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
+    if patience is not None and validation is None:
+        raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
+    listeners = _callbacks(callbacks)
+    if drop_last and len(features) < engine.batch_size:
+        raise ArgumentError(
+            f"drop_last: {len(features)} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
+        )
+    state = engine.fit_state
+    first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
+    order = _order(engine, len(features), shuffle, row_order, first_epoch)
+    loop = _Fit(
+        engine,
+        features,
+        targets,
+        weight,
+        epochs=epochs,
+        validation=validation,
+        patience=patience,
+        callbacks=listeners,
+        order=order,
+        drop_last=drop_last,
+        resume=resume,
+    )
+    _warn(engine, features, targets)
+    return loop.run()
+
+
+def _validation(engine: Engine, given: Any) -> _Validation | None:
+    if given is None:
+        return None
+    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+        raise ArgumentTypeError(f"validation_data: expected (X, y) or (X, y, sample_weight), got {_described(given)}")
+    X = engine.features("validation_data[0]", given[0])
+    targets = engine.targets("validation_data[1]", given[1], rows=len(X))
+    weight = engine.weights("validation_data[2]", given[2] if len(given) == 3 else None, rows=len(X))
+    # what the loss refuses must come out here, not at the end of the first epoch
+    engine.loss.spec(accuracy=False, soft=targets.soft)
+    return _Validation(X, targets, weight)
+
+
+def _described(given: Any) -> str:
+    kind = type(given).__name__
+    return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
+
+
+def _callbacks(given: Any) -> list[Any]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = [given]
+    listeners = list(given)
+    stages = [name for name in vars(Callback) if name.startswith("on_")]
+    for listener in listeners:
+        if isinstance(listener, type) or not any(hasattr(listener, stage) for stage in stages):
+            mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
+            raise ArgumentTypeError(
+                f"callbacks: expected objects with one of the methods {', '.join(stages)}, got {listener!r}{mend}"
+            )
+    return listeners
+
+
+def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array]:
+    if given is not None:
+        if not callable(given):
+            raise ArgumentTypeError(
+                f"row_order: expected a function from the epoch to the order of the rows, got {type(given).__name__}; "
+                "for one fixed order give lambda epoch: rows"
+            )
+
+        def checked(epoch: int) -> Array:
+            rows = to_array(f"row_order({epoch})", given(epoch))
+            if rows.shape != (n,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(n)):
+                raise ArgumentError(
+                    f"row_order: expected a permutation of range({n}) for epoch {epoch}, got "
+                    f"{np.array2string(rows, threshold=8)}"
+                )
+            return rows
+
+        # the first is checked before anything has changed, and asked for only once
+        ahead = {first_epoch: checked(first_epoch)}
+        return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
+    if not shuffle:
+        identity = np.arange(n)
+        return lambda epoch: identity
+    return lambda epoch: shuffled_rows(n, engine.seed, epoch)
+
+
+def _warn(engine: Engine, X: Array, targets: Targets) -> None:
+    if engine.batch_size > len(X):
+        warnings.warn(
+            f"batch_size: {engine.batch_size} is more than the {len(X)} rows of X; batches of {len(X)} are used",
+            stacklevel=4,
+        )
+    if engine.loss.kind == "cross_entropy" and not targets.soft and len(X) > 1:
+        first = targets.values[0]
+        if np.all(targets.values == first):
+            warnings.warn(f"y: every label is {first}; a classifier needs examples of two classes", stacklevel=4)

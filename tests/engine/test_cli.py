@@ -1,0 +1,274 @@
+"""The command line at its edge: help, version, exit codes, and errors as one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fusemlp
+from fusemlp import cli
+from fusemlp_kernels.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendUnavailableError,
+    CheckpointError,
+    DataError,
+    DivergenceError,
+    DTypeError,
+    FusemlpError,
+    ShapeError,
+)
+
+
+def run(*arguments: str) -> int:
+    """The exit code of ``fusemlp`` with these arguments."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+COMMANDS = ("train", "evaluate", "predict", "plan", "lr-find", "doctor")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"fusemlp {fusemlp.__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_command(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(flag) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+    assert "completion" not in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert f"Usage: fusemlp {command}" in capsys.readouterr().out
+
+
+def test_help_of_train_is_in_panels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--help") == 0
+    shown = capsys.readouterr().out
+    for panel in ("Data", "Network", "Loss", "Optimizer", "Learning rate schedule", "Training", "Machine", "Output"):
+        assert f"─ {panel} ─" in shown
+
+
+def test_module_is_the_same_command() -> None:
+    command = [sys.executable, "-m", "fusemlp", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"fusemlp {fusemlp.__version__}\n"
+
+
+def test_help_loads_no_engine() -> None:
+    script = """
+import sys
+from fusemlp import cli
+try:
+    cli.main(["train", "--help"])
+except SystemExit:
+    pass
+print([name for name in ("scipy", "sklearn", "fusemlp.engine") if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+EXIT_CODES: dict[type[FusemlpError], int] = {
+    ArgumentError: 2,
+    ArgumentTypeError: 2,
+    DataError: 1,
+    ShapeError: 1,
+    DTypeError: 1,
+    BackendUnavailableError: 1,
+    CheckpointError: 1,
+    DivergenceError: 1,
+}
+
+
+@pytest.mark.parametrize(("error", "code"), EXIT_CODES.items())
+def test_exit_codes(error: type[FusemlpError], code: int) -> None:
+    assert cli.exit_code(error("message")) == code
+
+
+def test_unexpected_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a mistake in the program")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+# Arguments behind ``train``, the exit code, and words of the error.
+WRONG = {
+    "no data": ([], 2, "DATA: say what to train on"),
+    "unknown data": (["digit"], 2, "did you mean 'digits'"),
+    "no such file": (["nowhere/x.csv"], 1, "there is no file or folder"),
+    "unknown option": (["digits", "--learning-rate", "1"], 2, "No such option"),
+    "no number": (["digits", "--lr", "fast"], 2, "--lr"),
+    "rate NaN": (["digits", "--lr", "nan"], 2, "--lr: expected a finite number of at least 0, got nan"),
+    "rate negative": (["digits", "--lr=-1"], 2, "--lr: expected a finite number of at least 0"),
+    "momentum 2": (["digits", "--optimizer", "sgd", "--momentum", "2"], 2, "--momentum: expected"),
+    "momentum of adam": (["digits", "--momentum", "0.9"], 2, "--momentum: only sgd"),
+    "beta of sgd": (["digits", "--optimizer", "sgd", "--beta1", "0.5"], 2, "--beta1: only adam and adamw"),
+    "nesterov alone": (["digits", "--optimizer", "sgd", "--nesterov"], 2, "--nesterov: True needs momentum"),
+    "unknown optimizer": (["digits", "--optimizer", "adamax"], 2, "--optimizer: unknown name 'adamax'"),
+    "batch 0": (["digits", "--batch-size", "0"], 2, "--batch-size: expected a whole number of at least 1, got 0"),
+    "epochs 0": (["digits", "--epochs", "0"], 2, "--epochs: expected"),
+    "width 0": (["digits", "--hidden", "10,0"], 2, "--hidden: expected a whole number of at least 1, got 0"),
+    "width word": (["digits", "--hidden", "10,big"], 2, "--hidden: expected whole numbers"),
+    "dropout 1.5": (["digits", "--dropout", "1.5"], 2, "--dropout: expected"),
+    "dropout word": (["digits", "--dropout", "some"], 2, "--dropout: expected a number"),
+    "dropouts": (["digits", "--dropout", "0.1,0.2"], 2, "--dropout: expected one value, or 1"),
+    "activation": (["digits", "--activation", "rel"], 2, "--activation: unknown name 'rel'; did you mean 'relu'"),
+    "slope of relu": (["digits", "--slope", "0.1"], 2, "--slope: only leaky_relu and prelu"),
+    "init": (["digits", "--init", "he"], 2, "--init: unknown name 'he'"),
+    "loss": (["digits", "--loss", "mce"], 2, "--loss: unknown name 'mce'; did you mean 'mse'"),
+    "loss of numbers": (["digits", "--loss", "poisson"], 2, "--loss: 'poisson' is for numbers"),
+    "loss of classes": (["diabetes", "--loss", "cross_entropy"], 2, "--loss: 'cross_entropy' is for classes"),
+    "two classes": (["digits", "--loss", "binary_cross_entropy"], 2, "the target has 10"),
+    "smoothing": (["digits", "--loss", "mse", "--label-smoothing", "0.1"], 2, "only the loss cross_entropy has it"),
+    "logits": (["digits", "--output-activation", "sigmoid"], 2, "--output-activation: cross_entropy takes logits"),
+    "weights": (["iris", "--class-weight", "1,2"], 2, "--class-weight: expected balanced, or 3 numbers"),
+    "weights of numbers": (["diabetes", "--class-weight", "balanced"], 2, "--class-weight: only classes"),
+    "schedule": (["digits", "--schedule", "cosin"], 2, "--schedule: unknown name 'cosin'; did you mean 'cosine'"),
+    "schedule's option": (["digits", "--lr-step", "3"], 2, "--lr-step: only for the schedules step"),
+    "step missing": (["digits", "--schedule", "step"], 2, "--lr-step: the schedule step needs it"),
+    "gamma missing": (["digits", "--schedule", "exponential"], 2, "--lr-gamma: the schedule exponential needs it"),
+    "backend": (["digits", "--backend", "nump"], 2, "--backend: unknown name 'nump'; did you mean 'numpy'"),
+    "precision": (["digits", "--precision", "fp23"], 2, "--precision: unknown name 'fp23'"),
+    "plan": (["digits", "--plan", "eagre"], 2, "--plan: unknown name 'eagre'"),
+    "scale": (["digits", "--scale", "z"], 2, "--scale: unknown name 'z'"),
+    "task": (["digits", "--task", "cluster"], 2, "--task: unknown name 'cluster'"),
+    "target of a name": (["digits", "--target", "y"], 2, "--target: only tables"),
+    "fraction": (["digits", "--validation-fraction", "1"], 2, "--validation-fraction: expected"),
+    "stopping": (["digits", "--validation-fraction", "0", "--early-stopping", "3"], 2, "watches the validation loss"),
+    "seed": (["digits", "--seed=-1"], 2, "--seed: expected"),
+    "checkpoints": (["digits", "--checkpoint-every", "0"], 2, "--checkpoint-every: expected"),
+    "resume nowhere": (["--resume", "nowhere"], 1, "there is no such folder"),
+    "resume other": (["--resume", ".", "--lr", "0.1"], 2, "--lr: a resumed run keeps its own"),
+    "resume no run": (["--resume", "."], 1, "it has no config.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(
+    arguments: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *arguments) == code
+    shown = capsys.readouterr()
+    # what typer itself reports stands in a frame, broken into lines
+    assert re.sub(r"[\s│]+", " ", words) in re.sub(r"[\s│]+", " ", shown.err)
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("a,b\n1,2\n3,4\n")
+    assert run("train", str(table), "--target", "c", "--out", str(tmp_path / "run")) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    assert "no target column 'c'; the columns are 'a', 'b'" in shown
+
+
+def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run("train", "iris", "--out", str(tmp_path)) == 2
+    assert "is not empty; give a new or empty folder" in capsys.readouterr().err
+    assert run("train", "iris", "--out", str(tmp_path / "file")) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run("train", "iris", "--epochs", "1", "--batch-size", "9999", "--quiet", "--out", str(tmp_path / "run"))
+    shown = capsys.readouterr().err
+    assert code == 0
+    assert re.fullmatch(r"warning: batch_size: 9999 is more than the \d+ rows of X.*\n", shown)
+
+
+def test_plan_needs_no_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "784", "128", "10", "--batch-size", "128", "--backend", "triton") == 0
+    shown = capsys.readouterr().out
+    assert "128x128x784" in shown
+    assert shown.rstrip().endswith("4 launches")
+
+
+def test_plan_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "784", "128", "10", "--backend", "tritn") == 2
+    assert "did you mean 'triton'" in capsys.readouterr().err
+    assert run("plan", "784") == 2
+    assert run("plan", "784", "ten") == 2
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"numpy +yes +cpu +fp32, fp64 +eager", shown)
+    assert f"fusemlp {fusemlp.__version__}" in shown
+
+
+def test_doctor_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"]["numpy"]["reason"] is None
+    for found in report["backends"].values():
+        assert (found["reason"] is None) == bool(found["precisions"])
+    assert report["libraries"]["numpy"] == np.__version__
+
+
+def test_lr_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "sweep.png"
+    assert run("lr-find", "iris", "--steps", "100", "--plot", str(plot), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rates"][0] == pytest.approx(1e-6)
+    assert np.allclose(np.diff(np.log(found["rates"])), np.log(1e7) / 99)
+    assert found["suggested"] in found["rates"]
+    assert len(found["losses"]) == len(found["rates"])
+    # the steepest descent lies between where nothing happens and where it blows up
+    assert 1e-4 < found["suggested"] < 1.0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert run("lr-find", "iris", "--plot", str(plot)) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_lr_find_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("lr-find", "wine", "--optimizer", "sgd") == 0
+    *table, suggestion = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["rate", "loss"]
+    assert re.fullmatch(r"suggested learning rate [0-9.e-]+", suggestion)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["iris", "--lr", "0.1"], "goes through the rates itself"),
+        (["iris", "--from", "1", "--to", "0.1"], "--to: expected a finite number above 1"),
+        (["iris", "--steps", "3"], "steps: expected a whole number of at least 20"),
+        ([], "DATA: say which data"),
+        (["iris", "--plot", "x.jpg"], "ending in .png"),
+    ],
+)
+def test_lr_find_refuses(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("lr-find", *arguments) == 2
+    assert words in capsys.readouterr().err

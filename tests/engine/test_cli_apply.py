@@ -1,0 +1,266 @@
+"""``fusemlp evaluate`` and ``fusemlp predict``: answers in the labels and units of the data."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusemlp import cli
+from fusemlp.commands.options import TrainOptions
+from fusemlp.commands.prepare import prepare
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of ``fusemlp`` with these arguments."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def trained(folder: Path, *options: str | Path) -> Path:
+    """A run that was trained without progress."""
+    assert run("train", *options, "--quiet", "--out", folder) == 0
+    return folder
+
+
+def columns(path: Path) -> dict[str, list[str]]:
+    with path.open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def flowers(path: Path, rows: int, *, with_label: bool = True, seed: int = 0) -> Path:
+    """A table of two numbers, a word and a label in words, which they decide."""
+    generator = np.random.default_rng(seed)
+    kind = generator.integers(0, 3, rows)
+    names, colours = ("daisy", "rose", "tulip"), ("white", "red", "yellow")
+    lines = ["height,width,colour" + (",species" if with_label else "")]
+    for k in kind:
+        height, width = generator.normal([10.0 * k, -5.0 * k], 1.0)
+        label = f",{names[k]}" if with_label else ""
+        lines.append(f"{height:.4f},{width:.4f},{colours[k]}{label}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def species(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("species")
+    table = flowers(folder / "flowers.csv", 150)
+    return trained(folder / "run", table, "--target", "species", "--epochs", "30", "--lr", "0.01")
+
+
+def test_evaluate_repeats_the_test_of_the_training(species: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", species, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    report = json.loads((species / "report.json").read_text())
+    assert {name: answer[name] for name in report["test"]} == report["test"]
+    assert list(answer["classes"]) == ["daisy", "rose", "tulip"]
+
+
+def test_evaluate_prints_the_figures_of_each_class(species: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", species) == 0
+    shown = capsys.readouterr().out
+    assert "test accuracy 1.0000" in shown
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith(("daisy", "rose", "tulip"))] == [
+        *("daisy", "rose", "tulip"),
+        *("daisy", "rose", "tulip"),
+    ]
+    assert "true \\ predicted" in shown
+
+
+def test_evaluate_on_other_rows(species: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = flowers(tmp_path / "other.csv", 40, seed=1)
+    assert run("evaluate", species, "--data", other, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["rows"] == 40
+    assert answer["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("weights", ["model", "best", "last"])
+def test_predict_in_the_words_of_the_data(species: Path, weights: str, tmp_path: Path) -> None:
+    labelled = columns(flowers(tmp_path / "labelled.csv", 40, seed=2))["species"]
+    bare = flowers(tmp_path / "bare.csv", 40, with_label=False, seed=2)
+    out = tmp_path / "out.csv"
+    assert run("predict", species, "--data", bare, "--out", out, "--proba", "--weights", weights) == 0
+    found = columns(out)
+    assert list(found) == ["prediction", "probability_daisy", "probability_rose", "probability_tulip"]
+    assert found["prediction"] == labelled
+    probabilities = np.array([found[name] for name in list(found)[1:]], float).T
+    assert np.allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
+    names = np.array(["daisy", "rose", "tulip"])
+    assert names[probabilities.argmax(axis=1)].tolist() == labelled
+
+
+def test_predict_into_npz(species: Path, tmp_path: Path) -> None:
+    bare = flowers(tmp_path / "bare.csv", 10, with_label=False)
+    out = tmp_path / "out.npz"
+    assert run("predict", species, "--data", bare, "--out", out, "--proba") == 0
+    with np.load(out) as found:
+        assert found["predictions"].shape == (10,)
+        assert found["probabilities"].shape == (10, 3)
+        assert found["classes"].tolist() == ["daisy", "rose", "tulip"]
+
+
+def test_predict_never_overwrites_unless_told(
+    species: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = flowers(tmp_path / "bare.csv", 5, with_label=False)
+    out = tmp_path / "out.csv"
+    out.write_text("precious")
+    assert run("predict", species, "--data", bare, "--out", out) == 2
+    assert "--force to overwrite" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert run("predict", species, "--data", bare, "--out", out, "--force", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 5
+    assert len(columns(out)["prediction"]) == 5
+
+
+def test_values_come_back_in_original_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(300, 3)) * [1.0, 100.0, 0.01]
+    # targets far from zero, of very different sizes
+    y = np.stack([5000.0 + 1000.0 * X[:, 0], 1e-3 * X[:, 1]], axis=1)
+    np.savez(tmp_path / "data.npz", X=X, y=y)
+    folder = trained(tmp_path / "run", tmp_path / "data.npz", "--epochs", "40", "--lr", "0.01")
+    capsys.readouterr()
+    assert run("evaluate", folder, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["r2"] > 0.95
+    assert 0 < answer["mae"] <= answer["rmse"] < 200.0
+    out = tmp_path / "out.csv"
+    assert run("predict", folder, "--data", tmp_path / "data.npz", "--out", out) == 0
+    found = columns(out)
+    assert list(found) == ["prediction_0", "prediction_1"]
+    first = np.array(found["prediction_0"], float)
+    assert np.corrcoef(first, y[:, 0])[0, 1] > 0.97
+    assert abs(first.mean() - 5000.0) < 200.0
+
+
+def test_counts_of_a_poisson_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(400, 1))
+    np.savez(tmp_path / "data.npz", X=X, y=generator.poisson(np.exp(1.0 + 0.5 * X[:, 0])))
+    options = ["--task", "regression", "--loss", "poisson", "--epochs", "20"]
+    folder = trained(tmp_path / "run", tmp_path / "data.npz", *options)
+    out = tmp_path / "out.csv"
+    assert run("predict", folder, "--data", tmp_path / "data.npz", "--out", out) == 0
+    predicted = np.array(columns(out)["prediction"], float)
+    assert (predicted > 0.0).all()
+    assert np.corrcoef(predicted, np.exp(1.0 + 0.5 * X[:, 0]))[0, 1] > 0.95
+
+
+TWO_CLASSES: dict[str, list[str]] = {
+    "one logit": ["--loss", "binary_cross_entropy"],
+    "one logit, weighted rows": ["--loss", "binary_cross_entropy", "--class-weight", "balanced"],
+    "two logits, weighted": ["--class-weight", "1,2"],
+    "one-hot huber": ["--loss", "huber", "--delta", "0.5"],
+    "one-hot mae, weighted rows": ["--loss", "mae", "--class-weight", "balanced"],
+}
+
+
+@pytest.mark.parametrize("options", TWO_CLASSES.values(), ids=TWO_CLASSES.keys())
+def test_two_classes(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained(tmp_path / "run", "breast_cancer", "--epochs", "20", *options)
+    capsys.readouterr()
+    assert run("evaluate", folder, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["accuracy"] > 0.9
+    report = json.loads((folder / "report.json").read_text())
+    assert answer["confusion_matrix"] == report["test"]["confusion_matrix"]
+    outputs = json.loads((folder / "config.json").read_text())["network"]["sizes"][-1]
+    assert outputs == (1 if "binary_cross_entropy" in options else 2)
+    code = run("predict", folder, "--data", "breast_cancer", "--out", tmp_path / "p.npz", "--proba")
+    assert code == (2 if {"huber", "mae"} & set(options) else 0)
+    if code == 0:
+        with np.load(tmp_path / "p.npz") as found:
+            assert (found["probabilities"].argmax(axis=1) == found["predictions"]).all()
+
+
+def test_a_run_that_was_moved_still_answers(species: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in (species / "config.json", species / "checkpoints/model.safetensors"):
+        target = moved / path.relative_to(species)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    bare = flowers(tmp_path / "bare.csv", 5, with_label=False)
+    assert run("predict", moved, "--data", bare, "--out", tmp_path / "out.csv") == 0
+
+
+# A call, its exit code, and words of the error. RUN stands for a run, BARE for a table without labels.
+WRONG: dict[str, tuple[list[str], int, str]] = {
+    "no run": (["evaluate", "nowhere"], 1, "there is no such folder"),
+    "weights": (["evaluate", "RUN", "--weights", "bset"], 2, "--weights: unknown name 'bset'; did you mean 'best'"),
+    "backend": (["evaluate", "RUN", "--backend", "nunpy"], 2, "did you mean 'numpy'"),
+    "no labels": (["evaluate", "RUN", "--data", "BARE"], 1, "no target column 'species'"),
+    "other data": (["evaluate", "RUN", "--data", "iris"], 1, "4 features a row, the network was trained on 3"),
+    "format": (["predict", "RUN", "--data", "BARE", "--out", "x.txt"], 2, "--out: expected a file name ending in .csv"),
+    "no folder": (["predict", "RUN", "--data", "BARE", "--out", "no/x.csv"], 2, "there is no folder 'no'"),
+    "no data": (["predict", "RUN", "--data", "x.csv", "--out", "y.csv"], 1, "there is no file or folder 'x.csv'"),
+    "no out": (["predict", "RUN", "--data", "BARE"], 2, "Missing option"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_call_says_what_is_wrong(
+    species: Path,
+    arguments: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = flowers(tmp_path / "bare.csv", 5, with_label=False)
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": str(species), "BARE": str(bare)}
+    assert run(*(places.get(word, word) for word in arguments)) == code
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [bare]
+
+
+def test_a_corrupted_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained(tmp_path / "run", "iris", "--epochs", "1")
+    model = folder / "checkpoints/model.safetensors"
+    content = bytearray(model.read_bytes())
+    content[-3] ^= 1
+    model.write_bytes(content)
+    assert run("evaluate", folder) == 1
+    assert "corrupted" in capsys.readouterr().err
+
+
+def test_changed_data_are_no_test_rows_any_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = flowers(tmp_path / "flowers.csv", 60)
+    folder = trained(tmp_path / "run", table, "--target", "species", "--epochs", "1")
+    flowers(table, 60, seed=9)
+    assert run("evaluate", folder) == 1
+    assert "have changed since the training" in capsys.readouterr().err
+
+
+def test_the_test_set_that_comes_with_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"x_train": generator.normal(size=(50, 2, 2)), "x_test": generator.normal(size=(7, 2, 2))}
+    arrays |= {"y_train": np.arange(50) % 3, "y_test": np.array([0, 1, 2, 0, 1, 2, 0])}
+    np.savez(tmp_path / "data.npz", **arrays)
+    folder = trained(tmp_path / "run", tmp_path / "data.npz", "--epochs", "1", "--json")
+    assert json.loads(capsys.readouterr().out)["test"]["rows"] == 7
+    data = json.loads((folder / "config.json").read_text())["data"]
+    assert (data["training_rows"], data["validation_rows"], data["test_rows"]) == (45, 5, 7)
+
+
+def test_the_same_rows_are_held_out_whatever_else_is_asked() -> None:
+    plain = prepare(TrainOptions(data="wine"))
+    other = prepare(TrainOptions(data="wine", validation_fraction=0.3, loss="mse", scale="none", hidden=["none"]))
+    assert np.array_equal(plain.test.labels, other.test.labels)
+    assert other.network.layers == 1
+    assert len(plain.test) == 36
+    assert plain.validation is not None
+    assert len(plain.train) + len(plain.validation) + len(plain.test) == 178

@@ -1,0 +1,346 @@
+"""``fusemlp train`` from the command to the run folder: results, interruption, divergence, resuming."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fusemlp import MLP, Engine, cli
+from fusemlp.checkpoint import load_checkpoint
+from fusemlp.commands import finish
+from fusemlp.commands.options import TrainOptions
+from fusemlp.commands.prepare import prepare
+from fusemlp.commands.progress import progress
+from fusemlp.commands.recorder import Recorder
+from fusemlp.optimizers import optimizer_from_config
+from fusemlp.runs import Run
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of ``fusemlp`` with these arguments."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def rows(run_folder: Path) -> list[dict[str, str]]:
+    with (run_folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    """Whether two checkpoints hold bitwise the same arrays."""
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def test_digits_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "digits") == 0
+    shown = capsys.readouterr()
+    accuracy = re.search(r"^test accuracy (0\.\d{4})$", shown.out, re.MULTILINE)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 0.96
+    folder = re.search(r"^run folder (runs/digits-\d{8}-\d{6})$", shown.out, re.MULTILINE)
+    assert folder is not None
+    assert f"plot {folder[1]}/curves.png" in shown.out
+    assert {entry.name for entry in Path(folder[1]).iterdir()} == {
+        "config.json",
+        "metrics.csv",
+        "report.json",
+        "curves.png",
+        "checkpoints",
+    }
+    # progress goes to stderr, a line an epoch where there is no terminal
+    assert len(re.findall(r"^epoch \d+/\d+  loss ", shown.err, re.MULTILINE)) == len(rows(Path(folder[1])))
+
+
+def test_the_classic_tutorial_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = "train mnist5k --hidden 10 --loss mse --optimizer sgd --lr 0.01 --batch-size 32 --epochs 100"
+    assert run(*typed.split(), "--out", tmp_path / "run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["test"]["accuracy"] >= 0.6
+    assert read(tmp_path / "run/config.json")["network"]["sizes"] == [784, 10, 10]
+
+
+def test_what_a_run_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert run("train", "iris", "--epochs", "4", "--hidden", "8,5", "--seed", "3", "--out", folder, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["run"] == str(folder)
+    assert printed["plot"] == str(folder / "curves.png")
+
+    config = read(folder / "config.json")
+    assert config["network"]["sizes"] == [4, 8, 5, 3]
+    assert config["options"]["seed"] == config["seed"] == 3
+    assert config["data"]["source"] == "iris"
+    assert len(config["data"]["fingerprint"]) == 64
+    assert config["preprocessor"]["classes"] == [0, 1, 2]
+    assert config["versions"].keys() >= {"fusemlp", "numpy", "scipy", "scikit-learn", "python"}
+
+    table = rows(folder)
+    assert list(table[0]) == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
+    assert [row["epoch"] for row in table] == ["1", "2", "3", "4"]
+
+    report = read(folder / "report.json")
+    assert {name: value for name, value in printed.items() if name not in ("run", "plot")} == report
+    assert report["final"] == {name: float(value) for name, value in table[-1].items() if name != "epoch"}
+    confusion = np.array(report["test"]["confusion_matrix"])
+    assert confusion.sum() == report["test"]["rows"] == 30
+    # a stratified fifth of fifty rows of each
+    assert confusion.sum(axis=1).tolist() == [10, 10, 10]
+    assert np.trace(confusion) / 30 == pytest.approx(report["test"]["accuracy"])
+    assert report["dead_units"].keys() == {"layer 1", "layer 2"}
+
+    checkpoints = {entry.name for entry in (folder / "checkpoints").iterdir()}
+    assert checkpoints == {"last.safetensors", "best.safetensors", "model.safetensors"}
+    assert load_checkpoint(folder / "checkpoints/model.safetensors").network.sizes == (4, 8, 5, 3)
+
+
+def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path: Path) -> None:
+    options = ["--epochs", "40", "--lr", "0.02", "--quiet"]
+    for every in ("1", "7"):
+        folder = tmp_path / every
+        assert run("train", "wine", *options, "--checkpoint-every", every, "--out", folder) == 0
+        losses = [float(row["val_loss"]) for row in rows(folder)]
+        best = load_checkpoint(folder / "checkpoints/best.safetensors")
+        assert best.epochs_trained == 1 + int(np.argmin(losses))
+        assert read(folder / "report.json")["best_epoch"] == best.epochs_trained
+        assert load_checkpoint(folder / "checkpoints/last.safetensors").epochs_trained == 40
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    options = ["--epochs", "500", "--early-stopping", "3", "--lr", "0.05", "--quiet"]
+    assert run("train", "wine", *options, "--out", folder) == 0
+    report = read(folder / "report.json")
+    assert report["epochs"] == report["best_epoch"] + 3 < 500
+    assert f"stopped after epoch {report['epochs']}: val_loss has not improved" in capsys.readouterr().out
+    model = load_checkpoint(folder / "checkpoints/model.safetensors").state_dict()
+    best = load_checkpoint(folder / "checkpoints/best.safetensors").state_dict()
+    assert all(np.array_equal(model[name], best[name]) for name in model)
+    # there is nothing to go on with
+    assert run("train", "--resume", folder) == 2
+    assert "the run has ended" in capsys.readouterr().err
+
+
+def test_the_same_options_give_the_same_run(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("train", "iris", "--epochs", "3", "--dropout", "0.2", "--quiet", "--out", tmp_path / name) == 0
+    assert same_tensors(tmp_path / "a/checkpoints/model.safetensors", tmp_path / "b/checkpoints/model.safetensors")
+    assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
+    # the command in config.json is the one to repeat it with
+    words = shlex.split(read(tmp_path / "a/config.json")["command"])
+    words[words.index("--out") + 1] = str(tmp_path / "c")
+    assert run(*words[1:]) == 0
+    assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "c/metrics.csv").read_bytes()
+
+
+EVERYTHING = (
+    "train wine --hidden 16 --hidden 8 --activation prelu,leaky_relu --slope 0.1 --dropout 0.1,0.2 --init he_uniform "
+    "--label-smoothing 0.05 --class-weight balanced --optimizer adamw --lr 0.01 --beta1 0.8 --beta2 0.99 --eps 1e-7 "
+    "--weight-decay 0.02 --no-decay-biases --clip-norm 5 --accumulate 2 --schedule cosine --lr-final 1e-4 "
+    "--warmup 0.5 --batch-size 16 --drop-last --scale minmax --validation-fraction 0.2 --seed 5 --precision fp64 "
+    "--backend numpy --plan eager --quiet"
+)
+
+
+def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*EVERYTHING.split(), "--epochs", "9", "--out", whole) == 0
+    # a run of nine epochs that was killed in its sixth: checkpoint of the fourth, a row too many, one cut off
+    assert run(*EVERYTHING.split(), "--epochs", "9", "--out", parts) == 0
+    _cut_back(parts, epochs=4, rows=5)
+    assert run("train", "--resume", parts, "--quiet") == 0
+    assert (parts / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    for name in ("model", "last", "best"):
+        assert same_tensors(whole / f"checkpoints/{name}.safetensors", parts / f"checkpoints/{name}.safetensors")
+    capsys.readouterr()
+    assert run("train", "--resume", parts) == 2
+    assert "has done its 9 epochs; give it more: --epochs 18" in capsys.readouterr().err
+
+
+def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
+    """Leave of a finished run what a kill would: an earlier checkpoint, rows of epochs behind it, half a row."""
+    lines = (folder / "metrics.csv").read_bytes().splitlines(keepends=True)
+    for name in ("report.json", "curves.png", "metrics.csv"):
+        (folder / name).unlink()
+    for checkpoint in (folder / "checkpoints").iterdir():
+        checkpoint.unlink()
+    config = read(folder / "config.json")
+    prepared = prepare(TrainOptions(**config["options"]))
+    assert prepared.validation is not None
+
+    class Stop(Recorder):
+        def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+            super().on_epoch_end(engine, epoch, logs)
+            engine.stop_training = epoch + 1 == epochs
+
+    engine = Engine(
+        prepared.network,
+        loss=prepared.loss,
+        optimizer=optimizer_from_config(config["optimizer"]),
+        batch_size=config["batch_size"],
+        seed=config["seed"],
+        precision=config["precision"],
+    )
+    engine.fit(
+        prepared.train.X,
+        prepared.train.y,
+        epochs=config["epochs"],
+        validation_data=prepared.validation.triple,
+        drop_last=config["options"]["drop_last"],
+        callbacks=[Stop(Run(folder), every=1)],
+    )
+    (folder / "metrics.csv").write_bytes(b"".join(lines[: rows + 1]) + lines[rows + 1][:7])
+
+
+def test_epochs_can_be_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("train", "iris", "--epochs", "6", "--quiet", "--out", whole) == 0
+    assert run("train", "iris", "--epochs", "2", "--quiet", "--out", parts) == 0
+    assert run("train", "--resume", parts, "--epochs", "1") == 2
+    assert "can only be raised" in capsys.readouterr().err
+    assert run("train", "--resume", parts, "--epochs", "6", "--quiet") == 0
+    assert read(parts / "config.json")["epochs"] == 6
+    assert (parts / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert same_tensors(whole / "checkpoints/model.safetensors", parts / "checkpoints/model.safetensors")
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        assert run("train", "iris", "--epochs", "2", "--quiet", "--out", folder) == 0
+    for name in ("report.json", "metrics.csv", *(f"checkpoints/{name}.safetensors" for name in ("last", "model"))):
+        (killed / name).unlink()
+    assert run("train", "--resume", killed, "--quiet") == 0
+    assert same_tensors(whole / "checkpoints/model.safetensors", killed / "checkpoints/model.safetensors")
+
+
+def test_other_data_cannot_be_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    X, y = generator.normal(size=(60, 3)), generator.integers(0, 2, 60)
+    data = tmp_path / "data.npz"
+    np.savez(data, X=X, y=y)
+    folder = tmp_path / "run"
+    assert run("train", data, "--epochs", "1", "--quiet", "--out", folder) == 0
+    (folder / "report.json").unlink()
+    np.savez(data, X=X + 1.0, y=y)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert run("train", "--resume", folder, "--epochs", "2") == 1
+    assert "are not those that the run was started with" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    options = ["--optimizer", "sgd", "--lr", "10", "--loss", "mse", "--scale", "none", "--epochs", "50", "--quiet"]
+    assert run("train", "wine", *options, "--out", folder) == 1
+    shown = capsys.readouterr()
+    assert re.search(r"^error: loss: it became NaN or infinite in epoch \d+\. Likely cause: ", shown.err)
+    assert f"run folder {folder}" in shown.out
+    report = read(folder / "report.json")
+    assert report["diverged"]
+    assert report["diagnosis"][0]["name"] == "divergence"
+    last = load_checkpoint(folder / "checkpoints/last.safetensors")
+    assert all(np.isfinite(array).all() for array in last.state_dict().values())
+    assert last.epochs_trained == report["epochs"]
+    assert not (folder / "checkpoints/model.safetensors").exists()
+    assert run("train", "--resume", folder) == 2
+    assert "diverged, and would again" in capsys.readouterr().err
+
+
+def test_dead_units_are_said_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # the first large step drives most units below zero for every row
+    options = ["--lr", "30", "--clip-norm", "1e3", "--epochs", "3", "--seed", "1", "--quiet"]
+    assert run("train", "iris", *options, "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    fraction = read(tmp_path / "run/report.json")["dead_units"]["layer 1"]
+    assert fraction > 0.3
+    assert f"dead units: relu units that are zero for every training row: {fraction:.0%} of layer 1" in shown
+    assert "leaky_relu" in shown
+
+
+def test_no_plot_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finish, "can_plot", lambda: False)
+    assert run("train", "iris", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
+    assert "no plot: it needs matplotlib: pip install 'fusemlp[plot]'" in capsys.readouterr().out
+    assert not (tmp_path / "run/curves.png").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process group of POSIX")
+def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # far more epochs than can be done before the interruption
+    command = [sys.executable, "-m", "fusemlp", "train", "iris", "--epochs", "1000000", "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    found = re.search(r"^interrupted after epoch (\d+)$", out, re.MULTILINE)
+    assert found is not None
+    done = int(found[1])
+    assert done >= 3
+    assert "test accuracy" in out
+    assert len(rows(folder)) == done
+    assert read(folder / "report.json")["interrupted"]
+    assert (folder / "curves.png").exists()
+    model = load_checkpoint(folder / "checkpoints/model.safetensors")
+    assert model.epochs_trained == done
+    # its place inside the epoch is kept as well
+    last = load_checkpoint(folder / "checkpoints/last.safetensors")
+    assert last.update_count == model.update_count
+
+
+def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logs = dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"), 0.123456)
+    engine, epochs = Engine(MLP([2, 2])), 20_000
+    with progress(epochs) as (callback,):
+        began = time.perf_counter()
+        for epoch in range(epochs):
+            callback.on_epoch_end(engine, epoch, logs)
+        seconds = time.perf_counter() - began
+    # A redraw takes about a millisecond, a call that does not redraw is a comparison: 2 % of an epoch of 2 ms.
+    assert seconds / epochs < 40e-6
+
+
+def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", "--epochs", "2", "--quiet", "--out", tmp_path / "run") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("train", "iris", "--epochs", "2", "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr()
+    assert "epoch 2/2" in shown.err
+    assert "test accuracy" in shown.out

@@ -1,0 +1,329 @@
+"""Predictions, losses and accuracies of any number of rows, against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch_oracle import CLOSE
+
+from fusemlp import (
+    MLP,
+    SGD,
+    ArgumentError,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Engine,
+    Huber,
+    LeakyReLU,
+    PReLU,
+    Quantile,
+)
+from fusemlp import inference as inference_module
+from fusemlp.losses import as_loss
+from fusemlp_kernels import reference
+
+INPUTS, OUTPUTS = 5, 4
+RNG = np.random.default_rng(4)
+X = RNG.standard_normal((100, INPUTS))
+LABELS = RNG.integers(0, OUTPUTS, 100)
+SIZES = (1, 2, 15, 16, 17, 33, 100)
+
+
+def make(loss="cross_entropy", outputs=OUTPUTS, **options):
+    net = MLP([INPUTS, 7, outputs], **{"activation": "tanh", **options})
+    return Engine(net, loss=loss, optimizer=SGD(0.1), batch_size=8, seed=2, backend="numpy", precision="fp64")
+
+
+def forward(engine, X):
+    """The outputs, by the oracle."""
+    state = engine.state_dict()
+    for layer, chosen in enumerate(engine.network.activations):
+        slope = state.get(f"{2 * layer + 1}.weight", chosen.slope)
+        z = reference.linear(X, state[f"{2 * layer}.weight"], state[f"{2 * layer}.bias"])
+        X = reference.activation(chosen.name, z, slope)
+    return X
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """A forward pass takes 16 rows at a time."""
+    monkeypatch.setattr(inference_module, "LARGEST", 1)
+
+
+class TestPredict:
+    @pytest.mark.parametrize("n", SIZES)
+    def test_classes(self, n):
+        engine = make()
+        found = engine.predict(X[:n])
+        assert found.shape == (n,) and found.dtype == np.int64
+        np.testing.assert_array_equal(found, forward(engine, X[:n]).argmax(axis=1))
+
+    def test_probabilities_of_classes(self):
+        engine = make()
+        found = engine.predict_proba(X)
+        assert_close(found, softmax(forward(engine, X)))
+        assert_close(found.sum(axis=1), 1.0)
+
+    def test_one_label(self):
+        engine = make("binary_cross_entropy", outputs=1)
+        z = forward(engine, X)[:, 0]
+        found = engine.predict(X)
+        assert found.shape == (100,) and found.dtype == np.int64
+        np.testing.assert_array_equal(found, z > 0)
+        assert 0 < found.sum() < 100
+        probabilities = engine.predict_proba(X)
+        assert probabilities.shape == (100, 2)
+        assert_close(probabilities[:, 1], 1.0 / (1.0 + np.exp(-z)))
+        assert_close(probabilities.sum(axis=1), 1.0)
+
+    def test_several_labels(self):
+        engine = make("binary_cross_entropy")
+        z = forward(engine, X)
+        np.testing.assert_array_equal(engine.predict(X), z > 0)
+        assert_close(engine.predict_proba(X), 1.0 / (1.0 + np.exp(-z)))
+
+    @pytest.mark.parametrize("loss", ["mse", "mae", "huber", "quantile"])
+    def test_values(self, loss):
+        engine = make(loss)
+        assert_close(engine.predict(X), forward(engine, X))
+        one = make(loss, outputs=1)
+        assert one.predict(X).shape == (100,)
+        assert_close(one.predict(X), forward(one, X)[:, 0])
+
+    def test_counts(self):
+        engine = make("poisson")
+        assert_close(engine.predict(X), np.exp(forward(engine, X)))
+        one = make("poisson", outputs=1)
+        assert_close(one.predict(X), np.exp(forward(one, X)[:, 0]))
+
+    @pytest.mark.parametrize("loss", ["mse", "mae", "huber", "quantile", "poisson"])
+    def test_probabilities_need_a_cross_entropy(self, loss):
+        with pytest.raises(ArgumentError, match=f"predict_proba needs cross_entropy .* has '{loss}'; use predict"):
+            make(loss).predict_proba(X)
+
+    @pytest.mark.parametrize("output", ["sigmoid", "relu", LeakyReLU(0.3), PReLU(0.2), "gelu", "tanh"], ids=str)
+    def test_the_output_has_its_activation(self, output):
+        engine = make("mse", output_activation=output)
+        assert_close(engine.predict(X), forward(engine, X))
+
+    @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "prelu", "sigmoid", "gelu", "silu"])
+    def test_hidden_layers_have_theirs(self, activation):
+        engine = make("mse", activation=activation)
+        assert_close(engine.predict(X), forward(engine, X))
+
+    def test_a_network_without_hidden_layers(self):
+        engine = Engine(MLP([INPUTS, OUTPUTS]), "mse", SGD(0.1), backend="numpy", precision="fp64")
+        assert_close(engine.predict(X), forward(engine, X))
+
+    def test_nothing_is_dropped(self):
+        engine = make("mse", dropout=0.5)
+        assert_close(engine.predict(X), forward(engine, X))
+        np.testing.assert_array_equal(engine.predict(X), engine.predict(X))
+
+    def test_predictions_are_copies(self):
+        engine = make("mse")
+        found = engine.predict(X)
+        kept = found.copy()
+        engine.predict(-X)
+        np.testing.assert_array_equal(found, kept)
+
+    def test_predicting_disturbs_nothing(self):
+        engine = make()
+        engine.fit(X, LABELS, epochs=1)
+        before = engine.snapshot()
+        engine.predict(X)
+        engine.predict_proba(X)
+        engine.evaluate(X, LABELS)
+        engine.dead_units(X)
+        for name, array in engine.snapshot().items():
+            np.testing.assert_array_equal(array, before[name], err_msg=name)
+
+
+@pytest.mark.usefixtures("small_batches")
+class TestManyBatches:
+    """More rows than one forward pass takes, in all remainders."""
+
+    @pytest.mark.parametrize("n", SIZES)
+    def test_outputs(self, n):
+        engine = make("mse")
+        assert_close(engine.predict(X[:n]), forward(engine, X[:n]))
+
+    @pytest.mark.parametrize("n", SIZES)
+    def test_loss_and_accuracy(self, n):
+        engine = make()
+        loss, _ = reference.loss_of_output(
+            as_loss("cross_entropy").spec(accuracy=True), forward(engine, X[:n]), LABELS[:n]
+        )
+        found = engine.evaluate(X[:n], LABELS[:n])
+        assert_close(found["loss"], loss)
+        assert found["accuracy"] == np.mean(forward(engine, X[:n]).argmax(axis=1) == LABELS[:n])
+
+    @pytest.mark.parametrize("n", SIZES)
+    def test_weighted_loss(self, n):
+        engine = make("mse")
+        weight = np.random.default_rng(n).uniform(0.1, 1.0, n)
+        target = np.random.default_rng(n).standard_normal((n, OUTPUTS))
+        error = (forward(engine, X[:n]) - target) ** 2
+        found = engine.evaluate(X[:n], target, weight)
+        assert list(found) == ["loss"]
+        assert_close(found["loss"], (weight[:, None] * error).sum() / (weight.sum() * OUTPUTS))
+
+    def test_a_short_batch_after_a_long_one(self):
+        # rows that an earlier batch left behind must not count
+        engine = make()
+        whole = engine.evaluate(X, LABELS)
+        assert engine.evaluate(X[:3], LABELS[:3]) != whole
+        assert engine.evaluate(X, LABELS) == whole
+        assert_close(engine.evaluate(X[:3], LABELS[:3])["loss"], make().evaluate(X[:3], LABELS[:3])["loss"])
+
+    def test_dead_units(self):
+        engine = make(activation="relu")
+        hidden = np.maximum(X @ engine.state_dict()["0.weight"].T + engine.state_dict()["0.bias"], 0.0)
+        for n in SIZES:
+            assert engine.dead_units(X[:n]) == {"layer 1": np.mean((hidden[:n] == 0).all(axis=0))}
+
+
+def test_the_size_of_a_forward_pass_is_bounded():
+    engine = make()
+    assert engine._inference._rows_for(3) == 16
+    assert engine._inference._rows_for(1000) == 1024
+    widest = 7
+    assert engine._inference._rows_for(10**9) * widest <= inference_module.LARGEST
+
+
+TARGETS = {
+    "cross_entropy": LABELS,
+    "binary_cross_entropy": RNG.integers(0, 2, (100, OUTPUTS)),
+    "mse": RNG.standard_normal((100, OUTPUTS)),
+    "mae": RNG.standard_normal((100, OUTPUTS)),
+    "huber": RNG.standard_normal((100, OUTPUTS)),
+    "quantile": RNG.standard_normal((100, OUTPUTS)),
+    "poisson": RNG.poisson(2.0, (100, OUTPUTS)),
+}
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("kind", TARGETS)
+    def test_the_loss_is_the_oracle_s(self, kind, reduction, weighted):
+        loss = type(as_loss(kind))(reduction=reduction)
+        engine = make(loss)
+        weight = np.random.default_rng(1).uniform(0.0, 2.0, 100) if weighted else None
+        target = TARGETS[kind]
+        found = engine.evaluate(X, target, weight)
+        expected, _ = reference.loss_of_output(loss.spec(accuracy=False), forward(engine, X), target, weight)
+        assert_close(found["loss"] / 100, expected / 100)
+        assert all(type(value) is float for value in found.values())
+        assert list(found) == (["loss", "accuracy"] if "cross_entropy" in kind else ["loss"])
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            CrossEntropy(label_smoothing=0.1),
+            CrossEntropy(class_weight=[1.0, 0.0, 3.0, 0.5]),
+            CrossEntropy(ignore_index=2),
+        ],
+        ids=["label smoothing", "class weights", "ignored class"],
+    )
+    def test_options_of_cross_entropy(self, loss):
+        engine = make(loss)
+        expected, _ = reference.loss_of_output(
+            loss.spec(accuracy=False), forward(engine, X), LABELS, None, loss.class_weight
+        )
+        assert_close(engine.evaluate(X, LABELS)["loss"], expected)
+
+    def test_options_of_the_others(self):
+        target = TARGETS["mse"]
+        for loss in (Huber(delta=0.3), Quantile(q=0.9)):
+            engine = make(loss)
+            expected, _ = reference.loss_of_output(loss.spec(accuracy=False), forward(engine, X), target)
+            assert_close(engine.evaluate(X, target)["loss"], expected)
+
+    def test_hits_are_not_weighted(self):
+        engine = make()
+        weight = np.random.default_rng(1).uniform(0.0, 2.0, 100)
+        assert engine.evaluate(X, LABELS, weight)["accuracy"] == engine.evaluate(X, LABELS)["accuracy"]
+
+    def test_ignored_rows_are_neither_right_nor_wrong(self):
+        engine = make(CrossEntropy(ignore_index=-100))
+        labels = np.where(np.arange(100) % 3 == 0, -100, LABELS)
+        kept = labels >= 0
+        found, expected = engine.evaluate(X, labels), engine.evaluate(X[kept], LABELS[kept])
+        assert_close(found["loss"], expected["loss"])
+        assert found["accuracy"] == expected["accuracy"]
+
+    def test_nothing_but_ignored_rows(self):
+        engine = make(CrossEntropy(ignore_index=-100))
+        assert engine.evaluate(X, np.full(100, -100)) == {"loss": 0.0, "accuracy": 0.0}
+
+    def test_soft_targets(self):
+        engine = make()
+        soft = np.random.default_rng(3).dirichlet(np.ones(OUTPUTS), 100)
+        z = forward(engine, X)
+        found = engine.evaluate(X, soft)
+        assert_close(found["loss"], -(soft * np.log(softmax(z))).sum(axis=1).mean())
+        assert found["accuracy"] == np.mean(z.argmax(axis=1) == soft.argmax(axis=1))
+        # certain probabilities are labels
+        certain, labelled = engine.evaluate(X, np.eye(OUTPUTS)[LABELS]), engine.evaluate(X, LABELS)
+        assert_close(certain["loss"], labelled["loss"])
+        assert certain["accuracy"] == labelled["accuracy"]
+
+    def test_each_label_of_several_counts(self):
+        engine = make(BinaryCrossEntropy())
+        target = TARGETS["binary_cross_entropy"]
+        assert engine.evaluate(X, target)["accuracy"] == np.mean((forward(engine, X) > 0) == target)
+
+    @pytest.mark.parametrize("kind", ["mse", "mae", "huber"])
+    def test_one_hot_targets_are_classes(self, kind):
+        engine = make(kind)
+        found = engine.evaluate(X, np.eye(OUTPUTS)[LABELS])
+        assert found["accuracy"] == np.mean(forward(engine, X).argmax(axis=1) == LABELS)
+        history = engine.fit(X, np.eye(OUTPUTS)[LABELS], epochs=1, validation_data=(X, np.eye(OUTPUTS)[LABELS])).history
+        assert list(history) == ["loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
+
+    @pytest.mark.parametrize(
+        "target",
+        [np.eye(OUTPUTS)[LABELS] * 0.9, np.ones((100, OUTPUTS)), np.zeros((100, OUTPUTS))],
+        ids=["not one", "several ones", "none"],
+    )
+    def test_other_targets_are_values(self, target):
+        assert list(make("mse").evaluate(X, target)) == ["loss"]
+
+    def test_a_single_column_is_never_one_hot(self):
+        assert list(make("mse", outputs=1).evaluate(X, np.ones(100))) == ["loss"]
+
+
+class TestDeadUnits:
+    def test_units_that_are_zero_for_every_row(self):
+        engine = Engine(MLP([INPUTS, 8, 6, OUTPUTS]), backend="numpy")
+        state = engine.state_dict()
+        state["0.bias"][:2] = -1e3
+        state["2.weight"][:3] = 0.0
+        state["2.bias"][:] = 1.0
+        state["2.bias"][:3] = 0.0
+        state["2.weight"][3:] *= 1e-6
+        engine.load_state_dict(state)
+        assert engine.dead_units(X) == {"layer 1": 2 / 8, "layer 2": 3 / 6}
+
+    def test_one_row_that_is_answered_is_enough(self):
+        engine = Engine(MLP([1, 1, 2]), backend="numpy")
+        engine.load_state_dict({**engine.state_dict(), "0.weight": [[1.0]], "0.bias": [-5.0]})
+        rows = np.zeros((50, 1))
+        assert engine.dead_units(rows) == {"layer 1": 1.0}
+        rows[37] = 6.0
+        assert engine.dead_units(rows) == {"layer 1": 0.0}
+
+    def test_only_relu_layers_can_be_dead(self):
+        engine = Engine(MLP([INPUTS, 4, 4, 4, OUTPUTS], activation=["tanh", "relu", "prelu"]), backend="numpy")
+        assert list(engine.dead_units(X)) == ["layer 2"]
+        assert Engine(MLP([INPUTS, OUTPUTS]), backend="numpy").dead_units(X) == {}

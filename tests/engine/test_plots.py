@@ -1,0 +1,102 @@
+"""The pictures of a training: whole PNG files that say what they show, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from fusemlp import plots
+from fusemlp.diagnosis import overfitting
+
+RISING = {
+    "loss": [1.0, 0.5, 0.3, 0.2],
+    "val_loss": [1.1, 0.7, 0.8, 0.9],
+    "accuracy": [0.5, 0.8, 0.9, 1.0],
+    "val_accuracy": [0.5, 0.7, 0.7, 0.7],
+    "learning_rate": [0.1] * 4,
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are turned into PNG files."""
+    figures: list[Figure] = []
+    to_png = plots._png
+
+    def keep(figure: Figure) -> bytes:
+        figures.append(figure)
+        return to_png(figure)
+
+    monkeypatch.setattr(plots, "_png", keep)
+    return figures
+
+
+def pixels(png: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return np.asarray(matplotlib.image.imread(io.BytesIO(png)))
+
+
+def labels(figure: Figure, axes: int) -> list[str]:
+    legend = figure.axes[axes].get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_loss_and_accuracy_side_by_side(drawn: list[Figure]) -> None:
+    found = overfitting(RISING)
+    png = plots.curves_png(RISING, loss="cross_entropy", title="digits", best_epoch=2, overfitting=found)
+    assert pixels(png).std() > 0.0
+    (figure,) = drawn
+    assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "loss (cross_entropy)",
+        "accuracy (share of right answers)",
+    ]
+    assert labels(figure, 0) == ["training", "validation", "overfitting: gap 0.7", "best epoch: 2"]
+    assert labels(figure, 1) == ["training", "validation", "overfitting: gap 0.3", "best epoch: 2"]
+    training, held_out, best = figure.axes[0].get_lines()
+    assert np.asarray(training.get_xdata()).tolist() == [1, 2, 3, 4]
+    assert np.asarray(held_out.get_ydata()).tolist() == RISING["val_loss"]
+    assert np.asarray(best.get_xdata()).tolist() == [2, 2]
+
+
+def test_a_regression_without_validation_has_one_curve(drawn: list[Figure]) -> None:
+    plots.curves_png({"loss": [100.0, 1.0, 0.5], "learning_rate": [0.1] * 3}, loss="mse", title="diabetes")
+    (axes,) = drawn[0].axes
+    assert labels(drawn[0], 0) == ["training"]
+    assert axes.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("losses", [[0.5], [0.5, float("inf")], [-1.0, -2.0], [0.0, 0.0]])
+def test_odd_histories_can_be_drawn(losses: list[float]) -> None:
+    png = plots.curves_png({"loss": losses, "val_loss": losses}, loss="poisson", title="one", best_epoch=1)
+    assert png.startswith(b"\x89PNG")
+
+
+def test_the_sweep_marks_the_suggested_rate(drawn: list[Figure]) -> None:
+    png = plots.sweep_png([1e-3, 1e-2, 1e-1], [1.0, 0.5, 4.0], 1e-2, "digits")
+    assert png.startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "smoothed loss")
+    assert labels(drawn[0], 0) == ["suggested: 0.01"]
+
+
+def test_pyplot_is_not_touched(tmp_path: Path) -> None:
+    import subprocess
+
+    script = (
+        "import sys; from fusemlp import plots; plots.curves_png({'loss': [1.0, 0.5]}, loss='mse', title='t'); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_whether_matplotlib_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plots.can_plot()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not plots.can_plot()

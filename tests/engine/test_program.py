@@ -1,0 +1,188 @@
+"""A step as a printed program: its columns, its figures, and how many calls it takes."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+from lowered import BACKENDS, FROZEN, inference_program, training_program
+
+from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
+from fusemlp.engine import plan_text
+from fusemlp.program import Call, Program, Ref, Value, resolve, scaled
+from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
+
+TUTORIAL = MLP([784, 128, 10])
+COLUMNS = ("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")
+
+
+def table(program):
+    """The printed program as a dict of columns, a list of cells each, and its last line."""
+    header, *lines, last = str(program).splitlines()
+    starts = [header.index("call"), *(header.index(name) for name in COLUMNS[2:5])]
+    # the last two columns are flush right: they end where their names end
+    ends = [header.index("flops") + len("flops"), len(header)]
+    cuts = [0, *starts, max(header.index("flops"), ends[0] - 5), ends[0], ends[1]]
+    cells = [[line[a:b].strip() for a, b in itertools.pairwise(cuts)] for line in lines]
+    return {name: [row[i] for row in cells] for i, name in enumerate(COLUMNS)}, last
+
+
+def test_a_step_of_two_layers_is_four_launches():
+    shown, last = table(training_program(TUTORIAL, "cross_entropy", "sgd", 128, "triton", rows=60000))
+    assert last == "4 launches"
+    assert shown["#"] == ["0", "1", "2", "3"]
+    assert shown["call"] == [
+        "linear relu",
+        "linear_loss_grad cross_entropy",
+        "grad_input relu",
+        "grad_weight_update sgd",
+    ]
+    assert shown["reads"] == ["x[rows] w0 b0", "h1 w1 b1 target[rows]", "dz2 w1 h1", "dz1 x[rows] w0 b0 dz2 h1 w1 b1"]
+    assert shown["writes"] == ["h1", "loss dz2", "dz1", "w0 b0 w1 b1"]
+    assert shown["M x N x K"] == ["128x128x784", "128x10x128", "128x128x10", "128x784x128 10x128x128"]
+    # a multiplication and an addition for each element of each product
+    assert shown["flops"] == ["25.7M", "328k", "328k", "26M"]
+
+
+def test_the_header_names_every_column():
+    header = str(training_program(TUTORIAL)).splitlines()[0]
+    assert [part.strip() for part in header.split("  ") if part.strip()] == list(COLUMNS)
+
+
+def test_bytes_are_those_of_what_is_read_and_written():
+    program = training_program(TUTORIAL, "cross_entropy", "sgd", 128, "triton", rows=60000)
+    real, integer = 4, 8
+    x, h1, dz = 128 * 784 * real, 128 * 128 * real, 128 * 10 * real
+    w0, w1 = (784 * 128 + 128) * real, (128 * 10 + 10) * real
+    rows, counters, stats, hyper = (integer * count for count in (128, COUNTERS, STATS, HYPER))
+    # the 128 rows that are read count, not the 60000 that there are
+    assert program.traffic(program.calls[0]) == x + w0 + rows + counters + h1
+    assert program.traffic(program.calls[1]) == h1 + w1 + rows + 128 * integer + counters + 2 * stats + dz
+    assert program.traffic(program.calls[2]) == dz + w1 - 10 * real + 2 * h1
+    update = x + h1 + dz + h1 + rows + 2 * (w0 + w1 + counters + hyper)
+    assert program.traffic(program.calls[3]) == update
+
+
+def test_double_precision_doubles_the_bytes_of_reals():
+    single, double = (training_program(TUTORIAL, real_bytes=size) for size in (4, 8))
+    assert double.bytes_of("w0") == 2 * single.bytes_of("w0") == 2 * 4 * 784 * 128
+    assert double.bytes_of("params") == 2 * single.bytes_of("params") == 8 * TUTORIAL.parameter_count
+    assert double.bytes_of("target") == single.bytes_of("target") == 8 * 20
+
+
+def test_flops_of_a_step_are_three_products_a_layer_but_one():
+    program = training_program(MLP([7, 5, 4, 3]), batch_size=6)
+    one_each = 2 * 6 * (7 * 5 + 5 * 4 + 4 * 3)
+    assert sum(call.flops for call in program.calls) == 3 * one_each - 2 * 6 * 7 * 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [[4, 3], [6, 5, 4], [6, 5, 4, 3], [3, 3, 3, 3, 3]], ids=str)
+class TestLaunches:
+    """A network of L layers trains in 2L calls; in one more where the whole gradient is needed first."""
+
+    def test_plain(self, sizes, backend):
+        program = training_program(MLP(sizes), "cross_entropy", SGD(0.1), 8, backend)
+        assert program.launches == 2 * (len(sizes) - 1)
+        assert str(program).endswith(f"\n{program.launches} launches")
+
+    @pytest.mark.parametrize("optimizer", [SGD(0.1, clip_norm=1.0), Adam(clip_norm=1.0), AdamW(accumulate=2)], ids=repr)
+    def test_with_clipping_or_accumulation(self, sizes, backend, optimizer):
+        program = training_program(MLP(sizes), "cross_entropy", optimizer, 8, backend)
+        assert program.launches == 2 * (len(sizes) - 1) + 1
+        assert [call.op for call in program.calls[-2:]] == ["grad_weight", "update"]
+
+    def test_forward(self, sizes, backend):
+        assert inference_program(MLP(sizes), backend=backend).launches == len(sizes) - 1
+        assert inference_program(MLP(sizes), "cross_entropy", backend=backend).launches == len(sizes) - 1
+
+
+@pytest.mark.parametrize("backend, launches", [("triton", 4), ("cupy", 4), ("numpy", 5)])
+def test_adam_is_fused_where_that_is_quickest(backend, launches):
+    assert training_program(MLP([6, 5, 4]), optimizer="adam", backend=backend).launches == launches
+
+
+@pytest.mark.parametrize("backend, launches", [("triton", 5), ("cupy", 5), ("numpy", 4)])
+def test_an_output_wider_than_a_tile_takes_a_call_of_its_own(backend, launches):
+    program = training_program(MLP([6, 5, 1000]), backend=backend)
+    assert program.launches == launches
+    assert ("loss_grad" in [call.op for call in program.calls]) == (launches == 5)
+
+
+def test_below_the_first_trained_layer_no_gradient_is_computed():
+    net = MLP([6, 5, 4, 3], activation="gelu", dropout=0.2)
+    optimizer = SGD(0.1, per_parameter={"0.*": FROZEN, "2.*": FROZEN})
+    program = training_program(net, optimizer=optimizer)
+    assert [call.op for call in program.calls] == ["linear", "linear", "linear_loss_grad", "grad_weight_update"]
+    assert "z1" not in program.values
+    assert program.trainable == {"w2", "b2"}
+
+
+def test_with_nothing_to_train_only_the_clock_goes_on():
+    program = training_program(MLP([6, 5, 3]), optimizer=SGD(0.1, per_parameter={"*": FROZEN}))
+    assert [call.op for call in program.calls] == ["linear", "linear_loss_grad", "advance"]
+
+
+def test_a_single_launch_is_singular():
+    assert str(inference_program(MLP([3, 2]))).endswith("\n1 launch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_needs_no_backend(backend, monkeypatch):
+    for library in ("triton", "torch", "cupy"):
+        # an import of a module that is None in sys.modules raises
+        monkeypatch.setitem(sys.modules, library, None)
+    text = plan_text(TUTORIAL, loss="cross_entropy", optimizer="sgd", batch_size=128, backend=backend)
+    assert text.endswith("\n4 launches")
+    expected = training_program(TUTORIAL, "cross_entropy", "sgd", 128, backend, rows=128)
+    assert text == str(expected)
+
+
+def test_a_plan_of_an_unknown_backend_names_the_nearest():
+    with pytest.raises(ArgumentError, match="did you mean 'triton'"):
+        plan_text(TUTORIAL, backend="tritn")
+
+
+def test_the_engine_prints_the_program_of_its_backend():
+    engine = Engine(MLP([6, 5, 4]), optimizer=SGD(0.1), batch_size=8, backend="numpy")
+    assert str(engine.program) == plan_text(MLP([6, 5, 4]), optimizer=SGD(0.1), batch_size=8, backend="numpy")
+    assert engine.program.launches == 4
+
+
+def test_a_call_reads_what_it_updates_and_writes():
+    operands = {
+        "layers": ({"dz": Ref("dz1"), "x": Ref("x"), "w": Ref("w"), "w_state": (Ref("m"), Ref("v")), "b": None},)
+    }
+    call = Call("grad_weight_update", operands)
+    assert call.reads == ("dz1", "x", "w", "m", "v")
+    assert call.writes == ("w", "m", "v")
+
+
+def test_resolve_replaces_references_at_any_depth():
+    given = {"a": Ref("x"), "b": ({"c": Ref("y"), "d": 1.5}, [Ref("x")]), "e": None}
+    assert resolve(given, {"x": 10, "y": 20}.__getitem__) == {"a": 10, "b": ({"c": 20, "d": 1.5}, (10,)), "e": None}
+
+
+def test_names_of_arenas_stand_for_their_values():
+    values = {name: Value(name, (2, 3), "real", "parameter") for name in ("w0", "w1")}
+    program = Program(values, (), {"params": ("w0", "w1")})
+    assert program.members("params") == ("w0", "w1")
+    assert program.members("w0") == ("w0",)
+    assert program.bytes_of("params") == 48
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(0, "0"), (7, "7"), (999, "999"), (1000, "1k"), (25_690_112, "25.7M"), (999_499, "999k"), (999_500, "1M"),
+     (3.2e9, "3.2G"), (5e15, "5e+03T")],
+)  # fmt: skip
+def test_numbers_have_three_digits_and_a_prefix(number, text):
+    assert scaled(number) == text
+
+
+def test_the_values_of_a_program_are_not_arrays():
+    program = training_program(MLP([6, 5, 4], dropout=0.5))
+    assert not any(isinstance(value, np.ndarray) for value in program.values.values())
+    assert program.values["keep1"] == Value("keep1", (8, 5), "bool", "work")

@@ -1,0 +1,112 @@
+"""From the words of the command line to descriptions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusemlp.commands import recipe
+from fusemlp.commands.options import ModelOptions, TrainOptions
+from fusemlp.losses import CrossEntropy, Huber, Quantile
+from fusemlp.network import LeakyReLU, PReLU
+from fusemlp.optimizers import SGD, Adam, AdamW
+from fusemlp.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
+
+PLAIN = TrainOptions(data="digits")
+
+
+@pytest.mark.parametrize(
+    ("given", "widths"),
+    [
+        (None, (128,)),
+        (["10"], (10,)),
+        (["128,64"], (128, 64)),
+        (["128", "64,32"], (128, 64, 32)),
+        ([" 8 , 4 "], (8, 4)),
+        (["none"], ()),
+    ],
+)
+def test_hidden_widths(given: list[str] | None, widths: tuple[int, ...]) -> None:
+    assert recipe.hidden_widths(given) == widths
+
+
+def test_activations_and_their_slopes() -> None:
+    net = recipe.network(
+        [4, 3, 3, 2], activation="prelu, leaky_relu", output_activation="tanh", dropout="0.1,0", slope=0.3
+    )
+    assert net.activations[:2] == (PReLU(0.3), LeakyReLU(0.3))
+    assert net.activations[2].name == "tanh"
+    assert net.dropouts == (0.1, 0.0, 0.0)
+
+
+OPTIMIZERS: list[tuple[dict[str, Any], object]] = [
+    ({}, Adam()),
+    ({"lr": 0.1, "beta1": 0.5}, Adam(0.1, betas=(0.5, 0.999))),
+    ({"optimizer": "sgd"}, SGD(0.01)),
+    (
+        {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        SGD(0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
+    ),
+    ({"optimizer": "adamw"}, AdamW()),
+    (
+        {"optimizer": "adamw", "eps": 1e-6, "clip_norm": 1.0, "accumulate": 2, "decay_biases": False},
+        AdamW(eps=1e-6, clip_norm=1.0, accumulate=2, decay_biases=False),
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), OPTIMIZERS)
+def test_optimizers(options: dict[str, Any], expected: object) -> None:
+    assert recipe.optimizer(replace(PLAIN, **options)) == expected
+
+
+# 100 rows in batches of 30: four updates an epoch; ten epochs.
+SCHEDULES: list[tuple[dict[str, Any], Schedule]] = [
+    ({}, Constant(0.1)),
+    ({"warmup": 0.5}, Constant(0.1, warmup=2)),
+    ({"schedule": "step", "lr_step": 3.0}, StepDecay(0.1, every=12)),
+    ({"schedule": "step", "lr_step": 0.5, "lr_gamma": 0.5}, StepDecay(0.1, every=2, gamma=0.5)),
+    ({"schedule": "exponential", "lr_gamma": 0.5}, Exponential(0.1, gamma=0.5**0.25)),
+    ({"schedule": "cosine", "lr_final": 0.01}, Cosine(0.1, final=0.01, steps=40)),
+    ({"schedule": "cosine", "warmup": 2.0}, Cosine(0.1, steps=32, warmup=8)),
+    ({"schedule": "cosine", "drop_last": True}, Cosine(0.1, steps=30)),
+    ({"schedule": "cosine", "accumulate": 3}, Cosine(0.1, steps=13)),
+    ({"schedule": "one_cycle"}, OneCycle(0.1, steps=40)),
+    (
+        {"schedule": "reduce_on_plateau", "lr_patience": 3, "lr_gamma": 0.5, "lr_final": 0.01},
+        ReduceOnPlateau(0.1, factor=0.5, patience=3, min_lr=0.01),
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), SCHEDULES)
+def test_lengths_in_epochs_become_updates(options: dict[str, Any], expected: Schedule) -> None:
+    asked = replace(PLAIN, lr=0.1, batch_size=30, **options)
+    assert recipe.schedule(asked, rows=100, epochs=10) == expected
+
+
+def test_losses_take_their_options() -> None:
+    asked = ModelOptions(label_smoothing=0.1)
+    assert recipe.loss(asked, "cross_entropy", [1.0, 2.0]) == CrossEntropy(label_smoothing=0.1, class_weight=[1.0, 2.0])
+    assert recipe.loss(ModelOptions(delta=2.0), "huber", None) == Huber(2.0)
+    assert recipe.loss(ModelOptions(quantile=0.9), "quantile", None) == Quantile(0.9)
+
+
+def test_the_task_decides_the_loss() -> None:
+    assert recipe.loss_name(ModelOptions(), "classification", 3) == "cross_entropy"
+    assert recipe.loss_name(ModelOptions(), "regression", 0) == "mse"
+    assert recipe.loss_name(ModelOptions(loss="mse"), "classification", 3) == "mse"
+
+
+def test_balanced_weights_make_classes_count_alike() -> None:
+    codes = np.array([0] * 6 + [1] * 3 + [3])
+    weights = recipe.class_weights("balanced", codes, 4)
+    assert weights is not None
+    # a class that does not occur has no weight
+    assert weights == pytest.approx([10 / 18, 10 / 9, 0.0, 10 / 3])
+    assert np.bincount(codes, weights=np.array(weights)[codes])[[0, 1, 3]] == pytest.approx([10 / 3] * 3)
+    assert recipe.class_weights("1,0,2,3", codes, 4) == [1.0, 0.0, 2.0, 3.0]
+    assert recipe.class_weights(None, codes, 4) is None

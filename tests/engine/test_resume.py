@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from same_state import assert_same_state
+
+from fusemlp import (
+    MLP,
+    MSE,
+    SGD,
+    Adam,
+    AdamW,
+    ArgumentError,
+    Callback,
+    Cosine,
+    DivergenceError,
+    Engine,
+    OneCycle,
+    PReLU,
+    ReduceOnPlateau,
+    ShapeError,
+    StepDecay,
+    load_checkpoint,
+)
+
+Array = np.ndarray[Any, Any]
+Fit = Callable[..., Any]
+
+HERE = Path(__file__).parent
+ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 70, 6, 3, 12, 5
+
+
+def data(seed: int, rows: int = ROWS) -> tuple[Array, Array]:
+    """Features and the classes that a linear map with some noise makes of them."""
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(rows, WIDTH))
+    scores = X @ np.random.default_rng(0).normal(size=(WIDTH, CLASSES)) + generator.normal(size=(rows, CLASSES))
+    return X, scores.argmax(axis=1)
+
+
+def fitted(engine: Engine, **options: Any) -> Engine:
+    """``engine`` after the training of this file's tests."""
+    X, y = data(1)
+    if engine.loss.kind == "mse":
+        y = np.eye(CLASSES)[y]
+    engine.fit(X, y, **{"epochs": EPOCHS, **options})
+    return engine
+
+
+def held_out() -> tuple[Array, Array]:
+    return data(2, 25)
+
+
+def never_better() -> tuple[Array, Array]:
+    """Classes that training makes less and less likely: the patience runs out."""
+    X, y = data(1, 25)
+    return X, (y + 1) % CLASSES
+
+
+def weights() -> Array:
+    return np.random.default_rng(5).uniform(0.0, 2.0, ROWS)
+
+
+def reversed_rows(epoch: int) -> Array:
+    return np.roll(np.arange(ROWS)[::-1], epoch)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "momentum, cosine, dropout": (
+        {"net": MLP([WIDTH, 8, CLASSES], dropout=0.3), "optimizer": SGD(Cosine(0.2, warmup=0.3), momentum=0.9)},
+        {},
+    ),
+    "adamw, plateau, early stopping": (
+        {
+            "net": MLP([WIDTH, 8, 6, CLASSES], activation="gelu"),
+            "optimizer": AdamW(ReduceOnPlateau(0.1, factor=0.5, patience=1, min_delta=0.1)),
+        },
+        {"validation_data": held_out(), "early_stopping": 3},
+    ),
+    "patience runs out": (
+        {"net": MLP([WIDTH, 8, CLASSES], dropout=0.1), "optimizer": Adam(0.05)},
+        {"validation_data": never_better(), "early_stopping": 2, "epochs": 9},
+    ),
+    "accumulation over epochs' ends": (
+        {"net": MLP([WIDTH, 8, CLASSES], activation=PReLU()), "optimizer": SGD(0.2, momentum=0.5, accumulate=4)},
+        {},
+    ),
+    "accumulation, clipping, one cycle, fp64": (
+        {
+            "net": MLP([WIDTH, 8, CLASSES], dropout=0.2),
+            "optimizer": Adam(OneCycle(0.05), accumulate=5, clip_norm=0.1),
+            "precision": "fp64",
+        },
+        {"sample_weight": weights()},
+    ),
+    "mse on one-hot, given rows": (
+        {"net": MLP([WIDTH, 8, CLASSES]), "loss": MSE(), "optimizer": SGD(StepDecay(0.3, every=7, gamma=0.5))},
+        {"row_order": reversed_rows},
+    ),
+    "rows as they are, short batch dropped": (
+        {"net": MLP([WIDTH, CLASSES]), "optimizer": SGD(0.2, nesterov=True, momentum=0.5)},
+        {"shuffle": False, "drop_last": True},
+    ),
+}
+
+
+def new_engine(case: str) -> Engine:
+    return Engine(**{"batch_size": BATCH, "seed": 11, **CASES[case][0]})
+
+
+class SaveEverywhere(Callback):
+    """A checkpoint at each stage of the training, each in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: list[Path] = []
+
+    def save(self, engine: Engine, stage: str) -> None:
+        self.paths.append(self.folder / f"{len(self.paths):03} {stage}")
+        engine.save_checkpoint(self.paths[-1])
+
+    def on_train_begin(self, engine: Engine) -> None:
+        self.save(engine, "train begin")
+
+    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
+        self.save(engine, f"epoch {epoch} begin")
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        self.save(engine, f"batch {batch}")
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        self.save(engine, f"epoch {epoch} end")
+
+    def on_train_end(self, engine: Engine, history: Any) -> None:
+        self.save(engine, "train end")
+
+
+class EpochsOnly(Callback):
+    """Passes on the ends of epochs, and nothing else."""
+
+    def __init__(self, other: Callback) -> None:
+        self.other = other
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        self.other.on_epoch_end(engine, epoch, logs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_anywhere_ends_as_if_never_interrupted(case: str, tmp_path: Path) -> None:
+    options = CASES[case][1]
+    expected = fitted(new_engine(case), **options)
+
+    saver = SaveEverywhere(tmp_path)
+    watched = fitted(new_engine(case), **options, callbacks=[saver])
+    assert_same_state(watched, expected)
+    assert len(saver.paths) > 20
+    for path in saver.paths:
+        resumed = fitted(load_checkpoint(path), **options, resume=True)
+        assert_same_state(resumed, expected)
+
+
+def test_the_case_of_exhausted_patience_stops_early() -> None:
+    engine = fitted(new_engine("patience runs out"), **CASES["patience runs out"][1])
+    assert engine.history is not None and len(engine.history.epochs) < 9
+    assert "has not improved for 2 epochs" in engine.history.stopped
+
+
+def test_a_later_fit_is_resumed_without_the_best_weights_of_an_earlier_one(tmp_path: Path) -> None:
+    def engine() -> Engine:
+        return fitted(new_engine("momentum, cosine, dropout"), validation_data=held_out(), early_stopping=9)
+
+    expected = fitted(engine())
+    saver = SaveEverywhere(tmp_path)
+    fitted(engine(), callbacks=[saver])
+    for path in saver.paths:
+        assert_same_state(fitted(load_checkpoint(path), resume=True), expected)
+
+
+def test_a_resumed_engine_can_be_saved_and_resumed_again(tmp_path: Path) -> None:
+    case = "accumulation over epochs' ends"
+    expected = fitted(new_engine(case))
+    path = tmp_path / "c"
+
+    class StopAfter(Callback):
+        def __init__(self, batches: int) -> None:
+            self.left = batches
+
+        def on_batch_end(self, engine: Engine, batch: int) -> None:
+            self.left -= 1
+            if self.left == 0:
+                engine.save_checkpoint(path)
+                engine.stop_training = True
+
+    fitted(new_engine(case), callbacks=[StopAfter(2)])
+    for _ in range(8):
+        fitted(load_checkpoint(path), callbacks=[StopAfter(3)], resume=True)
+    assert_same_state(fitted(load_checkpoint(path), resume=True), expected)
+
+
+def test_ctrl_c_then_save_then_resume(tmp_path: Path) -> None:
+    class Interrupt(Callback):
+        def on_batch_end(self, engine: Engine, batch: int) -> None:
+            if engine.epochs_trained == 2 and batch == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    case = "adamw, plateau, early stopping"
+    options = CASES[case][1]
+    engine = new_engine(case)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(engine, **options, callbacks=[Interrupt()])
+    engine.save_checkpoint(tmp_path / "c")
+    resumed = fitted(load_checkpoint(tmp_path / "c"), **options, resume=True)
+    assert_same_state(resumed, fitted(new_engine(case), **options))
+
+
+def test_fit_goes_on_in_the_same_process_after_ctrl_c() -> None:
+    class Interrupt(Callback):
+        def on_batch_end(self, engine: Engine, batch: int) -> None:
+            if batch == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    case = "momentum, cosine, dropout"
+    engine = new_engine(case)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(engine, callbacks=[Interrupt()])
+    assert_same_state(fitted(engine, resume=True), fitted(new_engine(case)))
+
+
+def in_a_process(code: str, *arguments: str) -> str:
+    """What a new Python process prints; it finds this folder's modules."""
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CONTINUE = """
+import sys
+import test_resume
+from fusemlp import load_checkpoint
+case, start, end = sys.argv[1:]
+if start:
+    engine = test_resume.fitted(load_checkpoint(start), **test_resume.CASES[case][1], resume=True)
+else:
+    engine = test_resume.fitted(test_resume.new_engine(case), **test_resume.CASES[case][1])
+engine.save_checkpoint(end)
+"""
+
+
+def test_resuming_in_a_new_process(tmp_path: Path) -> None:
+    case = "adamw, plateau, early stopping"
+    saver = SaveEverywhere(tmp_path)
+    fitted(new_engine(case), **CASES[case][1], callbacks=[saver])
+    middle = saver.paths[len(saver.paths) // 2]
+    in_a_process(CONTINUE, case, "", str(tmp_path / "whole"))
+    in_a_process(CONTINUE, case, str(middle), str(tmp_path / "resumed"))
+    assert_same_state(load_checkpoint(tmp_path / "resumed"), load_checkpoint(tmp_path / "whole"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL and fork, which this system does not have")
+def test_fifty_kills_each_leave_a_checkpoint_that_resumes_exactly(tmp_path: Path) -> None:
+    """In each of 50 kills the script loads what is there, resumes it to the end and compares bits."""
+    kills = 50
+    code = "import sys, pathlib, killed_training; killed_training.main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), 0)"
+    positions = [json.loads(line) for line in in_a_process(code, str(tmp_path), str(kills)).splitlines()]
+    assert len(positions) == kills
+    # the kills were where they prove something: in and between writes, at an epoch's end and inside, in many epochs
+    assert {position["inside a write"] for position in positions} == {True, False}
+    assert len({position["epoch"] for position in positions}) >= 6
+    assert any(position["batch"] == 0 for position in positions)
+    assert len({position["batch"] for position in positions}) >= 3
+
+
+def test_resuming_with_too_few_rows_is_refused(tmp_path: Path) -> None:
+    saver = SaveEverywhere(tmp_path)
+    fitted(new_engine("momentum, cosine, dropout"), callbacks=[saver])
+    engine = load_checkpoint(next(path for path in saver.paths if path.name.endswith("batch 4")))
+    X, y = data(1)
+    with pytest.raises(ShapeError, match="the checkpoint stands at batch 5 of its epoch, and 20 rows make only 2"):
+        engine.fit(X[:20], y[:20], epochs=EPOCHS, resume=True)
+    # nothing changed: the right data still lead to the exact end
+    assert_same_state(fitted(engine, resume=True), fitted(new_engine("momentum, cosine, dropout")))
+
+
+def test_an_epoch_whose_last_update_overflows_is_undone_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    X, y = data(1)
+    saver = SaveEverywhere(tmp_path)
+    # one update an epoch: its loss is a number, what it makes of the parameters is not
+    engine = Engine(MLP([WIDTH, CLASSES]), MSE(), SGD(StepDecay(1e-3, every=1, gamma=1e42)), batch_size=ROWS)
+    with pytest.raises(DivergenceError, match="it became NaN or infinite in epoch 2"):
+        engine.fit(X, np.eye(CLASSES)[y], epochs=3, callbacks=[EpochsOnly(saver)])
+    assert [path.name for path in saver.paths] == ["000 epoch 0 end"]
+    assert engine.history is not None
+    assert engine.history.stopped == "the loss became NaN or infinite in epoch 2"
+    engine.history.stopped = ""
+    assert_same_state(engine, load_checkpoint(saver.paths[0]))
+
+
+def test_resuming_without_a_fit_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="resume: this engine has no fit to go on with"):
+        fitted(new_engine("momentum, cosine, dropout"), resume=True)

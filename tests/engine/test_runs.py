@@ -1,0 +1,123 @@
+"""The run folder: where it goes, what is kept of it, and what is read back."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from fusemlp.runs import (
+    FORMAT,
+    Run,
+    append_metrics,
+    choose_folder,
+    create_run,
+    keep_metrics,
+    open_run,
+    read_metrics,
+    weights_path,
+    write_json,
+)
+from fusemlp_kernels.errors import ArgumentError, CheckpointError
+
+NOW = datetime(2026, 3, 4, 5, 6, 7)
+ROWS = [{"epoch": epoch, "loss": 0.1 / 3**epoch, "val_loss": 1e-17 * epoch} for epoch in (1, 2, 3)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return create_run(tmp_path / "run")
+
+
+def test_the_default_folder_has_the_name_of_the_data_and_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert choose_folder(None, "digits", NOW) == Path("runs/digits-20260304-050607")
+    assert choose_folder(None, "some/where/flowers.csv", NOW) == Path("runs/flowers-20260304-050607")
+    create_run(Path("runs/digits-20260304-050607"))
+    assert choose_folder(None, "digits", NOW) == Path("runs/digits-20260304-050607-2")
+
+
+def test_a_new_or_empty_folder_is_taken(tmp_path: Path) -> None:
+    assert choose_folder(str(tmp_path), "digits", NOW) == tmp_path
+    assert choose_folder(str(tmp_path / "a/b"), "digits", NOW) == tmp_path / "a/b"
+    assert list(tmp_path.iterdir()) == []
+    assert create_run(tmp_path / "a/b").checkpoint("last") == tmp_path / "a/b/checkpoints/last.safetensors"
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArgumentError, match="is not empty; give a new or empty folder"):
+        choose_folder(str(tmp_path), "digits", NOW)
+    with pytest.raises(ArgumentError, match="is a file"):
+        choose_folder(str(tmp_path / "file"), "digits", NOW)
+    with pytest.raises(ArgumentError, match="cannot be made"):
+        create_run(tmp_path / "file" / "run")
+
+
+def test_metrics_come_back_exactly(run: Run) -> None:
+    for row in ROWS:
+        append_metrics(run, row)
+    assert read_metrics(run) == ROWS
+    assert run.metrics.read_text().splitlines()[0] == "epoch,loss,val_loss"
+
+
+def test_a_row_that_was_cut_off_is_dropped(run: Run) -> None:
+    for row in ROWS:
+        append_metrics(run, row)
+    whole = run.metrics.read_bytes()
+    for length in range(len(whole)):
+        run.metrics.write_bytes(whole[:length])
+        kept = read_metrics(run)
+        assert kept == ROWS[: len(kept)]
+        assert len(kept) == max(0, whole[:length].count(b"\n") - 1)
+
+
+def test_rows_behind_the_checkpoint_are_dropped(run: Run) -> None:
+    for row in ROWS:
+        append_metrics(run, row)
+    whole = run.metrics.read_bytes()
+    assert keep_metrics(run, 2) == ROWS[:2]
+    append_metrics(run, ROWS[2])
+    assert run.metrics.read_bytes() == whole
+    assert keep_metrics(run, 0) == []
+    append_metrics(run, ROWS[0])
+    assert read_metrics(run) == ROWS[:1]
+
+
+def test_a_run_is_known_by_its_configuration(run: Run) -> None:
+    with pytest.raises(CheckpointError, match=r"it has no config\.json"):
+        open_run(run.path)
+    write_json(run.config, {"format": FORMAT, "seed": 3})
+    assert open_run(run.path) == (run, {"format": FORMAT, "seed": 3})
+    run.config.write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_run(run.path)
+    for other in ({"format": FORMAT + 1}, [1, 2]):
+        run.config.write_text(json.dumps(other))
+        with pytest.raises(CheckpointError, match=f"expected a configuration of format {FORMAT}"):
+            open_run(run.path)
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        open_run(run.path / "nowhere")
+
+
+def test_json_holds_no_nan(run: Run) -> None:
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(run.report, {"loss": float("nan")})
+    assert not run.report.exists()
+
+
+def test_the_last_checkpoint_stands_in_for_a_model_that_is_not_there_yet(run: Run) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint 'model'; it has none"):
+        weights_path(run, "model")
+    run.checkpoint("last").touch()
+    assert weights_path(run, "model") == run.checkpoint("last")
+    run.checkpoint("model").touch()
+    assert weights_path(run, "model") == run.checkpoint("model")
+    with pytest.raises(CheckpointError, match="no checkpoint 'best'; it has model, last"):
+        weights_path(run, "best")
+    with pytest.raises(ArgumentError, match="did you mean 'best'"):
+        weights_path(run, "bset")

@@ -1,0 +1,332 @@
+"""The verifier passes every program that is lowered, and none that was broken."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowered import FROZEN, cases, inference_program, planned, training_program
+
+from fusemlp import MLP, SGD, Adam
+from fusemlp.program import Call, Ref, Value
+from fusemlp.verifier import ProgramError, lifetimes, verify
+from fusemlp_kernels.contract import Segment, TensorRule
+
+CASES = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+
+# Equal widths, so that a value in the place of another has the right shape; nothing but the order is then wrong.
+SQUARE = MLP([4, 4, 4, 4], activation=["relu", "prelu"], dropout=[0.0, 0.5])
+NET = MLP([6, 5, 4, 3], activation=["relu", "prelu"], dropout=[0.0, 0.5])
+MOMENTUM = SGD(0.1, momentum=0.9)
+CLIPPED = SGD(0.1, momentum=0.9, clip_norm=1.0)
+PARTLY_FROZEN = SGD(0.1, per_parameter={"2.weight": FROZEN})
+PROGRAMS = {
+    "fused": (NET, training_program(NET, optimizer=MOMENTUM)),
+    "clipped": (NET, training_program(NET, optimizer=CLIPPED)),
+    "partly frozen": (NET, training_program(NET, optimizer=PARTLY_FROZEN)),
+    "all frozen": (NET, training_program(NET, optimizer=SGD(0.1, per_parameter={"*": FROZEN}))),
+    "adam": (NET, training_program(NET, optimizer=Adam())),
+    "forward": (NET, inference_program(NET)),
+    "forward and loss": (NET, inference_program(NET, "cross_entropy")),
+}
+
+
+@CASES
+@given(cases())
+def test_every_lowered_program_passes_with_its_planned_memory(case):
+    net, backend, program = case
+    verify(program)
+    verify(program, planned(program, net, backend))
+
+
+@pytest.mark.parametrize("net, program", PROGRAMS.values(), ids=PROGRAMS.keys())
+class TestEveryCallCounts:
+    """No two calls can change places, and none can be left out or made twice."""
+
+    def test_swapped(self, net, program):
+        places = planned(program, net)
+        for i, j in itertools.combinations(range(len(program.calls)), 2):
+            calls = list(program.calls)
+            calls[i], calls[j] = calls[j], calls[i]
+            with pytest.raises(ProgramError):
+                verify(replace(program, calls=tuple(calls)), places)
+
+    def test_dropped(self, net, program):
+        places = planned(program, net)
+        for i in range(len(program.calls)):
+            with pytest.raises(ProgramError):
+                verify(replace(program, calls=program.calls[:i] + program.calls[i + 1 :]), places)
+
+    def test_made_twice(self, net, program):
+        places = planned(program, net)
+        for i in range(len(program.calls)):
+            calls = (*program.calls[:i], program.calls[i], *program.calls[i:])
+            with pytest.raises(ProgramError):
+                verify(replace(program, calls=calls), places)
+
+
+@CASES
+@given(cases(), st.data())
+def test_a_random_program_with_two_calls_swapped_or_one_dropped_fails(case, data):
+    net, backend, program = case
+    places = planned(program, net, backend)
+    calls = list(program.calls)
+    i = data.draw(st.integers(0, len(calls) - 1))
+    j = data.draw(st.integers(0, len(calls) - 1))
+    if i == j:
+        del calls[i]
+    else:
+        calls[i], calls[j] = calls[j], calls[i]
+    with pytest.raises(ProgramError):
+        verify(replace(program, calls=tuple(calls)), places)
+
+
+def call_named(program, op, last=False):
+    found = [index for index, call in enumerate(program.calls) if call.op == op]
+    return found[-1 if last else 0]
+
+
+def changed(program, op, *, last=False, **operands):
+    """``program`` with some operands of the first (or last) call of ``op`` replaced."""
+    index = call_named(program, op, last)
+    call = program.calls[index]
+    call = replace(call, operands={**call.operands, **operands})
+    return replace(program, calls=(*program.calls[:index], call, *program.calls[index + 1 :]))
+
+
+def changed_layer(program, layer, op="grad_weight_update", **operands):
+    """``program`` with some operands of one layer of the grouped call replaced."""
+    layers = list(program.calls[call_named(program, op)].operands["layers"])
+    layers[layer] = {**layers[layer], **operands}
+    return changed(program, op, layers=tuple(layers))
+
+
+def valued(program, name, **changes):
+    """``program`` with a value's declaration changed."""
+    return replace(program, values={**program.values, name: replace(program.values[name], **changes)})
+
+
+def without(program, name):
+    return replace(program, values={key: value for key, value in program.values.items() if key != name})
+
+
+FUSED = training_program(NET, optimizer=MOMENTUM)
+WHOLE = training_program(NET, optimizer=CLIPPED)
+EQUAL = training_program(SQUARE, optimizer=SGD(0.1), batch_size=4, rows=4)
+FORWARD = inference_program(NET, "cross_entropy")
+ADVANCE = replace(PROGRAMS["all frozen"][1].calls[-1])
+
+
+def early_update():
+    """The last layer is updated by a call of its own, before ``grad_input`` has read its weights."""
+    grouped = FUSED.calls[-1]
+    *first, last = grouped.operands["layers"]
+    own = replace(grouped, operands={**grouped.operands, "layers": (last,), "slopes": ()})
+    rest = replace(grouped, operands={**grouped.operands, "layers": tuple(first)})
+    position = call_named(FUSED, "grad_input")
+    return replace(FUSED, calls=(*FUSED.calls[:position], own, *FUSED.calls[position:-1], rest))
+
+
+def early_slope_update():
+    """The slope of a PReLU is updated before ``grad_input`` has used it for its layer's dz."""
+    grouped = FUSED.calls[-1]
+    own = replace(grouped, operands={**grouped.operands, "layers": ()})
+    rest = replace(grouped, operands={**grouped.operands, "slopes": ()})
+    return replace(FUSED, calls=(FUSED.calls[0], own, *FUSED.calls[1:-1], rest))
+
+
+def update_layer_twice():
+    layers = FUSED.calls[-1].operands["layers"]
+    return changed(FUSED, "grad_weight_update", layers=(*layers, layers[0]))
+
+
+def segments_of(program):
+    return program.calls[-1].operands["segments"]
+
+
+BROKEN = {
+    "unknown op": (replace(FUSED, calls=(Call("lineal", {}), *FUSED.calls)), r"call 0 \(lineal\): there is no such op"),
+    "undeclared value": (without(FUSED, "h1"), r"call 0 \(linear\): value 'h1' is not declared"),
+    "undeclared value in an arena": (without(WHOLE, "dw1"), "value 'dw1' is not declared"),
+    "unknown kind": (valued(FUSED, "h1", kind="temporary"), "'h1': unknown kind 'temporary'"),
+    "unknown element type": (valued(FUSED, "h1", dtype="float16"), "'h1': unknown element type 'float16'"),
+    "read before written": (changed(EQUAL, "linear", last=True, x=Ref("dz1")), "reads 'dz1', which no call before"),
+    "weight updated before its last reader": (early_update(), "reads 'w2' after call 3 has updated it"),
+    "slope updated before its gradient is there": (early_slope_update(), "reads 'dslope1', which no call before"),
+    "weight never updated": (changed_layer(FUSED, 1, w=None), "nothing updates w1"),
+    "bias never updated": (changed_layer(FUSED, 2, b=None), "nothing updates b2"),
+    "slope never updated": (changed(FUSED, "grad_weight_update", slopes=()), "nothing updates s1"),
+    "nothing updated at all": (replace(WHOLE, calls=WHOLE.calls[:-1]), "nothing updates b0, b1, b2, s1, w0, w1, w2"),
+    "gradient of a weight never made": (changed_layer(WHOLE, 0, "grad_weight", dw=None), "reads 'dw0', which no call"),
+    "updated twice by one call": (update_layer_twice(), "writes 'w0' twice"),
+    "updated twice by two calls": (
+        replace(FUSED, calls=(*FUSED.calls, FUSED.calls[-1])),
+        "after call 5 has updated it",
+    ),
+    "frozen weight updated": (replace(FUSED, trainable=FUSED.trainable - {"w1"}), "updates 'w1', which is frozen"),
+    "frozen slope updated": (replace(FUSED, trainable=FUSED.trainable - {"s1"}), "updates 's1', which is frozen"),
+    "writes the caller's features": (changed(EQUAL, "linear", y=Ref("x")), "writes 'x', which belongs to the caller"),
+    "writes the caller's targets": (
+        changed(training_program(SQUARE, "mse", SGD(0.1), 4, rows=4), "linear_loss_grad", dz=Ref("target")),
+        "writes 'target', which belongs to the caller",
+    ),
+    "features never read": (
+        replace(FORWARD, values={**FORWARD.values, "more": Value("more", (8, 2), "real", "data")}),
+        "no call reads 'more'",
+    ),
+    "declared and never written": (
+        replace(FORWARD, values={**FORWARD.values, "more": Value("more", (8, 2), "real", "work")}),
+        "no call writes 'more'",
+    ),
+    "a weight as an output": (changed(EQUAL, "linear", y=Ref("w0")), "y 'w0' is of kind 'parameter', expected 'work'"),
+    "dz overwrites h": (changed(EQUAL, "linear_loss_grad", dz=Ref("h1")), "writes 'h1', which call 0 has written"),
+    "dz_prev overwrites h": (changed(EQUAL, "grad_input", dz_prev=Ref("h2")), "writes 'h2', which call 1 has written"),
+    "dz_prev overwrites dz": (
+        changed(EQUAL, "grad_input", dz_prev=Ref("dz3")),
+        "writes 'dz3', which call 2 has written",
+    ),
+    "dz_prev overwrites z": (changed(EQUAL, "grad_input", dz_prev=Ref("z2")), "writes 'z2', which call 1 has written"),
+    "dz_prev overwrites an earlier h": (
+        changed(EQUAL, "grad_input", dz_prev=Ref("h1")),
+        "writes 'h1', which call 0 has written",
+    ),
+    "clock advanced twice": (
+        replace(WHOLE, calls=(*WHOLE.calls, ADVANCE)),
+        r"advanced by calls \[6, 7\]",
+    ),
+    "clock advanced before the end": (
+        replace(FUSED, calls=(ADVANCE, *FUSED.calls)),
+        r"advanced by calls \[0, 6\]",
+    ),
+    "clock never advanced": (
+        replace(PROGRAMS["all frozen"][1], calls=PROGRAMS["all frozen"][1].calls[:-1]),
+        "no call advances the clock",
+    ),
+    "x too narrow": (valued(FUSED, "x", shape=(20, 5)), r"x 'x' has shape \(20, 5\), expected \(20, 6\)"),
+    "bias too long": (valued(FUSED, "b0", shape=(6,)), r"b 'b0' has shape \(6,\), expected \(5,\)"),
+    "output of another batch": (valued(FUSED, "h1", shape=(7, 5)), r"y 'h1' has shape \(7, 5\), expected \(8, 5\)"),
+    "weights transposed": (valued(FUSED, "w1", shape=(5, 4)), "call 1"),
+    "dz of another width": (valued(FUSED, "dz3", shape=(8, 4)), r"dz 'dz3' has shape \(8, 4\), expected \(8, 3\)"),
+    "pre-activation of another width": (valued(FUSED, "z2", shape=(8, 5)), r"z 'z2' has shape \(8, 5\)"),
+    "mask of another width": (valued(FUSED, "keep2", shape=(8, 5)), r"keep 'keep2' has shape \(8, 5\)"),
+    "gathered of another batch": (valued(FUSED, "gathered", shape=(9, 6)), r"gathered 'gathered' has shape \(9, 6\)"),
+    "a target too few": (valued(FUSED, "target", shape=(19,)), r"target 'target' has shape \(19,\), expected \(20,\)"),
+    "targets of another batch": (valued(FUSED, "target_rows", shape=(9,)), r"target_rows 'target_rows' has shape"),
+    "a weight too few": (
+        valued(training_program(NET, weighted=True), "weight", shape=(19,)),
+        r"weight 'weight' has shape \(19,\), expected \(20,\)",
+    ),
+    "gradient of another shape": (
+        valued(WHOLE, "dw0", shape=(6, 5)),
+        r"dw 'dw0' has shape \(6, 5\), expected \(5, 6\)",
+    ),
+    "state of another shape": (
+        valued(FUSED, "w0.state0", shape=(6, 5)),
+        r"w_state 'w0.state0' has shape \(6, 5\), expected \(5, 6\)",
+    ),
+    "dz of another layer": (changed_layer(FUSED, 0, dz=Ref("dz3")), r"w 'w0' has shape \(5, 6\), expected \(3, 6\)"),
+    "input of another layer": (changed_layer(FUSED, 2, x=Ref("h1")), r"w 'w2' has shape \(3, 4\), expected \(3, 5\)"),
+    "slope of several elements": (
+        valued(FUSED, "s1", shape=(2,)),
+        r"slope_param 's1' has shape \(2,\), expected \(1,\)",
+    ),
+    "real where integers are needed": (valued(FUSED, "rows", dtype="real"), "rows 'rows' is real, expected int64"),
+    "mask of reals": (valued(FUSED, "keep2", dtype="real"), "keep 'keep2' is real, expected bool"),
+    "layers of integers": (valued(FUSED, "h1", dtype="int64"), "y 'h1' is int64, expected real"),
+    "operand missing": (
+        replace(FUSED, calls=(replace(FUSED.calls[0], operands={"x": Ref("x")}), *FUSED.calls[1:])),
+        r"call 0 \(linear\): operand 'w' is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("program, message", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_program_is_refused(program, message):
+    with pytest.raises(ProgramError, match=message):
+        verify(program)
+
+
+def on_top(places, name, other):
+    """``name`` begins where ``other`` does."""
+    arena, start, _ = places[other]
+    return {**places, name: (arena, start, start + places[name][2] - places[name][1])}
+
+
+def shorter(places, name):
+    arena, start, stop = places[name]
+    return {**places, name: (arena, start, stop - 1)}
+
+
+PLACES = planned(FUSED, NET)
+WHOLE_PLACES = planned(WHOLE, NET)
+MISPLACED = {
+    "two live values in one place": (FUSED, on_top(PLACES, "h2", "h1"), "'h[12]' .* share memory"),
+    "dz over h": (FUSED, on_top(PLACES, "dz3", "h2"), "share memory of 'workspace real'"),
+    "dz_prev over dz": (FUSED, on_top(PLACES, "dz2", "dz3"), "share memory of 'workspace real'"),
+    "overlapping by one element": (
+        FUSED,
+        {**PLACES, "h1": ("elsewhere", 0, 40), "h2": ("elsewhere", 39, 71)},
+        "'h1' .* and 'h2' .* share memory of 'elsewhere' from element 39",
+    ),
+    "one inside a large one": (
+        FUSED,
+        {**PLACES, "h1": ("elsewhere", 0, 400), "h2": ("elsewhere", 10, 42), "dz3": ("elsewhere", 90, 114)},
+        "share memory",
+    ),
+    "two weights in one place": (FUSED, on_top(PLACES, "w1", "w0"), "'w[01]' .* share memory of 'parameter'"),
+    "two states in one place": (FUSED, on_top(PLACES, "w1.state0", "w0.state0"), "share memory of 'state0'"),
+    "two gradients in one place": (WHOLE, on_top(WHOLE_PLACES, "dw1", "dw0"), "share memory of 'gradient'"),
+    "a weight in the workspace": (FUSED, on_top(PLACES, "w1", "h1"), "share memory"),
+    "no memory": (FUSED, {k: v for k, v in PLACES.items() if k != "h1"}, "'h1' has no memory"),
+    "a weight without memory": (FUSED, {k: v for k, v in PLACES.items() if k != "w1"}, "'w1' has no memory"),
+    "too little memory": (FUSED, shorter(PLACES, "h1"), "'h1' needs 40 elements, it has 39"),
+    "too little memory for a weight": (FUSED, shorter(PLACES, "w0"), "'w0' needs 30 elements, it has 29"),
+    "no room at all": (FUSED, {**PLACES, "h1": ("elsewhere", 5, 5)}, "'h1' needs 40 elements, it has 0"),
+    "a segment left out": (
+        changed(WHOLE, "update", segments=segments_of(WHOLE)[1:]),
+        WHOLE_PLACES,
+        "no segment updates w0",
+    ),
+    "a segment twice": (
+        changed(WHOLE, "update", segments=(*segments_of(WHOLE), segments_of(WHOLE)[-1])),
+        WHOLE_PLACES,
+        "updates 'b2' twice",
+    ),
+    "a segment too short": (
+        changed(WHOLE, "update", segments=(replace(segments_of(WHOLE)[0], size=29), *segments_of(WHOLE)[1:])),
+        WHOLE_PLACES,
+        "is no tensor's",
+    ),
+    "a segment of nothing": (
+        changed(WHOLE, "update", segments=(*segments_of(WHOLE), Segment(10**6, 4, TensorRule()))),
+        WHOLE_PLACES,
+        "is no tensor's",
+    ),
+    "a segment that is frozen": (
+        replace(WHOLE, trainable=WHOLE.trainable - {"w1"}),
+        WHOLE_PLACES,
+        "'w1', which is frozen",
+    ),
+}
+
+
+@pytest.mark.parametrize("program, places, message", MISPLACED.values(), ids=MISPLACED.keys())
+def test_a_misplaced_value_is_refused(program, places, message):
+    with pytest.raises(ProgramError, match=message):
+        verify(program, places)
+
+
+def test_values_that_do_not_meet_may_share():
+    program = inference_program(MLP([4, 4, 4, 4]))
+    places = planned(program, MLP([4, 4, 4, 4]))
+    # h1 is read by call 1, y is written by call 2
+    assert lifetimes(program) == {"h1": (0, 1), "h2": (1, 2), "y": (2, 2)}
+    verify(program, on_top(places, "y", "h1"))
+
+
+def test_an_error_is_the_library_s_and_a_runtime_error():
+    with pytest.raises(RuntimeError):
+        verify(replace(FUSED, calls=FUSED.calls[::-1]))

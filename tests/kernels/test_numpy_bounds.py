@@ -1,0 +1,99 @@
+"""The error bounds are sharp: they refuse results that are wrong by little."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from calls import RULES, Clock, bind, run_loss, state_arrays
+from strategies import UNITS, Values, exact
+from tolerance import assert_within, linear_bound, loss_grad_bound, update_bound
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import LossSpec, ScheduleSpec, Segment, TensorRule, UpdateRule
+
+
+@pytest.mark.parametrize("k", [1, 17, 128, 784])
+def test_the_bound_tells_tf32_from_fp32(k):
+    """A bound that lets rounded inputs pass would prove nothing; random signs, so that errors do not add up."""
+    values = Values(k, "fp32")
+    x, w, b = values.normal(64, k), values.normal(48, k), np.zeros(48, np.float32)
+    y = np.zeros((64, 48), np.float32)
+    bind("fp32", "linear", x=tf32(x), w=tf32(w), b=b, y=y, activation="identity")()
+    _, limit = linear_bound(exact(x), exact(w), exact(b), "identity", 0.0, None, 0.0, UNITS["fp32"])
+    expected = reference.linear(exact(x), exact(w), exact(b))
+    with pytest.raises(AssertionError, match="out of bound"):
+        assert_within(y, expected, limit)
+    bind("fp32", "linear", x=x, w=w, b=b, y=y, activation="identity")()
+    assert_within(y, expected, limit)
+
+
+def tf32(x):
+    """x rounded to the ten bits of mantissa that TF32 keeps."""
+    bits = x.view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_the_bound_tells_a_forgotten_product_from_rounding():
+    values = Values(5, "fp32")
+    x, w, b = values.normal(16, 784), values.normal(8, 784), values.normal(8)
+    y = np.zeros((16, 8), np.float32)
+    _, limit = linear_bound(exact(x), exact(w), exact(b), "identity", 0.0, None, 0.0, UNITS["fp32"])
+    expected = reference.linear(exact(x), exact(w), exact(b))
+    for change in ({"x": x[:, :-1], "w": w[:, :-1]}, {"b": np.zeros_like(b)}):
+        bind("fp32", "linear", **{"x": x, "w": w, "b": b, "y": y, "activation": "identity", **change})()
+        with pytest.raises(AssertionError, match="out of bound"):
+            assert_within(y, expected, limit)
+
+
+def test_the_bound_tells_the_options_of_a_loss_apart():
+    values = Values(6, "fp32")
+    z, target, weight = values.normal(32, 10), values.integers(10, 32), values.uniform(0.5, 1.5, 32)
+    spec = LossSpec("cross_entropy", label_smoothing=0.1)
+    loss, dz = reference.loss_grad(spec, exact(z), target, exact(weight))
+    limits = loss_grad_bound(spec, exact(z), target, exact(weight))
+    for other, operands in (
+        (LossSpec("cross_entropy", label_smoothing=0.101), {"weight": weight}),
+        (spec, {"weight": weight * np.float32(1 + 1e-3) ** np.arange(32, dtype=np.float32)}),
+        (LossSpec("cross_entropy", label_smoothing=0.1, reduction="sum"), {"weight": weight}),
+        (spec, {}),
+    ):
+        wrong_loss, wrong_dz, _ = run_loss(other, z, target, "fp32", **operands)
+        with pytest.raises(AssertionError, match="out of bound"):
+            assert_within(wrong_loss, loss, limits[0])
+        with pytest.raises(AssertionError, match="out of bound"):
+            assert_within(wrong_dz, dz, limits[1])
+    right_loss, right_dz, _ = run_loss(spec, z, target, "fp32", weight=weight)
+    assert_within(right_loss, loss, limits[0])
+    assert_within(right_dz, dz, limits[1])
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_bound_tells_an_optimizer_from_its_neighbours(rule):
+    """A wrong momentum, convention, beta or decay is further away than rounding."""
+    values, u = Values(8, "fp32"), UNITS["fp32"]
+    p, g, t = values.normal(200), values.normal(200), 3
+    tensor, wrong_tensor = TensorRule(1.0, 0.01), TensorRule(1.0, 0.0101)
+    wrong_rules = {
+        "sgd": {"schedule": ScheduleSpec("constant", 0.1001)},
+        "momentum": {"momentum": 0.901},
+        "nesterov": {"nesterov": False},
+        "scikit-learn's": {"convention": "torch"},
+        "adam": {"beta2": 0.9991},
+    }
+    name = next(key for key, value in RULES.items() if value is rule)
+    wrong_rule = UpdateRule(**{**vars(rule), **wrong_rules[name]})
+    state = state_arrays(rule, values, 200)
+    args = exact(p), exact(g), tuple(exact(s) for s in state)
+    expected = reference.update(rule, tensor, *args, t, 0.1)
+    limits = update_bound(rule, tensor, *args, t, 0.1, u=u)
+    for other, other_tensor in ((rule, tensor), (wrong_rule, tensor), (rule, wrong_tensor)):
+        params, states = p.copy(), tuple(s.copy() for s in state)
+        clock = Clock(other, t, t, 1.0)
+        operands = {"params": params, "grads": g.copy(), "states": states, "rule": other}
+        operands["segments"] = (Segment(0, 200, other_tensor),)
+        bind("fp32", "update", **operands, hyper=clock.hyper, counters=clock.counters)()
+        if other is rule and other_tensor is tensor:
+            assert_within(params, expected[0], limits[0])
+        else:
+            with pytest.raises(AssertionError, match="out of bound"):
+                assert_within(params, expected[0], limits[0])
