@@ -25,7 +25,7 @@ LAYERS = (
     ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis"),
     ("fleet", "training", "checkpoint"),
     ("engine",),
-    ("inference",),
+    ("callbacks", "history", "inference"),
     ("execution",),
     ("lowering", "program", "buffers", "verifier"),
     ("losses", "network", "optimizers", "schedules", "targets"),

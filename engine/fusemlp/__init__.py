@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from fusemlp._version import __version__
 
 if TYPE_CHECKING:
+    from fusemlp.callbacks import Callback
     from fusemlp.checkpoint import load_checkpoint
     from fusemlp.data import load_data
     from fusemlp.engine import Engine
+    from fusemlp.history import History
     from fusemlp.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.network import MLP, Activation, LeakyReLU, PReLU
     from fusemlp.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
         Schedule,
         StepDecay,
     )
-    from fusemlp.training import Callback, History
     from fusemlp_kernels.errors import (
         ArgumentError,
         ArgumentTypeError,
@@ -106,7 +107,8 @@ _NAMES = {
         "Schedule",
         "StepDecay",
     ),
-    "fusemlp.training": ("Callback", "History"),
+    "fusemlp.callbacks": ("Callback",),
+    "fusemlp.history": ("History",),
     "fusemlp_kernels.errors": (
         "ArgumentError",
         "ArgumentTypeError",

@@ -19,10 +19,10 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.engine import Engine
+from fusemlp.history import FitState
 from fusemlp.losses import loss_from_config
 from fusemlp.network import MLP
 from fusemlp.optimizers import optimizer_from_config
-from fusemlp.training import FitState
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DivergenceError
 
 Array = np.ndarray[Any, Any]

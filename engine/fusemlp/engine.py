@@ -25,7 +25,7 @@ from fusemlp_kernels.registry import TRAITS, availability, backend
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fusemlp.training import FitState, History
+    from fusemlp.history import FitState, History
 
 Array = np.ndarray[Any, Any]
 

@@ -123,7 +123,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:
     """Add a row to ``metrics.csv``, behind a header if it is the first; floats in their shortest exact form."""
     with run.metrics.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         if stream.tell() == 0:
             writer.writerow(row)
         writer.writerow([repr(value) for value in row.values()])
@@ -146,7 +146,7 @@ def keep_metrics(run: Run, epochs: int) -> list[dict[str, float]]:
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
     stream = io.StringIO(newline="")
     if kept:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(kept[0])
         writer.writerows([repr(value) for value in row.values()] for row in kept)
     write_atomically(run.metrics, stream.getvalue().encode())

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.callbacks import checked_callbacks, deferred_interrupt, overrides
+from fusemlp.history import FitState, History
 from fusemlp.inference import metrics_of
 from fusemlp.lowering import Inputs
 from fusemlp.network import check_flag
-from fusemlp.schedules import PLATEAU_START, PlateauState, ReduceOnPlateau, plateau_step
+from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.validation import as_count, to_array
 from fusemlp_kernels.contract import LOSS_SUM, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
@@ -32,77 +31,6 @@ Snapshot = dict[str, Any]
 
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
 LARGE_FEATURE = 100.0
-
-
-class Callback:
-    """Told of the stages of ``fit``; override what you need. Epochs and batches count from 0.
-
-    Setting ``engine.stop_training`` ends the training after the batch.
-    """
-
-    def on_train_begin(self, engine: Engine) -> None:
-        """Before the first epoch."""
-
-    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
-        """Before an epoch's first batch."""
-
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
-        """After each update of an epoch."""
-
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        """After an epoch; ``logs`` is what the history receives."""
-
-    def on_train_end(self, engine: Engine, history: History) -> None:
-        """After the last epoch, also when training was interrupted."""
-
-
-@dataclass
-class History:
-    """What ``fit`` recorded: ``history`` has a list for each quantity, an entry an epoch, as in Keras.
-
-    ``epochs`` are the numbers of the epochs, ``seconds`` how long each took. ``best_epoch`` is the one with the lowest
-    val_loss. ``stopped`` says why training ended before its time, or is empty.
-    """
-
-    history: dict[str, list[float]] = field(default_factory=dict)
-    epochs: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    best_epoch: int | None = None
-    stopped: str = ""
-
-    def record(self, epoch: int, logs: dict[str, float], seconds: float) -> None:
-        """Add an epoch."""
-        self.epochs.append(epoch)
-        self.seconds.append(seconds)
-        for name, value in logs.items():
-            self.history.setdefault(name, []).append(value)
-
-
-@dataclass
-class FitState:
-    """Where a call of ``fit`` stands; with the parameters and counters, all that it needs to go on.
-
-    ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
-    """
-
-    epoch: int
-    batch: int
-    last_epoch: int
-    total_updates: int
-    history: History
-    best_loss: float = float("inf")
-    waited: int = 0
-    plateau: PlateauState = PLATEAU_START
-
-    def to_config(self) -> dict[str, Any]:
-        """JSON-able, but for infinities; ``FitState.from_config`` is its inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> FitState:
-        """The state that ``to_config`` wrote down."""
-        history = History(**config["history"])
-        return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
 
 
 @dataclass(frozen=True)
@@ -206,7 +134,7 @@ class _Fit:
             engine.memory.stats[:] = 0.0
         state.history.stopped = ""
         self._call("on_train_begin")
-        with _deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted:
             # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
             while (
                 not self._out_of_patience()
@@ -242,7 +170,7 @@ class _Fit:
         rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
         order = self.order(state.epoch)
         copy, run = engine.memory.backend.copy_into, bound.run
-        watchers = [c for c in self.callbacks if _overrides(c, "on_batch_end")]
+        watchers = [c for c in self.callbacks if overrides(c, "on_batch_end")]
         bound.set_row_count(size)
         with np.errstate(all="ignore"):
             while state.batch < self.batches:
@@ -333,35 +261,6 @@ class _Fit:
                 method(self.engine, *arguments)
 
 
-def _overrides(callback: Any, stage: str) -> bool:
-    """Whether a callback wants to hear of a stage."""
-    return getattr(type(callback), stage, None) not in (None, getattr(Callback, stage))
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside is noted instead of raised, so that no update is cut in two; a second one is raised at once.
-
-    Yields the function that tells whether it came. Only the main thread can do this; elsewhere it tells False.
-    """
-    came = False
-
-    def handler(number: int, frame: Any) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def fit(
     engine: Engine,
     X: Any,
@@ -404,7 +303,7 @@ def fit(
     patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
     if patience is not None and validation is None:
         raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
-    listeners = _callbacks(callbacks)
+    listeners = checked_callbacks(callbacks)
     if drop_last and len(features) < engine.batch_size:
         raise ArgumentError(
             f"drop_last: {len(features)} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
@@ -445,20 +344,6 @@ def _validation(engine: Engine, given: Any) -> _Validation | None:
 def _described(given: Any) -> str:
     kind = type(given).__name__
     return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
-
-
-def _callbacks(given: Any) -> list[Any]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        given = [given]
-    listeners = list(given)
-    stages = [name for name in vars(Callback) if name.startswith("on_")]
-    for listener in listeners:
-        if isinstance(listener, type) or not any(hasattr(listener, stage) for stage in stages):
-            mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
-            raise ArgumentTypeError(
-                f"callbacks: expected objects with one of the methods {', '.join(stages)}, got {listener!r}{mend}"
-            )
-    return listeners
 
 
 def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array]:

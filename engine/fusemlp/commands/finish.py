@@ -10,10 +10,10 @@ from fusemlp import diagnosis
 from fusemlp.checkpoint import write_atomically
 from fusemlp.commands.prepare import Prepared
 from fusemlp.engine import Engine
+from fusemlp.history import History
 from fusemlp.plots import HINT, can_plot, curves_png
 from fusemlp.reports import score
 from fusemlp.runs import Run, write_json
-from fusemlp.training import History
 from fusemlp_kernels.errors import DivergenceError
 
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fusemlp.callbacks import Callback
 from fusemlp.engine import Engine
-from fusemlp.training import Callback
 
 REDRAW = 0.1  # seconds
 

@@ -6,9 +6,9 @@ import contextlib
 import math
 import os
 
+from fusemlp.callbacks import Callback
 from fusemlp.engine import Engine
 from fusemlp.runs import Run, append_metrics
-from fusemlp.training import Callback
 
 
 class Recorder(Callback):
