@@ -345,7 +345,9 @@ class Engine:
 
     def _changing(self) -> list[str]:
         states = [f"state{index}" for index in range(len(self._memory.states))]
-        return ["params", "grads", *states, "counters", "hyper", "stats"]
+        # gradients outlive a step only where they are accumulated
+        grads = ["grads"] if self.optimizer.accumulate > 1 else []
+        return ["params", *grads, *states, "counters", "hyper", "stats"]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
