@@ -107,7 +107,7 @@ def _curves(
             axes.set_yscale("log")
     margin = 0.02 * len(training) if len(training) > 1 else 0.5
     axes.set_xlim(1 - margin, len(training) + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25)
     axes.legend(edgecolor="none", framealpha=0.85)
 

@@ -49,7 +49,6 @@ def finish(
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
-    write_json(run.report, finite(report))
     if not can_plot():
         report["no_plot"] = f"it needs matplotlib: {HINT}"
     elif not history.epochs:
@@ -66,6 +65,8 @@ def finish(
             overfitting=overfitting,
         )
         write_atomically(run.curves, picture)
+    # The last of all: a run that has a report needs nothing more.
+    write_json(run.report, finite(report))
     return report
 
 

@@ -15,6 +15,7 @@ from fusemlp.callbacks import Callback
 from fusemlp.engine import Engine
 
 REDRAW = 0.1  # seconds
+BAR = 16  # characters
 
 Show = Callable[[int, dict[str, float]], None]
 
@@ -27,6 +28,10 @@ class _OnEpochEnd(Callback):
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
         self.show(epoch + 1, logs)
+
+
+# In the bar, whose end may be cut off, what matters most stands first.
+_ORDER = ("loss", "val_loss", "val_accuracy", "accuracy", "learning_rate")
 
 
 def figures(logs: dict[str, float]) -> str:
@@ -59,20 +64,22 @@ def _lines(epochs: int) -> Show:
 @contextmanager
 def _bar(epochs: int, done: int) -> Iterator[Show]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
+    counter = TextColumn("epoch {task.completed:.0f}/{task.total:.0f}")
+    columns = (counter, BarColumn(BAR), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    console = Console(stderr=True)
+    # Four columns with a blank between them, the third 7 wide: the figures get the rest, so that no column is squeezed.
+    room = console.width - len(f"epoch {epochs}/{epochs}") - BAR - 7 - 4
     drawn = 0.0
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+    with Progress(*columns, console=console, auto_refresh=False) as bar:
         task = bar.add_task("", total=epochs, completed=done, figures="")
         bar.refresh()
         latest: tuple[int, dict[str, float]] | None = None
+
+        def draw(completed: int, logs: dict[str, float]) -> None:
+            text = figures({name: logs[name] for name in _ORDER if name in logs})
+            bar.update(task, completed=completed, figures=text[: max(room, 0)], refresh=True)
 
         def show(completed: int, logs: dict[str, float]) -> None:
             nonlocal drawn, latest
@@ -80,10 +87,10 @@ def _bar(epochs: int, done: int) -> Iterator[Show]:
             now = time.monotonic()
             if now - drawn >= REDRAW:
                 drawn, latest = now, None
-                bar.update(task, completed=completed, figures=figures(logs), refresh=True)
+                draw(completed, logs)
 
         try:
             yield show
         finally:
             if latest is not None:
-                bar.update(task, completed=latest[0], figures=figures(latest[1]), refresh=True)
+                draw(*latest)

@@ -114,7 +114,7 @@ def resumed_session(given: TrainOptions) -> Session:
             "new run"
         )
     last = run.checkpoint("last")
-    for left_over in last.parent.glob(".*.tmp"):
+    for left_over in run.path.rglob(".*.tmp"):
         left_over.unlink(missing_ok=True)
     if last.exists():
         engine = load_checkpoint(last, backend=backend, device=device, network=prepared.network)
