@@ -247,7 +247,8 @@ class _Fit:
         if largest > LARGE_FEATURE:
             cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
         else:
-            cause = f"a learning rate of {rate:.3g} is too high for this network: try {rate / 10:.3g}, or clip_norm=1.0"
+            lower = min(rate / 10, 0.1)
+            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"
         self.state.history.stopped = f"the loss became NaN or infinite in epoch {epoch + 1}"
         return DivergenceError(
             f"loss: it became NaN or infinite in epoch {epoch + 1}. Likely cause: {cause}. "

@@ -59,6 +59,9 @@ Operands, by op (``None`` is allowed where it says "optional"):
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update (``clock.hyper_at``).
 
+Where ``rows`` has entries of -1 (padding), they come last. Labels are classes in range(N) or the ignored index: who
+binds a call checks them, a backend need not.
+
 NaN goes through every op as NaN. A zero normaliser (all weights zero) gives loss 0 and dz 0.
 """
 
