@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.cases import CASES
@@ -19,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time a training step of fusemlp and of other libraries, side by side. The table goes to stdout, "
-        "progress to stderr, the figures with machine and versions to a file of JSON lines. About ten minutes for "
-        "everything, on a machine that does nothing else. Needs pip install 'fusemlp[bench]'.",
+        "progress to stderr, the figures with machine and versions to a file of JSON lines. About twelve minutes "
+        "for everything, on a machine that does nothing else. Needs pip install 'fusemlp[bench]'.",
     )
     made.add_argument(
         "--cases",
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _chosen(text: str, known: dict[str, object], what: str) -> list[str]:
+def _chosen(text: str, known: Mapping[str, object], what: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg.blas import sgemm
 
 from bench.cases import Case, Data
 from bench.measure import spread
@@ -36,7 +37,7 @@ class CallTime:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """``calls``; ``run`` is all of them in one go; ``fit`` a step of ``Engine.fit``, setting up included."""
+    """``calls``; ``run`` is all of them in one go; ``fit`` a step inside ``Engine.fit``; all in microseconds."""
 
     case: Case
     calls: tuple[CallTime, ...]
@@ -45,7 +46,7 @@ class Breakdown:
 
 
 def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
-    """Medians over ``steps`` steps, in microseconds; a clock's reading is subtracted."""
+    """Medians over ``steps`` steps of each kind, in microseconds, less the reading of the clock."""
     engine = Engine(MLP(case.sizes), optimizer=SGD(case.learning_rate), batch_size=case.batch_size)
     rule = engine.optimizer.rule(total_updates=None)
     bound = engine.bind(
@@ -60,51 +61,57 @@ def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
     program, find = bound.program, bound.arrays.__getitem__
     calls = [bound.backend.bind(call.op, **resolve(call.operands, find)) for call in program.calls]
     batches = data.order.reshape(case.steps, case.batch_size)
-    took = np.zeros((steps, len(calls) + 1))
+    separate = np.zeros((steps, len(calls)))
+    together = np.zeros(steps)
     clock = time.perf_counter
+    engine.fit(data.X, data.y, epochs=1)
     with np.errstate(all="ignore"):
-        for step in range(steps + steps // 10 + 1):
+        # one step call by call, the next in one go, each on rows that the caches have not just seen
+        for step in range(2 * steps):
             bound.arrays["rows"][:] = batches[step % case.steps]
+            if step % 2:
+                began = clock()
+                bound.run()
+                together[step // 2] = clock() - began
+                continue
             for index, call in enumerate(calls):
                 began = clock()
                 call()
-                took[step % steps, index] = clock() - began
-            bound.arrays["rows"][:] = batches[step % case.steps]
-            began = clock()
-            bound.run()
-            took[step % steps, -1] = clock() - began
-    *separate, run = 1e6 * (np.median(took, axis=0) - _clock_seconds())
+                separate[step // 2, index] = clock() - began
+    tick = _clock_seconds()
     timed = tuple(
         CallTime(
             f"{call.op} {call.label}".strip(),
-            float(microseconds),
-            sum(_product_microseconds(*shape, steps) for shape in call.products),
+            1e6 * (spread(seconds).p50 - tick),
+            sum(_product_microseconds(call.op, *shape, steps) for shape in call.products),
             tuple(call.products),
         )
-        for call, microseconds in zip(program.calls, separate, strict=True)
+        for call, seconds in zip(program.calls, separate.T, strict=True)
     )
-    epochs = max(2, round(steps / case.steps))
-    engine.fit(data.X, data.y, epochs=1)
-    began = clock()
-    engine.fit(data.X, data.y, epochs=epochs)
-    return Breakdown(case, timed, float(run), 1e6 * (clock() - began) / (epochs * case.steps))
+    fit = spread(engine.fit(data.X, data.y, epochs=max(2, round(steps / case.steps))).seconds).p50 / case.steps
+    return Breakdown(case, timed, 1e6 * (spread(together).p50 - tick), 1e6 * fit)
 
 
 def _clock_seconds() -> float:
-    clock = time.perf_counter
-    return spread([-(clock() - clock()) for _ in range(1000)]).p50
+    """How long reading the clock takes."""
+    readings = [time.perf_counter() for _ in range(1001)]
+    return spread(np.diff(readings)).p50
 
 
-def _product_microseconds(m: int, n: int, k: int, steps: int) -> float:
-    """An (m, k) by (k, n) product into memory that is there already."""
+def _product_microseconds(op: str, m: int, n: int, k: int, steps: int) -> float:
+    """The (m, k) by (k, n) product of an op, laid out as there, into memory that is there already.
+
+    By the BLAS that the NumPy backend calls, SciPy's, which is column-major: it makes the transpose, b.T by a.T.
+    """
+    transpose_a, transpose_b = op.startswith("grad_weight"), op.startswith("linear")
     generator = np.random.default_rng(0)
-    a = generator.standard_normal((m, k), dtype=np.float32)
-    b = generator.standard_normal((n, k), dtype=np.float32).T
+    a = generator.standard_normal((k, m) if transpose_a else (m, k), dtype=np.float32)
+    b = generator.standard_normal((n, k) if transpose_b else (k, n), dtype=np.float32)
     out = np.empty((m, n), np.float32)
     took = []
     for _ in range(steps):
         began = time.perf_counter()
-        np.matmul(a, b, out=out)
+        sgemm(1.0, b.T, a.T, 0.0, out.T, int(transpose_b), int(transpose_a), 1)
         took.append(time.perf_counter() - began)
     return 1e6 * spread(took).p50
 
@@ -129,6 +136,6 @@ def breakdown_text(result: Breakdown) -> str:
     lines += [
         f"| all calls, timed one by one | | {total:.1f} | 100% | {products:.1f} | {gflops:.0f} |",
         f"| all calls in one go | | {result.run:.1f} | | | |",
-        f"| a step of fit | | {result.fit:.1f} | | | |",
+        f"| a step inside fit | | {result.fit:.1f} | | | |",
     ]
     return "\n".join(lines)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bench.cases import Case
+from bench.cases import Array, Case
 from bench.peers import REFERENCE
 from bench.worker import Worker
 
-# After its turn a library's threads spin for a while before they sleep: up to about 25 ms in OpenBLAS.
-PAUSE_SECONDS = 0.1
+# After its last product a thread of OpenBLAS spins for 100 ms before it sleeps; PyTorch's and XLA's for under 5 ms
+# (read from /proc/PID/task/*/schedstat). OMP_WAIT_POLICY does not reach OpenBLAS's own threads, so each peer waits
+# until the one before it is asleep.
+PAUSE_SECONDS = 0.15
 # How far the losses may differ after an epoch of the same updates, relative to what the epoch gained. Rounding alone
 # comes to less than 1e-6; a wrong learning rate, a missing bias or another batch come to more than 1e-3.
 AGREEMENT = 1e-3
@@ -39,7 +41,7 @@ class Spread:
     p80: float
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float] | Array) -> Spread:
     """The 20th, 50th and 80th percentile."""
     return Spread(*(float(p) for p in np.percentile(values, [20, 50, 80])))
 
@@ -113,7 +115,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def started(names: Sequence[str]):
+def started(names: Sequence[str]) -> Iterator[dict[str, Worker]]:
     """A worker for each peer, the reference first."""
     ordered = sorted(names, key=lambda name: name != REFERENCE)
     with contextlib.ExitStack() as stack:

@@ -173,7 +173,7 @@ def _caption(lines: Sequence[Record]) -> str:
     shown = ", ".join(f"{names.get(name, name)} {version}" for name, version in versions.items())
     memory = "" if box["memory_gib"] is None else f", {box['memory_gib']:.0f} GiB"
     unset, kept = line["openblas_variables_unset"], line["variables"]
-    openblas = f"{', '.join(sorted(unset))} were set and were unset for the run" if unset else "none was set"
+    openblas = f"unset for the run ({', '.join(sorted(unset))})" if unset else "none set"
     settings = "; ".join(f"{name}={value}" for name, value in kept.items()) or "none"
     rounds = sorted({one["rounds"] for one in lines})
     text = [

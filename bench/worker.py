@@ -67,10 +67,6 @@ class _Served:
         ]
         return {"version": _version(PEERS[self.peer].package), "pools": pools}
 
-    def cpu_seconds(self) -> float:
-        """Processor time of this process so far, over all its threads."""
-        return time.process_time()
-
     def breakdown(self, case: Case, steps: int) -> Any:
         """See ``bench.breakdown``."""
         from bench.breakdown import measure_calls

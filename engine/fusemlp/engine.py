@@ -334,9 +334,10 @@ class Engine:
         for short, name in short_names(self.network).items():
             self._backend.copy_into(self._memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
 
-    def snapshot(self) -> dict[str, Array]:
-        """Host copies of all that a step changes, for ``restore``."""
-        return {name: self._backend.to_host(self._memory.arrays[name]) for name in self._changing()}
+    def snapshot(self, into: dict[str, Array] | None = None) -> dict[str, Array]:
+        """Host copies of all that a step changes, for ``restore``; ``into`` is one that may be overwritten."""
+        old = into or {}
+        return {name: self._backend.to_host(self._memory.arrays[name], out=old.get(name)) for name in self._changing()}
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
         """Go back to a ``snapshot`` of this engine."""

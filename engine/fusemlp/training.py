@@ -134,6 +134,7 @@ class _Fit:
             engine.memory.stats[:] = 0.0
         state.history.stopped = ""
         self._call("on_train_begin")
+        good: Snapshot | None = None
         with deferred_interrupt() as interrupted:
             # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
             while (
@@ -142,7 +143,7 @@ class _Fit:
                 and not engine.stop_training
                 and not interrupted()
             ):
-                good, first_batch = engine.snapshot(), state.batch
+                good, first_batch = engine.snapshot(good), state.batch
                 began = time.perf_counter()
                 if state.batch == 0:
                     self._call("on_epoch_begin", state.epoch)

@@ -215,8 +215,8 @@ class Backend(Protocol):
     def from_host(self, array: np.ndarray[Any, Any]) -> Any:
         """The array on the device (itself, where the device is the host)."""
 
-    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
-        """A contiguous NumPy copy."""
+    def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        """A contiguous NumPy copy, in ``out`` where that is given."""
 
     def copy_into(self, destination: Any, source: np.ndarray[Any, Any]) -> None:
         """Write a host array into a device array of the same shape."""

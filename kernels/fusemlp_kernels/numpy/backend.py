@@ -65,9 +65,12 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         return array
 
-    def to_host(self, array: Array) -> Array:
+    def to_host(self, array: Array, out: Array | None = None) -> Array:
         """See ``contract.Backend``."""
-        return np.array(array, order="C")
+        if out is None:
+            return np.array(array, order="C")
+        np.copyto(out, array)
+        return out
 
     def copy_into(self, destination: Array, source: Array) -> None:
         """See ``contract.Backend``."""

@@ -17,10 +17,13 @@ import numpy as np
 
 from fusemlp_kernels.contract import CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, LossSpec
 from fusemlp_kernels.numpy import blas
-from fusemlp_kernels.numpy.activations import Array, Run
+from fusemlp_kernels.numpy.activations import Array, Run, row_blocks
 
 # Above this many classes a table of target rows (N x N) would not stay in the cache: the rows are written instead.
 TABLE_CLASSES = 512
+
+# From this many classes on a row is best left as it is but for the one element of its class.
+DIRECT_CLASSES = 64
 
 # Writes t and mass for a batch whose first ``count`` rows are valid; returns the normaliser and how many rows count
 # towards the accuracy.
@@ -38,6 +41,8 @@ def bind_cross_entropy(
     loss: LossSpec,
 ) -> Run:
     """z, dz (M, N), contiguous, dz perhaps z itself; target (M,) int64, or (M, N) probabilities if loss.soft."""
+    if not loss.soft and loss.label_smoothing == 0.0 and z.shape[1] > DIRECT_CLASSES:
+        return _bind_direct(z, dz, target, weight, class_weight, counters, stats, loss)
     rows = len(z)
     real = z.dtype
     t = np.empty(z.shape, real)
@@ -97,6 +102,109 @@ def bind_cross_entropy(
         divide(mass, sums, sums)
         multiply(dz, factor_column, dz)
         subtract(dz, t, dz)
+        statistic[LAST_LOSS] = value
+        if mean:
+            statistic[LOSS_SUM] += value * normaliser
+            statistic[NORM_SUM] += normaliser
+        else:
+            statistic[LOSS_SUM] += value
+
+    return run
+
+
+def _bind_direct(
+    z: Array,
+    dz: Array,
+    target: Array,
+    weight: Array | None,
+    class_weight: Array | None,
+    counters: Array,
+    stats: Array,
+    loss: LossSpec,
+) -> Run:
+    """Integer targets without smoothing: ``t`` is zero but for one element a row, and is never written.
+
+    The softmax goes over blocks of rows that stay in the cache from one pass to the next.
+    """
+    rows, classes = len(z), z.shape[1]
+    real = z.dtype
+    start_of_row = np.arange(rows, dtype=np.int64) * classes
+    labels, largest, index = (np.empty(rows, np.int64) for _ in range(3))
+    ignored, right = np.empty(rows, np.bool_), np.empty(rows, np.bool_)
+    mass, picked, sums, logs, factors = (np.empty(rows, real) for _ in range(5))
+    shift = np.empty(rows, real)
+    flat_z, flat_dz = z.reshape(-1), dz.reshape(-1)
+    mass_dot_logs, mass_dot_picked = blas.dot(mass, logs), blas.dot(mass, picked)
+    norm_of_class = None if class_weight is None else class_weight.astype(real)
+    counter, statistic = counters.data, cast("memoryview[float]", stats.data)
+    mean = loss.reduction == "mean"
+    blocks = [
+        (
+            z[block],
+            dz[block],
+            shift[block, None],
+            blas.row_sums(sums[block], dz[block]),
+            mass[block],
+            sums[block],
+            factors[block],
+            factors[block, None],
+        )
+        for block in row_blocks(rows, classes)
+    ]
+
+    def fill(count: int) -> tuple[float, int]:
+        """The labels, and in mass what each row weighs, not yet divided; the normaliser and the rows scored."""
+        scored = count
+        if weight is None:
+            mass.fill(1.0)
+        else:
+            np.copyto(mass, weight)
+        mass[count:] = 0.0
+        np.copyto(labels, target)
+        if loss.ignore_index is not None:
+            np.equal(labels, loss.ignore_index, out=ignored)
+            scored -= int(np.count_nonzero(ignored[:count]))
+            np.copyto(mass, 0.0, where=ignored)
+            np.copyto(labels, 0, where=ignored)
+        if norm_of_class is not None:
+            np.take(norm_of_class, labels, 0, picked, "clip")
+            np.multiply(mass, picked, out=mass)
+        return float(mass.sum()), scored
+
+    def run() -> None:
+        count = counter[ROW_COUNT]
+        normaliser, scored = fill(count)
+        if mean:
+            np.multiply(mass, 0.0 if normaliser == 0.0 else 1.0 / normaliser, out=mass)
+        z.argmax(1, largest)
+        if loss.accuracy:
+            np.equal(largest, labels, out=right)
+            if loss.ignore_index is not None:
+                np.logical_not(ignored, out=ignored)
+                np.logical_and(right, ignored, out=right)
+            statistic[CORRECT] += np.count_nonzero(right[:count])
+            statistic[SCORED] += scored
+        np.add(largest, start_of_row, out=index)
+        np.take(flat_z, index, 0, shift, "clip")
+        np.add(labels, start_of_row, out=index)
+        np.take(flat_z, index, 0, picked, "clip")
+        np.subtract(picked, shift, out=picked)
+        for z_block, dz_block, shift_block, sum_rows, mass_block, sums_block, factor, factor_column in blocks:
+            np.subtract(z_block, shift_block, out=dz_block)
+            np.exp(dz_block, out=dz_block)
+            sum_rows()
+            np.divide(mass_block, sums_block, out=factor)
+            np.multiply(dz_block, factor_column, out=dz_block)
+        np.take(flat_dz, index, 0, factors, "clip")
+        np.subtract(factors, mass, out=factors)
+        np.put(flat_dz, index, factors, "clip")
+        if count < rows:
+            # padding may hold anything; it weighs nothing
+            dz[count:] = 0.0
+            sums[count:] = 1.0
+            picked[count:] = 0.0
+        np.log(sums, out=logs)
+        value = mass_dot_logs() - mass_dot_picked()
         statistic[LAST_LOSS] = value
         if mean:
             statistic[LOSS_SUM] += value * normaliser
