@@ -136,6 +136,7 @@ def _bind_direct(
     flat_z, flat_dz = z.reshape(-1), dz.reshape(-1)
     mass_dot_logs, mass_dot_picked = blas.dot(mass, logs), blas.dot(mass, picked)
     norm_of_class = None if class_weight is None else class_weight.astype(real)
+    weigh = _bind_row_weights(mass, labels, ignored, target, weight, loss.ignore_index)
     counter, statistic = counters.data, cast("memoryview[float]", stats.data)
     mean = loss.reduction == "mean"
     blocks = [
@@ -154,18 +155,7 @@ def _bind_direct(
 
     def fill(count: int) -> tuple[float, int]:
         """The labels, and in mass what each row weighs, not yet divided; the normaliser and the rows scored."""
-        scored = count
-        if weight is None:
-            mass.fill(1.0)
-        else:
-            np.copyto(mass, weight)
-        mass[count:] = 0.0
-        np.copyto(labels, target)
-        if loss.ignore_index is not None:
-            np.equal(labels, loss.ignore_index, out=ignored)
-            scored -= int(np.count_nonzero(ignored[:count]))
-            np.copyto(mass, 0.0, where=ignored)
-            np.copyto(labels, 0, where=ignored)
+        scored = weigh(count)
         if norm_of_class is not None:
             np.take(norm_of_class, labels, 0, picked, "clip")
             np.multiply(mass, picked, out=mass)
@@ -213,6 +203,29 @@ def _bind_direct(
             statistic[LOSS_SUM] += value
 
     return run
+
+
+def _bind_row_weights(
+    factors: Array, labels: Array, ignored: Array, target: Array, weight: Array | None, ignore_index: int | None
+) -> Callable[[int], int]:
+    """``run(count)``: what each row weighs into factors (M,), the classes into labels, (M,), 0 where they are ignored,
+    which goes into ignored (M,) bool; returns how many of the first ``count`` rows are scored."""
+
+    def weigh(count: int) -> int:
+        if weight is None:
+            factors.fill(1.0)
+        else:
+            np.copyto(factors, weight)
+        factors[count:] = 0.0
+        np.copyto(labels, target)
+        if ignore_index is None:
+            return count
+        np.equal(labels, ignore_index, out=ignored)
+        np.copyto(factors, 0.0, where=ignored)
+        np.copyto(labels, 0, where=ignored)
+        return count - int(np.count_nonzero(ignored[:count]))
+
+    return weigh
 
 
 def _class_rows(classes: int, class_weight: Array | None, loss: LossSpec) -> tuple[Array, Array]:
@@ -265,21 +278,11 @@ def _bind_weighted(
     ignored = np.empty(rows, np.bool_)
     values, norms, factors = (np.empty(rows, t.dtype) for _ in range(3))
     factor_column = factors[:, None]
+    weigh = _bind_row_weights(factors, labels, ignored, target, weight, loss.ignore_index)
     mean = loss.reduction == "mean"
 
     def fill(count: int) -> tuple[float, int]:
-        scored = count
-        if weight is None:
-            factors.fill(1.0)
-        else:
-            np.copyto(factors, weight)
-        factors[count:] = 0.0
-        np.copyto(labels, target)
-        if loss.ignore_index is not None:
-            np.equal(labels, loss.ignore_index, out=ignored)
-            scored -= int(np.count_nonzero(ignored[:count]))
-            np.copyto(factors, 0.0, where=ignored)
-            np.copyto(labels, 0, where=ignored)
+        scored = weigh(count)
         np.copyto(t, smooth_row)
         np.take(own_weight, labels, 0, values, "clip")
         np.add(values, smooth_mass, out=mass)
