@@ -326,7 +326,7 @@ def fit(
         drop_last=drop_last,
         resume=resume,
     )
-    _warn(engine, features, targets)
+    _warn(engine, features, targets, epochs * loop.batches)
     return loop.run()
 
 
@@ -374,7 +374,13 @@ def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) 
     return lambda epoch: shuffled_rows(n, engine.seed, epoch)
 
 
-def _warn(engine: Engine, X: Array, targets: Targets) -> None:
+def _warn(engine: Engine, X: Array, targets: Targets, batches: int) -> None:
+    if engine.optimizer.accumulate > batches:
+        warnings.warn(
+            f"accumulate: an update takes {engine.optimizer.accumulate} batches and this fit has only {batches}: it may "
+            "end without one; train for more epochs or lower accumulate",
+            stacklevel=4,
+        )
     if engine.batch_size > len(X):
         warnings.warn(
             f"batch_size: {engine.batch_size} is more than the {len(X)} rows of X; batches of {len(X)} are used",

@@ -191,7 +191,10 @@ def grouped(kind, groups, **options):
 
 def warmed_up(updates, after):
     """(t + 1) / updates of the first rate, then ``after``, a factor of t from there."""
-    factor = lambda t: (t + 1) / updates if t < updates else after(t - updates)  # noqa: E731
+
+    def factor(t):
+        return (t + 1) / updates if t < updates else after(t - updates)
+
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 

@@ -310,6 +310,14 @@ class TestBatches:
         other.fit(X, y, epochs=2)
         assert_same_parameters(one, other)
 
+    def test_a_fit_too_short_for_one_update_is_warned_of(self):
+        engine = make(optimizer=SGD(0.1, accumulate=1000))
+        before = engine.state_dict()
+        with pytest.warns(UserWarning, match="accumulate: an update takes 1000 batches and this fit has only"):
+            engine.fit(X, y, epochs=2)
+        assert engine.update_count == 0
+        assert all(np.array_equal(before[name], value) for name, value in engine.state_dict().items())
+
     def test_one_class_only_is_warned_of(self):
         with pytest.warns(UserWarning, match="y: every label is 2; a classifier needs examples of two") as caught:
             make().fit(X, np.full(ROWS, 2), epochs=1)
