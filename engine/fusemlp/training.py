@@ -377,8 +377,8 @@ def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) 
 def _warn(engine: Engine, X: Array, targets: Targets, batches: int) -> None:
     if engine.optimizer.accumulate > batches:
         warnings.warn(
-            f"accumulate: an update takes {engine.optimizer.accumulate} batches and this fit has only {batches}: it may "
-            "end without one; train for more epochs or lower accumulate",
+            f"accumulate: an update takes {engine.optimizer.accumulate} batches and this fit has only {batches}: "
+            "it may end without one; train for more epochs or lower accumulate",
             stacklevel=4,
         )
     if engine.batch_size > len(X):
