@@ -9,6 +9,7 @@ import numpy as np
 from fusemlp_kernels.contract import (
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,
+    GOOD_UPDATES,
     HYPER,
     LEARNING_RATE,
     RATE_SCALE,
@@ -20,7 +21,7 @@ from fusemlp_kernels.reference import learning_rate
 def hyper_at(rule: UpdateRule, update_count: int, rate_scale: float = 1.0) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The ``hyper`` array, (HYPER,) float64, after ``update_count`` updates; ``rate_scale`` multiplies the rate."""
     hyper = np.ones(HYPER)
-    hyper[RATE_SCALE] = rate_scale
+    hyper[RATE_SCALE], hyper[GOOD_UPDATES] = rate_scale, 0.0
     write_hyper(rule, update_count, hyper)
     return hyper
 

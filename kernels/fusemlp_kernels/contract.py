@@ -1,8 +1,9 @@
 """The kernel contract: what every backend computes, over which arrays, and who may alias whom.
 
 Notation: ``M`` batch rows, ``K`` inputs, ``N`` outputs of a layer; arrays are row-major; weights are ``(N, K)``;
-``real`` is the backend's compute type (float32, or float64 where the backend offers it). ``dz`` is the gradient of
-the step's loss with respect to a layer's pre-activation ``z = x @ w.T + b``.
+``real`` is the type of parameters, gradients and optimizer state (float32, or float64 where the backend offers it);
+``compute`` is the type of what the matrix products read: float16 or bfloat16 in those precisions, else ``real``. ``dz``
+is the gradient of the step's loss with respect to a layer's pre-activation ``z = x @ w.T + b``.
 
 A backend turns a call of the step program into something that can be run again and again without looking anything
 up: ``bind(op, **operands)`` checks and resolves everything once and returns a callable without arguments. Binding may
@@ -11,20 +12,20 @@ allocate scratch memory; running may not. The same callables serve the engine's 
 Operands, by op (``None`` is allowed where it says "optional"):
 
 ``linear``: ``y = dropout(act(x @ w.T + b))``
-    x (M, K) real, or with ``rows``: (n, K) real and row i of the batch is x[rows[i]], zeros where rows[i] is -1;
-    w (N, K) real; b (N,) real; y (M, N) real, written; activation: a name of ``ACTIVATIONS``; slope: float
-    (leaky_relu); slope_param (1,) real (prelu); z (M, N) real, optional, written: the pre-activation, for activations
-    of ``NEEDS_Z``; rows (M,) int64, optional; gathered (M, K) real, written, for backends that do not gather in the
-    load; dropout: ``Dropout``, optional, with counters (``COUNTERS``,) int64 and, for backends that store masks,
-    keep (M, N) bool, written.
+    x (M, K) compute, or with ``rows``: (n, K) and row i of the batch is x[rows[i]], zeros where rows[i] is -1;
+    w (N, K) compute; b (N,) real; y (M, N) compute, written; activation: a name of ``ACTIVATIONS``; slope: float
+    (leaky_relu); slope_param (1,) real (prelu); z (M, N) compute, optional, written: the pre-activation, for
+    activations of ``NEEDS_Z``; rows (M,) int64, optional; gathered (M, K) compute, written, for backends that do not
+    gather in the load; dropout: ``Dropout``, optional, with counters (``COUNTERS``,) int64 and, for backends that
+    store masks, keep (M, N) bool, written.
 
 ``loss_grad``: loss and dz from the output layer's pre-activation
-    z (M, N) real; dz (M, N) real, optional, written, may be z itself; target (n,) int64 or (n, N) real;
+    z (M, N) compute; dz (M, N) compute, optional, written, may be z itself; target (n,) int64 or (n, N) real;
     weight (n,) real, optional; class_weight (N,) real, optional; rows (M,) int64, optional, picks the rows of target
     and weight; counters: rows from ``counters[ROW_COUNT]`` on are padding: they weigh nothing and their dz is zero;
     stats (``STATS``,) float64, updated; loss: ``LossSpec``; activation, slope, slope_param: the output activation;
     dslope (1,) real, optional, written (prelu); target_rows (M, ...) like target and weight_rows (M,) real, written,
-    for backends that do not gather in the load.
+    for backends that do not gather in the load; hyper, optional: dz and dslope are multiplied by hyper[LOSS_SCALE].
 
 ``linear_loss_grad``: ``linear`` without dropout, then ``loss_grad``
     the operands of both without z and y; ``rows`` picks the targets and weights, and x_rows (M,) int64, optional, the
@@ -32,32 +33,37 @@ Operands, by op (``None`` is allowed where it says "optional"):
     through it.
 
 ``grad_input``: ``dz_prev = (dz @ w) * act'(y_prev) * keep / (1 - p)``
-    dz (M, N) real; w (N, K) real; y (M, K) real: the previous layer's output after dropout; dz_prev (M, K) real,
-    written, aliases nothing; activation, slope, slope_param, z, dropout, counters, keep: of the layer that produced
-    y; dslope (1,) real, written (prelu).
+    dz (M, N) compute; w (N, K) compute; y (M, K) compute: the previous layer's output after dropout; dz_prev (M, K)
+    compute, written, aliases nothing; activation, slope, slope_param, z, dropout, counters, keep: of the layer that
+    produced y; dslope (1,) real, written (prelu).
 
 ``grad_weight``: ``dw = dz.T @ x``, ``db = sum over rows of dz``, for all layers
-    layers: a sequence of mappings with dz, x, dw, db (dw or db None where the tensor is frozen), and on the first
-    layer rows and gathered as in ``linear``; slopes: a sequence of mappings dslope (1,) real (what ``grad_input`` or
-    ``loss_grad`` wrote), grad (1,) real, written; rule, counters: with rule.accumulate k > 1 the results are added to
-    what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k.
+    layers: a sequence of mappings with dz and x compute, dw and db real (None where the tensor is frozen), and on the
+    first layer rows and gathered as in ``linear``; slopes: a sequence of mappings dslope (1,) real (what ``grad_input``
+    or ``loss_grad`` wrote), grad (1,) real, written; rule, counters: with rule.accumulate k > 1 the results are added to
+    what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k; norm (1,) float64, optional, written: the
+    Euclidean norm of all that is there then, for backends with ``Traits.norms_gradients``.
 
 ``grad_weight_update``: ``grad_weight`` and ``update`` in one, gradients never stored
     layers: as for ``grad_weight`` with w, b in place of dw, db, and w_state, b_state: tuples of arrays shaped like the
-    parameter, w_rule, b_rule: ``TensorRule``; slopes: a sequence of mappings dslope, param, state, rule;
-    rule: ``UpdateRule`` without clipping and accumulation; hyper (``HYPER``,) float64; counters. The last to finish
-    advances the clock.
+    parameter, w_rule, b_rule: ``TensorRule``, w_shadow: like w, compute, optional, written: w rounded; slopes: a
+    sequence of mappings dslope, param, state, rule; rule: ``UpdateRule`` without clipping and accumulation; hyper
+    (``HYPER``,) float64; counters. The last to finish advances the clock.
 
 ``update``: the optimizer over the flat arenas
     params, grads (size,) real, both written; states: tuple of (size,) real; segments: tuple of ``Segment``, by
     offset, whose gaps are alignment padding (zeros) or frozen tensors; rule, hyper, counters.
     Applied when counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate, to the mean of the accumulated gradients;
-    clips by their global norm; advances the clock.
+    clips by their global norm, which it takes from norm (1,) float64 where that is given; shadow (size,) compute,
+    optional, written: the parameters rounded; advances the clock. With scaled (True: the gradients carry
+    hyper[LOSS_SCALE]) they are divided by it, and where their norm is not finite nothing is updated: the batch is
+    skipped, and the scale halved; after ``GROWTH_INTERVAL`` updates without one it is doubled.
 
 ``advance``: the clock alone, for a network with nothing to train: rule, hyper, counters.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
-the learning rate and the bias corrections of the next update (``clock.hyper_at``).
+the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
+SKIPPED_IN_A_ROW grow by one.
 
 Where ``rows`` has entries of -1 (padding), they come last. Labels are classes in range(N) or the ignored index: who
 binds a call checks them, a backend need not.
@@ -90,9 +96,20 @@ OPS = (
 )
 
 # counters, int64
-BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, SKIPPED, TICKET, COUNTERS = range(6)
-# hyper, float64: of the update that comes next
-LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, HYPER = range(5)
+BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, SKIPPED, SKIPPED_IN_A_ROW, COUNTERS = range(6)
+# hyper, float64: of the update that comes next; the loss scale, and how many updates it has stood
+(
+    LEARNING_RATE,
+    BIAS_CORRECTION_1,
+    BIAS_CORRECTION_2,
+    RATE_SCALE,
+    LOSS_SCALE,
+    GOOD_UPDATES,
+    HYPER,
+) = range(7)
+# Dynamic loss scaling (Micikevicius et al., "Mixed precision training", 2018): where it starts, and how long it waits.
+FIRST_LOSS_SCALE = 65536.0
+GROWTH_INTERVAL = 2000
 # stats, float64: the last step's loss; then sums since they were last cleared: loss times normaliser (the loss itself
 # where the reduction is "sum"), normalisers, right answers and how many were asked for
 LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, STATS = range(6)
@@ -187,7 +204,8 @@ class Traits:
     ``row_multiple``: the row pitch of the engine's matrices is a multiple of this many elements.
     ``gathers_in_load``: x[rows] needs no workspace. ``stores_masks``: dropout masks are kept from forward to backward.
     ``widest_fused_output``: the largest N for which ``linear_loss_grad`` exists; wider outputs take two calls.
-    ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way.
+    ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
+    ``grad_weight`` knows the norm of what it writes.
     """
 
     name: str
@@ -196,6 +214,7 @@ class Traits:
     stores_masks: bool
     widest_fused_output: int
     fused_updates: tuple[str, ...]
+    norms_gradients: bool
     precisions: tuple[str, ...]
     plans: tuple[str, ...]
 
@@ -207,13 +226,13 @@ class Backend(Protocol):
     device: str
 
     def allocate(self, size: int, dtype: str) -> Any:
-        """A flat, zeroed, 256-byte aligned array; dtype is "real", "float64", "int64" or "bool"."""
+        """A flat, zeroed, 256-byte aligned array; dtype is "real", "compute", "float64", "int64" or "bool"."""
 
     def view(self, flat: Any, offset: int, shape: tuple[int, ...], pitch: int) -> Any:
         """A (rows, columns) or (columns,) view of ``flat`` from element ``offset``, rows ``pitch`` elements apart."""
 
-    def from_host(self, array: np.ndarray[Any, Any]) -> Any:
-        """The array on the device (itself, where the device is the host)."""
+    def from_host(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
+        """The array on the device (itself, where the device is the host), as ``dtype`` ("compute") where given."""
 
     def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """A contiguous NumPy copy, in ``out`` where that is given."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import logging
+import os
+import sys
 
 from fusemlp_kernels.contract import Backend, Traits
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 
+_log = logging.getLogger("fusemlp")
+
+# What the kernel drivers of NVIDIA (also under WSL) and AMD show of themselves.
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 PLANS = ("eager", "graph", "resident")
 
@@ -16,8 +24,9 @@ TRAITS = {
         row_multiple=8,
         gathers_in_load=True,
         stores_masks=False,
-        widest_fused_output=512,
+        widest_fused_output=256,
         fused_updates=("sgd", "adam"),
+        norms_gradients=True,
         precisions=("fp32", "tf32", "bf16", "fp16"),
         plans=PLANS,
     ),
@@ -26,8 +35,9 @@ TRAITS = {
         row_multiple=8,
         gathers_in_load=True,
         stores_masks=False,
-        widest_fused_output=512,
+        widest_fused_output=256,
         fused_updates=("sgd", "adam"),
+        norms_gradients=True,
         precisions=("fp32",),
         plans=PLANS,
     ),
@@ -40,6 +50,7 @@ TRAITS = {
         widest_fused_output=1 << 31,
         # Adam is quicker in one sweep over the arena than tensor by tensor
         fused_updates=("sgd",),
+        norms_gradients=False,
         precisions=("fp32", "fp64"),
         plans=("eager",),
     ),
@@ -54,14 +65,52 @@ def availability() -> dict[str, str | None]:
 def _reason(name: str) -> str | None:
     if name == "numpy":
         return None
-    if importlib.util.find_spec(f"fusemlp_kernels.{name}") is None:
-        return f"this version of fusemlp has no {name} kernels yet; use backend='numpy'"
+    if name == "triton":
+        return _triton_reason()
+    return f"this version of fusemlp has no {name} kernels yet; use backend='numpy'"
+
+
+def interprets_triton() -> bool:
+    """Whether Triton's kernels are to run under its interpreter, on the CPU: TRITON_INTERPRET is set."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_reason() -> str | None:
+    """Found out without importing torch, which takes seconds and which people without a GPU do not wait for."""
+    missing = [library for library in ("triton", "torch") if importlib.util.find_spec(library) is None]
+    if missing and sys.platform != "linux":
+        return f"Triton has no release for {sys.platform}; use backend='cupy' for an NVIDIA card, or 'numpy'"
+    if missing:
+        return f"{' and '.join(missing)} cannot be imported; get it with: pip install 'fusemlp[triton]'"
+    if interprets_triton():
+        return None
+    version = importlib.metadata.version("torch")
+    if version.endswith("+cpu"):
+        return (
+            f"torch {version} is the build without GPU support; install the one for your driver (pytorch.org), or set "
+            "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
+        )
+    if not any(os.path.exists(path) for path in GPU_DEVICES):
+        return (
+            f"no GPU driver is loaded (none of {', '.join(GPU_DEVICES)} is there); set TRITON_INTERPRET=1 to run the "
+            "kernels on the CPU, slowly"
+        )
     return None
 
 
 def choose() -> str:
-    """The first backend, in the order of ``TRAITS``, that works here."""
-    return next(name for name, reason in availability().items() if reason is None)
+    """The first backend, in the order of ``TRAITS``, that works here; what was passed over is logged.
+
+    Triton's interpreter is nobody's first choice: it has to be asked for by name.
+    """
+    for name in TRAITS:
+        reason = _reason(name)
+        if name == "triton" and reason is None and interprets_triton():
+            reason = "TRITON_INTERPRET is set: its kernels run only when they are asked for by name"
+        if reason is None:
+            return name
+        _log.info("backend 'auto' passes over %s: %s", name, reason)
+    raise AssertionError("the numpy backend is always there")
 
 
 def backend(name: str, device: str | None, precision: str) -> Backend:
@@ -79,6 +128,10 @@ def backend(name: str, device: str | None, precision: str) -> Backend:
     reason = _reason(name)
     if reason is not None:
         raise BackendUnavailableError(f"backend: {name!r} is not available: {reason}")
+    if name == "triton":
+        from fusemlp_kernels.triton.backend import TritonBackend
+
+        return TritonBackend(TRAITS[name], device, precision)
     from fusemlp_kernels.numpy.backend import NumpyBackend
 
     return NumpyBackend(TRAITS[name], device, precision)

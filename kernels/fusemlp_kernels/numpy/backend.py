@@ -42,6 +42,7 @@ class NumpyBackend:
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {
             "real": REAL[precision],
+            "compute": REAL[precision],
             "float64": np.float64,
             "int64": np.int64,
             "bool": np.bool_,
@@ -61,7 +62,7 @@ class NumpyBackend:
         rows, columns = shape
         return flat[offset : offset + rows * pitch].reshape(rows, pitch)[:, :columns]
 
-    def from_host(self, array: Array) -> Array:
+    def from_host(self, array: Array, dtype: str | None = None) -> Array:
         """See ``contract.Backend``."""
         return array
 

@@ -1,0 +1,154 @@
+"""The Triton backend: the kernel contract on a GPU, over torch tensors; or under Triton's interpreter, on the CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusemlp_kernels.contract import Traits
+from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.triton import configs
+from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
+from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_interpreted, mark_owned
+from fusemlp_kernels.triton.layers import (
+    bind_advance,
+    bind_grad_input,
+    bind_linear,
+    bind_linear_loss_grad,
+    bind_loss_grad,
+)
+
+ALIGNMENT_BYTES = 256
+BINDERS: dict[str, Callable[..., Run]] = {
+    "linear": bind_linear,
+    "linear_loss_grad": bind_linear_loss_grad,
+    "loss_grad": bind_loss_grad,
+    "grad_input": bind_grad_input,
+    "grad_weight": bind_grad_weight,
+    "grad_weight_update": bind_grad_weight_update,
+    "update": bind_update,
+    "advance": bind_advance,
+}
+COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@functools.cache
+def open_device(name: str | None, precision: str) -> Device:
+    """The device ``name`` ("cuda", "cuda:1"; None: the current one), for kernels of that precision.
+
+    Raises BackendUnavailableError where it is not there or has no kernels.
+    """
+    if precision not in COMPUTE:
+        raise BackendUnavailableError(
+            f"precision: the triton backend offers {', '.join(COMPUTE)}, got {precision!r}; fp64 is the numpy backend's"
+        )
+    if is_interpreted():
+        if name not in (None, "cpu"):
+            raise BackendUnavailableError(
+                f"device: under TRITON_INTERPRET=1 the triton backend runs on 'cpu', got {name!r}; unset the variable"
+            )
+        if precision == "bf16":
+            raise BackendUnavailableError(
+                "precision: Triton's interpreter computes bf16 wrongly; use fp16 there, or a GPU for bf16"
+            )
+        arch = configs.Architecture("interpreter", 1)
+        return Device(torch.device("cpu"), arch, precision, COMPUTE[precision], True)
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"backend: torch {torch.__version__} finds no GPU; check the driver with `fusemlp doctor`, or set "
+            "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
+        )
+    try:
+        device = torch.device("cuda" if name is None else name)
+    except RuntimeError as error:
+        raise BackendUnavailableError(f"device: expected a name such as 'cuda' or 'cuda:0', got {name!r}") from error
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or (device.index or 0) >= count:
+        raise BackendUnavailableError(
+            f"device: expected 'cuda' or 'cuda:0' to 'cuda:{count - 1}' for the triton backend, got {name!r}"
+        )
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    properties = torch.cuda.get_device_properties(device)
+    target = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    arch = configs.Architecture(configs.family_of(target), properties.multi_processor_count)
+    return Device(device, arch, precision, COMPUTE[precision], False)
+
+
+class TritonBackend:
+    """Implements ``contract.Backend`` with torch tensors."""
+
+    def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
+        self._device = open_device(device, precision)
+        self.traits = traits
+        self.device = str(self._device.device)
+        self._dtypes = {
+            "real": torch.float32,
+            "compute": self._device.compute,
+            "float64": torch.float64,
+            "int64": torch.int64,
+            "bool": torch.bool,
+        }
+
+    def allocate(self, size: int, dtype: str) -> Tensor:
+        """See ``contract.Backend``."""
+        kind = self._dtypes[dtype]
+        spare = ALIGNMENT_BYTES // kind.itemsize
+        flat = torch.zeros(size + spare, dtype=kind, device=self._device.device)
+        start = -flat.data_ptr() % ALIGNMENT_BYTES // kind.itemsize
+        mark_owned(flat)
+        return flat[start : start + size]
+
+    def view(self, flat: Tensor, offset: int, shape: tuple[int, ...], pitch: int) -> Tensor:
+        """See ``contract.Backend``."""
+        if len(shape) == 1:
+            return flat[offset : offset + shape[0]]
+        return flat.as_strided(shape, (pitch, 1), flat.storage_offset() + offset)
+
+    def from_host(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:
+        """See ``contract.Backend``. Matrices of numbers get rows that start at multiples of 16 bytes."""
+        kind = {"f": "real", "i": "int64", "b": "bool"}[array.dtype.kind] if dtype is None else dtype
+        if array.ndim != 2:
+            tensor = self.allocate(array.size, kind)
+            self.copy_into(tensor, array)
+            return tensor
+        rows, columns = array.shape
+        pitch = -(-columns // self.traits.row_multiple) * self.traits.row_multiple
+        tensor = self.view(self.allocate(rows * pitch, kind), 0, (rows, columns), pitch)
+        self.copy_into(tensor, array)
+        return tensor
+
+    def to_host(self, array: Tensor, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        """See ``contract.Backend``. 16-bit numbers come back as float32."""
+        wide = array.to(torch.float32) if array.dtype in (torch.bfloat16, torch.float16) else array
+        host = np.array(wide.cpu().numpy(), order="C")
+        if out is None:
+            return host
+        np.copyto(out, host)
+        return out
+
+    def copy_into(self, destination: Tensor, source: np.ndarray[Any, Any]) -> None:
+        """See ``contract.Backend``."""
+        contiguous = np.ascontiguousarray(source)
+        # torch warns of memory that it must not write
+        tensor = torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
+        destination.copy_(tensor.reshape(destination.shape))
+
+    def bind(self, op: str, **operands: Any) -> Run:
+        """See ``contract.Backend``."""
+        if op not in BINDERS:
+            raise unknown_name("op", op, BINDERS)
+        try:
+            return BINDERS[op](self._device, **operands)
+        except TypeError as error:
+            if "unexpected keyword" in str(error) or "missing" in str(error):
+                raise ArgumentTypeError(f"{op}: {error}; the operands are listed in contract.py") from error
+            raise
+
+    def synchronize(self) -> None:
+        """See ``contract.Backend``."""
+        if not self._device.interpreted:
+            torch.cuda.synchronize(self._device.device)

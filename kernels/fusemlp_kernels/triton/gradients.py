@@ -1,0 +1,241 @@
+"""The backward pass: the gradient by a layer's input, and those by all parameters in one grouped launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels.triton.activations import PRELU, derivative, needs_z
+from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, advance_clock, is_last, sum_of
+from fusemlp_kernels.triton.dropout import keep_mask
+from fusemlp_kernels.triton.optimizer import stored_update
+from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, tile_of
+
+GRAD_INPUT_NUMBERS = [
+    "M", "N", "K", "dz_row", "dz_col", "w_row", "w_col", "y_row", "y_col", "out_row", "out_col",
+    "activation", "layer", "key0", "key1", "threshold", "programs",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GRAD_INPUT_NUMBERS)
+def grad_input_kernel(
+    dz, w, y, out, slope_param, dslope, partials, ticket, counters,
+    M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
+    activation, slope, layer, key0, key1, threshold, keep_scale, kept_share, programs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """out (M, K) = (dz (M, N) @ w (N, K)) * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
+
+    ``y`` (M, K) is what the derivative is read from: the pre-activation where ``needs_z``, else the layer's output,
+    after dropout, which ``kept_share`` = 1 - p undoes. Tiles are BM x BK of ``out``; BN goes along the reduction.
+    """
+    program = tl.program_id(0)
+    tile_m, tile_k = tile_of(program, M, K, BM, BK)
+    at_m = tile_m * BM + tl.arange(0, BM)
+    at_k = tile_k * BK + tl.arange(0, BK)
+    at_n = tl.arange(0, BN)
+    inside_m = at_m < M
+    far = at_m.to(tl.int64)
+    width, pitch = masked_width(N, ALIGNED), row_pitch(w_row, ALIGNED)
+    step = column_step(dz_col, ALIGNED)
+    stored_k = at_k < masked_width(K, ALIGNED)
+    dz_at = dz + far[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
+    w_at = w + at_n.to(tl.int64)[:, None] * pitch + at_k[None, :] * column_step(w_col, ALIGNED)
+    acc = tl.zeros((BM, BK), tl.float32)
+    for start in range(0, N, BN):
+        dz_tile = tl.load(dz_at, mask=inside_m[:, None] & (at_n < width - start)[None, :], other=0.0)
+        w_tile = tl.load(w_at, mask=(at_n < N - start)[:, None] & stored_k[None, :], other=0.0)
+        acc = tl.dot(dz_tile, w_tile, acc, input_precision=PRODUCT)
+        dz_at += BN * step
+        w_at += BN * pitch
+    if threshold > 0:
+        batch_index = tl.load(counters + BATCH_INDEX)
+        keep = keep_mask(tile_m * BM, tile_k * BK, batch_index, layer, key0, key1, threshold, BM, BK)
+        acc = tl.where(keep, acc * keep_scale, 0.0)
+    stored = inside_m[:, None] & stored_k[None, :]
+    y_at = y + far[:, None] * row_pitch(y_row, ALIGNED) + at_k[None, :] * column_step(y_col, ALIGNED)
+    v = tl.load(y_at, mask=stored, other=0.0).to(tl.float32)
+    if needs_z(activation) == 0:
+        v = v * kept_share
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    result = tl.where((at_k < K)[None, :], acc * derivative(v, activation, slope), 0.0)
+    out_at = out + far[:, None] * row_pitch(out_row, ALIGNED) + at_k[None, :] * column_step(out_col, ALIGNED)
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=stored)
+    if activation == PRELU:
+        below = tl.where(v > 0, 0.0, v)
+        inside = inside_m[:, None] & (at_k < K)[None, :]
+        tl.store(partials + program, tl.sum(tl.where(inside, acc * below, 0.0)).to(tl.float64))
+        if is_last(ticket, programs):
+            tl.store(dslope, sum_of(partials, programs, 1, 128).to(tl.float32))
+
+
+# A row of the table of ``grad_weight``'s tasks, int64. Offsets are in elements, from the two base pointers.
+TASK_FIELDS = (
+    "first_tile", "kind", "N", "K", "gather", "dz", "dz_row", "dz_col", "x", "x_row", "x_col",
+    "p", "p_row", "p_col", "s0", "s0_row", "s0_col", "s1", "s1_row", "s1_col", "shadow", "shadow_row", "shadow_col",
+)  # fmt: skip
+(
+    FIRST_TILE, KIND, TASK_N, TASK_K, GATHER, DZ, DZ_ROW, DZ_COL, X, X_ROW, X_COL,
+    P, P_ROW, P_COL, S0, S0_ROW, S0_COL, S1, S1_ROW, S1_COL, SHADOW, SHADOW_ROW, SHADOW_COL,
+) = (tl.constexpr(place) for place in range(len(TASK_FIELDS)))  # fmt: skip
+FIELDS: tl.constexpr = tl.constexpr(len(TASK_FIELDS))
+WEIGHT: tl.constexpr = tl.constexpr(0)
+BIAS: tl.constexpr = tl.constexpr(1)
+SLOPE: tl.constexpr = tl.constexpr(2)
+SEGMENT: tl.constexpr = tl.constexpr(3)
+# The float64 table beside it: a row of (learning-rate factor, weight decay) for each task.
+TENSOR_FIELDS: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def task_of(table, tasks, tile, TASKS: tl.constexpr):
+    """Which task a tile belongs to: the last one that starts at it or before it."""
+    at = tl.arange(0, TASKS)
+    first = tl.load(table + at * FIELDS + FIRST_TILE, mask=at < tasks, other=1 << 62)
+    return tl.sum((first <= tile).to(tl.int32), axis=0) - 1
+
+
+@triton.jit
+def whole(offset, ALIGNED: tl.constexpr):
+    """An offset that the compiler shall know to be a multiple of 16 bytes in every element type."""
+    if ALIGNED:
+        offset = offset // 8 * 8
+    return offset
+
+
+@triton.jit
+def stored_gradient(g, p_at, mask, counters, rule):
+    """Write the gradient, or add it to the sum of the batches before; returns what is there then."""
+    every = tl.load(rule + ACCUMULATE).to(tl.int64)
+    adds = tl.load(counters + BATCH_INDEX) % every != 0
+    g = g + tl.load(p_at, mask=tl.where(adds, mask, False), other=0.0)
+    tl.store(p_at, g, mask=mask)
+    return g
+
+
+@triton.jit
+def square_sum(g):
+    """The sum of squares, float64; scaled by the largest, so that no square overflows."""
+    size = tl.abs(g)
+    largest = tl.max(size)
+    scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+    part = g / scale
+    total = tl.sum(part * part)
+    return total.to(tl.float64) * scale.to(tl.float64) * scale.to(tl.float64)
+
+
+@triton.jit
+def finished(
+    g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, tensors, task, counters, partials, program, wants_norm,
+    write_shadow, UPDATES: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """What becomes of a gradient: the update of its parameter, or its place in memory."""
+    if UPDATES:
+        factor = tl.load(tensors + task * TENSOR_FIELDS)
+        decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
+        stored_update(
+            g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, write_shadow, STATES
+        )  # fmt: skip
+    else:
+        g = stored_gradient(tl.where(mask, g, 0.0), p_at, mask, counters, rule)
+        if wants_norm != 0:
+            tl.store(partials + program, square_sum(tl.where(mask, g, 0.0)))
+
+
+@triton.jit(do_not_specialize=["M", "tasks", "programs", "splits", "part", "wants_norm", "write_shadow"])
+def grad_weight_kernel(
+    compute, real, rows, table, tensors, hyper, rule, counters, partials, norm, ticket,
+    M, tasks, programs, splits, part, wants_norm, write_shadow,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+    UPDATES: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of all layers, dw (N, K) = dz.T @ x and db (N,) = sums of dz's columns, in one launch.
+
+    ``UPDATES``: each tile updates its parameters by the optimizer with ``STATES`` arrays of state, and the gradient is
+    never stored; the last program advances the clock. Else the gradients are stored, or added to what is stored while
+    batches accumulate, and ``norm`` (1,) float64 receives their global norm where ``wants_norm``. With ``splits`` > 1
+    the batch is cut: split s of a tile sums its stretch of the batch and stores it ``s * part`` elements further on.
+
+    ``table`` has a task for each weight matrix, bias and learned slope (``TASK_FIELDS``); ``compute`` and ``real`` are
+    what its offsets count from.
+    """
+    program = tl.program_id(0)
+    tile = program // splits
+    split = program - tile * splits
+    task = task_of(table, tasks, tile, TASKS)
+    row = table + task * FIELDS
+    kind = tl.load(row + KIND)
+    N = tl.load(row + TASK_N).to(tl.int32)
+    K = tl.load(row + TASK_K).to(tl.int32)
+    tile = tile - tl.load(row + FIRST_TILE).to(tl.int32)
+    length = tl.cdiv(tl.cdiv(M, BM), splits) * BM
+    begin = split * length
+    end = tl.minimum(M, begin + length)
+    shift = split.to(tl.int64) * part
+    p = real + whole(tl.load(row + P) + shift, ALIGNED)
+    s0 = real + whole(tl.load(row + S0), ALIGNED)
+    s1 = real + whole(tl.load(row + S1), ALIGNED)
+    shadow = compute + whole(tl.load(row + SHADOW), ALIGNED)
+    dz = compute + whole(tl.load(row + DZ), ALIGNED)
+    dz_row, dz_col = row_pitch(tl.load(row + DZ_ROW), ALIGNED), column_step(tl.load(row + DZ_COL), ALIGNED)
+    at_b = tl.arange(0, BM)
+    if kind == WEIGHT:
+        tile_n, tile_k = tile_of(tile, N, K, BN, BK)
+        at_n = tile_n * BN + tl.arange(0, BN)
+        at_k = tile_k * BK + tl.arange(0, BK)
+        inside_n = at_n < masked_width(N, ALIGNED)
+        inside_k = at_k < masked_width(K, ALIGNED)
+        x = compute + whole(tl.load(row + X), ALIGNED)
+        x_row, x_col = row_pitch(tl.load(row + X_ROW), ALIGNED), column_step(tl.load(row + X_COL), ALIGNED)
+        gather = tl.load(row + GATHER)
+        acc = tl.zeros((BN, BK), tl.float32)
+        for start in range(begin, end, BM):
+            inside_b = start + at_b < end
+            source = batch_rows(rows, start + at_b, end, gather)
+            x_at = x + tl.where(source >= 0, source, 0)[:, None] * x_row + at_k[None, :] * x_col
+            x_tile = tl.load(x_at, mask=(source >= 0)[:, None] & inside_k[None, :], other=0.0)
+            dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
+            dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
+            acc = tl.dot(tl.trans(dz_tile), x_tile, acc, input_precision=PRODUCT)
+        stored = (at_n < N)[:, None] & inside_k[None, :]
+        far, near = at_n.to(tl.int64)[:, None], at_k[None, :]
+        p_at = p + far * row_pitch(tl.load(row + P_ROW), ALIGNED) + near * column_step(tl.load(row + P_COL), ALIGNED)
+        s0_at = (
+            s0 + far * row_pitch(tl.load(row + S0_ROW), ALIGNED) + near * column_step(tl.load(row + S0_COL), ALIGNED)
+        )
+        s1_at = (
+            s1 + far * row_pitch(tl.load(row + S1_ROW), ALIGNED) + near * column_step(tl.load(row + S1_COL), ALIGNED)
+        )
+        shadow_at = shadow + (
+            far * row_pitch(tl.load(row + SHADOW_ROW), ALIGNED) + near * column_step(tl.load(row + SHADOW_COL), ALIGNED)
+        )
+        finished(
+            acc, p_at, s0_at, s1_at, shadow_at, stored, hyper, rule, tensors, task, counters, partials, program,
+            wants_norm, write_shadow, UPDATES, STATES,
+        )  # fmt: skip
+    else:
+        at_n = tile * BN + tl.arange(0, BN)
+        inside_n = at_n < N
+        sums = tl.zeros((BN,), tl.float32)
+        if kind == BIAS:
+            for start in range(begin, end, BM):
+                inside_b = start + at_b < end
+                dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
+                dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
+                sums += tl.sum(dz_tile.to(tl.float32), axis=0)
+        else:
+            # prelu's: one number, that the kernels before have computed
+            sums = tl.load(real + tl.load(row + X) + at_n, mask=tl.where(split == 0, inside_n, False), other=0.0)
+        far = at_n.to(tl.int64)
+        finished(
+            sums, p + far * tl.load(row + P_ROW), s0 + far * tl.load(row + S0_ROW), s1 + far * tl.load(row + S1_ROW),
+            shadow + far * tl.load(row + SHADOW_ROW), inside_n, hyper, rule, tensors, task, counters, partials,
+            program, wants_norm, write_shadow, UPDATES, STATES,
+        )  # fmt: skip
+    if UPDATES:
+        if is_last(ticket, programs):
+            advance_clock(counters, hyper, rule, True, False)
+    else:
+        if wants_norm != 0:
+            if is_last(ticket, programs):
+                tl.store(norm, tl.sqrt(sum_of(partials, programs, 1, 128)))

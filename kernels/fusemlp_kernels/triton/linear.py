@@ -1,0 +1,83 @@
+"""A layer forward in one kernel: matrix product, bias, activation, dropout."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels.triton.activations import PRELU, activate
+from fusemlp_kernels.triton.clock import BATCH_INDEX
+from fusemlp_kernels.triton.dropout import keep_mask
+from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, tile_of
+
+
+@triton.jit
+def affine_tile(
+    x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """z = x[rows] @ w.T + b for the rows from ``row`` and the columns from ``col`` on, (BM, BN) float32.
+
+    Zero in the columns from N on.
+    """
+    at_m = row + tl.arange(0, BM)
+    at_n = col + tl.arange(0, BN)
+    at_k = tl.arange(0, BK)
+    source = batch_rows(rows, at_m, M, gather)
+    wanted = source >= 0
+    named = at_n < N
+    width = masked_width(K, ALIGNED)
+    step_x, step_w = column_step(x_col, ALIGNED), column_step(w_col, ALIGNED)
+    x_at = x + tl.where(wanted, source, 0)[:, None] * row_pitch(x_row, ALIGNED) + at_k[None, :] * step_x
+    w_at = w + at_n.to(tl.int64)[None, :] * row_pitch(w_row, ALIGNED) + at_k[:, None] * step_w
+    z = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, width, BK):
+        inside = at_k < width - start
+        x_tile = tl.load(x_at, mask=wanted[:, None] & inside[None, :], other=0.0)
+        w_tile = tl.load(w_at, mask=named[None, :] & inside[:, None], other=0.0)
+        z = tl.dot(x_tile, w_tile, z, input_precision=PRODUCT)
+        x_at += BK * step_x
+        w_at += BK * step_w
+    bias = tl.load(b + at_n * b_step, mask=named, other=0.0)
+    return z + bias[None, :]
+
+
+LINEAR_NUMBERS = [
+    "M", "N", "K", "x_row", "x_col", "w_row", "w_col", "b_step", "y_row", "y_col", "z_row", "z_col", "gather",
+    "activation", "store_z", "layer", "key0", "key1", "threshold",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LINEAR_NUMBERS)
+def linear_kernel(
+    x, w, b, y, z, rows, slope_param, counters,
+    M, N, K, x_row, x_col, w_row, w_col, b_step, y_row, y_col, z_row, z_col,
+    gather, activation, slope, store_z, layer, key0, key1, threshold, keep_scale,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) = dropout(activation(x[rows] @ w.T + b)), one program for each tile; z (M, N) where ``store_z``.
+
+    ``gather``: the batch is x[rows], else x. ``slope`` is that of the activation, but for prelu, whose slope is read.
+    ``threshold`` 0: no dropout. Numbers that differ from network to network are run-time values.
+    """
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
+    row, col = tile_m * BM, tile_n * BN
+    acc = affine_tile(
+        x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather, BM, BN, BK, PRODUCT, ALIGNED
+    )
+    at_m, at_n = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
+    far = at_m.to(tl.int64)[:, None]
+    if store_z != 0:
+        z_at = z + far * row_pitch(z_row, ALIGNED) + at_n[None, :] * column_step(z_col, ALIGNED)
+        tl.store(z_at, acc.to(z.dtype.element_ty), mask=stored)
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    out = activate(acc, activation, slope)
+    # sigmoid(0) is not 0: what lies behind the last column is cleared after the activation
+    out = tl.where((at_n < N)[None, :], out, 0.0)
+    if threshold > 0:
+        batch_index = tl.load(counters + BATCH_INDEX)
+        keep = keep_mask(row, col, batch_index, layer, key0, key1, threshold, BM, BN)
+        out = tl.where(keep, out * keep_scale, 0.0)
+    y_at = y + far * row_pitch(y_row, ALIGNED) + at_n[None, :] * column_step(y_col, ALIGNED)
+    tl.store(y_at, out.to(y.dtype.element_ty), mask=stored)

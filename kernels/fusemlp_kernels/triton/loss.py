@@ -1,0 +1,380 @@
+"""Losses with their gradients: in the epilogue of the output layer, or from logits in memory; ``reference`` defines
+them.
+
+A program owns whole rows. The sums over the batch are taken by the last program, in a fixed order; the normaliser,
+which every dz needs before any program has ended, each program takes for itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels import contract
+from fusemlp_kernels.contract import LOSSES
+from fusemlp_kernels.triton.activations import PRELU, activate, derivative, needs_z, sigmoid
+from fusemlp_kernels.triton.clock import LOSS_SCALE, is_last, sum_of
+from fusemlp_kernels.triton.linear import affine_tile
+from fusemlp_kernels.triton.tiles import column_step, masked_width, row_pitch
+
+CODES = {name: code for code, name in enumerate(LOSSES)}
+BINARY: tl.constexpr = tl.constexpr(CODES["binary_cross_entropy"])
+MSE: tl.constexpr = tl.constexpr(CODES["mse"])
+MAE: tl.constexpr = tl.constexpr(CODES["mae"])
+HUBER: tl.constexpr = tl.constexpr(CODES["huber"])
+POISSON: tl.constexpr = tl.constexpr(CODES["poisson"])
+ROW_COUNT: tl.constexpr = tl.constexpr(contract.ROW_COUNT)
+LAST_LOSS: tl.constexpr = tl.constexpr(contract.LAST_LOSS)
+LOSS_SUM: tl.constexpr = tl.constexpr(contract.LOSS_SUM)
+NORM_SUM: tl.constexpr = tl.constexpr(contract.NORM_SUM)
+CORRECT: tl.constexpr = tl.constexpr(contract.CORRECT)
+SCORED: tl.constexpr = tl.constexpr(contract.SCORED)
+# What each program leaves for the sums: loss, right answers, answers asked for, prelu's gradient.
+PARTIALS: tl.constexpr = tl.constexpr(4)
+# Rows whose weights are added at a time.
+CHUNK: tl.constexpr = tl.constexpr(256)
+
+# Options of a loss on the device: float32, read at these places.
+OPTION_FIELDS = ("kind", "mean", "smoothing", "soft", "delta", "quantile", "accuracy", "ignores", "weighted", "classes")
+KIND, MEAN, SMOOTHING, SOFT, DELTA, QUANTILE, ACCURACY, IGNORES, WEIGHTED, CLASSES = (
+    tl.constexpr(place) for place in range(len(OPTION_FIELDS))
+)
+
+
+@triton.jit
+def row_weights(at, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather):
+    """Of the batch's rows ``at``: their weights, zero where a row does not count; their labels; whether they count;
+    and their shares in the normaliser. (R,) each."""
+    inside = at < count
+    source = at.to(tl.int64)
+    if gather != 0:
+        source = tl.load(rows + at, mask=inside, other=0)
+    weights = tl.where(inside, 1.0, 0.0)
+    if tl.load(options + WEIGHTED) != 0.0:
+        weights = tl.load(weight + source * weight_step, mask=inside, other=0.0)
+    label = tl.zeros_like(source)
+    counts = inside
+    shares = weights
+    if (tl.load(options + KIND) == 0.0) & (tl.load(options + SOFT) == 0.0):
+        label = tl.load(labels + source * label_step, mask=inside, other=0)
+        counts = inside & (label >= 0) & (label < N)
+        if tl.load(options + IGNORES) != 0.0:
+            counts = counts & (label != ignored)
+        weights = tl.where(counts, weights, 0.0)
+        shares = weights
+        if tl.load(options + CLASSES) != 0.0:
+            shares = weights * tl.load(class_weight + label, mask=counts, other=0.0)
+    return weights, label, counts, shares
+
+
+@triton.jit
+def normaliser_of(
+    rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+):  # fmt: skip
+    """What "mean" divides by, float64: the sum of the shares, times N for the element-wise losses."""
+    kind = tl.load(options + KIND)
+    plain = (tl.load(options + WEIGHTED) == 0.0) & (tl.load(options + CLASSES) == 0.0)
+    total = count.to(tl.float64)
+    if (plain == 0) | ((kind == 0.0) & (tl.load(options + SOFT) == 0.0)):
+        sums = tl.zeros((CHUNK,), tl.float32)
+        for start in range(0, count, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            _, _, _, shares = row_weights(
+                at, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+            )
+            sums += shares
+        total = tl.sum(sums.to(tl.float64), axis=0)
+    if kind != 0.0:
+        total = total * N
+    return total
+
+
+@triton.jit
+def elementwise(y, t, options):
+    """The losses that look at one output at a time, and their derivatives by y."""
+    kind = tl.load(options + KIND)
+    r = y - t
+    if kind == BINARY:
+        value = tl.where(y > 0, y, tl.where(y <= 0, 0.0, y)) + tl.log(1.0 + tl.exp(-tl.abs(y))) - t * y
+        slope = sigmoid(y) - t
+    elif kind == MSE:
+        value = r * r
+        slope = 2.0 * r
+    elif kind == MAE:
+        value = tl.abs(r)
+        slope = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))
+    elif kind == HUBER:
+        delta = tl.load(options + DELTA)
+        # with c = r clipped to [-delta, delta], the loss is c (r - c / 2) and its derivative is c
+        slope = tl.where(r > delta, delta, tl.where(r < -delta, -delta, r))
+        value = slope * (r - 0.5 * slope)
+    elif kind == POISSON:
+        e = tl.exp(y)
+        value = e - t * y
+        slope = e - t
+    else:
+        side = tl.where(r > 0, 1.0 - tl.load(options + QUANTILE), tl.load(options + QUANTILE))
+        value = side * tl.abs(r)
+        slope = tl.where(r > 0, side, tl.where(r < 0, -side, r))
+    return value, slope
+
+
+@triton.jit
+def elementwise_tile(z, t, weights, scale, inside, activation, slope, options):
+    """Of a tile of pre-activations z: the outputs y, the loss, dz, and prelu's gradient."""
+    y = activate(z, activation, slope)
+    value, by_y = elementwise(y, t, options)
+    loss = tl.sum(tl.where(inside, value * weights[:, None], 0.0))
+    by_y = tl.where(inside, by_y * (weights * scale)[:, None], 0.0)
+    v = y
+    if needs_z(activation):
+        v = z
+    below = 0.0
+    if activation == PRELU:
+        below = tl.sum(by_y * tl.where(z > 0, 0.0, z))
+    return y, loss, tl.where(inside, by_y * derivative(v, activation, slope), 0.0), below
+
+
+@triton.jit
+def first_of(values, largest, at, N):
+    """The first column that holds the largest value of its row, (R,)."""
+    return tl.min(tl.where(values == largest[:, None], at[None, :], N), axis=1)
+
+
+@triton.jit
+def wanted(weights, label, at_n, inside, targets, class_weight, N, options):
+    """Target weights q of a cross-entropy, (R, C): row weight x class weight x smoothed target."""
+    eps = tl.load(options + SMOOTHING)
+    if tl.load(options + SOFT) != 0.0:
+        t = targets
+    else:
+        t = tl.where(label[:, None] == at_n[None, :], 1.0, 0.0)
+    q = t * (1.0 - eps) + eps / N
+    if tl.load(options + CLASSES) != 0.0:
+        q = q * tl.load(class_weight + at_n, mask=at_n < N, other=0.0)[None, :]
+    return tl.where(inside, q * weights[:, None], 0.0)
+
+
+@triton.jit
+def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, options, normaliser, program, programs):
+    """Leave this program's sums; the last program adds them up into ``stats`` and ``dslope``."""
+    tl.store(partials + program * PARTIALS, loss.to(tl.float64))
+    tl.store(partials + program * PARTIALS + 1, right.to(tl.float64))
+    tl.store(partials + program * PARTIALS + 2, scored.to(tl.float64))
+    tl.store(partials + program * PARTIALS + 3, below.to(tl.float64))
+    if is_last(ticket, programs):
+        total = sum_of(partials, programs, PARTIALS, 128)
+        mean = tl.load(options + MEAN) != 0.0
+        divisor = tl.where(mean & (normaliser != 0.0), normaliser, 1.0)
+        tl.store(stats + LAST_LOSS, tl.where(mean & (normaliser == 0.0), 0.0, total / divisor))
+        tl.store(stats + LOSS_SUM, tl.load(stats + LOSS_SUM) + total)
+        if mean:
+            tl.store(stats + NORM_SUM, tl.load(stats + NORM_SUM) + normaliser)
+        if tl.load(options + ACCURACY) != 0.0:
+            tl.store(stats + CORRECT, tl.load(stats + CORRECT) + sum_of(partials + 1, programs, PARTIALS, 128))
+            tl.store(stats + SCORED, tl.load(stats + SCORED) + sum_of(partials + 2, programs, PARTIALS, 128))
+        tl.store(dslope, sum_of(partials + 3, programs, PARTIALS, 128).to(tl.float32))
+
+
+@triton.jit
+def gradient_scale(hyper, normaliser, options, scaled):
+    """What every dz is multiplied by: 1 / normaliser under "mean", and the loss scale."""
+    scale = tl.full((), 1.0, tl.float64)
+    if tl.load(options + MEAN) != 0.0:
+        scale = tl.where(normaliser == 0.0, 0.0, 1.0 / tl.where(normaliser == 0.0, 1.0, normaliser))
+    if scaled != 0:
+        scale = scale * tl.load(hyper + LOSS_SCALE)
+    return scale.to(tl.float32)
+
+
+LOSS_NUMBERS = [
+    "M", "N", "label_step", "target_row", "target_col", "weight_step", "dz_row", "dz_col", "gather", "activation",
+    "ignored_low", "ignored_high", "store_dz", "scaled", "programs",
+]  # fmt: skip
+
+
+@triton.jit
+def ignored_label(low, high):
+    """A 64-bit number from its halves."""
+    return (high.to(tl.int64) << 32) + low.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=[*LOSS_NUMBERS, "K", "x_row", "x_col", "w_row", "w_col", "b_step", "x_gather"])
+def linear_loss_grad_kernel(
+    x, w, b, dz, x_rows, rows, labels, target, weight, class_weight, slope_param, dslope, stats, options, hyper,
+    counters, partials, ticket,
+    M, N, K, x_row, x_col, w_row, w_col, b_step, label_step, target_row, target_col, weight_step, dz_row, dz_col,
+    x_gather, gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """z = x @ w.T + b, the loss of its activation, and dz (M, N): the logits stay in registers. BN >= N."""
+    program = tl.program_id(0)
+    row = program * BM
+    z = affine_tile(
+        x, w, b, x_rows, row, 0, M, N, K, x_row, x_col, w_row, w_col, b_step, x_gather, BM, BN, BK, PRODUCT, ALIGNED
+    )
+    at_m, at_n = row + tl.arange(0, BM), tl.arange(0, BN)
+    count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
+    ignored = ignored_label(ignored_low, ignored_high)
+    normaliser = normaliser_of(
+        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+    )
+    scale = gradient_scale(hyper, normaliser, options, scaled)
+    weights, label, counts, _ = row_weights(
+        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+    )
+    inside = (at_m < count)[:, None] & (at_n < N)[None, :]
+    named = (at_n < N)[None, :]
+    source = at_m.to(tl.int64)
+    if gather != 0:
+        source = tl.load(rows + at_m, mask=at_m < count, other=0)
+    soft = (CROSS_ENTROPY == 0) | (tl.load(options + SOFT) != 0.0)
+    target_at = target + source[:, None] * target_row + at_n.to(tl.int64)[None, :] * target_col
+    t = tl.load(target_at, mask=tl.where(soft, inside, False), other=0.0)
+    z = tl.where((at_m < count)[:, None], z, 0.0)
+    right = tl.zeros((BM,), tl.int32)
+    scored = tl.zeros((BM,), tl.int32)
+    below = 0.0
+    if CROSS_ENTROPY:
+        q = wanted(weights, label, at_n, inside, t, class_weight, N, options)
+        logits = tl.where(named, z, float("-inf"))
+        largest = tl.max(logits, axis=1)
+        shifted = tl.where(named, z - largest[:, None], 0.0)
+        e = tl.where(named, tl.exp(shifted), 0.0)
+        total = tl.sum(e, axis=1)
+        mass = tl.sum(q, axis=1)
+        loss = tl.sum(mass * tl.log(total) - tl.sum(q * shifted, axis=1))
+        result = (e * (mass / total)[:, None] - q) * scale
+        if tl.load(options + ACCURACY) != 0.0:
+            best = first_of(logits, largest, at_n, N)
+            meant = label
+            if soft:
+                targets = tl.where(named, t, float("-inf"))
+                meant = first_of(targets, tl.max(targets, axis=1), at_n, N).to(tl.int64)
+            right = tl.where(counts & (best == meant), 1, 0)
+            scored = tl.where(counts, 1, 0)
+    else:
+        slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+        y, loss, result, below = elementwise_tile(z, t, weights, scale, inside, activation, slope, options)
+        if tl.load(options + ACCURACY) != 0.0:
+            if tl.load(options + KIND) == BINARY:
+                hit = inside & ((y > 0) == (t > 0.5))
+                right = tl.sum(tl.where(hit, 1, 0), axis=1)
+                scored = tl.sum(tl.where(inside, 1, 0), axis=1)
+            else:
+                outputs = tl.where(named, y, float("-inf"))
+                targets = tl.where(named, t, float("-inf"))
+                best = first_of(outputs, tl.max(outputs, axis=1), at_n, N)
+                meant = first_of(targets, tl.max(targets, axis=1), at_n, N)
+                right = tl.where(counts & (best == meant), 1, 0)
+                scored = tl.where(counts, 1, 0)
+    if store_dz != 0:
+        step = column_step(dz_col, ALIGNED)
+        dz_at = dz + at_m.to(tl.int64)[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
+        stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
+        tl.store(dz_at, tl.where(inside, result, 0.0).to(dz.dtype.element_ty), mask=stored)
+    finish_loss(
+        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, options, normaliser, program,
+        programs,
+    )  # fmt: skip
+
+
+@triton.jit
+def later_best(values, best, best_at, at_n, N):
+    """The largest value of each row so far and its first column, after another tile of columns ``at_n``."""
+    largest = tl.max(values, axis=1)
+    at = first_of(values, largest, at_n, N)
+    return tl.maximum(best, largest), tl.where(largest > best, at, best_at)
+
+
+@triton.jit(do_not_specialize=[*LOSS_NUMBERS, "z_row", "z_col"])
+def loss_grad_kernel(
+    z, dz, rows, labels, target, weight, class_weight, slope_param, dslope, stats, options, hyper, counters, partials,
+    ticket,
+    M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
+    gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
+    BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The loss and dz (M, N) from z (M, N) in memory, any N, BN columns at a time; dz may be z.
+
+    The largest logit and the sum of the exponentials are taken in one pass (Milakov and Gimelshein, "Online normalizer
+    calculation for softmax", 2018); a second one, over what is in the cache by then, writes dz.
+    """
+    program = tl.program_id(0)
+    at_m = program * BM + tl.arange(0, BM)
+    count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
+    ignored = ignored_label(ignored_low, ignored_high)
+    normaliser = normaliser_of(
+        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+    )
+    scale = gradient_scale(hyper, normaliser, options, scaled)
+    weights, label, counts, _ = row_weights(
+        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+    )
+    valid = at_m < count
+    source = at_m.to(tl.int64)
+    if gather != 0:
+        source = tl.load(rows + at_m, mask=valid, other=0)
+    soft = (CROSS_ENTROPY == 0) | (tl.load(options + SOFT) != 0.0)
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    z_rows = z + at_m.to(tl.int64)[:, None] * row_pitch(z_row, ALIGNED)
+    dz_rows = dz + at_m.to(tl.int64)[:, None] * row_pitch(dz_row, ALIGNED)
+    t_rows = target + source[:, None] * target_row
+    z_step, dz_step = column_step(z_col, ALIGNED), column_step(dz_col, ALIGNED)
+    highest = tl.full((BM,), float("-inf"), tl.float32)
+    best = tl.full((BM,), float("-inf"), tl.float32)
+    best_at = tl.zeros((BM,), tl.int32)
+    meant = tl.full((BM,), float("-inf"), tl.float32)
+    meant_at = tl.zeros((BM,), tl.int32)
+    total = tl.zeros((BM,), tl.float32)
+    mass = tl.zeros((BM,), tl.float32)
+    losses = tl.zeros((BM,), tl.float32)
+    hits = tl.zeros((BM,), tl.int32)
+    below = 0.0
+    loss = 0.0
+    if CROSS_ENTROPY:
+        for start in range(0, N, BN):
+            at_n = start + tl.arange(0, BN)
+            inside = valid[:, None] & (at_n < N)[None, :]
+            t = tl.load(t_rows + at_n.to(tl.int64)[None, :] * target_col, mask=tl.where(soft, inside, False), other=0.0)
+            tile = tl.load(z_rows + at_n[None, :] * z_step, mask=inside, other=float("-inf")).to(tl.float32)
+            mass += tl.sum(wanted(weights, label, at_n, inside, t, class_weight, N, options), axis=1)
+            best, best_at = later_best(tile, best, best_at, at_n, N)
+            meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
+            shift = tl.where(best == float("-inf"), 0.0, best)
+            total = total * tl.exp(highest - shift) + tl.sum(tl.exp(tile - shift[:, None]), axis=1)
+            highest = best
+        total = tl.where(valid, total, 1.0)
+    for start in range(0, N, BN):
+        at_n = start + tl.arange(0, BN)
+        inside = valid[:, None] & (at_n < N)[None, :]
+        t = tl.load(t_rows + at_n.to(tl.int64)[None, :] * target_col, mask=tl.where(soft, inside, False), other=0.0)
+        tile = tl.load(z_rows + at_n[None, :] * z_step, mask=inside, other=0.0).to(tl.float32)
+        if CROSS_ENTROPY:
+            q = wanted(weights, label, at_n, inside, t, class_weight, N, options)
+            shifted = tl.where(inside, tile - best[:, None], 0.0)
+            losses += tl.sum(q * shifted, axis=1)
+            result = tl.where(inside, (tl.exp(shifted) * (mass / total)[:, None] - q) * scale, 0.0)
+        else:
+            y, part, result, part_below = elementwise_tile(tile, t, weights, scale, inside, activation, slope, options)
+            loss += part
+            below += part_below
+            best, best_at = later_best(tl.where(inside, y, float("-inf")), best, best_at, at_n, N)
+            meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
+            hits += tl.sum(tl.where(inside & ((y > 0) == (t > 0.5)), 1, 0), axis=1)
+        if store_dz != 0:
+            stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
+            tl.store(dz_rows + at_n[None, :] * dz_step, result.to(dz.dtype.element_ty), mask=stored)
+    right = tl.where(counts & (best_at == tl.where(soft, meant_at, label)), 1, 0)
+    scored = tl.where(counts, 1, 0)
+    if CROSS_ENTROPY:
+        loss = tl.sum(mass * tl.log(total) - losses)
+    else:
+        if tl.load(options + KIND) == BINARY:
+            right = hits
+            scored = tl.where(valid, N, 0)
+    finish_loss(
+        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, options, normaliser, program,
+        programs,
+    )  # fmt: skip

@@ -1,0 +1,66 @@
+"""What the kernels with a matrix product have in common: which tile is whose, and where its elements lie.
+
+``ALIGNED`` kernels are for matrices with unit column stride whose rows start at multiples of 16 bytes: the row pitch is
+a multiple of 8 elements, and the columns between the width and the next multiple of 8 hold zeros. They mask by that
+multiple, so that every load is a whole vector, and write zeros there. The others take any strides and touch nothing but
+the matrix.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Rows of tiles that are worked on together, so that what they read stays in the L2 cache.
+GROUP: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def tile_of(program, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile (row, column) of a program, over ceil(rows / ROWS) x ceil(cols / COLS) tiles, column by column within
+    groups of tile rows (the "L2 cache optimisation" of Triton's matrix multiplication tutorial)."""
+    tall = tl.cdiv(rows, ROWS)
+    wide = tl.cdiv(cols, COLS)
+    group = program // (GROUP * wide)
+    first = group * GROUP
+    height = tl.minimum(tall - first, GROUP)
+    within = program - group * GROUP * wide
+    return first + within % height, within // height
+
+
+@triton.jit
+def masked_width(width, ALIGNED: tl.constexpr):
+    """How many columns of a row are loaded or stored."""
+    if ALIGNED:
+        width = (width + 7) // 8 * 8
+    return width
+
+
+@triton.jit
+def row_pitch(pitch, ALIGNED: tl.constexpr):
+    """Elements between rows; the division tells the compiler that it is a multiple of 8."""
+    if ALIGNED:
+        pitch = pitch // 8 * 8
+    return pitch.to(tl.int64)
+
+
+@triton.jit
+def column_step(step, ALIGNED: tl.constexpr):
+    """Elements between columns."""
+    if ALIGNED:
+        return 1
+    else:
+        return step.to(tl.int64)
+
+
+@triton.jit
+def batch_rows(rows, offsets, count, gather):
+    """The rows of x that a batch's ``offsets`` stand for: themselves, or with ``gather`` what ``rows`` says.
+
+    -1 where there is nothing to read: it loads as zeros.
+    """
+    inside = offsets < count
+    found = offsets.to(tl.int64)
+    if gather != 0:
+        found = tl.load(rows + offsets, mask=inside, other=-1)
+    return tl.where(inside, found, -1)

@@ -1,0 +1,87 @@
+"""The optimizer over the flat arenas in one launch, for gradients that lie in memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels.triton.clock import (
+    ACCUMULATE,
+    BATCH_INDEX,
+    CLIP_NORM,
+    LOSS_SCALE,
+    SCALED,
+    advance_clock,
+    is_last,
+    sum_of,
+)
+from fusemlp_kernels.triton.gradients import (
+    FIELDS,
+    FIRST_TILE,
+    TASK_N,
+    TENSOR_FIELDS,
+    P,
+    square_sum,
+    task_of,
+)
+from fusemlp_kernels.triton.optimizer import stored_update
+
+
+@triton.jit(do_not_specialize=["size", "programs"])
+def norm_kernel(grads, norm, partials, ticket, size, programs, BLOCK: tl.constexpr):
+    """norm (1,) float64 = the Euclidean norm of grads (size,)."""
+    program = tl.program_id(0)
+    at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(partials + program, square_sum(tl.load(grads + at, mask=at < size, other=0.0)))
+    if is_last(ticket, programs):
+        tl.store(norm, tl.sqrt(sum_of(partials, programs, 1, 128)))
+
+
+@triton.jit
+def clip_factor(norm, limit):
+    """What keeps a gradient of this norm within ``limit``, as ``reference.clip_factor``; a NaN stays."""
+    factor = limit / (norm + 1e-6)
+    return tl.where(factor > 1.0, 1.0, factor)
+
+
+@triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "write_shadow"])
+def update_kernel(
+    params, grads, first, second, shadow, norm, table, tensors, hyper, rule, counters, ticket,
+    tasks, programs, parts, part, write_shadow,
+    BLOCK: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
+):  # fmt: skip
+    """Update each segment of the arenas by its rule, to the mean of the accumulated gradients, clipped.
+
+    The gradient is the sum of ``parts`` arenas, ``part`` elements apart, in order. Under loss scaling a norm that is
+    not finite skips the update: nothing but the counters and the scale changes.
+    """
+    program = tl.program_id(0)
+    task = task_of(table, tasks, program, TASKS)
+    row = table + task * FIELDS
+    every = tl.load(rule + ACCUMULATE)
+    limit = tl.load(rule + CLIP_NORM)
+    scaled = tl.load(rule + SCALED) != 0.0
+    batch = tl.load(counters + BATCH_INDEX) + 1
+    due = batch % every.to(tl.int64) == 0
+    factor = 1.0 / every
+    if scaled:
+        factor = factor / tl.load(hyper + LOSS_SCALE)
+    length = tl.load(norm)
+    sound = (scaled == 0) | (tl.abs(length) < float("inf"))
+    if limit < float("inf"):
+        factor = factor * clip_factor(length * factor, limit)
+    applied = due & sound
+    if applied:
+        at = (program - tl.load(row + FIRST_TILE)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < tl.load(row + TASK_N)
+        at += tl.load(row + P)
+        g = tl.load(grads + at, mask=mask, other=0.0)
+        for index in range(1, parts):
+            g += tl.load(grads + index * part.to(tl.int64) + at, mask=mask, other=0.0)
+        g = g * factor.to(tl.float32)
+        stored_update(
+            g, params + at, first + at, second + at, shadow + at, mask, hyper, rule,
+            tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), write_shadow, STATES,
+        )  # fmt: skip
+    if is_last(ticket, programs):
+        advance_clock(counters, hyper, rule, applied, due & (sound == 0))
