@@ -41,8 +41,8 @@ Operands, by op (``None`` is allowed where it says "optional"):
     layers: a sequence of mappings with dz and x compute, dw and db real (None where the tensor is frozen), and on the
     first layer rows and gathered as in ``linear``; slopes: a sequence of mappings dslope (1,) real (what ``grad_input``
     or ``loss_grad`` wrote), grad (1,) real, written; rule, counters: with rule.accumulate k > 1 the results are added to
-    what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k; norm (1,) float64, optional, written: the
-    Euclidean norm of all that is there then, for backends with ``Traits.norms_gradients``.
+    what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k; norm (1,) float64, optional, written:
+    the Euclidean norm of all that is there then, for backends with ``Traits.norms_gradients``.
 
 ``grad_weight_update``: ``grad_weight`` and ``update`` in one, gradients never stored
     layers: as for ``grad_weight`` with w, b in place of dw, db, and w_state, b_state: tuples of arrays shaped like the
