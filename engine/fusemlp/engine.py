@@ -120,7 +120,9 @@ class Engine:
             self.batch_size,
         )
 
-    def _lower(self, inputs: Inputs, spec: LossSpec, rule: UpdateRule, batch_size: int) -> Program:
+    def _lower(
+        self, inputs: Inputs, spec: LossSpec, rule: UpdateRule, batch_size: int, *, keep_gradients: bool = False
+    ) -> Program:
         return lower_training(
             self.network,
             spec,
@@ -132,16 +134,29 @@ class Engine:
             inputs,
             seed=self.seed,
             real_bytes=self._real_bytes,
+            keep_gradients=keep_gradients,
         )
 
     def bind(
-        self, inputs: Inputs, spec: LossSpec, rule: UpdateRule, batch_size: int, given: Mapping[str, Any]
+        self,
+        inputs: Inputs,
+        spec: LossSpec,
+        rule: UpdateRule,
+        batch_size: int,
+        given: Mapping[str, Any],
+        *,
+        keep_gradients: bool = False,
     ) -> BoundProgram:
-        """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight)."""
+        """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
+
+        With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
+        gradients in the engine's memory.
+        """
         arrays = dict(given)
         if self._class_weight is not None:
             arrays["class_weight"] = self._class_weight
-        return BoundProgram(self._lower(inputs, spec, rule, batch_size), self._memory, self._workspace, arrays)
+        program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
+        return BoundProgram(program, self._memory, self._workspace, arrays)
 
     def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:
         """Make the clock follow ``rule`` from the next update on; ``rate_scale`` multiplies its learning rate."""

@@ -85,7 +85,7 @@ class BoundProgram:
     """A program that can be run: verified, its values in memory, its calls bound.
 
     ``given`` are arrays for values of kind "data" and "control"; those that are not given get memory of their own and
-    are found in ``arrays``.
+    are found in ``arrays``. ``calls`` are the program's calls one by one, for who has something to do between them.
     """
 
     def __init__(self, program: Program, memory: Memory, workspace: Workspace, given: Mapping[str, Any]) -> None:
@@ -101,8 +101,10 @@ class BoundProgram:
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
                 self.arrays[name] = allocate(backend, value)
-        calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
-        self.run = _in_order(calls)
+        self.calls = [
+            backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls
+        ]
+        self.run = _in_order(self.calls)
 
     def set_row_count(self, count: int) -> None:
         """How many rows of the batch are valid; the others are padding."""

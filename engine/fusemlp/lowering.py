@@ -183,8 +183,13 @@ def lower_training(
     *,
     seed: int,
     real_bytes: int,
+    keep_gradients: bool = False,
 ) -> Program:
-    """The program of one training step over batches of ``batch_size`` rows."""
+    """The program of one training step over batches of ``batch_size`` rows.
+
+    With ``keep_gradients`` its last two calls are ``grad_weight`` and ``update``, on every backend and for every
+    optimizer: between them the gradients can be read and changed.
+    """
     build = _Builder(net, batch_size, traits, layout, inputs)
     options = {short: options_for(name) for short, name in short_names(net).items()}
     trained = {short for short, (trainable, _) in options.items() if trainable}
@@ -203,7 +208,7 @@ def lower_training(
     build.loss(spec, with_gradient=first < net.layers)
     for layer in range(net.layers - 1, first, -1):
         _grad_input(build, layer, seed)
-    _weights(build, rule, options, trained, first)
+    _weights(build, rule, options, trained, first, keep_gradients)
     states = tuple(f"state{i}" for i in range(rule.state_count))
     arenas = {
         "params": tuple(layout.places),
@@ -244,6 +249,7 @@ def _weights(
     options: dict[str, tuple[bool, TensorRule]],
     trained: set[str],
     first: int,
+    keep_gradients: bool,
 ) -> None:
     """The gradients by the parameters and the update."""
     hyper = build.add("hyper", (HYPER,), "float64", "control")
@@ -251,7 +257,8 @@ def _weights(
     if not trained:
         build.calls.append(Call("advance", {**clock, "hyper": hyper}))
         return
-    fused = rule.kind in build.traits.fused_updates and rule.clip_norm is None and rule.accumulate == 1
+    whole = keep_gradients or rule.clip_norm is not None or rule.accumulate > 1
+    fused = rule.kind in build.traits.fused_updates and not whole
     for short in build.layout.places:
         shape = build.layout.places[short].shape
         if short in trained:

@@ -35,6 +35,7 @@ def training_program(
     weighted=False,
     soft=False,
     real_bytes=4,
+    keep_gradients=False,
 ):
     """What ``Engine`` makes for ``fit`` (``indexed``: a batch is picked from ``rows`` rows) or for ``step``."""
     loss, optimizer = as_loss(loss), as_optimizer(optimizer)
@@ -49,6 +50,7 @@ def training_program(
         Inputs(rows if indexed else batch_size, indexed, weighted, loss.class_weight is not None),
         seed=3,
         real_bytes=real_bytes,
+        keep_gradients=keep_gradients,
     )
 
 

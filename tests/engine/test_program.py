@@ -12,6 +12,7 @@ from lowered import BACKENDS, FROZEN, inference_program, training_program
 from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
 from fusemlp.engine import plan_text
 from fusemlp.program import Call, Program, Ref, Value, resolve, scaled
+from fusemlp.verifier import verify
 from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
 
 TUTORIAL = MLP([784, 128, 10])
@@ -102,6 +103,14 @@ class TestLaunches:
 @pytest.mark.parametrize("backend, launches", [("triton", 4), ("cupy", 4), ("numpy", 5)])
 def test_adam_is_fused_where_that_is_quickest(backend, launches):
     assert training_program(MLP([6, 5, 4]), optimizer="adam", backend=backend).launches == launches
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_kept_gradients_stand_before_the_update(optimizer, backend):
+    program = training_program(MLP([5, 4, 3]), optimizer=optimizer, backend=backend, keep_gradients=True)
+    verify(program)
+    assert [call.op for call in program.calls[-2:]] == ["grad_weight", "update"]
 
 
 @pytest.mark.parametrize("backend, launches", [("triton", 5), ("cupy", 5), ("numpy", 4)])
