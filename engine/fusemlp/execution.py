@@ -13,9 +13,14 @@ from fusemlp.program import Program, resolve
 from fusemlp.verifier import verify
 from fusemlp_kernels.contract import COUNTERS, HYPER, ROW_COUNT, STATS, Backend, Traits
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
-from fusemlp_kernels.registry import PLANS
+from fusemlp_kernels.registry import PLANS, backend
 
 Array = np.ndarray[Any, Any]
+
+
+def open_backend(name: str, device: str | None, precision: str) -> Backend:
+    """A backend for those above that may not know the registry; see ``fusemlp_kernels.registry.backend``."""
+    return backend(name, device, precision)
 
 
 def choose_plan(plan: str, traits: Traits) -> tuple[str, str]:
@@ -85,7 +90,7 @@ class BoundProgram:
     """A program that can be run: verified, its values in memory, its calls bound.
 
     ``given`` are arrays for values of kind "data" and "control"; those that are not given get memory of their own and
-    are found in ``arrays``. ``calls`` are the program's calls one by one, for who has something to do between them.
+    are found in ``arrays``. ``calls`` are the bound calls, in order, and ``run`` runs them.
     """
 
     def __init__(self, program: Program, memory: Memory, workspace: Workspace, given: Mapping[str, Any]) -> None:
@@ -101,10 +106,9 @@ class BoundProgram:
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
                 self.arrays[name] = allocate(backend, value)
-        self.calls = [
-            backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls
-        ]
-        self.run = _in_order(self.calls)
+        calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
+        self.calls = tuple(calls)
+        self.run = _in_order(calls)
 
     def set_row_count(self, count: int) -> None:
         """How many rows of the batch are valid; the others are padding."""
