@@ -90,7 +90,8 @@ class BoundProgram:
     """A program that can be run: verified, its values in memory, its calls bound.
 
     ``given`` are arrays for values of kind "data" and "control"; those that are not given get memory of their own and
-    are found in ``arrays``. ``calls`` are the bound calls, in order, and ``run`` runs them.
+    are found in ``arrays``. ``calls`` are the bound calls one by one, for who has something to do
+    between them.
     """
 
     def __init__(self, program: Program, memory: Memory, workspace: Workspace, given: Mapping[str, Any]) -> None:
