@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusemlp.network import MLP
-from fusemlp.program import ITEM_BYTES, Program, Value
+from fusemlp.program import Program, Value
 from fusemlp.verifier import Places, lifetimes
 from fusemlp_kernels.contract import Backend
 
@@ -89,7 +89,7 @@ def plan_workspace(
     sizes: dict[str, int] = {}
     for value in sorted(values, key=lambda v: (-v.size, v.name)):
         pitch = _round_up(value.shape[-1], row_multiple) if len(value.shape) == 2 else value.shape[0]
-        step = max(1, ALIGNMENT_BYTES // ITEM_BYTES.get(value.dtype, program.real_bytes))
+        step = max(1, ALIGNMENT_BYTES // program.item_bytes(value.dtype))
         size = _round_up(pitch * (value.shape[0] if len(value.shape) == 2 else 1), step)
         taken = sorted(
             (place.offset, _round_up(place.offset + place.size, step))

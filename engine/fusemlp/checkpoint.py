@@ -27,7 +27,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointE
 
 Array = np.ndarray[Any, Any]
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, DIGEST = "fusemlp", "sha256"
 
 

@@ -18,8 +18,32 @@ from fusemlp.program import Program
 from fusemlp.targets import Targets, are_one_hot, as_targets
 from fusemlp.validation import as_count, as_features, as_weights, to_array
 from fusemlp_kernels.clock import write_hyper
-from fusemlp_kernels.contract import LAST_LOSS, LEARNING_RATE, RATE_SCALE, UPDATE_COUNT, LossSpec, Traits, UpdateRule
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError, unknown_name
+from fusemlp_kernels.contract import (
+    FIRST_LOSS_SCALE,
+    LAST_LOSS,
+    LEARNING_RATE,
+    LOSS_SCALE,
+    MOST_PARTS,
+    RATE_SCALE,
+    ROW_STEP,
+    SKIPPED,
+    SKIPPED_IN_A_ROW,
+    SKIPPED_LIMIT,
+    UPDATE_COUNT,
+    LossSpec,
+    Traits,
+    UpdateRule,
+    batch_parts,
+)
+from fusemlp_kernels.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataError,
+    DivergenceError,
+    DTypeError,
+    ShapeError,
+    unknown_name,
+)
 from fusemlp_kernels.registry import TRAITS, availability, backend
 
 if TYPE_CHECKING:
@@ -32,6 +56,10 @@ Array = np.ndarray[Any, Any]
 __all__ = ["Engine", "availability", "plan_text"]
 
 REAL_BYTES = {"fp64": 8}
+# Precisions whose matrix products read another type than the parameters have.
+COMPUTE_BYTES = {"bf16": 2, "fp16": 2}
+# How often ``step`` asks whether loss scaling still works: asking waits for the device.
+SCALING_CHECKS = 32
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
@@ -41,9 +69,10 @@ class Engine:
     ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). ``batch_size`` is the
     number of rows of an update. ``seed`` decides the initial parameters, the order of the rows and the dropout masks:
     with the same seed, machine and versions a run repeats bit for bit. ``backend`` is "auto" (the first of triton,
-    cupy, numpy that works) or a name; ``device`` the backend's device; ``precision`` "fp32", or "fp64" on NumPy;
-    ``plan`` "auto", or how the step is executed. What was chosen is in the attributes ``backend``, ``plan`` and
-    ``plan_reason``; ``print(engine.program)`` shows the kernel calls of a step.
+    cupy, numpy that works) or a name; ``device`` the backend's device; ``precision`` "fp32"; "fp64" on NumPy; "tf32",
+    "bf16" or "fp16" (with dynamic loss scaling) on a GPU; ``plan`` "auto", or how the step is executed. What was chosen
+    is in the attributes ``backend``, ``plan`` and ``plan_reason``; ``print(engine.program)`` shows the kernel calls of
+    a step.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.
@@ -87,16 +116,24 @@ class Engine:
         self.device = self._backend.device
         self.plan, self.plan_reason = choose_plan(plan, traits)
         self._real_bytes = REAL_BYTES.get(self.precision, 4)
+        self._compute_bytes = COMPUTE_BYTES.get(self.precision)
+        self._scaled = self.precision == "fp16"
         self._real = np.dtype(np.float64 if self.precision == "fp64" else np.float32)
         self._memory = Memory(
             self.network,
             self._backend,
             self.optimizer.rule(total_updates=1).state_count,
             item_bytes=self._real_bytes,
+            mixed=self._compute_bytes is not None,
+            gradient_parts=batch_parts(traits, self.batch_size, self.network.parameter_count),
         )
         self._memory.hyper[RATE_SCALE] = 1.0
+        self._memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         self._workspace = Workspace(self._backend)
-        self._inference = Inference(self.network, self._memory, real_bytes=self._real_bytes)
+        self._inference = Inference(
+            self.network, self._memory, real_bytes=self._real_bytes, compute_bytes=self._compute_bytes
+        )
+        self._unchecked_steps = 0
         self._staged: dict[tuple[bool, bool], BoundProgram] = {}
         # the rule that the clock follows, and the one of ``step``, whose schedule knows of no end
         self._rule: UpdateRule | None = None
@@ -134,6 +171,9 @@ class Engine:
             inputs,
             seed=self.seed,
             real_bytes=self._real_bytes,
+            compute_bytes=self._compute_bytes,
+            scaled=self._scaled,
+            most_parts=self._memory.gradient_parts,
             keep_gradients=keep_gradients,
         )
 
@@ -156,7 +196,7 @@ class Engine:
         if self._class_weight is not None:
             arrays["class_weight"] = self._class_weight
         program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
-        return BoundProgram(program, self._memory, self._workspace, arrays)
+        return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
 
     def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:
         """Make the clock follow ``rule`` from the next update on; ``rate_scale`` multiplies its learning rate."""
@@ -183,10 +223,11 @@ class Engine:
         """The arenas; for ``training`` and ``checkpoint``."""
         return self._memory
 
-    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Array:
+    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
 
-        Returns the loss before the update as a 0-d array of its own; reading it is what waits for the device.
+        Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
+        waits for the device.
         Raises ShapeError, DTypeError or DataError, before anything has changed.
         """
         x = as_features("x", x, width=self.network.sizes[0], dtype=self._real, check_finite=False)
@@ -205,6 +246,8 @@ class Engine:
             self.use_rule(self._step_rule)
         copy = self._backend.copy_into
         arrays = bound.arrays
+        if self._backend.traits.walks_rows:
+            arrays["counters"][ROW_STEP] = 0
         for name, array in (("x", x), ("target", targets.values), ("weight", weight)):
             if array is not None:
                 copy(arrays[name][:count], array)
@@ -213,7 +256,27 @@ class Engine:
         bound.set_row_count(count)
         with np.errstate(all="ignore"):
             bound.run()
-        return np.array(arrays["stats"][LAST_LOSS], self._real)
+        if self._scaled:
+            self._unchecked_steps += 1
+            if self._unchecked_steps == SCALING_CHECKS:
+                self.check_scaling()
+        return self._backend.scalar(arrays["stats"], LAST_LOSS)
+
+    def check_scaling(self) -> None:
+        """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""
+        self._unchecked_steps = 0
+        skipped = int(self._memory.counters[SKIPPED_IN_A_ROW])
+        if skipped >= SKIPPED_LIMIT:
+            raise DivergenceError(
+                f"loss: the gradients overflowed in {skipped} batches in a row, down to a loss scale of "
+                f"{float(self._memory.hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
+                "precision='bf16' or 'fp32'"
+            )
+
+    @property
+    def skipped_batches(self) -> int:
+        """How many batches updated nothing, because their gradients overflowed in fp16."""
+        return int(self._memory.counters[SKIPPED])
 
     def _staged_program(self, soft: bool, weighted: bool, rule: UpdateRule) -> BoundProgram:
         key = (soft, weighted)
@@ -348,6 +411,8 @@ class Engine:
         """The inverse of ``tensors``."""
         for short, name in short_names(self.network).items():
             self._backend.copy_into(self._memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
+        if not prefix and not suffix:
+            self._memory.refresh_shadow()
 
     def snapshot(self, into: dict[str, Array] | None = None) -> dict[str, Array]:
         """Host copies of all that a step changes, for ``restore``; ``into`` is one that may be overwritten."""
@@ -358,6 +423,7 @@ class Engine:
         """Go back to a ``snapshot`` of this engine."""
         for name in self._changing():
             self._backend.copy_into(self._memory.arrays[name], snapshot[name])
+        self._memory.refresh_shadow()
 
     def _changing(self) -> list[str]:
         states = [f"state{index}" for index in range(len(self._memory.states))]
@@ -458,5 +524,8 @@ def plan_text(
         Inputs(batch_size, indexed=True, class_weighted=chosen_loss.class_weight is not None),
         seed=0,
         real_bytes=real_bytes,
+        compute_bytes=COMPUTE_BYTES.get(precision),
+        scaled=precision == "fp16",
+        most_parts=MOST_PARTS,
     )
     return str(program)

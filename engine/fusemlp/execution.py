@@ -11,11 +11,24 @@ from fusemlp.buffers import Layout, allocate, parameter_layout, plan_workspace
 from fusemlp.network import MLP
 from fusemlp.program import Program, resolve
 from fusemlp.verifier import verify
-from fusemlp_kernels.contract import COUNTERS, HYPER, ROW_COUNT, STATS, Backend, Traits
+from fusemlp_kernels.contract import (
+    COUNTERS,
+    HYPER,
+    ROW_COUNT,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    STATS,
+    Backend,
+    Traits,
+)
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 from fusemlp_kernels.registry import PLANS, backend
 
 Array = np.ndarray[Any, Any]
+
+# Steps that are unrolled in one graph: one launch of the graph for so many steps.
+STEPS_A_GRAPH = 8
 
 
 def open_backend(name: str, device: str | None, precision: str) -> Backend:
@@ -45,11 +58,22 @@ def choose_plan(plan: str, traits: Traits) -> tuple[str, str]:
 class Memory:
     """What an engine keeps between steps: parameters, gradients, optimizer state, counters, all on the device."""
 
-    def __init__(self, net: MLP, backend: Backend, state_count: int, *, item_bytes: int) -> None:
+    def __init__(
+        self,
+        net: MLP,
+        backend: Backend,
+        state_count: int,
+        *,
+        item_bytes: int,
+        mixed: bool = False,
+        gradient_parts: int = 1,
+    ) -> None:
         self.backend = backend
         self.layout = parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
         self.params = self._arena()
-        self.grads = self._arena()
+        # the parts of a batch have their gradients behind one another
+        self.gradient_parts = gradient_parts
+        self.grads = backend.allocate(self.layout.size * gradient_parts, "real")[: self.layout.size]
         self.states = tuple(self._arena() for _ in range(state_count))
         self.counters = backend.allocate(COUNTERS, "int64")
         self.hyper = backend.allocate(HYPER, "float64")
@@ -67,6 +91,16 @@ class Memory:
             self.arrays[f"state{index}"] = arena
             for name, view in self.layout.views(backend, arena).items():
                 self.arrays[f"{name}.state{index}"] = view
+        self.shadow = backend.allocate(self.layout.size, "compute") if mixed else None
+        if mixed:
+            self.arrays["shadow"] = self.shadow
+            for name, view in self.layout.views(backend, self.shadow).items():
+                self.arrays[f"{name}.shadow"] = view
+
+    def refresh_shadow(self) -> None:
+        """Round the parameters into the shadow, after they were written from outside a step."""
+        if self.shadow is not None:
+            self.backend.copy_into(self.shadow, self.backend.to_host(self.params))
 
     def _arena(self) -> Any:
         return self.backend.allocate(self.layout.size, "real")
@@ -94,7 +128,15 @@ class BoundProgram:
     between them.
     """
 
-    def __init__(self, program: Program, memory: Memory, workspace: Workspace, given: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        memory: Memory,
+        workspace: Workspace,
+        given: Mapping[str, Any],
+        *,
+        plan: str = "eager",
+    ) -> None:
         backend = memory.backend
         ranges, places, sizes = plan_workspace(program, row_multiple=backend.traits.row_multiple)
         verify(program, {**ranges, **persistent_places(program, memory.layout)})
@@ -109,7 +151,46 @@ class BoundProgram:
                 self.arrays[name] = allocate(backend, value)
         calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
         self.calls = tuple(calls)
-        self.run = _in_order(calls)
+        self._eager = _in_order(calls)
+        self._captures = plan == "graph"
+        self.run = self._step if self._captures else self._eager
+        # graphs by the number of steps in them; none before the first step has loaded the kernels
+        self._graphs: dict[int, Callable[[], object]] = {}
+        self._warm = False
+
+    def _step(self) -> None:
+        self.run_many(1)
+
+    def run_many(self, count: int) -> None:
+        """``count`` steps one after another, on a backend that walks the rows by itself."""
+        if not self._captures:
+            for _ in range(count):
+                self._eager()
+            return
+        if count and not self._warm:
+            self._eager()
+            self._warm, count = True, count - 1
+        for size in (STEPS_A_GRAPH, 1):
+            whole, count = divmod(count, size)
+            for _ in range(whole):
+                self._graph(size)()
+
+    def _graph(self, steps: int) -> Callable[[], object]:
+        if steps not in self._graphs:
+            self._graphs[steps] = self.backend.capture(self._eager, steps)
+        return self._graphs[steps]
+
+    def set_rows(self, order: Array, first_batch: int, size: int) -> None:
+        """The rows of an epoch, for a backend that walks them by itself, from batch ``first_batch`` on."""
+        rows = self.arrays["rows"]
+        padded = np.full(len(rows), -1, np.int64)
+        count = min(len(order), len(padded))
+        padded[:count] = order[:count]
+        self.backend.copy_into(rows, padded)
+        counters = self.arrays["counters"]
+        offset = first_batch * size
+        counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset
+        counters[ROW_COUNT] = min(size, count - offset)
 
     def set_row_count(self, count: int) -> None:
         """How many rows of the batch are valid; the others are padding."""
@@ -130,7 +211,7 @@ def persistent_places(program: Program, layout: Layout) -> dict[str, tuple[str, 
     """The memory of parameters, gradients and optimizer state, for the verifier."""
     ranges = {}
     for name, value in program.values.items():
-        if value.kind not in ("parameter", "gradient", "state"):
+        if value.kind not in ("parameter", "gradient", "state", "shadow"):
             continue
         short, _, state = name.partition(".")
         place = layout.places[short.removeprefix("d") if value.kind == "gradient" else short]

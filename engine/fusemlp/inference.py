@@ -31,10 +31,10 @@ SMALLEST_ROWS = 16
 class Inference:
     """Forward programs of one network, in a few sizes, each made when it is first needed."""
 
-    def __init__(self, net: MLP, memory: Memory, *, real_bytes: int) -> None:
+    def __init__(self, net: MLP, memory: Memory, *, real_bytes: int, compute_bytes: int | None = None) -> None:
         self.net = net
         self.memory = memory
-        self.real_bytes = real_bytes
+        self.real_bytes, self.compute_bytes = real_bytes, compute_bytes
         # a workspace of its own: predictions must not disturb a step, nor hold the large training buffers
         self.workspace = Workspace(memory.backend)
         self.counters = memory.backend.allocate(COUNTERS, "int64")
@@ -59,6 +59,7 @@ class Inference:
                 spec=spec,
                 inputs=inputs,
                 real_bytes=self.real_bytes,
+                compute_bytes=self.compute_bytes,
             )
             given = {"counters": self.counters, "stats": self.stats}
             if class_weight is not None:
@@ -122,6 +123,7 @@ class Inference:
                 spec=None,
                 inputs=Inputs(rows),
                 real_bytes=self.real_bytes,
+                compute_bytes=self.compute_bytes,
             )
             bound = BoundProgram(program, self.memory, self.workspace, {"counters": self.counters})
             silent = np.ones(head.sizes[-1], np.bool_)

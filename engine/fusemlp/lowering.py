@@ -25,6 +25,7 @@ from fusemlp_kernels.contract import (
     TensorRule,
     Traits,
     UpdateRule,
+    batch_parts,
 )
 
 # Whether a parameter (by its state_dict name) is trained, and what it changes of the optimizer's rule.
@@ -48,7 +49,9 @@ class Inputs:
 class _Builder:
     """Collects the values and calls of a program."""
 
-    def __init__(self, net: MLP, batch_size: int, traits: Traits, layout: Layout, inputs: Inputs) -> None:
+    def __init__(
+        self, net: MLP, batch_size: int, traits: Traits, layout: Layout, inputs: Inputs, *, mixed: bool = False
+    ) -> None:
         self.net = net
         self.batch = batch_size
         self.traits = traits
@@ -56,20 +59,29 @@ class _Builder:
         self.layout = layout
         self.values: dict[str, Value] = {}
         self.calls: list[Call] = []
+        self.mixed = mixed
+        # the type of what the matrix products read
+        self.matrix = "compute" if mixed else "real"
         for name, place in layout.places.items():
             self.add(name, place.shape, "real", "parameter")
-        self.x = self.add("x", (inputs.rows, net.sizes[0]), "real", "data")
+            if mixed and name.startswith("w"):
+                self.add(f"{name}.shadow", place.shape, "compute", "shadow")
+        self.x = self.add("x", (inputs.rows, net.sizes[0]), self.matrix, "data")
         self.counters = self.add("counters", (COUNTERS,), "int64", "control")
         self.rows = self.add("rows", (batch_size,), "int64", "control") if inputs.indexed else None
         copied = inputs.indexed and not traits.gathers_in_load
-        self.gathered = self.add("gathered", (batch_size, net.sizes[0]), "real", "work") if copied else None
+        self.gathered = self.add("gathered", (batch_size, net.sizes[0]), self.matrix, "work") if copied else None
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
         self.values[name] = Value(name, shape, dtype, kind)
         return Ref(name)
 
-    def work(self, name: str, columns: int, dtype: str = "real") -> Ref:
-        return self.add(name, (self.batch, columns), dtype, "work")
+    def work(self, name: str, columns: int, dtype: str | None = None) -> Ref:
+        return self.add(name, (self.batch, columns), dtype or self.matrix, "work")
+
+    def weight(self, layer: int) -> Ref:
+        """The weights as the matrix products read them."""
+        return Ref(f"w{layer}.shadow" if self.mixed else f"w{layer}")
 
     def from_rows(self) -> dict[str, Any]:
         """How the first layer finds its batch."""
@@ -107,7 +119,7 @@ class _Builder:
         width = self.net.sizes[layer + 1]
         operands: dict[str, Any] = {
             "x": self.input_of(layer),
-            "w": Ref(f"w{layer}"),
+            "w": self.weight(layer),
             "b": Ref(f"b{layer}"),
             "y": self.work(output, width),
             "counters": self.counters,
@@ -125,8 +137,11 @@ class _Builder:
                 operands["keep"] = self.work(f"keep{layer + 1}", width, "bool")
         self.calls.append(Call("linear", operands, label, (self.product(layer, order="forward"),)))
 
-    def loss(self, spec: LossSpec, *, with_gradient: bool) -> None:
-        """The last layer, the loss and its gradient: one call where the backend can, else two."""
+    def loss(self, spec: LossSpec, *, with_gradient: bool, hyper: Ref | None = None) -> None:
+        """The last layer, the loss and its gradient: one call where the backend can, else two.
+
+        ``hyper``: the gradient is multiplied by its loss scale.
+        """
         net, last = self.net, self.net.layers - 1
         outputs = net.sizes[-1]
         integer = spec.kind == "cross_entropy" and not spec.soft
@@ -139,6 +154,8 @@ class _Builder:
             "loss": spec,
             **self.activation(last),
         }
+        if hyper is not None:
+            operands["hyper"] = hyper
         if self.inputs.weighted:
             operands["weight"] = self.add("weight", (self.inputs.rows,), "real", "data")
         if self.inputs.class_weighted:
@@ -155,7 +172,7 @@ class _Builder:
             operands["dslope"] = self.add(f"dslope{last}", (1,), "real", "work")
         product = (self.product(last, order="forward"),)
         if outputs <= self.traits.widest_fused_output:
-            layer = {"x": self.input_of(last), "w": Ref(f"w{last}"), "b": Ref(f"b{last}")}
+            layer = {"x": self.input_of(last), "w": self.weight(last), "b": Ref(f"b{last}")}
             if last == 0 and self.rows is not None:
                 layer["x_rows"] = self.rows
             if last == 0 and self.gathered is not None:
@@ -163,7 +180,7 @@ class _Builder:
             self.calls.append(Call("linear_loss_grad", {**layer, **operands}, spec.kind, product))
             return
         z = self.work(f"z{net.layers}", outputs)
-        layer = {"x": self.input_of(last), "w": Ref(f"w{last}"), "b": Ref(f"b{last}"), "y": z}
+        layer = {"x": self.input_of(last), "w": self.weight(last), "b": Ref(f"b{last}"), "y": z}
         if last == 0:
             layer |= self.from_rows()
         forward = {**layer, "activation": "identity", "counters": self.counters}
@@ -183,14 +200,22 @@ def lower_training(
     *,
     seed: int,
     real_bytes: int,
+    compute_bytes: int | None = None,
+    scaled: bool = False,
     keep_gradients: bool = False,
+    most_parts: int = 1,
 ) -> Program:
     """The program of one training step over batches of ``batch_size`` rows.
+
+    ``compute_bytes``: what the matrix products read has elements of so many bytes, apart from the parameters.
+    ``scaled``: the gradients carry the loss scale, and a batch in which they overflow is skipped.
+
+    ``most_parts``: into how many parts the gradients may cut the batch (``contract.batch_parts``).
 
     With ``keep_gradients`` its last two calls are ``grad_weight`` and ``update``, on every backend and for every
     optimizer: between them the gradients can be read and changed.
     """
-    build = _Builder(net, batch_size, traits, layout, inputs)
+    build = _Builder(net, batch_size, traits, layout, inputs, mixed=compute_bytes is not None)
     options = {short: options_for(name) for short, name in short_names(net).items()}
     trained = {short for short, (trainable, _) in options.items() if trainable}
     layers = range(net.layers)
@@ -205,17 +230,22 @@ def lower_training(
             keep_z=layer >= first,
             dropout=Dropout(rate, layer, seed) if rate else None,
         )
-    build.loss(spec, with_gradient=first < net.layers)
+    hyper = build.add("hyper", (HYPER,), "float64", "control")
+    build.loss(spec, with_gradient=first < net.layers, hyper=hyper if scaled and trained else None)
     for layer in range(net.layers - 1, first, -1):
         _grad_input(build, layer, seed)
-    _weights(build, rule, options, trained, first, keep_gradients)
+    _weights(
+        build, rule, options, trained, first, hyper, scaled=scaled, keep_gradients=keep_gradients, most_parts=most_parts
+    )
     states = tuple(f"state{i}" for i in range(rule.state_count))
     arenas = {
         "params": tuple(layout.places),
         "grads": tuple(f"d{short}" for short in layout.places if short in trained),
     }
     arenas |= {state: tuple(f"{short}.{state}" for short in layout.places if short in trained) for state in states}
-    return Program(build.values, tuple(build.calls), arenas, frozenset(trained), real_bytes)
+    if build.mixed:
+        arenas["shadow"] = tuple(f"{short}.shadow" for short in layout.places if short in trained and short[0] == "w")
+    return Program(build.values, tuple(build.calls), arenas, frozenset(trained), real_bytes, compute_bytes)
 
 
 def _grad_input(build: _Builder, layer: int, seed: int) -> None:
@@ -226,7 +256,7 @@ def _grad_input(build: _Builder, layer: int, seed: int) -> None:
     name = build.net.activations[before].name
     operands: dict[str, Any] = {
         "dz": Ref(f"dz{layer + 1}"),
-        "w": Ref(f"w{layer}"),
+        "w": build.weight(layer),
         "y": Ref(f"h{layer}"),
         "dz_prev": build.work(f"dz{layer}", width),
         **build.activation(before),
@@ -249,16 +279,21 @@ def _weights(
     options: dict[str, tuple[bool, TensorRule]],
     trained: set[str],
     first: int,
+    hyper: Ref,
+    *,
+    scaled: bool,
     keep_gradients: bool,
+    most_parts: int,
 ) -> None:
     """The gradients by the parameters and the update."""
-    hyper = build.add("hyper", (HYPER,), "float64", "control")
     clock: dict[str, Any] = {"rule": rule, "counters": build.counters}
     if not trained:
         build.calls.append(Call("advance", {**clock, "hyper": hyper}))
         return
-    whole = keep_gradients or rule.clip_norm is not None or rule.accumulate > 1
-    fused = rule.kind in build.traits.fused_updates and not whole
+    whole = keep_gradients or scaled or rule.clip_norm is not None or rule.accumulate > 1
+    weights = sum(build.layout.places[short].size for short in trained)
+    parts = 1 if whole else min(most_parts, batch_parts(build.traits, build.batch, weights))
+    fused = rule.kind in build.traits.fused_updates and not whole and parts == 1
     for short in build.layout.places:
         shape = build.layout.places[short].shape
         if short in trained:
@@ -273,7 +308,10 @@ def _weights(
         if not fused:
             return {f"d{kind}": Ref(f"d{short}")}
         state = tuple(Ref(f"{short}.state{index}") for index in range(rule.state_count))
-        return {kind: Ref(short), f"{kind}_state": state, f"{kind}_rule": options[short][1]}
+        found = {kind: Ref(short), f"{kind}_state": state, f"{kind}_rule": options[short][1]}
+        if build.mixed and kind == "w":
+            found["w_shadow"] = Ref(f"{short}.shadow")
+        return found
 
     layers, slopes, products = [], [], []
     for layer in range(first, build.net.layers):
@@ -300,7 +338,11 @@ def _weights(
         operands["hyper"] = hyper
         build.calls.append(Call("grad_weight_update", operands, rule.kind, tuple(products)))
         return
-    build.calls.append(Call("grad_weight", operands, "", tuple(products)))
+    normed = build.traits.norms_gradients and (scaled or rule.clip_norm is not None)
+    norm = {"norm": build.add("norm", (1,), "float64", "work")} if normed else {}
+    split = {"parts": parts, "part": build.layout.size} if parts > 1 else {}
+    label = f"in {parts} parts" if parts > 1 else ""
+    build.calls.append(Call("grad_weight", {**operands, **norm, **split}, label, tuple(products)))
     segments = tuple(
         Segment(place.offset, place.size, options[short][1])
         for short, place in build.layout.places.items()
@@ -313,7 +355,13 @@ def _weights(
         "segments": segments,
         "hyper": hyper,
         **clock,
+        **norm,
+        **split,
     }
+    if build.mixed:
+        update["shadow"] = Ref("shadow")
+    if scaled:
+        update["scaled"] = True
     build.calls.append(Call("update", update, rule.kind))
 
 
@@ -326,13 +374,15 @@ def lower_inference(
     spec: LossSpec | None,
     inputs: Inputs,
     real_bytes: int,
+    compute_bytes: int | None = None,
 ) -> Program:
     """The forward pass over ``batch_size`` rows, without dropout: with ``spec`` up to the loss, else up to y."""
-    build = _Builder(net, batch_size, traits, layout, inputs)
+    build = _Builder(net, batch_size, traits, layout, inputs, mixed=compute_bytes is not None)
     for layer in range(net.layers - 1):
         build.linear(layer, output=f"h{layer + 1}", keep_z=False)
     if spec is None:
         build.linear(net.layers - 1, output="y", keep_z=False)
     else:
         build.loss(spec, with_gradient=False)
-    return Program(build.values, tuple(build.calls), {"params": tuple(layout.places)}, frozenset(), real_bytes)
+    arenas = {"params": tuple(layout.places)}
+    return Program(build.values, tuple(build.calls), arenas, frozenset(), real_bytes, compute_bytes)

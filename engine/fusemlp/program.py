@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# How a value comes to be: "parameter", "gradient", "state": a stretch of the arena of that name; "data": given by the
-# caller; "control": counters and the like, there before the first call; "work": written by one call, read by others.
-KINDS = ("parameter", "gradient", "state", "data", "control", "work")
+# How a value comes to be: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
+# arena of that name; "data": given by the caller; "control": counters and the like, there before the first call;
+# "work": written by one call, read by others.
+KINDS = ("parameter", "gradient", "state", "shadow", "data", "control", "work")
 ITEM_BYTES = {"float64": 8, "int64": 8, "bool": 1}
 
 # What each op writes, by operand; a name before a dot is a sequence of mappings. The operands in UPDATED are read too.
@@ -21,20 +22,21 @@ WRITTEN = {
     "loss_grad": frozenset({"dz", "stats", "dslope", "target_rows", "weight_rows"}),
     "linear_loss_grad": frozenset({"dz", "stats", "dslope", "target_rows", "weight_rows", "gathered"}),
     "grad_input": frozenset({"dz_prev", "dslope"}),
-    "grad_weight": frozenset({"layers.dw", "layers.db", "slopes.grad"}),
+    "grad_weight": frozenset({"layers.dw", "layers.db", "slopes.grad", "norm"}),
     "grad_weight_update": frozenset(
         {
             "layers.w",
             "layers.b",
             "layers.w_state",
             "layers.b_state",
+            "layers.w_shadow",
             "slopes.param",
             "slopes.state",
             "hyper",
             "counters",
         }
     ),
-    "update": frozenset({"params", "grads", "states", "hyper", "counters"}),
+    "update": frozenset({"params", "grads", "states", "shadow", "hyper", "counters"}),
     "advance": frozenset({"hyper", "counters"}),
 }
 UPDATED = frozenset(
@@ -55,7 +57,7 @@ UPDATED = frozenset(
 )
 # The step reads x and the targets through the rows of the batch; the printed program says so.
 THROUGH_ROWS = frozenset({"x", "target", "weight"})
-UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight"})
+UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm"})
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,11 @@ class Ref:
 
 @dataclass(frozen=True)
 class Value:
-    """An array of the program: shape, element type ("real", "float64", "int64", "bool") and kind (see ``KINDS``)."""
+    """An array of the program: shape, element type and kind (see ``KINDS``).
+
+    The element type is "real", "float64", "int64" or "bool"; in mixed precision "compute" for what the matrix products
+    read.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -146,7 +152,8 @@ class Program:
     """Kernel calls in order, over ``values``.
 
     ``arenas`` names the flat arrays that hold several values at once, with the values in them ("params": w0, b0, ...).
-    ``real_bytes`` is the size of an element of type "real".
+    ``real_bytes`` is the size of an element of type "real", ``compute_bytes`` of one of type "compute", where the
+    precision is mixed.
     """
 
     values: Mapping[str, Value]
@@ -154,6 +161,13 @@ class Program:
     arenas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()
     real_bytes: int = 4
+    compute_bytes: int | None = None
+
+    def item_bytes(self, dtype: str) -> int:
+        """Bytes of an element."""
+        if dtype == "compute" and self.compute_bytes is not None:
+            return self.compute_bytes
+        return ITEM_BYTES.get(dtype, self.real_bytes)
 
     def members(self, name: str) -> tuple[str, ...]:
         """The values that a name stands for: those in an arena, or the value itself."""
@@ -164,7 +178,7 @@ class Program:
         value = self.values.get(name)
         if value is None:
             return sum(self.bytes_of(member) for member in self.members(name))
-        return value.size * ITEM_BYTES.get(value.dtype, self.real_bytes)
+        return value.size * self.item_bytes(value.dtype)
 
     def traffic(self, call: Call) -> int:
         """Bytes that the call reads and writes, each value once in each direction.

@@ -30,6 +30,8 @@ Array = np.ndarray[Any, Any]
 Snapshot = dict[str, Any]
 
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
+# Steps after which a walking backend is asked again whether somebody pressed Ctrl-C.
+UNINTERRUPTED = 256
 LARGE_FEATURE = 100.0
 
 
@@ -116,7 +118,9 @@ class _Fit:
             weighted=weight is not None,
             class_weighted=engine.loss.class_weight is not None,
         )
-        given = {"x": to_device(X), "target": to_device(targets.values)}
+        given = {"x": to_device(X, "compute"), "target": to_device(targets.values)}
+        if engine.memory.backend.traits.walks_rows:
+            given["rows"] = engine.memory.backend.allocate(self.batches * self.batch_size, "int64")
         if weight is not None:
             given["weight"] = to_device(weight)
         return engine.bind(inputs, self.spec, self.rule, self.batch_size, given)
@@ -172,6 +176,8 @@ class _Fit:
         order = self.order(state.epoch)
         copy, run = engine.memory.backend.copy_into, bound.run
         watchers = [c for c in self.callbacks if overrides(c, "on_batch_end")]
+        if engine.memory.backend.traits.walks_rows:
+            return self._walk(order, watchers, interrupted)
         bound.set_row_count(size)
         with np.errstate(all="ignore"):
             while state.batch < self.batches:
@@ -191,6 +197,20 @@ class _Fit:
                             watcher.on_batch_end(engine, state.batch - 1)
                 if interrupted() or engine.stop_training:
                     break
+        return state.batch == self.batches
+
+    def _walk(self, order: Array, watchers: list[Any], interrupted: Callable[[], bool]) -> bool:
+        """``_epoch`` on a backend that moves from batch to batch by itself."""
+        engine, state, bound = self.engine, self.state, self.bound
+        bound.set_rows(order[: self.batches * self.batch_size], state.batch, self.batch_size)
+        while state.batch < self.batches:
+            count = 1 if watchers else min(self.batches - state.batch, UNINTERRUPTED)
+            bound.run_many(count)
+            state.batch += count
+            for watcher in watchers:
+                watcher.on_batch_end(engine, state.batch - 1)
+            if interrupted() or engine.stop_training:
+                break
         return state.batch == self.batches
 
     def _end_epoch(self, seconds: float) -> None:
@@ -236,7 +256,10 @@ class _Fit:
     def _all_finite(self) -> bool:
         """Whether the loss of the epoch and what its last update left are numbers."""
         memory = self.engine.memory
-        return bool(np.isfinite(memory.stats[LOSS_SUM]) and np.isfinite(memory.backend.to_host(memory.params)).all())
+        self.engine.check_scaling()
+        return bool(
+            np.isfinite(float(memory.stats[LOSS_SUM])) and np.isfinite(memory.backend.to_host(memory.params)).all()
+        )
 
     def _diverged(self, good: Snapshot, first_batch: int) -> DivergenceError:
         """Go back to the last good state, and say what most likely went wrong."""

@@ -37,6 +37,8 @@ _WRITES = {
     "slopes.grad": "gradient",
     "slopes.param": "parameter",
     "slopes.state": "state",
+    "layers.w_shadow": "shadow",
+    "shadow": "shadow",
 }
 # Operands that an op cannot do without.
 _NEEDED = {
@@ -50,22 +52,25 @@ _NEEDED = {
     "advance": ("rule", "hyper", "counters"),
 }
 # The shapes of operands in the letters of the contract, in the order in which they are compared: M rows of a batch and
-# n examples, the same in the whole program, K inputs and N outputs. A word in front is the element type, if not real.
+# n examples, the same in the whole program, K inputs and N outputs. A word in front is the element type, if not real;
+# "compute" is real where the precision is not mixed.
 _LOSS = {"class_weight": "N", "weight_rows": "M", "slope_param": "1", "dslope": "1"}
 _SHAPES = {
     "linear": {
-        "rows": "int64 M", "w": "NK", "x": "", "b": "N", "y": "MN", "z": "MN", "keep": "bool MN", "gathered": "MK",
-        "slope_param": "1",
+        "rows": "int64 M", "w": "compute NK", "x": "", "b": "N", "y": "compute MN", "z": "compute MN",
+        "keep": "bool MN", "gathered": "compute MK", "slope_param": "1",
     },
-    "linear_loss_grad": {"rows": "int64 M", "w": "NK", "x": "", "b": "N", "dz": "MN", "gathered": "MK", **_LOSS},
-    "loss_grad": {"rows": "int64 M", "z": "MN", "dz": "MN", **_LOSS},
+    "linear_loss_grad": {
+        "rows": "int64 M", "w": "compute NK", "x": "", "b": "N", "dz": "compute MN", "gathered": "compute MK", **_LOSS,
+    },
+    "loss_grad": {"rows": "int64 M", "z": "compute MN", "dz": "compute MN", **_LOSS},
     "grad_input": {
-        "dz": "MN", "w": "NK", "y": "MK", "z": "MK", "keep": "bool MK", "dz_prev": "MK", "slope_param": "1",
-        "dslope": "1",
+        "dz": "compute MN", "w": "compute NK", "y": "compute MK", "z": "compute MK", "keep": "bool MK",
+        "dz_prev": "compute MK", "slope_param": "1", "dslope": "1",
     },
     "layer": {
-        "dz": "MN", "rows": "int64 M", "x": "", "dw": "NK", "db": "N", "w": "NK", "b": "N", "w_state": "NK",
-        "b_state": "N",
+        "dz": "compute MN", "rows": "int64 M", "x": "", "dw": "NK", "db": "N", "w": "NK", "b": "N", "w_state": "NK",
+        "b_state": "N", "w_shadow": "compute NK",
     },
     "slope": {"dslope": "1", "grad": "1", "param": "1", "state": "1"},
 }  # fmt: skip
@@ -76,7 +81,7 @@ def verify(program: Program, places: Places | None = None) -> None:
     for value in program.values.values():
         if value.kind not in KINDS:
             raise ProgramError(f"value {value.name!r}: unknown kind {value.kind!r}")
-        if value.dtype != "real" and value.dtype not in ITEM_BYTES:
+        if value.dtype not in ("real", "compute") and value.dtype not in ITEM_BYTES:
             raise ProgramError(f"value {value.name!r}: unknown element type {value.dtype!r}")
     common: dict[str, int] = {}
     for index, call in enumerate(program.calls):
@@ -117,7 +122,9 @@ def _written(program: Program, call: Call) -> Iterator[tuple[str, str]]:
 def _check_order(program: Program) -> None:
     """Everything read was written before, once; what the caller gave is read and not written."""
     defined = {
-        value.name for value in program.values.values() if value.kind in ("parameter", "state", "data", "control")
+        value.name
+        for value in program.values.values()
+        if value.kind in ("parameter", "state", "shadow", "data", "control")
     }
     read: set[str] = set()
     writers: dict[str, int] = {}
@@ -159,6 +166,8 @@ def _check_updates(program: Program) -> None:
             if name in updated:
                 raise ProgramError(f"{where}: reads {name!r} after call {updated[name]} has updated it")
         for name in writes:
+            if program.values[name].kind == "shadow":
+                updated[name] = index
             if program.values[name].kind == "parameter":
                 # what of the arena an "update" changes is a matter of its segments
                 if name not in program.trainable and call.op != "update":
@@ -166,7 +175,8 @@ def _check_updates(program: Program) -> None:
                 updated[name] = index
         if "counters" in writes:
             advanced.append(index)
-    missing = sorted(program.trainable - updated.keys())
+    shadows = {f"{name}.shadow" for name in program.trainable} & program.values.keys()
+    missing = sorted((program.trainable | shadows) - updated.keys())
     if missing:
         raise ProgramError(f"nothing updates {', '.join(missing)}")
     if "hyper" in program.values and not advanced:
@@ -243,13 +253,14 @@ def _check_shapes(program: Program, call: Call, where: str, common: dict[str, in
     operands = call.operands
     if call.op in ("grad_weight", "grad_weight_update"):
         for layer in operands["layers"]:
-            _compare(program, layer, {**_SHAPES["layer"], "x": _examples(layer, "rows") + "K"}, where, common)
+            _compare(program, layer, {**_SHAPES["layer"], "x": f"compute {_examples(layer, 'rows')}K"}, where, common)
         for slope in operands.get("slopes", ()):
             _compare(program, slope, _SHAPES["slope"], where, common)
         return
     shapes = dict(_SHAPES.get(call.op, {}))
     if "x" in shapes:
-        shapes["x"] = _examples(operands, "x_rows" if call.op == "linear_loss_grad" else "rows") + "K"
+        rows = "x_rows" if call.op == "linear_loss_grad" else "rows"
+        shapes["x"] = f"compute {_examples(operands, rows)}K"
     if "loss" in operands:
         loss, examples = operands["loss"], _examples(operands, "rows")
         classes = loss.kind == "cross_entropy" and not loss.soft
@@ -270,6 +281,8 @@ def _compare(
     sizes = {"1": 1, **common}
     for operand, wanted in shapes.items():
         dtype, _, letters = wanted.rpartition(" ")
+        if dtype == "compute" and program.compute_bytes is None:
+            dtype = "real"
         given = operands.get(operand)
         for one in given if isinstance(given, tuple | list) else (given,):
             if not isinstance(one, Ref):

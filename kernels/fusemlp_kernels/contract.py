@@ -40,9 +40,11 @@ Operands, by op (``None`` is allowed where it says "optional"):
 ``grad_weight``: ``dw = dz.T @ x``, ``db = sum over rows of dz``, for all layers
     layers: a sequence of mappings with dz and x compute, dw and db real (None where the tensor is frozen), and on the
     first layer rows and gathered as in ``linear``; slopes: a sequence of mappings dslope (1,) real (what ``grad_input``
-    or ``loss_grad`` wrote), grad (1,) real, written; rule, counters: with rule.accumulate k > 1 the results are added to
-    what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k; norm (1,) float64, optional, written:
-    the Euclidean norm of all that is there then, for backends with ``Traits.norms_gradients``.
+    or ``loss_grad`` wrote), grad (1,) real, written; rule, counters: with rule.accumulate k > 1 the results are added
+    to what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k; norm (1,) float64, optional, written:
+    the Euclidean norm of all that is there then, for backends with ``Traits.norms_gradients``; parts, part: with parts
+    > 1 (without accumulation and norm, for backends with ``Traits.split_rows``) the batch is cut into so many
+    stretches, and the sums of stretch p are written p * part elements behind dw, db and grad.
 
 ``grad_weight_update``: ``grad_weight`` and ``update`` in one, gradients never stored
     layers: as for ``grad_weight`` with w, b in place of dw, db, and w_state, b_state: tuples of arrays shaped like the
@@ -57,13 +59,19 @@ Operands, by op (``None`` is allowed where it says "optional"):
     clips by their global norm, which it takes from norm (1,) float64 where that is given; shadow (size,) compute,
     optional, written: the parameters rounded; advances the clock. With scaled (True: the gradients carry
     hyper[LOSS_SCALE]) they are divided by it, and where their norm is not finite nothing is updated: the batch is
-    skipped, and the scale halved; after ``GROWTH_INTERVAL`` updates without one it is doubled.
+    skipped, and the scale halved; after ``GROWTH_INTERVAL`` updates without one it is doubled. parts, part: the
+    gradient is the sum of so many arenas, part elements apart, in order.
 
 ``advance``: the clock alone, for a network with nothing to train: rule, hyper, counters.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
 SKIPPED_IN_A_ROW grow by one.
+
+A backend with ``Traits.walks_rows`` also takes ``rows`` of several batches, one behind the other: the batch is the M
+rows from counters[ROW_OFFSET] on. If counters[ROW_STEP] is not 0, the clock moves ROW_OFFSET on by it, back to 0 where
+ROW_TOTAL is reached, and sets ROW_COUNT to what is left of ROW_TOTAL, at most ROW_STEP: an epoch needs nothing from
+the host.
 
 Where ``rows`` has entries of -1 (padding), they come last. Labels are classes in range(N) or the ignored index: who
 binds a call checks them, a backend need not.
@@ -96,7 +104,17 @@ OPS = (
 )
 
 # counters, int64
-BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, SKIPPED, SKIPPED_IN_A_ROW, COUNTERS = range(6)
+(
+    BATCH_INDEX,
+    UPDATE_COUNT,
+    ROW_COUNT,
+    ROW_OFFSET,
+    ROW_TOTAL,
+    ROW_STEP,
+    SKIPPED,
+    SKIPPED_IN_A_ROW,
+    COUNTERS,
+) = range(9)
 # hyper, float64: of the update that comes next; the loss scale, and how many updates it has stood
 (
     LEARNING_RATE,
@@ -110,6 +128,10 @@ BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, SKIPPED, SKIPPED_IN_A_ROW, COUNTERS = rang
 # Dynamic loss scaling (Micikevicius et al., "Mixed precision training", 2018): where it starts, and how long it waits.
 FIRST_LOSS_SCALE = 65536.0
 GROWTH_INTERVAL = 2000
+# So many skipped batches in a row are no accident of the scale any more.
+SKIPPED_LIMIT = 25
+# The most parts that the gradients cut a batch into.
+MOST_PARTS = 16
 # stats, float64: the last step's loss; then sums since they were last cleared: loss times normaliser (the loss itself
 # where the reduction is "sum"), normalisers, right answers and how many were asked for
 LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, STATS = range(6)
@@ -205,7 +227,8 @@ class Traits:
     ``gathers_in_load``: x[rows] needs no workspace. ``stores_masks``: dropout masks are kept from forward to backward.
     ``widest_fused_output``: the largest N for which ``linear_loss_grad`` exists; wider outputs take two calls.
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
-    ``grad_weight`` knows the norm of what it writes.
+    ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
+    ``split_rows``, ``split_size``: see ``batch_parts``.
     """
 
     name: str
@@ -215,8 +238,22 @@ class Traits:
     widest_fused_output: int
     fused_updates: tuple[str, ...]
     norms_gradients: bool
+    walks_rows: bool
+    split_rows: int
+    split_size: int
     precisions: tuple[str, ...]
     plans: tuple[str, ...]
+
+
+def batch_parts(traits: Traits, rows: int, weights: int) -> int:
+    """Into how many parts the gradients by ``weights`` parameters cut a batch of ``rows``.
+
+    Where the batch is long and the weights are few, tiles of the weights alone do not keep a GPU busy: there are
+    ``split_size`` weights or more in the tiles that do. A part has at least ``split_rows`` rows; 0: never cut.
+    """
+    if not traits.split_rows or not weights:
+        return 1
+    return max(1, min(rows // traits.split_rows, traits.split_size // weights, MOST_PARTS))
 
 
 class Backend(Protocol):
@@ -242,6 +279,15 @@ class Backend(Protocol):
 
     def bind(self, op: str, **operands: Any) -> Callable[[], object]:
         """The call, ready to be run any number of times."""
+
+    def scalar(self, array: Any, index: int) -> Any:
+        """One element of a "float64" array as a 0-d "real" array of its own; does not wait for the device."""
+
+    def capture(self, run: Callable[[], object], times: int) -> Callable[[], object]:
+        """What ``times`` runs start, to be started by one call, for backends with the plan "graph".
+
+        ``run`` has run before and is not run by this.
+        """
 
     def synchronize(self) -> None:
         """Wait until everything that was started has ended; raises what went wrong on the device."""

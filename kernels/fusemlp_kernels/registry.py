@@ -27,8 +27,12 @@ TRAITS = {
         widest_fused_output=256,
         fused_updates=("sgd", "adam"),
         norms_gradients=True,
+        walks_rows=True,
+        split_rows=1024,
+        # 128 multiprocessors with a tile of 64 x 64 each
+        split_size=1 << 19,
         precisions=("fp32", "tf32", "bf16", "fp16"),
-        plans=PLANS,
+        plans=("eager", "graph"),
     ),
     "cupy": Traits(
         name="cupy",
@@ -38,6 +42,10 @@ TRAITS = {
         widest_fused_output=256,
         fused_updates=("sgd", "adam"),
         norms_gradients=True,
+        walks_rows=True,
+        split_rows=1024,
+        # 128 multiprocessors with a tile of 64 x 64 each
+        split_size=1 << 19,
         precisions=("fp32",),
         plans=PLANS,
     ),
@@ -51,6 +59,9 @@ TRAITS = {
         # Adam is quicker in one sweep over the arena than tensor by tensor
         fused_updates=("sgd",),
         norms_gradients=False,
+        walks_rows=False,
+        split_rows=0,
+        split_size=0,
         precisions=("fp32", "fp64"),
         plans=("eager",),
     ),

@@ -324,8 +324,8 @@ def test_an_array_of_one_element_is_not_a_scalar(small: bytes, tmp_path: Path) -
 
 
 def test_another_format_is_refused(small: bytes, tmp_path: Path) -> None:
-    rewritten(small, tmp_path / "c", lambda config, tensors: config.update(format=2, version="9.0"))
-    with pytest.raises(CheckpointError, match=r"has format 2, written by fusemlp 9\.0; this version reads format 1"):
+    rewritten(small, tmp_path / "c", lambda config, tensors: config.update(format=3, version="9.0"))
+    with pytest.raises(CheckpointError, match=r"has format 3, written by fusemlp 9\.0; this version reads format 2"):
         load_checkpoint(tmp_path / "c")
 
 

@@ -77,6 +77,14 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         np.copyto(destination, source, casting="same_kind")
 
+    def scalar(self, array: Array, index: int) -> Array:
+        """See ``contract.Backend``."""
+        return np.array(array[index], self._dtypes["real"])
+
+    def capture(self, run: Run, times: int) -> Run:
+        """See ``contract.Backend``."""
+        raise BackendUnavailableError("plan: the numpy backend has no graphs; use plan='eager'")
+
     def bind(self, op: str, **operands: Any) -> Run:
         """See ``contract.Backend``."""
         if op not in BINDERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +84,7 @@ class TritonBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         self._device = open_device(device, precision)
-        self.traits = traits
+        self.traits = dataclasses.replace(traits, plans=("eager",)) if self._device.interpreted else traits
         self.device = str(self._device.device)
         self._dtypes = {
             "real": torch.float32,
@@ -136,6 +137,21 @@ class TritonBackend:
         # torch warns of memory that it must not write
         tensor = torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
         destination.copy_(tensor.reshape(destination.shape))
+
+    def scalar(self, array: Tensor, index: int) -> Tensor:
+        """See ``contract.Backend``."""
+        return array[index].to(torch.float32)
+
+    def capture(self, run: Run, times: int) -> Run:
+        """See ``contract.Backend``: one CUDA graph. Every address in it stays what it is, since the bound calls hold
+        on to their tensors."""
+        if self._device.interpreted:
+            raise BackendUnavailableError("plan: Triton's interpreter has no graphs; use plan='eager'")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device.device), torch.cuda.graph(graph):
+            for _ in range(times):
+                run()
+        return graph.replay
 
     def bind(self, op: str, **operands: Any) -> Run:
         """See ``contract.Backend``."""

@@ -18,6 +18,10 @@ from fusemlp_kernels.contract import SCHEDULES, UpdateRule
 # counters and hyper, by their places in the contract
 BATCH_INDEX: tl.constexpr = tl.constexpr(contract.BATCH_INDEX)
 UPDATE_COUNT: tl.constexpr = tl.constexpr(contract.UPDATE_COUNT)
+ROW_COUNT: tl.constexpr = tl.constexpr(contract.ROW_COUNT)
+ROW_OFFSET: tl.constexpr = tl.constexpr(contract.ROW_OFFSET)
+ROW_TOTAL: tl.constexpr = tl.constexpr(contract.ROW_TOTAL)
+ROW_STEP: tl.constexpr = tl.constexpr(contract.ROW_STEP)
 SKIPPED: tl.constexpr = tl.constexpr(contract.SKIPPED)
 SKIPPED_IN_A_ROW: tl.constexpr = tl.constexpr(contract.SKIPPED_IN_A_ROW)
 LEARNING_RATE: tl.constexpr = tl.constexpr(contract.LEARNING_RATE)
@@ -102,7 +106,7 @@ def half_cosine(start, end, done):
     p = 1.0 - s / 42.0 * p
     p = 1.0 - s / 20.0 * p
     p = 1.0 - s / 6.0 * p
-    return end + (start - end) * (1.0 + r * p) / 2.0
+    return tl.where(done < 1.0, end + (start - end) * (1.0 + r * p) / 2.0, end)
 
 
 @triton.jit
@@ -138,6 +142,13 @@ def scheduled_rate(rule, update_count):
 def advance_clock(counters, hyper, rule, applied, skipped):
     """One batch is over: ``applied``: with an update; ``skipped``: its gradients had overflowed. By one program."""
     tl.store(counters + BATCH_INDEX, tl.load(counters + BATCH_INDEX) + 1)
+    step = tl.load(counters + ROW_STEP)
+    if step != 0:
+        total = tl.load(counters + ROW_TOTAL)
+        offset = tl.load(counters + ROW_OFFSET) + step
+        offset = tl.where(offset >= total, 0, offset)
+        tl.store(counters + ROW_OFFSET, offset)
+        tl.store(counters + ROW_COUNT, tl.minimum(step, total - offset))
     scaled = tl.load(rule + SCALED) != 0.0
     if skipped:
         tl.store(counters + SKIPPED, tl.load(counters + SKIPPED) + 1)

@@ -9,7 +9,7 @@ from fusemlp_kernels.triton.activations import PRELU, derivative, needs_z
 from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, advance_clock, is_last, sum_of
 from fusemlp_kernels.triton.dropout import keep_mask
 from fusemlp_kernels.triton.optimizer import stored_update
-from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, tile_of
+from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, this_batch, tile_of
 
 GRAD_INPUT_NUMBERS = [
     "M", "N", "K", "dz_row", "dz_col", "w_row", "w_col", "y_row", "y_col", "out_row", "out_col",
@@ -73,10 +73,11 @@ def grad_input_kernel(
 TASK_FIELDS = (
     "first_tile", "kind", "N", "K", "gather", "dz", "dz_row", "dz_col", "x", "x_row", "x_col",
     "p", "p_row", "p_col", "s0", "s0_row", "s0_col", "s1", "s1_row", "s1_col", "shadow", "shadow_row", "shadow_col",
+    "shadowed",
 )  # fmt: skip
 (
     FIRST_TILE, KIND, TASK_N, TASK_K, GATHER, DZ, DZ_ROW, DZ_COL, X, X_ROW, X_COL,
-    P, P_ROW, P_COL, S0, S0_ROW, S0_COL, S1, S1_ROW, S1_COL, SHADOW, SHADOW_ROW, SHADOW_COL,
+    P, P_ROW, P_COL, S0, S0_ROW, S0_COL, S1, S1_ROW, S1_COL, SHADOW, SHADOW_ROW, SHADOW_COL, SHADOWED,
 ) = (tl.constexpr(place) for place in range(len(TASK_FIELDS)))  # fmt: skip
 FIELDS: tl.constexpr = tl.constexpr(len(TASK_FIELDS))
 WEIGHT: tl.constexpr = tl.constexpr(0)
@@ -127,14 +128,14 @@ def square_sum(g):
 @triton.jit
 def finished(
     g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, tensors, task, counters, partials, program, wants_norm,
-    write_shadow, UPDATES: tl.constexpr, STATES: tl.constexpr,
+    shadowed, UPDATES: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """What becomes of a gradient: the update of its parameter, or its place in memory."""
     if UPDATES:
         factor = tl.load(tensors + task * TENSOR_FIELDS)
         decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
         stored_update(
-            g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, write_shadow, STATES
+            g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, STATES
         )  # fmt: skip
     else:
         g = stored_gradient(tl.where(mask, g, 0.0), p_at, mask, counters, rule)
@@ -142,10 +143,10 @@ def finished(
             tl.store(partials + program, square_sum(tl.where(mask, g, 0.0)))
 
 
-@triton.jit(do_not_specialize=["M", "tasks", "programs", "splits", "part", "wants_norm", "write_shadow"])
+@triton.jit(do_not_specialize=["M", "tasks", "programs", "splits", "part", "wants_norm"])
 def grad_weight_kernel(
     compute, real, rows, table, tensors, hyper, rule, counters, partials, norm, ticket,
-    M, tasks, programs, splits, part, wants_norm, write_shadow,
+    M, tasks, programs, splits, part, wants_norm,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
     UPDATES: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
@@ -176,6 +177,7 @@ def grad_weight_kernel(
     s0 = real + whole(tl.load(row + S0), ALIGNED)
     s1 = real + whole(tl.load(row + S1), ALIGNED)
     shadow = compute + whole(tl.load(row + SHADOW), ALIGNED)
+    shadowed = tl.load(row + SHADOWED)
     dz = compute + whole(tl.load(row + DZ), ALIGNED)
     dz_row, dz_col = row_pitch(tl.load(row + DZ_ROW), ALIGNED), column_step(tl.load(row + DZ_COL), ALIGNED)
     at_b = tl.arange(0, BM)
@@ -188,6 +190,7 @@ def grad_weight_kernel(
         x = compute + whole(tl.load(row + X), ALIGNED)
         x_row, x_col = row_pitch(tl.load(row + X_ROW), ALIGNED), column_step(tl.load(row + X_COL), ALIGNED)
         gather = tl.load(row + GATHER)
+        rows = this_batch(rows, counters, gather)
         acc = tl.zeros((BN, BK), tl.float32)
         for start in range(begin, end, BM):
             inside_b = start + at_b < end
@@ -211,7 +214,7 @@ def grad_weight_kernel(
         )
         finished(
             acc, p_at, s0_at, s1_at, shadow_at, stored, hyper, rule, tensors, task, counters, partials, program,
-            wants_norm, write_shadow, UPDATES, STATES,
+            wants_norm, shadowed, UPDATES, STATES,
         )  # fmt: skip
     else:
         at_n = tile * BN + tl.arange(0, BN)
@@ -230,7 +233,7 @@ def grad_weight_kernel(
         finished(
             sums, p + far * tl.load(row + P_ROW), s0 + far * tl.load(row + S0_ROW), s1 + far * tl.load(row + S1_ROW),
             shadow + far * tl.load(row + SHADOW_ROW), inside_n, hyper, rule, tensors, task, counters, partials,
-            program, wants_norm, write_shadow, UPDATES, STATES,
+            program, wants_norm, shadowed, UPDATES, STATES,
         )  # fmt: skip
     if UPDATES:
         if is_last(ticket, programs):

@@ -11,6 +11,7 @@ from fusemlp_kernels.contract import COUNTERS, HYPER, Segment, TensorRule, Updat
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.triton import clock, configs, gradients, update
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned
+from fusemlp_kernels.triton.layers import checked_rows
 
 INT64, FLOAT32, FLOAT64 = torch.int64, torch.float32, torch.float64
 WEIGHT, BIAS, SLOPE = 0, 1, 2
@@ -89,6 +90,7 @@ def _collect(
     layers: Sequence[Mapping[str, Any]],
     slopes: Sequence[Mapping[str, Any]],
     rule: UpdateRule,
+    counters: Tensor,
     *,
     updates: bool,
 ) -> tuple[_Tasks, Tensor | None, int, list[tuple[int, int]]]:
@@ -102,7 +104,7 @@ def _collect(
         n = device.check(op, f"{where}dz", dz, (m, None), device.compute).shape[1]
         k = device.check(op, f"{where}x", x, (m if given is None else None, None), device.compute).shape[1]
         if given is not None:
-            rows = device.check(op, f"{where}rows", given, (m,), INT64)
+            rows = checked_rows(device, op, f"{where}rows", given, counters, m)
         for kind, name in ((WEIGHT, names[0]), (BIAS, names[1])):
             tensor = layer[name]
             if tensor is None:
@@ -124,6 +126,7 @@ def _collect(
                 kind=kind, N=n, K=k, gather=int(given is not None),
                 **tasks.place("dz", dz), **tasks.place("x", x), **tasks.place("p", tensor),
                 **tasks.place("s0", first), **tasks.place("s1", second), **tasks.place("shadow", shadow),
+                shadowed=int(shadow is not None),
             )  # fmt: skip
     for index, slope in enumerate(slopes):
         where = f"slopes[{index}]: "
@@ -154,7 +157,8 @@ def _launch(
     counters: Tensor,
     norm: Tensor | None,
     updates: bool,
-    shadows: bool,
+    parts: int = 1,
+    part: int = 0,
 ) -> tuple[Run, int]:
     """The grouped launch and how many programs it has."""
     arch = device.arch
@@ -163,22 +167,32 @@ def _launch(
     else:
         tile = configs.general_tile(arch)
     table, tensors, tiles = tasks.tables(tile)
+    programs = tiles * parts
     arguments = {
         "compute": tasks.base("compute" if device.compute != FLOAT32 else "real"), "real": tasks.base("real"),
         "rows": device.zeros(1, INT64) if rows is None else rows, "table": table, "tensors": tensors,
         "hyper": device.zeros(HYPER, FLOAT64) if hyper is None else hyper,
         "rule": device.floats(clock.rule_values(rule), FLOAT64), "counters": counters,
-        "partials": device.zeros(tiles, FLOAT64), "norm": device.zeros(1, FLOAT64) if norm is None else norm,
+        "partials": device.zeros(programs, FLOAT64), "norm": device.zeros(1, FLOAT64) if norm is None else norm,
         "ticket": device.zeros(1, torch.int32),
-        "M": m, "tasks": len(tasks.rows), "programs": tiles, "splits": 1, "part": 0,
-        "wants_norm": int(norm is not None), "write_shadow": int(shadows),
+        "M": m, "tasks": len(tasks.rows), "programs": programs, "splits": parts, "part": part,
+        "wants_norm": int(norm is not None),
     }  # fmt: skip
     constants = {
         "BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": device.product, "ALIGNED": tasks.aligned,
         "UPDATES": updates, "STATES": rule.state_count if updates else 0,
         "TASKS": configs.table_length(len(tasks.rows)),
     }  # fmt: skip
-    return device.launch(gradients.grad_weight_kernel, tiles, arguments, constants, tile), tiles
+    return device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile), programs
+
+
+def _check_parts(op: str, parts: int, part: int, rule: UpdateRule, norm: Tensor | None) -> None:
+    if parts > 1 and (rule.accumulate > 1 or rule.clip_norm is not None or norm is not None):
+        raise ArgumentError(
+            f"{op}: parts: a batch in {parts} parts has no gradient to accumulate, nor the norm of one; use parts=1"
+        )
+    if parts < 1 or (parts > 1 and part % 8):
+        raise ArgumentError(f"{op}: parts, part: expected parts >= 1, part a multiple of 8; got {parts} and {part}")
 
 
 def bind_grad_weight(
@@ -189,15 +203,18 @@ def bind_grad_weight(
     rule: UpdateRule,
     counters: Tensor,
     norm: Tensor | None = None,
+    parts: int = 1,
+    part: int = 0,
 ) -> Run:
     """The contract's ``grad_weight``."""
     op = "grad_weight"
+    _check_parts(op, parts, part, rule, norm)
     device.check(op, "counters", counters, (COUNTERS,), INT64)
     if norm is not None:
         device.check(op, "norm", norm, (1,), FLOAT64)
-    found = _collect(device, op, layers, slopes, rule, updates=False)
+    found = _collect(device, op, layers, slopes, rule, counters, updates=False)
     run, programs = _launch(
-        device, *found, rule=rule, hyper=None, counters=counters, norm=norm, updates=False, shadows=False
+        device, *found, rule=rule, hyper=None, counters=counters, norm=norm, updates=False, parts=parts, part=part
     )
     return norm.zero_ if programs == 0 and norm is not None else run
 
@@ -219,11 +236,8 @@ def bind_grad_weight_update(
         raise ArgumentError(
             f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"
         )
-    found = _collect(device, op, layers, slopes, rule, updates=True)
-    shadows = any(layer.get("w_shadow") is not None for layer in layers)
-    run, programs = _launch(
-        device, *found, rule=rule, hyper=hyper, counters=counters, norm=None, updates=True, shadows=shadows
-    )
+    found = _collect(device, op, layers, slopes, rule, counters, updates=True)
+    run, programs = _launch(device, *found, rule=rule, hyper=hyper, counters=counters, norm=None, updates=True)
     if programs:
         return run
     # nothing to train, or no elements in it: the clock goes on all the same
@@ -244,9 +258,12 @@ def bind_update(
     norm: Tensor | None = None,
     shadow: Tensor | None = None,
     scaled: bool = False,
+    parts: int = 1,
+    part: int = 0,
 ) -> Run:
     """The contract's ``update``."""
     op = "update"
+    _check_parts(op, parts, part, rule, norm)
     device.check_written(op, "params", params, (None,), FLOAT32)
     size = tuple(params.shape)
     device.check(op, "grads", grads, size, FLOAT32)
@@ -282,7 +299,7 @@ def bind_update(
         "table": torch.tensor(table, dtype=INT64, device=device.device),
         "tensors": torch.tensor(rules, dtype=FLOAT64, device=device.device),
         "hyper": hyper, "rule": values, "counters": counters, "ticket": device.zeros(1, torch.int32),
-        "tasks": len(table), "programs": first, "parts": 1, "part": 0, "write_shadow": int(shadow is not None),
+        "tasks": len(table), "programs": first, "parts": parts, "part": part, "shadowed": int(shadow is not None),
     }  # fmt: skip
     constants = {
         "BLOCK": tile.columns,

@@ -101,7 +101,9 @@ class Device:
     ) -> Tensor:
         """``check`` for an output: elements that lie on one another could not all be written."""
         self.check(op, name, tensor, shape, dtype)
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if tensor.numel() > 1 and any(
+            size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
             raise ArgumentError(f"{op}: {name}: is expanded (stride 0), so it cannot be written; use {name}.clone()")
         return tensor
 

@@ -52,11 +52,17 @@ def _dropout(op: str, dropout: Dropout | None, counters: Tensor | None) -> dict[
     }
 
 
-def _checked_rows(device: Device, op: str, name: str, rows: Tensor | None, count: int) -> None:
-    if rows is not None:
-        device.check(op, name, rows, (count,), INT64)
-        if not rows.is_contiguous():
-            raise ArgumentError(f"{op}: {name}: expected a contiguous tensor, got stride {rows.stride(0)}")
+def checked_rows(device: Device, op: str, name: str, rows: Tensor, counters: Tensor | None, m: int) -> Tensor:
+    """The row numbers of a batch of ``m``, or of several batches one behind the other."""
+    device.check(op, name, rows, (None,), INT64)
+    if (len(rows) % m if m else len(rows)) or not rows.is_contiguous():
+        raise ArgumentError(
+            f"{op}: {name}: expected a contiguous tensor of {m} row numbers, or of several batches of {m}; got "
+            f"{len(rows)} with stride {rows.stride(0)}"
+        )
+    if counters is None:
+        raise ArgumentError(f"{op}: counters: {name} needs them, since they say where the batch begins; got None")
+    return rows
 
 
 def bind_linear(
@@ -78,15 +84,15 @@ def bind_linear(
     op, compute = "linear", device.compute
     n, k = device.check(op, "w", w, (None, None), compute).shape
     device.check(op, "b", b, (n,), FLOAT32)
-    m = len(device.check(op, "x", x, (None, k), compute)) if rows is None else rows.shape[0]
-    device.check(op, "x", x, (None, k), compute)
-    _checked_rows(device, op, "rows", rows, m)
-    device.check_written(op, "y", y, (m, n), compute)
+    m = len(device.check_written(op, "y", y, (None, n), compute))
+    device.check(op, "x", x, (m if rows is None else None, k), compute)
+    if counters is not None:
+        device.check(op, "counters", counters, (COUNTERS,), INT64)
+    if rows is not None:
+        checked_rows(device, op, "rows", rows, counters, m)
     keeps_z = z is not None and activation in NEEDS_Z
     if z is not None:
         device.check_written(op, "z", z, (m, n), compute)
-    if counters is not None:
-        device.check(op, "counters", counters, (COUNTERS,), INT64)
     spare = device.zeros(1, INT64)
     saved = z if z is not None and keeps_z else y
     aligned = all(map(is_aligned, (x, w, y, saved)))
@@ -179,7 +185,8 @@ def _loss(
         raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
     classes = entropy and not loss.soft
     length = m if rows is None else None
-    _checked_rows(device, op, "rows", rows, m)
+    if rows is not None:
+        checked_rows(device, op, "rows", rows, counters, m)
     device.check(op, "target", target, (length,) if classes else (length, n), INT64 if classes else FLOAT32)
     device.check(op, "counters", counters, (COUNTERS,), INT64)
     device.check(op, "stats", stats, (STATS,), FLOAT64)
@@ -276,9 +283,13 @@ def bind_linear_loss_grad(
             "use linear and loss_grad one after the other"
         )
     device.check(op, "b", b, (n,), FLOAT32)
-    m = len(device.check(op, "x", x, (None, k), compute)) if x_rows is None else x_rows.shape[0]
-    device.check(op, "x", x, (None, k), compute)
-    _checked_rows(device, op, "x_rows", x_rows, m)
+    if dz is not None:
+        m = len(device.check_written(op, "dz", dz, (None, n), compute))
+    else:
+        m = len(x) if x_rows is None else len(x_rows)
+    device.check(op, "x", x, (m if x_rows is None else None, k), compute)
+    if x_rows is not None:
+        checked_rows(device, op, "x_rows", x_rows, operands.get("counters"), m)
     arguments = _loss(device, op, m, n, **operands)
     aligned = all(is_aligned(t) for t in (x, w, dz) if t is not None)
     tile = configs.output_tile(device.arch, n)

@@ -8,7 +8,7 @@ import triton.language as tl
 from fusemlp_kernels.triton.activations import PRELU, activate
 from fusemlp_kernels.triton.clock import BATCH_INDEX
 from fusemlp_kernels.triton.dropout import keep_mask
-from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, tile_of
+from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, this_batch, tile_of
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def linear_kernel(
     ``gather``: the batch is x[rows], else x. ``slope`` is that of the activation, but for prelu, whose slope is read.
     ``threshold`` 0: no dropout. Numbers that differ from network to network are run-time values.
     """
+    rows = this_batch(rows, counters, gather)
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
     row, col = tile_m * BM, tile_n * BN
     acc = affine_tile(

@@ -13,9 +13,9 @@ import triton.language as tl
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import LOSSES
 from fusemlp_kernels.triton.activations import PRELU, activate, derivative, needs_z, sigmoid
-from fusemlp_kernels.triton.clock import LOSS_SCALE, is_last, sum_of
+from fusemlp_kernels.triton.clock import LOSS_SCALE, ROW_COUNT, is_last, sum_of
 from fusemlp_kernels.triton.linear import affine_tile
-from fusemlp_kernels.triton.tiles import column_step, masked_width, row_pitch
+from fusemlp_kernels.triton.tiles import column_step, masked_width, row_pitch, this_batch
 
 CODES = {name: code for code, name in enumerate(LOSSES)}
 BINARY: tl.constexpr = tl.constexpr(CODES["binary_cross_entropy"])
@@ -23,7 +23,6 @@ MSE: tl.constexpr = tl.constexpr(CODES["mse"])
 MAE: tl.constexpr = tl.constexpr(CODES["mae"])
 HUBER: tl.constexpr = tl.constexpr(CODES["huber"])
 POISSON: tl.constexpr = tl.constexpr(CODES["poisson"])
-ROW_COUNT: tl.constexpr = tl.constexpr(contract.ROW_COUNT)
 LAST_LOSS: tl.constexpr = tl.constexpr(contract.LAST_LOSS)
 LOSS_SUM: tl.constexpr = tl.constexpr(contract.LOSS_SUM)
 NORM_SUM: tl.constexpr = tl.constexpr(contract.NORM_SUM)
@@ -166,7 +165,8 @@ def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, opt
         total = sum_of(partials, programs, PARTIALS, 128)
         mean = tl.load(options + MEAN) != 0.0
         divisor = tl.where(mean & (normaliser != 0.0), normaliser, 1.0)
-        tl.store(stats + LAST_LOSS, tl.where(mean & (normaliser == 0.0), 0.0, total / divisor))
+        total = tl.where(mean & (normaliser == 0.0), 0.0, total)
+        tl.store(stats + LAST_LOSS, total / divisor)
         tl.store(stats + LOSS_SUM, tl.load(stats + LOSS_SUM) + total)
         if mean:
             tl.store(stats + NORM_SUM, tl.load(stats + NORM_SUM) + normaliser)
@@ -211,12 +211,14 @@ def linear_loss_grad_kernel(
     """z = x @ w.T + b, the loss of its activation, and dz (M, N): the logits stay in registers. BN >= N."""
     program = tl.program_id(0)
     row = program * BM
+    x_rows = this_batch(x_rows, counters, x_gather)
     z = affine_tile(
         x, w, b, x_rows, row, 0, M, N, K, x_row, x_col, w_row, w_col, b_step, x_gather, BM, BN, BK, PRODUCT, ALIGNED
     )
     at_m, at_n = row + tl.arange(0, BM), tl.arange(0, BN)
     count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
     ignored = ignored_label(ignored_low, ignored_high)
+    rows = this_batch(rows, counters, gather)
     normaliser = normaliser_of(
         rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
     )
@@ -305,6 +307,7 @@ def loss_grad_kernel(
     at_m = program * BM + tl.arange(0, BM)
     count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
     ignored = ignored_label(ignored_low, ignored_high)
+    rows = this_batch(rows, counters, gather)
     normaliser = normaliser_of(
         rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
     )

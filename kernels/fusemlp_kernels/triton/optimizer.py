@@ -79,10 +79,10 @@ def learning_rate(hyper, factor):
 
 @triton.jit
 def stored_update(
-    g, p_at, first_at, second_at, shadow_at, mask, hyper, rule, factor, decay, write_shadow, STATES: tl.constexpr
+    g, p_at, first_at, second_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, STATES: tl.constexpr
 ):  # fmt: skip
     """Update the parameters at ``p_at`` and their states by the gradient ``g``; elements outside ``mask`` get zero
-    gradients and are not stored. ``shadow_at`` receives the parameter rounded, where ``write_shadow``."""
+    gradients and are not stored. ``shadow_at`` receives the parameter rounded, where ``shadowed``."""
     rate = learning_rate(hyper, factor)
     p = tl.load(p_at, mask=mask, other=0.0)
     p, g = decayed(p, g, rate, decay, rule)
@@ -99,5 +99,5 @@ def stored_update(
         p, velocity = momentum(p, g, velocity, rate, rule)
         tl.store(first_at, velocity, mask=mask)
     tl.store(p_at, p, mask=mask)
-    if write_shadow != 0:
+    if shadowed != 0:
         tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)

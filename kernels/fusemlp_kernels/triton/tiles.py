@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusemlp_kernels.triton.clock import ROW_OFFSET
+
 # Rows of tiles that are worked on together, so that what they read stays in the L2 cache.
 GROUP: tl.constexpr = tl.constexpr(8)
 
@@ -51,6 +53,14 @@ def column_step(step, ALIGNED: tl.constexpr):
         return 1
     else:
         return step.to(tl.int64)
+
+
+@triton.jit
+def this_batch(rows, counters, gather):
+    """Where the row numbers of this batch begin."""
+    if gather != 0:
+        rows += tl.load(counters + ROW_OFFSET)
+    return rows
 
 
 @triton.jit

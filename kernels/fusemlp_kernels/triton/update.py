@@ -44,10 +44,10 @@ def clip_factor(norm, limit):
     return tl.where(factor > 1.0, 1.0, factor)
 
 
-@triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "write_shadow"])
+@triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "shadowed"])
 def update_kernel(
     params, grads, first, second, shadow, norm, table, tensors, hyper, rule, counters, ticket,
-    tasks, programs, parts, part, write_shadow,
+    tasks, programs, parts, part, shadowed,
     BLOCK: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
     """Update each segment of the arenas by its rule, to the mean of the accumulated gradients, clipped.
@@ -81,7 +81,7 @@ def update_kernel(
         g = g * factor.to(tl.float32)
         stored_update(
             g, params + at, first + at, second + at, shadow + at, mask, hyper, rule,
-            tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), write_shadow, STATES,
+            tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, STATES,
         )  # fmt: skip
     if is_last(ticket, programs):
         advance_clock(counters, hyper, rule, applied, due & (sound == 0))
