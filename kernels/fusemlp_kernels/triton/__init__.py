@@ -1,1 +1,1 @@
-"""Fused Triton kernels for training multi-layer perceptrons."""
+"""Fused Triton kernels for training multi-layer perceptrons; ``functional`` has them as functions of tensors."""

@@ -1,0 +1,277 @@
+"""The kernels as functions of torch tensors: for one call, a notebook, or a check against another implementation.
+
+    from fusemlp_kernels.triton import functional as F
+    loss, dz = F.linear_loss_grad(x, w, b, labels)
+
+Each function checks its arguments, allocates its outputs, starts its kernel on the current stream and returns without
+waiting. Notation: M batch rows, K inputs, N outputs of a layer; weights are (N, K); act is the activation behind the
+layer and z = x @ w.T + b. "compute" is the type of x: float32, float16 or bfloat16; biases, slopes, targets, weights of
+rows, parameters and states are float32, labels and row numbers int64. Any strides are taken; matrices whose rows start
+at multiples of 16 bytes and whose width is a multiple of 8 are read in whole vectors.
+
+All raise ArgumentError or ShapeError (both ValueError) and DTypeError (TypeError) before anything is started, and
+BackendUnavailableError where there is no GPU for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    COUNTERS,
+    LAST_LOSS,
+    NEEDS_Z,
+    ROW_COUNT,
+    STATS,
+    UPDATE_COUNT,
+    Dropout,
+    LossSpec,
+    ScheduleSpec,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
+from fusemlp_kernels.triton import grouped, layers
+from fusemlp_kernels.triton.backend import open_device
+from fusemlp_kernels.triton.launch import Device, Tensor, is_interpreted
+
+PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _device(op: str, name: str, tensor: Any, tf32: bool = False) -> Device:
+    """Where a tensor is, and the kernels for its type."""
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"{op}: {name}: expected a torch tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in PRECISIONS:
+        raise DTypeError(
+            f"{op}: {name}: expected float32, float16 or bfloat16, got {tensor.dtype}; convert it with {name}.float()"
+        )
+    if tensor.device.type == "cpu" and not is_interpreted():
+        raise ArgumentError(
+            f"{op}: {name}: is on the CPU and the kernels run on a GPU; move it with {name}.cuda(), or set "
+            "TRITON_INTERPRET=1 before Python starts"
+        )
+    precision = PRECISIONS[tensor.dtype]
+    if tf32 and precision != "fp32":
+        raise ArgumentError(f"{op}: tf32: is a way to multiply float32, and {name} is {tensor.dtype}")
+    return open_device(str(tensor.device), "tf32" if tf32 else precision)
+
+
+def _counters(device: Device, **values: int) -> Tensor:
+    counters = torch.zeros(COUNTERS, dtype=torch.int64)
+    for name, value in values.items():
+        counters[{"batch_index": BATCH_INDEX, "row_count": ROW_COUNT, "update_count": UPDATE_COUNT}[name]] = value
+    return counters.to(device.device)
+
+
+def _slope(slope: float | Tensor) -> dict[str, Any]:
+    return {"slope_param": slope} if isinstance(slope, Tensor) else {"slope": slope}
+
+
+def _height(op: str, tensor: Tensor, rows: Tensor | None) -> int:
+    chosen = tensor if rows is None else rows
+    if chosen.dim() == 0:
+        raise ArgumentError(f"{op}: {'x' if rows is None else 'rows'}: expected rows, got a single number")
+    return len(chosen)
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    activation: str = "identity",
+    *,
+    slope: float | Tensor = 0.0,
+    rows: Tensor | None = None,
+    dropout: Dropout | None = None,
+    batch_index: int = 0,
+    return_z: bool = False,
+    tf32: bool = False,
+) -> Any:
+    """y = dropout(act(x @ w.T + b)), (M, N) compute.
+
+    x (M, K) or, with ``rows`` (M,), x[rows] of x (n, K), zeros where a row is -1; w (N, K); b (N,). ``slope`` is leaky
+    relu's number or prelu's tensor (1,). The mask of ``dropout`` is that of ``batch_index``. ``return_z`` (gelu, silu,
+    prelu): (y, z). ``tf32``: one TF32 product in place of three.
+    """
+    op = "linear"
+    device = _device(op, "x", x, tf32)
+    m = _height(op, x, rows)
+    device.check(op, "w", w, (None, None))
+    y = torch.empty(m, len(w), dtype=device.compute, device=device.device)
+    if return_z and activation not in NEEDS_Z:
+        raise ArgumentError(f"{op}: return_z: is for {', '.join(sorted(NEEDS_Z))}; {activation} has no use for it")
+    z = torch.empty_like(y) if return_z else None
+    counters = _counters(device, batch_index=batch_index, row_count=m)
+    layers.bind_linear(
+        device, x=x, w=w, b=b, y=y, z=z, activation=activation, rows=rows, dropout=dropout, counters=counters,
+        **_slope(slope),
+    )()  # fmt: skip
+    return (y, z) if return_z else y
+
+
+def loss_grad(
+    z: Tensor,
+    target: Tensor,
+    loss: LossSpec | str = "cross_entropy",
+    *,
+    activation: str = "identity",
+    slope: float | Tensor = 0.0,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of act(z), a 0-d float64 tensor, and dz = d loss / d z (M, N) compute; ``reference.loss_grad`` defines
+    them.
+
+    z (M, N); target (M,) labels, or (M, N) values or probabilities (``LossSpec.soft``); weight (M,); class_weight (N,);
+    with ``rows`` (M,) target and weight are those of n examples, of which the rows are taken. Any N.
+    """
+    op = "loss_grad"
+    device = _device(op, "z", z)
+    device.check(op, "z", z, (None, None))
+    spec = LossSpec(loss) if isinstance(loss, str) else loss
+    dz, stats = torch.empty_like(z), torch.zeros(STATS, dtype=torch.float64, device=device.device)
+    layers.bind_loss_grad(
+        device, z=z, dz=dz, target=target, loss=spec, activation=activation, weight=weight, class_weight=class_weight,
+        rows=rows, counters=_counters(device, row_count=len(z)), stats=stats, **_slope(slope),
+    )()  # fmt: skip
+    return stats[LAST_LOSS], dz
+
+
+def linear_loss_grad(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    target: Tensor,
+    loss: LossSpec | str = "cross_entropy",
+    *,
+    activation: str = "identity",
+    slope: float | Tensor = 0.0,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``linear`` and ``loss_grad`` in one kernel; the logits stay in registers. N is at most 256.
+
+    x (M, K), w (N, K), b (N,), target as in ``loss_grad``; ``rows`` picks the rows of x, target and weight.
+    """
+    op = "linear_loss_grad"
+    device = _device(op, "x", x, tf32)
+    device.check(op, "w", w, (None, None))
+    m = _height(op, x, rows)
+    spec = LossSpec(loss) if isinstance(loss, str) else loss
+    dz = torch.empty(m, len(w), dtype=device.compute, device=device.device)
+    stats = torch.zeros(STATS, dtype=torch.float64, device=device.device)
+    layers.bind_linear_loss_grad(
+        device, x=x, w=w, b=b, dz=dz, x_rows=rows, rows=rows, target=target, loss=spec, activation=activation,
+        weight=weight, class_weight=class_weight, counters=_counters(device, row_count=m), stats=stats,
+        **_slope(slope),
+    )()  # fmt: skip
+    return stats[LAST_LOSS], dz
+
+
+def grad_input(
+    dz: Tensor,
+    w: Tensor,
+    y: Tensor,
+    activation: str = "identity",
+    *,
+    slope: float | Tensor = 0.0,
+    z: Tensor | None = None,
+    dropout: Dropout | None = None,
+    batch_index: int = 0,
+    tf32: bool = False,
+) -> Any:
+    """dz of the previous layer, (M, K) compute: (dz @ w) * keep / (1 - p) * act'(z_prev).
+
+    dz (M, N); w (N, K); y (M, K) the previous layer's output after its dropout, whose activation it is; z (M, K) its
+    pre-activation, for gelu, silu and prelu. For prelu, whose slope is a tensor (1,): (dz_prev, dslope (1,)).
+    """
+    op = "grad_input"
+    device = _device(op, "dz", dz, tf32)
+    device.check(op, "w", w, (None, None))
+    out = torch.empty(len(dz), w.shape[1], dtype=device.compute, device=device.device)
+    dslope = torch.empty(1, device=device.device) if activation == "prelu" else None
+    layers.bind_grad_input(
+        device, dz=dz, w=w, y=y, dz_prev=out, activation=activation, z=z, dropout=dropout, dslope=dslope,
+        counters=_counters(device, batch_index=batch_index), **_slope(slope),
+    )()  # fmt: skip
+    return out if dslope is None else (out, dslope)
+
+
+def grad_weight(dz: Tensor, x: Tensor, *, rows: Tensor | None = None, tf32: bool = False) -> tuple[Tensor, Tensor]:
+    """dw = dz.T @ x (N, K) and db = the sums of dz's columns (N,), float32.
+
+    dz (M, N); x (M, K), or with ``rows`` (M,) x[rows] of x (n, K), zeros where a row is -1.
+    """
+    op = "grad_weight"
+    device = _device(op, "dz", dz, tf32)
+    device.check(op, "dz", dz, (None, None))
+    device.check(op, "x", x, (None, None))
+    dw = torch.empty(dz.shape[1], x.shape[1], device=device.device)
+    db = torch.empty(dz.shape[1], device=device.device)
+    layer = {"dz": dz, "x": x, "dw": dw, "db": db, "rows": rows}
+    rule = UpdateRule("sgd", ScheduleSpec("constant", 1.0))
+    grouped.bind_grad_weight(device, layers=[layer], rule=rule, counters=_counters(device))()
+    return dw, db
+
+
+def grad_weight_update(
+    dz: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    rule: UpdateRule,
+    *,
+    w_state: Sequence[Tensor] = (),
+    b_state: Sequence[Tensor] = (),
+    tensor: TensorRule | None = None,
+    update_count: int = 0,
+    rows: Tensor | None = None,
+    tf32: bool = False,
+) -> None:
+    """``grad_weight`` and the optimizer in one kernel: w (N, K), b (N,) and their states are updated in place.
+
+    The gradients are never stored. ``rule`` is the optimizer (no clipping, no accumulation), ``update_count`` how many
+    updates were before; w_state and b_state hold none, one (momentum) or two (Adam) tensors like the parameter.
+    """
+    op = "grad_weight_update"
+    device = _device(op, "dz", dz, tf32)
+    own = TensorRule() if tensor is None else tensor
+    layer = {
+        "dz": dz, "x": x, "w": w, "b": b, "rows": rows, "w_state": tuple(w_state), "b_state": tuple(b_state),
+        "w_rule": own, "b_rule": own,
+    }  # fmt: skip
+    hyper = torch.from_numpy(hyper_at(rule, update_count)).to(device.device)
+    counters = _counters(device, update_count=update_count)
+    grouped.bind_grad_weight_update(device, layers=[layer], rule=rule, hyper=hyper, counters=counters)()
+
+
+def update(
+    params: Tensor,
+    grads: Tensor,
+    rule: UpdateRule,
+    *,
+    states: Sequence[Tensor] = (),
+    tensor: TensorRule | None = None,
+    update_count: int = 0,
+) -> None:
+    """The optimizer on a flat arena: params (size,) and ``states`` are updated in place by grads (size,), all float32
+    and contiguous. With ``rule.clip_norm`` the gradient's norm is taken first, by a kernel of its own."""
+    device = _device("update", "params", params)
+    segments = (Segment(0, params.numel(), TensorRule() if tensor is None else tensor),)
+    hyper = torch.from_numpy(hyper_at(rule, update_count)).to(device.device)
+    # the batch that ends an accumulation, so that the update is applied
+    counters = _counters(device, batch_index=rule.accumulate - 1, update_count=update_count)
+    grouped.bind_update(
+        device, params=params, grads=grads, states=tuple(states), segments=segments, rule=rule, hyper=hyper,
+        counters=counters,
+    )()  # fmt: skip

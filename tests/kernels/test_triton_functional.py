@@ -1,0 +1,154 @@
+"""The Triton kernels as functions of torch tensors: a step by hand against autograd, and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tolerance import assert_within, bound, linear_bound
+
+from fusemlp_kernels import availability, reference
+from fusemlp_kernels.contract import Dropout, LossSpec, ScheduleSpec, UpdateRule
+from fusemlp_kernels.errors import ArgumentError, DTypeError, ShapeError
+from fusemlp_kernels.philox import dropout_keep
+
+if availability()["triton"] is not None:
+    pytest.skip(f"triton: {availability()['triton']}", allow_module_level=True)
+
+import torch
+
+from fusemlp_kernels.triton import functional as F
+from fusemlp_kernels.triton import launch
+
+DEVICE = "cpu" if launch.is_interpreted() else "cuda"
+M, K, H, N = 9, 7, 11, 5
+SGD = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+
+
+def tensors(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [torch.tensor(rng.standard_normal(shape), dtype=torch.float32, device=DEVICE) for shape in shapes]
+
+
+def host(tensor):
+    return tensor.detach().cpu().double().numpy()
+
+
+def test_a_training_step_by_hand_is_autograds():
+    x, w0, b0, w1, b1 = tensors((M, K), (H, K), (H,), (N, H), (N,))
+    labels = torch.arange(M, device=DEVICE) % N
+    exact = [t.double().requires_grad_() for t in (w0, b0, w1, b1)]
+    hidden = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), exact[0], exact[1]))
+    wanted = torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, exact[2], exact[3]), labels)
+    wanted.backward()
+
+    h, z = F.linear(x, w0, b0, "gelu", return_z=True)
+    loss, dz1 = F.linear_loss_grad(h, w1, b1, labels)
+    dz0 = F.grad_input(dz1, w1, h, "gelu", z=z)
+    dw1, db1 = F.grad_weight(dz1, h)
+    before = host(w0), host(b0)
+    F.grad_weight_update(dz0, x, w0, b0, SGD)
+    assert loss.shape == () and loss.dtype == torch.float64
+    # a chain of a few products of length 11 at most, each within some ten roundings of numbers of the order of one
+    limit = 200 * 2.0**-24
+    assert_within(host(loss), host(wanted), limit)
+    for found, parameter in ((dw1, exact[2]), (db1, exact[3])):
+        assert_within(host(found), host(parameter.grad), limit)
+    for old, new, parameter in zip(before, (w0, b0), exact[:2], strict=True):
+        assert_within(host(new), old - 0.1 * host(parameter.grad), limit)
+
+
+def test_rows_dropout_and_wide_losses():
+    x, w, b = tensors((20, K), (H, K), (H,))
+    rows = torch.tensor([3, 19, 0, -1], device=DEVICE)
+    dropout = Dropout(0.5, layer=2, seed=9)
+    y = F.linear(x, w, b, "relu", rows=rows, dropout=dropout, batch_index=4)
+    batch = np.where(rows.cpu().numpy()[:, None] >= 0, host(x)[rows.cpu().numpy()], 0.0)
+    keep = dropout_keep(0.5, 2, 9, 4, 4, H)
+    expected = reference.dropout(reference.linear(batch, host(w), host(b), "relu"), keep, 0.5)
+    assert_within(host(y), expected, linear_bound(batch, host(w), host(b), "relu", keep=keep, rate=0.5)[1])
+    (z,) = tensors((3, 700))
+    labels = torch.tensor([0, 699, 350], device=DEVICE)
+    loss, dz = F.loss_grad(z, labels, LossSpec("cross_entropy", label_smoothing=0.1))
+    exact = z.double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact, labels, label_smoothing=0.1)
+    wanted.backward()
+    assert_within(host(loss), host(wanted), 1e-5)
+    assert_within(host(dz), host(exact.grad), 1e-7)
+
+
+def test_an_arena_is_updated():
+    params, grads, first, second = tensors((40,), (40,), (40,), (40,))
+    rule, second = UpdateRule("adam", ScheduleSpec("constant", 0.1)), second.abs()
+    state = host(first), host(second)
+    expected, _ = reference.update(rule, F.TensorRule(), host(params), host(grads), state, 3, 0.1)
+    F.update(params, grads, rule, states=(first, second), update_count=3)
+    assert_within(host(params), expected, bound(40, np.abs(expected) + 1.0))
+
+
+X, W, B, Y = (9, 7), (11, 7), (11,), (9, 11)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda x, w, b, y: F.linear(x.double(), w, b), DTypeError, r"linear: x: expected float32.*x\.float\(\)"),
+        (
+            lambda x, w, b, y: F.linear(x, w.half(), b),
+            DTypeError,
+            r"linear: w: expected torch\.float32, got torch\.float16",
+        ),
+        (lambda x, w, b, y: F.linear(x, w[:, :6], b), ShapeError, r"linear: x: expected shape \(9, 6\), got \(9, 7\)"),
+        (lambda x, w, b, y: F.linear(x, w, b[:3]), ShapeError, r"linear: b: expected shape \(11\), got \(3,\)"),
+        (lambda x, w, b, y: F.linear(x, w, b, "rleu"), ArgumentError, r"linear: activation.*did you mean 'relu'"),
+        (lambda x, w, b, y: F.linear(x, w, b, "prelu"), ArgumentError, "slope_param: prelu needs its slope"),
+        (lambda x, w, b, y: F.linear(x, w, b, "relu", return_z=True), ArgumentError, "return_z"),
+        (lambda x, w, b, y: F.linear(x, w, b, rows=torch.zeros(4)), DTypeError, r"rows: expected torch\.int64"),
+        (lambda x, w, b, y: F.linear(x.half(), w, b, tf32=True), ArgumentError, "tf32"),
+        (lambda x, w, b, y: F.linear(None, w, b), TypeError, "x: expected a torch tensor, got NoneType"),
+        (lambda x, w, b, y: F.grad_input(y, w, x, "gelu"), ArgumentError, "z: the derivative of gelu needs"),
+        (lambda x, w, b, y: F.loss_grad(y, torch.zeros(9)), DTypeError, r"target: expected torch\.int64"),
+        (lambda x, w, b, y: F.loss_grad(y, y, "mss"), ArgumentError, "did you mean 'mse'"),
+        (
+            lambda x, w, b, y: F.linear_loss_grad(x, torch.zeros(300, 7, device=DEVICE), b, y),
+            ArgumentError,
+            "300 outputs are more than the 256",
+        ),
+        (
+            lambda x, w, b, y: F.grad_weight_update(y, x, w, b, UpdateRule("adam", SGD.schedule)),
+            ArgumentError,
+            "adam keeps 2 arrays of state, got 0",
+        ),
+        (
+            lambda x, w, b, y: F.grad_weight_update(y, x, w, b, UpdateRule("sgd", SGD.schedule, clip_norm=1.0)),
+            ArgumentError,
+            "clipping and accumulation need the gradients in memory",
+        ),
+        (
+            lambda x, w, b, y: F.grad_weight_update(y, x, w[:1].expand(11, 7), b, SGD),
+            ArgumentError,
+            r"w: is expanded \(stride 0\)",
+        ),
+        (lambda x, w, b, y: F.update(w.T.reshape(7, 11)[0][::2], w[0], SGD), ShapeError, "grads: expected shape"),
+        (
+            lambda x, w, b, y: F.linear(x, torch.zeros(2**31, 0, device=DEVICE), b),
+            ShapeError,
+            "more than the 2147483647 that a 32-bit index counts",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_starts(call, error, said):
+    given = tensors(X, W, B, Y)
+    before = [tensor.clone() for tensor in given]
+    with pytest.raises(error, match=said):
+        call(*given)
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+def test_tensors_of_another_device_are_refused(monkeypatch):
+    x, w, b, _ = tensors(X, W, B, Y)
+    with pytest.raises(ArgumentError, match=r"linear: w: is on meta, the kernels run on .*move it with w\.to\("):
+        F.linear(x, w.to("meta"), b)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(F, "is_interpreted", lambda: False)
+        with pytest.raises(ArgumentError, match=r"x: is on the CPU and the kernels run on a GPU; move it with x\.cuda"):
+            F.linear(x, w, b)
