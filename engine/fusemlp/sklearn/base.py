@@ -1,0 +1,278 @@
+"""What the classifier and the regressor have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import train_test_split
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from fusemlp.callbacks import checked_callbacks
+from fusemlp.network import Activation
+from fusemlp.schedules import Schedule
+from fusemlp.sklearn import settings
+from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.lbfgs import minimise
+from fusemlp.sklearn.model import Model, Rates, copies, dense
+from fusemlp.sklearn.settings import Objective
+from fusemlp.sklearn.stochastic import Validation, train
+
+Array = np.ndarray[Any, Any]
+
+# The greatest seed of a dropout mask.
+SEEDS = 2**31
+
+
+class BaseMLP(BaseEstimator, ABC):
+    """Parameters are checked and data is prepared as scikit-learn does; an engine does the training."""
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = settings.CONSTRAINTS
+
+    # whether rows that are set aside have the proportions of the classes
+    _stratifies: bool
+    # coefs, intercepts and slopes with the best score of held-out rows
+    _best_parameters: tuple[list[Array], list[Array], list[Any]] | None
+    loss: Any
+    coefs_: list[Array]
+    intercepts_: list[Array]
+    loss_curve_: list[float]
+    best_loss_: float | None
+    validation_scores_: list[float] | None
+    best_validation_score_: float | None
+
+    @abstractmethod
+    def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
+        """X and the targets, checked and as numbers."""
+
+    @abstractmethod
+    def _validate_targets(self, y: Any) -> Array:
+        """Targets of held-out rows, (n,) or (n, N), as ``_validate_input`` returns them."""
+
+    @abstractmethod
+    def _objective(self, outputs: int) -> Objective:
+        """What is minimised."""
+
+    @abstractmethod
+    def _targets(self, y: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
+        """Targets (n, N) as the engine wants them, and the parts (n,) of the losses that the engine leaves out."""
+
+    @abstractmethod
+    def _truth(self, y: Array) -> Array:
+        """Targets (n, N) as the model predicts them."""
+
+    @abstractmethod
+    def _score_of(self, predicted: Array, truth: Array, weight: Array | None) -> float:
+        """The score of predictions of held-out rows."""
+
+    def _row_weights(self, y: Array, weight: Array | None, incremental: bool) -> Array | None:
+        """The weights in the loss; ``y`` as ``_validate_input`` returns it."""
+        return weight
+
+    def _fit(
+        self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any = None, y_val: Any = None
+    ) -> BaseMLP:
+        widths = settings.hidden_widths(self.hidden_layer_sizes)
+        stochastic = self.solver in settings.STOCHASTIC
+        self._refuse(stochastic, incremental, X_val, y_val)
+        callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
+        first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
+        X, y = self._validate_input(X, y, incremental, first)
+        weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
+        y = y.reshape(-1, 1) if y.ndim == 1 else y
+        sizes = [X.shape[1], *widths, y.shape[1]]
+        if not first and [coef.shape for coef in self.coefs_] != list(pairwise(sizes)):
+            raise ValueError(
+                f"hidden_layer_sizes: the layers {sizes} do not continue the fitted ones, "
+                f"{[coef.shape for coef in self.coefs_]}. Keep the sizes, or fit with warm_start=False."
+            )
+        network = settings.network(sizes, self.activation, self.dropout)
+        row_weights = self._row_weights(y, weight, incremental)
+        if row_weights is not None and not row_weights.any():
+            raise ValueError("sample_weight: all weights are zero; at least one sample must count.")
+        held_out = None if X_val is None else self._given_validation(X_val, y_val)
+
+        self.n_outputs_ = y.shape[1]
+        random_state = check_random_state(self.random_state)
+        if first:
+            self._initialize(network, random_state, X.dtype)
+        self._start_accounts(first, stochastic, held_out is not None)
+        if stochastic and self.early_stopping and held_out is None:
+            X, y, row_weights, held_out = self._split(X, y, row_weights, weight, random_state)
+        n = X.shape[0]
+        size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
+        model = self._model_for(network, incremental, random_state, X.dtype if first else self.coefs_[0].dtype, n, size)
+        model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
+        target, constants = self._targets(y, model.dtype)
+        batches = Batches(
+            model,
+            self._objective(self.n_outputs_),
+            dense(X, model.dtype),
+            target,
+            row_weights,
+            alpha=0.0 if self.solver == "adamw" else float(self.alpha),
+            batch_size=size,
+            constants=constants,
+            keep=incremental,
+        )
+        if stochastic:
+            train(self, model, batches, held_out, random_state, callbacks, incremental=incremental)
+        else:
+            minimise(self, model, batches)
+        self._model = model
+        decided = stochastic and self.early_stopping and held_out is not None
+        self._take((decided and self._best_parameters) or model.parameters())
+        if not all(np.isfinite(values).all() for values in (*self.coefs_, *self.intercepts_)):
+            raise ValueError(
+                "Solver produced non-finite parameter weights. The input data may contain large values and need to be "
+                "preprocessed."
+            )
+        return self
+
+    def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
+        """Combinations of arguments that cannot be."""
+        if incremental and self.early_stopping:
+            raise ValueError("partial_fit does not support early_stopping=True")
+        if (X_val is None) != (y_val is None):
+            missing = "y_val" if y_val is None else "X_val"
+            raise ValueError(f"X_val and y_val belong together, and {missing} is missing.")
+        rates = self.dropout if isinstance(self.dropout, list | tuple) else [self.dropout]
+        if not stochastic and any(rates):
+            raise ValueError(
+                f"dropout: lbfgs needs the same loss at each evaluation, got {self.dropout!r}. Use solver='adam'."
+            )
+
+    def _initialize(self, network: Any, random_state: np.random.RandomState, dtype: Any) -> None:
+        """Weights and biases uniform in +-sqrt(6 / (K + N)), before and behind a sigmoid +-sqrt(2 / (K + N)).
+
+        (Glorot and Bengio, 2010.) Drawn in scikit-learn's order. The output layer's bound is of the last hidden layer.
+        """
+        hidden = network.activations[:-1]
+        behind = [*hidden, hidden[-1] if hidden else network.activations[-1]]
+        if not hidden and not isinstance(self.activation, list | tuple):
+            behind = [Activation("sigmoid" if self.activation in ("logistic", "sigmoid") else "identity")]
+        self.n_iter_, self.t_ = 0, 0
+        self.n_layers_ = network.layers + 1
+        self.out_activation_ = self._objective(self.n_outputs_).out_activation
+        self.coefs_, self.intercepts_ = [], []
+        for (fan_in, fan_out), activation in zip(pairwise(network.sizes), behind, strict=True):
+            bound = np.sqrt((2.0 if activation.name == "sigmoid" else 6.0) / (fan_in + fan_out))
+            weight = random_state.uniform(-bound, bound, (fan_in, fan_out))
+            bias = random_state.uniform(-bound, bound, fan_out)
+            self.coefs_.append(weight.astype(dtype, copy=False))
+            self.intercepts_.append(bias.astype(dtype, copy=False))
+        self._set_slopes([np.full(1, one.slope, dtype) if one.name == "prelu" else None for one in network.activations])
+
+    def _set_slopes(self, slopes: list[Any]) -> None:
+        """``slopes_`` is there only where a layer has one."""
+        if any(slope is not None for slope in slopes):
+            self.slopes_ = slopes
+        elif hasattr(self, "slopes_"):
+            del self.slopes_
+
+    def _start_accounts(self, first: bool, stochastic: bool, validated: bool) -> None:
+        """What a stochastic solver writes down; a warm start goes on with it."""
+        # a warm start that never scores better than the fits before it keeps what it comes to, as in scikit-learn
+        self._best_parameters = None
+        if first:
+            slopes = copies(getattr(self, "slopes_", [None] * len(self.coefs_)))
+            self._best_parameters = (copies(self.coefs_), copies(self.intercepts_), slopes)
+        if not stochastic:
+            return
+        if first or not hasattr(self, "_stalled_epochs"):
+            self._stalled_epochs = 0
+        if first or not hasattr(self, "loss_curve_"):
+            self.loss_curve_ = []
+        by_score = self.early_stopping
+        if first or not hasattr(self, "best_loss_") or (self.best_loss_ is None and not by_score):
+            self.best_loss_ = None if by_score else np.inf
+        scored = by_score or validated
+        if first or not hasattr(self, "validation_scores_") or (scored and self.validation_scores_ is None):
+            self.validation_scores_ = [] if scored else None
+            self.best_validation_score_ = -np.inf if scored else None
+
+    def _split(
+        self, X: Any, y: Array, row_weights: Any, weight: Any, random_state: np.random.RandomState
+    ) -> tuple[Any, Array, Any, Validation]:
+        """Set ``validation_fraction`` of the rows aside, as scikit-learn does: stratified for one column of classes."""
+        stratify = y if self._stratifies and self.n_outputs_ == 1 else None
+        trained, held = train_test_split(
+            np.arange(len(y)), random_state=random_state, test_size=self.validation_fraction, stratify=stratify
+        )
+        if len(held) < 2:
+            raise ValueError(
+                "The validation set is too small. Increase 'validation_fraction' or the size of your dataset."
+            )
+        score_weights = None if weight is None else weight[held]
+        validation = Validation(X[held], self._truth(y[held]), score_weights, True)
+        return X[trained], y[trained], None if row_weights is None else row_weights[trained], validation
+
+    def _given_validation(self, X_val: Any, y_val: Any) -> Validation:
+        X_val = validate_data(self, X_val, accept_sparse=["csr", "csc"], reset=False)
+        y_val = self._validate_targets(y_val)
+        y_val = y_val.reshape(-1, 1) if y_val.ndim == 1 else y_val
+        if len(y_val) != X_val.shape[0]:
+            raise ValueError(f"X_val and y_val have inconsistent numbers of samples: {X_val.shape[0]}, {len(y_val)}.")
+        return Validation(X_val, self._truth(y_val), None, bool(self.early_stopping))
+
+    def _model_for(
+        self, network: Any, incremental: bool, random_state: np.random.RandomState, dtype: Any, n: int, size: int
+    ) -> Model:
+        """A new model, or the one that ``partial_fit`` goes on with."""
+        backend = settings.chosen_backend(self.backend)
+        precision = settings.chosen_precision(self.precision, backend, dtype, self.solver)
+        loss = self._objective(self.n_outputs_).loss
+        model: Model | None = getattr(self, "_model", None)
+        if incremental and model is not None and model.serves(network, loss, backend, precision):
+            return model
+        optimizer = settings.optimizer(self)
+        updates = None if incremental else self.max_iter * -(-n // size)
+        kind = "schedule" if isinstance(self.learning_rate, Schedule) else self.learning_rate
+        if self.solver != "sgd" and kind != "schedule":
+            kind = "constant"
+        # masks need numbers of their own; without dropout the random state is consumed as scikit-learn consumes it
+        seed = int(random_state.randint(SEEDS)) if any(network.dropouts) else 0
+        return Model(
+            network,
+            loss,
+            optimizer,
+            rule=optimizer.rule(total_updates=updates),
+            rates=Rates(kind, float(self.learning_rate_init), float(self.power_t)),
+            seed=seed,
+            backend=backend,
+            precision=precision,
+        )
+
+    def _take(self, parameters: tuple[list[Array], list[Array], list[Any]]) -> None:
+        self.coefs_, self.intercepts_ = list(parameters[0]), list(parameters[1])
+        self._set_slopes(list(parameters[2]))
+
+    def _loaded(self) -> Model:
+        """The model with the parameters in ``coefs_`` and ``intercepts_``, whoever has set them."""
+        model: Model | None = getattr(self, "_model", None)
+        if model is None:
+            sizes = [len(self.coefs_[0]), *(len(bias) for bias in self.intercepts_)]
+            network = settings.network(sizes, self.activation, 0.0)
+            model = self._model_for(network, True, np.random.RandomState(0), self.coefs_[0].dtype, 1, 1)
+        model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
+        return model
+
+    def _checked(self, X: Any) -> Any:
+        check_is_fitted(self)
+        return validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
+
+    def _check_solver(self) -> bool:
+        if self.solver not in settings.STOCHASTIC:
+            raise AttributeError(
+                f"partial_fit is only available for stochastic optimizers. {self.solver} is not stochastic."
+            )
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags

@@ -1,0 +1,40 @@
+"""L-BFGS over the flat arena: SciPy proposes parameters, the engine answers with the loss and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+from sklearn.utils.optimize import _check_optimize_result
+
+from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.model import Model
+
+Array = np.ndarray[Any, Any]
+
+
+def minimise(estimator: Any, model: Model, batches: Batches) -> None:
+    """Minimise the loss of all rows (Liu and Nocedal, 1989); sets ``n_iter_`` and ``loss_``.
+
+    Arena elements between the tensors have gradient zero, and so stay zero. Warns (ConvergenceWarning) if ``max_iter``
+    or ``max_fun`` ended it.
+    """
+    memory = model.engine.memory
+    backend = memory.backend
+
+    def objective(theta: Array) -> tuple[float, Array]:
+        backend.copy_into(memory.params, theta.astype(model.dtype, copy=False))
+        loss = batches.loss_and_gradient()
+        return loss, backend.to_host(memory.grads).astype(np.float64, copy=False)
+
+    result = scipy.optimize.minimize(
+        objective,
+        backend.to_host(memory.params).astype(np.float64),
+        method="L-BFGS-B",
+        jac=True,
+        options={"maxfun": estimator.max_fun, "maxiter": estimator.max_iter, "gtol": estimator.tol},
+    )
+    backend.copy_into(memory.params, result.x.astype(model.dtype, copy=False))
+    estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
+    estimator.loss_ = result.fun

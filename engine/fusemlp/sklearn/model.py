@@ -1,0 +1,178 @@
+"""An engine that belongs to an estimator: its parameters as scikit-learn lays them out, its optimizer's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusemlp.engine import Engine, availability
+from fusemlp.execution import BoundProgram
+from fusemlp.losses import Loss
+from fusemlp.lowering import Inputs
+from fusemlp.network import MLP
+from fusemlp.optimizers import Optimizer
+from fusemlp.schedules import PLATEAU_START, PlateauState
+from fusemlp_kernels.contract import UpdateRule
+
+Array = np.ndarray[Any, Any]
+
+# What a forward pass of sparse rows makes dense at once, in elements: 32 MiB in float64.
+DENSE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Rates:
+    """scikit-learn's learning rate: ``kind`` "constant", "invscaling", "adaptive", or "schedule" for one of fusemlp's.
+
+    ``initial`` is the first rate, ``power`` the exponent of "invscaling".
+    """
+
+    kind: str
+    initial: float
+    power: float
+
+
+class Model:
+    """``network`` with ``loss`` and ``optimizer`` on a backend; ``rule`` is what the clock follows.
+
+    It can be pickled: the optimizer's memory goes along, the parameters are the estimator's ``coefs_`` and come back
+    with ``load``. Where the backend is missing then, the first that works takes its place.
+    """
+
+    def __init__(
+        self,
+        network: MLP,
+        loss: Loss,
+        optimizer: Optimizer,
+        *,
+        rule: UpdateRule,
+        rates: Rates,
+        seed: int,
+        backend: str,
+        precision: str,
+    ) -> None:
+        self.arguments = (network, loss, optimizer)
+        self.rule = rule
+        self.rates = rates
+        self.plateau: PlateauState = PLATEAU_START
+        self.options: dict[str, Any] = {"seed": seed, "backend": backend, "precision": precision}
+        self._start()
+
+    def _start(self) -> None:
+        network, loss, optimizer = self.arguments
+        self.engine = Engine(network, loss, optimizer, **self.options)
+        self.engine.use_rule(self.rule, 1.0)
+        self._staged: tuple[Any, BoundProgram] | None = None
+
+    def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
+        """Whether ``partial_fit`` can go on with this model."""
+        mine = (*self.arguments[:2], self.options["backend"], self.options["precision"])
+        return mine == (network, loss, backend, precision)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the parameters on the host."""
+        return np.dtype(np.float64 if self.engine.precision == "fp64" else np.float32)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        return self.engine.learning_rate
+
+    def scale_rate(self, scale: float) -> None:
+        """Make the learning rate ``scale`` times what the rule says."""
+        self.engine.use_rule(self.rule, scale)
+
+    def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
+        """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
+        memory = self.engine.memory
+        copy, arrays = memory.backend.copy_into, memory.arrays
+        for layer, (weight, bias) in enumerate(zip(coefs, intercepts, strict=True)):
+            copy(arrays[f"w{layer}"], np.asarray(weight, self.dtype).T)
+            copy(arrays[f"b{layer}"], np.asarray(bias, self.dtype))
+            if f"s{layer}" in arrays and slopes is not None:
+                copy(arrays[f"s{layer}"], np.asarray(slopes[layer], self.dtype))
+
+    def parameters(self) -> tuple[list[Array], list[Array], list[Array | None]]:
+        """Copies of coefs, intercepts and slopes, the inverse of ``load``."""
+        memory = self.engine.memory
+        host, arrays = memory.backend.to_host, memory.arrays
+        layers = range(self.engine.network.layers)
+        slopes = [host(arrays[f"s{layer}"]) if f"s{layer}" in arrays else None for layer in layers]
+        return (
+            [host(arrays[f"w{layer}"]).T for layer in layers],
+            [host(arrays[f"b{layer}"]) for layer in layers],
+            slopes,
+        )
+
+    def bind(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, keep: bool) -> BoundProgram:
+        """A step of ``batch_size`` rows picked from ``arrays`` (x, target, weight), its gradients left to be read.
+
+        With ``keep`` the arrays are copied into memory of the program's, which stays for the next call of this form.
+        """
+        engine = self.engine
+        backend = engine.memory.backend
+        spec = engine.loss.spec(accuracy=False)
+        if not keep:
+            given = {name: backend.from_host(array) for name, array in arrays.items()}
+            return engine.bind(inputs, spec, self.rule, batch_size, given, keep_gradients=True)
+        key = (inputs, batch_size)
+        if self._staged is None or self._staged[0] != key:
+            self._staged = (key, engine.bind(inputs, spec, self.rule, batch_size, {}, keep_gradients=True))
+        bound = self._staged[1]
+        for name, array in arrays.items():
+            backend.copy_into(bound.arrays[name], array)
+        return bound
+
+    def predict(self, X: Any) -> Array:
+        """``Engine.predict`` of dense or sparse rows: classes, or 0 and 1 for each label, or values."""
+        return self._by_blocks(self.engine.predict, X)
+
+    def predict_proba(self, X: Any) -> Array:
+        """``Engine.predict_proba`` of dense or sparse rows."""
+        return self._by_blocks(self.engine.predict_proba, X)
+
+    def _by_blocks(self, function: Any, X: Any) -> Array:
+        if not hasattr(X, "toarray"):
+            return np.asarray(function(X))
+        rows = max(1, DENSE_ELEMENTS // max(1, X.shape[1]))
+        X = X.tocsr()
+        return np.concatenate([function(X[start : start + rows].toarray()) for start in range(0, X.shape[0], rows)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        memory = self.engine.memory
+        return {
+            "arguments": self.arguments,
+            "rule": self.rule,
+            "rates": self.rates,
+            "plateau": self.plateau,
+            "options": self.options,
+            "states": [self.engine.tensors(f".state{index}") for index in range(len(memory.states))],
+            "counters": memory.backend.to_host(memory.counters),
+            "hyper": memory.backend.to_host(memory.hyper),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.arguments, self.rule, self.rates = state["arguments"], state["rule"], state["rates"]
+        self.plateau, self.options = state["plateau"], dict(state["options"])
+        if availability().get(self.options["backend"]) is not None:
+            self.options["backend"] = "auto"
+        self._start()
+        memory = self.engine.memory
+        for index, tensors in enumerate(state["states"]):
+            self.engine.write_tensors(tensors, f".state{index}")
+        memory.backend.copy_into(memory.counters, state["counters"])
+        memory.backend.copy_into(memory.hyper, state["hyper"])
+
+
+def dense(X: Any, dtype: np.dtype[Any]) -> Array:
+    """X (n, K), sparse or not, as the kernels want it."""
+    return np.require(X.toarray() if hasattr(X, "toarray") else X, dtype, ["C", "A"])
+
+
+def copies(arrays: Iterable[Any]) -> list[Any]:
+    """Copies of arrays; None stays None."""
+    return [None if array is None else array.copy() for array in arrays]

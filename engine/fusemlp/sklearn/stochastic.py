@@ -1,0 +1,184 @@
+"""Training epoch by epoch: scikit-learn's learning rates, its signs of convergence, and what it says of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+from fusemlp.callbacks import deferred_interrupt
+from fusemlp.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.model import Model
+
+Array = np.ndarray[Any, Any]
+
+# "adaptive" gives up once the rate is no greater than this.
+SMALLEST_RATE = 1e-6
+ADAPTIVE_DIVISOR = 5.0
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out rows, their targets as the model predicts them, and weights; ``decides``: their score ends training."""
+
+    X: Any
+    truth: Array
+    weight: Array | None
+    decides: bool
+
+
+def train(
+    estimator: Any,
+    model: Model,
+    batches: Batches,
+    validation: Validation | None,
+    random_state: np.random.RandomState,
+    callbacks: list[Any],
+    *,
+    incremental: bool,
+) -> None:
+    """Train for ``max_iter`` epochs, or for one if ``incremental``, or until nothing improves any more.
+
+    The estimator's ``n_iter_``, ``t_``, ``loss_`` and the other accounts follow. Ctrl-C ends it after the batch with a
+    warning; what was learned until then is kept.
+    """
+    engine = model.engine
+    engine.stop_training = False
+    order = np.arange(batches.n)
+    watchers = [callback for callback in callbacks if hasattr(callback, "on_batch_end")]
+    estimator.n_iter_ = 0
+    estimator.learning_rate_ = model.learning_rate
+    try:
+        with deferred_interrupt() as interrupted:
+            stop = _stop_between_batches(engine, watchers, interrupted)
+            _call(callbacks, "on_train_begin", engine)
+            while estimator.n_iter_ < estimator.max_iter:
+                if estimator.shuffle:
+                    # the permutations pile up from epoch to epoch, as scikit-learn's do
+                    step = np.arange(batches.n)
+                    random_state.shuffle(step)
+                    order = order[step]
+                epoch = estimator.n_iter_
+                _call(callbacks, "on_epoch_begin", engine, epoch)
+                loss = batches.epoch(order, stop)
+                if loss is None:
+                    break
+                stopping = _end_epoch(estimator, model, loss, validation, batches.n)
+                _call(callbacks, "on_epoch_end", engine, epoch, _logs(estimator, validation))
+                if stopping or incremental or engine.stop_training or interrupted():
+                    break
+                if estimator.n_iter_ == estimator.max_iter:
+                    warnings.warn(
+                        f"Stochastic Optimizer: Maximum iterations ({estimator.max_iter}) reached and the optimization "
+                        "hasn't converged yet.",
+                        ConvergenceWarning,
+                        stacklevel=5,
+                    )
+            if interrupted():
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        warnings.warn("Training interrupted by user.", stacklevel=5)
+    _call(callbacks, "on_train_end", engine, engine.history)
+
+
+def _stop_between_batches(engine: Any, watchers: list[Any], interrupted: Callable[[], bool]) -> Callable[[], bool]:
+    """Asked after each batch: whether training ends there."""
+    if not watchers:
+        return interrupted
+    batch = -1
+
+    def stop() -> bool:
+        nonlocal batch
+        batch += 1
+        _call(watchers, "on_batch_end", engine, batch)
+        return interrupted() or engine.stop_training
+
+    return stop
+
+
+def _call(callbacks: list[Any], stage: str, *arguments: Any) -> None:
+    for callback in callbacks:
+        method = getattr(callback, stage, None)
+        if method is not None:
+            method(*arguments)
+
+
+def _logs(estimator: Any, validation: Validation | None) -> dict[str, float]:
+    logs = {"loss": estimator.loss_, "learning_rate": estimator.learning_rate_}
+    if validation is not None:
+        logs["val_score"] = estimator.validation_scores_[-1]
+    return logs
+
+
+def _end_epoch(estimator: Any, model: Model, loss: float, validation: Validation | None, rows: int) -> bool:
+    """Write down an epoch and set the rate of the next; whether training has converged."""
+    estimator.n_iter_ += 1
+    estimator.t_ += rows
+    estimator.loss_ = loss
+    estimator.loss_curve_.append(loss)
+    if estimator.verbose:
+        print(f"Iteration {estimator.n_iter_}, loss = {loss:.8f}")
+    if validation is not None:
+        _score(estimator, model, validation)
+    by_score = validation is not None and validation.decides
+    if not by_score:
+        _count(estimator, loss > estimator.best_loss_ - estimator.tol)
+        # in this order a NaN is no improvement
+        if loss < estimator.best_loss_:
+            estimator.best_loss_ = loss
+    rates = model.rates
+    if rates.kind == "invscaling":
+        model.scale_rate((estimator.t_ + 1) ** -rates.power)
+    elif isinstance(model.engine.optimizer.schedule, ReduceOnPlateau):
+        watched = -estimator.validation_scores_[-1] if validation is not None else loss
+        model.plateau = plateau_step(model.engine.optimizer.schedule, model.plateau, watched)
+        model.scale_rate(model.plateau[2])
+    stopping = False
+    if estimator._stalled_epochs > estimator.n_iter_no_change:
+        stopping = _converged(estimator, model, "Validation score" if by_score else "Training loss")
+    estimator.learning_rate_ = model.learning_rate
+    return stopping
+
+
+def _count(estimator: Any, stalled: bool) -> None:
+    estimator._stalled_epochs = estimator._stalled_epochs + 1 if stalled else 0
+
+
+def _score(estimator: Any, model: Model, validation: Validation) -> None:
+    """The score of the held-out rows; if it decides, the best parameters so far are kept."""
+    score = estimator._score_of(model.predict(validation.X), validation.truth, validation.weight)
+    estimator.validation_scores_.append(score)
+    if estimator.verbose:
+        print(f"Validation score: {score:f}")
+    best = estimator.best_validation_score_
+    if validation.decides:
+        _count(estimator, score < best + estimator.tol)
+    if score > best:
+        estimator.best_validation_score_ = score
+        if validation.decides:
+            estimator._best_parameters = model.parameters()
+
+
+def _converged(estimator: Any, model: Model, watched: str) -> bool:
+    """What follows when nothing has improved for too long: the end, or with "adaptive" a smaller rate."""
+    said = (
+        f"{watched} did not improve more than tol={estimator.tol:f} for {estimator.n_iter_no_change:d} "
+        "consecutive epochs."
+    )
+    rate = model.learning_rate
+    adaptive = model.rates.kind == "adaptive"
+    if adaptive and rate > SMALLEST_RATE:
+        rate /= ADAPTIVE_DIVISOR
+        model.scale_rate(rate / model.rates.initial)
+        estimator._stalled_epochs = 0
+        if estimator.verbose:
+            print(f"{said} Setting learning rate to {rate:f}")
+        return False
+    if estimator.verbose:
+        print(f"{said} {'Learning rate too small. ' if adaptive else ''}Stopping.")
+    return True

@@ -1,0 +1,42 @@
+"""What tests want to be read at the end of the run: lines of their own, and counts of how groups of tests ended."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+
+# Properties of reports: they come back from the workers of pytest-xdist, too.
+LINE, GROUP = "summary line", "summary group"
+
+
+@pytest.fixture
+def record_line(record_property):
+    """A function that puts a line into the summary at the end of the run."""
+    return lambda line: record_property(LINE, line)
+
+
+@pytest.fixture
+def count_under(record_property):
+    """A function that counts the test that calls it under a heading in the summary: "heading: 3 passed"."""
+    return lambda heading: record_property(GROUP, heading)
+
+
+def pytest_terminal_summary(terminalreporter):
+    lines = []
+    groups = defaultdict(Counter)
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == LINE:
+                    lines.append(value)
+                elif name == GROUP:
+                    groups[value][outcome] += 1
+    lines += [
+        f"{heading}: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items())}"
+        for heading, outcomes in groups.items()
+    ]
+    if lines:
+        terminalreporter.section("summary of the doors")
+        for line in sorted(lines):
+            terminalreporter.line(line)
