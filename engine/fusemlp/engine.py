@@ -343,11 +343,16 @@ class Engine:
                 f"loss: predict_proba needs cross_entropy or binary_cross_entropy, this engine has {self.loss.kind!r}; "
                 "use predict"
             )
-        from scipy.special import expit, softmax
+        from scipy.special import expit
 
         outputs = self._outputs(X)
         if self.loss.kind == "cross_entropy":
-            return np.asarray(softmax(outputs, axis=1))
+            # in place; SciPy's softmax takes longer to find out what kind of array it has than to compute
+            with np.errstate(invalid="ignore"):
+                outputs -= outputs.max(axis=1, keepdims=True)
+            np.exp(outputs, out=outputs)
+            outputs /= outputs.sum(axis=1, keepdims=True)
+            return outputs
         if outputs.shape[1] == 1:
             return np.asarray(np.hstack([expit(-outputs), expit(outputs)]))
         return np.asarray(expit(outputs))
