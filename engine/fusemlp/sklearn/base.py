@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from fusemlp.callbacks import checked_callbacks
@@ -26,6 +27,18 @@ Array = np.ndarray[Any, Any]
 
 # The greatest seed of a dropout mask.
 SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A fit whose arguments have been checked, before its first update."""
+
+    stochastic: bool
+    model: Model
+    batches: Batches
+    held_out: Validation | None
+    random_state: np.random.RandomState
+    callbacks: list[Any]
 
 
 class BaseMLP(BaseEstimator, ABC):
@@ -76,6 +89,39 @@ class BaseMLP(BaseEstimator, ABC):
     def _fit(
         self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any = None, y_val: Any = None
     ) -> BaseMLP:
+        before = self.__dict__.copy()
+        try:
+            ready = self._prepare(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
+        except BaseException:
+            # what was refused leaves a fitted model as it was
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        if ready.stochastic:
+            train(
+                self,
+                ready.model,
+                ready.batches,
+                ready.held_out,
+                ready.random_state,
+                ready.callbacks,
+                incremental=incremental,
+            )
+        else:
+            minimise(self, ready.model, ready.batches)
+        self._model = ready.model
+        decided = ready.stochastic and self.early_stopping and ready.held_out is not None
+        self._take((decided and self._best_parameters) or ready.model.parameters())
+        self._best_parameters = None
+        if not all(np.isfinite(values).all() for values in (*self.coefs_, *self.intercepts_)):
+            raise ValueError(
+                "Solver produced non-finite parameter weights. The input data may contain large values and need to be "
+                "preprocessed."
+            )
+        return self
+
+    def _prepare(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> _Ready:
+        """Check everything, draw the initial parameters, set rows aside, and bind the data to a model."""
         widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
         self._refuse(stochastic, incremental, X_val, y_val)
@@ -93,8 +139,8 @@ class BaseMLP(BaseEstimator, ABC):
         network = settings.network(sizes, self.activation, self.dropout)
         row_weights = self._row_weights(y, weight, incremental)
         if row_weights is not None and not row_weights.any():
-            raise ValueError("sample_weight: all weights are zero; at least one sample must count.")
-        held_out = None if X_val is None else self._given_validation(X_val, y_val)
+            raise ValueError("Sample weights must contain at least one non-zero number.")
+        held_out = None if X_val is None else self._given_validation(X_val, y_val, y.shape[1])
 
         self.n_outputs_ = y.shape[1]
         random_state = check_random_state(self.random_state)
@@ -105,7 +151,8 @@ class BaseMLP(BaseEstimator, ABC):
             X, y, row_weights, held_out = self._split(X, y, row_weights, weight, random_state)
         n = X.shape[0]
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
-        model = self._model_for(network, incremental, random_state, X.dtype if first else self.coefs_[0].dtype, n, size)
+        dtype = X.dtype if first else self.coefs_[0].dtype
+        model = self._model_for(network, incremental, random_state, dtype, n, size)
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         target, constants = self._targets(y, model.dtype)
         batches = Batches(
@@ -119,19 +166,7 @@ class BaseMLP(BaseEstimator, ABC):
             constants=constants,
             keep=incremental,
         )
-        if stochastic:
-            train(self, model, batches, held_out, random_state, callbacks, incremental=incremental)
-        else:
-            minimise(self, model, batches)
-        self._model = model
-        decided = stochastic and self.early_stopping and held_out is not None
-        self._take((decided and self._best_parameters) or model.parameters())
-        if not all(np.isfinite(values).all() for values in (*self.coefs_, *self.intercepts_)):
-            raise ValueError(
-                "Solver produced non-finite parameter weights. The input data may contain large values and need to be "
-                "preprocessed."
-            )
-        return self
+        return _Ready(stochastic, model, batches, held_out, random_state, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Combinations of arguments that cannot be."""
@@ -211,12 +246,16 @@ class BaseMLP(BaseEstimator, ABC):
         validation = Validation(X[held], self._truth(y[held]), score_weights, True)
         return X[trained], y[trained], None if row_weights is None else row_weights[trained], validation
 
-    def _given_validation(self, X_val: Any, y_val: Any) -> Validation:
+    def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> Validation:
         X_val = validate_data(self, X_val, accept_sparse=["csr", "csc"], reset=False)
+        y_val = check_array(y_val, accept_sparse="csr", ensure_2d=False, dtype=None, input_name="y_val")
+        check_consistent_length(X_val, y_val)
+        if y_val.ndim == 2 and y_val.shape[1] == 1:
+            y_val = column_or_1d(y_val, warn=True)
         y_val = self._validate_targets(y_val)
         y_val = y_val.reshape(-1, 1) if y_val.ndim == 1 else y_val
-        if len(y_val) != X_val.shape[0]:
-            raise ValueError(f"X_val and y_val have inconsistent numbers of samples: {X_val.shape[0]}, {len(y_val)}.")
+        if y_val.shape[1] != outputs:
+            raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {outputs}.")
         return Validation(X_val, self._truth(y_val), None, bool(self.early_stopping))
 
     def _model_for(

@@ -134,12 +134,12 @@ class MLPRegressor(RegressorMixin, BaseMLP):
         return X, self._check_counts(y)
 
     def _validate_targets(self, y: Any) -> Array:
-        return self._check_counts(np.asarray(check_array(y, ensure_2d=False, dtype="numeric", input_name="y_val")))
+        return self._check_counts(check_array(y, ensure_2d=False, dtype="numeric", input_name="y_val"))
 
-    def _check_counts(self, y: Array) -> Array:
+    def _check_counts(self, y: Any) -> Array:
         if self.loss == "poisson" and y.min() < 0:
             raise ValueError(f"loss='poisson' requires y >= 0, got {y.min()}; use another loss for negative targets.")
-        return y
+        return np.asarray(y)
 
     def _objective(self, outputs: int) -> Objective:
         return regression_objective(self.loss, outputs)

@@ -175,6 +175,6 @@ def rows_of_a_batch(batch_size: Any, n: int) -> int:
         return min(200, n)
     if batch_size > n:
         warnings.warn(
-            "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped", stacklevel=5
+            "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped", stacklevel=6
         )
     return min(int(batch_size), n)

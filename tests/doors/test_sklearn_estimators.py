@@ -1,0 +1,298 @@
+"""The estimators among scikit-learn's tools: its checks, its meta-estimators, pickles, data frames, bad input."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from collections import Counter
+
+import joblib
+import numpy as np
+import pandas
+import pytest
+from sklearn import neural_network as theirs
+from sklearn.base import clone
+from sklearn.datasets import load_digits, load_iris
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+import fusemlp
+from fusemlp import sklearn as ours
+from fusemlp.sklearn import MLPClassifier, MLPRegressor
+
+X, Y = load_iris(return_X_y=True)
+NAMES = ("MLPClassifier", "MLPRegressor")
+# What scikit-learn's classifier is not checked for: it has no such parameter.
+MORE_CHECKS = {"MLPClassifier": {"check_class_weight_classifiers"}, "MLPRegressor": set()}
+
+
+def quiet(estimator, *data, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return estimator.fit(*data, **options)
+
+
+def outcomes(estimator):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = check_estimator(estimator, on_skip=None, on_fail=None)
+    return Counter((result["check_name"], result["status"]) for result in results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_estimator_says_what_it_says_of_scikit_learns_own(name, record_line):
+    mine, reference = (outcomes(getattr(module, name)()) for module in (ours, theirs))
+    more = mine - reference
+    assert mine - more == reference
+    assert set(more) == {(check, "passed") for check in MORE_CHECKS[name]}
+    counts = [
+        ", ".join(
+            f"{sum(n for (_, s), n in found.items() if s == status)} {status}" for status in ("passed", "skipped")
+        )
+        for found in (mine, reference)
+    ]
+    extra = f"; one more than there: {', '.join(MORE_CHECKS[name])}" if MORE_CHECKS[name] else ""
+    record_line(f"check_estimator({name}()): {counts[0]} of {sum(mine.values())}; scikit-learn's: {counts[1]}{extra}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_begin_with_scikit_learns_in_order_and_with_its_defaults(name):
+    mine, reference = getattr(ours, name)(), getattr(theirs, name)()
+    own, known = mine.get_params(), reference.get_params()
+    assert {parameter: own[parameter] for parameter in known} == known
+    code, other = type(mine).__init__.__code__, type(reference).__init__.__code__
+    order = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    expected = other.co_varnames[: other.co_argcount + other.co_kwonlyargcount]
+    assert order[: len(expected)] == expected
+    assert code.co_argcount == other.co_argcount
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fitted_attributes_are_scikit_learns(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mine, reference = (getattr(module, name)(max_iter=2).fit(X, Y) for module in (ours, theirs))
+    public = {attribute for attribute in vars(reference) if attribute.endswith("_") and not attribute.startswith("_")}
+    assert public <= {attribute for attribute in vars(mine) if attribute.endswith("_")}
+
+
+def test_grid_search_in_two_processes():
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), MLPClassifier(max_iter=300, solver="lbfgs", random_state=0)),
+        {"mlpclassifier__alpha": [1e-3, 1.0], "mlpclassifier__hidden_layer_sizes": [(5,), (4, 3)]},
+        cv=2,
+        n_jobs=2,
+    )
+    search.fit(X, Y)
+    assert search.best_score_ > 0.9
+    reference = GridSearchCV(
+        make_pipeline(StandardScaler(), MLPClassifier(max_iter=300, solver="lbfgs", random_state=0)),
+        search.param_grid,
+        cv=2,
+    ).fit(X, Y)
+    np.testing.assert_array_equal(search.cv_results_["mean_test_score"], reference.cv_results_["mean_test_score"])
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_cross_val_score_is_scikit_learns():
+    options = {"max_iter": 30, "random_state": 0, "hidden_layer_sizes": 8, "learning_rate_init": 0.02}
+    scores = [cross_val_score(module.MLPClassifier(**options), X, Y, cv=3) for module in (ours, theirs)]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_clone_copies_every_parameter_and_nothing_learned():
+    estimator = MLPRegressor(
+        loss=fusemlp.Huber(0.3),
+        activation=["relu", fusemlp.LeakyReLU(0.2)],
+        hidden_layer_sizes=(4, 3),
+        learning_rate=fusemlp.Cosine(0.1),
+        dropout=[0.1, 0.0],
+        clip_norm=2.0,
+        max_iter=2,
+    )
+    quiet(estimator, X, Y)
+    copy = clone(estimator)
+    assert copy.get_params() == estimator.get_params()
+    with pytest.raises(NotFittedError, match="This MLPRegressor instance is not fitted yet"):
+        copy.predict(X)
+    assert repr(copy).startswith("MLPRegressor(")
+
+
+def through_pickle(estimator, folder):
+    return pickle.loads(pickle.dumps(estimator))
+
+
+def through_joblib(estimator, folder):
+    joblib.dump(estimator, folder / "model.joblib")
+    return joblib.load(folder / "model.joblib", mmap_mode="r")
+
+
+@pytest.mark.parametrize("through", [through_pickle, through_joblib])
+@pytest.mark.parametrize("options", [{"solver": "sgd"}, {"solver": "adam"}, {"activation": "prelu", "dropout": 0.2}])
+def test_a_stored_model_predicts_and_goes_on_as_the_original(through, options, tmp_path):
+    estimator = quiet(MLPClassifier((6, 5), max_iter=4, random_state=0, **options), X, Y)
+    stored = through(estimator, tmp_path)
+    np.testing.assert_array_equal(stored.predict_proba(X), estimator.predict_proba(X))
+    for one in (estimator, stored):
+        one.partial_fit(X, Y).partial_fit(X[:50], Y[:50])
+    np.testing.assert_array_equal(stored.predict_proba(X), estimator.predict_proba(X))
+    assert stored.loss_curve_ == estimator.loss_curve_
+
+
+def test_parameters_set_by_hand_are_what_predicts():
+    estimator = quiet(MLPRegressor(hidden_layer_sizes=(), max_iter=1, random_state=0), X, Y)
+    estimator.coefs_[0][:] = 0.0
+    estimator.intercepts_ = [np.array([3.5])]
+    np.testing.assert_array_equal(estimator.predict(X), np.full(150, 3.5))
+    assert not estimator.coefs_[0].any()
+
+
+def test_feature_names_are_kept_and_checked():
+    frame = pandas.DataFrame(X, columns=["a", "b", "c", "d"])
+    labels = pandas.Series(np.array(["one", "two", "three"])[Y])
+    scaled = make_pipeline(StandardScaler(), MLPClassifier(max_iter=5)).set_output(transform="pandas")
+    quiet(scaled, frame, labels)
+    assert list(scaled[-1].feature_names_in_) == ["a", "b", "c", "d"]
+    assert set(scaled.predict(frame)) <= {"one", "two", "three"}
+    with pytest.raises(ValueError, match="feature names should match"):
+        scaled[-1].predict(frame[["b", "a", "c", "d"]])
+
+
+def test_every_activation_alone_and_per_layer_is_trained_and_stored():
+    for activation in ("leaky_relu", "prelu", "gelu", "silu", "sigmoid", ["tanh", fusemlp.PReLU(0.1)]):
+        estimator = quiet(MLPClassifier((6, 5), activation, max_iter=20, random_state=0), X, Y)
+        assert estimator.loss_ < estimator.loss_curve_[0]
+        stored = through_pickle(estimator, None)
+        np.testing.assert_array_equal(stored.predict_proba(X), estimator.predict_proba(X))
+    assert [slope is None for slope in estimator.slopes_] == [True, False, True]
+    same = [quiet(MLPClassifier((6, 5), name, max_iter=3, random_state=0), X, Y) for name in ("sigmoid", "logistic")]
+    np.testing.assert_array_equal(same[0].coefs_[0], same[1].coefs_[0])
+
+
+@pytest.mark.parametrize("loss", ["absolute_error", "huber", "quantile", fusemlp.Huber(0.1), fusemlp.Quantile(0.7)])
+def test_every_loss_is_minimised(loss):
+    estimator = quiet(MLPRegressor(loss, (8,), max_iter=60, random_state=0), X, np.column_stack([Y, -Y]) * 1.0)
+    assert estimator.loss_ < 0.8 * estimator.loss_curve_[0]
+
+
+@pytest.mark.parametrize("precision, backend", [("fp32", "numpy"), ("fp64", "numpy"), ("auto", "auto")])
+def test_precision_and_backend(precision, backend):
+    estimator = quiet(MLPRegressor(precision=precision, backend=backend, max_iter=2), X, Y)
+    if backend == "numpy":
+        assert estimator.coefs_[0].dtype == {"fp32": np.float32, "fp64": np.float64}[precision]
+    assert np.isfinite(estimator.predict(X)).all()
+
+
+FITTED = quiet(MLPClassifier(max_iter=1), X, Y)
+BAD = {
+    "unknown activation": (MLPClassifier(activation="swosh"), (X, Y), ValueError, "The 'activation' parameter of MLPC"),
+    "an activation of a layer": (
+        MLPClassifier((3, 2), activation=["relu", "swosh"]), (X, Y), ValueError, "unknown name 'swosh'",
+    ),
+    "too few activations": (MLPClassifier((3, 2), ["relu"]), (X, Y), ValueError, "each of the 2 hidden layers"),
+    "dropout for other layers": (MLPClassifier((3,), dropout=[0.1, 0.2]), (X, Y), ValueError, "each of the 1 hidden"),
+    "dropout of all": (MLPClassifier(dropout=1.0), (X, Y), ValueError, "'dropout' parameter"),
+    "dropout with lbfgs": (MLPClassifier(solver="lbfgs", dropout=0.1), (X, Y), ValueError, "Use solver='adam'"),
+    "unknown solver": (MLPClassifier(solver="rmsprop"), (X, Y), ValueError, "'solver' parameter"),
+    "unknown loss": (MLPRegressor("hinge"), (X, Y), ValueError, "'loss' parameter of MLPRegressor"),
+    "negative counts": (MLPRegressor("poisson"), (X, Y - 1.0), ValueError, r"requires y >= 0, got -1"),
+    "a width of zero": (MLPClassifier((3, 0)), (X, Y), ValueError, r"hidden_layer_sizes must be > 0, got \[3, 0\]"),
+    "missing values": (MLPClassifier(), (np.full((3, 2), np.nan), [0, 1, 0]), ValueError, "Input X contains NaN"),
+    "real classes": (MLPClassifier(), (X, Y + 0.5), ValueError, "Unknown label type"),
+    "lengths": (MLPClassifier(), (X, Y[:9]), ValueError, "inconsistent numbers of samples"),
+    "weights of zero": (MLPClassifier(), (X, Y, np.zeros(150)), ValueError, "at least one non-zero number"),
+    "weights, too few": (MLPClassifier(), (X, Y, np.ones(3)), ValueError, "sample_weight.shape"),
+    "a backend that is none": (MLPClassifier(backend="tpu"), (X, Y), ValueError, "'backend' parameter"),
+    "a precision of GPUs": (MLPClassifier(precision="tf32"), (X, Y), RuntimeError, "tf32"),
+    "callbacks": (MLPClassifier(callbacks=[3]), (X, Y), TypeError, "callbacks: expected objects"),
+    "balanced labels": (
+        MLPClassifier(class_weight="heavy"), (X, Y), ValueError, "'class_weight' parameter of MLPClassifier",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("estimator, data, error, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused_before_anything_is_learned(estimator, data, error, message):
+    estimator = clone(estimator)
+    with pytest.raises(error, match=message):
+        estimator.fit(*data)
+    assert not [name for name in vars(estimator) if name.endswith("_")]
+
+
+@pytest.mark.parametrize(
+    "change, data",
+    [
+        ({"hidden_layer_sizes": 7}, (X, Y)),
+        ({}, (X, Y % 2)),
+        ({}, (X[:, :3], Y)),
+        ({"dropout": [0.1, 0.2]}, (X, Y)),
+        # a new fit, which is refused after the classes and the features have been looked at
+        ({"warm_start": False, "precision": "tf32"}, (X[:, :3], np.array(["a", "b"])[Y % 2])),
+    ],
+)
+def test_a_refused_fit_leaves_the_model_as_it_was(change, data):
+    estimator = quiet(MLPClassifier(max_iter=2, warm_start=True, random_state=0), X, Y)
+    options, before = estimator.get_params(), estimator.predict_proba(X)
+    with pytest.raises((ValueError, fusemlp.BackendUnavailableError)):
+        estimator.set_params(**change).fit(*data)
+    estimator.set_params(**options)
+    np.testing.assert_array_equal(estimator.predict_proba(X), before)
+    assert list(estimator.classes_) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"X_val": X}, "y_val is missing"),
+        ({"y_val": Y}, "X_val is missing"),
+        ({"X_val": X[:, :2], "y_val": Y}, "X has 2 features, but MLPClassifier is expecting 4"),
+        ({"X_val": X, "y_val": Y[:5]}, "inconsistent numbers of samples"),
+        ({"X_val": X, "y_val": Y + 7}, "classes not in `self.classes_`"),
+    ],
+)
+def test_bad_held_out_rows(given, message):
+    with pytest.raises(ValueError, match=message):
+        MLPClassifier().fit(X, Y, **given)
+
+
+def test_partial_fit_refuses():
+    with pytest.raises(ValueError, match="'balanced' is not supported for partial_fit"):
+        MLPClassifier(class_weight="balanced").partial_fit(X, Y, classes=[0, 1, 2])
+    with pytest.raises(ValueError, match="partial_fit does not support early_stopping=True"):
+        MLPClassifier(early_stopping=True).partial_fit(X, Y, classes=[0, 1, 2])
+    with pytest.raises(ValueError, match="classes must be passed on the first call"):
+        MLPClassifier().partial_fit(X, Y)
+    with pytest.raises(AttributeError, match="has no attribute 'partial_fit'"):
+        _ = MLPClassifier(solver="lbfgs").partial_fit
+
+
+def test_wide_sparse_rows_are_predicted_block_by_block(monkeypatch):
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    digits, y = load_digits(return_X_y=True)
+    estimator = quiet(MLPClassifier(max_iter=2, random_state=0), digits / 16.0, y)
+    monkeypatch.setattr("fusemlp.sklearn.model.DENSE_ELEMENTS", 64 * 100)
+    rows = scipy_sparse.csr_array(digits / 16.0)
+    np.testing.assert_allclose(estimator.predict_proba(rows), estimator.predict_proba(digits / 16.0), rtol=1e-12)
+
+
+def test_the_door_opens_when_it_is_touched():
+    code = (
+        "import sys, fusemlp; assert 'sklearn' not in sys.modules; "
+        "fusemlp.sklearn.MLPClassifier; assert 'sklearn' in sys.modules; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_the_model_holds_no_file_or_device(tmp_path):
+    buffer = io.BytesIO()
+    pickle.dump(FITTED, buffer)
+    # two matrices and Adam's two moments for each, in float64, and little else
+    numbers = 4 * 100 + 100 + 100 * 3 + 3
+    assert buffer.tell() < 3 * 8 * numbers + 20_000

@@ -1,0 +1,147 @@
+"""When training ends and what it leaves; the facts of those of scikit-learn's own tests that read private names."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+
+from fusemlp.sklearn import MLPClassifier, MLPRegressor
+
+X, Y = load_digits(n_class=2, return_X_y=True)
+X, Y = X[:100] / 16.0, Y[:100]
+
+
+def quiet(estimator, *data, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return estimator.fit(*data, **options)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5, 20])
+def test_training_ends_when_more_epochs_than_the_patience_bring_nothing(patience):
+    tol = 0.01
+    estimator = MLPClassifier(solver="sgd", tol=tol, max_iter=3000, n_iter_no_change=patience, random_state=0)
+    losses = np.array(estimator.fit(X, Y).loss_curve_)
+    best = np.minimum.accumulate(np.concatenate([[np.inf], losses]))[:-1]
+    idle = losses > best - tol
+    assert estimator.n_iter_ < 3000
+    assert idle[-(patience + 1) :].all() and not idle[-(patience + 2)]
+    # nowhere before were there as many in a row
+    runs = "".join("x" if one else " " for one in idle[:-1]).split()
+    assert max(map(len, runs), default=0) <= patience
+
+
+def test_without_a_patience_training_goes_to_the_end():
+    estimator = MLPClassifier(solver="sgd", tol=1e9, max_iter=60, n_iter_no_change=np.inf, hidden_layer_sizes=4)
+    with pytest.warns(ConvergenceWarning, match=r"Maximum iterations \(60\) reached"):
+        estimator.fit(X, Y)
+    assert estimator.n_iter_ == 60 == len(estimator.loss_curve_)
+
+
+@pytest.mark.parametrize("policy", ["constant", "invscaling"])
+def test_a_warm_start_begins_with_the_first_rate_and_counts_all_samples(policy):
+    estimator = MLPClassifier(
+        solver="sgd", hidden_layer_sizes=4, learning_rate=policy, max_iter=1, power_t=0.25, warm_start=True
+    )
+    rates = []
+    for _ in range(2):
+        quiet(estimator, X[:4], Y[:4])
+        rates.append(estimator.learning_rate_)
+    # 4 samples an epoch: after the second one the rate is of sample 9
+    expected = {"constant": [1e-3, 1e-3], "invscaling": [1e-3 / 5**0.25, 1e-3 / 9**0.25]}[policy]
+    np.testing.assert_allclose(rates, expected, rtol=1e-14)
+    assert estimator.t_ == 8
+
+
+def test_adaptive_divides_the_rate_by_five_until_it_is_too_small():
+    rates = []
+
+    class Watch:
+        def on_epoch_end(self, engine, epoch, logs):
+            rates.append(logs["learning_rate"])
+
+    MLPClassifier(solver="sgd", learning_rate="adaptive", tol=0.5, max_iter=3000, callbacks=[Watch()]).fit(X, Y)
+    steps = np.unique(rates)[::-1]
+    np.testing.assert_allclose(steps, 1e-3 / 5.0 ** np.arange(len(steps)), rtol=1e-12)
+    assert steps[-1] <= 1e-6 < steps[-2]
+
+
+class PressCtrlC:
+    """A callback during whose third batch Ctrl-C is pressed."""
+
+    def on_batch_end(self, engine, batch):
+        if batch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class RaiseInterrupt:
+    def on_epoch_end(self, engine, epoch, logs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("callback, epochs", [(PressCtrlC(), 0), (RaiseInterrupt(), 1)])
+def test_ctrl_c_ends_training_with_a_warning_and_keeps_the_model(callback, epochs):
+    estimator = MLPClassifier(batch_size=20, callbacks=[callback], random_state=0)
+    with pytest.warns(UserWarning, match="Training interrupted by user"):
+        estimator.fit(X, Y)
+    assert estimator.n_iter_ == epochs
+    untrained = MLPClassifier(random_state=0, max_iter=1, learning_rate_init=1e-300)
+    quiet(untrained, X, Y)
+    assert not np.array_equal(estimator.coefs_[0], untrained.coefs_[0])
+    assert estimator.predict(X).shape == (100,)
+
+
+class Listener:
+    def __init__(self, stop_after=None):
+        self.heard = []
+        self.stop_after = stop_after
+
+    def on_train_begin(self, engine):
+        self.heard.append("begin")
+
+    def on_epoch_end(self, engine, epoch, logs):
+        self.heard.append((epoch, sorted(logs)))
+        engine.stop_training = epoch == self.stop_after
+
+    def on_train_end(self, engine, history):
+        self.heard.append("end")
+
+
+def test_callbacks_hear_of_the_stages_and_can_end_training():
+    listener = Listener(stop_after=1)
+    estimator = MLPRegressor(callbacks=[listener], hidden_layer_sizes=3).fit(X, Y, X_val=X[:9], y_val=Y[:9])
+    names = ["learning_rate", "loss", "val_score"]
+    assert listener.heard == ["begin", (0, names), (1, names), "end"]
+    assert estimator.n_iter_ == 2
+
+
+def test_own_held_out_rows_are_scored_and_decide():
+    kept, held = slice(0, 70), slice(70, 100)
+    options = {"hidden_layer_sizes": 5, "max_iter": 40, "random_state": 1, "learning_rate_init": 0.05}
+    stopping = MLPClassifier(early_stopping=True, n_iter_no_change=3, **options)
+    stopping.fit(X[kept], Y[kept], X_val=X[held], y_val=Y[held])
+    assert stopping.n_iter_ < 40 and stopping.best_loss_ is None
+    assert stopping.score(X[held], Y[held]) == stopping.best_validation_score_ == max(stopping.validation_scores_)
+    # all rows of X were trained on
+    assert stopping.t_ == 70 * stopping.n_iter_
+
+    watching = quiet(MLPClassifier(**options), X[kept], Y[kept], X_val=X[held], y_val=Y[held])
+    assert len(watching.validation_scores_) == watching.n_iter_
+    assert watching.score(X[held], Y[held]) == watching.validation_scores_[-1]
+    plain = quiet(MLPClassifier(**options), X[kept], Y[kept])
+    np.testing.assert_array_equal(watching.coefs_[0], plain.coefs_[0])
+    assert plain.validation_scores_ is None
+
+
+def test_own_held_out_rows_of_labels_and_of_values():
+    labels = np.column_stack([Y, 1 - Y, Y])
+    several = quiet(MLPClassifier(max_iter=4), X, labels, X_val=X, y_val=labels)
+    assert several.score(X, labels) == several.validation_scores_[-1]
+    values = quiet(MLPRegressor(max_iter=4), X, labels * 0.5, X_val=X, y_val=(labels * 0.5).tolist())
+    assert values.score(X, labels * 0.5) == pytest.approx(values.validation_scores_[-1], rel=1e-12)
