@@ -8,18 +8,20 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
 import pandas
 import pytest
+import sklearn
 from sklearn import neural_network as theirs
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import fusemlp
@@ -198,6 +200,7 @@ BAD = {
     "too few activations": (MLPClassifier((3, 2), ["relu"]), (X, Y), ValueError, "each of the 2 hidden layers"),
     "dropout for other layers": (MLPClassifier((3,), dropout=[0.1, 0.2]), (X, Y), ValueError, "each of the 1 hidden"),
     "dropout of all": (MLPClassifier(dropout=1.0), (X, Y), ValueError, "'dropout' parameter"),
+    "bf16 with lbfgs": (MLPClassifier(solver="lbfgs", precision="bf16"), (X, Y), ValueError, "'fp32' or 'fp64'"),
     "dropout with lbfgs": (MLPClassifier(solver="lbfgs", dropout=0.1), (X, Y), ValueError, "Use solver='adam'"),
     "unknown solver": (MLPClassifier(solver="rmsprop"), (X, Y), ValueError, "'solver' parameter"),
     "unknown loss": (MLPRegressor("hinge"), (X, Y), ValueError, "'loss' parameter of MLPRegressor"),
@@ -279,6 +282,26 @@ def test_wide_sparse_rows_are_predicted_block_by_block(monkeypatch):
     monkeypatch.setattr("fusemlp.sklearn.model.DENSE_ELEMENTS", 64 * 100)
     rows = scipy_sparse.csr_array(digits / 16.0)
     np.testing.assert_allclose(estimator.predict_proba(rows), estimator.predict_proba(digits / 16.0), rtol=1e-12)
+
+
+def test_threads_may_predict_with_one_model():
+    estimator = quiet(MLPClassifier(max_iter=2, random_state=0), X, Y)
+    parts = [X[start : start + 40] * (1.0 + start) for start in range(0, 100, 10)]
+    expected = [estimator.predict_proba(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for found, wanted in zip(pool.map(estimator.predict_proba, parts), expected, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+
+
+def test_sample_weights_are_routed():
+    weights = np.random.RandomState(0).uniform(0.1, 1.0, 150)
+    with sklearn.config_context(enable_metadata_routing=True):
+        network = MLPClassifier(max_iter=3, random_state=0).set_fit_request(sample_weight=True)
+        routed = quiet(make_pipeline(MinMaxScaler(), network), X, Y, sample_weight=weights)
+    scaled = MinMaxScaler().fit_transform(X)
+    direct = quiet(MLPClassifier(max_iter=3, random_state=0), scaled, Y, sample_weight=weights)
+    np.testing.assert_array_equal(routed[-1].coefs_[0], direct.coefs_[0])
 
 
 def test_the_door_opens_when_it_is_touched():

@@ -46,7 +46,7 @@ def quiet(estimator, *data, **options):
 
 def bound(estimator, y, weight):
     """The fitted estimator's model, and all rows bound to it as one batch."""
-    model = estimator._loaded()
+    model = estimator._model
     encoded = estimator._validate_input(X, y, False, False)[1]
     encoded = encoded.reshape(len(X), -1)
     target, constants = estimator._targets(encoded, model.dtype)
@@ -225,7 +225,7 @@ def test_a_plateau_lowers_the_rate():
 def test_the_penalty_of_arrays_that_are_not_numpys():
     """Where the arena is a device's, the penalty is computed with operators that all array types have."""
     estimator = quiet(MLPClassifier((5, 4), max_iter=2, random_state=0, alpha=0.3), X, CLASSES)
-    memory = estimator._loaded().engine.memory
+    memory = estimator._model.engine.memory
     penalty = Penalty(estimator._model, 0.3)
     found = []
     for on_host in (True, False):

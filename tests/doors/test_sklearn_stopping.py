@@ -110,14 +110,14 @@ class Listener:
         engine.stop_training = epoch == self.stop_after
 
     def on_train_end(self, engine, history):
-        self.heard.append("end")
+        self.heard.append(("end", history.epochs))
 
 
 def test_callbacks_hear_of_the_stages_and_can_end_training():
     listener = Listener(stop_after=1)
     estimator = MLPRegressor(callbacks=[listener], hidden_layer_sizes=3).fit(X, Y, X_val=X[:9], y_val=Y[:9])
     names = ["learning_rate", "loss", "val_score"]
-    assert listener.heard == ["begin", (0, names), (1, names), "end"]
+    assert listener.heard == ["begin", (0, names), (1, names), ("end", [0, 1])]
     assert estimator.n_iter_ == 2
 
 

@@ -180,6 +180,8 @@ class BaseMLP(BaseEstimator, ABC):
             raise ValueError(
                 f"dropout: lbfgs needs the same loss at each evaluation, got {self.dropout!r}. Use solver='adam'."
             )
+        if not stochastic and self.precision not in ("auto", "fp32", "fp64"):
+            raise ValueError(f"precision: lbfgs needs 'fp32' or 'fp64', got {self.precision!r}.")
 
     def _initialize(self, network: Any, random_state: np.random.RandomState, dtype: Any) -> None:
         """Weights and biases uniform in +-sqrt(6 / (K + N)), before and behind a sigmoid +-sqrt(2 / (K + N)).
@@ -290,19 +292,18 @@ class BaseMLP(BaseEstimator, ABC):
         self.coefs_, self.intercepts_ = list(parameters[0]), list(parameters[1])
         self._set_slopes(list(parameters[2]))
 
-    def _loaded(self) -> Model:
-        """The model with the parameters in ``coefs_`` and ``intercepts_``, whoever has set them."""
+    def _ask(self, question: str, X: Any) -> Array:
+        """What the model answers with the parameters in ``coefs_`` and ``intercepts_``, whoever has set them."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
         model: Model | None = getattr(self, "_model", None)
         if model is None:
             sizes = [len(self.coefs_[0]), *(len(bias) for bias in self.intercepts_)]
             network = settings.network(sizes, self.activation, 0.0)
             model = self._model_for(network, True, np.random.RandomState(0), self.coefs_[0].dtype, 1, 1)
-        model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
-        return model
-
-    def _checked(self, X: Any) -> Any:
-        check_is_fitted(self)
-        return validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
+        with model.lock:
+            model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
+            return np.asarray(getattr(model, question)(X))
 
     def _check_solver(self) -> bool:
         if self.solver not in settings.STOCHASTIC:

@@ -210,16 +210,14 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
 
     def predict(self, X: Any) -> Any:
         """The classes (n,), or the labels (n, N), of X (n, K)."""
-        X = self._checked(X)
-        predicted = self._loaded().predict(X)
+        predicted = self._ask("predict", X)
         if self._picks_one:
             return self.classes_[predicted]
         return self._label_binarizer.inverse_transform(predicted)
 
     def predict_proba(self, X: Any) -> Array:
         """The probabilities (n, N) of the classes, in the order of ``classes_``, or of each label."""
-        X = self._checked(X)
-        return self._loaded().predict_proba(X)
+        return self._ask("predict_proba", X)
 
     def predict_log_proba(self, X: Any) -> Array:
         """The logarithms of ``predict_proba``."""

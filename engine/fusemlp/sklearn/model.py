@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,8 @@ class Model:
         self.engine = Engine(network, loss, optimizer, **self.options)
         self.engine.use_rule(self.rule, 1.0)
         self._staged: tuple[Any, BoundProgram] | None = None
+        # whoever loads parameters and then predicts must not be disturbed: the memory is the same for all threads
+        self.lock = threading.Lock()
 
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
         """Whether ``partial_fit`` can go on with this model."""
@@ -88,24 +91,22 @@ class Model:
 
     def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
         """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
-        memory = self.engine.memory
-        copy, arrays = memory.backend.copy_into, memory.arrays
+        tensors = {}
         for layer, (weight, bias) in enumerate(zip(coefs, intercepts, strict=True)):
-            copy(arrays[f"w{layer}"], np.asarray(weight, self.dtype).T)
-            copy(arrays[f"b{layer}"], np.asarray(bias, self.dtype))
-            if f"s{layer}" in arrays and slopes is not None:
-                copy(arrays[f"s{layer}"], np.asarray(slopes[layer], self.dtype))
+            tensors[f"{2 * layer}.weight"] = np.asarray(weight, self.dtype).T
+            tensors[f"{2 * layer}.bias"] = np.asarray(bias, self.dtype)
+            if slopes is not None and slopes[layer] is not None:
+                tensors[f"{2 * layer + 1}.weight"] = np.asarray(slopes[layer], self.dtype)
+        self.engine.write_tensors(tensors, "")
 
     def parameters(self) -> tuple[list[Array], list[Array], list[Array | None]]:
         """Copies of coefs, intercepts and slopes, the inverse of ``load``."""
-        memory = self.engine.memory
-        host, arrays = memory.backend.to_host, memory.arrays
+        tensors = self.engine.state_dict()
         layers = range(self.engine.network.layers)
-        slopes = [host(arrays[f"s{layer}"]) if f"s{layer}" in arrays else None for layer in layers]
         return (
-            [host(arrays[f"w{layer}"]).T for layer in layers],
-            [host(arrays[f"b{layer}"]) for layer in layers],
-            slopes,
+            [tensors[f"{2 * layer}.weight"].T for layer in layers],
+            [tensors[f"{2 * layer}.bias"] for layer in layers],
+            [tensors.get(f"{2 * layer + 1}.weight") for layer in layers],
         )
 
     def bind(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, keep: bool) -> BoundProgram:

@@ -177,5 +177,4 @@ class MLPRegressor(RegressorMixin, BaseMLP):
 
     def predict(self, X: Any) -> Array:
         """The predicted targets of X (n, K): (n,), or (n, N) for several."""
-        X = self._checked(X)
-        return self._loaded().predict(X)
+        return self._ask("predict", X)

@@ -56,7 +56,8 @@ CONSTRAINTS: dict[str, Any] = {
     "dropout": [UNIT, list, tuple],
     "clip_norm": [_ABOVE_0, None],
     "backend": [StrOptions({"auto", "numpy", "triton", "cupy"})],
-    "precision": [StrOptions({"auto", "fp32", "fp64", "tf32", "bf16", "fp16"})],
+    # fp16 keeps its gradients scaled, and the penalty is added to gradients
+    "precision": [StrOptions({"auto", "fp32", "fp64", "tf32", "bf16"})],
     "callbacks": "no_validation",
 }
 

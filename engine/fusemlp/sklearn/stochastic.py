@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from fusemlp.callbacks import deferred_interrupt
+from fusemlp.history import History
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.model import Model
@@ -49,6 +51,7 @@ def train(
     """
     engine = model.engine
     engine.stop_training = False
+    engine.history = history = History()
     order = np.arange(batches.n)
     watchers = [callback for callback in callbacks if hasattr(callback, "on_batch_end")]
     estimator.n_iter_ = 0
@@ -63,13 +66,15 @@ def train(
                     step = np.arange(batches.n)
                     random_state.shuffle(step)
                     order = order[step]
-                epoch = estimator.n_iter_
+                epoch, began = estimator.n_iter_, time.perf_counter()
                 _call(callbacks, "on_epoch_begin", engine, epoch)
                 loss = batches.epoch(order, stop)
                 if loss is None:
                     break
                 stopping = _end_epoch(estimator, model, loss, validation, batches.n)
-                _call(callbacks, "on_epoch_end", engine, epoch, _logs(estimator, validation))
+                logs = _logs(estimator, validation)
+                history.record(epoch, logs, time.perf_counter() - began)
+                _call(callbacks, "on_epoch_end", engine, epoch, logs)
                 if stopping or incremental or engine.stop_training or interrupted():
                     break
                 if estimator.n_iter_ == estimator.max_iter:
@@ -83,7 +88,7 @@ def train(
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
-    _call(callbacks, "on_train_end", engine, engine.history)
+    _call(callbacks, "on_train_end", engine, history)
 
 
 def _stop_between_batches(engine: Any, watchers: list[Any], interrupted: Callable[[], bool]) -> Callable[[], bool]:
