@@ -215,6 +215,15 @@ def test_schedules_span_the_training(solver):
     np.testing.assert_allclose(rates, 0.02 + 0.04 * (1.0 + np.cos(np.pi * steps)), rtol=1e-12)
 
 
+def test_partial_fit_after_lbfgs_begins_with_an_optimizer_of_its_own():
+    """Adam's first step moves a parameter by its rate, less what epsilon takes of it."""
+    estimator = quiet(MLPClassifier(5, "tanh", solver="lbfgs", max_iter=2, random_state=0), X, CLASSES)
+    before = [coef.copy() for coef in estimator.coefs_]
+    estimator.set_params(solver="adam", learning_rate_init=0.125, epsilon=1e-12).partial_fit(X, CLASSES)
+    for coef, old in zip(estimator.coefs_, before, strict=True):
+        np.testing.assert_allclose(np.abs(coef - old), 0.125, rtol=1e-6)
+
+
 def test_a_plateau_lowers_the_rate():
     schedule = fusemlp.ReduceOnPlateau(0.1, patience=2, min_delta=1e9)
     estimator = MLPClassifier(solver="sgd", learning_rate=schedule, max_iter=5, n_iter_no_change=9)

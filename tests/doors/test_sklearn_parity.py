@@ -169,9 +169,12 @@ def test_warm_start_goes_on(solver):
     check_accounts(*pair, TOLERANCE)
 
 
-def test_partial_fit_after_fit_goes_on_with_the_optimizer():
+@pytest.mark.parametrize("solver", ["adam", "sgd"])
+def test_partial_fit_after_fit_goes_on_with_the_optimizer_of_then(solver):
     _, X, y, _ = DATA["classes"]
-    pair = [fitted(module, "classes", {"max_iter": 3}).partial_fit(X, y) for module in (ours, theirs)]
+    pair = [fitted(module, "classes", {"max_iter": 3, "solver": solver}) for module in (ours, theirs)]
+    for estimator in pair:
+        estimator.set_params(solver="adam").partial_fit(X, y).partial_fit(X, y)
     assert distance(*pair) <= TOLERANCE
     check_accounts(*pair, TOLERANCE)
 

@@ -1,6 +1,15 @@
 """scikit-learn's multi-layer perceptrons, trained by fusemlp: changing the import is the whole migration.
 
 ``from fusemlp.sklearn import MLPClassifier, MLPRegressor`` in place of ``from sklearn.neural_network import ...``.
+
+What differs, apart from what the estimators can do beyond scikit-learn's:
+
+- ``loss_`` is the cross-entropy itself, also of a probability that rounds to 0 or 1; scikit-learn stops at 36 a row.
+- L-BFGS enlarges roundings: after some dozens of iterations two implementations, like two BLAS libraries, may part.
+- Sparse rows are trained on as a dense copy, and predicted in dense blocks.
+- A batch whose sample weights are all zero is passed over, where scikit-learn ends with a ZeroDivisionError.
+- Negative targets of the Poisson loss are refused, and a call that is refused leaves a fitted model as it was.
+- ``partial_fit`` and warm starts with layers of other sizes are refused in words.
 """
 
 from __future__ import annotations

@@ -273,7 +273,9 @@ class BaseMLP(BaseEstimator, ABC):
         optimizer = settings.optimizer(self)
         updates = None if incremental else self.max_iter * -(-n // size)
         kind = "schedule" if isinstance(self.learning_rate, Schedule) else self.learning_rate
-        if self.solver != "sgd" and kind != "schedule":
+        if self.solver == "lbfgs":
+            kind = "none"
+        elif self.solver != "sgd" and kind != "schedule":
             kind = "constant"
         # masks need numbers of their own; without dropout the random state is consumed as scikit-learn consumes it
         seed = int(random_state.randint(SEEDS)) if any(network.dropouts) else 0
@@ -300,7 +302,7 @@ class BaseMLP(BaseEstimator, ABC):
         if model is None:
             sizes = [len(self.coefs_[0]), *(len(bias) for bias in self.intercepts_)]
             network = settings.network(sizes, self.activation, 0.0)
-            model = self._model_for(network, True, np.random.RandomState(0), self.coefs_[0].dtype, 1, 1)
+            model = self._model_for(network, False, np.random.RandomState(0), self.coefs_[0].dtype, 1, 1)
         with model.lock:
             model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
             return np.asarray(getattr(model, question)(X))

@@ -28,7 +28,8 @@ DENSE_ELEMENTS = 1 << 22
 class Rates:
     """scikit-learn's learning rate: ``kind`` "constant", "invscaling", "adaptive", or "schedule" for one of fusemlp's.
 
-    ``initial`` is the first rate, ``power`` the exponent of "invscaling".
+    "none" is for L-BFGS, which has no rate and leaves no optimizer to go on with. ``initial`` is the first rate,
+    ``power`` the exponent of "invscaling".
     """
 
     kind: str
@@ -73,7 +74,7 @@ class Model:
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
         """Whether ``partial_fit`` can go on with this model."""
         mine = (*self.arguments[:2], self.options["backend"], self.options["precision"])
-        return mine == (network, loss, backend, precision)
+        return self.rates.kind != "none" and mine == (network, loss, backend, precision)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -100,7 +100,9 @@ def _stop_between_batches(engine: Any, watchers: list[Any], interrupted: Callabl
     def stop() -> bool:
         nonlocal batch
         batch += 1
-        _call(watchers, "on_batch_end", engine, batch)
+        # what a callback computes is its own affair: only the step is silent
+        with np.errstate(all="warn"):
+            _call(watchers, "on_batch_end", engine, batch)
         return interrupted() or engine.stop_training
 
     return stop
