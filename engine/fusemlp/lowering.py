@@ -338,7 +338,8 @@ def _weights(
         operands["hyper"] = hyper
         build.calls.append(Call("grad_weight_update", operands, rule.kind, tuple(products)))
         return
-    normed = build.traits.norms_gradients and (scaled or rule.clip_norm is not None)
+    # gradients that are changed before the update have another norm
+    normed = build.traits.norms_gradients and not keep_gradients and (scaled or rule.clip_norm is not None)
     norm = {"norm": build.add("norm", (1,), "float64", "work")} if normed else {}
     split = {"parts": parts, "part": build.layout.size} if parts > 1 else {}
     label = f"in {parts} parts" if parts > 1 else ""

@@ -113,6 +113,13 @@ def test_kept_gradients_stand_before_the_update(optimizer, backend):
     assert [call.op for call in program.calls[-2:]] == ["grad_weight", "update"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_norm_of_kept_gradients_is_taken_by_the_update(backend):
+    """What is done to them between the calls counts."""
+    program = training_program(MLP([5, 4, 3]), optimizer=SGD(0.1, clip_norm=1.0), backend=backend, keep_gradients=True)
+    assert not [call.op for call in program.calls if "norm" in call.operands]
+
+
 @pytest.mark.parametrize("backend, launches", [("triton", 5), ("cupy", 5), ("numpy", 4)])
 def test_an_output_wider_than_a_tile_takes_a_call_of_its_own(backend, launches):
     program = training_program(MLP([6, 5, 1000]), backend=backend)
