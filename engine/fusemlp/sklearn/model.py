@@ -41,7 +41,7 @@ class Model:
     """``network`` with ``loss`` and ``optimizer`` on a backend; ``rule`` is what the clock follows.
 
     It can be pickled: the optimizer's memory goes along, the parameters are the estimator's ``coefs_`` and come back
-    with ``load``. Where the backend is missing then, the first that works takes its place.
+    with ``load``. Where the backend is missing then, NumPy takes its place.
     """
 
     def __init__(
@@ -119,7 +119,8 @@ class Model:
         backend = engine.memory.backend
         spec = engine.loss.spec(accuracy=False)
         if not keep:
-            given = {name: backend.from_host(array) for name, array in arrays.items()}
+            others = {name: backend.from_host(array) for name, array in arrays.items() if name != "x"}
+            given = {"x": backend.from_host(arrays["x"], "compute"), **others}
             return engine.bind(inputs, spec, self.rule, batch_size, given, keep_gradients=True)
         key = (inputs, batch_size)
         if self._staged is None or self._staged[0] != key:
@@ -161,7 +162,8 @@ class Model:
         self.arguments, self.rule, self.rates = state["arguments"], state["rule"], state["rates"]
         self.plateau, self.options = state["plateau"], dict(state["options"])
         if availability().get(self.options["backend"]) is not None:
-            self.options["backend"] = "auto"
+            exact = self.options["precision"] == "fp64"
+            self.options |= {"backend": "numpy", "precision": "fp64" if exact else "fp32"}
         self._start()
         memory = self.engine.memory
         for index, tensors in enumerate(state["states"]):

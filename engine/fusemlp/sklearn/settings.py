@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
-from fusemlp.engine import availability
+from fusemlp.execution import open_backend
 from fusemlp.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
 from fusemlp.network import MLP, Activation, as_activation
 from fusemlp.optimizers import SGD, Adam, AdamW, Optimizer
@@ -158,7 +158,7 @@ def chosen_backend(backend: str) -> str:
     """The name of the backend, where "auto" was asked for the first that works here."""
     if backend != "auto":
         return backend
-    return next(name for name, reason in availability().items() if reason is None)
+    return open_backend("auto", None, "fp32").traits.name
 
 
 def chosen_precision(precision: str, backend: str, dtype: Any, solver: str) -> str:
