@@ -1,8 +1,42 @@
-"""The oracle comparison and its tolerances live with the kernels' tests, and all tests use them."""
+"""What all tests share: where the oracle comparison lies, Triton without a GPU, and a run's summary of counts.
+
+The oracle comparison and its tolerances live with the kernels' tests, and all tests use them.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+
+COUNTED = "line: "
+
+
+def interpret_triton_without_a_gpu():
+    """Triton reads the variable when it is first imported; where there is a card, it compiles for it."""
+    if "TRITON_INTERPRET" in os.environ or not all(map(importlib.util.find_spec, ("torch", "triton"))):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+interpret_triton_without_a_gpu()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A line for each property "line: NAME" that tests have recorded, with the sum of its values."""
+    sums = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, value in report.user_properties:
+                    if name.startswith(COUNTED):
+                        sums[name.removeprefix(COUNTED)] += int(value)
+    for name, total in sorted(sums.items()):
+        terminalreporter.write_line(f"{name}: {total}")

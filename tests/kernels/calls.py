@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-import fusemlp_kernels
 from fusemlp_kernels import reference
 from fusemlp_kernels.clock import hyper_at
 from fusemlp_kernels.contract import (
@@ -24,9 +23,10 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 
-
-def bind(precision, op, **operands):
-    return fusemlp_kernels.backend("numpy", None, precision).bind(op, **operands)
+# A device computes the schedule in float64 too, but with its own exp2, log2 and cos. The relative error of 2**e is that
+# of the function, a few ulps of 2**-52, and that of the exponent: |e| times as many, and |e| < 1075 where the power is
+# not zero. 1 - beta**t takes the power's error over its own size, which is 1e-3 and more.
+DEVICE_CLOCK = 1e-12
 
 
 def slope_operands(activation, slope, dtype):
@@ -35,22 +35,44 @@ def slope_operands(activation, slope, dtype):
     return {"slope": slope} if activation == "leaky_relu" else {}
 
 
-def run_loss(spec, z, target, precision="fp64", **operands):
-    """The loss and dz of one batch without padding, and the stats."""
+def gathering(variant, rows, **workspace):
+    """The operand ``rows`` and, for backends that do not gather in the load, where they gather to."""
+    return {"rows": rows} | ({} if variant.traits.gathers_in_load else workspace)
+
+
+def kept(variant, keep):
+    """The operand of backends that store dropout masks."""
+    return {"keep": keep} if variant.traits.stores_masks else {}
+
+
+def run_loss(variant, spec, z, target, **operands):
+    """The loss and dz of one batch without padding, and the stats; z, target and weights in any type."""
+    z = variant.rounded(z)
+    arrays = {"target": target} | operands
+    arrays = {name: a.astype(variant.real) if _is_real(a) else a for name, a in arrays.items() if a is not None}
     dz, counters, stats = np.full_like(z, np.nan), np.zeros(COUNTERS, np.int64), np.zeros(STATS)
     counters[ROW_COUNT] = len(z)
-    bind(precision, "loss_grad", z=z, dz=dz, target=target, loss=spec, counters=counters, stats=stats, **operands)()
+    variant.bind("loss_grad", z=z, dz=dz, loss=spec, counters=counters, stats=stats, **arrays)()
     return stats[LAST_LOSS], dz, stats
+
+
+def _is_real(operand):
+    return isinstance(operand, np.ndarray) and operand.dtype.kind == "f"
 
 
 class Clock:
     """hyper and counters, and what they have to be after some batches."""
 
-    def __init__(self, rule, batch_index, update_count, rate_scale):
+    def __init__(self, variant, rule, batch_index, update_count, rate_scale):
         self.rule, self.batch_index, self.update_count, self.rate_scale = rule, batch_index, update_count, rate_scale
+        self.accuracy = 0.0 if variant.device.on_host else DEVICE_CLOCK
         self.counters = np.zeros(COUNTERS, np.int64)
         self.counters[[BATCH_INDEX, UPDATE_COUNT]] = batch_index, update_count
         self.hyper = hyper_at(rule, update_count, rate_scale)
+
+    @property
+    def operands(self):
+        return {"rule": self.rule, "hyper": self.hyper, "counters": self.counters}
 
     @property
     def rate(self):
@@ -64,12 +86,16 @@ class Clock:
         wanted = np.zeros(COUNTERS, np.int64)
         wanted[[BATCH_INDEX, UPDATE_COUNT]] = self.batch_index, self.update_count
         np.testing.assert_array_equal(self.counters, wanted)
-        assert self.hyper[LEARNING_RATE] == self.rate and self.hyper[RATE_SCALE] == self.rate_scale
+        self._check(LEARNING_RATE, self.rate)
+        assert self.hyper[RATE_SCALE] == self.rate_scale
         if self.rule.kind == "adam":
             t = self.update_count + 1
-            assert self.hyper[BIAS_CORRECTION_1] == 1.0 - self.rule.beta1**t
-            assert self.hyper[BIAS_CORRECTION_2] == 1.0 - self.rule.beta2**t
+            self._check(BIAS_CORRECTION_1, 1.0 - self.rule.beta1**t)
+            self._check(BIAS_CORRECTION_2, 1.0 - self.rule.beta2**t)
         return updated
+
+    def _check(self, index, wanted):
+        assert abs(self.hyper[index] - wanted) <= self.accuracy * abs(wanted), (index, self.hyper[index], wanted)
 
 
 def state_arrays(rule, values, *shape):
@@ -90,10 +116,10 @@ RULES = {
 }
 
 
-def update_arena(rule, params, grads):
+def update_arena(variant, rule, params, grads):
     """One update of a single tensor whose state is zero."""
     states = tuple(np.zeros_like(params) for _ in range(rule.state_count))
-    clock = Clock(rule, 0, 0, 1.0)
+    clock = Clock(variant, rule, 0, 0, 1.0)
     segments = (Segment(0, params.size, TensorRule()),)
     operands = {"params": params, "grads": grads, "states": states, "segments": segments}
-    bind("fp32", "update", **operands, rule=rule, hyper=clock.hyper, counters=clock.counters)()
+    variant.bind("update", **operands, **clock.operands)()

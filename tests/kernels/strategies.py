@@ -1,67 +1,80 @@
-"""Random cases for the tests of a backend: sizes, memory layouts, values."""
+"""Random cases for the tests of a backend: sizes, memory layouts, values; and how many of them.
+
+NumPy runs 300 cases a test. Triton's interpreter takes milliseconds for every program of a launch: it runs fewer, of
+smaller sizes (``devices.INTERPRETER`` has the numbers).
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import settings
+import pytest
+from devices import DEVICE_PARAMETERS
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CASES = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-
-DTYPES = {"fp32": np.float32, "fp64": np.float64}
-UNITS = {"fp32": 2.0**-24, "fp64": 2.0**-53}
-
-# The edges of the tiles and vectors that kernels are made of.
-EDGES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 127, 128, 129)
-LAYOUTS = ("plain", "transposed", "stepped", "reversed", "offset", "pitched", "read-only")
-OUTPUT_LAYOUTS = ("plain", "plain", "pitched")
-
 seeds = st.integers(0, 2**32 - 1)
-precisions = st.sampled_from(sorted(DTYPES))
-layouts = st.sampled_from(LAYOUTS)
-output_layouts = st.sampled_from(OUTPUT_LAYOUTS)
 
 
-def sizes(low=0):
+def contract_test(**arguments):
+    """A test of random cases on every device.
+
+    Each argument is a strategy, or a function that makes one for a device. The number of cases that ran goes into the
+    summary of the test run.
+    """
+
+    def decorate(test):
+        @pytest.mark.parametrize("device", DEVICE_PARAMETERS)
+        def on_device(device, record_property):
+            drawn = {k: v if isinstance(v, st.SearchStrategy) else v(device) for k, v in arguments.items()}
+            ran = 0
+
+            @settings(max_examples=device.examples, deadline=None, derandomize=True, database=None)
+            @given(**drawn)
+            def cases(**case):
+                nonlocal ran
+                ran += 1
+                test(**case)
+
+            cases()
+            record_property(f"line: contract cases, {device.name}", ran)
+
+        for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+            setattr(on_device, name, getattr(test, name))
+        return on_device
+
+    return decorate
+
+
+def variants(device):
+    """The device in one of its precisions."""
+    return st.sampled_from(device.variants)
+
+
+def sizes(device, low=0):
     """A dimension of an array: mostly at an edge."""
-    return st.one_of(st.sampled_from([size for size in EDGES if size >= low]), st.integers(low, 40))
+    return st.one_of(st.sampled_from([size for size in device.edges if size >= low]), st.integers(low, device.longest))
 
 
-def place(values, layout, dtype=None):
-    """An array of the same values that lies in memory as ``layout`` says."""
-    values = np.asarray(values, dtype)
-    shape = values.shape
-    if layout == "transposed":
-        out = np.empty(shape[::-1], values.dtype).T
-    elif layout == "stepped":
-        out = np.empty(tuple(2 * n for n in shape), values.dtype)[tuple(slice(None, None, 2) for _ in shape)]
-    elif layout == "reversed":
-        out = np.empty(shape, values.dtype)[tuple(slice(None, None, -1) for _ in shape)]
-    elif layout == "offset":
-        out = np.empty(values.size + 3, values.dtype)[3:].reshape(shape)
-    elif layout == "pitched":
-        out = np.empty((*shape[:-1], shape[-1] + 5), values.dtype)[..., : shape[-1]]
-    else:
-        out = np.empty(shape, values.dtype)
-    out[...] = values
-    out.flags.writeable = layout != "read-only"
-    return out
-
-
-def poisoned(shape, dtype, layout="plain"):
-    """An output full of NaN; of True, where it is bool."""
-    return place(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 1), layout, dtype)
+def placements(device, count=1):
+    """The layouts of ``count`` inputs, and of the outputs: of all kinds, or all as the backend lays out its own."""
+    inputs = st.tuples(*[st.sampled_from(device.layouts)] * count)
+    mixed = st.tuples(inputs, st.sampled_from(device.output_layouts))
+    return mixed if device.on_host else st.one_of(st.just((("owned",) * count, "owned")), mixed)
 
 
 class Values:
     """Random arrays of one precision, from one seed."""
 
-    def __init__(self, seed, precision):
+    def __init__(self, seed, variant):
         self.rng = np.random.default_rng(seed)
-        self.dtype = DTYPES[precision]
+        self.variant, self.dtype = variant, variant.real
 
     def normal(self, *shape, scale=1.0):
         return (scale * self.rng.standard_normal(shape)).astype(self.dtype)
+
+    def factors(self, *shape, scale=1.0):
+        """As matrix products read them."""
+        return self.variant.rounded(self.normal(*shape, scale=scale))
 
     def uniform(self, low, high, *shape):
         return self.rng.uniform(low, high, shape).astype(self.dtype)
@@ -80,14 +93,3 @@ def padded_rows(rng, count, size, n):
     rows = np.full(size, -1, np.int64)
     rows[:count] = rng.integers(0, n, count)
     return rows
-
-
-class Unchanged:
-    """Remembers arrays and says whether they still hold the same."""
-
-    def __init__(self, *arrays):
-        self.kept = [(array, np.array(array)) for array in arrays if array is not None]
-
-    def check(self):
-        for array, before in self.kept:
-            np.testing.assert_array_equal(array, before)

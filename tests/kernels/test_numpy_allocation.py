@@ -11,7 +11,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from strategies import OUTPUT_LAYOUTS, Values, place
+from devices import NUMPY, Variant
+from memory import place
+from strategies import Values
 
 import fusemlp_kernels
 from fusemlp_kernels.clock import hyper_at
@@ -30,6 +32,8 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 
+FP32 = Variant(NUMPY, "fp32")
+LAYOUTS = sorted({*NUMPY.output_layouts, "transposed"})
 M, K, N = 200, 300, 250
 # Every array of the calls below with more than one number a row is ten times larger than this, and more; what is left
 # are Python's own objects and NumPy's views.
@@ -90,10 +94,10 @@ def test_an_allocation_would_be_seen():
     assert peak(lambda: np.ones((M, N), np.float32) * 2) >= M * N * 4
 
 
-@pytest.mark.parametrize("layout", sorted({*OUTPUT_LAYOUTS, "transposed"}))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linear_and_grad_input(activation, layout):
-    values = Values(1, "fp32")
+    values = Values(1, FP32)
     x, w, b = (place(a, layout) for a in (values.normal(1000, K), values.normal(N, K), values.normal(N)))
     rows = np.concatenate([np.arange(M - 3) * 5, [-1, -1, -1]])
     y, z, keep = place(values.normal(M, N), layout), place(values.normal(M, N), layout), np.ones((M, N), np.bool_)
@@ -107,11 +111,11 @@ def test_linear_and_grad_input(activation, layout):
     assert peak(bind("grad_input", **operands, **shared)) < LIMIT
 
 
-@pytest.mark.parametrize("layout", sorted({*OUTPUT_LAYOUTS, "transposed"}))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", ["plain", "weighted", "soft", "output activation"])
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses(kind, options, layout):
-    values = Values(2, "fp32")
+    values = Values(2, FP32)
     weighted, soft = options == "weighted", options == "soft" and kind == "cross_entropy"
     spec = LossSpec(kind, accuracy=True, soft=soft, ignore_index=3 if weighted else None, label_smoothing=0.1)
     labels = kind == "cross_entropy" and not soft
@@ -148,10 +152,10 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("layout", sorted({*OUTPUT_LAYOUTS, "transposed"}))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_gradients_and_fused_updates(rule, layout):
-    values = Values(3, "fp32")
+    values = Values(3, FP32)
     tensor = TensorRule(0.5, 0.01)
     dz, x = place(values.normal(M, N), layout), place(values.normal(M, K), layout)
     w, b = place(values.normal(N, K), layout), place(values.normal(N), layout)

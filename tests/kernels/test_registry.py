@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from calls import bind
 
 import fusemlp_kernels
 from fusemlp_kernels.contract import OPS, ScheduleSpec, UpdateRule
@@ -35,6 +34,7 @@ def test_views_may_be_empty(shape, pitch):
 
 
 def test_what_does_not_exist_is_refused_by_name():
+    numpy = fusemlp_kernels.backend("numpy", None, "fp32")
     with pytest.raises(ArgumentError, match="did you mean 'numpy'"):
         fusemlp_kernels.backend("nunpy", None, "fp32")
     with pytest.raises(ArgumentError, match="precision: unknown name 'fp23'"):
@@ -44,9 +44,11 @@ def test_what_does_not_exist_is_refused_by_name():
     with pytest.raises(BackendUnavailableError, match="runs on 'cpu', got 'cuda:0'"):
         fusemlp_kernels.backend("numpy", "cuda:0", "fp32")
     with pytest.raises(ArgumentError, match="did you mean 'linear'"):
-        bind("fp32", "liner")
+        numpy.bind("liner")
     with pytest.raises(ArgumentTypeError, match=r"advance: .*missing"):
-        bind("fp32", "advance", rule=UpdateRule("sgd", ScheduleSpec("constant", 0.1)))
+        fusemlp_kernels.backend("numpy", None, "fp32").bind(
+            "advance", rule=UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+        )
 
 
 def test_the_registry_says_what_works():

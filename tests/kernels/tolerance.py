@@ -8,6 +8,8 @@ have a budget in ulps, one ulp being 2 u; the other functions here carry these e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from fusemlp_kernels import reference
@@ -33,17 +35,57 @@ CURVATURE = {
 FUNCTION_ULPS = 4
 
 
+@dataclass(frozen=True)
+class Products:
+    """How matrix products differ from IEEE arithmetic.
+
+    ``factor``: the relative error of a factor when it is read. ``truncation``: tensor cores truncate where IEEE
+    rounds, as they add up (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022): an
+    error of truncation * K * u times the largest partial sum.
+    """
+
+    factor: float = 0.0
+    truncation: float = 0.0
+
+
+IEEE = Products()
+# Three products of leading parts of eleven bits, cut off, and trailing parts. Lost are the product of the trailing
+# parts, 2**-20, and what each trailing part has beyond eleven bits, 2**-21.
+TF32X3 = Products(factor=2.0**-20, truncation=0.75)
+# Ten bits of fraction, the others cut off.
+TF32 = Products(factor=2.0**-10, truncation=0.25)
+TWO_BYTES = Products(truncation=0.125)
+
+
 def growth(k):
     """How many u a reduction of length k may lose."""
     return 2.0 * np.sqrt(k) + 4.0
 
 
-def bound(k, magnitude, u=U32, *, output=0.0, ulps=0.0):
+def bound(k, magnitude, u=U32, *, output=0.0, ulps=0.0, products=IEEE, partial=None):
     """The error of a reduction of length k over products whose magnitudes sum to ``magnitude`` (|x| @ |w| + |b|).
 
-    ``output`` is the expected result: one rounding of it, and ``ulps`` for what follows the reduction.
+    ``output`` is the expected result: one rounding of it, and ``ulps`` for what follows the reduction. ``partial`` is
+    the largest partial sum, where it is known to be less than ``magnitude``.
     """
-    return growth(k) * u * magnitude + (1.0 + 2.0 * ulps) * u * np.abs(output) + TINY
+    truncated = products.truncation * k * u * (magnitude if partial is None else partial)
+    lost = growth(k) * u + 2.0 * products.factor
+    return lost * magnitude + truncated + (1.0 + 2.0 * ulps) * u * np.abs(output) + TINY
+
+
+def largest_partial_sum(a, b, products):
+    """The largest magnitude on the way to each element of a (M, K) @ b (K, N); None where nothing depends on it."""
+    if not products.truncation or a.shape[1] == 0:
+        return None
+    return np.array([np.abs(np.cumsum(row[:, None] * b, axis=0)).max(axis=0) for row in a]).reshape(len(a), b.shape[1])
+
+
+def rounded(error, value, output_unit, output_tiny=TINY):
+    """The error of a result that is rounded to 16 bits at the end: one more rounding, of what was within ``error``.
+
+    float16 has 11 significant bits: half an ulp is 2**-11 of the result, or 2**-25 among the subnormal numbers.
+    """
+    return error + output_unit * (np.abs(value) + error) + (output_tiny if output_unit else 0.0)
 
 
 def activation_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
@@ -63,10 +105,11 @@ def activation_grad_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
     return error
 
 
-def linear_bound(x, w, b, activation="identity", slope=0.0, keep=None, rate=0.0, u=U32):
+def linear_bound(x, w, b, activation="identity", slope=0.0, keep=None, rate=0.0, u=U32, products=IEEE):
     """The errors of z and of y = dropout(act(z)) of ``linear``, from exact operands."""
     z = reference.linear(x, w, b)
-    z_bound = bound(x.shape[1] + 1, np.abs(x) @ np.abs(w).T + np.abs(b), u, output=z)
+    magnitude, partial = np.abs(x) @ np.abs(w).T + np.abs(b), largest_partial_sum(x, w.T, products)
+    z_bound = bound(x.shape[1] + 1, magnitude, u, output=z, products=products, partial=partial)
     y = np.abs(reference.dropout(reference.activation(activation, z, slope), keep, rate))
     y_bound = activation_bound(activation, z, z_bound, slope, u)
     # The factor 1 / (1 - rate) is rounded, and the product with it.
@@ -81,13 +124,15 @@ def grad_slope_bound(dy, z, dy_bound, z_bound=0.0, u=U32):
     return carried + bound(terms.size, (terms + u * terms).sum(), u)
 
 
-def grad_input_bound(dz, w, z, activation, slope=0.0, keep=None, rate=0.0, u=U32):
+def grad_input_bound(dz, w, z, activation, slope=0.0, keep=None, rate=0.0, u=U32, products=IEEE):
     """The error of ``grad_input``: z is of the previous layer; dz, w and z are exact."""
     k = dz.shape[1]
     dy_magnitude = reference.output_grad(np.abs(dz), np.abs(w), keep, rate)
     dy = np.abs(reference.output_grad(dz, w, keep, rate))
     factor = np.abs(reference.activation_grad(activation, z, slope))
-    error = bound(k, dy_magnitude, u, output=dy, ulps=2) * factor
+    partial = largest_partial_sum(dz, w, products)
+    partial = None if partial is None else reference.dropout(partial, keep, rate)
+    error = bound(k, dy_magnitude, u, output=dy, ulps=2, products=products, partial=partial) * factor
     return error + dy_magnitude * activation_grad_bound(activation, z, 0.0, slope, u) + 2.0 * u * dy * factor + TINY
 
 

@@ -1,4 +1,4 @@
-"""The NumPy backend's optimizers and clock against the oracle, with stored gradients and without."""
+"""The optimizers and the clock of every backend against the oracle, with stored gradients and without."""
 
 from __future__ import annotations
 
@@ -6,24 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from calls import CONSTANT, Clock, bind, state_arrays, update_arena
-from hypothesis import given
+from calls import CONSTANT, Clock, gathering, state_arrays, update_arena
+from devices import VARIANT_PARAMETERS
 from hypothesis import strategies as st
-from strategies import (
-    CASES,
-    DTYPES,
-    UNITS,
-    Unchanged,
-    Values,
-    exact,
-    layouts,
-    output_layouts,
-    padded_rows,
-    place,
-    precisions,
-    seeds,
-    sizes,
-)
+from memory import place
+from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
 from tolerance import assert_within, bound, growth, update_bound
 
 from fusemlp_kernels import reference
@@ -79,32 +66,36 @@ rate_scales = st.sampled_from((1.0, 0.1))
 counts = st.sampled_from((0, 1, 7, 1000))
 
 
-@CASES
-@given(rule=update_rules(), accumulate=st.integers(1, 4), updates=counts, scale=rate_scales)
-def test_advance(rule, accumulate, updates, scale):
+@contract_test(variant=variants, rule=update_rules(), accumulate=st.integers(1, 4), updates=counts, scale=rate_scales)
+def test_advance(variant, rule, accumulate, updates, scale):
     rule = UpdateRule(**{**vars(rule), "accumulate": accumulate})
-    clock = Clock(rule, updates * accumulate, updates, scale)
-    run = bind("fp32", "advance", rule=rule, hyper=clock.hyper, counters=clock.counters)
+    clock = Clock(variant, rule, updates * accumulate, updates, scale)
+    run = variant.bind("advance", **clock.operands)
     for _ in range(2 * accumulate + 1):
         run()
         clock.check_after_a_batch()
 
 
-@CASES
-@given(
-    tensors=st.lists(st.tuples(sizes(1), st.one_of(st.none(), tensor_rules), st.integers(0, 1)), max_size=5),
+def arena_tensors(device):
+    """Each tensor's size, its rule (None: frozen), and how much spare room there is behind it."""
+    tensor = st.tuples(sizes(device, 1), st.one_of(st.none(), tensor_rules), st.integers(0, 1))
+    return st.lists(tensor, max_size=5)
+
+
+@contract_test(
+    tensors=arena_tensors,
     rule=update_rules(),
     clip_norm=st.sampled_from((None, None, 0.5, 1e4)),
     accumulate=st.sampled_from((1, 1, 2, 3)),
     updates=counts,
     rate_scale=rate_scales,
-    precision=precisions,
+    variant=variants,
     seed=seeds,
 )
-def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, precision, seed):
+def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, variant, seed):
     """Tensors of all kinds in one arena; those without a rule are frozen, and their gradient is zero."""
     rule = UpdateRule(**{**vars(rule), "clip_norm": clip_norm, "accumulate": accumulate})
-    values, dtype, u = Values(seed, precision), DTYPES[precision], UNITS[precision]
+    values, dtype, u = Values(seed, variant), variant.real, variant.unit
     alignment = ALIGNMENT_BYTES // np.dtype(dtype).itemsize
     offsets, size = [], 0
     for length, _, spare in tensors:
@@ -118,9 +109,9 @@ def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, preci
             trained[offset : offset + length] = True
     states = tuple(np.where(trained, state, 0).astype(dtype) for state in state_arrays(rule, values, size))
     grads = np.zeros(size, dtype)
-    clock = Clock(rule, updates * accumulate, updates, rate_scale)
+    clock = Clock(variant, rule, updates * accumulate, updates, rate_scale)
     operands = {"params": params, "grads": grads, "states": states, "segments": tuple(segments)}
-    run = bind(precision, "update", **operands, rule=rule, hyper=clock.hyper, counters=clock.counters)
+    run = variant.bind("update", **operands, **clock.operands)
     for _ in range(2 * accumulate):
         grads[...] = np.where(trained, values.normal(size), 0.0)
         before = exact(params), exact(grads), tuple(exact(state) for state in states)
@@ -146,37 +137,36 @@ def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, preci
 
 
 @st.composite
-def trained_layers(draw):
+def trained_layers(draw, device):
     frozen = draw(st.sampled_from(("", "", "w", "b", "wb")))
-    shape = draw(sizes()), draw(sizes())
-    return (*shape, frozen, draw(tensor_rules), draw(tensor_rules), draw(layouts), draw(layouts), draw(output_layouts))
+    shape = draw(sizes(device)), draw(sizes(device))
+    return (*shape, frozen, draw(tensor_rules), draw(tensor_rules), draw(placements(device, 2)))
 
 
-@CASES
-@given(
-    layers=st.lists(trained_layers(), min_size=1, max_size=3),
-    m=sizes(),
+@contract_test(
+    layers=lambda device: st.lists(trained_layers(device), min_size=1, max_size=3),
+    m=sizes,
     slope_count=st.integers(0, 2),
     by_row=st.booleans(),
     rule=update_rules(),
     updates=counts,
     rate_scale=rate_scales,
-    precision=precisions,
+    variant=variants,
     seed=seeds,
 )
-def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_scale, precision, seed):
-    values, dtype, u = Values(seed, precision), DTYPES[precision], UNITS[precision]
-    clock = Clock(rule, updates + 2, updates, rate_scale)
+def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_scale, variant, seed):
+    values, u = Values(seed, variant), variant.unit
+    clock = Clock(variant, rule, updates + 2, updates, rate_scale)
     # (parameter, its states, its rule, its gradient, the error that the gradient may have)
     operands, tensors = [], []
-    for index, (n, k, frozen, w_rule, b_rule, x_layout, dz_layout, output_layout) in enumerate(layers):
-        dz, x = place(values.normal(m, n), dz_layout), place(values.normal(m, k), x_layout)
+    for index, (n, k, frozen, w_rule, b_rule, (layouts, output_layout)) in enumerate(layers):
+        dz, x = place(values.factors(m, n), layouts[0]), place(values.factors(m, k), layouts[1])
         layer = {"dz": dz, "x": x}
         if by_row and index == 0:
             rows = padded_rows(values.rng, max(m - 1, 0), m, max(m, 1))
-            batch = np.where(rows[:, None] >= 0, values.normal(m, k), 0).astype(dtype)
-            layer |= {"x": values.normal(max(m, 1), k), "rows": rows, "gathered": batch}
-            x = batch
+            source = place(values.factors(max(m, 1), k), layouts[1])
+            x = np.where(rows[:, None] >= 0, source[np.maximum(rows, 0)], 0).astype(source.dtype)
+            layer |= {"x": source} | gathering(variant, rows, gathered=x)
         gradients = reference.grad_weight(exact(dz), exact(x))
         magnitudes = reference.grad_weight(np.abs(exact(dz)), np.abs(exact(x)))
         for name, tensor_rule, gradient, magnitude in zip("wb", (w_rule, b_rule), gradients, magnitudes, strict=True):
@@ -186,16 +176,15 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_
             parameter = place(values.normal(*gradient.shape), output_layout)
             states = tuple(place(s, output_layout) for s in state_arrays(rule, values, *gradient.shape))
             layer |= {name: parameter, f"{name}_state": states, f"{name}_rule": tensor_rule}
-            tensors.append((parameter, states, tensor_rule, gradient, bound(m, magnitude, u, output=gradient)))
+            limit = bound(m, magnitude, u, output=gradient, products=variant.products)
+            tensors.append((parameter, states, tensor_rule, gradient, limit))
         operands.append(layer)
     slopes = []
     for _ in range(slope_count):
         slope = {"dslope": values.normal(1), "param": values.normal(1), "state": state_arrays(rule, values, 1)}
         slopes.append(slope | {"rule": TensorRule(0.5, 0.01)})
         tensors.append((slope["param"], slope["state"], slopes[-1]["rule"], exact(slope["dslope"]), 0.0))
-    inputs = Unchanged(*(layer[name] for layer in operands for name in ("dz", "x")))
-    clocks = {"hyper": clock.hyper, "counters": clock.counters}
-    run = bind(precision, "grad_weight_update", layers=operands, slopes=slopes, rule=rule, **clocks)
+    run = variant.bind("grad_weight_update", layers=operands, slopes=slopes, **clock.operands)
     for _ in range(2):
         before = [(exact(p), tuple(exact(s) for s in states)) for p, states, *_ in tensors]
         t, rate = clock.update_count, clock.rate
@@ -207,34 +196,34 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_
             assert_within(parameter, expected[0], limits[0])
             for state, wanted, limit in zip(states, expected[1], limits[1], strict=True):
                 assert_within(state, wanted, limit)
-        inputs.check()
 
 
 @pytest.mark.parametrize("change", [{"clip_norm": 1.0}, {"accumulate": 2}])
-def test_a_fused_update_neither_clips_nor_accumulates(change):
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_a_fused_update_neither_clips_nor_accumulates(variant, change):
     rule = UpdateRule("sgd", CONSTANT, **change)
-    clock = Clock(rule, 0, 0, 1.0)
     with pytest.raises(ArgumentError, match="use grad_weight and update"):
-        bind("fp32", "grad_weight_update", layers=[], rule=rule, hyper=clock.hyper, counters=clock.counters)
+        variant.bind("grad_weight_update", layers=[], **Clock(variant, rule, 0, 0, 1.0).operands)
 
 
-def test_a_long_arena_is_updated_to_its_last_element():
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_a_long_arena_is_updated_to_its_last_element(variant):
     """Longer than a block of the sweep, and not a multiple of one."""
     size = (1 << 15) * 2 + 17
-    params, grads = np.zeros(size, np.float32), np.arange(size, dtype=np.float32)
-    update_arena(UpdateRule("sgd", ScheduleSpec("constant", 0.5)), params, grads)
-    np.testing.assert_array_equal(params, -0.5 * np.arange(size, dtype=np.float32))
+    params, grads = np.zeros(size, variant.real), np.arange(size, dtype=variant.real)
+    update_arena(variant, UpdateRule("sgd", ScheduleSpec("constant", 0.5)), params, grads)
+    np.testing.assert_array_equal(params, -0.5 * np.arange(size))
     assert math.isclose(params[-1], -0.5 * (size - 1))
 
 
-def test_small_gradients_of_many_rows_are_summed_before_they_meet_the_parameter():
+@pytest.mark.parametrize("variant", [v for v in VARIANT_PARAMETERS if v.values[0].real is np.float32])
+def test_small_gradients_of_many_rows_are_summed_before_they_meet_the_parameter(variant):
     """A row alone would be lost in the rounding of the parameter; 512 of them are not."""
-    dz, x = np.full((512, 3), 2.0**-17, np.float32), np.ones((512, 2), np.float32)
+    dz, x = np.full((512, 3), 2.0**-17, variant.compute), np.ones((512, 2), variant.compute)
     w, b = np.ones((3, 2), np.float32), np.ones(3, np.float32)
     layer = {"dz": dz, "x": x, "w": w, "b": b, "w_state": (), "b_state": ()}
     layer |= {"w_rule": TensorRule(), "b_rule": TensorRule()}
     rule = UpdateRule("sgd", ScheduleSpec("constant", 2.0**-10))
-    clock = Clock(rule, 0, 0, 1.0)
-    bind("fp32", "grad_weight_update", layers=[layer], rule=rule, hyper=clock.hyper, counters=clock.counters)()
+    variant.bind("grad_weight_update", layers=[layer], **Clock(variant, rule, 0, 0, 1.0).operands)()
     np.testing.assert_array_equal(w, 1.0 - 2.0**-18)
     np.testing.assert_array_equal(b, 1.0 - 2.0**-18)

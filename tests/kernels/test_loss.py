@@ -1,32 +1,25 @@
-"""The NumPy backend's losses against the oracle, alone and behind the output layer."""
+"""The losses of every backend against the oracle, alone and behind the output layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
-from calls import bind, run_loss
-from hypothesis import given
+from calls import gathering, run_loss
+from devices import VARIANT_PARAMETERS, Variant
 from hypothesis import strategies as st
-from strategies import (
-    CASES,
-    DTYPES,
-    UNITS,
-    Unchanged,
-    Values,
-    exact,
-    layouts,
-    output_layouts,
-    padded_rows,
-    place,
-    poisoned,
-    precisions,
-    seeds,
-    sizes,
+from memory import place, poisoned
+from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
+from tolerance import (
+    activation_bound,
+    assert_within,
+    bound,
+    grad_slope_bound,
+    linear_bound,
+    loss_grad_bound,
+    rounded,
 )
-from tolerance import activation_bound, assert_within, bound, grad_slope_bound, linear_bound, loss_grad_bound
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
@@ -52,7 +45,7 @@ SOURCE_ROWS = 29
 class LossCase:
     """A loss over m rows and n columns, of which ``short`` are padding in a short batch."""
 
-    precision: str
+    variant: Variant
     spec: LossSpec
     m: int
     n: int
@@ -61,19 +54,11 @@ class LossCase:
     weights: str
     class_weights: str
     activation: str
-    layouts: tuple[str, str, str]
+    layouts: tuple[str, ...]
     output_layout: str
     dz: str
     dslope: bool
     seed: int
-
-    @property
-    def dtype(self) -> Any:
-        return DTYPES[self.precision]
-
-    @property
-    def unit(self) -> float:
-        return UNITS[self.precision]
 
     @property
     def classes(self) -> bool:
@@ -85,7 +70,7 @@ class LossCase:
 
 
 @st.composite
-def loss_cases(draw):
+def loss_cases(draw, device, widest=1 << 31):
     # half of the cases go to the loss with the most options
     kind = draw(st.one_of(st.just("cross_entropy"), st.sampled_from(LOSSES)))
     cross_entropy = kind == "cross_entropy"
@@ -101,18 +86,20 @@ def loss_cases(draw):
         quantile=draw(st.sampled_from((0.5, 0.1, 0.95))),
         accuracy=draw(st.booleans()),
     )
+    wide = st.sampled_from([n for n in device.wide if n <= widest])
+    layouts, output_layout = draw(placements(device, 3))
     return LossCase(
-        precision=draw(precisions),
+        variant=draw(variants(device)),
         spec=spec,
-        m=draw(sizes()),
-        n=draw(st.one_of(sizes(1), st.sampled_from((10, 511, 512, 513, 700)))),
+        m=draw(sizes(device)),
+        n=draw(st.one_of(sizes(device, 1), wide)),
         short=draw(st.integers(0, 3)),
         by_row=draw(st.booleans()),
         weights=draw(st.sampled_from(("none", "none", "some", "sparse", "zero"))) if weighted else "none",
         class_weights=draw(st.sampled_from(("none", "some", "sparse"))) if cross_entropy and weighted else "none",
         activation="identity" if cross_entropy else draw(st.sampled_from(("identity", *ACTIVATIONS))),
-        layouts=(draw(layouts), draw(layouts), draw(layouts)),
-        output_layout=draw(output_layouts),
+        layouts=layouts,
+        output_layout=output_layout,
         dz=draw(st.sampled_from(("apart", "apart", "in place", "none"))),
         dslope=draw(st.booleans()),
         seed=draw(seeds),
@@ -137,12 +124,12 @@ def targets_of(case, values, rows):
             labels[values.rng.random(rows) < 0.3] = spec.ignore_index
         return labels
     if spec.kind == "cross_entropy":
-        shares = values.uniform(0.0, 1.0, rows, n) + case.dtype(1e-3)
+        shares = values.uniform(0.0, 1.0, rows, n) + values.dtype(1e-3)
         return shares / shares.sum(axis=1, keepdims=True)
     if spec.kind == "binary_cross_entropy":
-        return np.where(values.rng.random((rows, n)) < 0.7, values.integers(2, rows, n), 0.3).astype(case.dtype)
+        return np.where(values.rng.random((rows, n)) < 0.7, values.integers(2, rows, n), 0.3).astype(values.dtype)
     if spec.kind == "poisson":
-        return values.integers(5, rows, n).astype(case.dtype)
+        return values.integers(5, rows, n).astype(values.dtype)
     return values.normal(rows, n)
 
 
@@ -159,7 +146,7 @@ class Loss:
         self.class_weight = weights_of(case.class_weights, values, case.n)
         self.rows = padded_rows(values.rng, case.m, case.m, rows)
         self.counters, self.stats = np.zeros(COUNTERS, np.int64), np.arange(float(STATS))
-        self.dslope = poisoned(1, case.dtype) if case.activation == "prelu" and case.dslope else None
+        self.dslope = poisoned(1, values.dtype) if case.activation == "prelu" and case.dslope else None
         self.operands = {
             "target": self.target,
             "weight": self.weight,
@@ -172,14 +159,15 @@ class Loss:
             "dslope": self.dslope,
         }
         if case.activation == "prelu":
-            self.operands["slope_param"] = np.full(1, case.slope, case.dtype)
+            self.operands["slope_param"] = np.full(1, case.slope, values.dtype)
         if case.by_row:
             shape = (case.m,) if case.classes else (case.m, case.n)
-            self.operands |= {
-                "rows": self.rows,
-                "target_rows": place(np.zeros(shape, self.target.dtype), case.output_layout),
-                "weight_rows": poisoned(case.m, case.dtype),
-            }
+            self.operands |= gathering(
+                case.variant,
+                self.rows,
+                target_rows=place(np.zeros(shape, self.target.dtype), case.output_layout),
+                weight_rows=poisoned(case.m, values.dtype),
+            )
 
     def batch(self, count):
         """Prepares a batch of ``count`` rows and returns its targets and weights, (count, ...)."""
@@ -207,14 +195,15 @@ class Loss:
 
     def check(self, count, dz, z, target, weight, z_bound=0.0):
         """Compares what a run has written with the oracle; z (count, n) is exact or known within z_bound."""
-        case, spec, u = self.case, self.case.spec, self.case.unit
+        case, spec, variant = self.case, self.case.spec, self.case.variant
+        u = variant.unit
         classes = exact(self.class_weight)
-        slope = float(case.dtype(case.slope)) if case.activation == "prelu" else case.slope
+        slope = float(variant.real(case.slope)) if case.activation == "prelu" else case.slope
         loss, expected = reference.loss_grad(spec, z, target, weight, classes, case.activation, slope)
         limits = loss_grad_bound(spec, z, target, weight, classes, case.activation, slope, z_bound=z_bound, u=u)
         assert_within(self.stats[LAST_LOSS], loss, limits[0])
         if dz is not None:
-            assert_within(dz[:count], expected, limits[1])
+            assert_within(dz[:count], expected, rounded(limits[1], expected, variant.output_unit, variant.output_tiny))
             np.testing.assert_array_equal(dz[count:], 0.0)
         y = reference.activation(case.activation, z, slope)
         y_bound = activation_bound(case.activation, z, z_bound, slope, u) * np.ones_like(z)
@@ -237,7 +226,7 @@ class Loss:
             elif spec.kind != "cross_entropy":
                 shares = shares * case.n
             normaliser = shares.sum()
-            norm_bound = bound(count, normaliser, case.unit, output=normaliser, ulps=1)
+            norm_bound = bound(count, normaliser, case.variant.unit, output=normaliser, ulps=1)
             assert_within(self.stats[NORM_SUM] - before[NORM_SUM], normaliser, norm_bound + 1e-15)
             sum_bound = loss_bound * normaliser + (abs(loss) + loss_bound) * norm_bound + 1e-15
             assert_within(self.stats[LOSS_SUM] - before[LOSS_SUM], loss * normaliser, sum_bound)
@@ -258,85 +247,94 @@ class Loss:
         ignored = (target == spec.ignore_index).sum() if case.classes and spec.ignore_index is not None else 0
         assert scored == hits.size - ignored
 
-    @property
-    def inputs(self):
-        return Unchanged(self.target, self.weight, self.class_weight)
 
-
-@CASES
-@given(case=loss_cases())
+@contract_test(case=loss_cases)
 def test_loss_grad(case):
-    values = Values(case.seed, case.precision)
+    variant, values = case.variant, Values(case.seed, case.variant)
     m, n = case.m, case.n
     loss = Loss(case, values)
     in_place = case.dz == "in place"
-    z = place(np.zeros((m, n)), case.output_layout if in_place else case.layouts[0], case.dtype)
-    dz = {"in place": z, "apart": poisoned((m, n), case.dtype, case.output_layout), "none": None}[case.dz]
-    run = bind(case.precision, "loss_grad", z=z, dz=dz, **loss.operands)
+    z = place(np.zeros((m, n)), case.output_layout if in_place else case.layouts[0], variant.compute)
+    dz = {"in place": z, "apart": poisoned((m, n), variant.compute, case.output_layout), "none": None}[case.dz]
+    run = variant.bind("loss_grad", z=z, dz=dz, **loss.operands)
     for count in (max(m - case.short, 0), m, max(m - case.short, 0)):
-        logits = values.normal(m, n, scale=2.0)
+        logits = values.factors(m, n, scale=2.0)
         # what lies in the padding counts for nothing
         logits[count:] = np.nan
         z.flags.writeable = True
         z[...] = logits
         z.flags.writeable = in_place or case.layouts[0] != "read-only"
         target, weight = loss.batch(count)
-        inputs = loss.inputs
         run()
         loss.check(count, dz, exact(logits[:count]), target, weight)
-        inputs.check()
-        if not in_place:
-            np.testing.assert_array_equal(z, logits)
 
 
-@CASES
-@given(case=loss_cases(), k=sizes(), by_x_row=st.booleans())
+@contract_test(
+    case=lambda device: loss_cases(device, device.traits.widest_fused_output), k=sizes, by_x_row=st.booleans()
+)
 def test_linear_loss_grad(case, k, by_x_row):
-    values = Values(case.seed, case.precision)
+    variant, values = case.variant, Values(case.seed, case.variant)
     m, n = case.m, case.n
     loss = Loss(case, values)
-    x = place(values.normal(SOURCE_ROWS if by_x_row else m, k), case.layouts[0])
-    w = place(values.normal(n, k, scale=2.0 / max(k, 1) ** 0.5), case.layouts[1])
+    x = place(values.factors(SOURCE_ROWS if by_x_row else m, k), case.layouts[0])
+    w = place(values.factors(n, k, scale=2.0 / max(k, 1) ** 0.5), case.layouts[1])
     b = values.normal(n)
-    dz = None if case.dz == "none" else poisoned((m, n), case.dtype, case.output_layout)
+    dz = None if case.dz == "none" else poisoned((m, n), variant.compute, case.output_layout)
     operands = {"x": x, "w": w, "b": b, "dz": dz, **loss.operands}
     # where the output layer is the first, the rows of x are those of the targets
     x_rows = loss.rows if case.by_row else padded_rows(values.rng, m, m, SOURCE_ROWS)
     if by_x_row:
-        operands |= {"x_rows": x_rows, "gathered": poisoned((m, k), case.dtype, case.output_layout)}
-    run = bind(case.precision, "linear_loss_grad", **operands)
-    layer = Unchanged(x, w, b)
+        operands["x_rows"] = x_rows
+        if not variant.traits.gathers_in_load:
+            operands["gathered"] = poisoned((m, k), variant.compute, case.output_layout)
+    run = variant.bind("linear_loss_grad", **operands)
     for count in (max(m - case.short, 0), m, max(m - case.short, 0)):
         target, weight = loss.batch(count)
         if by_x_row and not case.by_row:
             x_rows[:] = padded_rows(values.rng, count, m, SOURCE_ROWS)
-        inputs = loss.inputs
         run()
         batch = exact(x)[x_rows[:count]] if by_x_row else exact(x)[:count]
         z = reference.linear(batch, exact(w), exact(b))
-        z_bound, _ = linear_bound(batch, exact(w), exact(b), u=case.unit)
+        z_bound, _ = linear_bound(batch, exact(w), exact(b), u=variant.unit, products=variant.products)
         loss.check(count, dz, z, target, weight, z_bound)
-        inputs.check()
-        layer.check()
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_weights_that_are_all_zero_give_zero(kind, precision):
-    z = np.random.default_rng(4).standard_normal((5, 3)).astype(DTYPES[precision])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_weights_that_are_all_zero_give_zero(variant, kind):
+    z = np.random.default_rng(4).standard_normal((5, 3))
     target = np.array([0, 1, 2, 1, 0]) if kind == "cross_entropy" else np.ones_like(z)
-    loss, dz, stats = run_loss(LossSpec(kind), z, target, precision, weight=np.zeros(5, z.dtype))
+    loss, dz, stats = run_loss(variant, LossSpec(kind), z, target, weight=np.zeros(5))
     assert loss == 0.0 and not dz.any() and stats[LOSS_SUM] == stats[NORM_SUM] == 0.0
 
 
 @pytest.mark.parametrize("classes", [3, 600])
-def test_a_batch_of_ignored_labels_gives_zero(classes):
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_a_batch_of_ignored_labels_gives_zero(variant, classes):
     z = np.random.default_rng(5).standard_normal((4, classes))
     spec = LossSpec("cross_entropy", ignore_index=1, accuracy=True)
-    loss, dz, stats = run_loss(spec, z, np.full(4, 1))
+    loss, dz, stats = run_loss(variant, spec, z, np.full(4, 1))
     assert loss == 0.0 and not dz.any() and not stats.any()
 
 
-def test_cross_entropy_wants_logits():
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "accuracy": True}, {"soft": True}])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_cross_entropy_of_ten_thousand_classes(variant, options):
+    values, spec = Values(6, variant), LossSpec("cross_entropy", **options)
+    z = values.factors(3, 10_000, scale=3.0)
+    target = values.integers(10_000, 3)
+    if spec.soft:
+        target = values.uniform(0.0, 1.0, 3, 10_000)
+        target /= target.sum(axis=1, keepdims=True)
+    loss, dz, _ = run_loss(variant, spec, z, target)
+    given = exact(z), exact(target) if spec.soft else target
+    expected_loss, expected = reference.loss_grad(spec, *given)
+    limits = loss_grad_bound(spec, *given, u=variant.unit)
+    assert_within(loss, expected_loss, limits[0])
+    assert_within(dz, expected, rounded(limits[1], expected, variant.output_unit, variant.output_tiny))
+
+
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_cross_entropy_wants_logits(variant):
     with pytest.raises(ArgumentError, match=r"takes logits.*got 'relu'"):
-        run_loss(LossSpec("cross_entropy"), np.zeros((2, 3)), np.zeros(2, np.int64), activation="relu")
+        run_loss(variant, LossSpec("cross_entropy"), np.zeros((2, 3)), np.zeros(2, np.int64), activation="relu")

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from calls import RULES, Clock, bind, run_loss, state_arrays
-from strategies import UNITS, Values, exact
+from calls import RULES, Clock, run_loss, state_arrays
+from devices import VARIANT_PARAMETERS
+from strategies import Values, exact
 from tolerance import assert_within, linear_bound, loss_grad_bound, update_bound
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec, ScheduleSpec, Segment, TensorRule, UpdateRule
 
+on_every_device = pytest.mark.parametrize(
+    "variant", [parameter for parameter in VARIANT_PARAMETERS if parameter.values[0].precision == "fp32"]
+)
+
 
 @pytest.mark.parametrize("k", [1, 17, 128, 784])
-def test_the_bound_tells_tf32_from_fp32(k):
+@on_every_device
+def test_the_bound_tells_tf32_from_fp32(variant, k):
     """A bound that lets rounded inputs pass would prove nothing; random signs, so that errors do not add up."""
-    values = Values(k, "fp32")
+    values = Values(k, variant)
     x, w, b = values.normal(64, k), values.normal(48, k), np.zeros(48, np.float32)
     y = np.zeros((64, 48), np.float32)
-    bind("fp32", "linear", x=tf32(x), w=tf32(w), b=b, y=y, activation="identity")()
-    _, limit = linear_bound(exact(x), exact(w), exact(b), "identity", 0.0, None, 0.0, UNITS["fp32"])
+    variant.bind("linear", x=tf32(x), w=tf32(w), b=b, y=y, activation="identity")()
+    _, limit = linear_bound(exact(x), exact(w), exact(b), products=variant.products)
     expected = reference.linear(exact(x), exact(w), exact(b))
     with pytest.raises(AssertionError, match="out of bound"):
         assert_within(y, expected, limit)
-    bind("fp32", "linear", x=x, w=w, b=b, y=y, activation="identity")()
+    variant.bind("linear", x=x, w=w, b=b, y=y, activation="identity")()
     assert_within(y, expected, limit)
 
 
@@ -33,20 +39,22 @@ def tf32(x):
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def test_the_bound_tells_a_forgotten_product_from_rounding():
-    values = Values(5, "fp32")
+@on_every_device
+def test_the_bound_tells_a_forgotten_product_from_rounding(variant):
+    values = Values(5, variant)
     x, w, b = values.normal(16, 784), values.normal(8, 784), values.normal(8)
     y = np.zeros((16, 8), np.float32)
-    _, limit = linear_bound(exact(x), exact(w), exact(b), "identity", 0.0, None, 0.0, UNITS["fp32"])
+    _, limit = linear_bound(exact(x), exact(w), exact(b), products=variant.products)
     expected = reference.linear(exact(x), exact(w), exact(b))
     for change in ({"x": x[:, :-1], "w": w[:, :-1]}, {"b": np.zeros_like(b)}):
-        bind("fp32", "linear", **{"x": x, "w": w, "b": b, "y": y, "activation": "identity", **change})()
+        variant.bind("linear", **{"x": x, "w": w, "b": b, "y": y, "activation": "identity", **change})()
         with pytest.raises(AssertionError, match="out of bound"):
             assert_within(y, expected, limit)
 
 
-def test_the_bound_tells_the_options_of_a_loss_apart():
-    values = Values(6, "fp32")
+@on_every_device
+def test_the_bound_tells_the_options_of_a_loss_apart(variant):
+    values = Values(6, variant)
     z, target, weight = values.normal(32, 10), values.integers(10, 32), values.uniform(0.5, 1.5, 32)
     spec = LossSpec("cross_entropy", label_smoothing=0.1)
     loss, dz = reference.loss_grad(spec, exact(z), target, exact(weight))
@@ -57,20 +65,21 @@ def test_the_bound_tells_the_options_of_a_loss_apart():
         (LossSpec("cross_entropy", label_smoothing=0.1, reduction="sum"), {"weight": weight}),
         (spec, {}),
     ):
-        wrong_loss, wrong_dz, _ = run_loss(other, z, target, "fp32", **operands)
+        wrong_loss, wrong_dz, _ = run_loss(variant, other, z, target, **operands)
         with pytest.raises(AssertionError, match="out of bound"):
             assert_within(wrong_loss, loss, limits[0])
         with pytest.raises(AssertionError, match="out of bound"):
             assert_within(wrong_dz, dz, limits[1])
-    right_loss, right_dz, _ = run_loss(spec, z, target, "fp32", weight=weight)
+    right_loss, right_dz, _ = run_loss(variant, spec, z, target, weight=weight)
     assert_within(right_loss, loss, limits[0])
     assert_within(right_dz, dz, limits[1])
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_the_bound_tells_an_optimizer_from_its_neighbours(rule):
+@on_every_device
+def test_the_bound_tells_an_optimizer_from_its_neighbours(variant, rule):
     """A wrong momentum, convention, beta or decay is further away than rounding."""
-    values, u = Values(8, "fp32"), UNITS["fp32"]
+    values = Values(8, variant)
     p, g, t = values.normal(200), values.normal(200), 3
     tensor, wrong_tensor = TensorRule(1.0, 0.01), TensorRule(1.0, 0.0101)
     wrong_rules = {
@@ -85,13 +94,13 @@ def test_the_bound_tells_an_optimizer_from_its_neighbours(rule):
     state = state_arrays(rule, values, 200)
     args = exact(p), exact(g), tuple(exact(s) for s in state)
     expected = reference.update(rule, tensor, *args, t, 0.1)
-    limits = update_bound(rule, tensor, *args, t, 0.1, u=u)
+    limits = update_bound(rule, tensor, *args, t, 0.1)
     for other, other_tensor in ((rule, tensor), (wrong_rule, tensor), (rule, wrong_tensor)):
         params, states = p.copy(), tuple(s.copy() for s in state)
-        clock = Clock(other, t, t, 1.0)
-        operands = {"params": params, "grads": g.copy(), "states": states, "rule": other}
+        clock = Clock(variant, other, t, t, 1.0)
+        operands = {"params": params, "grads": g.copy(), "states": states}
         operands["segments"] = (Segment(0, 200, other_tensor),)
-        bind("fp32", "update", **operands, hyper=clock.hyper, counters=clock.counters)()
+        variant.bind("update", **operands, **clock.operands)()
         if other is rule and other_tensor is tensor:
             assert_within(params, expected[0], limits[0])
         else:

@@ -1,0 +1,302 @@
+"""The backends under test, and how a NumPy array of a test becomes an array of theirs.
+
+The tests keep NumPy arrays as the truth. ``Variant.bind`` puts the whole memory behind each operand on the device,
+makes the same views of it there, and returns a ``run`` that takes to the device what the host has changed, runs, and
+brings every byte back. On NumPy it is the call itself.
+
+In Triton's interpreter bf16 is computed on raw bit patterns and tf32 exactly: both are tested on a GPU only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from memory import Watch, base_of, position
+from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products
+
+import fusemlp_kernels
+from fusemlp_kernels.contract import Traits
+from fusemlp_kernels.registry import TRAITS
+
+REALS = {"fp64": np.float64}
+# What matrix products read and write. NumPy has no bfloat16: the host holds the rounded values in float32.
+COMPUTE = {"fp64": np.float64, "fp16": np.float16}
+COMPUTE_OPERANDS = frozenset({"x", "gathered", "y", "z", "dz", "dz_prev", "w_shadow", "shadow"})
+READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input"})
+WRITTEN = {
+    "linear": {"y", "z", "gathered", "keep"},
+    "loss_grad": {"dz", "stats", "dslope", "target_rows", "weight_rows"},
+    "linear_loss_grad": {"dz", "stats", "dslope", "target_rows", "weight_rows", "gathered"},
+    "grad_input": {"dz_prev", "dslope"},
+    "grad_weight": {"dw", "db", "grad", "norm"},
+    "grad_weight_update": {"w", "b", "w_state", "b_state", "w_shadow", "param", "state", "hyper", "counters"},
+    "update": {"params", "grads", "states", "shadow", "hyper", "counters"},
+    "advance": {"hyper", "counters"},
+}
+# On a card; the interpreter and NumPy compute in IEEE arithmetic.
+TENSOR_CORES = {"fp32": TF32X3, "tf32": TF32, "bf16": TWO_BYTES, "fp16": TWO_BYTES}
+
+
+@dataclass(frozen=True, repr=False)
+class Device:
+    """A backend on something that runs it, and how much of each kind of case is worth its time there."""
+
+    name: str
+    backend: str
+    precisions: tuple[str, ...]
+    examples: int
+    edges: tuple[int, ...]
+    longest: int
+    wide: tuple[int, ...]
+    layouts: tuple[str, ...]
+    output_layouts: tuple[str, ...]
+    tensor_cores: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def traits(self) -> Traits:
+        return TRAITS[self.backend]
+
+    @property
+    def variants(self) -> list[Variant]:
+        return [Variant(self, precision) for precision in self.precisions]
+
+    @property
+    def on_host(self) -> bool:
+        return self.backend == "numpy"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A device in one precision."""
+
+    device: Device
+    precision: str
+
+    @property
+    def traits(self) -> Traits:
+        return self.device.traits
+
+    @property
+    def real(self) -> Any:
+        """The host's type of parameters, targets, weights and so on."""
+        return REALS.get(self.precision, np.float32)
+
+    @property
+    def compute(self) -> Any:
+        """The host's type of what matrix products read and write."""
+        return COMPUTE.get(self.precision, np.float32)
+
+    @property
+    def unit(self) -> float:
+        """The unit roundoff of sums and functions."""
+        return 2.0**-53 if self.precision == "fp64" else 2.0**-24
+
+    @property
+    def products(self) -> Products:
+        return TENSOR_CORES[self.precision] if self.device.tensor_cores else IEEE
+
+    @property
+    def output_unit(self) -> float:
+        """The unit roundoff of 16-bit results; 0 where results have the type of the sums."""
+        return {"fp16": 2.0**-11, "bf16": 2.0**-8}.get(self.precision, 0.0)
+
+    @property
+    def output_tiny(self) -> float:
+        """Half the distance of the smallest results."""
+        return {"fp16": 2.0**-25}.get(self.precision, TINY)
+
+    def rounded(self, values: Any) -> Any:
+        """Values as matrix products read them."""
+        values = np.asarray(values, self.real)
+        if self.precision == "bf16":
+            bits = values.view(np.uint32).astype(np.uint64)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            return np.where(np.isnan(values), np.float32(np.nan), bits.astype(np.uint32).view(np.float32))
+        return values.astype(self.compute)
+
+    def backend(self) -> Any:
+        return fusemlp_kernels.backend(self.device.backend, None, self.precision)
+
+    def bind(self, op: str, **operands: Any) -> Any:
+        """A ``run`` of the op that also checks, bitwise, that nothing changes but the elements of its outputs."""
+        leaves = list(_leaves(operands))
+        written = [array for name, array in leaves if name in WRITTEN.get(op, ())]
+        watch = Watch([array for _, array in leaves], written)
+        backend = self.backend()
+        if self.device.on_host:
+            call = backend.bind(op, **operands)
+
+            def run_here() -> None:
+                watch.remember()
+                call()
+                watch.check()
+
+            return run_here
+        there = TorchMemory(backend, op)
+        call = backend.bind(op, **_converted(operands, there.view))
+
+        def run() -> None:
+            watch.remember()
+            there.upload()
+            call()
+            backend.synchronize()
+            there.download()
+            watch.check()
+
+        return run
+
+
+def _leaves(value: Any, name: str = "") -> Any:
+    """(name, array) of every array in the operands."""
+    if isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, key)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item, name)
+
+
+def _converted(value: Any, convert: Any, name: str = "") -> Any:
+    if isinstance(value, np.ndarray):
+        return convert(name, value)
+    if isinstance(value, Mapping):
+        return {key: _converted(item, convert, key) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_converted(item, convert, name) for item in value)
+    return value
+
+
+class TorchMemory:
+    """The memory behind the operands of one call, as torch tensors."""
+
+    def __init__(self, backend: Any, op: str) -> None:
+        self.backend, self.op = backend, op
+        self.flats: dict[int, tuple[Any, Any]] = {}
+
+    def view(self, name: str, array: Any) -> Any:
+        import torch
+
+        base = base_of(array)
+        key = base.__array_interface__["data"][0] if base.size else id(array)
+        owned = getattr(base, "owned", None)
+        if key not in self.flats:
+            self.flats[key] = base, self._flat(base, self._kind(name, base.dtype), owned is not None)
+        flat = self.flats[key][1]
+        if owned is not None:
+            offset, shape, pitch = owned
+            return self.backend.view(flat, offset, shape, pitch)
+        first, strides = position(array, base)
+        return torch.as_strided(flat, array.shape, strides, first)
+
+    def _kind(self, name: str, dtype: Any) -> str:
+        compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
+        if dtype in (np.float16, np.float32):
+            return "compute" if compute else "real"
+        return str(np.dtype(dtype))
+
+    def _flat(self, base: Any, kind: str, owned: bool) -> Any:
+        import torch
+
+        flat = self.backend.allocate(base.size, kind)
+        return flat if owned else torch.empty_like(flat)
+
+    def upload(self) -> None:
+        import torch
+
+        for base, flat in self.flats.values():
+            flat.copy_(torch.from_numpy(np.array(base)))
+
+    def download(self) -> None:
+        for base, flat in self.flats.values():
+            host = flat.cpu()
+            base[...] = (host.float() if base.dtype == np.float32 else host).numpy()
+
+
+def triton_is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(device: Device) -> str | None:
+    """Why the device is not here; None if it is."""
+    reason = fusemlp_kernels.availability()[device.backend]
+    if device.backend == "triton" and reason is None:
+        if device is INTERPRETER and not triton_is_interpreted():
+            return "Triton compiles here: TRITON_INTERPRET=1 asks for its interpreter"
+        if device is GPU and (triton_is_interpreted() or not sees_a_gpu()):
+            return "needs a GPU that torch sees, and TRITON_INTERPRET unset"
+    return reason
+
+
+def sees_a_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# "reversed": torch has no negative strides. "read-only": torch has no such thing.
+STRIDED = ("plain", "transposed", "stepped", "offset", "pitched")
+NUMPY = Device(
+    "numpy",
+    "numpy",
+    ("fp32", "fp64"),
+    examples=300,
+    # the edges of the tiles and vectors that kernels are made of
+    edges=(0, 1, 2, 15, 16, 17, 31, 32, 33, 127, 128, 129),
+    longest=40,
+    wide=(10, 511, 512, 513, 700),
+    layouts=(*STRIDED, "reversed", "read-only"),
+    output_layouts=("plain", "plain", "pitched"),
+)
+# A program costs the interpreter milliseconds: fewer cases, and no more than a few tiles each.
+INTERPRETER = Device(
+    "triton, interpreted",
+    "triton",
+    ("fp32", "fp16"),
+    examples=40,
+    edges=(0, 1, 2, 15, 16, 17, 31, 32, 33, 65),
+    longest=20,
+    wide=(10, 127, 255, 256, 257, 700),
+    layouts=STRIDED,
+    output_layouts=("plain", "plain", "pitched", "transposed"),
+)
+GPU = Device(
+    "triton on a GPU",
+    "triton",
+    ("fp32", "tf32", "bf16", "fp16"),
+    examples=300,
+    edges=NUMPY.edges,
+    longest=130,
+    wide=(10, 127, 255, 256, 257, 700, 1000),
+    layouts=STRIDED,
+    output_layouts=INTERPRETER.output_layouts,
+    tensor_cores=True,
+)
+DEVICES = (NUMPY, INTERPRETER, GPU)
+
+
+def marks_of(device: Device) -> list[pytest.MarkDecorator]:
+    reason = why_not(device)
+    skip = [] if reason is None else [pytest.mark.skip(reason=f"{device.name}: {reason}")]
+    return [pytest.mark.gpu, *skip] if device is GPU else skip
+
+
+DEVICE_PARAMETERS = [pytest.param(device, id=device.name, marks=marks_of(device)) for device in DEVICES]
+VARIANT_PARAMETERS = [
+    pytest.param(variant, id=f"{device.name}, {variant.precision}", marks=marks_of(device))
+    for device in DEVICES
+    for variant in device.variants
+]
+__all__ = ["DEVICES", "DEVICE_PARAMETERS", "GPU", "INTERPRETER", "NUMPY", "VARIANT_PARAMETERS", "Device", "Variant"]

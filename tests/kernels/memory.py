@@ -1,0 +1,130 @@
+"""Where a test's arrays lie: views with gaps and guard bands around them, whose elements nobody may change."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusemlp_kernels.registry import TRAITS
+
+# Elements in front of and behind every placed array. In front of an owned one it is a multiple of 256 bytes.
+GUARD = 128
+# The pitch of matrices that a device backend allocates itself; NumPy's have none.
+ROW_MULTIPLE = TRAITS["triton"].row_multiple
+INT_GUARD = -(2**40)
+
+
+class Memory(np.ndarray):
+    """The flat memory behind one placed array; ``owned``: laid out as the backend's own, (offset, shape, pitch)."""
+
+    owned: tuple[int, tuple[int, ...], int] | None = None
+
+
+def guard_value(dtype):
+    """What fills the memory that is nobody's: NaN spoils every sum that it gets into."""
+    return {"f": np.nan, "i": INT_GUARD, "b": True}[np.dtype(dtype).kind]
+
+
+def place(values, layout, dtype=None):
+    """An array of the same values that lies in memory as ``layout`` says, with guard bands around it."""
+    values = np.asarray(values, dtype)
+    strides, first = _strides(values.shape, layout)
+    last = [stride * (n - 1) for stride, n in zip(strides, values.shape, strict=True)] if values.size else []
+    length = first + sum(step for step in last if step > 0) + 1 if values.size else first
+    pitch = strides[0] if values.ndim == 2 else 0
+    if layout == "owned":
+        length = first + (values.shape[0] * pitch if values.ndim == 2 else values.size)
+    flat = np.full(length + GUARD, guard_value(values.dtype), values.dtype).view(Memory)
+    if layout == "owned":
+        flat.owned = first, values.shape, pitch if values.ndim == 2 else values.size
+        if values.ndim == 2:
+            # the columns between width and pitch
+            flat[first:length] = 0
+    item = values.itemsize
+    out = np.ndarray(values.shape, values.dtype, flat, first * item, [stride * item for stride in strides])
+    out[...] = values
+    out.flags.writeable = layout != "read-only"
+    return out
+
+
+def _strides(shape, layout):
+    """The strides and the position of the first element, in elements."""
+    plain = [1]
+    for n in reversed(shape[1:]):
+        plain.insert(0, plain[0] * n)
+    if layout == "transposed":
+        return [1] if len(shape) == 1 else [1, max(shape[0], 1)], GUARD
+    if layout == "stepped":
+        return [2 ** (len(shape) - i) * stride for i, stride in enumerate(plain)], GUARD
+    if layout == "reversed":
+        return [-stride for stride in plain], GUARD + sum(s * max(n - 1, 0) for s, n in zip(plain, shape, strict=True))
+    if layout == "offset":
+        return plain, GUARD + 3
+    if layout == "pitched" and len(shape) == 2:
+        return [shape[1] + 5, 1], GUARD
+    if layout == "owned" and len(shape) == 2:
+        return [-(-shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE, 1], GUARD
+    return plain, GUARD
+
+
+def poisoned(shape, dtype, layout="plain"):
+    """An output full of NaN; of True, where it is bool."""
+    return place(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 1), layout, dtype)
+
+
+def base_of(array):
+    """The flat memory that an array is a view of: its guard bands are in it."""
+    base = array
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, Memory) else base.ravel(order="K")
+
+
+def position(array, base):
+    """The array's first element and its strides within ``base``, in elements."""
+    item = array.itemsize
+    first = (array.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // item
+    return first if array.size else 0, tuple(stride // item for stride in array.strides)
+
+
+def elements_of(array, base):
+    """Which elements of ``base`` are the array's: their indices, shaped like it."""
+    first, strides = position(array, base)
+    index = np.full(array.shape, first)
+    for axis, stride in enumerate(strides):
+        shape = [1] * array.ndim
+        shape[axis] = -1
+        index += (stride * np.arange(array.shape[axis])).reshape(shape)
+    return index
+
+
+class Watch:
+    """Sees to it that a call changes nothing but the elements of its outputs, bitwise, and no zero of a padding."""
+
+    def __init__(self, arrays, written):
+        self.bases, self.free = {}, {}
+        for array in arrays:
+            base = base_of(array)
+            key = base.__array_interface__["data"][0]
+            if base.size and key not in self.bases:
+                self.bases[key] = base
+                self.free[key] = np.zeros(base.size, np.bool_)
+        for array in written:
+            base = base_of(array)
+            key = base.__array_interface__["data"][0]
+            if base.size:
+                self.free[key][elements_of(array, base)] = True
+
+    def remember(self):
+        self.before = {key: np.array(base) for key, base in self.bases.items()}
+
+    def check(self):
+        for key, base in self.bases.items():
+            bits = f"u{base.itemsize}"
+            now, before = (a.view(np.ndarray).view(bits) for a in (base, self.before[key]))
+            changed = (now != before) & ~self.free[key]
+            if changed.any():
+                at = int(np.flatnonzero(changed)[0])
+                raise AssertionError(
+                    f"{int(changed.sum())} elements changed outside the outputs (an input, a guard band, a gap or a "
+                    f"padding); first at {at} of {base.size}: {self.before[key][at]!r} became {base[at]!r}"
+                )

@@ -1,0 +1,296 @@
+"""The layers of every backend, forward and backward, against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from calls import gathering, kept, slope_operands
+from devices import VARIANT_PARAMETERS, Variant
+from hypothesis import strategies as st
+from memory import place, poisoned
+from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
+from tolerance import assert_within, bound, grad_input_bound, grad_slope_bound, linear_bound, rounded
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    BATCH_INDEX,
+    COUNTERS,
+    NEEDS_Z,
+    ROW_COUNT,
+    Dropout,
+    ScheduleSpec,
+    UpdateRule,
+)
+from fusemlp_kernels.philox import dropout_keep
+
+RATES = (0.1, 0.5, 0.9)
+# leaky_relu reads its derivative off the output, so its slope is not negative; prelu's may be anything
+SLOPES = (0.0, 0.01, 0.3, 1.0, 1.7)
+LEARNED_SLOPES = (*SLOPES, -0.4)
+
+
+@st.composite
+def slopes(draw, activation):
+    """The operands slope and slope_param, and the slope as the oracle takes it."""
+    if activation == "leaky_relu":
+        return draw(st.sampled_from(SLOPES))
+    return draw(st.sampled_from(LEARNED_SLOPES)) if activation == "prelu" else 0.0
+
+
+def rounded_slope(activation, slope, dtype):
+    """A learned slope is what the array holds; a fixed one is a float."""
+    return float(dtype(slope)) if activation == "prelu" else slope
+
+
+def assert_output(variant, actual, expected, limit):
+    """``assert_within``, for a result in the type that matrix products write."""
+    assert_within(actual, expected, rounded(limit, expected, variant.output_unit, variant.output_tiny))
+
+
+def before_activation(activation, y):
+    """A z whose derivative is the one that is read off y, whatever rounding has made of y."""
+    if activation == "sigmoid":
+        with np.errstate(divide="ignore"):
+            return np.log(y) - np.log1p(-y)
+    if activation == "tanh":
+        with np.errstate(divide="ignore"):
+            return np.arctanh(y)
+    return y
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One layer: x (m, k), w (n, k), its activation and its dropout (rate 0: none)."""
+
+    variant: Variant
+    m: int
+    k: int
+    n: int
+    activation: str
+    slope: float
+    rate: float
+    scale: float
+    batch_index: int
+    layouts: tuple[str, ...]
+    output_layout: str
+    seed: int
+
+    @property
+    def dropout(self) -> Dropout | None:
+        return Dropout(self.rate, layer=3, seed=self.seed) if self.rate else None
+
+
+@st.composite
+def layer_cases(draw, device):
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    layouts, output_layout = draw(placements(device, 3))
+    return LayerCase(
+        variant=draw(variants(device)),
+        m=draw(sizes(device)),
+        k=draw(sizes(device)),
+        n=draw(sizes(device)),
+        activation=activation,
+        slope=draw(slopes(activation)),
+        rate=draw(st.sampled_from((0.0, 0.0, *RATES))),
+        scale=draw(st.sampled_from((1e-3, 1.0, 1.0, 10.0))),
+        batch_index=draw(st.sampled_from((0, 1, 2**31))),
+        layouts=layouts,
+        output_layout=output_layout,
+        seed=draw(seeds),
+    )
+
+
+@contract_test(
+    case=layer_cases, by_row=st.booleans(), short=st.integers(0, 5), counted=st.booleans(), keep_z=st.booleans()
+)
+def test_linear(case, by_row, short, counted, keep_z):
+    variant, m, k, n = case.variant, case.m, case.k, case.n
+    values = Values(case.seed, variant)
+    source_rows = 37 if by_row else m
+    x = place(values.factors(source_rows, k), case.layouts[0])
+    w = place(values.factors(n, k, scale=case.scale / max(k, 1) ** 0.5), case.layouts[1])
+    b = place(values.normal(n), case.layouts[2])
+    slope = rounded_slope(case.activation, case.slope, variant.real)
+    z = poisoned((m, n), variant.compute, case.output_layout) if keep_z and case.activation in NEEDS_Z else None
+    y = poisoned((m, n), variant.compute, case.output_layout)
+    operands = {"x": x, "w": w, "b": b, "y": y, "z": z, "activation": case.activation}
+    operands |= slope_operands(case.activation, slope, variant.real)
+    counters = np.zeros(COUNTERS, np.int64)
+    if case.dropout is not None:
+        operands |= {"dropout": case.dropout} | kept(variant, poisoned((m, n), np.bool_, case.output_layout))
+    if counted or case.dropout is not None:
+        operands["counters"] = counters
+    rows = padded_rows(values.rng, m, m, source_rows)
+    if by_row:
+        operands |= gathering(variant, rows, gathered=poisoned((m, k), variant.compute, case.output_layout))
+    run = variant.bind("linear", **operands)
+    # short, full, short: nothing of a batch stays behind for the next
+    for step, count in enumerate((max(m - short, 0), m, max(m - short, 0))):
+        batch = exact(x)
+        if by_row:
+            rows[:] = padded_rows(values.rng, count, m, source_rows)
+            batch = np.where(rows[:, None] >= 0, batch[np.maximum(rows, 0)], 0.0)
+        counters[ROW_COUNT], counters[BATCH_INDEX] = count, case.batch_index + step
+        run()
+        expected_z = reference.linear(batch, exact(w), exact(b))
+        keep = None
+        if case.dropout is not None:
+            keep = dropout_keep(case.rate, 3, case.seed, case.batch_index + step, m, n)
+            if "keep" in operands:
+                np.testing.assert_array_equal(operands["keep"], keep)
+        expected = reference.dropout(reference.activation(case.activation, expected_z, slope), keep, case.rate)
+        given = case.activation, slope, keep, case.rate, variant.unit, variant.products
+        z_bound, y_bound = linear_bound(batch, exact(w), exact(b), *given)
+        assert_output(variant, y, expected, y_bound)
+        if keep is not None:
+            np.testing.assert_array_equal(y[~keep], 0.0)
+        if z is not None:
+            assert_output(variant, z, expected_z, z_bound)
+        if "gathered" in operands:
+            np.testing.assert_array_equal(operands["gathered"], batch)
+
+
+@contract_test(case=layer_cases)
+def test_grad_input(case):
+    variant, m, k, n = case.variant, case.m, case.k, case.n
+    values = Values(case.seed, variant)
+    dz = place(values.factors(m, n), case.layouts[0])
+    w = place(values.factors(n, k), case.layouts[1])
+    slope = rounded_slope(case.activation, case.slope, variant.real)
+    z = place(values.factors(m, k, scale=case.scale), case.layouts[2])
+    keep = dropout_keep(case.rate, 3, case.seed, 5, m, k) if case.rate else None
+    y = reference.dropout(reference.activation(case.activation, exact(z), slope), keep, case.rate)
+    y = place(variant.rounded(y), case.layouts[2])
+    dz_prev = poisoned((m, k), variant.compute, case.output_layout)
+    operands = {"dz": dz, "w": w, "y": y, "dz_prev": dz_prev, "activation": case.activation}
+    operands |= slope_operands(case.activation, slope, variant.real)
+    if case.activation in NEEDS_Z:
+        operands["z"] = z
+    dslope = poisoned(1, variant.real) if case.activation == "prelu" else None
+    if dslope is not None:
+        operands["dslope"] = dslope
+    counters = np.zeros(COUNTERS, np.int64)
+    counters[BATCH_INDEX] = 5
+    if keep is not None:
+        operands |= {"dropout": case.dropout, "counters": counters} | kept(variant, keep)
+    run = variant.bind("grad_input", **operands)
+    source = exact(z)
+    if case.activation not in NEEDS_Z:
+        source = before_activation(case.activation, exact(y) * (1.0 - case.rate))
+    exacts = exact(dz), exact(w), source
+    expected = reference.grad_input(*exacts, case.activation, slope, keep, case.rate)
+    limit = grad_input_bound(*exacts, case.activation, slope, keep, case.rate, variant.unit, variant.products)
+    for _ in range(2):
+        run()
+        assert_output(variant, dz_prev, expected, limit)
+        if dslope is not None:
+            dy = reference.output_grad(exacts[0], exacts[1], keep, case.rate)
+            magnitude = reference.output_grad(np.abs(exacts[0]), np.abs(exacts[1]), keep, case.rate)
+            dy_bound = bound(n, magnitude, variant.unit, products=variant.products)
+            slope_bound = grad_slope_bound(dy, exacts[2], dy_bound, u=variant.unit)
+            assert_within(dslope, reference.grad_slope(dy, exacts[2]), slope_bound)
+
+
+@dataclass(frozen=True)
+class GradWeightLayer:
+    """One layer of a grouped call; ``frozen`` names the tensors that are not trained."""
+
+    k: int
+    n: int
+    layouts: tuple[str, ...]
+    output_layout: str
+    frozen: frozenset[str]
+
+
+@st.composite
+def grad_weight_layers(draw, device):
+    layouts, output_layout = draw(placements(device, 2))
+    frozen = draw(st.sampled_from([frozenset(), frozenset(), frozenset("w"), frozenset("b"), frozenset("wb")]))
+    return GradWeightLayer(draw(sizes(device)), draw(sizes(device)), layouts, output_layout, frozen)
+
+
+def layer_operands(values, layer, m, rows):
+    """dz and x of one layer, by row where ``rows`` are given, and the same numbers for the oracle."""
+    dz = place(values.factors(m, layer.n), layer.layouts[0])
+    if rows is None:
+        x = place(values.factors(m, layer.k), layer.layouts[1])
+        return {"dz": dz, "x": x}, exact(dz), exact(x)
+    x = place(values.factors(23, layer.k), layer.layouts[1])
+    # what ``linear`` has left: the batch, zeros in the padding
+    gathered = np.where(rows[:, None] >= 0, x[np.maximum(rows, 0)], 0).astype(x.dtype)
+    return {"dz": dz, "x": x} | gathering(values.variant, rows, gathered=gathered), exact(dz), exact(gathered)
+
+
+@contract_test(
+    layers=lambda device: st.lists(grad_weight_layers(device), min_size=1, max_size=3),
+    m=sizes,
+    by_row=st.booleans(),
+    accumulate=st.sampled_from((1, 1, 2, 3)),
+    slope_count=st.integers(0, 2),
+    variant=variants,
+    seed=seeds,
+)
+def test_grad_weight(layers, m, by_row, accumulate, slope_count, variant, seed):
+    values, u = Values(seed, variant), variant.unit
+    rows = padded_rows(values.rng, max(m - 2, 0), m, 23) if by_row else None
+    operands, outputs = [], []
+    for index, layer in enumerate(layers):
+        given_arrays, dz, x = layer_operands(values, layer, m, rows if index == 0 else None)
+        dw, db = (
+            None if name in layer.frozen else poisoned(shape, variant.real, layer.output_layout)
+            for name, shape in (("w", (layer.n, layer.k)), ("b", layer.n))
+        )
+        operands.append({**given_arrays, "dw": dw, "db": db})
+        exacts = reference.grad_weight(dz, x)
+        magnitudes = reference.grad_weight(np.abs(dz), np.abs(x))
+        outputs += [(out, e, g) for out, e, g in zip((dw, db), exacts, magnitudes, strict=True) if out is not None]
+    slopes_given = [{"dslope": values.normal(1), "grad": poisoned(1, variant.real)} for _ in range(slope_count)]
+    outputs += [(s["grad"], exact(s["dslope"]), np.abs(exact(s["dslope"]))) for s in slopes_given]
+    counters = np.zeros(COUNTERS, np.int64)
+    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1), accumulate=accumulate)
+    run = variant.bind("grad_weight", layers=operands, slopes=slopes_given, rule=rule, counters=counters)
+    for batch_index in range(2 * accumulate):
+        counters[BATCH_INDEX] = batch_index
+        run()
+        sums = batch_index % accumulate + 1
+        for out, expected, magnitude in outputs:
+            total = sums * expected
+            limit = bound(m * sums, sums * magnitude, u, output=total, ulps=sums, products=variant.products)
+            assert_within(out, total, limit)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(300, 301), (3, 70_000)])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_layers_of_many_blocks(variant, activation, shape):
+    """More elements than a pass over them takes at a time, in rows and in columns."""
+    values, (m, k) = Values(9, variant), shape
+    slope = rounded_slope(activation, 0.3, variant.real) if activation in ("leaky_relu", "prelu") else 0.0
+    slope_given = slope_operands(activation, slope, variant.real)
+    x, w, b = values.factors(m, 4), values.factors(k, 4), values.normal(k)
+    y = poisoned((m, k), variant.compute)
+    variant.bind("linear", x=x, w=w, b=b, y=y, activation=activation, **slope_given)()
+    _, limit = linear_bound(exact(x), exact(w), exact(b), activation, slope, None, 0.0, variant.unit, variant.products)
+    assert_output(variant, y, reference.linear(exact(x), exact(w), exact(b), activation, slope), limit)
+    dz, w, z, dz_prev = (
+        values.factors(m, 5),
+        values.factors(5, k),
+        values.factors(m, k),
+        poisoned((m, k), variant.compute),
+    )
+    operands = {"dz": dz, "w": w, "dz_prev": dz_prev, "activation": activation, **slope_given}
+    operands["y"] = variant.rounded(reference.activation(activation, exact(z), slope))
+    source = exact(z) if activation in NEEDS_Z else before_activation(activation, exact(operands["y"]))
+    operands |= {"z": z} if activation in NEEDS_Z else {}
+    dslope = poisoned(1, variant.real) if activation == "prelu" else None
+    variant.bind("grad_input", **operands, dslope=dslope)()
+    dz, w = exact(dz), exact(w)
+    expected = reference.grad_input(dz, w, source, activation, slope)
+    limit = grad_input_bound(dz, w, source, activation, slope, None, 0.0, variant.unit, variant.products)
+    assert_output(variant, dz_prev, expected, limit)
+    if dslope is not None:
+        dy, dy_bound = dz @ w, bound(5, np.abs(dz) @ np.abs(w), variant.unit, products=variant.products)
+        assert_within(dslope, reference.grad_slope(dy, source), grad_slope_bound(dy, source, dy_bound, u=variant.unit))

@@ -1,0 +1,136 @@
+"""NaN goes through every op of every backend as NaN, and what is large overflows nowhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from calls import RULES, Clock, kept, run_loss, slope_operands, update_arena
+from devices import VARIANT_PARAMETERS
+from strategies import exact
+from tolerance import assert_within, loss_grad_bound, rounded
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    COUNTERS,
+    LOSSES,
+    Dropout,
+    LossSpec,
+    ScheduleSpec,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.philox import dropout_keep
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_nan_goes_through_a_layer_and_its_derivative(variant, activation, rate):
+    real, compute = variant.real, variant.compute
+    slope = {"leaky_relu": 0.1, "prelu": 0.2}.get(activation, 0.0)
+    slopes_given = slope_operands(activation, slope, real)
+    x, w, b = np.ones((4, 3), compute), np.ones((20, 3), compute), np.ones(20, real)
+    x[1, 1], w[2, 0], b[5] = np.nan, np.nan, np.nan
+    y, z = np.zeros((4, 20), compute), np.zeros((4, 20), compute)
+    keep, counters = dropout_keep(rate, 0, 7, 0, 4, 20), np.zeros(COUNTERS, np.int64)
+    dropped = {"dropout": Dropout(rate, 0, 7), "counters": counters} | kept(variant, keep) if rate else {}
+    variant.bind("linear", x=x, w=w, b=b, y=y, z=z, activation=activation, **slopes_given, **dropped)()
+    wanted = np.zeros((4, 20), np.bool_)
+    wanted[1], wanted[:, 2], wanted[:, 5] = True, True, True
+    # a dropped element is zero, whatever it was
+    np.testing.assert_array_equal(np.isnan(y), wanted & keep if rate else wanted)
+
+    dz, w_next, dz_prev = np.ones((4, 2), compute), np.ones((2, 20), compute), np.zeros((4, 20), compute)
+    dz[3, 0] = np.nan
+    dslope = {"dslope": np.zeros(1, real)} if activation == "prelu" else {}
+    operands = {"dz": dz, "w": w_next, "y": y, "z": z, "dz_prev": dz_prev, "activation": activation}
+    variant.bind("grad_input", **operands, **slopes_given, **dslope, **dropped)()
+    passed = keep if rate else np.ones_like(wanted)
+    factor = reference.activation_grad(activation, np.where(wanted, np.nan, 1.0), slope)
+    through = wanted & passed & np.isnan(factor)
+    through[3] |= passed[3]
+    np.testing.assert_array_equal(np.isnan(dz_prev)[passed], through[passed])
+    if dslope:
+        assert np.isnan(dslope["dslope"])
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("options", ["plain", "weighted", "soft"])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_nan_goes_through_every_loss(variant, kind, options):
+    z = np.random.default_rng(3).standard_normal((4, 3))
+    z[2, 1] = np.nan
+    soft = options == "soft" or kind != "cross_entropy"
+    target = np.full((4, 3), 0.25) if soft else np.array([0, 2, 1, 0])
+    weight = np.array([1.0, 2.0, 0.5, 1.0]) if options == "weighted" else None
+    spec = LossSpec(kind, soft=soft and kind == "cross_entropy", accuracy=True)
+    loss, dz, _ = run_loss(variant, spec, z, target, weight=weight)
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(np.isnan(dz), np.isnan(reference.loss_grad(spec, z, target, weight)[1]))
+    assert np.isnan(dz[2, 1]) and not np.isnan(dz[[0, 1, 3]]).any()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_a_weight_that_is_nan_makes_the_loss_nan(variant, kind):
+    z, weight = np.zeros((2, 3)), np.array([1.0, np.nan])
+    target = np.array([0, 1]) if kind == "cross_entropy" else np.zeros((2, 3))
+    loss, _, _ = run_loss(variant, LossSpec(kind), z, target, weight=weight)
+    assert np.isnan(loss)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_nan_goes_through_an_update(variant, rule, clip_norm):
+    params, grads = np.ones(100, variant.real), np.ones(100, variant.real)
+    grads[7] = np.nan
+    update_arena(variant, UpdateRule(**{**vars(rule), "clip_norm": clip_norm}), params, grads)
+    # the norm of a gradient with a NaN in it is NaN, and scales them all
+    wanted = np.arange(100) == 7 if clip_norm is None else np.ones(100, np.bool_)
+    np.testing.assert_array_equal(np.isnan(params), wanted)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_nan_goes_through_a_fused_update(variant, rule):
+    dz, x = np.ones((5, 3), variant.compute), np.ones((5, 4), variant.compute)
+    dz[2, 1] = np.nan
+    w, b = np.ones((3, 4), variant.real), np.ones(3, variant.real)
+    w_state, b_state = (tuple(np.zeros_like(p) for _ in range(rule.state_count)) for p in (w, b))
+    layer = {"dz": dz, "x": x, "w": w, "b": b, "w_state": w_state, "b_state": b_state}
+    layer |= {"w_rule": TensorRule(), "b_rule": TensorRule()}
+    variant.bind("grad_weight_update", layers=[layer], **Clock(variant, rule, 0, 0, 1.0).operands)()
+    np.testing.assert_array_equal(np.isnan(b), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(w), np.isnan(b)[:, None] & np.ones((3, 4), np.bool_))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "gelu", "silu"])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_saturated_activations_neither_overflow_nor_lose_their_limit(variant, activation):
+    # numbers that 16 bits hold exactly
+    x = np.array([[-16384.0], [-1024.0], [1024.0], [16384.0]], variant.compute)
+    w, b, y = np.ones((1, 1), variant.compute), np.zeros(1, variant.real), np.zeros((4, 1), variant.compute)
+    variant.bind("linear", x=x, w=w, b=b, y=y, activation=activation)()
+    assert_within(y, reference.activation(activation, exact(x)), 0.0)
+
+
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_logits_of_any_size_overflow_nowhere(variant):
+    z = variant.rounded([[6e4, -6e4, 0.0], [-3e4, 2e4, 1e4]])
+    for kind in ("cross_entropy", "binary_cross_entropy"):
+        target = np.array([1, 1]) if kind == "cross_entropy" else np.array([[0, 1, 0], [0, 1, 1]], np.float32)
+        spec = LossSpec(kind)
+        loss, dz, _ = run_loss(variant, spec, z, target)
+        expected = reference.loss_grad(spec, exact(z), target)
+        limits = loss_grad_bound(spec, exact(z), target, u=variant.unit)
+        assert_within(loss, expected[0], limits[0])
+        assert_within(dz, expected[1], rounded(limits[1], expected[1], variant.output_unit, variant.output_tiny))
+
+
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_the_norm_of_large_gradients_does_not_overflow(variant):
+    params, grads = np.zeros(4, variant.real), np.full(4, 1e30, variant.real)
+    update_arena(variant, UpdateRule("sgd", ScheduleSpec("constant", 1.0), clip_norm=1.0), params, grads)
+    np.testing.assert_allclose(params, -0.5, rtol=4 * 2.0**-23)
