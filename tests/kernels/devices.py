@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from memory import Watch, base_of, position
-from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products
+from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products, rounded
 
 import fusemlp_kernels
 from fusemlp_kernels.contract import Traits
@@ -54,6 +54,8 @@ class Device:
     edges: tuple[int, ...]
     longest: int
     wide: tuple[int, ...]
+    # layers that are larger than a block or a tile, in rows and in columns
+    blocks: tuple[tuple[int, int], tuple[int, int]]
     layouts: tuple[str, ...]
     output_layouts: tuple[str, ...]
     tensor_cores: bool = False
@@ -122,6 +124,18 @@ class Variant:
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             return np.where(np.isnan(values), np.float32(np.nan), bits.astype(np.uint32).view(np.float32))
         return values.astype(self.compute)
+
+    def result_bound(self, error: Any, value: Any) -> Any:
+        """The bound of a result in the type that matrix products write, from that of ``value`` before it is rounded."""
+        if not self.output_unit:
+            return error
+        limit = rounded(error, value, self.output_unit, self.output_tiny)
+        # what is too large for the type is infinite
+        return np.where(np.abs(value) + limit > self.largest, np.inf, limit)
+
+    @property
+    def largest(self) -> float:
+        return 65504.0 if self.precision == "fp16" else 3e38
 
     def backend(self) -> Any:
         return fusemlp_kernels.backend(self.device.backend, None, self.precision)
@@ -257,6 +271,7 @@ NUMPY = Device(
     edges=(0, 1, 2, 15, 16, 17, 31, 32, 33, 127, 128, 129),
     longest=40,
     wide=(10, 511, 512, 513, 700),
+    blocks=((300, 301), (3, 70_000)),
     layouts=(*STRIDED, "reversed", "read-only"),
     output_layouts=("plain", "plain", "pitched"),
 )
@@ -269,6 +284,7 @@ INTERPRETER = Device(
     edges=(0, 1, 2, 15, 16, 17, 31, 32, 33, 65),
     longest=20,
     wide=(10, 127, 255, 256, 257, 700),
+    blocks=((140, 17), (3, 300)),
     layouts=STRIDED,
     output_layouts=("plain", "plain", "pitched", "transposed"),
 )
@@ -280,6 +296,7 @@ GPU = Device(
     edges=NUMPY.edges,
     longest=130,
     wide=(10, 127, 255, 256, 257, 700, 1000),
+    blocks=NUMPY.blocks,
     layouts=STRIDED,
     output_layouts=INTERPRETER.output_layouts,
     tensor_cores=True,

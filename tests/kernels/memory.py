@@ -76,7 +76,7 @@ def base_of(array):
     base = array
     while isinstance(base.base, np.ndarray):
         base = base.base
-    return base if isinstance(base, Memory) else base.ravel(order="K")
+    return base if isinstance(base, Memory) else base.ravel(order="K").view(array.dtype)
 
 
 def position(array, base):

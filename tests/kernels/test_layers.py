@@ -11,7 +11,7 @@ from devices import VARIANT_PARAMETERS, Variant
 from hypothesis import strategies as st
 from memory import place, poisoned
 from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
-from tolerance import assert_within, bound, grad_input_bound, grad_slope_bound, linear_bound, rounded
+from tolerance import assert_within, bound, grad_input_bound, grad_slope_bound, growth, linear_bound
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
@@ -47,7 +47,7 @@ def rounded_slope(activation, slope, dtype):
 
 def assert_output(variant, actual, expected, limit):
     """``assert_within``, for a result in the type that matrix products write."""
-    assert_within(actual, expected, rounded(limit, expected, variant.output_unit, variant.output_tiny))
+    assert_within(actual, expected, variant.result_bound(limit, expected))
 
 
 def before_activation(activation, y):
@@ -230,10 +230,11 @@ def layer_operands(values, layer, m, rows):
     by_row=st.booleans(),
     accumulate=st.sampled_from((1, 1, 2, 3)),
     slope_count=st.integers(0, 2),
+    wants_norm=st.booleans(),
     variant=variants,
     seed=seeds,
 )
-def test_grad_weight(layers, m, by_row, accumulate, slope_count, variant, seed):
+def test_grad_weight(layers, m, by_row, accumulate, slope_count, wants_norm, variant, seed):
     values, u = Values(seed, variant), variant.unit
     rows = padded_rows(values.rng, max(m - 2, 0), m, 23) if by_row else None
     operands, outputs = [], []
@@ -251,10 +252,17 @@ def test_grad_weight(layers, m, by_row, accumulate, slope_count, variant, seed):
     outputs += [(s["grad"], exact(s["dslope"]), np.abs(exact(s["dslope"]))) for s in slopes_given]
     counters = np.zeros(COUNTERS, np.int64)
     rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1), accumulate=accumulate)
-    run = variant.bind("grad_weight", layers=operands, slopes=slopes_given, rule=rule, counters=counters)
+    norm_given = {}
+    if wants_norm and variant.traits.norms_gradients:
+        norm_given["norm"] = poisoned(1, np.float64)
+    run = variant.bind("grad_weight", layers=operands, slopes=slopes_given, **norm_given, rule=rule, counters=counters)
     for batch_index in range(2 * accumulate):
         counters[BATCH_INDEX] = batch_index
         run()
+        if norm_given:
+            squares = [np.square(exact(out)).ravel() for out, _, _ in outputs]
+            norm = np.sqrt(np.concatenate([*squares, [0.0]]).sum())
+            assert_within(norm_given["norm"], [norm], growth(sum(map(len, squares))) * u * norm)
         sums = batch_index % accumulate + 1
         for out, expected, magnitude in outputs:
             total = sums * expected
@@ -263,11 +271,11 @@ def test_grad_weight(layers, m, by_row, accumulate, slope_count, variant, seed):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(300, 301), (3, 70_000)])
+@pytest.mark.parametrize("direction", ["tall", "wide"])
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
-def test_layers_of_many_blocks(variant, activation, shape):
+def test_layers_of_many_blocks(variant, activation, direction):
     """More elements than a pass over them takes at a time, in rows and in columns."""
-    values, (m, k) = Values(9, variant), shape
+    values, (m, k) = Values(9, variant), variant.device.blocks[direction == "wide"]
     slope = rounded_slope(activation, 0.3, variant.real) if activation in ("leaky_relu", "prelu") else 0.0
     slope_given = slope_operands(activation, slope, variant.real)
     x, w, b = values.factors(m, 4), values.factors(k, 4), values.normal(k)

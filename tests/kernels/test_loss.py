@@ -18,7 +18,6 @@ from tolerance import (
     grad_slope_bound,
     linear_bound,
     loss_grad_bound,
-    rounded,
 )
 
 from fusemlp_kernels import reference
@@ -26,7 +25,9 @@ from fusemlp_kernels.contract import (
     ACTIVATIONS,
     CORRECT,
     COUNTERS,
+    HYPER,
     LAST_LOSS,
+    LOSS_SCALE,
     LOSS_SUM,
     LOSSES,
     NORM_SUM,
@@ -58,6 +59,7 @@ class LossCase:
     output_layout: str
     dz: str
     dslope: bool
+    loss_scale: float | None
     seed: int
 
     @property
@@ -102,6 +104,8 @@ def loss_cases(draw, device, widest=1 << 31):
         output_layout=output_layout,
         dz=draw(st.sampled_from(("apart", "apart", "in place", "none"))),
         dslope=draw(st.booleans()),
+        # NumPy has no 16-bit precision, which the scale is for
+        loss_scale=None if device.on_host else draw(st.sampled_from((None, 0.5, 16.0))),
         seed=draw(seeds),
     )
 
@@ -158,6 +162,11 @@ class Loss:
             "slope": case.slope,
             "dslope": self.dslope,
         }
+        self.scale = 1.0
+        if case.loss_scale is not None:
+            self.scale = case.loss_scale
+            self.operands["hyper"] = np.ones(HYPER)
+            self.operands["hyper"][LOSS_SCALE] = self.scale
         if case.activation == "prelu":
             self.operands["slope_param"] = np.full(1, case.slope, values.dtype)
         if case.by_row:
@@ -203,14 +212,16 @@ class Loss:
         limits = loss_grad_bound(spec, z, target, weight, classes, case.activation, slope, z_bound=z_bound, u=u)
         assert_within(self.stats[LAST_LOSS], loss, limits[0])
         if dz is not None:
-            assert_within(dz[:count], expected, rounded(limits[1], expected, variant.output_unit, variant.output_tiny))
+            expected, limit = self.scale * expected, self.scale * limits[1]
+            assert_within(dz[:count], expected, variant.result_bound(limit, expected))
             np.testing.assert_array_equal(dz[count:], 0.0)
         y = reference.activation(case.activation, z, slope)
         y_bound = activation_bound(case.activation, z, z_bound, slope, u) * np.ones_like(z)
         if self.dslope is not None and dz is not None:
             _, dy = reference.loss_of_output(spec, y, target, weight)
             _, dy_bound = loss_grad_bound(spec, y, target, weight, z_bound=y_bound, u=u)
-            assert_within(self.dslope, reference.grad_slope(dy, z), grad_slope_bound(dy, z, dy_bound, z_bound, u))
+            limit = self.scale * grad_slope_bound(dy, z, dy_bound, z_bound, u)
+            assert_within(self.dslope, self.scale * reference.grad_slope(dy, z), limit)
         self._check_sums(count, loss, limits[0], y, y_bound, target, weight)
 
     def _check_sums(self, count, loss, loss_bound, y, y_bound, target, weight):
@@ -331,7 +342,7 @@ def test_cross_entropy_of_ten_thousand_classes(variant, options):
     expected_loss, expected = reference.loss_grad(spec, *given)
     limits = loss_grad_bound(spec, *given, u=variant.unit)
     assert_within(loss, expected_loss, limits[0])
-    assert_within(dz, expected, rounded(limits[1], expected, variant.output_unit, variant.output_tiny))
+    assert_within(dz, expected, variant.result_bound(limits[1], expected))
 
 
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)

@@ -7,7 +7,7 @@ import pytest
 from calls import RULES, Clock, kept, run_loss, slope_operands, update_arena
 from devices import VARIANT_PARAMETERS
 from strategies import exact
-from tolerance import assert_within, loss_grad_bound, rounded
+from tolerance import assert_within, loss_grad_bound
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
@@ -126,7 +126,7 @@ def test_logits_of_any_size_overflow_nowhere(variant):
         expected = reference.loss_grad(spec, exact(z), target)
         limits = loss_grad_bound(spec, exact(z), target, u=variant.unit)
         assert_within(loss, expected[0], limits[0])
-        assert_within(dz, expected[1], rounded(limits[1], expected[1], variant.output_unit, variant.output_tiny))
+        assert_within(dz, expected[1], variant.result_bound(limits[1], expected[1]))
 
 
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)

@@ -9,7 +9,7 @@ import pytest
 from calls import CONSTANT, Clock, gathering, state_arrays, update_arena
 from devices import VARIANT_PARAMETERS
 from hypothesis import strategies as st
-from memory import place
+from memory import place, poisoned
 from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
 from tolerance import assert_within, bound, growth, update_bound
 
@@ -89,10 +89,11 @@ def arena_tensors(device):
     accumulate=st.sampled_from((1, 1, 2, 3)),
     updates=counts,
     rate_scale=rate_scales,
+    norm_given=st.booleans(),
     variant=variants,
     seed=seeds,
 )
-def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, variant, seed):
+def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, norm_given, variant, seed):
     """Tensors of all kinds in one arena; those without a rule are frozen, and their gradient is zero."""
     rule = UpdateRule(**{**vars(rule), "clip_norm": clip_norm, "accumulate": accumulate})
     values, dtype, u = Values(seed, variant), variant.real, variant.unit
@@ -111,12 +112,17 @@ def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, varia
     grads = np.zeros(size, dtype)
     clock = Clock(variant, rule, updates * accumulate, updates, rate_scale)
     operands = {"params": params, "grads": grads, "states": states, "segments": tuple(segments)}
+    norm, shadow = np.zeros(1), variant.rounded(params)
+    operands |= {"norm": norm} if norm_given and variant.traits.norms_gradients else {}
+    operands |= {"shadow": shadow} if variant.output_unit else {}
     run = variant.bind("update", **operands, **clock.operands)
     for _ in range(2 * accumulate):
         grads[...] = np.where(trained, values.normal(size), 0.0)
         before = exact(params), exact(grads), tuple(exact(state) for state in states)
+        norm[0] = np.sqrt(np.square(before[1]).sum())
         t, rate = clock.update_count, clock.rate
         run()
+        np.testing.assert_array_equal(shadow, variant.rounded(params if variant.output_unit else shadow))
         if not clock.check_after_a_batch():
             np.testing.assert_array_equal(params, before[0])
             continue
@@ -158,7 +164,7 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_
     values, u = Values(seed, variant), variant.unit
     clock = Clock(variant, rule, updates + 2, updates, rate_scale)
     # (parameter, its states, its rule, its gradient, the error that the gradient may have)
-    operands, tensors = [], []
+    operands, tensors, shadows = [], [], []
     for index, (n, k, frozen, w_rule, b_rule, (layouts, output_layout)) in enumerate(layers):
         dz, x = place(values.factors(m, n), layouts[0]), place(values.factors(m, k), layouts[1])
         layer = {"dz": dz, "x": x}
@@ -176,6 +182,9 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_
             parameter = place(values.normal(*gradient.shape), output_layout)
             states = tuple(place(s, output_layout) for s in state_arrays(rule, values, *gradient.shape))
             layer |= {name: parameter, f"{name}_state": states, f"{name}_rule": tensor_rule}
+            if name == "w" and variant.output_unit:
+                layer["w_shadow"] = poisoned(parameter.shape, variant.compute, output_layout)
+                shadows.append((layer["w_shadow"], parameter))
             limit = bound(m, magnitude, u, output=gradient, products=variant.products)
             tensors.append((parameter, states, tensor_rule, gradient, limit))
         operands.append(layer)
@@ -190,6 +199,8 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_
         t, rate = clock.update_count, clock.rate
         run()
         assert clock.check_after_a_batch()
+        for shadow, parameter in shadows:
+            np.testing.assert_array_equal(shadow, variant.rounded(parameter))
         for (parameter, states, tensor_rule, gradient, g_bound), (p, s) in zip(tensors, before, strict=True):
             expected = reference.update(rule, tensor_rule, p, gradient, s, t, rate)
             limits = update_bound(rule, tensor_rule, p, gradient, s, t, rate, g_bound, u)
