@@ -15,6 +15,9 @@ from fusemlp_kernels.contract import (
     LEARNING_RATE,
     RATE_SCALE,
     ROW_COUNT,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
     STATS,
     UPDATE_COUNT,
     ScheduleSpec,
@@ -70,6 +73,8 @@ class Clock:
         self.accuracy = 0.0 if variant.device.on_host else DEVICE_CLOCK
         self.counters = np.zeros(COUNTERS, np.int64)
         self.counters[[BATCH_INDEX, UPDATE_COUNT]] = batch_index, update_count
+        # (rows in front of the batch, rows of an epoch, rows of a batch): where the clock walks over an epoch's rows
+        self.walk = None
         self.hyper = hyper_at(rule, update_count, rate_scale)
 
     @property
@@ -87,6 +92,14 @@ class Clock:
         self.update_count += updated
         wanted = np.zeros(COUNTERS, np.int64)
         wanted[[BATCH_INDEX, UPDATE_COUNT]] = self.batch_index, self.update_count
+        if self.walk is None:
+            wanted[[ROW_OFFSET, ROW_COUNT]] = self.counters[[ROW_OFFSET, ROW_COUNT]]
+        else:
+            offset, total, step = self.walk
+            offset = offset + step if offset + step < total else 0
+            self.walk = offset, total, step
+            wanted[[ROW_OFFSET, ROW_TOTAL, ROW_STEP]] = self.walk
+            wanted[ROW_COUNT] = min(total - offset, step)
         np.testing.assert_array_equal(self.counters, wanted)
         amplitude = self.rule.schedule.base * self.rate_scale
         self._check(LEARNING_RATE, self.rate, DEVICE_COSINE * amplitude if self.accuracy else 0.0)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class Device:
 class Variant:
     """A device in one precision."""
 
-    device: Device
+    device: Device = field(repr=False)
     precision: str
 
     @property
@@ -140,10 +140,13 @@ class Variant:
     def backend(self) -> Any:
         return fusemlp_kernels.backend(self.device.backend, None, self.precision)
 
-    def bind(self, op: str, **operands: Any) -> Any:
-        """A ``run`` of the op that also checks, bitwise, that nothing changes but the elements of its outputs."""
+    def bind(self, op: str, writes: Sequence[Any] = (), **operands: Any) -> Any:
+        """A ``run`` of the op that also checks, bitwise, that nothing changes but the elements of its outputs.
+
+        ``writes``: arrays behind the outputs that may change too.
+        """
         leaves = list(_leaves(operands))
-        written = [array for name, array in leaves if name in WRITTEN.get(op, ())]
+        written = [array for name, array in leaves if name in WRITTEN.get(op, ())] + list(writes)
         watch = Watch([array for _, array in leaves], written)
         backend = self.backend()
         if self.device.on_host:

@@ -12,6 +12,8 @@ from devices import DEVICE_PARAMETERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusemlp_kernels.contract import ROW_OFFSET
+
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -86,6 +88,14 @@ class Values:
 def exact(array):
     """The same numbers in float64, for the oracle."""
     return None if array is None else np.array(array, np.float64)
+
+
+def walked(values, rows, counters):
+    """The operand for ``rows`` (M,), and ``rows`` as a view of it: the batch may lie behind other batches' rows."""
+    behind = 0 if not values.variant.traits.walks_rows else int(values.rng.integers(0, 4))
+    operand = np.concatenate([np.zeros(behind, np.int64), rows])
+    counters[ROW_OFFSET] = behind
+    return operand, operand[behind:]
 
 
 def padded_rows(rng, count, size, n):

@@ -9,8 +9,8 @@ import pytest
 from calls import gathering, kept, slope_operands
 from devices import VARIANT_PARAMETERS, Variant
 from hypothesis import strategies as st
-from memory import place, poisoned
-from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
+from memory import ROW_MULTIPLE, place, poisoned
+from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
 from tolerance import assert_within, bound, grad_input_bound, grad_slope_bound, growth, linear_bound
 
 from fusemlp_kernels import reference
@@ -121,11 +121,12 @@ def test_linear(case, by_row, short, counted, keep_z):
     counters = np.zeros(COUNTERS, np.int64)
     if case.dropout is not None:
         operands |= {"dropout": case.dropout} | kept(variant, poisoned((m, n), np.bool_, case.output_layout))
-    if counted or case.dropout is not None:
+    if counted or case.dropout is not None or (by_row and variant.traits.walks_rows):
         operands["counters"] = counters
     rows = padded_rows(values.rng, m, m, source_rows)
     if by_row:
-        operands |= gathering(variant, rows, gathered=poisoned((m, k), variant.compute, case.output_layout))
+        operand, rows = walked(values, rows, counters)
+        operands |= gathering(variant, operand, gathered=poisoned((m, k), variant.compute, case.output_layout))
     run = variant.bind("linear", **operands)
     # short, full, short: nothing of a batch stays behind for the next
     for step, count in enumerate((max(m - short, 0), m, max(m - short, 0))):
@@ -212,7 +213,7 @@ def grad_weight_layers(draw, device):
     return GradWeightLayer(draw(sizes(device)), draw(sizes(device)), layouts, output_layout, frozen)
 
 
-def layer_operands(values, layer, m, rows):
+def layer_operands(values, layer, m, rows, counters):
     """dz and x of one layer, by row where ``rows`` are given, and the same numbers for the oracle."""
     dz = place(values.factors(m, layer.n), layer.layouts[0])
     if rows is None:
@@ -221,7 +222,8 @@ def layer_operands(values, layer, m, rows):
     x = place(values.factors(23, layer.k), layer.layouts[1])
     # what ``linear`` has left: the batch, zeros in the padding
     gathered = np.where(rows[:, None] >= 0, x[np.maximum(rows, 0)], 0).astype(x.dtype)
-    return {"dz": dz, "x": x} | gathering(values.variant, rows, gathered=gathered), exact(dz), exact(gathered)
+    operand, _ = walked(values, rows, counters)
+    return {"dz": dz, "x": x} | gathering(values.variant, operand, gathered=gathered), exact(dz), exact(gathered)
 
 
 @contract_test(
@@ -237,9 +239,9 @@ def layer_operands(values, layer, m, rows):
 def test_grad_weight(layers, m, by_row, accumulate, slope_count, wants_norm, variant, seed):
     values, u = Values(seed, variant), variant.unit
     rows = padded_rows(values.rng, max(m - 2, 0), m, 23) if by_row else None
-    operands, outputs = [], []
+    operands, outputs, counters = [], [], np.zeros(COUNTERS, np.int64)
     for index, layer in enumerate(layers):
-        given_arrays, dz, x = layer_operands(values, layer, m, rows if index == 0 else None)
+        given_arrays, dz, x = layer_operands(values, layer, m, rows if index == 0 else None, counters)
         dw, db = (
             None if name in layer.frozen else poisoned(shape, variant.real, layer.output_layout)
             for name, shape in (("w", (layer.n, layer.k)), ("b", layer.n))
@@ -250,7 +252,6 @@ def test_grad_weight(layers, m, by_row, accumulate, slope_count, wants_norm, var
         outputs += [(out, e, g) for out, e, g in zip((dw, db), exacts, magnitudes, strict=True) if out is not None]
     slopes_given = [{"dslope": values.normal(1), "grad": poisoned(1, variant.real)} for _ in range(slope_count)]
     outputs += [(s["grad"], exact(s["dslope"]), np.abs(exact(s["dslope"]))) for s in slopes_given]
-    counters = np.zeros(COUNTERS, np.int64)
     rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1), accumulate=accumulate)
     norm_given = {}
     if wants_norm and variant.traits.norms_gradients:
@@ -268,6 +269,39 @@ def test_grad_weight(layers, m, by_row, accumulate, slope_count, wants_norm, var
             total = sums * expected
             limit = bound(m * sums, sums * magnitude, u, output=total, ulps=sums, products=variant.products)
             assert_within(out, total, limit)
+
+
+@contract_test(
+    m=sizes, n=lambda device: sizes(device, 1), k=lambda device: sizes(device, 1), parts=st.integers(2, 5),
+    variant=variants, by_row=st.booleans(), placed=lambda device: placements(device, 2), seed=seeds,
+)  # fmt: skip
+def test_gradients_of_a_batch_in_parts(m, n, k, parts, variant, by_row, placed, seed):
+    """Each part's sums lie behind those of the part before; a part may be empty."""
+    if not variant.traits.split_rows:
+        return
+    values, (layouts, _) = Values(seed, variant), placed
+    layer = GradWeightLayer(k, n, layouts, "plain", frozenset())
+    rows, counters = padded_rows(values.rng, max(m - 2, 0), m, 23) if by_row else None, np.zeros(COUNTERS, np.int64)
+    given_arrays, dz, x = layer_operands(values, layer, m, rows, counters)
+    # one arena a part: dw with the pitch of the engine's matrices, then db
+    pitch = -(-k // ROW_MULTIPLE) * ROW_MULTIPLE
+    room = n * pitch + 64
+    arena = np.full(parts * room, np.nan, variant.real)
+    arenas = arena.reshape(parts, room)
+    arenas[:, : n * pitch].reshape(parts, n, pitch)[:, :, k:] = 0.0
+    dw, db = arena[: n * pitch].reshape(n, pitch)[:, :k], arena[n * pitch : n * pitch + n]
+    backend_call = {**given_arrays, "dw": dw, "db": db}
+    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+    variant.bind(
+        "grad_weight", writes=[arena], layers=[backend_call], rule=rule, counters=counters, parts=parts, part=room
+    )()
+    for found, expected, magnitude in (
+        (arenas[:, : n * pitch].reshape(parts, n, pitch)[:, :, :k], dz.T @ x, np.abs(dz).T @ np.abs(x)),
+        (arenas[:, n * pitch : n * pitch + n], dz.sum(axis=0), np.abs(dz).sum(axis=0)),
+    ):
+        limit = bound(m, magnitude, variant.unit, output=magnitude, ulps=1, products=variant.products)
+        assert_within(exact(found).sum(axis=0), expected, limit)
+    np.testing.assert_array_equal(np.isnan(arenas[:, n * pitch + n :]), True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

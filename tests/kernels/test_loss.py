@@ -10,7 +10,7 @@ from calls import gathering, run_loss
 from devices import VARIANT_PARAMETERS, Variant
 from hypothesis import strategies as st
 from memory import place, poisoned
-from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
+from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
 from tolerance import (
     activation_bound,
     assert_within,
@@ -171,9 +171,10 @@ class Loss:
             self.operands["slope_param"] = np.full(1, case.slope, values.dtype)
         if case.by_row:
             shape = (case.m,) if case.classes else (case.m, case.n)
+            operand, self.rows = walked(values, self.rows, self.counters)
             self.operands |= gathering(
                 case.variant,
-                self.rows,
+                operand,
                 target_rows=place(np.zeros(shape, self.target.dtype), case.output_layout),
                 weight_rows=poisoned(case.m, values.dtype),
             )
@@ -295,7 +296,9 @@ def test_linear_loss_grad(case, k, by_x_row):
     # where the output layer is the first, the rows of x are those of the targets
     x_rows = loss.rows if case.by_row else padded_rows(values.rng, m, m, SOURCE_ROWS)
     if by_x_row:
-        operands["x_rows"] = x_rows
+        operands["x_rows"] = operands.get("rows")
+        if not case.by_row:
+            operands["x_rows"], x_rows = walked(values, x_rows, loss.counters)
         if not variant.traits.gathers_in_load:
             operands["gathered"] = poisoned((m, k), variant.compute, case.output_layout)
     run = variant.bind("linear_loss_grad", **operands)

@@ -10,11 +10,14 @@ from calls import CONSTANT, Clock, gathering, state_arrays, update_arena
 from devices import VARIANT_PARAMETERS
 from hypothesis import strategies as st
 from memory import place, poisoned
-from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants
+from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
 from tolerance import assert_within, bound, growth, update_bound
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
     SCHEDULES,
     ScheduleSpec,
     Segment,
@@ -66,10 +69,20 @@ rate_scales = st.sampled_from((1.0, 0.1))
 counts = st.sampled_from((0, 1, 7, 1000))
 
 
-@contract_test(variant=variants, rule=update_rules(), accumulate=st.integers(1, 4), updates=counts, scale=rate_scales)
-def test_advance(variant, rule, accumulate, updates, scale):
+@contract_test(
+    variant=variants,
+    rule=update_rules(),
+    accumulate=st.integers(1, 4),
+    updates=counts,
+    scale=rate_scales,
+    walk=st.sampled_from((None, (0, 10, 4), (4, 8, 4), (0, 3, 5))),
+)
+def test_advance(variant, rule, accumulate, updates, scale, walk):
     rule = UpdateRule(**{**vars(rule), "accumulate": accumulate})
     clock = Clock(variant, rule, updates * accumulate, updates, scale)
+    if walk is not None and variant.traits.walks_rows:
+        clock.walk = walk
+        clock.counters[[ROW_OFFSET, ROW_TOTAL, ROW_STEP]] = walk
     run = variant.bind("advance", **clock.operands)
     for _ in range(2 * accumulate + 1):
         run()
@@ -172,7 +185,8 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_
             rows = padded_rows(values.rng, max(m - 1, 0), m, max(m, 1))
             source = place(values.factors(max(m, 1), k), layouts[1])
             x = np.where(rows[:, None] >= 0, source[np.maximum(rows, 0)], 0).astype(source.dtype)
-            layer |= {"x": source} | gathering(variant, rows, gathered=x)
+            operand, rows = walked(values, rows, clock.counters)
+            layer |= {"x": source} | gathering(variant, operand, gathered=x)
         gradients = reference.grad_weight(exact(dz), exact(x))
         magnitudes = reference.grad_weight(np.abs(exact(dz)), np.abs(exact(x)))
         for name, tensor_rule, gradient, magnitude in zip("wb", (w_rule, b_rule), gradients, magnitudes, strict=True):
