@@ -91,11 +91,13 @@ def exact(array):
 
 
 def walked(values, rows, counters):
-    """The operand for ``rows`` (M,), and ``rows`` as a view of it: the batch may lie behind other batches' rows."""
-    behind = 0 if not values.variant.traits.walks_rows else int(values.rng.integers(0, 4))
-    operand = np.concatenate([np.zeros(behind, np.int64), rows])
-    counters[ROW_OFFSET] = behind
-    return operand, operand[behind:]
+    """The operand for ``rows`` (M,), and ``rows`` as a view of it: the batch may lie among other batches."""
+    if not values.variant.traits.walks_rows:
+        return rows, rows
+    operand = np.zeros(3 * len(rows), np.int64)
+    counters[ROW_OFFSET] = offset = int(values.rng.integers(0, 2 * len(rows) + 1))
+    operand[offset : offset + len(rows)] = rows
+    return operand, operand[offset : offset + len(rows)]
 
 
 def padded_rows(rng, count, size, n):
