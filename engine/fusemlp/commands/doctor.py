@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -93,7 +94,7 @@ def _trains(name: str, precision: str, plan: str) -> bool:
         engine = Engine(MLP([4, 3, 2]), backend=name, precision=precision, plan=plan, batch_size=2)
     except (ArgumentError, BackendUnavailableError):
         return False
-    return bool(np.isfinite(engine.step(np.eye(2, 4), np.array([0, 1]))))
+    return math.isfinite(float(engine.step(np.eye(2, 4), np.array([0, 1]))))
 
 
 def _version(library: str) -> str | None:

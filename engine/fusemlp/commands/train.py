@@ -198,18 +198,21 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
 
 
 def describe(session: Session) -> str:
-    """Two lines on what is trained, with what, on what."""
+    """Two or three lines on what is trained, with what, on what."""
     prepared, engine = session.prepared, session.engine
     about, net = prepared.summary, engine.network
     classes = prepared.preprocessor.classes
     target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
     rate = engine.optimizer.schedule
+    interpreted = engine.backend == "triton" and engine.device == "cpu"
+    note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
     return (
         f"{about['name']}: {about['training_rows']} training, {about['validation_rows']} validation, "
         f"{about['test_rows']} test rows; {net.sizes[0]} inputs, {target}\n"
         f"{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {recipe.learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
+        f"{note if interpreted else ''}"
     )
 
 
