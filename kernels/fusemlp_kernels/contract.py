@@ -30,7 +30,7 @@ Operands, by op (``None`` is allowed where it says "optional"):
 ``linear_loss_grad``: ``linear`` without dropout, then ``loss_grad``
     the operands of both without z and y; ``rows`` picks the targets and weights, and x_rows (M,) int64, optional, the
     rows of x (it is the same array where the output layer is the first). Where dz is given, the logits may pass
-    through it.
+    through it; without it, x_rows are those of one batch.
 
 ``grad_input``: ``dz_prev = (dz @ w) * act'(y_prev) * keep / (1 - p)``
     dz (M, N) compute; w (N, K) compute; y (M, K) compute: the previous layer's output after dropout; dz_prev (M, K)
