@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from tolerance import (
+    IEEE,
     TINY,
     U32,
     activation_bound,
@@ -57,7 +58,7 @@ class Traced:
     bounds: list
 
 
-def traced(layers, spec, batch, u=U32, short=None):
+def traced(layers, spec, batch, u=U32, short=None, products=IEEE):
     """The loss, the gradients of each layer's parameters, and their bounds; ``short``: see ``TwoBytes``."""
     keeps = batch.keeps or [None] * len(layers)
     x, x_error = batch.x, np.zeros_like(batch.x)
@@ -65,7 +66,8 @@ def traced(layers, spec, batch, u=U32, short=None):
     for layer, keep in zip(layers, keeps, strict=True):
         z = reference.linear(x, layer.w, layer.b)
         magnitude = np.abs(x) @ np.abs(layer.w).T + np.abs(layer.b)
-        z_error = bound(x.shape[1] + 1, magnitude, u, output=z) + (x_error * (1.0 + 1e-4)) @ np.abs(layer.w).T
+        z_error = bound(x.shape[1] + 1, magnitude, u, output=z, products=products)
+        z_error = z_error + (x_error * (1.0 + 1e-4)) @ np.abs(layer.w).T
         trail.append((layer, keep, x, x_error, z, z_error))
         y = reference.dropout(reference.activation(layer.activation, z, layer.slope), keep, layer.rate)
         y_error = reference.dropout(activation_bound(layer.activation, z, z_error, layer.slope, u), keep, layer.rate)
@@ -83,7 +85,8 @@ def traced(layers, spec, batch, u=U32, short=None):
         layer, _, x, x_error, z, z_error = trail[i]
         size = np.abs(dz) + dz_error
         dw, db = reference.grad_weight(dz, x)
-        dw_error = bound(len(x), np.abs(dz).T @ np.abs(x), u, output=dw) + dz_error.T @ np.abs(x) + size.T @ x_error
+        dw_error = bound(len(x), np.abs(dz).T @ np.abs(x), u, output=dw, products=products)
+        dw_error = dw_error + dz_error.T @ np.abs(x) + size.T @ x_error
         db_error = bound(len(x), np.abs(dz).sum(axis=0), u, output=db) + dz_error.sum(axis=0)
         grads.insert(0, [dw, db])
         bounds.insert(0, [dw_error, db_error])
@@ -96,7 +99,8 @@ def traced(layers, spec, batch, u=U32, short=None):
         before, keep, _, _, z, z_error = trail[i - 1]
         w = np.abs(layer.w)
         dy = reference.output_grad(dz, layer.w, keep, before.rate)
-        own = bound(layer.w.shape[0], reference.output_grad(np.abs(dz), w, keep, before.rate), u, output=dy, ulps=2)
+        magnitude = reference.output_grad(np.abs(dz), w, keep, before.rate)
+        own = bound(layer.w.shape[0], magnitude, u, output=dy, ulps=2, products=products)
         dy_error = own + reference.output_grad(dz_error, w, keep, before.rate)
         factor = reference.activation_grad(before.activation, z, before.slope)
         factor_error = activation_grad_bound(before.activation, z, z_error, before.slope, u)
@@ -112,8 +116,8 @@ def traced(layers, spec, batch, u=U32, short=None):
 class Step:
     """An engine's state before an update, and the oracle's way from there to the one after it."""
 
-    def __init__(self, engine, short=None):
-        self.engine, self.short = engine, short
+    def __init__(self, engine, short=None, products=IEEE):
+        self.engine, self.short, self.products = engine, short, products
         self.rule = engine.optimizer.rule(total_updates=None)
         self.before = self._exact("")
         self.states = [self._exact(f".state{index}") for index in range(self.rule.state_count)]
@@ -140,7 +144,7 @@ class Step:
         spec = loss.spec(accuracy=False, soft=loss.kind == "cross_entropy" and np.ndim(y) == 2)
         classes = None if loss.class_weight is None else np.asarray(loss.class_weight, np.float64)
         batch = reference.Batch(X.astype(np.float64), y, weight, classes, keeps)
-        self.traces.append(traced(layers, spec, batch, short=self.short))
+        self.traces.append(traced(layers, spec, batch, short=self.short, products=self.products))
         return self.traces[-1]
 
     def expected(self):

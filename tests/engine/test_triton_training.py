@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from devices import INTERPRETER, marks_of
+from devices import GPU, INTERPRETER, Variant, marks_of
 from step_bounds import Step, TwoBytes, _host
 from tolerance import assert_within
 
@@ -34,8 +34,9 @@ from fusemlp import (
 )
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS, LOSS_SCALE, SKIPPED
 
-pytestmark = marks_of(INTERPRETER)
-
+DEVICES = pytest.mark.parametrize(
+    "device", [pytest.param(device, id=device.name, marks=marks_of(device)) for device in (INTERPRETER, GPU)]
+)
 SIZES = [6, 9, 7, 4]
 BATCH, STEPS = 16, 20
 TANH = MLP(SIZES, activation="tanh")
@@ -133,7 +134,8 @@ def follow(follower, leader):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_step_is_the_oracles_and_the_numpy_backends(case, record_property):
+@DEVICES
+def test_every_step_is_the_oracles_and_the_numpy_backends(case, device, record_property):
     rng = np.random.default_rng(1)
     engines = [Engine(case.net, case.loss, case.optimizer, BATCH, seed=5, backend=b) for b in ("triton", "numpy")]
     triton, numpy = engines
@@ -142,7 +144,7 @@ def test_every_step_is_the_oracles_and_the_numpy_backends(case, record_property)
     for update in range(-(-case.steps // every)):
         if update:
             follow(numpy, triton)
-        step = Step(triton)
+        step = Step(triton, products=Variant(device, "fp32").products)
         for micro in range(every):
             # a short batch now and then
             X, y, weight = batch_of(case, rng, BATCH - 5 * ((update + micro) % 4 == 3))
@@ -154,18 +156,19 @@ def test_every_step_is_the_oracles_and_the_numpy_backends(case, record_property)
         for name, limit in limits.items():
             assert_within(triton.state_dict()[name], numpy.state_dict()[name], 0.0 if limit is None else 2.0 * limit)
     assert any((array != start[name]).any() for name, array in triton.state_dict().items())
-    record_property("line: training steps on Triton, each within the bound", case.steps)
+    record_property(f"line: training steps within the bound, {device.name}", case.steps)
 
 
 @pytest.mark.parametrize("name", ["adamw", "clipped", "accumulated", "relu, dropout", "gelu and prelu, dropout", "mse"])
-def test_every_step_in_float16_is_within_its_bound(name, record_property):
+@DEVICES
+def test_every_step_in_float16_is_within_its_bound(name, device, record_property):
     case = CASES[name]
     rng = np.random.default_rng(2)
     engine = Engine(case.net, case.loss, case.optimizer, BATCH, seed=5, backend="triton", precision="fp16")
     every = case.optimizer.accumulate
     for _ in range(6):
         scale = float(_host(engine, "hyper")[LOSS_SCALE])
-        step = Step(engine, replace(TwoBytes(), scale=scale))
+        step = Step(engine, replace(TwoBytes(), scale=scale), Variant(device, "fp16").products)
         for _ in range(every):
             X, y, weight = batch_of(case, rng)
             X = X.astype(np.float16).astype(np.float32)
@@ -173,11 +176,12 @@ def test_every_step_in_float16_is_within_its_bound(name, record_property):
             assert_within(float(engine.step(X, y, weight)), trace.loss, trace.loss_bound)
         assert _host(engine, "counters")[SKIPPED] == 0
         step.check()
-    record_property("line: training steps on Triton, each within the bound", 6 * every)
+    record_property(f"line: training steps within the bound, {device.name}", 6 * every)
 
 
 @pytest.mark.parametrize("precision", INTERPRETER.precisions)
-def test_fit_gives_the_losses_of_steps(precision):
+@DEVICES
+def test_fit_gives_the_losses_of_steps(device, precision):
     """Rows read by index in the kernels, a short last batch, shuffled: bitwise the losses of the same batches."""
     from fusemlp_kernels.philox import row_order
 

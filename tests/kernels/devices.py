@@ -283,7 +283,7 @@ INTERPRETER = Device(
     "triton, interpreted",
     "triton",
     ("fp32", "fp16"),
-    examples=40,
+    examples=60,
     edges=(0, 1, 2, 15, 16, 17, 31, 32, 33, 65),
     longest=20,
     wide=(10, 127, 255, 256, 257, 700),
