@@ -229,10 +229,12 @@ def grad_weight_kernel(
         else:
             # prelu's: one number, that the kernels before have computed
             sums = tl.load(real + tl.load(row + X) + at_n, mask=tl.where(split == 0, inside_n, False), other=0.0)
-        far = at_n.to(tl.int64)
+        # not `far`: within a kernel, what the branches of an `if` call alike must have one type
+        element = at_n.to(tl.int64)
         finished(
-            sums, p + far * tl.load(row + P_ROW), s0 + far * tl.load(row + S0_ROW), s1 + far * tl.load(row + S1_ROW),
-            shadow + far * tl.load(row + SHADOW_ROW), inside_n, hyper, rule, tensors, task, counters, partials,
+            sums, p + element * tl.load(row + P_ROW), s0 + element * tl.load(row + S0_ROW),
+            s1 + element * tl.load(row + S1_ROW), shadow + element * tl.load(row + SHADOW_ROW), inside_n,
+            hyper, rule, tensors, task, counters, partials,
             program, wants_norm, shadowed, UPDATES, STATES,
         )  # fmt: skip
     if UPDATES:
