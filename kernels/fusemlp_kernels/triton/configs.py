@@ -23,7 +23,7 @@ class Tile:
     """A tile of ``rows`` x ``columns`` of the result, ``depth`` of the reduction at a time.
 
     ``warps`` and ``stages`` are the launch's: a program's threads in units of 32 (64 on AMD) and how many loads are
-    under way at a time.
+    under way at a time. What follows the product is done in ``parts``, side by side, to fit the registers.
     """
 
     rows: int
@@ -31,6 +31,7 @@ class Tile:
     depth: int
     warps: int
     stages: int
+    parts: int = 1
 
     def count(self, rows: int, columns: int) -> int:
         """How many tiles cover a result of rows x columns."""
@@ -92,9 +93,9 @@ _FORWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
         "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(16, 32, 64, 2, 3)),
     },
     "interpreter": {
-        "fp32": (Tile(32, 32, 32, 1, 1),),
-        "tf32": (Tile(32, 32, 32, 1, 1),),
-        "half": (Tile(32, 32, 32, 1, 1),),
+        "fp32": (Tile(32, 32, 32, 1, 1, 2),),
+        "tf32": (Tile(32, 32, 32, 1, 1, 2),),
+        "half": (Tile(32, 32, 32, 1, 1, 2),),
     },
 }
 for _family in ("sm_86", "sm_90", "sm_100", "gfx942"):

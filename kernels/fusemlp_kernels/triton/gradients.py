@@ -9,7 +9,7 @@ from fusemlp_kernels.triton.activations import PRELU, derivative, needs_z
 from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, advance_clock, is_last, sum_of
 from fusemlp_kernels.triton.dropout import keep_mask
 from fusemlp_kernels.triton.optimizer import stored_update
-from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, this_batch, tile_of
+from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, part_of, row_pitch, this_batch, tile_of
 
 GRAD_INPUT_NUMBERS = [
     "M", "N", "K", "dz_row", "dz_col", "w_row", "w_col", "y_row", "y_col", "out_row", "out_col",
@@ -23,6 +23,7 @@ def grad_input_kernel(
     M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
     activation, slope, layer, key0, key1, threshold, keep_scale, kept_share, programs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """out (M, K) = (dz (M, N) @ w (N, K)) * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
 
@@ -48,23 +49,29 @@ def grad_input_kernel(
         acc = tl.dot(dz_tile, w_tile, acc, input_precision=PRODUCT)
         dz_at += BN * step
         w_at += BN * pitch
-    if threshold > 0:
-        batch_index = tl.load(counters + BATCH_INDEX)
-        keep = keep_mask(tile_m * BM, tile_k * BK, batch_index, layer, key0, key1, threshold, BM, BK)
-        acc = tl.where(keep, acc * keep_scale, 0.0)
-    stored = inside_m[:, None] & stored_k[None, :]
-    y_at = y + far[:, None] * row_pitch(y_row, ALIGNED) + at_k[None, :] * column_step(y_col, ALIGNED)
-    v = tl.load(y_at, mask=stored, other=0.0).to(tl.float32)
-    if needs_z(activation) == 0:
-        v = v * kept_share
     slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
-    result = tl.where((at_k < K)[None, :], acc * derivative(v, activation, slope), 0.0)
-    out_at = out + far[:, None] * row_pitch(out_row, ALIGNED) + at_k[None, :] * column_step(out_col, ALIGNED)
-    tl.store(out_at, result.to(out.dtype.element_ty), mask=stored)
+    batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
+    y_rows, out_rows = y + far[:, None] * row_pitch(y_row, ALIGNED), out + far[:, None] * row_pitch(out_row, ALIGNED)
+    y_step, out_step = column_step(y_col, ALIGNED), column_step(out_col, ALIGNED)
+    below = 0.0
+    for piece in tl.static_range(PARTS):
+        first = tile_k * BK + piece * (BK // PARTS)
+        near = first + tl.arange(0, BK // PARTS)
+        stored = inside_m[:, None] & (near < masked_width(K, ALIGNED))[None, :]
+        g = part_of(acc, piece, PARTS, BM, BK)
+        if threshold > 0:
+            keep = keep_mask(tile_m * BM, first, batch_index, layer, key0, key1, threshold, BM, BK // PARTS)
+            g = tl.where(keep, g * keep_scale, 0.0)
+        v = tl.load(y_rows + near[None, :] * y_step, mask=stored, other=0.0).to(tl.float32)
+        if needs_z(activation) == 0:
+            v = v * kept_share
+        result = tl.where((near < K)[None, :], g * derivative(v, activation, slope), 0.0)
+        tl.store(out_rows + near[None, :] * out_step, result.to(out.dtype.element_ty), mask=stored)
+        if activation == PRELU:
+            inside = inside_m[:, None] & (near < K)[None, :]
+            below += tl.sum(tl.where(inside, g * tl.where(v > 0, 0.0, v), 0.0))
     if activation == PRELU:
-        below = tl.where(v > 0, 0.0, v)
-        inside = inside_m[:, None] & (at_k < K)[None, :]
-        tl.store(partials + program, tl.sum(tl.where(inside, acc * below, 0.0)).to(tl.float64))
+        tl.store(partials + program, below.to(tl.float64))
         if is_last(ticket, programs):
             tl.store(dslope, sum_of(partials, programs, 1, 128).to(tl.float32))
 
@@ -127,10 +134,12 @@ def square_sum(g):
 
 @triton.jit
 def finished(
-    g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, tensors, task, counters, partials, program, wants_norm,
-    shadowed, UPDATES: tl.constexpr, STATES: tl.constexpr,
+    g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, tensors, task, counters, wants_norm, shadowed,
+    UPDATES: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """What becomes of a gradient: the update of its parameter, or its place in memory."""
+    """What becomes of a gradient: the update of its parameter, or its place in memory. Returns the sum of the squares
+    of what is stored, float64, where ``wants_norm``."""
+    squares = tl.full((), 0.0, tl.float64)
     if UPDATES:
         factor = tl.load(tensors + task * TENSOR_FIELDS)
         decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
@@ -140,7 +149,8 @@ def finished(
     else:
         g = stored_gradient(tl.where(mask, g, 0.0), p_at, mask, counters, rule)
         if wants_norm != 0:
-            tl.store(partials + program, square_sum(tl.where(mask, g, 0.0)))
+            squares = square_sum(tl.where(mask, g, 0.0))
+    return squares
 
 
 @triton.jit(do_not_specialize=["M", "tasks", "programs", "splits", "part", "wants_norm"])
@@ -148,7 +158,7 @@ def grad_weight_kernel(
     compute, real, rows, table, tensors, hyper, rule, counters, partials, norm, ticket,
     M, tasks, programs, splits, part, wants_norm,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    UPDATES: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
+    UPDATES: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all layers, dw (N, K) = dz.T @ x and db (N,) = sums of dz's columns, in one launch.
 
@@ -181,6 +191,7 @@ def grad_weight_kernel(
     dz = compute + whole(tl.load(row + DZ), ALIGNED)
     dz_row, dz_col = row_pitch(tl.load(row + DZ_ROW), ALIGNED), column_step(tl.load(row + DZ_COL), ALIGNED)
     at_b = tl.arange(0, BM)
+    squares = tl.full((), 0.0, tl.float64)
     if kind == WEIGHT:
         tile_n, tile_k = tile_of(tile, N, K, BN, BK)
         at_n = tile_n * BN + tl.arange(0, BN)
@@ -200,22 +211,22 @@ def grad_weight_kernel(
             dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
             dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
             acc = tl.dot(tl.trans(dz_tile), x_tile, acc, input_precision=PRODUCT)
-        stored = (at_n < N)[:, None] & inside_k[None, :]
-        far, near = at_n.to(tl.int64)[:, None], at_k[None, :]
-        p_at = p + far * row_pitch(tl.load(row + P_ROW), ALIGNED) + near * column_step(tl.load(row + P_COL), ALIGNED)
-        s0_at = (
-            s0 + far * row_pitch(tl.load(row + S0_ROW), ALIGNED) + near * column_step(tl.load(row + S0_COL), ALIGNED)
-        )
-        s1_at = (
-            s1 + far * row_pitch(tl.load(row + S1_ROW), ALIGNED) + near * column_step(tl.load(row + S1_COL), ALIGNED)
-        )
-        shadow_at = shadow + (
-            far * row_pitch(tl.load(row + SHADOW_ROW), ALIGNED) + near * column_step(tl.load(row + SHADOW_COL), ALIGNED)
-        )
-        finished(
-            acc, p_at, s0_at, s1_at, shadow_at, stored, hyper, rule, tensors, task, counters, partials, program,
-            wants_norm, shadowed, UPDATES, STATES,
-        )  # fmt: skip
+        far = at_n.to(tl.int64)[:, None]
+        p_rows = p + far * row_pitch(tl.load(row + P_ROW), ALIGNED)
+        s0_rows = s0 + far * row_pitch(tl.load(row + S0_ROW), ALIGNED)
+        s1_rows = s1 + far * row_pitch(tl.load(row + S1_ROW), ALIGNED)
+        shadow_rows = shadow + far * row_pitch(tl.load(row + SHADOW_ROW), ALIGNED)
+        p_step, s0_step = column_step(tl.load(row + P_COL), ALIGNED), column_step(tl.load(row + S0_COL), ALIGNED)
+        s1_step = column_step(tl.load(row + S1_COL), ALIGNED)
+        shadow_step = column_step(tl.load(row + SHADOW_COL), ALIGNED)
+        for piece in tl.static_range(PARTS):
+            near = tile_k * BK + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+            stored = (at_n < N)[:, None] & (near < masked_width(K, ALIGNED))
+            squares += finished(
+                part_of(acc, piece, PARTS, BN, BK), p_rows + near * p_step, s0_rows + near * s0_step,
+                s1_rows + near * s1_step, shadow_rows + near * shadow_step, stored, hyper, rule, tensors, task,
+                counters, wants_norm, shadowed, UPDATES, STATES,
+            )  # fmt: skip
     else:
         at_n = tile * BN + tl.arange(0, BN)
         inside_n = at_n < N
@@ -231,16 +242,16 @@ def grad_weight_kernel(
             sums = tl.load(real + tl.load(row + X) + at_n, mask=tl.where(split == 0, inside_n, False), other=0.0)
         # not `far`: within a kernel, what the branches of an `if` call alike must have one type
         element = at_n.to(tl.int64)
-        finished(
+        squares += finished(
             sums, p + element * tl.load(row + P_ROW), s0 + element * tl.load(row + S0_ROW),
             s1 + element * tl.load(row + S1_ROW), shadow + element * tl.load(row + SHADOW_ROW), inside_n,
-            hyper, rule, tensors, task, counters, partials,
-            program, wants_norm, shadowed, UPDATES, STATES,
+            hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, STATES,
         )  # fmt: skip
     if UPDATES:
         if is_last(ticket, programs):
             advance_clock(counters, hyper, rule, True, False)
     else:
         if wants_norm != 0:
+            tl.store(partials + program, squares)
             if is_last(ticket, programs):
                 tl.store(norm, tl.sqrt(sum_of(partials, programs, 1, 128)))

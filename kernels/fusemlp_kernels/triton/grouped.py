@@ -181,7 +181,7 @@ def _launch(
     constants = {
         "BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": device.product, "ALIGNED": tasks.aligned,
         "UPDATES": updates, "STATES": rule.state_count if updates else 0,
-        "TASKS": configs.table_length(len(tasks.rows)),
+        "TASKS": configs.table_length(len(tasks.rows)), "PARTS": tile.parts,
     }  # fmt: skip
     return device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile), programs
 

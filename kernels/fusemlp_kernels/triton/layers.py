@@ -104,7 +104,10 @@ def bind_linear(
         **_strides("z", saved), "gather": int(rows is not None), "store_z": int(keeps_z),
         **_activation(device, op, activation, slope, slope_param, b), **_dropout(op, dropout, counters),
     }  # fmt: skip
-    constants = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRODUCT": device.product, "ALIGNED": aligned}
+    constants = {
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRODUCT": device.product, "ALIGNED": aligned,
+        "PARTS": tile.parts,
+    }  # fmt: skip
     return device.launch(linear.linear_kernel, tile.count(m, n), arguments, constants, tile)
 
 
@@ -153,7 +156,10 @@ def bind_grad_input(
         **_activation(device, op, activation, slope, slope_param, spare), **_dropout(op, dropout, counters),
         "kept_share": 1.0 if dropout is None else 1.0 - dropout.rate,
     }  # fmt: skip
-    constants = {"BM": tile.rows, "BN": tile.depth, "BK": tile.columns, "PRODUCT": device.product, "ALIGNED": aligned}
+    constants = {
+        "BM": tile.rows, "BN": tile.depth, "BK": tile.columns, "PRODUCT": device.product, "ALIGNED": aligned,
+        "PARTS": tile.parts,
+    }  # fmt: skip
     run = device.launch(gradients.grad_input_kernel, programs, arguments, constants, tile)
     return dslope.zero_ if programs == 0 and dslope is not None else run
 

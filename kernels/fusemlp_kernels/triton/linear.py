@@ -8,7 +8,7 @@ import triton.language as tl
 from fusemlp_kernels.triton.activations import PRELU, activate
 from fusemlp_kernels.triton.clock import BATCH_INDEX
 from fusemlp_kernels.triton.dropout import keep_mask
-from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, this_batch, tile_of
+from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, part_of, row_pitch, this_batch, tile_of
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def linear_kernel(
     M, N, K, x_row, x_col, w_row, w_col, b_step, y_row, y_col, z_row, z_col,
     gather, activation, slope, store_z, layer, key0, key1, threshold, keep_scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) = dropout(activation(x[rows] @ w.T + b)), one program for each tile; z (M, N) where ``store_z``.
 
@@ -66,19 +67,22 @@ def linear_kernel(
     acc = affine_tile(
         x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather, BM, BN, BK, PRODUCT, ALIGNED
     )
-    at_m, at_n = row + tl.arange(0, BM), col + tl.arange(0, BN)
-    stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
-    far = at_m.to(tl.int64)[:, None]
-    if store_z != 0:
-        z_at = z + far * row_pitch(z_row, ALIGNED) + at_n[None, :] * column_step(z_col, ALIGNED)
-        tl.store(z_at, acc.to(z.dtype.element_ty), mask=stored)
     slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
-    out = activate(acc, activation, slope)
-    # sigmoid(0) is not 0: what lies behind the last column is cleared after the activation
-    out = tl.where((at_n < N)[None, :], out, 0.0)
-    if threshold > 0:
-        batch_index = tl.load(counters + BATCH_INDEX)
-        keep = keep_mask(row, col, batch_index, layer, key0, key1, threshold, BM, BN)
-        out = tl.where(keep, out * keep_scale, 0.0)
-    y_at = y + far * row_pitch(y_row, ALIGNED) + at_n[None, :] * column_step(y_col, ALIGNED)
-    tl.store(y_at, out.to(y.dtype.element_ty), mask=stored)
+    batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
+    at_m = row + tl.arange(0, BM)
+    far = at_m.to(tl.int64)[:, None]
+    y_rows, z_rows = y + far * row_pitch(y_row, ALIGNED), z + far * row_pitch(z_row, ALIGNED)
+    y_step, z_step = column_step(y_col, ALIGNED), column_step(z_col, ALIGNED)
+    for piece in tl.static_range(PARTS):
+        first = col + piece * (BN // PARTS)
+        at_n = first + tl.arange(0, BN // PARTS)
+        out = part_of(acc, piece, PARTS, BM, BN)
+        stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
+        if store_z != 0:
+            tl.store(z_rows + at_n[None, :] * z_step, out.to(z.dtype.element_ty), mask=stored)
+        # sigmoid(0) is not 0: what lies behind the last column is cleared after the activation
+        out = tl.where((at_n < N)[None, :], activate(out, activation, slope), 0.0)
+        if threshold > 0:
+            keep = keep_mask(row, first, batch_index, layer, key0, key1, threshold, BM, BN // PARTS)
+            out = tl.where(keep, out * keep_scale, 0.0)
+        tl.store(y_rows + at_n[None, :] * y_step, out.to(y.dtype.element_ty), mask=stored)

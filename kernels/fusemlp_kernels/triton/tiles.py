@@ -74,3 +74,32 @@ def batch_rows(rows, offsets, count, gather):
     if gather != 0:
         found = tl.load(rows + offsets, mask=inside, other=-1)
     return tl.where(inside, found, -1)
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The left and the right half of a tile (ROWS, COLS)."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def part_of(tile, piece: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Of a tile (ROWS, COLS) cut into 1, 2 or 4 parts side by side, one.
+
+    What follows a product is done part by part, so that what it loads and computes fits the registers beside the sums:
+    the stores of one part keep the loads of the next from being moved before them.
+    """
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "a tile is cut into 1, 2 or 4 parts")
+    if PARTS > 1:
+        left, right = halves(tile, ROWS, COLS)
+        if piece < PARTS // 2:
+            tile = left
+        else:
+            tile = right
+    if PARTS == 4:
+        first, second = halves(tile, ROWS, COLS // 2)
+        if piece % 2 == 0:
+            tile = first
+        else:
+            tile = second
+    return tile
