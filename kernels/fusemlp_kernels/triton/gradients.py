@@ -53,7 +53,7 @@ def grad_input_kernel(
     batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
     y_rows, out_rows = y + far[:, None] * row_pitch(y_row, ALIGNED), out + far[:, None] * row_pitch(out_row, ALIGNED)
     y_step, out_step = column_step(y_col, ALIGNED), column_step(out_col, ALIGNED)
-    below = 0.0
+    below = tl.full((), 0.0, tl.float32)
     for piece in tl.static_range(PARTS):
         first = tile_k * BK + piece * (BK // PARTS)
         near = first + tl.arange(0, BK // PARTS)
@@ -168,7 +168,7 @@ def grad_weight_kernel(
     the batch is cut: split s of a tile sums its stretch of the batch and stores it ``s * part`` elements further on.
 
     ``table`` has a task for each weight matrix, bias and learned slope (``TASK_FIELDS``); ``compute`` and ``real`` are
-    what its offsets count from.
+    what its offsets count from. ``ALIGNED``: the weights, their states and their shadow have one row pitch.
     """
     program = tl.program_id(0)
     tile = program // splits
@@ -212,20 +212,22 @@ def grad_weight_kernel(
             dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
             acc = tl.dot(tl.trans(dz_tile), x_tile, acc, input_precision=PRODUCT)
         far = at_n.to(tl.int64)[:, None]
-        p_rows = p + far * row_pitch(tl.load(row + P_ROW), ALIGNED)
-        s0_rows = s0 + far * row_pitch(tl.load(row + S0_ROW), ALIGNED)
-        s1_rows = s1 + far * row_pitch(tl.load(row + S1_ROW), ALIGNED)
-        shadow_rows = shadow + far * row_pitch(tl.load(row + SHADOW_ROW), ALIGNED)
-        p_step, s0_step = column_step(tl.load(row + P_COL), ALIGNED), column_step(tl.load(row + S0_COL), ALIGNED)
-        s1_step = column_step(tl.load(row + S1_COL), ALIGNED)
-        shadow_step = column_step(tl.load(row + SHADOW_COL), ALIGNED)
+        pitch = row_pitch(tl.load(row + P_ROW), ALIGNED)
         for piece in tl.static_range(PARTS):
             near = tile_k * BK + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
             stored = (at_n < N)[:, None] & (near < masked_width(K, ALIGNED))
+            if ALIGNED:
+                # one set of offsets for all four: addresses would take more registers than what lies there
+                at_p = far * pitch + near
+                at_s0, at_s1, at_shadow = at_p, at_p, at_p
+            else:
+                at_p = far * pitch + near * tl.load(row + P_COL)
+                at_s0 = far * tl.load(row + S0_ROW) + near * tl.load(row + S0_COL)
+                at_s1 = far * tl.load(row + S1_ROW) + near * tl.load(row + S1_COL)
+                at_shadow = far * tl.load(row + SHADOW_ROW) + near * tl.load(row + SHADOW_COL)
             squares += finished(
-                part_of(acc, piece, PARTS, BN, BK), p_rows + near * p_step, s0_rows + near * s0_step,
-                s1_rows + near * s1_step, shadow_rows + near * shadow_step, stored, hyper, rule, tensors, task,
-                counters, wants_norm, shadowed, UPDATES, STATES,
+                part_of(acc, piece, PARTS, BN, BK), p + at_p, s0 + at_s0, s1 + at_s1, shadow + at_shadow, stored,
+                hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, STATES,
             )  # fmt: skip
     else:
         at_n = tile * BN + tl.arange(0, BN)

@@ -56,7 +56,9 @@ class _Tasks:
         }
 
     def add(self, rule: TensorRule, **fields: int) -> None:
-        """One task."""
+        """One task. The fast path reckons one set of offsets for a matrix and all that goes with it."""
+        pitches = {fields[f"{name}_row"] for name in ("p", "s0", "s1", "shadow") if fields.get(f"{name}_row")}
+        self.aligned &= fields["kind"] != WEIGHT or len(pitches) <= 1
         self.rows.append(fields)
         self.rules.append(rule)
 
