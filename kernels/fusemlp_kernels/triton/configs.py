@@ -8,12 +8,17 @@ that compile without spills on the architecture (``ci/kernel_resources.json``); 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from fusemlp_kernels.errors import BackendUnavailableError
 
 # The smallest product of tensor cores is 16 rows high; ``linear_loss_grad`` holds a row of at most this width.
 WIDEST_OUTPUT = 256
+TABLE_FILE = Path(__file__).with_name("tiles.json")
 # The grouped launch finds its task in a table of one of these lengths.
 TABLE_LENGTHS = (16, 64, 256)
 
@@ -85,40 +90,45 @@ def family_of(target: str) -> str:
     return FAMILIES[name]
 
 
-# Products whose reduction runs along rows of both operands: the forward pass and the gradient by the input.
-_FORWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
-    "sm_80": {
-        "fp32": (Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(16, 32, 32, 2, 3)),
-        "tf32": (Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(16, 32, 32, 2, 3)),
-        "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(16, 32, 64, 2, 3)),
-    },
-    "interpreter": {
-        "fp32": (Tile(32, 32, 32, 1, 1, 2),),
-        "tf32": (Tile(32, 32, 32, 1, 1, 2),),
-        "half": (Tile(32, 32, 32, 1, 1, 2),),
-    },
-}
-for _family in ("sm_86", "sm_90", "sm_100", "gfx942"):
-    _FORWARD[_family] = _FORWARD["sm_80"]
+def table_text(tables: Mapping[str, Any]) -> str:
+    """``TABLES`` as its file has it: a tile a line."""
 
-# The gradient by the weights, (outputs, inputs, batch).
-_WEIGHT: dict[str, dict[str, tuple[Tile, ...]]] = {
-    "sm_80": {
-        "fp32": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(16, 32, 32, 2, 3)),
-        "tf32": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(16, 32, 32, 2, 3)),
-        "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(16, 32, 64, 2, 3)),
-    },
-    "interpreter": _FORWARD["interpreter"],
-}
-for _family in ("sm_86", "sm_90", "sm_100", "gfx942"):
-    _WEIGHT[_family] = _WEIGHT["sm_80"]
+    def written(value: Any, indent: str) -> str:
+        if isinstance(value, Mapping):
+            inner = ",\n".join(f'{indent}  "{key}": {written(item, indent + "  ")}' for key, item in value.items())
+            return f"{{\n{inner}\n{indent}}}"
+        return "[\n" + ",\n".join(f"{indent}  {json.dumps(list(row))}" for row in value) + f"\n{indent}]"
 
-# The output layer with its loss: (rows, depth, warps) by the width that holds a row of logits.
-_OUTPUT = {16: (32, 32, 2), 32: (32, 32, 2), 64: (32, 32, 4), 128: (32, 32, 4), 256: (16, 32, 8)}
+    return written(tables, "") + "\n"
+
+
+# By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
+# for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
+# fields of ``Tile``.
+TABLES = json.loads(TABLE_FILE.read_text())
 
 
 def _kind(precision: str) -> str:
     return "half" if precision in ("bf16", "fp16") else precision
+
+
+def _tiles(family: str, product: str, precision: str) -> tuple[Tile, ...]:
+    return tuple(Tile(*row) for row in TABLES[family][product][_kind(precision)])
+
+
+def forward_tiles(family: str, precision: str) -> tuple[Tile, ...]:
+    """All that ``forward_tile`` can choose."""
+    return _tiles(family, "forward", precision)
+
+
+def weight_tiles(family: str, precision: str) -> tuple[Tile, ...]:
+    """All that ``weight_tile`` can choose."""
+    return _tiles(family, "weight", precision)
+
+
+def output_tiles(family: str) -> tuple[Tile, ...]:
+    """All that ``output_tile`` can choose, narrowest first."""
+    return tuple(Tile(*row) for row in TABLES[family]["output"])
 
 
 def _fitting(tiles: tuple[Tile, ...], shapes: tuple[tuple[int, int], ...], processors: int) -> Tile:
@@ -127,40 +137,22 @@ def _fitting(tiles: tuple[Tile, ...], shapes: tuple[tuple[int, int], ...], proce
 
 def forward_tile(arch: Architecture, precision: str, rows: int, columns: int) -> Tile:
     """The tile for a result of rows x columns, in ``linear`` and ``grad_input``."""
-    return _fitting(_FORWARD[arch.family][_kind(precision)], ((rows, columns),), arch.processors)
+    return _fitting(forward_tiles(arch.family, precision), ((rows, columns),), arch.processors)
 
 
 def weight_tile(arch: Architecture, precision: str, shapes: tuple[tuple[int, int], ...]) -> Tile:
     """The tile for the grouped gradients by weights of these shapes."""
-    return _fitting(_WEIGHT[arch.family][_kind(precision)], shapes, arch.processors)
+    return _fitting(weight_tiles(arch.family, precision), shapes, arch.processors)
 
 
 def output_tile(arch: Architecture, width: int) -> Tile:
     """The tile of ``linear_loss_grad``: its columns hold a whole row of ``width`` logits."""
-    columns = next(columns for columns in _OUTPUT if columns >= width)
-    rows, depth, warps = _OUTPUT[columns]
-    return Tile(rows, columns, depth, warps, 1 if arch.family == "interpreter" else 2)
-
-
-def forward_tiles(family: str, precision: str) -> tuple[Tile, ...]:
-    """All that ``forward_tile`` can choose."""
-    return _FORWARD[family][_kind(precision)]
-
-
-def weight_tiles(family: str, precision: str) -> tuple[Tile, ...]:
-    """All that ``weight_tile`` can choose."""
-    return _WEIGHT[family][_kind(precision)]
-
-
-def output_tiles(family: str) -> tuple[Tile, ...]:
-    """All that ``output_tile`` can choose."""
-    arch = Architecture(family, 1)
-    return tuple(output_tile(arch, width) for width in _OUTPUT)
+    return next(tile for tile in output_tiles(arch.family) if tile.columns >= width)
 
 
 def general_tile(arch: Architecture) -> Tile:
     """The general path, for matrices that are not aligned: one tile for all."""
-    return Tile(32, 32, 32, 4, 1 if arch.family == "interpreter" else 2)
+    return Tile(*TABLES[arch.family]["general"][0])
 
 
 def loss_tile(arch: Architecture, width: int) -> Tile:

@@ -1,0 +1,230 @@
+"""Compiles the Triton kernels for every architecture, on a machine without a GPU, and judges the machine code.
+
+A kernel that spills, keeps a stack for no known reason, lost its tensor-core instructions or takes more shared memory
+than there is, is an error: none of it shows in a kernel's results, only in its speed or when it is launched. What all
+variants take is recorded in ``ci/kernel_resources.json``, by version of Triton.
+
+Without ``--all`` a systematic part is compiled: of each kernel and element type, the largest tile and the constants
+that take the most registers. The record holds all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "ci/kernel_resources.json"
+# The kernels run under Triton's interpreter where the variable is set; there is nothing to compile then.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+
+import triton  # noqa: E402
+
+from fusemlp_kernels.triton import aot  # noqa: E402
+
+Row = dict[str, Any]
+KEY = ("triton", "arch", "kernel", "variant")
+# Shared memory that a program can have, bytes: the CUDA programming guide's table of compute capabilities, and the
+# CDNA 3 instruction set's local data share. From sm_90 on the system's own kilobyte is listed as static memory.
+SHARED_LIMITS = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+SYSTEM_SHARED = {"sm_90": 1 << 10, "sm_100": 1 << 10, "sm_120": 1 << 10}
+# Kernels whose machine code may keep a stack, and why. There are none.
+STACK_REASONS: dict[str, str] = {}
+
+
+def problems(row: Row) -> list[str]:
+    """What is wrong with a kernel's machine code."""
+    found = []
+    if row["spills"]:
+        found.append(f"{row['spills']} spills")
+    if row["stack"] and row["kernel"] not in STACK_REASONS:
+        found.append(f"a stack of {row['stack']} bytes, for which no reason is recorded")
+    if row["kernel"] in aot.PRODUCTS and not row["tensor_core"]:
+        found.append("no tensor-core instruction")
+    arch = row["arch"]
+    shared = row["shared_dynamic"] + max(row["shared_static"] - SYSTEM_SHARED.get(arch, 0), 0)
+    if shared > SHARED_LIMITS[arch]:
+        found.append(f"{shared} bytes of shared memory; {arch} has {SHARED_LIMITS[arch]}")
+    return [f"{arch} {row['kernel']} ({row['variant']}): {problem}" for problem in found]
+
+
+def systematic_part(variants: Sequence[aot.Variant]) -> list[aot.Variant]:
+    """Of each kernel and element type: with the largest tile, the constants that take the most registers."""
+    largest: dict[tuple[str, str], int] = {}
+    for variant in variants:
+        if variant.constants.get("ALIGNED", True):
+            key, size = (variant.kernel, variant.precision), variant.tile.rows * variant.tile.columns
+            largest[key] = max(largest.get(key, 0), size)
+
+    def belongs(variant: aot.Variant) -> bool:
+        constants = variant.constants
+        return (
+            constants.get("ALIGNED", True)
+            and variant.tile.rows * variant.tile.columns == largest[variant.kernel, variant.precision]
+            and constants.get("TASKS", 16) == 16
+            and constants.get("STATES", 2) in ((0, 2) if variant.kernel == "update" else (2,))
+        ) or (constants.get("UPDATES") is False and constants["TASKS"] == 16 and variant.precision == "fp16")
+
+    return [variant for variant in variants if belongs(variant)]
+
+
+def chosen(archs: Iterable[str], kernels: Iterable[str], everything: bool) -> Iterator[tuple[aot.Variant, str]]:
+    """What to compile."""
+    for arch in archs:
+        variants = aot.variants(arch)
+        for variant in variants if everything else systematic_part(variants):
+            if variant.kernel in kernels:
+                yield variant, arch
+
+
+def compiled(work: tuple[aot.Variant, str]) -> Row | str:
+    """The row of a variant, or why there is none."""
+    variant, arch = work
+    try:
+        return aot.compile_variant(variant, arch)
+    except Exception as error:  # whatever the compiler raises belongs in the report beside the others
+        return f"{arch} {variant.kernel} ({variant.name}): {type(error).__name__}: {error}"
+
+
+def compile_all(work: Sequence[tuple[aot.Variant, str]], jobs: int) -> tuple[list[Row], list[str]]:
+    """The rows, and the errors of what does not compile; says on stderr how far it is."""
+    rows, failures = [], []
+    told = time.monotonic()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for done, result in enumerate(pool.map(compiled, work), 1):
+            if isinstance(result, str):
+                failures.append(result)
+            else:
+                rows.append(result)
+            if time.monotonic() - told > 20:
+                told = time.monotonic()
+                print(f"compile_kernels: {done} of {len(work)}", file=sys.stderr, flush=True)
+    return rows, failures
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Compilations and spills by architecture and version of Triton."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row["triton"], row["arch"]].append(row)
+    lines = [
+        f"{'Triton':8} {'arch':8} {'compiled':>8} {'spills':>7} {'stacks':>7} {'registers':>10} {'shared':>9}  units"
+    ]
+    for (version, arch), found in groups.items():
+        units = collections.Counter(row["tensor_core"] for row in found if row["tensor_core"])
+        lines.append(
+            f"{version:8} {arch:8} {len(found):8} {sum(row['spills'] for row in found):7} "
+            f"{sum(row['stack'] > 0 for row in found):7} {max(row['registers'] for row in found):10} "
+            f"{max(row['shared_dynamic'] for row in found) / 1024:5.0f} KiB  "
+            + ", ".join(f"{name} {count}" for name, count in units.most_common())
+        )
+    return "\n".join(lines)
+
+
+def read_record() -> list[Row]:
+    """The rows of the record; none, where there is no file yet."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else []
+
+
+def launched(everything: bool) -> set[tuple[str, str, str, str]]:
+    """Architecture, kernel, variant and source of all that is launched, or of the systematic part."""
+    work = chosen(aot.TARGETS, tuple(aot.KERNELS), everything)
+    return {(arch, variant.kernel, variant.name, aot.source_hash(variant.kernel)) for variant, arch in work}
+
+
+def write_record(rows: Iterable[Row]) -> None:
+    """Put the rows into the record and drop what is no longer launched, or was of other code; a row a line."""
+    wanted = {key[:3] for key in launched(everything=True)}
+    sources = {kernel: aot.source_hash(kernel) for kernel in aot.KERNELS}
+    merged = {tuple(row[name] for name in KEY): row for row in [*read_record(), *rows]}
+    kept = [row for key, row in sorted(merged.items()) if key[1:] in wanted and row["source"] == sources[row["kernel"]]]
+    RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
+
+
+def record_problems(record: Sequence[Row]) -> list[str]:
+    """What is wrong with the record: kernels that fail, rows that are missing or of other code."""
+    found = [problem for row in record for problem in problems(row)]
+    needed, possible = launched(everything=False), launched(everything=True)
+    for version in sorted({row["triton"] for row in record}) or [triton.__version__]:
+        rows = [row for row in record if row["triton"] == version]
+        present = {(row["arch"], row["kernel"], row["variant"], row["source"]) for row in rows}
+        for what, wrong in (("missing", needed - present), ("not of the kernels as they are", present - possible)):
+            if wrong:
+                found.append(
+                    f"{RECORD.name}, Triton {version}: {len(wrong)} rows are {what}, such as {' '.join(min(wrong))}; "
+                    "write them with ci/compile_kernels.py --write"
+                )
+    return found
+
+
+def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
+    """Where what was compiled now takes something else than the record says, for the same version of Triton."""
+    recorded = {tuple(row[name] for name in KEY): row for row in record}
+    found = []
+    for row in rows:
+        before = recorded.get(tuple(row[name] for name in KEY))
+        if before is not None and before != row:
+            changed = ", ".join(
+                f"{name} {before[name]} -> {row[name]}" for name in row if before.get(name) != row[name]
+            )
+            found.append(f"{row['arch']} {row['kernel']} ({row['variant']}) is not what is recorded: {changed}")
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(prog="ci/compile_kernels.py", description=(__doc__ or "").split("\n\n")[0])
+    made.add_argument("--arch", nargs="+", choices=aot.TARGETS, default=aot.TARGETS, help="default: all")
+    made.add_argument(
+        "--kernel", nargs="+", choices=tuple(aot.KERNELS), default=tuple(aot.KERNELS), help="default: all"
+    )
+    made.add_argument("--all", action="store_true", help="every variant, not a systematic part of them")
+    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    made.add_argument("--write", action="store_true", help=f"put the results into ci/{RECORD.name}")
+    made.add_argument(
+        "--check",
+        action="store_true",
+        help=f"compare with ci/{RECORD.name}, which must be of the kernels as they are",
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    start = time.monotonic()
+    work = list(chosen(options.arch, options.kernel, options.all))
+    rows, failures = compile_all(work, options.jobs)
+    print(table(rows), flush=True)
+    print(f"{len(rows)} compilations with Triton {triton.__version__} in {time.monotonic() - start:.0f} s")
+    found = [*failures, *(problem for row in rows for problem in problems(row))]
+    if options.write:
+        write_record(rows)
+    if options.check:
+        record = read_record()
+        print(f"the record, ci/{RECORD.name}:\n{table(record)}")
+        found += [*record_problems(record), *differences(rows, record)]
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

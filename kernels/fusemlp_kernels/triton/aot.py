@@ -1,0 +1,184 @@
+"""The kernels compiled ahead of time, on a machine without a GPU: what can be launched, and what it takes of a GPU.
+
+``variants`` follows the binders (``layers``, ``grouped``): every kernel, element type, tile and constant that they can
+ask for. The length of the grouped kernels' task table changes nothing but one reduction before the work begins: the
+longer ones are listed with the largest tile and the most state only.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusemlp_kernels.errors import unknown_name
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resources, update
+from fusemlp_kernels.triton.configs import Architecture, Tile
+
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+KERNELS = {
+    "linear": linear.linear_kernel,
+    "grad_input": gradients.grad_input_kernel,
+    "grad_weight": gradients.grad_weight_kernel,
+    "linear_loss_grad": loss.linear_loss_grad_kernel,
+    "loss_grad": loss.loss_grad_kernel,
+    "update": update.update_kernel,
+    "norm": update.norm_kernel,
+    "advance": clock.advance_kernel,
+}
+PRODUCTS = ("linear", "grad_input", "grad_weight", "linear_loss_grad")
+ELEMENTS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+STATE_COUNTS = (0, 1, 2)
+
+# What the kernels' arguments are, by name; "compute" is the element type of the matrix products. A number that is not
+# named here is an integer.
+POINTERS = {
+    **dict.fromkeys(("x", "w", "y", "z", "dz", "out", "compute", "shadow"), "compute"),
+    **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "options"), "fp32"),
+    **dict.fromkeys(("real", "params", "grads", "first", "second"), "fp32"),
+    **dict.fromkeys(("partials", "hyper", "rule", "tensors", "norm", "stats"), "fp64"),
+    **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table"), "i64"),
+    "ticket": "i32",
+}
+FLOATS = ("slope", "keep_scale", "kept_share")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is compiled: element type, constants, and what the launch says of it."""
+
+    kernel: str
+    precision: str
+    tile: Tile
+    constants: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        """All that tells it from the kernel's other variants."""
+        tile = self.tile
+        size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
+        flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "UPDATES": "updates"}
+        words = [word for flag, word in flags.items() if self.constants.get(flag)]
+        numbers = {"STATES": "states", "TASKS": "tasks"}
+        words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
+        words += [f"{word}={self.constants[name]}" for name, word in numbers.items() if name in self.constants]
+        return " ".join([self.precision, size, f"warps={tile.warps} stages={tile.stages}", *words])
+
+
+def variants(target: str) -> tuple[Variant, ...]:
+    """All that the binders can launch on a target of ``TARGETS``; see above for what is left out."""
+    if target not in TARGETS:
+        raise unknown_name("target", target, TARGETS)
+    arch = Architecture(configs.family_of(target), 1)
+    found = [variant for precision in ELEMENTS for variant in _of_precision(arch, precision)]
+    return tuple({(variant.kernel, variant.name): variant for variant in found}.values())
+
+
+def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
+    product = arch.product(precision)
+    paths = [(tile, True) for tile in configs.forward_tiles(arch.family, precision)]
+    for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
+        shared = {"PRODUCT": product, "ALIGNED": aligned, "PARTS": tile.parts}
+        yield Variant("linear", precision, tile, {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, **shared})
+        yield Variant("grad_input", precision, tile, {"BM": tile.rows, "BN": tile.depth, "BK": tile.columns, **shared})
+    paths = [(tile, True) for tile in configs.weight_tiles(arch.family, precision)]
+    for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
+        sides = {"BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": product, "ALIGNED": aligned}
+        for updates, states in [(False, 0), *((True, count) for count in STATE_COUNTS)]:
+            heaviest = tile == paths[0][0] and states == max(STATE_COUNTS)
+            for tasks in configs.TABLE_LENGTHS if heaviest else configs.TABLE_LENGTHS[:1]:
+                constants = {**sides, "UPDATES": updates, "STATES": states, "TASKS": tasks, "PARTS": tile.parts}
+                yield Variant("grad_weight", precision, tile, constants)
+    for entropy in (False, True):
+        for aligned in (True, False):
+            shared = {"ALIGNED": aligned, "CROSS_ENTROPY": entropy}
+            for tile in configs.output_tiles(arch.family):
+                sides = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRODUCT": product}
+                yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
+            tile = configs.loss_tile(arch, 1)
+            yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
+    for states in STATE_COUNTS:
+        for tasks in configs.TABLE_LENGTHS if states == max(STATE_COUNTS) else configs.TABLE_LENGTHS[:1]:
+            constants = {"BLOCK": configs.SWEEP.columns, "STATES": states, "TASKS": tasks}
+            yield Variant("update", ELEMENTS[precision], configs.SWEEP, constants)
+    yield Variant("norm", "fp32", configs.SWEEP, {"BLOCK": configs.SWEEP.columns})
+    yield Variant("advance", "fp32", configs.SMALL, {})
+
+
+@functools.cache
+def source_hash(kernel: str) -> str:
+    """Of the kernel's code and all that it calls, without comments and docstrings: other code, another hash."""
+    texts: dict[str, str] = {}
+    _collect(KERNELS[kernel].fn, texts)
+    return hashlib.sha256("\n".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
+
+
+def _collect(function: Any, texts: dict[str, str]) -> None:
+    name = f"{function.__module__}.{function.__name__}"
+    if name in texts:
+        return
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    texts[name] = "".join(ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.arguments))
+    for definition in tree.body:
+        if isinstance(definition, ast.FunctionDef):
+            documented = ast.get_docstring(definition) is not None
+            texts[name] += "".join("\n" + ast.unparse(statement) for statement in definition.body[documented:])
+    for used in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+        value = function.__globals__.get(used)
+        if isinstance(value, triton.language.constexpr):
+            texts[f"{function.__module__}.{used}"] = f"{used} = {value.value!r}"
+        inner = getattr(value, "fn", None)
+        if str(getattr(inner, "__module__", "")).startswith("fusemlp_kernels."):
+            _collect(inner, texts)
+
+
+def gpu_target(target: str) -> GPUTarget:
+    """Triton's name of a target."""
+    if target.startswith("sm_"):
+        return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return GPUTarget("hip", target, 64)
+
+
+def source(variant: Variant) -> ASTSource:
+    """The kernel with the types that a launch gives its arguments.
+
+    The integers are ``do_not_specialize``, so 32 bits wide unless the kernel says otherwise; memory is aligned.
+    """
+    kernel = KERNELS[variant.kernel]
+    signature, attributes = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+        elif name in POINTERS:
+            kind = POINTERS[name]
+            signature[name] = "*" + (ELEMENTS[variant.precision] if kind == "compute" else kind)
+            if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type or ("fp32" if name in FLOATS else "i32")
+    places = {parameter.name: parameter.num for parameter in kernel.params}
+    constants = {(places[name],): value for name, value in variant.constants.items()}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
+    """Compile for ``target``, without a GPU; what the machine code takes: see ``resources``."""
+    tile = variant.tile
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source(variant), target=gpu_target(target), options=options)
+    found = resources.of(compiled.asm, compiled.metadata.shared)
+    return {
+        "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,
+        **dataclasses.asdict(found), "source": source_hash(variant.kernel),
+    }  # fmt: skip
