@@ -124,7 +124,7 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 # Modules that are reached as attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
 _SUBMODULES = frozenset(module.removeprefix("fusemlp.") for module in _NAMES if module.startswith("fusemlp."))
-_SUBMODULES |= {"sklearn"}
+_SUBMODULES |= {"sklearn", "torch"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,282 @@
+"""``fuse``: a PyTorch training step as one call over the module's own parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fusemlp.execution import Memory, open_backend
+from fusemlp.program import Program
+from fusemlp.torch import losses, modules, optimizers
+from fusemlp.torch.arena import Tie
+from fusemlp.torch.batches import check_tensors
+from fusemlp.torch.optimizers import GroupRule
+from fusemlp.torch.programs import Batch, Programs, program_key
+from fusemlp.torch.updates import Clocks, UpdateSet
+from fusemlp.torch.watch import Watch
+from fusemlp.validation import as_count
+from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT
+from fusemlp_kernels.errors import ArgumentError, DTypeError
+
+
+class FusedStep:
+    """A training step that was fused; see ``fuse``."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: Any,
+        optimizer: Optimizer,
+        *,
+        batch_size: int | None = None,
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        reading = modules.read_module(module)
+        self._dtype, self._device = modules.check_tensors(reading)
+        self._kind = optimizers.optimizer_kind(optimizer)
+        self.module = module
+        self.loss_fn = loss_fn
+        self.optimizer = optimizer
+        trained = self._trained_of(reading)
+        rules, _ = self._read_groups()
+        losses.read_loss(loss_fn).check_network(reading.network)
+        rows = None if batch_size is None else as_count("batch_size", batch_size, minimum=1)
+        self._seed = None if seed is None else as_count("seed", seed, minimum=0)
+        precision = "fp64" if self._dtype == torch.float64 else "fp32"
+        self.backend = backend
+        if backend == "auto":
+            self.backend = "numpy" if self._device.type == "cpu" else "triton"
+        if self.backend == "numpy" and self._device.type != "cpu":
+            raise ArgumentError(
+                f"backend: 'numpy' runs on the CPU, and the module is on {self._device}; use module.to('cpu')"
+            )
+        if precision == "fp64" and self.backend != "numpy":
+            raise DTypeError(f"module: float64 needs the numpy backend, got {backend!r}; use module.float()")
+        device = None if self.backend == "numpy" else str(self._device)
+        opened = open_backend(self.backend, device, precision)
+        self._real = np.dtype(np.float64 if precision == "fp64" else np.float32)
+        state_count = max(rule.rule.state_count for rule in rules)
+        memory = Memory(reading.network, opened, state_count, item_bytes=self._real.itemsize)
+        self._memory = memory
+        self._tie = Tie(reading, optimizer, self._kind, memory)
+        self._tie.check_state(trained)
+        self._clocks = Clocks(opened, memory.hyper, memory.counters)
+        self._on_host = isinstance(memory.params, np.ndarray)
+        # one item is read or written twice as quickly through a memoryview
+        self._stats: Any = memory.stats.data if self._on_host else memory.stats
+        self._counters: Any = memory.counters.data if self._on_host else memory.counters
+        self._version = 0
+        self._sets: list[UpdateSet] = []
+        self._key: tuple[Any, ...] = ()
+        self._batches: dict[Any, Batch] = {}
+
+        self._tie.move_parameters()
+        self._refresh()
+        if rows is not None:
+            self._programs.prepare(rows)
+        optimizer.register_load_state_dict_pre_hook(self._before_loading)
+        optimizer.register_load_state_dict_post_hook(self._after_loading)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One update from x (m, K) and y; returns the loss before it, a 0-d tensor without a graph.
+
+        y is what the loss takes: class indices (m,) int64, or values shaped like the module's output. Raises
+        ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
+        """
+        if not self._watch.unchanged():
+            self._refresh()
+        self._follow_groups()
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.requires_grad or y.requires_grad:
+            check_tensors(x, y, self._device)
+        key = (x.shape, x.dtype, y.shape, y.dtype, x.is_cpu, y.is_cpu)
+        batch = self._batches.get(key)
+        if batch is None:
+            batch = self._batches[key] = self._programs.batch(x, y, self._dtype, self._device)
+        runnable = batch.stage(x, y)
+        if runnable.version != self._version:
+            runnable.use(self._sets, self._memory.layout, self._version)
+        self._counters[ROW_COUNT] = batch.rows
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad = None
+        with np.errstate(all="ignore"):
+            for call in runnable.calls:
+                call()
+        return self._after_step(batch)
+
+    def _after_step(self, batch: Batch) -> Tensor:
+        """Tell torch what has happened, and return the loss."""
+        if self._kind == "adam":
+            steps = self._tie.steps
+            np.add(steps, self._increments, steps)
+            for one in self._sets:
+                one.count += 1
+        # what torch's own step does, by which schedulers know that they come after it
+        self.optimizer.__dict__["_opt_called"] = True
+        # a graph over the old parameters cannot be differentiated any more, as after torch's own step
+        torch.autograd.graph.increment_version(self._updated)
+        if not self._on_host:
+            loss: Tensor = self._stats[LAST_LOSS].to(self._dtype)
+            return loss
+        value = float("nan") if batch.nothing_scored else self._stats[LAST_LOSS]
+        return torch.from_numpy(np.array(value, self._real))
+
+    @property
+    def program(self) -> Program:
+        """The kernel calls of a step of the batch size used last (32 rows before the first), as data that prints."""
+        rows = next(reversed(self._batches.values())).rows if self._batches else 32
+        kind = "labels" if self._loss.kind == "cross_entropy" else "values"
+        return self._programs.lower(rows, kind, kind == "labels" and self._programs.always_ignores)
+
+    def __repr__(self) -> str:
+        return (
+            f"FusedStep({type(self.module).__name__}, {self._loss!r}, {type(self.optimizer).__name__}, "
+            f"backend={self.backend!r})"
+        )
+
+    # what the step is made of
+
+    def _trained_of(self, reading: modules.Reading) -> dict[str, int]:
+        """The group of each parameter that is trained, by short name; raises ArgumentError if none is."""
+        optimizers.check_parameters(self.optimizer, {id(parameter) for parameter in self.module.parameters()})
+        group_of = optimizers.group_of_parameter(self.optimizer)
+        trained = {
+            short: group_of[id(slot.parameter)]
+            for short, slot in reading.slots.items()
+            if slot.parameter.requires_grad and id(slot.parameter) in group_of
+        }
+        if not trained:
+            raise ArgumentError(
+                "module: no parameter requires grad and is in a group of the optimizer; there is nothing to train"
+            )
+        return trained
+
+    def _read_groups(self) -> tuple[list[GroupRule], list[float]]:
+        """Rule and learning rate of each parameter group."""
+        groups = self.optimizer.param_groups
+        rules = [optimizers.read_group(self._kind, group, index) for index, group in enumerate(groups)]
+        return rules, [optimizers.read_rate(group["lr"], index) for index, group in enumerate(groups)]
+
+    def _check_state_count(self, rules: list[GroupRule]) -> None:
+        for index, rule in enumerate(rules):
+            if rule.rule.state_count > len(self._memory.states):
+                raise ArgumentError(
+                    f"optimizer.param_groups[{index}]['momentum']: is {rule.rule.momentum}, and was 0 in all groups "
+                    "when the step was fused; call fuse again"
+                )
+
+    def _refresh(self) -> None:
+        """Read module, loss and optimizer again and follow what has changed, or raise and change nothing."""
+        reading = modules.read_module(self.module)
+        self._tie.check_parameters(reading)
+        loss = losses.read_loss(self.loss_fn)
+        loss.check_network(reading.network)
+        trained = self._trained_of(reading)
+        rules, rates = self._read_groups()
+        self._check_state_count(rules)
+        self._tie.check_state(trained)
+        if any(reading.network.dropouts) and self._seed is None:
+            self._seed = int(torch.randint(0, 1 << 62, ()))
+        self._reading, self._loss, self._trained = reading, loss, trained
+        self._tie.adopt_state(trained)
+        self._parameters = list(self._tie.parameters.values())
+        self._updated = [self._tie.parameters[short] for short in trained]
+        self._increments = np.array([short in trained for short in self._tie.slots], self._tie.steps.dtype)
+        self._partition(rules, rates)
+        self._watch = Watch(self.module, self.loss_fn, self.optimizer, self._tie, len(trained) * self._tie.has_state)
+
+    def _partition(self, rules: list[GroupRule], rates: list[float]) -> None:
+        """Sets of parameters that are updated alike, from the groups and from how often each was updated."""
+        members: dict[Any, dict[str, float]] = {}
+        for short, group in self._trained.items():
+            key = (rules[group].rule, rates[group], self._tie.count(short))
+            members.setdefault(key, {})[short] = rules[group].weight_decay
+        sets = []
+        for index, ((rule, rate, count), decays) in enumerate(members.items()):
+            hyper, counters = self._clocks.get(index)
+            sets.append(UpdateSet(rule, rate, count, decays, hyper, counters))
+        if [(one.rule, one.decays) for one in sets] != [(one.rule, one.decays) for one in self._sets]:
+            self._version += 1
+        self._sets = sets
+        self._rules, self._rates = rules, rates
+        self._values = [optimizers.group_values(self._kind, group) for group in self.optimizer.param_groups]
+        self._counted = [(one, self._tie.position[next(iter(one.decays))]) for one in sets]
+        key = program_key(self._reading, self._loss, sets)
+        if key != self._key:
+            self._key = key
+            self._batches.clear()
+            self._programs = Programs(
+                self._memory, self._reading, self._loss, sets, self._seed or 0, self._real.itemsize
+            )
+
+    def _follow_groups(self) -> None:
+        """Take over what has changed in ``param_groups``, or was done by the optimizer's own ``step``."""
+        rates = []
+        for group in self.optimizer.param_groups:
+            rate = group["lr"]
+            rates.append(rate if rate.__class__ is float else float(rate))
+        values = [optimizers.group_values(self._kind, group) for group in self.optimizer.param_groups]
+        if values != self._values:
+            rules, rates = self._read_groups()
+            self._check_state_count(rules)
+            self._partition(rules, rates)
+        elif rates != self._rates:
+            rates = [optimizers.read_rate(rate, index) for index, rate in enumerate(rates)]
+            if len(rates) == 1:
+                self._sets[0].set_rate(rates[0])
+                self._rates = rates
+            else:
+                self._partition(self._rules, rates)
+        steps = self._tie.steps
+        for one, position in self._counted:
+            if one.count != steps[position]:
+                self._partition(self._rules, self._rates)
+                return
+
+    def _before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Refuse a state of ``load_state_dict`` that cannot be fused, before it is loaded."""
+        if self._tie.holds():
+            groups = state["param_groups"]
+            self._check_state_count(
+                [optimizers.read_group(self._kind, group, index) for index, group in enumerate(groups)]
+            )
+
+    def _after_loading(self, optimizer: Optimizer) -> None:
+        """Bring what ``load_state_dict`` has loaded into the arenas."""
+        if self._tie.holds():
+            self._refresh()
+
+
+def fuse(
+    module: nn.Module,
+    loss_fn: Any,
+    optimizer: Optimizer,
+    *,
+    batch_size: int | None = None,
+    backend: str = "auto",
+    seed: int | None = None,
+) -> FusedStep:
+    """``step = fuse(module, loss_fn, optimizer)``; then ``loss = step(x, y)`` is a whole training step.
+
+    It replaces ``optimizer.zero_grad(); loss = loss_fn(module(x), y); loss.backward(); optimizer.step()``. From this
+    call on the module's parameters and the optimizer's moments are views of the kernels' memory: ``module(x)``,
+    ``state_dict()``, ``load_state_dict()``, learning-rate schedulers and ``optimizer.step()`` itself go on working.
+    What changes between two steps (train and eval mode, ``requires_grad``, the options of ``param_groups``, loaded
+    states) is noticed by the next. Gradients are not stored: ``grad`` is None after a step.
+
+    - module: Linear, activations, Dropout and Flatten in ``nn.Sequential`` (nested too), or a module whose ``forward``
+      torch.fx can trace to such a chain; float32, or float64 on the CPU
+    - loss_fn: CrossEntropyLoss, BCEWithLogitsLoss, MSELoss, L1Loss, HuberLoss or PoissonNLLLoss; mean or sum
+    - optimizer: SGD, Adam or AdamW; parameters that are frozen or in no group are not updated
+    - batch_size: the usual number of rows, for which the step is made ready at once; any other number is taken too
+    - backend: "auto" (numpy for a module on the CPU, triton on a GPU) or a name
+    - seed: of the dropout masks, which are not torch's; None draws one from torch's generator
+
+    Raises ArgumentError or ArgumentTypeError, with the path of what cannot be fused, before anything has changed.
+    """
+    return FusedStep(module, loss_fn, optimizer, batch_size=batch_size, backend=backend, seed=seed)
