@@ -1,0 +1,213 @@
+"""Two hundred fused steps in double precision against an eager PyTorch loop over a copy of module and optimizer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fusemlp.torch as door
+
+INPUTS, HIDDEN, OUTPUTS = 5, 6, 4
+STEPS = 200
+SIZES = (12, 12, 12, 5)  # three whole batches and a short one
+# Two hundred steps of two ways of computing the same doubles.
+WHOLE_RUN = 1e-9
+
+ACTIVATIONS = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "prelu": nn.PReLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+}
+# A loss and its kind of target.
+LOSSES = {
+    "cross_entropy": (nn.CrossEntropyLoss, "labels"),
+    "bce": (nn.BCEWithLogitsLoss, "binary"),
+    "mse": (nn.MSELoss, "values"),
+    "l1": (nn.L1Loss, "values"),
+    "huber": (lambda: nn.HuberLoss(delta=0.3), "values"),
+}
+SHARES = torch.tensor([0.5, 2.0, 1.0, 0.0], dtype=torch.float64)
+LOSS_OPTIONS = {
+    "label smoothing": (lambda: nn.CrossEntropyLoss(label_smoothing=0.1), "labels"),
+    "class weights": (lambda: nn.CrossEntropyLoss(weight=SHARES), "labels"),
+    "class weights, smoothing, sum": (
+        lambda: nn.CrossEntropyLoss(weight=SHARES, label_smoothing=0.2, reduction="sum"),
+        "labels",
+    ),
+    "ignored labels": (nn.CrossEntropyLoss, "some ignored"),
+    "an ignored class": (lambda: nn.CrossEntropyLoss(ignore_index=1), "labels"),
+    "ignored labels, class weights, smoothing": (
+        lambda: nn.CrossEntropyLoss(weight=SHARES, label_smoothing=0.2, ignore_index=-7),
+        "others ignored",
+    ),
+    "ignored labels, sum": (lambda: nn.CrossEntropyLoss(reduction="sum"), "some ignored"),
+    "probabilities": (nn.CrossEntropyLoss, "probabilities"),
+    "probabilities, class weights, smoothing": (
+        lambda: nn.CrossEntropyLoss(weight=SHARES, label_smoothing=0.2),
+        "probabilities",
+    ),
+    "bce, sum": (lambda: nn.BCEWithLogitsLoss(reduction="sum"), "binary"),
+    "mse, sum": (lambda: nn.MSELoss(reduction="sum"), "values"),
+    "l1, sum": (lambda: nn.L1Loss(reduction="sum"), "values"),
+    "huber, sum": (lambda: nn.HuberLoss(reduction="sum"), "values"),
+    "smooth l1": (nn.SmoothL1Loss, "values"),
+    "poisson": (nn.PoissonNLLLoss, "counts"),
+    "function": (lambda: nn.functional.cross_entropy, "labels"),
+}
+OPTIMIZER_OPTIONS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "weight decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.02),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.02),
+    "adam, coupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.02),
+    "adam, decoupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.2, decoupled_weight_decay=True),
+    "adam, betas and eps": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95), eps=1e-3),
+    "adam, foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "adam, fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "decay of weights only": lambda p: torch.optim.AdamW(
+        [{"params": [w for w in p if w.dim() > 1]}, {"params": [b for b in p if b.dim() < 2], "weight_decay": 0.0}],
+        lr=0.01,
+        weight_decay=0.2,
+    ),
+    "decay of weights only, sgd": lambda p: torch.optim.SGD(
+        [{"params": [w for w in p if w.dim() > 1]}, {"params": [b for b in p if b.dim() < 2], "weight_decay": 0.0}],
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=0.02,
+    ),
+    "groups of other rates": lambda p: torch.optim.SGD(
+        [{"params": p[:2], "lr": 0.01}, {"params": p[2:]}], lr=0.1, momentum=0.9
+    ),
+    "groups of other rules": lambda p: torch.optim.SGD(
+        [{"params": p[:1], "momentum": 0.5}, {"params": p[1:3], "nesterov": True, "momentum": 0.9}, {"params": p[3:]}],
+        lr=0.05,
+        weight_decay=0.01,
+    ),
+    "groups of other betas": lambda p: torch.optim.Adam(
+        [{"params": p[:2], "betas": (0.5, 0.9)}, {"params": p[2:], "lr": 0.002, "eps": 1e-4}], lr=0.01
+    ),
+    "only the last layer": lambda p: torch.optim.Adam(p[-2:], lr=0.01),
+}
+RATES = torch.optim.lr_scheduler
+SCHEDULES = {
+    "step": lambda o: RATES.StepLR(o, step_size=30, gamma=0.5),
+    "cosine": lambda o: RATES.CosineAnnealingLR(o, T_max=STEPS, eta_min=1e-4),
+    "one cycle, with momentum": lambda o: RATES.OneCycleLR(
+        o, max_lr=[0.05] * len(o.param_groups), total_steps=STEPS + 1
+    ),
+    "a factor for each group": lambda o: RATES.LambdaLR(
+        o, [lambda t, g=g: 1.0 / (1.0 + (g + 1) * t) for g in range(len(o.param_groups))]
+    ),
+    "warm-up and then exponential": lambda o: RATES.SequentialLR(
+        o, [RATES.LinearLR(o, 0.1, total_iters=20), RATES.ExponentialLR(o, gamma=0.99)], milestones=[20]
+    ),
+}
+
+
+def network(activation=nn.Tanh, width=INPUTS):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(width, HIDDEN), activation(), nn.Linear(HIDDEN, OUTPUTS)).double()
+
+
+def targets(kind, x, generator):
+    """Targets of a batch x (m, INPUTS) that a network can learn."""
+    scores = torch.tanh(x[:, :OUTPUTS] - x[:, 1 : OUTPUTS + 1])
+    labels = scores.argmax(dim=1)
+    missing = torch.arange(len(x)) % 3 == 0
+    return {
+        "labels": labels,
+        "some ignored": labels.masked_fill(missing, -100) if len(x) > 5 else labels,
+        "others ignored": labels.masked_fill(missing, -7),
+        "probabilities": torch.softmax(3.0 * scores, dim=1),
+        "binary": (scores > 0.1).double(),
+        "values": scores + 0.1 * torch.randn(scores.shape, dtype=scores.dtype, generator=generator),
+        "counts": torch.floor(3.0 * scores.abs()),
+    }[kind]
+
+
+def batches(kind, steps=STEPS):
+    generator = torch.Generator().manual_seed(5)
+    for i in range(steps):
+        x = torch.randn(SIZES[i % len(SIZES)], INPUTS, dtype=torch.float64, generator=generator)
+        yield x, targets(kind, x, generator)
+
+
+def assert_same_training(module, loss_fn, make_optimizer, kind, make_schedule=None, steps=STEPS):
+    """Train ``module`` fused and a copy of it eagerly; returns the two optimizers."""
+    twin = copy.deepcopy(module)
+    optimizer, eager = (make_optimizer(list(one.parameters())) for one in (module, twin))
+    schedules = [] if make_schedule is None else [make_schedule(one) for one in (optimizer, eager)]
+    step = door.fuse(module, loss_fn, optimizer)
+    losses, expected = [], []
+    for x, y in batches(kind, steps):
+        losses.append(step(x, y).item())
+        eager.zero_grad()
+        loss = loss_fn(twin(x), y)
+        loss.backward()
+        eager.step()
+        expected.append(loss.item())
+        for schedule in schedules:
+            schedule.step()
+    torch.testing.assert_close(losses, expected, rtol=0.0, atol=WHOLE_RUN * max(map(abs, expected)))
+    for (name, one), other in zip(module.named_parameters(), twin.parameters(), strict=True):
+        error = (one - other).detach().abs().max()
+        assert error <= WHOLE_RUN * other.detach().abs().max(), f"{name}: {error}"
+    return optimizer, eager
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("loss, kind", LOSSES.values(), ids=LOSSES.keys())
+def test_two_hundred_steps(loss, kind, make_optimizer, activation, record_property):
+    assert_same_training(network(activation), loss(), make_optimizer, kind)
+    record_property("torch parity cases", 1)
+
+
+@pytest.mark.parametrize("loss, kind", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS.keys())
+def test_options_of_losses(loss, kind, record_property):
+    assert_same_training(network(), loss(), OPTIMIZERS["adam"], kind)
+    record_property("torch parity cases", 1)
+
+
+@pytest.mark.parametrize("make_optimizer", OPTIMIZER_OPTIONS.values(), ids=OPTIMIZER_OPTIONS.keys())
+def test_options_of_optimizers(make_optimizer, record_property):
+    assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels")
+    record_property("torch parity cases", 1)
+
+
+@pytest.mark.parametrize("make_schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("name", ["momentum", "adam", "groups of other rates", "groups of other betas"])
+def test_schedules_of_torch(name, make_schedule, record_property):
+    make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
+    optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", make_schedule)
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in eager.param_groups]
+    record_property("torch parity cases", 1)
+
+
+def state_of(optimizer):
+    return optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "groups of other betas", "only the last layer"])
+def test_moments_are_those_of_the_eager_optimizer(name, record_property):
+    make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
+    optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", steps=20)
+    own, expected = state_of(optimizer), state_of(eager)
+    assert own.keys() == expected.keys()
+    for index, moments in expected.items():
+        assert own[index].keys() == moments.keys()
+        for moment, value in moments.items():
+            torch.testing.assert_close(own[index][moment], value, rtol=1e-9, atol=1e-15)
+    record_property("torch parity cases", 1)
