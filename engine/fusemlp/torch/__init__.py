@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fusemlp.torch.convert import from_torch, to_torch
+from fusemlp.torch.layers import FusedLinear, FusedMLP
 from fusemlp.torch.step import FusedStep, fuse
 
-__all__ = ["FusedStep", "fuse"]
+__all__ = ["FusedLinear", "FusedMLP", "FusedStep", "from_torch", "fuse", "to_torch"]

@@ -72,8 +72,10 @@ class _Layer:
         self.dropout: Part | None = None
 
 
-def read_module(module: nn.Module) -> Reading:
+def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
     """The network that ``module`` computes in its present mode: in eval mode its dropout does nothing.
+
+    With ``always_drops`` the rates are those of train mode.
 
     Raises ArgumentError with the path of what cannot be fused.
     """
@@ -104,7 +106,7 @@ def read_module(module: nn.Module) -> Reading:
         raise ArgumentError(
             f"module: {layers[-1].dropout}: dropout behind the last Linear would drop outputs; remove it"
         )
-    network = _network(layers)
+    network = _network(layers, always_drops)
     if squeezes and network.sizes[-1] != 1:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
     return Reading(network, _slots(layers), flattens, squeezes)
@@ -205,7 +207,7 @@ def _add_activation(layer: _Layer, part: Part) -> None:
     layer.activation = part
 
 
-def _network(layers: list[_Layer]) -> MLP:
+def _network(layers: list[_Layer], always_drops: bool) -> MLP:
     activations, rates = [], []
     sizes = [_linear(layers[0]).in_features]
     for layer in layers:
@@ -216,7 +218,9 @@ def _network(layers: list[_Layer]) -> MLP:
         chosen = None if layer.activation is None else layer.activation.activation
         activations.append(chosen or Activation("identity"))
         dropout = None if layer.dropout is None else layer.dropout.module
-        rates.append(float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
+        rates.append(
+            float(dropout.p) if isinstance(dropout, nn.Dropout) and (dropout.training or always_drops) else 0.0
+        )
     return MLP(sizes, activation=activations[:-1], output_activation=activations[-1], dropout=rates[:-1], init="torch")
 
 

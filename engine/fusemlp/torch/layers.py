@@ -1,0 +1,130 @@
+"""Fused layers as modules, for use inside a larger network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusemlp.network import MLP, Activation, as_activation
+from fusemlp.torch.autograd import Chain, ChainFunction
+from fusemlp.validation import as_count
+from fusemlp_kernels.errors import DTypeError, ShapeError
+
+
+def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int) -> Tensor:
+    """The chain over x (..., K), any number of rows."""
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != width:
+        given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ShapeError(f"x: expected a tensor of shape (..., {width}), got {given}")
+    first = parameters[0]
+    if x.dtype != first.dtype or x.device != first.device:
+        raise DTypeError(f"x: expected {first.dtype} on {first.device}, like the weights, got {x.dtype} on {x.device}")
+    call: Any = ChainFunction.apply
+    y: Tensor = call(chain, x.reshape(-1, width), *parameters)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class FusedLinear(nn.Module):
+    """``act(x @ weight.T + bias)`` in one call, with autograd; ``state_dict`` is nn.Linear's.
+
+    x (..., in_features) to (..., out_features), float32, or float64 on the CPU. ``activation`` is a name of the kernel
+    contract or ``fusemlp.LeakyReLU(slope)``, ``fusemlp.PReLU(init)``; a PReLU's slope is the parameter ``slope``. The
+    initial values are nn.Linear's. Gradients of the first order only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: str | Activation = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = as_count("in_features", in_features, minimum=1)
+        self.out_features = as_count("out_features", out_features, minimum=1)
+        self.activation = as_activation("activation", activation)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        if self.activation.name == "prelu":
+            self.slope = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values of nn.Linear: uniform in +-1 / sqrt(in_features)."""
+        limit = 1.0 / math.sqrt(self.in_features)
+        with torch.no_grad():
+            self.weight.uniform_(-limit, limit)
+            if self.bias is not None:
+                self.bias.uniform_(-limit, limit)
+            if self.activation.name == "prelu":
+                self.slope.fill_(self.activation.slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features)."""
+        parameters = [self.weight, *([] if self.bias is None else [self.bias])]
+        if self.activation.name == "prelu":
+            parameters.append(self.slope)
+        chain = Chain((self.activation,), (0.0,), (self.bias is not None,))
+        return apply(chain, x, parameters, self.in_features)
+
+    def extra_repr(self) -> str:
+        """What stands between the brackets of the printed module."""
+        biased, name = self.bias is not None, self.activation.name
+        return f"{self.in_features}, {self.out_features}, bias={biased}, activation={name!r}"
+
+
+class FusedMLP(nn.Module):
+    """A multi-layer perceptron with autograd whose layers are fused; arguments as ``fusemlp.MLP``.
+
+    x (..., sizes[0]) to (..., sizes[-1]). ``state_dict`` has the keys of the plain ``nn.Sequential`` of Linear and
+    activations: ``0.weight``, ``0.bias``, ``2.weight``, ... Dropout works in train mode; ``seed`` decides its masks
+    (None draws one from torch's generator), and every call takes the next. Gradients of the first order only.
+    """
+
+    def __init__(
+        self,
+        sizes: Any,
+        *,
+        activation: Any = "relu",
+        output_activation: str | Activation = "identity",
+        dropout: Any = 0.0,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = MLP(
+            sizes, activation=activation, output_activation=output_activation, dropout=dropout, init="torch"
+        )
+        self._seed = None if seed is None else as_count("seed", seed, minimum=0)
+        self._calls = 0
+        for layer, (inputs, outputs) in enumerate(zip(self.network.sizes, self.network.sizes[1:], strict=False)):
+            self.add_module(str(2 * layer), nn.Linear(inputs, outputs, device=device, dtype=dtype))
+            chosen = self.network.activations[layer]
+            if chosen.name == "prelu":
+                self.add_module(str(2 * layer + 1), nn.PReLU(init=chosen.slope, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., sizes[0]) to (..., sizes[-1])."""
+        net = self.network
+        rates = net.dropouts if self.training else (0.0,) * net.layers
+        if any(rates):
+            if self._seed is None:
+                self._seed = int(torch.randint(0, 1 << 62, ()))
+            self._calls += 1
+        chain = Chain(net.activations, rates, (True,) * net.layers, self._seed or 0, self._calls)
+        return apply(chain, x, [self.get_parameter(name) for name in net.parameter_shapes()], net.sizes[0])
+
+    def extra_repr(self) -> str:
+        """What stands between the brackets of the printed module."""
+        return repr(self.network)
