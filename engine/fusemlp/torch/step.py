@@ -93,7 +93,7 @@ class FusedStep:
         self._follow_groups()
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.requires_grad or y.requires_grad:
             check_tensors(x, y, self._device)
-        key = (x.shape, x.dtype, y.shape, y.dtype, x.is_cpu, y.is_cpu)
+        key = (x.shape, x.dtype, x.device, x.layout, y.shape, y.dtype, y.device, y.layout)
         batch = self._batches.get(key)
         if batch is None:
             batch = self._batches[key] = self._programs.batch(x, y, self._dtype, self._device)

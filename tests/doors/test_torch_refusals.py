@@ -1,0 +1,296 @@
+"""What cannot be fused is refused by name, with the module's path, before anything has changed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fusemlp.torch as door
+from fusemlp_kernels.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendUnavailableError,
+    DataError,
+    DTypeError,
+    ShapeError,
+)
+
+
+def plain():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Stacked(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+class Forward(nn.Module):
+    """A module with two Linears and the forward that is given."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Inputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x, y):
+        return self.a(x) + y
+
+
+def tied():
+    module = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    module[2].weight = module[0].weight
+    return module
+
+
+def hooked():
+    module = plain()
+    module[1].register_forward_hook(lambda *_: None)
+    return module
+
+
+def parameter_hooked():
+    module = plain()
+    module[0].weight.register_hook(lambda g: g)
+    return module
+
+
+def normed():
+    module = plain()
+    nn.utils.parametrizations.weight_norm(module[0])
+    return module
+
+
+def with_parts(*parts):
+    return lambda: nn.Sequential(nn.Linear(6, 8), *parts, nn.Linear(8, 3))
+
+
+def functional_dropout(module, x):
+    return module.b(nn.functional.dropout(module.a(x), 0.1, module.training))
+
+
+def branching(module, x):
+    return module.b(module.a(x) if x.sum() > 0 else x)
+
+
+MODULES = {
+    "BatchNorm": (with_parts(nn.BatchNorm1d(8)), r"1: BatchNorm1d cannot be fused; fold it"),
+    "LayerNorm, deep": (lambda: Stacked(nn.Linear(6, 8), nn.Sequential(nn.LayerNorm(8))), r"blocks\.1\.0: LayerNorm"),
+    "Conv": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)), r"0: Conv2d .* FusedMLP"),
+    "named": (lambda: nn.Sequential(nn.Linear(6, 8), Stacked(nn.Conv2d(1, 2, 3))), r"1\.blocks\.0: Conv2d"),
+    "softmax": (lambda: nn.Sequential(*plain(), nn.Softmax(1)), r"3: Softmax .* CrossEntropyLoss takes logits"),
+    "ELU": (with_parts(nn.ELU()), r"1: ELU cannot be fused; use SiLU or GELU"),
+    "tanh GELU": (with_parts(nn.GELU(approximate="tanh")), r"1: GELU\(approximate='tanh'\)"),
+    "PReLU of many": (with_parts(nn.PReLU(8)), r"1: PReLU\(8\): one slope"),
+    "negative slope": (with_parts(nn.LeakyReLU(-0.1)), r"1: LeakyReLU\(-0\.1\)"),
+    "two activations": (with_parts(nn.ReLU(), nn.Tanh()), r"2: Tanh: a second activation .* 1: ReLU"),
+    "two dropouts": (with_parts(nn.ReLU(), nn.Dropout(), nn.Dropout()), r"3: Dropout: a second dropout"),
+    "dropout before tanh": (with_parts(nn.Dropout(), nn.Tanh()), r"2: Tanh after 1: Dropout: put the Dropout behind"),
+    "all dropped": (with_parts(nn.Dropout(1.0)), r"1: Dropout\(p=1\.0\) drops everything"),
+    "dropout of outputs": (lambda: nn.Sequential(*plain(), nn.Dropout()), r"3: Dropout: .* would drop outputs"),
+    "dropout of inputs": (lambda: nn.Sequential(nn.Dropout(), *plain()), r"0: Dropout: only Flatten"),
+    "flattening rows": (lambda: nn.Sequential(nn.Flatten(0), *plain()), r"0: Flatten\(start_dim=0"),
+    "widths": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(7, 3)), r"1: Linear takes 7 features, it is given 8"),
+    "no Linear": (lambda: nn.Sequential(nn.Flatten()), "has no Linear"),
+    "tied": (tied, r"2\.weight and 0\.weight are one tensor; tied"),
+    "hooks": (hooked, r"1: ReLU has hooks"),
+    "parameter hooks": (parameter_hooked, r"0\.weight has gradient hooks"),
+    "parametrised": (normed, r"0: ParametrizedLinear cannot be fused"),
+    "used twice": (lambda: Forward(lambda m, x: m.b(m.a(m.a(x)))), r"a\.weight and a\.weight are one tensor"),
+    "residual": (lambda: Forward(lambda m, x: m.b(x + m.a(x))), "a branch or a second operand"),
+    "functional dropout": (lambda: Forward(functional_dropout), "different things in train and eval mode"),
+    "branch": (lambda: Forward(branching), "torch.fx cannot trace"),
+    "softplus": (lambda: Forward(lambda m, x: m.b(nn.functional.softplus(m.a(x)))), "softplus cannot be fused"),
+    "scaled": (lambda: Forward(lambda m, x: m.b(m.a(x) * 2.0)), "mul cannot be fused"),
+    "a half result": (lambda: Forward(lambda m, x: (m.b(m.a(x)), x)), "must return the one result"),
+    "squeeze": (lambda: Forward(lambda m, x: m.b(m.a(x)).squeeze(-1)), "squeezes 3 outputs"),
+    "two inputs": (Inputs, "a second"),
+    "half": (lambda: plain().half(), r"0\.weight is torch\.float16, expected"),
+    "mixed types": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3).double()), r"1\.weight is torch\.float64"),
+    "compiled": (lambda: torch.compile(plain(), backend="eager"), r"OptimizedModule cannot be fused; .*_orig_mod"),
+}
+
+
+@pytest.mark.parametrize("make, words", MODULES.values(), ids=MODULES.keys())
+def test_modules(make, words):
+    module = make()
+    optimizer = torch.optim.SGD(module.parameters() if list(module.parameters()) else [torch.zeros(1)], lr=0.1)
+    places = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    modes = [one.training for one in module.modules()]
+    with pytest.raises((ArgumentError, DTypeError), match=words):
+        door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == places
+    assert [one.training for one in module.modules()] == modes
+    assert not optimizer.state
+
+
+def test_homogeneous_activations_allow_dropout_in_front():
+    module = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3))
+    step = door.fuse(module, nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    assert "linear relu dropout 0.5" in str(step.program)
+
+
+LOSSES = {
+    "none": (nn.MSELoss(reduction="none"), r"MSELoss\(reduction='none'\)"),
+    "nll": (nn.NLLLoss(), "NLLLoss cannot be fused; use CrossEntropyLoss"),
+    "bce": (nn.BCELoss(), "BCELoss cannot be fused; use BCEWithLogitsLoss"),
+    "weighted bce": (nn.BCEWithLogitsLoss(weight=torch.ones(3)), r"BCEWithLogitsLoss\(weight"),
+    "positive weights": (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)), r"BCEWithLogitsLoss\(pos_weight"),
+    "smooth l1": (nn.SmoothL1Loss(beta=0.5), r"SmoothL1Loss\(beta=0\.5\)"),
+    "poisson of rates": (nn.PoissonNLLLoss(log_input=False), "log_input=True"),
+    "weights of the wrong length": (nn.CrossEntropyLoss(weight=torch.ones(4)), "expected 3 weights"),
+    "lambda": (lambda y, t: (y - t).abs().sum(), "cannot be fused; expected one of CrossEntropyLoss"),
+    "a name": ("mse", "'mse' cannot be fused"),
+}
+
+
+@pytest.mark.parametrize("loss_fn, words", LOSSES.values(), ids=LOSSES.keys())
+def test_losses(loss_fn, words):
+    module = plain()
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=words):
+        door.fuse(module, loss_fn, torch.optim.SGD(module.parameters(), lr=0.1))
+
+
+class Own(torch.optim.SGD):
+    pass
+
+
+def optimizer_hooked(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+OPTIMIZERS = {
+    "RMSprop": (lambda p: torch.optim.RMSprop(p), "RMSprop cannot be fused"),
+    "a subclass": (lambda p: Own(p, lr=0.1), "Own cannot be fused"),
+    "a name": (lambda p: "sgd", "got 'sgd'"),
+    "amsgrad": (lambda p: torch.optim.Adam(p, amsgrad=True), r"param_groups\[0\]: amsgrad=True"),
+    "maximize": (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), r"maximize=True"),
+    "differentiable": (lambda p: torch.optim.SGD(p, lr=0.1, differentiable=True), r"differentiable=True"),
+    "dampening": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), r"dampening=0\.5"),
+    "a stranger": (
+        lambda p: torch.optim.SGD([*p, nn.Parameter(torch.zeros(3))], lr=0.1),
+        r"param_groups\[0\]\['params'\]\[4\], of shape \(3,\), is no parameter of the module",
+    ),
+    "only strangers": (lambda p: torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1), "is no parameter"),
+    "hooks": (optimizer_hooked, "step hooks"),
+}
+
+
+@pytest.mark.parametrize("make, words", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_optimizers(make, words):
+    module = plain()
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=words):
+        door.fuse(module, nn.CrossEntropyLoss(), make(list(module.parameters())))
+
+
+def test_options_that_come_later():
+    module = plain()
+    optimizer = torch.optim.Adam(module.parameters())
+    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    x, y = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    optimizer.param_groups[0]["amsgrad"] = True
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ArgumentError, match="amsgrad"):
+        step(x, y)
+    optimizer.param_groups[0].update(amsgrad=False, lr=float("nan"))
+    with pytest.raises(ArgumentError, match=r"\['lr'\]: expected a finite number"):
+        step(x, y)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_loaded_state_with_options_that_cannot_be_fused():
+    module = plain()
+    optimizer = torch.optim.Adam(module.parameters())
+    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["amsgrad"] = True
+    with pytest.raises(ArgumentError, match="amsgrad"):
+        optimizer.load_state_dict(state)
+    step(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))
+    assert not optimizer.param_groups[0]["amsgrad"]
+
+
+def test_arguments():
+    module = plain()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for options, error, words in [
+        ({"batch_size": 0}, ArgumentError, "batch_size"),
+        ({"backend": "nmpy"}, ArgumentError, "numpy"),
+        ({"backend": "cupy"}, BackendUnavailableError, "cupy"),
+        ({"seed": -1}, ArgumentError, "seed"),
+    ]:
+        with pytest.raises(error, match=words):
+            door.fuse(module, nn.CrossEntropyLoss(), optimizer, **options)
+    with pytest.raises(ArgumentTypeError, match=r"expected a torch\.nn\.Module"):
+        door.fuse(lambda x: x, nn.CrossEntropyLoss(), optimizer)
+    with pytest.raises(ArgumentError, match="nothing to train"):
+        door.fuse(module.requires_grad_(False), nn.CrossEntropyLoss(), optimizer)
+
+
+X, Y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
+BATCHES = {
+    "array": (np.zeros((4, 6)), Y, ArgumentTypeError, "x: expected a torch.Tensor, got ndarray"),
+    "list": (X, [0, 1, 2, 0], ArgumentTypeError, "y: expected a torch.Tensor, got list"),
+    "width": (torch.zeros(4, 5), Y, ShapeError, r"x: expected shape \(rows, 6\), got \(4, 5\)"),
+    "one row": (torch.zeros(6), Y[:1], ShapeError, r"got \(6,\)"),
+    "three dimensions": (torch.zeros(4, 2, 3), Y, ShapeError, r"got \(4, 2, 3\)"),
+    "no rows": (torch.zeros(0, 6), Y[:0], ShapeError, "at least one row"),
+    "double": (X.double(), Y, DTypeError, r"x: expected torch\.float32, .* got torch\.float64"),
+    "integers": (X.long(), Y, DTypeError, "x: expected"),
+    "requires grad": (torch.zeros(4, 6, requires_grad=True), Y, ArgumentError, r"x: requires grad"),
+    "sparse": (X.to_sparse(), Y, ArgumentTypeError, "x: expected a dense tensor"),
+    "meta": (X.to("meta"), Y, ArgumentError, "x: is on meta"),
+    "rows of y": (X, Y[:3], ShapeError, r"y: expected shape \(4,\) .* got \(3,\)"),
+    "shape of y": (X, Y.reshape(4, 1), ShapeError, r"got \(4, 1\)"),
+    "int32 labels": (X, Y.int(), DTypeError, r"torch\.int64, got torch\.int32; use y\.long"),
+    "real labels": (X, Y.float(), DTypeError, "class indices"),
+    "label too large": (X, Y + 3, DataError, r"target 3 in row 0 is out of bounds; expected 0 to 2"),
+    "negative label": (X, Y - 1, DataError, "target -1 in row 0"),
+    "double probabilities": (X, torch.zeros(4, 3).double(), DTypeError, "y: expected torch.float32"),
+}
+
+
+@pytest.mark.parametrize("x, y, error, words", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("seen", [False, True], ids=["first step", "later step"])
+def test_batches(x, y, error, words, seen):
+    module = plain()
+    step = door.fuse(module, nn.CrossEntropyLoss(), torch.optim.Adam(module.parameters()))
+    if seen:
+        step(X, Y)
+    before = copy.deepcopy([module.state_dict(), step.optimizer.state_dict()])
+    with pytest.raises(error, match=words):
+        step(x, y)
+    torch.testing.assert_close([module.state_dict(), step.optimizer.state_dict()], before, rtol=0, atol=0)
+
+
+def test_targets_that_torch_would_broadcast():
+    module = nn.Sequential(nn.Linear(6, 1))
+    step = door.fuse(module, nn.MSELoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises(ShapeError, match=r"y: expected shape \(4, 1\).*got \(4,\); torch would broadcast"):
+        step(X, torch.zeros(4))
+
+
+def test_probabilities_and_an_ignored_class():
+    module = plain()
+    step = door.fuse(module, nn.CrossEntropyLoss(ignore_index=1), torch.optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises(ArgumentError, match="ignore_index=1 is a class index"):
+        step(X, torch.full((4, 3), 1.0 / 3.0))
