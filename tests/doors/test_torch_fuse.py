@@ -9,11 +9,14 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fusemlp
 import fusemlp.torch as door
@@ -503,6 +506,36 @@ def test_layers_without_bias():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 4, bias=False), nn.GELU(), nn.Linear(4, 3, bias=False)).double()
     Pair(module, adam).steps()
+
+
+def test_a_loop_over_a_data_loader_on_digits():
+    """Two lines of the loop change; the last batch is short."""
+    digits = load_digits()
+    X = torch.from_numpy(digits.data / 16.0).float()
+    y = torch.from_numpy(digits.target)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    loader = DataLoader(TensorDataset(X[:1500], y[:1500]), batch_size=64, shuffle=True)
+    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    for _ in range(10):
+        for inputs, labels in loader:
+            loss = step(inputs, labels)
+        scheduler.step()
+    assert loss < 0.3
+    module.eval()
+    accuracy = (module(X[1500:]).argmax(dim=1) == y[1500:]).double().mean()
+    assert accuracy > 0.9
+
+
+def test_steps_that_are_dropped_leave_the_optimizer_alone():
+    module = make()
+    optimizer = adam(module)
+    reference = weakref.ref(door.fuse(module, nn.CrossEntropyLoss(), optimizer))
+    assert reference() is None
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    eager_step(module, optimizer, *batch())
 
 
 def test_a_step_prints_its_program():

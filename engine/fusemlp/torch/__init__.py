@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+if importlib.util.find_spec("torch") is None:
+    raise ImportError("fusemlp.torch needs PyTorch, which is not installed: pip install torch")
+
 from fusemlp.torch.convert import from_torch, to_torch
 from fusemlp.torch.layers import FusedLinear, FusedMLP
 from fusemlp.torch.step import FusedStep, fuse

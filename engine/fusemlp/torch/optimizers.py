@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ OPTIONS = {
         "capturable",
     ),
 }
+VALUES = {kind: itemgetter(*names) for kind, names in OPTIONS.items()}
 # What torch calls the arenas of state.
 MOMENTS = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 # The group's own learning rate reaches the kernels as the factor that the clock applies.
@@ -61,7 +63,8 @@ def optimizer_kind(optimizer: Any) -> str:
 
 def group_values(kind: str, group: dict[str, Any]) -> tuple[Any, ...]:
     """The options of a group that decide its rule, to be compared with those of the step before."""
-    return tuple(group.get(name) for name in OPTIONS[kind])
+    values: tuple[Any, ...] = VALUES[kind](group)
+    return values
 
 
 def read_rate(value: Any, index: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,10 @@ class FusedStep:
         rows = None if batch_size is None else as_count("batch_size", batch_size, minimum=1)
         self._seed = None if seed is None else as_count("seed", seed, minimum=0)
         precision = "fp64" if self._dtype == torch.float64 else "fp32"
+        if self._device.type not in ("cpu", "cuda"):
+            raise ArgumentError(
+                f"module: is on {self._device}; expected the CPU or a CUDA device: use module.to('cpu')"
+            )
         self.backend = backend
         if backend == "auto":
             self.backend = "numpy" if self._device.type == "cpu" else "triton"
@@ -70,6 +75,7 @@ class FusedStep:
         # one item is read or written twice as quickly through a memoryview
         self._stats: Any = memory.stats.data if self._on_host else memory.stats
         self._counters: Any = memory.counters.data if self._on_host else memory.counters
+        self._row_count = 0
         self._version = 0
         self._sets: list[UpdateSet] = []
         self._key: tuple[Any, ...] = ()
@@ -79,8 +85,7 @@ class FusedStep:
         self._refresh()
         if rows is not None:
             self._programs.prepare(rows)
-        optimizer.register_load_state_dict_pre_hook(self._before_loading)
-        optimizer.register_load_state_dict_post_hook(self._after_loading)
+        _follow_loading(optimizer, weakref.ref(self))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One update from x (m, K) and y; returns the loss before it, a 0-d tensor without a graph.
@@ -100,7 +105,8 @@ class FusedStep:
         runnable = batch.stage(x, y)
         if runnable.version != self._version:
             runnable.use(self._sets, self._memory.layout, self._version)
-        self._counters[ROW_COUNT] = batch.rows
+        if batch.rows != self._row_count:
+            self._counters[ROW_COUNT] = self._row_count = batch.rows
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad = None
@@ -238,7 +244,7 @@ class FusedStep:
                 self._partition(self._rules, self._rates)
                 return
 
-    def _before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def before_loading(self, state: dict[str, Any]) -> None:
         """Refuse a state of ``load_state_dict`` that cannot be fused, before it is loaded."""
         if self._tie.holds():
             groups = state["param_groups"]
@@ -246,10 +252,27 @@ class FusedStep:
                 [optimizers.read_group(self._kind, group, index) for index, group in enumerate(groups)]
             )
 
-    def _after_loading(self, optimizer: Optimizer) -> None:
+    def after_loading(self) -> None:
         """Bring what ``load_state_dict`` has loaded into the arenas."""
         if self._tie.holds():
             self._refresh()
+
+
+def _follow_loading(optimizer: Optimizer, reference: weakref.ref[FusedStep]) -> None:
+    """Tell a step of every ``load_state_dict`` of its optimizer, as long as somebody else holds the step."""
+
+    def before(optimizer: Optimizer, state: dict[str, Any]) -> None:
+        step = reference()
+        if step is not None:
+            step.before_loading(state)
+
+    def after(optimizer: Optimizer) -> None:
+        step = reference()
+        if step is not None:
+            step.after_loading()
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
 
 
 def fuse(

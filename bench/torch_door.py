@@ -1,0 +1,107 @@
+"""Eager PyTorch against ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
+
+``python -m bench.torch_door`` prints a table. Within a round the two take turns, the first one changing from round to
+round, with a pause between them in which the threads of the one's BLAS go to sleep; a ratio compares two turns of
+one round. Both must have made the same updates: their losses are compared at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.measure import AGREEMENT, PAUSE_SECONDS, spread
+from fusemlp.torch import fuse
+
+CASES = (((784, 128, 10), 64), ((64, 32, 10), 32))
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+    "SGD, momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+}
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def eager_step(module: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """The four lines that ``fuse`` replaces."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = loss_fn(module(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def batches(width: int, classes: int, rows: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Standard normal features, with labels from a random linear teacher."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(width, classes, generator=generator)
+    drawn = [torch.randn(rows, width, generator=generator) for _ in range(count)]
+    return [(x, (x @ teacher).argmax(dim=1)) for x in drawn]
+
+
+def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int) -> str:
+    """A row of the table."""
+    torch.manual_seed(0)
+    layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
+    module = nn.Sequential(*layers[:-1])
+    twin = copy.deepcopy(module)
+    loss_fn = nn.CrossEntropyLoss()
+    contenders: list[Step] = [
+        eager_step(twin, loss_fn, OPTIMIZERS[name](twin.parameters())),
+        fuse(module, loss_fn, OPTIMIZERS[name](module.parameters())),
+    ]
+    data = batches(sizes[0], sizes[-1], rows, steps)
+    losses = [0.0, 0.0]
+    seconds: list[list[float]] = [[], []]
+    for turn in range(rounds + 1):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            step = contenders[which]
+            time.sleep(PAUSE_SECONDS)
+            for x, y in data[:5]:
+                step(x, y)
+            start = time.perf_counter()
+            for x, y in data:
+                loss = step(x, y)
+            elapsed = time.perf_counter() - start
+            losses[which] = float(loss.detach())
+            if turn:
+                seconds[which].append(elapsed / len(data))
+        if turn == 0 and not abs(losses[0] - losses[1]) <= AGREEMENT * abs(losses[0]):
+            raise RuntimeError(f"{sizes}, {name}: after {steps} steps the losses are {losses[0]} and {losses[1]}")
+    eager, fused = (spread([1e6 * s for s in one]) for one in seconds)
+    ratio = spread([a / b for a, b in zip(*seconds, strict=True)])
+    label = f"{'-'.join(map(str, sizes))}@{rows}, {name}"
+    return (
+        f"| {label} | {eager.p50:.0f} us | {fused.p50:.0f} us | {ratio.p50:.1f} ({ratio.p20:.1f} to {ratio.p80:.1f}) |"
+    )
+
+
+def main() -> None:
+    """Print the circumstances and the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.torch_door", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default 15)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of a turn (default 100)")
+    options = parser.parse_args()
+    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE")}
+    print(f"PyTorch {torch.__version__}, NumPy {np.__version__}, {torch.get_num_threads()} torch threads, {threads}")
+    print(f"{options.rounds} rounds of {options.steps} steps; medians, and of the ratio the 20th to 80th percentile")
+    print("| network@batch, optimizer | eager | fused | ratio |\n|---|---|---|---|")
+    for sizes, rows in CASES:
+        for name in OPTIMIZERS:
+            print(compare(sizes, rows, name, rounds=options.rounds, steps=options.steps), flush=True)
+
+
+if __name__ == "__main__":
+    main()
