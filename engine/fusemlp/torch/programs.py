@@ -178,20 +178,18 @@ class Programs:
             name: (short in decays, TensorRule(1.0, decays.get(short, 0.0)))
             for short, name in short_names(self.reading.network).items()
         }
-        traits = self._memory.backend.traits
-        if len(self._sets) > 1:
-            traits = replace(traits, fused_updates=())
         return lower_training(
             self.reading.network,
             self._specs[kind, ignores],
             max((one.rule for one in self._sets), key=lambda rule: rule.state_count),
             options.__getitem__,
             capacity,
-            traits,
+            self._memory.backend.traits,
             self._memory.layout,
             Inputs(capacity, class_weighted=self._class_weight is not None),
             seed=self._seed,
             real_bytes=self._item_bytes,
+            keep_gradients=len(self._sets) > 1,
         )
 
 

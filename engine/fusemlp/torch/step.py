@@ -126,11 +126,13 @@ class FusedStep:
         self.optimizer.__dict__["_opt_called"] = True
         # a graph over the old parameters cannot be differentiated any more, as after torch's own step
         torch.autograd.graph.increment_version(self._updated)
-        if not self._on_host:
-            loss: Tensor = self._stats[LAST_LOSS].to(self._dtype)
-            return loss
-        value = float("nan") if batch.nothing_scored else self._stats[LAST_LOSS]
-        return torch.from_numpy(np.array(value, self._real))
+        if batch.nothing_scored:
+            # the mean over no rows: the kernels say 0, torch does not
+            return torch.full((), self._no_rows, dtype=self._dtype, device=self._device)
+        if self._on_host:
+            return torch.from_numpy(np.array(self._stats[LAST_LOSS], self._real))
+        loss: Tensor = self._stats[LAST_LOSS].to(self._dtype)
+        return loss
 
     @property
     def program(self) -> Program:
@@ -189,6 +191,7 @@ class FusedStep:
         if any(reading.network.dropouts) and self._seed is None:
             self._seed = int(torch.randint(0, 1 << 62, ()))
         self._reading, self._loss, self._trained = reading, loss, trained
+        self._no_rows = float("nan") if loss.reduction == "mean" else 0.0
         self._tie.adopt_state(trained)
         self._parameters = list(self._tie.parameters.values())
         self._updated = [self._tie.parameters[short] for short in trained]
