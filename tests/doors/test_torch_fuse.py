@@ -395,6 +395,50 @@ def test_cleared_optimizer_state_starts_anew():
     pair.steps()
 
 
+@OPTIMIZERS
+def test_replaced_moments_are_taken_over(make_optimizer):
+    pair = Pair(make_optimizer=make_optimizer)
+    pair.steps()
+    name = {sgd: "momentum_buffer", adam: "exp_avg"}[make_optimizer]
+
+    def halve(module, optimizer):
+        state = optimizer.state[module[0].weight]
+        state[name] = 0.5 * state[name]
+        optimizer.state[module[2].bias] = {key: value.clone() for key, value in optimizer.state[module[2].bias].items()}
+
+    pair.both(halve)
+    pair.steps()
+
+
+class Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.smooth = False
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.tanh(x) if self.smooth else torch.relu(x))
+
+
+def test_attributes_of_a_traced_module_are_noticed():
+    torch.manual_seed(0)
+    pair = Pair(Switched().double())
+    pair.steps()
+    pair.both(lambda module, _: setattr(module, "smooth", True))
+    pair.steps()
+
+
+def test_hooks_that_come_later_are_refused():
+    pair = Pair()
+    pair.steps()
+    handle = pair.module[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ArgumentError, match="1: ReLU has hooks"):
+        pair.step(*batch())
+    handle.remove()
+    pair.steps()
+
+
 def test_all_labels_ignored():
     pair = Pair()
     x, y = batch()

@@ -108,6 +108,18 @@ class Tie:
                     self.steps[self.position[short]] = 0.0 if found is None else float(found)
                     state["step"] = count
 
+    def watched_state(self, shorts: Collection[str]) -> list[tuple[Any, Any, Any]]:
+        """Triples (mapping, key, value): while they hold the optimizer has the views of the arenas as its state."""
+        entries: list[tuple[Any, Any, Any]] = []
+        if self.has_state:
+            for short in shorts:
+                state = self.optimizer.state[self.parameters[short]]
+                entries.append((self.optimizer.state, self.parameters[short], state))
+                entries.extend((state, name, state[name]) for name in MOMENTS[self.kind][: len(self.moments[short])])
+                if self.kind == "adam":
+                    entries.append((state, "step", state["step"]))
+        return entries
+
     def count(self, short: str) -> int:
         """How many updates the parameter has had, as far as its optimizer counts them."""
         return int(self.steps[self.position[short]])

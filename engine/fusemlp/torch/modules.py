@@ -185,7 +185,7 @@ def refused(module: nn.Module, path: str) -> ArgumentError:
 
 def _refuse_hooks(module: nn.Module) -> None:
     for path, one in module.named_modules():
-        if one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks:
+        if any(_hooks(one)):
             name = f"{path}: {type(one).__name__}" if path else type(one).__name__
             raise ArgumentError(f"module: {name} has hooks, which a fused step would not run; remove them")
 
@@ -286,9 +286,22 @@ def watched(module: nn.Module) -> list[tuple[Any, str, Any]]:
         entries.extend((one._parameters, name, parameter) for name, parameter in one._parameters.items())
         names = {nn.Dropout: ("p", "training"), nn.LeakyReLU: ("negative_slope",), nn.GELU: ("approximate",)}
         entries.extend((one.__dict__, name, one.__dict__[name]) for name in names.get(type(one), ()))
+        if not type(one).__module__.startswith("torch."):
+            # a traced forward may depend on the attributes of its module; on the mode it does not
+            own = (name for name in one.__dict__ if not name.startswith("_") and name != "training")
+            entries.extend((one.__dict__, name, one.__dict__[name]) for name in own)
     return entries
 
 
 def containers(module: nn.Module) -> list[tuple[Any, int]]:
-    """Pairs (children of a module, how many there are), to notice one that was added."""
-    return [(one._modules, len(one._modules)) for one in module.modules() if one._modules]
+    """Pairs (children or hooks of a module, how many there are), to notice one that was added."""
+    entries: list[tuple[Any, int]] = []
+    for one in module.modules():
+        if one._modules:
+            entries.append((one._modules, len(one._modules)))
+        entries.extend((hooks, 0) for hooks in _hooks(one))
+    return entries
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

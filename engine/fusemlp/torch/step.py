@@ -197,7 +197,7 @@ class FusedStep:
         self._updated = [self._tie.parameters[short] for short in trained]
         self._increments = np.array([short in trained for short in self._tie.slots], self._tie.steps.dtype)
         self._partition(rules, rates)
-        self._watch = Watch(self.module, self.loss_fn, self.optimizer, self._tie, len(trained) * self._tie.has_state)
+        self._watch = Watch(self.module, self.loss_fn, self.optimizer, self._tie, trained)
 
     def _partition(self, rules: list[GroupRule], rates: list[float]) -> None:
         """Sets of parameters that are updated alike, from the groups and from how often each was updated."""

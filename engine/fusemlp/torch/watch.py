@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,10 @@ from fusemlp.torch.arena import Tie
 class Watch:
     """Remembers how everything is that a fused step depends on, but for the options of the parameter groups."""
 
-    def __init__(self, module: nn.Module, loss_fn: Any, optimizer: Optimizer, tie: Tie, trained: int) -> None:
-        self._values = [*modules.watched(module), *losses.watched(loss_fn)]
+    def __init__(
+        self, module: nn.Module, loss_fn: Any, optimizer: Optimizer, tie: Tie, trained: Collection[str]
+    ) -> None:
+        self._values = [*modules.watched(module), *losses.watched(loss_fn), *tie.watched_state(trained)]
         self._containers = modules.containers(module)
         self._parameters = [(parameter, pointer, parameter.requires_grad) for parameter, pointer in tie.pointers]
         self._weight = losses.class_weight(loss_fn)
@@ -24,7 +27,6 @@ class Watch:
         self._groups = optimizer.param_groups
         self._lengths = [(group["params"], len(group["params"])) for group in self._groups]
         self._state = optimizer.state
-        self._trained = trained
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
@@ -40,7 +42,7 @@ class Watch:
         optimizer, groups = self._optimizer, self._groups
         if optimizer.param_groups is not groups or optimizer.state is not self._state:
             return False
-        if len(groups) != len(self._lengths) or len(self._state) < self._trained:
+        if len(groups) != len(self._lengths):
             return False
         for parameters, count in self._lengths:
             if len(parameters) != count:
