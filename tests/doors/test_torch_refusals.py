@@ -237,6 +237,8 @@ def test_arguments():
         ({"backend": "nmpy"}, ArgumentError, "numpy"),
         ({"backend": "cupy"}, BackendUnavailableError, "cupy"),
         ({"seed": -1}, ArgumentError, "seed"),
+        ({"precision": "fp64"}, ArgumentError, "torch.float32 can have fp32 or tf32, got 'fp64'"),
+        ({"precision": "tf32"}, BackendUnavailableError, "numpy backend offers"),
     ]:
         with pytest.raises(error, match=words):
             door.fuse(module, nn.CrossEntropyLoss(), optimizer, **options)

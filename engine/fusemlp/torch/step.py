@@ -20,7 +20,7 @@ from fusemlp.torch.programs import Batch, Programs, program_key
 from fusemlp.torch.updates import Clocks, UpdateSet
 from fusemlp.torch.watch import Watch
 from fusemlp.validation import as_count
-from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT
+from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend
 from fusemlp_kernels.errors import ArgumentError, DTypeError
 
 
@@ -35,6 +35,7 @@ class FusedStep:
         *,
         batch_size: int | None = None,
         backend: str = "auto",
+        precision: str = "auto",
         seed: int | None = None,
     ) -> None:
         reading = modules.read_module(module)
@@ -48,23 +49,9 @@ class FusedStep:
         losses.read_loss(loss_fn).check_network(reading.network)
         rows = None if batch_size is None else as_count("batch_size", batch_size, minimum=1)
         self._seed = None if seed is None else as_count("seed", seed, minimum=0)
-        precision = "fp64" if self._dtype == torch.float64 else "fp32"
-        if self._device.type not in ("cpu", "cuda"):
-            raise ArgumentError(
-                f"module: is on {self._device}; expected the CPU or a CUDA device: use module.to('cpu')"
-            )
-        self.backend = backend
-        if backend == "auto":
-            self.backend = "numpy" if self._device.type == "cpu" else "triton"
-        if self.backend == "numpy" and self._device.type != "cpu":
-            raise ArgumentError(
-                f"backend: 'numpy' runs on the CPU, and the module is on {self._device}; use module.to('cpu')"
-            )
-        if precision == "fp64" and self.backend != "numpy":
-            raise DTypeError(f"module: float64 needs the numpy backend, got {backend!r}; use module.float()")
-        device = None if self.backend == "numpy" else str(self._device)
-        opened = open_backend(self.backend, device, precision)
-        self._real = np.dtype(np.float64 if precision == "fp64" else np.float32)
+        self._real = np.dtype(np.float64 if self._dtype == torch.float64 else np.float32)
+        opened = _open(self._dtype, self._device, backend, precision)
+        self.backend = opened.traits.name
         state_count = max(rule.rule.state_count for rule in rules)
         memory = Memory(reading.network, opened, state_count, item_bytes=self._real.itemsize)
         self._memory = memory
@@ -261,6 +248,24 @@ class FusedStep:
             self._refresh()
 
 
+def _open(dtype: torch.dtype, device: torch.device, name: str, precision: str) -> Backend:
+    """The backend for a module of that element type and device; raises ArgumentError for what does not fit."""
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"module: is on {device}, expected 'cpu' or 'cuda'; use module.to('cpu')")
+    if name == "auto":
+        name = "numpy" if device.type == "cpu" else "triton"
+    if name == "numpy" and device.type != "cpu":
+        raise ArgumentError(f"backend: 'numpy' runs on the CPU, the module is on {device}; use module.to('cpu')")
+    fitting = ("fp64",) if dtype == torch.float64 else ("fp32", "tf32")
+    if precision == "auto":
+        precision = fitting[0]
+    if precision not in fitting:
+        raise ArgumentError(f"precision: a module in {dtype} can have {' or '.join(fitting)}, got {precision!r}")
+    if precision == "fp64" and name != "numpy":
+        raise DTypeError(f"module: torch.float64 needs the numpy backend, got {name!r}; use module.float()")
+    return open_backend(name, None if name == "numpy" else str(device), precision)
+
+
 def _follow_loading(optimizer: Optimizer, reference: weakref.ref[FusedStep]) -> None:
     """Tell a step of every ``load_state_dict`` of its optimizer, as long as somebody else holds the step."""
 
@@ -285,6 +290,7 @@ def fuse(
     *,
     batch_size: int | None = None,
     backend: str = "auto",
+    precision: str = "auto",
     seed: int | None = None,
 ) -> FusedStep:
     """``step = fuse(module, loss_fn, optimizer)``; then ``loss = step(x, y)`` is a whole training step.
@@ -301,8 +307,9 @@ def fuse(
     - optimizer: SGD, Adam or AdamW; parameters that are frozen or in no group are not updated
     - batch_size: the usual number of rows, for which the step is made ready at once; any other number is taken too
     - backend: "auto" (numpy for a module on the CPU, triton on a GPU) or a name
+    - precision: "auto" (the module's type), or "tf32" for one TF32 pass in the matrix products of a GPU
     - seed: of the dropout masks, which are not torch's; None draws one from torch's generator
 
     Raises ArgumentError or ArgumentTypeError, with the path of what cannot be fused, before anything has changed.
     """
-    return FusedStep(module, loss_fn, optimizer, batch_size=batch_size, backend=backend, seed=seed)
+    return FusedStep(module, loss_fn, optimizer, batch_size=batch_size, backend=backend, precision=precision, seed=seed)
