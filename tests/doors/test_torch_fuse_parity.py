@@ -172,19 +172,19 @@ def assert_same_training(module, loss_fn, make_optimizer, kind, make_schedule=No
 @pytest.mark.parametrize("loss, kind", LOSSES.values(), ids=LOSSES.keys())
 def test_two_hundred_steps(loss, kind, make_optimizer, activation, record_property):
     assert_same_training(network(activation), loss(), make_optimizer, kind)
-    record_property("torch parity cases", 1)
+    record_property("line: torch parity cases", 1)
 
 
 @pytest.mark.parametrize("loss, kind", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS.keys())
 def test_options_of_losses(loss, kind, record_property):
     assert_same_training(network(), loss(), OPTIMIZERS["adam"], kind)
-    record_property("torch parity cases", 1)
+    record_property("line: torch parity cases", 1)
 
 
 @pytest.mark.parametrize("make_optimizer", OPTIMIZER_OPTIONS.values(), ids=OPTIMIZER_OPTIONS.keys())
 def test_options_of_optimizers(make_optimizer, record_property):
     assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels")
-    record_property("torch parity cases", 1)
+    record_property("line: torch parity cases", 1)
 
 
 @pytest.mark.parametrize("make_schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -193,7 +193,7 @@ def test_schedules_of_torch(name, make_schedule, record_property):
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
     optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", make_schedule)
     assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in eager.param_groups]
-    record_property("torch parity cases", 1)
+    record_property("line: torch parity cases", 1)
 
 
 def state_of(optimizer):
@@ -210,4 +210,4 @@ def test_moments_are_those_of_the_eager_optimizer(name, record_property):
         assert own[index].keys() == moments.keys()
         for moment, value in moments.items():
             torch.testing.assert_close(own[index][moment], value, rtol=1e-9, atol=1e-15)
-    record_property("torch parity cases", 1)
+    record_property("line: torch parity cases", 1)

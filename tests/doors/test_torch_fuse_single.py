@@ -78,7 +78,7 @@ def test_a_step_is_within_the_bound(name, activation, description, make, record_
             assert_within(parameter.detach().numpy(), expected, error)
             for moment, own, allowed in zip(moments, new_state, state_errors, strict=True):
                 assert_within(optimizer.state[parameter][moment].numpy(), own, allowed)
-    record_property("torch parity cases", 1)
+    record_property("line: torch parity cases", 1)
 
 
 @each_optimizer
