@@ -1,8 +1,9 @@
 """Eager PyTorch against ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
 
 ``python -m bench.torch_door`` prints a table. Within a round the two take turns, the first one changing from round to
-round, with a pause between them in which the threads of the one's BLAS go to sleep; a ratio compares two turns of
-one round. Both must have made the same updates: their losses are compared at the end.
+round, with a pause between them in which the threads of the one's BLAS go to sleep. Of a turn the median step counts,
+so that what else the machine does matters little; a ratio compares two turns of one round. Both must have made the
+same updates: their losses are compared after the first round.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps:
             time.sleep(PAUSE_SECONDS)
             for x, y in data[:5]:
                 step(x, y)
-            start = time.perf_counter()
+            taken = []
             for x, y in data:
+                start = time.perf_counter()
                 loss = step(x, y)
-            elapsed = time.perf_counter() - start
+                taken.append(time.perf_counter() - start)
             losses[which] = float(loss.detach())
             if turn:
-                seconds[which].append(elapsed / len(data))
+                seconds[which].append(float(np.median(taken)))
         if turn == 0 and not abs(losses[0] - losses[1]) <= AGREEMENT * abs(losses[0]):
             raise RuntimeError(f"{sizes}, {name}: after {steps} steps the losses are {losses[0]} and {losses[1]}")
     eager, fused = (spread([1e6 * s for s in one]) for one in seconds)
