@@ -74,7 +74,7 @@ def poisoned(shape, dtype, layout="plain"):
 def base_of(array):
     """The flat memory that an array is a view of: its guard bands are in it."""
     base = array
-    while isinstance(base.base, np.ndarray):
+    while not isinstance(base, Memory) and isinstance(base.base, np.ndarray):
         base = base.base
     return base if isinstance(base, Memory) else base.ravel(order="K").view(array.dtype)
 

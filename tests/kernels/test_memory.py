@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from memory import Watch, base_of, elements_of, place
+from memory import Memory, Watch, base_of, elements_of, place
 
 LAYOUTS = ("plain", "transposed", "stepped", "reversed", "offset", "pitched", "owned")
 
@@ -16,6 +16,7 @@ def test_a_placed_array_holds_its_values_between_guard_bands(layout, shape):
     array = place(values, layout)
     base = base_of(array)
     np.testing.assert_array_equal(array, values)
+    assert isinstance(base, Memory) and (base.owned is not None) == (layout == "owned")
     at = elements_of(array, base)
     np.testing.assert_array_equal(np.array(base)[at], values)
     others = np.delete(np.array(base), at.ravel())
