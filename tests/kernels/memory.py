@@ -33,7 +33,8 @@ def place(values, layout, dtype=None):
     pitch = strides[0] if values.ndim == 2 else 0
     if layout == "owned":
         length = first + (values.shape[0] * pitch if values.ndim == 2 else values.size)
-    flat = np.full(length + GUARD, guard_value(values.dtype), values.dtype).view(Memory)
+    flat = Memory(length + GUARD, values.dtype)
+    flat[...] = guard_value(values.dtype)
     if layout == "owned":
         flat.owned = first, values.shape, pitch if values.ndim == 2 else values.size
         if values.ndim == 2:
