@@ -171,7 +171,8 @@ def _launch(
     table, tensors, tiles = tasks.tables(tile)
     programs = tiles * parts
     arguments = {
-        "compute": tasks.base("compute" if device.compute != FLOAT32 else "real"), "real": tasks.base("real"),
+        "compute": device.far_base(tasks.base("compute" if device.compute != FLOAT32 else "real")),
+        "real": device.far_base(tasks.base("real")),
         "rows": device.zeros(1, INT64) if rows is None else rows, "table": table, "tensors": tensors,
         "hyper": device.zeros(HYPER, FLOAT64) if hyper is None else hyper,
         "rule": device.floats(clock.rule_values(rule), FLOAT64), "counters": counters,
@@ -296,7 +297,7 @@ def bind_update(
         return device.launch(clock.advance_kernel, 1, clock_only, {}, configs.SMALL)
     spare = states[0] if states else params
     arguments: dict[str, Any] = {
-        "params": params, "grads": grads, "first": spare, "second": states[-1] if states else spare,
+        "parameters": params, "grads": grads, "first": spare, "second": states[-1] if states else spare,
         "shadow": params if shadow is None else shadow, "norm": hyper if norm is None else norm,
         "table": torch.tensor(table, dtype=INT64, device=device.device),
         "tensors": torch.tensor(rules, dtype=FLOAT64, device=device.device),

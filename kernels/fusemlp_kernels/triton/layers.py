@@ -206,7 +206,7 @@ def _loss(
         device.check(op, "hyper", hyper, (HYPER,), FLOAT64)
     spare, number = device.zeros(1, FLOAT32), device.zeros(1, INT64)
     ignored = 0 if loss.ignore_index is None else loss.ignore_index
-    options = {
+    settings = {
         "kind": loss_code(loss.kind), "mean": loss.reduction == "mean", "smoothing": loss.label_smoothing,
         "soft": loss.soft, "delta": loss.delta, "quantile": loss.quantile, "accuracy": loss.accuracy,
         "ignores": loss.ignore_index is not None, "weighted": weight is not None, "classes": class_weight is not None,
@@ -219,7 +219,7 @@ def _loss(
         "weight": spare if weight is None else weight, "weight_step": 0 if weight is None else weight.stride(0),
         "class_weight": spare if class_weight is None else class_weight,
         "dslope": spare if dslope is None else dslope, "stats": stats, "counters": counters,
-        "options": device.floats([float(options[name]) for name in loss_options()], FLOAT32),
+        "settings": device.floats([float(settings[name]) for name in loss_settings()], FLOAT32),
         "hyper": device.zeros(HYPER, FLOAT64) if hyper is None else hyper, "scaled": int(hyper is not None),
         "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "M": m, "N": n,
         **_activation(device, op, activation, slope, slope_param, spare),
@@ -231,9 +231,9 @@ def loss_code(kind: str) -> int:
     return loss.CODES[kind]
 
 
-def loss_options() -> tuple[str, ...]:
-    """The fields of the kernels' table of options."""
-    return loss.OPTION_FIELDS
+def loss_settings() -> tuple[str, ...]:
+    """The fields of the kernels' table of settings."""
+    return loss.SETTING_FIELDS
 
 
 def _without_rows(arguments: dict[str, Any]) -> Run:

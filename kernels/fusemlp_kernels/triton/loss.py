@@ -33,15 +33,17 @@ PARTIALS: tl.constexpr = tl.constexpr(4)
 # Rows whose weights are added at a time.
 CHUNK: tl.constexpr = tl.constexpr(256)
 
-# Options of a loss on the device: float32, read at these places.
-OPTION_FIELDS = ("kind", "mean", "smoothing", "soft", "delta", "quantile", "accuracy", "ignores", "weighted", "classes")
+# Settings of a loss on the device: float32, read at these places.
+SETTING_FIELDS = (
+    "kind", "mean", "smoothing", "soft", "delta", "quantile", "accuracy", "ignores", "weighted", "classes",
+)  # fmt: skip
 KIND, MEAN, SMOOTHING, SOFT, DELTA, QUANTILE, ACCURACY, IGNORES, WEIGHTED, CLASSES = (
-    tl.constexpr(place) for place in range(len(OPTION_FIELDS))
+    tl.constexpr(place) for place in range(len(SETTING_FIELDS))
 )
 
 
 @triton.jit
-def row_weights(at, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather):
+def row_weights(at, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather):
     """Of the batch's rows ``at``: their weights, zero where a row does not count; their labels; whether they count;
     and their shares in the normaliser. (R,) each."""
     inside = at < count
@@ -49,37 +51,37 @@ def row_weights(at, rows, count, labels, label_step, weight, weight_step, class_
     if gather != 0:
         source = tl.load(rows + at, mask=inside, other=0)
     weights = tl.where(inside, 1.0, 0.0)
-    if tl.load(options + WEIGHTED) != 0.0:
+    if tl.load(settings + WEIGHTED) != 0.0:
         weights = tl.load(weight + source * weight_step, mask=inside, other=0.0)
     label = tl.zeros_like(source)
     counts = inside
     shares = weights
-    if (tl.load(options + KIND) == 0.0) & (tl.load(options + SOFT) == 0.0):
+    if (tl.load(settings + KIND) == 0.0) & (tl.load(settings + SOFT) == 0.0):
         label = tl.load(labels + source * label_step, mask=inside, other=0)
         counts = inside & (label >= 0) & (label < N)
-        if tl.load(options + IGNORES) != 0.0:
+        if tl.load(settings + IGNORES) != 0.0:
             counts = counts & (label != ignored)
         weights = tl.where(counts, weights, 0.0)
         shares = weights
-        if tl.load(options + CLASSES) != 0.0:
+        if tl.load(settings + CLASSES) != 0.0:
             shares = weights * tl.load(class_weight + label, mask=counts, other=0.0)
     return weights, label, counts, shares
 
 
 @triton.jit
 def normaliser_of(
-    rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+    rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
 ):  # fmt: skip
     """What "mean" divides by, float64: the sum of the shares, times N for the element-wise losses."""
-    kind = tl.load(options + KIND)
-    plain = (tl.load(options + WEIGHTED) == 0.0) & (tl.load(options + CLASSES) == 0.0)
+    kind = tl.load(settings + KIND)
+    plain = (tl.load(settings + WEIGHTED) == 0.0) & (tl.load(settings + CLASSES) == 0.0)
     total = count.to(tl.float64)
-    if (plain == 0) | ((kind == 0.0) & (tl.load(options + SOFT) == 0.0)):
+    if (plain == 0) | ((kind == 0.0) & (tl.load(settings + SOFT) == 0.0)):
         sums = tl.zeros((CHUNK,), tl.float32)
         for start in range(0, count, CHUNK):
             at = start + tl.arange(0, CHUNK)
             _, _, _, shares = row_weights(
-                at, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+                at, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
             )
             sums += shares
         total = tl.sum(sums.to(tl.float64), axis=0)
@@ -89,9 +91,9 @@ def normaliser_of(
 
 
 @triton.jit
-def elementwise(y, t, options):
+def elementwise(y, t, settings):
     """The losses that look at one output at a time, and their derivatives by y."""
-    kind = tl.load(options + KIND)
+    kind = tl.load(settings + KIND)
     r = y - t
     if kind == BINARY:
         value = tl.where(y > 0, y, tl.where(y <= 0, 0.0, y)) + tl.log(1.0 + tl.exp(-tl.abs(y))) - t * y
@@ -103,7 +105,7 @@ def elementwise(y, t, options):
         value = tl.abs(r)
         slope = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))
     elif kind == HUBER:
-        delta = tl.load(options + DELTA)
+        delta = tl.load(settings + DELTA)
         # with c = r clipped to [-delta, delta], the loss is c (r - c / 2) and its derivative is c
         slope = tl.where(r > delta, delta, tl.where(r < -delta, -delta, r))
         value = slope * (r - 0.5 * slope)
@@ -112,17 +114,17 @@ def elementwise(y, t, options):
         value = e - t * y
         slope = e - t
     else:
-        side = tl.where(r > 0, 1.0 - tl.load(options + QUANTILE), tl.load(options + QUANTILE))
+        side = tl.where(r > 0, 1.0 - tl.load(settings + QUANTILE), tl.load(settings + QUANTILE))
         value = side * tl.abs(r)
         slope = tl.where(r > 0, side, tl.where(r < 0, -side, r))
     return value, slope
 
 
 @triton.jit
-def elementwise_tile(z, t, weights, scale, inside, activation, slope, options):
+def elementwise_tile(z, t, weights, scale, inside, activation, slope, settings):
     """Of a tile of pre-activations z: the outputs y, the loss, dz, and prelu's gradient."""
     y = activate(z, activation, slope)
-    value, by_y = elementwise(y, t, options)
+    value, by_y = elementwise(y, t, settings)
     loss = tl.sum(tl.where(inside, value * weights[:, None], 0.0))
     by_y = tl.where(inside, by_y * (weights * scale)[:, None], 0.0)
     v = y
@@ -141,21 +143,21 @@ def first_of(values, largest, at, N):
 
 
 @triton.jit
-def wanted(weights, label, at_n, inside, targets, class_weight, N, options):
+def wanted(weights, label, at_n, inside, targets, class_weight, N, settings):
     """Target weights q of a cross-entropy, (R, C): row weight x class weight x smoothed target."""
-    eps = tl.load(options + SMOOTHING)
-    if tl.load(options + SOFT) != 0.0:
+    eps = tl.load(settings + SMOOTHING)
+    if tl.load(settings + SOFT) != 0.0:
         t = targets
     else:
         t = tl.where(label[:, None] == at_n[None, :], 1.0, 0.0)
     q = t * (1.0 - eps) + eps / N
-    if tl.load(options + CLASSES) != 0.0:
+    if tl.load(settings + CLASSES) != 0.0:
         q = q * tl.load(class_weight + at_n, mask=at_n < N, other=0.0)[None, :]
     return tl.where(inside, q * weights[:, None], 0.0)
 
 
 @triton.jit
-def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, options, normaliser, program, programs):
+def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs):
     """Leave this program's sums; the last program adds them up into ``stats`` and ``dslope``."""
     tl.store(partials + program * PARTIALS, loss.to(tl.float64))
     tl.store(partials + program * PARTIALS + 1, right.to(tl.float64))
@@ -163,24 +165,24 @@ def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, opt
     tl.store(partials + program * PARTIALS + 3, below.to(tl.float64))
     if is_last(ticket, programs):
         total = sum_of(partials, programs, PARTIALS, 128)
-        mean = tl.load(options + MEAN) != 0.0
+        mean = tl.load(settings + MEAN) != 0.0
         divisor = tl.where(mean & (normaliser != 0.0), normaliser, 1.0)
         total = tl.where(mean & (normaliser == 0.0), 0.0, total)
         tl.store(stats + LAST_LOSS, total / divisor)
         tl.store(stats + LOSS_SUM, tl.load(stats + LOSS_SUM) + total)
         if mean:
             tl.store(stats + NORM_SUM, tl.load(stats + NORM_SUM) + normaliser)
-        if tl.load(options + ACCURACY) != 0.0:
+        if tl.load(settings + ACCURACY) != 0.0:
             tl.store(stats + CORRECT, tl.load(stats + CORRECT) + sum_of(partials + 1, programs, PARTIALS, 128))
             tl.store(stats + SCORED, tl.load(stats + SCORED) + sum_of(partials + 2, programs, PARTIALS, 128))
         tl.store(dslope, sum_of(partials + 3, programs, PARTIALS, 128).to(tl.float32))
 
 
 @triton.jit
-def gradient_scale(hyper, normaliser, options, scaled):
+def gradient_scale(hyper, normaliser, settings, scaled):
     """What every dz is multiplied by: 1 / normaliser under "mean", and the loss scale."""
     scale = tl.full((), 1.0, tl.float64)
-    if tl.load(options + MEAN) != 0.0:
+    if tl.load(settings + MEAN) != 0.0:
         scale = tl.where(normaliser == 0.0, 0.0, 1.0 / tl.where(normaliser == 0.0, 1.0, normaliser))
     if scaled != 0:
         scale = scale * tl.load(hyper + LOSS_SCALE)
@@ -201,7 +203,7 @@ def ignored_label(low, high):
 
 @triton.jit(do_not_specialize=[*LOSS_NUMBERS, "K", "x_row", "x_col", "w_row", "w_col", "b_step", "x_gather"])
 def linear_loss_grad_kernel(
-    x, w, b, dz, x_rows, rows, labels, target, weight, class_weight, slope_param, dslope, stats, options, hyper,
+    x, w, b, dz, x_rows, rows, labels, target, weight, class_weight, slope_param, dslope, stats, settings, hyper,
     counters, partials, ticket,
     M, N, K, x_row, x_col, w_row, w_col, b_step, label_step, target_row, target_col, weight_step, dz_row, dz_col,
     x_gather, gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
@@ -220,18 +222,18 @@ def linear_loss_grad_kernel(
     ignored = ignored_label(ignored_low, ignored_high)
     rows = this_batch(rows, counters, gather)
     normaliser = normaliser_of(
-        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )
-    scale = gradient_scale(hyper, normaliser, options, scaled)
+    scale = gradient_scale(hyper, normaliser, settings, scaled)
     weights, label, counts, _ = row_weights(
-        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )
     inside = (at_m < count)[:, None] & (at_n < N)[None, :]
     named = (at_n < N)[None, :]
     source = at_m.to(tl.int64)
     if gather != 0:
         source = tl.load(rows + at_m, mask=at_m < count, other=0)
-    soft = (CROSS_ENTROPY == 0) | (tl.load(options + SOFT) != 0.0)
+    soft = (CROSS_ENTROPY == 0) | (tl.load(settings + SOFT) != 0.0)
     target_at = target + source[:, None] * target_row + at_n.to(tl.int64)[None, :] * target_col
     t = tl.load(target_at, mask=tl.where(soft, inside, False), other=0.0)
     z = tl.where((at_m < count)[:, None], z, 0.0)
@@ -239,7 +241,7 @@ def linear_loss_grad_kernel(
     scored = tl.zeros((BM,), tl.int32)
     below = 0.0
     if CROSS_ENTROPY:
-        q = wanted(weights, label, at_n, inside, t, class_weight, N, options)
+        q = wanted(weights, label, at_n, inside, t, class_weight, N, settings)
         logits = tl.where(named, z, float("-inf"))
         largest = tl.max(logits, axis=1)
         shifted = tl.where(named, z - largest[:, None], 0.0)
@@ -248,7 +250,7 @@ def linear_loss_grad_kernel(
         mass = tl.sum(q, axis=1)
         loss = tl.sum(mass * tl.log(total) - tl.sum(q * shifted, axis=1))
         result = (e * (mass / total)[:, None] - q) * scale
-        if tl.load(options + ACCURACY) != 0.0:
+        if tl.load(settings + ACCURACY) != 0.0:
             best = first_of(logits, largest, at_n, N)
             meant = label
             if soft:
@@ -258,9 +260,9 @@ def linear_loss_grad_kernel(
             scored = tl.where(counts, 1, 0)
     else:
         slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
-        y, loss, result, below = elementwise_tile(z, t, weights, scale, inside, activation, slope, options)
-        if tl.load(options + ACCURACY) != 0.0:
-            if tl.load(options + KIND) == BINARY:
+        y, loss, result, below = elementwise_tile(z, t, weights, scale, inside, activation, slope, settings)
+        if tl.load(settings + ACCURACY) != 0.0:
+            if tl.load(settings + KIND) == BINARY:
                 hit = inside & ((y > 0) == (t > 0.5))
                 right = tl.sum(tl.where(hit, 1, 0), axis=1)
                 scored = tl.sum(tl.where(inside, 1, 0), axis=1)
@@ -277,7 +279,7 @@ def linear_loss_grad_kernel(
         stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
         tl.store(dz_at, tl.where(inside, result, 0.0).to(dz.dtype.element_ty), mask=stored)
     finish_loss(
-        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, options, normaliser, program,
+        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, settings, normaliser, program,
         programs,
     )  # fmt: skip
 
@@ -292,7 +294,7 @@ def later_best(values, best, best_at, at_n, N):
 
 @triton.jit(do_not_specialize=[*LOSS_NUMBERS, "z_row", "z_col"])
 def loss_grad_kernel(
-    z, dz, rows, labels, target, weight, class_weight, slope_param, dslope, stats, options, hyper, counters, partials,
+    z, dz, rows, labels, target, weight, class_weight, slope_param, dslope, stats, settings, hyper, counters, partials,
     ticket,
     M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
     gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
@@ -309,17 +311,17 @@ def loss_grad_kernel(
     ignored = ignored_label(ignored_low, ignored_high)
     rows = this_batch(rows, counters, gather)
     normaliser = normaliser_of(
-        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )
-    scale = gradient_scale(hyper, normaliser, options, scaled)
+    scale = gradient_scale(hyper, normaliser, settings, scaled)
     weights, label, counts, _ = row_weights(
-        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, options, gather
+        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )
     valid = at_m < count
     source = at_m.to(tl.int64)
     if gather != 0:
         source = tl.load(rows + at_m, mask=valid, other=0)
-    soft = (CROSS_ENTROPY == 0) | (tl.load(options + SOFT) != 0.0)
+    soft = (CROSS_ENTROPY == 0) | (tl.load(settings + SOFT) != 0.0)
     slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
     z_rows = z + at_m.to(tl.int64)[:, None] * row_pitch(z_row, ALIGNED)
     dz_rows = dz + at_m.to(tl.int64)[:, None] * row_pitch(dz_row, ALIGNED)
@@ -342,7 +344,7 @@ def loss_grad_kernel(
             inside = valid[:, None] & (at_n < N)[None, :]
             t = tl.load(t_rows + at_n.to(tl.int64)[None, :] * target_col, mask=tl.where(soft, inside, False), other=0.0)
             tile = tl.load(z_rows + at_n[None, :] * z_step, mask=inside, other=float("-inf")).to(tl.float32)
-            mass += tl.sum(wanted(weights, label, at_n, inside, t, class_weight, N, options), axis=1)
+            mass += tl.sum(wanted(weights, label, at_n, inside, t, class_weight, N, settings), axis=1)
             best, best_at = later_best(tile, best, best_at, at_n, N)
             meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
             shift = tl.where(best == float("-inf"), 0.0, best)
@@ -355,12 +357,12 @@ def loss_grad_kernel(
         t = tl.load(t_rows + at_n.to(tl.int64)[None, :] * target_col, mask=tl.where(soft, inside, False), other=0.0)
         tile = tl.load(z_rows + at_n[None, :] * z_step, mask=inside, other=0.0).to(tl.float32)
         if CROSS_ENTROPY:
-            q = wanted(weights, label, at_n, inside, t, class_weight, N, options)
+            q = wanted(weights, label, at_n, inside, t, class_weight, N, settings)
             shifted = tl.where(inside, tile - best[:, None], 0.0)
             losses += tl.sum(q * shifted, axis=1)
             result = tl.where(inside, (tl.exp(shifted) * (mass / total)[:, None] - q) * scale, 0.0)
         else:
-            y, part, result, part_below = elementwise_tile(tile, t, weights, scale, inside, activation, slope, options)
+            y, part, result, part_below = elementwise_tile(tile, t, weights, scale, inside, activation, slope, settings)
             loss += part
             below += part_below
             best, best_at = later_best(tl.where(inside, y, float("-inf")), best, best_at, at_n, N)
@@ -374,10 +376,10 @@ def loss_grad_kernel(
     if CROSS_ENTROPY:
         loss = tl.sum(mass * tl.log(total) - losses)
     else:
-        if tl.load(options + KIND) == BINARY:
+        if tl.load(settings + KIND) == BINARY:
             right = hits
             scored = tl.where(valid, N, 0)
     finish_loss(
-        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, options, normaliser, program,
+        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, settings, normaliser, program,
         programs,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def clip_factor(norm, limit):
 
 @triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "shadowed"])
 def update_kernel(
-    params, grads, first, second, shadow, norm, table, tensors, hyper, rule, counters, ticket,
+    parameters, grads, first, second, shadow, norm, table, tensors, hyper, rule, counters, ticket,
     tasks, programs, parts, part, shadowed,
     BLOCK: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def update_kernel(
             g += tl.load(grads + index * part.to(tl.int64) + at, mask=mask, other=0.0)
         g = g * factor.to(tl.float32)
         stored_update(
-            g, params + at, first + at, second + at, shadow + at, mask, hyper, rule,
+            g, parameters + at, first + at, second + at, shadow + at, mask, hyper, rule,
             tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, STATES,
         )  # fmt: skip
     if is_last(ticket, programs):
