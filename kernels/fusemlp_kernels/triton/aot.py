@@ -44,13 +44,15 @@ STATE_COUNTS = (0, 1, 2)
 # named here is an integer.
 POINTERS = {
     **dict.fromkeys(("x", "w", "y", "z", "dz", "out", "compute", "shadow"), "compute"),
-    **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "options"), "fp32"),
-    **dict.fromkeys(("real", "params", "grads", "first", "second"), "fp32"),
+    **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
+    **dict.fromkeys(("real", "parameters", "grads", "first", "second"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rule", "tensors", "norm", "stats"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table"), "i64"),
     "ticket": "i32",
 }
 FLOATS = ("slope", "keep_scale", "kept_share")
+# What offsets reach beyond their own memory; see ``Device.far_base``.
+BASES = ("compute", "real")
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,11 @@ def gpu_target(target: str) -> GPUTarget:
     return GPUTarget("hip", target, 64)
 
 
-def source(variant: Variant) -> ASTSource:
-    """The kernel with the types that a launch gives its arguments.
+def source(variant: Variant, target: str) -> ASTSource:
+    """The kernel with the types that a launch gives its arguments, and what Triton may know of them.
 
-    The integers are ``do_not_specialize``, so 32 bits wide unless the kernel says otherwise; memory is aligned.
+    The integers are ``do_not_specialize``, so 32 bits wide unless the kernel says otherwise; memory is aligned, and on
+    AMD every tensor smaller than 2 GiB.
     """
     kernel = KERNELS[variant.kernel]
     signature, attributes = {}, {}
@@ -163,8 +166,9 @@ def source(variant: Variant) -> ASTSource:
         elif name in POINTERS:
             kind = POINTERS[name]
             signature[name] = "*" + (ELEMENTS[variant.precision] if kind == "compute" else kind)
-            if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            if not target.startswith("sm_") and name not in BASES:
+                attributes[(parameter.num,)].append(["tt.pointer_range", 32])
         else:
             signature[name] = parameter.annotation_type or ("fp32" if name in FLOATS else "i32")
     places = {parameter.name: parameter.num for parameter in kernel.params}
@@ -176,7 +180,7 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     """Compile for ``target``, without a GPU; what the machine code takes: see ``resources``."""
     tile = variant.tile
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source(variant), target=gpu_target(target), options=options)
+    compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
     found = resources.of(compiled.asm, compiled.metadata.shared)
     return {
         "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,

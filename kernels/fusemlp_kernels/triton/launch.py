@@ -64,6 +64,16 @@ class Device:
         """Scratch memory of a launch."""
         return torch.zeros(max(size, 1), dtype=dtype, device=self.device)
 
+    def far_base(self, tensor: Tensor) -> Any:
+        """``tensor``, as what the offsets of a table count from, which lead to other tensors.
+
+        On AMD Triton takes it that no offset from a torch tensor below 2 GiB leaves its memory, and reckons in 32 bits;
+        its own wrapper says nothing of the size.
+        """
+        if not self.arch.family.startswith("gfx"):
+            return tensor
+        return triton.reinterpret(tensor, tensor.dtype)
+
     def floats(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Numbers that a kernel reads."""
         return torch.tensor(values, dtype=dtype, device=self.device)
