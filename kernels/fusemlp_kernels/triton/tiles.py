@@ -58,9 +58,8 @@ def column_step(step, ALIGNED: tl.constexpr):
 @triton.jit
 def this_batch(rows, counters, gather):
     """Where the row numbers of this batch begin."""
-    if gather != 0:
-        rows += tl.load(counters + ROW_OFFSET)
-    return rows
+    # no branch: Triton for AMD takes none that gives a pointer
+    return rows + tl.load(counters + ROW_OFFSET, mask=gather != 0, other=0)
 
 
 @triton.jit
