@@ -66,21 +66,29 @@ def problems(row: Row) -> list[str]:
 
 
 def systematic_part(variants: Sequence[aot.Variant]) -> list[aot.Variant]:
-    """Of each kernel and element type: with the largest tile, the constants that take the most registers."""
-    largest: dict[tuple[str, str], int] = {}
+    """Of each kernel and element type: with the largest tile, the constants that take the most registers.
+
+    In fp32 also on the general path; in fp16 also with the gradients by the weights left in memory.
+    """
+
+    def size(variant: aot.Variant) -> tuple[int, int]:
+        return variant.tile.rows * variant.tile.columns, variant.tile.columns
+
+    def path(variant: aot.Variant) -> tuple[str, str, bool]:
+        return variant.kernel, variant.precision, variant.constants.get("ALIGNED", True)
+
+    largest: dict[tuple[str, str, bool], tuple[int, int]] = {}
     for variant in variants:
-        if variant.constants.get("ALIGNED", True):
-            key, size = (variant.kernel, variant.precision), variant.tile.rows * variant.tile.columns
-            largest[key] = max(largest.get(key, 0), size)
+        largest[path(variant)] = max(largest.get(path(variant), (0, 0)), size(variant))
 
     def belongs(variant: aot.Variant) -> bool:
-        constants = variant.constants
-        return (
-            constants.get("ALIGNED", True)
-            and variant.tile.rows * variant.tile.columns == largest[variant.kernel, variant.precision]
-            and constants.get("TASKS", 16) == 16
-            and constants.get("STATES", 2) in ((0, 2) if variant.kernel == "update" else (2,))
-        ) or (constants.get("UPDATES") is False and constants["TASKS"] == 16 and variant.precision == "fp16")
+        if size(variant) != largest[path(variant)] or variant.constants.get("TASKS", 16) != 16:
+            return False
+        if not variant.constants.get("ALIGNED", True) and variant.precision != "fp32":
+            return False
+        if variant.constants.get("UPDATES") is False:
+            return variant.precision == "fp16"
+        return variant.constants.get("STATES", 2) == 2
 
     return [variant for variant in variants if belongs(variant)]
 

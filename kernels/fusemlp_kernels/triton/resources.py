@@ -15,7 +15,7 @@ import triton
 # Instructions of tensor cores: mma.sync, wgmma, tcgen05, and AMD's matrix cores. Of several kinds the newest is named.
 NVIDIA_PRODUCTS = ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA")
 MFMA = re.compile(r"^\s*v_mfma_", re.MULTILINE)
-OPERATION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+OPERATION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 

@@ -1,0 +1,115 @@
+"""What the Triton backend launches for whole training steps, recorded instead of started.
+
+As a script, without Triton's interpreter: compares each launch's types, as Triton's JIT finds them from the arguments,
+with those that ``aot`` compiles for, and prints what differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine
+from fusemlp_kernels.triton import aot, backend, configs
+from fusemlp_kernels.triton.launch import Device
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A launch: the kernel, its arguments by name, its constants and tile."""
+
+    kernel: Any
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    tile: configs.Tile
+
+    @property
+    def name(self) -> str:
+        """The kernel's name in ``aot``."""
+        return next(name for name, kernel in aot.KERNELS.items() if kernel is self.kernel)
+
+
+class Recorder(Device):
+    """A device of the CPU that says it is another, and notes launches."""
+
+    launches: list[Recorded]
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any], tile: configs.Tile
+    ) -> Callable[[], object]:
+        """Note it."""
+        self.launches.append(Recorded(kernel, arguments, constants, tile))
+        return lambda: None
+
+
+def launches(target: str, precision: str) -> list[Recorded]:
+    """Those of a step of several networks on ``target``."""
+    arch = configs.Architecture(configs.family_of(target), 132)
+    # as under the interpreter, nobody waits for a card
+    device = Recorder(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
+    object.__setattr__(device, "launches", [])
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 40)
+    weights = rng.uniform(0.5, 2, 40)
+    wide = rng.integers(0, 600, 2048)
+    with (
+        mock.patch("fusemlp_kernels.registry._triton_reason", lambda: None),
+        mock.patch.object(backend, "open_device", lambda *_: device),
+    ):
+        for net, batch, y, options in (
+            (MLP([6, 9, 7, 4], activation="prelu", dropout=0.2), 40, labels, {"optimizer": Adam()}),
+            (MLP([6, 200], activation="gelu"), 40, labels, {"optimizer": SGD(momentum=0.9)}),
+            (MLP([6, 30, 4]), 40, labels, {"loss": CrossEntropy(class_weight=[1, 2, 1, 1]), "optimizer": SGD()}),
+            (MLP([6, 17, 100]), 40, rng.standard_normal((40, 100)), {"loss": "mse", "optimizer": SGD(clip_norm=1.0)}),
+            (MLP([6, 9, 300]), 40, rng.standard_normal((40, 300)), {"loss": "mae", "optimizer": Adam(accumulate=2)}),
+            (MLP([2048, 1024, 600]), 2048, wide, {"optimizer": Adam()}),
+            (MLP([6, *[8] * 10, 4]), 40, labels, {"optimizer": Adam()}),
+        ):
+            engine = Engine(net, batch_size=batch, backend="triton", precision=precision, plan="eager", **options)
+            x = rng.standard_normal((batch, net.sizes[0]))
+            engine.step(x, y)
+            if batch == 40:
+                engine.step(x, y, weights)
+    return device.launches
+
+
+def different(target: str, precision: str) -> list[str]:
+    """Where Triton's JIT would compile for other types or properties of the arguments than ``aot``."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    compiler = make_backend(aot.gpu_target(target))
+    found = []
+    for launch in launches(target, precision):
+        kernel = launch.kernel
+        binder = create_function_from_signature(kernel.signature, kernel.params, compiler)
+        options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
+        given = {**launch.arguments, **launch.constants, **options}
+        bound, kinds, rest = binder(**given)
+        _, signature, constants, attributes = kernel._pack_args(compiler, given, bound, kinds, rest)
+        kind = precision if launch.name in aot.PRODUCTS else aot.ELEMENTS[precision]
+        source = aot.source(aot.Variant(launch.name, kind, launch.tile, launch.constants), target)
+        attributes = {place: value for place, value in attributes.items() if value}
+        for what, launched, ahead in (
+            ("signature", signature, source.signature),
+            ("constants", constants, source.constants),
+            ("attributes", attributes, source.attrs),
+        ):
+            if launched != ahead:
+                keys = [key for key in {*launched, *ahead} if launched.get(key) != ahead.get(key)]
+                parts = ", ".join(f"{key}: {launched.get(key)} launched, {ahead.get(key)} ahead" for key in keys)
+                found.append(f"{launch.name} {precision} {launch.tile}: {what}: {parts}")
+    return found
+
+
+if __name__ == "__main__":
+    for line in dict.fromkeys(line for precision in PRECISIONS for line in different(sys.argv[1], precision)):
+        print(line)

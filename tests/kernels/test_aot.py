@@ -1,0 +1,189 @@
+"""What is compiled ahead is what is launched; bad machine code is noticed; the record is of the kernels as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from recorded import PRECISIONS, launches
+
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.triton import aot, configs, resources
+
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = sorted({configs.family_of(target) for target in aot.TARGETS})
+GOOD = {
+    "kernel": "linear", "variant": "fp32 64x64x32", "triton": "3.9.0", "arch": "sm_90", "registers": 128, "stack": 0,
+    "spills": 0, "shared_static": 1024, "shared_dynamic": 227 << 10, "tensor_core": "HGMMA", "source": "0",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command():
+    """``ci/compile_kernels.py`` as a module."""
+    interpret = os.environ.get("TRITON_INTERPRET")
+    spec = importlib.util.spec_from_file_location("compile_kernels", ROOT / "ci/compile_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", ""))
+        spec.loader.exec_module(module)
+    if interpret is not None:
+        os.environ["TRITON_INTERPRET"] = interpret
+    return module
+
+
+def compiled_as(launch, precision):
+    """What a launch asks to be compiled; the lengths of the task table are listed with one tile only."""
+    kind = precision if launch.name in aot.PRODUCTS else aot.ELEMENTS[precision]
+    kind = "fp32" if launch.name in ("norm", "advance") else kind
+    constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}
+    return launch.name, aot.Variant(launch.name, kind, launch.tile, constants).name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_launch_of_a_training_step_is_a_variant(target, precision):
+    known = {(variant.kernel, variant.name): variant for variant in aot.variants(target)}
+    found = launches(target, precision)
+    for launch in found:
+        variant = known[compiled_as(launch, precision)]
+        constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}
+        assert (variant.tile, dict(variant.constants)) == (launch.tile, constants)
+        assert launch.constants.get("TASKS", 16) in configs.TABLE_LENGTHS
+    # the clock alone is for steps without anything to train, the norm alone for gradients that came from elsewhere
+    assert {launch.name for launch in found} == set(aot.KERNELS) - {"advance", "norm"}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_triton_finds_the_types_that_are_compiled_ahead(target):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", Path(__file__).with_name("recorded.py"), target],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_variants_are_told_apart_by_their_names(target):
+    names = [(variant.kernel, variant.name) for variant in aot.variants(target)]
+    assert len(set(names)) == len(names)
+    assert {kernel for kernel, _ in names} == set(aot.KERNELS)
+
+
+def test_a_target_without_kernels():
+    with pytest.raises(ArgumentError, match="sm_75"):
+        aot.variants("sm_75")
+    with pytest.raises(BackendUnavailableError, match="sm_75"):
+        configs.family_of("sm_75")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tiles", [configs.forward_tiles, configs.weight_tiles])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_tiles_fall_in_size_to_16_by_32(family, tiles, precision):
+    found = tiles(family, precision)
+    sizes = [tile.rows * tile.columns for tile in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (found[-1].rows, found[-1].columns) == (16, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_tiles_hold_rows_of_any_width(family):
+    arch = configs.Architecture(family, 1)
+    for width in (1, 16, 17, 128, 129, configs.WIDEST_OUTPUT):
+        assert configs.output_tile(arch, width).columns >= width
+
+
+def test_larger_results_get_larger_tiles_down_to_one_program_a_processor():
+    arch = configs.Architecture("sm_90", 132)
+    tiles = configs.forward_tiles("sm_90", "bf16")
+    assert configs.forward_tile(arch, "bf16", 8192, 8192) == tiles[0]
+    assert configs.forward_tile(arch, "bf16", 128, 128) == tiles[-1]
+
+
+def test_the_table_is_written_as_it_is_read():
+    text = configs.table_text(configs.TABLES)
+    assert json.loads(text) == configs.TABLES
+    assert configs.TABLE_FILE.read_text() == text
+
+
+def test_good_machine_code_passes(command):
+    assert command.problems(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"spills": 4}, "4 spills"),
+        ({"stack": 16}, "a stack of 16 bytes"),
+        ({"tensor_core": ""}, "no tensor-core instruction"),
+        ({"shared_dynamic": (227 << 10) + 1}, "bytes of shared memory; sm_90 has 232448"),
+        ({"shared_static": 1025}, "bytes of shared memory"),
+        ({"arch": "sm_86", "shared_static": 0, "shared_dynamic": 100 << 10}, "sm_86 has 101376"),
+        ({"arch": "gfx942", "shared_static": 0, "shared_dynamic": 65 << 10}, "gfx942 has 65536"),
+    ],
+)
+def test_bad_machine_code_is_noticed(command, wrong, said):
+    (problem,) = command.problems({**GOOD, **wrong})
+    assert said in problem and "linear (fp32 64x64x32)" in problem
+
+
+def test_kernels_without_a_product_need_no_tensor_cores(command):
+    assert command.problems({**GOOD, "kernel": "update", "tensor_core": ""}) == []
+
+
+def test_another_result_than_recorded_is_noticed(command):
+    assert command.differences([GOOD], [GOOD]) == []
+    (found,) = command.differences([{**GOOD, "registers": 130}], [GOOD])
+    assert "registers 128 -> 130" in found
+
+
+def test_the_systematic_part_is_large_enough(command):
+    parts = [command.systematic_part(aot.variants(target)) for target in aot.TARGETS]
+    assert sum(map(len, parts)) >= 200
+    for part in parts:
+        assert {variant.kernel for variant in part} == set(aot.KERNELS)
+
+
+def test_a_record_of_other_code_is_noticed(command):
+    (arch, kernel, name, source) = min(command.launched(everything=False))
+    row = {**GOOD, "arch": arch, "kernel": kernel, "variant": name, "source": source[::-1]}
+    found = command.record_problems([row])
+    assert any("rows are not of the kernels as they are" in problem for problem in found)
+    assert any("rows are missing" in problem for problem in found)
+
+
+def test_the_record_is_of_the_kernels_as_they_are(command):
+    record = command.read_record()
+    assert command.record_problems(record) == []
+    versions = {row["triton"] for row in record}
+    assert {"3.6.0", "3.9.0"} <= versions
+    for row in record:
+        assert row.keys() == GOOD.keys()
+        assert all(type(row[name]) is type(GOOD[name]) for name in GOOD)
+
+
+def test_instructions_are_read_with_their_modifiers_and_predicates():
+    code = """
+        /*0010*/                   MOV R1, c[0x0][0x28] ;
+        /*0020*/               @P0 STL.64 [R1+0x8], R2 ;
+        /*0030*/              @!P1 LDL R4, [R1] ;
+        /*0040*/                   HGMMA.64x64x8.F32.TF32 R24, gdesc[UR8], R24 ;
+.L_x_3:
+        /*0050*/              @UP0 UIADD3 UR4, UR4, 0x1, URZ ;
+    """
+    assert resources.operations(code) == ["MOV", "STL.64", "LDL", "HGMMA.64x64x8.F32.TF32", "UIADD3"]
+
+
+def test_the_hash_of_a_kernel_is_that_of_all_it_calls():
+    hashes = {name: aot.source_hash(name) for name in aot.KERNELS}
+    assert len(set(hashes.values())) == len(hashes)
