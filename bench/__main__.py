@@ -11,6 +11,7 @@ from bench.cases import CASES
 from bench.measure import DisagreementError, measure, started
 from bench.peers import PEERS, REFERENCE, missing_packages
 from bench.report import circumstances, default_path, markdown, newest, read, records, write
+from bench.tune import main as tune
 from bench.worker import Worker, WorkerError, openblas_settings
 
 
@@ -21,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
         description="Time a training step of fusemlp and of other libraries, side by side. The table goes to stdout, "
         "progress to stderr, the figures with machine and versions to a file of JSON lines. About twelve minutes "
         "for everything, on a machine that does nothing else. Needs pip install 'fusemlp[bench]'.",
+        epilog="python -m bench tune: measure the tiles of the Triton kernels on a card; see python -m bench tune -h.",
     )
     made.add_argument(
         "--cases",
@@ -69,7 +71,10 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["tune"]:
+        return tune(given[1:])
+    options = parser().parse_args(given)
     try:
         if options.markdown is not None:
             return print_table(options.markdown)

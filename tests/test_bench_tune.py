@@ -1,0 +1,109 @@
+"""Tuning refuses without a card, and what it would write is the table with other tiles of the same sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench import tune
+from fusemlp_kernels.registry import TRAITS
+from fusemlp_kernels.triton import backend, configs
+from fusemlp_kernels.triton.launch import Device
+
+ROOT = Path(__file__).resolve().parents[1]
+TILES = [
+    (family, product, kind, index)
+    for family in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+    for product in tune.PRODUCTS
+    for kind in tune.PRECISIONS
+    for index in range(len(configs.TABLES[family][product][kind]))
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so_in_a_sentence():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    before = configs.TABLE_FILE.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "tune"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("bench tune: there is no card to measure on: ")
+    assert done.stderr.count("\n") == 1
+    assert configs.TABLE_FILE.read_bytes() == before
+
+
+def test_the_interpreter_is_no_card(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" in tune.why_not()
+
+
+@pytest.mark.parametrize("place", TILES, ids=lambda place: "-".join(map(str, place)))
+def test_candidates_are_of_the_size_of_the_present_tile(place):
+    family, product, kind, index = place
+    present = configs.Tile(*configs.TABLES[family][product][kind][index])
+    found = tune.candidates(present)
+    assert found[0] == present and len(found) == len(set(found)) > 5
+    assert {tile.rows * tile.columns for tile in found} == {present.rows * present.columns}
+    for tile in found[1:]:
+        assert tile.columns % tile.parts == 0 and tile.depth >= 16
+
+
+@pytest.mark.parametrize("product", tune.PRODUCTS)
+@pytest.mark.parametrize(("kind", "precision"), tune.PRECISIONS.items())
+def test_calls_are_bound_with_the_candidate(product, kind, precision, monkeypatch):
+    seen = []
+
+    class Noted(Device):
+        def launch(self, kernel, programs, arguments, constants, tile):
+            seen.append((kernel.fn.__name__, tile))
+            return lambda: None
+
+    arch = configs.Architecture("sm_90", 2)
+    device = Noted(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
+    monkeypatch.setattr(backend, "open_device", lambda *_: device)
+    made = backend.TritonBackend(TRAITS["triton"], None, precision)
+    tile = configs.Tile(32, 64, 32, 4, 2, 1)
+    before = configs.table_text(configs.TABLES)
+    runs = tune.calls(made, product, precision, tile, [(64, 64, 32), (64, 128, 64)], "sm_90")
+    name = "linear_kernel" if product == "forward" else "grad_weight_kernel"
+    assert len(runs) == 2 and seen == [(name, tile)] * 2
+    assert configs.table_text(configs.TABLES) == before
+    variants = list(tune.kernels_of(product, precision, tile, "sm_90"))
+    expected = {"linear", "grad_input"} if product == "forward" else {"grad_weight"}
+    assert {variant.kernel for variant in variants} == expected
+    assert {variant.tile for variant in variants} == {tile}
+
+
+@pytest.mark.parametrize("processors", [2, 132])
+def test_results_take_tiles_of_the_size(processors):
+    tile = configs.Tile(64, 64, 32, 4, 3)
+    for rows, columns, _ in tune.result_shapes(tile, processors):
+        assert tile.count(rows, columns) >= processors
+
+
+def test_the_quickest_must_be_quicker_by_more_than_chance():
+    assert tune.quickest({"a": [1.0, 4.0], "b": [1.0, 3.0]}, "a") == ("b", pytest.approx(0.75**0.5))
+    assert tune.quickest({"a": [1.0, 4.0], "b": [0.99, 4.0]}, "a") == ("a", 1.0)
+
+
+def test_the_table_is_rewritten_at_its_places_only(tmp_path):
+    place = ("sm_90", "weight", "half", 1)
+    present = configs.Tile(*configs.TABLES["sm_90"]["weight"]["half"][1])
+    tile = configs.Tile(present.columns, present.rows, 32, 4, 2, 4)
+    made = tune.rewritten(configs.TABLES, {place: tile})
+    old, new = configs.table_text(configs.TABLES).splitlines(), configs.table_text(made).splitlines()
+    assert len(old) == len(new)
+    changed = [line for before, line in zip(old, new, strict=True) if before != line]
+    assert [line.strip(" ,") for line in changed] == [f"[{tile.rows}, {tile.columns}, 32, 4, 2, 4]"]
+    with pytest.raises(ValueError, match="would lose its order"):
+        tune.rewritten(configs.TABLES, {place: configs.Tile(16, 32, 32, 2, 2)})
