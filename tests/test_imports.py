@@ -22,8 +22,8 @@ SOURCES = (ROOT / "engine", ROOT / "kernels")
 LAYERS = (
     ("__init__", "__main__"),
     ("cli", "commands"),
-    ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis"),
-    ("fleet", "training", "checkpoint"),
+    ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis", "lr_finder"),
+    ("fleet", "training", "checkpoint", "saving"),
     ("engine",),
     ("callbacks", "history", "inference"),
     ("execution",),
@@ -34,7 +34,12 @@ LAYERS = (
     ("_version",),
 )
 # Methods of a lower module that hand over to a higher one: (importer, imported), only inside functions.
-HANDOVERS = frozenset({("engine", "training"), ("engine", "checkpoint")})
+HANDOVERS = frozenset(
+    {
+        *(("engine", higher) for higher in ("training", "checkpoint", "saving", "onnx", "lr_finder")),
+        ("history", "plots"),
+    }
+)
 # The modules of fusemlp that know the backends; the others see only shared descriptions, definitions and errors.
 BACKEND_USERS = ("engine", "execution", "fleet")
 SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels.philox")

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from fusemlp.engine import Engine
     from fusemlp.history import History
     from fusemlp.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
+    from fusemlp.lr_finder import LearningRateSweep, lr_find
     from fusemlp.network import MLP, Activation, LeakyReLU, PReLU
     from fusemlp.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
+    from fusemlp.saving import load
     from fusemlp.schedules import (
         Constant,
         Cosine,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         DivergenceError,
         DTypeError,
         FusemlpError,
+        MissingLibraryError,
         ShapeError,
     )
 
@@ -66,7 +69,9 @@ __all__ = [
     "History",
     "Huber",
     "LeakyReLU",
+    "LearningRateSweep",
     "Loss",
+    "MissingLibraryError",
     "OneCycle",
     "Optimizer",
     "PReLU",
@@ -78,8 +83,10 @@ __all__ = [
     "ShapeError",
     "StepDecay",
     "__version__",
+    "load",
     "load_checkpoint",
     "load_data",
+    "lr_find",
 ]
 
 _NAMES = {
@@ -96,8 +103,11 @@ _NAMES = {
         "Poisson",
         "Quantile",
     ),
+    "fusemlp.lr_finder": ("LearningRateSweep", "lr_find"),
     "fusemlp.network": ("Activation", "LeakyReLU", "MLP", "PReLU"),
     "fusemlp.optimizers": ("Adam", "AdamW", "Optimizer", "ParameterOptions", "SGD"),
+    "fusemlp.onnx": (),
+    "fusemlp.saving": ("load",),
     "fusemlp.schedules": (
         "Constant",
         "Cosine",
@@ -118,6 +128,7 @@ _NAMES = {
         "DataError",
         "DivergenceError",
         "FusemlpError",
+        "MissingLibraryError",
         "ShapeError",
     ),
 }

@@ -28,7 +28,35 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointE
 Array = np.ndarray[Any, Any]
 
 FORMAT = 2
-CONFIG, DIGEST = "fusemlp", "sha256"
+# Metadata of a file: the configuration of a checkpoint or of a model (``saving``), and the SHA-256 over all of it.
+CONFIG, MODEL, DIGEST = "fusemlp", "fusemlp_model", "sha256"
+MEND = {
+    "checkpoint": "use another checkpoint of the run, or train again",
+    "model": "copy or save it again",
+}
+
+
+def description(engine: Engine) -> dict[str, Any]:
+    """What an engine was made with, JSON-able; ``start_engine`` is its inverse."""
+    return {
+        "version": __version__,
+        "network": engine.network.to_config(),
+        "loss": engine.loss.to_config(),
+        "optimizer": engine.optimizer.to_config(),
+        "batch_size": engine.batch_size,
+        "seed": engine.seed,
+        "precision": engine.precision,
+    }
+
+
+def start_engine(engine: Engine, config: Mapping[str, Any], *, backend: str, device: str | None) -> None:
+    """Make ``engine``, whose constructor has not run, one of this description; its parameters are still zero."""
+    engine.network = MLP.from_config(config["network"])
+    engine.loss = loss_from_config(config["loss"])
+    engine.optimizer = optimizer_from_config(config["optimizer"])
+    engine.batch_size, engine.seed = config["batch_size"], config["seed"]
+    engine.precision = config["precision"]
+    engine.start(backend, device, "auto")
 
 
 def engine_content(engine: Engine, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -48,13 +76,7 @@ def engine_content(engine: Engine, extra: Mapping[str, Any] | None = None) -> di
         tensors[name] = memory.backend.to_host(memory.arrays[name])
     config = {
         "format": FORMAT,
-        "version": __version__,
-        "network": engine.network.to_config(),
-        "loss": engine.loss.to_config(),
-        "optimizer": engine.optimizer.to_config(),
-        "batch_size": engine.batch_size,
-        "seed": engine.seed,
-        "precision": engine.precision,
+        **description(engine),
         "backend": engine.backend,
         "plan": engine.plan,
         "epochs_trained": engine.epochs_trained,
@@ -76,12 +98,7 @@ def _of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
 def restore_engine(engine: Engine, content: Mapping[str, Any], *, backend: str, device: str | None) -> None:
     """Make ``engine``, whose constructor has not run, what ``content`` was taken from."""
     config, tensors = content["config"], content["tensors"]
-    engine.network = MLP.from_config(config["network"])
-    engine.loss = loss_from_config(config["loss"])
-    engine.optimizer = optimizer_from_config(config["optimizer"])
-    engine.batch_size, engine.seed = config["batch_size"], config["seed"]
-    engine.precision = config["precision"]
-    engine.start(backend, device, "auto")
+    start_engine(engine, config, backend=backend, device=device)
     engine.write_tensors(_of_kind("parameter", tensors), "")
     memory = engine.memory
     for index in range(len(memory.states)):
@@ -110,20 +127,20 @@ def save_checkpoint(engine: Engine, path: str | Path, *, extra: Mapping[str, Any
     """
     from safetensors.numpy import save
 
-    target = _target(path)
+    target = target_file(path)
     content = engine_content(engine, _checked_extra(extra))
     tensors = content["tensors"]
-    _check_finite(_of_kind("parameter", tensors))
+    check_finite(_of_kind("parameter", tensors), "checkpoint")
     config = json.dumps(content["config"])
-    write_atomically(target, save(tensors, metadata={CONFIG: config, DIGEST: _digest(config, tensors)}))
+    write_atomically(target, save(tensors, metadata={CONFIG: config, DIGEST: digest_of(config, tensors)}))
 
 
-def _target(path: str | Path) -> Path:
+def target_file(path: str | Path) -> Path:
     """The file to write, behind any symbolic links."""
-    _check_path(path)
+    check_path(path)
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise ArgumentError(f"path: {str(path)!r} is {_what_it_is(target)}; expected a file, there already or new")
+        raise ArgumentError(f"path: {str(path)!r} is {what_it_is(target)}; expected a file, there already or new")
     if not target.parent.is_dir():
         folder = str(target.parent)
         raise ArgumentError(
@@ -132,12 +149,12 @@ def _target(path: str | Path) -> Path:
     return target
 
 
-def _check_path(path: object) -> None:
+def check_path(path: object) -> None:
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"path: expected the path of a file, got {path!r}")
 
 
-def _what_it_is(path: str | os.PathLike[str]) -> str:
+def what_it_is(path: str | os.PathLike[str]) -> str:
     return "a folder" if os.path.isdir(path) else "a device or pipe"
 
 
@@ -154,11 +171,12 @@ def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
     return held
 
 
-def _check_finite(parameters: Mapping[str, Array]) -> None:
+def check_finite(parameters: Mapping[str, Array], kind: str) -> None:
+    """DivergenceError if a ``kind`` of file would hold parameters that are no numbers."""
     for name, tensor in parameters.items():
         if not np.isfinite(tensor).all():
             raise DivergenceError(
-                f"{name}: it holds NaN or infinite values, so no checkpoint was written and the one before is kept; "
+                f"{name}: it holds NaN or infinite values, so no {kind} was written and the one before is kept; "
                 "go on from that one with a lower learning rate, or with clip_norm=1.0"
             )
 
@@ -189,7 +207,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-def _digest(config: str, tensors: Mapping[str, Array]) -> str:
+def digest_of(config: str, tensors: Mapping[str, Array]) -> str:
     """SHA-256 over the configuration and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(config.encode())
     for name in sorted(tensors):
@@ -199,40 +217,61 @@ def _digest(config: str, tensors: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def read_content(path: str | Path) -> dict[str, Any]:
-    """The checked content of a checkpoint, as ``engine_content`` made it. Raises CheckpointError."""
+def read_file(path: str | Path, kind: str, writer: str) -> tuple[dict[str, str], dict[str, Array]]:
+    """Metadata and tensors of a safetensors file that is to be a ``kind`` of file, made by ``writer``.
+
+    Raises CheckpointError.
+    """
     from safetensors import SafetensorError, safe_open
 
-    mend = "use another checkpoint of the run, or train again"
-    _check_path(path)
+    check_path(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        what = _what_it_is(path)
-        raise CheckpointError(f"path: {str(path)!r} is {what}; expected a file that save_checkpoint wrote")
+        what = what_it_is(path)
+        raise CheckpointError(f"path: {str(path)!r} is {what}; expected a file that {writer} wrote")
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            return metadata, {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"path: there is no checkpoint {str(path)!r}; expected a file that save_checkpoint wrote"
-        ) from error
+        raise CheckpointError(f"path: there is no {kind} {str(path)!r}; expected a file that {writer} wrote") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"path: {str(path)!r} is no readable checkpoint ({error}); {mend}") from error
+        raise CheckpointError(f"path: {str(path)!r} is no readable {kind} ({error}); {MEND[kind]}") from error
+
+
+def checked_config(
+    path: str | Path, metadata: Mapping[str, str], tensors: Mapping[str, Array], *, kind: str, version: int
+) -> dict[str, Any]:
+    """The configuration in ``metadata``, if it and the tensors are what was written; CheckpointError if not."""
+    text = metadata[CONFIG if kind == "checkpoint" else MODEL]
+    if digest_of(text, tensors) != metadata.get(DIGEST):
+        raise CheckpointError(f"path: {str(path)!r} is corrupted: its SHA-256 does not match; {MEND[kind]}")
+    config: dict[str, Any] = json.loads(text)
+    if config.get("format") != version:
+        raise CheckpointError(
+            f"path: {str(path)!r} has format {config.get('format')!r}, written by fusemlp {config.get('version')}; "
+            f"this version reads format {version}"
+        )
+    return config
+
+
+def read_content(path: str | Path) -> dict[str, Any]:
+    """The checked content of a checkpoint, as ``engine_content`` made it. Raises CheckpointError."""
+    metadata, tensors = read_file(path, "checkpoint", "save_checkpoint")
+    if MODEL in metadata:
+        raise CheckpointError(
+            f"path: {str(path)!r} is a model that engine.save wrote, without the state of its training, and no "
+            "checkpoint; use fusemlp.load(path)"
+        )
     if CONFIG not in metadata or DIGEST not in metadata:
         raise CheckpointError(
             f"path: {str(path)!r} is a safetensors file, but no checkpoint of fusemlp; for parameters alone use "
             "load_state_dict(safetensors.numpy.load_file(path))"
         )
-    if _digest(metadata[CONFIG], tensors) != metadata[DIGEST]:
-        raise CheckpointError(f"path: {str(path)!r} is corrupted: its SHA-256 does not match; {mend}")
-    config = json.loads(metadata[CONFIG])
-    if config.get("format") != FORMAT:
-        raise CheckpointError(
-            f"path: {str(path)!r} has format {config.get('format')!r}, written by fusemlp {config.get('version')}; "
-            f"this version reads format {FORMAT}"
-        )
-    return {"config": config, "tensors": tensors}
+    return {
+        "config": checked_config(path, metadata, tensors, kind="checkpoint", version=FORMAT),
+        "tensors": tensors,
+    }
 
 
 def load_checkpoint(

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemlp.history import FitState, History
+    from fusemlp.lr_finder import LearningRateSweep
 
 Array = np.ndarray[Any, Any]
 
@@ -448,6 +449,26 @@ class Engine:
         from fusemlp.checkpoint import save_checkpoint
 
         save_checkpoint(self, path, extra=extra)
+
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the model to one safetensors file, parameters by torch's names; see ``fusemlp.saving``."""
+        from fusemlp.saving import save
+
+        save(self, path, metadata=metadata)
+
+    def to_onnx(self, path: str | Path) -> None:
+        """Write the network as an ONNX graph; see ``fusemlp.onnx``."""
+        from fusemlp.onnx import to_onnx
+
+        to_onnx(self, path)
+
+    def lr_find(
+        self, X: Any, y: Any, *, sample_weight: Any = None, start: float = 1e-6, end: float = 10.0, steps: int = 200
+    ) -> LearningRateSweep:
+        """Sweep the learning rate on a copy of this engine; see ``fusemlp.lr_finder``."""
+        from fusemlp.lr_finder import lr_find
+
+        return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
 
     def __getstate__(self) -> dict[str, Any]:
         from fusemlp.checkpoint import engine_content

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fusemlp.schedules import PLATEAU_START, PlateauState
+from fusemlp_kernels.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -28,6 +33,19 @@ class History:
         self.seconds.append(seconds)
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
+
+    def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
+        """Draw loss and accuracy over the epochs; write the picture to ``path`` (.png, .svg or .pdf) if given.
+
+        Returns matplotlib's figure. Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError
+        for an impossible path or where nothing was recorded.
+        """
+        from fusemlp.plots import curves_figure, draw
+
+        if not self.epochs:
+            raise ArgumentError("history: it has no epoch to draw; fit with at least one epoch first")
+        best = None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1
+        return draw(lambda: curves_figure(self.history, title=title, best_epoch=best), path)
 
 
 @dataclass

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusemlp.checkpoint import target_file, write_atomically
 from fusemlp.diagnosis import Finding
+from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
 HINT = "pip install 'fusemlp[plot]'"
 # Okabe and Ito's colours, which those who do not see all colours can tell apart.
 TRAINING, VALIDATION, GAP = "#0072B2", "#D55E00", "#E69F00"
+COLOURS = (TRAINING, VALIDATION, "#009E73", "#CC79A7", GAP, "#56B4E9", "#000000")
+FORMATS = (".png", ".svg", ".pdf")
+ACCURACY_LABEL = "accuracy (share of right answers)"
 # A loss that spans more than this factor is drawn on a logarithmic axis.
 LOG_SPAN = 50.0
 
@@ -26,6 +33,23 @@ LOG_SPAN = 50.0
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
+    """The figure that ``make`` makes, written to ``path`` unless that is None; what is wrong is raised before.
+
+    Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
+    """
+    if not can_plot():
+        raise MissingLibraryError(f"plot: it needs matplotlib: {HINT}")
+    if path is None:
+        return make()
+    target, suffix = target_file(path), Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ArgumentError(f"path: expected a file name ending in {', '.join(FORMATS)}, got {str(path)!r}")
+    figure = make()
+    write_atomically(target, picture(figure, suffix.removeprefix(".")))
+    return figure
 
 
 def curves_png(
@@ -36,25 +60,94 @@ def curves_png(
     best_epoch: int | None = None,
     overfitting: Finding | None = None,
 ) -> bytes:
-    """Loss and, where there is one, accuracy over the epochs as the content of a PNG file.
+    """``curves_figure`` as the content of a PNG file."""
+    return _png(curves_figure(history, loss=loss, title=title, best_epoch=best_epoch, overfitting=overfitting))
+
+
+def curves_figure(
+    history: Mapping[str, Sequence[float]],
+    *,
+    loss: str | None = None,
+    title: str = "",
+    best_epoch: int | None = None,
+    overfitting: Finding | None = None,
+) -> Figure:
+    """Loss and, where there is one, accuracy over the epochs.
 
     ``history`` has a list for each quantity, an entry an epoch, as ``History.history``; ``best_epoch`` counts from 1.
     The gap between training and validation is shaded from where ``overfitting`` says that it began.
     """
     metrics = ["loss", *(["accuracy"] if "accuracy" in history else [])]
     figure = _figure(width=5.6 * len(metrics))
-    labels = {"loss": f"loss ({loss})", "accuracy": "accuracy (share of right answers)"}
+    labels = {"loss": _loss_label(loss), "accuracy": ACCURACY_LABEL}
     for index, metric in enumerate(metrics):
         axes = figure.add_subplot(1, len(metrics), index + 1)
         _curves(axes, history, metric, best_epoch, overfitting)
         axes.set_xlabel("epoch")
         axes.set_ylabel(labels[metric])
     figure.suptitle(title, fontsize=11)
-    return _png(figure)
+    return figure
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What one of several trainings is compared by: its name, its history and the kind of its loss."""
+
+    name: str
+    history: Mapping[str, Sequence[float]]
+    loss: str
+
+
+def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
+    """Several trainings in one picture: a colour each, training dashed, validation drawn through."""
+    from matplotlib.lines import Line2D
+
+    metrics = ["loss", *(["accuracy"] if any("accuracy" in run.history for run in runs) else [])]
+    losses = {run.loss for run in runs}
+    labels = {"loss": _loss_label(losses.pop() if len(losses) == 1 else None), "accuracy": ACCURACY_LABEL}
+    figure = _figure(width=5.6 * len(metrics), height=4.2 + 0.22 * len(runs))
+    for index, metric in enumerate(metrics):
+        axes = figure.add_subplot(1, len(metrics), index + 1)
+        longest = 1
+        for number, run in enumerate(runs):
+            for name, style, width in ((metric, "--", 1.0), (f"val_{metric}", "-", 1.6)):
+                values = run.history.get(name, ())
+                if values:
+                    longest = max(longest, len(values))
+                    marker = "o" if len(values) < 3 else None
+                    epochs = np.arange(1, len(values) + 1)
+                    axes.plot(epochs, values, style, color=_colour(number), linewidth=width, marker=marker)
+        _finish_axes(axes, longest)
+        if metric == "loss":
+            _scale_loss(axes, [v for run in runs for name in ("loss", "val_loss") for v in run.history.get(name, ())])
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(labels[metric])
+    names = [run.name if len({one.loss for one in runs}) == 1 else f"{run.name} ({run.loss})" for run in runs]
+    lines = [Line2D([], [], color=_colour(number), linewidth=1.6, label=name) for number, name in enumerate(names)]
+    styles = [
+        Line2D([], [], color="#444444", linewidth=1.0, linestyle="--", label="training"),
+        Line2D([], [], color="#444444", linewidth=1.6, linestyle="-", label="validation"),
+    ]
+    figure.legend(handles=[*lines, *styles], loc="outside lower center", ncols=len(metrics), frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _loss_label(kind: str | None) -> str:
+    return "loss" if kind is None else f"loss ({kind})"
 
 
 def sweep_png(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> bytes:
-    """The smoothed loss over the learning rate, the suggested rate marked, as the content of a PNG file."""
+    """``sweep_figure`` as the content of a PNG file."""
+    return _png(sweep_figure(rates, losses, suggested, title))
+
+
+def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> Figure:
+    """The smoothed loss over the learning rate, the suggested rate marked."""
     figure = _figure(width=6.4)
     axes = figure.add_subplot(1, 1, 1)
     axes.plot(rates, losses, color=TRAINING, linewidth=1.6)
@@ -68,7 +161,7 @@ def sweep_png(rates: Sequence[float], losses: Sequence[float], suggested: float,
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
-    return _png(figure)
+    return figure
 
 
 def _curves(
@@ -78,8 +171,6 @@ def _curves(
     best_epoch: int | None,
     overfitting: Finding | None,
 ) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     training, held_out = history[metric], history.get(f"val_{metric}")
     epochs = np.arange(1, len(training) + 1)
     marker = "o" if len(training) < 3 else None
@@ -102,26 +193,42 @@ def _curves(
         label = f"best epoch: {best_epoch}"
         axes.axvline(best_epoch, color="#444444", linestyle="--", linewidth=1.0, label=label)
     if metric == "loss":
-        finite = [value for value in (*training, *(held_out or ())) if math.isfinite(value)]
-        if min(finite) > 0.0 and max(finite) / min(finite) > LOG_SPAN:
-            axes.set_yscale("log")
-    margin = 0.02 * len(training) if len(training) > 1 else 0.5
-    axes.set_xlim(1 - margin, len(training) + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.grid(alpha=0.25)
+        _scale_loss(axes, [*training, *(held_out or ())])
+    _finish_axes(axes, len(training))
     axes.legend(edgecolor="none", framealpha=0.85)
 
 
-def _figure(width: float) -> Figure:
+def _scale_loss(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where the losses span much."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and min(finite) > 0.0 and max(finite) / min(finite) > LOG_SPAN:
+        axes.set_yscale("log")
+
+
+def _finish_axes(axes: Axes, epochs: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    margin = 0.02 * epochs if epochs > 1 else 0.5
+    axes.set_xlim(1 - margin, epochs + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.25)
+
+
+def _figure(width: float, height: float = 4.2) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, 4.2), dpi=120, layout="constrained")
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _png(figure: Figure) -> bytes:
+def picture(figure: Figure, kind: str) -> bytes:
+    """A figure as the content of a file: ``kind`` is "png", "svg" or "pdf"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     stream = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(stream, format="png")
+    figure.savefig(stream, format=kind)
     return stream.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    return picture(figure, "png")

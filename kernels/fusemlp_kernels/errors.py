@@ -34,6 +34,10 @@ class BackendUnavailableError(FusemlpError, RuntimeError):
     """A backend, device or precision that this machine or backend does not have."""
 
 
+class MissingLibraryError(FusemlpError, ImportError):
+    """A library of an optional extra that is not installed."""
+
+
 class CheckpointError(FusemlpError, RuntimeError):
     """A checkpoint or run folder that cannot be read, or does not belong to this network."""
 

@@ -311,7 +311,7 @@ def rewritten(source: bytes, target: Path, change: Callable[[dict[str, Any], dic
     content = read_content(target)
     change(content["config"], content["tensors"])
     config = json.dumps(content["config"])
-    digest = module._digest(config, content["tensors"])
+    digest = module.digest_of(config, content["tensors"])
     save_file(content["tensors"], target, metadata={module.CONFIG: config, module.DIGEST: digest})
 
 

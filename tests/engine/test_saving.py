@@ -1,0 +1,245 @@
+"""A model in one safetensors file: read by torch and by NumPy with nothing of fusemlp, and by fusemlp as an engine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+import fusemlp
+from fusemlp import (
+    MLP,
+    SGD,
+    Adam,
+    ArgumentError,
+    ArgumentTypeError,
+    BackendUnavailableError,
+    CheckpointError,
+    Cosine,
+    DivergenceError,
+    Engine,
+    FusemlpError,
+    Huber,
+    LeakyReLU,
+    ParameterOptions,
+    PReLU,
+    load_checkpoint,
+)
+
+SIZES = (6, 9, 7, 5, 3)
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, SIZES[0]))
+LABELS = RNG.integers(0, SIZES[-1], 40)
+VALUES = RNG.normal(size=(40, SIZES[-1]))
+
+TORCH: dict[str, Callable[[], torch.nn.Module]] = {
+    "identity": torch.nn.Identity,
+    "relu": torch.nn.ReLU,
+    "leaky_relu": torch.nn.LeakyReLU,
+    "prelu": torch.nn.PReLU,
+    "sigmoid": torch.nn.Sigmoid,
+    "tanh": torch.nn.Tanh,
+    "gelu": torch.nn.GELU,
+    "silu": torch.nn.SiLU,
+}
+
+
+def sequential(*activations: str) -> torch.nn.Sequential:
+    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(SIZES)]
+    behind = [TORCH[name]() for name in activations]
+    modules = [module for pair in itertools.zip_longest(layers, behind) for module in pair if module is not None]
+    return torch.nn.Sequential(*modules)
+
+
+def trained(*activations: str | fusemlp.Activation, **options: Any) -> Engine:
+    engine = Engine(MLP(SIZES, activation=activations), loss="mse", batch_size=8, seed=3, **options)
+    engine.fit(X, VALUES, epochs=2)
+    return engine
+
+
+@pytest.mark.parametrize(
+    "activations", [("relu", "prelu", "tanh"), ("gelu", "silu", "sigmoid"), ("prelu", "leaky_relu", "prelu")]
+)
+def test_torch_reads_it_into_the_plain_sequential(activations: tuple[str, ...], tmp_path: Path) -> None:
+    engine = trained(*activations, precision="fp64")
+    engine.save(tmp_path / "model.safetensors")
+    module = sequential(*activations).double()
+    module.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        said = module(torch.from_numpy(X)).numpy()
+    np.testing.assert_allclose(said, engine.predict(X), rtol=1e-12, atol=1e-12)
+
+
+def test_numpy_reads_it(tmp_path: Path) -> None:
+    engine = trained("relu", PReLU(0.1), LeakyReLU(0.2))
+    engine.save(str(tmp_path / "model.safetensors"))
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    expected = engine.state_dict()
+    assert sorted(tensors) == sorted(expected)
+    for name, array in expected.items():
+        assert tensors[name].dtype == np.float32
+        np.testing.assert_array_equal(tensors[name], array)
+
+
+def test_the_metadata_describe_the_network(tmp_path: Path) -> None:
+    engine = trained("relu", "prelu", "tanh")
+    engine.save(tmp_path / "m", metadata={"trained on": "noise"})
+    with safe_open(tmp_path / "m", framework="numpy") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["fusemlp_model"])
+    assert MLP.from_config(about["network"]) == engine.network
+    assert about["version"] == fusemlp.__version__
+    assert metadata["trained on"] == "noise"
+    assert metadata["format"] == "pt"
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "regression": lambda: trained("relu", PReLU(0.1), LeakyReLU(0.2), optimizer=SGD(0.1, momentum=0.9)),
+    "double": lambda: trained("silu", "gelu", "tanh", precision="fp64"),
+    "schedule, frozen": lambda: trained(
+        *("relu", "relu", "relu"),
+        optimizer=Adam(Cosine(0.01, warmup=3), per_parameter={"0.*": ParameterOptions(trainable=False)}),
+    ),
+    "huber": lambda: Engine(MLP(SIZES, dropout=0.3), loss=Huber(0.5), optimizer="adamw", seed=7),
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_load_gives_the_same_engine_at_the_beginning_of_a_training(case: str, tmp_path: Path) -> None:
+    engine = ENGINES[case]()
+    engine.save(tmp_path / "m")
+    loaded = fusemlp.load(tmp_path / "m")
+    for name in ("network", "loss", "optimizer", "batch_size", "seed", "precision"):
+        assert getattr(loaded, name) == getattr(engine, name)
+    np.testing.assert_array_equal(loaded.predict(X), engine.predict(X))
+    assert (loaded.update_count, loaded.epochs_trained, loaded.history) == (0, 0, None)
+    new = Engine(
+        engine.network,
+        loss=engine.loss,
+        optimizer=engine.optimizer,
+        batch_size=engine.batch_size,
+        seed=engine.seed,
+        precision=engine.precision,
+    )
+    new.load_state_dict(engine.state_dict())
+    assert loaded.fit(X, VALUES, epochs=2).history == new.fit(X, VALUES, epochs=2).history
+
+
+def test_another_precision_can_be_asked_for(tmp_path: Path) -> None:
+    engine = trained("relu", "relu", "relu")
+    engine.save(tmp_path / "m")
+    double = fusemlp.load(tmp_path / "m", precision="fp64")
+    np.testing.assert_allclose(double.predict(X), engine.predict(X), rtol=1e-4, atol=1e-4)
+    assert double.predict(X).dtype == np.float64
+    with pytest.raises(BackendUnavailableError, match="bf16"):
+        fusemlp.load(tmp_path / "m", backend="numpy", precision="bf16")
+
+
+def test_load_takes_a_checkpoint_with_its_training(tmp_path: Path) -> None:
+    engine = trained("relu", "relu", "relu")
+    engine.save_checkpoint(tmp_path / "c")
+    loaded = fusemlp.load(tmp_path / "c")
+    assert loaded.update_count == engine.update_count > 0
+    assert loaded.fit(X, VALUES, epochs=1).history == engine.fit(X, VALUES, epochs=1).history
+    assert fusemlp.load(tmp_path / "c", precision="fp64").predict(X).dtype == np.float64
+
+
+def test_load_checkpoint_says_that_a_model_is_none(tmp_path: Path) -> None:
+    Engine(MLP(SIZES)).save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"is a model that engine.save wrote.*use fusemlp.load\(path\)"):
+        load_checkpoint(tmp_path / "m")
+
+
+def altered(path: Path) -> None:
+    Engine(MLP(SIZES)).save(path)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+
+
+def newer(path: Path) -> None:
+    from fusemlp.checkpoint import digest_of
+
+    tensors = Engine(MLP(SIZES)).state_dict()
+    config = json.dumps({"format": 99, "version": "9.0"})
+    metadata = {"fusemlp_model": config, "sha256": digest_of(config, tensors)}
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+
+
+WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "there is no model '.*'; expected a file that engine.save wrote"),
+    "folder": (lambda path: path.mkdir(), "is a folder; expected a file that engine.save wrote"),
+    "text": (lambda path: path.write_text("hello"), "is no readable model .*; copy or save it again"),
+    "empty": (lambda path: path.touch(), "is no readable model"),
+    "altered": (altered, "is corrupted: its SHA-256 does not match; copy or save it again"),
+    "newer": (newer, "has format 99, written by fusemlp 9.0; this version reads format 1"),
+    "another's": (
+        lambda path: safetensors.numpy.save_file({"0.weight": np.zeros((2, 2))}, path),
+        r"does not say which network it is of; make the engine.*load_state_dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_what_is_no_model_is_refused(case: str, tmp_path: Path) -> None:
+    make, words = WRONG_FILES[case]
+    make(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=words):
+        fusemlp.load(tmp_path / "m")
+
+
+WRONG_CALLS: dict[str, tuple[Callable[[Engine, Path], None], type[FusemlpError], str]] = {
+    "number": (lambda engine, folder: engine.save(3), ArgumentTypeError, "path: expected the path of a file, got 3"),
+    "folder": (lambda engine, folder: engine.save(folder), ArgumentError, "path: .* is a folder"),
+    "no folder": (lambda engine, folder: engine.save(folder / "n" / "m"), ArgumentError, "mkdir -p"),
+    "metadata": (
+        lambda engine, folder: engine.save(folder / "m", metadata={"epochs": 3}),
+        ArgumentTypeError,
+        "metadata: safetensors keeps str to str only, got 'epochs': 3",
+    ),
+    "reserved": (
+        lambda engine, folder: engine.save(folder / "m", metadata={"sha256": ""}),
+        ArgumentError,
+        "metadata: the names sha256 are the file's own",
+    ),
+    "metadata list": (
+        lambda engine, folder: engine.save(folder / "m", metadata=["a"]),
+        ArgumentTypeError,
+        "metadata: expected a mapping",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+def test_a_wrong_call_leaves_the_file_that_was_there(case: str, tmp_path: Path) -> None:
+    call, kind, words = WRONG_CALLS[case]
+    engine = Engine(MLP(SIZES))
+    engine.save(tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    with pytest.raises(kind, match=words):
+        call(Engine(MLP(SIZES), seed=1), tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_parameters_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    engine = Engine(MLP(SIZES))
+    engine.save(tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    engine.memory.params[:] = np.nan
+    with pytest.raises(DivergenceError, match="no model was written and the one before is kept"):
+        engine.save(tmp_path / "m")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_labels_stay_labels(tmp_path: Path) -> None:
+    engine = Engine(MLP(SIZES), batch_size=8)
+    engine.fit(X, LABELS, epochs=1)
+    engine.save(tmp_path / "m")
+    np.testing.assert_array_equal(fusemlp.load(tmp_path / "m").predict(X), engine.predict(X))
