@@ -145,6 +145,61 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Run,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An ONNX graph (.onnx): features as they are in the data go in, labels or values in original units "
+            "come out.",
+        ),
+    ] = None,
+    safetensors: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The network's parameters by torch's names and its architecture (.safetensors), for fusemlp.load; "
+            "its inputs are the scaled features.",
+        ),
+    ] = None,
+    bare: Annotated[
+        bool,
+        typer.Option(
+            "--bare", help="Leave the scaling of the features, and of a regression's targets, out of the graph."
+        ),
+    ] = False,
+    weights: Weights = "model",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the model of a run as a file for other programs.
+
+    Example: fusemlp export runs/digits-... --onnx digits.onnx
+    """
+    from fusemlp.commands.export import export as answer
+
+    answer(run, onnx=onnx, safetensors=safetensors, bare=bare, weights=weights, force=force, as_json=as_json)
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders that train made.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes: .png, .svg or .pdf.")] = Path(
+        "comparison.png"
+    ),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the curves of several runs into one picture, to compare them."""
+    from fusemlp.commands.plot import plot as answer
+
+    answer(runs, out=out, force=force, as_json=as_json)
+
+
+@app.command()
 def plan(
     sizes: Annotated[
         list[int], typer.Argument(metavar="SIZES...", help="Widths from the input to the output.", show_default=False)

@@ -70,7 +70,7 @@ def onnx_bytes(engine: Engine, preprocessor: Preprocessor | None = None) -> byte
             f"to_onnx: the parameters take {size / 2**30:.1f} GiB, and one ONNX file holds 2; use engine.save(path)"
         )
     if preprocessor is not None:
-        _check_preprocessor(preprocessor)
+        _check_preprocessor(preprocessor, parameters["0.weight"].dtype)
     graph = _Graph(next(iter(parameters.values())).dtype)
     name = INPUT if preprocessor is None else graph.scaled(INPUT, preprocessor)
     for layer, activation in enumerate(engine.network.activations):
@@ -83,7 +83,7 @@ def onnx_bytes(engine: Engine, preprocessor: Preprocessor | None = None) -> byte
     return graph.to_bytes(engine, preprocessor)
 
 
-def _check_preprocessor(preprocessor: Preprocessor) -> None:
+def _check_preprocessor(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
     words = [
         name
         for name, categories in zip(preprocessor.feature_names, preprocessor.categories, strict=True)
@@ -95,7 +95,7 @@ def _check_preprocessor(preprocessor: Preprocessor) -> None:
             "export the network alone, whose inputs are the columns as transform_features leaves them"
         )
     ratios = np.abs(preprocessor.feature_shift) / np.array(preprocessor.feature_scale)
-    if ratios.size and ratios.max() > FARTHEST:
+    if real == np.float32 and ratios.max() > FARTHEST:
         column = int(np.argmax(ratios))
         warnings.warn(
             f"preprocessor: the feature {preprocessor.feature_names[column]!r} lies {ratios[column]:.2g} times its "

@@ -44,15 +44,20 @@ def save(engine: Engine, path: str | Path, *, metadata: Mapping[str, str] | None
     Raises ArgumentError or ArgumentTypeError for an impossible path or metadata, DivergenceError where parameters are
     no longer finite, OSError from the disk; a file that was at ``path`` is then still there, whole.
     """
+    target = target_file(path)
+    write_atomically(target, model_bytes(engine, metadata))
+
+
+def model_bytes(engine: Engine, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What ``save`` writes."""
     from safetensors.numpy import save as to_bytes
 
-    target = target_file(path)
     own = _checked_metadata(metadata)
     tensors = engine.state_dict()
     check_finite(tensors, "model")
     config = json.dumps({"format": FORMAT, **description(engine)})
     entries = {MODEL: config, DIGEST: digest_of(config, tensors), "format": "pt", **own}
-    write_atomically(target, to_bytes(tensors, metadata=entries))
+    return to_bytes(tensors, metadata=entries)
 
 
 def _checked_metadata(given: Mapping[str, str] | None) -> dict[str, str]:

@@ -22,6 +22,7 @@ from fusemlp_kernels.errors import (
     DivergenceError,
     DTypeError,
     FusemlpError,
+    MissingLibraryError,
     ShapeError,
 )
 
@@ -35,7 +36,7 @@ def run(*arguments: str) -> int:
     return code
 
 
-COMMANDS = ("train", "evaluate", "predict", "plan", "lr-find", "doctor")
+COMMANDS = ("train", "evaluate", "predict", "export", "plot", "plan", "lr-find", "doctor")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +94,7 @@ EXIT_CODES: dict[type[FusemlpError], int] = {
     BackendUnavailableError: 1,
     CheckpointError: 1,
     DivergenceError: 1,
+    MissingLibraryError: 1,
 }
 
 

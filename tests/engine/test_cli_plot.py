@@ -1,0 +1,93 @@
+"""``fusemlp plot``: several runs in one picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusemlp import cli, plots
+from fusemlp.runs import Run
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of ``fusemlp`` with these arguments."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def made(path: Path, metrics: str, loss: str = "cross_entropy") -> Path:
+    """A run folder with what the command reads."""
+    path.mkdir(parents=True)
+    Run(path).config.write_text(json.dumps({"format": 1, "loss": {"kind": loss}}))
+    Run(path).metrics.write_text(metrics)
+    return path
+
+
+CLASSES = "epoch,loss,accuracy,val_loss,val_accuracy\n1,1.0,0.5,1.1,0.4\n2,0.5,0.8,0.7,0.6\n"
+VALUES = "epoch,loss\n1,2.0\n2,1.0\n3,0.5\n"
+
+
+def test_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = made(tmp_path / "a", CLASSES), made(tmp_path / "b", VALUES, "mse")
+    assert run("plot", one, other, "--out", tmp_path / "both.png") == 0
+    assert capsys.readouterr().out == f"plot {tmp_path / 'both.png'}\n"
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert run("plot", one, "--out", tmp_path / "one.svg", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": [str(one)], "plot": str(tmp_path / "one.svg")}
+    assert b"<svg" in (tmp_path / "one.svg").read_bytes()
+
+
+def test_the_picture_says_which_run_is_which(tmp_path: Path) -> None:
+    runs = [
+        plots.Curves("first", {"loss": [3.0, 1.0], "val_loss": [2.0, 1.5]}, "mse"),
+        plots.Curves("second", {"loss": [3.0, 1.0, 0.5], "accuracy": [0.1, 0.2, 0.3]}, "mse"),
+    ]
+    figure = plots.comparison_figure(runs, title="two")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["first", "second", "training", "validation"]
+    loss, accuracy = figure.axes
+    assert [list(line.get_ydata()) for line in loss.get_lines()] == [[3.0, 1.0], [2.0, 1.5], [3.0, 1.0, 0.5]]
+    assert [line.get_linestyle() for line in loss.get_lines()] == ["--", "-", "--"]
+    assert loss.get_lines()[0].get_color() == loss.get_lines()[1].get_color() != loss.get_lines()[2].get_color()
+    assert len(accuracy.get_lines()) == 1
+    assert loss.get_ylabel() == "loss (mse)"
+
+
+def test_losses_of_different_kinds_are_named_with_the_runs() -> None:
+    runs = [plots.Curves("a", {"loss": [1.0]}, "mse"), plots.Curves("b", {"loss": [1.0]}, "mae")]
+    figure = plots.comparison_figure(runs, title="two")
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["a (mse)", "b (mae)"]
+    assert figure.axes[0].get_ylabel() == "loss"
+
+
+def test_runs_of_the_same_name_go_by_their_paths(tmp_path: Path) -> None:
+    from fusemlp.commands.plot import names
+
+    assert names([Path("x/run"), Path("y/other")]) == ["run", "other"]
+    assert names([Path("x/run"), Path("y/run")]) == [str(Path("x/run")), str(Path("y/run"))]
+
+
+def test_what_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good, empty = made(tmp_path / "good", CLASSES), made(tmp_path / "empty", "")
+    (tmp_path / "there.png").write_text("old")
+    for arguments, code, words in (
+        ((), 2, "Missing argument"),
+        ((good, "nowhere"), 1, "'nowhere' is not a run folder"),
+        ((good, empty), 1, "has no complete epoch yet"),
+        ((good, "--out", "x.jpg"), 2, "--out: expected a file name ending in .png or .svg or .pdf"),
+        ((good, "--out", "there.png"), 2, "exists; give another name, or --force"),
+    ):
+        assert run("plot", *arguments) == code
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("plot", good) == 1
+    assert "it needs matplotlib: pip install 'fusemlp[plot]'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "good", "there.png"]
