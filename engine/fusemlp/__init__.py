@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fusemlp._version import __version__
 
 if TYPE_CHECKING:
-    from fusemlp.callbacks import Callback
+    from fusemlp.callbacks import Callback, CSVLogger, EarlyStopping, ModelCheckpoint, ProgressBar, TensorBoard
     from fusemlp.checkpoint import load_checkpoint
     from fusemlp.data import load_data
     from fusemlp.engine import Engine
@@ -55,6 +55,7 @@ __all__ = [
     "ArgumentTypeError",
     "BackendUnavailableError",
     "BinaryCrossEntropy",
+    "CSVLogger",
     "Callback",
     "CheckpointError",
     "Constant",
@@ -63,6 +64,7 @@ __all__ = [
     "DTypeError",
     "DataError",
     "DivergenceError",
+    "EarlyStopping",
     "Engine",
     "Exponential",
     "FusemlpError",
@@ -72,16 +74,19 @@ __all__ = [
     "LearningRateSweep",
     "Loss",
     "MissingLibraryError",
+    "ModelCheckpoint",
     "OneCycle",
     "Optimizer",
     "PReLU",
     "ParameterOptions",
     "Poisson",
+    "ProgressBar",
     "Quantile",
     "ReduceOnPlateau",
     "Schedule",
     "ShapeError",
     "StepDecay",
+    "TensorBoard",
     "__version__",
     "load",
     "load_checkpoint",
@@ -117,7 +122,14 @@ _NAMES = {
         "Schedule",
         "StepDecay",
     ),
-    "fusemlp.callbacks": ("Callback",),
+    "fusemlp.callbacks": (
+        "CSVLogger",
+        "Callback",
+        "EarlyStopping",
+        "ModelCheckpoint",
+        "ProgressBar",
+        "TensorBoard",
+    ),
     "fusemlp.history": ("History",),
     "fusemlp_kernels.errors": (
         "ArgumentError",

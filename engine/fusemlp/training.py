@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.callbacks import checked_callbacks, deferred_interrupt, overrides
+from fusemlp.callbacks import check_logs, checked_callbacks, deferred_interrupt, overrides
 from fusemlp.history import FitState, History
 from fusemlp.inference import metrics_of
 from fusemlp.lowering import Inputs
@@ -175,12 +175,17 @@ class _Fit:
         rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
         order = self.order(state.epoch)
         copy, run = engine.memory.backend.copy_into, bound.run
+        starters = [c for c in self.callbacks if overrides(c, "on_batch_begin")]
         watchers = [c for c in self.callbacks if overrides(c, "on_batch_end")]
         if engine.memory.backend.traits.walks_rows:
-            return self._walk(order, watchers, interrupted)
+            return self._walk(order, starters, watchers, interrupted)
         bound.set_row_count(size)
         with np.errstate(all="ignore"):
             while state.batch < self.batches:
+                if starters:
+                    with np.errstate(all="warn"):
+                        for starter in starters:
+                            starter.on_batch_begin(engine, state.batch)
                 start = state.batch * size
                 if start + size <= n:
                     copy(rows, order[start : start + size])
@@ -199,12 +204,14 @@ class _Fit:
                     break
         return state.batch == self.batches
 
-    def _walk(self, order: Array, watchers: list[Any], interrupted: Callable[[], bool]) -> bool:
+    def _walk(self, order: Array, starters: list[Any], watchers: list[Any], interrupted: Callable[[], bool]) -> bool:
         """``_epoch`` on a backend that moves from batch to batch by itself."""
         engine, state, bound = self.engine, self.state, self.bound
         bound.set_rows(order[: self.batches * self.batch_size], state.batch, self.batch_size)
         while state.batch < self.batches:
-            count = 1 if watchers else min(self.batches - state.batch, UNINTERRUPTED)
+            count = 1 if starters or watchers else min(self.batches - state.batch, UNINTERRUPTED)
+            for starter in starters:
+                starter.on_batch_begin(engine, state.batch)
             bound.run_many(count)
             state.batch += count
             for watcher in watchers:
@@ -307,7 +314,8 @@ def fit(
     (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0.
 
     validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch. early_stopping: end when val_loss has
-    not improved for so many epochs, and go back to the best weights. callbacks: objects like ``Callback``.
+    not improved for so many epochs, and go back to the best weights. callbacks: objects like ``Callback``, or like
+    Keras's (``fusemlp.callbacks``).
 
     The order of the rows is a function of seed and epoch; ``shuffle=False`` keeps the rows as they are, ``row_order``
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
@@ -329,6 +337,7 @@ def fit(
     if patience is not None and validation is None:
         raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
     listeners = checked_callbacks(callbacks)
+    check_logs(listeners, _logged(engine, targets, validation))
     if drop_last and len(features) < engine.batch_size:
         raise ArgumentError(
             f"drop_last: {len(features)} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
@@ -350,7 +359,20 @@ def fit(
         resume=resume,
     )
     _warn(engine, features, targets, epochs * loop.batches)
-    return loop.run()
+    try:
+        return loop.run()
+    finally:
+        for listener in listeners:
+            if overrides(listener, "on_exit"):
+                listener.on_exit(engine)
+
+
+def _logged(engine: Engine, targets: Targets, validation: _Validation | None) -> list[str]:
+    """The names of what is logged of an epoch, in their order."""
+    names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
+    if validation is not None:
+        names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.targets) else [])]
+    return [*names, "learning_rate"]
 
 
 def _validation(engine: Engine, given: Any) -> _Validation | None:

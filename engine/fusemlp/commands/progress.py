@@ -1,23 +1,13 @@
-"""Progress of a training on stderr: a bar on a terminal, one line an epoch elsewhere, or nothing.
-
-Only the end of an epoch is listened to, and the bar is redrawn at most ten times a second and by no thread of its own:
-what is shown costs the training nothing that could be noticed.
-"""
+"""Progress of a training on stderr, or nothing."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fusemlp.callbacks import Callback
+from fusemlp.callbacks.progress import Show, shown
 from fusemlp.engine import Engine
-
-REDRAW = 0.1  # seconds
-BAR = 16  # characters
-
-Show = Callable[[int, dict[str, float]], None]
 
 
 class _OnEpochEnd(Callback):
@@ -30,67 +20,11 @@ class _OnEpochEnd(Callback):
         self.show(epoch + 1, logs)
 
 
-# In the bar, whose end may be cut off, what matters most stands first.
-_ORDER = ("loss", "val_loss", "val_accuracy", "accuracy", "learning_rate")
-
-
-def figures(logs: dict[str, float]) -> str:
-    """``loss 0.1234  accuracy 0.9612  ...`` of an epoch."""
-    return "  ".join(f"{'lr' if name == 'learning_rate' else name} {value:.4g}" for name, value in logs.items())
-
-
 @contextmanager
 def progress(epochs: int, *, done: int = 0, quiet: bool = False) -> Iterator[list[Callback]]:
     """The callbacks that show a training of ``epochs`` epochs, ``done`` of which lie behind it."""
     if quiet:
         yield []
-    elif sys.stderr.isatty():
-        with _bar(epochs, done) as show:
-            yield [_OnEpochEnd(show)]
-    else:
-        yield [_OnEpochEnd(_lines(epochs))]
-
-
-def _lines(epochs: int) -> Show:
-    began = time.perf_counter()
-
-    def show(done: int, logs: dict[str, float]) -> None:
-        seconds = time.perf_counter() - began
-        print(f"epoch {done}/{epochs}  {figures(logs)}  {seconds:.1f} s", file=sys.stderr, flush=True)
-
-    return show
-
-
-@contextmanager
-def _bar(epochs: int, done: int) -> Iterator[Show]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    counter = TextColumn("epoch {task.completed:.0f}/{task.total:.0f}")
-    columns = (counter, BarColumn(BAR), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-    console = Console(stderr=True)
-    # Four columns with a blank between them, the third 7 wide: the figures get the rest, so that no column is squeezed.
-    room = console.width - len(f"epoch {epochs}/{epochs}") - BAR - 7 - 4
-    drawn = 0.0
-    with Progress(*columns, console=console, auto_refresh=False) as bar:
-        task = bar.add_task("", total=epochs, completed=done, figures="")
-        bar.refresh()
-        latest: tuple[int, dict[str, float]] | None = None
-
-        def draw(completed: int, logs: dict[str, float]) -> None:
-            text = figures({name: logs[name] for name in _ORDER if name in logs})
-            bar.update(task, completed=completed, figures=text[: max(room, 0)], refresh=True)
-
-        def show(completed: int, logs: dict[str, float]) -> None:
-            nonlocal drawn, latest
-            latest = completed, logs
-            now = time.monotonic()
-            if now - drawn >= REDRAW:
-                drawn, latest = now, None
-                draw(completed, logs)
-
-        try:
-            yield show
-        finally:
-            if latest is not None:
-                draw(*latest)
+        return
+    with shown(epochs, done=done) as show:
+        yield [_OnEpochEnd(show)]

@@ -1,0 +1,26 @@
+"""Callbacks: objects that ``fit`` tells of its stages, in the library's form or in Keras's; and some ready-made ones.
+
+``EarlyStopping``, ``ModelCheckpoint``, ``CSVLogger`` and ``TensorBoard`` take Keras's arguments and mean by them what
+Keras means; ``ProgressBar`` shows how far a training is.
+"""
+
+from __future__ import annotations
+
+from fusemlp.callbacks.forms import Callback, check_logs, checked_callbacks, overrides
+from fusemlp.callbacks.interrupt import deferred_interrupt
+from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
+from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint
+from fusemlp.callbacks.progress import ProgressBar
+
+__all__ = [
+    "CSVLogger",
+    "Callback",
+    "EarlyStopping",
+    "ModelCheckpoint",
+    "ProgressBar",
+    "TensorBoard",
+    "check_logs",
+    "checked_callbacks",
+    "deferred_interrupt",
+    "overrides",
+]

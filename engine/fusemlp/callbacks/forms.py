@@ -1,0 +1,246 @@
+"""The two forms of a callback, the library's own and Keras's, and how ``fit`` calls either.
+
+Any object with some of the methods is a callback. In the library's form (``Callback``) the engine is the first
+argument: ``on_epoch_end(engine, epoch, logs)``. In Keras's it is an attribute: ``on_epoch_end(epoch, logs)``, with the
+engine in ``self.model`` (set by the object's ``set_model``, where it has one). Which form an object has is read off its
+signatures before anything has changed.
+
+Scalars are read from the device once an epoch: the ``logs`` of Keras's batch methods and of ``on_epoch_begin`` are
+empty, those of ``on_train_end`` are the last epoch's. Keras's methods around tests and predictions are not called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fusemlp_kernels.errors import ArgumentTypeError
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+    from fusemlp.history import History
+
+# The parameters of each method in the library's form and in Keras's.
+OWN: dict[str, tuple[str, ...]] = {
+    "on_train_begin": ("engine",),
+    "on_epoch_begin": ("engine", "epoch"),
+    "on_batch_begin": ("engine", "batch"),
+    "on_batch_end": ("engine", "batch"),
+    "on_epoch_end": ("engine", "epoch", "logs"),
+    "on_train_end": ("engine", "history"),
+    "on_exit": ("engine",),
+}
+KERAS: dict[str, tuple[str, ...]] = {
+    "on_train_begin": ("logs",),
+    "on_epoch_begin": ("epoch", "logs"),
+    "on_batch_begin": ("batch", "logs"),
+    "on_train_batch_begin": ("batch", "logs"),
+    "on_batch_end": ("batch", "logs"),
+    "on_train_batch_end": ("batch", "logs"),
+    "on_epoch_end": ("epoch", "logs"),
+    "on_train_end": ("logs",),
+    "on_exit": (),
+}
+# Keras has two names for these.
+TWINS = {"on_batch_begin": "on_train_batch_begin", "on_batch_end": "on_train_batch_end"}
+
+
+class Callback:
+    """Told of the stages of ``fit``; override what you need. Epochs and batches count from 0.
+
+    Setting ``engine.stop_training`` ends the training after the batch.
+    """
+
+    def on_train_begin(self, engine: Engine) -> None:
+        """Before the first epoch."""
+
+    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
+        """Before an epoch's first batch."""
+
+    def on_batch_begin(self, engine: Engine, batch: int) -> None:
+        """Before each batch of an epoch."""
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        """After each batch of an epoch."""
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        """After an epoch; ``logs`` is what the history receives."""
+
+    def on_train_end(self, engine: Engine, history: History) -> None:
+        """After the last epoch, also when training was interrupted."""
+
+    def on_exit(self, engine: Engine) -> None:
+        """When ``fit`` is left in whatever way, by an error too: the place to close files."""
+
+
+class KerasForm(Callback):
+    """An object of Keras's form in the library's."""
+
+    def __init__(self, listener: Any) -> None:
+        self.listener = listener
+
+    def _tell(self, stage: str, *arguments: Any) -> None:
+        method = _method(self.listener, stage)
+        if method is not None:
+            method(*arguments)
+
+    def on_train_begin(self, engine: Engine) -> None:
+        state = engine.fit_state
+        epochs = None if state is None else state.last_epoch - first_epoch(engine)
+        if hasattr(self.listener, "set_params"):
+            self.listener.set_params({"epochs": epochs, "steps": None, "verbose": 0})
+        if hasattr(self.listener, "set_model"):
+            self.listener.set_model(engine)
+        else:
+            # An object that takes no attributes does without.
+            with contextlib.suppress(AttributeError):
+                self.listener.model = engine
+        self._tell("on_train_begin", {})
+
+    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
+        self._tell("on_epoch_begin", epoch, {})
+
+    def on_batch_begin(self, engine: Engine, batch: int) -> None:
+        self._tell("on_batch_begin", batch, {})
+        self._tell("on_train_batch_begin", batch, {})
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        self._tell("on_batch_end", batch, {})
+        self._tell("on_train_batch_end", batch, {})
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        self._tell("on_epoch_end", epoch, logs)
+
+    def on_train_end(self, engine: Engine, history: History) -> None:
+        self._tell("on_train_end", {name: values[-1] for name, values in history.history.items()})
+
+    def on_exit(self, engine: Engine) -> None:
+        self._tell("on_exit")
+
+
+def first_epoch(engine: Engine) -> int:
+    """The number of the epoch with which the running ``fit`` began, also where that was before it was resumed."""
+    state = engine.fit_state
+    if state is None:
+        return engine.epochs_trained
+    return state.history.epochs[0] if state.history.epochs else state.epoch
+
+
+def _method(listener: Any, stage: str) -> Any:
+    """The method that an object has of its own for a stage, or None; what ``Callback`` or Keras's do not count."""
+    method = getattr(listener, stage, None)
+    if not callable(method):
+        return None
+    function = getattr(method, "__func__", method)
+    # Keras marks the empty methods of its base class so.
+    placeholder = function is getattr(Callback, stage, None) or getattr(function, "_is_default", False) is True
+    return None if placeholder else method
+
+
+def overrides(callback: Any, stage: str) -> bool:
+    """Whether a callback wants to hear of a stage."""
+    if isinstance(callback, KerasForm):
+        names = [stage, TWINS.get(stage, stage)]
+        return any(_method(callback.listener, name) is not None for name in names)
+    return _method(callback, stage) is not None
+
+
+def checked_callbacks(given: Any) -> list[Any]:
+    """The callbacks in the library's form; ArgumentTypeError for what is none, or is of both forms."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = [given]
+    return [_in_own_form(listener) for listener in given]
+
+
+def check_logs(callbacks: Sequence[Any], names: Sequence[str]) -> None:
+    """Let those that watch a quantity of ``logs`` say, before the training, that there will be none of that name."""
+    for callback in callbacks:
+        listener = callback.listener if isinstance(callback, KerasForm) else callback
+        if isinstance(listener, Watching):
+            listener.check_logs(names)
+
+
+class Watching:
+    """What the library's own callbacks of Keras's form have in common: the engine, and a check before the training."""
+
+    model: Engine
+
+    def set_model(self, model: Engine) -> None:
+        """The engine that is being trained."""
+        self.model = model
+
+    def check_logs(self, names: Sequence[str]) -> None:
+        """Raise ArgumentError if it could not work with logs of these ``names``."""
+
+
+def _in_own_form(listener: Any) -> Any:
+    own = {stage: method for stage in OWN | KERAS if (method := _method(listener, stage)) is not None}
+    if isinstance(listener, type) or not (own or isinstance(listener, Callback | Watching)):
+        mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
+        raise ArgumentTypeError(
+            f"callbacks: expected objects with one of the methods {', '.join(OWN)}, got {listener!r}{mend}"
+        )
+    if isinstance(listener, KerasForm):
+        return listener
+    if hasattr(listener, "set_model") or hasattr(listener, "set_params"):
+        for stage, method in own.items():
+            if stage in KERAS and not _takes(method, KERAS[stage]):
+                raise _wrong_signature(listener, stage, method)
+        return KerasForm(listener)
+    forms = {stage: _form(listener, stage, method) for stage, method in own.items()}
+    of_keras = [stage for stage, form in forms.items() if form == "keras"]
+    of_library = [stage for stage, form in forms.items() if form == "own"]
+    if of_keras and of_library:
+        raise ArgumentTypeError(
+            f"callbacks: {type(listener).__name__}.{_written(of_keras[0], KERAS)} has Keras's form and "
+            f"{_written(of_library[0], OWN)} the library's; use one of them for all methods"
+        )
+    return KerasForm(listener) if of_keras else listener
+
+
+def _form(listener: Any, stage: str, method: Any) -> str | None:
+    """ "own" or "keras", by the number of parameters, then by their names; None where a method could be either's."""
+    fits_own = stage in OWN and _takes(method, OWN[stage])
+    fits_keras = stage in KERAS and _takes(method, KERAS[stage])
+    if not fits_own and not fits_keras:
+        raise _wrong_signature(listener, stage, method)
+    if fits_own != fits_keras:
+        return "own" if fits_own else "keras"
+    names = _parameters(method)
+    if names[:1] == ["engine"]:
+        return "own"
+    position = KERAS[stage].index("logs") if "logs" in KERAS[stage] else -1
+    return "keras" if names[position : position + 1] == ["logs"] else None
+
+
+def _takes(method: Any, parameters: Sequence[str]) -> bool:
+    """Whether a method can be called with so many arguments; one that does not tell its signature can."""
+    try:
+        inspect.signature(method).bind(*parameters)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
+def _parameters(method: Any) -> list[str]:
+    try:
+        return list(inspect.signature(method).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _written(stage: str, form: dict[str, tuple[str, ...]]) -> str:
+    return f"{stage}({', '.join(form[stage])})"
+
+
+def _wrong_signature(listener: Any, stage: str, method: Any) -> ArgumentTypeError:
+    expected = [_written(stage, OWN)] if stage in OWN else []
+    expected += [f"{_written(stage, KERAS)} as in Keras"] if stage in KERAS else []
+    return ArgumentTypeError(
+        f"callbacks: {type(listener).__name__}.{stage}{inspect.signature(method)} cannot be called; expected "
+        f"{' or '.join(expected)}"
+    )

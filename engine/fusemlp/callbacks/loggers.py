@@ -1,0 +1,116 @@
+"""Callbacks that write down what is logged: ``CSVLogger`` and ``TensorBoard``, with Keras's arguments."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusemlp.callbacks.forms import Watching
+from fusemlp.network import check_flag
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
+
+HINT = "pip install 'fusemlp[tensorboard]'"
+
+
+class CSVLogger(Watching):
+    """Writes a row of the logs after each epoch: the epoch, from 0 as in Keras, and what the history receives.
+
+    The file begins anew with each ``fit`` unless ``append``, which goes on below a header of the same columns.
+    """
+
+    def __init__(self, filename: str | os.PathLike[str], separator: str = ",", append: bool = False) -> None:
+        if not isinstance(filename, str | os.PathLike):
+            raise ArgumentTypeError(f"filename: expected the path of a file, got {filename!r}")
+        if not isinstance(separator, str) or len(separator) != 1 or separator in '"\r\n':
+            raise ArgumentError(f"separator: expected one character such as ',', got {separator!r}")
+        self.filename = os.fspath(filename)
+        self.separator = separator
+        self.append = check_flag("append", append)
+        self.columns: list[str] = []
+
+    def check_logs(self, names: Sequence[str]) -> None:
+        path = Path(self.filename)
+        if path.exists() and not path.is_file():
+            raise ArgumentError(f"filename: {self.filename!r} is no file; expected a file, there already or new")
+        if not path.parent.is_dir():
+            folder = str(path.parent)
+            raise ArgumentError(f"filename: there is no folder {folder!r}; make it first: mkdir -p {folder}")
+        self.columns = ["epoch", *names]
+        if self._continues():
+            with path.open(encoding="utf-8", newline="") as stream:
+                header = next(csv.reader(stream, delimiter=self.separator))
+            if header != self.columns:
+                raise ArgumentError(
+                    f"append: {self.filename!r} has the columns {', '.join(header)}, and this fit logs "
+                    f"{', '.join(self.columns)}; give another filename"
+                )
+
+    def _continues(self) -> bool:
+        path = Path(self.filename)
+        return self.append and path.exists() and path.stat().st_size > 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Write the header."""
+        if not self._continues():
+            self._write(self.columns, "w")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Write a row; it is in the file when this returns."""
+        self._write([epoch, *(repr(logs[name]) for name in self.columns[1:])], "a")
+
+    def _write(self, row: Sequence[Any], mode: str) -> None:
+        with open(self.filename, mode, encoding="utf-8", newline="") as stream:
+            csv.writer(stream, delimiter=self.separator, lineterminator="\n").writerow(row)
+
+
+class TensorBoard(Watching):
+    """Writes the logs of each epoch for ``tensorboard --logdir LOG_DIR``; needs the extra ``tensorboard``.
+
+    As Keras does: ``epoch_loss``, ``epoch_accuracy`` and ``epoch_learning_rate`` in the run ``train``, what was
+    validated under the same names in the run ``validation``; the step is the epoch, from 0.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str] = "logs") -> None:
+        if not isinstance(log_dir, str | os.PathLike):
+            raise ArgumentTypeError(f"log_dir: expected the path of a folder, got {log_dir!r}")
+        self.log_dir = os.fspath(log_dir)
+        self._writers: dict[str, Any] = {}
+
+    def check_logs(self, names: Sequence[str]) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise MissingLibraryError(f"TensorBoard: it needs the library tensorboard: {HINT}")
+        if Path(self.log_dir).exists() and not Path(self.log_dir).is_dir():
+            raise ArgumentError(f"log_dir: {self.log_dir!r} is a file; expected a folder, there already or new")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Write the scalars; they are on the disk when this returns."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        parts: dict[str, list[Any]] = {"train": [], "validation": []}
+        for name, value in logs.items():
+            part, tag = ("validation", name.removeprefix("val_")) if name.startswith("val_") else ("train", name)
+            parts[part].append(Summary.Value(tag=f"epoch_{tag}", simple_value=value))
+        for part, values in parts.items():
+            if values:
+                writer = self._writer(part)
+                writer.add_event(Event(step=epoch, wall_time=time.time(), summary=Summary(value=values)))
+                writer.flush()
+
+    def _writer(self, part: str) -> Any:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if part not in self._writers:
+            self._writers[part] = EventFileWriter(str(Path(self.log_dir, part)))
+        return self._writers[part]
+
+    def on_exit(self) -> None:
+        """Close the files."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()

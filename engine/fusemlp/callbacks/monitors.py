@@ -1,0 +1,219 @@
+"""Callbacks that act on a quantity: ``EarlyStopping`` and ``ModelCheckpoint``, with Keras's arguments."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusemlp.callbacks.forms import Watching
+from fusemlp.network import check_choice, check_flag
+from fusemlp.validation import Array, as_count, as_number
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+
+MODES = ("auto", "min", "max")
+SUFFIX = ".safetensors"
+
+log = logging.getLogger("fusemlp.callbacks")
+
+
+class Monitor(Watching):
+    """Watches a quantity of the logs for a new best value."""
+
+    def __init__(self, monitor: str, mode: str, min_delta: float = 0.0) -> None:
+        if not isinstance(monitor, str):
+            raise ArgumentTypeError(f"monitor: expected a name such as 'val_loss', got {monitor!r}")
+        self.monitor = monitor
+        self.mode = check_choice("mode", mode, MODES)
+        # Keras takes the absolute value too
+        self.min_delta = abs(as_number("min_delta", min_delta))
+        grows = monitor.removeprefix("val_") == "accuracy" if self.mode == "auto" else self.mode == "max"
+        self.sign = 1.0 if grows else -1.0
+        self.worst = -self.sign * math.inf
+        self.best = self.worst
+
+    def check_logs(self, names: Sequence[str]) -> None:
+        if self.monitor not in names:
+            validation = "; give validation_data to fit" if self.monitor.startswith("val_") else ""
+            raise ArgumentError(
+                f"monitor: {self.monitor!r} is not among what this fit logs ({', '.join(names)}){validation}"
+            )
+
+    def better(self, current: float, reference: float) -> bool:
+        """Whether ``current`` is better than ``reference`` by more than ``min_delta``."""
+        return self.sign * (current - reference) > self.min_delta
+
+    def recorded(self) -> list[float]:
+        """What was logged before this ``fit`` was resumed."""
+        history = self.model.history
+        return [] if history is None else list(history.history.get(self.monitor, ()))
+
+
+class EarlyStopping(Monitor):
+    """Ends the training when a quantity has not become better for ``patience`` epochs.
+
+    Better is: by more than ``min_delta``, downwards (``mode`` "min") or upwards ("max"); "auto" is upwards for
+    accuracies. Until the quantity is better than ``baseline``, the epochs count as without success whatever it does.
+    The first ``start_from_epoch`` epochs of the fit are not looked at. ``restore_best_weights`` goes back to the
+    weights of the best epoch at the end of the training, also where it ran its full length, but not after Ctrl-C.
+
+    In a resumed fit it goes on counting where it was. The best weights of before are not in a checkpoint, though:
+    ``fit(early_stopping=patience)`` keeps them there.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        min_delta: float = 0.0,
+        patience: int = 0,
+        verbose: int = 0,
+        mode: str = "auto",
+        baseline: float | None = None,
+        restore_best_weights: bool = False,
+        start_from_epoch: int = 0,
+    ) -> None:
+        super().__init__(monitor, mode, min_delta)
+        self.patience = as_count("patience", patience, minimum=0)
+        self.verbose = as_count("verbose", verbose, minimum=0)
+        self.baseline = None if baseline is None else as_number("baseline", baseline)
+        self.restore_best_weights = check_flag("restore_best_weights", restore_best_weights)
+        self.start_from_epoch = as_count("start_from_epoch", start_from_epoch, minimum=0)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.wait, self.best = 0, self.worst
+        self.best_epoch: int | None = None
+        self.best_weights: dict[str, Array] | None = None
+        self.stopped_epoch: int | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Start counting, or go on where a resumed fit was."""
+        self._begin()
+        history = self.model.history
+        for index, value in enumerate(self.recorded()):
+            if self._improves(index, value) and history is not None:
+                self.best_epoch = history.epochs[index]
+        if self.restore_best_weights and self.best_epoch is not None:
+            warnings.warn(
+                f"EarlyStopping: the weights of the best epoch so far ({self.best_epoch + 1}) are not in the "
+                "checkpoint and cannot be restored; fit(early_stopping=patience) keeps them",
+                stacklevel=2,
+            )
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Look at the quantity, and end the training when patience is out."""
+        history = self.model.history
+        index = epoch if history is None else history.epochs.index(epoch)
+        if self._improves(index, logs[self.monitor]):
+            self.best_epoch = epoch
+            if self.restore_best_weights:
+                self.best_weights = self.model.state_dict()
+        elif self.wait >= self.patience and index > 0 and index >= self.start_from_epoch:
+            self.stopped_epoch = epoch
+            self.model.stop_training = True
+
+    def _improves(self, index: int, current: float) -> bool:
+        """Count the epoch ``index`` of this fit; whether it is the best so far."""
+        if index < self.start_from_epoch:
+            return False
+        self.wait += 1
+        if not self.better(current, self.best):
+            return False
+        self.best = current
+        if self.baseline is None or self.better(current, self.baseline):
+            self.wait = 0
+        return True
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Go back to the best weights if wanted, and leave a note in the history."""
+        history = self.model.history
+        interrupted = history is not None and history.stopped.startswith("interrupted")
+        restored = self.restore_best_weights and self.best_weights is not None and not interrupted
+        if restored and self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        if self.stopped_epoch is not None:
+            reason = f"{self.monitor} has not improved for {self.wait} epochs"
+            if restored and self.best_epoch is not None:
+                reason += f"; the weights of epoch {self.best_epoch + 1} were restored"
+            if history is not None and not interrupted:
+                history.stopped = reason
+            log.log(logging.INFO if self.verbose else logging.DEBUG, "epoch %d: %s", self.stopped_epoch + 1, reason)
+
+
+class ModelCheckpoint(Monitor):
+    """Saves after each epoch, or after each that is the best so far.
+
+    ``filepath`` ends in .safetensors and may have fields of the epoch, from 1, and of the logs:
+    ``"{epoch:02d}-{val_loss:.3f}.safetensors"``. Its folder must exist. With ``save_best_only`` only those epochs count
+    in which ``monitor`` is better than ever, and than ``initial_value_threshold``. What is saved is a checkpoint, with
+    which the fit can be resumed; with ``save_weights_only`` the model alone, as ``engine.save`` does it.
+    ``fusemlp.load`` reads both.
+    """
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: str = "epoch",
+        initial_value_threshold: float | None = None,
+    ) -> None:
+        super().__init__(monitor, mode)
+        if not isinstance(filepath, str | os.PathLike):
+            raise ArgumentTypeError(f"filepath: expected the path of a file, got {filepath!r}")
+        self.filepath = os.fspath(filepath)
+        if not self.filepath.endswith(SUFFIX):
+            raise ArgumentError(f"filepath: expected a name ending in {SUFFIX}, got {self.filepath!r}")
+        if save_freq != "epoch":
+            raise ArgumentError(f"save_freq: only 'epoch' is supported, got {save_freq!r}")
+        self.verbose = as_count("verbose", verbose, minimum=0)
+        self.save_best_only = check_flag("save_best_only", save_best_only)
+        self.save_weights_only = check_flag("save_weights_only", save_weights_only)
+        threshold = initial_value_threshold
+        self.threshold = self.worst if threshold is None else as_number("initial_value_threshold", threshold)
+
+    def check_logs(self, names: Sequence[str]) -> None:
+        if self.save_best_only:
+            super().check_logs(names)
+        try:
+            example = self._path(0, dict.fromkeys(names, 0.0))
+        except (LookupError, ValueError) as error:
+            raise ArgumentError(
+                f"filepath: the fields of {self.filepath!r} cannot be filled in ({error}); there are epoch, "
+                f"{', '.join(names)}"
+            ) from error
+        if not example.parent.is_dir():
+            folder = str(example.parent)
+            raise ArgumentError(f"filepath: there is no folder {folder!r}; make it first: mkdir -p {folder}")
+        if example.is_dir():
+            raise ArgumentError(f"filepath: {str(example)!r} is a folder; expected a file, there already or new")
+
+    def _path(self, epoch: int, logs: dict[str, float]) -> Path:
+        return Path(self.filepath.format(epoch=epoch + 1, **logs))
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Start from the threshold, or from the best of a fit that is resumed."""
+        self.best = self.threshold
+        for value in self.recorded():
+            if self.better(value, self.best):
+                self.best = value
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Save, if it is time to."""
+        if self.save_best_only:
+            if not self.better(logs[self.monitor], self.best):
+                return
+            self.best = logs[self.monitor]
+        path = self._path(epoch, logs)
+        if self.save_weights_only:
+            self.model.save(path)
+        else:
+            self.model.save_checkpoint(path)
+        log.log(logging.INFO if self.verbose else logging.DEBUG, "epoch %d: saved %s", epoch + 1, path)

@@ -1,0 +1,110 @@
+"""How far a training is, on stderr: a bar on a terminal, one line an epoch elsewhere.
+
+Only the end of an epoch is listened to, and the bar is redrawn at most ten times a second and by no thread of its own:
+what is shown costs the training nothing that could be noticed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from fusemlp.callbacks.forms import Watching, first_epoch
+
+REDRAW = 0.1  # seconds
+BAR = 16  # characters
+
+Show = Callable[[int, dict[str, float]], None]
+
+# In the bar, whose end may be cut off, what matters most stands first.
+_ORDER = ("loss", "val_loss", "val_accuracy", "accuracy", "learning_rate")
+
+
+def figures(logs: dict[str, float]) -> str:
+    """``loss 0.1234  accuracy 0.9612  ...`` of an epoch."""
+    return "  ".join(f"{'lr' if name == 'learning_rate' else name} {value:.4g}" for name, value in logs.items())
+
+
+@contextmanager
+def shown(epochs: int, *, done: int = 0) -> Iterator[Show]:
+    """A function of the number of epochs done and of the last one's figures, which shows them."""
+    if sys.stderr.isatty():
+        with _bar(epochs, done) as show:
+            yield show
+    else:
+        yield _lines(epochs)
+
+
+class ProgressBar(Watching):
+    """Shows on stderr how far a ``fit`` is, with the figures of its last epoch."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._show: Show | None = None
+        self._first = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Draw the bar."""
+        engine = self.model
+        self._first = first_epoch(engine)
+        last = engine.epochs_trained if engine.fit_state is None else engine.fit_state.last_epoch
+        done = engine.epochs_trained - self._first
+        self._show = self._open.enter_context(shown(last - self._first, done=done))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Move the bar on."""
+        if self._show is not None:
+            self._show(epoch + 1 - self._first, logs)
+
+    def on_exit(self) -> None:
+        """Leave the bar as it is."""
+        self._open.close()
+        self._show = None
+
+
+def _lines(epochs: int) -> Show:
+    began = time.perf_counter()
+
+    def show(done: int, logs: dict[str, float]) -> None:
+        seconds = time.perf_counter() - began
+        print(f"epoch {done}/{epochs}  {figures(logs)}  {seconds:.1f} s", file=sys.stderr, flush=True)
+
+    return show
+
+
+@contextmanager
+def _bar(epochs: int, done: int) -> Iterator[Show]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    counter = TextColumn("epoch {task.completed:.0f}/{task.total:.0f}")
+    columns = (counter, BarColumn(BAR), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    console = Console(stderr=True)
+    # Four columns with a blank between them, the third 7 wide: the figures get the rest, so that no column is squeezed.
+    room = console.width - len(f"epoch {epochs}/{epochs}") - BAR - 7 - 4
+    drawn = 0.0
+    with Progress(*columns, console=console, auto_refresh=False) as bar:
+        task = bar.add_task("", total=epochs, completed=done, figures="")
+        bar.refresh()
+        latest: tuple[int, dict[str, float]] | None = None
+
+        def draw(completed: int, logs: dict[str, float]) -> None:
+            text = figures({name: logs[name] for name in _ORDER if name in logs})
+            bar.update(task, completed=completed, figures=text[: max(room, 0)], refresh=True)
+
+        def show(completed: int, logs: dict[str, float]) -> None:
+            nonlocal drawn, latest
+            latest = completed, logs
+            now = time.monotonic()
+            if now - drawn >= REDRAW:
+                drawn, latest = now, None
+                draw(completed, logs)
+
+        try:
+            yield show
+        finally:
+            if latest is not None:
+                draw(*latest)
