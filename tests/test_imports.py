@@ -48,11 +48,12 @@ OWNERS = {
     "cupy": ("fusemlp_kernels.cupy",),
     "cupyx": ("fusemlp_kernels.cupy",),
     "onnx": ("fusemlp.onnx",),
+    "tensorboard": ("fusemlp.callbacks",),
     "torch": ("fusemlp_kernels.triton", "fusemlp.torch"),
     "triton": ("fusemlp_kernels.triton",),
 }
 
-HEAVY = ("torch", "triton", "cupy", "scipy", "sklearn", "typer", "rich", "matplotlib", "pandas")
+HEAVY = ("torch", "triton", "cupy", "scipy", "sklearn", "typer", "rich", "matplotlib", "onnx", "pandas", "tensorboard")
 IMPORT_LIMIT = 0.060  # seconds above `import numpy`
 
 

@@ -65,7 +65,8 @@ def lr_find(
     """Raise the learning rate from ``start`` to ``end`` over ``steps`` updates and watch the loss.
 
     X (n, K), y and sample_weight are as in ``fit``. A copy of the engine with its parameters and a fresh optimizer is
-    trained: the engine itself stays as it is, and the suggested rate is not applied.
+    trained: the engine itself stays as it is, and the suggested rate is not applied. The curve is that of a network yet
+    to be trained, or to be trained on: of one whose loss falls no more it says little.
 
     Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError for what cannot be trained on, and
     DivergenceError where the loss blows up at once.

@@ -124,10 +124,9 @@ def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
         axes.set_ylabel(labels[metric])
     names = [run.name if len({one.loss for one in runs}) == 1 else f"{run.name} ({run.loss})" for run in runs]
     lines = [Line2D([], [], color=_colour(number), linewidth=1.6, label=name) for number, name in enumerate(names)]
-    styles = [
-        Line2D([], [], color="#444444", linewidth=1.0, linestyle="--", label="training"),
-        Line2D([], [], color="#444444", linewidth=1.6, linestyle="-", label="validation"),
-    ]
+    styles = [Line2D([], [], color="#444444", linewidth=1.0, linestyle="--", label="training")]
+    if any("val_loss" in run.history for run in runs):
+        styles.append(Line2D([], [], color="#444444", linewidth=1.6, linestyle="-", label="validation"))
     figure.legend(handles=[*lines, *styles], loc="outside lower center", ncols=len(metrics), frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure

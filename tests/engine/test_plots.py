@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fusemlp import plots
+from fusemlp import ArgumentError, ArgumentTypeError, History, MissingLibraryError, plots
 from fusemlp.diagnosis import overfitting
 
 RISING = {
@@ -84,6 +85,36 @@ def test_the_sweep_marks_the_suggested_rate(drawn: list[Figure]) -> None:
     (axes,) = drawn[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "smoothed loss")
     assert labels(drawn[0], 0) == ["suggested: 0.01"]
+
+
+def recorded(**options: Any) -> History:
+    history = History(**options)
+    for epoch in range(4):
+        history.record(3 + epoch, {name: values[epoch] for name, values in RISING.items()}, 0.1)
+    return history
+
+
+def test_a_history_draws_itself(tmp_path: Path) -> None:
+    figure = recorded(best_epoch=4).plot()
+    assert labels(figure, 0) == ["training", "validation", "best epoch: 2"]
+    assert figure.axes[0].get_ylabel() == "loss"
+    recorded().plot(str(tmp_path / "curves.png"), title="digits")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_history_cannot_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="history: it has no epoch to draw"):
+        History().plot()
+    with pytest.raises(ArgumentError, match=r"expected a file name ending in .png, .svg, .pdf, got '.*c.jpg'"):
+        recorded().plot(tmp_path / "c.jpg")
+    with pytest.raises(ArgumentError, match=r"there is no folder .*mkdir -p"):
+        recorded().plot(tmp_path / "nowhere" / "c.png")
+    with pytest.raises(ArgumentTypeError, match="path: expected the path of a file, got 3"):
+        recorded().plot(3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingLibraryError, match=r"pip install 'fusemlp\[plot\]'"):
+        recorded().plot(tmp_path / "c.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pyplot_is_not_touched(tmp_path: Path) -> None:
