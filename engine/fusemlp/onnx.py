@@ -11,7 +11,7 @@ With a ``Preprocessor`` the graph takes the features as they are in the data, sc
 holds labels, or values in original units. Dropout is for training and left out.
 
 The graph keeps to operators of opset 17 (ONNX 1.12, onnxruntime 1.12): older runtimes than today's read it too.
-Its metadata entry ``fusemlp`` describes network and loss as JSON.
+Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling in the graph.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import importlib
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fusemlp.checkpoint import check_finite, description, target_file, write_ato
 from fusemlp.engine import Engine
 from fusemlp.network import Activation
 from fusemlp.preprocessing import Preprocessor
+from fusemlp.saving import checked_metadata
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 
 Array = np.ndarray[Any, Any]
@@ -45,19 +47,30 @@ FARTHEST = 1e4
 OPERATORS = {"relu": "Relu", "leaky_relu": "LeakyRelu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
-def to_onnx(engine: Engine, path: str | Path, *, preprocessor: Preprocessor | None = None) -> None:
+def to_onnx(
+    engine: Engine,
+    path: str | Path,
+    *,
+    preprocessor: Preprocessor | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write the graph of ``engine`` to ``path``, which holds a whole file at any moment.
+
+    ``metadata`` are entries of your own beside those of the file.
 
     Raises ArgumentError or ArgumentTypeError for an impossible path, for features that are words and for a network of
     more than 2 GiB, DivergenceError where parameters are no longer finite, MissingLibraryError without the library
     onnx, OSError from the disk.
     """
     target = target_file(path)
-    write_atomically(target, onnx_bytes(engine, preprocessor))
+    write_atomically(target, onnx_bytes(engine, preprocessor, metadata))
 
 
-def onnx_bytes(engine: Engine, preprocessor: Preprocessor | None = None) -> bytes:
-    """The graph as the content of a file."""
+def onnx_bytes(
+    engine: Engine, preprocessor: Preprocessor | None = None, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What ``to_onnx`` writes."""
+    own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     try:
         importlib.import_module("onnx")
     except ModuleNotFoundError as error:
@@ -80,7 +93,9 @@ def onnx_bytes(engine: Engine, preprocessor: Preprocessor | None = None) -> byte
         )
         name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
     _add_outputs(graph, name, engine, preprocessor)
-    return graph.to_bytes(engine, preprocessor)
+    if preprocessor is not None:
+        own["preprocessor"] = preprocessor.to_json()
+    return graph.to_bytes(engine, own)
 
 
 def _check_preprocessor(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
@@ -174,7 +189,7 @@ class _Graph:
         half = self.add("Mul", z, self.constant(0.5))
         return self.add("Mul", half, self.add("Add", erf, self.constant(1.0)))
 
-    def to_bytes(self, engine: Engine, preprocessor: Preprocessor | None) -> bytes:
+    def to_bytes(self, engine: Engine, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper
         element = helper.np_dtype_to_tensor_dtype(self.real)
         given = helper.make_tensor_value_info(INPUT, element, ["rows", engine.network.sizes[0]])
@@ -187,9 +202,7 @@ class _Graph:
         )
         about = description(engine)
         entries = {"fusemlp": json.dumps({name: about[name] for name in ("version", "network", "loss")})}
-        if preprocessor is not None:
-            entries["preprocessor"] = preprocessor.to_json()
-        helper.set_model_props(model, entries)
+        helper.set_model_props(model, {**entries, **metadata})
         content: bytes = model.SerializeToString()
         return content
 

@@ -9,7 +9,7 @@ What training has left behind besides the parameters (moments, counters, history
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def model_bytes(engine: Engine, metadata: Mapping[str, str] | None = None) -> by
     """What ``save`` writes."""
     from safetensors.numpy import save as to_bytes
 
-    own = _checked_metadata(metadata)
+    own = checked_metadata(metadata, RESERVED)
     tensors = engine.state_dict()
     check_finite(tensors, "model")
     config = json.dumps({"format": FORMAT, **description(engine)})
@@ -60,7 +60,8 @@ def model_bytes(engine: Engine, metadata: Mapping[str, str] | None = None) -> by
     return to_bytes(tensors, metadata=entries)
 
 
-def _checked_metadata(given: Mapping[str, str] | None) -> dict[str, str]:
+def checked_metadata(given: Mapping[str, str] | None, reserved: Collection[str]) -> dict[str, str]:
+    """A user's own entries, none of which has a ``reserved`` name."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -68,9 +69,9 @@ def _checked_metadata(given: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in given.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise ArgumentTypeError(
-                f"metadata: safetensors keeps str to str only, got {name!r}: {value!r}; use json.dumps for more"
+                f"metadata: a file keeps str to str only, got {name!r}: {value!r}; use json.dumps for more"
             )
-    taken = sorted(RESERVED & given.keys())
+    taken = sorted(name for name in reserved if name in given)
     if taken:
         raise ArgumentError(f"metadata: the names {', '.join(taken)} are the file's own; choose others")
     return dict(given)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from safetensors import safe_open
@@ -73,7 +74,7 @@ def test_labels_from_raw_features(species: Path, tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert shown.splitlines() == [
         f"onnx {tmp_path / 'm.onnx'}",
-        "  takes the 2 features as they are in the data, and scales them itself",
+        "  takes the 2 features as they are in the data, gives labels of the data",
     ]
     data = species.parent / "data.csv"
     arguments = ("predict", species, "--data", data, "--out", tmp_path / "said.csv", "--proba")
@@ -100,10 +101,15 @@ def test_both_files_and_what_they_take(species: Path, tmp_path: Path, capsys: py
     files = ("--onnx", tmp_path / "m.onnx", "--safetensors", tmp_path / "m.safetensors")
     assert run("export", species, *files, "--bare") == 0
     shown = capsys.readouterr().out.splitlines()
-    takes = "  takes 2 columns after the scaling (standard), which its metadata entry 'preprocessor' describes"
+    takes = (
+        "  takes 2 columns as the run scales them (standard), gives class indices; its metadata entry 'preprocessor' "
+        "has the scaling"
+    )
     assert shown == [f"onnx {files[1]}", takes, f"safetensors {files[3]}", takes]
     with safe_open(files[3], framework="numpy") as file:
         preprocessor = Preprocessor.from_json(file.metadata()["preprocessor"])
+    props = onnx.load(files[1]).metadata_props
+    assert Preprocessor.from_json({prop.key: prop.value for prop in props}["preprocessor"]) == preprocessor
     raw = np.array(columns(species.parent / "data.csv", "height", "width"), float)
     engine = fusemlp.load(files[3])
     X = preprocessor.transform_features(raw)

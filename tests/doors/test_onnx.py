@@ -111,6 +111,14 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert {constant.name for constant in model.graph.initializer} >= set(engine.state_dict())
 
 
+def test_entries_of_ones_own(tmp_path: Path) -> None:
+    engine = Engine(MLP([WIDTH, 3]))
+    fusemlp.onnx.to_onnx(engine, tmp_path / "net.onnx", metadata={"by": "me"})
+    assert {prop.key: prop.value for prop in onnx.load(tmp_path / "net.onnx").metadata_props}["by"] == "me"
+    with pytest.raises(ArgumentError, match="metadata: the names fusemlp are the file's own"):
+        fusemlp.onnx.to_onnx(engine, tmp_path / "net.onnx", metadata={"fusemlp": "me"})
+
+
 def preprocessor(**changes: Any) -> Preprocessor:
     config: dict[str, Any] = {
         "task": "classification",

@@ -202,7 +202,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[Engine, Path], None], type[FusemlpError],
     "metadata": (
         lambda engine, folder: engine.save(folder / "m", metadata={"epochs": 3}),
         ArgumentTypeError,
-        "metadata: safetensors keeps str to str only, got 'epochs': 3",
+        "metadata: a file keeps str to str only, got 'epochs': 3",
     ),
     "reserved": (
         lambda engine, folder: engine.save(folder / "m", metadata={"sha256": ""}),

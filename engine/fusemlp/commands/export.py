@@ -41,9 +41,10 @@ def export(
     # Any machine can export: the parameters of the 16-bit precisions are float32 too.
     precision = "fp64" if config["precision"] == "fp64" else "fp32"
     engine = load(weights_path(run, weights), backend="numpy", precision=precision)
+    about = {"preprocessor": preprocessor.to_json()}
     contents: dict[str, Callable[[], bytes]] = {
-        "onnx": lambda: onnx_bytes(engine, None if bare else preprocessor),
-        "safetensors": lambda: model_bytes(engine, {"preprocessor": preprocessor.to_json()}),
+        "onnx": lambda: onnx_bytes(engine, None, about) if bare else onnx_bytes(engine, preprocessor),
+        "safetensors": lambda: model_bytes(engine, about),
     }
     # Both are made before either is written.
     made = [(argument, file, contents[argument]()) for argument, file in wanted.items() if file is not None]
@@ -70,9 +71,17 @@ def _check_features(preprocessor: Preprocessor) -> None:
 
 
 def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
-    """One line on what the exported model takes."""
+    """One line on what the exported model takes and gives."""
     width = engine.network.sizes[0]
+    answers = "values" if preprocessor.classes is None else "labels"
     if not scaled:
-        return f"takes the {width} features as they are in the data, and scales them itself"
-    scaling = "" if preprocessor.scale == "none" else f" after the scaling ({preprocessor.scale})"
-    return f"takes {width} columns{scaling}, which its metadata entry 'preprocessor' describes"
+        units = "in original units" if preprocessor.classes is None else "of the data"
+        return f"takes the {width} features as they are in the data, gives {answers} {units}"
+    if preprocessor.classes is None:
+        gives = "values as the run scales them"
+    else:
+        gives = "a value for each class" if preprocessor.one_hot_targets else "class indices"
+    return (
+        f"takes {width} columns as the run scales them ({preprocessor.scale}), gives {gives}; "
+        "its metadata entry 'preprocessor' has the scaling"
+    )
