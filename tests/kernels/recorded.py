@@ -91,7 +91,7 @@ def different(target: str, precision: str) -> list[str]:
     for launch in launches(target, precision):
         kernel = launch.kernel
         binder = create_function_from_signature(kernel.signature, kernel.params, compiler)
-        options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
+        options = configs.launch_options(configs.family_of(target), launch.tile)
         given = {**launch.arguments, **launch.constants, **options}
         bound, kinds, rest = binder(**given)
         _, signature, constants, attributes = kernel._pack_args(compiler, given, bound, kinds, rest)

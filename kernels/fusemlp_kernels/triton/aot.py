@@ -178,8 +178,7 @@ def source(variant: Variant, target: str) -> ASTSource:
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     """Compile for ``target``, without a GPU; what the machine code takes: see ``resources``."""
-    tile = variant.tile
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = configs.launch_options(configs.family_of(target), variant.tile)
     compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
     found = resources.of(compiled.asm, compiled.metadata.shared)
     return {

@@ -18,6 +18,8 @@ from fusemlp_kernels.errors import BackendUnavailableError
 
 # The smallest product of tensor cores is 16 rows high; ``linear_loss_grad`` holds a row of at most this width.
 WIDEST_OUTPUT = 256
+# What a thread can have on NVIDIA; eight warps of such threads fill a multiprocessor.
+MOST_REGISTERS = 255
 TABLE_FILE = Path(__file__).with_name("tiles.json")
 # The grouped launch finds its task in a table of one of these lengths.
 TABLE_LENGTHS = (16, 64, 256)
@@ -157,7 +159,16 @@ def general_tile(arch: Architecture) -> Tile:
 
 def loss_tile(arch: Architecture, width: int) -> Tile:
     """The tile of ``loss_grad`` for rows of any width."""
-    return Tile(2, 1024, 0, 4, 1)
+    return Tile(2, 1024, 0, 8, 1)
+
+
+def launch_options(family: str, tile: Tile) -> dict[str, Any]:
+    """What Triton is told of a launch beside its arguments."""
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    if not family.startswith("gfx"):
+        # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
+        options["maxnreg"] = MOST_REGISTERS
+    return options
 
 
 # Launches without a product: of the clock, and of the sweeps over the arenas.

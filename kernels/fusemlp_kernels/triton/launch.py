@@ -11,7 +11,7 @@ import torch
 import triton
 
 from fusemlp_kernels.errors import ArgumentError, DTypeError, ShapeError
-from fusemlp_kernels.triton.configs import Architecture, Tile
+from fusemlp_kernels.triton.configs import Architecture, Tile, launch_options
 
 Tensor = torch.Tensor
 Run = Callable[[], object]
@@ -125,7 +125,8 @@ class Device:
             return _nothing
         if programs > LARGEST_INDEX:
             raise ShapeError(f"{kernel.fn.__name__}: {programs} programs are more than a launch can have")
-        launch = Launch(kernel, programs, {**arguments, **constants}, tile)
+        options = launch_options(self.arch.family, tile)
+        launch = Launch(kernel, programs, {**arguments, **constants}, options)
         return Interpreted(launch) if self.interpreted else launch.on(self.device)
 
 
@@ -140,14 +141,12 @@ class Launch:
     kernel: Any
     programs: int
     arguments: Mapping[str, Any]
-    tile: Tile
+    options: Mapping[str, Any]
     _start: Run | None = field(default=None, repr=False)
 
     def start(self) -> None:
         """Start it on the current stream of the current device."""
-        self.kernel[(self.programs,)](
-            **self.arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, enable_fp_fusion=True
-        )
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
 
     def on(self, device: torch.device) -> Run:
         """Start it on the current stream of ``device``."""
