@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.callbacks import check_logs, checked_callbacks, deferred_interrupt, overrides
+from fusemlp.callbacks import checked_callbacks, deferred_interrupt, exits, overrides, prepare
 from fusemlp.history import FitState, History
 from fusemlp.inference import metrics_of
 from fusemlp.lowering import Inputs
@@ -337,7 +337,7 @@ def fit(
     if patience is not None and validation is None:
         raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
     listeners = checked_callbacks(callbacks)
-    check_logs(listeners, _logged(engine, targets, validation))
+    prepare(listeners, _logged(engine, targets, validation), epochs)
     if drop_last and len(features) < engine.batch_size:
         raise ArgumentError(
             f"drop_last: {len(features)} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
@@ -359,12 +359,8 @@ def fit(
         resume=resume,
     )
     _warn(engine, features, targets, epochs * loop.batches)
-    try:
+    with exits(listeners, engine):
         return loop.run()
-    finally:
-        for listener in listeners:
-            if overrides(listener, "on_exit"):
-                listener.on_exit(engine)
 
 
 def _logged(engine: Engine, targets: Targets, validation: _Validation | None) -> list[str]:

@@ -11,6 +11,8 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 
+import fusemlp
+from fusemlp import CSVLogger, EarlyStopping, ModelCheckpoint, ProgressBar
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
 
 X, Y = load_digits(n_class=2, return_X_y=True)
@@ -145,3 +147,52 @@ def test_own_held_out_rows_of_labels_and_of_values():
     assert several.score(X, labels) == several.validation_scores_[-1]
     values = quiet(MLPRegressor(max_iter=4), X, labels * 0.5, X_val=X, y_val=(labels * 0.5).tolist())
     assert values.score(X, labels * 0.5) == pytest.approx(values.validation_scores_[-1], rel=1e-12)
+
+
+class Batches:
+    """A callback of Keras's form that hears of batches."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.heard.append(("begin", batch))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.heard.append(("end", batch))
+
+    def on_exit(self):
+        self.heard.append("exit")
+
+
+def test_callbacks_of_kerass_form_hear_of_the_batches_of_an_epoch():
+    batches = Batches()
+    quiet(MLPClassifier(batch_size=50, callbacks=[batches], max_iter=2), X, Y)
+    epoch = [("begin", 0), ("end", 0), ("begin", 1), ("end", 1)]
+    assert batches.heard == [*epoch, *epoch, "exit"]
+
+
+def test_ready_made_callbacks(tmp_path):
+    options = {"hidden_layer_sizes": 5, "max_iter": 60, "random_state": 1, "learning_rate_init": 0.05}
+    stop = EarlyStopping("val_score", patience=3, restore_best_weights=True)
+    callbacks = [
+        stop,
+        CSVLogger(tmp_path / "log.csv"),
+        ModelCheckpoint(tmp_path / "best.safetensors", "val_score", save_best_only=True),
+        ProgressBar(),
+    ]
+    estimator = MLPClassifier(callbacks=callbacks, **options).fit(X[:70], Y[:70], X_val=X[70:], y_val=Y[70:])
+    assert estimator.n_iter_ == stop.best_epoch + 4 < 60
+    assert estimator.score(X[70:], Y[70:]) == max(estimator.validation_scores_) == stop.best
+    header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert header == "epoch,loss,learning_rate,val_score"
+    assert [float(row.split(",")[1]) for row in rows] == estimator.loss_curve_
+    best = fusemlp.load(tmp_path / "best.safetensors")
+    np.testing.assert_array_equal(best.state_dict()["0.weight"], estimator.coefs_[0].T)
+
+
+def test_a_callback_that_watches_what_is_not_logged_is_refused_before_training():
+    estimator = MLPClassifier(callbacks=[EarlyStopping("val_score")])
+    with pytest.raises(ValueError, match=r"monitor: 'val_score' is not among what this fit logs \(loss, learning_rate"):
+        estimator.fit(X, Y)
+    assert not hasattr(estimator, "coefs_")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -456,6 +458,16 @@ class TestProgressBar:
         # it can be drawn again: the one of before was left
         fit(make(), bar, epochs=4)
         assert "epoch 4/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
+def test_copies_work_as_scikit_learn_makes_them(copied: Callable[[Any], Any], used: bool, tmp_path: Path) -> None:
+    callbacks = [EarlyStopping(), ModelCheckpoint(tmp_path / "m.safetensors"), CSVLogger(tmp_path / "log.csv")]
+    callbacks += [TensorBoard(tmp_path), ProgressBar()]
+    if used:
+        fit(make(), *callbacks)
+    fit(make(), *copied(callbacks))
 
 
 def test_the_names_of_the_package() -> None:

@@ -6,7 +6,7 @@ Keras means; ``ProgressBar`` shows how far a training is.
 
 from __future__ import annotations
 
-from fusemlp.callbacks.forms import Callback, check_logs, checked_callbacks, overrides
+from fusemlp.callbacks.forms import Callback, checked_callbacks, exits, overrides, prepare
 from fusemlp.callbacks.interrupt import deferred_interrupt
 from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
 from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint
@@ -19,8 +19,9 @@ __all__ = [
     "ModelCheckpoint",
     "ProgressBar",
     "TensorBoard",
-    "check_logs",
     "checked_callbacks",
     "deferred_interrupt",
+    "exits",
     "overrides",
+    "prepare",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusemlp_kernels.errors import ArgumentTypeError
@@ -80,6 +80,7 @@ class KerasForm(Callback):
 
     def __init__(self, listener: Any) -> None:
         self.listener = listener
+        self.epochs: int | None = None
 
     def _tell(self, stage: str, *arguments: Any) -> None:
         method = _method(self.listener, stage)
@@ -87,10 +88,8 @@ class KerasForm(Callback):
             method(*arguments)
 
     def on_train_begin(self, engine: Engine) -> None:
-        state = engine.fit_state
-        epochs = None if state is None else state.last_epoch - first_epoch(engine)
         if hasattr(self.listener, "set_params"):
-            self.listener.set_params({"epochs": epochs, "steps": None, "verbose": 0})
+            self.listener.set_params({"epochs": self.epochs, "steps": None, "verbose": 0})
         if hasattr(self.listener, "set_model"):
             self.listener.set_model(engine)
         else:
@@ -154,12 +153,26 @@ def checked_callbacks(given: Any) -> list[Any]:
     return [_in_own_form(listener) for listener in given]
 
 
-def check_logs(callbacks: Sequence[Any], names: Sequence[str]) -> None:
-    """Let those that watch a quantity of ``logs`` say, before the training, that there will be none of that name."""
+def prepare(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
+    """Tell Keras's form of the number of epochs, and let those that watch a quantity check the ``names`` of the logs.
+
+    Raises what they raise, before the training.
+    """
     for callback in callbacks:
-        listener = callback.listener if isinstance(callback, KerasForm) else callback
-        if isinstance(listener, Watching):
-            listener.check_logs(names)
+        if isinstance(callback, KerasForm):
+            callback.epochs = epochs
+            if isinstance(callback.listener, Watching):
+                callback.listener.check_logs(names)
+
+
+@contextlib.contextmanager
+def exits(callbacks: Sequence[Any], engine: Engine) -> Iterator[None]:
+    """Calls ``on_exit`` however the block is left."""
+    with contextlib.ExitStack() as stack:
+        for callback in reversed(callbacks):
+            if overrides(callback, "on_exit"):
+                stack.callback(callback.on_exit, engine)
+        yield
 
 
 class Watching:

@@ -61,7 +61,7 @@ class CSVLogger(Watching):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Write a row; it is in the file when this returns."""
-        self._write([epoch, *(repr(logs[name]) for name in self.columns[1:])], "a")
+        self._write([epoch, *(repr(float(logs[name])) for name in self.columns[1:])], "a")
 
     def _write(self, row: Sequence[Any], mode: str) -> None:
         with open(self.filename, mode, encoding="utf-8", newline="") as stream:

@@ -31,7 +31,7 @@ class Monitor(Watching):
         self.mode = check_choice("mode", mode, MODES)
         # Keras takes the absolute value too
         self.min_delta = abs(as_number("min_delta", min_delta))
-        grows = monitor.removeprefix("val_") == "accuracy" if self.mode == "auto" else self.mode == "max"
+        grows = monitor.endswith(("accuracy", "score")) if self.mode == "auto" else self.mode == "max"
         self.sign = 1.0 if grows else -1.0
         self.worst = -self.sign * math.inf
         self.best = self.worst
@@ -57,9 +57,9 @@ class EarlyStopping(Monitor):
     """Ends the training when a quantity has not become better for ``patience`` epochs.
 
     Better is: by more than ``min_delta``, downwards (``mode`` "min") or upwards ("max"); "auto" is upwards for
-    accuracies. Until the quantity is better than ``baseline``, the epochs count as without success whatever it does.
-    The first ``start_from_epoch`` epochs of the fit are not looked at. ``restore_best_weights`` goes back to the
-    weights of the best epoch at the end of the training, also where it ran its full length, but not after Ctrl-C.
+    accuracies and scores. Until the quantity is better than ``baseline``, the epochs count as without success whatever
+    it does. The first ``start_from_epoch`` epochs of the fit are not looked at. ``restore_best_weights`` goes back to
+    the weights of the best epoch at the end of the training, also where it ran its full length, but not after Ctrl-C.
 
     In a resumed fit it goes on counting where it was. The best weights of before are not in a checkpoint, though:
     ``fit(early_stopping=patience)`` keeps them there.

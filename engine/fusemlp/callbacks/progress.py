@@ -45,14 +45,18 @@ class ProgressBar(Watching):
         self._open = ExitStack()
         self._show: Show | None = None
         self._first = 0
+        self._epochs = 0
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        """The number of epochs of the fit."""
+        self._epochs = params["epochs"]
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Draw the bar."""
         engine = self.model
         self._first = first_epoch(engine)
-        last = engine.epochs_trained if engine.fit_state is None else engine.fit_state.last_epoch
         done = engine.epochs_trained - self._first
-        self._show = self._open.enter_context(shown(last - self._first, done=done))
+        self._show = self._open.enter_context(shown(self._epochs, done=done))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Move the bar on."""

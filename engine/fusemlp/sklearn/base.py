@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_array, check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from fusemlp.callbacks import checked_callbacks
+from fusemlp.callbacks import checked_callbacks, exits, prepare
 from fusemlp.network import Activation
 from fusemlp.schedules import Schedule
 from fusemlp.sklearn import settings
@@ -21,7 +21,7 @@ from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates, copies, dense
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import Validation, train
+from fusemlp.sklearn.stochastic import Validation, logged, train
 
 Array = np.ndarray[Any, Any]
 
@@ -98,15 +98,16 @@ class BaseMLP(BaseEstimator, ABC):
             self.__dict__.update(before)
             raise
         if ready.stochastic:
-            train(
-                self,
-                ready.model,
-                ready.batches,
-                ready.held_out,
-                ready.random_state,
-                ready.callbacks,
-                incremental=incremental,
-            )
+            with exits(ready.callbacks, ready.model.engine):
+                train(
+                    self,
+                    ready.model,
+                    ready.batches,
+                    ready.held_out,
+                    ready.random_state,
+                    ready.callbacks,
+                    incremental=incremental,
+                )
         else:
             minimise(self, ready.model, ready.batches)
         self._model = ready.model
@@ -126,6 +127,8 @@ class BaseMLP(BaseEstimator, ABC):
         stochastic = self.solver in settings.STOCHASTIC
         self._refuse(stochastic, incremental, X_val, y_val)
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
+        if stochastic:
+            prepare(callbacks, logged(self.early_stopping or X_val is not None), 1 if incremental else self.max_iter)
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         X, y = self._validate_input(X, y, incremental, first)
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)

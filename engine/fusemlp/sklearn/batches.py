@@ -111,8 +111,11 @@ class Batches:
         shares = self.share[order] * self.constants[order] * np.repeat(self.lengths, self.lengths)
         return float(shares.sum())
 
-    def epoch(self, order: Array, stop: Callable[[], bool]) -> float | None:
-        """Train on every batch; the loss of the epoch, or None where ``stop`` said so between two batches."""
+    def epoch(self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None = None) -> float | None:
+        """Train on every batch; the loss of the epoch, or None where ``stop`` said so between two batches.
+
+        ``begin`` is called before each.
+        """
         if self._uneven:
             self._set_shares(order)
         memory = self.model.engine.memory
@@ -130,6 +133,8 @@ class Batches:
             ):
                 if total == 0.0:
                     continue
+                if begin is not None:
+                    begin()
                 if length == size:
                     copy(rows, order[start : start + size])
                 else:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from fusemlp.callbacks import deferred_interrupt
+from fusemlp.callbacks import deferred_interrupt, overrides
 from fusemlp.history import History
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
@@ -53,12 +53,12 @@ def train(
     engine.stop_training = False
     engine.history = history = History()
     order = np.arange(batches.n)
-    watchers = [callback for callback in callbacks if hasattr(callback, "on_batch_end")]
+    listeners = _BatchListeners(engine, callbacks)
     estimator.n_iter_ = 0
     estimator.learning_rate_ = model.learning_rate
     try:
         with deferred_interrupt() as interrupted:
-            stop = _stop_between_batches(engine, watchers, interrupted)
+            stop = listeners.end(interrupted)
             _call(callbacks, "on_train_begin", engine)
             while estimator.n_iter_ < estimator.max_iter:
                 if estimator.shuffle:
@@ -68,7 +68,8 @@ def train(
                     order = order[step]
                 epoch, began = estimator.n_iter_, time.perf_counter()
                 _call(callbacks, "on_epoch_begin", engine, epoch)
-                loss = batches.epoch(order, stop)
+                listeners.batch = 0
+                loss = batches.epoch(order, stop, listeners.begin if listeners.starters else None)
                 if loss is None:
                     break
                 stopping = _end_epoch(estimator, model, loss, validation, batches.n)
@@ -91,21 +92,33 @@ def train(
     _call(callbacks, "on_train_end", engine, history)
 
 
-def _stop_between_batches(engine: Any, watchers: list[Any], interrupted: Callable[[], bool]) -> Callable[[], bool]:
-    """Asked after each batch: whether training ends there."""
-    if not watchers:
-        return interrupted
-    batch = -1
+class _BatchListeners:
+    """The callbacks that want to hear of batches; ``batch`` counts those of an epoch."""
 
-    def stop() -> bool:
-        nonlocal batch
-        batch += 1
+    def __init__(self, engine: Any, callbacks: list[Any]) -> None:
+        self.engine = engine
+        self.starters = [callback for callback in callbacks if overrides(callback, "on_batch_begin")]
+        self.watchers = [callback for callback in callbacks if overrides(callback, "on_batch_end")]
+        self.batch = 0
+
+    def begin(self) -> None:
+        """Before a batch."""
         # what a callback computes is its own affair: only the step is silent
         with np.errstate(all="warn"):
-            _call(watchers, "on_batch_end", engine, batch)
-        return interrupted() or engine.stop_training
+            _call(self.starters, "on_batch_begin", self.engine, self.batch)
 
-    return stop
+    def end(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
+        """Asked after each batch: whether training ends there."""
+        if not self.watchers and not self.starters:
+            return interrupted
+
+        def stop() -> bool:
+            with np.errstate(all="warn"):
+                _call(self.watchers, "on_batch_end", self.engine, self.batch)
+            self.batch += 1
+            return interrupted() or bool(self.engine.stop_training)
+
+        return stop
 
 
 def _call(callbacks: list[Any], stage: str, *arguments: Any) -> None:
@@ -113,6 +126,11 @@ def _call(callbacks: list[Any], stage: str, *arguments: Any) -> None:
         method = getattr(callback, stage, None)
         if method is not None:
             method(*arguments)
+
+
+def logged(held_out: bool) -> list[str]:
+    """The names of what callbacks are told of an epoch."""
+    return ["loss", "learning_rate", *(["val_score"] if held_out else [])]
 
 
 def _logs(estimator: Any, validation: Validation | None) -> dict[str, float]:
