@@ -1,0 +1,369 @@
+"""Bugs that a working engineer could plant in the Triton kernels, and the tests that must see each of them.
+
+``ci/mutate_kernels.py`` plants them one at a time, in a copy. ``old`` occurs exactly once in ``file`` of
+``kernels/fusemlp_kernels/triton``; ``tests`` are functions in ``tests/kernels``, run under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LINEAR, LOSS = "test_layers.py::test_linear", "test_loss.py::test_loss_grad"
+LINEAR_LOSS, GRAD_INPUT = "test_loss.py::test_linear_loss_grad", "test_layers.py::test_grad_input"
+GRAD_WEIGHT, PARTS = "test_layers.py::test_grad_weight", "test_layers.py::test_gradients_of_a_batch_in_parts"
+FUSED, UPDATE, ADVANCE = (
+    f"test_update.py::{name}" for name in ("test_grad_weight_update", "test_update", "test_advance")
+)
+MANY_CLASSES = "test_loss.py::test_cross_entropy_of_ten_thousand_classes"
+SCALED = "test_loss_scale.py::test_scaled_gradients_give_the_update_of_the_unscaled"
+OVERFLOW = "test_loss_scale.py::test_a_batch_that_overflowed_changes_nothing_but_the_scale"
+GROWTH = "test_loss_scale.py::test_the_scale_doubles_after_enough_updates"
+NAN_LAYER = "test_nan.py::test_nan_goes_through_a_layer_and_its_derivative"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug: ``old`` becomes ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _bugs(file: str, *entries: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(name, file, old, new, tuple(tests.split())) for name, old, new, tests in entries]
+
+
+MUTATIONS = (
+    *_bugs(
+        "linear.py",
+        (
+            "rows of y not masked",
+            "stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]",
+            "stored = (at_m >= 0)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]",
+            LINEAR,
+        ),
+        (
+            "columns of y masked as if every matrix had padding",
+            "(at_n < masked_width(N, ALIGNED))[None, :]",
+            "(at_n < masked_width(N, True))[None, :]",
+            LINEAR,
+        ),
+        ("mask of K does not move on", "inside = at_k < width - start", "inside = at_k < width", LINEAR),
+        ("last block of K dropped", "in range(0, width, BK)", "in range(0, width - BK + 1, BK)", LINEAR),
+        ("w stepped by x's stride", "w_at += BK * step_w", "w_at += BK * step_x", LINEAR),
+        (
+            "w read transposed",
+            "[None, :] * row_pitch(w_row, ALIGNED) + at_k[:, None] * step_w",
+            "[None, :] * step_w + at_k[:, None] * row_pitch(w_row, ALIGNED)",
+            LINEAR,
+        ),
+        ("stride of the bias ignored", "tl.load(b + at_n * b_step,", "tl.load(b + at_n,", LINEAR),
+        ("row -1 loads row 0", "wanted = source >= 0", "wanted = at_m < M", LINEAR),
+        (
+            "padding of y not zeroed",
+            "out = tl.where((at_n < N)[None, :], activate(out, activation, slope), 0.0)",
+            "out = activate(out, activation, slope)",
+            LINEAR,
+        ),
+        ("kept outputs not scaled", "tl.where(keep, out * keep_scale, 0.0)", "tl.where(keep, out, 0.0)", LINEAR),
+        (
+            "every tile has the dropout mask of its row's first",
+            "keep_mask(row, first, batch_index",
+            "keep_mask(row, piece * (BN // PARTS), batch_index",
+            LINEAR,
+        ),
+        (
+            "batch always from the first row of the epoch",
+            "    rows = this_batch(rows, counters, gather)\n    tile_m",
+            "    tile_m",
+            LINEAR,
+        ),
+        (
+            "offsets of rows in 32 bits",
+            "y + far * row_pitch(y_row, ALIGNED), z +",
+            "y + (at_m * y_row)[:, None], z +",
+            "test_addresses.py::test_rows_beyond_32_bits",
+        ),
+    ),
+    *_bugs(
+        "tiles.py",
+        ("last group of tiles taken for a full one", "tl.minimum(tall - first, GROUP)", "GROUP", LINEAR),
+        ("batch too short by a row", "inside = offsets < count", "inside = offsets < count - 1", LINEAR),
+    ),
+    *_bugs(
+        "launch.py",
+        ("gaps of others' matrices taken for padding", "(columns % 8 == 0 or is_owned(tensor))", "True", LINEAR),
+    ),
+    *_bugs(
+        "dropout.py",
+        (
+            "words of the layer and of the batch swapped",
+            "zero + layer.to(tl.uint32),\n        zero + batch_index.to(tl.uint32),",
+            "zero + batch_index.to(tl.uint32),\n        zero + layer.to(tl.uint32),",
+            LINEAR,
+        ),
+        (
+            "lanes of the mask in the wrong order",
+            "tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))",
+            "tl.join(tl.join(w0 & 0xFFFF, w1 & 0xFFFF), tl.join(w2 & 0xFFFF, w3 & 0xFFFF))",
+            LINEAR,
+        ),
+        ("seven rounds of Philox", "tl.static_range(10)", "tl.static_range(7)", LINEAR),
+    ),
+    *_bugs(
+        "layers.py",
+        ("mask of the next layer", '"layer": dropout.layer,', '"layer": dropout.layer + 1,', LINEAR),
+        ("seed cut to its low half", '"key1": signed(key1),', '"key1": 0,', LINEAR),
+    ),
+    *_bugs(
+        "activations.py",
+        (
+            "relu swallows NaN",
+            "tl.where(z <= 0, tl.where(slope == 0.0, 0.0, z * slope), z * slope)",
+            "tl.where(slope == 0.0, 0.0, z * slope)",
+            NAN_LAYER,
+        ),
+        ("derivative of relu swallows NaN", "tl.where(v <= 0, slope, v))", "slope)", NAN_LAYER),
+        ("far branch of tanh without its sign", "far = tl.where(z < 0, -far, far)", "far = far", LINEAR),
+    ),
+    *_bugs(
+        "loss.py",
+        (
+            "padding of dz not zeroed",
+            "result = tl.where(inside, (tl.exp(shifted) * (mass / total)[:, None] - q) * scale, 0.0)",
+            "result = (tl.exp(shifted) * (mass / total)[:, None] - q) * scale",
+            LOSS,
+        ),
+        ("smoothing shared by the other classes alone", "+ eps / N", "+ eps / (N - 1)", LINEAR_LOSS),
+        ("ignored labels count", "counts = counts & (label != ignored)", "counts = counts & True", LINEAR_LOSS),
+        (
+            "normaliser without class weights",
+            "shares = weights * tl.load(class_weight + label, mask=counts, other=0.0)",
+            "shares = weights",
+            LINEAR_LOSS,
+        ),
+        (
+            "normaliser without sample weights",
+            "plain = (tl.load(settings + WEIGHTED) == 0.0) & (tl.load(settings + CLASSES) == 0.0)",
+            "plain = tl.load(settings + CLASSES) == 0.0",
+            LINEAR_LOSS,
+        ),
+        (
+            "normaliser counts ignored labels",
+            "if (plain == 0) | ((kind == 0.0) & (tl.load(settings + SOFT) == 0.0)):",
+            "if plain == 0:",
+            LINEAR_LOSS,
+        ),
+        ("mean of element-wise losses over the rows alone", "total = total * N", "total = total * 1", LINEAR_LOSS),
+        ("sum of means in place of sums", "LOSS_SUM) + total)", "LOSS_SUM) + total / divisor)", LINEAR_LOSS),
+        (
+            "last loss kept where the normaliser is zero",
+            "        total = tl.where(mean & (normaliser == 0.0), 0.0, total)\n",
+            "",
+            LINEAR_LOSS,
+        ),
+        ("loss scale not in dz", "scale = scale * tl.load(hyper + LOSS_SCALE)", "scale = scale * 1.0", LINEAR_LOSS),
+        ("squares without their factor of two", "slope = 2.0 * r", "slope = r", LINEAR_LOSS),
+        (
+            "sides of the quantile swapped",
+            "tl.where(r > 0, 1.0 - tl.load",
+            "tl.where(r < 0, 1.0 - tl.load",
+            LINEAR_LOSS,
+        ),
+        (
+            "gradient of prelu's slope on the wrong side",
+            "tl.sum(by_y * tl.where(z > 0, 0.0, z))",
+            "tl.sum(by_y * tl.where(z > 0, z, 0.0))",
+            LINEAR_LOSS,
+        ),
+        (
+            "last of equal logits wins",
+            "at = first_of(values, largest, at_n, N)",
+            "at = first_of(values, largest, -at_n, N)",
+            LOSS,
+        ),
+        ("logits not shifted", "tl.where(named, z - largest[:, None], 0.0)", "tl.where(named, z, 0.0)", LINEAR_LOSS),
+        ("sum of exponentials not rescaled", "total = total * tl.exp(highest - shift)", "total = total", MANY_CLASSES),
+        (
+            "x of the output layer from the first row of the epoch",
+            "    x_rows = this_batch(x_rows, counters, x_gather)\n",
+            "",
+            LINEAR_LOSS,
+        ),
+    ),
+    *_bugs(
+        "gradients.py",
+        (
+            "padding of dz_prev cleared by chance",
+            "result = tl.where((near < K)[None, :], g * derivative(v, activation, slope), 0.0)",
+            "result = g * derivative(v, activation, slope)",
+            "test_nan.py::test_nan_stays_out_of_the_padding",
+        ),
+        ("last block of N dropped", "in range(0, N, BN)", "in range(0, N - BN + 1, BN)", GRAD_INPUT),
+        ("mask of the deeper rows of w lost", "(at_n < N - start)[:, None] &", "(at_n >= 0)[:, None] &", GRAD_INPUT),
+        ("w stepped by columns", "w_at += BN * pitch", "w_at += BN", GRAD_INPUT),
+        ("kept gradients not scaled", "tl.where(keep, g * keep_scale, 0.0)", "tl.where(keep, g, 0.0)", GRAD_INPUT),
+        ("derivative read off the scaled output", "v = v * kept_share", "v = v * 1.0", GRAD_INPUT),
+        (
+            "gradient of prelu's slope with the wrong sign",
+            "g * tl.where(v > 0, 0.0, v), 0.0)",
+            "-g * tl.where(v > 0, 0.0, v), 0.0)",
+            GRAD_INPUT,
+        ),
+        ("dz not transposed", "tl.dot(tl.trans(dz_tile), x_tile", "tl.dot(dz_tile, x_tile", GRAD_WEIGHT),
+        (
+            "row -1 counts in dw",
+            "mask=(source >= 0)[:, None] & inside_k[None, :]",
+            "mask=inside_b[:, None] & inside_k[None, :]",
+            GRAD_WEIGHT,
+        ),
+        (
+            "dw of the first rows of the epoch",
+            "        rows = this_batch(rows, counters, gather)\n        acc",
+            "        acc",
+            GRAD_WEIGHT,
+        ),
+        ("added to the batch that comes first", "BATCH_INDEX) % every != 0", "BATCH_INDEX) % every != 1", GRAD_WEIGHT),
+        ("tile of the task before", "(first <= tile)", "(first < tile)", GRAD_WEIGHT),
+        ("last part reads behind the batch", "tl.minimum(M, begin + length)", "begin + length", PARTS),
+        (
+            "offset of a part in 32 bits",
+            "shift = split.to(tl.int64) * part",
+            "shift = split * part",
+            "test_addresses.py::test_parts_beyond_32_bits",
+        ),
+        (
+            "slope's gradient in every part",
+            "mask=tl.where(split == 0, inside_n, False)",
+            "mask=inside_n",
+            PARTS,
+        ),
+        (
+            "clock advanced by every program",
+            "if is_last(ticket, programs):\n            advance_clock(",
+            "if is_last(ticket, programs) | True:\n            advance_clock(",
+            FUSED,
+        ),
+        (
+            "square of large gradients overflows",
+            "part = g / scale",
+            "part = g / 1.0",
+            "test_nan.py::test_the_norm_of_large_gradients_does_not_overflow",
+        ),
+    ),
+    *_bugs(
+        "grouped.py",
+        ("clock stands where nothing is trained", "    if programs:\n        return run\n", "    return run\n", FUSED),
+        ("shadow not written", "shadowed=int(shadow is not None),", "shadowed=0,", FUSED),
+        (
+            "shadow of the arena not written",
+            '"shadowed": int(shadow is not None),',
+            '"shadowed": 0,',
+            SCALED,
+        ),
+        (
+            "segments of whole blocks alone",
+            "first += -(-segment.size // tile.columns)",
+            "first += max(segment.size // tile.columns, 1)",
+            "test_update.py::test_a_long_arena_is_updated_to_its_last_element",
+        ),
+    ),
+    *_bugs(
+        "optimizer.py",
+        ("weight decay coupled", "decoupled = tl.load(rule + DECOUPLED)", "decoupled = tl.load(rule + INSIDE)", UPDATE),
+        ("velocity with the wrong sign", "mu * velocity + step", "mu * velocity - step", UPDATE),
+        ("Nesterov's step ignored", "tl.where(nesterov, step + mu * velocity, velocity)", "velocity", UPDATE),
+        ("missing bias correction", " / tl.load(hyper + BIAS_CORRECTION_1)", "", UPDATE),
+        (
+            "eps where the other convention has it",
+            "tl.where(tl.load(rule + INSIDE) != 0.0, eps, eps * root)",
+            "eps",
+            UPDATE,
+        ),
+        (
+            "factor of the learning rate ignored",
+            "tl.load(hyper + LEARNING_RATE) * factor",
+            "tl.load(hyper + LEARNING_RATE)",
+            UPDATE,
+        ),
+        (
+            "padding of Adam's parameters is 0 / 0",
+            "    quotient = tl.where(first == 0.0, 0.0, quotient)\n",
+            "",
+            "test_update.py::test_adam_without_eps_leaves_zero_gradients_alone",
+        ),
+    ),
+    *_bugs(
+        "update.py",
+        (
+            "clipping never shrinks",
+            "tl.where(factor > 1.0, 1.0, factor)",
+            "tl.where(factor < 1.0, 1.0, factor)",
+            UPDATE,
+        ),
+        (
+            "clipping by the norm of the sum",
+            "clip_factor(length * factor, limit)",
+            "clip_factor(length, limit)",
+            UPDATE,
+        ),
+        ("sum of accumulated batches in place of the mean", "factor = 1.0 / every", "factor = every / every", UPDATE),
+        (
+            "loss scale not divided out",
+            "factor = factor / tl.load(hyper + LOSS_SCALE)",
+            "factor = factor * 1.0",
+            SCALED,
+        ),
+        ("infinite norm not skipped", '(tl.abs(length) < float("inf"))', "(length == length)", OVERFLOW),
+        (
+            "last part not summed",
+            "for index in range(1, parts)",
+            "for index in range(1, parts - 1)",
+            "test_update.py::test_update_sums_the_parts_of_a_gradient",
+        ),
+        (
+            "clock advanced by every program of the sweep",
+            "if is_last(ticket, programs):\n        advance_clock(",
+            "if is_last(ticket, programs) | True:\n        advance_clock(",
+            UPDATE,
+        ),
+    ),
+    *_bugs(
+        "clock.py",
+        ("ticket not reset", "    if last:\n        tl.store(ticket, 0)\n", "", UPDATE),
+        (
+            "second to last program takes itself for the last",
+            "taken == programs - 1",
+            "taken == tl.maximum(programs - 2, 0)",
+            LINEAR_LOSS,
+        ),
+        ("betas swapped", "rule.beta1, rule.beta2, rule.eps", "rule.beta2, rule.beta1, rule.eps", UPDATE),
+        (
+            "bias corrections of the update before",
+            "t = (count + 1).to(tl.float64)",
+            "t = count.to(tl.float64)",
+            ADVANCE,
+        ),
+        ("schedule a step behind", "scheduled_rate(rule, count)", "scheduled_rate(rule, count - 1)", ADVANCE),
+        ("warm-up starts at zero", "(count + 1.0) / tl.where(warmup", "count / tl.where(warmup", ADVANCE),
+        ("rate scale forgotten", " * tl.load(hyper + RATE_SCALE)", "", ADVANCE),
+        (
+            "epoch one batch too long",
+            "tl.where(offset >= total, 0, offset)",
+            "tl.where(offset > total, 0, offset)",
+            ADVANCE,
+        ),
+        ("short batch taken for a full one", "tl.minimum(step, total - offset)", "step", ADVANCE),
+        ("scale doubles too late", "grows = good >= GROWTH_INTERVAL", "grows = good > GROWTH_INTERVAL", GROWTH),
+        (
+            "overflow does not halve the scale",
+            "tl.store(hyper + LOSS_SCALE, tl.load(hyper + LOSS_SCALE) * 0.5)",
+            "tl.store(hyper + LOSS_SCALE, tl.load(hyper + LOSS_SCALE))",
+            OVERFLOW,
+        ),
+        ("skipped batches in a row never end", "            tl.store(counters + SKIPPED_IN_A_ROW, 0)\n", "", OVERFLOW),
+    ),
+)
