@@ -62,7 +62,7 @@ def _strides(shape, layout):
         return plain, GUARD + 3
     if layout == "pitched" and len(shape) == 2:
         return [shape[1] + 5, 1], GUARD
-    if layout == "owned" and len(shape) == 2:
+    if layout in ("owned", "gapped") and len(shape) == 2:
         return [-(-shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE, 1], GUARD
     return plain, GUARD
 

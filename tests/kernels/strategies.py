@@ -9,19 +9,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from devices import DEVICE_PARAMETERS
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from fusemlp_kernels.contract import ROW_OFFSET
 
 seeds = st.integers(0, 2**32 - 1)
+# After its first ten cases Hypothesis mostly changes a little in the case before, which tells little new of a kernel:
+# the cases of a test are drawn in rounds of so many.
+ROUND = 10
 
 
 def contract_test(**arguments):
     """A test of random cases on every device.
 
     Each argument is a strategy, or a function that makes one for a device. The number of cases that ran goes into the
-    summary of the test run.
+    summary of the test run. ``test.of_case`` is the test of one case.
     """
 
     def decorate(test):
@@ -30,18 +33,22 @@ def contract_test(**arguments):
             drawn = {k: v if isinstance(v, st.SearchStrategy) else v(device) for k, v in arguments.items()}
             ran = 0
 
-            @settings(max_examples=device.examples, deadline=None, derandomize=True, database=None)
-            @given(**drawn)
-            def cases(**case):
-                nonlocal ran
-                ran += 1
-                test(**case)
+            for start in range(0, device.examples, ROUND):
 
-            cases()
+                @seed(start)
+                @settings(max_examples=ROUND, deadline=None, derandomize=True, database=None)
+                @given(**drawn)
+                def cases(**case):
+                    nonlocal ran
+                    ran += 1
+                    test(**case)
+
+                cases()
             record_property(f"line: contract cases, {device.name}", ran)
 
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(on_device, name, getattr(test, name))
+        on_device.of_case = test
         return on_device
 
     return decorate

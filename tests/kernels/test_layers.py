@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from calls import gathering, kept, slope_operands
-from devices import VARIANT_PARAMETERS, Variant
+from devices import STRIDED, VARIANT_PARAMETERS, Variant
 from hypothesis import strategies as st
 from memory import ROW_MULTIPLE, place, poisoned
 from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
@@ -80,7 +80,12 @@ class LayerCase:
 
     @property
     def dropout(self) -> Dropout | None:
-        return Dropout(self.rate, layer=3, seed=self.seed) if self.rate else None
+        return Dropout(self.rate, layer=3, seed=self.dropout_seed) if self.rate else None
+
+    @property
+    def dropout_seed(self) -> int:
+        """Of 64 bits, in both halves."""
+        return self.seed * 0x9E3779B1
 
 
 @st.composite
@@ -139,7 +144,7 @@ def test_linear(case, by_row, short, counted, keep_z):
         expected_z = reference.linear(batch, exact(w), exact(b))
         keep = None
         if case.dropout is not None:
-            keep = dropout_keep(case.rate, 3, case.seed, case.batch_index + step, m, n)
+            keep = dropout_keep(case.rate, 3, case.dropout_seed, case.batch_index + step, m, n)
             if "keep" in operands:
                 np.testing.assert_array_equal(operands["keep"], keep)
         expected = reference.dropout(reference.activation(case.activation, expected_z, slope), keep, case.rate)
@@ -162,7 +167,7 @@ def test_grad_input(case):
     w = place(values.factors(n, k), case.layouts[1])
     slope = rounded_slope(case.activation, case.slope, variant.real)
     z = place(values.factors(m, k, scale=case.scale), case.layouts[2])
-    keep = dropout_keep(case.rate, 3, case.seed, 5, m, k) if case.rate else None
+    keep = dropout_keep(case.rate, 3, case.dropout_seed, 5, m, k) if case.rate else None
     y = reference.dropout(reference.activation(case.activation, exact(z), slope), keep, case.rate)
     y = place(variant.rounded(y), case.layouts[2])
     dz_prev = poisoned((m, k), variant.compute, case.output_layout)
@@ -336,3 +341,40 @@ def test_layers_of_many_blocks(variant, activation, direction):
     if dslope is not None:
         dy, dy_bound = dz @ w, bound(5, np.abs(dz) @ np.abs(w), variant.unit, products=variant.products)
         assert_within(dslope, reference.grad_slope(dy, source), grad_slope_bound(dy, source, dy_bound, u=variant.unit))
+
+
+# Each operand laid out unlike the others; or all but one as the backend lays out its own, and that one with gaps of the
+# same width, which are nobody's. By the place of the operand.
+WAYS = [tuple(STRIDED[(turn + place) % len(STRIDED)] for place in range(4)) for turn in range(len(STRIDED))]
+WAYS += [tuple("gapped" if place == turn else "owned" for place in range(4)) for turn in range(4)]
+
+
+@pytest.mark.parametrize("ways", WAYS, ids=" ".join)
+@pytest.mark.parametrize("variant", [v for v in VARIANT_PARAMETERS if not v.values[0].device.on_host])
+def test_every_operand_may_lie_in_its_own_way(variant, ways):
+    """All are longer than a tile or a block, in every direction."""
+    values, u, products, (m, k, n) = Values(10, variant), variant.unit, variant.products, (35, 67, 37)
+    x, w, b = (
+        place(array, way)
+        for array, way in zip((values.factors(m, k), values.factors(n, k), values.normal(n)), ways[:3], strict=True)
+    )
+    y = poisoned((m, n), variant.compute, ways[3])
+    variant.bind("linear", x=x, w=w, b=b, y=y, activation="tanh")()
+    given = exact(x), exact(w), exact(b), "tanh"
+    assert_output(variant, y, reference.linear(*given), linear_bound(*given, u=u, products=products)[1])
+
+    dz, w, z = (
+        place(array, way)
+        for array, way in zip((values.factors(m, n), values.factors(n, k), values.factors(m, k)), ways[:3], strict=True)
+    )
+    dz_prev = poisoned((m, k), variant.compute, ways[3])
+    variant.bind("grad_input", dz=dz, w=w, y=z, z=z, dz_prev=dz_prev, activation="silu")()
+    given = exact(dz), exact(w), exact(z), "silu"
+    assert_output(variant, dz_prev, reference.grad_input(*given), grad_input_bound(*given, u=u, products=products))
+
+    x, dw, db = place(z, ways[1]), poisoned((n, k), variant.real, ways[2]), poisoned(n, variant.real, ways[3])
+    rule, counters = UpdateRule("sgd", ScheduleSpec("constant", 0.1)), np.zeros(COUNTERS, np.int64)
+    variant.bind("grad_weight", layers=[{"dz": dz, "x": x, "dw": dw, "db": db}], rule=rule, counters=counters)()
+    expected, magnitudes = (reference.grad_weight(f(exact(dz)), f(exact(x))) for f in (np.array, np.abs))
+    for found, wanted, magnitude in zip((dw, db), expected, magnitudes, strict=True):
+        assert_within(found, wanted, bound(m, magnitude, u, output=wanted, products=products))

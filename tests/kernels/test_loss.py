@@ -317,6 +317,39 @@ def test_linear_loss_grad(case, k, by_x_row):
         loss.check(count, dz, z, target, weight, z_bound)
 
 
+@pytest.mark.parametrize("class_weights", ["none", "some"])
+@pytest.mark.parametrize("ignore_index", [None, 1])
+@pytest.mark.parametrize("weights", ["none", "some"])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_all_weights_of_a_cross_entropy_together(variant, weights, ignore_index, class_weights):
+    spec = LossSpec("cross_entropy", label_smoothing=0.1, ignore_index=ignore_index, accuracy=True)
+    case = LossCase(
+        variant, spec, m=7, n=3, short=2, by_row=True, weights=weights, class_weights=class_weights,
+        activation="identity", layouts=("plain",) * 3, output_layout="plain", dz="apart", dslope=False, loss_scale=None,
+        seed=14,
+    )  # fmt: skip
+    test_loss_grad.of_case(case)
+    test_linear_loss_grad.of_case(case, k=4, by_x_row=True)
+
+
+@pytest.mark.parametrize("classes", [3, 2500])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_the_first_of_equal_logits_is_the_answer(variant, classes):
+    """Also where the row is longer than a tile."""
+    spec, labels = LossSpec("cross_entropy", accuracy=True), np.array([0, 1, classes - 1])
+    _, _, stats = run_loss(variant, spec, np.zeros((3, classes)), labels)
+    assert stats[CORRECT] == 1.0 and stats[SCORED] == 3.0
+
+
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_labels_without_weight_give_zero_though_others_have_some(variant):
+    """Label smoothing wants a little of every class; the normaliser is the weight of the labels alone."""
+    z = np.random.default_rng(15).standard_normal((4, 3))
+    spec = LossSpec("cross_entropy", label_smoothing=0.1)
+    loss, dz, stats = run_loss(variant, spec, z, np.full(4, 2), class_weight=np.array([1.0, 2.0, 0.0]))
+    assert loss == 0.0 and not dz.any() and stats[LOSS_SUM] == stats[NORM_SUM] == 0.0
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_weights_that_are_all_zero_give_zero(variant, kind):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from memory import Memory, Watch, base_of, elements_of, place
 
-LAYOUTS = ("plain", "transposed", "stepped", "reversed", "offset", "pitched", "owned")
+LAYOUTS = ("plain", "transposed", "stepped", "reversed", "offset", "pitched", "gapped", "owned")
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 8), (1, 1), (0, 4), (4, 0), (7,), (0,)])

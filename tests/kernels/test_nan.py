@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from calls import RULES, Clock, kept, run_loss, slope_operands, update_arena
 from devices import VARIANT_PARAMETERS
+from memory import place, poisoned
 from strategies import exact
 from tolerance import assert_within, loss_grad_bound
 
@@ -13,7 +14,10 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
     COUNTERS,
+    LAST_LOSS,
     LOSSES,
+    ROW_COUNT,
+    STATS,
     Dropout,
     LossSpec,
     ScheduleSpec,
@@ -53,6 +57,30 @@ def test_nan_goes_through_a_layer_and_its_derivative(variant, activation, rate):
     np.testing.assert_array_equal(np.isnan(dz_prev)[passed], through[passed])
     if dslope:
         assert np.isnan(dslope["dslope"])
+
+
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_nan_stays_out_of_the_padding(variant):
+    """Zero times NaN is NaN: what lies behind the last column is not cleared by factors that are zero there."""
+    x, w, b = np.ones((4, 3), variant.compute), np.ones((5, 3), variant.compute), np.ones(5, variant.real)
+    x[1, 1] = np.nan
+    x, w = place(x, "owned"), place(w, "owned")
+    y, z = poisoned((4, 5), variant.compute, "owned"), poisoned((4, 5), variant.compute, "owned")
+    # that nothing in the padding changes, the call itself checks
+    variant.bind("linear", x=x, w=w, b=b, y=y, activation="sigmoid")()
+    assert np.isnan(y[1]).all()
+
+    dz, dz_prev = np.ones((4, 5), variant.compute), poisoned((4, 3), variant.compute, "owned")
+    dz[2, 1] = np.nan
+    variant.bind("grad_input", dz=place(dz, "owned"), w=w, y=x, dz_prev=dz_prev, activation="identity")()
+    assert np.isnan(dz_prev[2]).all()
+
+    counters, stats = np.zeros(COUNTERS, np.int64), np.zeros(STATS)
+    counters[ROW_COUNT] = 4
+    labels = {"target": np.zeros(4, np.int64), "counters": counters, "stats": stats, "loss": LossSpec("cross_entropy")}
+    variant.bind("linear_loss_grad", x=x, w=w, b=b, dz=y, **labels)()
+    variant.bind("loss_grad", z=y, dz=z, **labels)()
+    assert np.isnan(y[1]).all() and np.isnan(z[1]).all()
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -118,14 +146,22 @@ def test_saturated_activations_neither_overflow_nor_lose_their_limit(variant, ac
 
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_logits_of_any_size_overflow_nowhere(variant):
-    z = variant.rounded([[6e4, -6e4, 0.0], [-3e4, 2e4, 1e4]])
+    # numbers that 16 bits and TF32 hold exactly
+    z = variant.rounded([[61440.0, -61440.0, 0.0], [-30720.0, 20480.0, 10240.0]])
     for kind in ("cross_entropy", "binary_cross_entropy"):
-        target = np.array([1, 1]) if kind == "cross_entropy" else np.array([[0, 1, 0], [0, 1, 1]], np.float32)
+        target = np.array([1, 1]) if kind == "cross_entropy" else np.array([[0, 1, 0], [0, 1, 1]], variant.real)
         spec = LossSpec(kind)
         loss, dz, _ = run_loss(variant, spec, z, target)
         expected = reference.loss_grad(spec, exact(z), target)
         limits = loss_grad_bound(spec, exact(z), target, u=variant.unit)
         assert_within(loss, expected[0], limits[0])
+        assert_within(dz, expected[1], variant.result_bound(limits[1], expected[1]))
+        # and as the output of a layer
+        counters, stats, dz = np.zeros(COUNTERS, np.int64), np.zeros(STATS), np.full_like(z, np.nan)
+        counters[ROW_COUNT] = len(z)
+        layer = {"x": z, "w": np.eye(3, dtype=variant.compute), "b": np.zeros(3, variant.real), "dz": dz}
+        variant.bind("linear_loss_grad", **layer, target=target, loss=spec, counters=counters, stats=stats)()
+        assert_within(stats[LAST_LOSS], expected[0], limits[0])
         assert_within(dz, expected[1], variant.result_bound(limits[1], expected[1]))
 
 

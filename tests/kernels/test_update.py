@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from calls import CONSTANT, Clock, gathering, state_arrays, update_arena
+from calls import CONSTANT, RULES, Clock, gathering, state_arrays, update_arena
 from devices import VARIANT_PARAMETERS
 from hypothesis import strategies as st
 from memory import place, poisoned
@@ -229,6 +229,40 @@ def test_a_fused_update_neither_clips_nor_accumulates(variant, change):
     rule = UpdateRule("sgd", CONSTANT, **change)
     with pytest.raises(ArgumentError, match="use grad_weight and update"):
         variant.bind("grad_weight_update", layers=[], **Clock(variant, rule, 0, 0, 1.0).operands)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("variant", [v for v in VARIANT_PARAMETERS if v.values[0].traits.split_rows])
+def test_update_sums_the_parts_of_a_gradient(variant, rule, parts):
+    values, u, room, size = Values(13, variant), variant.unit, 128, 100
+    params, states = values.normal(size), state_arrays(rule, values, size)
+    # what is behind a part's elements is nobody's
+    arena = np.full((parts, room), np.nan, variant.real)
+    arena[:, :size] = values.normal(parts, size)
+    clock, tensor = Clock(variant, rule, 3, 3, 1.0), TensorRule(0.5, 0.01)
+    given = exact(params), exact(arena[:, :size]).sum(axis=0), tuple(exact(s) for s in states)
+    run = variant.bind(
+        "update", params=params, grads=arena.reshape(-1)[:size], states=states, segments=(Segment(0, size, tensor),),
+        parts=parts, part=room, **clock.operands,
+    )  # fmt: skip
+    run()
+    limit = bound(parts, np.abs(exact(arena[:, :size])).sum(axis=0), u)
+    expected = reference.update(rule, tensor, *given, 3, clock.rate)
+    limits = update_bound(rule, tensor, *given, 3, clock.rate, limit, u)
+    assert_within(params, expected[0], limits[0])
+    for state, wanted, state_limit in zip(states, expected[1], limits[1], strict=True):
+        assert_within(state, wanted, state_limit)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANT_PARAMETERS if not v.values[0].device.on_host])
+def test_adam_without_eps_leaves_zero_gradients_alone(variant):
+    """Among them the padding: 0 / 0 would be NaN there."""
+    params, grads = np.ones(100, variant.real), np.zeros(100, variant.real)
+    grads[:3] = 1.0
+    update_arena(variant, UpdateRule("adam", CONSTANT, eps=0.0), params, grads)
+    np.testing.assert_array_equal(params[3:], 1.0)
+    np.testing.assert_allclose(params[:3], 0.9, rtol=8 * variant.unit)
 
 
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)

@@ -1,0 +1,102 @@
+"""Offsets beyond what 32 bits count, without the memory for it: of a sparse mapping only touched pages are there.
+
+A row number times a pitch that wraps around leads into the other half of the mapping, where there are zeros.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+from calls import CONSTANT, Clock
+from devices import INTERPRETER, marks_of
+from strategies import Values, exact
+from tolerance import assert_within, bound, grad_input_bound, linear_bound
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import COUNTERS, Segment, TensorRule, UpdateRule
+
+# From the middle of 2**32 elements: the third row begins 2**31 elements further on, or by mistake at the start.
+MIDDLE, PITCH, ROWS = 1 << 31, 1 << 30, 3
+# Linux's MAP_NORESERVE, which Python's mmap does not name before 3.13: nothing is set aside for untouched pages.
+NO_RESERVE = 0x4000
+on_the_interpreter = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, id=f"{v.device.name}, {v.precision}", marks=marks_of(INTERPRETER)) for v in INTERPRETER.variants],
+)
+
+
+def far_apart(values, pitch=PITCH):
+    """A torch matrix of these values whose rows lie ``pitch`` elements apart."""
+    import torch
+
+    size = (MIDDLE + (len(values) - 1) * pitch + values.shape[1]) * values.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    source = torch.from_numpy(values)
+    flat = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=source.dtype)
+    matrix = flat.as_strided(values.shape, (pitch, 1), MIDDLE)
+    matrix.copy_(source)
+    return matrix
+
+
+# aligned and not
+@pytest.mark.parametrize("width", [8, 5])
+@on_the_interpreter
+def test_rows_beyond_32_bits(variant, width):
+    import torch
+
+    values, backend, u = Values(11, variant), variant.backend(), variant.unit
+    x, w, b = values.factors(ROWS, width), values.factors(ROWS, width), values.normal(ROWS)
+    empty, square = np.full((ROWS, width), np.nan, variant.compute), np.full((ROWS, ROWS), np.nan, variant.compute)
+    y, z = far_apart(square), far_apart(square)
+    far_x, far_w = far_apart(x), far_apart(w)
+    backend.bind("linear", x=far_x, w=far_w, b=torch.from_numpy(b), y=y, z=z, activation="silu")()
+    given = exact(x), exact(w), exact(b)
+    z_bound, y_bound = linear_bound(*given, "silu", u=u)
+    for found, activation, limit in ((z, "identity", z_bound), (y, "silu", y_bound)):
+        expected = reference.linear(*given, activation)
+        assert_within(found.float().numpy(), expected, variant.result_bound(limit, expected))
+
+    dz, dz_prev = values.factors(ROWS, ROWS), far_apart(empty)
+    previous = far_apart(x)
+    backend.bind("grad_input", dz=far_apart(dz), w=far_w, y=previous, z=previous, dz_prev=dz_prev, activation="silu")()
+    given = exact(dz), exact(w), exact(x), "silu"
+    expected, limit = reference.grad_input(*given), grad_input_bound(*given, u=u)
+    assert_within(dz_prev.float().numpy(), expected, variant.result_bound(limit, expected))
+
+    dw, db = far_apart(np.full((ROWS, width), np.nan, np.float32)), torch.full((ROWS,), torch.nan)
+    layer = {"dz": far_apart(dz), "x": far_x, "dw": dw, "db": db}
+    counters = torch.zeros(COUNTERS, dtype=torch.int64)
+    backend.bind("grad_weight", layers=[layer], rule=UpdateRule("sgd", CONSTANT), counters=counters)()
+    expected, magnitude = exact(dz).T @ exact(x), np.abs(exact(dz)).T @ np.abs(exact(x))
+    assert_within(dw.numpy(), expected, bound(ROWS, magnitude, u, output=expected))
+
+
+@on_the_interpreter
+def test_parts_beyond_32_bits(variant):
+    """Three parts, whose sums are written and read 2**30 elements apart."""
+    import torch
+
+    values, backend = Values(12, variant), variant.backend()
+    # three stretches of a batch, a block each
+    dz, x = values.factors(96, 3), values.factors(96, 8)
+    grads = far_apart(np.full((3, 24), np.nan, np.float32))
+    dw, rule = grads[0].view(3, 8), UpdateRule("sgd", CONSTANT)
+    layer = {"dz": torch.from_numpy(dz), "x": torch.from_numpy(x), "dw": dw, "db": None}
+    counters = torch.zeros(COUNTERS, dtype=torch.int64)
+    backend.bind("grad_weight", layers=[layer], rule=rule, counters=counters, parts=3, part=PITCH)()
+    products = exact(dz).reshape(3, 32, 3).transpose(0, 2, 1) @ exact(x).reshape(3, 32, 8)
+    magnitudes = np.abs(exact(dz)).reshape(3, 32, 3).transpose(0, 2, 1) @ np.abs(exact(x)).reshape(3, 32, 8)
+    limits = bound(32, magnitudes, variant.unit, output=products)
+    assert_within(grads.numpy().reshape(3, 3, 8), products, limits)
+
+    clock = Clock(variant, rule, 0, 0, 1.0)
+    given = {name: torch.from_numpy(clock.operands[name]) for name in ("hyper", "counters")}
+    params, segments = torch.zeros(24), (Segment(0, 24, TensorRule()),)
+    backend.bind(
+        "update", params=params, grads=grads[0], states=(), segments=segments, rule=rule, parts=3, part=PITCH, **given
+    )()
+    total = -clock.rate * products.sum(axis=0)
+    limit = clock.rate * limits.sum(axis=0) + 4.0 * variant.unit * clock.rate * magnitudes.sum(axis=0)
+    assert_within(params.numpy().reshape(3, 8), total, limit)
