@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 LINEAR, LOSS = "test_layers.py::test_linear", "test_loss.py::test_loss_grad"
 LINEAR_LOSS, GRAD_INPUT = "test_loss.py::test_linear_loss_grad", "test_layers.py::test_grad_input"
+OWN_WAY = "test_layers.py::test_every_operand_may_lie_in_its_own_way"
 GRAD_WEIGHT, PARTS = "test_layers.py::test_grad_weight", "test_layers.py::test_gradients_of_a_batch_in_parts"
 FUSED, UPDATE, ADVANCE = (
     f"test_update.py::{name}" for name in ("test_grad_weight_update", "test_update", "test_advance")
 )
+WEIGHTS = "test_loss.py::test_all_weights_of_a_cross_entropy_together"
 MANY_CLASSES = "test_loss.py::test_cross_entropy_of_ten_thousand_classes"
 SCALED = "test_loss_scale.py::test_scaled_gradients_give_the_update_of_the_unscaled"
 OVERFLOW = "test_loss_scale.py::test_a_batch_that_overflowed_changes_nothing_but_the_scale"
@@ -53,14 +55,14 @@ MUTATIONS = (
         ),
         ("mask of K does not move on", "inside = at_k < width - start", "inside = at_k < width", LINEAR),
         ("last block of K dropped", "in range(0, width, BK)", "in range(0, width - BK + 1, BK)", LINEAR),
-        ("w stepped by x's stride", "w_at += BK * step_w", "w_at += BK * step_x", LINEAR),
+        ("w stepped by x's stride", "w_at += BK * step_w", "w_at += BK * step_x", OWN_WAY),
         (
             "w read transposed",
             "[None, :] * row_pitch(w_row, ALIGNED) + at_k[:, None] * step_w",
             "[None, :] * step_w + at_k[:, None] * row_pitch(w_row, ALIGNED)",
             LINEAR,
         ),
-        ("stride of the bias ignored", "tl.load(b + at_n * b_step,", "tl.load(b + at_n,", LINEAR),
+        ("stride of the bias ignored", "tl.load(b + at_n * b_step,", "tl.load(b + at_n,", OWN_WAY),
         ("row -1 loads row 0", "wanted = source >= 0", "wanted = at_m < M", LINEAR),
         (
             "padding of y not zeroed",
@@ -95,7 +97,7 @@ MUTATIONS = (
     ),
     *_bugs(
         "launch.py",
-        ("gaps of others' matrices taken for padding", "(columns % 8 == 0 or is_owned(tensor))", "True", LINEAR),
+        ("gaps of others' matrices taken for padding", "(columns % 8 == 0 or is_owned(tensor))", "True", OWN_WAY),
     ),
     *_bugs(
         "dropout.py",
@@ -138,12 +140,12 @@ MUTATIONS = (
             LOSS,
         ),
         ("smoothing shared by the other classes alone", "+ eps / N", "+ eps / (N - 1)", LINEAR_LOSS),
-        ("ignored labels count", "counts = counts & (label != ignored)", "counts = counts & True", LINEAR_LOSS),
+        ("ignored labels count", "counts = counts & (label != ignored)", "counts = counts & True", WEIGHTS),
         (
             "normaliser without class weights",
             "shares = weights * tl.load(class_weight + label, mask=counts, other=0.0)",
             "shares = weights",
-            LINEAR_LOSS,
+            WEIGHTS,
         ),
         (
             "normaliser without sample weights",
@@ -155,7 +157,7 @@ MUTATIONS = (
             "normaliser counts ignored labels",
             "if (plain == 0) | ((kind == 0.0) & (tl.load(settings + SOFT) == 0.0)):",
             "if plain == 0:",
-            LINEAR_LOSS,
+            WEIGHTS,
         ),
         ("mean of element-wise losses over the rows alone", "total = total * N", "total = total * 1", LINEAR_LOSS),
         ("sum of means in place of sums", "LOSS_SUM) + total)", "LOSS_SUM) + total / divisor)", LINEAR_LOSS),
@@ -163,7 +165,7 @@ MUTATIONS = (
             "last loss kept where the normaliser is zero",
             "        total = tl.where(mean & (normaliser == 0.0), 0.0, total)\n",
             "",
-            LINEAR_LOSS,
+            "test_loss.py::test_labels_without_weight_give_zero_though_others_have_some",
         ),
         ("loss scale not in dz", "scale = scale * tl.load(hyper + LOSS_SCALE)", "scale = scale * 1.0", LINEAR_LOSS),
         ("squares without their factor of two", "slope = 2.0 * r", "slope = r", LINEAR_LOSS),
@@ -181,11 +183,16 @@ MUTATIONS = (
         ),
         (
             "last of equal logits wins",
-            "at = first_of(values, largest, at_n, N)",
-            "at = first_of(values, largest, -at_n, N)",
-            LOSS,
+            "tl.where(largest > best, at, best_at)",
+            "tl.where(largest >= best, at, best_at)",
+            "test_loss.py::test_the_first_of_equal_logits_is_the_answer",
         ),
-        ("logits not shifted", "tl.where(named, z - largest[:, None], 0.0)", "tl.where(named, z, 0.0)", LINEAR_LOSS),
+        (
+            "logits not shifted",
+            "tl.where(named, z - largest[:, None], 0.0)",
+            "tl.where(named, z, 0.0)",
+            "test_nan.py::test_logits_of_any_size_overflow_nowhere",
+        ),
         ("sum of exponentials not rescaled", "total = total * tl.exp(highest - shift)", "total = total", MANY_CLASSES),
         (
             "x of the output layer from the first row of the epoch",
@@ -204,7 +211,7 @@ MUTATIONS = (
         ),
         ("last block of N dropped", "in range(0, N, BN)", "in range(0, N - BN + 1, BN)", GRAD_INPUT),
         ("mask of the deeper rows of w lost", "(at_n < N - start)[:, None] &", "(at_n >= 0)[:, None] &", GRAD_INPUT),
-        ("w stepped by columns", "w_at += BN * pitch", "w_at += BN", GRAD_INPUT),
+        ("w stepped by columns", "w_at += BN * pitch", "w_at += BN", OWN_WAY),
         ("kept gradients not scaled", "tl.where(keep, g * keep_scale, 0.0)", "tl.where(keep, g, 0.0)", GRAD_INPUT),
         ("derivative read off the scaled output", "v = v * kept_share", "v = v * 1.0", GRAD_INPUT),
         (
