@@ -47,7 +47,7 @@ def disassembly(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return _output(folder / "cuobjdump", "-res-usage", file.name), _output(folder / "nvdisasm", "-c", file.name)
+        return _output(folder / "cuobjdump", "-res-usage", file.name), _output(folder / "nvdisasm", "-c", "-ndf", file.name)
 
 
 def _output(*command: str | Path) -> str:
