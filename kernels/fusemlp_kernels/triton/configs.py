@@ -18,8 +18,9 @@ from fusemlp_kernels.errors import BackendUnavailableError
 
 # The smallest product of tensor cores is 16 rows high; ``linear_loss_grad`` holds a row of at most this width.
 WIDEST_OUTPUT = 256
-# What a thread can have on NVIDIA; eight warps of such threads fill a multiprocessor.
+# What a thread and a multiprocessor have on NVIDIA.
 MOST_REGISTERS = 255
+FILE_REGISTERS = 1 << 16
 TABLE_FILE = Path(__file__).with_name("tiles.json")
 # The grouped launch finds its task in a table of one of these lengths.
 TABLE_LENGTHS = (16, 64, 256)
@@ -167,7 +168,7 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
-        options["maxnreg"] = MOST_REGISTERS
+        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps))
     return options
 
 
