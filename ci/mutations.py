@@ -288,7 +288,7 @@ MUTATIONS = (
             "eps where the other convention has it",
             "tl.where(tl.load(rule + INSIDE) != 0.0, eps, eps * root)",
             "eps",
-            UPDATE,
+            "test_update.py::test_eps_lies_where_the_convention_has_it",
         ),
         (
             "factor of the learning rate ignored",

@@ -288,25 +288,31 @@ def test_gradients_of_a_batch_in_parts(m, n, k, parts, variant, by_row, placed, 
     layer = GradWeightLayer(k, n, layouts, "plain", frozenset())
     rows, counters = padded_rows(values.rng, max(m - 2, 0), m, 23) if by_row else None, np.zeros(COUNTERS, np.int64)
     given_arrays, dz, x = layer_operands(values, layer, m, rows, counters)
-    # one arena a part: dw with the pitch of the engine's matrices, then db
+    # one arena a part: dw with the pitch of the engine's matrices, then db, then the gradient of a slope
     pitch = -(-k // ROW_MULTIPLE) * ROW_MULTIPLE
-    room = n * pitch + 64
+    weights, biases = slice(0, n * pitch), slice(n * pitch, n * pitch + n)
+    place_of_slope = biases.stop + -n % ROW_MULTIPLE
+    room = place_of_slope + 64
     arena = np.full(parts * room, np.nan, variant.real)
     arenas = arena.reshape(parts, room)
-    arenas[:, : n * pitch].reshape(parts, n, pitch)[:, :, k:] = 0.0
-    dw, db = arena[: n * pitch].reshape(n, pitch)[:, :k], arena[n * pitch : n * pitch + n]
-    backend_call = {**given_arrays, "dw": dw, "db": db}
+    arenas[:, weights].reshape(parts, n, pitch)[:, :, k:] = 0.0
+    backend_call = {**given_arrays, "dw": arena[weights].reshape(n, pitch)[:, :k], "db": arena[biases]}
+    slope = {"dslope": values.normal(1), "grad": arena[place_of_slope : place_of_slope + 1]}
     rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
     variant.bind(
-        "grad_weight", writes=[arena], layers=[backend_call], rule=rule, counters=counters, parts=parts, part=room
-    )()
+        "grad_weight", writes=[arena], layers=[backend_call], slopes=[slope], rule=rule, counters=counters, parts=parts,
+        part=room,
+    )()  # fmt: skip
     for found, expected, magnitude in (
-        (arenas[:, : n * pitch].reshape(parts, n, pitch)[:, :, :k], dz.T @ x, np.abs(dz).T @ np.abs(x)),
-        (arenas[:, n * pitch : n * pitch + n], dz.sum(axis=0), np.abs(dz).sum(axis=0)),
+        (arenas[:, weights].reshape(parts, n, pitch)[:, :, :k], dz.T @ x, np.abs(dz).T @ np.abs(x)),
+        (arenas[:, biases], dz.sum(axis=0), np.abs(dz).sum(axis=0)),
     ):
         limit = bound(m, magnitude, variant.unit, output=magnitude, ulps=1, products=variant.products)
         assert_within(exact(found).sum(axis=0), expected, limit)
-    np.testing.assert_array_equal(np.isnan(arenas[:, n * pitch + n :]), True)
+    assert arenas[:, place_of_slope].sum() == slope["dslope"][0]
+    others = np.ones(room, np.bool_)
+    others[weights] = others[biases] = others[place_of_slope] = False
+    np.testing.assert_array_equal(np.isnan(arenas[:, others]), True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -255,6 +255,18 @@ def test_update_sums_the_parts_of_a_gradient(variant, rule, parts):
         assert_within(state, wanted, state_limit)
 
 
+@pytest.mark.parametrize("convention", ["torch", "scikit-learn"])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_eps_lies_where_the_convention_has_it(variant, convention):
+    """It tells where gradients are small, of which the moments know nothing yet."""
+    rule = UpdateRule("adam", CONSTANT, eps=1e-3, convention=convention)
+    params, grads = np.zeros(50, variant.real), Values(16, variant).normal(50, scale=1e-4)
+    given = exact(params), exact(grads), (np.zeros(50), np.zeros(50)), 0, CONSTANT.base
+    update_arena(variant, rule, params, grads)
+    limits = update_bound(rule, TensorRule(), *given, u=variant.unit)
+    assert_within(params, reference.update(rule, TensorRule(), *given)[0], limits[0])
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANT_PARAMETERS if not v.values[0].device.on_host])
 def test_adam_without_eps_leaves_zero_gradients_alone(variant):
     """Among them the padding: 0 / 0 would be NaN there."""
