@@ -75,7 +75,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str, dict[str, str] 
     """Run tests on the kernels in ``folder``: the exit status, what was printed, and the first failure."""
     failure = folder / "failure.json"
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT / "engine", ROOT / "ci"))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "TRITON_INTERPRET": "1",
@@ -125,14 +125,19 @@ def try_mutation(mutation: Mutation) -> Outcome:
     return Outcome(failure["test"].removeprefix("tests/kernels/"), failure["message"], seconds)
 
 
-def check_unmutated(mutations: list[Mutation]) -> None:
-    """All tests pass where nothing is planted, else the run ends here."""
-    with tempfile.TemporaryDirectory(prefix="fusemlp-mutation-") as name:
-        status, printed, _ = run_tests(copied(Path(name)), node_ids(mutations))
-    if status != 0:
-        print(printed, file=sys.stderr)
-        print("the tests fail on the kernels as they are (status 2)", file=sys.stderr)
-        sys.exit(2)
+def failing_unmutated(mutations: list[Mutation], processes: int) -> str:
+    """What is printed by the tests that fail on the kernels as they are; nothing, where all pass."""
+    files: dict[str, list[str]] = {}
+    for test in node_ids(mutations):
+        files.setdefault(test.partition("::")[0], []).append(test)
+
+    def failed(tests: list[str]) -> str:
+        with tempfile.TemporaryDirectory(prefix="fusemlp-mutation-") as name:
+            status, printed, _ = run_tests(copied(Path(name)), tests)
+        return printed if status else ""
+
+    with ThreadPoolExecutor(processes) as pool:
+        return "".join(pool.map(failed, files.values()))
 
 
 def row(mutation: Mutation, outcome: Outcome) -> str:
@@ -159,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--unchecked", action="store_true", help="do not run the tests on the kernels as they are")
     parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
+    if options.write and options.only:
+        parser.error("--write: the table has all mutations; leave out --only")
     try:
         mutations = chosen(options.only)
         for mutation in mutations:
@@ -170,16 +177,19 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{mutation.file}: {mutation.name}: {', '.join(mutation.tests)}")
         return 0
     start = time.perf_counter()
-    if not options.unchecked:
-        check_unmutated(mutations)
+    if not options.unchecked and (failures := failing_unmutated(mutations, options.processes)):
+        parser.exit(2, f"{failures}{parser.prog}: these tests fail on the kernels as they are\n")
     lines = ["| bug | file | caught by | seconds |", "| --- | --- | --- | ---: |"]
     print("\n".join(lines), flush=True)
     outcomes = []
-    with ThreadPoolExecutor(options.processes) as pool:
-        for mutation, outcome in zip(mutations, pool.map(try_mutation, mutations), strict=True):
-            outcomes.append(outcome)
-            lines.append(row(mutation, outcome))
-            print(lines[-1], flush=True)
+    try:
+        with ThreadPoolExecutor(options.processes) as pool:
+            for mutation, outcome in zip(mutations, pool.map(try_mutation, mutations), strict=True):
+                outcomes.append(outcome)
+                lines.append(row(mutation, outcome))
+                print(lines[-1], flush=True)
+    except RuntimeError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     caught = sum(outcome.caught_by is not None for outcome in outcomes)
     lines += ["", f"{len(mutations)} planted, {caught} caught."]
     print("\n".join(lines[-2:]), f"{time.perf_counter() - start:.0f} s")
