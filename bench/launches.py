@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusemlp import MLP
-from fusemlp.engine import plan_text
+from fusemlp.planning import plan_text
 
 # Operators that only look at memory, or set out work for the operators below them.
 VIEWS = frozenset(

@@ -25,10 +25,10 @@ LAYERS = (
     ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis", "lr_finder"),
     ("fleet", "training", "checkpoint", "saving"),
     ("engine",),
-    ("callbacks", "history", "inference"),
+    ("callbacks", "history", "inference", "planning"),
     ("execution",),
     ("lowering", "program", "buffers", "verifier"),
-    ("losses", "network", "optimizers", "schedules", "targets"),
+    ("losses", "network", "optimizers", "schedules", "state", "targets"),
     ("data", "datafiles", "tables", "preprocessing"),
     ("validation",),
     ("_version",),
@@ -41,7 +41,7 @@ HANDOVERS = frozenset(
     }
 )
 # The modules of fusemlp that know the backends; the others see only shared descriptions, definitions and errors.
-BACKEND_USERS = ("engine", "execution", "fleet")
+BACKEND_USERS = ("engine", "execution", "fleet", "planning")
 SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels.philox")
 # Libraries that are imported in these modules (and what lies inside them) and nowhere else.
 OWNERS = {
@@ -239,7 +239,7 @@ BROKEN = {
     "a backend": ({"fusemlp.training": "from fusemlp_kernels.numpy import linear"}, "know the backends"),
     "the oracle": (
         {"fusemlp.schedules": "from fusemlp_kernels import reference", "fusemlp_kernels.reference": ""},
-        "imports fusemlp_kernels.reference; only engine, execution, fleet know the backends",
+        "imports fusemlp_kernels.reference; only engine, execution, fleet, planning know the backends",
     ),
     "no row": ({"fusemlp.gadgets": ""}, "gadgets: give it a row"),
     "no row, a subpackage": ({"fusemlp.gadgets.small": ""}, "gadgets: give it a row"),

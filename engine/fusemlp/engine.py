@@ -7,23 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.buffers import parameter_layout, short_names
+from fusemlp.buffers import short_names
 from fusemlp.execution import BoundProgram, Memory, Workspace, choose_plan
 from fusemlp.inference import Inference
 from fusemlp.losses import Loss, as_loss
 from fusemlp.lowering import Inputs, lower_training
 from fusemlp.network import MLP
 from fusemlp.optimizers import Optimizer, as_optimizer
+from fusemlp.planning import COMPUTE_BYTES, REAL_BYTES
 from fusemlp.program import Program
+from fusemlp.state import checked_state
 from fusemlp.targets import Targets, are_one_hot, as_targets
-from fusemlp.validation import as_count, as_features, as_weights, to_array
+from fusemlp.validation import as_count, as_features, as_weights
 from fusemlp_kernels.clock import write_hyper
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LAST_LOSS,
     LEARNING_RATE,
     LOSS_SCALE,
-    MOST_PARTS,
     RATE_SCALE,
     ROW_STEP,
     SKIPPED,
@@ -31,20 +32,16 @@ from fusemlp_kernels.contract import (
     SKIPPED_LIMIT,
     UPDATE_COUNT,
     LossSpec,
-    Traits,
     UpdateRule,
     batch_parts,
 )
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
-    DataError,
     DivergenceError,
-    DTypeError,
     ShapeError,
-    unknown_name,
 )
-from fusemlp_kernels.registry import TRAITS, availability, backend
+from fusemlp_kernels.registry import availability, backend
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,11 +51,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-__all__ = ["Engine", "availability", "plan_text"]
+__all__ = ["Engine", "availability"]
 
-REAL_BYTES = {"fp64": 8}
-# Precisions whose matrix products read another type than the parameters have.
-COMPUTE_BYTES = {"bf16": 2, "fp16": 2}
 # How often ``step`` asks whether loss scaling still works: asking waits for the device.
 SCALING_CHECKS = 32
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
@@ -486,72 +480,3 @@ class Engine:
             f"seed={self.seed}, backend={self.backend!r}, device={self.device!r}, precision={self.precision!r}, "
             f"plan={self.plan!r})"
         )
-
-
-def checked_state(net: MLP, state: Mapping[str, Any], real: np.dtype[Any]) -> dict[str, Array]:
-    """``state`` as arrays of the engine's type, if it has exactly the keys and shapes of the network."""
-    if not isinstance(state, Mapping):
-        raise ArgumentTypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
-    shapes = net.parameter_shapes()
-    missing = [name for name in shapes if name not in state]
-    unknown = [str(name) for name in state if name not in shapes]
-    if missing or unknown:
-        raise ArgumentError(
-            f"state: missing keys: {', '.join(missing) or 'none'}; unknown keys: {', '.join(unknown) or 'none'}. "
-            f"This network has: {', '.join(shapes)}"
-        )
-    arrays = {}
-    for name, shape in shapes.items():
-        array = to_array(f"state[{name!r}]", state[name])
-        if array.shape != shape:
-            raise ShapeError(f"state[{name!r}]: expected shape {shape}, got {array.shape}")
-        if array.dtype.kind not in "fiub":
-            raise DTypeError(f"state[{name!r}]: expected real numbers, got dtype {array.dtype}")
-        with np.errstate(all="ignore"):
-            arrays[name] = array.astype(real)
-        if not np.isfinite(arrays[name]).all():
-            raise DataError(f"state[{name!r}]: holds NaN or infinite values (in {real}); parameters must be finite")
-    return arrays
-
-
-def plan_text(
-    net: MLP,
-    *,
-    loss: str | Loss = "cross_entropy",
-    optimizer: str | Optimizer = "sgd",
-    batch_size: int = 32,
-    backend: str = "auto",
-    precision: str = "fp32",
-) -> str:
-    """The step program of a network on a backend that need not be installed, as text.
-
-    Raises ArgumentError for impossible values.
-    """
-    if backend == "auto":
-        backend = next(name for name, reason in availability().items() if reason is None)
-    if backend not in TRAITS:
-        raise unknown_name("backend", backend, ["auto", *TRAITS])
-    traits: Traits = TRAITS[backend]
-    if precision not in traits.precisions:
-        raise unknown_name("precision", precision, traits.precisions)
-    chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
-    chosen_loss.check_network(net)
-    chosen_optimizer.check_network(net)
-    real_bytes = REAL_BYTES.get(precision, 4)
-    batch_size = as_count("batch_size", batch_size, minimum=1)
-    program = lower_training(
-        net,
-        chosen_loss.spec(accuracy=chosen_loss.is_classification),
-        chosen_optimizer.rule(total_updates=1),
-        chosen_optimizer.options_for,
-        batch_size,
-        traits,
-        parameter_layout(net, row_multiple=traits.row_multiple, item_bytes=real_bytes),
-        Inputs(batch_size, indexed=True, class_weighted=chosen_loss.class_weight is not None),
-        seed=0,
-        real_bytes=real_bytes,
-        compute_bytes=COMPUTE_BYTES.get(precision),
-        scaled=precision == "fp16",
-        most_parts=MOST_PARTS,
-    )
-    return str(program)

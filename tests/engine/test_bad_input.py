@@ -51,9 +51,9 @@ from fusemlp import (
     load_data,
 )
 from fusemlp.checkpoint import read_extra
-from fusemlp.engine import plan_text
 from fusemlp.losses import loss_from_config
 from fusemlp.optimizers import optimizer_from_config
+from fusemlp.planning import plan_text
 from fusemlp.schedules import schedule_from_config
 
 Do = Callable[[Engine, Path], object]

@@ -10,7 +10,7 @@ import pytest
 from lowered import BACKENDS, FROZEN, inference_program, training_program
 
 from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
-from fusemlp.engine import plan_text
+from fusemlp.planning import plan_text
 from fusemlp.program import Call, Program, Ref, Value, resolve, scaled
 from fusemlp.verifier import verify
 from fusemlp_kernels.contract import COUNTERS, HYPER, STATS

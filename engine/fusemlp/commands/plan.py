@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusemlp.commands.recipe import network
-from fusemlp.engine import plan_text
+from fusemlp.planning import plan_text
 
 
 def plan(
