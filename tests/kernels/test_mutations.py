@@ -1,0 +1,79 @@
+"""The planted bugs of ci/mutations.py fit the kernels as they are; a few are planted here for real.
+
+All of them take several minutes: ``python ci/mutate_kernels.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from devices import INTERPRETER, marks_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def mutate_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "ci")
+    return importlib.import_module("mutate_kernels")
+
+
+def test_every_bug_has_its_place_and_leaves_the_file_readable(mutate_kernels):
+    assert len(mutate_kernels.MUTATIONS) >= 24
+    for mutation in mutate_kernels.MUTATIONS:
+        ast.parse(mutate_kernels.mutated(mutation), mutation.file)
+    names = [mutation.name for mutation in mutate_kernels.MUTATIONS]
+    assert len(set(names)) == len(names)
+
+
+def test_every_bug_names_tests_that_there_are(mutate_kernels):
+    for node in mutate_kernels.node_ids(list(mutate_kernels.MUTATIONS)):
+        file, _, name = node.partition("::")
+        defined = {
+            n.name for n in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))) if isinstance(n, ast.FunctionDef)
+        }
+        assert name in defined, node
+
+
+def test_the_table_has_all_bugs_and_says_that_all_were_caught(mutate_kernels):
+    lines = mutate_kernels.TABLE.read_text("utf-8").splitlines()
+    count = len(mutate_kernels.MUTATIONS)
+    bugs = [tuple(line.strip("| ").split(" | ")[:2]) for line in lines if line.endswith(" |")][2:]
+    assert bugs == [(mutation.name, mutation.file) for mutation in mutate_kernels.MUTATIONS]
+    assert lines[-1] == f"{count} planted, {count} caught."
+
+
+def test_an_entry_that_does_not_fit_says_so(mutate_kernels, monkeypatch, capsys):
+    first = mutate_kernels.MUTATIONS[0]
+    for wrong, said in (
+        (replace(first, old="no such text"), "found it 0 times"),
+        (replace(first, old="tl"), "expected its old text once"),
+        (replace(first, new=first.old), "the new text is the old one"),
+    ):
+        monkeypatch.setattr(mutate_kernels, "MUTATIONS", (wrong,))
+        with pytest.raises(SystemExit, match="2"):
+            mutate_kernels.main(["--list"])
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        mutate_kernels.main(["--only", "no such bug"])
+    assert "no such mutation: no such bug; --list shows them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRETER))])
+def test_bugs_are_caught_and_what_is_none_survives(mutate_kernels, device):
+    """Two quick ones for real, and a change that is no bug."""
+    quick = ["--only", "scale doubles too late", "--only", "offset of a part in 32 bits"]
+    command = [sys.executable, ROOT / "ci/mutate_kernels.py", "--unchecked", "--processes", "1", *quick]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("test_loss_scale.py::test_the_scale_doubles_after_enough_updates[triton, interpreted") == 1
+    assert "2 planted, 2 caught." in done.stdout
+    (late,) = mutate_kernels.chosen(quick[1:2])
+    harmless = mutate_kernels.try_mutation(replace(late, new="grows = GROWTH_INTERVAL <= good"))
+    assert harmless.caught_by is None and harmless.how == "SURVIVED"
