@@ -99,6 +99,9 @@ def restore_engine(engine: Engine, content: Mapping[str, Any], *, backend: str, 
     """Make ``engine``, whose constructor has not run, what ``content`` was taken from."""
     config, tensors = content["config"], content["tensors"]
     start_engine(engine, config, backend=backend, device=device)
+    if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
+        # the bits that follow are those of the plan
+        engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
     engine.write_tensors(_of_kind("parameter", tensors), "")
     memory = engine.memory
     for index in range(len(memory.states)):

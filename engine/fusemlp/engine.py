@@ -16,6 +16,7 @@ from fusemlp.network import MLP
 from fusemlp.optimizers import Optimizer, as_optimizer
 from fusemlp.planning import COMPUTE_BYTES, REAL_BYTES
 from fusemlp.program import Program
+from fusemlp.resident import lower_resident
 from fusemlp.state import checked_state
 from fusemlp.targets import Targets, are_one_hot, as_targets
 from fusemlp.validation import as_count, as_features, as_weights
@@ -181,16 +182,32 @@ class Engine:
         given: Mapping[str, Any],
         *,
         keep_gradients: bool = False,
+        resident_batches: int | None = None,
     ) -> BoundProgram:
         """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
         With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
-        gradients in the engine's memory.
+        gradients in the engine's memory. With ``resident_batches`` it is the program of the resident plan, for epochs
+        of so many batches.
         """
         arrays = dict(given)
         if self._class_weight is not None:
             arrays["class_weight"] = self._class_weight
-        program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
+        if resident_batches is None:
+            program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
+        else:
+            program = lower_resident(
+                self.network,
+                spec,
+                rule,
+                self.optimizer.options_for,
+                batch_size,
+                resident_batches,
+                self._memory.layout,
+                inputs,
+                seed=self.seed,
+                real_bytes=self._real_bytes,
+            )
         return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
 
     def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:

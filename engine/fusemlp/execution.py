@@ -29,6 +29,11 @@ Array = np.ndarray[Any, Any]
 
 # Steps that are unrolled in one graph: one launch of the graph for so many steps.
 STEPS_A_GRAPH = 8
+# Steps after which it is asked whether somebody pressed Ctrl-C; where the steps run on the host, no more than about a
+# tenth of a second of them, taken as so many floating-point operations.
+UNINTERRUPTED = 256
+UNINTERRUPTED_FLOPS = 2e9
+COMPILED_LOOP = "with numba (pip install 'fusemlp[cpu]') fit runs its steps in one compiled loop, plan='resident'"
 
 
 def open_backend(name: str, device: str | None, precision: str) -> Backend:
@@ -43,14 +48,18 @@ def choose_plan(plan: str, traits: Traits) -> tuple[str, str]:
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
+    missing = f"; {COMPILED_LOOP}" if traits.name == "numpy" and "resident" not in traits.plans else ""
     if plan == "auto":
         best = traits.plans[-1]
         if traits.plans == ("eager",):
-            return best, f"the {traits.name} backend starts its calls one after another; it has no other plan"
+            return best, f"the {traits.name} backend starts its calls one after another{missing}"
+        if traits.name == "numpy":
+            return best, "fit runs its steps in a loop that numba has compiled"
         return best, f"the quickest plan of the {traits.name} backend"
     if plan not in traits.plans:
+        hint = missing if plan == "resident" and missing else "; use plan='auto'"
         raise BackendUnavailableError(
-            f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"
+            f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}{hint}"
         )
     return plan, "asked for"
 
@@ -151,9 +160,15 @@ class BoundProgram:
                 self.arrays[name] = allocate(backend, value)
         calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
         self.calls = tuple(calls)
+        self._resident = program.calls[0].op == "train_resident"
+        # whether it moves from batch to batch by itself, and how many steps it is left alone for
+        self.walks_rows = self._resident or backend.traits.walks_rows
+        self.chunk = UNINTERRUPTED
+        if self._resident:
+            self.chunk = max(1, min(self.chunk, int(UNINTERRUPTED_FLOPS / program.calls[0].flops)))
         self._eager = _in_order(calls)
         self._captures = plan == "graph"
-        self.run = self._step if self._captures else self._eager
+        self.run = self._step if self._captures or self._resident else self._eager
         # graphs by the number of steps in them; none before the first step has loaded the kernels
         self._graphs: dict[int, Callable[[], object]] = {}
         self._warm = False
@@ -162,7 +177,10 @@ class BoundProgram:
         self.run_many(1)
 
     def run_many(self, count: int) -> None:
-        """``count`` steps one after another, on a backend that walks the rows by itself."""
+        """``count`` steps one after another, where the rows are walked."""
+        if self._resident:
+            self.calls[0](count)
+            return
         if not self._captures:
             for _ in range(count):
                 self._eager()
@@ -181,7 +199,7 @@ class BoundProgram:
         return self._graphs[steps]
 
     def set_rows(self, order: Array, first_batch: int, size: int) -> None:
-        """The rows of an epoch, for a backend that walks them by itself, from batch ``first_batch`` on."""
+        """The rows of an epoch, where they are walked, from batch ``first_batch`` on."""
         rows = self.arrays["rows"]
         padded = np.full(len(rows), -1, np.int64)
         count = min(len(order), len(padded))

@@ -38,6 +38,7 @@ WRITTEN = {
     ),
     "update": frozenset({"params", "grads", "states", "shadow", "hyper", "counters"}),
     "advance": frozenset({"hyper", "counters"}),
+    "train_resident": frozenset({"params", "gradients", "states", "stats", "hyper", "counters"}),
 }
 UPDATED = frozenset(
     {

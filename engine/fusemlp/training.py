@@ -30,8 +30,6 @@ Array = np.ndarray[Any, Any]
 Snapshot = dict[str, Any]
 
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
-# Steps after which a walking backend is asked again whether somebody pressed Ctrl-C.
-UNINTERRUPTED = 256
 LARGE_FEATURE = 100.0
 
 
@@ -119,11 +117,13 @@ class _Fit:
             class_weighted=engine.loss.class_weight is not None,
         )
         given = {"x": to_device(X, "compute"), "target": to_device(targets.values)}
-        if engine.memory.backend.traits.walks_rows:
+        resident = engine.plan == "resident"
+        if resident or engine.memory.backend.traits.walks_rows:
             given["rows"] = engine.memory.backend.allocate(self.batches * self.batch_size, "int64")
         if weight is not None:
             given["weight"] = to_device(weight)
-        return engine.bind(inputs, self.spec, self.rule, self.batch_size, given)
+        batches = self.batches if resident else None
+        return engine.bind(inputs, self.spec, self.rule, self.batch_size, given, resident_batches=batches)
 
     def run(self) -> History:
         """Train; the engine's ``history`` and ``fit_state`` follow."""
@@ -177,7 +177,7 @@ class _Fit:
         copy, run = engine.memory.backend.copy_into, bound.run
         starters = [c for c in self.callbacks if overrides(c, "on_batch_begin")]
         watchers = [c for c in self.callbacks if overrides(c, "on_batch_end")]
-        if engine.memory.backend.traits.walks_rows:
+        if bound.walks_rows:
             return self._walk(order, starters, watchers, interrupted)
         bound.set_row_count(size)
         with np.errstate(all="ignore"):
@@ -205,11 +205,11 @@ class _Fit:
         return state.batch == self.batches
 
     def _walk(self, order: Array, starters: list[Any], watchers: list[Any], interrupted: Callable[[], bool]) -> bool:
-        """``_epoch`` on a backend that moves from batch to batch by itself."""
+        """``_epoch`` with a program that moves from batch to batch by itself."""
         engine, state, bound = self.engine, self.state, self.bound
         bound.set_rows(order[: self.batches * self.batch_size], state.batch, self.batch_size)
         while state.batch < self.batches:
-            count = 1 if starters or watchers else min(self.batches - state.batch, UNINTERRUPTED)
+            count = 1 if starters or watchers else min(self.batches - state.batch, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
             bound.run_many(count)

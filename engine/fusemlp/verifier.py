@@ -27,6 +27,7 @@ _WRITES = {
     "counters": "control",
     "params": "parameter",
     "grads": "gradient",
+    "gradients": "gradient",
     "states": "state",
     "layers.dw": "gradient",
     "layers.db": "gradient",
@@ -50,6 +51,10 @@ _NEEDED = {
     "grad_weight_update": ("layers", "rule", "hyper", "counters"),
     "update": ("params", "grads", "states", "segments", "rule", "hyper", "counters"),
     "advance": ("rule", "hyper", "counters"),
+    "train_resident": (
+        *("x", "target", "rows", "batch", "layers", "loss", "stats"),
+        *("params", "gradients", "states", "segments", "rule", "hyper", "counters"),
+    ),
 }
 # The shapes of operands in the letters of the contract, in the order in which they are compared: M rows of a batch and
 # n examples, the same in the whole program, K inputs and N outputs. A word in front is the element type, if not real;
@@ -68,6 +73,7 @@ _SHAPES = {
         "dz": "compute MN", "w": "compute NK", "y": "compute MK", "z": "compute MK", "keep": "bool MK",
         "dz_prev": "compute MK", "slope_param": "1", "dslope": "1",
     },
+    "train_resident": {"x": "", "class_weight": "N"},
     "layer": {
         "dz": "compute MN", "rows": "int64 M", "x": "", "dw": "NK", "db": "N", "w": "NK", "b": "N", "w_state": "NK",
         "b_state": "N", "w_shadow": "compute NK",
@@ -170,7 +176,7 @@ def _check_updates(program: Program) -> None:
                 updated[name] = index
             if program.values[name].kind == "parameter":
                 # what of the arena an "update" changes is a matter of its segments
-                if name not in program.trainable and call.op != "update":
+                if name not in program.trainable and "segments" not in call.operands:
                     raise ProgramError(f"{where}: updates {name!r}, which is frozen")
                 updated[name] = index
         if "counters" in writes:
@@ -223,12 +229,12 @@ def _check_sharing(program: Program, places: Places) -> None:
 
 
 def _check_segments(program: Program, places: Places) -> None:
-    """The segments of an ``update`` are the places of the trainable tensors, each once."""
+    """The segments of an update are the places of the trainable tensors, each once."""
     tensors = {
         places[name][1:]: name for name, value in program.values.items() if value.kind == "parameter" and name in places
     }
     for index, call in enumerate(program.calls):
-        if call.op != "update":
+        if "segments" not in call.operands:
             continue
         where = _where(index, call)
         updated: set[str] = set()

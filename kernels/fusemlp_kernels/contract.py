@@ -64,6 +64,13 @@ Operands, by op (``None`` is allowed where it says "optional"):
 
 ``advance``: the clock alone, for a network with nothing to train: rule, hyper, counters.
 
+``train_resident``: many whole steps: what the calls of a step's program compute, again and again
+    x (n, K) compute; target, weight, class_weight, loss, stats as in ``loss_grad``; rows as below; batch: M, the rows
+    of a step; layers: a sequence of ``ResidentLayer``; params, states, segments, rule, hyper, counters as in
+    ``update``; gradients (size,) real, written: what is accumulated between two updates lies there, and with
+    rule.accumulate 1 nothing that matters. The bound callable takes the number of steps. Rows are walked as below,
+    whatever the traits say.
+
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
 SKIPPED_IN_A_ROW grow by one.
@@ -101,6 +108,7 @@ OPS = (
     "grad_weight_update",
     "update",
     "advance",
+    "train_resident",
 )
 
 # counters, int64
@@ -220,6 +228,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class ResidentLayer:
+    """A layer as ``train_resident`` needs it: its widths, where in the arenas its weights, its bias and prelu's slope
+    begin (in elements, rows without gaps), and what comes behind its product."""
+
+    inputs: int
+    outputs: int
+    w: int
+    b: int
+    activation: str
+    slope: float = 0.0
+    slope_at: int | None = None
+    dropout: Dropout | None = None
+
+
+@dataclass(frozen=True)
 class Traits:
     """What the lowering has to know of a backend; plain data, so that a plan can be printed without the backend.
 
@@ -277,8 +300,8 @@ class Backend(Protocol):
     def copy_into(self, destination: Any, source: np.ndarray[Any, Any]) -> None:
         """Write a host array into a device array of the same shape."""
 
-    def bind(self, op: str, **operands: Any) -> Callable[[], object]:
-        """The call, ready to be run any number of times."""
+    def bind(self, op: str, **operands: Any) -> Callable[..., object]:
+        """The call, ready to be run any number of times; only that of ``train_resident`` takes an argument."""
 
     def scalar(self, array: Any, index: int) -> Any:
         """One element of a "float64" array as a 0-d "real" array of its own; does not wait for the device."""

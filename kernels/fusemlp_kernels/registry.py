@@ -63,7 +63,8 @@ TRAITS = {
         split_rows=0,
         split_size=0,
         precisions=("fp32", "fp64"),
-        plans=("eager",),
+        # "resident" where numba is installed
+        plans=("eager", "resident"),
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from fusemlp_kernels.numpy.activations import Array, Run
 from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, bind_grad_weight_update
 from fusemlp_kernels.numpy.linear import bind_linear
 from fusemlp_kernels.numpy.loss import bind_linear_loss_grad, bind_loss_grad
+from fusemlp_kernels.numpy.resident import bind_train_resident, numba_is_installed
 from fusemlp_kernels.numpy.update import ALIGNMENT_BYTES, bind_advance, bind_update
 
-BINDERS: dict[str, Callable[..., Run]] = {
+BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear": bind_linear,
     "linear_loss_grad": bind_linear_loss_grad,
     "loss_grad": bind_loss_grad,
@@ -24,6 +26,7 @@ BINDERS: dict[str, Callable[..., Run]] = {
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
     "advance": bind_advance,
+    "train_resident": bind_train_resident,
 }
 REAL = {"fp32": np.float32, "fp64": np.float64}
 
@@ -38,7 +41,7 @@ class NumpyBackend:
             raise BackendUnavailableError(
                 f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
             )
-        self.traits = traits
+        self.traits = traits if numba_is_installed() else replace(traits, plans=("eager",))
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {
             "real": REAL[precision],
@@ -85,7 +88,7 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         raise BackendUnavailableError("plan: the numpy backend has no graphs; use plan='eager'")
 
-    def bind(self, op: str, **operands: Any) -> Run:
+    def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
         if op not in BINDERS:
             raise unknown_name("op", op, BINDERS)

@@ -1,0 +1,107 @@
+"""The program of the resident plan: one call that runs whole steps, as many as it is told to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusemlp.buffers import Layout, short_names
+from fusemlp.lowering import Inputs, OptionsFor
+from fusemlp.network import MLP
+from fusemlp.program import Call, Program, Ref, Value
+from fusemlp_kernels.contract import (
+    COUNTERS,
+    HYPER,
+    STATS,
+    Dropout,
+    LossSpec,
+    ResidentLayer,
+    Segment,
+    UpdateRule,
+)
+
+
+def lower_resident(
+    net: MLP,
+    spec: LossSpec,
+    rule: UpdateRule,
+    options_for: OptionsFor,
+    batch_size: int,
+    batches: int,
+    layout: Layout,
+    inputs: Inputs,
+    *,
+    seed: int,
+    real_bytes: int,
+) -> Program:
+    """The program of training on batches of ``batch_size`` rows, of an epoch of at most ``batches`` batches."""
+    options = {short: options_for(name) for short, name in short_names(net).items()}
+    trained = [short for short in layout.places if options[short][0]]
+    states = tuple(f"state{index}" for index in range(rule.state_count))
+    outputs = net.sizes[-1]
+    integer = spec.kind == "cross_entropy" and not spec.soft
+    values = [Value(name, place.shape, "real", "parameter") for name, place in layout.places.items()]
+    for short in trained:
+        shape = layout.places[short].shape
+        values.append(Value(f"d{short}", shape, "real", "gradient"))
+        values += [Value(f"{short}.{state}", shape, "real", "state") for state in states]
+    values += [
+        Value("x", (inputs.rows, net.sizes[0]), "real", "data"),
+        Value("target", (inputs.rows,) if integer else (inputs.rows, outputs), "int64" if integer else "real", "data"),
+        Value("rows", (batches * batch_size,), "int64", "control"),
+        Value("counters", (COUNTERS,), "int64", "control"),
+        Value("hyper", (HYPER,), "float64", "control"),
+        Value("stats", (STATS,), "float64", "control"),
+    ]
+    operands: dict[str, Any] = {name: Ref(name) for name in ("x", "target", "rows", "counters", "hyper", "stats")}
+    if inputs.weighted:
+        values.append(Value("weight", (inputs.rows,), "real", "data"))
+        operands["weight"] = Ref("weight")
+    if inputs.class_weighted:
+        values.append(Value("class_weight", (outputs,), "real", "control"))
+        operands["class_weight"] = Ref("class_weight")
+    operands |= {
+        "batch": batch_size,
+        "layers": tuple(_layer(net, layout, index, seed) for index in range(net.layers)),
+        "params": Ref("params"),
+        "gradients": Ref("grads"),
+        "states": tuple(Ref(state) for state in states),
+        "segments": tuple(
+            Segment(layout.places[short].offset, layout.places[short].size, options[short][1]) for short in trained
+        ),
+        "rule": rule,
+        "loss": spec,
+    }
+    arenas = {"params": tuple(layout.places), "grads": tuple(f"d{short}" for short in trained)}
+    arenas |= {state: tuple(f"{short}.{state}" for short in trained) for state in states}
+    call = Call("train_resident", operands, f"{spec.kind} {rule.kind}", _products(net, batch_size, trained))
+    return Program({value.name: value for value in values}, (call,), arenas, frozenset(trained), real_bytes)
+
+
+def _layer(net: MLP, layout: Layout, index: int, seed: int) -> ResidentLayer:
+    activation = net.activations[index]
+    rate = net.dropouts[index] if index < net.layers - 1 else 0.0
+    places = layout.places
+    return ResidentLayer(
+        inputs=net.sizes[index],
+        outputs=net.sizes[index + 1],
+        w=places[f"w{index}"].offset,
+        b=places[f"b{index}"].offset,
+        activation=activation.name,
+        slope=activation.slope if activation.name == "leaky_relu" else 0.0,
+        slope_at=places[f"s{index}"].offset if activation.name == "prelu" else None,
+        dropout=Dropout(rate, index, seed) if rate else None,
+    )
+
+
+def _products(net: MLP, batch: int, trained: list[str]) -> tuple[tuple[int, int, int], ...]:
+    """M, N, K of a step's matrix products: forward, back to the inputs, and by the weights."""
+    first = min((int(short[1:]) for short in trained), default=net.layers)
+    products = []
+    for index in range(net.layers):
+        inputs, outputs = net.sizes[index], net.sizes[index + 1]
+        products.append((batch, outputs, inputs))
+        if index > first:
+            products.append((batch, inputs, outputs))
+        if f"w{index}" in trained:
+            products.append((outputs, inputs, batch))
+    return tuple(products)

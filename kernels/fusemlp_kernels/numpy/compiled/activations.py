@@ -1,0 +1,89 @@
+"""Activations and their derivatives, one loop each over flat arrays; the formulas are in ``reference``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba.extending import register_jitable
+
+from fusemlp_kernels.numpy.compiled.functions import exp, sigmoid, tanh
+from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE
+from fusemlp_kernels.numpy.compiled.tables import GELU, IDENTITY, LEAKY_RELU, PRELU, RELU, SIGMOID, SILU, TANH
+
+_ROOT_HALF = math.sqrt(0.5)
+_DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
+
+
+@register_jitable(**ELEMENTWISE)
+def activate(kind: int, y: Any, z: Any, slope: float) -> None:
+    """``y = act(z)``; y may be z."""
+    real = y.dtype.type
+    zero, half, one = real(0.0), real(0.5), real(1.0)
+    factor = real(slope)
+    if kind == RELU:
+        for i in range(y.size):
+            v = z[i]
+            y[i] = zero if v <= zero else v
+    elif kind in (LEAKY_RELU, PRELU):
+        for i in range(y.size):
+            v = z[i]
+            y[i] = v if v > zero else factor * v
+    elif kind == SIGMOID:
+        for i in range(y.size):
+            y[i] = sigmoid(z[i])
+    elif kind == TANH:
+        for i in range(y.size):
+            y[i] = tanh(z[i])
+    elif kind == GELU:
+        root = real(_ROOT_HALF)
+        for i in range(y.size):
+            v = z[i]
+            y[i] = v * (half * (one + math.erf(v * root)))
+    elif kind == SILU:
+        for i in range(y.size):
+            y[i] = z[i] * sigmoid(z[i])
+    elif kind == IDENTITY:
+        for i in range(y.size):
+            y[i] = z[i]
+
+
+@register_jitable(**ELEMENTWISE)
+def multiply_by_derivative(kind: int, d: Any, y: Any, z: Any, slope: float, undo_scale: float) -> float:
+    """``d *= act'``; y is the output behind dropout: ``undo_scale`` brings it back. Returns prelu's gradient, or 0."""
+    real = d.dtype.type
+    zero, half, one = real(0.0), real(0.5), real(1.0)
+    factor, undo = real(slope), real(undo_scale)
+    dslope = 0.0
+    if kind == RELU:
+        for i in range(d.size):
+            v = y[i]
+            d[i] *= one if v > zero else (zero if v <= zero else v)
+    elif kind == LEAKY_RELU:
+        for i in range(d.size):
+            v = y[i]
+            d[i] *= one if v > zero else (factor if v <= zero else v)
+    elif kind == PRELU:
+        for i in range(d.size):
+            v = z[i]
+            dslope += d[i] * (zero if v > zero else v)
+            d[i] *= one if v > zero else (factor if v <= zero else v)
+    elif kind == SIGMOID:
+        for i in range(d.size):
+            s = y[i] * undo
+            d[i] *= s * (one - s)
+    elif kind == TANH:
+        for i in range(d.size):
+            s = y[i] * undo
+            d[i] *= one - s * s
+    elif kind == GELU:
+        root, density = real(_ROOT_HALF), real(_DENSITY)
+        for i in range(d.size):
+            v = z[i]
+            d[i] *= half * (one + math.erf(v * root)) + v * (density * exp(-half * v * v))
+    elif kind == SILU:
+        for i in range(d.size):
+            v = z[i]
+            s = sigmoid(v)
+            d[i] *= s * (one + v * (one - s))
+    return dslope

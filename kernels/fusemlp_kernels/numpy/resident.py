@@ -1,0 +1,192 @@
+"""Many training steps in one call, by a loop that numba compiles; see ``compiled``.
+
+This module does not import numba before a loop is bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    LOSSES,
+    NEEDS_Z,
+    SCHEDULES,
+    LossSpec,
+    ResidentLayer,
+    Segment,
+    UpdateRule,
+)
+from fusemlp_kernels.numpy.activations import Array
+from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.philox import seed_key, threshold
+
+# Elements between the starts of values in the workspace.
+ALIGNMENT = 64
+
+
+def numba_is_installed() -> bool:
+    """Whether the loop can be compiled; found out without importing numba."""
+    return importlib.util.find_spec("numba") is not None
+
+
+@functools.cache
+def _loop() -> Callable[..., int]:
+    from fusemlp_kernels.numpy.compiled.steps import compiled_loop
+
+    return compiled_loop()
+
+
+def bind_train_resident(
+    *,
+    x: Array,
+    target: Array,
+    rows: Array,
+    batch: int,
+    layers: Sequence[ResidentLayer],
+    params: Array,
+    gradients: Array,
+    states: tuple[Array, ...],
+    segments: Sequence[Segment],
+    rule: UpdateRule,
+    loss: LossSpec,
+    counters: Array,
+    hyper: Array,
+    stats: Array,
+    weight: Array | None = None,
+    class_weight: Array | None = None,
+) -> Callable[[int], object]:
+    """The contract's ``train_resident``."""
+    real = params.dtype
+    table, factors, work, masks = _layer_tables(layers, segments, batch)
+    tensors = np.zeros((len(segments), t.TENSOR_COLUMNS), np.int64)
+    tensor_factors = np.zeros((len(segments), t.TENSOR_FACTORS))
+    for index, segment in enumerate(segments):
+        tensors[index] = segment.offset, segment.size
+        tensor_factors[index] = segment.rule.lr_factor, segment.rule.weight_decay
+    widest = max(layer.outputs for layer in layers)
+    integer = loss.kind == "cross_entropy" and not loss.soft
+    nothing = np.zeros(0, real)
+    loss_table, loss_factors = _loss_tables(loss, weighted=weight is not None, by_class=class_weight is not None)
+    rule_table, rule_factors = _rule_tables(rule)
+    trained = [i for i, row in enumerate(table) if (row[[t.W_RULE, t.B_RULE, t.SLOPE_RULE]] >= 0).any()]
+    arguments = (
+        min(trained, default=len(layers)),
+        _plain(x),
+        _plain(target) if integer else np.zeros(0, np.int64),
+        np.zeros((0, 0), real) if integer else _plain(target),
+        nothing if weight is None else _plain(weight),
+        nothing if class_weight is None else _plain(class_weight),
+        rows,
+        params,
+        gradients,
+        *(*states, nothing, nothing)[:2],
+        np.zeros(work, real),
+        np.zeros(masks, np.bool_),
+        # by layer twice (the second: gradients by the slopes), then a row
+        np.zeros(2 * len(layers) + widest, real),
+        table,
+        factors,
+        tensors,
+        tensor_factors,
+        loss_table,
+        loss_factors,
+        rule_table,
+        rule_factors,
+        counters,
+        hyper,
+        stats,
+        np.zeros(6, np.int32),
+        np.zeros(2, real),
+        np.array([ord("N"), ord("T")], np.uint8),
+    )
+    loop = _loop()
+
+    def run(steps: int) -> None:
+        loop(steps, *arguments)
+
+    return run
+
+
+class _Writable:
+    """A view of a read-only array that says that it can be written to, and never is."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def _plain(array: Array) -> Array:
+    """The array without gaps and aligned, as the one type for which there is a compiled loop."""
+    array = np.require(array, requirements=("C", "A"))
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
+def _layer_tables(
+    layers: Sequence[ResidentLayer], segments: Sequence[Segment], batch: int
+) -> tuple[Array, Array, int, int]:
+    """The rows of the layers, and the elements of workspace and masks."""
+    rule_at = {segment.offset: index for index, segment in enumerate(segments)}
+    table = np.full((len(layers), t.LAYER_COLUMNS), -1, np.int64)
+    factors = np.zeros((len(layers), t.LAYER_FACTORS))
+    # the batch comes first
+    end, masks = _aligned(batch * layers[0].inputs), 0
+    for index, layer in enumerate(layers):
+        row = table[index]
+        row[[t.INPUTS, t.OUTPUTS, t.W, t.B]] = layer.inputs, layer.outputs, layer.w, layer.b
+        row[t.SLOPE] = -1 if layer.slope_at is None else layer.slope_at
+        row[t.W_RULE], row[t.B_RULE] = rule_at.get(layer.w, -1), rule_at.get(layer.b, -1)
+        row[t.SLOPE_RULE] = -1 if layer.slope_at is None else rule_at.get(layer.slope_at, -1)
+        row[t.ACTIVATION] = ACTIVATIONS.index(layer.activation)
+        size = _aligned(batch * layer.outputs)
+        row[t.Y], row[t.DZ] = end, end + size
+        row[t.Z] = end
+        end += 2 * size
+        if layer.activation in NEEDS_Z:
+            row[t.Z] = end
+            end += size
+        factors[index, t.FIXED_SLOPE] = layer.slope
+        row[t.DROPS] = 0
+        if layer.dropout is not None:
+            row[[t.KEY_LOW, t.KEY_HIGH]] = seed_key(layer.dropout.seed)
+            row[[t.DROPS, t.MASK_LAYER, t.KEEP]] = 1, layer.dropout.layer, masks
+            row[t.THRESHOLD] = threshold(layer.dropout.rate)
+            factors[index, t.RATE] = layer.dropout.rate
+            masks += batch * layer.outputs
+    return table, factors, end, masks
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _loss_tables(loss: LossSpec, *, weighted: bool, by_class: bool) -> tuple[Array, Array]:
+    table = np.zeros(t.LOSS_COLUMNS, np.int64)
+    table[t.KIND], table[t.MEAN], table[t.SOFT] = LOSSES.index(loss.kind), loss.reduction == "mean", loss.soft
+    table[t.IGNORES] = loss.ignore_index is not None
+    table[t.IGNORED] = 0 if loss.ignore_index is None else loss.ignore_index
+    table[t.ACCURACY], table[t.WEIGHTED], table[t.CLASS_WEIGHTED] = loss.accuracy, weighted, by_class
+    factors = np.zeros(t.LOSS_FACTORS)
+    factors[[t.SMOOTHING, t.DELTA, t.QUANTILE]] = loss.label_smoothing, loss.delta, loss.quantile
+    return table, factors
+
+
+def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
+    schedule = rule.schedule
+    table = np.zeros(t.RULE_COLUMNS, np.int64)
+    table[t.OPTIMIZER] = t.ADAM if rule.kind == "adam" else t.SGD
+    table[t.NESTEROV], table[t.DECOUPLED] = rule.nesterov, rule.decoupled
+    table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
+    table[t.CLIPS] = rule.clip_norm is not None
+    table[t.SCHEDULE] = SCHEDULES.index(schedule.kind)
+    table[t.STEPS], table[t.WARMUP] = schedule.steps, schedule.warmup
+    factors = np.zeros(t.RULE_FACTORS)
+    factors[[t.MOMENTUM, t.BETA1, t.BETA2, t.EPS]] = rule.momentum, rule.beta1, rule.beta2, rule.eps
+    factors[t.CLIP_NORM] = 0.0 if rule.clip_norm is None else rule.clip_norm
+    factors[[t.BASE, t.GAMMA]] = schedule.base, schedule.gamma
+    factors[[t.FINAL, t.PEAK_FRACTION]] = schedule.final, schedule.peak_fraction
+    return table, factors

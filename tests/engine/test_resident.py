@@ -1,0 +1,296 @@
+"""The resident plan on the CPU: the same training as the eager plan, in one compiled loop.
+
+In float64 the two plans differ by the order of sums alone. A step changes parameters by the learning rate times sums of
+at most a few hundred terms of order one, each rounded to 2**-53: after the 60 steps here the runs may be 1e-12 apart,
+and whole runs are promised to agree to 1e-9.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from same_state import assert_same_state
+
+from fusemlp import (
+    MAE,
+    MLP,
+    MSE,
+    SGD,
+    Adam,
+    AdamW,
+    BinaryCrossEntropy,
+    Callback,
+    Cosine,
+    CrossEntropy,
+    DivergenceError,
+    Engine,
+    Exponential,
+    Huber,
+    LeakyReLU,
+    OneCycle,
+    ParameterOptions,
+    Poisson,
+    Quantile,
+    StepDecay,
+    load_checkpoint,
+)
+from fusemlp_kernels.contract import ACTIVATIONS
+
+pytest.importorskip("numba")
+
+Array = np.ndarray[Any, Any]
+ROWS, WIDTH, OUTPUTS, BATCH, EPOCHS = 45, 12, 5, 8, 10
+SIZES = [WIDTH, 9, 7, OUTPUTS]
+TOLERANCE = 1e-9
+
+random = np.random.default_rng(0)
+X = random.standard_normal((ROWS, WIDTH))
+CLASSES = random.integers(0, OUTPUTS, ROWS)
+VALUES = random.standard_normal((ROWS, OUTPUTS))
+WEIGHTS = random.random(ROWS) * (random.random(ROWS) > 0.2)
+SOFT = VALUES**2 / (VALUES**2).sum(axis=1, keepdims=True)
+
+
+def trained(plan: str, net: MLP | None = None, targets: Array = CLASSES, fit: Any = None, **options: Any) -> Engine:
+    """An engine after the training of this file's tests, in float64 unless ``options`` say otherwise."""
+    settings = {"optimizer": Adam(0.01), "batch_size": BATCH, "seed": 3, "backend": "numpy", "precision": "fp64"}
+    engine = Engine(net or MLP(SIZES), plan=plan, **{**settings, **options})
+    engine.fit(X, targets, **{"epochs": EPOCHS, **(fit or {})})
+    return engine
+
+
+def assert_plans_agree(*arguments: Any, **options: Any) -> None:
+    """Parameters, optimizer state, history and clock of both plans; and the training did something."""
+    resident, eager = (trained(plan, *arguments, **options) for plan in ("resident", "eager"))
+    assert resident.plan == "resident"
+    start = resident.network.initial_parameters(resident.seed)
+    for name, expected in eager.state_dict().items():
+        np.testing.assert_allclose(resident.state_dict()[name], expected, rtol=0, atol=TOLERANCE, err_msg=name)
+        if resident.optimizer.options_for(name)[0]:
+            assert not np.array_equal(expected, start[name]), name
+        else:
+            assert np.array_equal(resident.state_dict()[name], start[name]), name
+    for found, expected in zip(resident.memory.states, eager.memory.states, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    assert resident.history is not None and eager.history is not None
+    assert resident.history.history.keys() == eager.history.history.keys()
+    for name, series in eager.history.history.items():
+        np.testing.assert_allclose(resident.history.history[name], series, rtol=0, atol=TOLERANCE, err_msg=name)
+    assert np.array_equal(resident.memory.counters[:2], eager.memory.counters[:2])
+    assert np.array_equal(resident.memory.hyper, eager.memory.hyper)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_dropout(activation: str, dropout: float) -> None:
+    assert_plans_agree(MLP(SIZES, activation=activation, dropout=dropout))
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (MSE(), VALUES),
+        (MSE(), np.eye(OUTPUTS)[CLASSES]),
+        (MAE(), VALUES),
+        (Huber(delta=0.3), VALUES),
+        (Quantile(0.8), VALUES),
+        (Poisson(), np.abs(VALUES).round()),
+        (BinaryCrossEntropy(), (VALUES > 0).astype(float)),
+        (BinaryCrossEntropy(reduction="sum"), (VALUES > 0).astype(float)),
+        (CrossEntropy(), CLASSES),
+        (CrossEntropy(), SOFT),
+        (CrossEntropy(reduction="sum"), CLASSES),
+        (CrossEntropy(label_smoothing=0.2), CLASSES),
+        (CrossEntropy(label_smoothing=0.2, class_weight=[1.0, 2.0, 0.5, 0.0, 3.0]), CLASSES),
+        (CrossEntropy(label_smoothing=0.2, class_weight=[1.0, 2.0, 0.5, 0.0, 3.0]), SOFT),
+        (CrossEntropy(class_weight=[1.0, 2.0, 0.5, 0.0, 3.0], ignore_index=2), CLASSES),
+        (CrossEntropy(ignore_index=-100), np.where(CLASSES == 1, -100, CLASSES)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses(loss: Any, targets: Array, weighted: bool) -> None:
+    lr = 0.005 if loss.reduction == "sum" else 0.05
+    assert_plans_agree(
+        targets=targets, loss=loss, optimizer=SGD(lr), fit={"sample_weight": WEIGHTS if weighted else None}
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_output_activations(activation: str) -> None:
+    net = MLP(SIZES, activation="tanh", output_activation=activation)
+    assert_plans_agree(net, VALUES, loss="mse", optimizer=SGD(0.05))
+
+
+def test_one_layer_and_steep_slopes() -> None:
+    assert_plans_agree(MLP([WIDTH, OUTPUTS]))
+    assert_plans_agree(MLP(SIZES, activation=[LeakyReLU(1.5), LeakyReLU(0.0)]))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        SGD(0.05, weight_decay=0.1),
+        SGD(0.05, momentum=0.9, weight_decay=0.1),
+        SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+        SGD(0.05, momentum=0.9, weight_decay=0.1, convention="scikit-learn"),
+        SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1, convention="scikit-learn"),
+        Adam(0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-4),
+        Adam(0.01, weight_decay=0.1, eps=1e-4, convention="scikit-learn"),
+        AdamW(0.01, weight_decay=0.1, decay_biases=False),
+        SGD(0.05, clip_norm=0.1),
+        SGD(0.05, accumulate=4),
+        Adam(0.01, clip_norm=0.1, accumulate=4),
+        SGD(StepDecay(0.05, every=7, gamma=0.5)),
+        SGD(Exponential(0.05, gamma=0.97), momentum=0.5),
+        Adam(Cosine(0.02, warmup=5)),
+        Adam(OneCycle(0.02)),
+    ],
+    ids=str,
+)
+def test_optimizers_and_schedules(optimizer: Any) -> None:
+    assert_plans_agree(MLP(SIZES, activation="prelu"), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_frozen_tensors_and_rules_of_their_own(kind: Any) -> None:
+    rules = {
+        "0.weight": ParameterOptions(trainable=False),
+        "2.bias": ParameterOptions(trainable=False),
+        "2.weight": ParameterOptions(lr_factor=0.5, weight_decay=0.3),
+    }
+    assert_plans_agree(optimizer=kind(0.02, per_parameter=rules))
+    frozen = {name: ParameterOptions(trainable=False) for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    assert_plans_agree(optimizer=kind(0.02, per_parameter=frozen))
+
+
+def test_what_fit_offers() -> None:
+    backwards = np.arange(ROWS)[::-1]
+    for fit in (
+        {"drop_last": True},
+        {"shuffle": False},
+        {"row_order": lambda epoch: np.roll(backwards, epoch)},
+        {"validation_data": (X[:20], CLASSES[:20]), "early_stopping": 2, "epochs": 40},
+    ):
+        assert_plans_agree(fit=fit)
+
+
+def test_single_precision_stays_within_the_rounding_of_a_step() -> None:
+    # one step from a common state: a sum of at most 12 products an element forward and 8 back through each of three
+    # layers, so less than 100 roundings of values of order one, times the learning rate
+    fit = {"epochs": 1, "row_order": lambda epoch: np.arange(BATCH)}
+    resident, eager = (
+        Engine(MLP(SIZES), optimizer=SGD(0.1), batch_size=BATCH, backend="numpy", plan=plan, seed=3)
+        for plan in ("resident", "eager")
+    )
+    for engine in (resident, eager):
+        engine.fit(X[:BATCH], CLASSES[:BATCH], **fit)
+    for name, expected in eager.state_dict().items():
+        bound = 100 * 2.0**-24 * (np.abs(expected).max() + 0.1)
+        assert np.abs(resident.state_dict()[name] - expected).max() <= bound, name
+
+
+def test_a_run_repeats_bit_for_bit_and_however_it_is_cut() -> None:
+    class Watching(Callback):
+        def __init__(self) -> None:
+            self.batches: list[int] = []
+
+        def on_batch_end(self, engine: Engine, batch: int) -> None:
+            self.batches.append(batch)
+
+    net = MLP(SIZES, dropout=0.3, activation="gelu")
+    watching = Watching()
+    first, again, watched = (
+        trained("resident", net, precision="fp32", fit=fit) for fit in ({}, {}, {"callbacks": watching})
+    )
+    assert_same_state(again, first)
+    assert_same_state(watched, first)
+    assert watching.batches == [*range(-(-ROWS // BATCH))] * EPOCHS
+
+
+def test_resuming_within_an_epoch_is_bitwise(tmp_path: Path) -> None:
+    class Stopping(Callback):
+        def on_batch_end(self, engine: Engine, batch: int) -> None:
+            if engine.epochs_trained == 3 and batch == 2:
+                engine.save_checkpoint(tmp_path / "there")
+                engine.stop_training = True
+
+    options = {"net": MLP(SIZES, dropout=0.3), "optimizer": Adam(0.01, accumulate=2), "precision": "fp32"}
+    whole = trained("resident", **options)
+    trained("resident", **options, fit={"callbacks": Stopping()})
+    resumed = load_checkpoint(tmp_path / "there")
+    assert resumed.plan == "resident"
+    resumed.fit(X, CLASSES, epochs=EPOCHS, resume=True)
+    assert_same_state(resumed, whole)
+
+
+def test_a_checkpoint_keeps_the_plan(tmp_path: Path) -> None:
+    trained("eager").save_checkpoint(tmp_path / "there")
+    assert load_checkpoint(tmp_path / "there").plan == "eager"
+
+
+def test_data_that_cannot_be_written_to_or_has_gaps() -> None:
+    wide = np.zeros((ROWS, 2 * WIDTH))
+    wide[:, ::2] = X
+    frozen = X.copy()
+    frozen.flags.writeable = False
+    expected = trained("resident")
+    for data in (wide[:, ::2], frozen):
+        engine = Engine(
+            MLP(SIZES),
+            optimizer=Adam(0.01),
+            batch_size=BATCH,
+            seed=3,
+            backend="numpy",
+            precision="fp64",
+            plan="resident",
+        )
+        engine.fit(data, CLASSES, epochs=EPOCHS)
+        assert_same_state(engine, expected)
+
+
+def test_divergence_goes_back_to_the_last_good_epoch() -> None:
+    engine = Engine(MLP(SIZES), loss="mse", optimizer=SGD(1e30), batch_size=BATCH, backend="numpy", plan="resident")
+    before = engine.state_dict()
+    with pytest.raises(DivergenceError, match="NaN or infinite in epoch 1"):
+        engine.fit(X, VALUES, epochs=2)
+    for name, tensor in before.items():
+        assert np.array_equal(engine.state_dict()[name], tensor)
+
+
+def test_the_resident_program_is_one_verified_call() -> None:
+    from fusemlp.buffers import parameter_layout
+    from fusemlp.lowering import Inputs
+    from fusemlp.resident import lower_resident
+    from fusemlp.verifier import verify
+
+    net, optimizer = MLP(SIZES, activation="prelu"), Adam()
+    layout = parameter_layout(net, row_multiple=1, item_bytes=4)
+    spec, rule = CrossEntropy().spec(accuracy=True), optimizer.rule(total_updates=1)
+    program = lower_resident(
+        net, spec, rule, optimizer.options_for, BATCH, 6, layout, Inputs(ROWS, indexed=True), seed=0, real_bytes=4
+    )
+    verify(program)
+    assert program.launches == 1
+    # forward, back to two inputs, by three weights
+    assert len(program.calls[0].products) == 3 + 2 + 3
+    assert "train_resident cross_entropy adam" in str(program)
+
+
+def test_without_numba_there_is_no_resident_plan() -> None:
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)\n"
+        "from fusemlp import Engine, MLP, BackendUnavailableError\n"
+        "engine = Engine(MLP([4, 3, 2]), backend='numpy'); assert engine.plan == 'eager'; print(engine.plan_reason)\n"
+        "try: Engine(MLP([4, 3, 2]), backend='numpy', plan='resident')\n"
+        "except BackendUnavailableError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("pip install 'fusemlp[cpu]'") == 2
