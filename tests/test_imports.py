@@ -27,7 +27,7 @@ LAYERS = (
     ("engine",),
     ("callbacks", "history", "inference", "planning"),
     ("execution",),
-    ("lowering", "program", "buffers", "verifier"),
+    ("lowering", "resident", "program", "buffers", "verifier"),
     ("losses", "network", "optimizers", "schedules", "state", "targets"),
     ("data", "datafiles", "tables", "preprocessing"),
     ("validation",),
@@ -47,13 +47,18 @@ SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels
 OWNERS = {
     "cupy": ("fusemlp_kernels.cupy",),
     "cupyx": ("fusemlp_kernels.cupy",),
+    "llvmlite": ("fusemlp_kernels.numpy.compiled",),
+    "numba": ("fusemlp_kernels.numpy.compiled",),
     "onnx": ("fusemlp.onnx",),
     "tensorboard": ("fusemlp.callbacks",),
     "torch": ("fusemlp_kernels.triton", "fusemlp.torch"),
     "triton": ("fusemlp_kernels.triton",),
 }
 
-HEAVY = ("torch", "triton", "cupy", "scipy", "sklearn", "typer", "rich", "matplotlib", "onnx", "pandas", "tensorboard")
+HEAVY = (
+    *("torch", "triton", "cupy", "numba", "scipy", "sklearn", "typer", "rich", "matplotlib", "onnx", "pandas"),
+    "tensorboard",
+)
 IMPORT_LIMIT = 0.060  # seconds above `import numpy`
 
 

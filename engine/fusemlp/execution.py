@@ -206,7 +206,8 @@ class BoundProgram:
         padded[:count] = order[:count]
         self.backend.copy_into(rows, padded)
         counters = self.arrays["counters"]
-        offset = first_batch * size
+        # behind the last batch the clock has gone back to the first
+        offset = first_batch * size if first_batch * size < count else 0
         counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset
         counters[ROW_COUNT] = min(size, count - offset)
 

@@ -652,7 +652,7 @@ ENGINE = [
         "graph on numpy",
         engine_with(backend="numpy", plan="graph"),
         BackendUnavailableError,
-        r"^plan: .*eager, got 'graph'; use plan='auto'",
+        r"^plan: .*eager.*, got 'graph'; use plan='auto'",
     ),
     row(
         "device that does not exist",

@@ -218,7 +218,7 @@ class TestOrder:
         assert len(orders) == 5
 
     def test_without_shuffling_the_rows_come_as_they_are(self):
-        one, other = make(), make()
+        one, other = make(plan="eager"), make()
         one.fit(X, y, epochs=2, shuffle=False)
         train_by_steps(other, 2, order=lambda epoch: np.arange(ROWS))
         assert_same_parameters(one, other)
@@ -244,7 +244,7 @@ class TestBatches:
     @pytest.mark.parametrize("optimizer", [SGD(0.1), SGD(0.1, momentum=0.9, clip_norm=0.5), AdamW(0.01, accumulate=2)])
     @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["unweighted", "weighted"])
     def test_fit_is_steps_bit_for_bit(self, optimizer, weight):
-        one, other = make(DROPPING, optimizer), make(DROPPING, optimizer)
+        one, other = make(DROPPING, optimizer, plan="eager"), make(DROPPING, optimizer)
         one.fit(X, y, epochs=2, sample_weight=weight)
         train_by_steps(other, 2, weight)
         assert_same_parameters(one, other)
@@ -256,7 +256,7 @@ class TestBatches:
         assert engine.update_count == 3 * BATCHES
 
     def test_drop_last_leaves_it_out(self):
-        one, other = make(), make()
+        one, other = make(plan="eager"), make()
         one.fit(X, y, epochs=2, drop_last=True)
         train_by_steps(other, 2, batches=BATCHES - 1)
         assert_same_parameters(one, other)
@@ -286,7 +286,7 @@ class TestBatches:
         assert history["loss"][-1] < history["loss"][0]
 
     def test_a_batch_of_one_row_at_the_end(self):
-        one, other = make(), make()
+        one, other = make(plan="eager"), make()
         one.fit(X[:33], y[:33], epochs=1, shuffle=False)
         for start in (0, 16, 32):
             other.step(X[start : min(start + 16, 33)], y[start : min(start + 16, 33)])
@@ -379,7 +379,7 @@ class TestStep:
         make(optimizer=SGD(Cosine(0.1))).fit(X, y, epochs=1)
 
     def test_steps_between_fits_go_on(self):
-        one, other = make(optimizer=Adam(0.01)), make(optimizer=Adam(0.01))
+        one, other = (make(optimizer=Adam(0.01), plan="eager") for _ in range(2))
         one.fit(X, y, epochs=1)
         order = row_order(ROWS, SEED, 1)
         for start in range(0, ROWS, BATCH):
@@ -491,7 +491,7 @@ class TestCallbacks:
         assert_same_parameters(one, other)
 
     def test_stopping_after_a_batch(self):
-        engine, other, recorder = make(), make(), Recorder()
+        engine, other, recorder = make(plan="eager"), make(), Recorder()
         stop = At(1, 2, lambda engine: setattr(engine, "stop_training", True))
         history = engine.fit(X, y, epochs=5, callbacks=[recorder, stop])
         assert history.epochs == [0]

@@ -32,6 +32,9 @@ from fusemlp_kernels.numpy.compiled.tables import (
     WEIGHTED,
 )
 
+# Below so many classes the exponentials of all rows are taken in one go: a row does not fill the vector registers.
+NARROW = 64
+
 
 @register_jitable(**EXACT)
 def _largest(values: Any, start: int, columns: int) -> int:
@@ -44,15 +47,29 @@ def _largest(values: Any, start: int, columns: int) -> int:
     return found
 
 
+@register_jitable(**ELEMENTWISE)
+def _exponentials(d: Any, start: int, stop: int) -> None:
+    for at in range(start, stop):
+        d[at] = exp(d[at])
+
+
 @register_jitable(**REDUCTION)
-def _exponentials(d: Any, z: Any, start: int, stop: int, shift: Any) -> float:
-    """``d = exp(z - shift)`` in a row; their sum."""
+def _sum(d: Any, start: int, stop: int) -> Any:
     total = d.dtype.type(0.0)
     for at in range(start, stop):
-        e = exp(z[at] - shift)
-        d[at] = e
-        total += e
+        total += d[at]
     return total
+
+
+@register_jitable(**EXACT)
+def _smoothed(
+    soft: Any, row: int, j: int, is_soft: bool, class_weight: Any, by_class: bool, smoothing: Any, columns: int
+) -> float:
+    """The weight of column j in a row of targets, but for that of the class itself where the targets are classes."""
+    q = smoothing / columns
+    if is_soft:
+        q += soft[row, j] * (1.0 - smoothing)
+    return q * class_weight[j] if by_class else q
 
 
 @register_jitable(**EXACT)
@@ -95,63 +112,61 @@ def cross_entropy(
     scale = 1.0
     if mean:
         scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
+    spread = is_soft or smoothing != 0.0
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
-        stop = start + columns
         chosen = _largest(z, start, columns)
         shift = z[start + chosen]
-        label = 0
-        ignored = False
-        if not is_soft:
-            label = labels[row]
-            ignored = loss[IGNORES] != 0 and label == loss[IGNORED]
-            if ignored:
-                label = 0
-            correct += chosen == label and not ignored
-        elif loss[ACCURACY]:
-            best = 0
-            for j in range(1, columns):
-                if soft[row, j] > soft[row, best]:
-                    best = j
-            correct += chosen == best
         share = float(weight[row]) if weighted else 1.0
-        if ignored:
-            share = 0.0
-        # what the targets give of the loss, before z is overwritten
-        picked, mass = 0.0, 0.0
-        if is_soft:
+        for at in range(start, start + columns):
+            d[at] = z[at] - shift
+        picked = 0.0
+        if spread:
             for j in range(columns):
-                q = soft[row, j] * (1.0 - smoothing) + smoothing / columns
-                if by_class:
-                    q *= class_weight[j]
-                mass += q
-                picked += q * (z[start + j] - shift)
+                q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
+                picked += q * d[start + j]
+        if is_soft:
+            if loss[ACCURACY]:
+                correct += chosen == _largest(soft[row], 0, columns)
         else:
+            label = labels[row]
+            if loss[IGNORES] and label == loss[IGNORED]:
+                continue
+            correct += chosen == label
+            picked += (class_weight[label] if by_class else 1.0) * (1.0 - smoothing) * d[start + label]
+        total -= share * picked
+    narrow = columns < NARROW
+    if narrow:
+        _exponentials(d, 0, count * columns)
+    for i in range(count):
+        row, start = rows[i], i * columns
+        stop = start + columns
+        if not narrow:
+            _exponentials(d, start, stop)
+        share = float(weight[row]) if weighted else 1.0
+        label, own, mass = 0, 0.0, smooth_mass
+        if is_soft:
+            mass = 0.0
+            for j in range(columns):
+                mass += _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
+        else:
+            label = labels[row]
+            if loss[IGNORES] and label == loss[IGNORED]:
+                label, share = 0, 0.0
             own = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
-            mass = own + smooth_mass
-            picked = own * (z[start + label] - shift)
-            if smoothing != 0.0:
-                for j in range(columns):
-                    part = (class_weight[j] if by_class else 1.0) * (smoothing / columns)
-                    picked += part * (z[start + j] - shift)
-        sums = _exponentials(d, z, start, stop, shift)
-        total += share * (mass * math.log(sums) - picked)
+            mass += own
+        sums = _sum(d, start, stop)
+        total += share * (mass * math.log(sums))
         weighed = share * scale
         factor = real(weighed * mass / sums)
         for at in range(start, stop):
             d[at] *= factor
-        if is_soft:
+        if spread:
             for j in range(columns):
-                q = soft[row, j] * (1.0 - smoothing) + smoothing / columns
-                if by_class:
-                    q *= class_weight[j]
+                q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 d[start + j] -= real(weighed * q)
-        else:
-            if smoothing != 0.0:
-                for j in range(columns):
-                    part = (class_weight[j] if by_class else 1.0) * (smoothing / columns)
-                    d[start + j] -= real(weighed * part)
+        if not is_soft:
             d[start + label] -= real(weighed * own)
     if loss[ACCURACY]:
         stats[CORRECT] += correct
@@ -207,11 +222,7 @@ def elementwise(
                 for j in range(columns):
                     correct += (y[start + j] > 0) == (target[row, j] > 0.5)
             else:
-                best = 0
-                for j in range(1, columns):
-                    if target[row, j] > target[row, best]:
-                        best = j
-                correct += best == _largest(y, start, columns)
+                correct += _largest(target[row], 0, columns) == _largest(y, start, columns)
         share = float(weight[row]) if weighted else 1.0
         factor = real(share * scale)
         of_row = 0.0
