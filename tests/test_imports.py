@@ -23,7 +23,7 @@ LAYERS = (
     ("__init__", "__main__"),
     ("cli", "commands"),
     ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis", "lr_finder"),
-    ("fleet", "training", "checkpoint", "saving"),
+    ("fleet", "ensemble", "candidates", "training", "checkpoint", "saving"),
     ("engine",),
     ("callbacks", "history", "inference", "planning"),
     ("execution",),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fusemlp.checkpoint import load_checkpoint
     from fusemlp.data import load_data
     from fusemlp.engine import Engine
+    from fusemlp.ensemble import Ensemble, FleetResults
+    from fusemlp.fleet import Fleet
     from fusemlp.history import History
     from fusemlp.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.lr_finder import LearningRateSweep, lr_find
@@ -66,7 +68,10 @@ __all__ = [
     "DivergenceError",
     "EarlyStopping",
     "Engine",
+    "Ensemble",
     "Exponential",
+    "Fleet",
+    "FleetResults",
     "FusemlpError",
     "History",
     "Huber",
@@ -98,6 +103,8 @@ _NAMES = {
     "fusemlp.checkpoint": ("load_checkpoint",),
     "fusemlp.data": ("load_data",),
     "fusemlp.engine": ("Engine",),
+    "fusemlp.ensemble": ("Ensemble", "FleetResults"),
+    "fusemlp.fleet": ("Fleet",),
     "fusemlp.losses": (
         "BinaryCrossEntropy",
         "CrossEntropy",

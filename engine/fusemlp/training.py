@@ -34,7 +34,9 @@ LARGE_FEATURE = 100.0
 
 
 @dataclass(frozen=True)
-class _Validation:
+class Validation:
+    """Checked rows that an epoch ends with."""
+
     X: Array
     targets: Targets
     weight: Array | None
@@ -51,15 +53,17 @@ class _Fit:
         weight: Array | None,
         *,
         epochs: int,
-        validation: _Validation | None,
+        validation: Validation | None,
         patience: int | None,
         callbacks: list[Any],
         order: Callable[[int], Array],
         drop_last: bool,
         resume: bool,
+        rows: int | None = None,
     ) -> None:
         self.engine = engine
-        self.rows = len(X)
+        # of X, or of those that ``order`` picks
+        self.rows = len(X) if rows is None else rows
         self.X = X
         self.validation = validation
         self.patience = patience
@@ -111,7 +115,7 @@ class _Fit:
         engine = self.engine
         to_device = engine.memory.backend.from_host
         inputs = Inputs(
-            self.rows,
+            len(X),
             indexed=True,
             weighted=weight is not None,
             class_weighted=engine.loss.class_weight is not None,
@@ -332,7 +336,7 @@ def fit(
     features = engine.features("X", X)
     targets = engine.targets("y", y, rows=len(features))
     weight = engine.weights("sample_weight", sample_weight, rows=len(features))
-    validation = _validation(engine, validation_data)
+    validation = checked_validation(engine, validation_data)
     patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
     if patience is not None and validation is None:
         raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
@@ -363,7 +367,7 @@ def fit(
         return loop.run()
 
 
-def _logged(engine: Engine, targets: Targets, validation: _Validation | None) -> list[str]:
+def _logged(engine: Engine, targets: Targets, validation: Validation | None) -> list[str]:
     """The names of what is logged of an epoch, in their order."""
     names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
     if validation is not None:
@@ -371,7 +375,42 @@ def _logged(engine: Engine, targets: Targets, validation: _Validation | None) ->
     return [*names, "learning_rate"]
 
 
-def _validation(engine: Engine, given: Any) -> _Validation | None:
+def fit_checked(
+    engine: Engine,
+    X: Array,
+    targets: Targets,
+    weight: Array | None,
+    *,
+    epochs: int,
+    validation: Validation | None,
+    patience: int | None,
+    rows: Array | None = None,
+) -> History:
+    """``fit`` of arrays that have been checked, on the rows of X in ``rows`` (m,) int64 where that is given."""
+    count = len(X) if rows is None else len(rows)
+
+    def order(epoch: int) -> Array:
+        shuffled = shuffled_rows(count, engine.seed, epoch)
+        return shuffled if rows is None else rows[shuffled]
+
+    return _Fit(
+        engine,
+        X,
+        targets,
+        weight,
+        epochs=epochs,
+        validation=validation,
+        patience=patience,
+        callbacks=[],
+        order=order,
+        drop_last=False,
+        resume=False,
+        rows=count,
+    ).run()
+
+
+def checked_validation(engine: Engine, given: Any) -> Validation | None:
+    """``validation_data`` as ``fit`` takes it, checked."""
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
@@ -381,7 +420,7 @@ def _validation(engine: Engine, given: Any) -> _Validation | None:
     weight = engine.weights("validation_data[2]", given[2] if len(given) == 3 else None, rows=len(X))
     # what the loss refuses must come out here, not at the end of the first epoch
     engine.loss.spec(accuracy=False, soft=targets.soft)
-    return _Validation(X, targets, weight)
+    return Validation(X, targets, weight)
 
 
 def _described(given: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -34,11 +35,20 @@ def numba_is_installed() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+_loading = threading.Lock()
+
+
 @functools.cache
-def _loop() -> Callable[..., int]:
+def _cached_loop() -> Callable[..., int]:
     from fusemlp_kernels.numpy.compiled.steps import compiled_loop
 
     return compiled_loop()
+
+
+def _loop() -> Callable[..., int]:
+    """The loop, one for all threads, so that none compiles it again."""
+    with _loading:
+        return _cached_loop()
 
 
 def bind_train_resident(

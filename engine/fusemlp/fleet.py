@@ -1,0 +1,229 @@
+"""Many models of one kind, trained on one data set: grids, folds, seeds, ensembles."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as finished
+from typing import Any
+
+import numpy as np
+
+from fusemlp.candidates import Candidate, Vary, candidate, combinations
+from fusemlp.engine import Engine
+from fusemlp.ensemble import Ensemble, FleetResults, Member, scores_of, together
+from fusemlp.history import History
+from fusemlp.losses import Loss, as_loss
+from fusemlp.network import MLP
+from fusemlp.optimizers import Optimizer, as_optimizer
+from fusemlp.targets import Targets
+from fusemlp.training import Validation, checked_validation, fit_checked
+from fusemlp.validation import as_count, to_array
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
+
+Array = np.ndarray[Any, Any]
+
+
+class Fleet:
+    """Models that differ in what ``vary`` names, and otherwise are what ``Engine`` would make of the other arguments.
+
+    ``vary``: a mapping of names to values, for all combinations of them, or a list of mappings, one a model. The names:
+    lr, momentum, betas, weight_decay, dropout, hidden (the widths between input and output: a number or a sequence),
+    label_smoothing, seed, batch_size.
+
+    On a CPU with numba the models train side by side, one a core, each as one compiled loop; without numba their steps
+    take turns. A fleet of n models ends with the same bits as n engines trained alone with BLAS on one thread.
+
+    Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
+    """
+
+    def __init__(
+        self,
+        net: MLP,
+        loss: str | Loss = "cross_entropy",
+        optimizer: str | Optimizer = "adam",
+        batch_size: int = 32,
+        seed: int = 0,
+        *,
+        vary: Vary,
+        backend: str = "auto",
+        device: str | None = None,
+        precision: str = "fp32",
+        plan: str = "auto",
+    ) -> None:
+        if not isinstance(net, MLP):
+            raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
+        base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
+        self.candidates = tuple(
+            candidate(base, parameters, f"vary, model {index}") for index, parameters in enumerate(combinations(vary))
+        )
+        self.engines = tuple(
+            Engine(
+                one.net,
+                one.loss,
+                one.optimizer,
+                one.batch_size,
+                one.seed,
+                backend=backend,
+                device=device,
+                precision=precision,
+                plan=plan,
+            )
+            for one in self.candidates
+        )
+        self.results: FleetResults | None = None
+
+    def __len__(self) -> int:
+        return len(self.engines)
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        epochs: int,
+        sample_weight: Any = None,
+        validation_data: tuple[Any, ...] | None = None,
+        early_stopping: int | None = None,
+        rows: Sequence[Any] | None = None,
+        validation_rows: Sequence[Any] | None = None,
+        jobs: int | None = None,
+    ) -> FleetResults:
+        """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
+
+        ``rows``: for each model the rows of X that it is trained on, such as folds or bootstraps, in place of all;
+        ``validation_rows``: for each model the rows of X that it is validated on, in place of ``validation_data``.
+        Each model has its own early stopping. A model whose loss is no longer finite is marked, at its last good epoch,
+        and the others go on. ``jobs``: how many train at once, by default one a core.
+
+        Ctrl-C ends the training of all models after their batches and raises KeyboardInterrupt.
+        Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
+        """
+        epochs = as_count("epochs", epochs, minimum=1)
+        patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
+        workers = _cores() if jobs is None else as_count("jobs", jobs, minimum=1)
+        first = self.engines[0]
+        features = first.features("X", X)
+        targets = first.targets("y", y, rows=len(features))
+        weight = first.weights("sample_weight", sample_weight, rows=len(features))
+        trained_on = self._rows("rows", rows, len(features))
+        validation = checked_validation(first, validation_data)
+        validations: list[Validation | None] = [validation] * len(self)
+        if validation_rows is not None:
+            if validation is not None:
+                raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
+            held_out = self._rows("validation_rows", validation_rows, len(features))
+            validations = [None if one is None else _picked(features, targets, weight, one) for one in held_out]
+        if patience is not None and validations[0] is None:
+            raise ArgumentError(
+                "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
+            )
+        for engine in self.engines:
+            # what the loss refuses must come out here
+            engine.loss.spec(accuracy=False, soft=targets.soft)
+
+        def task(index: int) -> Callable[[], History]:
+            return lambda: fit_checked(
+                self.engines[index],
+                features,
+                targets,
+                weight,
+                epochs=epochs,
+                validation=validations[index],
+                patience=patience,
+                rows=trained_on[index],
+            )
+
+        tasks = [task(index) for index in range(len(self))]
+        # on a GPU the models have one device in common
+        workers = min(workers, len(self)) if first.device == "cpu" else 1
+        outcomes = _run(tasks, self.engines, workers)
+        members = []
+        for index, (one, engine, outcome) in enumerate(zip(self.candidates, self.engines, outcomes, strict=True)):
+            history = engine.history if engine.history is not None else History()
+            reason = str(outcome) if outcome is not None else history.stopped
+            stopped = early_stopping is not None and bool(history.stopped)
+            status = "diverged" if outcome is not None else "stopped" if stopped else "trained"
+            scores = scores_of(history, restored=early_stopping is not None and outcome is None)
+            members.append(Member(index, one.parameters, engine, history, status, reason, scores))
+        self.results = FleetResults(tuple(members))
+        return self.results
+
+    def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
+        if given is None:
+            return [None] * len(self)
+        lists = list(given)
+        if len(lists) != len(self):
+            raise ArgumentError(
+                f"{argument}: expected a list of rows for each of the {len(self)} models, got {len(lists)}"
+            )
+        checked: list[Array | None] = []
+        for index, one in enumerate(lists):
+            array = to_array(f"{argument}[{index}]", one)
+            if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+                raise ArgumentError(
+                    f"{argument}[{index}]: expected row numbers (m,), got {np.array2string(array, threshold=8)}"
+                )
+            if array.min() < 0 or array.max() >= count:
+                raise ArgumentError(
+                    f"{argument}[{index}]: expected numbers from 0 to {count - 1}, got {array.min()} to {array.max()}"
+                )
+            checked.append(array.astype(np.int64))
+        return checked
+
+    def predict(self, X: Any) -> Ensemble:
+        """What the models that did not diverge say of X (n, K) together.
+
+        Raises ArgumentError before ``fit`` and where the models have different outputs, DivergenceError if none is
+        left.
+        """
+        if self.results is None:
+            raise ArgumentError("predict: the models are not trained yet; call fit first")
+        engines = [member.engine for member in self.results.members if member.status != "diverged"]
+        if not engines:
+            raise DivergenceError(f"loss: all {len(self)} models diverged")
+        return together(engines, X)
+
+
+def _picked(X: Array, targets: Targets, weight: Array | None, rows: Array) -> Validation:
+    return Validation(X[rows], targets._replace(values=targets.values[rows]), None if weight is None else weight[rows])
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _run(
+    tasks: Sequence[Callable[[], History]], engines: Sequence[Engine], workers: int
+) -> list[DivergenceError | None]:
+    """Run the tasks on ``workers`` threads, BLAS on one thread in each; how each diverged, or None."""
+    from threadpoolctl import threadpool_limits
+
+    ended = threading.Event()
+
+    def one(task: Callable[[], History]) -> DivergenceError | None:
+        if ended.is_set():
+            return None
+        try:
+            task()
+        except DivergenceError as error:
+            return error
+        return None
+
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers, thread_name_prefix="fusemlp fleet") as pool:
+        futures: list[Future[DivergenceError | None]] = [pool.submit(one, task) for task in tasks]
+        try:
+            finished(futures)
+        except KeyboardInterrupt:
+            ended.set()
+            while not all(future.done() for future in futures):
+                for engine in engines:
+                    engine.stop_training = True
+                finished(futures, timeout=0.01)
+            raise
+        return [future.result() for future in futures]
