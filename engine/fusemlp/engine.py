@@ -425,7 +425,9 @@ class Engine:
         return {name: self._backend.to_host(self._memory.arrays[f"{prefix}{short}{suffix}"]) for short, name in names}
 
     def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
-        """The inverse of ``tensors``."""
+        """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there."""
+        arena = suffix.removeprefix(".") or ("grads" if prefix else "params")
+        self._memory.arrays[arena][:] = 0.0
         for short, name in short_names(self.network).items():
             self._backend.copy_into(self._memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
         if not prefix and not suffix:

@@ -203,6 +203,7 @@ def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
         batch_size=config["batch_size"],
         seed=config["seed"],
         precision=config["precision"],
+        plan=config["plan"],
     )
     engine.fit(
         prepared.train.X,

@@ -233,6 +233,9 @@ def bind_update(
             np.multiply(grads, scale, out=grads)
         for run in runs:
             run()
+        if scale != scale:
+            # a norm that was NaN must not stay between the tensors, where no gradient is written
+            grads.fill(0.0)
         tick()
 
     return update
