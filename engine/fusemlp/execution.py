@@ -23,6 +23,7 @@ from fusemlp_kernels.contract import (
     Traits,
 )
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
+from fusemlp_kernels.philox import row_order as shuffled_rows
 from fusemlp_kernels.registry import PLANS, backend
 
 Array = np.ndarray[Any, Any]
@@ -39,6 +40,15 @@ COMPILED_LOOP = "with numba (pip install 'fusemlp[cpu]') fit runs its steps in o
 def open_backend(name: str, device: str | None, precision: str) -> Backend:
     """A backend for those above that may not know the registry; see ``fusemlp_kernels.registry.backend``."""
     return backend(name, device, precision)
+
+
+def row_order(plan: str, n: int, seed: int, epoch: int) -> Array:
+    """The order of the rows in an epoch, (n,) int64: the same for all plans, and compiled where the plan is."""
+    if plan == "resident":
+        from fusemlp_kernels.numpy.resident import row_order as compiled
+
+        return compiled(n, seed, epoch)
+    return shuffled_rows(n, seed, epoch)
 
 
 def choose_plan(plan: str, traits: Traits) -> tuple[str, str]:

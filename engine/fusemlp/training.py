@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import checked_callbacks, deferred_interrupt, exits, overrides, prepare
+from fusemlp.execution import row_order as shuffled
 from fusemlp.history import FitState, History
 from fusemlp.inference import metrics_of
 from fusemlp.lowering import Inputs
@@ -19,7 +20,6 @@ from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.validation import as_count, to_array
 from fusemlp_kernels.contract import LOSS_SUM, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
-from fusemlp_kernels.philox import row_order as shuffled_rows
 
 if TYPE_CHECKING:
     from fusemlp.engine import Engine
@@ -390,8 +390,8 @@ def fit_checked(
     count = len(X) if rows is None else len(rows)
 
     def order(epoch: int) -> Array:
-        shuffled = shuffled_rows(count, engine.seed, epoch)
-        return shuffled if rows is None else rows[shuffled]
+        shuffled_rows = shuffled(engine.plan, count, engine.seed, epoch)
+        return shuffled_rows if rows is None else rows[shuffled_rows]
 
     return _Fit(
         engine,
@@ -451,7 +451,7 @@ def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) 
     if not shuffle:
         identity = np.arange(n)
         return lambda epoch: identity
-    return lambda epoch: shuffled_rows(n, engine.seed, epoch)
+    return lambda epoch: shuffled(engine.plan, n, engine.seed, epoch)
 
 
 def _warn(engine: Engine, X: Array, targets: Targets, batches: int) -> None:

@@ -294,3 +294,12 @@ def test_without_numba_there_is_no_resident_plan() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("pip install 'fusemlp[cpu]'") == 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1437, 10000])
+def test_the_order_of_the_rows_is_that_of_every_plan(n: int) -> None:
+    from fusemlp_kernels.numpy.resident import row_order
+    from fusemlp_kernels.philox import row_order as defined
+
+    for seed, epoch in ((0, 0), (5, 7), (2**40 + 3, 2**32 - 1)):
+        assert np.array_equal(row_order(n, seed, epoch), defined(n, seed, epoch))

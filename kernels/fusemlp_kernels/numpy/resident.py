@@ -24,7 +24,7 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.philox import seed_key, threshold
+from fusemlp_kernels.philox import radix, seed_key, threshold
 
 # Elements between the starts of values in the workspace.
 ALIGNMENT = 64
@@ -43,6 +43,23 @@ def _cached_loop() -> Callable[..., int]:
     from fusemlp_kernels.numpy.compiled.steps import compiled_loop
 
     return compiled_loop()
+
+
+@functools.cache
+def _cached_row_order() -> Callable[..., int]:
+    from fusemlp_kernels.numpy.compiled.rows import compiled_row_order
+
+    return compiled_row_order()
+
+
+def row_order(n: int, seed: int, epoch: int) -> Array:
+    """``philox.row_order``, compiled: the order of the rows in an epoch, (n,) int64."""
+    with _loading:
+        permute = _cached_row_order()
+    order = np.empty(n, np.int64)
+    low, high = seed_key(seed)
+    permute(order, radix(n), low, high, epoch)
+    return order
 
 
 def _loop() -> Callable[..., int]:

@@ -17,7 +17,7 @@ _WORD, _HALF, _LANE, _LANE_BITS = np.uint64(WORD), np.uint64(32), np.uint64(0xFF
 
 
 @register_jitable(**EXACT)
-def _words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+def words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     """The Philox words of a counter, as ``philox.philox``; all uint64 below 2**32. Two words to a number."""
     for _ in range(ROUNDS):
         product0, product1 = c0 * _M0, c2 * _M1
@@ -41,7 +41,7 @@ def drop(
     for i in range(rows):
         start = i * columns
         for first in range(0, columns, LANES):
-            pair0, pair1 = _words(np.uint64(first // LANES), np.uint64(i), c2, c3, k0, k1)
+            pair0, pair1 = words(np.uint64(first // LANES), np.uint64(i), c2, c3, k0, k1)
             for lane in range(min(LANES, columns - first)):
                 word = pair0 if lane < 4 else pair1
                 kept = ((word >> (_LANE_BITS * np.uint64(lane & 3))) & _LANE) >= least

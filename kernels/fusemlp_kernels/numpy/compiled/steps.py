@@ -1,19 +1,10 @@
-"""The loop over training steps, and its compilation.
-
-Numba looks only at the file of a function to see whether what it kept on disk is out of date. The loop is made of
-functions of several files, so it is told of all their contents, through a number that is part of what it is compiled
-from.
-"""
+"""The loop over training steps."""
 
 from __future__ import annotations
 
-import logging
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numba
 from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, ROW_COUNT, ROW_OFFSET
@@ -21,7 +12,7 @@ from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_der
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
-from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.options import EXACT, contents, kept
 from fusemlp_kernels.numpy.compiled.products import backward, by_weights, column_sums, forward
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
@@ -58,8 +49,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
 )
 from fusemlp_kernels.numpy.compiled.updates import clip_factor, update_all
 
-_log = logging.getLogger("fusemlp")
-
 
 @register_jitable(**EXACT)
 def _gather(batch: Any, x: Any, rows: Any, count: int) -> None:
@@ -90,8 +79,8 @@ def _into(arena: Any, at: int, values: Any, size: int, alpha: float, beta: float
             arena[at + i] = a * values[i] + b * arena[at + i]
 
 
-def _make(contents: int) -> Callable[..., int]:
-    """The loop; ``contents`` changes where the functions that it is made of change."""
+def _make(version: int) -> Callable[..., int]:
+    """The loop; ``version`` changes where the functions that it is made of change."""
 
     def run(
         steps: int,
@@ -124,7 +113,7 @@ def _make(contents: int) -> Callable[..., int]:
         reals: Any,
         letters: Any,
     ) -> int:
-        """``steps`` steps; ``first`` is the lowest layer with something to train. Returns ``contents``."""
+        """``steps`` steps; ``first`` is the lowest layer with something to train. Returns ``version``."""
         depth = len(layers)
         last = depth - 1
         every = rule[ACCUMULATE]
@@ -218,28 +207,11 @@ def _make(contents: int) -> Callable[..., int]:
                     scale *= clip_factor(grads, tensors, scale, rule_factors[CLIP_NORM])
                 update_all(params, grads, state0, state1, tensors, tensor_factors, rule, rule_factors, hyper, scale)
             advance(rule, rule_factors, counters, hyper, updated)
-        return contents
+        return version
 
     return run
 
 
-def _contents() -> int:
-    """A number for the text of all files of the loop."""
-    folder = Path(__file__).parent
-    files = [*sorted(folder.glob("*.py")), folder.parent.parent / "contract.py", folder.parent.parent / "philox.py"]
-    number = 0
-    for file in files:
-        number = zlib.crc32(file.read_bytes(), number)
-    return number
-
-
 def compiled_loop() -> Callable[..., int]:
     """The loop, compiled for an element type when it is first called with it, or read from the disk."""
-    loop = _make(_contents())
-    try:
-        compiled: Callable[..., int] = numba.njit(cache=True, **EXACT)(loop)
-    except RuntimeError as error:
-        # no folder to write to: neither the package's nor the user's
-        _log.info("the compiled training loop is not kept on disk, each process compiles it: %s", error)
-        compiled = numba.njit(**EXACT)(loop)
-    return compiled
+    return kept(_make(contents()))
