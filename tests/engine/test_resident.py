@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from same_state import assert_same_state
+from step_bounds import Step
+from tolerance import assert_within
 
 from fusemlp import (
     MAE,
@@ -35,11 +37,13 @@ from fusemlp import (
     OneCycle,
     ParameterOptions,
     Poisson,
+    PReLU,
     Quantile,
     StepDecay,
     load_checkpoint,
 )
-from fusemlp_kernels.contract import ACTIVATIONS
+from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, LAST_LOSS
+from fusemlp_kernels.philox import row_order
 
 pytest.importorskip("numba")
 
@@ -180,19 +184,63 @@ def test_what_fit_offers() -> None:
         assert_plans_agree(fit=fit)
 
 
-def test_single_precision_stays_within_the_rounding_of_a_step() -> None:
-    # one step from a common state: a sum of at most 12 products an element forward and 8 back through each of three
-    # layers, so less than 100 roundings of values of order one, times the learning rate
-    fit = {"epochs": 1, "row_order": lambda epoch: np.arange(BATCH)}
-    resident, eager = (
-        Engine(MLP(SIZES), optimizer=SGD(0.1), batch_size=BATCH, backend="numpy", plan=plan, seed=3)
-        for plan in ("resident", "eager")
-    )
-    for engine in (resident, eager):
-        engine.fit(X[:BATCH], CLASSES[:BATCH], **fit)
-    for name, expected in eager.state_dict().items():
-        bound = 100 * 2.0**-24 * (np.abs(expected).max() + 0.1)
-        assert np.abs(resident.state_dict()[name] - expected).max() <= bound, name
+class Bounded(Callback):
+    """Compares every update with the oracle's, from the state before it, and every loss."""
+
+    def __init__(self, targets: Array, weight: Array | None) -> None:
+        self.targets, self.weight = targets, weight
+        self.checked = 0
+
+    def on_train_begin(self, engine: Engine) -> None:
+        self.step = Step(engine)
+        self.traces = [self.trace(engine)]
+
+    def trace(self, engine: Engine) -> Any:
+        batches = -(-ROWS // BATCH)
+        epoch, batch = divmod(int(engine.memory.counters[BATCH_INDEX]), batches)
+        rows = row_order(ROWS, engine.seed, epoch)[batch * BATCH :][:BATCH]
+        targets = self.targets[rows]
+        if targets.dtype.kind == "f":
+            targets = targets.astype(np.float32).astype(np.float64)
+        weight = None if self.weight is None else self.weight[rows].astype(np.float32).astype(np.float64)
+        return self.step.trace(X[rows].astype(np.float32), targets, weight)
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        trace = self.traces[-1]
+        assert_within(engine.memory.stats[LAST_LOSS], trace.loss, trace.loss_bound)
+        self.checked += 1
+        if self.checked % engine.optimizer.accumulate == 0:
+            self.step.check()
+            self.step = Step(engine)
+        self.traces.append(self.trace(engine))
+
+
+STEEP = MLP(SIZES, activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "optimizer", "net"),
+    [
+        (CrossEntropy(), CLASSES, SGD(0.1, weight_decay=0.02), MLP(SIZES, dropout=[0.2, 0.5])),
+        (CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1, 0, 1]), CLASSES, Adam(0.02), STEEP),
+        (CrossEntropy(), SOFT, AdamW(0.02, accumulate=3), MLP(SIZES, activation="silu", dropout=0.3)),
+        (BinaryCrossEntropy(), (VALUES > 0).astype(float), SGD(0.05, momentum=0.9), MLP(SIZES, activation="tanh")),
+        (MSE(), VALUES, SGD(0.1, clip_norm=0.3), MLP(SIZES, activation="sigmoid", output_activation=PReLU(0.3))),
+        (Huber(delta=0.2), VALUES, SGD(0.05, momentum=0.9, nesterov=True), MLP(SIZES, activation="leaky_relu")),
+        (Poisson(), np.abs(VALUES).round(), Adam(0.02, convention="scikit-learn"), MLP(SIZES, activation="identity")),
+        (Quantile(0.8), VALUES, SGD(Cosine(0.1, steps=15, warmup=3), momentum=0.9), MLP([WIDTH, OUTPUTS])),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_step_in_single_precision_is_within_its_bound(
+    loss: Any, targets: Array, optimizer: Any, net: MLP, weighted: bool
+) -> None:
+    weight = WEIGHTS if weighted else None
+    watcher = Bounded(targets, weight)
+    engine = Engine(net, loss, optimizer, BATCH, seed=5, backend="numpy", plan="resident")
+    engine.fit(X, targets, epochs=4, sample_weight=weight, callbacks=watcher)
+    assert watcher.checked == 4 * -(-ROWS // BATCH)
 
 
 def test_a_run_repeats_bit_for_bit_and_however_it_is_cut() -> None:
@@ -298,8 +346,7 @@ def test_without_numba_there_is_no_resident_plan() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1437, 10000])
 def test_the_order_of_the_rows_is_that_of_every_plan(n: int) -> None:
-    from fusemlp_kernels.numpy.resident import row_order
-    from fusemlp_kernels.philox import row_order as defined
+    from fusemlp_kernels.numpy.resident import row_order as compiled
 
     for seed, epoch in ((0, 0), (5, 7), (2**40 + 3, 2**32 - 1)):
-        assert np.array_equal(row_order(n, seed, epoch), defined(n, seed, epoch))
+        assert np.array_equal(compiled(n, seed, epoch), row_order(n, seed, epoch))

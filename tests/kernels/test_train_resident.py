@@ -1,0 +1,208 @@
+"""``train_resident``: the same as the oracle's steps one after another, over arenas with gaps and rows with padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from devices import NUMPY, Variant
+from tolerance import assert_within
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    CORRECT,
+    COUNTERS,
+    LAST_LOSS,
+    LOSS_SUM,
+    NORM_SUM,
+    ROW_COUNT,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    SCORED,
+    STATS,
+    UPDATE_COUNT,
+    Dropout,
+    LossSpec,
+    ResidentLayer,
+    ScheduleSpec,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.philox import dropout_keep
+
+pytest.importorskip("numba")
+
+INPUTS, HIDDEN, OUTPUTS, ROWS, BATCH, SEED, RATE = 5, 11, 3, 22, 8, 7, 0.25
+GAP = 3
+DOUBLE, SINGLE = Variant(NUMPY, "fp64"), Variant(NUMPY, "fp32")
+LOSS = LossSpec("cross_entropy", accuracy=True)
+RULES = {
+    "sgd": UpdateRule("sgd", ScheduleSpec("exponential", 0.1, gamma=0.9)),
+    "momentum": UpdateRule("sgd", ScheduleSpec("constant", 0.1), momentum=0.9),
+    "adam": UpdateRule("adam", ScheduleSpec("cosine", 0.02, steps=9)),
+    "clipped": UpdateRule("sgd", ScheduleSpec("constant", 0.1), clip_norm=0.1),
+}
+
+
+class Run:
+    """A network of two layers in arenas with gaps that hold 77, and an epoch of rows."""
+
+    def __init__(self, variant, rule, loss=LOSS, activation="tanh", dropout=True, frozen=(), weight=None):
+        generator = np.random.default_rng(3)
+        real = variant.real
+        shapes = {"w0": (HIDDEN, INPUTS), "b0": (HIDDEN,), "w1": (OUTPUTS, HIDDEN), "b1": (OUTPUTS,)}
+        self.places, end = {}, GAP
+        for name, shape in shapes.items():
+            self.places[name] = slice(end, end + int(np.prod(shape)))
+            end += int(np.prod(shape)) + GAP
+        self.shapes, self.rule, self.loss, self.activation = shapes, rule, loss, activation
+        self.params = np.full(end, 77.0, real)
+        self.gradients, self.states = np.zeros(end, real), tuple(np.zeros(end, real) for _ in range(rule.state_count))
+        for place in self.places.values():
+            self.params[place] = generator.normal(size=place.stop - place.start) * 0.5
+        self.rules = {"w0": TensorRule(1.0, 0.1), "b0": TensorRule(0.5), "w1": TensorRule(2.0), "b1": TensorRule()}
+        self.trained = [name for name in shapes if name not in frozen]
+        self.x = generator.normal(size=(ROWS, INPUTS)).astype(real)
+        self.target = generator.integers(0, OUTPUTS, ROWS)
+        self.weight = None if weight is None else weight.astype(real)
+        # three batches, the last of six rows
+        self.rows = np.full(3 * BATCH, -1, np.int64)
+        self.rows[:ROWS] = generator.permutation(ROWS)
+        self.counters, self.hyper, self.stats = np.zeros(COUNTERS, np.int64), hyper_at(rule, 0), np.zeros(STATS)
+        self.counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = BATCH, ROWS, BATCH
+        rate = RATE if dropout else 0.0
+        self.rate = rate
+        layers = (
+            ResidentLayer(
+                *(INPUTS, HIDDEN, self.places["w0"].start, self.places["b0"].start, activation),
+                dropout=Dropout(rate, 0, SEED) if rate else None,
+            ),
+            ResidentLayer(HIDDEN, OUTPUTS, self.places["w1"].start, self.places["b1"].start, "identity"),
+        )
+        places = [self.places[name] for name in self.trained]
+        self.run = variant.backend().bind(
+            "train_resident",
+            x=self.x,
+            target=self.target,
+            rows=self.rows,
+            batch=BATCH,
+            layers=layers,
+            params=self.params,
+            gradients=self.gradients,
+            states=self.states,
+            segments=tuple(
+                Segment(place.start, place.stop - place.start, self.rules[name])
+                for name, place in zip(self.trained, places, strict=True)
+            ),
+            rule=rule,
+            loss=loss,
+            counters=self.counters,
+            hyper=self.hyper,
+            stats=self.stats,
+            weight=self.weight,
+        )
+
+    def tensor(self, name, arena=None):
+        return (self.params if arena is None else arena)[self.places[name]].reshape(self.shapes[name]).copy()
+
+    def oracle(self, steps):
+        """Parameters after so many steps, and the sums of stats; the frozen tensors keep what they have."""
+        layers = [
+            reference.Layer(*(self.tensor(f"{kind}{index}").astype(np.float64) for kind in "wb"), name, rate=rate)
+            for index, (name, rate) in enumerate(((self.activation, self.rate), ("identity", 0.0)))
+        ]
+        state, stats = reference.initial_state(self.rule, layers), np.zeros(STATS)
+        tensors = [[self.rules[f"{kind}{index}"] for kind in "wb"] for index in range(2)]
+        for step in range(steps):
+            rows = self.rows[:ROWS][step % 3 * BATCH :][:BATCH]
+            keep = dropout_keep(RATE, 0, SEED, step, len(rows), HIDDEN) if self.rate else None
+            weight = None if self.weight is None else self.weight[rows].astype(np.float64)
+            batch = reference.Batch(self.x[rows].astype(np.float64), self.target[rows], weight, keeps=[keep, None])
+            hidden = reference.dropout(reference.linear(batch.x, layers[0].w, layers[0].b, self.activation), keep, RATE)
+            hits = reference.correct(self.loss, reference.linear(hidden, layers[1].w, layers[1].b), batch.target)
+            loss, new, state = reference.train_step(layers, state, self.loss, self.rule, step, batch, tensors)
+            norm = len(rows) if weight is None else weight.sum()
+            stats[LAST_LOSS] = loss
+            stats[[LOSS_SUM, NORM_SUM, CORRECT, SCORED]] += loss * norm, norm, hits.sum(), len(rows)
+            for index, layer in enumerate(new):
+                parts = [getattr(layer if f"{k}{index}" in self.trained else layers[index], k) for k in "wb"]
+                layers[index] = reference.Layer(*parts, layer.activation, rate=layer.rate)
+        return {f"{kind}{index}": getattr(layers[index], kind) for index in range(2) for kind in "wb"}, stats
+
+
+# In float64, after 7 steps of a few hundred roundings each of values of order one: a million units in the last place.
+TOLERANCE = 1e6 * 2.0**-53
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("w0",), ("w0", "b0", "w1"), ("w0", "b0", "w1", "b1")], ids="-".join)
+@pytest.mark.parametrize("rule", [rule for name, rule in RULES.items() if name != "clipped"], ids=lambda r: r.kind)
+def test_steps_are_the_oracles(rule, frozen, weighted):
+    weight = np.random.default_rng(5).random(ROWS) if weighted else None
+    run = Run(DOUBLE, rule, frozen=frozen, weight=weight)
+    expected, stats = run.oracle(7)
+    run.run(7)
+    for name, wanted in expected.items():
+        assert_within(run.tensor(name), wanted, 0.0 if name in frozen else TOLERANCE)
+    np.testing.assert_allclose(run.stats, stats, rtol=TOLERANCE)
+    wanted = np.zeros(COUNTERS, np.int64)
+    wanted[[BATCH_INDEX, UPDATE_COUNT, ROW_STEP, ROW_TOTAL]] = 7, 7, BATCH, ROWS
+    wanted[[ROW_OFFSET, ROW_COUNT]] = BATCH, BATCH
+    np.testing.assert_array_equal(run.counters, wanted)
+    np.testing.assert_array_equal(run.hyper, hyper_at(rule, 7))
+
+
+def test_clipping_is_by_the_norm_of_all_gradients():
+    run = Run(DOUBLE, RULES["clipped"])
+    expected, _ = run.oracle(5)
+    run.run(5)
+    for name, wanted in expected.items():
+        assert_within(run.tensor(name), wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", [SINGLE, DOUBLE], ids=lambda v: v.precision)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_nothing_else_is_written_and_the_number_of_calls_changes_no_bit(variant, rule):
+    whole, cut = Run(variant, rule), Run(variant, rule)
+    inputs = [array.copy() for array in (whole.x, whole.target, whole.rows)]
+    whole.run(7)
+    for steps in (1, 0, 3, 2, 1):
+        cut.run(steps)
+    for name in ("params", "counters", "hyper", "stats"):
+        assert getattr(whole, name).tobytes() == getattr(cut, name).tobytes(), name
+    for array, before in zip((whole.x, whole.target, whole.rows), inputs, strict=True):
+        np.testing.assert_array_equal(array, before)
+    gaps = np.ones(len(whole.params), bool)
+    for place in whole.places.values():
+        gaps[place] = False
+    assert (whole.params[gaps] == 77.0).all()
+    assert all((state[gaps] == 0.0).all() for state in (*whole.states, whole.gradients))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+def test_nan_in_a_row_reaches_the_loss_and_the_parameters(activation):
+    run = Run(SINGLE, RULES["adam"], activation=activation, dropout=False)
+    run.x[run.rows[2], 1] = np.nan
+    run.run(1)
+    assert np.isnan(run.stats[LAST_LOSS]) and np.isnan(run.tensor("w1")).all()
+    # the inputs of the other features are numbers, the gradient of their weights is not
+    assert np.isnan(run.tensor("w0")).all()
+
+
+def test_nan_in_rows_of_other_batches_reaches_nothing():
+    run = Run(SINGLE, RULES["adam"])
+    run.x[run.rows[BATCH:ROWS]] = np.nan
+    run.run(1)
+    assert np.isfinite(run.stats).all() and np.isfinite(run.params).all()
+
+
+def test_weights_that_are_all_zero_give_no_loss_and_no_gradient():
+    run = Run(SINGLE, RULES["momentum"], weight=np.zeros(ROWS))
+    run.rules = dict.fromkeys(run.rules, TensorRule())
+    before = run.tensor("w1")
+    run.run(3)
+    assert run.stats[LAST_LOSS] == run.stats[LOSS_SUM] == run.stats[NORM_SUM] == 0.0
+    np.testing.assert_array_equal(run.tensor("w1"), before)
