@@ -350,3 +350,11 @@ def test_the_order_of_the_rows_is_that_of_every_plan(n: int) -> None:
 
     for seed, epoch in ((0, 0), (5, 7), (2**40 + 3, 2**32 - 1)):
         assert np.array_equal(compiled(n, seed, epoch), row_order(n, seed, epoch))
+
+
+@pytest.mark.parametrize("targets", ["classes", "soft"])
+def test_many_classes(targets: str) -> None:
+    generator = np.random.default_rng(4)
+    classes = generator.integers(0, 131, ROWS)
+    soft = generator.dirichlet(np.ones(131), ROWS)
+    assert_plans_agree(MLP([WIDTH, 7, 131]), classes if targets == "classes" else soft, optimizer=SGD(0.5))

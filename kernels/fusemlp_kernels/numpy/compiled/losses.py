@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, SCORED
@@ -39,6 +40,10 @@ NARROW = 64
 @register_jitable(**EXACT)
 def _largest(values: Any, start: int, columns: int) -> int:
     """The first of the largest, or the first NaN, as ``argmax``."""
+    if columns >= NARROW:
+        found = _largest_of_many(values, np.uintp(start), np.uintp(columns))
+        if found >= 0:
+            return found
     best, found = values[start], 0
     for j in range(1, columns):
         v = values[start + j]
@@ -47,16 +52,56 @@ def _largest(values: Any, start: int, columns: int) -> int:
     return found
 
 
+@register_jitable(**EXACT)
+def _largest_of_many(values: Any, start: Any, columns: Any) -> int:
+    """``_largest`` of a row of finite values, or -1: four maxima side by side, then the place of the largest."""
+    first = values[start]
+    a, b, c, d = first, first, first, first
+    # zero as long as all are finite
+    p, q = first - first, first - first
+    four = np.uintp(4)
+    for at in range(start, start + columns - columns % four, four):
+        v, w, x, y = values[at], values[at + np.uintp(1)], values[at + np.uintp(2)], values[at + np.uintp(3)]
+        a, b = v if v > a else a, w if w > b else b
+        c, d = x if x > c else c, y if y > d else d
+        p += (v - v) + (w - w)
+        q += (x - x) + (y - y)
+    for at in range(start + columns - columns % four, start + columns):
+        v = values[at]
+        a = v if v > a else a
+        p += v - v
+    if p + q != 0.0:
+        return -1
+    largest = max(max(a, b), max(c, d))
+    for at in range(start, start + columns):
+        if values[at] == largest:
+            return np.int64(at - start)
+    return -1
+
+
+# Unsigned indices: from a signed one that might be negative the compiler makes no vector code.
+@register_jitable(**ELEMENTWISE)
+def _subtract(d: Any, z: Any, start: int, stop: int, shift: Any) -> None:
+    for at in range(np.uintp(start), np.uintp(stop)):
+        d[at] = z[at] - shift
+
+
+@register_jitable(**ELEMENTWISE)
+def _multiply(d: Any, start: int, stop: int, factor: Any) -> None:
+    for at in range(np.uintp(start), np.uintp(stop)):
+        d[at] *= factor
+
+
 @register_jitable(**ELEMENTWISE)
 def _exponentials(d: Any, start: int, stop: int) -> None:
-    for at in range(start, stop):
+    for at in range(np.uintp(start), np.uintp(stop)):
         d[at] = exp(d[at])
 
 
 @register_jitable(**REDUCTION)
 def _sum(d: Any, start: int, stop: int) -> Any:
     total = d.dtype.type(0.0)
-    for at in range(start, stop):
+    for at in range(np.uintp(start), np.uintp(stop)):
         total += d[at]
     return total
 
@@ -119,8 +164,7 @@ def cross_entropy(
         chosen = _largest(z, start, columns)
         shift = z[start + chosen]
         share = float(weight[row]) if weighted else 1.0
-        for at in range(start, start + columns):
-            d[at] = z[at] - shift
+        _subtract(d, z, start, start + columns, shift)
         picked = 0.0
         if spread:
             for j in range(columns):
@@ -160,8 +204,7 @@ def cross_entropy(
         total += share * (mass * math.log(sums))
         weighed = share * scale
         factor = real(weighed * mass / sums)
-        for at in range(start, stop):
-            d[at] *= factor
+        _multiply(d, start, stop, factor)
         if spread:
             for j in range(columns):
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
