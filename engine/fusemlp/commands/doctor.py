@@ -13,6 +13,7 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.engine import Engine, availability
+from fusemlp.execution import COMPILED_LOOP
 from fusemlp.network import MLP
 from fusemlp.reports import aligned
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
@@ -52,6 +53,8 @@ def doctor(*, as_json: bool) -> None:
     for name, found in report["backends"].items():
         if found["reason"] is not None:
             print(f"{name}: {found['reason']}")
+    for advice in report["advice"]:
+        print(advice)
     print()
     libraries = [
         [name, installed or "not installed", LIBRARIES[name]] for name, installed in report["libraries"].items()
@@ -72,6 +75,7 @@ def examine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "backends": {name: _examine_backend(name, reason) for name, reason in availability().items()},
         "libraries": {name: _version(name) for name in LIBRARIES},
+        "advice": _advice(),
         "blas": _blas(),
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(("OPENBLAS_", "OMP_", "MKL_"))
@@ -94,7 +98,16 @@ def _trains(name: str, precision: str, plan: str) -> bool:
         engine = Engine(MLP([4, 3, 2]), backend=name, precision=precision, plan=plan, batch_size=2)
     except (ArgumentError, BackendUnavailableError):
         return False
-    return math.isfinite(float(engine.step(np.eye(2, 4), np.array([0, 1]))))
+    x, y = np.eye(2, 4), np.array([0, 1])
+    if plan == "resident":
+        # what ``step`` runs is the eager plan
+        return math.isfinite(engine.fit(x, y, epochs=1).history["loss"][0])
+    return math.isfinite(float(engine.step(x, y)))
+
+
+def _advice() -> list[str]:
+    """What a library that is not installed would bring."""
+    return [] if _version("numba") else [f"numpy: {COMPILED_LOOP}"]
 
 
 def _version(library: str) -> str | None:
