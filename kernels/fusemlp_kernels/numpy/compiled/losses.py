@@ -53,7 +53,7 @@ def _largest(values: Any, start: int, columns: int) -> int:
 
 
 @register_jitable(**EXACT)
-def _largest_of_many(values: Any, start: Any, columns: Any) -> int:
+def _largest_of_many(values: Any, start: Any, columns: Any) -> Any:
     """``_largest`` of a row of finite values, or -1: four maxima side by side, then the place of the largest."""
     first = values[start]
     a, b, c, d = first, first, first, first
