@@ -40,10 +40,6 @@ NARROW = 64
 @register_jitable(**EXACT)
 def _largest(values: Any, start: int, columns: int) -> int:
     """The first of the largest, or the first NaN, as ``argmax``."""
-    if columns >= NARROW:
-        found = _largest_of_many(values, np.uintp(start), np.uintp(columns))
-        if found >= 0:
-            return found
     best, found = values[start], 0
     for j in range(1, columns):
         v = values[start + j]
@@ -158,10 +154,13 @@ def cross_entropy(
     if mean:
         scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
     spread = is_soft or smoothing != 0.0
+    narrow = columns < NARROW
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
-        chosen = _largest(z, start, columns)
+        chosen = -1 if narrow else _largest_of_many(z, np.uintp(start), np.uintp(columns))
+        if chosen < 0:
+            chosen = _largest(z, start, columns)
         shift = z[start + chosen]
         share = float(weight[row]) if weighted else 1.0
         _subtract(d, z, start, start + columns, shift)
@@ -180,7 +179,6 @@ def cross_entropy(
             correct += chosen == label
             picked += (class_weight[label] if by_class else 1.0) * (1.0 - smoothing) * d[start + label]
         total -= share * picked
-    narrow = columns < NARROW
     if narrow:
         _exponentials(d, 0, count * columns)
     for i in range(count):
