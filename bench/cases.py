@@ -62,6 +62,7 @@ class Data:
 CASES = {
     case.name: case
     for case in (
+        Case((64, 32, 10), batch_size=32, steps=600, epochs=60),
         Case((784, 10, 10), batch_size=32, steps=300, epochs=30),
         Case((784, 128, 10), batch_size=64, steps=150, epochs=15),
         Case((784, 512, 256, 10), batch_size=128, steps=50, epochs=4),
