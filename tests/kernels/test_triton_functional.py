@@ -85,6 +85,26 @@ def test_an_arena_is_updated():
     assert_within(host(params), expected, bound(40, np.abs(expected) + 1.0))
 
 
+@pytest.mark.parametrize("start", [0, 1, 2, 4, 8, 12])
+@pytest.mark.parametrize("moved", ["dz", "x", "w", "b"])
+def test_a_tensor_may_begin_anywhere_in_its_memory(moved, start):
+    """The kernel of all layers reckons from one tensor to the others, which need not lie 32 bytes apart."""
+    given = dict(zip(("dz", "x", "w", "b"), tensors((M, 8), (M, 8), (8, 8), (8,)), strict=True))
+    memory = torch.empty(given[moved].numel() + 64, device=DEVICE)
+    start += -memory.data_ptr() // 4 % 16
+    given[moved] = memory[start : start + given[moved].numel()].view(given[moved].shape).copy_(given[moved])
+    exact = {name: host(tensor) for name, tensor in given.items()}
+    dw, db = exact["dz"].T @ exact["x"], exact["dz"].sum(axis=0)
+    F.grad_weight_update(given["dz"], given["x"], given["w"], given["b"], SGD)
+    magnitude = np.abs(exact["dz"]).T @ np.abs(exact["x"])
+    # the gradient's bound, times the rate; and the roundings of rate * gradient and of the difference
+    limit = 0.1 * bound(M, magnitude) + 4 * 2.0**-24 * (np.abs(exact["w"]) + magnitude)
+    assert_within(host(given["w"]), exact["w"] - 0.1 * dw, limit)
+    magnitude = np.abs(exact["dz"]).sum(axis=0)
+    limit = 0.1 * bound(M, magnitude) + 4 * 2.0**-24 * (np.abs(exact["b"]) + magnitude)
+    assert_within(host(given["b"]), exact["b"] - 0.1 * db, limit)
+
+
 X, W, B, Y = (9, 7), (11, 7), (11,), (9, 11)
 
 

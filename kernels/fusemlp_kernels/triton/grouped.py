@@ -45,12 +45,11 @@ class _Tasks:
         if tensor is None:
             return {name: 0, f"{name}_row": 0, f"{name}_col": 0}
         matrix = tensor.dim() == 2
-        if matrix:
-            self.aligned &= is_aligned(tensor)
-        else:
-            self.aligned &= tensor.data_ptr() % 16 == 0
+        offset = self.offset(tensor)
+        # the kernel takes it that offsets are multiples of 8 elements: of 32 bytes in fp32, where addresses are of 16
+        self.aligned &= offset % 8 == 0 and (is_aligned(tensor) if matrix else tensor.data_ptr() % 16 == 0)
         return {
-            name: self.offset(tensor),
+            name: offset,
             f"{name}_row": tensor.stride(0),
             f"{name}_col": tensor.stride(1) if matrix else 0,
         }
