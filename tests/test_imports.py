@@ -28,6 +28,7 @@ LAYERS = (
     ("callbacks", "history", "inference", "planning"),
     ("execution",),
     ("lowering", "resident", "program", "buffers", "verifier"),
+    ("device_data",),
     ("losses", "network", "optimizers", "schedules", "state", "targets"),
     ("data", "datafiles", "tables", "preprocessing"),
     ("validation",),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp import device_data
 from fusemlp.buffers import short_names
 from fusemlp.execution import BoundProgram, Memory, Workspace, choose_plan
 from fusemlp.inference import Inference
@@ -18,8 +19,8 @@ from fusemlp.planning import COMPUTE_BYTES, REAL_BYTES
 from fusemlp.program import Program
 from fusemlp.resident import lower_resident
 from fusemlp.state import checked_state
-from fusemlp.targets import Targets, are_one_hot, as_targets
-from fusemlp.validation import as_count, as_features, as_weights
+from fusemlp.targets import Targets, are_one_hot
+from fusemlp.validation import as_count
 from fusemlp_kernels.clock import write_hyper
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
@@ -238,11 +239,13 @@ class Engine:
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
 
+        What lies on the device is taken from there; checking the labels then waits for it (``fit`` checks them once).
+
         Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
         waits for the device.
         Raises ShapeError, DTypeError or DataError, before anything has changed.
         """
-        x = as_features("x", x, width=self.network.sizes[0], dtype=self._real, check_finite=False)
+        x = self.features("x", x, check_finite=False)
         count = len(x)
         if count > self.batch_size:
             raise ShapeError(
@@ -383,7 +386,7 @@ class Engine:
         weight = self.weights("sample_weight", sample_weight, rows=len(features))
         return self.evaluate_checked(features, targets, weight)
 
-    def evaluate_checked(self, X: Array, targets: Targets, weight: Array | None) -> dict[str, float]:
+    def evaluate_checked(self, X: Any, targets: Targets, weight: Any | None) -> dict[str, float]:
         """``evaluate`` of arrays that have been checked."""
         spec = self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
         return self._inference.evaluate(X, targets.values, weight, spec, self._class_weight)
@@ -397,23 +400,39 @@ class Engine:
             if self.network.activations[index].name == "relu"
         }
 
-    def features(self, argument: str, X: Any) -> Array:
-        """X as a checked (n, K) array of the engine's type."""
-        return as_features(argument, X, width=self.network.sizes[0], dtype=self._real)
+    def features(self, argument: str, X: Any, *, check_finite: bool = True) -> Any:
+        """X as a checked (n, K) array of the engine's type, or where it lies on the device, of its own."""
+        return device_data.features(
+            self._backend, argument, X, width=self.network.sizes[0], dtype=self._real, check_finite=check_finite
+        )
 
     def targets(self, argument: str, y: Any, *, rows: int) -> Targets:
         """y as checked targets."""
-        return as_targets(argument, y, self.loss, outputs=self.network.sizes[-1], rows=rows, dtype=self._real)
+        return device_data.targets(
+            self._backend, argument, y, self.loss, outputs=self.network.sizes[-1], rows=rows, dtype=self._real
+        )
 
-    def weights(self, argument: str, weight: Any, *, rows: int) -> Array | None:
+    def weights(self, argument: str, weight: Any, *, rows: int) -> Any | None:
         """Sample weights (n,), or None."""
-        return None if weight is None else as_weights(argument, weight, rows=rows, dtype=self._real)
+        return (
+            None
+            if weight is None
+            else device_data.weights(self._backend, argument, weight, rows=rows, dtype=self._real)
+        )
+
+    def on_host(self, array: Any) -> Array:
+        """What ``features``, ``targets`` or ``weights`` returned, in host memory."""
+        return device_data.on_host(self._backend, array)
+
+    def largest(self, array: Any) -> float:
+        """The greatest absolute value in one of those."""
+        return device_data.largest(self._backend, array)
 
     def counts_hits(self, targets: Targets) -> bool:
         """Whether an accuracy can be told of these targets."""
         if self.loss.is_classification:
             return True
-        return self.loss.kind in ("mse", "mae", "huber") and are_one_hot(targets.values)
+        return self.loss.kind in ("mse", "mae", "huber") and are_one_hot(self.on_host(targets.values))
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``."""

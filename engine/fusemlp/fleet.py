@@ -18,7 +18,6 @@ from fusemlp.history import History
 from fusemlp.losses import Loss, as_loss
 from fusemlp.network import MLP
 from fusemlp.optimizers import Optimizer, as_optimizer
-from fusemlp.targets import Targets
 from fusemlp.training import Validation, checked_validation, fit_checked
 from fusemlp.validation import as_count, to_array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
@@ -115,7 +114,13 @@ class Fleet:
             if validation is not None:
                 raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
             held_out = self._rows("validation_rows", validation_rows, len(features))
-            validations = [None if one is None else _picked(features, targets, weight, one) for one in held_out]
+            # the rows of a fold are picked on the host
+            whole = Validation(
+                first.on_host(features),
+                targets._replace(values=first.on_host(targets.values)),
+                None if weight is None else first.on_host(weight),
+            )
+            validations = [None if one is None else _picked(whole, one) for one in held_out]
         if patience is not None and validations[0] is None:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
@@ -137,8 +142,8 @@ class Fleet:
             )
 
         tasks = [task(index) for index in range(len(self))]
-        # on a GPU the models have one device in common
-        workers = min(workers, len(self)) if first.device == "cpu" else 1
+        # on a GPU the models have one device in common, and Triton's interpreter is not for several threads
+        workers = min(workers, len(self)) if first.backend == "numpy" else 1
         outcomes = _run(tasks, self.engines, workers)
         members = []
         for index, (one, engine, outcome) in enumerate(zip(self.candidates, self.engines, outcomes, strict=True)):
@@ -187,8 +192,9 @@ class Fleet:
         return together(engines, X)
 
 
-def _picked(X: Array, targets: Targets, weight: Array | None, rows: Array) -> Validation:
-    return Validation(X[rows], targets._replace(values=targets.values[rows]), None if weight is None else weight[rows])
+def _picked(whole: Validation, rows: Array) -> Validation:
+    targets = whole.targets._replace(values=whole.targets.values[rows])
+    return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows])
 
 
 def _cores() -> int:

@@ -35,6 +35,7 @@ class Inference:
         self.net = net
         self.memory = memory
         self.real_bytes, self.compute_bytes = real_bytes, compute_bytes
+        self.real = np.dtype(f"f{real_bytes}")
         # a workspace of its own: predictions must not disturb a step, nor hold the large training buffers
         self.workspace = Workspace(memory.backend)
         self.counters = memory.backend.allocate(COUNTERS, "int64")
@@ -67,7 +68,7 @@ class Inference:
             self._bound[key] = BoundProgram(program, self.memory, self.workspace, given)
         return self._bound[key]
 
-    def _batches(self, bound: BoundProgram, rows: int, X: Array, **others: Array) -> Iterator[tuple[int, int]]:
+    def _batches(self, bound: BoundProgram, rows: int, X: Any, **others: Any) -> Iterator[tuple[int, int]]:
         """Copy each batch in, run it, and yield its first row and the row after its last."""
         copy = self.memory.backend.copy_into
         for start in range(0, len(X), rows):
@@ -84,17 +85,17 @@ class Inference:
                 bound.run()
             yield start, stop
 
-    def outputs(self, X: Array) -> Array:
+    def outputs(self, X: Any) -> Array:
         """The network's outputs (n, N) for X (n, K)."""
         rows = self._rows_for(len(X))
         bound = self._program(rows, None, None, False)
-        y = np.empty((len(X), self.net.sizes[-1]), X.dtype)
+        y = np.empty((len(X), self.net.sizes[-1]), self.real)
         for start, stop in self._batches(bound, rows, X):
             y[start:stop] = self.memory.backend.to_host(bound.arrays["y"][: stop - start])
         return y
 
     def evaluate(
-        self, X: Array, target: Array, weight: Array | None, spec: LossSpec, class_weight: Any | None
+        self, X: Any, target: Any, weight: Any | None, spec: LossSpec, class_weight: Any | None
     ) -> dict[str, float]:
         """The mean loss (or its sum, where the reduction is "sum") and, where ``spec`` counts hits, the accuracy."""
         rows = self._rows_for(len(X))
@@ -105,7 +106,7 @@ class Inference:
             pass
         return metrics_of(self.memory.backend.to_host(self.stats), spec)
 
-    def silent_units(self, X: Array) -> list[Array]:
+    def silent_units(self, X: Any) -> list[Array]:
         """For each hidden layer, bool (width,): units whose output is zero for every row of X."""
         rows = self._rows_for(len(X))
         found = []

@@ -76,9 +76,11 @@ def lr_find(
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
-    features = engine.features("X", X)
+    features = engine.on_host(engine.features("X", X))
     targets = engine.targets("y", y, rows=len(features))
+    targets = targets._replace(values=engine.on_host(targets.values))
     weight = engine.weights("sample_weight", sample_weight, rows=len(features))
+    weight = None if weight is None else engine.on_host(weight)
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = Engine(
         engine.network,

@@ -20,9 +20,10 @@ Array = np.ndarray[Any, Any]
 
 
 class Targets(NamedTuple):
-    """``values``: (n,) int64 classes, or (n, N) reals; ``soft``: they are rows of probabilities."""
+    """``values``: (n,) classes, or (n, N) reals, in host memory or on the device; ``soft``: they are rows of
+    probabilities."""
 
-    values: Array
+    values: Any
     soft: bool
 
 

@@ -37,9 +37,9 @@ LARGE_FEATURE = 100.0
 class Validation:
     """Checked rows that an epoch ends with."""
 
-    X: Array
+    X: Any
     targets: Targets
-    weight: Array | None
+    weight: Any | None
 
 
 class _Fit:
@@ -48,9 +48,9 @@ class _Fit:
     def __init__(
         self,
         engine: Engine,
-        X: Array,
+        X: Any,
         targets: Targets,
-        weight: Array | None,
+        weight: Any | None,
         *,
         epochs: int,
         validation: Validation | None,
@@ -111,7 +111,7 @@ class _Fit:
             )
         return state
 
-    def _bind(self, X: Array, targets: Targets, weight: Array | None) -> BoundProgram:
+    def _bind(self, X: Any, targets: Targets, weight: Any | None) -> BoundProgram:
         engine = self.engine
         to_device = engine.memory.backend.from_host
         inputs = Inputs(
@@ -278,7 +278,7 @@ class _Fit:
         rate = engine.learning_rate
         engine.restore(good)
         self.state.batch = first_batch
-        largest = float(np.abs(self.X).max())
+        largest = engine.largest(self.X)
         if largest > LARGE_FEATURE:
             cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
         else:
@@ -315,7 +315,9 @@ def fit(
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes.
 
     y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
-    (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0.
+    (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may lie in host memory
+    or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``):
+    there they are read in place, or copied once where their type or their rows do not suit the kernels.
 
     validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch. early_stopping: end when val_loss has
     not improved for so many epochs, and go back to the best weights. callbacks: objects like ``Callback``, or like
@@ -377,9 +379,9 @@ def _logged(engine: Engine, targets: Targets, validation: Validation | None) -> 
 
 def fit_checked(
     engine: Engine,
-    X: Array,
+    X: Any,
     targets: Targets,
-    weight: Array | None,
+    weight: Any | None,
     *,
     epochs: int,
     validation: Validation | None,
@@ -454,7 +456,7 @@ def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) 
     return lambda epoch: shuffled(engine.plan, n, engine.seed, epoch)
 
 
-def _warn(engine: Engine, X: Array, targets: Targets, batches: int) -> None:
+def _warn(engine: Engine, X: Any, targets: Targets, batches: int) -> None:
     if engine.optimizer.accumulate > batches:
         warnings.warn(
             f"accumulate: an update takes {engine.optimizer.accumulate} batches and this fit has only {batches}: "
@@ -467,6 +469,6 @@ def _warn(engine: Engine, X: Array, targets: Targets, batches: int) -> None:
             stacklevel=4,
         )
     if engine.loss.kind == "cross_entropy" and not targets.soft and len(X) > 1:
-        first = targets.values[0]
-        if np.all(targets.values == first):
-            warnings.warn(f"y: every label is {first}; a classifier needs examples of two classes", stacklevel=4)
+        labels = engine.on_host(targets.values)
+        if np.all(labels == labels[0]):
+            warnings.warn(f"y: every label is {labels[0]}; a classifier needs examples of two classes", stacklevel=4)

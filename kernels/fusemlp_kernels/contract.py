@@ -291,14 +291,30 @@ class Backend(Protocol):
     def view(self, flat: Any, offset: int, shape: tuple[int, ...], pitch: int) -> Any:
         """A (rows, columns) or (columns,) view of ``flat`` from element ``offset``, rows ``pitch`` elements apart."""
 
-    def from_host(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
-        """The array on the device (itself, where the device is the host), as ``dtype`` ("compute") where given."""
+    def adopt(self, array: Any) -> Any | None:
+        """``array`` as the backend's own type over the same memory, where that is the device's; None for all others.
+
+        Understood are the device's own arrays and what has ``__cuda_array_interface__`` or ``__dlpack__``.
+        """
+
+    def extent(self, array: Any) -> tuple[float, float]:
+        """The least and the greatest element of an array that is not empty, NaN if one is; waits for the device."""
+
+    def is_integer(self, array: Any) -> bool:
+        """Whether the elements are integers; bool counts as one."""
+
+    def from_host(self, array: Any, dtype: str | None = None) -> Any:
+        """The array on the device (itself, where it is there), as ``dtype`` ("compute") where given.
+
+        ``array`` is a host's, or one that was adopted: that is copied only where its type or its rows do not suit the
+        kernels.
+        """
 
     def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """A contiguous NumPy copy, in ``out`` where that is given."""
 
-    def copy_into(self, destination: Any, source: np.ndarray[Any, Any]) -> None:
-        """Write a host array into a device array of the same shape."""
+    def copy_into(self, destination: Any, source: Any) -> None:
+        """Write a host array, or an adopted one, into a device array of the same shape."""
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """The call, ready to be run any number of times; only that of ``train_resident`` takes an argument."""

@@ -68,6 +68,18 @@ class NumpyBackend:
         rows, columns = shape
         return flat[offset : offset + rows * pitch].reshape(rows, pitch)[:, :columns]
 
+    def adopt(self, array: Any) -> None:
+        """See ``contract.Backend``: all that NumPy can read is a host's array."""
+        return None
+
+    def extent(self, array: Array) -> tuple[float, float]:
+        """See ``contract.Backend``."""
+        return float(array.min()), float(array.max())
+
+    def is_integer(self, array: Array) -> bool:
+        """See ``contract.Backend``."""
+        return array.dtype.kind in "biu"
+
     def from_host(self, array: Array, dtype: str | None = None) -> Array:
         """See ``contract.Backend``."""
         return array

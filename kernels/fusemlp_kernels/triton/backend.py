@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
-from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_interpreted, mark_owned
+from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, is_interpreted, mark_owned
 from fusemlp_kernels.triton.layers import (
     bind_advance,
     bind_grad_input,
@@ -23,7 +25,18 @@ from fusemlp_kernels.triton.layers import (
     bind_loss_grad,
 )
 
+_log = logging.getLogger("fusemlp.kernels")
+
 ALIGNMENT_BYTES = 256
+# dlpack.h: kDLCUDA, kDLROCM, kDLCUDAManaged
+DLPACK_DEVICES = (2, 10, 13)
+# The types of elements that a caller's array on the device may have.
+ADOPTED = frozenset(
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+    }
+)
 BINDERS: dict[str, Callable[..., Run]] = {
     "linear": bind_linear,
     "linear_loss_grad": bind_linear_loss_grad,
@@ -109,11 +122,44 @@ class TritonBackend:
             return flat[offset : offset + shape[0]]
         return flat.as_strided(shape, (pitch, 1), flat.storage_offset() + offset)
 
-    def from_host(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Tensor:
+    def adopt(self, array: Any) -> Tensor | None:
+        """See ``contract.Backend``. Under the interpreter the device is the CPU, and torch's tensors there are its."""
+        if not isinstance(array, Tensor):
+            if self._device.interpreted:
+                return None
+            if hasattr(array, "__cuda_array_interface__"):
+                array = torch.as_tensor(array, device=self._device.device)
+            elif hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in DLPACK_DEVICES:
+                array = torch.utils.dlpack.from_dlpack(array)
+            else:
+                return None
+        here = array.device == self._device.device and array.layout == torch.strided and array.dtype in ADOPTED
+        return array.detach() if here else None
+
+    def extent(self, array: Tensor) -> tuple[float, float]:
+        """See ``contract.Backend``."""
+        low, high = torch.aminmax(array.to(torch.uint8) if array.dtype == torch.bool else array)
+        return float(low), float(high)
+
+    def is_integer(self, array: Tensor) -> bool:
+        """See ``contract.Backend``."""
+        return not array.dtype.is_floating_point
+
+    def from_host(self, array: np.ndarray[Any, Any] | Tensor, dtype: str | None = None) -> Tensor:
         """See ``contract.Backend``. Matrices of numbers get rows that start at multiples of 16 bytes."""
-        kind = {"f": "real", "i": "int64", "b": "bool"}[array.dtype.kind] if dtype is None else dtype
+        if isinstance(array, Tensor):
+            kind = {True: "int64", False: "real"}[self.is_integer(array)] if dtype is None else dtype
+            if array.dtype == self._dtypes[kind] and (array.ndim != 2 or is_aligned(array)):
+                return array
+            _log.info(
+                "an array %s of %s on the device is copied once: the kernels read %s in rows that start at multiples "
+                "of 16 bytes",
+                *(tuple(array.shape), array.dtype, self._dtypes[kind]),
+            )
+        else:
+            kind = {"f": "real", "i": "int64", "b": "bool"}[array.dtype.kind] if dtype is None else dtype
         if array.ndim != 2:
-            tensor = self.allocate(array.size, kind)
+            tensor = self.allocate(math.prod(array.shape), kind)
             self.copy_into(tensor, array)
             return tensor
         rows, columns = array.shape
@@ -131,8 +177,11 @@ class TritonBackend:
         np.copyto(out, host)
         return out
 
-    def copy_into(self, destination: Tensor, source: np.ndarray[Any, Any]) -> None:
+    def copy_into(self, destination: Tensor, source: np.ndarray[Any, Any] | Tensor) -> None:
         """See ``contract.Backend``."""
+        if isinstance(source, Tensor):
+            destination.copy_(source.reshape(destination.shape))
+            return
         contiguous = np.ascontiguousarray(source)
         # torch warns of memory that it must not write
         tensor = torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
