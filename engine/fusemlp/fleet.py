@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import wait as finished
 from typing import Any
 
@@ -16,7 +16,7 @@ from fusemlp.engine import Engine
 from fusemlp.ensemble import Ensemble, FleetResults, Member, scores_of, together
 from fusemlp.history import History
 from fusemlp.losses import Loss, as_loss
-from fusemlp.network import MLP
+from fusemlp.network import MLP, check_flag
 from fusemlp.optimizers import Optimizer, as_optimizer
 from fusemlp.training import Validation, checked_validation, fit_checked
 from fusemlp.validation import as_count, to_array
@@ -88,7 +88,9 @@ class Fleet:
         early_stopping: int | None = None,
         rows: Sequence[Any] | None = None,
         validation_rows: Sequence[Any] | None = None,
+        drop_last: bool = False,
         jobs: int | None = None,
+        callback: Callable[[Member], object] | None = None,
     ) -> FleetResults:
         """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
 
@@ -97,12 +99,18 @@ class Fleet:
         Each model has its own early stopping. A model whose loss is no longer finite is marked, at its last good epoch,
         and the others go on. ``jobs``: how many train at once, by default one a core.
 
-        Ctrl-C ends the training of all models after their batches and raises KeyboardInterrupt.
+        ``callback`` is called with the ``Member`` of each model when it has ended, in the order in which they end and
+        in the thread that called ``fit``; the others train on meanwhile. What it raises ends the training as Ctrl-C
+        does: all models stop after their batches, and it is raised from here.
+
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
         epochs = as_count("epochs", epochs, minimum=1)
         patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
         workers = _cores() if jobs is None else as_count("jobs", jobs, minimum=1)
+        check_flag("drop_last", drop_last)
+        if callback is not None and not callable(callback):
+            raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
         first = self.engines[0]
         features = first.features("X", X)
         targets = first.targets("y", y, rows=len(features))
@@ -125,9 +133,16 @@ class Fleet:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
             )
-        for engine in self.engines:
+        for index, one in enumerate(self.candidates):
             # what the loss refuses must come out here
-            engine.loss.spec(accuracy=False, soft=targets.soft)
+            one.loss.spec(accuracy=False, soft=targets.soft)
+            chosen = trained_on[index]
+            count = len(features) if chosen is None else len(chosen)
+            if drop_last and count < one.batch_size:
+                raise ArgumentError(
+                    f"drop_last: {count} rows do not fill one batch of {one.batch_size}, and model {index} would not "
+                    "be trained"
+                )
 
         def task(index: int) -> Callable[[], History]:
             return lambda: fit_checked(
@@ -139,22 +154,31 @@ class Fleet:
                 validation=validations[index],
                 patience=patience,
                 rows=trained_on[index],
+                drop_last=drop_last,
             )
 
         tasks = [task(index) for index in range(len(self))]
         # on a GPU the models have one device in common, and Triton's interpreter is not for several threads
         workers = min(workers, len(self)) if first.backend == "numpy" else 1
-        outcomes = _run(tasks, self.engines, workers)
-        members = []
-        for index, (one, engine, outcome) in enumerate(zip(self.candidates, self.engines, outcomes, strict=True)):
-            history = engine.history if engine.history is not None else History()
-            reason = str(outcome) if outcome is not None else history.stopped
-            stopped = early_stopping is not None and bool(history.stopped)
-            status = "diverged" if outcome is not None else "stopped" if stopped else "trained"
-            scores = scores_of(history, restored=early_stopping is not None and outcome is None)
-            members.append(Member(index, one.parameters, engine, history, status, reason, scores))
-        self.results = FleetResults(tuple(members))
+        members: dict[int, Member] = {}
+
+        def ended(index: int, error: DivergenceError | None) -> None:
+            members[index] = self._member(index, error, restores=patience is not None)
+            if callback is not None:
+                callback(members[index])
+
+        _run(tasks, self.engines, workers, ended)
+        self.results = FleetResults(tuple(members[index] for index in range(len(self))))
         return self.results
+
+    def _member(self, index: int, error: DivergenceError | None, *, restores: bool) -> Member:
+        """How a model ended; ``restores``: whether it went back to its best weights then."""
+        engine = self.engines[index]
+        history = engine.history if engine.history is not None else History()
+        reason = str(error) if error is not None else history.stopped
+        status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
+        scores = scores_of(history, restored=restores and error is None)
+        return Member(index, self.candidates[index].parameters, engine, history, status, reason, scores)
 
     def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
         if given is None:
@@ -205,15 +229,18 @@ def _cores() -> int:
 
 
 def _run(
-    tasks: Sequence[Callable[[], History]], engines: Sequence[Engine], workers: int
-) -> list[DivergenceError | None]:
-    """Run the tasks on ``workers`` threads, BLAS on one thread in each; how each diverged, or None."""
+    tasks: Sequence[Callable[[], History]],
+    engines: Sequence[Engine],
+    workers: int,
+    ended: Callable[[int, DivergenceError | None], None],
+) -> None:
+    """Run the tasks on ``workers`` threads, BLAS on one thread in each; of each that ends, ``ended`` is told how."""
     from threadpoolctl import threadpool_limits
 
-    ended = threading.Event()
+    stopping = threading.Event()
 
     def one(task: Callable[[], History]) -> DivergenceError | None:
-        if ended.is_set():
+        if stopping.is_set():
             return None
         try:
             task()
@@ -222,14 +249,16 @@ def _run(
         return None
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers, thread_name_prefix="fusemlp fleet") as pool:
-        futures: list[Future[DivergenceError | None]] = [pool.submit(one, task) for task in tasks]
+        futures: dict[Future[DivergenceError | None], int] = {}
         try:
-            finished(futures)
-        except KeyboardInterrupt:
-            ended.set()
+            for index, task in enumerate(tasks):
+                futures[pool.submit(one, task)] = index
+            for future in as_completed(futures):
+                ended(futures[future], future.result())
+        except BaseException:
+            stopping.set()
             while not all(future.done() for future in futures):
                 for engine in engines:
                     engine.stop_training = True
                 finished(futures, timeout=0.01)
             raise
-        return [future.result() for future in futures]

@@ -387,6 +387,7 @@ def fit_checked(
     validation: Validation | None,
     patience: int | None,
     rows: Array | None = None,
+    drop_last: bool = False,
 ) -> History:
     """``fit`` of arrays that have been checked, on the rows of X in ``rows`` (m,) int64 where that is given."""
     count = len(X) if rows is None else len(rows)
@@ -405,7 +406,7 @@ def fit_checked(
         patience=patience,
         callbacks=[],
         order=order,
-        drop_last=False,
+        drop_last=drop_last,
         resume=False,
         rows=count,
     ).run()
