@@ -18,6 +18,7 @@ import typer
 
 from fusemlp._version import __version__
 from fusemlp.commands.options import FindOptions, ModelOptions, TrainOptions
+from fusemlp.commands.sweep_options import SweepOptions
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
 Options = TypeVar("Options", bound=ModelOptions)
@@ -94,6 +95,26 @@ def train(options: TrainOptions) -> None:
     Ctrl-C ends the training cleanly and keeps the model.
     """
     from fusemlp.commands.train import train as run
+
+    run(options)
+
+
+@app.command()
+@takes(SweepOptions)
+def sweep(options: SweepOptions) -> None:
+    """Train many models on DATA that differ in what --vary says, and keep the best of them in a run folder.
+
+    The validation rows choose the best; on the test rows it alone is judged, at the end.
+
+    The folder holds it as a run of train, and results.csv (a row a model) and scores.png (score over each parameter).
+
+    Example: fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64 --vary seed=0:20
+
+    Example: fusemlp sweep iris --vary hidden=none,8,16x8 --vary dropout=0:0.5:6 --sample 10 --early-stopping 5
+
+    Ctrl-C ends the sweep and keeps what the models that had ended have found.
+    """
+    from fusemlp.commands.sweep import sweep as run
 
     run(options)
 

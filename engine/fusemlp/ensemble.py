@@ -63,16 +63,22 @@ class FleetResults:
         return "val_loss" if any("val_loss" in member.scores for member in self.members) else "loss"
 
     def ranked(self, metric: str | None = None) -> list[Member]:
-        """The models from best to worst by a score ("val_loss", "val_accuracy", ...), those that diverged last."""
+        """The models from best to worst by a score ("val_loss", "val_accuracy", ...), those that diverged last.
+
+        Where the scores of models are equal, ``metric`` decides, and then the order of ``vary``.
+        """
         chosen = self.metric if metric is None else metric
         known = {name: None for member in self.members for name in member.scores}
         if known and chosen not in known:
             raise unknown_name("metric", chosen, known)
         sign = -1.0 if chosen in RISING else 1.0
 
-        def place(member: Member) -> tuple[bool, float]:
-            score = sign * member.scores.get(chosen, math.inf)
-            return member.status == "diverged" or not math.isfinite(score), score if math.isfinite(score) else math.inf
+        second = self.metric
+
+        def place(member: Member) -> tuple[bool, float, float]:
+            scores = sign * member.scores.get(chosen, math.inf), member.scores.get(second, math.inf)
+            first, other = (score if math.isfinite(score) else math.inf for score in scores)
+            return member.status == "diverged" or not math.isfinite(first), first, other
 
         return sorted(self.members, key=place)
 

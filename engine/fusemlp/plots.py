@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from fusemlp.diagnosis import Finding
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HINT = "pip install 'fusemlp[plot]'"
+Array = np.ndarray[Any, Any]
+
 # Okabe and Ito's colours, which those who do not see all colours can tell apart.
 TRAINING, VALIDATION, GAP = "#0072B2", "#D55E00", "#E69F00"
 COLOURS = (TRAINING, VALIDATION, "#009E73", "#CC79A7", GAP, "#56B4E9", "#000000")
@@ -161,6 +164,101 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
     axes.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+@dataclass(frozen=True)
+class Varied:
+    """A parameter that several models differ in: ``values`` has one for each.
+
+    ``scale`` is "log" or "linear". With ``words`` the values are indices of these, which stand beside each other.
+    ``ordered``: whether a line through the values says anything.
+    """
+
+    name: str
+    values: Sequence[float]
+    scale: str = "linear"
+    words: Sequence[str] = ()
+    ordered: bool = True
+
+
+def scores_figure(
+    parameters: Sequence[Varied], scores: Sequence[float], *, metric: str, best: int | None, title: str
+) -> Figure:
+    """The score of each model over each parameter, a panel a parameter.
+
+    The score of a model that diverged is NaN: it is a cross at the edge. ``best`` is the index of a model, marked.
+    """
+    columns = min(len(parameters), 3)
+    lines = -(-len(parameters) // columns)
+    figure = _figure(width=max(6.4, 4.4 * columns), height=3.6 * lines + 0.9)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes, parameter in zip(panels.flat, parameters, strict=False):
+        _scores(axes, parameter, np.asarray(scores, np.float64), best, rising="accuracy" in metric)
+        if "loss" in metric:
+            _scale_loss(axes, scores)
+    for axes in panels.flat[len(parameters) :]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel(metric)
+    known: dict[str, Artist] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        known |= dict(zip(labels, handles, strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, rising: bool) -> None:
+    """A panel of ``scores_figure``."""
+    from matplotlib.ticker import MaxNLocator
+
+    at, words = np.asarray(parameter.values, np.float64), parameter.words
+    failed = ~np.isfinite(scores)
+    distinct, each = np.unique(at[~failed], return_counts=True)
+    several = bool((each > 1).any())
+    spread: Array = np.zeros(len(at))
+    if words:
+        axes.set_xticks(range(len(words)), words, rotation=0 if len(words) < 7 else 45)
+        axes.set_xlim(-0.6, len(words) - 0.4)
+        if several:
+            # models of one word lie beside each other, spread by the golden ratio
+            spread = 0.5 * ((np.arange(len(at)) * 0.618034) % 1.0 - 0.5)
+    else:
+        axes.set_xscale(parameter.scale)
+        if parameter.scale == "linear" and np.array_equal(at, at.round()):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    alpha = 0.7 if len(scores) < 100 else 0.35
+    places = (at + spread)[~failed]
+    axes.scatter(places, scores[~failed], s=14, alpha=alpha, color=TRAINING, linewidth=0, label="model", zorder=3)
+    medians = np.array([np.median(scores[~failed & (at == value)]) for value in distinct])
+    label = "median" if several else "_"
+    if words and several:
+        axes.hlines(medians, distinct - 0.32, distinct + 0.32, color=VALIDATION, linewidth=1.8, label=label)
+    elif not words and parameter.ordered and len(distinct) > 1:
+        axes.plot(distinct, medians, color=VALIDATION, linewidth=1.8, label=label)
+    if failed.any():
+        edge = np.full(int(failed.sum()), 0.02 if rising else 0.98)
+        axes.scatter(
+            (at + spread)[failed],
+            edge,
+            s=22,
+            marker="x",
+            color="#000000",
+            linewidth=1.0,
+            alpha=alpha,
+            label=f"diverged: {len(edge)}",
+            transform=axes.get_xaxis_transform(),
+        )
+        # crosses alone do not widen the axis
+        low = scores[~failed].min() if len(places) else 1.0
+        axes.update_datalim(np.column_stack([at, np.full(len(at), low)]))
+        axes.autoscale_view()
+    if best is not None:
+        place = (at + spread)[best], scores[best]
+        axes.scatter(*place, s=130, marker="*", color=GAP, edgecolor="#000000", linewidth=0.8, zorder=5, label="best")
+    axes.set_xlabel(parameter.name)
+    axes.grid(alpha=0.25)
 
 
 def _curves(

@@ -37,7 +37,7 @@ def run(*arguments: str) -> int:
     return code
 
 
-COMMANDS = ("train", "evaluate", "predict", "export", "plot", "plan", "lr-find", "doctor")
+COMMANDS = ("train", "sweep", "evaluate", "predict", "export", "plot", "plan", "lr-find", "doctor")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

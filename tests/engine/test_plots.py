@@ -87,6 +87,42 @@ def test_the_sweep_marks_the_suggested_rate(drawn: list[Figure]) -> None:
     assert labels(drawn[0], 0) == ["suggested: 0.01"]
 
 
+def test_scores_over_what_varies() -> None:
+    nan = float("nan")
+    varied = [
+        plots.Varied("lr", [0.001, 0.1, 0.001, 10.0, 0.1], "log"),
+        plots.Varied("hidden", [0, 0, 1, 1, 0], words=("none", "8x4")),
+        plots.Varied("seed", [0, 1, 2, 3, 4], ordered=False),
+        plots.Varied("dropout", [0.0, 0.1, 0.2, 0.3, 0.4]),
+    ]
+    figure = plots.scores_figure(varied, [0.5, 0.2, 0.7, nan, 0.4], metric="val_loss", best=1, title="iris")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["lr", "hidden", "seed", "dropout"]
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["val_loss", "", "", "val_loss"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["model", "median", "diverged: 1", "best"]
+    rates, hidden, seeds, _ = figure.axes
+    (median,) = rates.get_lines()
+    np.testing.assert_allclose(median.get_xydata(), [(0.001, 0.6), (0.1, 0.3)])
+    models, crosses, best = rates.collections
+    np.testing.assert_allclose(models.get_offsets(), [(0.001, 0.5), (0.1, 0.2), (0.001, 0.7), (0.1, 0.4)])
+    np.testing.assert_allclose(best.get_offsets(), [(0.1, 0.2)])
+    # the one that diverged stands within the axis, at the bad end
+    np.testing.assert_allclose(crosses.get_offsets(), [(10.0, 0.98)])
+    assert rates.get_xlim()[1] > 10.0
+    assert [label.get_text() for label in hidden.get_xticklabels()] == ["none", "8x4"]
+    assert not seeds.get_lines()
+    assert pixels(plots.picture(figure, "png")).std() > 0.0
+
+
+def test_scores_where_every_model_diverged_or_there_is_one() -> None:
+    varied = [plots.Varied("lr", [0.1, 1.0], "log")]
+    lost = plots.scores_figure(varied, [float("nan")] * 2, metric="val_accuracy", best=None, title="iris")
+    assert plots.picture(lost, "png").startswith(b"\x89PNG")
+    one = plots.scores_figure([plots.Varied("lr", [0], words=("0.1",))], [0.5], metric="loss", best=0, title="iris")
+    assert plots.picture(one, "png").startswith(b"\x89PNG")
+
+
 def recorded(**options: Any) -> History:
     history = History(**options)
     for epoch in range(4):

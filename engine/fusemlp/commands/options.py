@@ -22,7 +22,7 @@ DATA_HELP = (
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Data, network, loss, optimizer and machine: what ``train`` and ``lr-find`` share."""
+    """Data, network, loss, optimizer and machine: what ``train``, ``sweep`` and ``lr-find`` share."""
 
     data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)] = None
 
@@ -54,6 +54,13 @@ class ModelOptions:
             rich_help_panel=DATA,
         ),
     ] = 0.1
+    split_seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Decides which rows are for training, validation and test; --seed unless given.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
 
     hidden: Annotated[
         list[str] | None,
@@ -211,8 +218,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(ModelOptions):
-    """What ``train`` takes."""
+class FitOptions(ModelOptions):
+    """What ``train`` and ``sweep`` share besides: the schedule, the training and where it is kept."""
 
     schedule: Annotated[
         str,
@@ -281,6 +288,16 @@ class TrainOptions(ModelOptions):
             rich_help_panel=OUTPUT,
         ),
     ] = None
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as one JSON object.", rich_help_panel=OUTPUT)
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=OUTPUT)] = False
+
+
+@dataclass(frozen=True)
+class TrainOptions(FitOptions):
+    """What ``train`` takes."""
+
     resume: Annotated[
         str | None,
         typer.Option(
@@ -293,10 +310,6 @@ class TrainOptions(ModelOptions):
     checkpoint_every: Annotated[
         int, typer.Option(metavar="EPOCHS", help="Epochs between two checkpoints.", rich_help_panel=OUTPUT)
     ] = 1
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as one JSON object.", rich_help_panel=OUTPUT)
-    ] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=OUTPUT)] = False
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ def prepare(options: ModelOptions) -> Prepared:
 
     Everything that can be wrong with the options of data, network and loss is raised here.
     """
-    as_count("seed", options.seed, minimum=0)
+    seed = as_count("seed", options.seed, minimum=0)
+    if options.split_seed is not None:
+        seed = as_count("split_seed", options.split_seed, minimum=0)
     as_number("validation_fraction", options.validation_fraction, low=0.0, high=1.0, high_open=True)
     if options.scale not in SCALES:
         raise unknown_name("scale", options.scale, SCALES)
@@ -95,18 +97,16 @@ def prepare(options: ModelOptions) -> Prepared:
     assert options.data is not None, "checked where the options come in"
     dataset = load_data(options.data, target=options.target, task=options.task)
     classify = dataset.task == "classification"
-    # Which rows are held out depends on the whole data set and the seed alone.
+    # Which rows are held out depends on the whole data set and this seed alone.
     if dataset.test is None:
-        rest, held_out = split(dataset.y, fraction=TEST_FRACTION, seed=options.seed, stratify=classify)
+        rest, held_out = split(dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
         test_features, test_labels = dataset.X[held_out], dataset.y[held_out]
     else:
         rest = np.arange(len(dataset.y), dtype=np.int64)
         test_features, test_labels = dataset.test
     training, validation = rest, rest[:0]
     if options.validation_fraction > 0:
-        kept, chosen = split(
-            dataset.y[rest], fraction=options.validation_fraction, seed=options.seed, stratify=classify
-        )
+        kept, chosen = split(dataset.y[rest], fraction=options.validation_fraction, seed=seed, stratify=classify)
         training, validation = rest[kept], rest[chosen]
 
     classes = len(_classes(dataset)) if classify else 0

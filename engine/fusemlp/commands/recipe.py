@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.commands.options import ModelOptions, TrainOptions
+from fusemlp.commands.options import FitOptions, ModelOptions
 from fusemlp.losses import LOSSES, CrossEntropy, Huber, Loss, Quantile, as_loss
 from fusemlp.network import MLP, Activation, as_activation
 from fusemlp.optimizers import OPTIMIZERS, Optimizer
@@ -184,7 +184,7 @@ def learning_rate(options: ModelOptions) -> float:
     return 0.01 if options.optimizer == "sgd" else 0.001
 
 
-def schedule(options: TrainOptions, *, rows: int, epochs: int) -> Schedule:
+def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
     """The schedule, its lengths turned from epochs into updates of a training with ``rows`` training rows.
 
     The length of cosine and one_cycle is fixed here, so that a run whose epochs are raised later keeps its rates.

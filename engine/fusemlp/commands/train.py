@@ -16,7 +16,7 @@ from fusemlp._version import __version__
 from fusemlp.checkpoint import load_checkpoint
 from fusemlp.commands import recipe
 from fusemlp.commands.finish import finish, finite
-from fusemlp.commands.options import TrainOptions
+from fusemlp.commands.options import FitOptions, TrainOptions
 from fusemlp.commands.prepare import Prepared, prepare
 from fusemlp.commands.progress import progress
 from fusemlp.commands.recorder import Recorder
@@ -65,11 +65,7 @@ def new_session(options: TrainOptions) -> Session:
     """Check everything, then make the run folder."""
     if options.data is None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
-    epochs = as_count("epochs", DEFAULT_EPOCHS if options.epochs is None else options.epochs)
-    if options.early_stopping is not None:
-        as_count("early_stopping", options.early_stopping)
-        if options.validation_fraction == 0:
-            raise ArgumentError("early_stopping: it watches the validation loss, and validation_fraction is 0")
+    epochs = checked_epochs(options)
     folder = choose_folder(options.out, options.data, datetime.now())
     prepared = prepare(options)
     schedule = recipe.schedule(options, rows=len(prepared.train), epochs=epochs)
@@ -89,6 +85,16 @@ def new_session(options: TrainOptions) -> Session:
     return Session(run, options, prepared, engine, epochs)
 
 
+def checked_epochs(options: FitOptions) -> int:
+    """How many epochs to train for, once this and the early stopping are sound."""
+    epochs = as_count("epochs", DEFAULT_EPOCHS if options.epochs is None else options.epochs)
+    if options.early_stopping is not None:
+        as_count("early_stopping", options.early_stopping)
+        if options.validation_fraction == 0:
+            raise ArgumentError("early_stopping: it watches the validation loss, and validation_fraction is 0")
+    return epochs
+
+
 def resumed_session(given: TrainOptions) -> Session:
     """The run as its last checkpoint left it; refuses options that would make it another run, and other data."""
     default = TrainOptions()
@@ -99,6 +105,11 @@ def resumed_session(given: TrainOptions) -> Session:
             )
     assert given.resume is not None
     run, config = open_run(given.resume)
+    if "sweep" in config:
+        raise ArgumentError(
+            f"resume: {str(run.path)!r} holds the best model of a sweep, which is at its end; to train it anew: "
+            f"{config['command']}"
+        )
     source = config["data"]["source"]
     options = replace(TrainOptions(**config["options"]), data=source, quiet=given.quiet, as_json=given.as_json)
     backend = given.backend if given.backend != default.backend else options.backend
@@ -151,9 +162,9 @@ def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
         raise ArgumentError(f"resume: the run has done its {done} epochs; give it more: --epochs {2 * done}")
 
 
-def arguments(options: TrainOptions) -> list[str]:
+def arguments(options: FitOptions) -> list[str]:
     """The words of the command line that give these options."""
-    default = TrainOptions()
+    default = type(options)()
     words = [options.data or ""]
     for option in fields(options):
         value, name = getattr(options, option.name), option.name.removeprefix("as_").replace("_", "-")
@@ -162,7 +173,8 @@ def arguments(options: TrainOptions) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            words += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{name}", str(one)]
     return words
 
 
@@ -199,20 +211,26 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
 
 def describe(session: Session) -> str:
     """Two or three lines on what is trained, with what, on what."""
-    prepared, engine = session.prepared, session.engine
-    about, net = prepared.summary, engine.network
-    classes = prepared.preprocessor.classes
-    target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
+    engine, net = session.engine, session.engine.network
     rate = engine.optimizer.schedule
     interpreted = engine.backend == "triton" and engine.device == "cpu"
     note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
     return (
-        f"{about['name']}: {about['training_rows']} training, {about['validation_rows']} validation, "
-        f"{about['test_rows']} test rows; {net.sizes[0]} inputs, {target}\n"
+        f"{describe_data(session.prepared)}\n"
         f"{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {recipe.learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
         f"{note if interpreted else ''}"
+    )
+
+
+def describe_data(prepared: Prepared) -> str:
+    """One line on the rows."""
+    about, classes = prepared.summary, prepared.preprocessor.classes
+    target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
+    return (
+        f"{about['name']}: {about['training_rows']} training, {about['validation_rows']} validation, "
+        f"{about['test_rows']} test rows; {prepared.network.sizes[0]} inputs, {target}"
     )
 
 

@@ -1,0 +1,315 @@
+"""``fusemlp sweep``: many models, the best of them as a run that ``train`` would have made."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fusemlp import cli
+from fusemlp.commands import sweep as command
+from fusemlp.ensemble import Member
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of ``fusemlp`` with these arguments."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweep"
+    varied = ["--vary", "lr=0.001:0.1:log:4", "--vary", "hidden=none,8,6x4", "--vary", "seed=3:5"]
+    assert run("sweep", "iris", *varied, "--epochs", "4", "--out", folder) == 0
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "iris: 108 training, 12 validation, 30 test rows; 4 inputs, 3 classes\n"
+        "24 models, 4 lr x 3 hidden x 2 seed; 4 epochs; cross_entropy; adam; numpy fp32, plan "
+        f"{read(folder / 'config.json')['plan']}\n"
+    )
+    for words in ("24 models: 24 trained", "test accuracy", f"run folder {folder}", f"plot {folder}/scores.png"):
+        assert words in shown.out
+
+    table = rows(folder / "results.csv")
+    assert list(table[0]) == [
+        *("model", "lr", "hidden", "seed", "status"),
+        *("loss", "accuracy", "val_loss", "val_accuracy", "epochs", "best_epoch", "seconds", "reason"),
+    ]
+    assert sorted(int(row["model"]) for row in table) == list(range(24))
+    assert {row["lr"] for row in table} == {"0.001", "0.00464159", "0.0215443", "0.1"}
+    assert {row["hidden"] for row in table} == {"none", "8", "6x4"}
+    losses = [float(row["val_loss"]) for row in table]
+    assert losses == sorted(losses)
+    assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+    report = read(folder / "report.json")
+    assert report["final"]["val_loss"] == losses[0]
+    assert rows(folder / "metrics.csv")[-1]["val_loss"] == table[0]["val_loss"]
+    # the folder is one that other commands take
+    assert run("evaluate", folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == report["test"]["accuracy"]
+    features = tmp_path / "features.npz"
+    np.savez(features, X=np.ones((2, 4)))
+    assert run("predict", folder, "--data", features, "--out", tmp_path / "p.csv") == 0
+    assert run("export", folder, "--safetensors", tmp_path / "m.safetensors") == 0
+    assert run("plot", folder, "--out", tmp_path / "plot.png") == 0
+    capsys.readouterr()
+    assert run("train", "--resume", folder) == 2
+    assert "holds the best model of a sweep" in capsys.readouterr().err
+
+
+# Every parameter that varies, with what its model's rate, decay and rows depend on.
+AGAIN = {
+    "adam": "--vary lr=0.002,0.02 --vary betas=0.8x0.99,0.9x0.9 --vary label_smoothing=0,0.1 --schedule cosine "
+    "--warmup 0.5 --early-stopping 2 --class-weight balanced",
+    "sgd": "--optimizer sgd --vary momentum=0.5,0.9 --vary weight-decay=0:0.1:3 --vary seed=5:8 --schedule one_cycle "
+    "--nesterov --drop-last --split-seed 9",
+    "widths": "--vary hidden=12,8x5 --vary dropout=0.1,0.3 --vary batch_size=8:32:log:3 --schedule step --lr-step 2 "
+    "--seed 4 --activation tanh --precision fp64 --loss mse",
+}
+
+
+@pytest.mark.parametrize("options", AGAIN.values(), ids=AGAIN.keys())
+def test_the_best_is_what_train_makes_of_its_command(
+    options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    assert run("sweep", "wine", *options.split(), "--epochs", "5", "--quiet", "--out", folder, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    words = shlex.split(printed["train"])
+    assert words[:3] == ["fusemlp", "train", "wine"]
+    assert run(*words[1:], "--quiet", "--out", tmp_path / "train") == 0
+    for name in ("metrics.csv", "curves.png"):
+        assert (folder / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
+    first, second = (load_file(path / "checkpoints/model.safetensors") for path in (folder, tmp_path / "train"))
+    assert first.keys() == second.keys() and all(first[name].tobytes() == second[name].tobytes() for name in first)
+    one, other = read(folder / "report.json"), read(tmp_path / "train/report.json")
+    assert one.pop("seconds") > 0 < other.pop("seconds")
+    assert one == other
+    assert printed["test"] == one["test"]
+
+
+def test_a_sample_is_some_of_all_and_always_the_same(tmp_path: Path) -> None:
+    varied = ["--vary", "lr=0.001:0.1:log:30", "--vary", "seed=0:100000", "--epochs", "1", "--quiet"]
+    for name in ("a", "b"):
+        assert run("sweep", "iris", *varied, "--sample", "5", "--out", tmp_path / name) == 0
+    one, other = (rows(tmp_path / name / "results.csv") for name in ("a", "b"))
+    assert len({(row["lr"], row["seed"]) for row in one}) == 5
+    assert [{**row, "seconds": ""} for row in one] == [{**row, "seconds": ""} for row in other]
+
+
+def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--vary", "seed=0:6", "--epochs", "3", "--quiet", "--json"]
+    assert run("sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a") == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    table = rows(tmp_path / "a/results.csv")
+    most = max(row["val_accuracy"] for row in table)
+    # of equals the one with the least loss
+    assert best["model"] == int(
+        min((r for r in table if r["val_accuracy"] == most), key=lambda r: r["val_loss"])["model"]
+    )
+    assert run("sweep", "wine", *options, "--validation-fraction", "0", "--out", tmp_path / "b") == 0
+    assert json.loads(capsys.readouterr().out)["metric"] == "loss"
+
+
+def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--vary", "seed=0:3", "--epochs", "2", "--early-stopping", "1", "--quiet"]
+    assert run("sweep", "iris", *options, "--out", tmp_path / "a") == 0
+    prepare = command.prepare
+
+    def blind(given: Any) -> Any:
+        prepared = prepare(given)
+        return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
+
+    monkeypatch.setattr(command, "prepare", blind)
+    monkeypatch.setattr(command, "finish", lambda *_, **__: {"test": {}, "epochs": 0})
+    assert run("sweep", "iris", *options, "--out", tmp_path / "b") == 0
+    one, other = (rows(tmp_path / name / "results.csv") for name in ("a", "b"))
+    assert [{**row, "seconds": ""} for row in one] == [{**row, "seconds": ""} for row in other]
+
+
+def test_models_that_diverge_are_marked_and_come_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optimizer", "sgd", "--momentum", "0.9", "--epochs", "3", "--quiet"]
+    assert run("sweep", "iris", *options, "--vary", "lr=1e30,0.01", "--out", tmp_path / "a") == 0
+    assert "2 models: 1 trained, 1 diverged" in capsys.readouterr().out
+    table = rows(tmp_path / "a/results.csv")
+    assert [row["status"] for row in table] == ["trained", "diverged"]
+    assert "NaN or infinite in epoch 1" in table[1]["reason"]
+    assert run("sweep", "iris", *options, "--vary", "lr=1e30,1e31", "--out", tmp_path / "b") == 1
+    assert "all 2 models diverged" in capsys.readouterr().err
+    assert len(rows(tmp_path / "b/results.csv")) == 2
+    assert not list((tmp_path / "b/checkpoints").iterdir())
+
+
+def test_ctrl_c_keeps_the_models_that_had_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    code = (
+        "from fusemlp import cli\n"
+        "from fusemlp.commands import sweep\n"
+        "sweep.WRITE = 0.0\n"
+        f"cli.main('sweep iris --vary seed=0:1000 --epochs 30 --hidden 4'.split() + ['--out', {str(folder)!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (folder / "results.csv").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    table = rows(folder / "results.csv")
+    assert 1 <= len(table) < 1000
+    assert f"interrupted: kept are the {len(table)} models that had ended, of 1000" in out
+    assert all(row["epochs"] == "30" for row in table)
+    sweep = read(folder / "config.json")["sweep"]
+    assert sweep["interrupted"] and sweep["ended"] == len(table)
+    assert read(folder / "report.json")["final"]["val_loss"] == float(table[0]["val_loss"])
+
+
+def test_ctrl_c_before_a_model_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusemlp.fleet.Fleet.fit", interrupted)
+    assert run("sweep", "iris", "--vary", "seed=0:3", "--out", tmp_path / "a") == 130
+    assert "interrupted before a model had ended: nothing is kept" in capsys.readouterr().err
+
+
+def test_the_best_so_far_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run("sweep", "iris", "--vary", "lr=0.01,0.1", "--epochs", "2", "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().err
+    assert "2 models: 2 trained; 0 s" in shown
+    assert "val_loss" in shown and "0.01" in shown
+
+
+def test_quiet_and_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "can_plot", lambda: False)
+    assert run("sweep", "iris", "--vary", "seed=0:2", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "no plot: it needs matplotlib: pip install 'fusemlp[plot]'" in shown.out
+
+
+def test_the_live_table_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusemlp.commands.standings import standings
+    from fusemlp.history import History
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    points = [{"seed": index} for index in range(2000)]
+    members: list[Member] = []
+    with standings(points, "loss", quiet=False) as show:
+        began = time.perf_counter()
+        for index in range(1999):
+            members.append(Member(index, points[index], None, History(), "trained", "", {"loss": 1.0 / (index + 1)}))
+            show(members)
+        seconds = time.perf_counter() - began
+    # a few redraws of some milliseconds each, and a comparison of two numbers in between
+    assert seconds < 2.0
+
+
+WRONG = {
+    "nothing varies": ([], "--vary: say what the models differ in"),
+    "no data": (None, "DATA: say what to train on"),
+    "no values": (["--vary", "lr"], "--vary: expected NAME=VALUES, such as"),
+    "empty values": (["--vary", "lr="], "lr: a value is missing in 'lr='"),
+    "missing value": (["--vary", "lr=1,,2"], "lr: a value is missing in 'lr=1,,2'"),
+    "unknown": (["--vary", "learning_rat=1"], "--vary: unknown name 'learning_rat'"),
+    "near": (["--vary", "wheight_decay=1"], "did you mean 'weight_decay'?"),
+    "twice": (["--vary", "lr=1", "--vary", "lr=2"], "--vary: lr is there twice"),
+    "value twice": (["--vary", "lr=0.1,1e-1"], "lr: 0.1 is there twice"),
+    "word": (["--vary", "lr=fast"], "lr: expected a finite number such as 0.01, got 'fast'"),
+    "nan": (["--vary", "lr=nan"], "lr: expected a finite number"),
+    "negative": (["--vary", "lr=-1,1"], "--vary: lr: expected a finite number of at least 0"),
+    "later negative": (["--vary", "lr=1,-1"], "--vary: lr: expected a finite number of at least 0"),
+    "no whole number": (["--vary", "seed=0.5"], "seed: expected a whole number, got '0.5'"),
+    "no widths": (["--vary", "hidden=8x"], "hidden: expected a whole number, or several joined by x"),
+    "width 0": (["--vary", "hidden=8,0"], "hidden: expected a whole number of at least 1, got 0"),
+    "one beta": (["--vary", "betas=0.9"], "betas: expected two numbers joined by x"),
+    "betas range": (["--vary", "betas=0:1:5"], "betas: expected a list"),
+    "numbers without count": (["--vary", "lr=0:1"], "say how many values there are: lr=0:1:lin:5"),
+    "kind": (["--vary", "lr=0.1:1:exp:5"], "lr: expected a list, low:high:log:count"),
+    "too many colons": (["--vary", "lr=0:1:lin:5:6"], "lr: expected a list, low:high:log:count"),
+    "range in a list": (["--vary", "lr=0:1:5,7"], "lr: expected how many values at the end, such as :16, got '5,7'"),
+    "count 1": (["--vary", "lr=0:1:1"], "expected a range of 2 to 100000 values, got 1"),
+    "count huge": (["--vary", "lr=0:1:1000000000"], "expected a range of 2 to 100000 values"),
+    "falling": (["--vary", "lr=1:0.1:log:4"], "from the lower to the higher end"),
+    "log of 0": (["--vary", "lr=0:1:log:4"], "a logarithmic range begins above 0"),
+    "empty range": (["--vary", "seed=5:5"], "expected a range of 1 to 100000 whole numbers, the last one left out"),
+    "seeds huge": (["--vary", "seed=0:1000000000000"], "expected a range of 1 to 100000 whole numbers"),
+    "huge": (
+        ["--vary", "seed=0:1000", "--vary", "lr=0.1:1:lin:200"],
+        "--vary: seed 1000 x lr 200 are 200000 models, and at most 100000 are trained; give fewer values, or --sample",
+    ),
+    "sample 0": (["--vary", "seed=0:5", "--sample", "0"], "--sample: expected a whole number of at least 1, got 0"),
+    "given too": (["--vary", "lr=1,2", "--lr", "1"], "--lr: it is what the models differ in (--vary lr)"),
+    "seed too": (["--vary", "seed=0:2", "--seed", "1"], "give one; --split-seed decides the rows"),
+    "beta too": (["--vary", "betas=0.9x0.9", "--beta2", "0.5"], "--beta2: it is what the models differ in"),
+    "momentum of adam": (["--vary", "momentum=0.5,0.9"], "--vary: momentum: only sgd have it"),
+    "dropout": (["--vary", "dropout=0,1.5"], "dropout: expected"),
+    "smoothing of mse": (["--loss", "mse", "--vary", "label_smoothing=0,0.1"], "label_smoothing: only"),
+    "metric": (["--vary", "seed=0:2", "--metric", "acc"], "--metric: unknown name 'acc'; did you mean 'accuracy'?"),
+    "jobs": (["--vary", "seed=0:2", "--jobs", "0"], "--jobs: expected a whole number of at least 1, got 0"),
+    "short batches": (["--vary", "batch_size=8,500", "--drop-last"], "--drop-last: 108 rows do not fill one batch"),
+    "epochs": (["--vary", "seed=0:2", "--epochs", "0"], "--epochs: expected"),
+    "split seed": (["--vary", "seed=0:2", "--split-seed", "-1"], "--split-seed: expected"),
+    "train's option": (["--vary", "seed=0:2", "--resume", "x"], "No such option"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(
+    arguments: list[str] | None,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("sweep", *(["iris", *arguments] if arguments is not None else [])) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run("sweep", "iris", "--vary", "seed=0:2", "--out", tmp_path) == 2
+    assert "is not empty; give a new or empty folder" in capsys.readouterr().err
+
+
+def test_help_has_the_syntax_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sweep", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64" in shown
+    assert "LOW:HIGH:log:COUNT" in shown and "seed=0:20" in shown
