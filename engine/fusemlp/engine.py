@@ -502,6 +502,12 @@ class Engine:
 
         return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
 
+    def release(self) -> None:
+        """Give back the memory that steps and predictions work in; the next ones make it anew."""
+        self._workspace = Workspace(self._backend)
+        self._staged.clear()
+        self._inference.release()
+
     def __getstate__(self) -> dict[str, Any]:
         from fusemlp.checkpoint import engine_content
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from fusemlp.engine import Engine
 from fusemlp.history import History
+from fusemlp.waves import Kept
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, unknown_name
 
 Array = np.ndarray[Any, Any]
@@ -23,6 +24,7 @@ RISING = ("accuracy", "val_accuracy")
 class Member:
     """A model of a fleet: what it differs in, its engine and history, and how it ended.
 
+    ``held`` is the engine, or what was kept of it where the fleet was trained in waves.
     ``status`` is "trained", "stopped" (its own early stopping; the engine has the best weights) or "diverged" (the
     engine is back at the last good epoch; ``reason`` says what happened). ``scores`` are the losses and accuracies of
     the last epoch, or of that whose weights were restored.
@@ -30,11 +32,16 @@ class Member:
 
     index: int
     parameters: dict[str, Any]
-    engine: Engine
+    held: Engine | Kept
     history: History
     status: str
     reason: str
     scores: dict[str, float]
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; made anew with each call where only the parameters were kept."""
+        return self.held.engine() if isinstance(self.held, Kept) else self.held
 
 
 def scores_of(history: History, *, restored: bool) -> dict[str, float]:
@@ -52,7 +59,7 @@ class FleetResults:
     members: tuple[Member, ...]
 
     def engine(self, index: int) -> Engine:
-        """The engine of a model."""
+        """The engine of a model; after a training in waves a new one each time, whose optimizer begins anew."""
         if not -len(self.members) <= index < len(self.members):
             raise ArgumentError(f"index: expected 0 to {len(self.members) - 1}, got {index}")
         return self.members[index].engine
@@ -138,12 +145,14 @@ class Ensemble:
     votes: Array | None
 
 
-def together(engines: Sequence[Engine], X: Any) -> Ensemble:
+def together(engines: Iterable[Engine], X: Any) -> Ensemble:
     """The ensemble of engines with one loss; one model after another, so that memory does not grow with the models."""
-    classifies = engines[0].loss.is_classification
-    labels = engines[0].loss.kind == "binary_cross_entropy" and engines[0].network.sizes[-1] > 1
+    classifies = labels = False
     count, mean, squares, votes = 0, np.zeros(0), np.zeros(0), None
     for engine in engines:
+        if not count:
+            classifies = engine.loss.is_classification
+            labels = engine.loss.kind == "binary_cross_entropy" and engine.network.sizes[-1] > 1
         one = np.asarray(engine.predict_proba(X) if classifies else engine.predict(X), np.float64)
         count += 1
         if count == 1:

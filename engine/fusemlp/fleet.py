@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import wait as finished
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,12 @@ from fusemlp.network import MLP, check_flag
 from fusemlp.optimizers import Optimizer, as_optimizer
 from fusemlp.training import Validation, checked_validation, fit_checked
 from fusemlp.validation import as_count, to_array
+from fusemlp.waves import Kept, Machine, room, wave
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
 Array = np.ndarray[Any, Any]
+
+_log = logging.getLogger("fusemlp")
 
 
 class Fleet:
@@ -34,6 +39,11 @@ class Fleet:
 
     On a CPU with numba the models train side by side, one a core, each as one compiled loop; without numba their steps
     take turns. A fleet of n models ends with the same bits as n engines trained alone with BLAS on one thread.
+
+    ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
+    Where all do not find room, they are built and trained in waves, and this is logged: then of each model that has
+    ended the parameters and the history are kept, ``results.engine(i)`` makes an engine of them, and another ``fit``
+    of this fleet is refused, since the optimizers' state is gone.
 
     Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
     """
@@ -51,6 +61,7 @@ class Fleet:
         device: str | None = None,
         precision: str = "fp32",
         plan: str = "auto",
+        memory: int | None = None,
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -58,24 +69,24 @@ class Fleet:
         self.candidates = tuple(
             candidate(base, parameters, f"vary, model {index}") for index, parameters in enumerate(combinations(vary))
         )
-        self.engines = tuple(
-            Engine(
-                one.net,
-                one.loss,
-                one.optimizer,
-                one.batch_size,
-                one.seed,
-                backend=backend,
-                device=device,
-                precision=precision,
-                plan=plan,
-            )
-            for one in self.candidates
-        )
+        self._machine = Machine(backend, device, precision, plan)
+        self._memory = None if memory is None else as_count("memory", memory, minimum=1)
+        # the first finds out whether there is such a machine, and what "auto" is here; the others need not
+        self._built = [self._machine.engine(self.candidates[0])]
+        self._found = replace(self._machine, backend=self._built[0].backend, device=self._built[0].device)
+        self._in_waves = False
         self.results: FleetResults | None = None
 
     def __len__(self) -> int:
-        return len(self.engines)
+        return len(self.candidates)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engine of each model. Raises ArgumentError where they were trained in waves: see ``results.engine``."""
+        if self._in_waves:
+            raise ArgumentError("engines: the models were trained in waves; results.engine(i) makes the engine of one")
+        self._built += [self._found.engine(one) for one in self.candidates[len(self._built) :]]
+        return tuple(self._built)
 
     def fit(
         self,
@@ -111,7 +122,12 @@ class Fleet:
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
-        first = self.engines[0]
+        if self._in_waves:
+            raise ArgumentError(
+                "fit: the models were trained in waves, and their optimizers' state is gone; make a new Fleet, or one "
+                "with more memory="
+            )
+        first = self._built[0]
         features = first.features("X", X)
         targets = first.targets("y", y, rows=len(features))
         weight = first.weights("sample_weight", sample_weight, rows=len(features))
@@ -144,9 +160,14 @@ class Fleet:
                     "be trained"
                 )
 
-        def task(index: int) -> Callable[[], History]:
+        most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
+        # on a GPU the models have one device in common, and Triton's interpreter is not for several threads
+        workers = workers if first.backend == "numpy" else 1
+        members: dict[int, Member] = {}
+
+        def task(index: int, engine: Engine) -> Callable[[], History]:
             return lambda: fit_checked(
-                self.engines[index],
+                engine,
                 features,
                 targets,
                 weight,
@@ -157,28 +178,47 @@ class Fleet:
                 drop_last=drop_last,
             )
 
-        tasks = [task(index) for index in range(len(self))]
-        # on a GPU the models have one device in common, and Triton's interpreter is not for several threads
-        workers = min(workers, len(self)) if first.backend == "numpy" else 1
-        members: dict[int, Member] = {}
-
-        def ended(index: int, error: DivergenceError | None) -> None:
-            members[index] = self._member(index, error, restores=patience is not None)
+        def ended(index: int, engine: Engine, error: DivergenceError | None) -> None:
+            members[index] = self._member(index, engine, error, restores=patience is not None)
             if callback is not None:
                 callback(members[index])
 
-        _run(tasks, self.engines, workers, ended)
+        while len(members) < len(self):
+            engines = self._wave(len(members), most)
+            tasks = {index: task(index, engine) for index, engine in engines.items()}
+            _run(tasks, engines, workers, ended)
+            # gone before the next are built
+            del engines, tasks
         self.results = FleetResults(tuple(members[index] for index in range(len(self))))
         return self.results
 
-    def _member(self, index: int, error: DivergenceError | None, *, restores: bool) -> Member:
+    def _wave(self, start: int, most: int | None) -> dict[int, Engine]:
+        """The engines from ``start`` on that are trained at once; those of a fleet in waves are kept by nobody else."""
+        engines = wave(start, self._built, len(self), lambda index: self._found.engine(self.candidates[index]), most)
+        if len(engines) < len(self):
+            if not self._in_waves:
+                _log.warning(
+                    "fleet: there is room for the engines of %d of %d models; they are trained in waves, and their "
+                    "parameters are kept",
+                    len(engines),
+                    len(self),
+                )
+            self._in_waves, self._built = True, []
+        else:
+            self._built = engines
+        return dict(enumerate(engines, start))
+
+    def _member(self, index: int, engine: Engine, error: DivergenceError | None, *, restores: bool) -> Member:
         """How a model ended; ``restores``: whether it went back to its best weights then."""
-        engine = self.engines[index]
+        # what it worked in is far larger than a small network, and thousands may be kept
+        engine.release()
         history = engine.history if engine.history is not None else History()
         reason = str(error) if error is not None else history.stopped
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
-        return Member(index, self.candidates[index].parameters, engine, history, status, reason, scores)
+        one = self.candidates[index]
+        held = Kept.of(engine, one, self._machine) if self._in_waves else engine
+        return Member(index, one.parameters, held, history, status, reason, scores)
 
     def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
         if given is None:
@@ -210,10 +250,10 @@ class Fleet:
         """
         if self.results is None:
             raise ArgumentError("predict: the models are not trained yet; call fit first")
-        engines = [member.engine for member in self.results.members if member.status != "diverged"]
-        if not engines:
+        left = [member for member in self.results.members if member.status != "diverged"]
+        if not left:
             raise DivergenceError(f"loss: all {len(self)} models diverged")
-        return together(engines, X)
+        return together((member.engine for member in left), X)
 
 
 def _picked(whole: Validation, rows: Array) -> Validation:
@@ -229,15 +269,16 @@ def _cores() -> int:
 
 
 def _run(
-    tasks: Sequence[Callable[[], History]],
-    engines: Sequence[Engine],
+    tasks: Mapping[int, Callable[[], History]],
+    engines: Mapping[int, Engine],
     workers: int,
-    ended: Callable[[int, DivergenceError | None], None],
+    ended: Callable[[int, Engine, DivergenceError | None], None],
 ) -> None:
     """Run the tasks on ``workers`` threads, BLAS on one thread in each; of each that ends, ``ended`` is told how."""
     from threadpoolctl import threadpool_limits
 
     stopping = threading.Event()
+    workers = min(workers, len(tasks))
 
     def one(task: Callable[[], History]) -> DivergenceError | None:
         if stopping.is_set():
@@ -251,14 +292,14 @@ def _run(
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers, thread_name_prefix="fusemlp fleet") as pool:
         futures: dict[Future[DivergenceError | None], int] = {}
         try:
-            for index, task in enumerate(tasks):
+            for index, task in tasks.items():
                 futures[pool.submit(one, task)] = index
             for future in as_completed(futures):
-                ended(futures[future], future.result())
+                ended(futures[future], engines[futures[future]], future.result())
         except BaseException:
             stopping.set()
             while not all(future.done() for future in futures):
-                for engine in engines:
+                for engine in engines.values():
                     engine.stop_training = True
                 finished(futures, timeout=0.01)
             raise

@@ -42,6 +42,11 @@ class Inference:
         self.stats = memory.backend.allocate(STATS, "float64")
         self._bound: dict[tuple[int, LossSpec | None, bool, bool], BoundProgram] = {}
 
+    def release(self) -> None:
+        """Give back the programs and their memory."""
+        self._bound.clear()
+        self.workspace = Workspace(self.memory.backend)
+
     def _rows_for(self, n: int) -> int:
         """The batch size for ``n`` rows: a power of two, so that few programs are needed."""
         most = max(SMALLEST_ROWS, (1 << (LARGEST // max(self.net.sizes)).bit_length()) >> 1)

@@ -30,8 +30,9 @@ from fusemlp_kernels.philox import radix, seed_key, threshold
 ALIGNMENT = 64
 
 
+@functools.cache
 def numba_is_installed() -> bool:
-    """Whether the loop can be compiled; found out without importing numba."""
+    """Whether the loop can be compiled; found out without importing numba, and once."""
     return importlib.util.find_spec("numba") is not None
 
 
