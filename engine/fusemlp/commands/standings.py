@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,26 @@ if TYPE_CHECKING:
 BEST = 8  # rows of the table
 
 Point = Mapping[str, Any]
-Show = Callable[[Sequence[Member]], None]
+Show = Callable[[Collection[Member]], None]
 
 
-def table(members: Sequence[Member], points: Sequence[Point], metric: str, *, limit: int | None) -> list[list[str]]:
+class Seldom:
+    """Says when something is due again: every so many seconds, and never for more than a twentieth of the time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.next = 0.0
+
+    def do(self, action: Callable[[], object]) -> None:
+        """``action``, if it is due."""
+        began = time.monotonic()
+        if began >= self.next:
+            action()
+            ended = time.monotonic()
+            self.next = ended + max(self.seconds, 20 * (ended - began))
+
+
+def table(members: Collection[Member], points: Sequence[Point], metric: str, *, limit: int | None) -> list[list[str]]:
     """A header and a row for each model: its parameters, scores, epochs and status."""
     ranked = FleetResults(tuple(members)).ranked(metric)[:limit]
     scores = list(dict.fromkeys(name for member in ranked for name in member.scores))
@@ -38,7 +54,7 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else spelled(value)
 
 
-def counts(members: Sequence[Member], total: int) -> str:
+def counts(members: Collection[Member], total: int) -> str:
     """``412 of 640 models: 380 trained, 30 stopped early, 2 diverged``."""
     said = {"trained": "trained", "stopped": "stopped early", "diverged": "diverged"}
     parts = []
@@ -59,19 +75,15 @@ def standings(points: Sequence[Point], metric: str, *, quiet: bool) -> Iterator[
     from rich.console import Console
     from rich.live import Live
 
-    drawn, began = 0.0, time.perf_counter()
+    seldom, began = Seldom(REDRAW), time.perf_counter()
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
 
-        def show(members: Sequence[Member]) -> None:
-            nonlocal drawn
-            now = time.monotonic()
-            if now - drawn >= REDRAW or len(members) == len(points):
-                drawn = now
-                title = f"{counts(members, len(points))}; {time.perf_counter() - began:.0f} s"
-                live.update(_drawn(table(members, points, metric, limit=BEST), title), refresh=True)
+        def draw(members: Collection[Member]) -> None:
+            title = f"{counts(members, len(points))}; {time.perf_counter() - began:.0f} s"
+            live.update(_drawn(table(members, points, metric, limit=BEST), title), refresh=True)
 
-        show([])
-        yield show
+        draw([])
+        yield lambda members: seldom.do(lambda: draw(members))
 
 
 def _drawn(rows: Sequence[Sequence[str]], title: str) -> Table:

@@ -19,7 +19,7 @@ from fusemlp.commands import grid, recipe
 from fusemlp.commands.finish import finish, finite
 from fusemlp.commands.options import FitOptions, TrainOptions
 from fusemlp.commands.prepare import Prepared, prepare
-from fusemlp.commands.standings import Point, counts, standings, table
+from fusemlp.commands.standings import Point, Seldom, Show, counts, standings, table
 from fusemlp.commands.sweep_options import SweepOptions
 from fusemlp.commands.train import arguments, checked_epochs, configuration, describe_data
 from fusemlp.data import NAMES
@@ -190,19 +190,16 @@ def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
     """The models that ended, in the order of the points; True if Ctrl-C came before all of them had."""
     rows, options = plan.prepared.train, plan.options
     members: dict[int, Member] = {}
-    written = time.monotonic()
+    seldom = Seldom(WRITE)
 
     def in_order() -> list[Member]:
         return [members[index] for index in sorted(members)]
 
-    def listener(show: Callable[[Sequence[Member]], None]) -> Callable[[Member], None]:
+    def listener(show: Show) -> Callable[[Member], None]:
         def ended(member: Member) -> None:
-            nonlocal written
             members[member.index] = member
-            show(list(members.values()))
-            if time.monotonic() - written >= WRITE:
-                write_results(plan, run, in_order())
-                written = time.monotonic()
+            show(members.values())
+            seldom.do(lambda: write_results(plan, run, in_order()))
 
         return ended
 
