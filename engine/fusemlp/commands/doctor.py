@@ -110,7 +110,9 @@ def _trains(name: str, precision: str, plan: str) -> bool:
 
 def _advice() -> list[str]:
     """What a library that is not installed would bring."""
-    return [] if _version("numba") else [f"numpy: {COMPILED_LOOP}"]
+    if _version("numba"):
+        return []
+    return [f"numpy: {COMPILED_LOOP}, and a fleet or a sweep trains as many models side by side as there are cores"]
 
 
 def _version(library: str) -> str | None:
