@@ -72,25 +72,30 @@ class Kept:
         return engine
 
 
-def available_memory() -> int | None:
+def available_memory(root: Path = Path("/")) -> int | None:
     """The bytes that this process can still have, by the system and by the control group it is in; None if unknown."""
-    limits = []
+    found = []
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     except OSError:
         # not Linux: what is free there leaves out what the system could give up
-        names = getattr(os, "sysconf_names", {})
-        if "SC_AVPHYS_PAGES" in names:
-            limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup")
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = root / "sys/fs/cgroup"
     try:
-        most, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        limits += [] if most == "max" else [max(0, int(most) - int(used))]
+        most, used, stat = (
+            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
     except OSError:
         # no control groups, or those of version 1
-        pass
-    return min(limits, default=None)
+        return min(found, default=None)
+    if most.strip() != "max":
+        figures = dict(line.split() for line in stat.splitlines())
+        # files that were read count as used, and give way to what needs memory
+        files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
+        found.append(max(0, int(most) - int(used) + files))
+    return min(found, default=None)
 
 
 def engine_bytes(engine: Engine) -> int:
@@ -122,20 +127,17 @@ def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, 
     """
     if device != "cpu":
         return given
-    most = given
-    if most is None:
-        available = available_memory()
-        if available is None:
-            return None
-        most = available // 2
+    available = available_memory() if given is None else given
+    if available is None:
+        return None
     kept = kept_bytes(candidates, precision)
-    if kept >= most:
+    if kept >= available:
         raise ArgumentError(
             f"memory: {len(candidates)} models leave {_mebibytes(kept)} of parameters, and there are "
-            f"{_mebibytes(most)} for them{'' if given is None else ' by the argument'}; train fewer models at once, or "
-            "give more with memory="
+            f"{_mebibytes(available)} {'free' if given is None else 'allowed'}; train fewer models at once, or give "
+            "more with memory="
         )
-    return most - kept
+    return max(0, (available // 2 if given is None else available) - kept)
 
 
 def wave(

@@ -107,7 +107,9 @@ def test_a_fleet_in_waves_keeps_no_engines_and_is_not_trained_on() -> None:
 
 def test_what_never_finds_room_is_said_before_anything_is_trained() -> None:
     made = fleet({"seed": range(50)}, memory=50_000)
-    with pytest.raises(ArgumentError, match=r"^memory: 50 models leave .* MiB of parameters, and there are"):
+    with pytest.raises(
+        ArgumentError, match=r"^memory: 50 models leave .* MiB of parameters, and there are 0.04768 MiB allowed"
+    ):
         made.fit(X, y, epochs=1)
     assert all(engine.update_count == 0 for engine in made.engines)
     with pytest.raises(ArgumentError, match=r"^memory: expected a whole number of at least 1, got 0"):
@@ -149,11 +151,50 @@ def test_the_estimate_of_an_engine_is_about_what_it_takes() -> None:
     assert 0.7 * estimated < taken <= estimated
 
 
-def test_what_is_free_is_known_here() -> None:
-    free = waves.available_memory()
-    assert free is None or free > 1 << 20
-    assert waves.room(None, [], "fp32", device="cuda:0") is None
-    assert waves.room(5, [], "fp32", device="cuda:0") == 5
+def system(root: Path, **files: str) -> Path:
+    """A root folder with what the kernel says of memory."""
+    places = {
+        "meminfo": "proc/meminfo",
+        **{name: f"sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")},
+    }
+    for name, text in files.items():
+        path = root / places[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal:  2000 kB\nMemFree:  10 kB\nMemAvailable:  1000 kB\n"
+USED = {"current": "500000\n", "stat": "anon 100000\nactive_file 30000\ninactive_file 20000\n"}
+
+
+def test_what_is_free_is_what_system_and_control_group_leave(tmp_path: Path) -> None:
+    assert waves.available_memory(system(tmp_path / "a", meminfo=MEMINFO)) == 1000 << 10
+    assert waves.available_memory(system(tmp_path / "b", meminfo=MEMINFO, max="max\n", **USED)) == 1000 << 10
+    # files that were read can be given up
+    assert waves.available_memory(system(tmp_path / "c", meminfo=MEMINFO, max="700000\n", **USED)) == 250_000
+    assert waves.available_memory(system(tmp_path / "d", meminfo=MEMINFO, max="9000000\n", **USED)) == 1000 << 10
+    assert waves.available_memory(system(tmp_path / "e", meminfo=MEMINFO, max="1\n", **USED)) == 0
+    unknown = waves.available_memory(tmp_path)
+    assert unknown is None or unknown > 1 << 20
+
+
+def test_half_of_what_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = fleet({"seed": range(10)}).candidates
+    kept = waves.kept_bytes(candidates, "fp32")
+    monkeypatch.setattr(waves, "available_memory", lambda: 4 * kept)
+    assert waves.room(None, candidates, "fp32", device="cpu") == kept
+    assert waves.room(3 * kept, candidates, "fp32", device="cpu") == 2 * kept
+    # a guess that is too small for more than one engine at once is no reason to refuse
+    monkeypatch.setattr(waves, "available_memory", lambda: kept + 1)
+    assert waves.room(None, candidates, "fp32", device="cpu") == 0
+    monkeypatch.setattr(waves, "available_memory", lambda: kept)
+    with pytest.raises(ArgumentError, match=r"^memory: 10 models leave .* MiB free; train fewer models at once"):
+        waves.room(None, candidates, "fp32", device="cpu")
+    monkeypatch.setattr(waves, "available_memory", lambda: None)
+    assert waves.room(None, candidates, "fp32", device="cpu") is None
+    assert waves.room(None, candidates, "fp32", device="cuda:0") is None
+    assert waves.room(5, candidates, "fp32", device="cuda:0") == 5
 
 
 def test_engines_give_back_what_they_worked_in() -> None:
