@@ -205,10 +205,12 @@ def test_the_best_so_far_on_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
-    assert run("sweep", "iris", "--vary", "lr=0.01,0.1", "--epochs", "2", "--out", tmp_path / "run") == 0
+    options = ["--vary", "lr=0.0125,0.1", "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run"]
+    assert run("sweep", "iris", *options) == 0
     shown = capsys.readouterr().err
-    assert "of 2 models: " in shown
-    assert "val_loss" in shown and "0.01" in shown
+    # the first is shown at once, the others when it is time again
+    assert "1 of 2 models: 1 trained; 0 s" in shown
+    assert "val_loss" in shown and "0.0125" in shown
 
 
 def test_quiet_and_without_matplotlib(
