@@ -31,6 +31,8 @@ FORMATS = (".png", ".svg", ".pdf")
 ACCURACY_LABEL = "accuracy (share of right answers)"
 # A loss that spans more than this factor is drawn on a logarithmic axis.
 LOG_SPAN = 50.0
+# Of the scores of many models the best matter, which a few bad ones would press together.
+SCORES_LOG_SPAN = 5.0
 
 
 def can_plot() -> bool:
@@ -195,7 +197,7 @@ def scores_figure(
     for axes, parameter in zip(panels.flat, parameters, strict=False):
         _scores(axes, parameter, np.asarray(scores, np.float64), best, rising="accuracy" in metric)
         if "loss" in metric:
-            _scale_loss(axes, scores)
+            _scale_loss(axes, scores, SCORES_LOG_SPAN)
     for axes in panels.flat[len(parameters) :]:
         axes.remove()
     for axes in panels[:, 0]:
@@ -295,10 +297,10 @@ def _curves(
     axes.legend(edgecolor="none", framealpha=0.85)
 
 
-def _scale_loss(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where the losses span much."""
+def _scale_loss(axes: Axes, values: Sequence[float], span: float = LOG_SPAN) -> None:
+    """A logarithmic axis where the losses span more than a factor."""
     finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0.0 and max(finite) / min(finite) > LOG_SPAN:
+    if finite and min(finite) > 0.0 and max(finite) / min(finite) > span:
         axes.set_yscale("log")
 
 
