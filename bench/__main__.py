@@ -1,87 +1,60 @@
-"""``python -m bench``, from the repository's root."""
+"""``python -m bench``, from the repository's root; ``fusemlp bench`` runs it too."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bench.cases import CASES
-from bench.measure import DisagreementError, measure, started
-from bench.peers import PEERS, REFERENCE, missing_packages
-from bench.report import circumstances, default_path, markdown, newest, read, records, write
-from bench.tune import main as tune
+from bench.cases import CASES, QUICK, Case
+from bench.hardware import card
+from bench.measure import TURN_SECONDS, measure, started
+from bench.options import COMMANDS, parser
+from bench.peers import PEERS, REFERENCE, absent, unsuited
+from bench.report import absences, circumstances, default_path, markdown, newest, read, records, where, write
 from bench.worker import Worker, WorkerError, openblas_settings
+from fusemlp_kernels.errors import unknown_name
+
+QUICK_TURN_SECONDS = 0.1
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    made = argparse.ArgumentParser(
-        prog="python -m bench",
-        description="Time a training step of fusemlp and of other libraries, side by side. The table goes to stdout, "
-        "progress to stderr, the figures with machine and versions to a file of JSON lines. About twelve minutes "
-        "for everything, on a machine that does nothing else. Needs pip install 'fusemlp[bench]'.",
-        epilog="python -m bench tune: measure the tiles of the Triton kernels on a card; see python -m bench tune -h.",
-    )
-    made.add_argument(
-        "--cases",
-        type=lambda text: _chosen(text, CASES, "case"),
-        default=list(CASES),
-        metavar="A,B",
-        help=f"which networks, widths@batch: {', '.join(CASES)} (default: all)",
-    )
-    made.add_argument(
-        "--peers",
-        type=lambda text: _chosen(text, PEERS, "peer"),
-        default=list(PEERS),
-        metavar="A,B",
-        help=f"which libraries: {', '.join(PEERS)} (default: all); factors need {REFERENCE}, which is fusemlp",
-    )
-    made.add_argument("--repeats", type=_count, default=25, metavar="N", help="rounds of a case (default: %(default)s)")
-    made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
-    other = made.add_mutually_exclusive_group()
-    other.add_argument(
-        "--markdown",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="FILE",
-        help="measure nothing: print the table of FILE (default: the newest in bench/results)",
-    )
-    other.add_argument(
-        "--breakdown", action="store_true", help="time every call of fusemlp's step by itself; no peers, no file"
-    )
-    return made
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured: ``missing`` are the contenders that this machine cannot, with why."""
 
-
-def _chosen(text: str, known: Mapping[str, object], what: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"unknown {what} {', '.join(unknown) or text!r}; there are {', '.join(known)}")
-    return list(dict.fromkeys(names))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    cases: list[Case]
+    peers: list[str]
+    missing: dict[str, str]
+    repeats: int
+    turn_seconds: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if given[:1] == ["tune"]:
-        return tune(given[1:])
-    options = parser().parse_args(given)
+    if given and given[0] in COMMANDS:
+        return int(importlib.import_module(f"bench.{given[0]}").main(given[1:]))
+    made = parser()
+    if given and not given[0].startswith("-"):
+        made.error(str(unknown_name("command", given[0], COMMANDS)))
+    options = made.parse_args(given)
     try:
         if options.markdown is not None:
             return print_table(options.markdown)
         if options.breakdown:
-            return print_breakdown(options.cases)
-        return compare(options.cases, options.peers, options.repeats, options.out or default_path())
-    except (DisagreementError, WorkerError) as error:
+            return print_breakdown([CASES[name] for name in options.cases or CASES])
+        plan = planned(options)
+        if options.list:
+            return print_list(plan)
+        return compare(plan, options.out or default_path(), as_json=options.json, plots=options.plots)
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    except WorkerError as error:
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
@@ -94,33 +67,94 @@ def say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def compare(cases: Sequence[str], peers: Sequence[str], repeats: int, path: Path) -> int:
-    """Measure, write the lines to ``path`` case by case, print the table."""
-    missing = missing_packages(peers)
-    if missing:
-        say(
-            f"error: not installed: {', '.join(missing)}; get what is missing with pip install 'fusemlp[bench]', "
-            "or choose with --peers what to compare"
-        )
-        return 2
+def planned(options: Any) -> Plan:
+    """What the options ask for, on this machine. Raises ValueError if nothing of it can be measured here."""
+    device = options.device
+    if device == "auto":
+        device = "cpu" if card() is None else "gpu"
+    elif device == "gpu" and card() is None:
+        raise ValueError("--device gpu: no card was found (nvidia-smi, /dev/kfd)")
+    names = options.cases or (QUICK if options.quick else list(CASES))
+    cases = [replace(CASES[name], device=device) for name in dict.fromkeys(names)]
+    if device == "cpu":
+        for case in cases:
+            if case.gpu_only and options.cases:
+                raise ValueError(f"--case {case.name}: it is for a GPU only, and this run is on the CPU")
+        cases = [case for case in cases if not case.gpu_only]
+    missing: dict[str, str] = {}
+    peers = list(dict.fromkeys(options.peers or PEERS))
+    for name in peers:
+        why = absent(name, device)
+        if why is None and options.quick and not options.peers and PEERS[name].compiles_long:
+            why = "compiles for long: left out by --quick"
+        if why is not None:
+            missing[name] = why
+    present = [name for name in peers if name not in missing]
+    if not any(unsuited(name, case) is None for name in present for case in cases):
+        reasons = [f"{name}: {reason}" for name, reason in missing.items()]
+        reasons += [f"{name}: {unsuited(name, case)}" for name in present for case in cases[:1]]
+        raise ValueError(f"no contender is left. {'; '.join(reasons)}")
+    return Plan(
+        cases,
+        present,
+        missing,
+        options.repeats or (3 if options.quick else 11),
+        QUICK_TURN_SECONDS if options.quick else TURN_SECONDS,
+    )
+
+
+def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
+    """Measure, write the lines to ``path`` case by case, print the tables. 1 if a contender was refused or failed."""
     unset = openblas_settings()
     if unset:
         say(f"{', '.join(sorted(unset))}: unset for this run, to measure the BLAS that people have")
-    lines = []
-    with started(peers) as workers:
-        for name in cases:
-            results = measure(CASES[name], workers, repeats=repeats, progress=say)
-            environments = {peer: worker.ask("environment") for peer, worker in workers.items()}
-            found = records(results, circumstances(environments, unset))
+    lines: list[dict[str, Any]] = []
+    common: dict[str, Any] = {}
+    with started(plan.peers, plan.cases) as workers:
+        for case in plan.cases:
+            results = measure(case, workers, repeats=plan.repeats, progress=say, turn_seconds=plan.turn_seconds)
+            environments = {peer: worker.ask("environment") for peer, worker in workers.items() if worker.alive}
+            common = circumstances(environments, unset)
+            found = records(results, common)
             write(found, path)
             lines += found
-    print(markdown(lines))
+    last = absences(plan.missing, common)
+    write(last, path)
+    lines += last
+    print(json.dumps({"file": str(path), "lines": lines}) if as_json else markdown(lines))
     say(f"figures in {path}")
+    if plots:
+        draw(lines, path)
+    return 1 if any(line["status"] in ("refused", "failed") for line in lines) else 0
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """The pictures, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        say("no pictures: matplotlib is not installed (pip install 'fusemlp[plot]')")
+        return
+    from bench.plots import pictures
+
+    for picture in pictures(lines, path):
+        say(f"picture in {picture}")
+
+
+def print_list(plan: Plan) -> int:
+    """The machine, the cases and the contenders."""
+    line = circumstances({}, {})
+    print(f"{where(line)}\n\ncases:")
+    listed = {case.name for case in plan.cases}
+    for case in CASES.values():
+        note = "" if case.name in listed else "  (a GPU only)" if case.gpu_only else "  (not asked for)"
+        print(f"  {case.name:38s} {case.flops * (case.models or 1) / 1e6:12,.1f} MFLOP a step{note}")
+    print("\ncontenders:")
+    for name in [*plan.peers, *plan.missing]:
+        print(f"  {name:24s} {PEERS[name].label:32s} {plan.missing.get(name, '')}".rstrip())
     return 0
 
 
 def print_table(path: Path) -> int:
-    """The table of a file, or of the newest."""
+    """The tables of a file, or of the newest."""
     chosen = newest() if path == Path() else path
     if chosen is None or not chosen.is_file():
         say(f"error: no measurement {'in bench/results' if chosen is None else chosen}; run python -m bench first")
@@ -129,14 +163,15 @@ def print_table(path: Path) -> int:
     return 0
 
 
-def print_breakdown(cases: Sequence[str]) -> int:
+def print_breakdown(cases: Sequence[Case]) -> int:
     """Where fusemlp's step spends its time."""
     from bench.breakdown import breakdown_text
 
     with Worker(REFERENCE) as worker:
-        for name in cases:
-            case = CASES[name]
-            steps = max(30, min(2000, int(2e10 / case.flops)))
+        for case in cases:
+            if case.models is not None or case.gpu_only:
+                continue
+            steps = max(10, min(2000, int(2e10 / case.flops)))
             print(breakdown_text(worker.ask("breakdown", case, steps)), end="\n\n", flush=True)
     return 0
 

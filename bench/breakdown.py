@@ -15,7 +15,8 @@ from scipy.linalg.blas import sgemm
 
 from bench.cases import Case, Data
 from bench.measure import spread
-from fusemlp import MLP, SGD, Engine
+from bench.peers.engine import optimizer_of
+from fusemlp import MLP, Engine
 from fusemlp.lowering import Inputs
 from fusemlp.program import resolve
 
@@ -47,7 +48,13 @@ class Breakdown:
 
 def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
     """Medians over ``steps`` steps of each kind, in microseconds, less the reading of the clock."""
-    engine = Engine(MLP(case.sizes), optimizer=SGD(case.learning_rate), batch_size=case.batch_size)
+    engine = Engine(
+        MLP(case.sizes, activation=case.activation, dropout=case.dropout),
+        optimizer=optimizer_of(case),
+        batch_size=case.batch_size,
+        backend="numpy",
+        plan="eager",
+    )
     rule = engine.optimizer.rule(total_updates=None)
     bound = engine.bind(
         Inputs(case.rows, indexed=True),

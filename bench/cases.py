@@ -1,17 +1,19 @@
 """The networks that are trained, their data and their initial parameters.
 
-All cases: relu between the layers, cross-entropy on logits, plain SGD with a constant learning rate, fp32, features
-drawn from a standard normal distribution and labels from a random linear teacher.
+All cases: cross-entropy on logits, a constant learning rate, features drawn from a standard normal distribution and
+labels from a random linear teacher. A name says what else: ``784-128-10@128`` is relu and plain SGD in fp32,
+``:adam``, ``:tanh``, ``:dropout``, ``:bf16`` and ``:x64`` (64 models at once) are what differs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+Parameters = list[tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,35 @@ class Case:
     """A network and how it is trained.
 
     ``sizes`` are the widths from the input to the output. ``steps`` is the number of batches in an epoch, so that the
-    data have ``steps * batch_size`` rows and no batch is short. ``epochs`` make a turn: what is timed in one go, long
-    enough for the few milliseconds that a ``fit`` takes before its first epoch to be about one per cent of it.
+    data have ``steps * batch_size`` rows and no batch is short. ``epochs`` is how many make a turn where nobody has
+    measured how many fill it. ``models`` train at once, each with an order of the rows of its own. ``device`` is "cpu"
+    or "gpu": where it runs; ``gpu_only`` cases are left out where there is no card.
     """
 
     sizes: tuple[int, ...]
     batch_size: int
     steps: int
-    epochs: int
+    epochs: int = 1
     learning_rate: float = 0.05
+    activation: str = "relu"
+    optimizer: str = "sgd"
+    dropout: float = 0.0
+    precision: str = "fp32"
+    models: int | None = None
+    gpu_only: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        """For example 784-10-10@32."""
-        return f"{'-'.join(map(str, self.sizes))}@{self.batch_size}"
+        """For example 784-10-10@32:adam."""
+        differs = [
+            self.activation if self.activation != "relu" else "",
+            self.optimizer if self.optimizer != "sgd" else "",
+            "dropout" if self.dropout else "",
+            self.precision if self.precision != "fp32" else "",
+            f"x{self.models}" if self.models is not None else "",
+        ]
+        return ":".join([f"{'-'.join(map(str, self.sizes))}@{self.batch_size}", *filter(None, differs)])
 
     @property
     def rows(self) -> int:
@@ -41,59 +58,87 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of a step's matrix products; the first layer needs no input gradient."""
+        """Floating-point operations of the products of a model's step; the first layer needs no input gradient."""
         products = [2 * self.batch_size * i * o for i, o in zip(self.sizes, self.sizes[1:], strict=False)]
         return 3 * sum(products) - products[0]
 
 
 @dataclass(frozen=True)
 class Data:
-    """X (n, K) float32, y (n,) int64, the initial parameters, and the order of the rows in the checked epoch.
+    """X (n, K) float32, y (n,) int64, the initial parameters, and an order of the rows that all are given.
 
-    ``parameters``: for each layer the weight (outputs, inputs) and the bias (outputs,), float32.
+    ``parameters``: for each layer the weight (outputs, inputs) and the bias (outputs,), float32; with many models
+    (models, outputs, inputs) and (models, outputs).
     """
 
     X: Array
     y: Array
-    parameters: list[tuple[Array, Array]]
+    parameters: Parameters
     order: Array
 
 
-CASES = {
-    case.name: case
-    for case in (
-        Case((64, 32, 10), batch_size=32, steps=600, epochs=60),
-        Case((784, 10, 10), batch_size=32, steps=300, epochs=30),
-        Case((784, 128, 10), batch_size=64, steps=150, epochs=15),
-        Case((784, 512, 256, 10), batch_size=128, steps=50, epochs=4),
-        Case((1024, 1024, 1024, 1024), batch_size=512, steps=8, epochs=2),
-    )
-}
+def _single() -> list[Case]:
+    small, tutorial = Case((64, 32, 10), 32, steps=600, epochs=60), Case((784, 10, 10), 32, steps=300, epochs=30)
+    medium, wide = Case((784, 128, 10), 128, steps=100, epochs=10), Case((784, 512, 256, 10), 128, steps=50, epochs=4)
+    large = Case((1024,) * 5, 4096, steps=2, learning_rate=0.02)
+    huge = Case((4096,) * 5, 8192, steps=2, learning_rate=0.02, gpu_only=True)
+    adam = {"optimizer": "adam", "learning_rate": 1e-3}
+    half = [
+        replace(case, precision=precision, gpu_only=True)
+        for case in (wide, large, huge)
+        for precision in ("tf32", "bf16")
+    ]
+    return [
+        *(made for case in (small, tutorial, medium, wide) for made in (case, replace(case, **adam))),
+        Case((54, 256, 256, 256, 7), 1024, steps=20, epochs=4, dropout=0.1, **adam),
+        Case((17, 64, 64, 6), 64, steps=300, epochs=20, activation="tanh", **adam),
+        large,
+        huge,
+        *half,
+    ]
+
+
+def _fleets() -> list[Case]:
+    sizes = {1: 40, 8: 20, 64: 4, 256: 1, 1024: 1}
+    return [
+        Case((64, 32, 10), 32, steps=50, epochs=epochs, optimizer="adam", learning_rate=1e-3, models=models)
+        for models, epochs in sizes.items()
+    ]
+
+
+CASES = {case.name: case for case in (*_single(), *_fleets())}
+QUICK = ("64-32-10@32:adam", "784-10-10@32", "784-128-10@128", "17-64-64-6@64:tanh:adam", "64-32-10@32:adam:x8")
 
 
 def make_data(case: Case, seed: int = 0) -> Data:
     """The data and initial parameters (He et al., 2015) of a case; the same for every peer.
 
-    Every class occurs, since scikit-learn takes the number of outputs from the labels.
+    Every class occurs, since scikit-learn takes the number of outputs from the labels. Biases start small and not at
+    zero, so that a peer without them is found out.
     """
     generator = np.random.default_rng(seed)
     inputs, outputs = case.sizes[0], case.sizes[-1]
     X = generator.standard_normal((case.rows, inputs), dtype=np.float32)
     y = np.argmax(X @ generator.standard_normal((inputs, outputs), dtype=np.float32), axis=1)
     y[:outputs] = np.arange(outputs)
+    ahead = () if case.models is None else (case.models,)
     parameters = []
     for fan_in, fan_out in zip(case.sizes, case.sizes[1:], strict=False):
-        weight = generator.standard_normal((fan_out, fan_in), dtype=np.float32) * np.float32(np.sqrt(2 / fan_in))
-        parameters.append((weight, np.zeros(fan_out, np.float32)))
+        scale = np.float32(np.sqrt(2 / fan_in))
+        weight = generator.standard_normal((*ahead, fan_out, fan_in), dtype=np.float32) * scale
+        bias = generator.standard_normal((*ahead, fan_out), dtype=np.float32) * np.float32(0.1)
+        parameters.append((weight, bias))
     return Data(X, y.astype(np.int64), parameters, generator.permutation(case.rows))
 
 
-def mean_loss(data: Data, parameters: list[tuple[Array, Array]]) -> float:
-    """The cross-entropy over all rows, in float64: the figure by which peers are compared."""
-    h = data.X.astype(np.float64)
-    for layer, (weight, bias) in enumerate(parameters):
-        h = h @ weight.T.astype(np.float64) + bias
-        if layer < len(parameters) - 1:
-            np.maximum(h, 0, out=h)
-    h -= h.max(axis=1, keepdims=True)
-    return float(np.mean(np.log(np.exp(h).sum(axis=1)) - h[np.arange(len(h)), data.y]))
+def model_of(parameters: Parameters, index: int) -> Parameters:
+    """The parameters of one of many models."""
+    return [(weight[index], bias[index]) for weight, bias in parameters]
+
+
+def checked_rows(case: Case, steps: int, seed: int = 1) -> Array:
+    """(steps * batch_size,) rows of the data: the batches on which contenders are compared with the oracle."""
+    generator = np.random.default_rng(seed)
+    passes = -(-steps // case.steps)
+    rows = np.concatenate([generator.permutation(case.rows) for _ in range(passes)])
+    return rows[: steps * case.batch_size]

@@ -1,6 +1,6 @@
-"""Giving the peers their turns, and the statistics of what they took.
+"""Giving the contenders their turns, and the statistics of what they took.
 
-On a shared machine the speed of the cores drifts within seconds. So peers take turns within a round, the first one
+On a shared machine the speed of the cores drifts within seconds. So contenders take turns within a round, the first one
 changing from round to round; a ratio compares two turns of the same round; and of the ratios the median is reported,
 with the 20th and 80th percentiles.
 """
@@ -8,28 +8,27 @@ with the 20th and 80th percentiles.
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bench.cases import Array, Case
-from bench.peers import REFERENCE
-from bench.worker import Worker
+from bench.cases import Array, Case, make_data
+from bench.oracle import Expected, expected, masked_losses
+from bench.peers import PEERS, Rules, reference_of, unsuited
+from bench.verification import Verdict, computed_case
+from bench.worker import Loaded, Worker, WorkerError
 
 # After its last product a thread of OpenBLAS spins for 100 ms before it sleeps; PyTorch's and XLA's for under 5 ms
-# (read from /proc/PID/task/*/schedstat). OMP_WAIT_POLICY does not reach OpenBLAS's own threads, so each peer waits
+# (read from /proc/PID/task/*/schedstat). OMP_WAIT_POLICY does not reach OpenBLAS's own threads, so each contender waits
 # until the one before it is asleep.
 PAUSE_SECONDS = 0.15
-# How far the losses may differ after an epoch of the same updates, relative to what the epoch gained. Rounding alone
-# comes to less than 1e-6; a wrong learning rate, a missing bias or another batch come to more than 1e-3.
+# How long a turn lasts: the few milliseconds that a ``fit`` takes before its first epoch are about one per cent of it.
+TURN_SECONDS = 0.3
+# How far the losses of the two sides of a door may differ after the same updates, relative to the loss.
 AGREEMENT = 1e-3
-
-
-class DisagreementError(RuntimeError):
-    """Peers that should have made the same updates did not reach the same loss."""
+TIMED, REFUSED, FAILED, UNSUITED, ABSENT = "timed", "refused", "failed", "unsuited", "absent"
 
 
 @dataclass(frozen=True)
@@ -48,20 +47,24 @@ def spread(values: Sequence[float] | Array) -> Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """What a peer did on a case.
+    """What a contender did on a case: ``status`` and, unless it was timed, why not.
 
-    ``seconds``: a step's, one figure a round. ``loss_before`` and ``loss_after`` belong to the checked epoch.
+    ``seconds``: a model's step, one figure a round; ``epochs`` made a turn. ``loaded`` is its first epoch, compilation
+    included.
     """
 
     case: Case
     peer: str
-    seconds: tuple[float, ...]
-    loss_before: float
-    loss_after: float
+    status: str
+    reason: str = ""
+    seconds: tuple[float, ...] = ()
+    epochs: int = 0
+    loaded: Loaded | None = None
+    verdict: Verdict | None = None
 
     @property
     def microseconds(self) -> Spread:
-        """A step's."""
+        """A model's step."""
         return spread([1e6 * s for s in self.seconds])
 
     def ratios(self, reference: Result) -> Spread:
@@ -69,54 +72,93 @@ class Result:
         return spread([mine / its for mine, its in zip(self.seconds, reference.seconds, strict=True)])
 
 
-def check_agreement(results: Sequence[Result]) -> float:
-    """The largest difference between losses after the checked epoch, relative to what the epoch gained.
+class Oracle:
+    """What the losses of a case must be, computed once for each set of rules that contenders follow."""
 
-    Raises DisagreementError if it is more than ``AGREEMENT``, or if the loss did not fall.
-    """
-    before, after = results[0].loss_before, [r.loss_after for r in results]
-    gain = before - statistics.median(after)
-    difference = (max(after) - min(after)) / gain if gain > 0 else float("nan")
-    if not difference <= AGREEMENT:
-        losses = ", ".join(f"{r.peer} {r.loss_after:.6g}" for r in results)
-        raise DisagreementError(
-            f"{results[0].case.name}: from a loss of {before:.6g} one epoch of the same updates led to {losses}; "
-            f"their difference may be {AGREEMENT:g} of the gain, so the timings would not compare equal work"
-        )
-    return difference
+    def __init__(self, case: Case) -> None:
+        self.case, self.data = case, make_data(case)
+        self._expected: dict[tuple[Rules, str], Expected] = {}
+        self._masked: dict[Rules, Array] = {}
+
+    def expected(self, peer: str) -> Expected:
+        """See ``oracle.expected``."""
+        case, rules = replace(computed_case(peer, self.case), dropout=0.0), PEERS[peer].rules
+        key = (rules, case.precision)
+        if key not in self._expected:
+            self._expected[key] = expected(case, self.data, rules)
+        return self._expected[key]
+
+    def masked(self, peer: str) -> Array | None:
+        """See ``oracle.masked_losses``; None without dropout."""
+        rules = PEERS[peer].rules
+        if self.case.dropout and rules not in self._masked:
+            self._masked[rules] = masked_losses(self.case, self.data, rules)
+        return self._masked.get(rules)
 
 
 def measure(
     case: Case,
-    workers: dict[str, Worker],
+    workers: Mapping[str, Worker],
     *,
     repeats: int,
     progress: Callable[[str], None],
     pause: float = PAUSE_SECONDS,
+    turn_seconds: float = TURN_SECONDS,
 ) -> list[Result]:
-    """``repeats`` rounds of a case, each with a turn of every peer; the results in the order of ``workers``.
+    """``repeats`` rounds of a case, each with a turn of every contender; the results in the order of ``workers``.
 
-    Raises DisagreementError before anything is timed if the peers do not do equal work.
+    A contender whose losses are not the oracle's is refused, one that raises has failed: neither is timed.
     """
-    losses = {}
+    results: dict[str, Result] = {}
+    oracle: Oracle | None = None
     for name, worker in workers.items():
-        worker.ask("load", case)
-        losses[name] = worker.ask("check")
-    check_agreement([Result(case, name, (), *losses[name]) for name in workers])
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    names = list(workers)
+        why = unsuited(name, case)
+        if why is not None:
+            results[name] = Result(case, name, UNSUITED, why)
+            continue
+        progress(f"{case.name}: {PEERS[name].label} beside the oracle")
+        oracle = oracle or Oracle(case)
+        results[name] = _admitted(case, name, worker, oracle, turn_seconds)
+        if results[name].status != TIMED:
+            progress(f"{case.name}: {PEERS[name].label} is not timed: {results[name].reason}")
+    seconds: dict[str, list[float]] = {name: [] for name, result in results.items() if result.status == TIMED}
     for turn in range(repeats):
-        first = turn % len(names)
+        names = list(seconds)
+        first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
             time.sleep(pause)
-            seconds[name].append(workers[name].ask("turn", case.epochs))
+            try:
+                seconds[name].append(workers[name].ask("turn", results[name].epochs))
+            except WorkerError as error:
+                del seconds[name]
+                results[name] = replace(results[name], status=FAILED, reason=_last_line(error))
         progress(f"{case.name}: round {turn + 1} of {repeats}")
-    return [Result(case, name, tuple(seconds[name]), *losses[name]) for name in names]
+    return [replace(result, seconds=tuple(seconds.get(name, ()))) for name, result in results.items()]
+
+
+def _admitted(case: Case, name: str, worker: Worker, oracle: Oracle, turn_seconds: float) -> Result:
+    """A contender loaded with a case and compared with the oracle."""
+    try:
+        loaded = worker.ask("load", case)
+        verdict = worker.ask("verify", oracle.expected(name), oracle.masked(name))
+        if not verdict.agrees:
+            return Result(case, name, REFUSED, verdict.reason, loaded=loaded, verdict=verdict)
+        epochs = worker.ask("epochs_in", turn_seconds)
+    except WorkerError as error:
+        return Result(case, name, FAILED, _last_line(error))
+    return Result(case, name, TIMED, epochs=epochs, loaded=loaded, verdict=verdict)
+
+
+def _last_line(error: WorkerError) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 @contextlib.contextmanager
-def started(names: Sequence[str]) -> Iterator[dict[str, Worker]]:
-    """A worker for each peer, the reference first."""
-    ordered = sorted(names, key=lambda name: name != REFERENCE)
+def started(names: Sequence[str], cases: Sequence[Case]) -> Iterator[dict[str, Worker]]:
+    """A worker for each contender that some case suits, the references first."""
+    references = {reference_of(case) for case in cases}
+    wanted = [name for name in names if any(unsuited(name, case) is None for case in cases)]
     with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(Worker(name)) for name in ordered}
+        yield {
+            name: stack.enter_context(Worker(name)) for name in sorted(wanted, key=lambda name: name not in references)
+        }

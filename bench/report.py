@@ -1,9 +1,8 @@
-"""What a measurement says and under which circumstances: JSON lines to keep, a Markdown table to read."""
+"""What a measurement says and under which circumstances: JSON lines to keep, Markdown tables to read."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -11,52 +10,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.measure import PAUSE_SECONDS, Result, check_agreement
-from bench.peers import PEERS, REFERENCE
+from bench.hardware import THREAD_VARIABLES, card, commit, load_average, machine, settings
+from bench.measure import ABSENT, FAILED, PAUSE_SECONDS, REFUSED, TIMED, UNSUITED, Result
+from bench.peers import PEERS, reference_of
+
+__all__ = ["RESULTS", "THREAD_VARIABLES", "Record", "machine", "markdown", "read", "records", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "XLA_", "JAX_", "OPENBLAS_")
 Record = dict[str, Any]
-
-
-def machine() -> dict[str, Any]:
-    """The processor, the cores that this process may use, the memory and the system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": _cpu_model(),
-        "cores": cores,
-        "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-    }
-
-
-def _cpu_model() -> str:
-    """The processor's name: from /proc/cpuinfo, with family and model, since virtual machines hide the name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    pairs = (line.partition(":") for line in text.splitlines())
-    fields: dict[str, str] = {}
-    for key, _, value in pairs:
-        fields.setdefault(key.strip(), value.strip())
-    if "model name" not in fields:
-        return platform.processor() or platform.machine()
-    return f"{fields['model name']}, family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-
-
-def _memory_gib() -> float | None:
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return round(size / 2**30, 1)
+NAMES = {"sklearn": "scikit-learn", "torch": "PyTorch", "jax": "JAX", "numpy": "NumPy", "scipy": "SciPy"}
 
 
 def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]) -> dict[str, Any]:
     """All that is the same for every line of a report.
 
-    ``environments``: what each peer's worker said of its process. ``unset``: the OPENBLAS_* variables of this
+    ``environments``: what each contender's worker said of its process. ``unset``: the OPENBLAS_* variables of this
     process, which the workers were not given.
     """
     import numpy
@@ -64,52 +32,70 @@ def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]
 
     versions = {"python": platform.python_version(), "numpy": numpy.__version__, "scipy": scipy.__version__}
     versions |= {PEERS[name].package: found["version"] for name, found in environments.items()}
-    kept = {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(THREAD_VARIABLES) and name not in unset
-    }
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "machine": machine(),
+        "card": card(),
+        "load_average": load_average(),
         "versions": versions,
         "thread_pools": {name: found["pools"] for name, found in environments.items()},
-        "variables": kept,
+        "variables": {name: value for name, value in settings().items() if name not in unset},
         "openblas_variables_unset": unset,
         "pause_seconds": PAUSE_SECONDS,
     }
 
 
 def records(results: Sequence[Result], common: dict[str, Any]) -> list[Record]:
-    """A line for each peer of a case; ``ratio`` (absent without the reference) is its time over the reference's."""
-    reference = next((result for result in results if result.peer == REFERENCE), None)
-    difference = check_agreement(results)
+    """A line for each contender of a case; ``ratio`` (None without the reference) is its time over the reference's."""
+    timed = [result for result in results if result.status == TIMED]
+    reference = next((result for result in timed if result.peer == reference_of(result.case)), None)
     lines = []
     for result in results:
-        case = result.case
-        lines.append(
-            {
-                "case": case.name,
-                "sizes": list(case.sizes),
-                "batch_size": case.batch_size,
-                "rows": case.rows,
-                "steps_per_epoch": case.steps,
-                "epochs_per_turn": case.epochs,
-                "learning_rate": case.learning_rate,
-                "flops": case.flops,
-                "peer": result.peer,
-                "label": PEERS[result.peer].label,
+        case, verdict = result.case, result.verdict
+        line: Record = {
+            "case": case.name,
+            "sizes": list(case.sizes),
+            "batch_size": case.batch_size,
+            "activation": case.activation,
+            "optimizer": case.optimizer,
+            "dropout": case.dropout,
+            "precision": case.precision,
+            "models": case.models,
+            "device": case.device,
+            "rows": case.rows,
+            "steps_per_epoch": case.steps,
+            "learning_rate": case.learning_rate,
+            "flops": case.flops,
+            "peer": result.peer,
+            "label": PEERS[result.peer].label,
+            "status": result.status,
+            "reason": result.reason,
+        }
+        if verdict is not None:
+            line["difference_of_tolerance"] = verdict.worst
+            line["first_differing_step"] = verdict.step
+        if result.loaded is not None:
+            line["plan"] = result.loaded.chosen
+            line["first_epoch_seconds"] = round(result.loaded.seconds, 4)
+        if result.status == TIMED:
+            line |= {
                 "rounds": len(result.seconds),
+                "epochs_per_turn": result.epochs,
                 "microseconds": asdict(result.microseconds),
                 "ratio": None if reference is None else asdict(result.ratios(reference)),
-                "every_round": [round(1e6 * seconds, 3) for seconds in result.seconds],
-                "loss_before": result.loss_before,
-                "loss_after": result.loss_after,
-                "loss_difference": difference,
-                **common,
+                "every_round": [round(1e6 * seconds, 4) for seconds in result.seconds],
             }
-        )
+        lines.append({**line, **common})
     return lines
+
+
+def absences(reasons: dict[str, str], common: dict[str, Any]) -> list[Record]:
+    """A line for each contender that cannot be measured here, with why."""
+    return [
+        {"case": None, "peer": name, "label": PEERS[name].label, "status": ABSENT, "reason": reason, **common}
+        for name, reason in reasons.items()
+    ]
 
 
 def write(lines: Iterable[Record], path: Path) -> None:
@@ -122,7 +108,9 @@ def write(lines: Iterable[Record], path: Path) -> None:
 
 def read(path: Path) -> list[Record]:
     """The lines of a file that ``write`` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # the first files have only what was timed
+    return [{"status": TIMED, "models": None, **line} for line in lines]
 
 
 def default_path() -> Path:
@@ -131,69 +119,171 @@ def default_path() -> Path:
 
 
 def newest() -> Path | None:
-    """The last measurement in ``bench/results``, or None."""
-    return max(RESULTS.glob("*.jsonl"), default=None)
+    """The last comparison in ``bench/results``, or None."""
+    return max((path for path in RESULTS.glob("*.jsonl") if "peer" in path.open().readline()), default=None)
+
+
+def timed(lines: Sequence[Record]) -> list[Record]:
+    """The lines with figures."""
+    return [line for line in lines if line["status"] == TIMED]
+
+
+def by_case(lines: Sequence[Record]) -> dict[str, dict[str, Record]]:
+    """For each case the lines of its contenders by name, both in the order of the file."""
+    found: dict[str, dict[str, Record]] = {}
+    for line in lines:
+        found.setdefault(line["case"], {})[line["peer"]] = line
+    return found
 
 
 def markdown(lines: Sequence[Record]) -> str:
-    """The table of a measurement and, below it, machine, versions and method."""
-    peers = list(dict.fromkeys(line["peer"] for line in lines))
-    by_case: dict[str, dict[str, Record]] = {}
-    for line in lines:
-        by_case.setdefault(line["case"], {})[line["peer"]] = line
-    table = [
-        "| network, batch | " + " | ".join(PEERS[peer].label for peer in peers) + " |",
+    """The tables of a measurement and, below them, machine, versions and method."""
+    of_cases = [line for line in lines if line["status"] != ABSENT]
+    parts = []
+    for chosen in (
+        [line for line in of_cases if line["models"] is None],
+        [line for line in of_cases if line["models"] is not None],
+    ):
+        if any(line["status"] != UNSUITED for line in chosen):
+            parts.append(_table(chosen))
+    if timed(lines):
+        parts.append(_caption(lines))
+    if notes := _notes(lines):
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
+
+
+def _table(lines: Sequence[Record]) -> str:
+    shown = [line for line in lines if line["status"] != UNSUITED]
+    peers = [peer for peer in PEERS if any(line["peer"] == peer for line in shown)]
+    labels = {line["peer"]: line["label"] for line in shown}
+    fleets = lines[0]["models"] is not None
+    rows = [
+        f"| {'models, network' if fleets else 'network'}, batch | " + " | ".join(labels[peer] for peer in peers) + " |",
         "|---|" + "---:|" * len(peers),
     ]
-    for found in by_case.values():
-        first = next(iter(found.values()))
-        cells = [f"{'-'.join(map(str, first['sizes']))}, {first['batch_size']}"]
-        cells += [_cell(found[peer]) if peer in found else "" for peer in peers]
-        table.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*table, "", _caption(lines)])
+    for found in by_case(shown).values():
+        rows.append(
+            "| "
+            + " | ".join(
+                [case_label(next(iter(found.values()))), *(_cell(found.get(peer)) for peer in peers)],
+            )
+            + " |"
+        )
+    return "\n".join(rows)
 
 
-def _cell(line: Record) -> str:
-    time = _microseconds(line["microseconds"]["p50"])
-    ratio = line["ratio"]
-    if ratio is None or line["peer"] == REFERENCE:
+def case_label(line: Record) -> str:
+    """A case for a table's row: 784-10-10, 32, Adam."""
+    models = "" if line["models"] is None else f"{line['models']:,} x "
+    parts = [f"{models}{'-'.join(map(str, line['sizes']))}", str(line["batch_size"])]
+    if line.get("activation", "relu") != "relu":
+        parts.append(line["activation"])
+    if line.get("optimizer", "sgd") != "sgd":
+        parts.append("Adam")
+    if line.get("dropout"):
+        parts.append(f"dropout {line['dropout']:g}")
+    if line.get("precision", "fp32") != "fp32":
+        parts.append(line["precision"])
+    return ", ".join(parts)
+
+
+def _cell(line: Record | None) -> str:
+    if line is None:
+        return "-"
+    if line["status"] != TIMED:
+        return line["status"]
+    time, ratio = microseconds(line["microseconds"]["p50"]), line["ratio"]
+    if ratio is None or is_reference(line):
         spread = line["microseconds"]
-        return f"{time} ({_microseconds(spread['p20'])} to {_microseconds(spread['p80'])})"
+        return f"{time} ({microseconds(spread['p20'])} to {microseconds(spread['p80'])})"
     return f"{time}, **{ratio['p50']:.2f}x** ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
 
 
-def _microseconds(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+def is_reference(line: Record) -> bool:
+    """Whether the others of its case are compared with it."""
+    return bool(line["peer"] == ("engine" if line["models"] is None else "fleet"))
+
+
+def microseconds(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def where(line: Record) -> str:
+    """Processor and card of a line."""
+    box = line["machine"]
+    memory = "" if box["memory_gib"] is None else f", {box['memory_gib']:.0f} GiB"
+    found = line.get("card")
+    shown = f"{found['name']} (driver {found['driver']})" if found else "no GPU"
+    return f"{box['cpu']}, {box['cores']} cores{memory}, {box['system']}, {shown}"
 
 
 def _caption(lines: Sequence[Record]) -> str:
-    line = lines[0]
-    box, versions = line["machine"], line["versions"]
-    names = {"sklearn": "scikit-learn", "torch": "PyTorch", "jax": "JAX", "numpy": "NumPy", "scipy": "SciPy"}
-    shown = ", ".join(f"{names.get(name, name)} {version}" for name, version in versions.items())
-    memory = "" if box["memory_gib"] is None else f", {box['memory_gib']:.0f} GiB"
+    measured = timed(lines)
+    line = measured[0]
+    versions: dict[str, str] = {}
+    for one in measured:
+        versions |= one["versions"]
+    shown = ", ".join(f"{NAMES.get(name, name)} {version}" for name, version in versions.items())
     unset, kept = line["openblas_variables_unset"], line["variables"]
     openblas = f"unset for the run ({', '.join(sorted(unset))})" if unset else "none set"
-    settings = "; ".join(f"{name}={value}" for name, value in kept.items()) or "none"
-    rounds = sorted({one["rounds"] for one in lines})
+    named = "; ".join(f"{name}={value}" for name, value in kept.items()) or "none"
+    rounds = sorted({one["rounds"] for one in measured})
+    made = f", commit {line['commit']}" if line.get("commit") else ""
+    each = " of a model" if any(one["models"] is not None for one in measured) else ""
     text = [
-        "Microseconds a training step (relu, cross-entropy, plain SGD, fp32): the median and, for "
-        f"{PEERS[REFERENCE].label}, the 20th to 80th percentile. For the others the factor is their time over "
-        f"{PEERS[REFERENCE].label}'s in the same round: the median and, in brackets, the 20th to 80th percentile.",
-        f"{' or '.join(map(str, rounds))} interleaved rounds, each peer in a process of its own with its default "
-        "threads, compilation and a first epoch not timed; all start from the same parameters, and after one epoch "
-        f"of the same batches their losses differ by at most {max(one['loss_difference'] for one in lines):.0e} of "
-        "what the epoch gained.",
-        f"{box['cpu']}, {box['cores']} cores{memory}, {box['system']}; {shown}; BLAS: {_blas(line)}; OPENBLAS_* "
-        f"variables: {openblas}; other thread settings: {settings}; {line['date'][:10]}. Again with `python -m bench`.",
+        f"Microseconds a training step{each} (relu, cross-entropy, plain SGD and fp32 unless a row says otherwise): "
+        "the median and, in the first column, the 20th to 80th percentile. For the others the factor is their time "
+        "over the first column's in the same round: the median and, in brackets, the 20th to 80th percentile.",
+        f"{' or '.join(map(str, rounds))} interleaved rounds, each contender in a process of its own with its default "
+        f"threads, compilation and a first epoch not timed. {_agreement(measured)}",
+        f"{where(line)}; {shown}; BLAS: {_blas(line)}; OPENBLAS_* variables: {openblas}; other settings: {named}; "
+        f"{line['date'][:10]}{made}. Again with `python -m bench`.",
     ]
     return "\n\n".join(text)
 
 
+def _agreement(measured: Sequence[Record]) -> str:
+    """How it was made sure that contenders did equal work."""
+    if "loss_difference" in measured[0]:
+        most = max(one["loss_difference"] for one in measured)
+        return (
+            "All start from the same parameters, and after one epoch of the same batches their losses differ by at "
+            f"most {most:.0e} of what the epoch gained."
+        )
+    most = max(one["difference_of_tolerance"] for one in measured)
+    return (
+        "Each was timed only after its losses over 20 steps, from the same parameters and batches, were those of the "
+        f"float64 oracle: the largest difference is {most:.2f} of what rounding allows."
+    )
+
+
+def _notes(lines: Sequence[Record]) -> list[str]:
+    """What is missing in the tables and why, and whose mathematics is not the others'."""
+    notes = []
+    chosen = {line["label"]: line["plan"] for line in timed(lines) if line.get("plan") and is_reference(line)}
+    if chosen:
+        notes.append("- " + "; ".join(f"{label}: here {plan}" for label, plan in chosen.items()) + ".")
+    for line in lines:
+        if line["status"] in (REFUSED, FAILED):
+            notes.append(f"- {line['status']}: {line['label']} on {case_label(line)}: {line['reason']}.")
+    differing = {line["label"]: PEERS[line["peer"]].differs for line in timed(lines) if line["peer"] in PEERS}
+    notes += [f"- {label}: {text}." for label, text in differing.items() if text]
+    reasons: dict[str, list[str]] = {}
+    for line in lines:
+        if line["status"] == ABSENT:
+            reasons.setdefault(line["reason"], []).append(line["label"])
+    if reasons:
+        listed = "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in reasons.items())
+        notes.append(f"- Absent: {listed}.")
+    return notes
+
+
 def _blas(line: Record) -> str:
-    """The BLAS in the reference's process (or the first peer's), with its kernels and threads."""
+    """The BLAS in the reference's process (or the first contender's), with its kernels and threads."""
     pools = line["thread_pools"]
-    chosen = pools.get(REFERENCE, next(iter(pools.values())))
+    chosen = next((pools[name] for name in ("engine", "fleet") if name in pools), next(iter(pools.values())))
     found = [
         f"{pool['internal_api']} {pool['version']} ({pool['architecture']}, {pool['num_threads']} threads)"
         for pool in chosen

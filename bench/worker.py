@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
 import multiprocessing
 import os
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.cases import Case, make_data, mean_loss
-from bench.peers import PEERS, prepare
+from bench.cases import Array, Case, make_data
+from bench.oracle import Expected
+from bench.peers import PEERS, import_module, prepare, version_of
+from bench.verification import Verdict, computed_case, verify
 
 # Settings that make OpenBLAS something else than what people have; NumPy's and SciPy's builds both heed them.
 UNSET_PREFIX = "OPENBLAS_"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """``seconds`` from the data to the end of the first epoch; ``chosen``: the backend and plan of this engine."""
+
+    seconds: float
+    chosen: str
 
 
 class WorkerError(RuntimeError):
@@ -33,21 +43,28 @@ class _Served:
     def __init__(self, peer: str) -> None:
         self.peer = peer
 
-    def load(self, case: Case) -> None:
-        """Make a case's data and the peer's trainer."""
-        self.case, self.data = case, make_data(case)
-        self.trainer = prepare(self.peer, case, self.data)
+    def load(self, case: Case) -> Loaded:
+        """Make a case's data and the contender's trainer, and train an epoch, in which most libraries compile."""
+        self.case, self.data = computed_case(self.peer, case), make_data(case)
+        import_module(self.peer)
+        began = time.perf_counter()
+        self.trainer = prepare(self.peer, self.case, self.data)
+        self.trainer.train(1)
+        return Loaded(time.perf_counter() - began, getattr(self.trainer, "chosen", ""))
 
-    def check(self) -> tuple[float, float]:
-        """The loss before and after one epoch in the order that all peers are given."""
-        before = mean_loss(self.data, self.trainer.parameters())
-        self.trainer.train_in_order(self.data.order)
-        after = mean_loss(self.data, self.trainer.parameters())
-        self.trainer.reset()
-        return before, after
+    def verify(self, expected: Expected, masked: Array | None) -> Verdict:
+        """See ``verification``."""
+        return verify(self.peer, self.case, self.data, expected, masked, self.trainer)
+
+    def epochs_in(self, seconds: float) -> int:
+        """How many epochs fill a turn of about so many seconds."""
+        began = time.perf_counter()
+        self.trainer.train(1)
+        return max(1, round(seconds / (time.perf_counter() - began)))
 
     def turn(self, epochs: int) -> float:
-        """Seconds a step, over ``epochs`` epochs from the initial parameters; one epoch before them is not timed."""
+        """Seconds a model's step, over ``epochs`` epochs from the initial parameters; one before them is not timed."""
+        self.trainer.reset()
         self.trainer.train(1)
         self.trainer.reset()
         gc.collect()
@@ -55,31 +72,23 @@ class _Served:
         self.trainer.train(epochs)
         seconds = time.perf_counter() - began
         self.trainer.reset()
-        return seconds / (epochs * self.case.steps)
+        return seconds / (epochs * self.case.steps * (self.case.models or 1))
 
     def environment(self) -> dict[str, Any]:
-        """The peer's version, and the thread pools (BLAS, OpenMP) in its process."""
+        """The contender's version, and the thread pools (BLAS, OpenMP) in its process."""
         from threadpoolctl import threadpool_info
 
         pools = [
             {key: pool.get(key) for key in ("user_api", "internal_api", "version", "architecture", "num_threads")}
             for pool in threadpool_info()
         ]
-        return {"version": _version(PEERS[self.peer].package), "pools": pools}
+        return {"version": version_of(PEERS[self.peer].package), "pools": pools}
 
     def breakdown(self, case: Case, steps: int) -> Any:
         """See ``bench.breakdown``."""
         from bench.breakdown import measure_calls
 
         return measure_calls(case, make_data(case), steps)
-
-
-def _version(package: str) -> str:
-    if package == "fusemlp":
-        import fusemlp
-
-        return fusemlp.__version__
-    return importlib.metadata.version({"sklearn": "scikit-learn"}.get(package, package))
 
 
 def _serve(connection: Connection, peer: str) -> None:
@@ -118,15 +127,20 @@ class Worker:
             self._process.terminate()
             self._process.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its process is running."""
+        return self._process.is_alive()
+
     def ask(self, method: str, *arguments: Any) -> Any:
         """The result of a method of the worker. Raises WorkerError with what was raised there."""
-        self._connection.send((method, arguments))
         try:
+            self._connection.send((method, arguments))
             good, result = self._connection.recv()
-        except EOFError:
-            raise WorkerError(f"the process of the peer {self.peer} ended while it was asked to {method}") from None
+        except (EOFError, OSError):
+            raise WorkerError(f"the process of {self.peer} ended while it was asked to {method}") from None
         if not good:
-            raise WorkerError(f"the peer {self.peer} failed to {method}:\n{result}")
+            raise WorkerError(f"{self.peer} failed to {method}:\n{result}")
         return result
 
 

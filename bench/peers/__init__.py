@@ -1,24 +1,28 @@
-"""The libraries that are measured, one file a library.
+"""The contenders, one file each: this engine's backends and plans, and the libraries it is measured against.
 
-Each file has ``prepare(case, data) -> Trainer``. To add a peer, write such a file and name it in ``PEERS``.
+Each file has ``prepare(case, data, **options) -> Trainer``. To add one, write such a file and name it in ``PEERS``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any, Protocol
 
-from bench.cases import Array, Case, Data
+from bench.cases import Array, Case, Data, Parameters
+from bench.oracle import Rules, starting
 
 
 class Trainer(Protocol):
     """A network bound to its data, trained in the way that its library's users would write it."""
 
     def reset(self) -> None:
-        """Go back to the initial parameters."""
+        """Go back to the initial parameters, and to an optimizer that has seen nothing."""
 
     def train(self, epochs: int) -> None:
         """Make ``epochs`` passes over the data, each in a new random order; return when they are finished.
@@ -27,39 +31,178 @@ class Trainer(Protocol):
         how it is getting on.
         """
 
-    def train_in_order(self, order: Array) -> None:
-        """One pass over the rows in ``order``, a permutation."""
+    def losses(self, order: Array) -> Array:
+        """One pass over the rows in ``order`` (steps * batch_size,), on the path that ``train`` takes.
 
-    def parameters(self) -> list[tuple[Array, Array]]:
-        """For each layer the weight (outputs, inputs) and the bias (outputs,)."""
+        Returns the mean loss of each batch before its update: (steps,), with many models (steps, models).
+        """
+
+    def parameters(self) -> Parameters:
+        """For each layer the weight (outputs, inputs) and the bias (outputs,); with many models (models, ...)."""
+
+
+TORCH, SCIKIT_LEARN = Rules(), Rules(convention="scikit-learn")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is called in tables, and the package that it needs."""
+    """How a contender is called in tables, what it needs, and what it can train.
+
+    ``package`` is what has to be importable, ``module`` its file (by default the name in ``PEERS``), given ``options``.
+    ``devices`` are those that a machine must have; ``host`` says that it computes on the CPU all the same. ``fleet``
+    says that it trains many models at once, and only those. ``computes_in`` is its precision, where it is not the
+    case's; ``differs`` is said under a table where its mathematics is not the others'.
+    """
 
     label: str
     package: str
+    module: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu", "gpu")
+    host: bool = False
+    fleet: bool = False
+    optimizers: tuple[str, ...] = ("sgd", "adam")
+    dropout: bool = True
+    compiles_long: bool = False
+    rules: Rules = TORCH
+    precisions: tuple[str, ...] = ("fp32", "tf32", "bf16")
+    computes_in: str | None = None
+    differs: str = ""
 
+
+HOST: dict[str, Any] = {"host": True, "dropout": False, "precisions": ("fp32",)}
+EPS = "Adam's eps stands where scikit-learn has it, before the bias correction"
 
 # The first is what the others are compared with.
 PEERS = {
     "engine": Peer("fusemlp", "fusemlp"),
+    **{
+        f"engine_{backend}_{plan}": Peer(
+            f"fusemlp {backend} {plan}",
+            "fusemlp",
+            module="engine",
+            options={"backend": backend, "plan": plan},
+            host=backend == "numpy",
+            devices=("cpu", "gpu") if backend == "numpy" else ("gpu",),
+            precisions=("fp32", "tf32", "bf16") if backend == "triton" else ("fp32",),
+        )
+        for backend, plans in (
+            ("numpy", ("eager", "resident")),
+            ("triton", ("eager", "graph")),
+            ("cupy", ("eager", "graph", "resident")),
+        )
+        for plan in plans
+    },
     "torch_eager": Peer("PyTorch eager", "torch"),
-    "sklearn_mlp": Peer("scikit-learn", "sklearn"),
+    "torch_compile": Peer("PyTorch torch.compile", "torch", compiles_long=True),
+    "torch_graph": Peer("PyTorch whole-step CUDA graph", "torch", devices=("gpu",)),
+    "torch_addmm": Peer(
+        "PyTorch addmm_ by hand", "torch", optimizers=("sgd",), dropout=False, precisions=("fp32", "tf32")
+    ),
+    "sklearn_mlp": Peer("scikit-learn", "sklearn", **HOST, rules=SCIKIT_LEARN, differs=EPS),
     "jax_jit": Peer("JAX jit", "jax"),
     "jax_scan": Peer("JAX lax.scan", "jax"),
+    "tiny_cuda_nn": Peer(
+        "tiny-cuda-nn",
+        "tinycudann",
+        devices=("gpu",),
+        dropout=False,
+        rules=Rules(biases=False),
+        precisions=("fp32",),
+        computes_in="fp16",
+        differs="no biases, half precision",
+    ),
+    "fleet": Peer("fusemlp Fleet", "fusemlp", fleet=True),
+    "jax_vmap": Peer("JAX vmap + lax.scan", "jax", fleet=True),
+    "torch_func": Peer("PyTorch torch.func", "torch", fleet=True, dropout=False),
+    "sklearn_loop": Peer("scikit-learn one by one", "sklearn", **HOST, fleet=True, rules=SCIKIT_LEARN, differs=EPS),
 }
-REFERENCE = "engine"
+REFERENCE, FLEET_REFERENCE = "engine", "fleet"
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+BENCH_EXTRA = "pip install 'fusemlp[bench]'"
+HOW_TO_GET = {"tinycudann": "built from source with nvcc: github.com/NVlabs/tiny-cuda-nn"}
 
 
-def missing_packages(names: Iterable[str]) -> list[str]:
-    """The packages of these peers, and of the report, that are not installed."""
-    packages = ["threadpoolctl", *(PEERS[name].package for name in names)]
-    return [package for package in dict.fromkeys(packages) if importlib.util.find_spec(package) is None]
+def reference_of(case: Case) -> str:
+    """The contender that the others of a case are compared with."""
+    return REFERENCE if case.models is None else FLEET_REFERENCE
+
+
+def is_own(name: str) -> bool:
+    """Whether a contender is this engine."""
+    return PEERS[name].package == "fusemlp"
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, None if it is not there."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    if package == "fusemlp":
+        import fusemlp
+
+        return fusemlp.__version__
+    return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
+
+
+def absent(name: str, device: str) -> str | None:
+    """Why a contender cannot be measured on this machine, or None."""
+    peer = PEERS[name]
+    version = version_of(peer.package)
+    if version is None:
+        named = DISTRIBUTIONS.get(peer.package, peer.package)
+        return f"{named} is not installed ({HOW_TO_GET.get(peer.package, BENCH_EXTRA)})"
+    if device not in peer.devices:
+        return "runs on a GPU only, and no card was found"
+    if peer.package == "torch" and device == "gpu" and version.endswith("+cpu"):
+        return f"torch {version} is the build without GPU support"
+    if peer.options:
+        return _plan_missing(peer.options["backend"], peer.options["plan"], device)
+    return None
+
+
+@functools.cache
+def _plan_missing(backend: str, plan: str, device: str) -> str | None:
+    """Why a plan of this engine is not measured: it does not work here, or is what ``engine`` chooses anyway."""
+    from fusemlp import MLP, ArgumentError, BackendUnavailableError, Engine
+    from fusemlp_kernels.registry import interprets_triton
+
+    if backend == "triton" and interprets_triton():
+        return "TRITON_INTERPRET is set: the interpreter's times mean nothing"
+    net = MLP([4, 3, 2])
+    try:
+        Engine(net, backend=backend, plan=plan)
+    except (ArgumentError, BackendUnavailableError) as error:
+        return str(error)
+    chosen = Engine(net, backend="auto" if device == "gpu" else "numpy")
+    return "is what fusemlp chooses by itself here" if (chosen.backend, chosen.plan) == (backend, plan) else None
+
+
+def unsuited(name: str, case: Case) -> str | None:
+    """Why a contender does not do what a case asks for, or None."""
+    peer = PEERS[name]
+    if peer.fleet != (case.models is not None):
+        return "trains many models at once" if peer.fleet else "trains one model at a time"
+    if case.optimizer not in peer.optimizers:
+        return f"has no {case.optimizer} step"
+    if case.dropout and not peer.dropout:
+        return "has no dropout"
+    if peer.host and case.gpu_only:
+        return "runs on the CPU"
+    if case.precision not in peer.precisions:
+        return f"has no {case.precision}"
+    if name == "tiny_cuda_nn" and len(set(case.sizes[1:-1])) != 1:
+        return "takes hidden layers of one width only"
+    return None
 
 
 def prepare(name: str, case: Case, data: Data) -> Trainer:
-    """The trainer of the peer ``name``."""
-    trainer: Trainer = importlib.import_module(f"bench.peers.{name}").prepare(case, data)
+    """The trainer of the contender ``name``."""
+    peer = PEERS[name]
+    data = replace(data, parameters=starting(data.parameters, peer.rules))
+    trainer: Trainer = import_module(name).prepare(case, data, **peer.options)
     return trainer
+
+
+def import_module(name: str) -> ModuleType:
+    """The contender's file, and with it its library."""
+    return importlib.import_module(f"bench.peers.{PEERS[name].module or name}")

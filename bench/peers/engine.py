@@ -1,42 +1,83 @@
-"""fusemlp: ``Engine.fit``."""
+"""fusemlp: ``Engine.fit``, with the plan it chooses by itself or with another."""
 
 from __future__ import annotations
 
-from bench.cases import Array, Case, Data
-from fusemlp import MLP, SGD, Engine
+from typing import Any
+
+import numpy as np
+
+from bench.cases import Array, Case, Data, Parameters
+from fusemlp import MLP, SGD, Adam, Engine
+from fusemlp.optimizers import Optimizer
+from fusemlp_kernels.contract import LAST_LOSS
+
+
+class _Recorder:
+    """A callback that reads the loss of each batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        self.losses.append(float(engine.memory.stats[LAST_LOSS]))
+
+
+def optimizer_of(case: Case) -> Optimizer:
+    """The case's optimizer, with torch's defaults."""
+    return Adam(case.learning_rate) if case.optimizer == "adam" else SGD(case.learning_rate)
+
+
+def state_of(parameters: Parameters) -> dict[str, Array]:
+    """Parameters under the names of ``Engine.state_dict``."""
+    return {
+        f"{2 * layer}.{kind}": array
+        for layer, pair in enumerate(parameters)
+        for kind, array in zip(("weight", "bias"), pair, strict=True)
+    }
 
 
 class EngineTrainer:
     """See ``peers.Trainer``. What ``fit`` checks and sets up before the first epoch is part of the time."""
 
-    def __init__(self, case: Case, data: Data) -> None:
+    def __init__(self, case: Case, data: Data, backend: str, plan: str) -> None:
         self.data = data
         self.engine = Engine(
-            MLP(case.sizes), loss="cross_entropy", optimizer=SGD(case.learning_rate), batch_size=case.batch_size
+            MLP(case.sizes, activation=case.activation, dropout=case.dropout),
+            loss="cross_entropy",
+            optimizer=optimizer_of(case),
+            batch_size=case.batch_size,
+            backend=backend,
+            precision=case.precision,
+            plan=plan,
         )
-        self.initial = {
-            f"{2 * layer}.{kind}": array
-            for layer, pair in enumerate(data.parameters)
-            for kind, array in zip(("weight", "bias"), pair, strict=True)
-        }
-        self.reset()
+        self.engine.load_state_dict(state_of(data.parameters))
+        self.initial = self.engine.snapshot()
+
+    @property
+    def chosen(self) -> str:
+        """The backend and plan."""
+        return f"{self.engine.backend} {self.engine.plan}"
 
     def reset(self) -> None:
-        self.engine.load_state_dict(self.initial)
+        self.engine.restore(self.initial)
 
     def train(self, epochs: int) -> None:
         self.engine.fit(self.data.X, self.data.y, epochs=epochs)
 
-    def train_in_order(self, order: Array) -> None:
-        self.engine.fit(self.data.X, self.data.y, epochs=1, row_order=lambda epoch: order)
+    def losses(self, order: Array) -> Array:
+        recorder = _Recorder()
+        self.engine.fit(self.data.X[order], self.data.y[order], epochs=1, shuffle=False, callbacks=[recorder])
+        return np.array(recorder.losses)
 
-    def parameters(self) -> list[tuple[Array, Array]]:
-        state = self.engine.state_dict()
+    def parameters(self) -> Parameters:
+        state: dict[str, Any] = self.engine.state_dict()
         return [
             (state[f"{2 * layer}.weight"], state[f"{2 * layer}.bias"]) for layer in range(len(self.data.parameters))
         ]
 
 
-def prepare(case: Case, data: Data) -> EngineTrainer:
+def prepare(case: Case, data: Data, backend: str = "auto", plan: str = "auto") -> EngineTrainer:
     """See ``peers.prepare``."""
-    return EngineTrainer(case, data)
+    if backend == "auto" and case.device == "cpu":
+        backend = "numpy"
+    return EngineTrainer(case, data, backend, plan)

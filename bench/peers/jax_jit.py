@@ -1,90 +1,129 @@
 """JAX, a compiled training step that is called from Python.
 
-The parameters and the number of the step are donated and stay on the device; the step picks its batch by index from
-the epoch's row order, so that a call converts nothing. Weights are (outputs, inputs): with few outputs XLA is nearly
-twice as quick with them as with (inputs, outputs), and elsewhere no slower.
+The parameters, the optimizer's moments and the number of the step are donated and stay on the device; the step picks
+its batch by index from the epoch's row order, so that a call converts nothing. Weights are (outputs, inputs): with few
+outputs XLA is nearly twice as quick with them as with (inputs, outputs), and elsewhere no slower.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cases import Array, Case, Data
+from bench.cases import Array, Case, Data, Parameters
 
-Parameters = list[tuple[jax.Array, jax.Array]]
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+PRODUCTS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
 
-def batch_loss(parameters: Parameters, x: jax.Array, y: jax.Array) -> jax.Array:
+class State(NamedTuple):
+    """What a step changes; ``moments`` are Adam's, () with SGD, ``t`` the updates so far, ``key`` that of dropout."""
+
+    parameters: Any
+    moments: Any
+    t: jax.Array
+    key: jax.Array
+
+
+def configure(case: Case) -> None:
+    """The case's device and precision, for the process."""
+    if case.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_default_matmul_precision", PRODUCTS[case.precision])
+
+
+def start(case: Case, parameters: Any, key: jax.Array) -> State:
+    """The state before the first step. Copies: a state is donated, and jnp.asarray may share memory with NumPy."""
+    own = jax.tree.map(lambda array: jnp.array(array, copy=True), parameters)
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return State(own, (zeros(own), zeros(own)) if case.optimizer == "adam" else (), jnp.float32(0), key)
+
+
+def batch_loss(case: Case, parameters: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
     """The mean cross-entropy of a batch: x (M, K), y (M,)."""
     *hidden, (weight, bias) = parameters
-    for w, b in hidden:
-        x = jax.nn.relu(x @ w.T + b)
+    activation = jnp.tanh if case.activation == "tanh" else jax.nn.relu
+    for layer, (w, b) in enumerate(hidden):
+        x = activation(x @ w.T + b)
+        if case.dropout:
+            kept = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - case.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - case.dropout), 0)
     log_probabilities = jax.nn.log_softmax(x @ weight.T + bias)
     return -jnp.take_along_axis(log_probabilities, y[:, None], axis=1).mean()
 
 
-def sgd_step(
-    parameters: Parameters, X: jax.Array, y: jax.Array, rows: jax.Array, learning_rate: float
-) -> tuple[Parameters, jax.Array]:
-    """The parameters after an update from the rows (M,) of X (n, K) and y (n,), and the loss before it."""
-    loss, gradients = jax.value_and_grad(batch_loss)(parameters, X[rows], y[rows])
-    return jax.tree.map(lambda p, g: p - learning_rate * g, parameters, gradients), loss
+def train_step(case: Case, state: State, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array]:
+    """The state after an update from a batch, and the loss before it."""
+    rate, t = case.learning_rate, state.t + 1
+    key = jax.random.fold_in(state.key, state.t.astype(jnp.int32)) if case.dropout else state.key
+    loss, gradients = jax.value_and_grad(partial(batch_loss, case))(state.parameters, x, y, key)
+    if case.optimizer == "sgd":
+        return State(jax.tree.map(lambda p, g: p - rate * g, state.parameters, gradients), (), t, state.key), loss
+    m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, state.moments[0], gradients)
+    v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g * g, state.moments[1], gradients)
+    # 1 - beta**t, without what subtracting from 1 would lose of it in single precision
+    first, second = (-jnp.expm1(t * math.log(beta)) for beta in (BETA1, BETA2))
+
+    def update(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+        return p - rate * (m / first) / (jnp.sqrt(v / second) + EPS)
+
+    return State(jax.tree.map(update, state.parameters, m, v), (m, v), t, state.key), loss
 
 
 class JaxTrainer:
     """See ``peers.Trainer``."""
 
     def __init__(self, case: Case, data: Data) -> None:
-        self.data = data
-        self.case = case
+        configure(case)
+        self.data, self.case = data, case
         self.X, self.y = jnp.asarray(data.X), jnp.asarray(data.y, dtype=jnp.int32)
         self.generator = np.random.default_rng(0)
-        self.loss = float("nan")
         self.reset()
-        self.run_epoch = self.compile_epoch()
+        self.step = self.compile_step()
 
-    def compile_epoch(self) -> Any:
-        """A function (parameters, row order) -> (parameters, mean loss)."""
-        size, rate = self.case.batch_size, self.case.learning_rate
-        X, y = self.X, self.y
+    def compile_step(self) -> Any:
+        """A function (state, index, total of the losses, X, y, row order) -> the first three."""
+        case = self.case
 
-        @partial(jax.jit, donate_argnums=0)
-        def step(state: Any, X: jax.Array, y: jax.Array, order: jax.Array) -> Any:
-            parameters, index, total = state
-            rows = jax.lax.dynamic_slice(order, (index * size,), (size,))
-            parameters, loss = sgd_step(parameters, X, y, rows, rate)
-            return parameters, index + 1, total + loss
+        @partial(jax.jit, donate_argnums=(0, 1, 2))
+        def step(state: State, index: jax.Array, total: jax.Array, X: jax.Array, y: jax.Array, order: jax.Array) -> Any:
+            rows = jax.lax.dynamic_slice(order, (index * case.batch_size,), (case.batch_size,))
+            state, loss = train_step(case, state, X[rows], y[rows])
+            return state, index + 1, total + loss
 
-        def epoch(parameters: Parameters, order: jax.Array) -> tuple[Parameters, jax.Array]:
-            state = (parameters, jnp.int32(0), jnp.float32(0))
-            for _ in range(self.case.steps):
-                state = step(state, X, y, order)
-            return state[0], state[2] / self.case.steps
-
-        return epoch
+        return step
 
     def reset(self) -> None:
-        # copies: the parameters are donated, and jnp.asarray may share memory with NumPy
-        self.current = [
-            (jnp.array(weight, copy=True), jnp.array(bias, copy=True)) for weight, bias in self.data.parameters
-        ]
+        self.state = start(self.case, self.data.parameters, jax.random.key(0))
 
     def train(self, epochs: int) -> None:
         for _ in range(epochs):
-            self.train_in_order(self.generator.permutation(self.case.rows))
+            order = jnp.asarray(self.generator.permutation(self.case.rows), dtype=jnp.int32)
+            state, index, total = self.state, jnp.int32(0), jnp.float32(0)
+            for _ in range(self.case.steps):
+                state, index, total = self.step(state, index, total, self.X, self.y, order)
+            self.state = jax.block_until_ready(state)
+            float(total / self.case.steps)
 
-    def train_in_order(self, order: Array) -> None:
-        self.current, loss = self.run_epoch(self.current, jnp.asarray(order, dtype=jnp.int32))
-        jax.block_until_ready(self.current)
-        self.loss = float(loss)
+    def losses(self, order: Array) -> Array:
+        # padded to the length of an epoch, for which the step is compiled
+        losses = []
+        for rows in order.reshape(-1, self.case.batch_size):
+            padded = np.zeros(self.case.rows, np.int32)
+            padded[: len(rows)] = rows
+            self.state, _, loss = self.step(
+                self.state, jnp.int32(0), jnp.float32(0), self.X, self.y, jnp.asarray(padded)
+            )
+            losses.append(float(loss))
+        return np.array(losses)
 
-    def parameters(self) -> list[tuple[Array, Array]]:
-        return [(np.asarray(weight), np.asarray(bias)) for weight, bias in self.current]
+    def parameters(self) -> Parameters:
+        return [(np.asarray(weight), np.asarray(bias)) for weight, bias in self.state.parameters]
 
 
 def prepare(case: Case, data: Data) -> JaxTrainer:

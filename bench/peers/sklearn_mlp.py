@@ -8,18 +8,18 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from bench.cases import Array, Case, Data
+from bench.cases import Array, Case, Data, Parameters
 
 
 class SklearnTrainer:
     """See ``peers.Trainer``. What ``fit`` checks and sets up before the first epoch is part of the time."""
 
     def __init__(self, case: Case, data: Data) -> None:
-        self.data = data
+        self.case, self.data = case, data
         self.model = MLPClassifier(
             case.sizes[1:-1],
-            activation="relu",
-            solver="sgd",
+            activation=case.activation,
+            solver=case.optimizer,
             alpha=0.0,
             batch_size=case.batch_size,
             learning_rate="constant",
@@ -33,28 +33,42 @@ class SklearnTrainer:
             early_stopping=False,
             warm_start=True,
         )
-        self.model.partial_fit(data.X, data.y, classes=np.arange(case.sizes[-1]))
+        size = case.batch_size
+        self.model.partial_fit(data.X[:size], data.y[:size], classes=np.arange(case.sizes[-1]))
         self.reset()
 
     def reset(self) -> None:
         # scikit-learn's weights are (inputs, outputs), row-major
         self.model.coefs_ = [np.ascontiguousarray(weight.T) for weight, _ in self.data.parameters]
         self.model.intercepts_ = [bias.copy() for _, bias in self.data.parameters]
+        # fit makes a new optimizer, partial_fit only where there is none
+        vars(self.model).pop("_optimizer", None)
 
     def train(self, epochs: int) -> None:
         self._fit(self.data.X, self.data.y, epochs, shuffle=True)
 
-    def train_in_order(self, order: Array) -> None:
-        self._fit(self.data.X[order], self.data.y[order], 1, shuffle=False)
+    def losses(self, order: Array) -> Array:
+        # fit says only an epoch's loss; the same steps one by one say each, and the parameters are left to fit
+        X, y = self.data.X[order], self.data.y[order]
+        # with warm_start each batch would have to hold every class
+        self.model.set_params(shuffle=False, warm_start=False)
+        losses = []
+        for start in range(0, len(order), self.case.batch_size):
+            batch = slice(start, start + self.case.batch_size)
+            self.model.partial_fit(X[batch], y[batch])
+            losses.append(self.model.loss_)
+        self.reset()
+        self._fit(X, y, 1, shuffle=False)
+        return np.array(losses)
 
     def _fit(self, X: Array, y: Array, epochs: int, *, shuffle: bool) -> None:
-        self.model.set_params(max_iter=epochs, shuffle=shuffle)
+        self.model.set_params(max_iter=epochs, shuffle=shuffle, warm_start=True)
         with warnings.catch_warnings():
             # reaching max_iter is what is wanted here
             warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum", category=ConvergenceWarning)
             self.model.fit(X, y)
 
-    def parameters(self) -> list[tuple[Array, Array]]:
+    def parameters(self) -> Parameters:
         return [(weight.T, bias) for weight, bias in zip(self.model.coefs_, self.model.intercepts_, strict=True)]
 
 

@@ -1,0 +1,103 @@
+"""The options of ``python -m bench``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from bench.cases import CASES, QUICK
+from bench.peers import PEERS
+from fusemlp_kernels.errors import unknown_name
+
+# Each is a module with a ``main``.
+COMMANDS = {
+    "compare": "what became slower from one file of figures to another",
+    "readme": "write the tables of README.md from committed results, or check them",
+    "tune": "measure the tiles of the Triton kernels on a card",
+}
+EXAMPLES = f"""\
+examples:
+  python -m bench --quick                       five networks, three rounds: under two minutes
+  python -m bench                               everything; about 25 minutes on two cores that do nothing else
+  python -m bench --case {QUICK[1]} --peer engine --peer jax_scan
+  python -m bench --list                        the networks and contenders, and why some are not measured here
+  python -m bench --markdown                    the tables of the newest file, nothing measured
+  python -m bench compare before.jsonl after.jsonl
+
+other commands, each with a --help of its own:
+""" + "\n".join(f"  python -m bench {name:37s} {text}" for name, text in COMMANDS.items())
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Time a training step of fusemlp and of other libraries, side by side, after making sure that they "
+        "compute the same. The tables go to stdout, progress to stderr, the figures with machine and versions to a "
+        "file of JSON lines, pictures beside it. What is not installed is listed with how to get it: "
+        "pip install 'fusemlp[bench]' brings most.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--case",
+        "--cases",
+        dest="cases",
+        action="extend",
+        type=names("case", CASES),
+        metavar="NAME",
+        help="which networks, by name, several between commas or with --case again (default: all; see --list)",
+    )
+    made.add_argument(
+        "--peer",
+        "--peers",
+        dest="peers",
+        action="extend",
+        type=names("peer", PEERS),
+        metavar="NAME",
+        help="which contenders, in the same way (default: all); factors need engine, and fleet for many models",
+    )
+    made.add_argument("--quick", action="store_true", help="few networks, rounds and contenders, short turns")
+    made.add_argument("--repeats", type=count, metavar="N", help="rounds of a case (default: 11, with --quick 3)")
+    made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="(default: the card, if any)")
+    made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
+    made.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
+    made.add_argument("--no-plots", dest="plots", action="store_false", help="draw no pictures")
+    other = made.add_mutually_exclusive_group()
+    other.add_argument("--list", action="store_true", help="measure nothing: say what there is to measure")
+    other.add_argument(
+        "--markdown",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="measure nothing: print the tables of FILE (default: the newest in bench/results)",
+    )
+    other.add_argument(
+        "--breakdown", action="store_true", help="time every call of fusemlp's step by itself; no peers, no file"
+    )
+    return made
+
+
+def names(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Names between commas, for ``argparse``; an unknown one is answered with the nearest."""
+    valid = list(known)
+
+    def chosen(text: str) -> list[str]:
+        given = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        for name in given:
+            if name not in valid:
+                raise argparse.ArgumentTypeError(str(unknown_name(what, name, valid)))
+        if not given:
+            raise argparse.ArgumentTypeError(f"{what}: expected a name, got {text!r}")
+        return given
+
+    return chosen
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for ``argparse``."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

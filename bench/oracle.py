@@ -1,0 +1,162 @@
+"""The losses that a contender must come to: the textbook's training in float64, and how far rounding may lead from it.
+
+The tolerance is derived from the oracle itself. A matrix product in floating point is the exact product of operands
+that are changed by at most gamma, relatively: one rounding of the operand, if they are rounded for it (tf32, bf16),
+and for a sum of n products sqrt(n) * u by the probabilistic analysis of Higham and Mary (SIAM J. Sci. Comput. 41,
+2019), u being the unit roundoff of the sum. So the oracle is run again with the features and parameters of each step
+changed at random by up to gamma, n being the longest sum of the step, and each new parameter by up to u. How far these
+runs end from the exact one is, to first order, a sum of independent errors: a contender may be ``DEVIATIONS`` times
+their root mean square away, and gamma of the loss itself for what its last sum rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.cases import Array, Case, Data, Parameters, checked_rows, model_of
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import LossSpec, ScheduleSpec, UpdateRule
+
+STEPS = 20
+RUNS = 4
+# With four runs the root mean square itself is known to a third or so; six of it are left by chance once in a million.
+DEVIATIONS = 8.0
+UNIT = 2.0**-24
+# The unit roundoff of what a matrix product reads.
+OPERANDS = {"fp32": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
+# Of a fleet, so many models are run with errors; the widest of their tolerances is that of all.
+DISTURBED_MODELS = 8
+# How often the oracle draws masks, where dropout makes the losses random.
+MASKED_RUNS = 12
+SPEC = LossSpec("cross_entropy")
+Change = Callable[[Array, float], Array]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a contender's mathematics differs in from torch's, by its library's own definition.
+
+    ``convention``: where Adam's eps stands, see ``reference.update``. ``biases``: whether it has any.
+    """
+
+    convention: str = "torch"
+    biases: bool = True
+
+
+@dataclass(frozen=True)
+class Expected:
+    """``losses`` (STEPS + 1,), with many models (STEPS + 1, models): before each step, and after the last one.
+
+    ``tolerance`` (STEPS + 1,): how far from each of them a contender's may be.
+    """
+
+    losses: Array
+    tolerance: Array
+
+
+def gamma(case: Case) -> float:
+    """How much rounding changes a product's operands, relatively."""
+    return OPERANDS[case.precision] + float(np.sqrt(max(*case.sizes, case.batch_size))) * UNIT
+
+
+def starting(parameters: Parameters, rules: Rules) -> Parameters:
+    """The initial parameters of a contender."""
+    return parameters if rules.biases else [(weight, np.zeros_like(bias)) for weight, bias in parameters]
+
+
+def train(
+    case: Case,
+    data: Data,
+    parameters: Parameters,
+    rules: Rules,
+    *,
+    change: Change | None = None,
+    masks: np.random.Generator | None = None,
+) -> Array:
+    """The oracle's losses (STEPS + 1,) for one model; ``change`` disturbs arrays, ``masks`` draws dropout's."""
+    hidden = len(parameters) - 1
+    disturb = change or (lambda array, size: array)
+    rate = case.dropout if masks is not None else 0.0
+    layers = [
+        reference.Layer(
+            weight.astype(np.float64),
+            bias.astype(np.float64),
+            case.activation if index < hidden else "identity",
+            rate=rate if index < hidden else 0.0,
+        )
+        for index, (weight, bias) in enumerate(parameters)
+    ]
+    rule = UpdateRule(case.optimizer, ScheduleSpec("constant", case.learning_rate), convention=rules.convention)
+    state = reference.initial_state(rule, layers)
+    batches = checked_rows(case, STEPS).reshape(STEPS, case.batch_size)
+    losses = np.empty(STEPS + 1)
+    size = gamma(case)
+    for t, rows in enumerate(batches):
+        at = [reference.Layer(disturb(a.w, size), disturb(a.b, size), a.activation, a.slope, a.rate) for a in layers]
+        keeps = None
+        if masks is not None:
+            shapes = [(case.batch_size, width) for width in case.sizes[1:-1]]
+            keeps = [*(masks.random(shape) >= rate for shape in shapes), None]
+        batch = reference.Batch(disturb(data.X[rows].astype(np.float64), size), data.y[rows], keeps=keeps)
+        losses[t], grads = reference.gradients(at, SPEC, batch)
+        for index, (layer, layer_grads) in enumerate(zip(layers, grads, strict=True)):
+            new: list[Any] = []
+            for place, (p, g) in enumerate(zip((layer.w, layer.b), layer_grads, strict=True)):
+                if place == 1 and not rules.biases:
+                    new.append(p)
+                    continue
+                p, state[index][place] = reference.update(
+                    rule, reference.TensorRule(), p, g, state[index][place], t, case.learning_rate
+                )
+                new.append(disturb(p, UNIT))
+            layers[index] = reference.Layer(*new, layer.activation, layer.slope, layer.rate)
+    losses[STEPS] = loss_of(case, data, [(a.w, a.b) for a in layers], batches[0])
+    return losses
+
+
+def loss_of(case: Case, data: Data, parameters: Parameters, rows: Array) -> float:
+    """The mean cross-entropy of some rows, in float64, without dropout."""
+    h = data.X[rows].astype(np.float64)
+    for index, (weight, bias) in enumerate(parameters):
+        h = reference.linear(
+            h,
+            weight.astype(np.float64),
+            bias.astype(np.float64),
+            case.activation if index < len(parameters) - 1 else "identity",
+        )
+    return float(reference.loss_of_output(SPEC, h, data.y[rows], None, None)[0])
+
+
+def expected(case: Case, data: Data, rules: Rules) -> Expected:
+    """The oracle's losses of a case, and the tolerance of each; dropout is off."""
+    parameters = starting(data.parameters, rules)
+    single = [parameters] if case.models is None else [model_of(parameters, i) for i in range(case.models)]
+    exact = np.stack([train(case, data, one, rules) for one in single], axis=1)
+    picked = np.unique(np.linspace(0, len(single) - 1, min(len(single), DISTURBED_MODELS)).astype(int))
+    squares = np.zeros((STEPS + 1, len(picked)))
+    for column, index in enumerate(picked):
+        for run in range(RUNS):
+            generator = np.random.default_rng([run, int(index)])
+
+            def change(array: Array, size: float, draw: np.random.Generator = generator) -> Array:
+                return array * (1.0 + size * draw.uniform(-1.0, 1.0, array.shape))
+
+            off = train(case, data, single[index], rules, change=change) - exact[:, index]
+            squares[:, column] += np.maximum.accumulate(np.abs(off)) ** 2 / RUNS
+    largest = np.sqrt(squares.max(axis=1))
+    tolerance = DEVIATIONS * largest + gamma(case) * np.abs(exact).max(axis=1)
+    return Expected(exact[:, 0] if case.models is None else exact, tolerance)
+
+
+def masked_losses(case: Case, data: Data, rules: Rules) -> Array:
+    """(MASKED_RUNS,) the mean loss over the STEPS steps with dropout, each run with masks of its own."""
+    parameters = starting(data.parameters, rules)
+    runs = [
+        train(case, data, parameters, rules, masks=np.random.default_rng([7, run]))[:STEPS].mean()
+        for run in range(MASKED_RUNS)
+    ]
+    return np.array(runs)

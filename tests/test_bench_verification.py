@@ -1,0 +1,191 @@
+"""Every contender that is installed trains as the oracle does, and one that trains otherwise is refused."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import cases, measure, oracle, peers, verification, worker
+
+# One small case of each kind in ``cases.QUICK``, and one with dropout.
+SMALL = {
+    "sgd": cases.Case((12, 8, 6, 4), 8, steps=6),
+    "adam": cases.Case((12, 8, 4), 16, steps=20, optimizer="adam", activation="tanh", learning_rate=1e-3),
+    "dropout": cases.Case((12, 16, 16, 4), 64, steps=6, optimizer="adam", dropout=0.2, learning_rate=1e-3),
+    "fleet": cases.Case((12, 8, 4), 8, steps=6, optimizer="adam", models=3),
+}
+
+
+def installed(device: str) -> list[tuple[str, str]]:
+    """Each contender of ``--quick`` that is there, with each of the cases that it suits."""
+    return [
+        (name, kind)
+        for name, peer in peers.PEERS.items()
+        for kind, case in SMALL.items()
+        if not peer.compiles_long and peers.unsuited(name, case) is None and peers.absent(name, device) is None
+    ]
+
+
+@functools.cache
+def judged_by(kind: str, name: str) -> tuple[cases.Data, oracle.Expected, cases.Array | None]:
+    judge = oracles(kind)
+    return judge.data, judge.expected(name), judge.masked(name)
+
+
+@functools.cache
+def oracles(kind: str) -> measure.Oracle:
+    return measure.Oracle(SMALL[kind])
+
+
+@pytest.mark.parametrize(("name", "kind"), installed("cpu"))
+def test_a_contender_agrees_with_the_oracle_and_with_another_learning_rate_does_not(name: str, kind: str) -> None:
+    case = SMALL[kind]
+    data, expected, masked = judged_by(kind, name)
+    verdict = verification.verify(name, case, data, expected, masked)
+    assert verdict.agrees, verdict.reason
+    assert 0 < verdict.worst <= 1
+    wrong = replace(case, learning_rate=1.02 * case.learning_rate)
+    found = verification.verify(name, wrong, data, expected, masked)
+    assert not found.agrees
+    # the first loss is that of the initial parameters, which no learning rate has touched
+    assert found.step == 2
+    assert found.reason is not None and "step 2: a loss" in found.reason
+
+
+@pytest.mark.gpu
+def test_on_a_card_too_a_contender_agrees_with_the_oracle() -> None:
+    names = installed("gpu")
+    assert {"engine", "torch_eager"} <= {name for name, _ in names}
+    for name, kind in names:
+        data, expected, masked = judged_by(kind, name)
+        verdict = verification.verify(name, replace(SMALL[kind], device="gpu"), data, expected, masked)
+        assert verdict.agrees, f"{name}, {kind}: {verdict.reason}"
+
+
+class Altered:
+    """A trainer with something done to it after each step."""
+
+    def __init__(self, trainer: Any, spoil: Callable[[Any], None]) -> None:
+        self.trainer, self.spoil = trainer, spoil
+
+    def losses(self, order: cases.Array) -> cases.Array:
+        batches = order.reshape(oracle.STEPS, -1)
+        found = []
+        for rows in batches:
+            found.append(self.trainer.losses(rows))
+            self.spoil(self.trainer)
+        return np.concatenate(found)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trainer, name)
+
+
+def no_bias(trainer: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        trainer.linears[0].bias.zero_()
+
+
+def one_weight(trainer: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        trainer.linears[1].weight[0, 0] += 1e-3
+
+
+@pytest.mark.parametrize(("spoil", "step"), [(no_bias, 2), (one_weight, 2)])
+def test_a_planted_error_is_caught_at_its_step(spoil: Callable[[Any], None], step: int) -> None:
+    pytest.importorskip("torch")
+    data, expected, _ = judged_by("sgd", "torch_eager")
+    trainer = peers.prepare("torch_eager", SMALL["sgd"], data)
+    assert verification.judge(verification.trajectory(trainer, SMALL["sgd"], data), expected).agrees
+    found = verification.judge(verification.trajectory(Altered(trainer, spoil), SMALL["sgd"], data), expected)
+    assert found.step == step
+    assert found.worst > 10
+
+
+def test_an_engine_that_leaves_biases_alone_is_caught() -> None:
+    from bench.peers.engine import state_of
+    from fusemlp import MLP, SGD, Engine, ParameterOptions
+
+    case = SMALL["sgd"]
+    data, expected, _ = judged_by("sgd", "engine")
+    trainer: Any = peers.prepare("engine", case, data)
+    frozen = SGD(case.learning_rate, per_parameter={"*.bias": ParameterOptions(trainable=False)})
+    trainer.engine = Engine(MLP(case.sizes), optimizer=frozen, batch_size=case.batch_size, backend="numpy")
+    trainer.engine.load_state_dict(state_of(data.parameters))
+    trainer.initial = trainer.engine.snapshot()
+    assert verification.judge(verification.trajectory(trainer, case, data), expected).step == 2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_another_dropout_rate_is_caught(rate: float) -> None:
+    case = SMALL["dropout"]
+    data, _, masked = judged_by("dropout", "engine")
+    assert masked is not None
+    trainer = peers.prepare("engine", replace(case, dropout=rate), data)
+    losses = verification.trajectory(trainer, case, data)
+    assert not verification.judge_dropout(losses, masked).agrees
+
+
+def test_a_fleet_with_one_wrong_model_is_caught() -> None:
+    expected = judged_by("fleet", "fleet")[1]
+    losses = expected.losses.copy()
+    assert verification.judge(losses, expected).agrees
+    losses[7, 2] += 1e-4
+    found = verification.judge(losses, expected)
+    assert found.step == 8
+    assert found.reason is not None and "of model 2" in found.reason
+    losses[3, 0] = np.nan
+    assert verification.judge(losses, expected).step == 4
+    assert not verification.judge(losses[:, :2], expected).agrees
+
+
+def test_single_precision_is_within_the_tolerance_and_half_is_not() -> None:
+    """The oracle's own training, its operands rounded: to 24 bits it agrees, to 11 bits it does not."""
+    case = SMALL["sgd"]
+    data, expected, _ = judged_by("sgd", "engine")
+
+    def rounding(dtype: Any) -> Callable[[cases.Array, float], cases.Array]:
+        return lambda array, size: array.astype(dtype).astype(np.float64)
+
+    single = oracle.train(case, data, data.parameters, oracle.Rules(), change=rounding(np.float32))
+    half = oracle.train(case, data, data.parameters, oracle.Rules(), change=rounding(np.float16))
+    assert verification.judge(single, expected).agrees
+    assert not verification.judge(half, expected).agrees
+    allowed = oracle.expected(replace(case, precision="bf16"), data, oracle.Rules())
+    assert verification.judge(half, allowed).agrees
+
+
+def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place in the results says why; the others are timed."""
+    case = SMALL["sgd"]
+    monkeypatch.setattr(worker.Worker, "ask", spoiled(worker.Worker.ask))
+    with measure.started(["engine", "engine_numpy_eager"], [case]) as workers:
+        results = measure.measure(case, workers, repeats=2, progress=lambda text: None, pause=0.0, turn_seconds=0.001)
+    refused, timed = results if results[0].status == "refused" else results[::-1]
+    assert (refused.status, refused.seconds) == ("refused", ())
+    assert "first at step 1" in refused.reason
+    assert timed.status == "timed" and len(timed.seconds) == 2
+
+
+def spoiled(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """Ask for another case's losses of one contender."""
+
+    def spoiling(self: worker.Worker, method: str, *arguments: Any) -> Any:
+        if method == "verify" and self.peer == "engine":
+            expected = arguments[0]
+            arguments = (replace(expected, losses=expected.losses + 0.01), *arguments[1:])
+        return ask(self, method, *arguments)
+
+    return spoiling
