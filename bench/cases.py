@@ -82,7 +82,7 @@ def _single() -> list[Case]:
     medium, wide = Case((784, 128, 10), 128, steps=100, epochs=10), Case((784, 512, 256, 10), 128, steps=50, epochs=4)
     large = Case((1024,) * 5, 4096, steps=2, learning_rate=0.02)
     huge = Case((4096,) * 5, 8192, steps=2, learning_rate=0.02, gpu_only=True)
-    adam = {"optimizer": "adam", "learning_rate": 1e-3}
+    adam: dict[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3}
     half = [
         replace(case, precision=precision, gpu_only=True)
         for case in (wide, large, huge)

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bench.cases import Array, Case, make_data
-from bench.oracle import Expected, expected, masked_losses
-from bench.peers import PEERS, Rules, reference_of, unsuited
-from bench.verification import Verdict, computed_case
+from bench.cases import Array, Case
+from bench.peers import PEERS, reference_of, unsuited
+from bench.verification import Judge, Verdict
 from bench.worker import Loaded, Worker, WorkerError
 
 # After its last product a thread of OpenBLAS spins for 100 ms before it sleeps; PyTorch's and XLA's for under 5 ms
@@ -26,6 +25,10 @@ from bench.worker import Loaded, Worker, WorkerError
 PAUSE_SECONDS = 0.15
 # How long a turn lasts: the few milliseconds that a ``fit`` takes before its first epoch are about one per cent of it.
 TURN_SECONDS = 0.3
+# Many models are set up one by one, so that their turns are longer, by their number and at most by this.
+MOST_TURNS = 10
+# A case ends after its rounds, or after so many seconds if it has made the fewest rounds by then.
+CASE_SECONDS, FEWEST_ROUNDS = 60.0, 5
 # How far the losses of the two sides of a door may differ after the same updates, relative to the loss.
 AGREEMENT = 1e-3
 TIMED, REFUSED, FAILED, UNSUITED, ABSENT = "timed", "refused", "failed", "unsuited", "absent"
@@ -72,30 +75,6 @@ class Result:
         return spread([mine / its for mine, its in zip(self.seconds, reference.seconds, strict=True)])
 
 
-class Oracle:
-    """What the losses of a case must be, computed once for each set of rules that contenders follow."""
-
-    def __init__(self, case: Case) -> None:
-        self.case, self.data = case, make_data(case)
-        self._expected: dict[tuple[Rules, str], Expected] = {}
-        self._masked: dict[Rules, Array] = {}
-
-    def expected(self, peer: str) -> Expected:
-        """See ``oracle.expected``."""
-        case, rules = replace(computed_case(peer, self.case), dropout=0.0), PEERS[peer].rules
-        key = (rules, case.precision)
-        if key not in self._expected:
-            self._expected[key] = expected(case, self.data, rules)
-        return self._expected[key]
-
-    def masked(self, peer: str) -> Array | None:
-        """See ``oracle.masked_losses``; None without dropout."""
-        rules = PEERS[peer].rules
-        if self.case.dropout and rules not in self._masked:
-            self._masked[rules] = masked_losses(self.case, self.data, rules)
-        return self._masked.get(rules)
-
-
 def measure(
     case: Case,
     workers: Mapping[str, Worker],
@@ -110,19 +89,23 @@ def measure(
     A contender whose losses are not the oracle's is refused, one that raises has failed: neither is timed.
     """
     results: dict[str, Result] = {}
-    oracle: Oracle | None = None
+    judge: Judge | None = None
     for name, worker in workers.items():
         why = unsuited(name, case)
         if why is not None:
             results[name] = Result(case, name, UNSUITED, why)
             continue
         progress(f"{case.name}: {PEERS[name].label} beside the oracle")
-        oracle = oracle or Oracle(case)
-        results[name] = _admitted(case, name, worker, oracle, turn_seconds)
+        judge = judge or Judge(case)
+        results[name] = _admitted(case, name, worker, judge, turn_seconds * min(case.models or 1, MOST_TURNS))
         if results[name].status != TIMED:
             progress(f"{case.name}: {PEERS[name].label} is not timed: {results[name].reason}")
     seconds: dict[str, list[float]] = {name: [] for name, result in results.items() if result.status == TIMED}
+    began = time.monotonic()
     for turn in range(repeats):
+        if turn >= FEWEST_ROUNDS and time.monotonic() - began > CASE_SECONDS:
+            progress(f"{case.name}: {turn} rounds have taken long enough")
+            break
         names = list(seconds)
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
@@ -136,13 +119,13 @@ def measure(
     return [replace(result, seconds=tuple(seconds.get(name, ()))) for name, result in results.items()]
 
 
-def _admitted(case: Case, name: str, worker: Worker, oracle: Oracle, turn_seconds: float) -> Result:
+def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds: float) -> Result:
     """A contender loaded with a case and compared with the oracle."""
     try:
         loaded = worker.ask("load", case)
-        verdict = worker.ask("verify", oracle.expected(name), oracle.masked(name))
+        verdict = judge.verdict(name, *worker.ask("trajectories"))
         if not verdict.agrees:
-            return Result(case, name, REFUSED, verdict.reason, loaded=loaded, verdict=verdict)
+            return Result(case, name, REFUSED, verdict.reason or "", loaded=loaded, verdict=verdict)
         epochs = worker.ask("epochs_in", turn_seconds)
     except WorkerError as error:
         return Result(case, name, FAILED, _last_line(error))

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.hardware import THREAD_VARIABLES, card, commit, load_average, machine, settings
 from bench.measure import ABSENT, FAILED, PAUSE_SECONDS, REFUSED, TIMED, UNSUITED, Result
-from bench.peers import PEERS, reference_of
+from bench.peers import EPS, PEERS, reference_of
 
 __all__ = ["RESULTS", "THREAD_VARIABLES", "Record", "machine", "markdown", "read", "records", "write"]
 
@@ -268,8 +268,12 @@ def _notes(lines: Sequence[Record]) -> list[str]:
     for line in lines:
         if line["status"] in (REFUSED, FAILED):
             notes.append(f"- {line['status']}: {line['label']} on {case_label(line)}: {line['reason']}.")
-    differing = {line["label"]: PEERS[line["peer"]].differs for line in timed(lines) if line["peer"] in PEERS}
-    notes += [f"- {label}: {text}." for label, text in differing.items() if text]
+    differing: dict[str, list[str]] = {}
+    for line in timed(lines):
+        text = PEERS[line["peer"]].differs if line["peer"] in PEERS else ""
+        if text and (text != EPS or line.get("optimizer") == "adam"):
+            differing.setdefault(text, []).append(line["label"])
+    notes += [f"- {' and '.join(dict.fromkeys(labels))}: {text}." for text, labels in differing.items()]
     reasons: dict[str, list[str]] = {}
     for line in lines:
         if line["status"] == ABSENT:

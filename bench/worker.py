@@ -17,9 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.cases import Array, Case, make_data
-from bench.oracle import Expected
 from bench.peers import PEERS, import_module, prepare, version_of
-from bench.verification import Verdict, computed_case, verify
+from bench.verification import computed_case, trajectories
 
 # Settings that make OpenBLAS something else than what people have; NumPy's and SciPy's builds both heed them.
 UNSET_PREFIX = "OPENBLAS_"
@@ -52,9 +51,9 @@ class _Served:
         self.trainer.train(1)
         return Loaded(time.perf_counter() - began, getattr(self.trainer, "chosen", ""))
 
-    def verify(self, expected: Expected, masked: Array | None) -> Verdict:
-        """See ``verification``."""
-        return verify(self.peer, self.case, self.data, expected, masked, self.trainer)
+    def trajectories(self) -> tuple[Array, Array | None]:
+        """See ``verification.trajectories``."""
+        return trajectories(self.peer, self.case, self.data, self.trainer)
 
     def epochs_in(self, seconds: float) -> int:
         """How many epochs fill a turn of about so many seconds."""
@@ -63,10 +62,14 @@ class _Served:
         return max(1, round(seconds / (time.perf_counter() - began)))
 
     def turn(self, epochs: int) -> float:
-        """Seconds a model's step, over ``epochs`` epochs from the initial parameters; one before them is not timed."""
+        """Seconds a model's step, over ``epochs`` epochs from the initial parameters.
+
+        An epoch before them is not timed; it is left out where one fills the turn.
+        """
         self.trainer.reset()
-        self.trainer.train(1)
-        self.trainer.reset()
+        if epochs > 1:
+            self.trainer.train(1)
+            self.trainer.reset()
         gc.collect()
         began = time.perf_counter()
         self.trainer.train(epochs)

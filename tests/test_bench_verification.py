@@ -36,25 +36,22 @@ def installed(device: str) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def judged_by(kind: str, name: str) -> tuple[cases.Data, oracle.Expected, cases.Array | None]:
-    judge = oracles(kind)
-    return judge.data, judge.expected(name), judge.masked(name)
+def judge_of(kind: str) -> verification.Judge:
+    return verification.Judge(SMALL[kind])
 
 
-@functools.cache
-def oracles(kind: str) -> measure.Oracle:
-    return measure.Oracle(SMALL[kind])
+def verify(name: str, kind: str, **changed: Any) -> verification.Verdict:
+    """Let a contender train the case, or one that differs from it, and judge it by the case."""
+    judge = judge_of(kind)
+    return judge.verdict(name, *verification.trajectories(name, replace(SMALL[kind], **changed), judge.data))
 
 
 @pytest.mark.parametrize(("name", "kind"), installed("cpu"))
 def test_a_contender_agrees_with_the_oracle_and_with_another_learning_rate_does_not(name: str, kind: str) -> None:
-    case = SMALL[kind]
-    data, expected, masked = judged_by(kind, name)
-    verdict = verification.verify(name, case, data, expected, masked)
+    verdict = verify(name, kind)
     assert verdict.agrees, verdict.reason
     assert 0 < verdict.worst <= 1
-    wrong = replace(case, learning_rate=1.02 * case.learning_rate)
-    found = verification.verify(name, wrong, data, expected, masked)
+    found = verify(name, kind, learning_rate=1.02 * SMALL[kind].learning_rate, dropout=0.0)
     assert not found.agrees
     # the first loss is that of the initial parameters, which no learning rate has touched
     assert found.step == 2
@@ -66,8 +63,7 @@ def test_on_a_card_too_a_contender_agrees_with_the_oracle() -> None:
     names = installed("gpu")
     assert {"engine", "torch_eager"} <= {name for name, _ in names}
     for name, kind in names:
-        data, expected, masked = judged_by(kind, name)
-        verdict = verification.verify(name, replace(SMALL[kind], device="gpu"), data, expected, masked)
+        verdict = verify(name, kind, device="gpu")
         assert verdict.agrees, f"{name}, {kind}: {verdict.reason}"
 
 
@@ -106,7 +102,7 @@ def one_weight(trainer: Any) -> None:
 @pytest.mark.parametrize(("spoil", "step"), [(no_bias, 2), (one_weight, 2)])
 def test_a_planted_error_is_caught_at_its_step(spoil: Callable[[Any], None], step: int) -> None:
     pytest.importorskip("torch")
-    data, expected, _ = judged_by("sgd", "torch_eager")
+    data, expected = judge_of("sgd").data, judge_of("sgd").expected("torch_eager")
     trainer = peers.prepare("torch_eager", SMALL["sgd"], data)
     assert verification.judge(verification.trajectory(trainer, SMALL["sgd"], data), expected).agrees
     found = verification.judge(verification.trajectory(Altered(trainer, spoil), SMALL["sgd"], data), expected)
@@ -119,7 +115,7 @@ def test_an_engine_that_leaves_biases_alone_is_caught() -> None:
     from fusemlp import MLP, SGD, Engine, ParameterOptions
 
     case = SMALL["sgd"]
-    data, expected, _ = judged_by("sgd", "engine")
+    data, expected = judge_of("sgd").data, judge_of("sgd").expected("engine")
     trainer: Any = peers.prepare("engine", case, data)
     frozen = SGD(case.learning_rate, per_parameter={"*.bias": ParameterOptions(trainable=False)})
     trainer.engine = Engine(MLP(case.sizes), optimizer=frozen, batch_size=case.batch_size, backend="numpy")
@@ -131,15 +127,13 @@ def test_an_engine_that_leaves_biases_alone_is_caught() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_another_dropout_rate_is_caught(rate: float) -> None:
     case = SMALL["dropout"]
-    data, _, masked = judged_by("dropout", "engine")
-    assert masked is not None
-    trainer = peers.prepare("engine", replace(case, dropout=rate), data)
-    losses = verification.trajectory(trainer, case, data)
+    data, masked = judge_of("dropout").data, judge_of("dropout").masked("engine")
+    losses = verification.trajectory(peers.prepare("engine", replace(case, dropout=rate), data), case, data)
     assert not verification.judge_dropout(losses, masked).agrees
 
 
 def test_a_fleet_with_one_wrong_model_is_caught() -> None:
-    expected = judged_by("fleet", "fleet")[1]
+    expected = judge_of("fleet").expected("fleet")
     losses = expected.losses.copy()
     assert verification.judge(losses, expected).agrees
     losses[7, 2] += 1e-4
@@ -151,10 +145,25 @@ def test_a_fleet_with_one_wrong_model_is_caught() -> None:
     assert not verification.judge(losses[:, :2], expected).agrees
 
 
+def test_what_lies_outside_is_looked_at_again_by_its_own_tolerance() -> None:
+    expected = judge_of("fleet").expected("fleet")
+    losses = expected.losses.copy()
+    losses[9, 1] += 1e-4
+    asked: list[int] = []
+
+    def wider(model: int) -> cases.Array:
+        asked.append(model)
+        return np.full(oracle.STEPS + 1, 2e-4)
+
+    assert verification.judge(losses, expected, wider).worst == pytest.approx(0.5, rel=0.01)
+    assert asked == [1]
+    assert not judge_of("fleet").verdict("fleet", losses, None).agrees
+
+
 def test_single_precision_is_within_the_tolerance_and_half_is_not() -> None:
     """The oracle's own training, its operands rounded: to 24 bits it agrees, to 11 bits it does not."""
     case = SMALL["sgd"]
-    data, expected, _ = judged_by("sgd", "engine")
+    data, expected = judge_of("sgd").data, judge_of("sgd").expected("engine")
 
     def rounding(dtype: Any) -> Callable[[cases.Array, float], cases.Array]:
         return lambda array, size: array.astype(dtype).astype(np.float64)
@@ -180,12 +189,12 @@ def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch
 
 
 def spoiled(ask: Callable[..., Any]) -> Callable[..., Any]:
-    """Ask for another case's losses of one contender."""
+    """Let one contender return other losses than it had."""
 
     def spoiling(self: worker.Worker, method: str, *arguments: Any) -> Any:
-        if method == "verify" and self.peer == "engine":
-            expected = arguments[0]
-            arguments = (replace(expected, losses=expected.losses + 0.01), *arguments[1:])
-        return ask(self, method, *arguments)
+        answer = ask(self, method, *arguments)
+        if method == "trajectories" and self.peer == "engine":
+            return answer[0] + 0.01, answer[1]
+        return answer
 
     return spoiling

@@ -20,7 +20,7 @@ class VmapTrainer(JaxTrainer):
         return jax.jit(jax.vmap(epoch_of(self.case), in_axes=(0, None, None, 0)), donate_argnums=0)
 
     def reset(self) -> None:
-        keys = jax.random.split(jax.random.key(0), self.case.models)
+        keys = jax.random.split(jax.random.key(0), self.case.models or 1)
         stacked = start(self.case, self.data.parameters, keys)
         self.state = stacked._replace(t=jnp.zeros(self.case.models, jnp.float32))
 

@@ -277,6 +277,19 @@ def doctor(as_json: AsJson = False) -> None:
     answer(as_json=as_json)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(context: typer.Context) -> None:
+    """Time training steps beside PyTorch, JAX and scikit-learn: [bold]fusemlp bench --quick[/bold], in a checkout.
+
+    All options are those of python -m bench; see fusemlp bench --help.
+    """
+    from fusemlp.commands.bench import bench as run
+
+    raise typer.Exit(run(context.args))
+
+
 def exit_code(error: FusemlpError) -> int:
     """2 for an argument that could not be meant, 1 for everything that fails in the doing."""
     if isinstance(error, (DataError, ShapeError, DTypeError)):

@@ -1,0 +1,188 @@
+"""From two measurements: what became slower; and the README says what the committed results say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import compare, plots, readme, report
+from bench.cases import CASES
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORKS = ("784-10-10@32", "784-128-10@128")
+FLEETS = ("64-32-10@32:adam:x1", "64-32-10@32:adam:x8", "64-32-10@32:adam:x64")
+PEERS = {"engine": 1.0, "engine_numpy_eager": 1.5, "torch_eager": 6.0, "jax_scan": 1.2}
+FLEET_PEERS = {"fleet": 1.0, "jax_vmap": 1.4, "sklearn_loop": 14.0}
+
+
+def lines(seed: int, *, own: float = 1.0, machine: float = 1.0, rounds: int = 11, noise: float = 0.02) -> list[Any]:
+    """What a run would write: fusemlp ``own`` times as slow as it was, the machine ``machine`` times."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for name, times in [*((n, PEERS) for n in NETWORKS), *((n, FLEET_PEERS) for n in FLEETS)]:
+        case = CASES[name]
+        drift = machine * np.exp(noise * generator.standard_normal(rounds))
+        reference: Any = None
+        for peer, factor in times.items():
+            slower = own if peer in ("engine", "fleet") else 1.0
+            every = 20.0 * factor * slower * drift * np.exp(noise * generator.standard_normal(rounds))
+            reference = every if reference is None else reference
+            ratio, spread = np.percentile(every / reference, [20, 50, 80]), np.percentile(every, [20, 50, 80])
+            found.append(
+                {
+                    **{"case": name, "sizes": list(case.sizes), "batch_size": case.batch_size},
+                    **{"optimizer": case.optimizer, "models": case.models, "peer": peer, "label": peer.upper()},
+                    **{"status": "timed", "reason": "", "rounds": rounds, "every_round": list(every)},
+                    "microseconds": dict(zip(("p20", "p50", "p80"), spread, strict=True)),
+                    "ratio": dict(zip(("p20", "p50", "p80"), ratio, strict=True)),
+                    **{"difference_of_tolerance": 0.1, "first_epoch_seconds": 0.1 * factor, "plan": ""},
+                    **{"versions": {"fusemlp": "1", "torch": "2", "jax": "3", "sklearn": "4"}, "variables": {}},
+                    "machine": {"cpu": "some processor", "cores": 2, "memory_gib": 8.0, "system": "Linux x86_64"},
+                    **{"card": None, "date": "2026-01-01T00:00:00+00:00", "commit": "0123456789ab"},
+                    **{"thread_pools": {"engine": []}, "openblas_variables_unset": {}},
+                }
+            )
+    return found
+
+
+def verdicts(before: list[Any], after: list[Any]) -> dict[tuple[str, str], str]:
+    return {(one.case, one.label): one.verdict(0.03) for one in compare.compared(before, after)}
+
+
+def test_a_slower_machine_is_no_slower_engine() -> None:
+    assert set(verdicts(lines(0), lines(1, machine=1.4)).values()) == {"-"}
+
+
+def test_what_became_slower_is_found_and_nothing_else() -> None:
+    found = verdicts(lines(0), lines(1, own=1.1, machine=0.8))
+    assert {key for key, said in found.items() if said == "slower"} == {
+        *((name, "ENGINE") for name in NETWORKS),
+        *((name, "FLEET") for name in FLEETS),
+    }
+    assert found["784-10-10@32", "ENGINE_NUMPY_EAGER"] == "-"
+    assert verdicts(lines(1, own=1.1), lines(0))["784-10-10@32", "ENGINE"] == "quicker"
+
+
+def test_without_others_the_clock_decides() -> None:
+    alone = [
+        [line for line in lines(seed, machine=slow) if line["peer"] == "engine"] for seed, slow in ((0, 1), (1, 2))
+    ]
+    assert set(verdicts(*alone).values()) == {"slower"}
+    assert all(one.yardstick == () for one in compare.compared(*alone))
+
+
+def test_noise_is_not_taken_for_a_change() -> None:
+    """The interval has to cover 1 where the rounds of the same code scatter by a fifth."""
+    changed = [set(verdicts(lines(seed, noise=0.2), lines(seed + 100, noise=0.2)).values()) for seed in range(6)]
+    assert sum(found != {"-"} for found in changed) <= 1
+
+
+def written(path: Path, found: list[Any]) -> str:
+    report.write(found, path)
+    return str(path)
+
+
+def test_the_exit_code_says_whether_something_became_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = written(tmp_path / "before.jsonl", lines(0))
+    after = written(tmp_path / "after.jsonl", lines(1, own=1.2))
+    assert compare.main([before, before]) == 0
+    assert compare.main([before, after]) == 1
+    printed = capsys.readouterr().out
+    assert "| 784-10-10@32 | ENGINE |" in printed and "**slower**" in printed
+    assert "beside TORCH_EAGER, JAX_SCAN, JAX_VMAP, SKLEARN_LOOP in the same rounds" in printed
+    assert compare.main([before, written(tmp_path / "none.jsonl", [])]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([before, str(tmp_path / "missing.jsonl")])
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_titles_say_what_the_figures_say(tmp_path: Path) -> None:
+    found = lines(0, noise=0.0)
+    networks = [line for line in found if line["models"] is None]
+    fleets = [line for line in found if line["models"] is not None]
+    assert plots.networks_finding(report.by_case(networks)) == (
+        "fusemlp is the quickest on 2 of 2 networks, up to 6.0x ahead of TORCH_EAGER (784-10-10, 32)"
+    )
+    slow = [line for line in lines(0, own=1.5, noise=0.0) if line["models"] is None]
+    assert plots.networks_finding(report.by_case(slow)) == (
+        "fusemlp is the quickest on 0 of 2 networks, up to 4.0x ahead of TORCH_EAGER (784-10-10, 32);\n"
+        "at worst it takes 1.25x the time of JAX_SCAN (784-10-10, 32)"
+    )
+    assert plots.fleets_finding(fleets) == (
+        "64 models at once take fusemlp 20.0 us a step each,\nSKLEARN_LOOP 14.0x as long, JAX_VMAP 1.4x as long"
+    )
+    drawn = plots.pictures(found, tmp_path / "run.jsonl")
+    assert [path.name for path in drawn] == ["run-networks.png", "run-models.png", "run-first-epoch.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_the_readme_says_what_the_committed_results_say() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.written(text) == text, "run python -m bench readme"
+    assert text.count("<!-- bench ") == text.count("<!-- /bench -->") == len(readme.MARKED.findall(text)) >= 1
+    assert "not yet measured on a GPU" in text
+
+
+def test_the_readme_is_written_from_other_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "README.md"
+    target.write_text("Before.\n<!-- bench old.jsonl -->\n| x |\n<!-- /bench -->\nAfter.\n")
+    monkeypatch.setattr(readme, "README", target)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.main(["--check"]) == 2
+    assert "old.jsonl" in capsys.readouterr().err
+    path = written(tmp_path / "new.jsonl", lines(0))
+    assert readme.main([path, "--check"]) == 1
+    assert "| x |" in target.read_text()
+    assert readme.main([path]) == 0
+    text = target.read_text()
+    assert text.startswith("Before.\n<!-- bench new.jsonl -->\n") and text.endswith("<!-- /bench -->\nAfter.\n")
+    assert "some processor" in text and "| 784-10-10, 32 |" in text
+    assert readme.main(["--check"]) == 0
+    assert readme.main([str(ROOT / "README.md")]) == 2
+
+
+def test_fusemlp_bench_is_the_benchmark_of_the_checkout(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('another bench')")
+
+    def run(*arguments: str, path: str = paths) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "fusemlp", "bench", *arguments]
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    shown = run("--help")
+    assert shown.returncode == 0 and "usage: python -m bench" in shown.stdout
+    refused = run("--case", "nonsense")
+    assert refused.returncode == 2
+    assert "Expected one of" in refused.stderr
+
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "fusemlp_kernels").symlink_to(ROOT / "kernels/fusemlp_kernels")
+    # a copy, since a link leads back to the checkout
+    shutil.copytree(ROOT / "engine/fusemlp", installed / "fusemlp")
+    outside = run("--quick", path=str(installed))
+    assert outside.returncode == 2
+    assert outside.stdout == ""
+    assert "the benchmark comes with a checkout" in outside.stderr
+
+
+def test_the_committed_results_are_whole() -> None:
+    for path in sorted(report.RESULTS.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            assert {"date", "machine", "versions"} <= record.keys(), path.name
+            assert record["machine"]["system"] == "Linux x86_64", path.name
