@@ -22,6 +22,7 @@ class Vendor:
 
     def __init__(self, backend: Any, precision: str) -> None:
         self.backend = backend
+        self.precision = precision
         self.library = LIBRARIES[backend.traits.name]
         self.xp = importlib.import_module(self.library)
         if self.library == "torch":
