@@ -1,0 +1,310 @@
+"""What training costs outside the kernels: Python, launches, memory and imports. ``python -m bench.overhead``
+
+Steps: a network so small that its arithmetic is nothing is trained in fits of different lengths. Their times are fitted
+by ``call + epoch * epochs + step * steps`` (least squares over medians): what a call of ``fit``, an epoch of it and a
+step cost by themselves, for each plan; and what a call of ``Engine.step`` and the making of an engine cost.
+
+Memory: what the process (or the card) holds more when an engine has been made, and the most while it fits, by the
+allocator's count; beside it the engine's own account by arena and the least that has to be held: parameters, optimizer
+state, and the values of a step that are alive at once.
+
+Imports: each statement in fresh interpreters, the median, less what an interpreter takes that imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.measure import spread
+from bench.memory import bars, memory
+from bench.report import Record
+from bench.study import COLOURS, ROOT, count, duration, figure, finish, network, parse, parser, say, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TINY = (2, 2, 2)
+EPOCHS, STEPS_AN_EPOCH = (1, 4, 16, 64), (1, 8, 64)
+MEMORY_CASES = ("64-32-10@32", "784-128-10@128", "784-512-256-10@128", "1024-1024-1024-1024@512")
+IMPORT_GOAL = 0.150
+IMPORTS = {
+    "import fusemlp": "import fusemlp",
+    "import numpy": "import numpy",
+    "from fusemlp import MLP, Engine": "from fusemlp import MLP, Engine",
+    "... and the first Engine": "from fusemlp import MLP, Engine; Engine(MLP([8, 8, 2]))",
+    "... and its first fit": (
+        "import numpy as np; from fusemlp import MLP, Engine; "
+        "Engine(MLP([8, 8, 2])).fit(np.ones((64, 8), 'f'), np.arange(64) % 2, epochs=1)"
+    ),
+}
+PEER_IMPORTS = {
+    "torch": "import torch",
+    "jax": "import jax",
+    "sklearn": "from sklearn.neural_network import MLPClassifier",
+}
+
+
+def fit_costs(seconds: Mapping[tuple[int, int], float]) -> dict[str, float]:
+    """The terms of ``call + epoch * epochs + step * steps`` nearest to times by (epochs, steps an epoch).
+
+    Least squares of the relative errors, so that the long fits do not drown the short ones.
+    """
+    rows = np.array([[1.0, epochs, epochs * steps] for epochs, steps in seconds])
+    taken = np.array(list(seconds.values()))
+    found, *_ = np.linalg.lstsq(rows / taken[:, None], np.ones(len(taken)), rcond=None)
+    return dict(zip(("call", "epoch", "step"), found.tolist(), strict=True))
+
+
+def step_costs(plan: str, options: Mapping[str, Any], rounds: int) -> Record:
+    """What a fit, an epoch, a step, a call of ``Engine.step`` and an engine cost on a network of next to no work."""
+    from fusemlp import MLP, Engine
+
+    def made() -> Engine:
+        return Engine(MLP(TINY), optimizer="sgd", batch_size=1, plan=plan, **options)
+
+    engine = made()
+    generator = np.random.default_rng(0)
+    X = generator.standard_normal((max(STEPS_AN_EPOCH), TINY[0]), dtype=np.float32)
+    y = np.arange(len(X)) % 2
+    grid = list(itertools.product(EPOCHS, STEPS_AN_EPOCH))
+    taken: dict[tuple[int, int], list[float]] = {place: [] for place in grid}
+    engine.fit(X, y, epochs=2)
+    for _ in range(rounds):
+        for epochs, steps in grid:
+            began = time.perf_counter()
+            engine.fit(X[:steps], y[:steps], epochs=epochs)
+            taken[epochs, steps].append(time.perf_counter() - began)
+    costs = fit_costs({place: spread(seconds).p50 for place, seconds in taken.items()})
+    calls, engines = [], []
+    for index in range(20 * rounds):
+        began = time.perf_counter()
+        engine.step(X[index % 8 : index % 8 + 1], y[index % 8 : index % 8 + 1])
+        calls.append(time.perf_counter() - began)
+    engine.memory.backend.synchronize()
+    for _ in range(rounds):
+        began = time.perf_counter()
+        made()
+        engines.append(time.perf_counter() - began)
+    bound = engine.program
+    return {
+        "row": "steps",
+        "backend": engine.backend,
+        "plan": plan,
+        "launches": bound.launches,
+        "costs": costs | {"Engine.step": spread(calls).p50, "Engine": spread(engines).p50},
+        "rounds": rounds,
+    }
+
+
+def import_seconds(statements: Mapping[str, str], runs: int) -> dict[str, list[float]]:
+    """Seconds of statements in fresh interpreters, taking turns, less the median of one that does nothing."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels"))
+
+    def one(statement: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], env=environment, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    taken: dict[str, list[float]] = {name: [] for name in ("", *statements)}
+    for run in range(runs + 1):
+        for name in taken:
+            seconds = one(statements.get(name, "pass"))
+            # the first run reads the files and writes the byte code
+            if run:
+                taken[name].append(seconds)
+    nothing = spread(taken.pop("")).p50
+    return {name: [max(0.0, one - nothing) for one in seconds] for name, seconds in taken.items()}
+
+
+def heaviest(statement: str, most: int = 5) -> list[tuple[str, float]]:
+    """The modules that take longest by themselves when a statement is run, in seconds, by ``-X importtime``."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels"))}
+    command = [sys.executable, "-X", "importtime", "-c", statement]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    found = []
+    for line in done.stderr.splitlines():
+        own, _, rest = line.removeprefix("import time:").partition("|")
+        if own.strip().isdecimal():
+            found.append((rest.partition("|")[2].strip(), 1e-6 * int(own)))
+    return sorted(found, key=lambda pair: -pair[1])[:most]
+
+
+def import_lines(runs: int) -> list[Record]:
+    """A line for each statement, and one for each peer's."""
+    peers = {text: text for name, text in PEER_IMPORTS.items() if importlib.util.find_spec(name) is not None}
+    lines = []
+    for name, seconds in import_seconds(IMPORTS | peers, runs).items():
+        found = spread(seconds)
+        lines.append(
+            {
+                "row": "import",
+                "statement": name,
+                "own": name not in peers and name != "import numpy",
+                "seconds": {"p20": found.p20, "p50": found.p50, "p80": found.p80},
+                "rounds": runs,
+            }
+        )
+    if lines[0]["seconds"]["p50"] > IMPORT_GOAL:
+        lines[0]["heaviest"] = heaviest(IMPORTS["import fusemlp"])
+    return lines
+
+
+def text(lines: Sequence[Record]) -> str:
+    """Three tables."""
+    steps = [
+        [
+            f"{line['backend']} {line['plan']}",
+            *(duration(max(line["costs"][name], 0.0)) for name in COSTS),
+            str(line["launches"]),
+        ]
+        for line in lines
+        if line["row"] == "steps"
+    ]
+    held = [
+        [
+            f"{line['case']}, {line['optimizer']}, {line['backend']} {line['plan']}",
+            *(f"{line['account'].get(name, 0) / 1e6:.3f}" for name in ("parameters", "gradients", "state")),
+            f"{line['built'] / 1e6:.3f}",
+            f"{line['peak'] / 1e6:.3f}",
+            f"{sum(line['least'].values()) / 1e6:.3f}",
+            f"{line['peak'] / sum(line['least'].values()):.2f}x",
+        ]
+        for line in lines
+        if line["row"] == "memory"
+    ]
+    imports = [
+        [f"`{line['statement']}`", duration(line["seconds"]["p50"]), duration(line["seconds"]["p20"]),
+         duration(line["seconds"]["p80"])]
+        for line in lines
+        if line["row"] == "import"
+    ]  # fmt: skip
+    network = "-".join(map(str, TINY))
+    parts = [
+        f"### Outside the kernels: {network}, batch 1\n\n"
+        + table(("plan", *COSTS.values(), "calls in the printed step"), steps)
+        + "\n\nThe first three are the terms of a least-squares fit to the times of fits of different lengths.",
+        "### Memory, MB\n\n"
+        + table(
+            (
+                "network, optimizer, plan",
+                "parameters",
+                "gradients",
+                "state",
+                "engine made",
+                "most during fit",
+                "must be held",
+                "ratio",
+            ),
+            held,
+        )
+        + "\n\nMust be held: parameters and optimizer state, and of a step the values that are alive at once. During "
+        "`fit` there is also a copy of parameters and state, to go back to when an epoch diverges.",
+        "### Imports\n\n"
+        + table(("statement", "median", "p20", "p80"), imports)
+        + f"\n\nIn a fresh interpreter, less what one takes that imports nothing. {verdict(lines)}",
+    ]
+    return "\n\n".join(parts)
+
+
+COSTS = {
+    "call": "a call of fit",
+    "epoch": "an epoch",
+    "step": "a step",
+    "Engine.step": "a call of Engine.step",
+    "Engine": "making an Engine",
+}
+
+
+def verdict(lines: Sequence[Record]) -> str:
+    """Whether the import keeps to the goal, and if not, what takes the time."""
+    line = next(line for line in lines if line["row"] == "import" and line["own"])
+    taken = line["seconds"]["p50"]
+    said = f"`{line['statement']}` takes {duration(taken)}; the goal is below {duration(IMPORT_GOAL)}"
+    if taken <= IMPORT_GOAL:
+        return f"{said}: kept."
+    modules = ", ".join(f"{name} {duration(seconds)}" for name, seconds in line["heaviest"])
+    return f"{said}: missed. The longest by themselves: {modules}."
+
+
+def draw(lines: Sequence[Record]) -> Figure:
+    """Costs, memory and imports side by side."""
+    made, (costs, held, imports) = figure(17.0, 5.4, columns=3)
+    steps = [line for line in lines if line["row"] == "steps"]
+    names = [*COSTS]
+    for number, line in enumerate(steps):
+        places = np.arange(len(names)) + 0.8 * (number + 0.5) / len(steps) - 0.4
+        values = [max(1e6 * line["costs"][name], 1e-2) for name in names]
+        costs.barh(places, values, height=0.7 / len(steps), color=COLOURS[number],
+                   label=f"{line['backend']} {line['plan']}")  # fmt: skip
+        for place, value in zip(places, values, strict=True):
+            costs.text(1.1 * value, place, f"{float(f'{value:.3g}'):,g}", va="center", fontsize=8)
+    costs.set_xscale("log")
+    costs.set_xlim(right=4 * max(1e6 * max(line["costs"].values()) for line in steps))
+    costs.set_yticks(range(len(names)), [COSTS[name] for name in names])
+    costs.invert_yaxis()
+    costs.grid(False, axis="y")
+    costs.set_xlabel("microseconds")
+    best = min(steps, key=lambda line: line["costs"]["step"])
+    costs.set_title(
+        f"Outside the kernels a step costs {duration(max(best['costs']['step'], 0))}, an epoch\n"
+        f"{duration(max(best['costs']['epoch'], 0))} with plan {best['plan']} ({'-'.join(map(str, TINY))}, batch 1)",
+        fontsize=10, loc="left",
+    )  # fmt: skip
+    costs.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(steps), frameon=False)
+    bars(held, [line for line in lines if line["row"] == "memory"])
+    loaded = [line for line in lines if line["row"] == "import"]
+    values = [1e3 * line["seconds"]["p50"] for line in loaded]
+    imports.barh(range(len(loaded)), values, color=[COLOURS[0] if line["own"] else "#B0B0B0" for line in loaded])
+    for place, value in enumerate(values):
+        imports.text(value + 0.01 * max(values), place, f"{value:.0f}", va="center", fontsize=8)
+    imports.axvline(1e3 * IMPORT_GOAL, color=COLOURS[1], linewidth=1.2)
+    imports.text(1e3 * IMPORT_GOAL, -0.75, " goal for import fusemlp", color=COLOURS[1], fontsize=8, va="center")
+    imports.set_yticks(range(len(loaded)), [_short(line["statement"]) for line in loaded], fontsize=8.5)
+    imports.set_ylim(len(loaded) - 0.4, -1.0)
+    imports.set_xlim(0, 1.12 * max(values))
+    imports.grid(False, axis="y")
+    imports.set_xlabel("milliseconds, fresh interpreter")
+    imports.set_title(f"import fusemlp takes {duration(loaded[0]['seconds']['p50'])}", fontsize=10, loc="left")
+    return made
+
+
+def _short(statement: str) -> str:
+    return statement.replace("from sklearn.neural_network import ", "scikit-learn's ")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; returns the exit code."""
+    made = parser("overhead", (__doc__ or "").partition("\n")[0])
+    made.add_argument("--backend", default="auto", help="default: the first that works here")
+    made.add_argument("--rounds", type=count, default=15, metavar="N", help="default: %(default)s")
+    made.add_argument("--networks", type=network, nargs="+", help="whose memory is counted (default: four sizes)")
+    options = parse(made, arguments)
+    from fusemlp.execution import open_backend
+
+    chosen = {"backend": options.backend}
+    plans = open_backend(options.backend, None, "fp32").traits.plans
+    lines: list[Record] = []
+    for plan in plans:
+        say(f"steps, plan {plan}")
+        lines.append(step_costs(plan, chosen, options.rounds))
+    for case in options.networks or [network(name) for name in MEMORY_CASES]:
+        say(f"memory of {case.name}")
+        lines += [memory(case, plan, chosen | {"optimizer": "adam"}) for plan in plans]
+    say("imports in fresh interpreters")
+    lines += import_lines(options.rounds)
+    finish("overhead", options, lines, text(lines), draw)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
