@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.measure import spread
 from bench.report import Record
-from bench.study import COLOURS, card, count, duration, figure, finish, parse, parser, say, table
+from bench.study import COLOURS, clocks, count, duration, figure, finish, parse, parser, say, table
 from bench.timing import Ceilings, clock_of, flusher, kind_of, measure_ceilings
 from bench.trials import CLASSES, Trial, trials
 from bench.vendor import Run, Vendor
@@ -188,12 +188,12 @@ def study(vendor: Vendor, shapes: Sequence[tuple[int, int, int]], rounds: int, m
     flush: Callable[[], object] = flusher(vendor)
     lines: list[Record] = []
     for shape in shapes:
-        before = card()
+        before = clocks()
         found: list[Record] = []
         for trial in trials(vendor, *shape):
             say(f"{'x'.join(map(str, shape))}: {trial.op}")
             found += lines_of(trial, shape, measure(trial, vendor, flush, rounds), most)
-        lines += [common | line | {"card_before": before, "card_after": card()} for line in found]
+        lines += [common | line | {"clocks_before": before, "clocks_after": clocks()} for line in found]
     return lines
 
 

@@ -7,11 +7,9 @@ in JSON lines) on stdout, in a file of JSON lines and, where matplotlib is insta
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -22,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cases import Case
-from bench.report import RESULTS, THREAD_VARIABLES, Record, machine, write
+from bench.hardware import card, commit, load_average, machine, settings
+from bench.report import RESULTS, Record, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "scipy", "numba", "torch", "triton", "cupy", "jax", "scikit-learn")
 # Okabe and Ito's colours, which those who do not see all colours can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
-MARKERS = "osD^vP*X"
-CARD_QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperature.gpu"
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -75,31 +73,16 @@ def say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def card() -> dict[str, str] | None:
-    """The first NVIDIA card with its driver, clocks, power and temperature just now; None without nvidia-smi."""
+def clocks() -> dict[str, str] | None:
+    """The clocks, power and temperature of the first NVIDIA card just now; None without nvidia-smi."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
-    asked = [command, f"--query-gpu={CARD_QUERY}", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+    asked = [command, f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
     if done.returncode or not done.stdout.strip():
         return None
-    values = done.stdout.splitlines()[0].split(", ")
-    return dict(zip(CARD_QUERY.split(","), values, strict=True))
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of the checkout, with "+" behind it where files differ from it."""
-    if shutil.which("git") is None:
-        return None
-    found = [
-        subprocess.run(["git", *what], cwd=ROOT, capture_output=True, text=True, check=False)
-        for what in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-    ]
-    if found[0].returncode:
-        return None
-    return found[0].stdout.strip() + ("+" if found[1].stdout.strip() else "")
+    return dict(zip(CLOCKS.split(","), done.stdout.splitlines()[0].split(", "), strict=True))
 
 
 def circumstances() -> Record:
@@ -115,9 +98,9 @@ def circumstances() -> Record:
         "commit": commit(),
         "machine": machine(),
         "card": card(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "versions": {"fusemlp": fusemlp.__version__, **versions},
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(THREAD_VARIABLES)},
+        "variables": settings(),
     }
 
 
@@ -163,7 +146,7 @@ def caption(common: Record) -> str:
     box = common["machine"]
     where = f"{box['cpu']}, {box['cores']} cores"
     if common["card"] is not None:
-        where += f"; {common['card']['name']}, driver {common['card']['driver_version']}"
+        where += f"; {common['card']['name']}, driver {common['card']['driver']}"
     else:
         where += "; no GPU: nothing here was measured on one"
     versions = ", ".join(f"{name} {version}" for name, version in common["versions"].items())

@@ -28,6 +28,7 @@ import numpy as np
 from bench.cases import Array
 from bench.loops import BATCH_SIZE, CLASSES, CONTENDERS, HIDDEN, LEARNING_RATE, Task, Watch
 from bench.measure import spread
+from bench.plots import plain_ticks
 from bench.report import Record
 from bench.study import COLOURS, ROOT, count, duration, figure, finish, parse, parser, say, table
 
@@ -202,6 +203,7 @@ def draw(lines: Sequence[Record]) -> Figure:
         curves.plot(x[-1:], y[-1:], "o", color=colour, markersize=7)
     curves.axhline(100 * target, color="#333333", linewidth=1.0, linestyle="--")
     curves.set_xscale("log")
+    plain_ticks(curves.xaxis)
     lowest = min(min(line["accuracies"]) for line in lines)
     curves.set_ylim(100 * max(lowest - 0.01, target - 0.15), 100 * target + 1.0)
     curves.set_xlabel("seconds since the arrays were there (logarithmic)")

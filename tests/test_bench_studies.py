@@ -1,0 +1,299 @@
+"""The studies of the benchmark: their accounts add up, and what they conclude from given figures is right.
+
+Nothing here asserts a speed: figures are made up where a conclusion is tested, and measured where only sums are.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import kernels, loops, memory, overhead, roofline, scaling, study, time_to_result, timing, trials
+from bench.vendor import Vendor
+from fusemlp import MLP, Adam, Engine
+from fusemlp.execution import open_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = ("roofline", "kernels", "scaling", "overhead", "time_to_result")
+CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
+TINY = study.network("12-8-4@8")
+
+
+def vendor(backend: str = "numpy", precision: str = "fp32") -> Vendor:
+    return Vendor(open_backend(backend, None, precision), precision)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = sys.modules[f"bench.{name}"]
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m bench.{name}" in shown
+    for option in ("--out", "--json", "--help"):
+        assert option in shown
+
+
+def test_a_study_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.roofline", "784-128@nothing"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "widths@batch such as 784-128-10@64, got '784-128@nothing'" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "10@8", "8-0-2@8", "8-4-2", "8-4-2@0", "8--2@4", "8-x-2@4"])
+def test_what_is_no_network_is_refused(text: str) -> None:
+    with pytest.raises(Exception, match="expected widths@batch"):
+        study.network(text)
+
+
+# roofline
+
+
+def test_the_floor_is_the_longer_of_products_and_bytes_over_the_faster_copy() -> None:
+    by_flops, by_bytes = CEILINGS.floor(flops=4e9, traffic=6e9)
+    assert (by_flops, by_bytes) == (2.0, 1.5)
+    assert timing.Ceilings(1.0, 3.0, 2.0, 1).fastest_bytes == 3.0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_roofline_has_every_call_and_its_sums_add_up(optimizer: str) -> None:
+    options = {"optimizer": optimizer, "backend": "numpy"}
+    lines = roofline.study(TINY, options, 4, CEILINGS)
+    program = Engine(MLP(TINY.sizes), batch_size=TINY.batch_size, plan="eager", **options).program
+    own = [line for line in lines if line["row"] == "call"]
+    assert [line["label"].split()[0] for line in own] == [call.op for call in program.calls]
+    assert [line["flops"] for line in own] == [call.flops for call in program.calls]
+    assert [line["bytes"] for line in own] == [program.traffic(call) for call in program.calls]
+    assert sum(line["flops"] for line in own) == TINY.flops
+    for line in own:
+        assert line["floor"] == max(line["flops"] / 2e9, line["bytes"] / 4e9)
+    whole = [line for line in lines if line["row"] != "call"]
+    assert {line["row"] for line in whole} == {"sum", "step", "fit"}
+    for line in whole:
+        assert line["floor"] == pytest.approx(sum(one["floor"] for one in own), rel=1e-12)
+        assert line["share"] == pytest.approx(line["floor"] / line["seconds"]["p50"], rel=1e-12)
+        assert line["flops"] == TINY.flops
+    shown = roofline.text(lines)
+    assert all(line["label"] in shown for line in lines)
+    assert "2 GFLOP/s by a large product" in shown
+
+
+def test_the_ceilings_are_those_of_this_run() -> None:
+    found = timing.measure_ceilings(vendor(), 1 << 14, rounds=1, side=64, size=1 << 16)
+    assert min(found.flops, found.bytes, found.near_bytes) > 0
+    assert found.near_size == 1 << 14
+
+
+# kernels
+
+
+@pytest.mark.parametrize("backend, precision", [("numpy", "fp32"), ("numpy", "fp64"), ("triton", "fp32")])
+def test_the_unfused_sequences_compute_what_the_kernels_compute(backend: str, precision: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    one = vendor(backend, precision)
+    host, m, k, n = one.backend.to_host, 8, 16, 8
+    x, w, b = one.matrix(m, k), one.matrix(n, k), one.vector(n)
+    ours, theirs = one.matrix(m, n, seed=4), one.matrix(m, n, seed=5)
+    one.backend.bind("linear", x=x, w=w, b=b, y=ours, activation="relu")()
+    one.linear(x, w, b, theirs)()
+    # sums of 16 products of normal numbers, none of which passes 25
+    atol = 16 * 25 * (2.0**-53 if precision == "fp64" else 2.0**-24)
+    np.testing.assert_allclose(host(ours), host(theirs), rtol=0, atol=atol)
+    dz, below = one.matrix(m, n, seed=1), one.matrix(m, k, seed=2)
+    # behind relu nothing is negative
+    one.xp.clip(below, 0, None, out=below)
+    mine, other = one.matrix(m, k, seed=6), one.matrix(m, k, seed=7)
+    one.backend.bind("grad_input", dz=dz, w=w, y=below, dz_prev=mine, activation="relu")()
+    one.grad_input(dz, w, below, other)()
+    np.testing.assert_allclose(host(mine), host(other), rtol=0, atol=atol)
+    labels = np.arange(m) % n
+    z, out = one.matrix(m, n, seed=3), one.matrix(m, n)
+    loss = float(one.loss_grad(z, out, one.integers(labels))())
+    exact = host(z).astype(np.float64)
+    logs = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    wanted = (np.exp(logs) - np.eye(n)[labels]) / m
+    np.testing.assert_allclose(host(out), wanted, rtol=0, atol=16 * 2.0**-24)
+    assert loss == pytest.approx(-logs[np.arange(m), labels].mean(), rel=1e-5)
+
+
+def test_every_kernel_has_its_line_and_its_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timing.FLUSHED_BYTES, "cpu", 1 << 16)
+    lines = kernels.study(vendor(), [(8, 16, 8)], 2, CEILINGS)
+    ops = [trial.op for trial in trials.trials(vendor(), 8, 16, 8)]
+    assert list(dict.fromkeys(line["op"] for line in lines)) == ops
+    assert {op.split(",")[0] for op in ops} == {
+        *("linear", "linear_loss_grad", "loss_grad", "grad_input", "grad_weight", "grad_weight_update", "update")
+    }
+    for line in lines:
+        assert line["flops_per_second"] == pytest.approx(line["flops"] / line["seconds"]["p50"])
+        assert line["share_of_bytes"] == pytest.approx(line["bytes"] / line["seconds"]["p50"] / CEILINGS.bytes)
+        if line["contestant"] == "kernel":
+            assert line["ratio"] == {"p20": 1.0, "p50": 1.0, "p80": 1.0}
+    assert {line["cache"] for line in lines} == {"warm", "cold"}
+    assert "GPU kernels: not yet measured on a GPU" in kernels.text(lines)
+
+
+# scaling
+
+
+def point(axis: str, value: int, seconds: float, noise: float = 0.02, peer: str = "engine") -> dict[str, Any]:
+    return {
+        "axis": axis,
+        "value": value,
+        "contender": peer,
+        "label": {"engine": "fusemlp"}.get(peer, peer),
+        "flops": 1000 * value,
+        "rounds": 5,
+        "seconds": {"p20": seconds * (1 - noise), "p50": seconds, "p80": seconds * (1 + noise)},
+    }
+
+
+def test_a_slope_is_that_of_a_power_law() -> None:
+    work = np.array([1e3, 1e4, 1e6])
+    assert scaling.slope(work, 3e-9 * work**1.25) == pytest.approx(1.25)
+
+
+def test_a_cost_that_grows_faster_than_the_work_is_said_and_noise_is_not() -> None:
+    steep = [point("batch", value, 1e-6 * value**1.5) for value in (8, 64, 512)]
+    flat = [point("width", value, 1e-6 * value**0.9) for value in (8, 64, 512)]
+    # 1.5 in the middle, but its ends leave less than 1 open
+    noisy = [point("depth", value, 1e-6 * value**1.5, noise=0.9) for value in (1, 2, 4)]
+    said = scaling.steep_sentences([*steep, *flat, *noisy])
+    assert len(said) == 1
+    assert "fusemlp, batch" in said[0]
+    assert "to the power 1.50" in said[0]
+    assert "Nowhere" in scaling.text(flat)
+    assert said[0] in scaling.text(steep)
+
+
+def test_a_point_has_the_work_of_all_models() -> None:
+    assert scaling.work_of(scaling.case_at("models", 16)) == 16 * scaling.case_at("models", 1).flops
+    assert scaling.case_at("depth", 3).sizes == (64, 128, 128, 128, 10)
+    assert scaling.case_at("batch", 32).rows == scaling.case_at("batch", 32).steps * 32
+
+
+# overhead
+
+
+def test_costs_of_a_fit_are_found_in_times_made_of_them() -> None:
+    made = {(e, s): 3e-4 + 4e-5 * e + 2e-6 * e * s for e in (1, 4, 16) for s in (1, 8, 64)}
+    found = overhead.fit_costs(made)
+    assert found == pytest.approx({"call": 3e-4, "epoch": 4e-5, "step": 2e-6})
+
+
+@pytest.mark.parametrize("optimizer, states", [("sgd", 0), (Adam(), 2)])
+def test_the_account_of_memory_is_that_of_the_arenas(optimizer: Any, states: int) -> None:
+    engine = Engine(MLP((12, 8, 4)), optimizer=optimizer, batch_size=8, plan="eager")
+    store = engine.memory
+    found = memory.account(engine)
+    assert found["parameters"] == store.params.nbytes
+    assert found["gradients"] == store.grads.nbytes
+    assert found["state"] == sum(arena.nbytes for arena in store.states) == states * store.params.nbytes
+    least = memory.least(engine, data_bytes=5)
+    count = 12 * 8 + 8 + 8 * 4 + 4
+    assert least["parameters"] == 4 * count
+    assert least["state"] == 4 * count * states
+    assert least["data"] == 5
+    # gathered, h1 and dz are alive when the loss is computed
+    assert least["values of a step"] >= 4 * 8 * (12 + 8 + 4)
+
+
+def test_what_an_engine_holds_is_counted() -> None:
+    line = memory.memory(study.network("256-512-4@8"), "eager", {"optimizer": "adam", "backend": "numpy"})
+    arenas = sum(line["account"].values())
+    # besides the arenas there are views, descriptions and counters, some tens of kilobytes
+    assert arenas <= line["built"] <= arenas + 200_000
+    assert line["peak"] >= line["built"]
+    assert sum(line["least"].values()) <= line["peak"]
+
+
+def test_overhead_is_told_of_steps_memory_and_imports() -> None:
+    lines = [
+        overhead.step_costs("eager", {"backend": "numpy"}, 1),
+        memory.memory(TINY, "eager", {"optimizer": "sgd", "backend": "numpy"}),
+    ]
+    for name, seconds in overhead.import_seconds({"import fusemlp": "import fusemlp"}, 1).items():
+        assert seconds[0] >= 0
+        p50 = {"p20": seconds[0], "p50": 0.2, "p80": 0.3}
+        found = [("fusemlp", 0.1)]
+        lines.append({"row": "import", "statement": name, "own": True, "seconds": p50, "rounds": 1, "heaviest": found})
+    shown = overhead.text(lines)
+    assert "making an Engine" in shown
+    assert "takes 200 ms; the goal is below 150 ms: missed. The longest by themselves: fusemlp 100 ms" in shown
+    assert any(name.startswith("fusemlp") for name, _ in overhead.heaviest("import fusemlp", most=1000))
+
+
+# time to a result
+
+
+def small_task() -> dict[str, np.ndarray[Any, Any]]:
+    generator = np.random.default_rng(0)
+    X = generator.standard_normal((200, 12), dtype=np.float32)
+    y = np.argmax(X[:, : loops.CLASSES], axis=1)
+    return {"X": X, "y": y, "Xt": X, "yt": y}
+
+
+@pytest.mark.parametrize("name", ["fusemlp_eager", "torch", "torch_loader", "sklearn"])
+def test_a_loop_ends_with_the_first_epoch_that_reaches_the_target(name: str) -> None:
+    task = loops.Task(**small_task(), parameters=time_to_result.initial(12, 0), seed=0)
+    watch = loops.Watch(target=0.8, most_epochs=60)
+    loops.CONTENDERS[name].run(task, watch)
+    assert watch.reached
+    assert max(watch.accuracies[:-1], default=0.0) < 0.8 <= watch.accuracies[-1]
+    assert len(watch.seconds) == len(watch.accuracies)
+    assert 0 <= watch.imported <= watch.seconds[0]
+    hopeless = loops.Watch(target=1.1, most_epochs=2)
+    loops.CONTENDERS[name].run(task, hopeless)
+    assert len(hopeless.accuracies) == 2
+    assert not hopeless.reached
+
+
+def test_a_result_is_timed_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = time_to_result.study(["fusemlp_eager"], "made up", small_task(), 0.5, [0], 40)
+    assert lines[0]["reached"]
+    assert lines[0]["process_seconds"] > lines[0]["epoch_ends"][-1]
+    missed = {**lines[0], "contender": "torch", "label": "PyTorch eager", "reached": False}
+    shown = time_to_result.text([*lines, missed])
+    assert "| PyTorch eager | not reached in 1 runs |" in shown
+    path = tmp_path / "result.jsonl"
+    options = time_to_result.parse(time_to_result.parser("x", "y"), ["--json", "--out", str(path)])
+    pytest.importorskip("matplotlib")
+    study.finish("time_to_result", options, lines, shown, time_to_result.draw)
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written[0]["study"] == "time_to_result"
+    assert {"commit", "machine", "card", "versions", "variables", "date"} <= written[0].keys()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_study_draws_its_picture() -> None:
+    pytest.importorskip("matplotlib")
+    grown = [
+        point(axis, v, 1e-6 * v, peer=p) for axis in ("batch", "depth") for v in (1, 4) for p in ("engine", "jax_scan")
+    ]
+    made = scaling.draw(grown)
+    titles = [axes.get_title(loc="left") for axes in made.axes]
+    assert titles[0] == (
+        "fusemlp's step grows as work to the power 1.00;\n"
+        "of the others the quickest: jax_scan takes 1x at 1, jax_scan takes 1x at 4"
+    )
+    for axes in made.axes:
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+    lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
+    assert "of the quickest step is what the hardware must take" in roofline.draw(lines).axes[0].get_title(loc="left")
