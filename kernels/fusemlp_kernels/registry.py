@@ -96,16 +96,17 @@ def _triton_reason() -> str | None:
         return f"{' and '.join(missing)} cannot be imported; get it with: pip install 'fusemlp[triton]'"
     if interprets_triton():
         return None
+    if not any(os.path.exists(path) for path in GPU_DEVICES):
+        return (
+            f"no GPU driver is loaded (none of {', '.join(GPU_DEVICES)} is there); set TRITON_INTERPRET=1 to run the "
+            "kernels on the CPU, slowly"
+        )
+    # read from a file, which takes longer than all before
     version = importlib.metadata.version("torch")
     if version.endswith("+cpu"):
         return (
             f"torch {version} is the build without GPU support; install the one for your driver (pytorch.org), or set "
             "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
-        )
-    if not any(os.path.exists(path) for path in GPU_DEVICES):
-        return (
-            f"no GPU driver is loaded (none of {', '.join(GPU_DEVICES)} is there); set TRITON_INTERPRET=1 to run the "
-            "kernels on the CPU, slowly"
         )
     return None
 
