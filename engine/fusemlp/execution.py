@@ -211,10 +211,10 @@ class BoundProgram:
     def set_rows(self, order: Array, first_batch: int, size: int) -> None:
         """The rows of an epoch, where they are walked, from batch ``first_batch`` on."""
         rows = self.arrays["rows"]
-        padded = np.full(len(rows), -1, np.int64)
-        count = min(len(order), len(padded))
-        padded[:count] = order[:count]
-        self.backend.copy_into(rows, padded)
+        count = min(len(order), len(rows))
+        if count < len(rows) or order.dtype != np.int64:
+            order = np.concatenate([order[:count], np.full(len(rows) - count, -1)], dtype=np.int64)
+        self.backend.copy_into(rows, order[: len(rows)])
         counters = self.arrays["counters"]
         # behind the last batch the clock has gone back to the first
         offset = first_batch * size if first_batch * size < count else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 # How a value comes to be: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
@@ -99,22 +100,25 @@ class Call:
     label: str = ""
     products: tuple[tuple[int, int, int], ...] = ()
 
+    @cached_property
+    def _pairs(self) -> tuple[tuple[str, str], ...]:
+        return tuple(pair for operand, given in self.operands.items() for pair in _references(operand, given))
+
     def references(self) -> Iterator[tuple[str, str]]:
         """Every (operand, value name); the operand as in ``WRITTEN``."""
-        for operand, given in self.operands.items():
-            yield from _references(operand, given)
+        return iter(self._pairs)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         """Names of the values that the call reads, each once."""
         written = WRITTEN.get(self.op, frozenset())
-        return _once(name for operand, name in self.references() if operand not in written or operand in UPDATED)
+        return _once(name for operand, name in self._pairs if operand not in written or operand in UPDATED)
 
-    @property
+    @cached_property
     def writes(self) -> tuple[str, ...]:
         """Names of the values that the call writes, each once."""
         written = WRITTEN.get(self.op, frozenset())
-        return _once(name for operand, name in self.references() if operand in written)
+        return _once(name for operand, name in self._pairs if operand in written)
 
     @property
     def flops(self) -> int:
@@ -125,12 +129,12 @@ class Call:
 def _references(operand: str, given: Any) -> Iterator[tuple[str, str]]:
     if isinstance(given, Ref):
         yield operand, given.name
-    elif isinstance(given, Mapping):
-        for key, inner in given.items():
-            yield from _references(f"{operand}.{key}", inner)
     elif isinstance(given, tuple | list):
         for inner in given:
             yield from _references(operand, inner)
+    elif isinstance(given, Mapping):
+        for key, inner in given.items():
+            yield from _references(f"{operand}.{key}", inner)
 
 
 def _once(names: Iterator[str]) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ class _Fit:
         self.state = self._resumed(epochs) if resume else self._fresh(epochs)
         first = self.state.history.epochs[0] if self.state.history.epochs else self.state.epoch
         self.last_epoch = first + epochs
+        self.schedule = engine.optimizer.schedule
         self.rule: UpdateRule = engine.optimizer.rule(total_updates=self.state.total_updates)
         self.bound = self._bind(X, targets, weight)
         self.best: Snapshot | None = engine.best_parameters if resume else None
@@ -243,9 +244,8 @@ class _Fit:
                     self.best = engine.state_dict()
         else:
             state.waited += 1
-        schedule = engine.optimizer.schedule
-        if isinstance(schedule, ReduceOnPlateau):
-            state.plateau = plateau_step(schedule, state.plateau, watched)
+        if isinstance(self.schedule, ReduceOnPlateau):
+            state.plateau = plateau_step(self.schedule, state.plateau, watched)
             engine.use_rule(self.rule, state.plateau[2])
         epoch = state.epoch
         state.epoch, state.batch = epoch + 1, 0
