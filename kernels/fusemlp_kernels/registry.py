@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -102,10 +101,12 @@ def _triton_reason() -> str | None:
             "kernels on the CPU, slowly"
         )
     # read from a file, which takes longer than all before
-    version = importlib.metadata.version("torch")
-    if version.endswith("+cpu"):
+    from importlib.metadata import version
+
+    found = version("torch")
+    if found.endswith("+cpu"):
         return (
-            f"torch {version} is the build without GPU support; install the one for your driver (pytorch.org), or set "
+            f"torch {found} is the build without GPU support; install the one for your driver (pytorch.org), or set "
             "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
         )
     return None

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.special import erf
 
 Array = np.ndarray[Any, Any]
 # What a bound call returns is not looked at: NumPy functions with ``out`` return their output.
@@ -103,6 +102,9 @@ def _activate_block(name: str, y: Array, z: Array, s: Array, slope: float, slope
     if name == "tanh":
         return lambda: np.tanh(z, out=y)
     if name == "gelu":
+        # loads half of SciPy, for which nobody else should wait
+        from scipy.special import erf
+
         root = y.dtype.type(math.sqrt(0.5))
 
         def gelu() -> None:
@@ -255,6 +257,8 @@ def _derivative_block(
 
         return tanh
     if name == "gelu":
+        from scipy.special import erf
+
         root = dz.dtype.type(math.sqrt(0.5))
         minus_half = dz.dtype.type(-0.5)
         density = dz.dtype.type(1.0 / math.sqrt(2.0 * math.pi))
