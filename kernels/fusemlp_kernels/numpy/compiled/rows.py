@@ -16,12 +16,28 @@ _WORD, _HALF, _ROW_ORDER = np.uint64(WORD), np.uint64(32), np.uint64(ROW_ORDER)
 
 
 @register_jitable(**EXACT)
-def _permuted(index: int, a: int, table: Any) -> int:
-    left, right = index // a, index % a
+def _permute(left: Any, right: Any, a: int, table: Any) -> None:
+    """The Feistel network, for a indices at once: ``a * left + right``, both (a,) int64, in place."""
+    halves = np.uintp(a)
     for i in range(FEISTEL_ROUNDS):
-        moved = left + table[i, right]
-        left, right = right, moved - a if moved >= a else moved
-    return a * left + right
+        values = table[i]
+        # a round for all of them: lookups side by side, in vector registers
+        for j in range(halves):
+            moved = left[j] + values[right[j]]
+            left[j] = right[j]
+            right[j] = moved - a if moved >= a else moved
+
+
+@register_jitable(**EXACT)
+def _walk(left: int, right: int, a: int, n: int, table: Any) -> int:
+    """An index outside range(n), permuted until it is inside."""
+    index = n
+    while index >= n:
+        for i in range(FEISTEL_ROUNDS):
+            moved = left + table[i, right]
+            left, right = right, moved - a if moved >= a else moved
+        index = a * left + right
+    return index
 
 
 def _make(version: int) -> Callable[..., int]:
@@ -35,11 +51,15 @@ def _make(version: int) -> Callable[..., int]:
             for half in range(a):
                 first, _ = words(np.uint64(half), np.uint64(i), _ROW_ORDER, counter, k0, k1)
                 table[i, half] = np.int64(((first & _WORD) * np.uint64(a)) >> _HALF)
-        for position in range(n):
-            index = _permuted(position, a, table)
-            while index >= n:
-                index = _permuted(index, a, table)
-            order[position] = index
+        left, right = np.empty(a, np.int64), np.empty(a, np.int64)
+        # the positions that have one left half in common lie side by side: no division is needed
+        for start in range(0, n, a):
+            for j in range(a):
+                left[j], right[j] = start // a, j
+            _permute(left, right, a, table)
+            for j in range(min(a, n - start)):
+                index = a * left[j] + right[j]
+                order[start + j] = index if index < n else _walk(left[j], right[j], a, n, table)
         return version
 
     return run
