@@ -1,6 +1,8 @@
 """scikit-learn's multi-layer perceptrons, trained by fusemlp: changing the import is the whole migration.
 
 ``from fusemlp.sklearn import MLPClassifier, MLPRegressor`` in place of ``from sklearn.neural_network import ...``.
+``FleetSearchCV`` and ``FleetRandomizedSearchCV`` are ``GridSearchCV`` and ``RandomizedSearchCV`` that train their
+candidates side by side.
 
 What differs, apart from what the estimators can do beyond scikit-learn's:
 
@@ -16,5 +18,6 @@ from __future__ import annotations
 
 from fusemlp.sklearn.classifier import MLPClassifier
 from fusemlp.sklearn.regressor import MLPRegressor
+from fusemlp.sklearn.search import FleetRandomizedSearchCV, FleetSearchCV
 
-__all__ = ["MLPClassifier", "MLPRegressor"]
+__all__ = ["FleetRandomizedSearchCV", "FleetSearchCV", "MLPClassifier", "MLPRegressor"]

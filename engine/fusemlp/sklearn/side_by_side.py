@@ -1,0 +1,44 @@
+"""How a search's fits are run: on threads, of which each fit has one to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from joblib.parallel import ThreadingBackend
+from sklearn import config_context
+
+
+class SideBySide(ThreadingBackend):
+    """joblib's threads, for tasks of scikit-learn's.
+
+    scikit-learn wraps a task in something that sets warning filters for it and takes them back. Filters belong to the
+    process: on threads of one process that would lose those of the user. Here the tasks run without it, and only the
+    configuration, which belongs to a thread, is handed to them.
+    """
+
+    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+        super().__init__(**options)
+        self._config = config
+
+    def submit(self, func: Any, callback: Any = None) -> Any:
+        """Start a batch of tasks."""
+        return super().submit(self._unwrapped(func), callback)
+
+    def apply_async(self, func: Any, callback: Any = None) -> Any:
+        """``submit`` by its name in older releases of joblib."""
+        return super().apply_async(self._unwrapped(func), callback)
+
+    def _unwrapped(self, batch: Any) -> Any:
+        batch.items = [(self._configured(task), *given) for task, *given in batch.items]
+        return batch
+
+    def _configured(self, task: Callable[..., Any]) -> Callable[..., Any]:
+        # what functools.wraps leaves in a wrapper
+        task = getattr(task, "__wrapped__", task)
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            with config_context(**self._config):
+                return task(*arguments, **named)
+
+        return run
