@@ -184,12 +184,13 @@ class Engine:
         *,
         keep_gradients: bool = False,
         resident_batches: int | None = None,
+        penalised: bool = False,
     ) -> BoundProgram:
         """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
         With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
         gradients in the engine's memory. With ``resident_batches`` it is the program of the resident plan, for epochs
-        of so many batches.
+        of so many batches, ``penalised`` with an L2 penalty of its own for each.
         """
         arrays = dict(given)
         if self._class_weight is not None:
@@ -208,6 +209,7 @@ class Engine:
                 inputs,
                 seed=self.seed,
                 real_bytes=self._real_bytes,
+                penalised=penalised,
             )
         return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
 

@@ -39,13 +39,14 @@ WRITTEN = {
     ),
     "update": frozenset({"params", "grads", "states", "shadow", "hyper", "counters"}),
     "advance": frozenset({"hyper", "counters"}),
-    "train_resident": frozenset({"params", "gradients", "states", "stats", "hyper", "counters"}),
+    "train_resident": frozenset({"params", "gradients", "states", "stats", "hyper", "counters", "penalty"}),
 }
 UPDATED = frozenset(
     {
         "stats",
         "hyper",
         "counters",
+        "penalty",
         "params",
         "grads",
         "states",
@@ -59,7 +60,7 @@ UPDATED = frozenset(
 )
 # The step reads x and the targets through the rows of the batch; the printed program says so.
 THROUGH_ROWS = frozenset({"x", "target", "weight"})
-UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm"})
+UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm", "strengths"})
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,12 @@ def lower_resident(
     *,
     seed: int,
     real_bytes: int,
+    penalised: bool = False,
 ) -> Program:
-    """The program of training on batches of ``batch_size`` rows, of an epoch of at most ``batches`` batches."""
+    """The program of training on batches of ``batch_size`` rows, of an epoch of at most ``batches`` batches.
+
+    ``penalised``: with an L2 penalty whose strength in each batch is in the value "strengths".
+    """
     options = {short: options_for(name) for short, name in short_names(net).items()}
     trained = [short for short in layout.places if options[short][0]]
     states = tuple(f"state{index}" for index in range(rule.state_count))
@@ -59,6 +63,9 @@ def lower_resident(
     if inputs.class_weighted:
         values.append(Value("class_weight", (outputs,), "real", "control"))
         operands["class_weight"] = Ref("class_weight")
+    if penalised:
+        values += [Value("strengths", (batches,), "float64", "control"), Value("penalty", (1,), "float64", "control")]
+        operands |= {"strengths": Ref("strengths"), "penalty": Ref("penalty")}
     operands |= {
         "batch": batch_size,
         "layers": tuple(_layer(net, layout, index, seed) for index in range(net.layers)),

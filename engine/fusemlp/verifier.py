@@ -25,6 +25,7 @@ _WRITES = {
     "stats": "control",
     "hyper": "control",
     "counters": "control",
+    "penalty": "control",
     "params": "parameter",
     "grads": "gradient",
     "gradients": "gradient",

@@ -69,7 +69,10 @@ Operands, by op (``None`` is allowed where it says "optional"):
     of a step; layers: a sequence of ``ResidentLayer``; params, states, segments, rule, hyper, counters as in
     ``update``; gradients (size,) real, written: what is accumulated between two updates lies there, and with
     rule.accumulate 1 nothing that matters. The bound callable takes the number of steps. Rows are walked as below,
-    whatever the traits say.
+    whatever the traits say. On the numpy backend there may be an L2 penalty that differs from batch to batch:
+    strengths (batches,) float64, optional: strengths[b] / 2 times the squares of the trained weights, biases and
+    slopes excluded, is added to the loss of batch b of an epoch, and its gradient to the gradients before they are
+    clipped; penalty (1,) float64, updated: grows by that times the rows of the batch.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and

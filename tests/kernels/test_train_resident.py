@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from devices import NUMPY, Variant
@@ -50,7 +52,9 @@ RULES = {
 class Run:
     """A network of two layers in arenas with gaps that hold 77, and an epoch of rows."""
 
-    def __init__(self, variant, rule, loss=LOSS, activation="tanh", dropout=True, frozen=(), weight=None):
+    def __init__(
+        self, variant, rule, loss=LOSS, activation="tanh", dropout=True, frozen=(), weight=None, strengths=None
+    ):
         generator = np.random.default_rng(3)
         real = variant.real
         shapes = {"w0": (HIDDEN, INPUTS), "b0": (HIDDEN,), "w1": (OUTPUTS, HIDDEN), "b1": (OUTPUTS,)}
@@ -68,6 +72,7 @@ class Run:
         self.x = generator.normal(size=(ROWS, INPUTS)).astype(real)
         self.target = generator.integers(0, OUTPUTS, ROWS)
         self.weight = None if weight is None else weight.astype(real)
+        self.strengths, self.penalty = strengths, np.zeros(1)
         # three batches, the last of six rows
         self.rows = np.full(3 * BATCH, -1, np.int64)
         self.rows[:ROWS] = generator.permutation(ROWS)
@@ -103,6 +108,8 @@ class Run:
             hyper=self.hyper,
             stats=self.stats,
             weight=self.weight,
+            strengths=strengths,
+            penalty=None if strengths is None else self.penalty,
         )
 
     def tensor(self, name, arena=None):
@@ -115,10 +122,17 @@ class Run:
             for index, (name, rate) in enumerate(((self.activation, self.rate), ("identity", 0.0)))
         ]
         state, stats = reference.initial_state(self.rule, layers), np.zeros(STATS)
-        tensors = [[self.rules[f"{kind}{index}"] for kind in "wb"] for index in range(2)]
+        self.expected_penalty = 0.0
         for step in range(steps):
             rows = self.rows[:ROWS][step % 3 * BATCH :][:BATCH]
             keep = dropout_keep(RATE, 0, SEED, step, len(rows), HIDDEN) if self.rate else None
+            tensors = [[self.rules[f"{kind}{index}"] for kind in "wb"] for index in range(2)]
+            if self.strengths is not None:
+                # the gradient of a penalty is a decay
+                strength = float(self.strengths[step % 3])
+                for pair in tensors:
+                    pair[0] = replace(pair[0], weight_decay=pair[0].weight_decay + strength)
+                self.expected_penalty += 0.5 * strength * len(rows) * sum((layer.w**2).sum() for layer in layers)
             weight = None if self.weight is None else self.weight[rows].astype(np.float64)
             batch = reference.Batch(self.x[rows].astype(np.float64), self.target[rows], weight, keeps=[keep, None])
             hidden = reference.dropout(reference.linear(batch.x, layers[0].w, layers[0].b, self.activation), keep, RATE)
@@ -153,6 +167,30 @@ def test_steps_are_the_oracles(rule, frozen, weighted):
     wanted[[ROW_OFFSET, ROW_COUNT]] = BATCH, BATCH
     np.testing.assert_array_equal(run.counters, wanted)
     np.testing.assert_array_equal(run.hyper, hyper_at(rule, 7))
+
+
+@pytest.mark.parametrize("rule", [rule for name, rule in RULES.items() if name != "clipped"], ids=lambda r: r.kind)
+def test_each_batch_has_a_penalty_of_its_own(rule):
+    run = Run(DOUBLE, rule, strengths=np.array([0.3, 0.0, 2.0]))
+    expected, stats = run.oracle(7)
+    run.run(7)
+    for name, wanted in expected.items():
+        assert_within(run.tensor(name), wanted, TOLERANCE)
+    np.testing.assert_allclose(run.stats, stats, rtol=TOLERANCE)
+    np.testing.assert_allclose(run.penalty, run.expected_penalty, rtol=TOLERANCE)
+
+
+def test_a_penalty_is_clipped_with_the_gradients():
+    """A penalty beside which the gradient is nothing moves the weights by the clipped norm, towards 0."""
+    rule = RULES["clipped"]
+    run = Run(DOUBLE, rule, strengths=np.full(3, 1e12))
+    weights = [run.tensor(f"w{index}") for index in range(2)]
+    norm = np.sqrt(sum((weight**2).sum() for weight in weights))
+    run.run(1)
+    for index, weight in enumerate(weights):
+        own = run.rules[f"w{index}"]
+        moved = weight * (1.0 - 0.1 * own.lr_factor * (rule.clip_norm / norm + own.weight_decay))
+        np.testing.assert_allclose(run.tensor(f"w{index}"), moved, rtol=1e-6)
 
 
 def test_clipping_is_by_the_norm_of_all_gradients():

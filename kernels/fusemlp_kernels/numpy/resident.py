@@ -87,6 +87,8 @@ def bind_train_resident(
     stats: Array,
     weight: Array | None = None,
     class_weight: Array | None = None,
+    strengths: Array | None = None,
+    penalty: Array | None = None,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``."""
     real = params.dtype
@@ -128,6 +130,8 @@ def bind_train_resident(
         counters,
         hyper,
         stats,
+        np.zeros(0) if strengths is None else strengths,
+        np.zeros(1) if penalty is None else penalty,
         np.zeros(6, np.int32),
         np.zeros(2, real),
         np.array([ord("N"), ord("T")], np.uint8),

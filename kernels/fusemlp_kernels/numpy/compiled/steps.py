@@ -7,7 +7,7 @@ from typing import Any
 
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, ROW_COUNT, ROW_OFFSET
+from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, ROW_COUNT, ROW_OFFSET, ROW_STEP
 from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise
@@ -47,7 +47,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     Y,
     Z,
 )
-from fusemlp_kernels.numpy.compiled.updates import clip_factor, update_all
+from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, update_all
 
 
 @register_jitable(**EXACT)
@@ -109,6 +109,8 @@ def _make(version: int) -> Callable[..., int]:
         counters: Any,
         hyper: Any,
         stats: Any,
+        strengths: Any,
+        penalty: Any,
         integers: Any,
         reals: Any,
         letters: Any,
@@ -119,6 +121,8 @@ def _make(version: int) -> Callable[..., int]:
         every = rule[ACCUMULATE]
         # with nothing else to do with the gradient the product lands in the parameter
         direct = rule[OPTIMIZER] == SGD and rule_factors[MOMENTUM] == 0.0 and every == 1 and rule[CLIPS] == 0
+        penalised = len(strengths) > 0
+        direct = direct and not penalised
         for _ in range(steps):
             count = counters[ROW_COUNT]
             offset = counters[ROW_OFFSET]
@@ -200,6 +204,15 @@ def _make(version: int) -> Callable[..., int]:
                         alpha = -hyper[LEARNING_RATE] * tensor_factors[layer[SLOPE_RULE], LR_FACTOR]
                         beta = 1.0 + alpha * tensor_factors[layer[SLOPE_RULE], DECAY]
                     _into(arena, layer[SLOPE], sums[depth + index :], 1, alpha, beta)
+            if penalised:
+                strength = strengths[offset // max(counters[ROW_STEP], 1)]
+                squares = 0.0
+                for index in range(first, depth):
+                    layer = layers[index]
+                    if layer[W_RULE] >= 0:
+                        start, stop = layer[W], layer[W] + layer[OUTPUTS] * layer[INPUTS]
+                        squares += penalise(params[start:stop], grads[start:stop], strength)
+                penalty[0] += 0.5 * strength * squares * count
             updated = (counters[BATCH_INDEX] + 1) % every == 0
             if updated and not direct and len(tensors) > 0:
                 scale = 1.0 / every

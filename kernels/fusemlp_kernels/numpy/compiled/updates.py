@@ -35,6 +35,17 @@ def _squares(values: Any, divisor: float) -> float:
     return total
 
 
+@register_jitable(**REDUCTION)
+def penalise(p: Any, g: Any, strength: float) -> float:
+    """Add the gradient of ``strength / 2 * sum(p ** 2)`` to g; that sum of squares."""
+    times = p.dtype.type(strength)
+    total = 0.0
+    for i in range(p.size):
+        total += p[i] * p[i]
+        g[i] += times * p[i]
+    return total
+
+
 @register_jitable(**EXACT)
 def clip_factor(grads: Any, tensors: Any, scale: float, limit: float) -> float:
     """What clipping multiplies the gradients by, which ``scale`` multiplies already; NaN where one is NaN."""
