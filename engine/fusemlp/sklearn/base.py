@@ -168,6 +168,7 @@ class BaseMLP(BaseEstimator, ABC):
             batch_size=size,
             constants=constants,
             keep=incremental,
+            loop=stochastic and not incremental,
         )
         return _Ready(stochastic, model, batches, held_out, random_state, callbacks)
 

@@ -3,7 +3,8 @@
 scikit-learn divides both the loss of a batch and its penalty ``alpha / 2 * sum(w ** 2)`` by the batch's number of
 rows, or by the sum of their weights. So the strength of the penalty is another for a short last batch, and for each
 batch where there are weights. Here a row carries its share ``weight / (sum over its batch)`` as its weight in a sum,
-and the penalty's gradient is added between the two last calls of a step.
+and the penalty's gradient is added between the two last calls of a step. Where there is a compiled loop over whole
+epochs, it adds the penalty itself: it is told how strong each batch's is.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Batches:
     """X (n, K), targets and perhaps weights (n,) bound to a model, to be gone through in batches.
 
     ``constants`` (n,) are parts of the rows' losses that do not depend on the parameters. ``keep`` is for
-    ``partial_fit``: memory stays for the next call.
+    ``partial_fit``: memory stays for the next call. ``loop``: epochs go through the compiled loop if the model has one;
+    where a row has no weight they do not, for a batch in which no row counts is passed over.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Batches:
         batch_size: int,
         constants: Array | None = None,
         keep: bool = False,
+        loop: bool = False,
     ) -> None:
         n = len(X)
         self.n, self.batch_size = n, batch_size
@@ -82,10 +85,16 @@ class Batches:
         self.starts = np.arange(0, n, batch_size)
         self.lengths = np.minimum(batch_size, n - self.starts)
         self.share = np.empty(n, model.dtype)
-        self.penalty = Penalty(model, alpha)
+        self.alpha = alpha
         arrays = {"x": X, "target": target, "weight": self.share}
-        self.bound = model.bind(Inputs(n, indexed=True, weighted=True), batch_size, arrays, keep=keep)
-        *self.gradient_calls, self.update = self.bound.calls
+        inputs = Inputs(n, indexed=True, weighted=True)
+        self.loops = loop and model.loops and (weight is None or bool(weight.all()))
+        if self.loops:
+            self.bound = model.bind_loop(inputs, batch_size, arrays, penalised=alpha > 0.0)
+        else:
+            self.penalty = Penalty(model, alpha)
+            self.bound = model.bind(inputs, batch_size, arrays, keep=keep)
+            *self.gradient_calls, self.update = self.bound.calls
         self._uneven = weight is not None or bool(n % batch_size)
         self.sums = self.lengths.astype(np.float64)
         self._set_shares(np.arange(n))
@@ -103,6 +112,8 @@ class Batches:
             self.share[order] = factor * weight / np.repeat(divisors, self.lengths)
         backend = self.model.engine.memory.backend
         backend.copy_into(self.bound.arrays["weight"], self.share)
+        if self.loops and self.alpha > 0.0:
+            backend.copy_into(self.bound.arrays["strengths"], self.alpha / self.sums)
 
     def _constant(self, order: Array) -> float:
         """What ``constants`` add to the loss of an epoch."""
@@ -114,48 +125,76 @@ class Batches:
     def epoch(self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None = None) -> float | None:
         """Train on every batch; the loss of the epoch, or None where ``stop`` said so between two batches.
 
-        ``begin`` is called before each.
+        ``begin`` is called before each; where it is given, ``stop`` is asked after each.
         """
         if self._uneven:
             self._set_shares(order)
-        memory = self.model.engine.memory
-        stats, copy = memory.stats, memory.backend.copy_into
+        self.model.engine.memory.stats[:] = 0.0
+        with np.errstate(all="ignore"):
+            sums = self._loop(order, stop, begin) if self.loops else self._steps(order, stop, begin)
+            if sums is None:
+                return None
+            loss, short, penalties = sums
+            rest = self.n % self.batch_size
+            data = (
+                (loss - short) * self.batch_size + short * rest + self._constant(order)
+            ) / self.objective.reported_by
+            return (data + penalties) / self.n
+
+    def _loop(
+        self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None
+    ) -> tuple[float, float, float] | None:
+        """``_steps`` by the compiled loop."""
+        bound, done, batches = self.bound, 0, len(self.starts)
+        bound.set_rows(order, 0, self.batch_size)
+        penalties = bound.arrays["penalty"] if self.alpha > 0.0 else np.zeros(1)
+        penalties[:] = 0.0
+        while done < batches:
+            if begin is not None:
+                begin()
+            count = min(batches - done, bound.chunk) if begin is None else 1
+            bound.run_many(count)
+            done += count
+            if stop():
+                return None
+        stats = bound.arrays["stats"]
+        short = float(stats[LAST_LOSS]) if self.n % self.batch_size else 0.0
+        return float(stats[LOSS_SUM]), short, float(penalties[0])
+
+    def _steps(
+        self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None
+    ) -> tuple[float, float, float] | None:
+        """Train on every batch: the sum of their losses, that of a short one among them, and of their penalties."""
+        stats, copy = self.model.engine.memory.stats, self.model.engine.memory.backend.copy_into
         bound, rows, size = self.bound, self.bound.arrays["rows"], self.batch_size
         gradient, update, penalty = self.gradient_calls, self.update, self.penalty
         penalised = penalty.alpha > 0.0
-        stats[:] = 0.0
         penalties: Any = 0.0
         short = 0.0
         bound.set_row_count(size)
-        with np.errstate(all="ignore"):
-            for start, length, total in zip(
-                self.starts.tolist(), self.lengths.tolist(), self.sums.tolist(), strict=True
-            ):
-                if total == 0.0:
-                    continue
-                if begin is not None:
-                    begin()
-                if length == size:
-                    copy(rows, order[start : start + size])
-                else:
-                    copy(rows[:length], order[start:])
-                    rows[length:] = -1
-                    bound.set_row_count(length)
-                if penalised:
-                    penalties = penalties + penalty.value() * (length / total)
-                for call in gradient:
-                    call()
-                if length != size:
-                    short = float(stats[LAST_LOSS])
-                if penalised:
-                    penalty.add_gradient(1.0 / total)
-                update()
-                if stop():
-                    return None
-            whole = float(stats[LOSS_SUM]) - short
-            rest = self.n % size
-            data = (whole * size + short * rest + self._constant(order)) / self.objective.reported_by
-            return (data + float(penalties)) / self.n
+        for start, length, total in zip(self.starts.tolist(), self.lengths.tolist(), self.sums.tolist(), strict=True):
+            if total == 0.0:
+                continue
+            if begin is not None:
+                begin()
+            if length == size:
+                copy(rows, order[start : start + size])
+            else:
+                copy(rows[:length], order[start:])
+                rows[length:] = -1
+                bound.set_row_count(length)
+            if penalised:
+                penalties = penalties + penalty.value() * (length / total)
+            for call in gradient:
+                call()
+            if length != size:
+                short = float(stats[LAST_LOSS])
+            if penalised:
+                penalty.add_gradient(1.0 / total)
+            update()
+            if stop():
+                return None
+        return float(stats[LOSS_SUM]), short, float(penalties)
 
     def loss_and_gradient(self) -> float:
         """The loss of all rows as one batch; its gradient is left in memory."""

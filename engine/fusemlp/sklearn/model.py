@@ -110,6 +110,19 @@ class Model:
             [tensors.get(f"{2 * layer + 1}.weight") for layer in layers],
         )
 
+    @property
+    def loops(self) -> bool:
+        """Whether there is a compiled loop over whole epochs, with a penalty for each batch."""
+        return self.engine.plan == "resident" and self.engine.backend == "numpy"
+
+    def bind_loop(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, penalised: bool) -> BoundProgram:
+        """Whole epochs over ``arrays`` (x, target, weight) as one program, where ``loops`` says that there is one."""
+        spec = self.engine.loss.spec(accuracy=False)
+        batches = -(-inputs.rows // batch_size)
+        return self.engine.bind(
+            inputs, spec, self.rule, batch_size, arrays, resident_batches=batches, penalised=penalised
+        )
+
     def bind(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, keep: bool) -> BoundProgram:
         """A step of ``batch_size`` rows picked from ``arrays`` (x, target, weight), its gradients left to be read.
 

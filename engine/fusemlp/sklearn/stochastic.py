@@ -69,7 +69,7 @@ def train(
                 epoch, began = estimator.n_iter_, time.perf_counter()
                 _call(callbacks, "on_epoch_begin", engine, epoch)
                 listeners.batch = 0
-                loss = batches.epoch(order, stop, listeners.begin if listeners.starters else None)
+                loss = batches.epoch(order, stop, listeners.begin if listeners.listening else None)
                 if loss is None:
                     break
                 stopping = _end_epoch(estimator, model, loss, validation, batches.n)
@@ -101,6 +101,11 @@ class _BatchListeners:
         self.watchers = [callback for callback in callbacks if overrides(callback, "on_batch_end")]
         self.batch = 0
 
+    @property
+    def listening(self) -> bool:
+        """Whether there are any."""
+        return bool(self.starters or self.watchers)
+
     def begin(self) -> None:
         """Before a batch."""
         # what a callback computes is its own affair: only the step is silent
@@ -109,7 +114,7 @@ class _BatchListeners:
 
     def end(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
         """Asked after each batch: whether training ends there."""
-        if not self.watchers and not self.starters:
+        if not self.listening:
             return interrupted
 
         def stop() -> bool:
