@@ -103,7 +103,9 @@ class Batches:
         """For each row the factor of its loss in the batch that it is in, when they are taken in this order."""
         factor = self.objective.factor
         if self.weight is None:
-            self.share[order] = np.repeat(factor / self.sums, self.lengths)
+            # only the rows of a short last batch have another one
+            self.share[:] = factor / self.batch_size
+            self.share[order[self.starts[-1] :]] = factor / self.sums[-1]
         else:
             weight = self.weight[order]
             self.sums = np.add.reduceat(weight, self.starts, dtype=np.float64)

@@ -141,14 +141,23 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
                 "warm_start can only be used where `y` has the same classes as in the previous call to fit. Previously "
                 f"got {self.classes_}, `y` has {unique_labels(y)}"
             )
-        return X, self._validate_targets(y)
+        else:
+            self._check_classes(y)
+        return X, self._encoded(y)
 
     def _validate_targets(self, y: Any) -> Array:
+        self._check_classes(y)
+        return self._encoded(y)
+
+    def _check_classes(self, y: Any) -> None:
         classes = unique_labels(y)
         if len(np.setdiff1d(classes, self.classes_, assume_unique=True)):
             raise ValueError(
                 f"`y` has classes not in `self.classes_`. `self.classes_` has {self.classes_}. 'y' has {classes}."
             )
+
+    def _encoded(self, y: Any) -> Array:
+        """For each row and class, or label, whether it is that; of two classes one column."""
         if y.ndim == 2:
             encoded = self._label_binarizer.transform(y)
             return np.asarray(encoded.toarray() if hasattr(encoded, "toarray") else encoded).astype(bool)

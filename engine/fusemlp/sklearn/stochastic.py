@@ -164,7 +164,7 @@ def _end_epoch(estimator: Any, model: Model, loss: float, validation: Validation
     rates = model.rates
     if rates.kind == "invscaling":
         model.scale_rate((estimator.t_ + 1) ** -rates.power)
-    elif isinstance(model.engine.optimizer.schedule, ReduceOnPlateau):
+    elif rates.kind == "schedule" and isinstance(model.engine.optimizer.schedule, ReduceOnPlateau):
         watched = -estimator.validation_scores_[-1] if validation is not None else loss
         model.plateau = plateau_step(model.engine.optimizer.schedule, model.plateau, watched)
         model.scale_rate(model.plateau[2])

@@ -38,12 +38,12 @@ def _squares(values: Any, divisor: float) -> float:
 @register_jitable(**REDUCTION)
 def penalise(p: Any, g: Any, strength: float) -> float:
     """Add the gradient of ``strength / 2 * sum(p ** 2)`` to g; that sum of squares."""
-    times = p.dtype.type(strength)
-    total = 0.0
+    real = p.dtype.type
+    times, total = real(strength), real(0.0)
     for i in range(p.size):
         total += p[i] * p[i]
         g[i] += times * p[i]
-    return total
+    return float(total)
 
 
 @register_jitable(**EXACT)
