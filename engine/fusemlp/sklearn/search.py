@@ -40,15 +40,18 @@ class _FleetSearch(BaseSearchCV):
         _check(self._space, getattr(self, self._space), given, self._plain)
         # on a GPU the models have one device in common
         jobs = -1 if _on_cpu(given, spaces) else 1
-        shared = SharedFits() if _shares(given, spaces) else None
-        if shared is not None:
-            self.estimator = clone(given).set_params(memory=shared)
+        sharing = clone(given).set_params(memory=SharedFits()) if _shares(given, spaces) else None
+        if sharing is not None:
+            self.estimator = sharing
         try:
             with joblib.parallel_backend(SideBySide(get_config()), n_jobs=jobs):
                 super().fit(X, y, **params)
         finally:
             self.estimator = given
-        if shared is not None and hasattr(self, "best_estimator_"):
+            if sharing is not None:
+                # the default scorer keeps it
+                sharing.memory = None
+        if sharing is not None and self.refit:
             self.best_estimator_.memory = None
         return self
 
