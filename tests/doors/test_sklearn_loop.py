@@ -1,0 +1,168 @@
+"""Whole epochs in the compiled loop end where the same epochs end call by call."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_diabetes, load_digits
+
+import fusemlp
+from fusemlp import Callback
+from fusemlp.schedules import Cosine, ReduceOnPlateau
+from fusemlp.sklearn import MLPClassifier, MLPRegressor
+from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.model import Model
+
+pytest.importorskip("numba")
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+DIGITS = load_digits(return_X_y=True)
+DIGITS = (DIGITS[0][:500] / 16.0, DIGITS[1][:500])
+DIABETES = load_diabetes(return_X_y=True)
+COMMON = {"hidden_layer_sizes": (12, 9), "batch_size": 64, "max_iter": 6, "random_state": 0}
+WEIGHT = 0.5 + np.random.default_rng(0).random(500)
+
+CLASSIFIERS = {
+    "adam": {},
+    "one batch": {"batch_size": 500},
+    "no short batch": {"batch_size": 50},
+    "strong penalty": {"alpha": 10.0},
+    "no penalty": {"alpha": 0.0},
+    "adamw": {"solver": "adamw", "alpha": 0.1},
+    "sgd": {"solver": "sgd", "momentum": 0.0, "learning_rate_init": 0.1, "alpha": 0.1},
+    "momentum": {"solver": "sgd", "learning_rate_init": 0.05, "nesterovs_momentum": False},
+    "invscaling": {"solver": "sgd", "learning_rate": "invscaling", "learning_rate_init": 0.1},
+    "adaptive": {"solver": "sgd", "learning_rate": "adaptive", "n_iter_no_change": 1, "tol": 0.5},
+    "early stopping": {"early_stopping": True, "n_iter_no_change": 1},
+    "in order": {"shuffle": False},
+    "clipped": {"clip_norm": 0.05, "alpha": 1.0},
+    "dropout": {"dropout": [0.4, 0.1]},
+    "prelu": {"activation": "prelu"},
+    "gelu": {"activation": "gelu", "label_smoothing": 0.1},
+    "balanced": {"class_weight": "balanced"},
+    "cosine": {"learning_rate": Cosine(0.01)},
+    "plateau": {"learning_rate": ReduceOnPlateau(0.01, patience=1)},
+}
+
+
+def by_calls(monkeypatch, fit):
+    """What ``fit`` returns where no model has a loop."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "loops", False)
+        return fit()
+
+
+def assert_alike(one, other):
+    # some dozens of steps of a few thousand roundings in float64, of which Adam's first enlarge those near zero
+    assert one.n_iter_ == other.n_iter_
+    np.testing.assert_allclose(one.loss_curve_, other.loss_curve_, rtol=1e-9)
+    for name in ("coefs_", "intercepts_"):
+        for mine, its in zip(getattr(one, name), getattr(other, name), strict=True):
+            np.testing.assert_allclose(mine, its, rtol=1e-6, atol=1e-8)
+    assert one.learning_rate_ == other.learning_rate_
+    if one.validation_scores_ is not None:
+        np.testing.assert_allclose(one.validation_scores_, other.validation_scores_)
+
+
+@pytest.mark.parametrize("options", CLASSIFIERS.values(), ids=CLASSIFIERS)
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weighted"])
+def test_classifiers(options, weight, monkeypatch):
+    fit = MLPClassifier(**COMMON | options).fit
+    looped = fit(*DIGITS, sample_weight=weight)
+    stepped = by_calls(monkeypatch, lambda: MLPClassifier(**COMMON | options).fit(*DIGITS, sample_weight=weight))
+    assert_alike(looped, stepped)
+
+
+@pytest.mark.parametrize("loss", ["squared_error", "poisson", "absolute_error", fusemlp.Huber(5.0), "quantile"])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_regressors(loss, outputs, monkeypatch):
+    X, y = DIABETES
+    # per column another scale
+    y = (y[:, None] / 100.0 / np.arange(1, outputs + 1)).squeeze()
+    options = COMMON | {"alpha": 1.0, "solver": "sgd", "learning_rate_init": 0.01}
+    looped = MLPRegressor(loss, **options).fit(X, y)
+    assert_alike(looped, by_calls(monkeypatch, lambda: MLPRegressor(loss, **options).fit(X, y)))
+
+
+def test_two_classes_and_labels(monkeypatch):
+    X, y = DIGITS
+    for targets in (y > 4, np.stack([y > 4, y % 2 == 0, y == 3], axis=1)):
+        looped = MLPClassifier(**COMMON).fit(X, targets)
+        stepped = by_calls(monkeypatch, lambda targets=targets: MLPClassifier(**COMMON).fit(X, targets))
+        assert_alike(looped, stepped)
+
+
+def test_a_warm_start_goes_on(monkeypatch):
+    def fit():
+        model = MLPClassifier(**COMMON, warm_start=True)
+        return model.fit(*DIGITS).fit(*DIGITS)
+
+    assert_alike(fit(), by_calls(monkeypatch, fit))
+
+
+def test_a_fit_that_goes_on_in_parts(monkeypatch):
+    def fit():
+        return MLPClassifier(**COMMON).fit(*DIGITS).partial_fit(*DIGITS).partial_fit(*DIGITS)
+
+    assert_alike(fit(), by_calls(monkeypatch, fit))
+
+
+class Batchwise(Callback):
+    """Hears of every batch, and ends the training at one."""
+
+    def __init__(self, last=None):
+        self.begun, self.ended, self.last = [], [], last
+
+    def on_batch_begin(self, engine, batch):
+        self.begun.append(batch)
+
+    def on_batch_end(self, engine, batch):
+        self.ended.append((batch, engine.update_count))
+        engine.stop_training = self.last is not None and len(self.ended) == self.last
+
+
+def test_who_hears_of_every_batch_changes_no_bit():
+    listener = Batchwise()
+    heard = MLPClassifier(**COMMON, callbacks=[listener]).fit(*DIGITS)
+    plain = MLPClassifier(**COMMON).fit(*DIGITS)
+    assert heard.loss_curve_ == plain.loss_curve_
+    for mine, its in zip(heard.coefs_, plain.coefs_, strict=True):
+        assert mine.tobytes() == its.tobytes()
+    assert listener.begun == [batch for batch, _ in listener.ended] == list(range(8)) * 6
+    assert [count for _, count in listener.ended] == list(range(1, 49))
+
+
+def test_training_ends_at_the_batch_that_a_callback_names():
+    listener = Batchwise(last=11)
+    model = MLPClassifier(**COMMON, callbacks=[listener]).fit(*DIGITS)
+    assert len(listener.ended) == 11 and model.n_iter_ == 1
+
+
+def loops(weight=None, **options):
+    """Whether the epochs of a fit go through the loop."""
+    used = []
+    original = Batches._loop
+
+    def seen(self, *arguments):
+        used.append(True)
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "_loop", seen)
+        MLPClassifier(**COMMON | options).fit(*DIGITS, sample_weight=weight)
+    return bool(used)
+
+
+def test_what_goes_through_the_loop():
+    assert loops() and loops(weight=WEIGHT) and loops(early_stopping=True)
+    assert not loops(solver="lbfgs")
+    # a batch in which no row counts is passed over, which the loop cannot
+    assert not loops(weight=np.where(np.arange(500) < 250, 0.0, 1.0))
+
+
+def test_data_that_cannot_be_written_to_is_read():
+    X, y = (array.copy() for array in DIGITS)
+    X.flags.writeable = False
+    y.flags.writeable = False
+    model = MLPClassifier(**COMMON).fit(X, y)
+    assert model.loss_curve_ == MLPClassifier(**COMMON).fit(*DIGITS).loss_curve_
