@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 
 import numpy as np
@@ -244,3 +245,16 @@ def test_weights_that_are_all_zero_give_no_loss_and_no_gradient():
     run.run(3)
     assert run.stats[LAST_LOSS] == run.stats[LOSS_SUM] == run.stats[NORM_SUM] == 0.0
     np.testing.assert_array_equal(run.tensor("w1"), before)
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="only x86 has a bit for it")
+def test_denormal_numbers_are_zero_in_the_loop_and_numbers_after_it():
+    run = Run(SINGLE, RULES["sgd"], activation="relu", dropout=False)
+    # a feature that is always zero: its weights only decay
+    run.x[:, 2] = 0.0
+    weights = run.params[run.places["w0"]].reshape(run.shapes["w0"])
+    smallest = np.float32(np.finfo(np.float32).tiny)
+    weights[:, 2] = smallest
+    run.run(1)
+    assert (weights[:, 2] == 0.0).all()
+    assert np.multiply(smallest, np.float32(0.5)) > 0.0

@@ -10,6 +10,7 @@ from numba.extending import register_jitable
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, ROW_COUNT, ROW_OFFSET, ROW_STEP
 from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.clock import advance
+from fusemlp_kernels.numpy.compiled.denormals import denormals_as_zero, restore
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.options import EXACT, contents, kept
@@ -116,6 +117,7 @@ def _make(version: int) -> Callable[..., int]:
         letters: Any,
     ) -> int:
         """``steps`` steps; ``first`` is the lowest layer with something to train. Returns ``version``."""
+        before = denormals_as_zero()
         depth = len(layers)
         last = depth - 1
         every = rule[ACCUMULATE]
@@ -220,6 +222,7 @@ def _make(version: int) -> Callable[..., int]:
                     scale *= clip_factor(grads, tensors, scale, rule_factors[CLIP_NORM])
                 update_all(params, grads, state0, state1, tensors, tensor_factors, rule, rule_factors, hyper, scale)
             advance(rule, rule_factors, counters, hyper, updated)
+        restore(before)
         return version
 
     return run
