@@ -1,0 +1,187 @@
+// What all kernels share: 16-bit numbers, sums in a fixed order, and which block is the last.
+//
+// The sources are plain C++17 for NVRTC and for any other compiler: no header is included.
+
+#ifndef COMPUTE_IS_HALF
+#error "COMPUTE_IS_HALF: 1 where matrix products read float16, else 0"
+#endif
+
+// Threads of a block, everywhere.
+constexpr int THREADS = 256;
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// An IEEE binary16 number as its bits.
+struct Half {
+    unsigned short bits;
+};
+
+#if COMPUTE_IS_HALF
+using Compute = Half;
+#else
+using Compute = float;
+#endif
+
+union FloatBits {
+    unsigned bits;
+    float value;
+};
+
+__device__ __forceinline__ float float_of(unsigned bits) {
+    FloatBits word;
+    word.bits = bits;
+    return word.value;
+}
+
+__device__ __forceinline__ unsigned bits_of(float value) {
+    FloatBits word;
+    word.value = value;
+    return word.bits;
+}
+
+__device__ __forceinline__ float infinity() {
+    return float_of(0x7f800000u);
+}
+
+__device__ __forceinline__ float to_float(Half half) {
+#ifdef __CUDA_ARCH__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half.bits));
+    return value;
+#else
+    unsigned sign = (half.bits & 0x8000u) << 16;
+    unsigned exponent = (half.bits >> 10) & 31u;
+    unsigned fraction = half.bits & 0x3ffu;
+    if (exponent == 31u) return float_of(sign | 0x7f800000u | fraction << 13);
+    // a subnormal number is its fraction times 2**-24, which a float holds
+    if (exponent == 0u) return float_of(sign | bits_of(static_cast<float>(fraction) * 5.9604644775390625e-8f));
+    return float_of(sign | (exponent + 112u) << 23 | fraction << 13);
+#endif
+}
+
+// Rounded to the nearest, ties to even.
+__device__ __forceinline__ Half to_half(float value) {
+    Half half;
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+#else
+    unsigned bits = bits_of(value);
+    unsigned sign = (bits >> 16) & 0x8000u;
+    unsigned size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) {
+        size = 0x7fffu;
+    } else if (size >= 0x477ff000u) {
+        size = 0x7c00u;
+    } else if (size < 0x38800000u) {
+        // next to one half, neighbouring floats lie 2**-24 apart: the addition rounds as wanted
+        size = bits_of(float_of(size) + 0.5f) - 0x3f000000u;
+    } else {
+        size = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
+    }
+    half.bits = static_cast<unsigned short>(sign | size);
+#endif
+    return half;
+}
+
+__device__ __forceinline__ float load(const float* at) {
+    return *at;
+}
+
+__device__ __forceinline__ float load(const Half* at) {
+    return to_float(*at);
+}
+
+__device__ __forceinline__ void store(float* at, float value) {
+    *at = value;
+}
+
+__device__ __forceinline__ void store(Half* at, float value) {
+    *at = to_half(value);
+}
+
+// Eight numbers side by side are one or two vectors of sixteen bytes, where they lie so.
+constexpr int LANES = 8;
+
+template <typename T>
+struct alignas(16) Vector {
+    T lane[16 / sizeof(T)];
+};
+
+template <typename T>
+__device__ __forceinline__ bool are_vectors(const T* at, long long step, int count) {
+    return count == LANES && step == 1 && reinterpret_cast<unsigned long long>(at) % 16 == 0;
+}
+
+// `count` of the eight elements from `at` on, `step` apart; zeros for the others.
+template <typename T>
+__device__ __forceinline__ void load_lanes(const T* at, long long step, int count, float* out) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    if (are_vectors(at, step, count)) {
+        for (int first = 0; first < LANES; first += WIDTH) {
+            Vector<T> part = *reinterpret_cast<const Vector<T>*>(at + first);
+            for (int i = 0; i < WIDTH; i++) out[first + i] = load(&part.lane[i]);
+        }
+        return;
+    }
+    for (int i = 0; i < LANES; i++) out[i] = i < count ? load(at + i * step) : 0.0f;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_lanes(T* at, long long step, int count, const float* values) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    if (are_vectors(at, step, count)) {
+        for (int first = 0; first < LANES; first += WIDTH) {
+            Vector<T> part;
+            for (int i = 0; i < WIDTH; i++) store(&part.lane[i], values[first + i]);
+            *reinterpret_cast<Vector<T>*>(at + first) = part;
+        }
+        return;
+    }
+    for (int i = 0; i < LANES; i++) {
+        if (i < count) store(at + i * step, values[i]);
+    }
+}
+
+// The sum over a warp, in every lane.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+    for (int mask = WARP / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(ALL_LANES, value, mask);
+    return value;
+}
+
+// The sum over the block, in every thread. All threads come here.
+template <typename T>
+__device__ __forceinline__ T block_sum(T value) {
+    __shared__ T parts[THREADS / WARP];
+    value = warp_sum(value);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = value;
+    __syncthreads();
+    T total = parts[0];
+    for (int i = 1; i < THREADS / WARP; i++) total += parts[i];
+    return total;
+}
+
+// Whether this block is the last of the launch to come here: what the others wrote before is then visible. All threads
+// come here. The ticket is ready for the next launch.
+__device__ __forceinline__ bool is_last(unsigned* ticket) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        if (last) *ticket = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
+// The sum of `count` partial results of other blocks, in an order that depends on nothing else, in every thread.
+__device__ __forceinline__ double sum_of(const double* partials, long long count, int stride) {
+    // what other blocks wrote during this launch is not in this multiprocessor's cache
+    const volatile double* fresh = partials;
+    double total = 0.0;
+    for (long long i = threadIdx.x; i < count; i += THREADS) total += fresh[i * stride];
+    return block_sum(total);
+}

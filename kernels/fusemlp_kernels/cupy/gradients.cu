@@ -1,0 +1,114 @@
+// What goes with the products of grad_weight: the gradients of the biases and of learned slopes, the factors of the
+// products, and results that cuBLAS cannot write where they belong.
+
+#include "common.cuh"
+#include "clock.cuh"
+
+// Columns of dz that a block sums, and rows that it reads at a time.
+constexpr int COLUMNS = 32;
+constexpr int STRETCHES = THREADS / COLUMNS;
+
+// A vector that becomes alpha * (sums of dz's columns) + beta * itself.
+struct Bias {
+    long long first_block;
+    const Compute* dz;  // null: `given` is the sum
+    long long dz_row;
+    long long dz_col;
+    const float* given;
+    float* out;
+    long long out_step;
+    long long columns;
+    double factor;
+    double decay;
+};
+
+struct Pair {
+    double factor;
+    double decay;
+};
+
+struct Sums {
+    const Bias* vectors;
+    long long count;
+    const Pair* pairs;
+    float* scalars;  // (alpha, beta) of the weights, a pair each
+    long long pair_count;
+    double* hyper;
+    long long* counters;
+    const Rule* rule;
+    unsigned* ticket;
+    long long rows;
+    long long sgd;  // alpha, beta are those of an update by plain gradient descent, and the clock goes on
+};
+
+// p - rate * (g + decay * p) as factors of g and p; or what stores or accumulates a gradient.
+__device__ inline void factors_of(const Sums& call, double factor, double decay, float* alpha, float* beta) {
+    if (call.sgd) {
+        double rate = call.hyper[LEARNING_RATE] * factor;
+        *alpha = static_cast<float>(-rate);
+        *beta = static_cast<float>(1.0 - rate * decay);
+        return;
+    }
+    *alpha = 1.0f;
+    *beta = call.counters[BATCH_INDEX] % call.rule->accumulate != 0 ? 1.0f : 0.0f;
+}
+
+// All vectors in one launch, COLUMNS of one a block; the last block advances the clock where the launch is the update.
+extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums call) {
+    __shared__ float parts[STRETCHES][COLUMNS];
+    if (blockIdx.x == 0) {
+        for (long long i = threadIdx.x; i < call.pair_count; i += THREADS) {
+            Pair pair = call.pairs[i];
+            factors_of(call, pair.factor, pair.decay, call.scalars + 2 * i, call.scalars + 2 * i + 1);
+        }
+    }
+    if (call.count > 0) {
+        const Bias* vector = call.vectors;
+        while (vector + 1 < call.vectors + call.count && vector[1].first_block <= blockIdx.x) vector++;
+        int lane = threadIdx.x % COLUMNS;
+        int stretch = threadIdx.x / COLUMNS;
+        long long column = (blockIdx.x - vector->first_block) * COLUMNS + lane;
+        float sum = 0.0f;
+        if (vector->dz && column < vector->columns) {
+            const Compute* from = vector->dz + column * vector->dz_col;
+            for (long long row = stretch; row < call.rows; row += STRETCHES) sum += load(from + row * vector->dz_row);
+        }
+        parts[stretch][lane] = sum;
+        __syncthreads();
+        if (stretch == 0 && column < vector->columns) {
+            for (int i = 1; i < STRETCHES; i++) sum += parts[i][lane];
+            if (!vector->dz) sum = vector->given[column];
+            float alpha, beta;
+            factors_of(call, vector->factor, vector->decay, &alpha, &beta);
+            float* out = vector->out + column * vector->out_step;
+            *out = beta == 0.0f ? alpha * sum : alpha * sum + beta * *out;
+        }
+    }
+    if (!call.sgd) return;
+    if (is_last(call.ticket) && threadIdx.x == 0) advance_clock(call.counters, call.hyper, call.rule, true, false);
+}
+
+struct Combine {
+    const float* source;  // null: zeros
+    long long source_row;
+    long long source_col;
+    float* out;
+    long long out_row;
+    long long out_col;
+    const float* scalars;  // alpha, beta; null: 1 and 0
+    long long rows;
+    long long columns;
+};
+
+// out (rows, columns) = alpha * source + beta * out.
+extern "C" __global__ void __launch_bounds__(THREADS) combine(const Combine call) {
+    long long at = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    if (at >= call.rows * call.columns) return;
+    long long row = at / call.columns;
+    long long column = at - row * call.columns;
+    float alpha = call.scalars ? call.scalars[0] : 1.0f;
+    float beta = call.scalars ? call.scalars[1] : 0.0f;
+    float value = call.source ? alpha * call.source[row * call.source_row + column * call.source_col] : 0.0f;
+    float* out = call.out + row * call.out_row + column * call.out_col;
+    *out = beta == 0.0f ? value : value + beta * *out;
+}
