@@ -99,49 +99,6 @@ __device__ __forceinline__ void store(Half* at, float value) {
     *at = to_half(value);
 }
 
-// Eight numbers side by side are one or two vectors of sixteen bytes, where they lie so.
-constexpr int LANES = 8;
-
-template <typename T>
-struct alignas(16) Vector {
-    T lane[16 / sizeof(T)];
-};
-
-template <typename T>
-__device__ __forceinline__ bool are_vectors(const T* at, long long step, int count) {
-    return count == LANES && step == 1 && reinterpret_cast<unsigned long long>(at) % 16 == 0;
-}
-
-// `count` of the eight elements from `at` on, `step` apart; zeros for the others.
-template <typename T>
-__device__ __forceinline__ void load_lanes(const T* at, long long step, int count, float* out) {
-    constexpr int WIDTH = 16 / sizeof(T);
-    if (are_vectors(at, step, count)) {
-        for (int first = 0; first < LANES; first += WIDTH) {
-            Vector<T> part = *reinterpret_cast<const Vector<T>*>(at + first);
-            for (int i = 0; i < WIDTH; i++) out[first + i] = load(&part.lane[i]);
-        }
-        return;
-    }
-    for (int i = 0; i < LANES; i++) out[i] = i < count ? load(at + i * step) : 0.0f;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_lanes(T* at, long long step, int count, const float* values) {
-    constexpr int WIDTH = 16 / sizeof(T);
-    if (are_vectors(at, step, count)) {
-        for (int first = 0; first < LANES; first += WIDTH) {
-            Vector<T> part;
-            for (int i = 0; i < WIDTH; i++) store(&part.lane[i], values[first + i]);
-            *reinterpret_cast<Vector<T>*>(at + first) = part;
-        }
-        return;
-    }
-    for (int i = 0; i < LANES; i++) {
-        if (i < count) store(at + i * step, values[i]);
-    }
-}
-
 // The sum over a warp, in every lane.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -3,6 +3,7 @@
 
 #include "common.cuh"
 #include "counters.cuh"
+#include "lanes.cuh"
 #include "philox.cuh"
 #include "activations.cuh"
 
@@ -97,9 +98,9 @@ struct Backward {
     const float* product;  // null: zeros
     long long product_row;
     long long product_col;
-    const Compute* from;
-    long long from_row;
-    long long from_col;
+    const Compute* source;
+    long long source_row;
+    long long source_col;
     Compute* out;
     long long out_row;
     long long out_col;
@@ -122,7 +123,7 @@ struct Backward {
 
 // out (rows, columns) = product * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
 //
-// `from` is what the derivative is read from: the pre-activation where needs_z, else the layer's output, after dropout,
+// `source` is what the derivative is read from: the pre-activation where needs_z, else the layer's output, after dropout,
 // which kept_share = 1 - p undoes. `out` may be where the product lies.
 extern "C" __global__ void __launch_bounds__(THREADS) backward(const Backward call) {
     long long per_row = (call.columns + LANES - 1) / LANES;
@@ -141,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward(const Backward ca
             const float* product = call.product + row * call.product_row + column * call.product_col;
             load_lanes(product, call.product_col, count, values);
         }
-        load_lanes(call.from + row * call.from_row + column * call.from_col, call.from_col, count, from);
+        const Compute* source = call.source + row * call.source_row + column * call.source_col;
+        load_lanes(source, call.source_col, count, from);
         if (call.threshold > 0) {
             unsigned kept = kept_lanes(
                 block, row, call.layer, call.counters[BATCH_INDEX], call.key0, call.key1,
