@@ -36,17 +36,20 @@ TRAITS = {
     "cupy": Traits(
         name="cupy",
         row_multiple=8,
-        gathers_in_load=True,
+        # cuBLAS reads matrices as they lie
+        gathers_in_load=False,
         stores_masks=False,
-        widest_fused_output=256,
-        fused_updates=("sgd", "adam"),
+        # the loss reads what the product has left in memory, of any width
+        widest_fused_output=1 << 31,
+        # plain gradient descent: the product is the update
+        fused_updates=("sgd",),
         norms_gradients=True,
         walks_rows=True,
-        split_rows=1024,
-        # 128 multiprocessors with a tile of 64 x 64 each
-        split_size=1 << 19,
-        precisions=("fp32",),
-        plans=PLANS,
+        # cuBLAS cuts a long batch by itself
+        split_rows=0,
+        split_size=0,
+        precisions=("fp32", "tf32", "fp16"),
+        plans=("eager", "graph"),
     ),
     "numpy": Traits(
         name="numpy",
@@ -78,7 +81,7 @@ def _reason(name: str) -> str | None:
         return None
     if name == "triton":
         return _triton_reason()
-    return f"this version of fusemlp has no {name} kernels yet; use backend='numpy'"
+    return _cupy_reason()
 
 
 def interprets_triton() -> bool:
@@ -110,6 +113,12 @@ def _triton_reason() -> str | None:
             "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
         )
     return None
+
+
+def _cupy_reason() -> str | None:
+    from fusemlp_kernels.cupy.driver import reason
+
+    return reason()
 
 
 def choose() -> str:
@@ -146,6 +155,10 @@ def backend(name: str, device: str | None, precision: str) -> Backend:
         from fusemlp_kernels.triton.backend import TritonBackend
 
         return TritonBackend(TRAITS[name], device, precision)
+    if name == "cupy":
+        from fusemlp_kernels.cupy.backend import CupyBackend
+
+        return CupyBackend(TRAITS[name], device, precision)
     from fusemlp_kernels.numpy.backend import NumpyBackend
 
     return NumpyBackend(TRAITS[name], device, precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ class CupyBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         self._device = open_device(device, precision)
-        self.traits = traits
+        self.traits = traits if self._device.captures else dataclasses.replace(traits, plans=("eager",))
         self.device = self._device.name
         self._dtypes: dict[str, Any] = {
             "real": np.float32,

@@ -283,6 +283,11 @@ class Device:
         """``array`` = 0, contiguous."""
         return self._on_card(functools.partial(array.fill, 0))
 
+    @property
+    def captures(self) -> bool:
+        """Whether this CuPy captures what is started on a stream."""
+        return hasattr(cupy.cuda.Stream, "begin_capture")
+
     def capture(self, run: Run, times: int) -> Run:
         """One CUDA graph of ``times`` runs, started on the current stream. ``run`` has been run before."""
         with contextlib.ExitStack() as stack:
