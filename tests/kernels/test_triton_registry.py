@@ -25,6 +25,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(registry.importlib.metadata, "version", lambda name: torch)
         monkeypatch.setattr(registry.sys, "platform", platform)
         monkeypatch.setattr(registry.os.path, "exists", lambda path: driver and path in registry.GPU_DEVICES)
+        monkeypatch.setattr(registry, "_cupy_reason", lambda: "not on this machine")
         if interpret is None:
             monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         else:

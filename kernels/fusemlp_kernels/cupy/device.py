@@ -199,7 +199,7 @@ class Device:
     ) -> Array:
         """``check`` for an output: elements that lie on one another could not all be written."""
         array = self.check(op, name, array, shape, dtype)
-        if any(size > 1 and step == 0 for size, step in zip(array.shape, array.strides, strict=True)):
+        if array.size and any(size > 1 and step == 0 for size, step in zip(array.shape, array.strides, strict=True)):
             raise ArgumentError(f"{op}: {name}: is broadcast (stride 0), so it cannot be written; use {name}.copy()")
         return array
 

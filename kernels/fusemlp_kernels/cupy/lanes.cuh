@@ -5,6 +5,31 @@
 // Eight numbers side by side are one or two vectors of sixteen bytes, where they lie so.
 constexpr int LANES = 8;
 
+struct Place {
+    long long row;
+    long long block;  // of LANES columns
+    int count;  // columns of the row that are in it
+    bool inside;
+};
+
+// Where this thread is in a matrix; the rows lie one behind the other.
+__device__ __forceinline__ Place place_of(long long rows, long long columns) {
+    long long per_row = (columns + LANES - 1) / LANES;
+    long long at = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    Place place = {0, 0, 0, at < rows * per_row};
+    if (!place.inside) return place;
+    // a division of 64 bits is a long program
+    if (rows * per_row <= 0xffffffffll) {
+        place.row = static_cast<unsigned>(at) / static_cast<unsigned>(per_row);
+    } else {
+        place.row = at / per_row;
+    }
+    place.block = at - place.row * per_row;
+    long long left = columns - place.block * LANES;
+    place.count = static_cast<int>(left < LANES ? left : LANES);
+    return place;
+}
+
 template <typename T>
 struct alignas(16) Vector {
     T lane[16 / sizeof(T)];

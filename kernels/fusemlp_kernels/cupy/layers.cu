@@ -22,17 +22,15 @@ struct Gather {
 
 // out (rows, columns) = x[indices], zeros where an index is -1; with no indices a copy.
 extern "C" __global__ void __launch_bounds__(THREADS) gather_rows(const Gather call) {
-    long long per_row = (call.columns + LANES - 1) / LANES;
-    long long at = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    if (at >= call.rows * per_row) return;
-    long long row = at / per_row;
-    long long column = (at - row * per_row) * LANES;
-    int count = static_cast<int>(call.columns - column < LANES ? call.columns - column : LANES);
+    Place place = place_of(call.rows, call.columns);
+    if (!place.inside) return;
+    long long row = place.row;
+    long long column = place.block * LANES;
     long long source = row;
     if (call.indices) source = call.indices[call.counters[ROW_OFFSET] + row];
     float values[LANES] = {};
-    if (source >= 0) load_lanes(call.x + source * call.x_row + column * call.x_col, call.x_col, count, values);
-    store_lanes(call.out + row * call.out_row + column * call.out_col, call.out_col, count, values);
+    if (source >= 0) load_lanes(call.x + source * call.x_row + column * call.x_col, call.x_col, place.count, values);
+    store_lanes(call.out + row * call.out_row + column * call.out_col, call.out_col, place.count, values);
 }
 
 struct Forward {
@@ -62,28 +60,25 @@ struct Forward {
 
 // y (rows, columns) = dropout(activation(product + bias)); y or z may be where the product lies.
 extern "C" __global__ void __launch_bounds__(THREADS) forward(const Forward call) {
-    long long per_row = (call.columns + LANES - 1) / LANES;
-    long long at = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    if (at >= call.rows * per_row) return;
-    long long row = at / per_row;
-    long long block = at - row * per_row;
-    long long column = block * LANES;
-    int count = static_cast<int>(call.columns - column < LANES ? call.columns - column : LANES);
+    Place place = place_of(call.rows, call.columns);
+    if (!place.inside) return;
+    long long row = place.row;
+    long long column = place.block * LANES;
     int code = static_cast<int>(call.activation);
     float slope = call.slope_param ? *call.slope_param : static_cast<float>(call.slope);
     float values[LANES] = {};
     float bias[LANES];
     if (call.product) {
         const float* from = call.product + row * call.product_row + column * call.product_col;
-        load_lanes(from, call.product_col, count, values);
+        load_lanes(from, call.product_col, place.count, values);
     }
-    load_lanes(call.bias + column * call.bias_step, call.bias_step, count, bias);
+    load_lanes(call.bias + column * call.bias_step, call.bias_step, place.count, bias);
     for (int i = 0; i < LANES; i++) values[i] += bias[i];
-    if (call.z) store_lanes(call.z + row * call.z_row + column * call.z_col, call.z_col, count, values);
+    if (call.z) store_lanes(call.z + row * call.z_row + column * call.z_col, call.z_col, place.count, values);
     unsigned kept = 0xffu;
     if (call.threshold > 0) {
         kept = kept_lanes(
-            block, row, call.layer, call.counters[BATCH_INDEX], call.key0, call.key1,
+            place.block, row, call.layer, call.counters[BATCH_INDEX], call.key0, call.key1,
             static_cast<unsigned>(call.threshold));
     }
     float scale = static_cast<float>(call.keep_scale);
@@ -91,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const Forward call
         float y = activate(values[i], code, slope);
         values[i] = kept >> i & 1u ? y * scale : 0.0f;
     }
-    store_lanes(call.y + row * call.y_row + column * call.y_col, call.y_col, count, values);
+    store_lanes(call.y + row * call.y_row + column * call.y_col, call.y_col, place.count, values);
 }
 
 struct Backward {
@@ -123,30 +118,27 @@ struct Backward {
 
 // out (rows, columns) = product * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
 //
-// `source` is what the derivative is read from: the pre-activation where needs_z, else the layer's output, after dropout,
-// which kept_share = 1 - p undoes. `out` may be where the product lies.
+// `source` is what the derivative is read from: the pre-activation where needs_z, else the layer's output, after
+// dropout, which kept_share = 1 - p undoes. `out` may be where the product lies.
 extern "C" __global__ void __launch_bounds__(THREADS) backward(const Backward call) {
-    long long per_row = (call.columns + LANES - 1) / LANES;
-    long long at = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    Place place = place_of(call.rows, call.columns);
     int code = static_cast<int>(call.activation);
     float below = 0.0f;
-    if (at < call.rows * per_row) {
-        long long row = at / per_row;
-        long long block = at - row * per_row;
-        long long column = block * LANES;
-        int count = static_cast<int>(call.columns - column < LANES ? call.columns - column : LANES);
+    if (place.inside) {
+        long long row = place.row;
+        long long column = place.block * LANES;
         float slope = call.slope_param ? *call.slope_param : static_cast<float>(call.slope);
         float values[LANES] = {};
         float from[LANES];
         if (call.product) {
             const float* product = call.product + row * call.product_row + column * call.product_col;
-            load_lanes(product, call.product_col, count, values);
+            load_lanes(product, call.product_col, place.count, values);
         }
         const Compute* source = call.source + row * call.source_row + column * call.source_col;
-        load_lanes(source, call.source_col, count, from);
+        load_lanes(source, call.source_col, place.count, from);
         if (call.threshold > 0) {
             unsigned kept = kept_lanes(
-                block, row, call.layer, call.counters[BATCH_INDEX], call.key0, call.key1,
+                place.block, row, call.layer, call.counters[BATCH_INDEX], call.key0, call.key1,
                 static_cast<unsigned>(call.threshold));
             float scale = static_cast<float>(call.keep_scale);
             for (int i = 0; i < LANES; i++) values[i] = kept >> i & 1u ? values[i] * scale : 0.0f;
@@ -154,10 +146,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward(const Backward ca
         float share = needs_z(code) ? 1.0f : static_cast<float>(call.kept_share);
         for (int i = 0; i < LANES; i++) {
             float v = from[i] * share;
-            if (code == PRELU && i < count) below += values[i] * (v > 0.0f ? 0.0f : v);
+            if (code == PRELU && i < place.count) below += values[i] * (v > 0.0f ? 0.0f : v);
             values[i] *= derivative(v, code, slope);
         }
-        store_lanes(call.out + row * call.out_row + column * call.out_col, call.out_col, count, values);
+        store_lanes(call.out + row * call.out_row + column * call.out_col, call.out_col, place.count, values);
     }
     if (code != PRELU) return;
     double sum = block_sum(static_cast<double>(below));

@@ -111,8 +111,8 @@ __device__ __forceinline__ float updated(float p, float g, float* s0, float* s1,
     return step.inside ? p + move : p - step.rate * move;
 }
 
-// Updates every tensor to the mean of the accumulated gradients, clipped by their global norm. Under loss scaling a norm
-// that is not finite skips the update: nothing but the counters and the scale changes.
+// Updates every tensor to the mean of the accumulated gradients, clipped by their global norm. Under loss scaling a
+// norm that is not finite skips the update: nothing but the counters and the scale changes.
 extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) {
     const Rule& rule = *call.rule;
     bool due = (call.counters[BATCH_INDEX] + 1) % rule.accumulate == 0;
