@@ -119,19 +119,24 @@ __device__ __forceinline__ T block_sum(T value) {
     return total;
 }
 
-// Whether this block is the last of the launch to come here: what the others wrote before is then visible. All threads
+// Whether this block is the last of `count` to come here: what the others wrote before is then visible. All threads
 // come here. The ticket is ready for the next launch.
-__device__ __forceinline__ bool is_last(unsigned* ticket) {
+__device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count) {
     __shared__ bool last;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        last = atomicAdd(ticket, 1u) == count - 1;
         if (last) *ticket = 0;
     }
     __syncthreads();
     __threadfence();
     return last;
+}
+
+// The same for all blocks of the launch.
+__device__ __forceinline__ bool is_last(unsigned* ticket) {
+    return is_last(ticket, gridDim.x);
 }
 
 // The sum of `count` partial results of other blocks, in an order that depends on nothing else, in every thread.

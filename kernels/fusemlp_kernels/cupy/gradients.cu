@@ -4,9 +4,11 @@
 #include "common.cuh"
 #include "clock.cuh"
 
-// Columns of dz that a block sums, and rows that it reads at a time.
+// Columns of dz that a block sums, rows that it reads at a time, and how many rows it sums: of a longer batch the sums
+// are left in parts, which the last block of those columns adds up in order.
 constexpr int COLUMNS = 32;
 constexpr int STRETCHES = THREADS / COLUMNS;
+constexpr int PART_ROWS = 256;
 
 // A vector that becomes alpha * (sums of dz's columns) + beta * itself.
 struct Bias {
@@ -18,6 +20,9 @@ struct Bias {
     float* out;
     long long out_step;
     long long columns;
+    long long parts;
+    float* sums;  // (blocks, COLUMNS)
+    unsigned* tickets;  // one for each COLUMNS columns
     double factor;
     double decay;
 };
@@ -53,9 +58,10 @@ __device__ inline void factors_of(const Sums& call, double factor, double decay,
     *beta = call.counters[BATCH_INDEX] % call.rule->accumulate != 0 ? 1.0f : 0.0f;
 }
 
-// All vectors in one launch, COLUMNS of one a block; the last block advances the clock where the launch is the update.
+// All vectors in one launch, COLUMNS of one and PART_ROWS rows a block; the last block advances the clock where the
+// launch is the update.
 extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums call) {
-    __shared__ float parts[STRETCHES][COLUMNS];
+    __shared__ float stretches[STRETCHES][COLUMNS];
     if (blockIdx.x == 0) {
         for (long long i = threadIdx.x; i < call.pair_count; i += THREADS) {
             Pair pair = call.pairs[i];
@@ -67,16 +73,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums cal
         while (vector + 1 < call.vectors + call.count && vector[1].first_block <= blockIdx.x) vector++;
         int lane = threadIdx.x % COLUMNS;
         int stretch = threadIdx.x / COLUMNS;
-        long long column = (blockIdx.x - vector->first_block) * COLUMNS + lane;
+        long long block = blockIdx.x - vector->first_block;
+        long long group = block / vector->parts;
+        long long part = block - group * vector->parts;
+        long long column = group * COLUMNS + lane;
+        long long begin = part * PART_ROWS;
+        long long end = begin + PART_ROWS < call.rows ? begin + PART_ROWS : call.rows;
         float sum = 0.0f;
         if (vector->dz && column < vector->columns) {
             const Compute* from = vector->dz + column * vector->dz_col;
-            for (long long row = stretch; row < call.rows; row += STRETCHES) sum += load(from + row * vector->dz_row);
+            for (long long row = begin + stretch; row < end; row += STRETCHES) {
+                sum += load(from + row * vector->dz_row);
+            }
         }
-        parts[stretch][lane] = sum;
+        stretches[stretch][lane] = sum;
         __syncthreads();
-        if (stretch == 0 && column < vector->columns) {
-            for (int i = 1; i < STRETCHES; i++) sum += parts[i][lane];
+        for (int i = 1; i < STRETCHES && stretch == 0; i++) sum += stretches[i][lane];
+        bool writes = true;
+        if (vector->parts > 1) {
+            if (stretch == 0) vector->sums[block * COLUMNS + lane] = sum;
+            writes = is_last(vector->tickets + group, static_cast<unsigned>(vector->parts));
+            if (writes && stretch == 0) {
+                const volatile float* fresh = vector->sums + group * vector->parts * COLUMNS + lane;
+                sum = fresh[0];
+                for (long long i = 1; i < vector->parts; i++) sum += fresh[i * COLUMNS];
+            }
+        }
+        if (writes && stretch == 0 && column < vector->columns) {
             if (!vector->dz) sum = vector->given[column];
             float alpha, beta;
             factors_of(call, vector->factor, vector->decay, &alpha, &beta);

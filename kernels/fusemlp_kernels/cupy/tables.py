@@ -13,8 +13,8 @@ from fusemlp_kernels.cupy import sources
 from fusemlp_kernels.cupy.device import FLOAT32, FLOAT64, THREADS, Array, Device, Run, in_sequence, strides_of
 from fusemlp_kernels.cupy.layers import checked_counters, places
 
-# Columns that a block of ``column_sums`` takes, and elements that one of ``update`` does.
-COLUMNS, ELEMENTS = 32, 4 * THREADS
+# Columns and rows that a block of ``column_sums`` takes, and elements that one of ``update`` does.
+COLUMNS, PART_ROWS, ELEMENTS = 32, 256, 4 * THREADS
 PLAIN = TensorRule()
 
 
@@ -126,13 +126,21 @@ class Sums:
         """out (n,) gets the sums of the columns of dz (M, n), or what is given (n,)."""
         if out.size == 0:
             return
+        groups = -(-out.size // COLUMNS)
+        parts = 1 if dz is None else max(1, -(-len(dz) // PART_ROWS))
+        room: dict[str, Any] = {}
+        if parts > 1:
+            room = {
+                "sums": self.device.zeros(groups * parts * COLUMNS, FLOAT32),
+                "tickets": self.device.zeros(groups, "uint32"),
+            }
         self.vectors.append(
             {
                 "first_block": self.blocks, **places(dz=dz), "given": given, "out": out, "out_step": strides_of(out)[0],
-                "columns": out.size, "factor": rule.lr_factor, "decay": rule.weight_decay,
+                "columns": out.size, "parts": parts, **room, "factor": rule.lr_factor, "decay": rule.weight_decay,
             }
         )  # fmt: skip
-        self.blocks += -(-out.size // COLUMNS)
+        self.blocks += groups * parts
 
     def scalars(self, count: int) -> Array:
         """Room for the factors of ``count`` products, (2 * count,) float32."""
