@@ -9,26 +9,29 @@ In Triton's interpreter bf16 is computed on raw bit patterns and tf32 exactly: b
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
+import cupy_standin
 import numpy as np
 import pytest
-from memory import Watch, base_of, position
+from device_memory import DeviceMemory, TorchMemory
+from memory import Watch
 from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products, rounded
 
 import fusemlp_kernels
+from fusemlp_kernels import registry
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.registry import TRAITS
 
 REALS = {"fp64": np.float64}
 # What matrix products read and write. NumPy has no bfloat16: the host holds the rounded values in float32.
 COMPUTE = {"fp64": np.float64, "fp16": np.float16}
-COMPUTE_OPERANDS = frozenset({"x", "gathered", "y", "z", "dz", "dz_prev", "w_shadow", "shadow"})
-READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input"})
 WRITTEN = {
     "linear": {"y", "z", "gathered", "keep"},
     "loss_grad": {"dz", "stats", "dslope", "target_rows", "weight_rows"},
@@ -39,8 +42,9 @@ WRITTEN = {
     "update": {"params", "grads", "states", "shadow", "hyper", "counters"},
     "advance": {"hyper", "counters"},
 }
-# On a card; the interpreter and NumPy compute in IEEE arithmetic.
+# On a card; the interpreter, NumPy and cuBLAS on float32 compute in IEEE arithmetic.
 TENSOR_CORES = {"fp32": TF32X3, "tf32": TF32, "bf16": TWO_BYTES, "fp16": TWO_BYTES}
+CUBLAS = {**TENSOR_CORES, "fp32": IEEE}
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +108,9 @@ class Variant:
 
     @property
     def products(self) -> Products:
-        return TENSOR_CORES[self.precision] if self.device.tensor_cores else IEEE
+        if not self.device.tensor_cores:
+            return IEEE
+        return (CUBLAS if self.device.backend == "cupy" else TENSOR_CORES)[self.precision]
 
     @property
     def output_unit(self) -> float:
@@ -138,7 +144,8 @@ class Variant:
         return 65504.0 if self.precision == "fp16" else 3e38
 
     def backend(self) -> Any:
-        return fusemlp_kernels.backend(self.device.backend, None, self.precision)
+        with usable(self.device):
+            return fusemlp_kernels.backend(self.device.backend, None, self.precision)
 
     def bind(self, op: str, writes: Sequence[Any] = (), **operands: Any) -> Any:
         """A ``run`` of the op that also checks, bitwise, that nothing changes but the elements of its outputs.
@@ -158,7 +165,7 @@ class Variant:
                 watch.check()
 
             return run_here
-        there = TorchMemory(backend, op)
+        there = (DeviceMemory if self.device.backend == "cupy" else TorchMemory)(backend, op)
         call = backend.bind(op, **_converted(operands, there.view))
 
         def run() -> None:
@@ -194,52 +201,6 @@ def _converted(value: Any, convert: Any, name: str = "") -> Any:
     return value
 
 
-class TorchMemory:
-    """The memory behind the operands of one call, as torch tensors."""
-
-    def __init__(self, backend: Any, op: str) -> None:
-        self.backend, self.op = backend, op
-        self.flats: dict[int, tuple[Any, Any]] = {}
-
-    def view(self, name: str, array: Any) -> Any:
-        import torch
-
-        base = base_of(array)
-        key = base.__array_interface__["data"][0] if base.size else id(array)
-        owned = getattr(base, "owned", None)
-        if key not in self.flats:
-            self.flats[key] = base, self._flat(base, self._kind(name, base.dtype), owned is not None)
-        flat = self.flats[key][1]
-        if owned is not None:
-            offset, shape, pitch = owned
-            return self.backend.view(flat, offset, shape, pitch)
-        first, strides = position(array, base)
-        return torch.as_strided(flat, array.shape, strides, first)
-
-    def _kind(self, name: str, dtype: Any) -> str:
-        compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
-        if dtype in (np.float16, np.float32):
-            return "compute" if compute else "real"
-        return str(np.dtype(dtype))
-
-    def _flat(self, base: Any, kind: str, owned: bool) -> Any:
-        import torch
-
-        flat = self.backend.allocate(base.size, kind)
-        return flat if owned else torch.empty_like(flat)
-
-    def upload(self) -> None:
-        import torch
-
-        for base, flat in self.flats.values():
-            flat.copy_(torch.from_numpy(np.array(base)))
-
-    def download(self) -> None:
-        for base, flat in self.flats.values():
-            host = flat.cpu()
-            base[...] = (host.float() if base.dtype == np.float32 else host).numpy()
-
-
 def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -247,6 +208,8 @@ def triton_is_interpreted() -> bool:
 def why_not(device: Device) -> str | None:
     """Why the device is not here; None if it is."""
     reason = fusemlp_kernels.availability()[device.backend]
+    if device is STAND_IN:
+        return "CuPy works here: its tests need the card" if reason is None else cupy_standin.why_not()
     if device.backend == "triton" and reason is None:
         if device is INTERPRETER and not triton_is_interpreted():
             return "Triton compiles here: TRITON_INTERPRET=1 asks for its interpreter"
@@ -304,13 +267,51 @@ GPU = Device(
     output_layouts=INTERPRETER.output_layouts,
     tensor_cores=True,
 )
-DEVICES = (NUMPY, INTERPRETER, GPU)
+# The kernels as C++ on the host, behind what stands in for CuPy. TF32 is IEEE there, and is tested on a card only.
+STAND_IN = Device(
+    "cupy, on the host",
+    "cupy",
+    ("fp32", "fp16"),
+    examples=INTERPRETER.examples,
+    # blocks of 256 threads with eight columns each, warps, and columns that a block sums
+    edges=(0, 1, 2, 7, 8, 9, 31, 32, 33, 65),
+    longest=40,
+    wide=(10, 31, 33, 257, 700, 1025),
+    blocks=((140, 17), (3, 1300)),
+    layouts=(*STRIDED, "reversed"),
+    output_layouts=INTERPRETER.output_layouts,
+)
+CUPY_GPU = Device(
+    "cupy on a GPU",
+    "cupy",
+    ("fp32", "tf32", "fp16"),
+    examples=300,
+    edges=NUMPY.edges,
+    longest=130,
+    wide=(10, 31, 33, 257, 700, 1025, 3000),
+    blocks=NUMPY.blocks,
+    layouts=STAND_IN.layouts,
+    output_layouts=INTERPRETER.output_layouts,
+    tensor_cores=True,
+)
+DEVICES = (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)
+
+
+@contextlib.contextmanager
+def usable(device: Device) -> Iterator[None]:
+    """Where the device's backend can be asked for by name: the registry does not know of CuPy's stand-in."""
+    if device is not STAND_IN:
+        yield
+        return
+    cupy_standin.load()
+    with mock.patch.object(registry, "_cupy_reason", lambda: None):
+        yield
 
 
 def marks_of(device: Device) -> list[pytest.MarkDecorator]:
     reason = why_not(device)
     skip = [] if reason is None else [pytest.mark.skip(reason=f"{device.name}: {reason}")]
-    return [pytest.mark.gpu, *skip] if device is GPU else skip
+    return [pytest.mark.gpu, *skip] if device.tensor_cores else skip
 
 
 DEVICE_PARAMETERS = [pytest.param(device, id=device.name, marks=marks_of(device)) for device in DEVICES]
@@ -319,4 +320,15 @@ VARIANT_PARAMETERS = [
     for device in DEVICES
     for variant in device.variants
 ]
-__all__ = ["DEVICES", "DEVICE_PARAMETERS", "GPU", "INTERPRETER", "NUMPY", "VARIANT_PARAMETERS", "Device", "Variant"]
+__all__ = [
+    "CUPY_GPU",
+    "DEVICES",
+    "DEVICE_PARAMETERS",
+    "GPU",
+    "INTERPRETER",
+    "NUMPY",
+    "STAND_IN",
+    "VARIANT_PARAMETERS",
+    "Device",
+    "Variant",
+]

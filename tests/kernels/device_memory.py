@@ -1,0 +1,79 @@
+"""The memory behind the operands of one call, on a device: the same views there, filled and read back as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from memory import base_of, position
+
+COMPUTE_OPERANDS = frozenset({"x", "gathered", "y", "z", "dz", "dz_prev", "w_shadow", "shadow"})
+READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input"})
+
+
+class DeviceMemory:
+    """The memory behind the operands of one call of ``op``, in arrays of ``backend``."""
+
+    def __init__(self, backend: Any, op: str) -> None:
+        self.backend, self.op = backend, op
+        self.flats: dict[int, tuple[Any, Any]] = {}
+
+    def view(self, name: str, array: Any) -> Any:
+        base = base_of(array)
+        key = base.__array_interface__["data"][0] if base.size else id(array)
+        owned = getattr(base, "owned", None)
+        if key not in self.flats:
+            self.flats[key] = base, self._flat(base, self._kind(name, base.dtype), owned is not None)
+        flat = self.flats[key][1]
+        if owned is not None:
+            offset, shape, pitch = owned
+            return self.backend.view(flat, offset, shape, pitch)
+        first, strides = position(array, base)
+        return self._strided(flat, array.shape, strides, first)
+
+    def _kind(self, name: str, dtype: Any) -> str:
+        compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
+        if dtype in (np.float16, np.float32):
+            return "compute" if compute else "real"
+        return str(np.dtype(dtype))
+
+    def _flat(self, base: Any, kind: str, owned: bool) -> Any:
+        """Memory of the backend's own."""
+        return self.backend.allocate(base.size, kind)
+
+    def _strided(self, flat: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> Any:
+        return self.backend._device.view(flat, first, shape, strides)
+
+    def upload(self) -> None:
+        for base, flat in self.flats.values():
+            self.backend.copy_into(flat, np.array(base))
+
+    def download(self) -> None:
+        for base, flat in self.flats.values():
+            base[...] = self.backend.to_host(flat)
+
+
+class TorchMemory(DeviceMemory):
+    """Torch tensors."""
+
+    def _flat(self, base: Any, kind: str, owned: bool) -> Any:
+        import torch
+
+        flat = super()._flat(base, kind, owned)
+        return flat if owned else torch.empty_like(flat)
+
+    def _strided(self, flat: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> Any:
+        import torch
+
+        return torch.as_strided(flat, shape, strides, first)
+
+    def upload(self) -> None:
+        import torch
+
+        for base, flat in self.flats.values():
+            flat.copy_(torch.from_numpy(np.array(base)))
+
+    def download(self) -> None:
+        for base, flat in self.flats.values():
+            host = flat.cpu()
+            base[...] = (host.float() if base.dtype == np.float32 else host).numpy()

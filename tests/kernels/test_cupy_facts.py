@@ -1,0 +1,299 @@
+"""Facts of the CuPy backend that the contract does not ask for: how much it launches, how it takes foreign arrays, the
+sums of long batches, its 16-bit numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from calls import CONSTANT, Clock
+from devices import CUPY_GPU, STAND_IN, Variant, marks_of, usable
+from memory import place, poisoned
+from strategies import Values, exact
+from tolerance import assert_within, bound, loss_grad_bound
+
+from fusemlp import MLP, SGD, Adam, Engine
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    COUNTERS,
+    LAST_LOSS,
+    ROW_COUNT,
+    STATS,
+    LossSpec,
+    ScheduleSpec,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, DTypeError, ShapeError
+
+PLACES = [pytest.param(device, id=device.name, marks=marks_of(device)) for device in (STAND_IN, CUPY_GPU)]
+VARIANTS = [
+    pytest.param(Variant(device, precision), id=f"{device.name}, {precision}", marks=marks_of(device))
+    for device in (STAND_IN, CUPY_GPU)
+    for precision in device.precisions
+]
+
+ON_THE_HOST = pytest.mark.parametrize("device", PLACES[:1])
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the kernels and products that have been started."""
+
+    def watch(variant):
+        variant.backend()
+        from fusemlp_kernels.cupy import device
+
+        names = []
+        start, multiply = device.Launch.__call__, device.cublas.gemmEx
+
+        def launch(self):
+            names.append("kernel")
+            start(self)
+
+        def gemm(*arguments):
+            names.append("product")
+            multiply(*arguments)
+
+        monkeypatch.setattr(device.Launch, "__call__", launch)
+        monkeypatch.setattr(device.cublas, "gemmEx", gemm)
+        return names
+
+    return watch
+
+
+def trained_layers(variant, sizes, m, rule):
+    values, layers = Values(1, variant), []
+    for k, n in itertools.pairwise(sizes):
+        p, b = values.normal(n, k), values.normal(n)
+        layers.append(
+            {
+                "dz": place(values.factors(m, n), "owned"), "x": place(values.factors(m, k), "owned"),
+                "w": place(p, "owned"), "b": b, "w_rule": TensorRule(0.5, 0.01), "b_rule": TensorRule(2.0),
+                "w_state": tuple(np.zeros_like(p) for _ in range(rule.state_count)),
+                "b_state": tuple(np.zeros_like(b) for _ in range(rule.state_count)),
+            }
+        )  # fmt: skip
+    return layers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_under_plain_descent_the_products_are_the_update(variant, started):
+    """A product for each weight, and one kernel: biases, factors of the products, clock."""
+    names, rule = started(variant), UpdateRule("sgd", CONSTANT)
+    layers, clock = trained_layers(variant, (5, 9, 4), 16, rule), Clock(variant, rule, 0, 0, 1.0)
+    before = [(exact(layer["w"]), exact(layer["b"])) for layer in layers]
+    run = variant.bind("grad_weight_update", layers=layers, **clock.operands)
+    run()
+    assert names == ["kernel", "product", "product"]
+    assert clock.check_after_a_batch()
+    for layer, (w, b) in zip(layers, before, strict=True):
+        dw, db = reference.grad_weight(exact(layer["dz"]), exact(layer["x"]))
+        magnitude = np.abs(exact(layer["dz"])).T @ np.abs(exact(layer["x"]))
+        limit = bound(16, 0.05 * magnitude + np.abs(w), output=w, ulps=2, products=variant.products)
+        assert_within(layer["w"], w * (1 - 0.05 * 0.01) - 0.05 * dw, limit)
+        limit = bound(16, 0.2 * np.abs(exact(layer["dz"])).sum(axis=0) + np.abs(b), output=b, ulps=2)
+        assert_within(layer["b"], b - 0.2 * db, limit)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kernels"),
+    [(SGD(0.1), 4), (SGD(0.1, momentum=0.9), 5), (Adam(0.1), 5), (SGD(0.1, clip_norm=1.0), 6)],
+    ids=["sgd", "momentum", "adam", "clipped"],
+)
+@pytest.mark.parametrize("device", PLACES)
+def test_a_step_of_two_layers_is_five_products_and_little_more(device, optimizer, kernels, started):
+    """A kernel behind each of three products: bias and activation, loss, derivative. Then a product for each weight,
+    the sums of the biases, and what the optimizer needs of its own."""
+    names = started(Variant(device, "fp32"))
+    with usable(device):
+        engine = Engine(MLP([6, 5, 3]), optimizer=optimizer, batch_size=8, backend="cupy", plan="eager")
+    x, y = np.ones((8, 6), np.float32), np.arange(8) % 3
+    engine.step(x, y)
+    del names[:]
+    engine.step(x, y)
+    assert names.count("product") == 5 and names.count("kernel") == kernels
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_sums_of_a_long_batch_are_added_up_from_parts(variant):
+    """Twice, so that the tickets of the parts are ready again, and in an accumulation."""
+    values, m, n, k = Values(4, variant), 700, 37, 5
+    dz, x = place(values.factors(m, n), "owned"), place(values.factors(m, k), "owned")
+    layer = {"dz": dz, "x": x, "dw": poisoned((n, k), variant.real), "db": poisoned(n, variant.real)}
+    counters = np.zeros(COUNTERS, np.int64)
+    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1), accumulate=2)
+    run = variant.bind("grad_weight", layers=[layer], rule=rule, counters=counters)
+    for index in range(4):
+        counters[BATCH_INDEX] = index
+        run()
+        dw, db = reference.grad_weight(exact(dz), exact(x))
+        sums = index % 2 + 1
+        limit = bound(m * sums, sums * np.abs(exact(dz)).sum(axis=0), output=sums * db, ulps=sums)
+        assert_within(layer["db"], sums * db, limit)
+        magnitude = np.abs(exact(dz)).T @ np.abs(exact(x))
+        limit = bound(m * sums, sums * magnitude, output=sums * dw, ulps=sums, products=variant.products)
+        assert_within(layer["dw"], sums * dw, limit)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_normaliser_of_a_long_batch_is_a_launch_of_its_own(variant, weighted):
+    values, m, n = Values(5, variant), 1100, 6
+    spec = LossSpec("cross_entropy", ignore_index=2)
+    z, target = variant.rounded(values.normal(m, n)), values.integers(n, m)
+    weight = values.uniform(0.5, 2.0, m) if weighted else None
+    dz, counters, stats = np.full_like(z, np.nan), np.zeros(COUNTERS, np.int64), np.zeros(STATS)
+    counters[ROW_COUNT] = m
+    given = {"weight": weight} if weighted else {}
+    variant.bind("loss_grad", z=z, dz=dz, target=target, loss=spec, counters=counters, stats=stats, **given)()
+    loss, expected = reference.loss_grad(spec, exact(z), target, exact(weight))
+    limits = loss_grad_bound(spec, exact(z), target, exact(weight), u=variant.unit)
+    assert_within(stats[LAST_LOSS], loss, limits[0])
+    assert_within(dz, expected, variant.result_bound(limits[1], expected))
+
+
+@ON_THE_HOST
+def test_numbers_become_float16_as_numpy_has_it(device):
+    """On the host the conversion is written by hand: ties, subnormal numbers, what is too large, infinities, NaN."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    near = halves[np.isfinite(halves)].astype(np.float32)
+    between = (near[:-1].astype(np.float64) + near[1:]) / 2
+    steps = np.concatenate([np.nextafter(between.astype(np.float32), np.float32(s) * np.inf) for s in (-1, 1)])
+    random = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
+    numbers = np.concatenate([halves.astype(np.float32), between.astype(np.float32), steps, random])
+    variant = Variant(device, "fp16")
+    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.0))
+    shadow, params = np.zeros(numbers.size, np.float16), numbers.copy()
+    operands = {"params": params, "grads": np.zeros_like(params), "states": (), "shadow": shadow}
+    operands["segments"] = (Segment(0, params.size, TensorRule()),)
+    with np.errstate(all="ignore"):
+        variant.bind("update", **operands, **Clock(variant, rule, 0, 0, 1.0).operands)()
+        np.testing.assert_array_equal(shadow, numbers.astype(np.float16))
+    # and back: every number of 16 bits goes through a layer that does nothing
+    x, y = halves.reshape(-1, 1), np.zeros((2**16, 1), np.float16)
+    w, b = np.ones((1, 1), np.float16), np.zeros(1, np.float32)
+    finite = np.isfinite(halves)
+    variant.bind("linear", x=x, w=w, b=b, y=y, activation="identity")()
+    np.testing.assert_array_equal(y[finite, 0], halves[finite])
+
+
+class Foreign:
+    """An array of another library on the card, as far as its interface shows it."""
+
+    def __init__(self, array):
+        self.__cuda_array_interface__ = array.__cuda_array_interface__
+        self.array = array
+
+
+class Shared:
+    """An array of another library that speaks DLPack."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "stepped"])
+@pytest.mark.parametrize("device", PLACES)
+def test_foreign_arrays_go_in_without_a_copy_and_as_they_lie(device, layout):
+    values, variant = Values(6, Variant(device, "fp32")), Variant(device, "fp32")
+    backend = variant.backend()
+    x, w, b = values.normal(7, 6), values.normal(4, 6), values.normal(4)
+
+    def there(array):
+        rows, columns = array.shape
+        flat = backend.allocate(4 * array.size, "real")
+        strides = {"plain": (columns, 1), "transposed": (1, rows), "stepped": (4 * columns, 2)}[layout]
+        view = backend._device.view(flat, 0, array.shape, strides)
+        backend.copy_into(view, array)
+        return view
+
+    y = there(np.zeros((7, 4), np.float32))
+    operands = {"x": Foreign(there(x)), "w": Foreign(there(w)), "b": backend.from_host(b), "y": Foreign(y)}
+    backend.bind("linear", **operands, activation="identity")()
+    z = exact(x) @ exact(w).T + b
+    limit = bound(7, np.abs(x) @ np.abs(w).T + np.abs(b), output=z, products=variant.products)
+    assert_within(backend.to_host(y), z, limit)
+
+
+@ON_THE_HOST
+def test_dlpack_goes_in_without_a_copy(device):
+    """Here the memory of the card is the host's, so that NumPy can be the other library."""
+    backend = Variant(device, "fp32").backend()
+    x, w = np.arange(12, dtype=np.float32).reshape(3, 4)[:, ::2], np.ones((1, 2), np.float32)
+    y = np.zeros((3, 1), np.float32)
+    operands = {"x": Shared(x), "w": Shared(w), "y": Shared(y), "b": Shared(np.zeros(1, np.float32))}
+    backend.bind("linear", **operands, activation="identity")()
+    np.testing.assert_array_equal(y[:, 0], x.sum(axis=1))
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_what_cannot_be_bound_is_refused_with_the_operands_name(device):
+    backend = Variant(device, "fp32").backend()
+    x, w, b = (backend.from_host(np.zeros(shape, np.float32)) for shape in ((3, 4), (2, 4), 2))
+    y = backend.from_host(np.zeros((3, 2), np.float32))
+    good = {"x": x, "w": w, "b": b, "y": y, "activation": "relu"}
+    for changed, error, said in (
+        ({"x": np.zeros((3, 4), np.float32)}, DTypeError, "x: expected an array on the card, of CuPy or with __cuda"),
+        ({"x": backend.from_host(np.zeros((3, 5), np.float32))}, ShapeError, r"x: expected shape \(3, 4\), got \(3, 5"),
+        ({"b": backend.allocate(2, "float64")}, DTypeError, "b: expected float32, got float64; use b.astype"),
+        ({"y": backend._device.view(b, 0, (3, 2), (0, 1))}, ArgumentError, r"y: is broadcast \(stride 0\)"),
+        ({"activation": "rleu"}, ArgumentError, "did you mean 'relu'"),
+        ({"activation": "prelu"}, ArgumentError, "slope_param: prelu needs its slope"),
+        ({"rows": backend.allocate(3, "int64")}, ArgumentError, "counters: rows needs them"),
+    ):
+        with pytest.raises(error, match=said):
+            backend.bind("linear", **(good | changed))
+    with usable(device):
+        for name, precision, said in (
+            ("cuda:99", "fp32", "expected 'cuda' or 'cuda:0' to 'cuda:"),
+            ("cpu", "fp32", "expected a name such as 'cuda' or 'cuda:0', got 'cpu'"),
+            (None, "bf16", "offers fp32, tf32, fp16, got 'bf16'"),
+        ):
+            with pytest.raises(BackendUnavailableError, match=said):
+                Engine(MLP([2, 2]), backend="cupy", device=name, precision=precision)
+
+
+@pytest.mark.parametrize("precision", STAND_IN.precisions)
+@pytest.mark.parametrize("device", PLACES)
+def test_a_graph_is_the_eager_plan_bitwise(device, precision):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((70, 6)).astype(np.float32), rng.integers(0, 3, 70)
+    snapshots = []
+    for plan in ("graph", "eager"):
+        with usable(device):
+            engine = Engine(
+                MLP([6, 9, 3], activation="gelu", dropout=0.2), optimizer=Adam(0.05), batch_size=16, seed=3,
+                backend="cupy", precision=precision, plan=plan,
+            )  # fmt: skip
+        engine.fit(x, y, epochs=3)
+        assert engine.update_count == 15
+        snapshots.append(engine.snapshot())
+    for name, array in snapshots[0].items():
+        np.testing.assert_array_equal(array, snapshots[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_a_step_allocates_nothing(device, monkeypatch):
+    with usable(device):
+        engine = Engine(MLP([6, 9, 3], dropout=0.2), optimizer=Adam(0.05), batch_size=16, backend="cupy", plan="eager")
+    engine.step(np.ones((16, 6), np.float32), np.arange(16) % 3)
+    step = next(iter(engine._staged.values()))
+    from fusemlp_kernels.cupy import device as module
+
+    def refused(*arguments, **options):
+        raise AssertionError("an array was allocated")
+
+    for name in ("zeros", "asarray"):
+        monkeypatch.setattr(module.cupy, name, refused)
+    step.run()
+    engine.memory.backend.synchronize()
