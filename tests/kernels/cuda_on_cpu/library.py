@@ -1,0 +1,232 @@
+"""CUDA C compiled as C++ for this machine and called through ctypes: the numbers of kernels without a GPU.
+
+``build`` puts ``cuda_on_cpu.h`` in front of a source and compiles both with the system's C++ compiler, else with
+``ziglang`` from the test extra; a library is kept in ``build/cuda_on_cpu`` under the hash of all that goes into it.
+``Library`` lists the kernels in it and launches them. What this can show and what not says the header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CACHE = Path(__file__).resolve().parents[3] / "build/cuda_on_cpu"
+# No fast-math: NaN, infinities and the order of sums are what is tested. No contraction: NVRTC fuses a * b + c where it
+# likes and this compiler only where the machine has such an instruction; unfused, the sums round more often, and the
+# same on every machine. A call of fmaf is fused everywhere.
+FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
+    "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror",
+)  # fmt: skip
+# A GPU stops at a misaligned address; indices outside of an array, and shifts by more than there is, it lets pass.
+CHECKS = (
+    "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero", "-fno-sanitize-recover=all",
+)  # fmt: skip
+RUNTIME = ("fibers.cpp", "checks.cpp")
+KERNEL = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?P<most>[^()]*)\)\s*)?(?P<name>\w+)\s*\('
+)
+DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+|alignas\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];")
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
+
+
+class KernelFault(AssertionError):
+    """A kernel broke a rule of CUDA: a barrier that some threads never reach, a shuffle from a lane that is not there,
+    a misaligned address, an index outside of its array."""
+
+
+@functools.cache
+def compiler() -> tuple[str, ...]:
+    """The command of a C++ compiler: $CXX, g++ or clang++, or that of the ziglang package."""
+    named = os.environ.get("CXX")
+    if named:
+        return tuple(shlex.split(named))
+    for name in ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return (path,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "c++")
+    raise RuntimeError(
+        "the kernels of the cupy backend are tested as C++, for which there is no compiler here: "
+        "install g++ or clang++, or `pip install ziglang`, or name one in CXX"
+    )
+
+
+@functools.cache
+def _version() -> str:
+    return _run([*compiler(), "--version"])
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"exit status {done.returncode}: {shlex.join(map(str, command))}\n{done.stdout}")
+    return done.stdout
+
+
+def as_cpp(code: str) -> str:
+    """The C++ source: in a namespace without a name, so that nothing of it leaves the library; then its kernels.
+
+    Lines keep their numbers. Dynamic shared memory is the one declaration that no macro can translate.
+    """
+    kernels = KERNEL.findall(code)
+    if not kernels:
+        raise ValueError('no kernel: `extern "C" __global__ void NAME(` is expected')
+    body = DYNAMIC.sub(r"\1* \2 = static_cast<\1*>(cuda_on_cpu::dynamic_shared());", code)
+    entries = "\n".join(
+        f'    cuda_on_cpu::Entry<{name}>::described("{name}", static_cast<int>({most or 0})),' for most, name in kernels
+    )
+    return (
+        '#include "cuda_on_cpu.h"\n'
+        f'namespace {{\n#line 1 "source.cu"\n{body}\n#line 1 "kernels of source.cu"\n'
+        f"const cuda_on_cpu::Kernel kernels[] = {{\n{entries}\n}};\n}}  // namespace\n"
+        'extern "C" __attribute__((visibility("default")))\n'
+        "const cuda_on_cpu::Kernel* cuda_on_cpu_kernels(int* count) {\n    *count = sizeof kernels / sizeof kernels[0];\n    return kernels;\n}\n"
+    )
+
+
+def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
+    """The shared library of a source; ``options``: -D and -std, as for NVRTC.
+
+    Compiled once, whoever asks first; others wait. Raises RuntimeError with what the compiler said.
+    """
+    for option in options:
+        if not option.startswith("-D") and option != "-std=c++17":
+            raise ValueError(f"options: -D and -std=c++17 are known here, got {option!r}")
+    own = [HERE / name for name in ("cuda_on_cpu.h", *RUNTIME, "library.py")]
+    parts = [code, *options, *FLAGS, *CHECKS, _version(), *(path.read_text(encoding="utf-8") for path in own)]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    cache.mkdir(parents=True, exist_ok=True)
+    library = cache / f"{key}.so"
+    with _locked(cache / f"{key}.lock"):
+        if not library.exists():
+            _compile(code, options, library)
+    return library
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(code: str, options: Sequence[str], library: Path) -> None:
+    made = library.with_suffix(".new")
+    source = library.with_suffix(".cpp")
+    source.write_text(as_cpp(code), encoding="utf-8")
+    common = [*compiler(), *FLAGS, f"-I{HERE}", "-c"]
+    parts = [library.with_suffix(".o")]
+    _run([*common, *CHECKS, *options, source, "-o", parts[0]])
+    for name in RUNTIME:
+        parts.append(library.with_suffix(f".{name}.o"))
+        _run([*common, HERE / name, "-o", parts[-1]])
+    # as C: the library of C++ is not needed, and ziglang would build it first
+    linker = [*compiler()[:-1], "cc"] if compiler()[1:3] == ("-m", "ziglang") else compiler()
+    _run([*linker, "-shared", *parts, "-lm", "-o", made])
+    made.replace(library)
+    for part in parts:
+        part.unlink()
+
+
+class _Dim3(ctypes.Structure):
+    _fields_ = tuple((axis, ctypes.c_uint) for axis in "xyz")
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = (("size", ctypes.c_int), ("kind", ctypes.c_char))
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("most_threads", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("parameters", ctypes.POINTER(_Parameter)),
+        ("call", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel; ``parameters``: (kind, bytes) of each, kinds as in the header; ``most_threads``: 0 if not said."""
+
+    name: str
+    parameters: tuple[tuple[str, int], ...]
+    most_threads: int
+    call: int
+
+
+class Library:
+    """The kernels of a source, by name."""
+
+    def __init__(self, code: str, options: Sequence[str] = ()) -> None:
+        self.lines = code.splitlines()
+        self._library = ctypes.CDLL(str(build(code, options)))
+        listed = self._library.cuda_on_cpu_kernels
+        listed.restype = ctypes.POINTER(_Kernel)
+        count = ctypes.c_int()
+        found = listed(ctypes.byref(count))
+        self.kernels = {kernel.name: kernel for kernel in map(_described, found[: count.value])}
+        self._launch = self._library.cuda_on_cpu_launch
+        self._launch.restype = None
+        self._message = ctypes.create_string_buffer(400)
+
+    def launch(
+        self,
+        name: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[bytes],
+        *,
+        shared: int = 0,
+        order: str = "shuffled",
+        seed: int = 0,
+    ) -> None:
+        """Run a kernel on arguments as bytes; ``order``: of blocks and of threads between barriers.
+
+        Raises ValueError where a launch would fail or read arguments that are not there, KernelFault while it runs.
+        """
+        kernel = self.kernels[name]
+        sizes, wanted = [len(value) for value in arguments], [size for _, size in kernel.parameters]
+        if sizes != wanted:
+            raise ValueError(f"{name}: arguments of {wanted} bytes are expected, got {sizes}")
+        threads = block[0] * (*block, 1)[1] * (*block, 1, 1)[2]
+        if min(grid) < 1 or min(block) < 1 or threads > (kernel.most_threads or 1024):
+            raise ValueError(
+                f"{name}: at least one block of 1 to {kernel.most_threads or 1024} threads is expected, "
+                f"got a grid of {tuple(grid)} and blocks of {tuple(block)}"
+            )
+        buffers = [ctypes.create_string_buffer(value, len(value)) for value in arguments]
+        pointers = (ctypes.c_void_p * (len(buffers) + 1))(*(ctypes.addressof(buffer) for buffer in buffers))
+        self._launch(
+            ctypes.c_void_p(kernel.call), pointers, _dim3(grid), _dim3(block), ctypes.c_size_t(shared), ORDERS[order],
+            ctypes.c_ulonglong(seed), self._message, ctypes.c_size_t(len(self._message)),
+        )  # fmt: skip
+        if said := self._message.value.decode():
+            line, _, what = said.partition(" ")
+            source = f", line {line}: {self.lines[int(line) - 1].strip()}" if int(line) else ""
+            raise KernelFault(f"{name}: {what}{source}")
+
+
+def _dim3(sizes: Sequence[int]) -> object:
+    return ctypes.byref(_Dim3(*sizes, *[1] * (3 - len(sizes))))
+
+
+def _described(kernel: _Kernel) -> Kernel:
+    parameters = tuple((item.kind.decode(), item.size) for item in kernel.parameters[: kernel.count])
+    return Kernel(kernel.name.decode(), parameters, kernel.most_threads, kernel.call)

@@ -1,0 +1,279 @@
+"""CUDA C as C++: its numbers are right in any order of the threads, and a kernel that breaks CUDA's rules is caught."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from cuda_on_cpu import library
+from cuda_on_cpu.library import HERE, ORDERS, KernelFault, Library
+
+from fusemlp_kernels import philox
+
+EXAMPLES = (HERE / "examples.cu").read_text(encoding="utf-8")
+ROWS, COLUMNS = 20, 300
+
+
+def pointer(array):
+    return array.ctypes.data.to_bytes(8, sys.byteorder)
+
+
+def row_sums(kernels, x, order="shuffled", seed=0):
+    sums, total, ticket = np.full((len(x), 2), np.nan), np.full(1, np.nan), np.zeros(1, np.uint32)
+    arguments = [*map(pointer, (x, sums, total, ticket)), np.int32(x.shape[1]).tobytes()]
+    kernels.launch("row_sums", (len(x),), (128,), arguments, order=order, seed=seed)
+    assert ticket[0] == len(x)
+    return sums, total[0]
+
+
+def exact_sums(x):
+    x = x.astype(np.float64)
+    return np.stack([x.sum(1), (x * x).sum(1)], axis=1)
+
+
+def softmax(kernels, x, order="shuffled", seed=0):
+    y = np.full_like(x, np.nan)
+    arguments = [pointer(x), pointer(y), np.int32(x.shape[1]).tobytes()]
+    kernels.launch("softmax", (len(x),), (128,), arguments, shared=4 * x.shape[1], order=order, seed=seed)
+    return y
+
+
+def kernels_of(bodies):
+    """A library with a kernel for each of the bodies."""
+    heads = [f'extern "C" __global__ void {name}(const int* x, int* y)' for name in bodies]
+    return Library("\n".join(f"{head} {{\n{body}\n}}" for head, body in zip(heads, bodies.values(), strict=True)))
+
+
+def launched(kernels, name, threads=64, blocks=1):
+    x, y = np.arange(threads, dtype=np.int32), np.full(threads * blocks, -7, np.int32)
+    kernels.launch(name, (blocks,), (threads,), [pointer(x), pointer(y)])
+    return y
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return Library(EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sums_across_warps_and_blocks(examples, x, order):
+    sums, total = row_sums(examples, x, order)
+    # sums in float64, of numbers with 24 bits: no more roundings of 2**-53 than there are numbers, on both sides
+    exact, unit = exact_sums(x), 2.0**-52
+    np.testing.assert_allclose(sums[:, 0], exact[:, 0], rtol=0, atol=COLUMNS * unit * np.abs(x).sum(1).max())
+    np.testing.assert_allclose(sums[:, 1], exact[:, 1], rtol=COLUMNS * unit)
+    np.testing.assert_allclose(total, exact[:, 0].sum(), rtol=0, atol=x.size * unit * np.abs(x).sum())
+
+
+def test_the_order_of_the_threads_changes_no_bit(examples, x):
+    first = row_sums(examples, x, "forward")
+    for order, seed in (("backward", 0), ("shuffled", 1), ("shuffled", 2)):
+        sums, total = row_sums(examples, x, order, seed)
+        assert sums.tobytes() == first[0].tobytes() and total == first[1]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_dynamic_shared_memory(examples, x, order):
+    y = softmax(examples, x, order)
+    exact = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+    exact /= exact.sum(1, keepdims=True)
+    # the difference (|x| < 8) rounds once, expf a unit or two, each partial sum once, and the quotient
+    np.testing.assert_allclose(y, exact, rtol=(8 + 2 + COLUMNS / 128 + 12) * 2**-24)
+
+
+def test_a_structure_by_value_and_integer_arithmetic(examples):
+    count, key = 1003, (0xDEADBEEF, 7)
+    kept = np.full(count + 5, 9, np.uint8)
+    call = pointer(kept) + np.int64(count).tobytes() + np.array([*key, 2**31, 0], np.uint32).tobytes()
+    examples.launch("keep", (3,), (96,), [call])
+    words = np.stack(philox.philox((np.arange(251), 0, 0, 0), key), axis=-1).ravel()[:count]
+    np.testing.assert_array_equal(kept[:count], words >= 2**31)
+    np.testing.assert_array_equal(kept[count:], 9)
+
+
+def test_what_a_kernel_takes(examples):
+    described = examples.kernels["row_sums"]
+    assert described.parameters == (("p", 8),) * 4 + (("i", 4),)
+    assert described.most_threads == 128
+    assert examples.kernels["keep"].parameters == (("s", 32),)
+    assert examples.kernels["keep"].most_threads == 0
+
+
+REMOVED = {
+    "before the parts are written": ("    // the last call's parts have been read\n    __syncthreads();\n", "row_sums"),
+    "before the parts are read": ("    // all parts are there\n    __syncthreads();\n", "row_sums"),
+    "before the largest are read": (
+        "    __syncthreads();\n    for (int i = 0; i < WARPS; i++) most = fmaxf(most, largest[i]);",
+        "softmax",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "name"), REMOVED.values(), ids=REMOVED)
+def test_a_removed_barrier_shows(x, line, name):
+    assert EXAMPLES.count(line) == 1
+    broken, right = Library(EXAMPLES.replace(line, line.replace("__syncthreads();", ""))), Library(EXAMPLES)
+    for seed in range(3):
+        found, expected = (
+            row_sums(kernels, x, seed=seed)[0] if name == "row_sums" else softmax(kernels, x, seed=seed)
+            for kernels in (broken, right)
+        )
+        assert not np.allclose(found, expected, rtol=1e-3), seed
+
+
+FAULTS = {
+    "half_a_barrier": (
+        "if (threadIdx.x < 32) __syncthreads();",
+        r"thread \d+ waits at __syncthreads, and thread \d+ has ended, line 2: if",
+    ),
+    "two_barriers": (
+        "if (threadIdx.x % 2) {\n    __syncthreads();\n} else {\n    __syncthreads();\n}",
+        r"thread 0 waits at __syncthreads, and thread 1 at that of line \d+, line",
+    ),
+    "barrier_and_shuffle": (
+        "if (threadIdx.x == 5) __syncthreads();\nelse y[threadIdx.x] = __shfl_sync(0xffffffffu, x[0], 0);",
+        r"thread \d+ waits at .*, and thread \d+ at ",
+    ),
+    "ended_lane": (
+        "if (threadIdx.x % 32 == 3) return;\ny[threadIdx.x] = __shfl_sync(0xffffffffu, x[0], 3);",
+        r"thread \d+ shuffles from lane 3, which takes no part",
+    ),
+    "lane_outside_of_the_mask": (
+        "if (threadIdx.x % 32 < 16) y[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, x[0], 16);",
+        r"thread \d+ shuffles from lane \d+, which takes no part",
+    ),
+    "mask_without_oneself": ("__syncwarp(0xfffffffeu);", r"lane \d+ calls __syncwarp for lanes fffffffe|and thread"),
+    "different_masks": (
+        "__shfl_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555555u, x[0], 0);",
+        r"thread \d+ ",
+    ),
+    "index_outside": (
+        "__shared__ int tile[8];\ntile[threadIdx.x] = 0;\ny[0] = tile[0];",
+        r"index \d+ is outside of its array, line \d+: tile",
+    ),
+    "misaligned": (
+        "struct alignas(16) Four { int v[4]; };\nFour f = *reinterpret_cast<const Four*>(x + 1);\ny[0] = f.v[0];",
+        "misaligned address",
+    ),
+    "shift": ("y[0] = 1 << (x[5] + 27);", "a shift by"),
+    "division": ("y[0] = 1 / (x[0] * y[0]);", "an integer division by zero"),
+}
+BODIES = {
+    "only_with_two_blocks": "if (threadIdx.x == 0 && gridDim.x == 1) __syncthreads();\n__syncthreads();\n"
+    "y[threadIdx.x] = 3;",
+    "votes": """
+unsigned i = threadIdx.x;
+int odd = i % 2;
+y[i] = (__ballot_sync(0xffffffffu, odd) == 0xaaaaaaaau) + 2 * __any_sync(0xffffffffu, i == 40)
+    + 4 * __all_sync(0xffffffffu, i >= 32) + 8 * (__syncthreads_count(odd) == 32) + 16 * __syncthreads_or(i == 63)
+    + 32 * __syncthreads_and(i < 63);""",
+    "half_warps": "unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;\n"
+    "y[threadIdx.x] = __shfl_sync(half, x[threadIdx.x], 0, 16);",
+    "poison": "__shared__ float tile[64];\nint at = blockIdx.x * 64 + threadIdx.x;\n"
+    "y[at] = isnan(tile[threadIdx.x]) ? 2 : 1;\ntile[threadIdx.x] = 1.0f;",
+}
+SHUFFLES = ("sync", 11, 8), ("up_sync", 3, 8), ("down_sync", 3, 8), ("xor_sync", 8, 8), ("xor_sync", 31, 32)
+
+
+@pytest.fixture(scope="module")
+def small():
+    shuffles = {
+        f"shuffle{i}": f"y[threadIdx.x] = __shfl_{name}(0xffffffffu, x[threadIdx.x] % 32, {by}, {width});"
+        for i, (name, by, width) in enumerate(SHUFFLES)
+    }
+    return kernels_of({name: body for name, (body, _) in FAULTS.items()} | BODIES | shuffles)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_breaks_a_rule_of_cuda_is_named(small, name):
+    said = FAULTS[name][1]
+    with pytest.raises(KernelFault, match=f"{name}: .*({said})"):
+        launched(small, name)
+    # the fibers that were left in the middle are no use: others take their place
+    with pytest.raises(KernelFault, match=said):
+        launched(small, name)
+
+
+def test_a_launch_after_a_fault_is_as_any_other(small):
+    with pytest.raises(KernelFault):
+        launched(small, "only_with_two_blocks")
+    assert set(launched(small, "only_with_two_blocks", blocks=2)[:64]) == {3}
+
+
+def test_votes(small):
+    expected = [1 + 8 + 16] * 32 + [1 + 2 + 4 + 8 + 16] * 32
+    np.testing.assert_array_equal(launched(small, "votes"), expected)
+
+
+def test_shuffles_within_segments(small):
+    lane = np.arange(64) % 32
+    inside = lane & 7
+    expected = (
+        (lane & ~7) + 3,
+        np.where(inside >= 3, lane - 3, lane),
+        np.where(inside < 5, lane + 3, lane),
+        # segments in front may be read, those behind not
+        np.where(lane & 8, lane ^ 8, lane),
+        31 - lane,
+    )
+    for i, values in enumerate(expected):
+        np.testing.assert_array_equal(launched(small, f"shuffle{i}"), values, err_msg=str(SHUFFLES[i]))
+
+
+def test_two_halves_of_a_warp_apart(small):
+    np.testing.assert_array_equal(launched(small, "half_warps"), np.arange(64) // 16 * 16)
+
+
+def test_shared_memory_is_nan_in_each_block(small):
+    np.testing.assert_array_equal(launched(small, "poison", blocks=3), 2)
+
+
+def test_arguments_that_do_not_fit(examples):
+    with pytest.raises(ValueError, match=r"arguments of \[8, 8, 4\] bytes are expected, got \[8, 8, 8\]"):
+        examples.launch("softmax", (1,), (32,), [bytes(8)] * 3)
+    with pytest.raises(ValueError, match="1 to 128 threads is expected, got a grid of"):
+        examples.launch("softmax", (1,), (160,), [bytes(8), bytes(8), bytes(4)])
+    with pytest.raises(ValueError, match="at least one block"):
+        examples.launch("softmax", (0,), (32,), [bytes(8), bytes(8), bytes(4)])
+
+
+def test_what_is_no_kernel():
+    with pytest.raises(ValueError, match="no kernel"):
+        Library("__device__ int f() { return 1; }")
+    with pytest.raises(ValueError, match="--use_fast_math"):
+        library.build(EXAMPLES, ["--use_fast_math"])
+
+
+def test_a_source_that_does_not_compile_shows_what_the_compiler_says(tmp_path):
+    wrong = EXAMPLES.replace("sum = block_sum(sum);", "sum = block_sum(mine);")
+    with pytest.raises(RuntimeError, match=r"source\.cu:\d+:.*mine"):
+        library.build(wrong, cache=tmp_path)
+
+
+def test_it_is_compiled_once_whoever_asks(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: library.build(EXAMPLES, cache=tmp_path), range(4)))
+    (path,) = paths
+    made = path.stat().st_mtime_ns
+    assert library.build(EXAMPLES, cache=tmp_path) == path and path.stat().st_mtime_ns == made
+    assert library.build(EXAMPLES, ["-DOTHER"], cache=tmp_path) != path
+
+
+def test_a_machine_without_a_compiler_is_told(tmp_path):
+    code = (
+        "import importlib.util, sys; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'ziglang' else find(name)\n"
+        f"sys.path.insert(0, {str(HERE.parent)!r})\nfrom cuda_on_cpu import library\nlibrary.compiler()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert "install g++ or clang++, or `pip install ziglang`, or name one in CXX" in done.stderr
