@@ -95,7 +95,8 @@ def as_cpp(code: str) -> str:
         f'namespace {{\n#line 1 "source.cu"\n{body}\n#line 1 "kernels of source.cu"\n'
         f"const cuda_on_cpu::Kernel kernels[] = {{\n{entries}\n}};\n}}  // namespace\n"
         'extern "C" __attribute__((visibility("default")))\n'
-        "const cuda_on_cpu::Kernel* cuda_on_cpu_kernels(int* count) {\n    *count = sizeof kernels / sizeof kernels[0];\n    return kernels;\n}\n"
+        "const cuda_on_cpu::Kernel* cuda_on_cpu_kernels(int* count) {\n"
+        "    *count = sizeof kernels / sizeof kernels[0];\n    return kernels;\n}\n"
     )
 
 

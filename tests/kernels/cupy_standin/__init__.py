@@ -1,0 +1,46 @@
+"""What stands in for CuPy where there is no card: NumPy memory, and the kernels of the CuPy backend as C++ on the CPU.
+
+Test code. It has the few names of CuPy that the backend uses and refuses all others, so that nothing passes because
+something else was there. It shows that the backend's Python calls them as they want to be called, that addresses lie
+in memory that is still there, and what the kernels compute. It cannot show: streams that run side by side, the capture
+of a real graph, cuBLAS itself (NumPy's product of float32 is in its place), the driver, and how long anything takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from cuda_on_cpu import library
+
+
+def why_not() -> str | None:
+    """Why the backend cannot be run over this; None if it can."""
+    if sys.platform != "linux":
+        return f"the kernels are compiled for the CPU on Linux only, this is {sys.platform}"
+    try:
+        library.compiler()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def load() -> None:
+    """Import ``fusemlp_kernels.cupy`` with this in the place of CuPy.
+
+    For that long only: other libraries look whether there is a module of that name, and would take it for CuPy.
+    """
+    if "fusemlp_kernels.cupy.device" in sys.modules:
+        return
+    from cupy_standin import modules
+
+    kept = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in ("cupy", "cupy_backends")
+    }
+    sys.modules.update(modules.BY_NAME)
+    try:
+        importlib.import_module("fusemlp_kernels.cupy.backend")
+    finally:
+        for name in modules.BY_NAME:
+            del sys.modules[name]
+        sys.modules.update(kept)

@@ -1,0 +1,160 @@
+"""``cupy.ndarray`` and the functions that make one, as far as the backend uses them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import numpy as np
+
+from cupy_standin import streams
+from cupy_standin.memory import Memory, MemoryPointer, Misuse, at_address
+
+
+class Flags:
+    """Of an array: how it lies in memory."""
+
+    def __init__(self, c_contiguous: bool) -> None:
+        self.c_contiguous = c_contiguous
+
+
+class ndarray:
+    """An array on the card; see ``cupy.ndarray``."""
+
+    def __init__(
+        self, shape: Any, dtype: Any = float, memptr: MemoryPointer | None = None, strides: Any = None
+    ) -> None:
+        self.shape = (shape,) if isinstance(shape, int) else tuple(map(int, shape))
+        self.dtype = np.dtype(dtype)
+        plain = tuple(self.dtype.itemsize * math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        self.strides = plain if strides is None else tuple(map(int, strides))
+        self.ndim, self.size = len(self.shape), math.prod(self.shape)
+        self.nbytes = self.size * self.dtype.itemsize
+        if memptr is None:
+            streams.refuse_in_capture("an allocation")
+            memptr = MemoryPointer(Memory(self.nbytes), 0)
+        self.data = memptr
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cupy.ndarray.{name}: the stand-in has no such name")
+
+    def on_host(self) -> np.ndarray[Any, Any]:
+        """The memory itself, as a NumPy array; the stand-in's own name."""
+        return at_address(self.data.ptr, self.shape, self.dtype, self.strides)
+
+    def __array__(self, *_: Any) -> NoReturn:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Use cupy.asnumpy().")
+
+    @property
+    def device(self) -> streams.Device:
+        return streams.Device(0)
+
+    @property
+    def flags(self) -> Flags:
+        return Flags(bool(self.on_host().flags.c_contiguous))
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape, "typestr": self.dtype.str, "data": (self.data.ptr, False), "strides": self.strides,
+            "version": 3,
+        }  # fmt: skip
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of unsized object")
+        return self.shape[0]
+
+    def item(self) -> Any:
+        return asnumpy(self).item()
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __mul__(self, factor: float) -> ndarray:
+        out = ndarray(self.shape, self.dtype)
+        streams.start(lambda: _assign(out, self.on_host() * factor))
+        return out
+
+    __rmul__ = __mul__
+
+    def __getitem__(self, key: Any) -> ndarray:
+        for part in key if isinstance(key, tuple) else (key,):
+            if not isinstance(part, (int, np.integer, slice, type(...))):
+                raise Misuse(f"cupy.ndarray: the stand-in takes numbers, slices and ... as an index, got {part!r}")
+        # where an element would be, an array of no dimensions, as CuPy has it
+        part = self.on_host()[(*key, ...) if isinstance(key, tuple) else (key, ...) if key is not ... else key]
+        offset = part.__array_interface__["data"][0] - self.data.ptr if part.size else 0
+        return ndarray(part.shape, self.dtype, self.data + offset, part.strides)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        place = self[key]
+        if isinstance(value, ndarray):
+            source = value
+            streams.start(lambda: _assign(place, source.on_host()))
+        elif isinstance(value, (int, float, np.number)):
+            streams.start(lambda: _assign(place, value))
+        else:
+            raise Misuse(f"cupy.ndarray: the stand-in assigns numbers and arrays of CuPy, got {type(value).__name__}")
+
+    def fill(self, value: float) -> None:
+        self[...] = value
+
+    def astype(self, dtype: Any) -> ndarray:
+        out = ndarray(self.shape, dtype)
+        out[...] = self
+        return out
+
+
+def _assign(place: ndarray, value: Any) -> None:
+    with np.errstate(all="ignore"):
+        np.copyto(place.on_host(), value, casting="unsafe")
+
+
+def zeros(shape: Any, dtype: Any = float) -> ndarray:
+    out = ndarray(shape, dtype)
+    out.fill(0)
+    return out
+
+
+def asarray(value: Any) -> ndarray:
+    """A copy of a NumPy array on the card; what has ``__cuda_array_interface__`` without a copy."""
+    if isinstance(value, ndarray):
+        return value
+    if hasattr(value, "__cuda_array_interface__"):
+        found = value.__cuda_array_interface__
+        array = ndarray(found["shape"], found["typestr"], _foreign(found, value), found.get("strides"))
+        return array
+    if not isinstance(value, np.ndarray):
+        raise Misuse(f"cupy.asarray: the stand-in takes arrays, got {type(value).__name__}")
+    streams.refuse_in_capture("a copy from the host")
+    out = ndarray(value.shape, value.dtype)
+    out.on_host()[...] = value
+    return out
+
+
+def from_dlpack(value: Any) -> ndarray:
+    """An array that shares the memory of another library's, which here lies on the host."""
+    host = np.from_dlpack(value)
+    return ndarray(host.shape, host.dtype, _foreign(host.__array_interface__, value), host.strides)
+
+
+def _foreign(interface: dict[str, Any], owner: Any) -> MemoryPointer:
+    """Memory that somebody else holds, from an array's lowest address to its highest."""
+    address, shape = interface["data"][0], interface["shape"]
+    item = np.dtype(interface["typestr"]).itemsize
+    strides = interface.get("strides")
+    if strides is None:
+        strides = tuple(item * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    reach = [step * (size - 1) for step, size in zip(strides, shape, strict=True)] if 0 not in shape else []
+    low = sum(step for step in reach if step < 0)
+    size = sum(abs(step) for step in reach) + item if 0 not in shape else 0
+    return MemoryPointer(Memory(size, address + low, owner), -low)
+
+
+def asnumpy(array: ndarray) -> np.ndarray[Any, Any]:
+    streams.refuse_in_capture("a copy to the host")
+    return np.array(array.on_host(), order="C")

@@ -1,0 +1,111 @@
+"""``cupy.RawModule``: CUDA C from text, here compiled as C++."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from cuda_on_cpu.library import Library
+
+from cupy_standin import streams
+from cupy_standin.arrays import ndarray
+from cupy_standin.memory import LIVE, Misuse
+
+ARGUMENT = re.compile(
+    r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(\s*const\s+(\w+)\s+\w+\s*\)"
+)
+STRUCT = re.compile(r"struct\s+(\w+)\s*\{(.*?)\n\};", re.DOTALL)
+MEMBER = re.compile(r"(?:const\s+)?([\w ]+?)(\s*\*)?\s*\b(\w+);")
+
+
+def members(code: str) -> dict[str, list[tuple[str, str]]]:
+    """Of each kernel with one structure: (name, kind) of the members, kinds as the header's."""
+    bodies = {name: re.sub(r"//[^\n]*", "", body) for name, body in STRUCT.findall(code)}
+    found = {}
+    for kernel, struct in ARGUMENT.findall(code):
+        fields = MEMBER.findall(bodies[struct])
+        found[kernel] = [(name, "p" if star else "f" if kind.strip() == "double" else "i") for kind, star, name in fields]
+    return found
+
+
+class RawModule:
+    """As CuPy's: a source is compiled when its first kernel is asked for, once per source and options."""
+
+    _libraries: dict[tuple[str, tuple[str, ...]], Library] = {}  # noqa: RUF012
+
+    def __init__(self, code: str, options: Sequence[str] = ()) -> None:
+        self._code, self._options = code, tuple(options)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cupy.RawModule.{name}: the stand-in has no such name")
+
+    def get_function(self, name: str) -> Kernel:
+        key = self._code, self._options
+        if key not in self._libraries:
+            self._libraries[key] = Library(*key)
+        return Kernel(self._libraries[key], name, members(self._code).get(name))
+
+
+class Kernel:
+    """A kernel that can be launched; its arguments are compared with what it takes in C."""
+
+    launches = 0
+
+    def __init__(self, library: Library, name: str, fields: list[tuple[str, str]] | None) -> None:
+        if name not in library.kernels:
+            raise AttributeError(f"CUDA_ERROR_NOT_FOUND: there is no kernel {name!r}, only {sorted(library.kernels)}")
+        self._library, self._name, self._fields = library, name, fields
+        self._parameters = library.kernels[name].parameters
+
+    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_mem: int = 0) -> None:
+        if len(args) != len(self._parameters):
+            raise Misuse(f"{self._name}: takes {len(self._parameters)} arguments, got {len(args)}")
+        # as they are now: on a card too they are copied when the kernel is started
+        values = [self._value(*pair) for pair in zip(args, self._parameters, strict=True)]
+        pointers = [p for arg in args for p in self._addresses(arg)]
+        Kernel.launches += 1
+        seed = Kernel.launches
+
+        def run() -> None:
+            for field, address in pointers:
+                if address and not LIVE.holds(address):
+                    raise Misuse(
+                        f"{self._name}: {field} is at {address:#x}, which is not (any more) memory of the card"
+                    )
+            self._library.launch(self._name, grid, block, values, shared=shared_mem, seed=seed)
+
+        streams.start(run)
+
+    def _value(self, argument: Any, parameter: tuple[str, int]) -> bytes:
+        """The bytes of an argument, in the type that CuPy gives it."""
+        kind, size = parameter
+        if isinstance(argument, ndarray):
+            given, value = "p", np.int64(argument.data.ptr).tobytes()
+        elif isinstance(argument, np.ndarray) and argument.size == 1 and argument.dtype.names:
+            given, value = "s", argument.tobytes()
+            self._check_structure(argument.dtype)
+        elif isinstance(argument, (np.number, np.bool_, int, float)):
+            number = np.asarray(argument)
+            given, value = number.dtype.kind, number.tobytes()
+        else:
+            raise Misuse(f"{self._name}: the stand-in knows no argument of {type(argument).__name__}")
+        if (given, len(value)) != (kind, size):
+            raise Misuse(
+                f"{self._name}: takes {size} bytes of kind {kind!r}, got {len(value)} of kind {given!r}: {argument!r}"
+            )
+        return value
+
+    def _check_structure(self, dtype: np.dtype[Any]) -> None:
+        given = [(name, dtype.fields[name][0].kind, dtype.fields[name][1]) for name in dtype.names]
+        wanted = [(name, "f" if kind == "f" else "i", 8 * at) for at, (name, kind) in enumerate(self._fields or ())]
+        if given != wanted:
+            raise Misuse(f"{self._name}: its structure is {wanted}, got {given}")
+
+    def _addresses(self, argument: Any) -> list[tuple[str, int]]:
+        if isinstance(argument, ndarray):
+            return [("an array", argument.data.ptr)]
+        if isinstance(argument, np.ndarray) and self._fields:
+            return [(name, int(argument[name])) for name, kind in self._fields if kind == "p"]
+        return []

@@ -1,0 +1,117 @@
+"""The memory of the card: NumPy's, with guard bands, and a list of what is there.
+
+An address that a kernel or cuBLAS gets has to lie in memory that is still held by an array: on a card another one's
+memory would be read or written, without a word.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from typing import Any
+
+import numpy as np
+
+# As CuPy's pool aligns what it hands out.
+ALIGNMENT = 512
+GUARD, GUARD_BYTE = 64, 0xA5
+
+
+class Misuse(AssertionError):
+    """What would go wrong on a card: with an error of CUDA, or without a word."""
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's."""
+
+
+class Memory:
+    """A stretch of memory; ``owner``: what holds it where it was not allocated here."""
+
+    def __init__(self, size: int, address: int | None = None, owner: Any = None) -> None:
+        self.size, self.owner = size, owner
+        self.bytes: np.ndarray[Any, Any] | None = None
+        if address is None:
+            room = np.full(size + ALIGNMENT + 2 * GUARD, GUARD_BYTE, np.uint8)
+            start = -(room.ctypes.data + GUARD) % ALIGNMENT + GUARD
+            self.guarded = room[start - GUARD : start + size + GUARD]
+            self.bytes = self.guarded[GUARD : GUARD + size]
+            self.bytes[:] = 0xFF
+            address = room.ctypes.data + start
+        self.ptr = address
+        LIVE.add(self)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nobody wrote just in front of or behind it."""
+        if self.bytes is None:
+            return True
+        return bool((self.guarded[:GUARD] == GUARD_BYTE).all() and (self.guarded[-GUARD:] == GUARD_BYTE).all())
+
+
+class Live:
+    """The memory that is there, by address."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        # sizes of what begins there: the same foreign memory may be held several times
+        self._sizes: dict[int, list[int]] = {}
+        self._allocated: weakref.WeakSet[Memory] = weakref.WeakSet()
+
+    def add(self, memory: Memory) -> None:
+        start, size = memory.ptr, memory.size
+        if start not in self._sizes:
+            bisect.insort(self._starts, start)
+            self._sizes[start] = []
+        self._sizes[start].append(size)
+        weakref.finalize(memory, self._forget, start, size).atexit = False
+        if memory.bytes is not None:
+            self._allocated.add(memory)
+
+    def _forget(self, start: int, size: int) -> None:
+        self._sizes[start].remove(size)
+        if not self._sizes[start]:
+            del self._sizes[start]
+            del self._starts[bisect.bisect_left(self._starts, start)]
+
+    def holds(self, address: int, size: int = 0) -> bool:
+        """Whether so many bytes from ``address`` on lie in one piece of memory."""
+        at = bisect.bisect_right(self._starts, address) - 1
+        return at >= 0 and address + size <= self._starts[at] + max(self._sizes[self._starts[at]])
+
+    def check_guards(self) -> None:
+        """Raises Misuse where something was written outside of the memory that it belongs to."""
+        for memory in list(self._allocated):
+            if not memory.is_intact:
+                raise Misuse(f"something wrote in front of or behind {memory.size} bytes of memory of the card")
+
+
+LIVE = Live()
+
+
+class MemoryPointer:
+    """As CuPy's: an address, and what keeps the memory there."""
+
+    def __init__(self, mem: Memory, offset: int) -> None:
+        self.mem, self.ptr = mem, mem.ptr + offset
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
+
+
+def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """What lies there, as a NumPy array; strides in bytes, from the first element on.
+
+    Raises Misuse where not all of it is memory of the card.
+    """
+    kind = np.dtype(dtype)
+    if 0 in shape:
+        return np.empty(shape, kind)
+    reach = [step * (size - 1) for step, size in zip(strides, shape, strict=True)]
+    low, high = sum(step for step in reach if step < 0), sum(step for step in reach if step > 0) + kind.itemsize
+    if not LIVE.holds(address + low, high - low):
+        raise Misuse(
+            f"{high - low} bytes from {address + low:#x} on are not (any more) in one piece of memory of the card"
+        )
+    interface = {"shape": shape, "typestr": kind.str, "data": (address, False), "strides": strides, "version": 3}
+    return np.asarray(type("Place", (), {"__array_interface__": interface})())

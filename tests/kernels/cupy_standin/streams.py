@@ -1,0 +1,123 @@
+"""Devices, streams and graphs: everything runs at once, or is written down while a stream is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from cupy_standin.memory import LIVE, CUDARuntimeError, Misuse
+
+Work = Callable[[], object]
+SILENT = "the stand-in has no such name"
+
+
+def start(work: Work) -> None:
+    """What is started on the current stream: done, or a node of the graph that is captured."""
+    capturing = Stream.capturing
+    if capturing is None:
+        work()
+    elif capturing is Stream.current:
+        capturing.nodes.append(work)
+    else:
+        raise Misuse("something is started on another stream than that which is captured: it would not be in the graph")
+
+
+def refuse_in_capture(what: str) -> None:
+    if Stream.capturing is not None:
+        raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is captured")
+
+
+class Graph:
+    """What was started while a stream was captured. As on a card, it holds addresses and no arrays."""
+
+    def __init__(self, nodes: list[Work]) -> None:
+        self._nodes = nodes
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cupy.cuda.Graph.{name}: {SILENT}")
+
+    def launch(self, stream: Stream | None = None) -> None:
+        refuse_in_capture("the launch of a graph")
+        for node in self._nodes:
+            node()
+
+
+class Stream:
+    """As CuPy's, also as a context manager."""
+
+    current: Stream
+    capturing: Stream | None = None
+    null: Stream
+
+    def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
+        self._is_null, self._is_blocking = null, not non_blocking
+        self._before: list[Stream] = []
+        self.nodes: list[Work] = []
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cupy.cuda.Stream.{name}: {SILENT}")
+
+    def __enter__(self) -> Stream:
+        self._before.append(Stream.current)
+        Stream.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Stream.current = self._before.pop()
+
+    def begin_capture(self) -> None:
+        if self._is_null:
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: the default stream cannot be captured")
+        if self._is_blocking:
+            raise Misuse("a captured stream is non_blocking: others would wait for the default stream meanwhile")
+        refuse_in_capture("the capture of another stream")
+        self.nodes = []
+        Stream.capturing = self
+
+    def end_capture(self) -> Graph:
+        if Stream.capturing is not self:
+            raise CUDARuntimeError("cudaErrorIllegalState: the stream is not being captured")
+        Stream.capturing = None
+        return Graph(self.nodes)
+
+    def synchronize(self) -> None:
+        refuse_in_capture("waiting")
+        LIVE.check_guards()
+
+
+Stream.null = Stream(null=True)
+Stream.current = Stream.null
+
+
+def get_current_stream() -> Stream:
+    return Stream.current
+
+
+class Device:
+    """The one card."""
+
+    def __init__(self, device: int = 0) -> None:
+        if device != 0:
+            raise CUDARuntimeError("cudaErrorInvalidDevice: the stand-in has one card")
+        self.id = device
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cupy.cuda.Device.{name}: {SILENT}")
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    @property
+    def compute_capability(self) -> str:
+        return "80"
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"MultiProcessorCount": 4}
+
+    def synchronize(self) -> None:
+        refuse_in_capture("waiting")
+        LIVE.check_guards()
