@@ -26,7 +26,8 @@ def members(code: str) -> dict[str, list[tuple[str, str]]]:
     found = {}
     for kernel, struct in ARGUMENT.findall(code):
         fields = MEMBER.findall(bodies[struct])
-        found[kernel] = [(name, "p" if star else "f" if kind.strip() == "double" else "i") for kind, star, name in fields]
+        kinds = ("p" if star else "f" if kind.strip() == "double" else "i" for kind, star, _ in fields)
+        found[kernel] = list(zip((name for _, _, name in fields), kinds, strict=True))
     return found
 
 
