@@ -21,6 +21,14 @@ class Flags:
 class ndarray:
     """An array on the card; see ``cupy.ndarray``."""
 
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+    ndim: int
+    size: int
+    nbytes: int
+    data: MemoryPointer
+
     def __init__(
         self, shape: Any, dtype: Any = float, memptr: MemoryPointer | None = None, strides: Any = None
     ) -> None:
@@ -38,10 +46,6 @@ class ndarray:
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"cupy.ndarray.{name}: the stand-in has no such name")
 
-    def on_host(self) -> np.ndarray[Any, Any]:
-        """The memory itself, as a NumPy array; the stand-in's own name."""
-        return at_address(self.data.ptr, self.shape, self.dtype, self.strides)
-
     def __array__(self, *_: Any) -> NoReturn:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Use cupy.asnumpy().")
 
@@ -51,7 +55,7 @@ class ndarray:
 
     @property
     def flags(self) -> Flags:
-        return Flags(bool(self.on_host().flags.c_contiguous))
+        return Flags(bool(host_of(self).flags.c_contiguous))
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -76,7 +80,7 @@ class ndarray:
 
     def __mul__(self, factor: float) -> ndarray:
         out = ndarray(self.shape, self.dtype)
-        streams.start(lambda: _assign(out, self.on_host() * factor))
+        streams.start(lambda: _assign(out, host_of(self) * factor))
         return out
 
     __rmul__ = __mul__
@@ -86,7 +90,7 @@ class ndarray:
             if not isinstance(part, (int, np.integer, slice, type(...))):
                 raise Misuse(f"cupy.ndarray: the stand-in takes numbers, slices and ... as an index, got {part!r}")
         # where an element would be, an array of no dimensions, as CuPy has it
-        part = self.on_host()[(*key, ...) if isinstance(key, tuple) else (key, ...) if key is not ... else key]
+        part = host_of(self)[(*key, ...) if isinstance(key, tuple) else (key, ...) if key is not ... else key]
         offset = part.__array_interface__["data"][0] - self.data.ptr if part.size else 0
         return ndarray(part.shape, self.dtype, self.data + offset, part.strides)
 
@@ -94,7 +98,7 @@ class ndarray:
         place = self[key]
         if isinstance(value, ndarray):
             source = value
-            streams.start(lambda: _assign(place, source.on_host()))
+            streams.start(lambda: _assign(place, host_of(source)))
         elif isinstance(value, (int, float, np.number)):
             streams.start(lambda: _assign(place, value))
         else:
@@ -109,9 +113,14 @@ class ndarray:
         return out
 
 
+def host_of(array: ndarray) -> np.ndarray[Any, Any]:
+    """The memory itself, as a NumPy array."""
+    return at_address(array.data.ptr, array.shape, array.dtype, array.strides)
+
+
 def _assign(place: ndarray, value: Any) -> None:
     with np.errstate(all="ignore"):
-        np.copyto(place.on_host(), value, casting="unsafe")
+        np.copyto(host_of(place), value, casting="unsafe")
 
 
 def zeros(shape: Any, dtype: Any = float) -> ndarray:
@@ -120,26 +129,25 @@ def zeros(shape: Any, dtype: Any = float) -> ndarray:
     return out
 
 
-def asarray(value: Any) -> ndarray:
+def asarray(a: Any) -> ndarray:
     """A copy of a NumPy array on the card; what has ``__cuda_array_interface__`` without a copy."""
-    if isinstance(value, ndarray):
-        return value
-    if hasattr(value, "__cuda_array_interface__"):
-        found = value.__cuda_array_interface__
-        array = ndarray(found["shape"], found["typestr"], _foreign(found, value), found.get("strides"))
-        return array
-    if not isinstance(value, np.ndarray):
-        raise Misuse(f"cupy.asarray: the stand-in takes arrays, got {type(value).__name__}")
+    if isinstance(a, ndarray):
+        return a
+    if hasattr(a, "__cuda_array_interface__"):
+        found = a.__cuda_array_interface__
+        return ndarray(found["shape"], found["typestr"], _foreign(found, a), found.get("strides"))
+    if not isinstance(a, np.ndarray):
+        raise Misuse(f"cupy.asarray: the stand-in takes arrays, got {type(a).__name__}")
     streams.refuse_in_capture("a copy from the host")
-    out = ndarray(value.shape, value.dtype)
-    out.on_host()[...] = value
+    out = ndarray(a.shape, a.dtype)
+    host_of(out)[...] = a
     return out
 
 
-def from_dlpack(value: Any) -> ndarray:
+def from_dlpack(array: Any) -> ndarray:
     """An array that shares the memory of another library's, which here lies on the host."""
-    host = np.from_dlpack(value)
-    return ndarray(host.shape, host.dtype, _foreign(host.__array_interface__, value), host.strides)
+    host = np.from_dlpack(array)
+    return ndarray(host.shape, host.dtype, _foreign(host.__array_interface__, array), host.strides)
 
 
 def _foreign(interface: dict[str, Any], owner: Any) -> MemoryPointer:
@@ -155,6 +163,6 @@ def _foreign(interface: dict[str, Any], owner: Any) -> MemoryPointer:
     return MemoryPointer(Memory(size, address + low, owner), -low)
 
 
-def asnumpy(array: ndarray) -> np.ndarray[Any, Any]:
+def asnumpy(a: ndarray) -> np.ndarray[Any, Any]:
     streams.refuse_in_capture("a copy to the host")
-    return np.array(array.on_host(), order="C")
+    return np.array(host_of(a), order="C")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -31,28 +33,27 @@ def members(code: str) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+_library = functools.cache(Library)
+_launches = itertools.count(1)
+
+
 class RawModule:
     """As CuPy's: a source is compiled when its first kernel is asked for, once per source and options."""
 
-    _libraries: dict[tuple[str, tuple[str, ...]], Library] = {}  # noqa: RUF012
-
-    def __init__(self, code: str, options: Sequence[str] = ()) -> None:
-        self._code, self._options = code, tuple(options)
+    def __init__(self, code: str, *, options: tuple[str, ...] = ()) -> None:
+        if not isinstance(options, tuple):
+            raise TypeError(f"options: CuPy takes a tuple, got {type(options).__name__}")
+        self._code, self._options = code, options
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"cupy.RawModule.{name}: the stand-in has no such name")
 
     def get_function(self, name: str) -> Kernel:
-        key = self._code, self._options
-        if key not in self._libraries:
-            self._libraries[key] = Library(*key)
-        return Kernel(self._libraries[key], name, members(self._code).get(name))
+        return Kernel(_library(self._code, self._options), name, members(self._code).get(name))
 
 
 class Kernel:
     """A kernel that can be launched; its arguments are compared with what it takes in C."""
-
-    launches = 0
 
     def __init__(self, library: Library, name: str, fields: list[tuple[str, str]] | None) -> None:
         if name not in library.kernels:
@@ -66,8 +67,6 @@ class Kernel:
         # as they are now: on a card too they are copied when the kernel is started
         values = [self._value(*pair) for pair in zip(args, self._parameters, strict=True)]
         pointers = [p for arg in args for p in self._addresses(arg)]
-        Kernel.launches += 1
-        seed = Kernel.launches
 
         def run() -> None:
             for field, address in pointers:
@@ -75,7 +74,7 @@ class Kernel:
                     raise Misuse(
                         f"{self._name}: {field} is at {address:#x}, which is not (any more) memory of the card"
                     )
-            self._library.launch(self._name, grid, block, values, shared=shared_mem, seed=seed)
+            self._library.launch(self._name, grid, block, values, shared=shared_mem, seed=next(_launches))
 
         streams.start(run)
 

@@ -92,6 +92,9 @@ LIVE = Live()
 class MemoryPointer:
     """As CuPy's: an address, and what keeps the memory there."""
 
+    mem: Memory
+    ptr: int
+
     def __init__(self, mem: Memory, offset: int) -> None:
         self.mem, self.ptr = mem, mem.ptr + offset
 

@@ -11,19 +11,29 @@ Work = Callable[[], object]
 SILENT = "the stand-in has no such name"
 
 
+class _Captured:
+    """The stream that is captured, if one is, and what has been started on it."""
+
+    def __init__(self) -> None:
+        self.stream: Stream | None = None
+        self.nodes: list[Work] = []
+
+
+_captured = _Captured()
+
+
 def start(work: Work) -> None:
     """What is started on the current stream: done, or a node of the graph that is captured."""
-    capturing = Stream.capturing
-    if capturing is None:
+    if _captured.stream is None:
         work()
-    elif capturing is Stream.current:
-        capturing.nodes.append(work)
+    elif _captured.stream is _stack[-1]:
+        _captured.nodes.append(work)
     else:
         raise Misuse("something is started on another stream than that which is captured: it would not be in the graph")
 
 
 def refuse_in_capture(what: str) -> None:
-    if Stream.capturing is not None:
+    if _captured.stream is not None:
         raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is captured")
 
 
@@ -45,25 +55,18 @@ class Graph:
 class Stream:
     """As CuPy's, also as a context manager."""
 
-    current: Stream
-    capturing: Stream | None = None
-    null: Stream
-
     def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
         self._is_null, self._is_blocking = null, not non_blocking
-        self._before: list[Stream] = []
-        self.nodes: list[Work] = []
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"cupy.cuda.Stream.{name}: {SILENT}")
 
     def __enter__(self) -> Stream:
-        self._before.append(Stream.current)
-        Stream.current = self
+        _stack.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        Stream.current = self._before.pop()
+        _stack.pop()
 
     def begin_capture(self) -> None:
         if self._is_null:
@@ -71,30 +74,31 @@ class Stream:
         if self._is_blocking:
             raise Misuse("a captured stream is non_blocking: others would wait for the default stream meanwhile")
         refuse_in_capture("the capture of another stream")
-        self.nodes = []
-        Stream.capturing = self
+        _captured.stream, _captured.nodes = self, []
 
     def end_capture(self) -> Graph:
-        if Stream.capturing is not self:
+        if _captured.stream is not self:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is not being captured")
-        Stream.capturing = None
-        return Graph(self.nodes)
+        _captured.stream = None
+        return Graph(_captured.nodes)
 
     def synchronize(self) -> None:
         refuse_in_capture("waiting")
         LIVE.check_guards()
 
 
-Stream.null = Stream(null=True)
-Stream.current = Stream.null
+# The current stream is the last; under all of them lies the default stream.
+_stack = [Stream(null=True)]
 
 
 def get_current_stream() -> Stream:
-    return Stream.current
+    return _stack[-1]
 
 
 class Device:
     """The one card."""
+
+    id: int
 
     def __init__(self, device: int = 0) -> None:
         if device != 0:
