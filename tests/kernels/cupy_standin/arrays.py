@@ -86,11 +86,12 @@ class ndarray:
     __rmul__ = __mul__
 
     def __getitem__(self, key: Any) -> ndarray:
-        for part in key if isinstance(key, tuple) else (key,):
+        parts = key if isinstance(key, tuple) else (key,)
+        for part in parts:
             if not isinstance(part, (int, np.integer, slice, type(...))):
                 raise Misuse(f"cupy.ndarray: the stand-in takes numbers, slices and ... as an index, got {part!r}")
         # where an element would be, an array of no dimensions, as CuPy has it
-        part = host_of(self)[(*key, ...) if isinstance(key, tuple) else (key, ...) if key is not ... else key]
+        part = host_of(self)[parts if ... in parts else (*parts, ...)]
         offset = part.__array_interface__["data"][0] - self.data.ptr if part.size else 0
         return ndarray(part.shape, self.dtype, self.data + offset, part.strides)
 
