@@ -1,0 +1,219 @@
+"""What only a card can show, on every backend that runs on one: graphs, determinism, 64-bit addresses, the sanitizer.
+
+The tests of random cases and the trainings step by step run on a card too with ``pytest -m gpu``; these are the rest,
+with what is Triton's alone in ``test_gpu.py``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from calls import gathering
+from devices import CUPY_GPU, GPU, Variant, marks_of
+from memory import place, poisoned
+from strategies import Values, exact
+from tolerance import assert_within, bound
+
+from fusemlp import MLP, SGD, AdamW, Engine, OneCycle
+from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.contract import (
+    COUNTERS,
+    ROW_COUNT,
+    STATS,
+    Dropout,
+    LossSpec,
+    ScheduleSpec,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+
+CARDS = [pytest.param(device, id=device.name, marks=marks_of(device)) for device in (GPU, CUPY_GPU)]
+VARIANTS = [
+    pytest.param(Variant(device, precision), id=f"{device.name}, {precision}", marks=marks_of(device))
+    for device in (GPU, CUPY_GPU)
+    for precision in device.precisions
+]
+on_a_card = pytest.mark.parametrize("variant", VARIANTS)
+
+NET = MLP([61, 96, 40, 10], activation=["gelu", "relu"], dropout=[0.2, 0.0])
+M, K, N = 517, 203, 130
+
+
+def data(rows=1600):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((rows, 61)).astype(np.float32), rng.integers(0, 10, rows)
+
+
+def everything(engine):
+    """All that a training has left behind, on the host."""
+    arrays = engine.snapshot() | {name: np.asarray(losses) for name, losses in vars(engine.history).items()}
+    return {name: array for name, array in arrays.items() if getattr(array, "dtype", np.dtype(object)).kind in "fi"}
+
+
+def trained(variant, optimizer=None, *, epochs, plan):
+    optimizer = optimizer or AdamW(OneCycle(0.01, steps=500))
+    engine = Engine(
+        NET, optimizer=optimizer, batch_size=32, seed=3, backend=variant.device.backend, precision=variant.precision,
+        plan=plan,
+    )  # fmt: skip
+    engine.fit(*data(), epochs=epochs)
+    assert engine.update_count == 50 * epochs
+    return everything(engine)
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        if "seconds" not in name and "time" not in name:
+            np.testing.assert_array_equal(array, second[name], err_msg=name)
+
+
+OPTIMIZERS = {
+    "fused": AdamW(OneCycle(0.01, steps=500)),
+    "gradients stored": SGD(OneCycle(0.05, steps=500), momentum=0.9, clip_norm=0.5),
+}
+
+
+@on_a_card
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_graph_is_the_eager_plan_bitwise_while_the_rate_changes_every_step(variant, optimizer):
+    graph, eager = (trained(variant, optimizer, epochs=10, plan=plan) for plan in ("graph", "eager"))
+    assert_same(graph, eager)
+
+
+@pytest.mark.parametrize("plan", ["graph", "eager"])
+@on_a_card
+def test_two_hundred_steps_repeat_bitwise(variant, plan):
+    assert_same(trained(variant, epochs=4, plan=plan), trained(variant, epochs=4, plan=plan))
+
+
+def bound_ops(variant):
+    """Each op bound to arrays of some size: (name, run, all its arrays)."""
+    values, layout = Values(1, variant), "owned"
+    x, w, b = place(values.factors(M, K), layout), place(values.factors(N, K, scale=0.05), layout), values.normal(N)
+    dz, y = place(values.factors(M, N), layout), poisoned((M, N), variant.compute, layout)
+    counters, stats = np.zeros(COUNTERS, np.int64), np.zeros(STATS)
+    counters[ROW_COUNT] = M - 3
+    target, slope = values.integers(N, M), np.full(1, 0.25, variant.real)
+    loss = {"target": target, "counters": counters, "stats": stats, "loss": LossSpec("cross_entropy", accuracy=True)}
+    dslope, out = poisoned(1, variant.real), poisoned((M, K), variant.compute, layout)
+    rule = UpdateRule("adam", ScheduleSpec("one_cycle", 0.1, steps=100))
+    clock = {"rule": rule, "hyper": hyper_at(rule, 0), "counters": counters}
+    p, s = place(values.normal(N, K), layout), [place(np.abs(values.normal(N, K)), layout) for _ in range(2)]
+    pb, sb = values.normal(N), [np.abs(values.normal(N)) for _ in range(2)]
+    layer = {"dz": dz, "x": x, "w": p, "b": pb, "w_state": tuple(s), "b_state": tuple(sb)}
+    layer |= {"w_rule": TensorRule(), "b_rule": TensorRule()}
+    dw, db = poisoned((N, K), variant.real, layout), poisoned(N, variant.real)
+    size = 50_000
+    arenas = [values.normal(size) for _ in range(3)] + [np.abs(values.normal(size))]
+    flat = {"params": arenas[0], "grads": arenas[1], "states": tuple(arenas[2:])}
+    clipped = UpdateRule(**{**vars(rule), "clip_norm": 0.1})
+    dropped = {"dropout": Dropout(0.5, 1, 7), "counters": counters}
+    plain = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+    calls = {
+        "linear": {"x": x, "w": w, "b": b, "y": y, "activation": "gelu", **dropped},
+        "linear_loss_grad": {"x": x, "w": w, "b": b, "dz": y, **loss},
+        "loss_grad": {"z": dz, "dz": y, **loss},
+        "grad_input": {
+            "dz": dz, "w": w, "y": x, "z": x, "dz_prev": out, "activation": "prelu", "slope_param": slope,
+            "dslope": dslope,
+        },
+        "grad_weight": {"layers": [{"dz": dz, "x": x, "dw": dw, "db": db}], "rule": plain, "counters": counters},
+        "grad_weight_update": {"layers": [layer], **clock},
+        "update": {**flat, "segments": (Segment(0, size, TensorRule()),), **clock, "rule": clipped},
+    }  # fmt: skip
+    for op, operands in calls.items():
+        yield op, variant.bind(op, **operands), _arrays(operands)
+
+
+def _arrays(value):
+    if isinstance(value, np.ndarray):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [array for item in items for array in _arrays(item)]
+
+
+@on_a_card
+def test_every_op_gives_the_same_bits_fifty_times(variant):
+    for op, run, arrays in bound_ops(variant):
+        start, first = [np.array(a) for a in arrays], None
+        for _ in range(50):
+            for array, values in zip(arrays, start, strict=True):
+                array[...] = values
+            run()
+            found = [np.array(a).tobytes() for a in arrays]
+            first = first or found
+            assert found == first, op
+
+
+@pytest.mark.parametrize("device", CARDS)
+def test_addresses_past_two_to_the_31_elements(device):
+    """x has more elements than an int32 counts, and in a second call so has y; its last rows come out right."""
+    variant = Variant(device, "fp32")
+    values, backend = Values(2, variant), variant.backend()
+    rows, k, n, m = 2**22 + 64, 520, 24, 48
+    w, b = values.normal(n, k, scale=0.05), values.normal(n)
+    x = backend.view(backend.allocate(rows * k, "real"), 0, (rows, k), k)
+    last = values.normal(m, k)
+    backend.copy_into(x[-m:], last)
+    index = backend.from_host(np.arange(rows - m, rows))
+    gathered = backend.view(backend.allocate(m * k, "compute"), 0, (m, k), k)
+    by_row = gathering(variant, index, gathered=gathered)
+    counters = backend.allocate(COUNTERS, "int64")
+    y = backend.view(backend.allocate(m * n, "compute"), 0, (m, n), n)
+    on_device = {"w": backend.from_host(w), "b": backend.from_host(b)}
+    backend.bind("linear", x=x, **by_row, y=y, counters=counters, activation="identity", **on_device)()
+    z = exact(last) @ exact(w).T + b
+    magnitude = np.abs(last) @ np.abs(w).T + np.abs(b)
+    limit = bound(k + 1, magnitude, output=z, products=variant.products)
+    assert_within(backend.to_host(y), z, limit)
+
+    dz = values.normal(m, n)
+    dw = backend.view(backend.allocate(n * k, "real"), 0, (n, k), k)
+    db = backend.allocate(n, "real")
+    layer = {"dz": backend.from_host(dz), "x": x, **by_row, "dw": dw, "db": db}
+    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+    backend.bind("grad_weight", layers=[layer], rule=rule, counters=counters)()
+    expected = exact(dz).T @ exact(last)
+    limit = bound(m, np.abs(dz).T @ np.abs(last), output=expected, products=variant.products)
+    assert_within(backend.to_host(dw), expected, limit)
+
+    small = backend.view(backend.allocate(rows * 8, "compute"), 0, (rows, 8), 8)
+    backend.copy_into(small[-m:], last[:, :8])
+    wide = backend.from_host(values.normal(k, 8))
+    bias = backend.allocate(k, "real")
+    del y
+    backend.bind("linear", x=small, w=wide, b=bias, y=x, activation="identity")()
+    z = exact(last[:, :8]) @ exact(backend.to_host(wide)).T
+    magnitude = np.abs(last[:, :8]) @ np.abs(backend.to_host(wide)).T
+    assert_within(backend.to_host(x[-m:]), z, bound(9, magnitude, output=z, products=variant.products))
+
+
+SANITIZED = """
+import sys
+import numpy as np
+from fusemlp import MLP, SGD, Adam, Engine
+rng = np.random.default_rng(0)
+X, y = rng.standard_normal((70, 19)).astype(np.float32), rng.integers(0, 5, 70)
+for precision in sys.argv[2:]:
+    for optimizer in (Adam(0.01), SGD(0.1, momentum=0.9, clip_norm=0.5)):
+        engine = Engine(MLP([19, 33, 17, 5], activation=["prelu", "gelu"], dropout=0.2), optimizer=optimizer,
+                        batch_size=32, backend=sys.argv[1], precision=precision, plan="eager")
+        engine.fit(X, y, epochs=2)
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+@pytest.mark.parametrize("device", CARDS)
+def test_compute_sanitizer_finds_nothing(device, tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    command += [device.backend, *device.precisions]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
