@@ -1,9 +1,10 @@
-"""Plants bugs in the Triton kernels, one at a time, and shows that the tests catch each.
+"""Plants bugs in the kernels, one at a time, and shows that the tests catch each.
 
-Each bug of ci/mutations.py is planted in a copy of the kernels, in a temporary folder; the tests named beside it run on
-that copy under Triton's interpreter, until one fails. A bug is caught if a test fails by an assertion, or the process
-crashes; one that only makes the kernels raise an error of another kind is a bad mutation, and reported as such. First
-the tests are run on a copy as it is, where all must pass. The exit status is 1 if a bug survives, 2 if the tests fail
+Each bug of ci/mutations.py (Triton) and ci/cuda_mutations.py (CUDA C) is planted in a copy of the kernels, in a
+temporary folder; the tests named beside it run on that copy, under Triton's interpreter or compiled as C++, until one
+fails. A bug is caught if a test fails by an assertion, or by a rule of CUDA that is broken, or the process crashes; one
+that only makes the kernels raise an error of another kind is a bad mutation, and reported as such. First the tests are
+run on a copy as it is, where all must pass. The exit status is 1 if a bug survives, 2 if the tests fail
 without one or an entry does not fit the kernels any more.
 """
 
@@ -22,20 +23,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuda_mutations import CUDA_MUTATIONS
 from mutation_plugin import FAILURE, KERNELS
-from mutations import MUTATIONS, Mutation
+from mutations import MUTATIONS as TRITON_MUTATIONS
+from mutations import Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "ci/mutations.md"
-TRITON = Path("fusemlp_kernels/triton")
+MUTATIONS = (*TRITON_MUTATIONS, *CUDA_MUTATIONS)
+TABLES = {"triton": ROOT / "ci/mutations.md", "cupy": ROOT / "ci/cuda_mutations.md"}
+# What is in the names of the tests that run on a package's kernels, and how these tests say that they see a bug: the
+# stand-in for CuPy and the fibers in it have assertions of their own.
+PLACES = {"triton": "interpreted", "cupy": "host"}
+ASSERTIONS = ("AssertionError", "KernelFault", "Misuse")
 # A loop that never ends is a bug that is seen, too.
 TIMEOUT = 900
-INTRODUCTION = f"""\
-# Bugs planted in the Triton kernels
+KINDS = {
+    "triton": ("the Triton kernels", "ci/mutations.py", "under Triton's\ninterpreter"),
+    "cupy": ("the CUDA C of the CuPy backend", "ci/cuda_mutations.py", "compiled\nas C++"),
+}
+HEAD = ["| bug | file | caught by | seconds |", "| --- | --- | --- | ---: |"]
+INTRODUCTION = """\
+# Bugs planted in {0}
 
-Each was planted alone, in a copy of the kernels, and the tests of ci/mutations.py ran on that copy under Triton's
-interpreter; the test named here is the first that failed. To get this file again, after a change of the kernels or of
-the bugs: `python ci/{Path(__file__).name} --write`.
+Each was planted alone, in a copy of the kernels, and the tests of {1} ran on that copy {2}; the test named here is the
+first that failed. To get this file again, after a change of the kernels or of the bugs:
+`python ci/mutate_kernels.py --package {3} --write`.
 
 """
 
@@ -49,17 +61,22 @@ class Outcome:
     seconds: float
 
 
+def place_of(mutation: Mutation) -> Path:
+    """The file of a mutation, from the folder with the packages on."""
+    return Path("fusemlp_kernels", mutation.package, mutation.file)
+
+
 def mutated(mutation: Mutation, kernels: Path = ROOT / "kernels") -> str:
     """The text of the file with the bug in it.
 
     Raises ValueError where the old text does not occur exactly once, or the new one changes nothing.
     """
-    text = (kernels / TRITON / mutation.file).read_text(encoding="utf-8")
+    text = (kernels / place_of(mutation)).read_text(encoding="utf-8")
     count = text.count(mutation.old)
     if count != 1:
         raise ValueError(
-            f"{mutation.name!r}: expected its old text once in {TRITON / mutation.file}, found it {count} times; "
-            f"mend the entry in ci/mutations.py: {mutation.old!r}"
+            f"{mutation.name!r}: expected its old text once in {place_of(mutation)}, found it {count} times; "
+            f"mend the entry in {KINDS[mutation.package][1]}: {mutation.old!r}"
         )
     if mutation.old == mutation.new:
         raise ValueError(f"{mutation.name!r}: the new text is the old one")
@@ -71,7 +88,7 @@ def node_ids(mutations: list[Mutation]) -> list[str]:
     return [f"tests/kernels/{test}" for test in dict.fromkeys(t for m in mutations for t in m.tests)]
 
 
-def run_tests(folder: Path, tests: list[str]) -> tuple[int, str, dict[str, str] | None]:
+def run_tests(folder: Path, tests: list[str], package: str) -> tuple[int, str, dict[str, str] | None]:
     """Run tests on the kernels in ``folder``: the exit status, what was printed, and the first failure."""
     failure = folder / "failure.json"
     environment = {
@@ -86,7 +103,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str, dict[str, str] 
         FAILURE: str(failure),
     }
     command = [sys.executable, "-m", "pytest", "-p", "mutation_plugin", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-x", "-q", "-k", "interpreted", *tests]
+    command += ["-x", "-q", "-k", PLACES[package], *tests]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -110,8 +127,8 @@ def try_mutation(mutation: Mutation) -> Outcome:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fusemlp-mutation-") as name:
         folder = copied(Path(name))
-        (folder / TRITON / mutation.file).write_text(mutated(mutation), encoding="utf-8")
-        status, printed, failure = run_tests(folder, node_ids([mutation]))
+        (folder / place_of(mutation)).write_text(mutated(mutation), encoding="utf-8")
+        status, printed, failure = run_tests(folder, node_ids([mutation]), mutation.package)
     seconds = time.perf_counter() - start
     if status < 0:
         how = "never ends" if status == -signal.SIGALRM else f"crashes ({signal.Signals(-status).name})"
@@ -120,24 +137,26 @@ def try_mutation(mutation: Mutation) -> Outcome:
         return Outcome(None, "SURVIVED", seconds)
     if status != 1 or failure is None:
         raise RuntimeError(f"{mutation.name!r}: pytest ended with status {status}:\n{printed}")
-    if failure["error"] != "AssertionError":
+    if failure["error"] not in ASSERTIONS:
         return Outcome(None, f"BAD MUTATION: {failure['error']}: {failure['message']}", seconds)
     return Outcome(failure["test"].removeprefix("tests/kernels/"), failure["message"], seconds)
 
 
 def failing_unmutated(mutations: list[Mutation], processes: int) -> str:
     """What is printed by the tests that fail on the kernels as they are; nothing, where all pass."""
-    files: dict[str, list[str]] = {}
-    for test in node_ids(mutations):
-        files.setdefault(test.partition("::")[0], []).append(test)
+    files: dict[tuple[str, str], list[str]] = {}
+    for package in TABLES:
+        for test in node_ids([mutation for mutation in mutations if mutation.package == package]):
+            files.setdefault((package, test.partition("::")[0]), []).append(test)
 
-    def failed(tests: list[str]) -> str:
+    def failed(part: tuple[tuple[str, str], list[str]]) -> str:
+        (package, _), tests = part
         with tempfile.TemporaryDirectory(prefix="fusemlp-mutation-") as name:
-            status, printed, _ = run_tests(copied(Path(name)), tests)
+            status, printed, _ = run_tests(copied(Path(name)), tests, package)
         return printed if status else ""
 
     with ThreadPoolExecutor(processes) as pool:
-        return "".join(pool.map(failed, files.values()))
+        return "".join(pool.map(failed, files.items()))
 
 
 def row(mutation: Mutation, outcome: Outcome) -> str:
@@ -148,53 +167,64 @@ def row(mutation: Mutation, outcome: Outcome) -> str:
     return f"| {mutation.name} | {mutation.file} | {seen} | {outcome.seconds:.0f} |"
 
 
-def chosen(names: list[str] | None) -> list[Mutation]:
-    """The mutations of those names, all where none are given."""
-    unknown = set(names or ()) - {mutation.name for mutation in MUTATIONS}
+def chosen(names: list[str] | None, package: str | None = None) -> list[Mutation]:
+    """The mutations of those names in a package, all where none are given."""
+    among = [mutation for mutation in MUTATIONS if package in (None, mutation.package)]
+    unknown = set(names or ()) - {mutation.name for mutation in among}
     if unknown:
         raise ValueError(f"--only: no such mutation: {', '.join(sorted(unknown))}; --list shows them")
-    return [mutation for mutation in MUTATIONS if names is None or mutation.name in names]
+    return [mutation for mutation in among if names is None or mutation.name in names]
+
+
+def table(package: str, rows: list[str], caught: int) -> str:
+    """The file that tells what became of a package's bugs."""
+    kind = KINDS[package]
+    lines = [*HEAD, *rows, "", f"{len(rows)} planted, {caught} caught."]
+    return INTRODUCTION.format(*kind, package) + "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the mutations and their tests, and end")
+    parser.add_argument("--package", choices=TABLES, help="the bugs of one package alone")
     parser.add_argument("--only", action="append", metavar="NAME", help="try this one alone; may be repeated")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="tests at the same time (default 2)")
     parser.add_argument("--unchecked", action="store_true", help="do not run the tests on the kernels as they are")
-    parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help="write the tables in ci")
     options = parser.parse_args(arguments)
     if options.write and options.only:
         parser.error("--write: the table has all mutations; leave out --only")
     try:
-        mutations = chosen(options.only)
+        mutations = chosen(options.only, options.package)
         for mutation in mutations:
             mutated(mutation)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if options.list:
         for mutation in mutations:
-            print(f"{mutation.file}: {mutation.name}: {', '.join(mutation.tests)}")
+            print(f"{mutation.package}/{mutation.file}: {mutation.name}: {', '.join(mutation.tests)}")
         return 0
     start = time.perf_counter()
     if not options.unchecked and (failures := failing_unmutated(mutations, options.processes)):
         parser.exit(2, f"{failures}{parser.prog}: these tests fail on the kernels as they are\n")
-    lines = ["| bug | file | caught by | seconds |", "| --- | --- | --- | ---: |"]
-    print("\n".join(lines), flush=True)
-    outcomes = []
+    print("\n".join(HEAD), flush=True)
+    outcomes, rows = [], []
     try:
         with ThreadPoolExecutor(options.processes) as pool:
             for mutation, outcome in zip(mutations, pool.map(try_mutation, mutations), strict=True):
                 outcomes.append(outcome)
-                lines.append(row(mutation, outcome))
-                print(lines[-1], flush=True)
+                rows.append(row(mutation, outcome))
+                print(rows[-1], flush=True)
     except RuntimeError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     caught = sum(outcome.caught_by is not None for outcome in outcomes)
-    lines += ["", f"{len(mutations)} planted, {caught} caught."]
-    print("\n".join(lines[-2:]), f"{time.perf_counter() - start:.0f} s")
+    print(f"\n{len(mutations)} planted, {caught} caught. {time.perf_counter() - start:.0f} s")
     if options.write:
-        TABLE.write_text(INTRODUCTION + "\n".join(lines) + "\n", encoding="utf-8")
+        for package, path in TABLES.items():
+            own = [i for i, mutation in enumerate(mutations) if mutation.package == package]
+            if own:
+                seen = sum(outcomes[i].caught_by is not None for i in own)
+                path.write_text(table(package, [rows[i] for i in own], seen), encoding="utf-8")
     return int(caught < len(mutations))
 
 

@@ -25,13 +25,14 @@ NAN_LAYER = "test_nan.py::test_nan_goes_through_a_layer_and_its_derivative"
 
 @dataclass(frozen=True)
 class Mutation:
-    """One bug: ``old`` becomes ``new``."""
+    """One bug: ``old`` becomes ``new`` in a file of a package of kernels."""
 
     name: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    package: str = "triton"
 
 
 def _bugs(file: str, *entries: tuple[str, str, str, str]) -> list[Mutation]:

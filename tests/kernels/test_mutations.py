@@ -27,8 +27,12 @@ def mutate_kernels(monkeypatch):
 def test_every_bug_has_its_place_and_leaves_the_file_readable(mutate_kernels):
     assert len(mutate_kernels.MUTATIONS) >= 24
     for mutation in mutate_kernels.MUTATIONS:
-        ast.parse(mutate_kernels.mutated(mutation), mutation.file)
-    names = [mutation.name for mutation in mutate_kernels.MUTATIONS]
+        text = mutate_kernels.mutated(mutation)
+        if mutation.file.endswith(".py"):
+            ast.parse(text, mutation.file)
+        else:
+            assert all(text.count(left) == text.count(right) for left, right in ("()", "[]", "{}"))
+    names = [(mutation.package, mutation.name) for mutation in mutate_kernels.MUTATIONS]
     assert len(set(names)) == len(names)
 
 
@@ -41,12 +45,13 @@ def test_every_bug_names_tests_that_there_are(mutate_kernels):
         assert name in defined, node
 
 
-def test_the_table_has_all_bugs_and_says_that_all_were_caught(mutate_kernels):
-    lines = mutate_kernels.TABLE.read_text("utf-8").splitlines()
-    count = len(mutate_kernels.MUTATIONS)
+@pytest.mark.parametrize("package", ["triton", "cupy"])
+def test_the_table_has_all_bugs_and_says_that_all_were_caught(mutate_kernels, package):
+    lines = mutate_kernels.TABLES[package].read_text("utf-8").splitlines()
+    planted = mutate_kernels.chosen(None, package)
     bugs = [tuple(line.strip("| ").split(" | ")[:2]) for line in lines if line.endswith(" |")][2:]
-    assert bugs == [(mutation.name, mutation.file) for mutation in mutate_kernels.MUTATIONS]
-    assert lines[-1] == f"{count} planted, {count} caught."
+    assert bugs == [(mutation.name, mutation.file) for mutation in planted]
+    assert lines[-1] == f"{len(planted)} planted, {len(planted)} caught."
 
 
 def test_an_entry_that_does_not_fit_says_so(mutate_kernels, monkeypatch, capsys):
@@ -69,11 +74,12 @@ def test_an_entry_that_does_not_fit_says_so(mutate_kernels, monkeypatch, capsys)
 def test_bugs_are_caught_and_what_is_none_survives(mutate_kernels, device):
     """Two quick ones for real, and a change that is no bug."""
     quick = ["--only", "scale doubles too late", "--only", "offset of a part in 32 bits"]
-    command = [sys.executable, ROOT / "ci/mutate_kernels.py", "--unchecked", "--processes", "1", *quick]
+    command = [sys.executable, ROOT / "ci/mutate_kernels.py", "--package", "triton"]
+    command += ["--unchecked", "--processes", "1", *quick]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("test_loss_scale.py::test_the_scale_doubles_after_enough_updates[triton, interpreted") == 1
     assert "2 planted, 2 caught." in done.stdout
-    (late,) = mutate_kernels.chosen(quick[1:2])
+    (late,) = mutate_kernels.chosen(quick[1:2], "triton")
     harmless = mutate_kernels.try_mutation(replace(late, new="grows = GROWTH_INTERVAL <= good"))
     assert harmless.caught_by is None and harmless.how == "SURVIVED"

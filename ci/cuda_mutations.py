@@ -1,0 +1,266 @@
+"""Bugs that a working engineer could plant in the CUDA C of the CuPy backend, and the tests that must see each of them.
+
+``ci/mutate_kernels.py`` plants them as it does those of ``mutations.py``; the tests run on the kernels compiled as C++,
+with the threads between two barriers in a shuffled order: a barrier that is missing shows as a wrong number.
+"""
+
+from __future__ import annotations
+
+from mutations import (
+    ADVANCE,
+    FUSED,
+    GRAD_INPUT,
+    GRAD_WEIGHT,
+    GROWTH,
+    LINEAR,
+    LINEAR_LOSS,
+    LOSS,
+    MANY_CLASSES,
+    NAN_LAYER,
+    OVERFLOW,
+    OWN_WAY,
+    SCALED,
+    UPDATE,
+    WEIGHTS,
+    Mutation,
+)  # fmt: skip
+
+FIRST = "test_loss.py::test_the_first_of_equal_logits_is_the_answer"
+LONG_ARENA = "test_update.py::test_a_long_arena_is_updated_to_its_last_element"
+MANY_BLOCKS = "test_layers.py::test_layers_of_many_blocks"
+LONG_BATCH = "test_cupy_facts.py::test_the_sums_of_a_long_batch_are_added_up_from_parts"
+HALF = "test_cupy_facts.py::test_numbers_become_float16_as_numpy_has_it"
+
+
+def _bugs(file: str, *entries: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(name, file, old, new, tuple(tests.split()), "cupy") for name, old, new, tests in entries]
+
+
+CUDA_MUTATIONS = (
+    *_bugs(
+        "common.cuh",
+        (
+            "no barrier before the parts of a sum are written",
+            "    __syncthreads();\n    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = value;\n",
+            "    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = value;\n",
+            f"{MANY_CLASSES} {LINEAR_LOSS}",
+        ),
+        (
+            "no barrier before the parts of a sum are read",
+            "parts[threadIdx.x / WARP] = value;\n    __syncthreads();\n",
+            "parts[threadIdx.x / WARP] = value;\n",
+            f"{LINEAR_LOSS} {UPDATE}",
+        ),
+        (
+            "part of a sum from the last lane of a half",
+            "mask = WARP / 2; mask > 0; mask /= 2) value +=",
+            "mask = WARP / 4; mask > 0; mask /= 2) value +=",
+            LINEAR_LOSS,
+        ),
+        (
+            "shuffle of the lower half alone",
+            "value += __shfl_xor_sync(ALL_LANES, value, mask)",
+            "value += __shfl_xor_sync(0xffffu, value, mask)",
+            LINEAR_LOSS,
+        ),
+        (
+            "last part of a sum left out",
+            "i < THREADS / WARP; i++) total +=",
+            "i < THREADS / WARP - 1; i++) total +=",
+            UPDATE,
+        ),
+        ("ticket never ready again", "        if (last) *ticket = 0;\n", "", LONG_BATCH),
+        (
+            "last block is the last but one",
+            "atomicAdd(ticket, 1u) == count - 1",
+            "atomicAdd(ticket, 1u) == count - 2",
+            UPDATE,
+        ),
+        (
+            "other blocks asked before all know who is last",
+            "    }\n    __syncthreads();\n    __threadfence();\n    return last;",
+            "    }\n    __threadfence();\n    return last;",
+            LINEAR_LOSS,
+        ),
+        ("ties of float16 rounded up", "0xfffu + ((size >> 13) & 1u)", "0x1000u", HALF),
+    ),
+    *_bugs(
+        "lanes.cuh",
+        (
+            "vectors where they do not lie on 16 bytes",
+            " && reinterpret_cast<unsigned long long>(at) % 16 == 0",
+            "",
+            OWN_WAY,
+        ),
+        (
+            "lanes behind the last column stored",
+            "if (i < count) store(at + i * step",
+            "if (i <= count) store(at + i * step",
+            LINEAR,
+        ),
+        ("step between columns ignored", "store(at + i * step, values[i])", "store(at + i, values[i])", OWN_WAY),
+        ("row of the last eight columns", "(columns + LANES - 1) / LANES", "columns / LANES", LINEAR),
+    ),
+    *_bugs(
+        "layers.cu",
+        ("row -1 loads the row before", "if (source >= 0) load_lanes", "load_lanes", LINEAR),
+        ("batch always from the first row of the epoch", "[call.counters[ROW_OFFSET] + row]", "[row]", LINEAR),
+        ("kept outputs not scaled", "y * scale : 0.0f", "y : 0.0f", LINEAR),
+        ("dropped gradients kept", "? values[i] * scale : 0.0f", "? values[i] * scale : values[i]", GRAD_INPUT),
+        (
+            "prelu's gradient from lanes without a column",
+            "code == PRELU && i < place.count",
+            "code == PRELU",
+            MANY_BLOCKS,
+        ),
+    ),
+    *_bugs(
+        "philox.cuh",
+        (
+            "words of the columns and of the row swapped",
+            "static_cast<unsigned>(block), static_cast<unsigned>(row)",
+            "static_cast<unsigned>(row), static_cast<unsigned>(block)",
+            LINEAR,
+        ),
+        ("nine rounds of Philox", "round < 10", "round < 9", LINEAR),
+        ("half words of the mask swapped", "kept |= 2u << (2 * i)", "kept |= 2u << (2 * i) >> 1", LINEAR),
+    ),
+    *_bugs(
+        "activations.cuh",
+        (
+            "relu swallows NaN",
+            "return z <= 0.0f && slope == 0.0f ? 0.0f : z * slope;",
+            "return slope == 0.0f ? 0.0f : z * slope;",
+            NAN_LAYER,
+        ),
+        (
+            "derivative of silu without its product",
+            "s * (1.0f + v * (1.0f - s))",
+            "s * (1.0f + (1.0f - s))",
+            GRAD_INPUT,
+        ),
+    ),
+    *_bugs(
+        "teams.cuh",
+        (
+            "last of equal logits taken",
+            "other == value && other_column < column",
+            "other == value && other_column > column",
+            FIRST,
+        ),
+        (
+            "no barrier before the largest are read",
+            "            columns[threadIdx.x / WARP] = mine.column;\n        }\n        __syncthreads();\n",
+            "            columns[threadIdx.x / WARP] = mine.column;\n        }\n",
+            MANY_CLASSES,
+        ),
+        (
+            "largest of the first warp alone",
+            "i < THREADS / WARP; i++) mine.take",
+            "i < 1; i++) mine.take",
+            MANY_CLASSES,
+        ),
+    ),
+    *_bugs(
+        "rows.cuh",
+        ("ignored labels count", " && !(call.ignores && row.label == call.ignored)", "", WEIGHTS),
+        (
+            "share without the class weight",
+            "if (row.counts && call.class_weight) row.share *=",
+            "if (!row.counts && call.class_weight) row.share *=",
+            WEIGHTS,
+        ),
+        ("padding counts", "    if (at >= valid) return row;\n", "", LOSS),
+        ("loss scale not in dz", "    if (call.hyper) scale *= call.hyper[LOSS_SCALE];\n", "", LINEAR_LOSS),
+    ),
+    *_bugs(
+        "loss.cu",
+        ("padding of dz not zeroed", "else if (at < call.rows && dz)", "else if (at < 0 && dz)", LOSS),
+        (
+            "parts of the block read before they are there",
+            "parts[team][3] = sums.below;\n    }\n    __syncthreads();\n",
+            "parts[team][3] = sums.below;\n    }\n",
+            LOSS,
+        ),
+        (
+            "smoothing shared by the other classes alone",
+            "eps / static_cast<float>(call.columns)",
+            "eps / static_cast<float>(call.columns - 1)",
+            LINEAR_LOSS,
+        ),
+        (
+            "columns stepped by a warp in long rows",
+            "        for (long long column = lane; column < call.columns; column += SIZE) {\n            float shifted",
+            "        for (long long column = lane; column < call.columns; column += WARP) {\n            float shifted",
+            MANY_CLASSES,
+        ),
+    ),
+    *_bugs(
+        "gradients.cu",
+        (
+            "no barrier before the stretches are added",
+            "        stretches[stretch][lane] = sum;\n        __syncthreads();\n",
+            "        stretches[stretch][lane] = sum;\n",
+            GRAD_WEIGHT,
+        ),
+        (
+            "stretch added twice",
+            "for (int i = 1; i < STRETCHES && stretch == 0",
+            "for (int i = 0; i < STRETCHES && stretch == 0",
+            GRAD_WEIGHT,
+        ),
+        (
+            "last rows of a part left out",
+            "begin + PART_ROWS < call.rows ?",
+            "begin + PART_ROWS <= call.rows ?",
+            LONG_BATCH,
+        ),
+        (
+            "parts of the first group for all",
+            "vector->sums + group * vector->parts * COLUMNS",
+            "vector->sums",
+            LONG_BATCH,
+        ),
+        (
+            "first batch of an accumulation added to what was there",
+            "% call.rule->accumulate != 0 ? 1.0f",
+            "% call.rule->accumulate == 0 ? 1.0f",
+            GRAD_WEIGHT,
+        ),
+        ("decay without the rate", "1.0 - rate * decay", "1.0 - decay", FUSED),
+    ),
+    *_bugs(
+        "update.cu",
+        (
+            "last element of a tensor left alone",
+            "            if (at >= tensor.rows * tensor.columns) break;\n            long long row",
+            "            if (at >= tensor.rows * tensor.columns - 1) break;\n            long long row",
+            LONG_ARENA,
+        ),
+        (
+            "tensor of the block before",
+            "tensors[low + half].first_block <= blockIdx.x",
+            "tensors[low + half].first_block < blockIdx.x",
+            UPDATE,
+        ),
+        (
+            "nesterov without its look ahead",
+            "step.nesterov ? change + step.momentum * velocity",
+            "step.nesterov ? change + velocity",
+            UPDATE,
+        ),
+        ("gradients not divided by the loss scale", "            factor /= call.hyper[LOSS_SCALE];\n", "", SCALED),
+        ("overflow taken for an update", "sound = fabs(norm) < largest", "sound = fabs(norm) <= largest", OVERFLOW),
+    ),
+    *_bugs(
+        "clock.cuh",
+        ("epoch one batch too long", "if (offset >= total) offset = 0;", "if (offset > total) offset = 0;", ADVANCE),
+        ("scale doubles too late", "good >= rule->growth_interval", "good > rule->growth_interval", GROWTH),
+        (
+            "warm-up starts at zero",
+            "static_cast<double>(count + 1) / static_cast<double>(rule->warmup)",
+            "static_cast<double>(count) / static_cast<double>(rule->warmup)",
+            ADVANCE,
+        ),
+    ),
+)
