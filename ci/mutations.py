@@ -164,7 +164,7 @@ MUTATIONS = (
         ("sum of means in place of sums", "LOSS_SUM) + total)", "LOSS_SUM) + total / divisor)", LINEAR_LOSS),
         (
             "last loss kept where the normaliser is zero",
-            "        total = tl.where(mean & (normaliser == 0.0), 0.0, total)\n",
+            "    total = tl.where(mean & (normaliser == 0.0), 0.0, total)\n",
             "",
             "test_loss.py::test_labels_without_weight_give_zero_though_others_have_some",
         ),

@@ -68,11 +68,20 @@ Operands, by op (``None`` is allowed where it says "optional"):
     x (n, K) compute; target, weight, class_weight, loss, stats as in ``loss_grad``; rows as below; batch: M, the rows
     of a step; layers: a sequence of ``ResidentLayer``; params, states, segments, rule, hyper, counters as in
     ``update``; gradients (size,) real, written: what is accumulated between two updates lies there, and with
-    rule.accumulate 1 nothing that matters. The bound callable takes the number of steps. Rows are walked as below,
-    whatever the traits say. On the numpy backend there may be an L2 penalty that differs from batch to batch:
+    rule.accumulate 1 nothing that matters; shadow as in ``update``, where compute is not real: what the products read.
+    The bound callable takes the number of steps. Rows are walked as below, whatever the traits say. The output layer
+    has no dropout; dz is not scaled. On the numpy backend there may be an L2 penalty that differs from batch to batch:
     strengths (batches,) float64, optional: strengths[b] / 2 times the squares of the trained weights, biases and
     slopes excluded, is added to the loss of batch b of an epoch, and its gradient to the gradients before they are
     clipped; penalty (1,) float64, updated: grows by that times the rows of the batch.
+
+``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set
+    x, target, weight, class_weight, batch as there; the other arrays with an axis of models in front: params, shadow,
+    gradients and each of states (models, size), counters (models, ``COUNTERS``), hyper (models, ``HYPER``), stats
+    (models, ``STATS``), rows (models, any); layers, segments, rules, losses: a sequence with one for each model. Models
+    may differ in every number: dropout's rate and seed, slopes, the rules of optimizer and tensors, the loss's
+    smoothing; not in widths, activations, places, the number of states, the loss's kind, soft, ignore_index. The bound
+    callable takes a sequence with the number of steps of each model: those with 0 are not part of the launch.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
@@ -112,6 +121,7 @@ OPS = (
     "update",
     "advance",
     "train_resident",
+    "train_fleet",
 )
 
 # counters, int64
@@ -233,7 +243,7 @@ class Segment:
 @dataclass(frozen=True)
 class ResidentLayer:
     """A layer as ``train_resident`` needs it: its widths, where in the arenas its weights, its bias and prelu's slope
-    begin (in elements, rows without gaps), and what comes behind its product."""
+    begin (in elements, rows ``Traits.row_multiple`` rounded up apart), and what comes behind its product."""
 
     inputs: int
     outputs: int
@@ -320,7 +330,7 @@ class Backend(Protocol):
         """Write a host array, or an adopted one, into a device array of the same shape."""
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
-        """The call, ready to be run any number of times; only that of ``train_resident`` takes an argument."""
+        """The call, ready to be run any number of times; those of ``train_resident`` and ``train_fleet`` take steps."""
 
     def scalar(self, array: Any, index: int) -> Any:
         """One element of a "float64" array as a 0-d "real" array of its own; does not wait for the device."""

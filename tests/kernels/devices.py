@@ -41,6 +41,8 @@ WRITTEN = {
     "grad_weight_update": {"w", "b", "w_state", "b_state", "w_shadow", "param", "state", "hyper", "counters"},
     "update": {"params", "grads", "states", "shadow", "hyper", "counters"},
     "advance": {"hyper", "counters"},
+    "train_resident": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats"},
+    "train_fleet": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats"},
 }
 # On a card; the interpreter, NumPy and cuBLAS on float32 compute in IEEE arithmetic.
 TENSOR_CORES = {"fp32": TF32X3, "tf32": TF32, "bf16": TWO_BYTES, "fp16": TWO_BYTES}
@@ -150,7 +152,7 @@ class Variant:
     def bind(self, op: str, writes: Sequence[Any] = (), **operands: Any) -> Any:
         """A ``run`` of the op that also checks, bitwise, that nothing changes but the elements of its outputs.
 
-        ``writes``: arrays behind the outputs that may change too.
+        ``writes``: arrays behind the outputs that may change too. ``run`` takes what the bound callable takes.
         """
         leaves = list(_leaves(operands))
         written = [array for name, array in leaves if name in WRITTEN.get(op, ())] + list(writes)
@@ -159,19 +161,19 @@ class Variant:
         if self.device.on_host:
             call = backend.bind(op, **operands)
 
-            def run_here() -> None:
+            def run_here(*arguments: Any) -> None:
                 watch.remember()
-                call()
+                call(*arguments)
                 watch.check()
 
             return run_here
         there = (DeviceMemory if self.device.backend == "cupy" else TorchMemory)(backend, op)
         call = backend.bind(op, **_converted(operands, there.view))
 
-        def run() -> None:
+        def run(*arguments: Any) -> None:
             watch.remember()
             there.upload()
-            call()
+            call(*arguments)
             backend.synchronize()
             there.download()
             watch.check()

@@ -170,3 +170,22 @@ def test_the_norm_of_large_gradients_does_not_overflow(variant):
     params, grads = np.zeros(4, variant.real), np.full(4, 1e30, variant.real)
     update_arena(variant, UpdateRule("sgd", ScheduleSpec("constant", 1.0), clip_norm=1.0), params, grads)
     np.testing.assert_allclose(params, -0.5, rtol=4 * 2.0**-23)
+
+
+@pytest.mark.parametrize("op", ["grad_weight", "grad_weight_update"])
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_nan_stays_out_of_the_padding_of_weights(variant, op):
+    """What gets in there stays: nobody writes the padding again."""
+    dz, x = np.ones((5, 3), variant.compute), place(np.ones((5, 4), variant.compute), "owned")
+    dz[2, 1] = np.nan
+    layer = {"dz": place(dz, "owned"), "x": x}
+    if op == "grad_weight":
+        layer |= {"dw": poisoned((3, 4), variant.real, "owned"), "db": poisoned(3, variant.real)}
+        operands = {"rule": RULES["sgd"], "counters": np.zeros(COUNTERS, np.int64)}
+    else:
+        layer |= {"w": place(np.ones((3, 4), variant.real), "owned"), "b": np.ones(3, variant.real)}
+        layer |= {"w_state": (), "b_state": (), "w_rule": TensorRule(), "b_rule": TensorRule()}
+        operands = Clock(variant, RULES["sgd"], 0, 0, 1.0).operands
+    # that nothing in the padding changes, the call itself checks
+    variant.bind(op, layers=[layer], **operands)()
+    assert np.isnan(layer["dw" if op == "grad_weight" else "w"][1]).all()

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resources, update
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resident, resources, update
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -35,19 +35,22 @@ KERNELS = {
     "update": update.update_kernel,
     "norm": update.norm_kernel,
     "advance": clock.advance_kernel,
+    "resident": resident.resident_kernel,
 }
-PRODUCTS = ("linear", "grad_input", "grad_weight", "linear_loss_grad")
+PRODUCTS = ("linear", "grad_input", "grad_weight", "linear_loss_grad", "resident")
+# train_resident scales no loss
+RESIDENT_PRECISIONS = ("fp32", "tf32", "bf16")
 ELEMENTS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 STATE_COUNTS = (0, 1, 2)
 
 # What the kernels' arguments are, by name; "compute" is the element type of the matrix products. A number that is not
 # named here is an integer.
 POINTERS = {
-    **dict.fromkeys(("x", "w", "y", "z", "dz", "out", "compute", "shadow"), "compute"),
+    **dict.fromkeys(("x", "w", "y", "z", "dz", "out", "compute", "shadow", "weights"), "compute"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
-    **dict.fromkeys(("real", "parameters", "grads", "first", "second"), "fp32"),
-    **dict.fromkeys(("partials", "hyper", "rule", "tensors", "norm", "stats"), "fp64"),
-    **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table"), "i64"),
+    **dict.fromkeys(("real", "parameters", "grads", "first", "second", "slopes", "shares"), "fp32"),
+    **dict.fromkeys(("partials", "hyper", "rule", "rules", "tensors", "norm", "normalisers", "stats"), "fp64"),
+    **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     "ticket": "i32",
 }
 FLOATS = ("slope", "keep_scale", "kept_share")
@@ -71,7 +74,7 @@ class Variant:
         size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
         flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "UPDATES": "updates"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
-        numbers = {"STATES": "states", "TASKS": "tasks"}
+        numbers = {"STATES": "states", "TASKS": "tasks", "OUTPUTS": "outputs"}
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
         words += [f"{word}={self.constants[name]}" for name, word in numbers.items() if name in self.constants]
         return " ".join([self.precision, size, f"warps={tile.warps} stages={tile.stages}", *words])
@@ -113,6 +116,10 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for tasks in configs.TABLE_LENGTHS if states == max(STATE_COUNTS) else configs.TABLE_LENGTHS[:1]:
             constants = {"BLOCK": configs.SWEEP.columns, "STATES": states, "TASKS": tasks}
             yield Variant("update", ELEMENTS[precision], configs.SWEEP, constants)
+    if precision in RESIDENT_PRECISIONS:
+        for resident_tile in configs.resident_tiles(arch.family, precision):
+            constants = configs.resident_constants(resident_tile, product)
+            yield Variant("resident", precision, resident_tile, constants)
     yield Variant("norm", "fp32", configs.SWEEP, {"BLOCK": configs.SWEEP.columns})
     yield Variant("advance", "fp32", configs.SMALL, {})
 

@@ -15,6 +15,7 @@ import torch
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
 from fusemlp_kernels.triton import configs
+from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, is_interpreted, mark_owned
 from fusemlp_kernels.triton.layers import (
@@ -37,7 +38,7 @@ ADOPTED = frozenset(
         *(torch.int8, torch.int16, torch.int32, torch.int64),
     }
 )
-BINDERS: dict[str, Callable[..., Run]] = {
+BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear": bind_linear,
     "linear_loss_grad": bind_linear_loss_grad,
     "loss_grad": bind_loss_grad,
@@ -46,6 +47,8 @@ BINDERS: dict[str, Callable[..., Run]] = {
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
     "advance": bind_advance,
+    "train_resident": bind_train_resident,
+    "train_fleet": bind_train_fleet,
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -202,7 +205,7 @@ class TritonBackend:
                 run()
         return graph.replay
 
-    def bind(self, op: str, **operands: Any) -> Run:
+    def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
         if op not in BINDERS:
             raise unknown_name("op", op, BINDERS)

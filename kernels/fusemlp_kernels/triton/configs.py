@@ -18,6 +18,8 @@ from fusemlp_kernels.errors import BackendUnavailableError
 
 # The smallest product of tensor cores is 16 rows high; ``linear_loss_grad`` holds a row of at most this width.
 WIDEST_OUTPUT = 256
+# Networks whose layers are no wider are trained in the smaller tiles of ``train_resident``.
+RESIDENT_NARROW = 64
 # What a thread and a multiprocessor have on NVIDIA.
 MOST_REGISTERS = 255
 FILE_REGISTERS = 1 << 16
@@ -44,6 +46,18 @@ class Tile:
     def count(self, rows: int, columns: int) -> int:
         """How many tiles cover a result of rows x columns."""
         return -(-rows // self.rows) * -(-columns // self.columns)
+
+
+@dataclass(frozen=True)
+class ResidentTile(Tile):
+    """The tiles of ``train_resident``: ``rows`` x ``columns`` forward and ``rows`` x ``depth`` back, where each is also
+    the other's reduction; ``weight_rows`` x ``weight_columns`` of the gradients by weights; ``output_rows`` whole rows
+    of at most ``outputs`` logits."""
+
+    weight_rows: int = 16
+    weight_columns: int = 16
+    output_rows: int = 16
+    outputs: int = 16
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ def table_text(tables: Mapping[str, Any]) -> str:
 
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
-# fields of ``Tile``.
+# fields of ``Tile``. "resident": those of ``ResidentTile``, narrowest first.
 TABLES = json.loads(TABLE_FILE.read_text())
 
 
@@ -151,6 +165,26 @@ def weight_tile(arch: Architecture, precision: str, shapes: tuple[tuple[int, int
 def output_tile(arch: Architecture, width: int) -> Tile:
     """The tile of ``linear_loss_grad``: its columns hold a whole row of ``width`` logits."""
     return next(tile for tile in output_tiles(arch.family) if tile.columns >= width)
+
+
+def resident_tiles(family: str, precision: str) -> tuple[ResidentTile, ...]:
+    """All that ``resident_tile`` can choose, narrowest first."""
+    return tuple(ResidentTile(*row) for row in TABLES[family]["resident"][_kind(precision)])
+
+
+def resident_tile(arch: Architecture, precision: str, widths: tuple[int, ...]) -> ResidentTile:
+    """The tiles for layers of these outputs, the network's last."""
+    tiles = resident_tiles(arch.family, precision)
+    fitting = [tile for tile in tiles if tile.outputs >= widths[-1]]
+    return fitting[0] if max(widths) <= RESIDENT_NARROW else fitting[-1]
+
+
+def resident_constants(tile: ResidentTile, product: str) -> dict[str, Any]:
+    """The constants of ``resident_kernel``."""
+    return {
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "WN": tile.weight_rows, "WK": tile.weight_columns,
+        "BO": tile.output_rows, "OUTPUTS": tile.outputs, "PRODUCT": product, "PARTS": tile.parts,
+    }  # fmt: skip
 
 
 def general_tile(arch: Architecture) -> Tile:

@@ -17,21 +17,15 @@ GRAD_INPUT_NUMBERS = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=GRAD_INPUT_NUMBERS)
-def grad_input_kernel(
-    dz, w, y, out, slope_param, dslope, partials, ticket, counters,
-    M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
-    activation, slope, layer, key0, key1, threshold, keep_scale, kept_share, programs,
+@triton.jit
+def input_gradient(
+    dz, w, y, out, tile_m, tile_k, batch_index, M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
+    activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out (M, K) = (dz (M, N) @ w (N, K)) * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
-
-    ``y`` (M, K) is what the derivative is read from: the pre-activation where ``needs_z``, else the layer's output,
-    after dropout, which ``kept_share`` = 1 - p undoes. Tiles are BM x BK of ``out``; BN goes along the reduction.
-    """
-    program = tl.program_id(0)
-    tile_m, tile_k = tile_of(program, M, K, BM, BK)
+    """A tile (BM, BK) of ``out``, see ``grad_input_kernel``, of a batch of M rows; BN goes along the reduction. Returns
+    the tile's part of prelu's gradient, float32."""
     at_m = tile_m * BM + tl.arange(0, BM)
     at_k = tile_k * BK + tl.arange(0, BK)
     at_n = tl.arange(0, BN)
@@ -49,8 +43,6 @@ def grad_input_kernel(
         acc = tl.dot(dz_tile, w_tile, acc, input_precision=PRODUCT)
         dz_at += BN * step
         w_at += BN * pitch
-    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
-    batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
     y_rows, out_rows = y + far[:, None] * row_pitch(y_row, ALIGNED), out + far[:, None] * row_pitch(out_row, ALIGNED)
     y_step, out_step = column_step(y_col, ALIGNED), column_step(out_col, ALIGNED)
     below = tl.full((), 0.0, tl.float32)
@@ -70,6 +62,31 @@ def grad_input_kernel(
         if activation == PRELU:
             inside = inside_m[:, None] & (near < K)[None, :]
             below += tl.sum(tl.where(inside, g * tl.where(v > 0, 0.0, v), 0.0))
+    return below
+
+
+@triton.jit(do_not_specialize=GRAD_INPUT_NUMBERS)
+def grad_input_kernel(
+    dz, w, y, out, slope_param, dslope, partials, ticket, counters,
+    M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
+    activation, slope, layer, key0, key1, threshold, keep_scale, kept_share, programs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """out (M, K) = (dz (M, N) @ w (N, K)) * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
+
+    ``y`` (M, K) is what the derivative is read from: the pre-activation where ``needs_z``, else the layer's output,
+    after dropout, which ``kept_share`` = 1 - p undoes. Tiles are BM x BK of ``out``; BN goes along the reduction.
+    """
+    program = tl.program_id(0)
+    tile_m, tile_k = tile_of(program, M, K, BM, BK)
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
+    below = input_gradient(
+        dz, w, y, out, tile_m, tile_k, batch_index, M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col,
+        out_row, out_col, activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
+        BM, BN, BK, PRODUCT, ALIGNED, PARTS,
+    )  # fmt: skip
     if activation == PRELU:
         tl.store(partials + program, below.to(tl.float64))
         if is_last(ticket, programs):
@@ -109,6 +126,40 @@ def whole(offset, ALIGNED: tl.constexpr):
     if ALIGNED:
         offset = offset // 8 * 8
     return offset
+
+
+@triton.jit
+def weight_sums(
+    dz, x, rows, at_n, at_k, begin, end, N, K, dz_row, dz_col, x_row, x_col, gather,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Of dz.T @ x[rows] over the batch's rows from ``begin`` to ``end``, the tile (BN, BK) at ``at_n``, ``at_k``."""
+    at_b = tl.arange(0, BM)
+    inside_n = at_n < masked_width(N, ALIGNED)
+    inside_k = at_k < masked_width(K, ALIGNED)
+    acc = tl.zeros((BN, BK), tl.float32)
+    for start in range(begin, end, BM):
+        inside_b = start + at_b < end
+        source = batch_rows(rows, start + at_b, end, gather)
+        x_at = x + tl.where(source >= 0, source, 0)[:, None] * x_row + at_k[None, :] * x_col
+        x_tile = tl.load(x_at, mask=(source >= 0)[:, None] & inside_k[None, :], other=0.0)
+        dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
+        dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dz_tile), x_tile, acc, input_precision=PRODUCT)
+    return acc
+
+
+@triton.jit
+def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: tl.constexpr):
+    """The sums of dz's columns ``at_n`` over the batch's rows from ``begin`` to ``end``, (BN,) float32."""
+    at_b = tl.arange(0, BM)
+    sums = tl.zeros((BN,), tl.float32)
+    for start in range(begin, end, BM):
+        inside_b = start + at_b < end
+        dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
+        dz_tile = tl.load(dz_at, mask=inside_b[:, None] & (at_n < N)[None, :], other=0.0)
+        sums += tl.sum(dz_tile.to(tl.float32), axis=0)
+    return sums
 
 
 @triton.jit
@@ -190,27 +241,36 @@ def grad_weight_kernel(
     shadowed = tl.load(row + SHADOWED)
     dz = compute + whole(tl.load(row + DZ), ALIGNED)
     dz_row, dz_col = row_pitch(tl.load(row + DZ_ROW), ALIGNED), column_step(tl.load(row + DZ_COL), ALIGNED)
-    at_b = tl.arange(0, BM)
     squares = tl.full((), 0.0, tl.float64)
     if kind == WEIGHT:
         tile_n, tile_k = tile_of(tile, N, K, BN, BK)
         at_n = tile_n * BN + tl.arange(0, BN)
         at_k = tile_k * BK + tl.arange(0, BK)
-        inside_n = at_n < masked_width(N, ALIGNED)
-        inside_k = at_k < masked_width(K, ALIGNED)
         x = compute + whole(tl.load(row + X), ALIGNED)
         x_row, x_col = row_pitch(tl.load(row + X_ROW), ALIGNED), column_step(tl.load(row + X_COL), ALIGNED)
         gather = tl.load(row + GATHER)
         rows = this_batch(rows, counters, gather)
-        acc = tl.zeros((BN, BK), tl.float32)
-        for start in range(begin, end, BM):
-            inside_b = start + at_b < end
-            source = batch_rows(rows, start + at_b, end, gather)
-            x_at = x + tl.where(source >= 0, source, 0)[:, None] * x_row + at_k[None, :] * x_col
-            x_tile = tl.load(x_at, mask=(source >= 0)[:, None] & inside_k[None, :], other=0.0)
-            dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
-            dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
-            acc = tl.dot(tl.trans(dz_tile), x_tile, acc, input_precision=PRODUCT)
+        acc = weight_sums(
+            dz,
+            x,
+            rows,
+            at_n,
+            at_k,
+            begin,
+            end,
+            N,
+            K,
+            dz_row,
+            dz_col,
+            x_row,
+            x_col,
+            gather,
+            BN,
+            BK,
+            BM,
+            PRODUCT,
+            ALIGNED,
+        )
         far = at_n.to(tl.int64)[:, None]
         pitch = row_pitch(tl.load(row + P_ROW), ALIGNED)
         for piece in tl.static_range(PARTS):
@@ -225,8 +285,10 @@ def grad_weight_kernel(
                 at_s0 = far * tl.load(row + S0_ROW) + near * tl.load(row + S0_COL)
                 at_s1 = far * tl.load(row + S1_ROW) + near * tl.load(row + S1_COL)
                 at_shadow = far * tl.load(row + SHADOW_ROW) + near * tl.load(row + SHADOW_COL)
+            # 0 * NaN is NaN: what gets into the padding would stay there
+            g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             squares += finished(
-                part_of(acc, piece, PARTS, BN, BK), p + at_p, s0 + at_s0, s1 + at_s1, shadow + at_shadow, stored,
+                g, p + at_p, s0 + at_s0, s1 + at_s1, shadow + at_shadow, stored,
                 hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, STATES,
             )  # fmt: skip
     else:
@@ -234,11 +296,7 @@ def grad_weight_kernel(
         inside_n = at_n < N
         sums = tl.zeros((BN,), tl.float32)
         if kind == BIAS:
-            for start in range(begin, end, BM):
-                inside_b = start + at_b < end
-                dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
-                dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
-                sums += tl.sum(dz_tile.to(tl.float32), axis=0)
+            sums = column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN, BM)
         else:
             # prelu's: one number, that the kernels before have computed
             sums = tl.load(real + tl.load(row + X) + at_n, mask=tl.where(split == 0, inside_n, False), other=0.0)

@@ -35,10 +35,15 @@ def _activation(device: Device, op: str, name: str, slope: float, slope_param: T
 
 
 def _dropout(op: str, dropout: Dropout | None, counters: Tensor | None) -> dict[str, Any]:
+    if dropout is not None and counters is None:
+        raise ArgumentError(f"{op}: counters: dropout needs them, since the mask depends on the batch; got None")
+    return dropout_numbers(dropout)
+
+
+def dropout_numbers(dropout: Dropout | None) -> dict[str, Any]:
+    """What the kernels are told of a layer's dropout; threshold 0 where there is none."""
     if dropout is None:
         return {"layer": 0, "key0": 0, "key1": 0, "threshold": 0, "keep_scale": 1.0}
-    if counters is None:
-        raise ArgumentError(f"{op}: counters: dropout needs them, since the mask depends on the batch; got None")
     key0, key1 = seed_key(dropout.seed)
     least = threshold(dropout.rate)
     # a rate that rounds to one drops everything
@@ -206,11 +211,7 @@ def _loss(
         device.check(op, "hyper", hyper, (HYPER,), FLOAT64)
     spare, number = device.zeros(1, FLOAT32), device.zeros(1, INT64)
     ignored = 0 if loss.ignore_index is None else loss.ignore_index
-    settings = {
-        "kind": loss_code(loss.kind), "mean": loss.reduction == "mean", "smoothing": loss.label_smoothing,
-        "soft": loss.soft, "delta": loss.delta, "quantile": loss.quantile, "accuracy": loss.accuracy,
-        "ignores": loss.ignore_index is not None, "weighted": weight is not None, "classes": class_weight is not None,
-    }  # fmt: skip
+    settings = loss_setting_values(loss, weighted=weight is not None, classes=class_weight is not None)
     return {
         "rows": number if rows is None else rows, "gather": int(rows is not None),
         "labels": target if classes else number, "label_step": target.stride(0) if classes else 0,
@@ -219,21 +220,21 @@ def _loss(
         "weight": spare if weight is None else weight, "weight_step": 0 if weight is None else weight.stride(0),
         "class_weight": spare if class_weight is None else class_weight,
         "dslope": spare if dslope is None else dslope, "stats": stats, "counters": counters,
-        "settings": device.floats([float(settings[name]) for name in loss_settings()], FLOAT32),
+        "settings": device.floats(settings, FLOAT32),
         "hyper": device.zeros(HYPER, FLOAT64) if hyper is None else hyper, "scaled": int(hyper is not None),
         "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "M": m, "N": n,
         **_activation(device, op, activation, slope, slope_param, spare),
     }  # fmt: skip
 
 
-def loss_code(kind: str) -> int:
-    """The number by which the kernels know a loss."""
-    return loss.CODES[kind]
-
-
-def loss_settings() -> tuple[str, ...]:
-    """The fields of the kernels' table of settings."""
-    return loss.SETTING_FIELDS
+def loss_setting_values(spec: LossSpec, *, weighted: bool, classes: bool) -> list[float]:
+    """``loss.SETTING_FIELDS`` of a loss."""
+    settings = {
+        "kind": loss.CODES[spec.kind], "mean": spec.reduction == "mean", "smoothing": spec.label_smoothing,
+        "soft": spec.soft, "delta": spec.delta, "quantile": spec.quantile, "accuracy": spec.accuracy,
+        "ignores": spec.ignore_index is not None, "weighted": weighted, "classes": classes,
+    }  # fmt: skip
+    return [float(settings[name]) for name in loss.SETTING_FIELDS]
 
 
 def _without_rows(arguments: dict[str, Any]) -> Run:

@@ -42,6 +42,33 @@ def affine_tile(
     return z + bias[None, :]
 
 
+@triton.jit
+def store_outputs(
+    acc, y, z, row, col, batch_index, M, N, y_row, y_col, z_row, z_col, activation, slope, store_z,
+    layer, key0, key1, threshold, keep_scale,
+    BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, of the tile (BM, BN) of pre-activations from ``row`` and ``col`` on; see
+    ``linear_kernel``."""
+    at_m = row + tl.arange(0, BM)
+    far = at_m.to(tl.int64)[:, None]
+    y_rows, z_rows = y + far * row_pitch(y_row, ALIGNED), z + far * row_pitch(z_row, ALIGNED)
+    y_step, z_step = column_step(y_col, ALIGNED), column_step(z_col, ALIGNED)
+    for piece in tl.static_range(PARTS):
+        first = col + piece * (BN // PARTS)
+        at_n = first + tl.arange(0, BN // PARTS)
+        out = part_of(acc, piece, PARTS, BM, BN)
+        stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
+        if store_z != 0:
+            tl.store(z_rows + at_n[None, :] * z_step, out.to(z.dtype.element_ty), mask=stored)
+        # sigmoid(0) is not 0: what lies behind the last column is cleared after the activation
+        out = tl.where((at_n < N)[None, :], activate(out, activation, slope), 0.0)
+        if threshold > 0:
+            keep = keep_mask(row, first, batch_index, layer, key0, key1, threshold, BM, BN // PARTS)
+            out = tl.where(keep, out * keep_scale, 0.0)
+        tl.store(y_rows + at_n[None, :] * y_step, out.to(y.dtype.element_ty), mask=stored)
+
+
 LINEAR_NUMBERS = [
     "M", "N", "K", "x_row", "x_col", "w_row", "w_col", "b_step", "y_row", "y_col", "z_row", "z_col", "gather",
     "activation", "store_z", "layer", "key0", "key1", "threshold",
@@ -69,20 +96,7 @@ def linear_kernel(
     )
     slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
     batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
-    at_m = row + tl.arange(0, BM)
-    far = at_m.to(tl.int64)[:, None]
-    y_rows, z_rows = y + far * row_pitch(y_row, ALIGNED), z + far * row_pitch(z_row, ALIGNED)
-    y_step, z_step = column_step(y_col, ALIGNED), column_step(z_col, ALIGNED)
-    for piece in tl.static_range(PARTS):
-        first = col + piece * (BN // PARTS)
-        at_n = first + tl.arange(0, BN // PARTS)
-        out = part_of(acc, piece, PARTS, BM, BN)
-        stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
-        if store_z != 0:
-            tl.store(z_rows + at_n[None, :] * z_step, out.to(z.dtype.element_ty), mask=stored)
-        # sigmoid(0) is not 0: what lies behind the last column is cleared after the activation
-        out = tl.where((at_n < N)[None, :], activate(out, activation, slope), 0.0)
-        if threshold > 0:
-            keep = keep_mask(row, first, batch_index, layer, key0, key1, threshold, BM, BN // PARTS)
-            out = tl.where(keep, out * keep_scale, 0.0)
-        tl.store(y_rows + at_n[None, :] * y_step, out.to(y.dtype.element_ty), mask=stored)
+    store_outputs(
+        acc, y, z, row, col, batch_index, M, N, y_row, y_col, z_row, z_col, activation, slope, store_z,
+        layer, key0, key1, threshold, keep_scale, BM, BN, ALIGNED, PARTS,
+    )  # fmt: skip

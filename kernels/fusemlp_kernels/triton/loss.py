@@ -70,9 +70,11 @@ def row_weights(at, rows, count, labels, label_step, weight, weight_step, class_
 
 @triton.jit
 def normaliser_of(
-    rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
+    rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What "mean" divides by, float64: the sum of the shares, times N for the element-wise losses."""
+    """What "mean" divides by, float64: the sum of the shares, times N for the element-wise losses. ``CHUNK`` rows are
+    added at a time."""
     kind = tl.load(settings + KIND)
     plain = (tl.load(settings + WEIGHTED) == 0.0) & (tl.load(settings + CLASSES) == 0.0)
     total = count.to(tl.float64)
@@ -157,6 +159,21 @@ def wanted(weights, label, at_n, inside, targets, class_weight, N, settings):
 
 
 @triton.jit
+def record_loss(total, right, scored, stats, settings, normaliser):
+    """Into ``stats``: the sum of a batch's losses, its right answers and how many were asked for, all float64."""
+    mean = tl.load(settings + MEAN) != 0.0
+    divisor = tl.where(mean & (normaliser != 0.0), normaliser, 1.0)
+    total = tl.where(mean & (normaliser == 0.0), 0.0, total)
+    tl.store(stats + LAST_LOSS, total / divisor)
+    tl.store(stats + LOSS_SUM, tl.load(stats + LOSS_SUM) + total)
+    if mean:
+        tl.store(stats + NORM_SUM, tl.load(stats + NORM_SUM) + normaliser)
+    if tl.load(settings + ACCURACY) != 0.0:
+        tl.store(stats + CORRECT, tl.load(stats + CORRECT) + right)
+        tl.store(stats + SCORED, tl.load(stats + SCORED) + scored)
+
+
+@triton.jit
 def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs):
     """Leave this program's sums; the last program adds them up into ``stats`` and ``dslope``."""
     tl.store(partials + program * PARTIALS, loss.to(tl.float64))
@@ -165,16 +182,8 @@ def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, set
     tl.store(partials + program * PARTIALS + 3, below.to(tl.float64))
     if is_last(ticket, programs):
         total = sum_of(partials, programs, PARTIALS, 128)
-        mean = tl.load(settings + MEAN) != 0.0
-        divisor = tl.where(mean & (normaliser != 0.0), normaliser, 1.0)
-        total = tl.where(mean & (normaliser == 0.0), 0.0, total)
-        tl.store(stats + LAST_LOSS, total / divisor)
-        tl.store(stats + LOSS_SUM, tl.load(stats + LOSS_SUM) + total)
-        if mean:
-            tl.store(stats + NORM_SUM, tl.load(stats + NORM_SUM) + normaliser)
-        if tl.load(settings + ACCURACY) != 0.0:
-            tl.store(stats + CORRECT, tl.load(stats + CORRECT) + sum_of(partials + 1, programs, PARTIALS, 128))
-            tl.store(stats + SCORED, tl.load(stats + SCORED) + sum_of(partials + 2, programs, PARTIALS, 128))
+        hits = sum_of(partials + 1, programs, PARTIALS, 128)
+        record_loss(total, hits, sum_of(partials + 2, programs, PARTIALS, 128), stats, settings, normaliser)
         tl.store(dslope, sum_of(partials + 3, programs, PARTIALS, 128).to(tl.float32))
 
 
@@ -201,6 +210,64 @@ def ignored_label(low, high):
     return (high.to(tl.int64) << 32) + low.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
+@triton.jit
+def loss_of_rows(
+    z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight, weight_step,
+    class_weight, ignored, N, settings, gather, activation, slope,
+    BM: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Of whole rows of pre-activations z (BM, BN), the batch's rows ``at_m``: dz times ``scale``, zero where there is
+    no output; the sum of the losses, the right answers, the answers asked for, and prelu's gradient."""
+    weights, label, counts, _ = row_weights(
+        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
+    )
+    inside = (at_m < count)[:, None] & (at_n < N)[None, :]
+    named = (at_n < N)[None, :]
+    source = at_m.to(tl.int64)
+    if gather != 0:
+        source = tl.load(rows + at_m, mask=at_m < count, other=0)
+    soft = (CROSS_ENTROPY == 0) | (tl.load(settings + SOFT) != 0.0)
+    target_at = target + source[:, None] * target_row + at_n.to(tl.int64)[None, :] * target_col
+    t = tl.load(target_at, mask=tl.where(soft, inside, False), other=0.0)
+    z = tl.where((at_m < count)[:, None], z, 0.0)
+    right = tl.zeros((BM,), tl.int32)
+    scored = tl.zeros((BM,), tl.int32)
+    below = tl.full((), 0.0, tl.float32)
+    if CROSS_ENTROPY:
+        q = wanted(weights, label, at_n, inside, t, class_weight, N, settings)
+        logits = tl.where(named, z, float("-inf"))
+        largest = tl.max(logits, axis=1)
+        shifted = tl.where(named, z - largest[:, None], 0.0)
+        e = tl.where(named, tl.exp(shifted), 0.0)
+        total = tl.sum(e, axis=1)
+        mass = tl.sum(q, axis=1)
+        loss = tl.sum(mass * tl.log(total) - tl.sum(q * shifted, axis=1))
+        result = (e * (mass / total)[:, None] - q) * scale
+        if tl.load(settings + ACCURACY) != 0.0:
+            best = first_of(logits, largest, at_n, N)
+            meant = label
+            if soft:
+                targets = tl.where(named, t, float("-inf"))
+                meant = first_of(targets, tl.max(targets, axis=1), at_n, N).to(tl.int64)
+            right = tl.where(counts & (best == meant), 1, 0)
+            scored = tl.where(counts, 1, 0)
+    else:
+        y, loss, result, below = elementwise_tile(z, t, weights, scale, inside, activation, slope, settings)
+        if tl.load(settings + ACCURACY) != 0.0:
+            if tl.load(settings + KIND) == BINARY:
+                hit = inside & ((y > 0) == (t > 0.5))
+                right = tl.sum(tl.where(hit, 1, 0), axis=1)
+                scored = tl.sum(tl.where(inside, 1, 0), axis=1)
+            else:
+                outputs = tl.where(named, y, float("-inf"))
+                targets = tl.where(named, t, float("-inf"))
+                best = first_of(outputs, tl.max(outputs, axis=1), at_n, N)
+                meant = first_of(targets, tl.max(targets, axis=1), at_n, N)
+                right = tl.where(counts & (best == meant), 1, 0)
+                scored = tl.where(counts, 1, 0)
+    return tl.where(inside, result, 0.0), loss, tl.sum(right), tl.sum(scored), below
+
+
 @triton.jit(do_not_specialize=[*LOSS_NUMBERS, "K", "x_row", "x_col", "w_row", "w_col", "b_step", "x_gather"])
 def linear_loss_grad_kernel(
     x, w, b, dz, x_rows, rows, labels, target, weight, class_weight, slope_param, dslope, stats, settings, hyper,
@@ -222,66 +289,20 @@ def linear_loss_grad_kernel(
     ignored = ignored_label(ignored_low, ignored_high)
     rows = this_batch(rows, counters, gather)
     normaliser = normaliser_of(
-        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
+        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather, CHUNK
     )
     scale = gradient_scale(hyper, normaliser, settings, scaled)
-    weights, label, counts, _ = row_weights(
-        at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
-    )
-    inside = (at_m < count)[:, None] & (at_n < N)[None, :]
-    named = (at_n < N)[None, :]
-    source = at_m.to(tl.int64)
-    if gather != 0:
-        source = tl.load(rows + at_m, mask=at_m < count, other=0)
-    soft = (CROSS_ENTROPY == 0) | (tl.load(settings + SOFT) != 0.0)
-    target_at = target + source[:, None] * target_row + at_n.to(tl.int64)[None, :] * target_col
-    t = tl.load(target_at, mask=tl.where(soft, inside, False), other=0.0)
-    z = tl.where((at_m < count)[:, None], z, 0.0)
-    right = tl.zeros((BM,), tl.int32)
-    scored = tl.zeros((BM,), tl.int32)
-    below = 0.0
-    if CROSS_ENTROPY:
-        q = wanted(weights, label, at_n, inside, t, class_weight, N, settings)
-        logits = tl.where(named, z, float("-inf"))
-        largest = tl.max(logits, axis=1)
-        shifted = tl.where(named, z - largest[:, None], 0.0)
-        e = tl.where(named, tl.exp(shifted), 0.0)
-        total = tl.sum(e, axis=1)
-        mass = tl.sum(q, axis=1)
-        loss = tl.sum(mass * tl.log(total) - tl.sum(q * shifted, axis=1))
-        result = (e * (mass / total)[:, None] - q) * scale
-        if tl.load(settings + ACCURACY) != 0.0:
-            best = first_of(logits, largest, at_n, N)
-            meant = label
-            if soft:
-                targets = tl.where(named, t, float("-inf"))
-                meant = first_of(targets, tl.max(targets, axis=1), at_n, N).to(tl.int64)
-            right = tl.where(counts & (best == meant), 1, 0)
-            scored = tl.where(counts, 1, 0)
-    else:
-        slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
-        y, loss, result, below = elementwise_tile(z, t, weights, scale, inside, activation, slope, settings)
-        if tl.load(settings + ACCURACY) != 0.0:
-            if tl.load(settings + KIND) == BINARY:
-                hit = inside & ((y > 0) == (t > 0.5))
-                right = tl.sum(tl.where(hit, 1, 0), axis=1)
-                scored = tl.sum(tl.where(inside, 1, 0), axis=1)
-            else:
-                outputs = tl.where(named, y, float("-inf"))
-                targets = tl.where(named, t, float("-inf"))
-                best = first_of(outputs, tl.max(outputs, axis=1), at_n, N)
-                meant = first_of(targets, tl.max(targets, axis=1), at_n, N)
-                right = tl.where(counts & (best == meant), 1, 0)
-                scored = tl.where(counts, 1, 0)
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    result, loss, right, scored, below = loss_of_rows(
+        z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight, weight_step,
+        class_weight, ignored, N, settings, gather, activation, slope, BM, CROSS_ENTROPY,
+    )  # fmt: skip
     if store_dz != 0:
         step = column_step(dz_col, ALIGNED)
         dz_at = dz + at_m.to(tl.int64)[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
         stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
-        tl.store(dz_at, tl.where(inside, result, 0.0).to(dz.dtype.element_ty), mask=stored)
-    finish_loss(
-        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, settings, normaliser, program,
-        programs,
-    )  # fmt: skip
+        tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
+    finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs)
 
 
 @triton.jit
@@ -311,7 +332,7 @@ def loss_grad_kernel(
     ignored = ignored_label(ignored_low, ignored_high)
     rows = this_batch(rows, counters, gather)
     normaliser = normaliser_of(
-        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
+        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather, CHUNK
     )
     scale = gradient_scale(hyper, normaliser, settings, scaled)
     weights, label, counts, _ = row_weights(

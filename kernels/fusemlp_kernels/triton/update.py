@@ -78,7 +78,8 @@ def update_kernel(
         g = tl.load(grads + at, mask=mask, other=0.0)
         for index in range(1, parts):
             g += tl.load(grads + index * part.to(tl.int64) + at, mask=mask, other=0.0)
-        g = g * factor.to(tl.float32)
+        # a factor that is NaN must not get into the padding
+        g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
         stored_update(
             g, parameters + at, first + at, second + at, shadow + at, mask, hyper, rule,
             tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, STATES,

@@ -1,0 +1,284 @@
+"""Binding the calls of many whole steps: ``train_resident`` and ``train_fleet``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fusemlp_kernels.contract import (
+    COUNTERS,
+    HYPER,
+    NEEDS_Z,
+    STATS,
+    LossSpec,
+    ResidentLayer,
+    Segment,
+    UpdateRule,
+)
+from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.triton import activations, clock, configs, resident
+from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, signed
+from fusemlp_kernels.triton.layers import dropout_numbers, loss_setting_values
+
+INT64, FLOAT32, FLOAT64 = torch.int64, torch.float32, torch.float64
+# Elements that the starts of values in the workspace are a multiple of: 256 bytes of the widest type.
+ALIGNMENT = 128
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _same(op: str, name: str, values: Sequence[Any]) -> Any:
+    """What all models have in common."""
+    first = values[0]
+    for index, value in enumerate(values):
+        if value != first:
+            raise ArgumentError(
+                f"{op}: {name}: models of one launch have it in common, got {first!r} for model 0 and {value!r} for "
+                f"model {index}; bind them apart"
+            )
+    return first
+
+
+def _shape_of(layers: Sequence[ResidentLayer]) -> tuple[tuple[Any, ...], ...]:
+    """What the layers of all models have in common."""
+    return tuple((one.inputs, one.outputs, one.w, one.b, one.activation, one.slope_at) for one in layers)
+
+
+def _check_layers(op: str, layers: Sequence[ResidentLayer], loss: LossSpec, widest: int) -> None:
+    for index, (below, above) in enumerate(itertools.pairwise(layers)):
+        if below.outputs != above.inputs:
+            raise ArgumentError(
+                f"{op}: layers[{index + 1}]: expected {below.outputs} inputs, as layers[{index}] has outputs, got "
+                f"{above.inputs}"
+            )
+    for index, layer in enumerate(layers):
+        if layer.w % 8:
+            raise ArgumentError(f"{op}: layers[{index}].w: expected a multiple of 8 elements, got {layer.w}")
+    last = layers[-1]
+    if last.outputs > widest:
+        raise ArgumentError(
+            f"{op}: layers: {last.outputs} outputs are more than the {widest} that fit a tile; train such a "
+            "network step by step"
+        )
+    if last.dropout is not None:
+        raise ArgumentError(f"{op}: layers[{len(layers) - 1}].dropout: the output layer has none, got {last.dropout}")
+    if loss.kind == "cross_entropy" and last.activation != "identity":
+        raise ArgumentError(
+            f"activation: cross_entropy takes logits, so it must be 'identity', got {last.activation!r}"
+        )
+
+
+def _layer_table(
+    layers: Sequence[ResidentLayer], segments: Sequence[Segment], x_at: int, x_row: int, batch: int
+) -> tuple[list[list[int]], int, int]:
+    """The rows of the layers, the elements of workspace a model, and the lowest layer with something to train."""
+    task_at = {segment.offset: index for index, segment in enumerate(segments)}
+    rows: list[list[int]] = []
+    end, lowest = 0, len(layers)
+    source, source_row = x_at, x_row
+    for index, layer in enumerate(layers):
+        pitch = _round_up(layer.outputs, 8)
+        size = _round_up(batch * pitch, ALIGNMENT)
+        y, dz = end, end + size
+        end += 2 * size
+        # what the derivative is read from
+        z = y
+        if layer.activation in NEEDS_Z:
+            z = end
+            end += size
+        tasks = {
+            "w_task": task_at.get(layer.w, -1), "b_task": task_at.get(layer.b, -1),
+            "slope_task": -1 if layer.slope_at is None else task_at.get(layer.slope_at, -1),
+        }  # fmt: skip
+        if max(tasks.values()) >= 0:
+            lowest = min(lowest, index)
+        fields = {
+            "N": layer.outputs, "K": layer.inputs, "x": source, "x_row": source_row, "w": layer.w,
+            "w_row": _round_up(layer.inputs, 8), "b": layer.b, **tasks,
+            "slope": -1 if layer.slope_at is None else layer.slope_at,
+            "activation": activations.CODES[layer.activation], "y": y, "z": z, "dz": dz, "pitch": pitch,
+        }  # fmt: skip
+        rows.append([fields[name] for name in resident.LAYER_FIELDS])
+        source, source_row = y, pitch
+    return rows, end, lowest
+
+
+def _model_tables(op: str, layers: Sequence[ResidentLayer]) -> tuple[list[list[int]], list[list[float]]]:
+    """A model's rows of draws and shares."""
+    draws, shares = [], []
+    for layer in layers:
+        numbers = dropout_numbers(layer.dropout)
+        draws.append([int(numbers[name]) for name in resident.DRAW_FIELDS])
+        kept = 1.0 if layer.dropout is None else 1.0 - layer.dropout.rate
+        slope = float(activations.FIXED_SLOPES.get(layer.activation, layer.slope))
+        fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept, "slope": slope}
+        shares.append([float(fields[name]) for name in resident.SHARE_FIELDS])
+    return draws, shares
+
+
+def bind_train_fleet(
+    device: Device,
+    *,
+    x: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    batch: int,
+    layers: Sequence[Sequence[ResidentLayer]],
+    params: Tensor,
+    gradients: Tensor,
+    states: Sequence[Tensor],
+    segments: Sequence[Sequence[Segment]],
+    rules: Sequence[UpdateRule],
+    losses: Sequence[LossSpec],
+    counters: Tensor,
+    hyper: Tensor,
+    stats: Tensor,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    shadow: Tensor | None = None,
+    op: str = "train_fleet",
+) -> Callable[[Sequence[int]], object]:
+    """The contract's ``train_fleet``."""
+    models = len(layers)
+    for name, given in (("segments", segments), ("rules", rules), ("losses", losses)):
+        if len(given) != models or not models:
+            raise ArgumentError(f"{op}: {name}: expected one for each of the {models} models, got {len(given)}")
+    places = _same(op, "layers", [_shape_of(one) for one in layers])
+    stretches = _same(op, "segments", [tuple((s.offset, s.size) for s in one) for one in segments])
+    count = _same(op, "rules: state_count", [rule.state_count for rule in rules])
+    first_loss = losses[0]
+    kinds = [(loss.kind, loss.soft, loss.ignore_index) for loss in losses]
+    _same(op, "losses: kind, soft, ignore_index", kinds)
+    widest = configs.resident_tiles(device.arch.family, device.precision)[-1].outputs
+    _check_layers(op, layers[0], first_loss, widest)
+    inputs, outputs = layers[0][0].inputs, layers[0][-1].outputs
+    classes = first_loss.kind == "cross_entropy" and not first_loss.soft
+    length = len(device.check(op, "x", x, (None, inputs), device.compute))
+    device.check(op, "target", target, (length,) if classes else (length, outputs), INT64 if classes else FLOAT32)
+    device.check(op, "rows", rows, (models, None), INT64)
+    device.check_written(op, "params", params, (models, None), FLOAT32)
+    arenas = [("params", params), ("gradients", gradients), *(("states", state) for state in states)]
+    if len(states) != count:
+        raise ArgumentError(f"{op}: states: {rules[0].kind} keeps {count} arrays of state, got {len(states)}")
+    if shadow is not None:
+        arenas.append(("shadow", shadow))
+    elif device.compute != FLOAT32:
+        raise ArgumentError(f"{op}: shadow: the products read {device.compute}; give an arena for the rounded weights")
+    for name, arena in arenas:
+        device.check_written(op, name, arena, tuple(params.shape), device.compute if name == "shadow" else FLOAT32)
+    for name, array, width, kind in (
+        ("counters", counters, COUNTERS, INT64), ("hyper", hyper, HYPER, FLOAT64), ("stats", stats, STATS, FLOAT64),
+    ):  # fmt: skip
+        device.check_written(op, name, array, (models, width), kind)
+        arenas.append((name, array))
+    size = params.shape[1]
+    for name, arena in [*arenas, ("rows", rows)]:
+        if not arena.is_contiguous() or (name == "params" and size % 8):
+            raise ArgumentError(
+                f"{op}: {name}: expected a contiguous array with a row a model, of a multiple of 8 elements in the "
+                f"arenas; got shape {tuple(arena.shape)}, strides {arena.stride()}"
+            )
+    if weight is not None:
+        device.check(op, "weight", weight, (length,), FLOAT32)
+    if class_weight is not None:
+        class_weight = device.check(op, "class_weight", class_weight, (outputs,), FLOAT32).contiguous()
+    tile = configs.resident_tile(device.arch, device.precision, tuple(layer.outputs for layer in layers[0]))
+    # where the data lies is counted from the workspace
+    _, work_size, lowest = _layer_table(layers[0], segments[0], 0, 0, batch)
+    work = device.zeros(models * work_size, device.compute)
+    distance = x.data_ptr() - work.data_ptr()
+    if not is_aligned(x) or distance % (8 * x.element_size()):
+        raise ArgumentError(
+            f"{op}: x: expected rows that start at multiples of 32 bytes, with zeros between them; got strides "
+            f"{x.stride()}. Backend.from_host makes such a matrix"
+        )
+    x_row = x.stride(0) if length > 1 else _round_up(inputs, 8)
+    table, _, _ = _layer_table(layers[0], segments[0], distance // x.element_size(), x_row, batch)
+    tables = [_model_tables(op, one) for one in layers]
+    trained = len(stretches)
+    factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in one] or [[0.0, 0.0]] for one in segments]
+    settings = [
+        loss_setting_values(loss, weighted=weight is not None, classes=class_weight is not None) for loss in losses
+    ]
+    ignored = 0 if first_loss.ignore_index is None else first_loss.ignore_index
+    spare, number = device.zeros(1, FLOAT32), device.zeros(1, INT64)
+    live = torch.zeros((models, 2), dtype=INT64, device=device.device)
+
+    def tensor(values: Any, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device.device)
+
+    arguments = {
+        "compute": device.far_base(work), "weights": params if shadow is None else shadow, "parameters": params,
+        "grads": gradients, "first": states[0] if count else params, "second": states[-1] if count else params,
+        "rows": rows, "labels": target if classes else number, "target": spare if classes else target,
+        "weight": spare if weight is None else weight,
+        "class_weight": spare if class_weight is None else class_weight,
+        "slopes": device.zeros(models * len(places), FLOAT32), "normalisers": device.zeros(models, FLOAT64),
+        "layers": tensor(table, INT64),
+        "draws": tensor([draws for draws, _ in tables], INT64),
+        "shares": tensor([shares for _, shares in tables], FLOAT32), "settings": tensor(settings, FLOAT32),
+        "rules": tensor([clock.rule_values(rule) for rule in rules], FLOAT64),
+        "tensors": tensor(factors, FLOAT64), "segments": tensor([*stretches] or [(0, 0)], INT64),
+        "counters": counters, "hyper": hyper, "stats": stats, "live": live,
+        "M": batch, "depth": len(places), "lowest": lowest, "trained": trained, "work_size": work_size, "size": size,
+        "rows_size": rows.shape[1], "label_step": target.stride(0) if classes else 0,
+        "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
+        "weight_step": 0 if weight is None else weight.stride(0),
+        "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "states": count,
+        "entropy": int(first_loss.kind == "cross_entropy"),
+        "stored": int(any(rule.accumulate > 1 or rule.clip_norm is not None for rule in rules)),
+        "shadowed": int(shadow is not None),
+    }  # fmt: skip
+    constants = configs.resident_constants(tile, device.product)
+    launches: dict[int, Run] = {}
+    listed: list[list[int]] = []
+
+    def run(steps: Sequence[int]) -> None:
+        entries = [[model, number] for model, number in enumerate(steps) if number > 0]
+        if len(steps) != models or not entries:
+            if len(steps) != models:
+                raise ArgumentError(f"{op}: expected the steps of each of {models} models, got {len(steps)} numbers")
+            return
+        if entries != listed:
+            live[: len(entries)].copy_(torch.tensor(entries, dtype=INT64))
+            listed[:] = entries
+        if len(entries) not in launches:
+            launches[len(entries)] = device.launch(resident.resident_kernel, len(entries), arguments, constants, tile)
+        launches[len(entries)]()
+
+    return run
+
+
+def bind_train_resident(
+    device: Device,
+    *,
+    rows: Tensor,
+    layers: Sequence[ResidentLayer],
+    params: Tensor,
+    gradients: Tensor,
+    states: Sequence[Tensor],
+    segments: Sequence[Segment],
+    rule: UpdateRule,
+    loss: LossSpec,
+    counters: Tensor,
+    hyper: Tensor,
+    stats: Tensor,
+    shadow: Tensor | None = None,
+    **operands: Any,
+) -> Callable[[int], object]:
+    """The contract's ``train_resident``: a fleet of one."""
+    op = "train_resident"
+    for name, array in (("rows", rows), ("params", params), ("gradients", gradients), ("counters", counters)):
+        device.check(op, name, array, (None,))
+    run = bind_train_fleet(
+        device, rows=rows[None], layers=[layers], params=params[None], gradients=gradients[None],
+        states=[state[None] for state in states], segments=[segments], rules=[rule], losses=[loss],
+        counters=counters[None], hyper=hyper[None], stats=stats[None],
+        shadow=None if shadow is None else shadow[None], op=op, **operands,
+    )  # fmt: skip
+    return lambda steps: run((steps,))

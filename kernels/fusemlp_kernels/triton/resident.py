@@ -1,0 +1,467 @@
+"""Many whole training steps in one launch: a program trains one model, from its first step to its last.
+
+Between two barriers no element is written that another thread reads, but for what a tile updates of its own: the
+forward pass of a layer, the loss, the gradient of a layer, the update, and the clock each lie between two of them, and
+``dz`` has memory of its own. What a launch has written is read with plain loads.
+
+The kernel is not specialised on a network: widths, activations and places are read from tables, so that all its
+variants can be compiled ahead. What may differ from model to model (seed, rates, the optimizer's and the loss's
+numbers, the number of steps) is read from tables with a row a model.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels import contract
+from fusemlp_kernels.triton.activations import PRELU, needs_z
+from fusemlp_kernels.triton.clock import (
+    ACCUMULATE,
+    BATCH_INDEX,
+    CLIP_NORM,
+    ROW_COUNT,
+    ROW_OFFSET,
+    RULE_FIELDS,
+    advance_clock,
+)
+from fusemlp_kernels.triton.gradients import (
+    TENSOR_FIELDS,
+    column_sums,
+    input_gradient,
+    square_sum,
+    stored_gradient,
+    weight_sums,
+    whole,
+)
+from fusemlp_kernels.triton.linear import affine_tile, store_outputs
+from fusemlp_kernels.triton.loss import (
+    SETTING_FIELDS,
+    gradient_scale,
+    ignored_label,
+    loss_of_rows,
+    normaliser_of,
+    record_loss,
+)
+from fusemlp_kernels.triton.optimizer import stored_update
+from fusemlp_kernels.triton.tiles import masked_width, part_of
+from fusemlp_kernels.triton.update import clip_factor
+
+# A row of the table of layers, int64: widths; where the input begins (the first layer's counts from ``compute``, the
+# others' from the model's workspace) and its row pitch; where the parameters begin in the arenas (no slope: -1) and
+# the row of each in the table of tensors (-1: frozen); where the output, what its derivative is read from, and dz begin
+# in the workspace, and their row pitch.
+LAYER_FIELDS = (
+    "N", "K", "x", "x_row", "w", "w_row", "b", "slope", "w_task", "b_task", "slope_task", "activation",
+    "y", "z", "dz", "pitch",
+)  # fmt: skip
+(
+    LAYER_N, LAYER_K, X, X_ROW, W, W_ROW, B, SLOPE, W_TASK, B_TASK, SLOPE_TASK, ACTIVATION, Y, Z, DZ, PITCH,
+) = (tl.constexpr(place) for place in range(len(LAYER_FIELDS)))  # fmt: skip
+LAYER_COLUMNS: tl.constexpr = tl.constexpr(len(LAYER_FIELDS))
+# By model and layer: of the dropout, int64 (threshold 0: there is none), and what multiplies, float32.
+DRAW_FIELDS = ("layer", "key0", "key1", "threshold")
+DRAW_LAYER, KEY0, KEY1, THRESHOLD = (tl.constexpr(place) for place in range(len(DRAW_FIELDS)))
+DRAW_COLUMNS: tl.constexpr = tl.constexpr(len(DRAW_FIELDS))
+SHARE_FIELDS = ("keep_scale", "kept_share", "slope")
+KEEP_SCALE, KEPT_SHARE, FIXED_SLOPE = (tl.constexpr(place) for place in range(len(SHARE_FIELDS)))
+SHARE_COLUMNS: tl.constexpr = tl.constexpr(len(SHARE_FIELDS))
+# A trained tensor's stretch of the arenas, int64: offset and size.
+SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(2)
+# An entry of the list of models that train in this launch, int64: which, and how many steps.
+LIVE_COLUMNS: tl.constexpr = tl.constexpr(2)
+RULE_COLUMNS: tl.constexpr = tl.constexpr(len(RULE_FIELDS))
+SETTING_COLUMNS: tl.constexpr = tl.constexpr(len(SETTING_FIELDS))
+# Elements of the arenas that are swept over at a time.
+SWEEP: tl.constexpr = tl.constexpr(1024)
+# Rows whose weights are added at a time: no more than the threads of one warp, so that the warps exchange nothing.
+CHUNK: tl.constexpr = tl.constexpr(32)
+# Numbers a model in the arrays of the contract.
+COUNTERS: tl.constexpr = tl.constexpr(contract.COUNTERS)
+HYPER: tl.constexpr = tl.constexpr(contract.HYPER)
+STATS: tl.constexpr = tl.constexpr(contract.STATS)
+
+
+@triton.jit
+def number(row, FIELD: tl.constexpr):
+    """A field of a table's row, int32."""
+    return tl.load(row + FIELD).to(tl.int32)
+
+
+@triton.jit
+def model_of(live):
+    """Which model this program trains. Each phase asks again: what it reckons from the answer need not be kept in
+    registers through the other phases."""
+    return tl.load(live + tl.program_id(0) * LIVE_COLUMNS)
+
+
+@triton.jit
+def batch_of(rows, counters, model, rows_size):
+    """Where the row numbers of the model's batch begin."""
+    return rows + model * rows_size + tl.load(counters + model * COUNTERS + ROW_OFFSET)
+
+
+@triton.jit
+def rows_of(counters, model, M):
+    """How many rows the model's batch has, int32."""
+    return tl.minimum(tl.load(counters + model * COUNTERS + ROW_COUNT), M).to(tl.int32)
+
+
+@triton.jit
+def slope_of(row, shares, params):
+    """The slope below zero: prelu's own, else that of the table."""
+    learned = number(row, ACTIVATION) == PRELU
+    fixed = tl.load(shares + FIXED_SLOPE)
+    return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
+
+
+@triton.jit
+def input_of(compute, row, index, work):
+    """Where a layer's input begins: the data, or the output of the layer before."""
+    return compute + whole(tl.load(row + X) + tl.where(index == 0, 0, work), True)
+
+
+@triton.jit(noinline=True)
+def forward(
+    compute, weights, params, rows, layers, draws, shares, counters, live, M, depth, work_size, size, rows_size, index,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A hidden layer's outputs."""
+    model = model_of(live)
+    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
+    rows = batch_of(rows, counters, model, rows_size)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    row = layers + index * LAYER_COLUMNS
+    draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
+    N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
+    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
+    y, z = compute + whole(work + tl.load(row + Y), True), compute + whole(work + tl.load(row + Z), True)
+    slope = slope_of(row, share, params)
+    layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
+    threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
+    store_z = needs_z(activation)
+    gather = tl.where(index == 0, 1, 0)
+    wide = tl.cdiv(N, BN)
+    for tile in range(tl.cdiv(count, BM) * wide):
+        first, col = tile // wide * BM, tile % wide * BN
+        acc = affine_tile(
+            x, w, b, rows, first, col, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True
+        )
+        store_outputs(
+            acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
+            layer, key0, key1, threshold, keep_scale, BM, BN, True, PARTS,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def measure(
+    normalisers, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, rows_size, label_step,
+    weight_step, ignored_low, ignored_high,
+):  # fmt: skip
+    """What the loss of the model's batch is divided by, float64, into ``normalisers``."""
+    model = model_of(live)
+    outputs = number(layers + (depth - 1) * LAYER_COLUMNS, LAYER_N)
+    found = normaliser_of(
+        batch_of(rows, counters, model, rows_size), rows_of(counters, model, M), labels, label_step, weight,
+        weight_step, class_weight, ignored_label(ignored_low, ignored_high), outputs,
+        settings + model * SETTING_COLUMNS, 1, CHUNK,
+    )  # fmt: skip
+    tl.store(normalisers + model, found)
+
+
+@triton.jit(noinline=True)
+def output_and_loss(
+    compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
+    stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+    weight_step, ignored_low, ignored_high,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The output layer, its loss into ``stats``, and dz; BN >= N."""
+    model, index = model_of(live), depth - 1
+    count = rows_of(counters, model, M)
+    rows = batch_of(rows, counters, model, rows_size)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    settings += model * SETTING_COLUMNS
+    row = layers + index * LAYER_COLUMNS
+    N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
+    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
+    dz = compute + whole(work + tl.load(row + DZ), True)
+    slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
+    gather = tl.where(index == 0, 1, 0)
+    ignored = ignored_label(ignored_low, ignored_high)
+    normaliser = tl.load(normalisers + model)
+    scale = gradient_scale(hyper, normaliser, settings, 0)
+    at_n = tl.arange(0, BN)
+    total, right, scored = tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    below = tl.full((), 0.0, tl.float32)
+    for first in range(0, count, BM):
+        z = affine_tile(x, w, b, rows, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
+        at_m = first + tl.arange(0, BM)
+        result, loss, hits, asked, part = loss_of_rows(
+            z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight,
+            weight_step, class_weight, ignored, N, settings, 1, activation, slope, BM, CROSS_ENTROPY,
+        )  # fmt: skip
+        total += loss.to(tl.float64)
+        right += hits
+        scored += asked
+        below += part
+        dz_at = dz + at_m.to(tl.int64)[:, None] * (pitch // 8 * 8) + at_n[None, :]
+        stored = (at_m < count)[:, None] & (at_n < masked_width(N, True))[None, :]
+        tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
+    tl.store(slopes + model * depth + index, below)
+    record_loss(total, right.to(tl.float64), scored.to(tl.float64), stats + model * STATS, settings, normaliser)
+
+
+@triton.jit(noinline=True)
+def backward(
+    compute, weights, params, layers, draws, shares, slopes, counters, live, M, depth, work_size, size, index,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dz of layer ``index`` from that of the layer above it, and the gradient by its slope."""
+    model = model_of(live)
+    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    slopes += model * depth
+    row = layers + index * LAYER_COLUMNS
+    above = row + LAYER_COLUMNS
+    draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
+    N, K, pitch, activation = number(above, LAYER_N), number(row, LAYER_N), number(row, PITCH), number(row, ACTIVATION)
+    dz, dz_row = compute + whole(work + tl.load(above + DZ), True), number(above, PITCH)
+    w, w_row = weights + whole(tl.load(above + W), True), number(above, W_ROW)
+    y, out = compute + whole(work + tl.load(row + Z), True), compute + whole(work + tl.load(row + DZ), True)
+    slope = slope_of(row, share, params)
+    layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
+    threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
+    kept_share = tl.load(share + KEPT_SHARE)
+    below = tl.full((), 0.0, tl.float32)
+    wide = tl.cdiv(K, BK)
+    for tile in range(tl.cdiv(count, BM) * wide):
+        below += input_gradient(
+            dz, w, y, out, tile // wide, tile % wide, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
+            activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
+            BM, BN, BK, PRODUCT, True, PARTS,
+        )  # fmt: skip
+    tl.store(slopes + index, below)
+
+
+@triton.jit
+def update_elements(
+    g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
+):  # fmt: skip
+    """The optimizer on the elements ``at`` of the arenas."""
+    factor = tl.load(tensors + task * TENSOR_FIELDS)
+    decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
+    p, s0, s1, shadow = params + at, first + at, second + at, weights + at
+    if states == 0:
+        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 0)
+    elif states == 1:
+        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 1)
+    else:
+        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 2)
+
+
+@triton.jit
+def finish_gradient(
+    g, at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task, states, stored, shadowed
+):  # fmt: skip
+    """The update of the elements ``at`` by their gradient, or with ``stored`` the gradient's place in memory."""
+    if stored != 0:
+        stored_gradient(tl.where(mask, g, 0.0), grads + at, mask, counters, rule)
+    else:
+        update_elements(g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed)
+
+
+@triton.jit(noinline=True)
+def gradients_of_layer(
+    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
+    M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The gradients by a layer's weights, bias and slope, and what becomes of them."""
+    model = model_of(live)
+    count = rows_of(counters, model, M)
+    rows = batch_of(rows, counters, model, rows_size)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    grads += arena
+    first += arena
+    second += arena
+    slopes += model * depth
+    counters += model * COUNTERS
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    row = layers + index * LAYER_COLUMNS
+    N, K, dz_row = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH) // 8 * 8
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW) // 8 * 8, number(row, W_ROW) // 8 * 8
+    dz = compute + whole(work + tl.load(row + DZ), True)
+    gather = tl.where(index == 0, 1, 0)
+    task = number(row, W_TASK)
+    wide = tl.cdiv(K, BK)
+    tiles = tl.where(task >= 0, tl.cdiv(N, BN) * wide, 0)
+    w = whole(tl.load(row + W), True)
+    for tile in range(tiles):
+        at_n = tile // wide * BN + tl.arange(0, BN)
+        col = tile % wide * BK
+        acc = weight_sums(
+            dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64), 1,
+            gather, BN, BK, BM, PRODUCT, True,
+        )  # fmt: skip
+        for piece in tl.static_range(PARTS):
+            near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+            mask = (at_n < N)[:, None] & (near < masked_width(K, True))
+            # 0 * NaN is NaN: what gets into the padding would stay there
+            g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
+            finish_gradient(
+                g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, weights, params, grads, first, second,
+                counters, hyper, rule, tensors, task, states, stored, shadowed,
+            )  # fmt: skip
+    # the bias, then the slope
+    for vector in range(2):
+        task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
+        size = tl.where(vector == 0, N, 1)
+        start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
+        for tile in range(tl.where(task >= 0, tl.cdiv(size, BK), 0)):
+            at = tile * BK + tl.arange(0, BK)
+            mask = at < size
+            if vector == 0:
+                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, BK, BM)
+            else:
+                g = tl.load(slopes + index + at, mask=mask, other=0.0)
+            finish_gradient(
+                g, start + at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
+                states, stored, 0,
+            )  # fmt: skip
+
+
+@triton.jit
+def is_due(counters, rule):
+    """Whether this batch is the last that an update accumulates."""
+    return (tl.load(counters + BATCH_INDEX) + 1) % tl.load(rule + ACCUMULATE).to(tl.int64) == 0
+
+
+@triton.jit(noinline=True)
+def update_from_memory(
+    weights, params, grads, first, second, segments, counters, hyper, rules, tensors, live, trained, size, states,
+    shadowed,
+):  # fmt: skip
+    """The optimizer on all tensors, by the mean of the accumulated gradients, clipped by their global norm; where this
+    batch is the last that they are accumulated of."""
+    model = model_of(live)
+    arena = whole(model * size, True)
+    weights += arena
+    params += arena
+    grads += arena
+    first += arena
+    second += arena
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    factor = 1.0 / tl.load(rule + ACCUMULATE)
+    limit = tl.load(rule + CLIP_NORM)
+    updated = tl.where(is_due(counters + model * COUNTERS, rule), trained, 0)
+    if limit < float("inf"):
+        squares = tl.full((), 0.0, tl.float64)
+        for task in range(updated):
+            start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
+            for done in range(0, length, SWEEP):
+                at = done + tl.arange(0, SWEEP)
+                squares += square_sum(tl.load(grads + start + at, mask=at < length, other=0.0))
+        factor = factor * clip_factor(tl.sqrt(squares) * factor, limit)
+    for task in range(updated):
+        start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
+        for done in range(0, length, SWEEP):
+            at = done + tl.arange(0, SWEEP)
+            g = tl.load(grads + start + at, mask=at < length, other=0.0)
+            # a factor that is NaN must not get into the padding
+            g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
+            update_elements(
+                g, start + at, at < length, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
+            )
+
+
+@triton.jit(noinline=True)
+def tick(counters, hyper, rules, live):
+    """The clock of the model goes on."""
+    model = model_of(live)
+    counters += model * COUNTERS
+    rule = rules + model * RULE_COLUMNS
+    advance_clock(counters, hyper + model * HYPER, rule, is_due(counters, rule), False)
+
+
+NUMBERS = [
+    "M", "depth", "lowest", "trained", "work_size", "size", "rows_size", "label_step", "target_row", "target_col",
+    "weight_step", "ignored_low", "ignored_high", "entropy", "states", "stored", "shadowed",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def resident_kernel(
+    compute, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, slopes, normalisers,
+    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, stats, live,
+    M, depth, lowest, trained, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
+    ignored_low, ignored_high, entropy, states, stored, shadowed,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
+    BO: tl.constexpr, OUTPUTS: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The steps that ``live`` names, a program for each of its entries.
+
+    ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: what the products read as weights, the
+    parameters themselves or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
+    ``rows_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients go through memory.
+    """
+    for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, 1)):
+        measure(
+            normalisers, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, rows_size,
+            label_step, weight_step, ignored_low, ignored_high,
+        )  # fmt: skip
+        tl.debug_barrier()
+        for index in range(depth - 1):
+            forward(
+                compute, weights, parameters, rows, layers, draws, shares, counters, live, M, depth, work_size, size,
+                rows_size, index, BM, BN, BK, PRODUCT, PARTS,
+            )  # fmt: skip
+            tl.debug_barrier()
+        if entropy != 0:
+            output_and_loss(
+                compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
+                settings, hyper, stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step,
+                target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, True,
+            )  # fmt: skip
+        else:
+            output_and_loss(
+                compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
+                settings, hyper, stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step,
+                target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, False,
+            )  # fmt: skip
+        tl.debug_barrier()
+        for done in range(depth - 1 - lowest):
+            backward(
+                compute, weights, parameters, layers, draws, shares, slopes, counters, live, M, depth, work_size, size,
+                depth - 2 - done, BM, BN, BK, PRODUCT, PARTS,
+            )  # fmt: skip
+            tl.debug_barrier()
+        for index in range(lowest, depth):
+            gradients_of_layer(
+                compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
+                tensors, live, M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
+                WN, WK, BM, PRODUCT, PARTS,
+            )  # fmt: skip
+        tl.debug_barrier()
+        if stored != 0:
+            update_from_memory(
+                weights, parameters, grads, first, second, segments, counters, hyper, rules, tensors, live, trained,
+                size, states, shadowed,
+            )  # fmt: skip
+            tl.debug_barrier()
+        tick(counters, hyper, rules, live)
+        tl.debug_barrier()

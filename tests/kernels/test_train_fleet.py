@@ -1,0 +1,200 @@
+"""``train_fleet``: every model makes the oracle's steps with its own numbers, alone or beside others, in one launch or
+several."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from devices import DEVICES, GPU, INTERPRETER, Variant, marks_of
+from fleet_cases import CONSTANT, Fleet, Model, Oracle, Shape, varied
+
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    BATCH_INDEX,
+    LAST_LOSS,
+    LOSSES,
+    ROW_COUNT,
+    ROW_OFFSET,
+    LossSpec,
+    ScheduleSpec,
+    UpdateRule,
+)
+from fusemlp_kernels.errors import ArgumentError
+
+TRITON = [device for device in DEVICES if device.backend == "triton"]
+# train_resident scales no loss: fp16 stands for 16-bit products where bf16 cannot run
+PRECISIONS = {INTERPRETER: ("fp32", "fp16"), GPU: ("fp32", "tf32", "bf16")}
+FIRST = [pytest.param(Variant(device, "fp32"), id=f"{device.name}, fp32", marks=marks_of(device)) for device in TRITON]
+EVERY = [
+    pytest.param(Variant(device, precision), id=f"{device.name}, {precision}", marks=marks_of(device))
+    for device in TRITON
+    for precision in PRECISIONS[device]
+]
+ADAM, MOMENTUM = UpdateRule("adam", CONSTANT), UpdateRule("sgd", CONSTANT, momentum=0.9)
+RULES = {
+    "sgd": UpdateRule("sgd", CONSTANT),
+    "momentum": MOMENTUM,
+    "nesterov": replace(MOMENTUM, nesterov=True, schedule=ScheduleSpec("exponential", 0.05, gamma=0.9)),
+    "scikit-learn momentum": replace(MOMENTUM, convention="scikit-learn"),
+    "adam": replace(ADAM, schedule=ScheduleSpec("cosine", 0.02, steps=5, warmup=2)),
+    "adamw": replace(ADAM, decoupled=True, schedule=ScheduleSpec("one_cycle", 0.02, steps=6)),
+    "scikit-learn adam": replace(ADAM, convention="scikit-learn", eps=1e-3),
+    "clipped": UpdateRule("sgd", ScheduleSpec("step", 0.1, steps=1, gamma=0.5), clip_norm=0.2),
+    "accumulated": replace(ADAM, accumulate=2, clip_norm=0.5),
+}
+ENTROPY = LossSpec("cross_entropy", accuracy=True)
+# Every loss, optimizer, activation, schedule and kind of weights: loss, rule, activations, and the rest of the shape.
+CASES = [
+    (ENTROPY, "sgd", ("identity", "identity"), {}),
+    (replace(ENTROPY, label_smoothing=0.1), "momentum", ("relu", "identity"), {"weighted": True}),
+    (replace(ENTROPY, soft=True), "adam", ("leaky_relu", "identity"), {"class_weighted": True}),
+    (replace(ENTROPY, ignore_index=1, reduction="sum"), "clipped", ("tanh", "identity"), {"class_weighted": True}),
+    (LossSpec("binary_cross_entropy", accuracy=True), "nesterov", ("prelu", "identity"), {}),
+    (LossSpec("mse", accuracy=True), "scikit-learn momentum", ("sigmoid", "tanh"), {"weighted": True}),
+    (LossSpec("mae"), "adamw", ("gelu", "prelu"), {"frozen": frozenset({"w0"})}),
+    (LossSpec("huber", delta=0.4), "scikit-learn adam", ("silu", "sigmoid"), {}),
+    (LossSpec("poisson", reduction="sum"), "accumulated", ("relu", "identity"), {"frozen": frozenset({"w0", "b0"})}),
+    (LossSpec("quantile", quantile=0.3), "adam", ("silu", "gelu"), {"sizes": (5, 3), "activations": ("gelu",)}),
+    (ENTROPY, "adamw", (), {"sizes": (17, 18, 9, 20, 17), "activations": ("relu", "prelu", "gelu", "identity")}),
+]
+
+
+def case(number, **changes):
+    loss, rule, activations, shape = CASES[number]
+    model = Model(RULES[rule], loss, seed=3, rate=0.3, decay=0.05, lr_factor=0.5)
+    return Shape(**{"activations": activations, **shape, **changes}), model
+
+
+def test_the_cases_have_every_loss_optimizer_activation_and_schedule():
+    shapes = [case(number)[0] for number in range(len(CASES))]
+    assert {name for shape in shapes for name in shape.activations[:-1]} == set(ACTIVATIONS)
+    assert {loss.kind for loss, *_ in CASES} == set(LOSSES)
+    assert {rule for _, rule, *_ in CASES} == set(RULES)
+
+
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_steps_of_each_model_are_the_oracles(variant, number):
+    shape, model = case(number)
+    fleet = Fleet(variant, shape, varied(model, 3 if variant.precision == "fp32" else 1))
+    # the third batch is short, or the first of the next epoch
+    for _ in range(3):
+        steps = [Oracle(fleet, index) for index in range(len(fleet.models))]
+        fleet.run([1] * len(steps))
+        for step in steps:
+            step.check()
+    fleet.check_gaps()
+
+
+@pytest.mark.parametrize("variant", FIRST)
+def test_seventeen_models_with_numbers_of_their_own(variant):
+    shape, model = case(1)
+    fleet = Fleet(variant, shape, varied(model, 17))
+    steps = [Oracle(fleet, index) for index in range(17)]
+    fleet.run([1] * 17)
+    for step in steps:
+        step.check()
+    losses = fleet.stats[:, LAST_LOSS]
+    assert len(set(losses.tolist())) == 17
+
+
+@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("number", [1, 8], ids=["in the epilogue", "through memory"])
+def test_a_number_changes_its_own_model_alone(variant, number):
+    """The seed of the masks, the rates, the betas, weight decay: what each is worth to a model."""
+    shape, model = case(number)
+    plain = Fleet(variant, shape, [model] * 6)
+    rule = model.rule
+    changed = [
+        replace(model, rule=replace(rule, schedule=replace(rule.schedule, base=0.07))),
+        replace(model, rule=replace(rule, momentum=0.5) if rule.kind == "sgd" else replace(rule, beta1=0.5)),
+        replace(model, decay=0.2),
+        replace(model, rate=0.6),
+        replace(model, lr_factor=2.0),
+    ]
+    fleet = Fleet(variant, shape, [model, *changed])
+    # the same rows and first parameters: only the masks have the seed of the model
+    for one in (plain, fleet):
+        one.run([2] * 6)
+    assert plain.params[0].tobytes() == fleet.params[0].tobytes()
+    different = [row.tobytes() for row in fleet.params]
+    assert len(set(different)) == 6 and len({row.tobytes() for row in plain.params}) == 1
+
+
+@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("number", [2, 8], ids=["in the epilogue", "through memory"])
+def test_launches_cut_in_chunks_and_models_alone_give_the_same_bits(variant, number):
+    shape, model = case(number)
+    models = varied(model, 3)
+    whole, cut = Fleet(variant, shape, models), Fleet(variant, shape, models)
+    whole.run([5, 5, 5])
+    for steps in ([2, 1, 0], [0, 0, 3], [3, 4, 2]):
+        cut.run(steps)
+    found = whole.everything()
+    for name, array in cut.everything().items():
+        assert array.tobytes() == found[name].tobytes(), name
+    one = Fleet(variant, shape, models[1:2], "train_resident")
+    one.run(5)
+    for name in ("params", "stats", "hyper"):
+        assert found[name][1].tobytes() == one.everything()[name][0].tobytes(), name
+
+
+@pytest.mark.parametrize("variant", FIRST)
+def test_a_model_that_has_stopped_does_not_move(variant):
+    shape, model = case(5)
+    fleet = Fleet(variant, shape, varied(model, 3))
+    fleet.run([1, 1, 1])
+    before = fleet.everything()
+    fleet.run([2, 0, 1])
+    after = fleet.everything()
+    for name, array in after.items():
+        assert array[1].tobytes() == before[name][1].tobytes(), name
+    assert fleet.counters[:, BATCH_INDEX].tolist() == [3, 1, 2]
+    fleet.run([0, 0, 0])
+    assert fleet.counters[:, BATCH_INDEX].tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("variant", FIRST)
+def test_nan_reaches_its_model_and_no_padding(variant):
+    shape, model = case(2)
+    fleet = Fleet(variant, shape, varied(model, 2))
+    other = sorted(set(range(shape.data)) - set(fleet.rows[1].tolist()))
+    row = next(int(r) for r in fleet.rows[0, : shape.batch] if r in other)
+    fleet.x[row, 1] = np.nan
+    fleet.run([2, 2])
+    assert np.isnan(fleet.stats[0, LAST_LOSS]) and np.isfinite(fleet.stats[1]).all()
+    assert np.isnan(fleet.tensor(fleet.params[0], "w0")).any() and np.isfinite(fleet.params[1]).all()
+    fleet.check_gaps()
+
+
+@pytest.mark.parametrize("variant", FIRST)
+def test_rows_are_walked_and_the_short_batch_is_walked_over(variant):
+    shape, model = case(0)
+    fleet = Fleet(variant, shape, [replace(model, rows=12), replace(model, rows=10)])
+    seen = []
+    for _ in range(4):
+        seen.append(fleet.counters[:, [ROW_OFFSET, ROW_COUNT]].tolist())
+        fleet.run([1, 1])
+    assert seen == [[[0, 5], [0, 5]], [[5, 5], [5, 5]], [[10, 2], [0, 5]], [[0, 5], [5, 5]]]
+
+
+WRONG = {
+    "layers": lambda given: {"layers": [given["layers"][0], [replace(given["layers"][0][0], outputs=6)]]},
+    "rules: state_count": lambda given: {"rules": [given["rules"][0], RULES["sgd"]]},
+    "losses: kind": lambda given: {"losses": [given["losses"][0], LossSpec("mse")]},
+    "rules: expected one": lambda given: {"rules": given["rules"][:1]},
+    "states: adam keeps 2": lambda given: {"states": given["states"][:1]},
+}
+
+
+@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("said", WRONG)
+def test_what_does_not_go_together_says_so(variant, said):
+    shape, model = case(2)
+    fleet = Fleet(variant, shape, varied(model, 2))
+    with pytest.raises(ArgumentError, match=said):
+        variant.bind("train_fleet", **{**fleet.operands(), **WRONG[said](fleet.operands())})
+    with pytest.raises(ArgumentError, match="steps of each of 2 models"):
+        fleet.run([1])
