@@ -23,7 +23,7 @@ LAYERS = (
     ("__init__", "__main__"),
     ("cli", "commands"),
     ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis", "lr_finder"),
-    ("fleet", "ensemble", "waves", "candidates", "training", "checkpoint", "saving"),
+    ("fleet", "lockstep", "ensemble", "waves", "candidates", "training", "checkpoint", "saving"),
     ("engine",),
     ("callbacks", "history", "inference", "planning"),
     ("execution",),

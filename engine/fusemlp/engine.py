@@ -111,27 +111,15 @@ class Engine:
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
-        self.plan, self.plan_reason = choose_plan(plan, traits)
+        self.plan, self.plan_reason = choose_plan(plan, traits, self.network.sizes, self.batch_size, self.precision)
         self._real_bytes = REAL_BYTES.get(self.precision, 4)
         self._compute_bytes = COMPUTE_BYTES.get(self.precision)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(np.float64 if self.precision == "fp64" else np.float32)
-        self._memory = Memory(
-            self.network,
-            self._backend,
-            self.optimizer.rule(total_updates=1).state_count,
-            item_bytes=self._real_bytes,
-            mixed=self._compute_bytes is not None,
-            gradient_parts=batch_parts(traits, self.batch_size, self.network.parameter_count),
-        )
+        self._use_memory(None)
         self._memory.hyper[RATE_SCALE] = 1.0
         self._memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
-        self._workspace = Workspace(self._backend)
-        self._inference = Inference(
-            self.network, self._memory, real_bytes=self._real_bytes, compute_bytes=self._compute_bytes
-        )
         self._unchecked_steps = 0
-        self._staged: dict[tuple[bool, bool], BoundProgram] = {}
         # the rule that the clock follows, and the one of ``step``, whose schedule knows of no end
         self._rule: UpdateRule | None = None
         self._step_rule: UpdateRule | None = None
@@ -143,6 +131,29 @@ class Engine:
         self.best_parameters: dict[str, Array] | None = None
         self.epochs_trained = 0
         self.stop_training = False
+
+    def _use_memory(self, arenas: Mapping[str, Any] | None) -> None:
+        self._memory = Memory(
+            self.network,
+            self._backend,
+            self.optimizer.rule(total_updates=1).state_count,
+            item_bytes=self._real_bytes,
+            mixed=self._compute_bytes is not None,
+            gradient_parts=batch_parts(self._backend.traits, self.batch_size, self.network.parameter_count),
+            arenas=arenas,
+        )
+        self._workspace = Workspace(self._backend)
+        self._inference = Inference(
+            self.network, self._memory, real_bytes=self._real_bytes, compute_bytes=self._compute_bytes
+        )
+        self._staged: dict[tuple[bool, bool], BoundProgram] = {}
+
+    def move_into(self, arenas: Mapping[str, Any]) -> None:
+        """Keep what the engine keeps in these arrays from now on: flat ones like those of ``execution.new_arenas``."""
+        before = self._memory.arrays
+        for name, array in arenas.items():
+            array[:] = before[name]
+        self._use_memory(arenas)
 
     @property
     def program(self) -> Program:
@@ -198,20 +209,34 @@ class Engine:
         if resident_batches is None:
             program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
         else:
-            program = lower_resident(
-                self.network,
-                spec,
-                rule,
-                self.optimizer.options_for,
-                batch_size,
-                resident_batches,
-                self._memory.layout,
-                inputs,
-                seed=self.seed,
-                real_bytes=self._real_bytes,
-                penalised=penalised,
-            )
+            program = self.resident_program(inputs, spec, rule, batch_size, resident_batches, penalised=penalised)
         return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
+
+    def resident_program(
+        self,
+        inputs: Inputs,
+        spec: LossSpec,
+        rule: UpdateRule,
+        batch_size: int,
+        batches: int,
+        *,
+        penalised: bool = False,
+    ) -> Program:
+        """The program of the resident plan, for epochs of at most so many batches; ``penalised`` as in ``bind``."""
+        return lower_resident(
+            self.network,
+            spec,
+            rule,
+            self.optimizer.options_for,
+            batch_size,
+            batches,
+            self._memory.layout,
+            inputs,
+            seed=self.seed,
+            real_bytes=self._real_bytes,
+            compute_bytes=self._compute_bytes,
+            penalised=penalised,
+        )
 
     def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:
         """Make the clock follow ``rule`` from the next update on; ``rate_scale`` multiplies its learning rate."""
@@ -232,6 +257,11 @@ class Engine:
     def update_count(self) -> int:
         """How many updates were applied so far."""
         return int(self._memory.counters[UPDATE_COUNT])
+
+    @property
+    def class_weight(self) -> Any | None:
+        """The loss's class weights on the device."""
+        return self._class_weight
 
     @property
     def memory(self) -> Memory:

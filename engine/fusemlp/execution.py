@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from fusemlp_kernels.contract import (
     STATS,
     Backend,
     Traits,
+    resident_refusal,
+    step_flops,
 )
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 from fusemlp_kernels.philox import row_order as shuffled_rows
@@ -34,6 +36,11 @@ STEPS_A_GRAPH = 8
 # tenth of a second of them, taken as so many floating-point operations.
 UNINTERRUPTED = 256
 UNINTERRUPTED_FLOPS = 2e9
+# On a GPU: how long a launch of many steps may take; the least that a step takes, and what one multiprocessor computes
+# in a second. The last two are estimates, not yet measured on a GPU.
+LAUNCH_SECONDS = 0.05
+STEP_SECONDS = 5e-6
+PROCESSOR_FLOPS = 1e11
 COMPILED_LOOP = "with numba (pip install 'fusemlp[cpu]') fit runs its steps in one compiled loop, plan='resident'"
 
 
@@ -42,40 +49,77 @@ def open_backend(name: str, device: str | None, precision: str) -> Backend:
     return backend(name, device, precision)
 
 
-def row_order(plan: str, n: int, seed: int, epoch: int) -> Array:
-    """The order of the rows in an epoch, (n,) int64: the same for all plans, and compiled where the plan is."""
-    if plan == "resident":
+def row_order(backend_name: str, plan: str, n: int, seed: int, epoch: int) -> Array:
+    """The order of the rows in an epoch, (n,) int64: the same for all, and compiled where numba compiles the plan."""
+    if backend_name == "numpy" and plan == "resident":
         from fusemlp_kernels.numpy.resident import row_order as compiled
 
         return compiled(n, seed, epoch)
     return shuffled_rows(n, seed, epoch)
 
 
-def choose_plan(plan: str, traits: Traits) -> tuple[str, str]:
-    """The plan that ``plan`` ("auto" or a name) comes to on a backend, and why.
+def choose_plan(
+    plan: str, traits: Traits, sizes: Sequence[int], batch: int, precision: str, models: int = 1
+) -> tuple[str, str]:
+    """The plan that ``plan`` ("auto" or a name) comes to on a backend, for ``models`` models with these widths that
+    train at once, and why.
 
-    Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have.
+    Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have, or not
+    for such a network.
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
     missing = f"; {COMPILED_LOOP}" if traits.name == "numpy" and "resident" not in traits.plans else ""
+    refusal = resident_refusal(traits, sizes, batch, precision)
     if plan == "auto":
-        best = traits.plans[-1]
-        if traits.plans == ("eager",):
-            return best, f"the {traits.name} backend starts its calls one after another{missing}"
-        if traits.name == "numpy":
-            return best, "fit runs its steps in a loop that numba has compiled"
-        return best, f"the quickest plan of the {traits.name} backend"
+        return _quickest(traits, missing, refusal, step_flops(sizes, batch), models)
     if plan not in traits.plans:
         hint = missing if plan == "resident" and missing else "; use plan='auto'"
         raise BackendUnavailableError(
             f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}{hint}"
         )
+    if plan == "resident" and refusal is not None:
+        raise BackendUnavailableError(f"plan: {refusal}; use plan='auto'")
     return plan, "asked for"
 
 
+def _quickest(traits: Traits, missing: str, refusal: str | None, flops: int, models: int) -> tuple[str, str]:
+    best = traits.plans[-1]
+    if best == "eager":
+        return best, f"the {traits.name} backend starts its calls one after another{missing}"
+    if traits.name == "numpy":
+        return best, "fit runs its steps in a loop that numba has compiled"
+    if best != "resident" or traits.resident is None:
+        return best, f"the quickest plan of the {traits.name} backend"
+    if refusal is not None:
+        return traits.plans[-2], refusal
+    together = "" if models == 1 else f" and {models} models"
+    if flops > traits.resident.flops * models:
+        return traits.plans[-2], (
+            f"a step of {flops / 1e6:.3g} million operations{together} is too much for the resident kernel, which has "
+            f"a multiprocessor a model: estimated to pay up to {traits.resident.flops * models / 1e6:.3g} million"
+        )
+    return best, f"a step of {flops / 1e6:.3g} million operations{together}: fit runs many steps in one launch"
+
+
+def new_arenas(
+    backend: Backend, size: int, state_count: int, *, mixed: bool = False, gradient_parts: int = 1, models: int = 1
+) -> dict[str, Any]:
+    """Flat zeroed arrays for what ``models`` models keep between steps, one model's behind the other's; ``size`` is
+    that of a model's parameters in elements."""
+    sizes = {"params": (size, "real"), "grads": (size * gradient_parts, "real")}
+    sizes |= {f"state{index}": (size, "real") for index in range(state_count)}
+    sizes |= {"counters": (COUNTERS, "int64"), "hyper": (HYPER, "float64"), "stats": (STATS, "float64")}
+    if mixed:
+        sizes["shadow"] = size, "compute"
+    return {name: backend.allocate(count * models, dtype) for name, (count, dtype) in sizes.items()}
+
+
 class Memory:
-    """What an engine keeps between steps: parameters, gradients, optimizer state, counters, all on the device."""
+    """What an engine keeps between steps: parameters, gradients, optimizer state, counters, all on the device.
+
+    ``arenas``: its arrays, those of ``new_arenas`` by default.
+    """
 
     def __init__(
         self,
@@ -86,17 +130,21 @@ class Memory:
         item_bytes: int,
         mixed: bool = False,
         gradient_parts: int = 1,
+        arenas: Mapping[str, Any] | None = None,
     ) -> None:
         self.backend = backend
         self.layout = parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
-        self.params = self._arena()
         # the parts of a batch have their gradients behind one another
         self.gradient_parts = gradient_parts
-        self.grads = backend.allocate(self.layout.size * gradient_parts, "real")[: self.layout.size]
-        self.states = tuple(self._arena() for _ in range(state_count))
-        self.counters = backend.allocate(COUNTERS, "int64")
-        self.hyper = backend.allocate(HYPER, "float64")
-        self.stats = backend.allocate(STATS, "float64")
+        given = arenas
+        if given is None:
+            given = new_arenas(backend, self.layout.size, state_count, mixed=mixed, gradient_parts=gradient_parts)
+        self.params = given["params"]
+        self.grads = given["grads"][: self.layout.size]
+        self.states = tuple(given[f"state{index}"] for index in range(state_count))
+        self.counters = given["counters"]
+        self.hyper = given["hyper"]
+        self.stats = given["stats"]
         self.arrays: dict[str, Any] = {
             "params": self.params,
             "grads": self.grads,
@@ -110,7 +158,7 @@ class Memory:
             self.arrays[f"state{index}"] = arena
             for name, view in self.layout.views(backend, arena).items():
                 self.arrays[f"{name}.state{index}"] = view
-        self.shadow = backend.allocate(self.layout.size, "compute") if mixed else None
+        self.shadow = given["shadow"] if mixed else None
         if mixed:
             self.arrays["shadow"] = self.shadow
             for name, view in self.layout.views(backend, self.shadow).items():
@@ -121,8 +169,13 @@ class Memory:
         if self.shadow is not None:
             self.backend.copy_into(self.shadow, self.backend.to_host(self.params))
 
-    def _arena(self) -> Any:
-        return self.backend.allocate(self.layout.size, "real")
+
+def resident_chunk(traits: Traits, flops: int) -> int:
+    """How many steps of so many operations the resident plan takes at a time: a launch of a tenth of a second or less,
+    that neither the display nor Ctrl-C waits for."""
+    if traits.name == "numpy":
+        return max(1, min(UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
+    return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
 
 
 class Workspace:
@@ -175,7 +228,7 @@ class BoundProgram:
         self.walks_rows = self._resident or backend.traits.walks_rows
         self.chunk = UNINTERRUPTED
         if self._resident:
-            self.chunk = max(1, min(self.chunk, int(UNINTERRUPTED_FLOPS / program.calls[0].flops)))
+            self.chunk = resident_chunk(backend.traits, program.calls[0].flops)
         self._eager = _in_order(calls)
         self._captures = plan == "graph"
         self.run = self._step if self._captures or self._resident else self._eager
@@ -210,20 +263,25 @@ class BoundProgram:
 
     def set_rows(self, order: Array, first_batch: int, size: int) -> None:
         """The rows of an epoch, where they are walked, from batch ``first_batch`` on."""
-        rows = self.arrays["rows"]
-        count = min(len(order), len(rows))
-        if count < len(rows) or order.dtype != np.int64:
-            order = np.concatenate([order[:count], np.full(len(rows) - count, -1)], dtype=np.int64)
-        self.backend.copy_into(rows, order[: len(rows)])
-        counters = self.arrays["counters"]
-        # behind the last batch the clock has gone back to the first
-        offset = first_batch * size if first_batch * size < count else 0
-        counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset
-        counters[ROW_COUNT] = min(size, count - offset)
+        walk_rows(self.backend, self.arrays, order, first_batch, size)
 
     def set_row_count(self, count: int) -> None:
         """How many rows of the batch are valid; the others are padding."""
         self.arrays["counters"][ROW_COUNT] = count
+
+
+def walk_rows(backend: Backend, arrays: Mapping[str, Any], order: Array, first_batch: int, size: int) -> None:
+    """Write the rows of an epoch into the arrays ``rows`` and ``counters``, from batch ``first_batch`` of ``size`` rows
+    on."""
+    rows, counters = arrays["rows"], arrays["counters"]
+    count = min(len(order), len(rows))
+    if count < len(rows) or order.dtype != np.int64:
+        order = np.concatenate([order[:count], np.full(len(rows) - count, -1)], dtype=np.int64)
+    backend.copy_into(rows, order[: len(rows)])
+    # behind the last batch the clock has gone back to the first
+    offset = first_batch * size if first_batch * size < count else 0
+    counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset
+    counters[ROW_COUNT] = min(size, count - offset)
 
 
 def _in_order(calls: list[Callable[[], object]]) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from fusemlp.candidates import Candidate, Vary, candidate, combinations
 from fusemlp.engine import Engine
 from fusemlp.ensemble import Ensemble, FleetResults, Member, scores_of, together
 from fusemlp.history import History
+from fusemlp.lockstep import Group, grouped, train_together
 from fusemlp.losses import Loss, as_loss
 from fusemlp.network import MLP, check_flag
 from fusemlp.optimizers import Optimizer, as_optimizer
@@ -38,7 +39,9 @@ class Fleet:
     label_smoothing, seed, batch_size.
 
     On a CPU with numba the models train side by side, one a core, each as one compiled loop; without numba their steps
-    take turns. A fleet of n models ends with the same bits as n engines trained alone with BLAS on one thread.
+    take turns. A fleet of n models ends with the same bits as n engines trained alone with BLAS on one thread. On a GPU
+    models of one shape train in one launch, a multiprocessor each: a model that has ended leaves it. ``plan_reason`` of
+    an engine says whether it is one of those.
 
     ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
     Where all do not find room, they are built and trained in waves, and this is logged: then of each model that has
@@ -76,6 +79,7 @@ class Fleet:
         self._found = replace(self._machine, backend=self._built[0].backend, device=self._built[0].device)
         self._in_waves = False
         self.results: FleetResults | None = None
+        self._groups: list[tuple[Group, list[int]]] | None = None
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -86,7 +90,15 @@ class Fleet:
         if self._in_waves:
             raise ArgumentError("engines: the models were trained in waves; results.engine(i) makes the engine of one")
         self._built += [self._found.engine(one) for one in self.candidates[len(self._built) :]]
+        self._grouped(dict(enumerate(self._built)))
         return tuple(self._built)
+
+    def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[Group, list[int]]]:
+        """Those of ``engines`` that train in one launch, with their places; of all engines it is found out once."""
+        if self._groups is not None and not self._in_waves:
+            return self._groups
+        self._groups = grouped(engines, self._machine.plan)
+        return self._groups
 
     def fit(
         self,
@@ -176,19 +188,35 @@ class Fleet:
                 patience=patience,
                 rows=trained_on[index],
                 drop_last=drop_last,
-            )
+            ).run()
 
-        def ended(index: int, engine: Engine, error: DivergenceError | None) -> None:
-            members[index] = self._member(index, engine, error, restores=patience is not None)
+        def ended(index: int, error: DivergenceError | None) -> None:
+            members[index] = self._member(index, engines[index], error, restores=patience is not None)
             if callback is not None:
                 callback(members[index])
 
         while len(members) < len(self):
             engines = self._wave(len(members), most)
-            tasks = {index: task(index, engine) for index, engine in engines.items()}
-            _run(tasks, engines, workers, ended)
+            groups = self._grouped(engines)
+            if groups:
+                train_together(
+                    groups,
+                    features,
+                    targets,
+                    weight,
+                    epochs=epochs,
+                    validations=validations,
+                    patience=patience,
+                    rows=trained_on,
+                    drop_last=drop_last,
+                    ended=ended,
+                )
+            tasks = {index: task(index, engine) for index, engine in engines.items() if index not in members}
+            if tasks:
+                _run(tasks, engines, workers, ended)
             # gone before the next are built
-            del engines, tasks
+            del groups, tasks
+            engines = {}
         self.results = FleetResults(tuple(members[index] for index in range(len(self))))
         return self.results
 
@@ -272,7 +300,7 @@ def _run(
     tasks: Mapping[int, Callable[[], History]],
     engines: Mapping[int, Engine],
     workers: int,
-    ended: Callable[[int, Engine, DivergenceError | None], None],
+    ended: Callable[[int, DivergenceError | None], None],
 ) -> None:
     """Run the tasks on ``workers`` threads, BLAS on one thread in each; of each that ends, ``ended`` is told how."""
     from threadpoolctl import threadpool_limits
@@ -295,7 +323,7 @@ def _run(
             for index, task in tasks.items():
                 futures[pool.submit(one, task)] = index
             for future in as_completed(futures):
-                ended(futures[future], engines[futures[future]], future.result())
+                ended(futures[future], future.result())
         except BaseException:
             stopping.set()
             while not all(future.done() for future in futures):

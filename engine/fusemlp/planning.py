@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusemlp.buffers import parameter_layout
+from fusemlp.execution import choose_plan
 from fusemlp.losses import Loss, as_loss
 from fusemlp.lowering import Inputs, lower_training
 from fusemlp.network import MLP
@@ -18,6 +19,27 @@ REAL_BYTES = {"fp64": 8}
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2}
 
 
+def _traits(backend: str, precision: str) -> Traits:
+    if backend == "auto":
+        backend = next(name for name, reason in availability().items() if reason is None)
+    if backend not in TRAITS:
+        raise unknown_name("backend", backend, ["auto", *TRAITS])
+    traits: Traits = TRAITS[backend]
+    if precision not in traits.precisions:
+        raise unknown_name("precision", precision, traits.precisions)
+    return traits
+
+
+def chosen_plan(
+    net: MLP, *, batch_size: int = 32, backend: str = "auto", precision: str = "fp32"
+) -> tuple[str, str] | None:
+    """What ``plan="auto"`` comes to in ``fit``, and why; None where that is not a matter of the network."""
+    traits = _traits(backend, precision)
+    if traits.resident is None:
+        return None
+    return choose_plan("auto", traits, net.sizes, batch_size, precision)
+
+
 def plan_text(
     net: MLP,
     *,
@@ -31,13 +53,7 @@ def plan_text(
 
     Raises ArgumentError for impossible values.
     """
-    if backend == "auto":
-        backend = next(name for name, reason in availability().items() if reason is None)
-    if backend not in TRAITS:
-        raise unknown_name("backend", backend, ["auto", *TRAITS])
-    traits: Traits = TRAITS[backend]
-    if precision not in traits.precisions:
-        raise unknown_name("precision", precision, traits.precisions)
+    traits = _traits(backend, precision)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)

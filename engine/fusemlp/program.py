@@ -39,7 +39,7 @@ WRITTEN = {
     ),
     "update": frozenset({"params", "grads", "states", "shadow", "hyper", "counters"}),
     "advance": frozenset({"hyper", "counters"}),
-    "train_resident": frozenset({"params", "gradients", "states", "stats", "hyper", "counters", "penalty"}),
+    "train_resident": frozenset({"params", "shadow", "gradients", "states", "stats", "hyper", "counters", "penalty"}),
 }
 UPDATED = frozenset(
     {

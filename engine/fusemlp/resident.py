@@ -32,12 +32,15 @@ def lower_resident(
     *,
     seed: int,
     real_bytes: int,
+    compute_bytes: int | None = None,
     penalised: bool = False,
 ) -> Program:
     """The program of training on batches of ``batch_size`` rows, of an epoch of at most ``batches`` batches.
 
-    ``penalised``: with an L2 penalty whose strength in each batch is in the value "strengths".
+    With ``compute_bytes`` the products read the parameters rounded, in the arena "shadow". ``penalised``: with an L2
+    penalty whose strength in each batch is in the value "strengths".
     """
+    mixed = compute_bytes is not None
     options = {short: options_for(name) for short, name in short_names(net).items()}
     trained = [short for short in layout.places if options[short][0]]
     states = tuple(f"state{index}" for index in range(rule.state_count))
@@ -49,7 +52,7 @@ def lower_resident(
         values.append(Value(f"d{short}", shape, "real", "gradient"))
         values += [Value(f"{short}.{state}", shape, "real", "state") for state in states]
     values += [
-        Value("x", (inputs.rows, net.sizes[0]), "real", "data"),
+        Value("x", (inputs.rows, net.sizes[0]), "compute" if mixed else "real", "data"),
         Value("target", (inputs.rows,) if integer else (inputs.rows, outputs), "int64" if integer else "real", "data"),
         Value("rows", (batches * batch_size,), "int64", "control"),
         Value("counters", (COUNTERS,), "int64", "control"),
@@ -66,6 +69,13 @@ def lower_resident(
     if penalised:
         values += [Value("strengths", (batches,), "float64", "control"), Value("penalty", (1,), "float64", "control")]
         operands |= {"strengths": Ref("strengths"), "penalty": Ref("penalty")}
+    arenas = {"params": tuple(layout.places), "grads": tuple(f"d{short}" for short in trained)}
+    arenas |= {state: tuple(f"{short}.{state}" for short in trained) for state in states}
+    if mixed:
+        weights = [short for short in layout.places if short[0] == "w"]
+        values += [Value(f"{short}.shadow", layout.places[short].shape, "compute", "shadow") for short in weights]
+        arenas["shadow"] = tuple(f"{short}.shadow" for short in weights)
+        operands["shadow"] = Ref("shadow")
     operands |= {
         "batch": batch_size,
         "layers": tuple(_layer(net, layout, index, seed) for index in range(net.layers)),
@@ -78,10 +88,10 @@ def lower_resident(
         "rule": rule,
         "loss": spec,
     }
-    arenas = {"params": tuple(layout.places), "grads": tuple(f"d{short}" for short in trained)}
-    arenas |= {state: tuple(f"{short}.{state}" for short in trained) for state in states}
     call = Call("train_resident", operands, f"{spec.kind} {rule.kind}", _products(net, batch_size, trained))
-    return Program({value.name: value for value in values}, (call,), arenas, frozenset(trained), real_bytes)
+    return Program(
+        {value.name: value for value in values}, (call,), arenas, frozenset(trained), real_bytes, compute_bytes
+    )
 
 
 def _layer(net: MLP, layout: Layout, index: int, seed: int) -> ResidentLayer:

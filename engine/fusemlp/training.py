@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -42,8 +42,19 @@ class Validation:
     weight: Any | None
 
 
-class _Fit:
-    """One call of ``fit``: its data bound to the engine, and the loop."""
+class Walking(Protocol):
+    """What ``Fit`` needs of a program whose steps somebody else runs."""
+
+    walks_rows: bool
+    chunk: int
+
+    def set_rows(self, order: Array, first_batch: int, size: int) -> None:
+        """The rows of an epoch, from batch ``first_batch`` on."""
+
+
+class Fit:
+    """One call of ``fit``: its data bound to the engine, and the loop. With ``bound`` the steps that ``training`` asks
+    for are run by whoever asks."""
 
     def __init__(
         self,
@@ -60,6 +71,7 @@ class _Fit:
         drop_last: bool,
         resume: bool,
         rows: int | None = None,
+        bound: Walking | None = None,
     ) -> None:
         self.engine = engine
         # of X, or of those that ``order`` picks
@@ -78,7 +90,7 @@ class _Fit:
         self.last_epoch = first + epochs
         self.schedule = engine.optimizer.schedule
         self.rule: UpdateRule = engine.optimizer.rule(total_updates=self.state.total_updates)
-        self.bound = self._bind(X, targets, weight)
+        self.bound: Any = self._bind(X, targets, weight) if bound is None else bound
         self.best: Snapshot | None = engine.best_parameters if resume else None
 
     def _fresh(self, epochs: int) -> FitState:
@@ -132,6 +144,17 @@ class _Fit:
 
     def run(self) -> History:
         """Train; the engine's ``history`` and ``fit_state`` follow."""
+        self.begin()
+        with deferred_interrupt() as interrupted:
+            for steps in self.training(interrupted):
+                self.bound.run_many(steps)
+        self.finish(interrupted=interrupted())
+        if interrupted():
+            raise KeyboardInterrupt
+        return self.state.history
+
+    def begin(self) -> None:
+        """What comes before the first step."""
         engine, state = self.engine, self.state
         state.last_epoch = self.last_epoch
         engine.fit_state = state
@@ -143,47 +166,59 @@ class _Fit:
             engine.memory.stats[:] = 0.0
         state.history.stopped = ""
         self._call("on_train_begin")
+
+    def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
+        """The epochs. Where the program walks over the rows by itself it yields numbers of steps, which whoever asks
+        for the next has run. ``interrupted`` tells whether training shall end after the batch.
+
+        Raises DivergenceError, with the engine back at the last good epoch.
+        """
+        engine, state = self.engine, self.state
         good: Snapshot | None = None
-        with deferred_interrupt() as interrupted:
-            # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
-            while (
-                not self._out_of_patience()
-                and state.epoch < state.last_epoch
-                and not engine.stop_training
-                and not interrupted()
-            ):
-                good, first_batch = engine.snapshot(good), state.batch
-                began = time.perf_counter()
-                if state.batch == 0:
-                    self._call("on_epoch_begin", state.epoch)
-                if not self._epoch(interrupted):
-                    break
-                if not self._all_finite():
-                    raise self._diverged(good, first_batch)
-                self._end_epoch(time.perf_counter() - began)
-            if interrupted():
-                place = f"in epoch {state.epoch + 1}" if state.batch else f"after epoch {state.epoch}"
-                state.history.stopped = f"interrupted {place}"
-            elif engine.stop_training:
-                state.history.stopped = "a callback stopped the training"
-        if self.patience is not None and self.best is not None and not interrupted():
+        # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
+        while (
+            not self._out_of_patience()
+            and state.epoch < state.last_epoch
+            and not engine.stop_training
+            and not interrupted()
+        ):
+            good, first_batch = engine.snapshot(good), state.batch
+            began = time.perf_counter()
+            if state.batch == 0:
+                self._call("on_epoch_begin", state.epoch)
+            if self.bound.walks_rows:
+                yield from self._walk(interrupted)
+            else:
+                self._batches(interrupted)
+            if state.batch < self.batches:
+                break
+            if not self._all_finite():
+                raise self._diverged(good, first_batch)
+            self._end_epoch(time.perf_counter() - began)
+        if interrupted():
+            place = f"in epoch {state.epoch + 1}" if state.batch else f"after epoch {state.epoch}"
+            state.history.stopped = f"interrupted {place}"
+        elif engine.stop_training:
+            state.history.stopped = "a callback stopped the training"
+
+    def finish(self, *, interrupted: bool) -> None:
+        """What comes after the last step."""
+        engine = self.engine
+        if self.patience is not None and self.best is not None and not interrupted:
             engine.write_tensors(self.best, "")
         engine.best_parameters = self.best
-        self._call("on_train_end", state.history)
-        if interrupted():
-            raise KeyboardInterrupt
-        return state.history
+        self._call("on_train_end", self.state.history)
 
-    def _epoch(self, interrupted: Callable[[], bool]) -> bool:
-        """The batches that remain of the epoch; False if it was not finished."""
+    def _watching(self, stage: str) -> list[Any]:
+        return [callback for callback in self.callbacks if overrides(callback, stage)]
+
+    def _batches(self, interrupted: Callable[[], bool]) -> None:
+        """The batches that remain of the epoch, one after another."""
         engine, state, bound = self.engine, self.state, self.bound
         rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
         order = self.order(state.epoch)
         copy, run = engine.memory.backend.copy_into, bound.run
-        starters = [c for c in self.callbacks if overrides(c, "on_batch_begin")]
-        watchers = [c for c in self.callbacks if overrides(c, "on_batch_end")]
-        if bound.walks_rows:
-            return self._walk(order, starters, watchers, interrupted)
+        starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
         bound.set_row_count(size)
         with np.errstate(all="ignore"):
             while state.batch < self.batches:
@@ -207,23 +242,23 @@ class _Fit:
                             watcher.on_batch_end(engine, state.batch - 1)
                 if interrupted() or engine.stop_training:
                     break
-        return state.batch == self.batches
 
-    def _walk(self, order: Array, starters: list[Any], watchers: list[Any], interrupted: Callable[[], bool]) -> bool:
-        """``_epoch`` with a program that moves from batch to batch by itself."""
+    def _walk(self, interrupted: Callable[[], bool]) -> Iterator[int]:
+        """The batches that remain of the epoch, of a program that moves from batch to batch by itself."""
         engine, state, bound = self.engine, self.state, self.bound
+        order = self.order(state.epoch)
+        starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
         bound.set_rows(order[: self.batches * self.batch_size], state.batch, self.batch_size)
         while state.batch < self.batches:
             count = 1 if starters or watchers else min(self.batches - state.batch, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
-            bound.run_many(count)
+            yield count
             state.batch += count
             for watcher in watchers:
                 watcher.on_batch_end(engine, state.batch - 1)
             if interrupted() or engine.stop_training:
                 break
-        return state.batch == self.batches
 
     def _end_epoch(self, seconds: float) -> None:
         engine, state = self.engine, self.state
@@ -351,7 +386,7 @@ def fit(
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
     order = _order(engine, len(features), shuffle, row_order, first_epoch)
-    loop = _Fit(
+    loop = Fit(
         engine,
         features,
         targets,
@@ -388,15 +423,17 @@ def fit_checked(
     patience: int | None,
     rows: Array | None = None,
     drop_last: bool = False,
-) -> History:
-    """``fit`` of arrays that have been checked, on the rows of X in ``rows`` (m,) int64 where that is given."""
+    bound: Walking | None = None,
+) -> Fit:
+    """``fit`` of arrays that have been checked, ready to run, on the rows of X in ``rows`` (m,) int64 where that is
+    given; see ``Fit`` for ``bound``."""
     count = len(X) if rows is None else len(rows)
 
     def order(epoch: int) -> Array:
-        shuffled_rows = shuffled(engine.plan, count, engine.seed, epoch)
+        shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
         return shuffled_rows if rows is None else rows[shuffled_rows]
 
-    return _Fit(
+    return Fit(
         engine,
         X,
         targets,
@@ -409,7 +446,8 @@ def fit_checked(
         drop_last=drop_last,
         resume=False,
         rows=count,
-    ).run()
+        bound=bound,
+    )
 
 
 def checked_validation(engine: Engine, given: Any) -> Validation | None:
@@ -454,7 +492,7 @@ def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) 
     if not shuffle:
         identity = np.arange(n)
         return lambda epoch: identity
-    return lambda epoch: shuffled(engine.plan, n, engine.seed, epoch)
+    return lambda epoch: shuffled(engine.backend, engine.plan, n, engine.seed, epoch)
 
 
 def _warn(engine: Engine, X: Any, targets: Targets, batches: int) -> None:

@@ -100,7 +100,8 @@ NaN goes through every op as NaN. A zero normaliser (all weights zero) gives los
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -256,6 +257,24 @@ class ResidentLayer:
 
 
 @dataclass(frozen=True)
+class ResidentLimits:
+    """For which networks a backend has ``train_resident``, and for which it pays.
+
+    At most ``layers`` layers, ``inputs``, ``width`` of the hidden layers, ``outputs``, ``batch`` rows. A model has one
+    multiprocessor to itself: up to ``flops`` floating-point operations a step and model that trains at once, it is
+    taken to be quicker than launching the step's calls one after another on the whole card.
+    """
+
+    layers: int
+    inputs: int
+    width: int
+    outputs: int
+    batch: int
+    flops: float
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Traits:
     """What the lowering has to know of a backend; plain data, so that a plan can be printed without the backend.
 
@@ -264,7 +283,7 @@ class Traits:
     ``widest_fused_output``: the largest N for which ``linear_loss_grad`` exists; wider outputs take two calls.
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
     ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
-    ``split_rows``, ``split_size``: see ``batch_parts``.
+    ``split_rows``, ``split_size``: see ``batch_parts``. ``resident``: None where any network may be resident.
     """
 
     name: str
@@ -278,7 +297,36 @@ class Traits:
     split_rows: int
     split_size: int
     precisions: tuple[str, ...]
+    # from the slowest to the quickest
     plans: tuple[str, ...]
+    resident: ResidentLimits | None = None
+
+
+def resident_refusal(traits: Traits, sizes: Sequence[int], batch: int, precision: str) -> str | None:
+    """Why a network with these widths, inputs first, has no ``train_resident`` on a backend; None if it has."""
+    limits = traits.resident
+    if limits is None:
+        return None
+    hidden = max(sizes[1:-1], default=0)
+    for what, given, most in (
+        ("layers", len(sizes) - 1, limits.layers),
+        ("inputs", sizes[0], limits.inputs),
+        ("units in a hidden layer", hidden, limits.width),
+        ("outputs", sizes[-1], limits.outputs),
+        ("rows in a batch", batch, limits.batch),
+    ):
+        if given > most:
+            return f"{given} {what} are more than the {most} of the {traits.name} backend's resident kernel"
+    if precision not in limits.precisions:
+        return f"the {traits.name} backend's resident kernel is for {', '.join(limits.precisions)}, not for {precision}"
+    return None
+
+
+def step_flops(sizes: Sequence[int], batch: int) -> int:
+    """Floating-point operations of a training step's matrix products, a multiplication and an addition being two."""
+    products = [2 * batch * inputs * outputs for inputs, outputs in itertools.pairwise(sizes)]
+    # nobody needs the gradient by the data
+    return 3 * sum(products) - products[0]
 
 
 def batch_parts(traits: Traits, rows: int, weights: int) -> int:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from fusemlp_kernels.contract import Backend, Traits
+from fusemlp_kernels.contract import Backend, ResidentLimits, Traits
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 
 _log = logging.getLogger("fusemlp")
@@ -31,7 +31,12 @@ TRAITS = {
         # 128 multiprocessors with a tile of 64 x 64 each
         split_size=1 << 19,
         precisions=("fp32", "tf32", "bf16", "fp16"),
-        plans=("eager", "graph"),
+        plans=PLANS,
+        # flops: what one of 132 multiprocessors does in the 10 to 20 us that a graph of a few launches takes;
+        # estimated, not yet measured on a GPU
+        resident=ResidentLimits(
+            layers=8, inputs=4096, width=256, outputs=128, batch=1024, flops=4e6, precisions=("fp32", "tf32", "bf16")
+        ),
     ),
     "cupy": Traits(
         name="cupy",

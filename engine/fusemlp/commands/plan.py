@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusemlp.commands.recipe import network
-from fusemlp.planning import plan_text
+from fusemlp.planning import chosen_plan, plan_text
 
 
 def plan(
@@ -22,4 +22,7 @@ def plan(
 ) -> None:
     """Print the program; no device and no library of the backend is needed for it."""
     net = network(sizes, activation=activation, output_activation=output_activation, dropout=dropout)
+    chosen = chosen_plan(net, batch_size=batch_size, backend=backend, precision=precision)
     print(plan_text(net, loss=loss, optimizer=optimizer, batch_size=batch_size, backend=backend, precision=precision))
+    if chosen is not None:
+        print(f"plan {chosen[0]}: {chosen[1]}")

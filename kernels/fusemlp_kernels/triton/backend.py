@@ -100,7 +100,8 @@ class TritonBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         self._device = open_device(device, precision)
-        self.traits = dataclasses.replace(traits, plans=("eager",)) if self._device.interpreted else traits
+        # under the interpreter nothing is quick, and eager is what it is mostly used for
+        self.traits = dataclasses.replace(traits, plans=("resident", "eager")) if self._device.interpreted else traits
         self.device = str(self._device.device)
         self._dtypes = {
             "real": torch.float32,

@@ -1,0 +1,220 @@
+"""Fleets on a backend that trains several models in one launch: their memory, and their steps side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusemlp.callbacks import deferred_interrupt
+from fusemlp.execution import Memory, choose_plan, new_arenas, persistent_places, resident_chunk, walk_rows
+from fusemlp.lowering import Inputs
+from fusemlp.training import Fit, Validation, fit_checked
+from fusemlp.verifier import verify
+from fusemlp_kernels.contract import step_flops
+from fusemlp_kernels.errors import DivergenceError
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+    from fusemlp.targets import Targets
+
+Array = np.ndarray[Any, Any]
+
+
+def kin(engine: Engine) -> tuple[Any, ...]:
+    """What engines have in common that can train in one launch."""
+    net = engine.network
+    trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
+    activations = tuple(activation.name for activation in net.activations)
+    states = engine.optimizer.rule(total_updates=1).state_count
+    return net.sizes, activations, trained, states, engine.batch_size
+
+
+def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[int]]]:
+    """On a backend that trains several models in one launch: those that can, and whose plan, as ``plan`` comes out for
+    them, is such launches; each group with its keys in ``engines``."""
+    first = next(iter(engines.values()))
+    traits = first.memory.backend.traits
+    if traits.resident is None or "resident" not in traits.plans:
+        return []
+    kins: dict[Any, list[int]] = {}
+    for place, engine in engines.items():
+        kins.setdefault(kin(engine), []).append(place)
+    groups = []
+    for places in kins.values():
+        together = [engines[place] for place in places]
+        first = together[0]
+        chosen = choose_plan(plan, traits, first.network.sizes, first.batch_size, first.precision, models=len(together))
+        for engine in together:
+            engine.plan, engine.plan_reason = chosen
+        if chosen[0] == "resident":
+            groups.append((Group(together), places))
+    return groups
+
+
+class Group:
+    """Engines of one ``kin``, whose arenas lie behind one another."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.engines = tuple(engines)
+        first = engines[0].memory
+        backend, models = first.backend, len(engines)
+        mixed = first.shadow is not None
+        self.arenas = new_arenas(backend, first.layout.size, len(first.states), mixed=mixed, models=models)
+        for index, engine in enumerate(engines):
+            own = {}
+            for name, arena in self.arenas.items():
+                size = len(arena) // models
+                own[name] = arena[index * size : (index + 1) * size]
+            engine.move_into(own)
+
+    def stacked(self, name: str) -> Any:
+        """An arena with the axis of models in front."""
+        arena, models = self.arenas[name], len(self.engines)
+        return self.engines[0].memory.backend.view(arena, 0, (models, len(arena) // models), len(arena) // models)
+
+
+class _Places:
+    """In place of a bound program: where a model of a group finds its rows. Who asks for steps is given them by the
+    launch of the group."""
+
+    walks_rows = True
+
+    def __init__(self, memory: Memory, rows: Any, chunk: int) -> None:
+        self.arrays = {**memory.arrays, "rows": rows}
+        self.backend, self.chunk = memory.backend, chunk
+
+    def set_rows(self, order: Array, first_batch: int, size: int) -> None:
+        """See ``BoundProgram.set_rows``."""
+        walk_rows(self.backend, self.arrays, order, first_batch, size)
+
+
+class _Training:
+    """A group in a fit: one launch for what its models want of steps, again and again."""
+
+    def __init__(self, group: Group, fits: Sequence[Fit], rows: Any, data: Mapping[str, Any]) -> None:
+        self.fits = fits
+        first = group.engines[0]
+        memory, batch = first.memory, first.batch_size
+        inputs = Inputs(
+            len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=first.class_weight is not None
+        )
+        programs = [
+            engine.resident_program(inputs, fit.spec, fit.rule, batch, fit.batches)
+            for engine, fit in zip(group.engines, fits, strict=True)
+        ]
+        for program in programs:
+            verify(program, persistent_places(program, memory.layout))
+        each = [program.calls[0].operands for program in programs]
+        names = ("shadow", "counters", "hyper", "stats", "params")
+        operands: dict[str, Any] = {name: group.stacked(name) for name in names if name in group.arenas}
+        if first.class_weight is not None:
+            operands["class_weight"] = first.class_weight
+        self._launch = memory.backend.bind(
+            "train_fleet",
+            **data,
+            **operands,
+            rows=rows,
+            batch=batch,
+            gradients=group.stacked("grads"),
+            states=tuple(group.stacked(f"state{index}") for index in range(len(memory.states))),
+            layers=[own["layers"] for own in each],
+            segments=[own["segments"] for own in each],
+            rules=[own["rule"] for own in each],
+            losses=[own["loss"] for own in each],
+        )
+
+    def run(self, interrupted: Callable[[], bool], ended: Callable[[int, DivergenceError | None], None]) -> None:
+        """All epochs of all models. Each goes on by itself: one that has ended, for whatever reason, asks for no more
+        steps and leaves the launch; ``ended`` is told its index and how it diverged, or None."""
+        for fit in self.fits:
+            fit.begin()
+        asking = {index: fit.training(interrupted) for index, fit in enumerate(self.fits)}
+        while asking:
+            wanted = [0] * len(self.fits)
+            for index, training in list(asking.items()):
+                outcome: DivergenceError | None = None
+                try:
+                    wanted[index] = next(training, 0)
+                except DivergenceError as error:
+                    outcome = error
+                if not wanted[index]:
+                    del asking[index]
+                    if outcome is None:
+                        self.fits[index].finish(interrupted=interrupted())
+                    ended(index, outcome)
+            self._launch(wanted)
+
+
+def train_together(
+    groups: Sequence[tuple[Group, Sequence[int]]],
+    X: Any,
+    targets: Targets,
+    weight: Any | None,
+    *,
+    epochs: int,
+    validations: Sequence[Validation | None],
+    patience: int | None,
+    rows: Sequence[Array | None],
+    drop_last: bool,
+    ended: Callable[[int, DivergenceError | None], None],
+) -> None:
+    """Train the groups one after another, each given with its models' places in ``validations`` and ``rows``. When a
+    model has ended, ``ended`` is told its place and how it diverged, or None; what it raises ends the training.
+
+    Ctrl-C ends the training of all models after their launch and raises KeyboardInterrupt.
+    """
+    backend = groups[0][0].engines[0].memory.backend
+    # the data set is on the device once
+    data = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
+    if weight is not None:
+        data["weight"] = backend.from_host(weight)
+    with deferred_interrupt() as interrupted:
+        for group, places in groups:
+            training = _prepared(group, places, X, targets, data, epochs, validations, patience, rows, drop_last)
+
+            def told(index: int, error: DivergenceError | None, places: Sequence[int] = places) -> None:
+                ended(places[index], error)
+
+            training.run(interrupted, told)
+        if interrupted():
+            raise KeyboardInterrupt
+
+
+def _prepared(
+    group: Group,
+    places: Sequence[int],
+    X: Array,
+    targets: Targets,
+    data: Mapping[str, Any],
+    epochs: int,
+    validations: Sequence[Validation | None],
+    patience: int | None,
+    rows: Sequence[Array | None],
+    drop_last: bool,
+) -> _Training:
+    first = group.engines[0]
+    backend, models = first.memory.backend, len(places)
+    own = [rows[place] for place in places]
+    counts = [len(X) if one is None else len(one) for one in own]
+    # whole batches, of all rows where there are fewer than a batch has
+    longest = max(-(-count // min(first.batch_size, count)) * min(first.batch_size, count) for count in counts)
+    lists = backend.view(backend.allocate(models * longest, "int64"), 0, (models, longest), longest)
+    chunk = resident_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size))
+    fits = [
+        fit_checked(
+            engine,
+            X,
+            targets,
+            None,
+            epochs=epochs,
+            validation=validations[place],
+            patience=patience,
+            rows=rows[place],
+            drop_last=drop_last,
+            bound=_Places(engine.memory, lists[index], chunk),
+        )
+        for index, (engine, place) in enumerate(zip(group.engines, places, strict=True))
+    ]
+    return _Training(group, fits, lists, data)

@@ -1,0 +1,189 @@
+"""The resident plan of the Triton backend, under its interpreter: which networks have it, one model, and fleets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from step_bounds import Step
+from tolerance import assert_within
+
+from fusemlp import (
+    MLP,
+    SGD,
+    Adam,
+    BackendUnavailableError,
+    Callback,
+    CrossEntropy,
+    Engine,
+    Fleet,
+    PReLU,
+)
+from fusemlp.execution import choose_plan, resident_chunk
+from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
+from fusemlp_kernels.philox import row_order
+from fusemlp_kernels.registry import TRAITS, interprets_triton
+
+Array = np.ndarray[Any, Any]
+pytestmark = pytest.mark.skipif(not interprets_triton(), reason="for Triton's interpreter: TRITON_INTERPRET=1")
+
+ROWS, WIDTH, CLASSES, BATCH = 19, 5, 3, 8
+rng = np.random.default_rng(2)
+X = rng.standard_normal((ROWS, WIDTH))
+y = (X @ rng.standard_normal((WIDTH, CLASSES))).argmax(axis=1)
+WEIGHT = rng.uniform(0.5, 2.0, ROWS)
+NET = MLP([WIDTH, 7, CLASSES])
+
+
+def same(engine: Engine, other: Engine) -> None:
+    """Both have the same bits, and the same history but for the seconds."""
+    found, expected = engine.snapshot(), other.snapshot()
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert array.tobytes() == found[name].tobytes(), name
+    assert engine.history is not None and other.history is not None
+    assert engine.history.history == other.history.history
+    assert engine.history.stopped == other.history.stopped
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "precision", "models", "expected", "said"),
+    [
+        ((784, 10, 10), 32, "fp32", 1, "resident", "fit runs many steps in one launch"),
+        ((64, 32, 10), 32, "bf16", 1, "resident", "fit runs many steps in one launch"),
+        ((784, 128, 10), 64, "fp32", 1, "graph", "estimated to pay up to 4 million"),
+        ((784, 128, 10), 64, "tf32", 50, "resident", "and 50 models"),
+        ((64, 512, 10), 1, "fp32", 99, "graph", "512 units in a hidden layer are more than the 256"),
+        ((5000, 10), 1, "fp32", 1, "graph", "5000 inputs are more than the 4096"),
+        ((64, 200), 1, "fp32", 1, "graph", "200 outputs are more than the 128"),
+        ((4,) * 10, 1, "fp32", 1, "graph", "9 layers are more than the 8"),
+        ((4, 2), 2000, "fp32", 1, "graph", "2000 rows in a batch are more than the 1024"),
+        ((4, 2), 8, "fp16", 1, "graph", "not for fp16"),
+    ],
+)
+def test_small_networks_are_resident_and_why_others_are_not(
+    sizes: tuple[int, ...], batch: int, precision: str, models: int, expected: str, said: str
+) -> None:
+    plan, reason = choose_plan("auto", TRAITS["triton"], sizes, batch, precision, models)
+    assert plan == expected and said in reason
+    refused = plan == "graph" and "estimated" not in reason
+    if refused:
+        with pytest.raises(BackendUnavailableError, match="resident kernel"):
+            choose_plan("resident", TRAITS["triton"], sizes, batch, precision)
+    else:
+        assert choose_plan("resident", TRAITS["triton"], sizes, batch, precision) == ("resident", "asked for")
+
+
+def test_a_launch_is_long_enough_to_pay_and_short_enough_for_ctrl_c() -> None:
+    assert resident_chunk(TRAITS["triton"], 1_000_000) == 3333
+    assert resident_chunk(TRAITS["triton"], 10**12) == 1
+
+
+def test_the_interpreter_is_eager_unless_asked() -> None:
+    assert Engine(NET, backend="triton").plan == "eager"
+    with pytest.raises(BackendUnavailableError, match="not for fp16"):
+        Engine(NET, backend="triton", precision="fp16", plan="resident")
+
+
+class Bounded(Callback):
+    """Compares every update with the oracle's, from the state before it, and every loss."""
+
+    checked = 0
+
+    def on_batch_begin(self, engine: Engine, batch: int) -> None:
+        self.step = Step(engine)
+        batches = -(-ROWS // BATCH)
+        epoch, at = divmod(int(engine.memory.counters[BATCH_INDEX]), batches)
+        rows = row_order(ROWS, engine.seed, epoch)[at * BATCH :][:BATCH]
+        weight = WEIGHT[rows].astype(np.float32).astype(np.float64)
+        self.trace = self.step.trace(X[rows].astype(np.float32), y[rows], weight)
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        assert_within(float(engine.memory.stats[LAST_LOSS]), self.trace.loss, self.trace.loss_bound)
+        self.step.check()
+        self.checked += 1
+
+
+def test_every_step_of_a_fit_is_the_oracles_and_one_launch_an_epoch_has_the_same_bits() -> None:
+    net = MLP([WIDTH, 9, 6, CLASSES], activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
+    fitted = []
+    for callbacks in ([Bounded()], []):
+        loss = CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1])
+        engine = Engine(net, loss, Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan="resident")
+        engine.fit(X, y, epochs=2, sample_weight=WEIGHT, callbacks=callbacks)
+        fitted.append(engine)
+        assert not callbacks or callbacks[0].checked == 6
+    same(*fitted)
+
+
+def test_a_fleet_is_so_many_engines_trained_alone() -> None:
+    vary = [
+        {"lr": 0.05},
+        {"hidden": [4, 6], "seed": 2},
+        {"seed": 3, "dropout": 0.4, "label_smoothing": 0.1},
+        {"betas": (0.5, 0.9), "weight_decay": 0.1},
+        {"hidden": [4, 6], "lr": 0.5},
+    ]
+    data: dict[str, Any] = {"epochs": 3, "validation_data": (X[:7], y[:7]), "early_stopping": 1}
+    fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary=vary)
+    assert [len(places) for _, places in fleet._groups] == [3, 2]
+    results = fleet.fit(X, y, sample_weight=WEIGHT, **data)
+    for index, one in enumerate(fleet.candidates):
+        engine = Engine(one.net, one.loss, one.optimizer, BATCH, one.seed, backend="triton", plan="resident")
+        engine.fit(X, y, sample_weight=WEIGHT, **data)
+        same(results.engine(index), engine)
+        assert np.array_equal(results.engine(index).predict(X), engine.predict(X))
+    epochs = {len(member.history.epochs) for member in results.members}
+    # some have stopped early, and left the others to themselves
+    assert len(epochs) > 1
+    # what comes out of it is an engine like any other
+    alone = results.engine(1)
+    before = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
+    alone.fit(X, y, epochs=1)
+    alone.step(X[:3], y[:3])
+    after = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
+
+
+def test_folds_of_different_lengths_and_a_model_that_diverges() -> None:
+    folds = [np.arange(0, 17), np.arange(5, 19), np.arange(2, 8)]
+    held_out = [np.arange(17, 19), np.arange(5), np.arange(8, 19)]
+    vary = [{"lr": 0.1}, {"lr": 1e30}, {"lr": 0.1}]
+    fleet = Fleet(NET, optimizer=SGD(), batch_size=BATCH, backend="triton", plan="resident", vary=vary)
+    results = fleet.fit(X, y, epochs=2, rows=folds, validation_rows=held_out)
+    assert [member.status for member in results.members] == ["trained", "diverged", "trained"]
+    for index in (0, 2):
+        rows, others = folds[index], held_out[index]
+        batch = min(BATCH, len(rows))
+        engine = Engine(NET, optimizer=SGD(0.1), batch_size=batch, backend="triton", plan="resident")
+        engine.fit(X[rows], y[rows], epochs=2, validation_data=(X[others], y[others]))
+        same(results.engine(index), engine)
+    # the one that diverged is back at its first parameters
+    first = NET.initial_parameters(0)
+    for name, array in results.engine(1).state_dict().items():
+        np.testing.assert_array_equal(array, first[name].astype(np.float32))
+
+
+def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
+    original = type(fleet.engines[0]).snapshot
+    asked = []
+
+    def snapshot(engine: Engine, *arguments: Any) -> Any:
+        asked.append(engine)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(engine, *arguments)
+
+    monkeypatch.setattr(Engine, "snapshot", snapshot)
+    with pytest.raises(KeyboardInterrupt):
+        fleet.fit(X, y, epochs=50)
+    stopped = [engine.history.stopped for engine in fleet.engines if engine.history is not None]
+    assert len(stopped) == 2 and all("interrupted" in reason for reason in stopped)
+    assert all(engine.epochs_trained <= 2 for engine in fleet.engines)
