@@ -130,7 +130,8 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     ]
     data: dict[str, Any] = {"epochs": 3, "validation_data": (X[:7], y[:7]), "early_stopping": 1}
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary=vary)
-    assert [len(places) for _, places in fleet._groups] == [3, 2]
+    groups = fleet._grouped(dict(enumerate(fleet.engines)))
+    assert [len(places) for _, places in groups] == [3, 2]
     results = fleet.fit(X, y, sample_weight=WEIGHT, **data)
     for index, one in enumerate(fleet.candidates):
         engine = Engine(one.net, one.loss, one.optimizer, BATCH, one.seed, backend="triton", plan="resident")
