@@ -33,6 +33,8 @@ OPERANDS = {"fp32": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
 # outside is looked at again, with so many runs of its own.
 DISTURBED_MODELS = 8
 SECOND_RUNS = 16
+# A step of more floating-point operations is checked once, and on batches of so few rows for all STEPS.
+MOST_FLOPS, FEW_ROWS = 2e10, 256
 # How often the oracle draws masks, where dropout makes the losses random.
 MASKED_RUNS = 12
 SPEC = LossSpec("cross_entropy")
@@ -52,9 +54,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class Expected:
-    """``losses`` (STEPS + 1,), with many models (STEPS + 1, models): before each step, and after the last one.
+    """``losses`` (steps + 1,), with many models (steps + 1, models): before each step, and after the last one.
 
-    ``tolerance`` (STEPS + 1,): how far from each of them a contender's may be.
+    ``tolerance`` (steps + 1,): how far from each of them a contender's may be.
     """
 
     losses: Array
@@ -79,8 +81,9 @@ def train(
     *,
     change: Change | None = None,
     masks: np.random.Generator | None = None,
+    steps: int = STEPS,
 ) -> Array:
-    """The oracle's losses (STEPS + 1,) for one model; ``change`` disturbs arrays, ``masks`` draws dropout's."""
+    """The oracle's losses (steps + 1,) for one model; ``change`` disturbs arrays, ``masks`` draws dropout's."""
     hidden = len(parameters) - 1
     disturb = change or (lambda array, size: array)
     rate = case.dropout if masks is not None else 0.0
@@ -95,8 +98,8 @@ def train(
     ]
     rule = UpdateRule(case.optimizer, ScheduleSpec("constant", case.learning_rate), convention=rules.convention)
     state = reference.initial_state(rule, layers)
-    batches = checked_rows(case, STEPS).reshape(STEPS, case.batch_size)
-    losses = np.empty(STEPS + 1)
+    batches = checked_rows(case, steps).reshape(steps, case.batch_size)
+    losses = np.empty(steps + 1)
     size = gamma(case)
     for t, rows in enumerate(batches):
         at = [reference.Layer(disturb(a.w, size), disturb(a.b, size), a.activation, a.slope, a.rate) for a in layers]
@@ -117,7 +120,7 @@ def train(
                 )
                 new.append(disturb(p, UNIT))
             layers[index] = replace(layer, w=new[0], b=new[1])
-    losses[STEPS] = loss_of(case, data, [(a.w, a.b) for a in layers], batches[0])
+    losses[steps] = loss_of(case, data, [(a.w, a.b) for a in layers], batches[0])
     return losses
 
 
@@ -134,26 +137,37 @@ def loss_of(case: Case, data: Data, parameters: Parameters, rows: Array) -> floa
     return float(reference.loss_of_output(SPEC, h, data.y[rows], None, None)[0])
 
 
-def expected(case: Case, data: Data, rules: Rules) -> Expected:
+def checks(case: Case) -> list[tuple[Case, int]]:
+    """What a contender has to train as the oracle does: cases with a number of steps.
+
+    STEPS of them, on batches of ``FEW_ROWS`` where the oracle would take minutes, and then one step of the case itself.
+    """
+    plain = replace(case, dropout=0.0)
+    if case.flops <= MOST_FLOPS or case.batch_size <= FEW_ROWS:
+        return [(plain, STEPS)]
+    return [(replace(plain, batch_size=FEW_ROWS, steps=case.rows // FEW_ROWS), STEPS), (plain, 1)]
+
+
+def expected(case: Case, data: Data, rules: Rules, steps: int = STEPS) -> Expected:
     """The oracle's losses of a case, and the tolerance of each; dropout is off."""
     parameters = starting(data.parameters, rules)
     single = [parameters] if case.models is None else [model_of(parameters, i) for i in range(case.models)]
-    exact = np.stack([train(case, data, one, rules) for one in single], axis=1)
+    exact = np.stack([train(case, data, one, rules, steps=steps) for one in single], axis=1)
     picked = np.unique(np.linspace(0, len(single) - 1, min(len(single), DISTURBED_MODELS)).astype(int))
     tolerances = [tolerance(case, data, single[index], rules, exact[:, index], RUNS) for index in picked]
     return Expected(exact[:, 0] if case.models is None else exact, np.max(tolerances, axis=0))
 
 
 def tolerance(case: Case, data: Data, parameters: Parameters, rules: Rules, exact: Array, runs: int) -> Array:
-    """(STEPS + 1,): how far from ``exact`` rounding may lead a model, by so many runs with errors."""
-    squares = np.zeros(STEPS + 1)
+    """(steps + 1,): how far from ``exact`` rounding may lead a model, by so many runs with errors."""
+    squares = np.zeros(len(exact))
     for run in range(runs):
         generator = np.random.default_rng(run)
 
         def change(array: Array, size: float, draw: np.random.Generator = generator) -> Array:
             return array * (1.0 + size * draw.uniform(-1.0, 1.0, array.shape))
 
-        off = train(case, data, parameters, rules, change=change) - exact
+        off = train(case, data, parameters, rules, change=change, steps=len(exact) - 1) - exact
         squares += np.maximum.accumulate(np.abs(off)) ** 2 / runs
     return DEVIATIONS * np.sqrt(squares) + gamma(case) * np.abs(exact)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from bench.oracle import (
     STEPS,
     Expected,
     Rules,
+    checks,
     expected,
     loss_of,
     masked_losses,
@@ -50,9 +51,9 @@ def computed_case(name: str, case: Case) -> Case:
     return replace(case, precision=PEERS[name].computes_in or case.precision)
 
 
-def trajectory(trainer: Trainer, case: Case, data: Data) -> Array:
+def trajectory(trainer: Trainer, case: Case, data: Data, steps: int = STEPS) -> Array:
     """A contender's losses, shaped like ``Expected.losses``; it is left at the initial parameters."""
-    rows = checked_rows(case, STEPS)
+    rows = checked_rows(case, steps)
     trainer.reset()
     losses = np.asarray(trainer.losses(rows), np.float64)
     parameters = trainer.parameters()
@@ -72,7 +73,8 @@ def judge(losses: Array, expected: Expected, again: Callable[[int], Array] | Non
     """
     if losses.shape != expected.losses.shape:
         return Verdict(float("inf"), 1, f"returned losses of shape {losses.shape}, not {expected.losses.shape}")
-    flat, wanted = losses.reshape(STEPS + 1, -1), expected.losses.reshape(STEPS + 1, -1)
+    steps = len(losses) - 1
+    flat, wanted = losses.reshape(steps + 1, -1), expected.losses.reshape(steps + 1, -1)
     off = np.abs(flat - wanted)
     allowed = np.repeat(expected.tolerance[:, None], off.shape[1], axis=1)
     outside = np.flatnonzero(~(off <= allowed).all(axis=0))
@@ -86,7 +88,7 @@ def judge(losses: Array, expected: Expected, again: Callable[[int], Array] | Non
         return Verdict(worst)
     at = int(wrong[0])
     model = int(np.argmin(share[at] <= 1.0))
-    where = f"step {at + 1}" if at < STEPS else f"the parameters after step {STEPS}"
+    where = f"step {at + 1}" if at < steps else f"the parameters after step {steps}"
     which = "" if losses.ndim == 1 else f" of model {model}"
     reason = (
         f"differs from the oracle first at {where}: a loss{which} of {flat[at, model]:.7g}, not "
@@ -115,16 +117,17 @@ def judge_dropout(losses: Array, masked: Array) -> Verdict:
     )
 
 
-def trajectories(name: str, case: Case, data: Data, trainer: Trainer | None = None) -> tuple[Array, Array | None]:
-    """A contender's losses with dropout off and, where the case has it, on.
+def trajectories(name: str, case: Case, data: Data, trainer: Trainer | None = None) -> tuple[list[Array], Array | None]:
+    """A contender's losses in each of ``oracle.checks`` and, where the case has dropout, with it on.
 
     ``trainer`` is the contender prepared for the case; without it, it is prepared here.
     """
     own = trainer or prepare(name, case, data)
-    if not case.dropout:
-        return trajectory(own, case, data), None
-    plain = replace(case, dropout=0.0)
-    return trajectory(prepare(name, plain, data), plain, data), trajectory(own, case, data)
+    found = [
+        trajectory(own if checked == case else prepare(name, checked, data), checked, data, steps)
+        for checked, steps in checks(case)
+    ]
+    return found, trajectory(own, case, data) if case.dropout else None
 
 
 class Judge:
@@ -132,15 +135,16 @@ class Judge:
 
     def __init__(self, case: Case) -> None:
         self.case, self.data = case, make_data(case)
-        self._expected: dict[tuple[Rules, str], Expected] = {}
+        self._expected: dict[tuple[Rules, str, int], Expected] = {}
         self._masked: dict[Rules, Array] = {}
 
-    def expected(self, name: str) -> Expected:
-        """See ``oracle.expected``."""
-        case, rules = self._plain(name), PEERS[name].rules
-        key = (rules, case.precision)
+    def expected(self, name: str, check: int = 0) -> Expected:
+        """See ``oracle.expected``; ``check`` is the place in ``oracle.checks``."""
+        case, steps = checks(computed_case(name, self.case))[check]
+        rules = PEERS[name].rules
+        key = (rules, case.precision, check)
         if key not in self._expected:
-            self._expected[key] = expected(case, self.data, rules)
+            self._expected[key] = expected(case, self.data, rules, steps)
         return self._expected[key]
 
     def masked(self, name: str) -> Array:
@@ -150,20 +154,19 @@ class Judge:
             self._masked[rules] = masked_losses(self.case, self.data, rules)
         return self._masked[rules]
 
-    def verdict(self, name: str, losses: Array, with_dropout: Array | None) -> Verdict:
+    def verdict(self, name: str, losses: Sequence[Array], with_dropout: Array | None) -> Verdict:
         """On a contender's ``trajectories``."""
-        found = judge(losses, self.expected(name), lambda model: self._again(name, model))
-        if not found.agrees or with_dropout is None:
-            return found
-        other = judge_dropout(with_dropout, self.masked(name))
-        return found if other.agrees else other
+        found = []
+        for check, own in enumerate(losses):
+            found.append(judge(own, self.expected(name, check), lambda model, at=check: self._again(name, at, model)))
+        if with_dropout is not None and all(one.agrees for one in found):
+            masked = judge_dropout(with_dropout, self.masked(name))
+            found += [] if masked.agrees else [masked]
+        return next((one for one in found if not one.agrees), max(found, key=lambda one: one.worst))
 
-    def _plain(self, name: str) -> Case:
-        return replace(computed_case(name, self.case), dropout=0.0)
-
-    def _again(self, name: str, model: int) -> Array:
-        exact, rules = self.expected(name).losses, PEERS[name].rules
-        parameters = self.data.parameters
-        if self.case.models is not None:
+    def _again(self, name: str, check: int, model: int) -> Array:
+        case, _ = checks(computed_case(name, self.case))[check]
+        exact, rules, parameters = self.expected(name, check).losses, PEERS[name].rules, self.data.parameters
+        if case.models is not None:
             exact, parameters = exact[:, model], model_of(parameters, model)
-        return tolerance(self._plain(name), self.data, starting(parameters, rules), rules, exact, SECOND_RUNS)
+        return tolerance(case, self.data, starting(parameters, rules), rules, exact, SECOND_RUNS)

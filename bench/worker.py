@@ -51,7 +51,7 @@ class _Served:
         self.trainer.train(1)
         return Loaded(time.perf_counter() - began, getattr(self.trainer, "chosen", ""))
 
-    def trajectories(self) -> tuple[Array, Array | None]:
+    def trajectories(self) -> tuple[list[Array], Array | None]:
         """See ``verification.trajectories``."""
         return trajectories(self.peer, self.case, self.data, self.trainer)
 

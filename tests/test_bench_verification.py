@@ -157,7 +157,7 @@ def test_what_lies_outside_is_looked_at_again_by_its_own_tolerance() -> None:
 
     assert verification.judge(losses, expected, wider).worst == pytest.approx(0.5, rel=0.01)
     assert asked == [1]
-    assert not judge_of("fleet").verdict("fleet", losses, None).agrees
+    assert not judge_of("fleet").verdict("fleet", [losses], None).agrees
 
 
 def test_single_precision_is_within_the_tolerance_and_half_is_not() -> None:
@@ -174,6 +174,22 @@ def test_single_precision_is_within_the_tolerance_and_half_is_not() -> None:
     assert not verification.judge(half, expected).agrees
     allowed = oracle.expected(replace(case, precision="bf16"), data, oracle.Rules())
     assert verification.judge(half, allowed).agrees
+
+
+def test_a_large_step_is_checked_on_small_batches_and_once_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(len(oracle.checks(case)) == 1 for case in SMALL.values())
+    large = cases.Case((8, 64, 4), batch_size=1024, steps=2)
+    monkeypatch.setattr(oracle, "MOST_FLOPS", 1e6)
+    (small, steps), (whole, once) = oracle.checks(large)
+    assert (small.batch_size, small.rows, steps) == (oracle.FEW_ROWS, large.rows, oracle.STEPS)
+    assert (whole, once) == (large, 1)
+    judge = verification.Judge(large)
+    assert judge.verdict("engine", *verification.trajectories("engine", large, judge.data)).agrees
+    wrong = replace(large, learning_rate=1.02 * large.learning_rate)
+    found = verification.trajectories("engine", wrong, judge.data)[0]
+    right = verification.trajectories("engine", large, judge.data)[0]
+    for losses in ([found[0], right[1]], [right[0], found[1]]):
+        assert judge.verdict("engine", losses, None).step == 2
 
 
 def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +210,7 @@ def spoiled(ask: Callable[..., Any]) -> Callable[..., Any]:
     def spoiling(self: worker.Worker, method: str, *arguments: Any) -> Any:
         answer = ask(self, method, *arguments)
         if method == "trajectories" and self.peer == "engine":
-            return answer[0] + 0.01, answer[1]
+            return [losses + 0.01 for losses in answer[0]], answer[1]
         return answer
 
     return spoiling
