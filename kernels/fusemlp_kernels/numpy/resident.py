@@ -26,9 +26,6 @@ from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.philox import radix, seed_key, threshold
 
-# Elements between the starts of values in the workspace.
-ALIGNMENT = 64
-
 
 @functools.cache
 def numba_is_installed() -> bool:
@@ -193,7 +190,7 @@ def _layer_tables(
 
 
 def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // t.ALIGNMENT) * t.ALIGNMENT
 
 
 def _loss_tables(loss: LossSpec, *, weighted: bool, by_class: bool) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from fusemlp_kernels.philox import KEY_STEPS, LANES, MULTIPLIERS, ROUNDS, WORD
 # Mixed with a signed integer, an unsigned one would become a float.
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 _STEP0, _STEP1 = np.uint64(KEY_STEPS[0]), np.uint64(KEY_STEPS[1])
-_WORD, _HALF, _LANE, _LANE_BITS = np.uint64(WORD), np.uint64(32), np.uint64(0xFFFF), np.uint64(16)
+_WORD, _HALF = np.uint64(WORD), np.uint64(32)
 
 
 @register_jitable(**EXACT)
@@ -28,26 +28,40 @@ def words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 
 @register_jitable(**EXACT)
+def _draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> None:
+    """The Philox words of the blocks of a row, two numbers a block: side by side in vector registers."""
+    two, one = np.uintp(2), np.uintp(1)
+    for j in range(np.uintp(blocks)):
+        first, second = words(np.uint64(j) & _WORD, row, c2, c3, k0, k1)
+        pairs[two * j] = first
+        pairs[two * j + one] = second
+
+
+@register_jitable(**EXACT)
 def drop(
-    y: Any, keep: Any, rows: int, columns: int, scale: float, threshold: int, low: int, high: int, layer: int,
-    batch_index: int,
+    y: Any, keep: Any, scratch: Any, rows: int, columns: int, scale: float, threshold: int, low: int, high: int,
+    layer: int, batch_index: int,
 ) -> None:  # fmt: skip
-    """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns)."""
+    """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns).
+
+    scratch: memory of any contents, of 16 bytes or more for each 8 columns begun.
+    """
     real = y.dtype.type
     factor, zero = real(scale), real(0.0)
-    least = np.uint64(threshold)
+    least = np.uint32(threshold)
     k0, k1 = np.uint64(low), np.uint64(high)
     c2, c3 = np.uint64(layer) & _WORD, np.uint64(batch_index) & _WORD
+    blocks = (columns + LANES - 1) // LANES
+    # the first lane is in a number's lowest bits, which are the first in memory (all that numba compiles for)
+    pairs, lanes = scratch.view(np.uint64), scratch.view(np.uint16)
     for i in range(rows):
+        _draw(pairs, blocks, np.uint64(i) & _WORD, c2, c3, k0, k1)
         start = i * columns
-        for first in range(0, columns, LANES):
-            pair0, pair1 = words(np.uint64(first // LANES), np.uint64(i), c2, c3, k0, k1)
-            for lane in range(min(LANES, columns - first)):
-                word = pair0 if lane < 4 else pair1
-                kept = ((word >> (_LANE_BITS * np.uint64(lane & 3))) & _LANE) >= least
-                at = start + first + lane
-                keep[at] = kept
-                y[at] = y[at] * factor if kept else zero
+        outputs, kept_row = y[start : start + columns], keep[start : start + columns]
+        for j in range(np.uintp(columns)):
+            kept = np.uint32(lanes[j]) >= least
+            kept_row[j] = kept
+            outputs[j] = outputs[j] * factor if kept else zero
 
 
 @register_jitable(**EXACT)

@@ -18,6 +18,7 @@ from fusemlp_kernels.numpy.compiled.products import backward, by_weights, column
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
     ACTIVATION,
+    ALIGNMENT,
     B_RULE,
     CLIP_NORM,
     CLIPS,
@@ -143,8 +144,10 @@ def _make(version: int) -> Callable[..., int]:
                 if kind != IDENTITY:
                     activate(kind, y, z, _slope(params, layers, layer_factors, index))
                 if layer[DROPS]:
+                    # nothing is in the place of the gradient yet; it takes whole multiples of the alignment
+                    spare = work[layer[DZ] : layer[DZ] + (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT]
                     drop(
-                        y, masks[layer[KEEP] : layer[KEEP] + size], count, outputs,
+                        y, masks[layer[KEEP] : layer[KEEP] + size], spare, count, outputs,
                         1.0 / (1.0 - layer_factors[index, RATE]), layer[THRESHOLD], layer[KEY_LOW], layer[KEY_HIGH],
                         layer[MASK_LAYER], counters[BATCH_INDEX],
                     )  # fmt: skip

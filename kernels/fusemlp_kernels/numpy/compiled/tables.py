@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, SCHEDULES
 
+# Elements between the starts of values in the workspace.
+ALIGNMENT = 64
+
 # A row a layer, int64: the widths; where its tensors begin in the arenas (the slope: -1 where there is none) and the
 # row of each in the table of trained tensors (-1: frozen); where its values begin in the workspace (output,
 # pre-activation, gradient) and in that of the masks; dropout: whether there is any, key and layer of its random
