@@ -19,6 +19,7 @@ from sklearn import neural_network as theirs
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
@@ -319,3 +320,17 @@ def test_the_model_holds_no_file_or_device(tmp_path):
     # two matrices and Adam's two moments for each, in float64, and little else
     numbers = 4 * 100 + 100 + 100 * 3 + 3
     assert buffer.tell() < 3 * 8 * numbers + 20_000
+
+
+def test_the_score_is_the_accuracy_whatever_the_labels_are():
+    rows, labels = load_iris(return_X_y=True)
+    weight = np.arange(1.0, 151.0)
+    for targets in (labels, labels.astype(np.int16), labels > 0, np.array(["a", "b", "c"])[labels], list(labels)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = MLPClassifier(5, max_iter=30, random_state=0).fit(rows, targets)
+        assert model.score(rows, targets) == accuracy_score(targets, model.predict(rows))
+        expected = accuracy_score(targets, model.predict(rows), sample_weight=weight)
+        assert model.score(rows, targets, weight) == expected
+        with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+            model.score(rows, targets[:-1])

@@ -227,3 +227,16 @@ def test_targets_that_no_fold_can_be_trained_on_are_marked():
         fleet, plain = both(FleetSearchCV, model, {"loss": ["poisson", "huber"]}, cv=folds, data=(SCALED, y))
     assert_same(fleet, plain)
     assert np.isnan(fleet.cv_results_["split1_test_score"]).tolist() == [True, False]
+
+
+def test_an_error_that_is_raised_ends_the_other_fits_too():
+    """The second candidate would train for hours."""
+    rows = np.tile(SCALED, (20, 1))
+    grid = [{"learning_rate_init": [1e300]}, {"max_iter": [10**6]}]
+    model = MLPClassifier(8, solver="sgd", momentum=0.0, batch_size=32, n_iter_no_change=np.inf, random_state=0)
+    before = set(threading.enumerate())
+    with pytest.raises(ValueError, match="non-finite parameter weights"):
+        FleetSearchCV(model.set_params(max_iter=3), grid, cv=2, n_jobs=4, error_score="raise").fit(rows, np.tile(Y, 20))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=60)
+        assert not thread.is_alive()

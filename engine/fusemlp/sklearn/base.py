@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +46,12 @@ class BaseMLP(BaseEstimator, ABC):
     """Parameters are checked and data is prepared as scikit-learn does; an engine does the training."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = settings.CONSTRAINTS
+
+    # a search asks for them four times a model, and reading a signature takes long
+    @classmethod
+    @functools.cache
+    def _get_param_names(cls) -> list[str]:
+        return list(super()._get_param_names())
 
     # whether rows that are set aside have the proportions of the classes
     _stratifies: bool

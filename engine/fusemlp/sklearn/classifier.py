@@ -224,6 +224,16 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
             return self.classes_[predicted]
         return self._label_binarizer.inverse_transform(predicted)
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The accuracy of the predictions for X (n, K): the share of rows in which everything is right."""
+        quick = sample_weight is None and isinstance(y, np.ndarray) and y.ndim == 1 and y.dtype.kind in "iub"
+        if quick and y.dtype == getattr(getattr(self, "classes_", None), "dtype", None):
+            # what accuracy_score says of labels like the model's own, in a tenth of its time
+            predicted = self.predict(X)
+            if predicted.shape == y.shape:
+                return float(np.average(predicted == y))
+        return float(super().score(X, y, sample_weight))
+
     def predict_proba(self, X: Any) -> Array:
         """The probabilities (n, N) of the classes, in the order of ``classes_``, or of each label."""
         return self._ask("predict_proba", X)

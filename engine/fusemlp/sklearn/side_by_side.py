@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from joblib.parallel import ThreadingBackend
 from sklearn import config_context
+
+_abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
+
+
+def abandoned() -> bool:
+    """Whether nobody waits any more for the fit that this thread is at."""
+    event = _abandoned.get()
+    return event is not None and event.is_set()
 
 
 class SideBySide(ThreadingBackend):
@@ -14,12 +24,14 @@ class SideBySide(ThreadingBackend):
 
     scikit-learn wraps a task in something that sets warning filters for it and takes them back. Filters belong to the
     process: on threads of one process that would lose those of the user. Here the tasks run without it, and only the
-    configuration, which belongs to a thread, is handed to them.
+    configuration, which belongs to a thread, is handed to them. After Ctrl-C, or an error that is to be raised, fits
+    that are under way end after their batches.
     """
 
     def __init__(self, config: dict[str, Any], **options: Any) -> None:
         super().__init__(**options)
         self._config = config
+        self._event = threading.Event()
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         """Start a batch of tasks."""
@@ -28,6 +40,11 @@ class SideBySide(ThreadingBackend):
     def apply_async(self, func: Any, callback: Any = None) -> Any:
         """``submit`` by its name in older releases of joblib."""
         return super().apply_async(self._unwrapped(func), callback)
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        """What is under way is of no use any more."""
+        self._event.set()
+        super().abort_everything(ensure_ready)
 
     def _unwrapped(self, batch: Any) -> Any:
         batch.items = [(self._configured(task), *given) for task, *given in batch.items]
@@ -38,6 +55,8 @@ class SideBySide(ThreadingBackend):
         task = getattr(task, "__wrapped__", task)
 
         def run(*arguments: Any, **named: Any) -> Any:
+            # on a thread of the pool's own
+            _abandoned.set(self._event)
             with config_context(**self._config):
                 return task(*arguments, **named)
 

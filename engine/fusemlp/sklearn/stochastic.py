@@ -16,6 +16,7 @@ from fusemlp.history import History
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.model import Model
+from fusemlp.sklearn.side_by_side import abandoned
 
 Array = np.ndarray[Any, Any]
 
@@ -57,7 +58,11 @@ def train(
     estimator.n_iter_ = 0
     estimator.learning_rate_ = model.learning_rate
     try:
-        with deferred_interrupt() as interrupted:
+        with deferred_interrupt() as pressed:
+
+            def interrupted() -> bool:
+                return pressed() or abandoned()
+
             stop = listeners.end(interrupted)
             _call(callbacks, "on_train_begin", engine)
             while estimator.n_iter_ < estimator.max_iter:
@@ -85,7 +90,7 @@ def train(
                         ConvergenceWarning,
                         stacklevel=5,
                     )
-            if interrupted():
+            if pressed():
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
