@@ -6,7 +6,9 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import logging
+import sys
 
+import cupy_standin
 import pytest
 
 from fusemlp import MLP, Engine
@@ -20,7 +22,7 @@ from fusemlp_kernels.errors import BackendUnavailableError
 def machine(monkeypatch):
     """A machine without Triton whose driver runs a CUDA version, with a wheel of CuPy or none."""
 
-    def pretend(*, version, wheel=None):
+    def pretend(*, version, wheel=None, refusal=None):
         found = importlib.util.find_spec
 
         def spec(name, package=None):
@@ -34,6 +36,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(driver, "cuda_version", lambda: version)
         monkeypatch.setattr(driver.importlib.util, "find_spec", spec)
         monkeypatch.setattr(driver.importlib.metadata, "version", installed)
+        monkeypatch.setattr(driver, "refusal", lambda: refusal)
         monkeypatch.setattr(registry, "_triton_reason", lambda: "not on this machine")
         return registry.availability()["cupy"]
 
@@ -50,23 +53,31 @@ def test_a_machine_with_a_driver_and_its_wheel_has_it_and_auto_takes_it(machine,
 
 
 @pytest.mark.parametrize(
-    ("version", "wheel", "said"),
+    ("version", "wheel", "refusal", "said"),
     [
-        (None, None, "neither an NVIDIA driver nor CuPy (libcuda.so.1 cannot be loaded)"),
-        (None, None, "pip install 'fusemlp[cupy-cuda12x]', or use backend='numpy'"),
+        (None, None, None, "neither an NVIDIA driver nor CuPy (libcuda.so.1 cannot be loaded)"),
+        (None, None, None, "pip install 'fusemlp[cupy-cuda12x]', or use backend='numpy'"),
         (
             None,
             "cupy-cuda12x",
+            None,
             "no NVIDIA driver (libcuda.so.1 cannot be loaded); install the driver of an NVIDIA card,",
         ),
-        ((12, 8), None, "the driver runs CUDA 12.8: get it with: pip install 'fusemlp[cupy-cuda12x]'"),
-        ((13, 1), None, "the driver runs CUDA 13.1: get it with: pip install 'fusemlp[cupy-cuda13x]'"),
-        ((11, 4), None, "the driver runs CUDA 11.4, and CuPy needs 12.0 or newer: update the driver"),
-        ((12, 8), "cupy-cuda13x", "too old for cupy-cuda13x: pip uninstall cupy-cuda13x, then pip install "),
+        ((12, 8), None, None, "the driver runs CUDA 12.8: get it with: pip install 'fusemlp[cupy-cuda12x]'"),
+        ((13, 1), None, None, "the driver runs CUDA 13.1: get it with: pip install 'fusemlp[cupy-cuda13x]'"),
+        ((11, 4), None, None, "the driver runs CUDA 11.4, and CuPy needs 12.0 or newer: update the driver"),
+        ((12, 8), "cupy-cuda13x", None, "too old for cupy-cuda13x: pip uninstall cupy-cuda13x, then pip install "),
+        (
+            (12, 8),
+            "cupy-cuda12x",
+            "libcublas.so.12: no such file",
+            "but CuPy says: libcublas.so.12: no such file; what it",
+        ),
+        ((12, 8), "cupy-cuda12x", "there is no card", "comes with: pip install 'fusemlp[cupy-cuda12x]'"),
     ],
 )
-def test_one_sentence_says_what_is_missing_and_how_to_get_it(machine, version, wheel, said, caplog):
-    reason = machine(version=version, wheel=wheel)
+def test_one_sentence_says_what_is_missing_and_how_to_get_it(machine, version, wheel, refusal, said, caplog):
+    reason = machine(version=version, wheel=wheel, refusal=refusal)
     assert reason is not None and said in reason and "\n" not in reason
     with pytest.raises(BackendUnavailableError) as raised:
         Engine(MLP([2, 2]), backend="cupy")
@@ -74,6 +85,16 @@ def test_one_sentence_says_what_is_missing_and_how_to_get_it(machine, version, w
     with caplog.at_level(logging.INFO, logger="fusemlp"):
         assert registry.choose() == "numpy"
     assert f"passes over cupy: {reason}" in caplog.text
+
+
+def test_what_cupy_says_when_it_is_loaded_is_its_first_line(monkeypatch):
+    """Over what stands in for CuPy: it has no compiler of CUDA, as an installation without CUDA's libraries."""
+    if registry.availability()["cupy"] is not None:
+        cupy_standin.load()
+        assert "cupy_backends" in driver.refusal()
+    monkeypatch.setitem(sys.modules, "fusemlp_kernels.cupy.device", None)
+    monkeypatch.delattr("fusemlp_kernels.cupy.device")
+    assert "fusemlp_kernels.cupy.device" in driver.refusal()
 
 
 def test_doctor_names_the_wheel(machine):

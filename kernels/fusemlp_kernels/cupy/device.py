@@ -29,6 +29,19 @@ COMPUTE = {"fp32": np.float32, "tf32": np.float32, "fp16": np.float16}
 INT64, FLOAT32, FLOAT64 = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64)
 
 
+def why_not() -> str | None:
+    """What keeps CuPy from working here, in its own words; None if nothing does."""
+    try:
+        # cuBLAS is loaded already; the compiler would be missed only when the first kernel is compiled
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+        count = cupy.cuda.runtime.getDeviceCount()
+    except (ImportError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None if count else "there is no card"
+
+
 def open_device(name: str | None, precision: str) -> Device:
     """The card ``name`` ("cuda", "cuda:1"; None: the current one), for products of that precision.
 

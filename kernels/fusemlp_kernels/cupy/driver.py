@@ -1,4 +1,4 @@
-"""The NVIDIA driver of this machine, asked without CuPy and without starting CUDA; and which wheel of CuPy suits it."""
+"""What CuPy needs of this machine: the driver, asked without CuPy; the wheel that suits it; and whether CuPy loads."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def installed_wheel() -> str | None:
     return None
 
 
+def refusal() -> str | None:
+    """What CuPy says when it is loaded and asked for a card; None if it has one. The first time this takes a second."""
+    try:
+        from fusemlp_kernels.cupy import device
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return device.why_not()
+
+
 def reason() -> str | None:
     """Why the CuPy backend cannot work here, and how to get it, in one sentence; None where nothing is missing."""
     version = cuda_version()
@@ -63,4 +72,10 @@ def reason() -> str | None:
     present = installed_wheel()
     if present is not None and version[0] < next(major for major, name in WHEELS.items() if name == present):
         return f"{has}, which is too old for {present}: pip uninstall {present}, then pip install 'fusemlp[{wheel}]'"
+    said = refusal()
+    if said is not None:
+        return (
+            f"{has}, but CuPy says: {said}; what it needs of CUDA comes with: pip install 'fusemlp[{wheel}]', or use "
+            "backend='numpy'"
+        )
     return None
