@@ -263,6 +263,17 @@ def test_what_cannot_be_bound_is_refused_with_the_operands_name(device):
                 Engine(MLP([2, 2]), backend="cupy", device=name, precision=precision)
 
 
+@ON_THE_HOST
+def test_another_card_than_the_current_is_refused(device, monkeypatch):
+    Variant(device, "fp32").backend()
+    from fusemlp_kernels.cupy import device as module
+
+    monkeypatch.setattr(module.cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    with pytest.raises(BackendUnavailableError, match=r"current card is cuda:0, got 'cuda:1': call cupy.cuda.Device"):
+        module.open_device("cuda:1", "fp32")
+    assert module.open_device("cuda:0", "fp32").name == "cuda:0"
+
+
 @pytest.mark.parametrize("precision", STAND_IN.precisions)
 @pytest.mark.parametrize("device", PLACES)
 def test_a_graph_is_the_eager_plan_bitwise(device, precision):

@@ -61,10 +61,17 @@ def open_device(name: str | None, precision: str) -> Device:
     kind, _, number = (name or "cuda").partition(":")
     if kind != "cuda" or not (number.isdecimal() or (number == "" and ":" not in (name or ""))):
         raise BackendUnavailableError(f"device: expected a name such as 'cuda' or 'cuda:0', got {name!r}")
-    index = int(number) if number else int(cupy.cuda.runtime.getDevice())
+    current = int(cupy.cuda.runtime.getDevice())
+    index = int(number) if number else current
     if index >= count:
         raise BackendUnavailableError(
             f"device: expected 'cuda' or 'cuda:0' to 'cuda:{count - 1}' for the cupy backend, got {name!r}"
+        )
+    if index != current:
+        # what is done to CuPy's arrays outside of the kernels is done on the current card
+        raise BackendUnavailableError(
+            f"device: CuPy's current card is cuda:{current}, got {name!r}: call cupy.cuda.Device({index}).use() first, "
+            f"or start Python with CUDA_VISIBLE_DEVICES={index}"
         )
     return Device(index, count, precision)
 
