@@ -27,7 +27,6 @@ from mutations import (
 
 FIRST = "test_loss.py::test_the_first_of_equal_logits_is_the_answer"
 LONG_ARENA = "test_update.py::test_a_long_arena_is_updated_to_its_last_element"
-MANY_BLOCKS = "test_layers.py::test_layers_of_many_blocks"
 LONG_BATCH = "test_cupy_facts.py::test_the_sums_of_a_long_batch_are_added_up_from_parts"
 HALF = "test_cupy_facts.py::test_numbers_become_float16_as_numpy_has_it"
 
@@ -67,7 +66,7 @@ CUDA_MUTATIONS = (
             "last part of a sum left out",
             "i < THREADS / WARP; i++) total +=",
             "i < THREADS / WARP - 1; i++) total +=",
-            UPDATE,
+            MANY_CLASSES,
         ),
         ("ticket never ready again", "        if (last) *ticket = 0;\n", "", LONG_BATCH),
         (
@@ -105,14 +104,8 @@ CUDA_MUTATIONS = (
         "layers.cu",
         ("row -1 loads the row before", "if (source >= 0) load_lanes", "load_lanes", LINEAR),
         ("batch always from the first row of the epoch", "[call.counters[ROW_OFFSET] + row]", "[row]", LINEAR),
-        ("kept outputs not scaled", "y * scale : 0.0f", "y : 0.0f", LINEAR),
+        ("kept outputs scaled the other way", "y * scale : 0.0f", "y / scale : 0.0f", LINEAR),
         ("dropped gradients kept", "? values[i] * scale : 0.0f", "? values[i] * scale : values[i]", GRAD_INPUT),
-        (
-            "prelu's gradient from lanes without a column",
-            "code == PRELU && i < place.count",
-            "code == PRELU",
-            MANY_BLOCKS,
-        ),
     ),
     *_bugs(
         "philox.cuh",
@@ -170,7 +163,7 @@ CUDA_MUTATIONS = (
             "if (!row.counts && call.class_weight) row.share *=",
             WEIGHTS,
         ),
-        ("padding counts", "    if (at >= valid) return row;\n", "", LOSS),
+        ("padding counts", "count < call.rows ? count", "count > call.rows ? count", LOSS),
         ("loss scale not in dz", "    if (call.hyper) scale *= call.hyper[LOSS_SCALE];\n", "", LINEAR_LOSS),
     ),
     *_bugs(
@@ -190,8 +183,8 @@ CUDA_MUTATIONS = (
         ),
         (
             "columns stepped by a warp in long rows",
-            "        for (long long column = lane; column < call.columns; column += SIZE) {\n            float shifted",
-            "        for (long long column = lane; column < call.columns; column += WARP) {\n            float shifted",
+            "    for (long long column = lane; column < call.columns; column += SIZE) {\n        float shifted",
+            "    for (long long column = lane; column < call.columns; column += WARP) {\n        float shifted",
             MANY_CLASSES,
         ),
     ),

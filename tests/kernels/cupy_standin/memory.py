@@ -117,4 +117,11 @@ def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[
             f"{high - low} bytes from {address + low:#x} on are not (any more) in one piece of memory of the card"
         )
     interface = {"shape": shape, "typestr": kind.str, "data": (address, False), "strides": strides, "version": 3}
-    return np.asarray(type("Place", (), {"__array_interface__": interface})())
+    return np.asarray(_Place(interface))
+
+
+class _Place:
+    """What NumPy makes an array of."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
