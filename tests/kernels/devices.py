@@ -111,7 +111,7 @@ class Variant:
     @property
     def products(self) -> Products:
         if not self.device.tensor_cores:
-            return IEEE
+            return TF32 if self.precision == "tf32" else IEEE
         return (CUBLAS if self.device.backend == "cupy" else TENSOR_CORES)[self.precision]
 
     @property
@@ -269,11 +269,11 @@ GPU = Device(
     output_layouts=INTERPRETER.output_layouts,
     tensor_cores=True,
 )
-# The kernels as C++ on the host, behind what stands in for CuPy. TF32 is IEEE there, and is tested on a card only.
+# The kernels as C++ on the host, behind what stands in for CuPy, whose products round their factors to TF32 if asked.
 STAND_IN = Device(
     "cupy, on the host",
     "cupy",
-    ("fp32", "fp16"),
+    ("fp32", "tf32", "fp16"),
     examples=INTERPRETER.examples,
     # blocks of 256 threads with eight columns each, warps, and columns that a block sums
     edges=(0, 1, 2, 7, 8, 9, 31, 32, 33, 65),

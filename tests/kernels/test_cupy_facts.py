@@ -139,6 +139,23 @@ def test_the_sums_of_a_long_batch_are_added_up_from_parts(variant):
         assert_within(layer["dw"], sums * dw, limit)
 
 
+@pytest.mark.parametrize("device", PLACES)
+def test_tf32_is_asked_of_the_products_and_fp32_is_not_tf32(device):
+    """Random signs, so that the errors do not add up."""
+    values = Values(7, Variant(device, "fp32"))
+    x, w, b = values.normal(32, 784), values.normal(24, 784), np.zeros(24, np.float32)
+    z = exact(x) @ exact(w).T
+    for precision in ("fp32", "tf32"):
+        y = poisoned((32, 24), np.float32, "owned")
+        Variant(device, precision).bind("linear", x=x, w=w, b=b, y=y, activation="identity")()
+        limit = bound(785, np.abs(x) @ np.abs(w).T, output=z)
+        if precision == "fp32":
+            assert_within(y, z, limit)
+        else:
+            with pytest.raises(AssertionError, match="out of bound"):
+                assert_within(y, z, limit)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_normaliser_of_a_long_batch_is_a_launch_of_its_own(variant, weighted):
