@@ -198,6 +198,13 @@ def test_numbers_become_float16_as_numpy_has_it(device):
     np.testing.assert_array_equal(y[finite, 0], halves[finite])
 
 
+@pytest.mark.parametrize("device", PLACES)
+def test_what_is_too_large_for_float16_becomes_infinite_in_silence(device):
+    backend = Variant(device, "fp16").backend()
+    there = backend.from_host(np.array([[1e6, -1e6, np.nan, 1.5]]), "compute")
+    np.testing.assert_array_equal(backend.to_host(there), np.array([[np.inf, -np.inf, np.nan, 1.5]], np.float32))
+
+
 class Foreign:
     """An array of another library on the card, as far as its interface shows it."""
 

@@ -177,7 +177,9 @@ class Device:
 
     def copy_into(self, destination: Array, source: np.ndarray[Any, Any]) -> None:
         """Write a host array into a device array of as many elements, in its type."""
-        host = np.ascontiguousarray(source, destination.dtype).reshape(destination.shape)
+        # what is too large for float16 becomes infinite in silence, as on the card
+        with np.errstate(over="ignore", invalid="ignore"):
+            host = np.ascontiguousarray(source, destination.dtype).reshape(destination.shape)
         with self._card:
             destination[...] = cupy.asarray(host)
 
