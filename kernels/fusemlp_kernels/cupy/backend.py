@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.cupy.device import FLOAT32, Array, Run, open_device
+from fusemlp_kernels.cupy.device import FLOAT32, Array, Run, open_device, strides_of
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.tables import bind_advance
 from fusemlp_kernels.cupy.updates import bind_grad_weight, bind_grad_weight_update, bind_update
 from fusemlp_kernels.errors import ArgumentTypeError, unknown_name
+
+_log = logging.getLogger("fusemlp.kernels")
 
 BINDERS: dict[str, Callable[..., Run]] = {
     "linear": bind_linear,
@@ -53,9 +56,28 @@ class CupyBackend:
             return flat[offset : offset + shape[0]]
         return self._device.view(flat, offset, shape, (pitch, 1))
 
-    def from_host(self, array: np.ndarray[Any, Any], dtype: str | None = None) -> Array:
+    def adopt(self, array: Any) -> Array | None:
+        """See ``contract.Backend``."""
+        return self._device.adopt(array)
+
+    def extent(self, array: Array) -> tuple[float, float]:
+        """See ``contract.Backend``."""
+        return float(array.min()), float(array.max())
+
+    def is_integer(self, array: Array) -> bool:
+        """See ``contract.Backend``."""
+        return array.dtype.kind in "biu"
+
+    def from_host(self, array: np.ndarray[Any, Any] | Array, dtype: str | None = None) -> Array:
         """See ``contract.Backend``. Matrices of numbers get rows that start at multiples of 16 bytes."""
-        kind = {"f": "real", "i": "int64", "b": "bool"}[array.dtype.kind] if dtype is None else dtype
+        kind = {"f": "real", "i": "int64", "u": "int64", "b": "bool"}[array.dtype.kind] if dtype is None else dtype
+        if not isinstance(array, np.ndarray):
+            if array.dtype == self._dtypes[kind] and (array.ndim != 2 or 1 in strides_of(array)):
+                return array
+            _log.info(
+                "an array %s of %s on the device is copied once: the kernels read %s in rows without gaps",
+                *(tuple(array.shape), array.dtype, np.dtype(self._dtypes[kind])),
+            )
         if array.ndim != 2:
             there = self.allocate(array.size, kind)
         else:
@@ -74,7 +96,7 @@ class CupyBackend:
         np.copyto(out, host)
         return out
 
-    def copy_into(self, destination: Array, source: np.ndarray[Any, Any]) -> None:
+    def copy_into(self, destination: Array, source: np.ndarray[Any, Any] | Array) -> None:
         """See ``contract.Backend``."""
         if destination.size:
             self._device.copy_into(destination, source)

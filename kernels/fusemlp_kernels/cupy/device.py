@@ -25,6 +25,8 @@ ALIGNMENT_BYTES = 256
 THREADS = 256
 # What a launch can have of blocks, and cuBLAS of rows, columns and elements between them.
 LARGEST = 2**31 - 1
+# dlpack.h: kDLCUDA, kDLCUDAManaged
+DLPACK_DEVICES = (2, 13)
 COMPUTE = {"fp32": np.float32, "tf32": np.float32, "fp16": np.float16}
 INT64, FLOAT32, FLOAT64 = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64)
 
@@ -175,8 +177,12 @@ class Device:
             self.copy_into(out, words)
         return out
 
-    def copy_into(self, destination: Array, source: np.ndarray[Any, Any]) -> None:
-        """Write a host array into a device array of as many elements, in its type."""
+    def copy_into(self, destination: Array, source: np.ndarray[Any, Any] | Array) -> None:
+        """Write an array of the host or of this card into a device array of as many elements, in its type."""
+        if isinstance(source, cupy.ndarray):
+            with self._card:
+                destination[...] = source.reshape(destination.shape)
+            return
         # what is too large for float16 becomes infinite in silence, as on the card
         with np.errstate(over="ignore", invalid="ignore"):
             host = np.ascontiguousarray(source, destination.dtype).reshape(destination.shape)
@@ -188,6 +194,21 @@ class Device:
         with self._card:
             host: np.ndarray[Any, Any] = cupy.asnumpy(array)
         return host
+
+    def adopt(self, array: Any) -> Array | None:
+        """An array on this card, of any library that shares its memory, without a copy; None for all others."""
+        if getattr(array, "requires_grad", False) is True:
+            # torch shares no memory that a gradient is to be told of
+            array = array.detach()
+        if isinstance(array, cupy.ndarray):
+            there = array
+        elif hasattr(array, "__cuda_array_interface__"):
+            there = cupy.asarray(array)
+        elif hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in DLPACK_DEVICES:
+            there = cupy.from_dlpack(array)
+        else:
+            return None
+        return there if there.device.id == self.index and there.dtype.kind in "fiub" else None
 
     def adopted(self, op: str, name: str, array: Any) -> Array:
         """An array of CuPy, or of any library that shares its memory on the card, without a copy."""

@@ -105,6 +105,27 @@ class ndarray:
         else:
             raise Misuse(f"cupy.ndarray: the stand-in assigns numbers and arrays of CuPy, got {type(value).__name__}")
 
+    def min(self) -> ndarray:
+        return self._reduced(np.min)
+
+    def max(self) -> ndarray:
+        return self._reduced(np.max)
+
+    def _reduced(self, function: Any) -> ndarray:
+        out = ndarray((), self.dtype)
+        streams.start(lambda: _assign(out, function(host_of(self))))
+        return out
+
+    def reshape(self, *shape: Any) -> ndarray:
+        """A view where the strides allow one, else a copy, as CuPy has it."""
+        host = host_of(self)
+        wanted = host.reshape(*shape)
+        if self.size and np.shares_memory(wanted, host):
+            return ndarray(wanted.shape, self.dtype, self.data, wanted.strides)
+        out = ndarray(wanted.shape, self.dtype)
+        streams.start(lambda: _assign(out, host_of(self).reshape(out.shape)))
+        return out
+
     def fill(self, value: float) -> None:
         self[...] = value
 
