@@ -19,6 +19,7 @@ from sklearn.svm import SVC
 
 from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.sharing import SharedFits
+from fusemlp.sklearn.side_by_side import SideBySide
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -227,6 +228,22 @@ def test_targets_that_no_fold_can_be_trained_on_are_marked():
         fleet, plain = both(FleetSearchCV, model, {"loss": ["poisson", "huber"]}, cv=folds, data=(SCALED, y))
     assert_same(fleet, plain)
     assert np.isnan(fleet.cv_results_["split1_test_score"]).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("backends", "at_once"), [(["numpy"], 4), (["numpy", "triton"], 1), (["triton"], 1)], ids=["CPU", "both", "GPU"]
+)
+def test_models_on_a_gpu_take_turns(backends, at_once, monkeypatch):
+    seen = []
+
+    def configured(self, *arguments, **options):
+        seen.append(self.effective_n_jobs(4))
+        raise KeyError("far enough")
+
+    monkeypatch.setattr(SideBySide, "configure", configured)
+    with pytest.raises(KeyError, match="far enough"):
+        FleetSearchCV(CLASSIFIER, {"backend": backends}, n_jobs=4).fit(SCALED, Y)
+    assert seen == [at_once]
 
 
 def test_an_error_that_is_raised_ends_the_other_fits_too():

@@ -39,12 +39,12 @@ class _FleetSearch(BaseSearchCV):
         spaces = _spaces(getattr(self, self._space))
         _check(self._space, getattr(self, self._space), given, self._plain)
         # on a GPU the models have one device in common
-        jobs = -1 if _on_cpu(given, spaces) else 1
+        threads = SideBySide(get_config(), alone=not _on_cpu(given, spaces))
         sharing = clone(given).set_params(memory=SharedFits()) if _shares(given, spaces) else None
         if sharing is not None:
             self.estimator = sharing
         try:
-            with joblib.parallel_backend(SideBySide(get_config()), n_jobs=jobs):
+            with joblib.parallel_backend(threads, n_jobs=-1):
                 super().fit(X, y, **params)
         finally:
             self.estimator = given
@@ -70,7 +70,7 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
     MLPClassifier or MLPRegressor of ``fusemlp.sklearn``, alone or as the last step of a ``Pipeline``; the steps before
     it are fitted once for each fold and each choice of their own parameters, unless the pipeline has a ``memory``.
     ``param_grid``: a mapping from names to values, or a list of mappings; an empty mapping is one candidate, the
-    estimator as it is. ``n_jobs``: None for one model a core, or how many train at once.
+    estimator as it is. ``n_jobs``: None for one model a core, or how many train at once; on a GPU it is always one.
 
     A model ends with the same bits as one that is fitted alone with BLAS on one thread. One that cannot be fitted, or
     whose parameters are no longer finite, gets ``error_score`` with a FitFailedWarning. A thread holds the rows of the

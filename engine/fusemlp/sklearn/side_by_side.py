@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -28,10 +29,15 @@ class SideBySide(ThreadingBackend):
     that are under way end after their batches.
     """
 
-    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+    def __init__(self, config: dict[str, Any], *, alone: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self._config = config
+        self._alone = alone
         self._event = threading.Event()
+
+    def effective_n_jobs(self, n_jobs: Any) -> int:
+        """How many tasks run at once; ``alone``: one, whatever is asked for."""
+        return min(int(super().effective_n_jobs(n_jobs)), 1 if self._alone else sys.maxsize)
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         """Start a batch of tasks."""
