@@ -81,7 +81,7 @@ def draw_networks(lines: Sequence[Record]) -> Figure | None:
     plain_ticks(axes.xaxis)
     axes.grid(True, axis="x", which="both", color="#E3E3E3", linewidth=0.6)
     legend(axes, looks, lines, skip=("engine",))
-    title(figure, axes, networks_finding(cases), lines)
+    title(figure, networks_finding(cases), lines)
     return figure
 
 
@@ -136,7 +136,7 @@ def draw_fleets(lines: Sequence[Record]) -> Figure | None:
     axes.set_xlabel(f"models trained at once, each {case_label({**lines[0], 'models': None})}")
     axes.set_ylabel("microseconds a step of one model (log scale)")
     legend(axes, looks, lines)
-    title(figure, axes, fleets_finding(lines), lines)
+    title(figure, fleets_finding(lines), lines)
     return figure
 
 
@@ -181,7 +181,7 @@ def draw_first_epochs(lines: Sequence[Record]) -> Figure | None:
     text = f"{labels[slowest]} needs {duration(1e6 * statistics.median(waits[slowest]))} before its first epoch is done"
     if own is not None and slowest != "engine":
         text += f", fusemlp {duration(1e6 * statistics.median(own))}"
-    title(figure, axes, f"{text}\n(median of {len(by_case(lines))} networks, compilation included)", lines)
+    title(figure, f"{text}\n(median of {len(by_case(lines))} networks, compilation included)", lines, "one run each")
     return figure
 
 
@@ -245,10 +245,11 @@ def legend(axes: Axes, looks: dict[str, tuple[str, str]], lines: Sequence[Record
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
-def title(figure: Figure, axes: Axes, text: str, lines: Sequence[Record]) -> None:
-    """The finding above, the machine below."""
+def title(figure: Figure, text: str, lines: Sequence[Record], how: str = "") -> None:
+    """The finding above, the machine below, with how often it was measured."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=13, fontweight="bold")
     line = lines[0]
     rounds = sorted({one["rounds"] for one in lines})
-    small = f"{where(line)}; {line['date'][:10]}; medians of {' or '.join(map(str, rounds))} interleaved rounds"
+    how = how or f"medians of {' or '.join(map(str, rounds))} interleaved rounds"
+    small = f"{where(line)}; {line['date'][:10]}; {how}"
     figure.supxlabel(small, x=0.01, ha="left", fontsize=8, color="#555555")

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.hardware import THREAD_VARIABLES, card, commit, load_average, machine, settings
 from bench.measure import ABSENT, FAILED, PAUSE_SECONDS, REFUSED, TIMED, UNSUITED, Result
+from bench.oracle import FEW_ROWS, MOST_FLOPS
 from bench.peers import EPS, PEERS, reference_of
 
 __all__ = ["RESULTS", "THREAD_VARIABLES", "Record", "machine", "markdown", "read", "records", "write"]
@@ -253,9 +254,11 @@ def _agreement(measured: Sequence[Record]) -> str:
             f"most {most:.0e} of what the epoch gained."
         )
     most = max(one["difference_of_tolerance"] for one in measured)
+    large = any(one["flops"] > MOST_FLOPS for one in measured)
+    small = f" (where a step is more than {MOST_FLOPS:.0e} operations, on {FEW_ROWS} rows)" if large else ""
     return (
         "Each was timed only after its losses over 20 steps, from the same parameters and batches, were those of the "
-        f"float64 oracle: the largest difference is {most:.2f} of what rounding allows."
+        f"float64 oracle{small}: the largest difference is {most:.2f} of what rounding allows."
     )
 
 

@@ -41,7 +41,13 @@ def lines(seed: int, *, own: float = 1.0, machine: float = 1.0, rounds: int = 11
             found.append(
                 {
                     **{"case": name, "sizes": list(case.sizes), "batch_size": case.batch_size},
-                    **{"optimizer": case.optimizer, "models": case.models, "peer": peer, "label": peer.upper()},
+                    **{
+                        "optimizer": case.optimizer,
+                        "models": case.models,
+                        "flops": case.flops,
+                        "peer": peer,
+                        "label": peer.upper(),
+                    },
                     **{"status": "timed", "reason": "", "rounds": rounds, "every_round": list(every)},
                     "microseconds": dict(zip(("p20", "p50", "p80"), spread, strict=True)),
                     "ratio": dict(zip(("p20", "p50", "p80"), ratio, strict=True)),
