@@ -114,7 +114,7 @@ def measure(
                 seconds[name].append(workers[name].ask("turn", results[name].epochs))
             except WorkerError as error:
                 del seconds[name]
-                results[name] = replace(results[name], status=FAILED, reason=_last_line(error))
+                results[name] = replace(results[name], status=FAILED, reason=error.brief)
         progress(f"{case.name}: round {turn + 1} of {repeats}")
     return [replace(result, seconds=tuple(seconds.get(name, ()))) for name, result in results.items()]
 
@@ -128,12 +128,8 @@ def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds:
             return Result(case, name, REFUSED, verdict.reason or "", loaded=loaded, verdict=verdict)
         epochs = worker.ask("epochs_in", turn_seconds)
     except WorkerError as error:
-        return Result(case, name, FAILED, _last_line(error))
+        return Result(case, name, FAILED, error.brief)
     return Result(case, name, TIMED, epochs=epochs, loaded=loaded, verdict=verdict)
-
-
-def _last_line(error: WorkerError) -> str:
-    return str(error).strip().splitlines()[-1]
 
 
 @contextlib.contextmanager

@@ -33,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time a training step of fusemlp and of other libraries, side by side, after making sure that they "
-        "compute the same. The tables go to stdout, progress to stderr, the figures with machine and versions to a "
-        "file of JSON lines, pictures beside it. What is not installed is listed with how to get it: "
-        "pip install 'fusemlp[bench]' brings most.",
+        description="Time a training step of fusemlp and of other libraries, side by side, after making sure\n"
+        "that they compute the same. The tables go to stdout, progress to stderr, the figures with\n"
+        "machine and versions to a file of JSON lines, pictures beside it. What is not installed is\n"
+        "listed with how to get it: pip install 'fusemlp[bench]' brings most.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

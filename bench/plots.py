@@ -115,9 +115,9 @@ def networks_finding(cases: dict[str, dict[str, Record]]) -> str:
 
 
 def draw_fleets(lines: Sequence[Record]) -> Figure | None:
-    """A model's step against how many train at once; None for fewer than two numbers of models."""
+    """A model's step against how many train at once; None without two numbers of models, or without the fleet."""
     numbers = sorted({line["models"] for line in lines})
-    if len(numbers) < 2:
+    if len(numbers) < 2 or all(line["peer"] != "fleet" for line in lines):
         return None
     figure, axes = blank(9.5, 5.6)
     looks = looks_of(lines)
@@ -142,7 +142,7 @@ def draw_fleets(lines: Sequence[Record]) -> Figure | None:
 
 def fleets_finding(lines: Sequence[Record]) -> str:
     """How far the fleet is ahead of each library, or behind it, where most models train."""
-    most = max(line["models"] for line in lines if line["peer"] == "fleet") if lines else 0
+    most = max(line["models"] for line in lines if line["peer"] == "fleet")
     found = {line["peer"]: line for line in lines if line["models"] == most}
     others = sorted((line for line in found.values() if not is_reference(line)), key=lambda line: -line["ratio"]["p50"])
     text = f"{most:,} models at once take fusemlp {microseconds(found['fleet']['microseconds']['p50'])} us a step each"

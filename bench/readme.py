@@ -1,8 +1,8 @@
 """The measured tables of README.md, from committed results: ``python -m bench readme``.
 
-A table stands between ``<!-- bench FILE.jsonl -->`` and ``<!-- /bench -->``, FILE being in bench/results. The command
-writes it anew; with files it puts them in the place of those named there. ``--check`` changes nothing and says whether
-the tables agree with the results.
+A table stands between ``<!-- bench FILE.jsonl -->`` and ``<!-- /bench -->``, FILE being in bench/results, of
+``python -m bench`` or of a door. The command writes it anew; given a file, it puts that in the place of the one of its
+kind. ``--check`` changes nothing and says whether the tables agree with the results.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import doors
 from bench.cases import CASES
 from bench.hardware import ROOT
 from bench.report import RESULTS, case_label, markdown, read
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def written(text: str, file: Path | None = None) -> str:
-    """The text with its tables made from the results, or from those of ``file`` in place of all.
+    """The text with its tables made from the results, those of ``file`` in the place of others of their kind.
 
     Raises ValueError if there is no marked table, or ``file`` is not in bench/results; OSError for results that cannot
     be read.
@@ -68,15 +69,24 @@ def written(text: str, file: Path | None = None) -> str:
         raise ValueError(f"{file}: expected a file in {RESULTS}, which is committed with the README")
 
     def table(found: re.Match[str]) -> str:
-        name = found["file"] if file is None else file.name
+        name = found["file"]
+        if file is not None and kind(RESULTS / name) == kind(file):
+            name = file.name
         return f"<!-- bench {name} -->\n{section(RESULTS / name)}\n"
 
     return MARKED.sub(table, text)
 
 
+def kind(path: Path) -> str:
+    """What was measured: "" by ``python -m bench``, else the name of the door."""
+    return str(read(path)[0].get("door", "")) if path.is_file() else ""
+
+
 def section(path: Path) -> str:
     """The tables of some results, and what of the cases no card has been measured on."""
     lines = read(path)
+    if "door" in lines[0]:
+        return doors.table(lines)
     if any(line.get("card") for line in lines):
         return markdown(lines)
     rows = ["the networks above", *(case_label(vars(case)) for case in CASES.values() if case.gpu_only)]

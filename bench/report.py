@@ -121,7 +121,9 @@ def default_path() -> Path:
 
 def newest() -> Path | None:
     """The last comparison in ``bench/results``, or None."""
-    return max((path for path in RESULTS.glob("*.jsonl") if "peer" in path.open().readline()), default=None)
+    return max(
+        (path for path in RESULTS.glob("*.jsonl") if '"peer":' in path.open(encoding="utf-8").readline()), default=None
+    )
 
 
 def timed(lines: Sequence[Record]) -> list[Record]:

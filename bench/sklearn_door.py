@@ -6,19 +6,20 @@ the scores are compared before anything is said of the times.
 
 from __future__ import annotations
 
-import argparse
-import os
+import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import sklearn.neural_network as theirs
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 
 import fusemlp.sklearn as ours
-from bench.measure import PAUSE_SECONDS, spread
+from bench.doors import finish, line, parser
+from bench.measure import PAUSE_SECONDS
+from bench.report import Record
 
 # name, class, options
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -35,7 +36,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-def compare(name: str, kind: str, options: dict[str, Any], *, rounds: int) -> str:
+def compare(name: str, kind: str, options: dict[str, Any], *, rounds: int) -> Record:
     """A row of the table."""
     X, y = load_digits(return_X_y=True)
     X, y = X / 16.0, y if kind == "MLPClassifier" else y.astype(float)
@@ -51,28 +52,18 @@ def compare(name: str, kind: str, options: dict[str, Any], *, rounds: int) -> st
             scores[place] = model.score(X, y)
     if abs(scores[0] - scores[1]) > 0.01:
         raise RuntimeError(f"{name}: scores {scores[0]:.4f} and {scores[1]:.4f}: these are not the same model")
-    ratio = spread([a / b for a, b in zip(*seconds, strict=True)])
-    own = [float(np.median(one)) * 1e3 for one in seconds]
-    return (
-        f"| {name} | {own[0]:,.0f} ms | {own[1]:,.0f} ms | **{ratio.p50:.2f}** ({ratio.p20:.2f} to {ratio.p80:.2f}) |"
-    )
+    return line(name, *seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.sklearn_door", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="how often each fits (default 7)")
-    rounds = parser.parse_args().rounds
-    if rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {rounds}")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the lines, print the table."""
+    options = parser("sklearn_door", (__doc__ or "").partition("\n")[0], 7).parse_args(arguments)
     warnings.simplefilter("ignore", ConvergenceWarning)
-    print("| network, batch, solver | scikit-learn | fusemlp.sklearn | ratio |\n|---|---|---|---|")
-    for name, kind, options in CASES:
-        print(compare(name, kind, options, rounds=rounds), flush=True)
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    print(
-        f"\nA whole fit, in turn; medians of {rounds} rounds, the ratio's 20th to 80th percentile. Threads: {threads}"
-    )
+    lines = [compare(name, kind, given, rounds=options.rounds) for name, kind, given in CASES]
+    headers = ("network, batch, solver", "scikit-learn", "fusemlp.sklearn")
+    finish("sklearn_door", headers, ("sklearn",), lines, options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

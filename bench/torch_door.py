@@ -8,18 +8,20 @@ same updates: their losses are compared after the first round.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.measure import AGREEMENT, PAUSE_SECONDS, spread
+from bench.doors import finish, line, parser
+from bench.measure import AGREEMENT, PAUSE_SECONDS
+from bench.options import count
+from bench.report import Record
 from fusemlp.torch import fuse
 
 CASES = (((784, 128, 10), 64), ((64, 32, 10), 32))
@@ -52,7 +54,7 @@ def batches(width: int, classes: int, rows: int, count: int) -> list[tuple[Tenso
     return [(x, (x @ teacher).argmax(dim=1)) for x in drawn]
 
 
-def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int) -> str:
+def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int) -> Record:
     """A row of the table."""
     torch.manual_seed(0)
     layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
@@ -82,28 +84,23 @@ def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps:
                 seconds[which].append(float(np.median(taken)))
         if turn == 0 and not abs(losses[0] - losses[1]) <= AGREEMENT * abs(losses[0]):
             raise RuntimeError(f"{sizes}, {name}: after {steps} steps the losses are {losses[0]} and {losses[1]}")
-    eager, fused = (spread([1e6 * s for s in one]) for one in seconds)
-    ratio = spread([a / b for a, b in zip(*seconds, strict=True)])
-    label = f"{'-'.join(map(str, sizes))}@{rows}, {name}"
-    return (
-        f"| {label} | {eager.p50:.0f} us | {fused.p50:.0f} us | {ratio.p50:.1f} ({ratio.p20:.1f} to {ratio.p80:.1f}) |"
-    )
+    return line(f"{'-'.join(map(str, sizes))}@{rows}, {name}", *seconds)
 
 
-def main() -> None:
-    """Print the circumstances and the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.torch_door", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default 15)")
-    parser.add_argument("--steps", type=int, default=100, help="steps of a turn (default 100)")
-    options = parser.parse_args()
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE")}
-    print(f"PyTorch {torch.__version__}, NumPy {np.__version__}, {torch.get_num_threads()} torch threads, {threads}")
-    print(f"{options.rounds} rounds of {options.steps} steps; medians, and of the ratio the 20th to 80th percentile")
-    print("| network@batch, optimizer | eager | fused | ratio |\n|---|---|---|---|")
-    for sizes, rows in CASES:
-        for name in OPTIMIZERS:
-            print(compare(sizes, rows, name, rounds=options.rounds, steps=options.steps), flush=True)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the lines, print the table."""
+    made = parser("torch_door", (__doc__ or "").partition("\n")[0], 15)
+    made.add_argument("--steps", type=count, default=100, metavar="N", help="steps of a turn (default: %(default)s)")
+    options = made.parse_args(arguments)
+    lines = [
+        compare(sizes, rows, name, rounds=options.rounds, steps=options.steps)
+        for sizes, rows in CASES
+        for name in OPTIMIZERS
+    ]
+    headers = ("network@batch, optimizer", "eager PyTorch", "fused")
+    finish("torch_door", headers, ("torch",), lines, options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

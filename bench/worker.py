@@ -33,7 +33,11 @@ class Loaded:
 
 
 class WorkerError(RuntimeError):
-    """Something was raised inside a worker; the message is its traceback."""
+    """Something was raised inside a worker; the message is its traceback, ``brief`` what it says at its end."""
+
+    def __init__(self, message: str, brief: str) -> None:
+        super().__init__(message)
+        self.brief = brief
 
 
 class _Served:
@@ -103,8 +107,9 @@ def _serve(connection: Connection, peer: str) -> None:
             return
         try:
             answer = (True, getattr(served, method)(*arguments))
-        except Exception:
-            answer = (False, traceback.format_exc())
+        except Exception as error:
+            brief = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+            answer = (False, (brief, traceback.format_exc()))
         connection.send(answer)
 
 
@@ -141,9 +146,10 @@ class Worker:
             self._connection.send((method, arguments))
             good, result = self._connection.recv()
         except (EOFError, OSError):
-            raise WorkerError(f"the process of {self.peer} ended while it was asked to {method}") from None
+            message = f"the process of {self.peer} ended while it was asked to {method}"
+            raise WorkerError(message, message) from None
         if not good:
-            raise WorkerError(f"{self.peer} failed to {method}:\n{result}")
+            raise WorkerError(f"{self.peer} failed to {method}:\n{result[1]}", result[0])
         return result
 
 

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import compare, plots, readme, report
+from bench import compare, doors, plots, readme, report
 from bench.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +157,24 @@ def test_the_readme_is_written_from_other_results(
     assert "some processor" in text and "| 784-10-10, 32 |" in text
     assert readme.main(["--check"]) == 0
     assert readme.main([str(ROOT / "README.md")]) == 2
+
+
+def test_a_door_has_its_table_in_the_readme_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    row = doors.line("64-32-10@32, SGD", [3e-4, 4e-4, 5e-4], [1e-4, 1e-4, 1e-4])
+    path = tmp_path / "door.jsonl"
+    doors.finish("torch_door", ("network", "eager", "fused"), ("sklearn",), [row], path)
+    printed = capsys.readouterr().out
+    assert "| 64-32-10@32, SGD | 400 us | 100 us | **4.00** (3.40 to 4.60) |" in printed
+    other = written(tmp_path / "steps.jsonl", lines(0))
+    before = "<!-- bench old-door.jsonl -->\n<!-- /bench -->\n<!-- bench steps.jsonl -->\n<!-- /bench -->\n"
+    written(tmp_path / "old-door.jsonl", [{**json.loads(path.read_text()), "label": "old"}])
+    after = readme.written(before, path)
+    assert f"<!-- bench door.jsonl -->\n{printed}<!-- /bench -->" in after
+    assert "<!-- bench steps.jsonl -->\n| network, batch |" in after
+    assert "<!-- bench old-door.jsonl -->" in readme.written(before, Path(other))
 
 
 def test_fusemlp_bench_is_the_benchmark_of_the_checkout(tmp_path: Path) -> None:

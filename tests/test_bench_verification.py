@@ -192,6 +192,22 @@ def test_a_large_step_is_checked_on_small_batches_and_once_as_it_is(monkeypatch:
         assert judge.verdict("engine", losses, None).step == 2
 
 
+def test_scikit_learn_is_checked_on_batches_that_lack_a_class() -> None:
+    case = cases.Case((6, 5, 40), batch_size=16, steps=4)
+    judge = verification.Judge(case)
+    verdict = judge.verdict("sklearn_mlp", *verification.trajectories("sklearn_mlp", case, judge.data))
+    assert verdict.agrees, verdict.reason
+
+
+def test_a_contender_that_raises_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(SMALL["sgd"], activation="no such name")
+    monkeypatch.setattr(measure, "Judge", lambda case: None)
+    with measure.started(["engine"], [case]) as workers:
+        (found,) = measure.measure(case, workers, repeats=2, progress=lambda text: None, pause=0.0)
+    assert found.status == "failed"
+    assert found.reason.startswith("ArgumentError: activation: unknown name 'no such name'")
+
+
 def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its place in the results says why; the others are timed."""
     case = SMALL["sgd"]

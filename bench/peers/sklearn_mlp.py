@@ -31,7 +31,6 @@ class SklearnTrainer:
             tol=0.0,
             n_iter_no_change=np.inf,
             early_stopping=False,
-            warm_start=True,
         )
         size = case.batch_size
         self.model.partial_fit(data.X[:size], data.y[:size], classes=np.arange(case.sizes[-1]))
@@ -50,15 +49,16 @@ class SklearnTrainer:
     def losses(self, order: Array) -> Array:
         # fit says only an epoch's loss; the same steps one by one say each, and the parameters are left to fit
         X, y = self.data.X[order], self.data.y[order]
-        # with warm_start each batch would have to hold every class
+        # with warm_start each batch would have to hold every class, and so would all of them for fit
         self.model.set_params(shuffle=False, warm_start=False)
         losses = []
         for start in range(0, len(order), self.case.batch_size):
             batch = slice(start, start + self.case.batch_size)
             self.model.partial_fit(X[batch], y[batch])
             losses.append(self.model.loss_)
-        self.reset()
-        self._fit(X, y, 1, shuffle=False)
+        if len(np.unique(y)) == self.case.sizes[-1]:
+            self.reset()
+            self._fit(X, y, 1, shuffle=False)
         return np.array(losses)
 
     def _fit(self, X: Array, y: Array, epochs: int, *, shuffle: bool) -> None:

@@ -1,0 +1,66 @@
+"""What ``bench.torch_door`` and ``bench.sklearn_door`` have in common: options, lines and table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.measure import spread
+from bench.options import count
+from bench.peers import version_of
+from bench.report import RESULTS, Record, circumstances, where, write
+
+
+def parser(door: str, description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options of a door's measurement."""
+    made = argparse.ArgumentParser(prog=f"python -m bench.{door}", description=description)
+    made.add_argument("--rounds", type=count, default=rounds, metavar="N", help="turns of each (default: %(default)s)")
+    made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
+    return made
+
+
+def line(label: str, theirs: Sequence[float], ours: Sequence[float]) -> Record:
+    """A row: the seconds of both sides, one a round."""
+    return {"label": label, "theirs": [1e6 * s for s in theirs], "ours": [1e6 * s for s in ours]}
+
+
+def finish(
+    door: str, headers: Sequence[str], packages: Sequence[str], lines: Iterable[Record], out: Path | None
+) -> None:
+    """Write the lines with the circumstances, print the table."""
+    common = circumstances({}, {})
+    common["versions"] |= {package: version_of(package) for package in ("fusemlp", *packages)}
+    full = [{"door": door, "headers": list(headers), **one, **common} for one in lines]
+    path = out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{door.replace('_', '-')}.jsonl"
+    write(full, path)
+    print(table(full))
+    print(f"bench: figures in {path}", file=sys.stderr)
+
+
+def table(lines: Sequence[Record]) -> str:
+    """In Markdown, with machine, versions and settings below; a ratio above 1 means that fusemlp is quicker."""
+    first = lines[0]
+    rows = ["| " + " | ".join([*first["headers"], "ratio"]) + " |", "|---|---:|---:|---:|"]
+    for one in lines:
+        theirs, ours = (spread(one[side]).p50 for side in ("theirs", "ours"))
+        ratio = spread([a / b for a, b in zip(one["theirs"], one["ours"], strict=True)])
+        rows.append(
+            f"| {one['label']} | {duration(theirs)} | {duration(ours)} | **{ratio.p50:.2f}** "
+            f"({ratio.p20:.2f} to {ratio.p80:.2f}) |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    settings = "; ".join(f"{name}={value}" for name, value in first["variables"].items()) or "none"
+    caption = (
+        f"In turn in one process: medians of {len(first['ours'])} rounds, of the ratio the 20th to 80th percentile. "
+        f"{where(first)}; {versions}; settings: {settings}; {first['date'][:10]}, commit {first['commit']}. Again with "
+        f"`python -m bench.{first['door']}`."
+    )
+    return "\n".join([*rows, "", caption])
+
+
+def duration(value: float) -> str:
+    """Microseconds, or milliseconds where they are many."""
+    return f"{value:,.0f} us" if value < 10_000 else f"{value / 1e3:,.0f} ms"
