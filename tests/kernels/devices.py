@@ -297,6 +297,7 @@ CUPY_GPU = Device(
     tensor_cores=True,
 )
 DEVICES = (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)
+WITHOUT_A_CARD = (NUMPY, INTERPRETER, STAND_IN)
 
 
 @contextlib.contextmanager
@@ -331,6 +332,7 @@ __all__ = [
     "NUMPY",
     "STAND_IN",
     "VARIANT_PARAMETERS",
+    "WITHOUT_A_CARD",
     "Device",
     "Variant",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from devices import DEVICE_PARAMETERS
+from devices import DEVICE_PARAMETERS, WITHOUT_A_CARD
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
@@ -45,6 +45,9 @@ def contract_test(**arguments):
 
                 cases()
             record_property(f"line: contract cases, {device.name}", ran)
+            if device in WITHOUT_A_CARD:
+                # each is of all precisions of the device
+                record_property(f"line: contract tests that all three have in fp32, {device.name}", 1)
 
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(on_device, name, getattr(test, name))
