@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -121,6 +120,9 @@ def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path):
+    # not on Windows, where no kernel is compiled for the CPU and all tests import this module
+    import fcntl
+
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
