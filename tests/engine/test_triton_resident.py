@@ -31,7 +31,7 @@ from fusemlp_kernels.registry import TRAITS, interprets_triton
 Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.skipif(not interprets_triton(), reason="for Triton's interpreter: TRITON_INTERPRET=1")
 
-ROWS, WIDTH, CLASSES, BATCH = 19, 5, 3, 8
+ROWS, WIDTH, CLASSES, BATCH = 13, 5, 3, 8
 rng = np.random.default_rng(2)
 X = rng.standard_normal((ROWS, WIDTH))
 y = (X @ rng.standard_normal((WIDTH, CLASSES))).argmax(axis=1)
@@ -116,22 +116,20 @@ def test_every_step_of_a_fit_is_the_oracles_and_one_launch_an_epoch_has_the_same
         engine = Engine(net, loss, Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan="resident")
         engine.fit(X, y, epochs=2, sample_weight=WEIGHT, callbacks=callbacks)
         fitted.append(engine)
-        assert not callbacks or callbacks[0].checked == 6
+        assert not callbacks or callbacks[0].checked == 4
     same(*fitted)
 
 
 def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     vary = [
         {"lr": 0.05},
-        {"hidden": [4, 6], "seed": 2},
-        {"seed": 3, "dropout": 0.4, "label_smoothing": 0.1},
-        {"betas": (0.5, 0.9), "weight_decay": 0.1},
-        {"hidden": [4, 6], "lr": 0.5},
+        {"hidden": [4], "lr": 3.0, "seed": 2},
+        {"seed": 3, "dropout": 0.4, "label_smoothing": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.1},
     ]
     data: dict[str, Any] = {"epochs": 3, "validation_data": (X[:7], y[:7]), "early_stopping": 1}
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary=vary)
     groups = fleet._grouped(dict(enumerate(fleet.engines)))
-    assert [len(places) for _, places in groups] == [3, 2]
+    assert [len(places) for _, places in groups] == [2, 1]
     results = fleet.fit(X, y, sample_weight=WEIGHT, **data)
     for index, one in enumerate(fleet.candidates):
         engine = Engine(one.net, one.loss, one.optimizer, BATCH, one.seed, backend="triton", plan="resident")
@@ -147,12 +145,12 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     alone.fit(X, y, epochs=1)
     alone.step(X[:3], y[:3])
     after = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
 def test_folds_of_different_lengths_and_a_model_that_diverges() -> None:
-    folds = [np.arange(0, 17), np.arange(5, 19), np.arange(2, 8)]
-    held_out = [np.arange(17, 19), np.arange(5), np.arange(8, 19)]
+    folds = [np.arange(11), np.arange(3, 13), np.arange(2, 8)]
+    held_out = [np.arange(11, 13), np.arange(3), np.arange(8, 13)]
     vary = [{"lr": 0.1}, {"lr": 1e30}, {"lr": 0.1}]
     fleet = Fleet(NET, optimizer=SGD(), batch_size=BATCH, backend="triton", plan="resident", vary=vary)
     results = fleet.fit(X, y, epochs=2, rows=folds, validation_rows=held_out)

@@ -306,7 +306,7 @@ def varied(model: Model, count: int) -> list[Model]:
         models.append(
             replace(
                 model, rule=rule, loss=loss, seed=model.seed + index, rate=model.rate * (1.0 - index / (2.0 * count)),
-                decay=model.decay * (1.0 + index), slope=model.slope * (1.0 + 0.1 * index), rows=model.rows - index % 4,
+                decay=model.decay * (1.0 + index), slope=model.slope * (1.0 + 0.1 * index), rows=model.rows - index % 3,
             )
         )  # fmt: skip
     return models

@@ -78,9 +78,11 @@ def test_the_cases_have_every_loss_optimizer_activation_and_schedule():
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_steps_of_each_model_are_the_oracles(variant, number):
     shape, model = case(number)
+    if variant.device is INTERPRETER:
+        # the second batch is short; in 16 bits only the products and the shadow differ
+        model = replace(model, rows=9)
     fleet = Fleet(variant, shape, varied(model, 3 if variant.precision == "fp32" else 1))
-    # the third batch is short, or the first of the next epoch
-    for _ in range(3):
+    for _ in range(2 if variant.device is INTERPRETER else 4):
         steps = [Oracle(fleet, index) for index in range(len(fleet.models))]
         fleet.run([1] * len(steps))
         for step in steps:
@@ -101,26 +103,24 @@ def test_seventeen_models_with_numbers_of_their_own(variant):
 
 
 @pytest.mark.parametrize("variant", FIRST)
-@pytest.mark.parametrize("number", [1, 8], ids=["in the epilogue", "through memory"])
-def test_a_number_changes_its_own_model_alone(variant, number):
-    """The seed of the masks, the rates, the betas, weight decay: what each is worth to a model."""
-    shape, model = case(number)
-    plain = Fleet(variant, shape, [model] * 6)
+def test_a_number_changes_its_own_model_alone(variant):
+    """The learning rate, momentum, weight decay, the rate of the masks: what each is worth to a model."""
+    shape, model = case(1)
     rule = model.rule
     changed = [
         replace(model, rule=replace(rule, schedule=replace(rule.schedule, base=0.07))),
-        replace(model, rule=replace(rule, momentum=0.5) if rule.kind == "sgd" else replace(rule, beta1=0.5)),
+        replace(model, rule=replace(rule, momentum=0.5)),
         replace(model, decay=0.2),
         replace(model, rate=0.6),
         replace(model, lr_factor=2.0),
+        replace(model, loss=replace(model.loss, label_smoothing=0.3)),
     ]
-    fleet = Fleet(variant, shape, [model, *changed])
-    # the same rows and first parameters: only the masks have the seed of the model
-    for one in (plain, fleet):
-        one.run([2] * 6)
-    assert plain.params[0].tobytes() == fleet.params[0].tobytes()
-    different = [row.tobytes() for row in fleet.params]
-    assert len(set(different)) == 6 and len({row.tobytes() for row in plain.params}) == 1
+    alone, fleet = Fleet(variant, shape, [model]), Fleet(variant, shape, [model, *changed])
+    # the same rows and first parameters
+    alone.run([2])
+    fleet.run([2] * 7)
+    assert alone.params[0].tobytes() == fleet.params[0].tobytes()
+    assert len({row.tobytes() for row in fleet.params}) == 7
 
 
 @pytest.mark.parametrize("variant", FIRST)
@@ -129,14 +129,14 @@ def test_launches_cut_in_chunks_and_models_alone_give_the_same_bits(variant, num
     shape, model = case(number)
     models = varied(model, 3)
     whole, cut = Fleet(variant, shape, models), Fleet(variant, shape, models)
-    whole.run([5, 5, 5])
-    for steps in ([2, 1, 0], [0, 0, 3], [3, 4, 2]):
+    whole.run([3, 3, 3])
+    for steps in ([2, 1, 0], [0, 0, 2], [1, 2, 1]):
         cut.run(steps)
     found = whole.everything()
     for name, array in cut.everything().items():
         assert array.tobytes() == found[name].tobytes(), name
     one = Fleet(variant, shape, models[1:2], "train_resident")
-    one.run(5)
+    one.run(3)
     for name in ("params", "stats", "hyper"):
         assert found[name][1].tobytes() == one.everything()[name][0].tobytes(), name
 
@@ -198,3 +198,53 @@ def test_what_does_not_go_together_says_so(variant, said):
         variant.bind("train_fleet", **{**fleet.operands(), **WRONG[said](fleet.operands())})
     with pytest.raises(ArgumentError, match="steps of each of 2 models"):
         fleet.run([1])
+
+
+class Phases:
+    """What a program's loads and stores touch between two barriers, seen in Triton's interpreter.
+
+    An element that is written is written once, and read at most once, before: by what updates it. Two threads that
+    touched it otherwise would race.
+    """
+
+    def __init__(self, monkeypatch):
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.count, self.read, self.written, self.wrong = 0, {}, set(), []
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def loads(builder, ptrs, mask, *arguments):
+            for address in ptrs.data[mask.data.astype(bool)].ravel().tolist():
+                self.read[address] = self.read.get(address, 0) + 1
+                if address in self.written:
+                    self.wrong.append((self.count, "read after it was written", address))
+            return load(builder, ptrs, mask, *arguments)
+
+        def stores(builder, ptrs, value, mask, *arguments):
+            for address in ptrs.data[mask.data.astype(bool)].ravel().tolist():
+                if address in self.written or self.read.get(address, 0) > 1:
+                    self.wrong.append((self.count, "written after others have touched it", address))
+                self.written.add(address)
+            return store(builder, ptrs, value, mask, *arguments)
+
+        def barrier(builder):
+            self.count += 1
+            self.read.clear()
+            self.written.clear()
+
+        for name, watcher in (
+            ("create_masked_load", loads), ("create_masked_store", stores), ("create_barrier", barrier)
+        ):  # fmt: skip
+            monkeypatch.setattr(InterpreterBuilder, name, watcher)
+
+
+@pytest.mark.parametrize("device", [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRETER))])
+@pytest.mark.parametrize("number", [8, 10], ids=["through memory", "in the epilogue"])
+def test_between_two_barriers_nobody_reads_what_another_writes(device, number, monkeypatch):
+    shape, model = case(number, frozen=frozenset())
+    fleet = Fleet(Variant(device, "fp32"), shape, [model], "train_resident")
+    phases = Phases(monkeypatch)
+    fleet.run(2)
+    layers = len(shape.activations)
+    assert phases.count == 2 * (4 + 2 * layers - 1 + (number == 8))
+    assert phases.wrong == []

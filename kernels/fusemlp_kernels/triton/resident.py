@@ -395,7 +395,10 @@ def tick(counters, hyper, rules, live):
     model = model_of(live)
     counters += model * COUNTERS
     rule = rules + model * RULE_COLUMNS
-    advance_clock(counters, hyper + model * HYPER, rule, is_due(counters, rule), False)
+    due = is_due(counters, rule)
+    # all threads have to see the batch that was, before one of them writes the next
+    tl.debug_barrier()
+    advance_clock(counters, hyper + model * HYPER, rule, due, False)
 
 
 NUMBERS = [
