@@ -20,6 +20,8 @@ MANY_CLASSES = "test_loss.py::test_cross_entropy_of_ten_thousand_classes"
 SCALED = "test_loss_scale.py::test_scaled_gradients_give_the_update_of_the_unscaled"
 OVERFLOW = "test_loss_scale.py::test_a_batch_that_overflowed_changes_nothing_but_the_scale"
 GROWTH = "test_loss_scale.py::test_the_scale_doubles_after_enough_updates"
+FLEET = "test_train_fleet.py::test_steps_of_each_model_are_the_oracles"
+RACES = "test_train_fleet.py::test_between_two_barriers_nobody_reads_what_another_writes"
 NAN_LAYER = "test_nan.py::test_nan_goes_through_a_layer_and_its_derivative"
 
 
@@ -373,5 +375,63 @@ MUTATIONS = (
             OVERFLOW,
         ),
         ("skipped batches in a row never end", "            tl.store(counters + SKIPPED_IN_A_ROW, 0)\n", "", OVERFLOW),
+    ),
+    *_bugs(
+        "resident.py",
+        ("rows of the first model", "return rows + model * rows_size + tl.load(", "return rows + tl.load(", FLEET),
+        (
+            "masks of the first model going back",
+            "above = row + LAYER_COLUMNS\n    draw, share = draws + (model * depth + index)",
+            "above = row + LAYER_COLUMNS\n    draw, share = draws + (0 * depth + index)",
+            FLEET,
+        ),
+        (
+            "no barrier behind the forward pass",
+            "            tl.debug_barrier()\n        if entropy != 0:",
+            "        if entropy != 0:",
+            RACES,
+        ),
+        (
+            "weights updated while dz is still to be computed from them",
+            "            tl.debug_barrier()\n        for index in range(lowest, depth):",
+            "        for index in range(lowest, depth):",
+            RACES,
+        ),
+        (
+            "clock read while it is written",
+            "    tl.debug_barrier()\n    advance_clock(",
+            "    advance_clock(",
+            RACES,
+        ),
+        ("loss of the last tile of rows alone", "total += loss.to(tl.float64)", "total = loss.to(tl.float64)", FLEET),
+        (
+            "gradient of the slope of the layer above",
+            "tl.store(slopes + index, below)",
+            "tl.store(slopes + index + 1, below)",
+            FLEET,
+        ),
+        (
+            "padding of weights not kept from NaN",
+            "g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)",
+            "g = part_of(acc, piece, PARTS, BN, BK)",
+            "test_train_fleet.py::test_nan_reaches_its_model_and_no_padding",
+        ),
+        ("frozen weights updated", "tiles = tl.where(task >= 0,", "tiles = tl.where(task >= -1,", FLEET),
+        (
+            "clipped by the norm of the sum of batches",
+            "clip_factor(tl.sqrt(squares) * factor, limit)",
+            "clip_factor(tl.sqrt(squares), limit)",
+            FLEET,
+        ),
+    ),
+    *_bugs(
+        "fleets.py",
+        ("second moment is the first", '"second": states[-1]', '"second": states[0]', FLEET),
+        (
+            "steps of the first launch for all",
+            "if entries != listed:",
+            "if not listed:",
+            "test_train_fleet.py::test_a_model_that_has_stopped_does_not_move",
+        ),
     ),
 )

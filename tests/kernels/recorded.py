@@ -78,6 +78,10 @@ def launches(target: str, precision: str) -> list[Recorded]:
             engine.step(x, y)
             if batch == 40:
                 engine.step(x, y, weights)
+        if precision in aot.RESIDENT_PRECISIONS:
+            for net in (MLP([6, 9, 4], dropout=0.2), MLP([6, 100, 90])):
+                options = {"backend": "triton", "precision": precision, "plan": "resident"}
+                Engine(net, batch_size=20, **options).fit(rng.standard_normal((40, 6)), labels, epochs=1)
     return device.launches
 
 

@@ -15,7 +15,9 @@ pytest.importorskip("triton")
 
 from recorded import PRECISIONS, launches
 
+from fusemlp_kernels.contract import resident_refusal
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import aot, configs, resources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +61,8 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
         assert (variant.tile, dict(variant.constants)) == (launch.tile, constants)
         assert launch.constants.get("TASKS", 16) in configs.TABLE_LENGTHS
     # the clock alone is for steps without anything to train, the norm alone for gradients that came from elsewhere
-    assert {launch.name for launch in found} == set(aot.KERNELS) - {"advance", "norm"}
+    alone = {"advance", "norm"} | (set() if precision in aot.RESIDENT_PRECISIONS else {"resident"})
+    assert {launch.name for launch in found} == set(aot.KERNELS) - alone
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -128,12 +131,53 @@ def test_good_machine_code_passes(command):
         ({"shared_dynamic": (227 << 10) + 1}, "bytes of shared memory; sm_90 has 232448"),
         ({"shared_static": 1025}, "bytes of shared memory"),
         ({"arch": "sm_86", "shared_static": 0, "shared_dynamic": 100 << 10}, "sm_86 has 101376"),
+        ({"kernel": "resident", "stack": 8}, "a stack of 8 bytes"),
         ({"arch": "gfx942", "shared_static": 0, "shared_dynamic": 65 << 10}, "gfx942 has 65536"),
     ],
 )
 def test_bad_machine_code_is_noticed(command, wrong, said):
     (problem,) = command.problems({**GOOD, **wrong})
-    assert said in problem and "linear (fp32 64x64x32)" in problem
+    assert said in problem and f"{wrong.get('kernel', 'linear')} (fp32 64x64x32)" in problem
+
+
+def test_functions_of_amd_may_keep_a_stack_and_spill_nothing(command):
+    row = {**GOOD, "kernel": "resident", "arch": "gfx942", "shared_static": 0, "shared_dynamic": 1024, "stack": 8}
+    assert command.problems(row) == []
+    assert command.problems({**row, "spills": 1}) == ["gfx942 resident (fp32 64x64x32): 1 spills"]
+    assert command.problems({**row, "kernel": "linear"}) != []
+
+
+# Networks that the resident kernel is for, and the tiles that each takes: widths, and the most outputs of the tile.
+RESIDENT = (
+    ((64, 32, 10), 32),
+    ((784, 10, 10), 32),
+    ((784, 128, 10), 128),
+    ((17, 64, 64, 6), 32),
+    ((54, 256, 256, 256, 7), 128),
+    ((4096, 256, 128), 128),
+    ((30, 1), 32),
+)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(("sizes", "outputs"), RESIDENT)
+def test_networks_within_the_limits_have_a_compiled_kernel(target, sizes, outputs):
+    known = {variant.name for variant in aot.variants(target) if variant.kernel == "resident"}
+    arch = configs.Architecture(configs.family_of(target), 1)
+    for precision in aot.RESIDENT_PRECISIONS:
+        assert resident_refusal(TRAITS["triton"], sizes, 64, precision) is None
+        tile = configs.resident_tile(arch, precision, sizes[1:])
+        assert tile.outputs == outputs >= sizes[-1]
+        constants = configs.resident_constants(tile, arch.product(precision))
+        assert aot.Variant("resident", precision, tile, constants).name in known
+
+
+def test_the_limits_are_those_of_the_tiles():
+    limits = TRAITS["triton"].resident
+    assert limits.precisions == aot.RESIDENT_PRECISIONS
+    for family in FAMILIES:
+        for precision in aot.RESIDENT_PRECISIONS:
+            assert configs.resident_tiles(family, precision)[-1].outputs == limits.outputs
 
 
 def test_kernels_without_a_product_need_no_tensor_cores(command):

@@ -202,9 +202,10 @@ rng = np.random.default_rng(0)
 X, y = rng.standard_normal((70, 19)).astype(np.float32), rng.integers(0, 5, 70)
 for precision in sys.argv[2:]:
     for optimizer in (Adam(0.01), SGD(0.1, momentum=0.9, clip_norm=0.5)):
-        engine = Engine(MLP([19, 33, 17, 5], activation=["prelu", "gelu"], dropout=0.2), optimizer=optimizer,
-                        batch_size=32, backend=sys.argv[1], precision=precision, plan="eager")
-        engine.fit(X, y, epochs=2)
+        for plan in ("eager",) if precision == "fp16" or sys.argv[1] == "cupy" else ("eager", "resident"):
+            engine = Engine(MLP([19, 33, 17, 5], activation=["prelu", "gelu"], dropout=0.2), optimizer=optimizer,
+                            batch_size=32, backend=sys.argv[1], precision=precision, plan=plan)
+            engine.fit(X, y, epochs=2)
 """
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from devices import GPU, Variant, marks_of
+from fleet_cases import Fleet, Model, Shape
 from memory import poisoned
 from strategies import Values, exact
 from tolerance import Products, assert_within, bound, largest_partial_sum
 
 from fusemlp import MLP, Adam, Engine
+from fusemlp_kernels.contract import LossSpec, ScheduleSpec, UpdateRule
 
 pytestmark = marks_of(GPU)
 
@@ -68,3 +70,62 @@ def test_tf32x3_keeps_the_bound_of_fp32_and_tf32_does_not(k):
         else:
             with pytest.raises(AssertionError, match="out of bound"):
                 assert_within(y, z, limit)
+
+
+def fleet_of(models, data=2048):
+    """A fleet of 64-32-10 on the device: the call, and what it trains."""
+    from devices import TorchMemory, _converted
+
+    rule = UpdateRule("adam", ScheduleSpec("constant", 1e-3))
+    shape = Shape((64, 32, 10), ("relu", "identity"), batch=32, data=data)
+    each = [Model(rule, LossSpec("cross_entropy", accuracy=True), seed=seed, rows=data) for seed in range(models)]
+    backend = FP32.backend()
+    there = TorchMemory(backend, "train_fleet")
+    call = backend.bind("train_fleet", **_converted(Fleet(FP32, shape, each).operands(), there.view))
+    there.upload()
+    return call, there
+
+
+def seconds(call, steps):
+    """The shortest of five launches."""
+    import torch
+
+    times = []
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call(steps)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times[1:])
+
+
+def test_a_model_for_each_multiprocessor_takes_as_long_as_one():
+    import torch
+
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    one, many = (seconds(fleet_of(models)[0], [2000] * models) for models in (1, count))
+    assert many <= 1.15 * one, f"{count} models: {many / one:.2f} times as long as one"
+
+
+def test_a_fleet_repeats_bitwise_and_in_launches_of_any_length():
+    found = []
+    for launches in ([200], [200], [1, 99, 100]):
+        call, there = fleet_of(40)
+        for steps in launches:
+            call([steps] * 40)
+        found.append([flat.cpu().numpy().tobytes() for _, flat in there.flats.values()])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_resident_is_the_training_of_a_graph(precision):
+    """Other sums, so other roundings: the losses of an epoch agree to the precision of the products."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((320, 61)).astype(np.float32), rng.integers(0, 10, 320)
+    fitted = []
+    for plan in ("resident", "graph"):
+        engine = Engine(NET, batch_size=32, seed=3, backend="triton", precision=precision, plan=plan)
+        fitted.append(engine.fit(X, y, epochs=1).history["loss"][0])
+    assert abs(fitted[0] - fitted[1]) <= {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision] * fitted[1]

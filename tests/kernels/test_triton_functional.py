@@ -76,6 +76,15 @@ def test_rows_dropout_and_wide_losses():
     assert_within(host(dz), host(exact.grad), 1e-7)
 
 
+@pytest.mark.parametrize("first", [4, 8])
+def test_columns_that_begin_at_any_vector(first):
+    """16 bytes are half of what the fast path takes its offsets to be multiples of."""
+    dz, wide = tensors((6, 8), (6, 24))
+    x = wide[:, first : first + 8]
+    dw, _ = F.grad_weight(dz, x)
+    assert_within(host(dw), host(dz).T @ host(x), bound(6, np.abs(host(dz)).T @ np.abs(host(x))))
+
+
 def test_an_arena_is_updated():
     params, grads, first, second = tensors((40,), (40,), (40,), (40,))
     rule, second = UpdateRule("adam", ScheduleSpec("constant", 0.1)), second.abs()
