@@ -12,6 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "XLA_", "JAX_", "OPENBLAS_")
+# scikit-learn sets these itself when it is imported.
+NOBODYS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 VARIABLES = (*THREAD_VARIABLES, "NUMBA_", "TRITON_", "TORCH_", "CUDA_", "CUBLAS_", "NVIDIA_TF32_")
 
 
@@ -75,7 +77,8 @@ def commit() -> str | None:
 
 def settings() -> dict[str, str]:
     """The environment variables that make libraries behave otherwise."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    kept = (name for name in sorted(os.environ) if name.startswith(VARIABLES) and name not in NOBODYS)
+    return {name: os.environ[name] for name in kept}
 
 
 def load_average() -> float | None:
