@@ -49,7 +49,6 @@ class Tensors:
         self.device = device
         self.rows: list[dict[str, Any]] = []
         self.blocks = 0
-        self.elements = 0
 
     def add(
         self, rule: TensorRule, g: Array, p: Array | None = None, states: Sequence[Array] = (),
