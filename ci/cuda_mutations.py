@@ -203,9 +203,9 @@ CUDA_MUTATIONS = (
             GRAD_WEIGHT,
         ),
         (
-            "last rows of a part left out",
-            "begin + PART_ROWS < call.rows ?",
-            "begin + PART_ROWS <= call.rows ?",
+            "part that is not full left out",
+            "? begin + PART_ROWS : call.rows",
+            "? begin + PART_ROWS : begin",
             LONG_BATCH,
         ),
         (

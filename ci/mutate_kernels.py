@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,18 +39,15 @@ ASSERTIONS = ("AssertionError", "KernelFault", "Misuse")
 # A loop that never ends is a bug that is seen, too.
 TIMEOUT = 900
 KINDS = {
-    "triton": ("the Triton kernels", "ci/mutations.py", "under Triton's\ninterpreter"),
-    "cupy": ("the CUDA C of the CuPy backend", "ci/cuda_mutations.py", "compiled\nas C++"),
+    "triton": ("the Triton kernels", "ci/mutations.py", "under Triton's interpreter"),
+    "cupy": ("the CUDA C of the CuPy backend", "ci/cuda_mutations.py", "compiled as C++"),
 }
 HEAD = ["| bug | file | caught by | seconds |", "| --- | --- | --- | ---: |"]
-INTRODUCTION = """\
-# Bugs planted in {0}
-
-Each was planted alone, in a copy of the kernels, and the tests of {1} ran on that copy {2}; the test named here is the
-first that failed. To get this file again, after a change of the kernels or of the bugs:
-`python ci/mutate_kernels.py --package {3} --write`.
-
-"""
+INTRODUCTION = (
+    "Each was planted alone, in a copy of the kernels, and the tests of {1} ran on that copy {2}; the test named here "
+    "is the first that failed. To get this file again, after a change of the kernels or of the bugs: "
+    "`python ci/mutate_kernels.py --package {3} --write`."
+)
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,10 @@ def chosen(names: list[str] | None, package: str | None = None) -> list[Mutation
 
 def table(package: str, rows: list[str], caught: int) -> str:
     """The file that tells what became of a package's bugs."""
-    kind = KINDS[package]
-    lines = [*HEAD, *rows, "", f"{len(rows)} planted, {caught} caught."]
-    return INTRODUCTION.format(*kind, package) + "\n".join(lines) + "\n"
+    told = textwrap.fill(INTRODUCTION.format(*KINDS[package], package), 120, break_on_hyphens=False)
+    title = f"# Bugs planted in {KINDS[package][0]}"
+    lines = [title, "", told, "", *HEAD, *rows, "", f"{len(rows)} planted, {caught} caught."]
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

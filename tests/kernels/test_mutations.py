@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from devices import INTERPRETER, marks_of
+from devices import INTERPRETER, STAND_IN, marks_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,3 +83,10 @@ def test_bugs_are_caught_and_what_is_none_survives(mutate_kernels, device):
     (late,) = mutate_kernels.chosen(quick[1:2], "triton")
     harmless = mutate_kernels.try_mutation(replace(late, new="grows = GROWTH_INTERVAL <= good"))
     assert harmless.caught_by is None and harmless.how == "SURVIVED"
+
+
+@pytest.mark.parametrize("device", [pytest.param(STAND_IN, id=STAND_IN.name, marks=marks_of(STAND_IN))])
+def test_a_barrier_that_is_missing_is_caught(mutate_kernels, device):
+    (missing,) = mutate_kernels.chosen(["no barrier before the largest are read"], "cupy")
+    outcome = mutate_kernels.try_mutation(missing)
+    assert outcome.caught_by is not None and outcome.caught_by.startswith(missing.tests[0])
