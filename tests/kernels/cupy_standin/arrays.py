@@ -78,12 +78,24 @@ class ndarray:
     def __float__(self) -> float:
         return float(self.item())
 
-    def __mul__(self, factor: float) -> ndarray:
-        out = ndarray(self.shape, self.dtype)
-        streams.start(lambda: _assign(out, host_of(self) * factor))
-        return out
+    def __mul__(self, other: Any) -> ndarray:
+        return _computed(np.multiply, self, other)
 
     __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> ndarray:
+        return _computed(np.add, self, other)
+
+    __radd__ = __add__
+
+    def __iadd__(self, other: Any) -> ndarray:
+        streams.start(lambda: _assign(self, host_of(self) + _value(other)))
+        return self
+
+    def sum(self) -> ndarray:
+        out = ndarray((), self.dtype)
+        streams.start(lambda: _assign(out, host_of(self).sum()))
+        return out
 
     def __getitem__(self, key: Any) -> ndarray:
         parts = key if isinstance(key, tuple) else (key,)
@@ -138,6 +150,23 @@ class ndarray:
 def host_of(array: ndarray) -> np.ndarray[Any, Any]:
     """The memory itself, as a NumPy array."""
     return at_address(array.data.ptr, array.shape, array.dtype, array.strides)
+
+
+def _value(operand: Any) -> Any:
+    if not isinstance(operand, (ndarray, int, float)):
+        raise Misuse(
+            f"cupy.ndarray: the stand-in reckons with numbers and arrays of CuPy, got {type(operand).__name__}"
+        )
+    return host_of(operand) if isinstance(operand, ndarray) else operand
+
+
+def _computed(function: np.ufunc, array: ndarray, other: Any) -> ndarray:
+    """A new array, of the array's shape and type."""
+    if isinstance(other, ndarray) and (other.shape, other.dtype) != (array.shape, array.dtype):
+        raise Misuse("cupy.ndarray: the stand-in reckons with arrays of one shape and type")
+    out = ndarray(array.shape, array.dtype)
+    streams.start(lambda: _assign(out, function(host_of(array), _value(other))))
+    return out
 
 
 def _assign(place: ndarray, value: Any) -> None:

@@ -1,0 +1,53 @@
+"""The estimators on the CuPy backend, over its stand-in or a card: the model is the one that NumPy trains."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from devices import CUPY_GPU, STAND_IN, marks_of, usable
+from sklearn.datasets import load_digits
+
+from fusemlp import sklearn as door
+
+PLACES = [pytest.param(where, id=where.name, marks=marks_of(where)) for where in (STAND_IN, CUPY_GPU)]
+CASES = {
+    "adam, then partial_fit of a pickle": ("MLPClassifier", {}, False, True),
+    "sample weights": ("MLPClassifier", {"solver": "sgd", "learning_rate": "invscaling"}, True, False),
+    "clipping": ("MLPClassifier", {"clip_norm": 0.1, "solver": "sgd"}, False, False),
+    "early stopping": ("MLPClassifier", {"early_stopping": True, "validation_fraction": 0.3}, False, False),
+    "prelu, dropout": ("MLPClassifier", {"activation": "prelu", "dropout": 0.3, "solver": "adamw"}, False, False),
+    "poisson": ("MLPRegressor", {"loss": "poisson"}, True, False),
+    "lbfgs": ("MLPClassifier", {"solver": "lbfgs", "precision": "fp32"}, True, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("where", PLACES)
+def test_cupy_trains_what_numpy_trains(where, case):
+    name, options, weighted, again = case
+    X, y = load_digits(n_class=3, return_X_y=True)
+    # 26 rows in batches of 10 end with one of 6
+    X, y = (X[:26, 20:36] / 16.0).astype(np.float32), y[:26]
+    weights = np.random.RandomState(0).uniform(0.2, 2.0, 26) if weighted else None
+    common = {
+        "hidden_layer_sizes": 5, "batch_size": 10, "max_iter": 2, "learning_rate_init": 0.05, "random_state": 0,
+        "alpha": 0.3,
+    }  # fmt: skip
+    pair = []
+    with usable(where), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for backend in ("cupy", "numpy"):
+            estimator = getattr(door, name)(**{**common, **options}, backend=backend)
+            estimator.fit(X, y, sample_weight=weights)
+            if again:
+                estimator = pickle.loads(pickle.dumps(estimator)).partial_fit(X[:13], y[:13])
+            pair.append(estimator)
+        assert pair[0]._model.engine.backend == "cupy"
+        answers = [e.predict_proba(X) if hasattr(e, "predict_proba") else e.predict(X) for e in pair]
+    parameters = [np.concatenate([p.ravel() for p in (*e.coefs_, *e.intercepts_)]) for e in pair]
+    for first, second in (parameters, answers, [e.loss_ for e in pair]):
+        # 9 updates at most, each off by some roundings of a float32 of a number around 1
+        assert np.abs(first - second).max() <= 9 * 10 * np.finfo(np.float32).eps
