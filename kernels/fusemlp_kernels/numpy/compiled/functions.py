@@ -1,8 +1,9 @@
-"""exp, tanh and sigmoid as a few products, sums and shifts, which the compiler turns into vector code.
+"""exp, tanh, sigmoid and log1p as a few products, sums and shifts, which the compiler turns into vector code.
 
 Argument reduction by the logarithm of two in two parts (Cody and Waite, "Software manual for the elementary functions",
 1980), then the Taylor series of exp(r) - 1 for abs(r) <= log(2) / 2, to the degree where what is left out is below half
-a unit in the last place. Errors stay within two units, at NaN NaN comes out, and overflow gives an infinity.
+a unit in the last place. Errors stay within two units (log1p: three), at NaN NaN comes out, and overflow gives an
+infinity.
 """
 
 from __future__ import annotations
@@ -81,3 +82,35 @@ def sigmoid(v: Any) -> Any:
     """1 / (1 + exp(-v)); where the exponential overflows it is zero."""
     one = type(v)(1.0)
     return one / (one + exp(-v))
+
+
+def _series(v: Any) -> Any:
+    """log(1 + v) for 0 <= v <= 1."""
+    raise AssertionError("compiled code only")
+
+
+def _logarithm(real: Any, terms: int) -> Any:
+    """``_series`` for one type: 2 atanh(s), s = v / (2 + v) <= 1/3, as a series in s squared."""
+    factors = tuple(real(2.0 / (2 * power + 1)) for power in range(terms - 1, -1, -1))
+    two, zero = real(2.0), real(0.0)
+
+    def series(v: Any) -> Any:
+        s = v / (two + v)
+        square = s * s
+        p = zero
+        for factor in factors:
+            p = p * square + factor
+        return p * s
+
+    return series
+
+
+@overload(_series, jit_options=_OPTIONS)
+def _series_of(v: Any) -> Any:
+    return _logarithm(np.float32, 8) if v == types.float32 else _logarithm(np.float64, 17)
+
+
+@register_jitable(**ELEMENTWISE)
+def log1p(v: Any) -> Any:
+    """log(1 + v) for 0 <= v <= 1, in the type of v."""
+    return _series(v)

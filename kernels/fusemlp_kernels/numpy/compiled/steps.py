@@ -162,7 +162,7 @@ def _make(version: int) -> Callable[..., int]:
                     z, dz, labels, target, weight, class_weight, picked, count, outputs, loss, loss_factors, stats
                 )
             else:
-                elementwise(y, dz, target, weight, picked, count, outputs, loss, loss_factors, stats)
+                elementwise(y, dz, target, weight, picked, count, outputs, loss, loss_factors, stats, sums[2 * depth :])
                 if layer[ACTIVATION] != IDENTITY:
                     # the gradient by prelu's slope stands behind the others
                     sums[depth + last] = multiply_by_derivative(
