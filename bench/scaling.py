@@ -157,7 +157,7 @@ def text(lines: Sequence[Record]) -> str:
         for points in lines_by_peer(lines, axis).values():
             by_value = {point["value"]: point for point in points}
             cells = [duration(by_value[v]["seconds"]["p50"]) if v in by_value else "" for v in values]
-            half = points[len(points) // 2 - 1 :]
+            half = points[min(len(points) // 2, len(points) - 2) :]
             all_, end = (
                 slope([p["flops"] for p in some], [p["seconds"]["p50"] for p in some]) for some in (points, half)
             )
@@ -230,8 +230,8 @@ def finding(by_peer: Mapping[str, list[Record]], axis: str) -> str:
         ]
         if others:
             ratio, label = min(others)
-            ends.append(f"{label} takes {ratio:.2g}x at {point['value']}")
-    return said if not ends else f"{said};\nof the others the quickest: {', '.join(ends)}"
+            ends.append(f"{label} {ratio:.2g}x at {point['value']}")
+    return said if not ends else f"{said};\nthe quickest of the others takes {', '.join(ends)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
