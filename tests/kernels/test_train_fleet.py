@@ -4,10 +4,11 @@ several."""
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from devices import DEVICES, GPU, INTERPRETER, Variant, marks_of
+from devices import DEVICES, GPU, INTERPRETER, NUMPY, Variant, marks_of
 from fleet_cases import CONSTANT, Fleet, Model, Oracle, Shape, varied
 
 from fusemlp_kernels.contract import (
@@ -23,15 +24,26 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError
 
-TRITON = [device for device in DEVICES if device.backend == "triton"]
 # train_resident scales no loss: fp16 stands for 16-bit products where bf16 cannot run
-PRECISIONS = {INTERPRETER: ("fp32", "fp16"), GPU: ("fp32", "tf32", "bf16")}
-FIRST = [pytest.param(Variant(device, "fp32"), id=f"{device.name}, fp32", marks=marks_of(device)) for device in TRITON]
-EVERY = [
-    pytest.param(Variant(device, precision), id=f"{device.name}, {precision}", marks=marks_of(device))
-    for device in TRITON
-    for precision in PRECISIONS[device]
-]
+PRECISIONS = {NUMPY: ("fp32", "fp64"), INTERPRETER: ("fp32", "fp16"), GPU: ("fp32", "tf32", "bf16")}
+WITHOUT_NUMBA = pytest.mark.skipif(find_spec("numba") is None, reason="numpy: the loop over steps needs numba")
+
+
+def parameters(devices, precisions):
+    return [
+        pytest.param(
+            Variant(device, precision),
+            id=f"{device.name}, {precision}",
+            marks=[*marks_of(device), *([WITHOUT_NUMBA] if device is NUMPY else [])],
+        )
+        for device in devices
+        for precision in precisions[device]
+    ]
+
+
+FIRST = parameters(DEVICES, {device: ("fp32",) for device in DEVICES})
+TRITON = parameters([INTERPRETER, GPU], {INTERPRETER: ("fp32",), GPU: ("fp32",)})
+EVERY = parameters(DEVICES, PRECISIONS)
 ADAM, MOMENTUM = UpdateRule("adam", CONSTANT), UpdateRule("sgd", CONSTANT, momentum=0.9)
 RULES = {
     "sgd": UpdateRule("sgd", CONSTANT),
@@ -163,7 +175,7 @@ def test_a_model_that_has_stopped_does_not_move(variant):
     assert fleet.counters[:, BATCH_INDEX].tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("variant", TRITON)
 def test_nan_reaches_its_model_and_no_padding(variant):
     shape, model = case(2)
     fleet = Fleet(variant, shape, varied(model, 2))
@@ -196,7 +208,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("variant", TRITON)
 @pytest.mark.parametrize("said", WRONG)
 def test_what_does_not_go_together_says_so(variant, said):
     shape, model = case(2)

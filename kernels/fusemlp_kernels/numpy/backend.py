@@ -15,7 +15,7 @@ from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, b
 from fusemlp_kernels.numpy.libraries import mkl
 from fusemlp_kernels.numpy.linear import bind_linear
 from fusemlp_kernels.numpy.loss import bind_linear_loss_grad, bind_loss_grad
-from fusemlp_kernels.numpy.resident import bind_train_resident, numba_is_installed
+from fusemlp_kernels.numpy.resident import bind_train_fleet, bind_train_resident, numba_is_installed
 from fusemlp_kernels.numpy.update import ALIGNMENT_BYTES, bind_advance, bind_update
 
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
@@ -28,6 +28,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "update": bind_update,
     "advance": bind_advance,
     "train_resident": bind_train_resident,
+    "train_fleet": bind_train_fleet,
 }
 REAL = {"fp32": np.float32, "fp64": np.float64}
 

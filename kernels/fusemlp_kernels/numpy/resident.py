@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from fusemlp_kernels.contract import (
     Segment,
     UpdateRule,
 )
+from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.philox import radix, seed_key, threshold
@@ -137,6 +139,51 @@ def bind_train_resident(
 
     def run(steps: int) -> None:
         loop(steps, *arguments)
+
+    return run
+
+
+def bind_train_fleet(
+    *,
+    rows: Array,
+    layers: Sequence[Sequence[ResidentLayer]],
+    params: Array,
+    gradients: Array,
+    states: tuple[Array, ...],
+    segments: Sequence[Sequence[Segment]],
+    rules: Sequence[UpdateRule],
+    losses: Sequence[LossSpec],
+    counters: Array,
+    hyper: Array,
+    stats: Array,
+    **shared: Any,
+) -> Callable[[Sequence[int]], object]:
+    """The contract's ``train_fleet``: the models one after another."""
+    runs = [
+        bind_train_resident(
+            rows=rows[index],
+            layers=own,
+            params=params[index],
+            gradients=gradients[index],
+            states=tuple(state[index] for state in states),
+            segments=segments[index],
+            rule=rules[index],
+            loss=losses[index],
+            counters=counters[index],
+            hyper=hyper[index],
+            stats=stats[index],
+            **shared,
+        )
+        for index, own in enumerate(layers)
+    ]
+
+    def run(steps: Sequence[int]) -> None:
+        if len(steps) != len(runs):
+            raise ArgumentError(
+                f"train_fleet: expected the steps of each of {len(runs)} models, got {len(steps)} numbers"
+            )
+        for one, count in zip(runs, steps, strict=True):
+            one(count)
 
     return run
 
