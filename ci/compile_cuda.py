@@ -31,6 +31,8 @@ RECORD = ROOT / "ci/cuda_resources.json"
 CACHE = ROOT / "build/nvrtc"
 WHEEL = "nvidia-cuda-nvrtc-cu12"
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
+# What CuPy adds to the options of a module (cupy.cuda.compiler): subnormal numbers are zero.
+ADDED = ("-ftz=true",)
 # What a launch gets without asking for more, bytes: the CUDA programming guide's table of compute capabilities.
 STATIC_SHARED_LIMIT = 48 << 10
 
@@ -113,9 +115,14 @@ def resources(log: str) -> dict[str, dict[str, int]]:
     return found
 
 
+def options_of(kind: str) -> tuple[str, ...]:
+    """The options with which CuPy compiles the sources for a type."""
+    return (*sources.PRECISIONS[kind], *ADDED)
+
+
 def source_hash(module: str, kind: str) -> str:
     """Names the text and the options that a module is compiled from."""
-    return hashlib.sha256("\0".join([sources.text(module), *sources.PRECISIONS[kind]]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([sources.text(module), *options_of(kind)]).encode()).hexdigest()[:16]
 
 
 def compiled(work: Work) -> list[Row] | str:
@@ -126,7 +133,7 @@ def compiled(work: Work) -> list[Row] | str:
         rows: list[Row] = json.loads(kept.read_text())
         return rows
     try:
-        cubin, log = compile_source(sources.text(work.module), sources.PRECISIONS[work.type], work.arch)
+        cubin, log = compile_source(sources.text(work.module), options_of(work.type), work.arch)
     except ValueError as error:
         return f"{work.arch} {work.module}.cu ({work.type}): {error}"
     if not cubin.startswith(b"\x7fELF"):

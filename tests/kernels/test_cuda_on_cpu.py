@@ -236,6 +236,16 @@ def test_shared_memory_is_nan_in_each_block(small):
     np.testing.assert_array_equal(launched(small, "poison", blocks=3), 2)
 
 
+def test_subnormal_numbers_are_zero_where_the_option_says_so():
+    code = 'extern "C" __global__ void test(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x] * 0.5f; }'
+    x = np.array([1.0, 2.0**-126, 2.0**-127, -(2.0**-125)], np.float32)
+    for options, expected in (((), x / 2), (("-ftz=true",), np.float32([0.5, 0, 0, -(2.0**-126)]))):
+        y = np.full(4, np.nan, np.float32)
+        Library(code, options).launch("test", (1,), (4,), [pointer(x), pointer(y)])
+        np.testing.assert_array_equal(y, expected)
+        assert np.float32(2.0**-126) / np.float32(2) > 0
+
+
 def test_arguments_that_do_not_fit(examples):
     with pytest.raises(ValueError, match=r"arguments of \[8, 8, 4\] bytes are expected, got \[8, 8, 8\]"):
         examples.launch("softmax", (1,), (32,), [bytes(8)] * 3)

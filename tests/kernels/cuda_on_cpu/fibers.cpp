@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "cuda_on_cpu.h"
+#include "float_mode.h"
 
 extern char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
@@ -314,7 +315,7 @@ using namespace cuda_on_cpu;
 // Runs blocks of threads in a given order; an empty string in `text`, or the line and what is wrong with it.
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_launch(
     void (*call)(void**), void** arguments, const dim3* blocks, const dim3* block_size, std::size_t shared, int kind,
-    unsigned long long seed, char* text, std::size_t text_size) {
+    unsigned long long seed, int flushes, char* text, std::size_t text_size) {
     message = text;
     message_size = text_size;
     text[0] = 0;
@@ -326,7 +327,13 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_launch(
     count = block_size->x * block_size->y * block_size->z;
     random_state = seed;
     dynamic_size = shared;
-    if (_setjmp(launcher) != 0) return;
+    static unsigned long long mode;
+    mode = float_mode();
+    set_float_mode(flushes ? mode | FLUSHES : mode);
+    if (_setjmp(launcher) != 0) {
+        set_float_mode(mode);
+        return;
+    }
     if (count == 0 || count > MOST_THREADS) fault(0, "a block has 1 to %u threads, not %u", MOST_THREADS, count);
     if (shared > MOST_DYNAMIC) fault(0, "%zu bytes of dynamic shared memory are more than any GPU has", shared);
     unsigned size = blocks->x * blocks->y * blocks->z;
@@ -338,4 +345,5 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_launch(
         place.block = {i % blocks->x, i / blocks->x % blocks->y, i / (blocks->x * blocks->y)};
         run_block();
     }
+    set_float_mode(mode);
 }

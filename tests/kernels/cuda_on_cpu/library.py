@@ -40,6 +40,8 @@ KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?P<most>[^()]*)\)\s*)?(?P<name>\w+)\s*\('
 )
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+|alignas\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];")
+# Subnormal numbers are zero: the mode of the processor while a kernel runs.
+FLUSHES = "-ftz=true"
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 
 
@@ -100,14 +102,14 @@ def as_cpp(code: str) -> str:
 
 
 def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
-    """The shared library of a source; ``options``: -D and -std, as for NVRTC.
+    """The shared library of a source; ``options``: -D, -std and -ftz=true, as for NVRTC.
 
     Compiled once, whoever asks first; others wait. Raises RuntimeError with what the compiler said.
     """
     for option in options:
-        if not option.startswith("-D") and option != "-std=c++17":
-            raise ValueError(f"options: -D and -std=c++17 are known here, got {option!r}")
-    own = [HERE / name for name in ("cuda_on_cpu.h", *RUNTIME, "library.py")]
+        if not option.startswith("-D") and option not in ("-std=c++17", FLUSHES):
+            raise ValueError(f"options: -D, -std=c++17 and {FLUSHES} are known here, got {option!r}")
+    own = [HERE / name for name in ("cuda_on_cpu.h", "float_mode.h", *RUNTIME, "library.py")]
     parts = [code, *options, *FLAGS, *CHECKS, _version(), *(path.read_text(encoding="utf-8") for path in own)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     cache.mkdir(parents=True, exist_ok=True)
@@ -134,7 +136,7 @@ def _compile(code: str, options: Sequence[str], library: Path) -> None:
     source.write_text(as_cpp(code), encoding="utf-8")
     common = [*compiler(), *FLAGS, f"-I{HERE}", "-c"]
     parts = [library.with_suffix(".o")]
-    _run([*common, *CHECKS, *options, source, "-o", parts[0]])
+    _run([*common, *CHECKS, *(option for option in options if option != FLUSHES), source, "-o", parts[0]])
     for name in RUNTIME:
         parts.append(library.with_suffix(f".{name}.o"))
         _run([*common, HERE / name, "-o", parts[-1]])
@@ -178,7 +180,7 @@ class Library:
     """The kernels of a source, by name."""
 
     def __init__(self, code: str, options: Sequence[str] = ()) -> None:
-        self.lines = code.splitlines()
+        self.lines, self._flushes = code.splitlines(), int(FLUSHES in options)
         self._library = ctypes.CDLL(str(build(code, options)))
         listed = self._library.cuda_on_cpu_kernels
         listed.restype = ctypes.POINTER(_Kernel)
@@ -218,7 +220,7 @@ class Library:
         pointers = (ctypes.c_void_p * (len(buffers) + 1))(*(ctypes.addressof(buffer) for buffer in buffers))
         self._launch(
             ctypes.c_void_p(kernel.call), pointers, _dim3(grid), _dim3(block), ctypes.c_size_t(shared), ORDERS[order],
-            ctypes.c_ulonglong(seed), self._message, ctypes.c_size_t(len(self._message)),
+            ctypes.c_ulonglong(seed), self._flushes, self._message, ctypes.c_size_t(len(self._message)),
         )  # fmt: skip
         if said := self._message.value.decode():
             line, _, what = said.partition(" ")

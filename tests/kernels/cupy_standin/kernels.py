@@ -15,6 +15,8 @@ from cupy_standin import streams
 from cupy_standin.arrays import ndarray
 from cupy_standin.memory import LIVE, Misuse
 
+# What CuPy compiles everything with, whatever is asked for (cupy.cuda.compiler).
+ADDED = ("-ftz=true",)
 ARGUMENT = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(\s*const\s+(\w+)\s+\w+\s*\)"
 )
@@ -43,7 +45,7 @@ class RawModule:
     def __init__(self, code: str, *, options: tuple[str, ...] = ()) -> None:
         if not isinstance(options, tuple):
             raise TypeError(f"options: CuPy takes a tuple, got {type(options).__name__}")
-        self._code, self._options = code, options
+        self._code, self._options = code, (*options, *ADDED)
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"cupy.RawModule.{name}: the stand-in has no such name")
