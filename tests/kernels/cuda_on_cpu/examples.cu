@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_sums(
 }
 
 // y = softmax of each row of x, in place where y is x; a row is staged in dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(THREADS) softmax(const float* x, float* y, int columns) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) softmax(const float* x, float* y, int columns) {
     extern __shared__ float row[];
     __shared__ float largest[WARPS];
     x += static_cast<long long>(blockIdx.x) * columns;

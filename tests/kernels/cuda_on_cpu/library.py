@@ -89,7 +89,8 @@ def as_cpp(code: str) -> str:
         raise ValueError('no kernel: `extern "C" __global__ void NAME(` is expected')
     body = DYNAMIC.sub(r"\1* \2 = static_cast<\1*>(cuda_on_cpu::dynamic_shared());", code)
     entries = "\n".join(
-        f'    cuda_on_cpu::Entry<{name}>::described("{name}", static_cast<int>({most or 0})),' for most, name in kernels
+        f'    cuda_on_cpu::Entry<{name}>::described("{name}", static_cast<int>({most.split(",")[0] or 0})),'
+        for most, name in kernels
     )
     return (
         '#include "cuda_on_cpu.h"\n'
