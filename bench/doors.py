@@ -16,7 +16,7 @@ from bench.report import RESULTS, Record, circumstances, where, write
 
 def parser(door: str, description: str, rounds: int) -> argparse.ArgumentParser:
     """The options of a door's measurement."""
-    made = argparse.ArgumentParser(prog=f"python -m bench.{door}", description=description)
+    made = argparse.ArgumentParser(prog=f"python -m bench {door}", description=description)
     made.add_argument("--rounds", type=count, default=rounds, metavar="N", help="turns of each (default: %(default)s)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
     return made
@@ -56,7 +56,7 @@ def table(lines: Sequence[Record]) -> str:
     caption = (
         f"In turn in one process: medians of {len(first['ours'])} rounds, of the ratio the 20th to 80th percentile. "
         f"{where(first)}; {versions}; settings: {settings}; {first['date'][:10]}, commit {first['commit']}. Again with "
-        f"`python -m bench.{first['door']}`."
+        f"`python -m bench {first['door']}`."
     )
     return "\n".join([*rows, "", caption])
 

@@ -1,6 +1,6 @@
 """A grid search, three ways: ``FleetSearchCV``, scikit-learn's ``GridSearchCV``, and JAX's ``vmap`` over ``scan``.
 
-``python -m bench.fleet_search`` prints a Markdown table. 48 candidates (12 learning rates, 4 penalties) on 5 folds of
+``python -m bench fleet_search`` prints a Markdown table. 48 candidates (12 learning rates, 4 penalties) on 5 folds of
 digits make 240 networks of 64-32-10, batch 32, Adam, 20 epochs, in float32, each scored on its held-out rows. All is
 warm: whatever is compiled has been, and scikit-learn's processes run. The three take turns, a ratio compares turns of
 one round, and that they train the same models is asked of their mean scores before anything is printed. JAX has the
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +28,14 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neural_network import MLPClassifier as TheirClassifier
 
 from bench.measure import PAUSE_SECONDS, spread
-from bench.report import machine
+from bench.options import count
+from bench.peers import version_of
+from bench.report import RESULTS, Record, circumstances, where, write
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 
 Array = np.ndarray[Any, Any]
 
+DOOR = "fleet_search"
 SIZES, BATCH, EPOCHS, FOLDS, JOBS = (64, 32, 10), 32, 20, 5, 2
 RATES = np.geomspace(1e-3, 3e-2, 12).tolist()
 ALPHAS = [0.0, 1e-4, 1e-3, 1e-2]
@@ -105,18 +111,22 @@ def jax_search(X: Array, y: Array) -> Callable[[], Array]:
         return (outputs_of(state[0], X[tested]).argmax(axis=1) == y[tested]).mean()
 
     models = jax.jit(jax.vmap(model, in_axes=(0, 0, 0, 0, 0, None, None)))
-    count = len(RATES) * len(ALPHAS)
+    candidates = len(RATES) * len(ALPHAS)
     alphas, rates = (np.repeat(one.ravel(), FOLDS) for one in np.meshgrid(ALPHAS, RATES, indexing="ij"))
     arguments = (
-        *(jax.random.split(jax.random.PRNGKey(0), count * FOLDS), rates.astype(np.float32), alphas.astype(np.float32)),
-        *(np.tile(train.astype(np.int32), (count, 1)), np.tile(held_out.astype(np.int32), (count, 1)), X, y),
+        *(
+            jax.random.split(jax.random.PRNGKey(0), candidates * FOLDS),
+            rates.astype(np.float32),
+            alphas.astype(np.float32),
+        ),
+        *(np.tile(train.astype(np.int32), (candidates, 1)), np.tile(held_out.astype(np.int32), (candidates, 1)), X, y),
     )
     arguments = tuple(jnp.asarray(one) for one in arguments)
-    return lambda: np.asarray(models(*arguments)).reshape(count, FOLDS)
+    return lambda: np.asarray(models(*arguments)).reshape(candidates, FOLDS)
 
 
-def compare(rounds: int) -> str:
-    """The table and what stands under it."""
+def compare(rounds: int) -> list[Record]:
+    """A line for each of the three."""
     X, y = load_digits(return_X_y=True)
     X = (X / 16.0).astype(np.float32)
     ours = partial(searched, FleetSearchCV, MLPClassifier(**OPTIONS), X, y)
@@ -134,32 +144,52 @@ def compare(rounds: int) -> str:
             seconds[name].append(time.perf_counter() - start)
     if max(means.values()) - min(means.values()) > AGREEMENT:
         raise RuntimeError(f"mean scores {means}: these are not the same models")
-    lines = ["| search of 48 candidates on 5 folds | seconds | times as long | mean score |", "|---|---|---|---|"]
-    for name in names:
-        ratio = spread([mine / own for mine, own in zip(seconds[name], seconds[OURS], strict=True)])
-        times = "1" if name == OURS else f"**{ratio.p50:.1f}** ({ratio.p20:.1f} to {ratio.p80:.1f})"
-        lines.append(f"| {name} | {np.median(seconds[name]):.2f} | {times} | {means[name]:.4f} |")
-    where = machine()
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    lines.append(
-        f"\n240 networks of 64-32-10, batch {BATCH}, Adam, {EPOCHS} epochs, float32, on digits. Medians of {rounds} "
-        f"rounds, the ratio's 20th to 80th percentile. {where['cpu']}, {where['cores']} cores, {where['system']}. "
-        f"Threads: {threads}"
+    return [
+        {"search": name, "score": round(means[name], 6), "every_round": [round(one, 4) for one in seconds[name]]}
+        for name in names
+    ]
+
+
+def table(lines: Sequence[Record]) -> str:
+    """In Markdown, with machine, versions and settings below."""
+    own = lines[0]["every_round"]
+    rows = ["| search of 48 candidates on 5 folds | seconds | times as long | mean score |", "|---|---:|---:|---:|"]
+    for line in lines:
+        seconds = line["every_round"]
+        ratio = spread([one / mine for one, mine in zip(seconds, own, strict=True)])
+        times = "1" if line is lines[0] else f"**{ratio.p50:.1f}** ({ratio.p20:.1f} to {ratio.p80:.1f})"
+        rows.append(f"| {line['search']} | {np.median(seconds):.2f} | {times} | {line['score']:.4f} |")
+    first = lines[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    settings = "; ".join(f"{name}={value}" for name, value in first["variables"].items()) or "none"
+    rows.append(
+        f"\n240 networks of 64-32-10, batch {BATCH}, Adam, {EPOCHS} epochs, float32, on digits, all warm. In turn: "
+        f"medians of {len(own)} rounds, of the ratio the 20th to 80th percentile. {where(first)}; {versions}; "
+        f"settings: {settings}; {first['date'][:10]}, commit {first['commit']}. Again with "
+        "`python -m bench fleet_search`."
     )
-    return "\n".join(lines)
+    return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.fleet_search", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each searches (default 5)")
-    rounds = parser.parse_args().rounds
-    if rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {rounds}")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    made = argparse.ArgumentParser(prog="python -m bench fleet_search", description=(__doc__ or "").split("\n")[0])
+    made.add_argument("--rounds", type=count, default=5, metavar="N", help="turns of each (default: %(default)s)")
+    made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
+    options = made.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     warnings.simplefilter("ignore", ConvergenceWarning)
     # scikit-learn's processes begin with what stands here
     os.environ["PYTHONWARNINGS"] = "ignore"
-    print(compare(rounds))
+    found = compare(options.rounds)
+    common = circumstances({}, {})
+    common["versions"] |= {name: version_of(name) for name in ("fusemlp", "sklearn", "jax")}
+    lines = [{"door": DOOR, **line, **common} for line in found]
+    path = options.out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-fleet-search.jsonl"
+    write(lines, path)
+    print(table(lines))
+    print(f"bench: figures in {path}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Each kernel beside the vendor's matrix product alone and beside the unfused sequence: ``python -m bench.kernels``.
+"""Each kernel beside the vendor's matrix product alone and beside the unfused sequence: ``python -m bench kernels``.
 
 Every op goes through the contract's ``bind``, so the same measurement serves every backend. Three contestants take
 turns: the kernel; the vendor's product of its sizes alone, into memory that is there already; and the sequence of

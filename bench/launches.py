@@ -1,6 +1,6 @@
 """What a training step starts: the calls of fusemlp's program beside those of eager PyTorch.
 
-    python -m bench.launches 784 128 10 --batch-size 128 --optimizer adam
+    python -m bench launches 784 128 10 --batch-size 128 --optimizer adam
 
 PyTorch's are counted with its profiler: kernels where there is a GPU, else the operators that compute something, each
 of which is at least one kernel on a GPU. Views are not counted, nor the parts of an operator that computes.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,12 +77,13 @@ def computing(events: Iterable[Any]) -> Iterator[str]:
             yield event.name
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.split("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench launches", description=__doc__.split("\n")[0])
     parser.add_argument("widths", type=int, nargs="+", help="inputs, hidden widths, outputs")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adam")
-    options = parser.parse_args()
+    options = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     if len(options.widths) < 2:
         parser.error(f"widths: expected inputs and outputs at least, such as 784 128 10; got {options.widths}")
     text = plan_text(MLP(options.widths), optimizer=options.optimizer, batch_size=options.batch_size, backend="triton")
@@ -91,7 +93,8 @@ def main() -> None:
         counts = torch_launches(options.widths, options.batch_size, options.optimizer, foreach=foreach)
         print(f"PyTorch {torch.__version__}, eager, optimizer: {name}: {sum(counts.values())} {what}")
         print("  " + ", ".join(f"{count} {operator.removeprefix('aten::')}" for operator, count in counts.items()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

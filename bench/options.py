@@ -14,6 +14,15 @@ from fusemlp_kernels.errors import unknown_name
 COMMANDS = {
     "compare": "what became slower from one file of figures to another",
     "readme": "write the tables of README.md from committed results, or check them",
+    "sklearn_door": "a fit of scikit-learn's estimators beside fusemlp's",
+    "torch_door": "a training step of eager PyTorch beside the fused one",
+    "fleet_search": "a grid search beside scikit-learn's and JAX's",
+    "time_to_result": "wall time from arrays to an accuracy, everything counted",
+    "scaling": "a step against batch, width, depth and number of models",
+    "roofline": "each call of a step beside the least that it must take",
+    "kernels": "each kernel beside the vendor's product and the unfused sequence",
+    "overhead": "what a step, an epoch and an import cost beside the work; memory",
+    "launches": "the launches of a step beside eager PyTorch's",
     "tune": "measure the tiles of the Triton kernels on a card",
 }
 EXAMPLES = f"""\
@@ -26,7 +35,7 @@ examples:
   python -m bench compare before.jsonl after.jsonl
 
 other commands, each with a --help of its own:
-""" + "\n".join(f"  python -m bench {name:37s} {text}" for name, text in COMMANDS.items())
+""" + "\n".join(f"  python -m bench {name:20s} {text}" for name, text in COMMANDS.items())
 
 
 def parser() -> argparse.ArgumentParser:

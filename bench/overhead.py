@@ -1,4 +1,4 @@
-"""What training costs outside the kernels: Python, launches, memory and imports. ``python -m bench.overhead``
+"""What training costs outside the kernels: Python, launches, memory and imports. ``python -m bench overhead``
 
 Steps: a network so small that its arithmetic is nothing is trained in fits of different lengths. Their times are fitted
 by ``call + epoch * epochs + step * steps`` (least squares over medians): what a call of ``fit``, an epoch of it and a

@@ -86,7 +86,9 @@ def section(path: Path) -> str:
     """The tables of some results, and what of the cases no card has been measured on."""
     lines = read(path)
     if "door" in lines[0]:
-        return doors.table(lines)
+        from bench import fleet_search
+
+        return fleet_search.table(lines) if lines[0]["door"] == fleet_search.DOOR else doors.table(lines)
     if any(line.get("card") for line in lines):
         return markdown(lines)
     rows = ["the networks above", *(case_label(vars(case)) for case in CASES.values() if case.gpu_only)]

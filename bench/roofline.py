@@ -1,4 +1,4 @@
-"""How close each call of the step program comes to what the hardware must take for it: ``python -m bench.roofline``.
+"""How close each call of the step program comes to what the hardware must take for it: ``python -m bench roofline``.
 
 The program says for each call how many floating-point operations and bytes it takes. Over the two ceilings, which are
 measured in the same run, that gives two times; the longer one is the call's floor (Williams, Waterman and Patterson,

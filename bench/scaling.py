@@ -1,4 +1,4 @@
-"""How the time of a training step grows with the work in it: ``python -m bench.scaling``.
+"""How the time of a training step grows with the work in it: ``python -m bench scaling``.
 
 One thing grows at a time: the batch, the width of the hidden layers, their number, or the number of models. Every
 installed contender of ``bench.peers`` takes its turns as in ``python -m bench``, after the same check of what it

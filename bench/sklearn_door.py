@@ -1,6 +1,6 @@
 """scikit-learn's MLPs against those of ``fusemlp.sklearn``: the same ``fit`` on digits, in one process, in turn.
 
-``python -m bench.sklearn_door`` prints a table. Both start from the same random state, so they train the same model:
+``python -m bench sklearn_door`` prints a table. Both start from the same random state, so they train the same model:
 the scores are compared before anything is said of the times.
 """
 

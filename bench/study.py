@@ -1,6 +1,6 @@
 """What the studies have in common: their options, the circumstances they record, their files, tables and pictures.
 
-A study is a module with a ``main``, run as ``python -m bench.NAME``. It ends in a Markdown table (or, with ``--json``,
+A study is a module with a ``main``, run as ``python -m bench NAME``. It ends in a Markdown table (or, with ``--json``,
 in JSON lines) on stdout, in a file of JSON lines and, where matplotlib is installed, in a picture beside that file.
 """
 
@@ -36,7 +36,7 @@ CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperatu
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """The options that every study has."""
-    made = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
+    made = argparse.ArgumentParser(prog=f"python -m bench {name}", description=description)
     made.add_argument(
         "--out",
         type=Path,

@@ -1,4 +1,4 @@
-"""From arrays to a result, everything counted: ``python -m bench.time_to_result``.
+"""From arrays to a result, everything counted: ``python -m bench time_to_result``.
 
 The clock starts when a fresh process has the arrays, and ends with the first epoch after which the accuracy on the test
 images is 93 % (mnist5k: 4000 to train on, 1000 to test), or with ``--mnist FOLDER`` 97 % on the full MNIST. Counted are

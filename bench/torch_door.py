@@ -1,6 +1,6 @@
 """Eager PyTorch against ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
 
-``python -m bench.torch_door`` prints a table. Within a round the two take turns, the first one changing from round to
+``python -m bench torch_door`` prints a table. Within a round the two take turns, the first one changing from round to
 round, with a pause between them in which the threads of the one's BLAS go to sleep. Of a turn the median step counts,
 so that what else the machine does matters little; a ratio compares two turns of one round. Both must have made the
 same updates: their losses are compared after the first round.

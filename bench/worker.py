@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -123,7 +123,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.peer), name=f"bench {self.peer}")
-        with _without_openblas_settings():
+        with _without_openblas_settings(), _with_settings(PEERS[self.peer].environment):
             self._process.start()
         theirs.close()
         return self
@@ -167,3 +167,17 @@ def _without_openblas_settings() -> Iterator[None]:
         yield
     finally:
         os.environ.update(removed)
+
+
+@contextlib.contextmanager
+def _with_settings(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

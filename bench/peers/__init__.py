@@ -51,7 +51,8 @@ class Peer:
     ``package`` is what has to be importable, ``module`` its file (by default the name in ``PEERS``), given ``options``.
     ``devices`` are those that a machine must have; ``host`` says that it computes on the CPU all the same. ``fleet``
     says that it trains many models at once, and only those. ``computes_in`` is its precision, where it is not the
-    case's; ``differs`` is said under a table where its mathematics is not the others'.
+    case's; ``differs`` is said under a table where its mathematics is not the others'. ``environment``: variables that
+    are set for its process.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Peer:
     precisions: tuple[str, ...] = ("fp32", "tf32", "bf16")
     computes_in: str | None = None
     differs: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 HOST: dict[str, Any] = {"host": True, "dropout": False, "precisions": ("fp32",)}
@@ -88,11 +90,20 @@ PEERS = {
         )
         for backend, plans in (
             ("numpy", ("eager", "resident")),
-            ("triton", ("eager", "graph")),
-            ("cupy", ("eager", "graph", "resident")),
+            ("triton", ("eager", "graph", "resident")),
+            ("cupy", ("eager", "graph")),
         )
         for plan in plans
     },
+    "engine_scipy_blas": Peer(
+        "fusemlp without MKL",
+        "fusemlp",
+        module="engine",
+        devices=("cpu",),
+        host=True,
+        precisions=("fp32",),
+        environment={"FUSEMLP_BLAS": "scipy"},
+    ),
     "torch_eager": Peer("PyTorch eager", "torch"),
     "torch_compile": Peer("PyTorch torch.compile", "torch", compiles_long=True),
     "torch_graph": Peer("PyTorch whole-step CUDA graph", "torch", devices=("gpu",)),
@@ -155,6 +166,10 @@ def absent(name: str, device: str) -> str | None:
         return "runs on a GPU only, and no card was found"
     if peer.package == "torch" and device == "gpu" and version.endswith("+cpu"):
         return f"torch {version} is the build without GPU support"
+    if "FUSEMLP_BLAS" in peer.environment:
+        from fusemlp_kernels.numpy.libraries import mkl
+
+        return None if mkl() is not None else "is what fusemlp chooses by itself here: MKL is not in use"
     if peer.options:
         return _plan_missing(peer.options["backend"], peer.options["plan"], device)
     return None
