@@ -173,13 +173,14 @@ def measure(
 
 
 @triton.jit(noinline=True)
-def output_and_loss(
-    compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
-    stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
-    weight_step, ignored_low, ignored_high,
+def output_tile(
+    compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper, counters,
+    live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
+    ignored_low, ignored_high, first,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The output layer, its loss into ``stats``, and dz; BN >= N."""
+    """The output layer and dz of the batch's rows from ``first`` on; BN >= N. Returns the sum of the losses, the right
+    answers, the answers asked for, and prelu's gradient."""
     model, index = model_of(live), depth - 1
     count = rows_of(counters, model, M)
     rows = batch_of(rows, counters, model, rows_size)
@@ -191,31 +192,49 @@ def output_and_loss(
     N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
     x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
     w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
-    dz = compute + whole(work + tl.load(row + DZ), True)
-    slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
     gather = tl.where(index == 0, 1, 0)
-    ignored = ignored_label(ignored_low, ignored_high)
-    normaliser = tl.load(normalisers + model)
-    scale = gradient_scale(hyper, normaliser, settings, 0)
-    at_n = tl.arange(0, BN)
+    z = affine_tile(x, w, b, rows, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
+    slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
+    scale = gradient_scale(hyper, tl.load(normalisers + model), settings, 0)
+    at_m, at_n = first + tl.arange(0, BM), tl.arange(0, BN)
+    result, loss, right, scored, below = loss_of_rows(
+        z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight,
+        weight_step, class_weight, ignored_label(ignored_low, ignored_high), N, settings, 1, activation, slope,
+        BM, CROSS_ENTROPY,
+    )  # fmt: skip
+    dz = compute + whole(work + tl.load(row + DZ), True)
+    dz_at = dz + at_m.to(tl.int64)[:, None] * (pitch // 8 * 8) + at_n[None, :]
+    stored = (at_m < count)[:, None] & (at_n < masked_width(N, True))[None, :]
+    tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
+    return loss, right, scored, below
+
+
+@triton.jit(noinline=True)
+def output_and_loss(
+    compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
+    stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+    weight_step, ignored_low, ignored_high,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The output layer, its loss into ``stats``, and dz."""
     total, right, scored = tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     below = tl.full((), 0.0, tl.float32)
-    for first in range(0, count, BM):
-        z = affine_tile(x, w, b, rows, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
-        at_m = first + tl.arange(0, BM)
-        result, loss, hits, asked, part = loss_of_rows(
-            z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight,
-            weight_step, class_weight, ignored, N, settings, 1, activation, slope, BM, CROSS_ENTROPY,
+    for first in range(0, rows_of(counters, model_of(live), M), BM):
+        loss, hits, asked, part = output_tile(
+            compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper,
+            counters, live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+            weight_step, ignored_low, ignored_high, first, BM, BN, BK, PRODUCT, CROSS_ENTROPY,
         )  # fmt: skip
         total += loss.to(tl.float64)
         right += hits
         scored += asked
         below += part
-        dz_at = dz + at_m.to(tl.int64)[:, None] * (pitch // 8 * 8) + at_n[None, :]
-        stored = (at_m < count)[:, None] & (at_n < masked_width(N, True))[None, :]
-        tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
-    tl.store(slopes + model * depth + index, below)
-    record_loss(total, right.to(tl.float64), scored.to(tl.float64), stats + model * STATS, settings, normaliser)
+    model = model_of(live)
+    tl.store(slopes + model * depth + depth - 1, below)
+    record_loss(
+        total, right.to(tl.float64), scored.to(tl.float64), stats + model * STATS, settings + model * SETTING_COLUMNS,
+        tl.load(normalisers + model),
+    )  # fmt: skip
 
 
 @triton.jit(noinline=True)
