@@ -16,12 +16,13 @@ import numpy as np
 from fusemlp.candidates import Candidate, Vary, candidate, combinations
 from fusemlp.engine import Engine
 from fusemlp.ensemble import Ensemble, FleetResults, Member, scores_of, together
+from fusemlp.fitting import Validation
 from fusemlp.history import History
 from fusemlp.lockstep import Group, grouped, train_together
 from fusemlp.losses import Loss, as_loss
 from fusemlp.network import MLP, check_flag
 from fusemlp.optimizers import Optimizer, as_optimizer
-from fusemlp.training import Validation, checked_validation, fit_checked
+from fusemlp.training import checked_validation, fit_checked
 from fusemlp.validation import as_count, to_array
 from fusemlp.waves import Kept, Machine, room, wave
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError

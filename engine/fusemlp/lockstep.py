@@ -9,8 +9,9 @@ import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.execution import Memory, choose_plan, new_arenas, persistent_places, resident_chunk, walk_rows
+from fusemlp.fitting import Fit, Validation
 from fusemlp.lowering import Inputs
-from fusemlp.training import Fit, Validation, fit_checked
+from fusemlp.training import fit_checked
 from fusemlp.verifier import verify
 from fusemlp_kernels.contract import step_flops
 from fusemlp_kernels.errors import DivergenceError

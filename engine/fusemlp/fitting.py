@@ -1,0 +1,328 @@
+"""The loop of a fit: epochs, validation, early stopping, callbacks, and the way back from a divergence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fusemlp.callbacks import deferred_interrupt, overrides
+from fusemlp.history import FitState, History
+from fusemlp.inference import metrics_of
+from fusemlp.lowering import Inputs
+from fusemlp.schedules import ReduceOnPlateau, plateau_step
+from fusemlp_kernels.contract import LOSS_SUM, LossSpec, UpdateRule
+from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+    from fusemlp.execution import BoundProgram
+    from fusemlp.targets import Targets
+
+Array = np.ndarray[Any, Any]
+Snapshot = dict[str, Any]
+
+# Features beyond this in size are not standardised, and then the loss of most networks overflows.
+LARGE_FEATURE = 100.0
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Checked rows that an epoch ends with."""
+
+    X: Any
+    targets: Targets
+    weight: Any | None
+
+
+class Walking(Protocol):
+    """What ``Fit`` needs of a program whose steps somebody else runs."""
+
+    walks_rows: bool
+    chunk: int
+
+    def set_rows(self, order: Array, first_batch: int, size: int) -> None:
+        """The rows of an epoch, from batch ``first_batch`` on."""
+
+
+class Fit:
+    """One call of ``fit``: its data bound to the engine, and the loop. With ``bound`` the steps that ``training`` asks
+    for are run by whoever asks."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        X: Any,
+        targets: Targets,
+        weight: Any | None,
+        *,
+        epochs: int,
+        validation: Validation | None,
+        patience: int | None,
+        callbacks: list[Any],
+        order: Callable[[int], Array],
+        drop_last: bool,
+        resume: bool,
+        rows: int | None = None,
+        bound: Walking | None = None,
+    ) -> None:
+        self.engine = engine
+        # of X, or of those that ``order`` picks
+        self.rows = len(X) if rows is None else rows
+        self.X = X
+        self.validation = validation
+        self.patience = patience
+        self.callbacks = callbacks
+        self.order = order
+        self.batch_size = min(engine.batch_size, self.rows)
+        whole, rest = divmod(self.rows, self.batch_size)
+        self.batches = whole + (1 if rest and not drop_last else 0)
+        self.spec: LossSpec = engine.loss.spec(accuracy=engine.counts_hits(targets), soft=targets.soft)
+        self.state = self._resumed(epochs) if resume else self._fresh(epochs)
+        first = self.state.history.epochs[0] if self.state.history.epochs else self.state.epoch
+        self.last_epoch = first + epochs
+        self.schedule = engine.optimizer.schedule
+        self.rule: UpdateRule = engine.optimizer.rule(total_updates=self.state.total_updates)
+        self.bound: Any = self._bind(X, targets, weight) if bound is None else bound
+        self.best: Snapshot | None = engine.best_parameters if resume else None
+
+    def _fresh(self, epochs: int) -> FitState:
+        engine = self.engine
+        updates = epochs * self.batches // engine.optimizer.accumulate
+        return FitState(
+            epoch=engine.epochs_trained,
+            batch=0,
+            last_epoch=engine.epochs_trained + epochs,
+            total_updates=engine.update_count + updates,
+            history=History(),
+        )
+
+    def _resumed(self, epochs: int) -> FitState:
+        state = self.engine.fit_state
+        if state is None:
+            raise ArgumentError(
+                "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
+            )
+        first = state.history.epochs[0] if state.history.epochs else state.epoch
+        begun = state.epoch - first + (1 if state.batch else 0)
+        if epochs < begun:
+            raise ArgumentError(
+                f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {epochs}; give {begun} or "
+                "more, or resume=False"
+            )
+        if state.batch > self.batches:
+            raise ShapeError(
+                f"X: the checkpoint stands at batch {state.batch} of its epoch, and {self.rows} rows make only "
+                f"{self.batches}; resume with the data of the first call"
+            )
+        return state
+
+    def _bind(self, X: Any, targets: Targets, weight: Any | None) -> BoundProgram:
+        engine = self.engine
+        to_device = engine.memory.backend.from_host
+        inputs = Inputs(
+            len(X),
+            indexed=True,
+            weighted=weight is not None,
+            class_weighted=engine.loss.class_weight is not None,
+        )
+        given = {"x": to_device(X, "compute"), "target": to_device(targets.values)}
+        resident = engine.plan == "resident"
+        if resident or engine.memory.backend.traits.walks_rows:
+            given["rows"] = engine.memory.backend.allocate(self.batches * self.batch_size, "int64")
+        if weight is not None:
+            given["weight"] = to_device(weight)
+        batches = self.batches if resident else None
+        return engine.bind(inputs, self.spec, self.rule, self.batch_size, given, resident_batches=batches)
+
+    def run(self) -> History:
+        """Train; the engine's ``history`` and ``fit_state`` follow."""
+        self.begin()
+        with deferred_interrupt() as interrupted:
+            for steps in self.training(interrupted):
+                self.bound.run_many(steps)
+        self.finish(interrupted=interrupted())
+        if interrupted():
+            raise KeyboardInterrupt
+        return self.state.history
+
+    def begin(self) -> None:
+        """What comes before the first step."""
+        engine, state = self.engine, self.state
+        state.last_epoch = self.last_epoch
+        engine.fit_state = state
+        engine.history = state.history
+        engine.best_parameters = self.best
+        engine.stop_training = False
+        engine.use_rule(self.rule, state.plateau[2])
+        if state.batch == 0:
+            engine.memory.stats[:] = 0.0
+        state.history.stopped = ""
+        self._call("on_train_begin")
+
+    def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
+        """The epochs. Where the program walks over the rows by itself it yields numbers of steps, which whoever asks
+        for the next has run. ``interrupted`` tells whether training shall end after the batch.
+
+        Raises DivergenceError, with the engine back at the last good epoch.
+        """
+        engine, state = self.engine, self.state
+        good: Snapshot | None = None
+        # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
+        while (
+            not self._out_of_patience()
+            and state.epoch < state.last_epoch
+            and not engine.stop_training
+            and not interrupted()
+        ):
+            good, first_batch = engine.snapshot(good), state.batch
+            began = time.perf_counter()
+            if state.batch == 0:
+                self._call("on_epoch_begin", state.epoch)
+            if self.bound.walks_rows:
+                yield from self._walk(interrupted)
+            else:
+                self._batches(interrupted)
+            if state.batch < self.batches:
+                break
+            if not self._all_finite():
+                raise self._diverged(good, first_batch)
+            self._end_epoch(time.perf_counter() - began)
+        if interrupted():
+            place = f"in epoch {state.epoch + 1}" if state.batch else f"after epoch {state.epoch}"
+            state.history.stopped = f"interrupted {place}"
+        elif engine.stop_training:
+            state.history.stopped = "a callback stopped the training"
+
+    def finish(self, *, interrupted: bool) -> None:
+        """What comes after the last step."""
+        engine = self.engine
+        if self.patience is not None and self.best is not None and not interrupted:
+            engine.write_tensors(self.best, "")
+        engine.best_parameters = self.best
+        self._call("on_train_end", self.state.history)
+
+    def _watching(self, stage: str) -> list[Any]:
+        return [callback for callback in self.callbacks if overrides(callback, stage)]
+
+    def _batches(self, interrupted: Callable[[], bool]) -> None:
+        """The batches that remain of the epoch, one after another."""
+        engine, state, bound = self.engine, self.state, self.bound
+        rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
+        order = self.order(state.epoch)
+        copy, run = engine.memory.backend.copy_into, bound.run
+        starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
+        bound.set_row_count(size)
+        with np.errstate(all="ignore"):
+            while state.batch < self.batches:
+                if starters:
+                    with np.errstate(all="warn"):
+                        for starter in starters:
+                            starter.on_batch_begin(engine, state.batch)
+                start = state.batch * size
+                if start + size <= n:
+                    copy(rows, order[start : start + size])
+                else:
+                    count = n - start
+                    copy(rows[:count], order[start:])
+                    rows[count:] = -1
+                    bound.set_row_count(count)
+                run()
+                state.batch += 1
+                if watchers:
+                    with np.errstate(all="warn"):
+                        for watcher in watchers:
+                            watcher.on_batch_end(engine, state.batch - 1)
+                if interrupted() or engine.stop_training:
+                    break
+
+    def _walk(self, interrupted: Callable[[], bool]) -> Iterator[int]:
+        """The batches that remain of the epoch, of a program that moves from batch to batch by itself."""
+        engine, state, bound = self.engine, self.state, self.bound
+        order = self.order(state.epoch)
+        starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
+        bound.set_rows(order[: self.batches * self.batch_size], state.batch, self.batch_size)
+        while state.batch < self.batches:
+            count = 1 if starters or watchers else min(self.batches - state.batch, bound.chunk)
+            for starter in starters:
+                starter.on_batch_begin(engine, state.batch)
+            yield count
+            state.batch += count
+            for watcher in watchers:
+                watcher.on_batch_end(engine, state.batch - 1)
+            if interrupted() or engine.stop_training:
+                break
+
+    def _end_epoch(self, seconds: float) -> None:
+        engine, state = self.engine, self.state
+        stats = engine.memory.backend.to_host(engine.memory.stats)
+        metrics = metrics_of(stats, self.spec)
+        logs = dict(metrics)
+        if self.validation is not None:
+            held_out = engine.evaluate_checked(self.validation.X, self.validation.targets, self.validation.weight)
+            logs |= {f"val_{name}": value for name, value in held_out.items()}
+        logs["learning_rate"] = engine.learning_rate
+        state.history.record(state.epoch, logs, seconds)
+        watched = logs.get("val_loss", logs["loss"])
+        if watched < state.best_loss:
+            state.best_loss, state.waited = watched, 0
+            if self.validation is not None:
+                state.history.best_epoch = state.epoch
+                if self.patience is not None:
+                    self.best = engine.state_dict()
+        else:
+            state.waited += 1
+        if isinstance(self.schedule, ReduceOnPlateau):
+            state.plateau = plateau_step(self.schedule, state.plateau, watched)
+            engine.use_rule(self.rule, state.plateau[2])
+        epoch = state.epoch
+        state.epoch, state.batch = epoch + 1, 0
+        engine.epochs_trained = state.epoch
+        engine.best_parameters = self.best
+        engine.memory.stats[:] = 0.0
+        self._call("on_epoch_end", epoch, logs)
+
+    def _out_of_patience(self) -> bool:
+        state = self.state
+        if self.patience is None or state.waited < self.patience:
+            return False
+        state.history.stopped = (
+            f"val_loss has not improved for {state.waited} epochs; the weights of epoch "
+            f"{(state.history.best_epoch or 0) + 1} were restored"
+        )
+        return True
+
+    def _all_finite(self) -> bool:
+        """Whether the loss of the epoch and what its last update left are numbers."""
+        memory = self.engine.memory
+        self.engine.check_scaling()
+        return bool(
+            np.isfinite(float(memory.stats[LOSS_SUM])) and np.isfinite(memory.backend.to_host(memory.params)).all()
+        )
+
+    def _diverged(self, good: Snapshot, first_batch: int) -> DivergenceError:
+        """Go back to the last good state, and say what most likely went wrong."""
+        engine, epoch = self.engine, self.state.epoch
+        rate = engine.learning_rate
+        engine.restore(good)
+        self.state.batch = first_batch
+        largest = engine.largest(self.X)
+        if largest > LARGE_FEATURE:
+            cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
+        else:
+            lower = min(rate / 10, 0.1)
+            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"
+        self.state.history.stopped = f"the loss became NaN or infinite in epoch {epoch + 1}"
+        return DivergenceError(
+            f"loss: it became NaN or infinite in epoch {epoch + 1}. Likely cause: {cause}. "
+            "The engine is back at the state before that epoch"
+        )
+
+    def _call(self, stage: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            method = getattr(callback, stage, None)
+            if method is not None:
+                method(self.engine, *arguments)
