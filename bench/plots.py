@@ -107,7 +107,8 @@ def networks_finding(cases: dict[str, dict[str, Record]]) -> str:
         else ("fusemlp is the quickest" if number else "fusemlp is not the quickest")
     )
     most, line = max(leads, key=lambda pair: pair[0])
-    text += f", up to {most:.1f}x ahead of {line['label']} ({case_label(line)})"
+    if most > 1.0:
+        text += f", up to {most:.1f}x ahead of {line['label']} ({case_label(line)})"
     if behind:
         least_ratio, line = min(behind, key=lambda pair: pair[0])
         text += f";\nat worst it takes {1 / least_ratio:.2f}x the time of {line['label']} ({case_label(line)})"
