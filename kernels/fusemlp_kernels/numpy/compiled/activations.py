@@ -9,7 +9,7 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled.functions import exp, sigmoid, tanh
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE
-from fusemlp_kernels.numpy.compiled.tables import GELU, IDENTITY, LEAKY_RELU, PRELU, RELU, SIGMOID, SILU, TANH
+from fusemlp_kernels.numpy.compiled.tables import GELU, LEAKY_RELU, PRELU, RELU, SIGMOID, SILU, TANH
 
 _ROOT_HALF = math.sqrt(0.5)
 _DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
@@ -17,24 +17,31 @@ _DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
 
 @register_jitable(**ELEMENTWISE)
 def activate(kind: int, y: Any, z: Any, slope: float) -> None:
-    """``y = act(z)``; y may be z."""
+    """``y = act(z)``; y holds z where the derivative is had from y, and is other memory where it needs z (``NEEDS_Z``).
+
+    In place means of one array: two that overlap the compiler has to take element by element.
+    """
     real = y.dtype.type
     zero, half, one = real(0.0), real(0.5), real(1.0)
     factor = real(slope)
     if kind == RELU:
         for i in range(y.size):
-            v = z[i]
+            v = y[i]
             y[i] = zero if v <= zero else v
-    elif kind in (LEAKY_RELU, PRELU):
+    elif kind == LEAKY_RELU:
+        for i in range(y.size):
+            v = y[i]
+            y[i] = v if v > zero else factor * v
+    elif kind == PRELU:
         for i in range(y.size):
             v = z[i]
             y[i] = v if v > zero else factor * v
     elif kind == SIGMOID:
         for i in range(y.size):
-            y[i] = sigmoid(z[i])
+            y[i] = sigmoid(y[i])
     elif kind == TANH:
         for i in range(y.size):
-            y[i] = tanh(z[i])
+            y[i] = tanh(y[i])
     elif kind == GELU:
         root = real(_ROOT_HALF)
         for i in range(y.size):
@@ -43,9 +50,6 @@ def activate(kind: int, y: Any, z: Any, slope: float) -> None:
     elif kind == SILU:
         for i in range(y.size):
             y[i] = z[i] * sigmoid(z[i])
-    elif kind == IDENTITY:
-        for i in range(y.size):
-            y[i] = z[i]
 
 
 @register_jitable(**ELEMENTWISE)
