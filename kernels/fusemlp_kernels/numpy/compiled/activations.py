@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.functions import exp, sigmoid, tanh
+from fusemlp_kernels.numpy.compiled.functions import sigmoid, tanh
+from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_slope
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE
 from fusemlp_kernels.numpy.compiled.tables import GELU, LEAKY_RELU, PRELU, RELU, SIGMOID, SILU, TANH
-
-_ROOT_HALF = math.sqrt(0.5)
-_DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -22,8 +19,7 @@ def activate(kind: int, y: Any, z: Any, slope: float) -> None:
     In place means of one array: two that overlap the compiler has to take element by element.
     """
     real = y.dtype.type
-    zero, half, one = real(0.0), real(0.5), real(1.0)
-    factor = real(slope)
+    zero, factor = real(0.0), real(slope)
     if kind == RELU:
         for i in range(y.size):
             v = y[i]
@@ -43,10 +39,8 @@ def activate(kind: int, y: Any, z: Any, slope: float) -> None:
         for i in range(y.size):
             y[i] = tanh(y[i])
     elif kind == GELU:
-        root = real(_ROOT_HALF)
         for i in range(y.size):
-            v = z[i]
-            y[i] = v * (half * (one + math.erf(v * root)))
+            y[i] = z[i] * normal_cdf(z[i])
     elif kind == SILU:
         for i in range(y.size):
             y[i] = z[i] * sigmoid(z[i])
@@ -56,7 +50,7 @@ def activate(kind: int, y: Any, z: Any, slope: float) -> None:
 def multiply_by_derivative(kind: int, d: Any, y: Any, z: Any, slope: float, undo_scale: float) -> float:
     """``d *= act'``; y is the output behind dropout: ``undo_scale`` brings it back. Returns prelu's gradient, or 0."""
     real = d.dtype.type
-    zero, half, one = real(0.0), real(0.5), real(1.0)
+    zero, one = real(0.0), real(1.0)
     factor, undo = real(slope), real(undo_scale)
     dslope = 0.0
     if kind == RELU:
@@ -81,10 +75,8 @@ def multiply_by_derivative(kind: int, d: Any, y: Any, z: Any, slope: float, undo
             s = y[i] * undo
             d[i] *= one - s * s
     elif kind == GELU:
-        root, density = real(_ROOT_HALF), real(_DENSITY)
         for i in range(d.size):
-            v = z[i]
-            d[i] *= half * (one + math.erf(v * root)) + v * (density * exp(-half * v * v))
+            d[i] *= normal_slope(z[i])
     elif kind == SILU:
         for i in range(d.size):
             v = z[i]

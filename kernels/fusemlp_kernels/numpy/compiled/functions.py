@@ -2,7 +2,7 @@
 
 Argument reduction by the logarithm of two in two parts (Cody and Waite, "Software manual for the elementary functions",
 1980), then the Taylor series of exp(r) - 1 for abs(r) <= log(2) / 2, to the degree where what is left out is below half
-a unit in the last place. Errors stay within two units (log1p: three), at NaN NaN comes out, and overflow gives an
+a unit in the last place. Errors stay within three units (exp: one), at NaN NaN comes out, and overflow gives an
 infinity.
 """
 
@@ -15,37 +15,39 @@ import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
-from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE
+from fusemlp_kernels.numpy.compiled.options import ELEMENT
 
-_OPTIONS: Any = ELEMENTWISE
+_OPTIONS: Any = ELEMENT
 
 
 def _parts(v: Any) -> Any:
-    """(p, s, t) with exp(v) = (1 + p) * s * t; s and t are powers of two, since one would overflow at the ends."""
+    """(p, s) with exp(v) = 2 (1 + p) s; s is half a power of two, which would overflow before exp(v) does.
+
+    For NaN, and between the ends of ``_clamped``: at the upper one s is an infinity, at the lower one zero.
+    """
     raise AssertionError("compiled code only")
 
 
-def _reduction(
-    real: Any, integer: Any, bits: int, bias: int, degree: int, low: float, high: float, coarse: float, fine: float
-) -> Any:
-    """``_parts`` for one type: ``coarse + fine`` is log(2), and multiples of ``coarse`` are exact."""
-    low_end, high_end = real(low), real(high)
-    per_power, half, zero = real(1.0 / math.log(2.0)), real(0.5), real(0.0)
+def _reduction(real: Any, integer: Any, bits: int, bias: int, degree: int, coarse: float, fine: float) -> Any:
+    """``_parts`` for one type: ``coarse + fine`` is log(2), and multiples of ``coarse`` are exact.
+
+    Adding 1.5 * 2**bits rounds to an integer, which is then in the lowest bits of the sum (Muller, "Elementary
+    functions", 2016, section 11.2.1); the others are shifted out.
+    """
+    per_power, rounder = real(1.0 / math.log(2.0)), real(1.5 * 2.0**bits)
     coarse_part, fine_part = real(coarse), real(fine)
-    taylor = tuple(real(1.0 / math.factorial(power)) for power in range(degree, 0, -1))
-    one, shift, offset = integer(1), integer(bits), integer(bias)
+    last, *others = (real(1.0 / math.factorial(power)) for power in range(degree, 0, -1))
+    taylor = tuple(others)
+    shift, offset = integer(bits), integer((bias - 1) << bits)
 
     def parts(v: Any) -> Any:
-        # the comparisons are false for NaN, which therefore stays
-        c = low_end if v < low_end else (high_end if v > high_end else v)
-        k = np.floor(c * per_power + half)
-        r = (c - k * coarse_part) - k * fine_part
-        p = zero
+        rounded = v * per_power + rounder
+        k = rounded - rounder
+        r = (v - k * coarse_part) - k * fine_part
+        p = last
         for factor in taylor:
             p = p * r + factor
-        n = integer(k if k == k else zero)
-        first = n >> one
-        return p * r, integer((first + offset) << shift).view(real), integer((n - first + offset) << shift).view(real)
+        return p * r, integer((real(rounded).view(integer) << shift) + offset).view(real)
 
     return parts
 
@@ -53,35 +55,59 @@ def _reduction(
 @overload(_parts, jit_options=_OPTIONS)
 def _parts_of(v: Any) -> Any:
     if v == types.float32:
-        return _reduction(np.float32, np.int32, 23, 127, 7, -104.0, 89.0, 0.693359375, -2.1219444005469057e-4)
-    return _reduction(np.float64, np.int64, 52, 1023, 13, -746.0, 710.0, 0.6931471803691238, 1.9082149292705877e-10)
+        return _reduction(np.float32, np.int32, 23, 127, 7, 0.693359375, -2.1219444005469057e-4)
+    return _reduction(np.float64, np.int64, 52, 1023, 13, 0.6931471803691238, 1.9082149292705877e-10)
 
 
-@register_jitable(**ELEMENTWISE)
+# Where exp(v) is below the normal numbers, and where it overflows.
+LOWEST, _HIGHEST = {"float32": -87.5, "float64": -708.5}, {"float32": 89.5, "float64": 710.5}
+
+
+def _clamped(v: Any) -> Any:
+    """v between the ends of its type, or NaN."""
+    raise AssertionError("compiled code only")
+
+
+@overload(_clamped, jit_options=_OPTIONS)
+def _clamped_of(v: Any) -> Any:
+    low, high = (getattr(np, v.name)(ends[v.name]) for ends in (LOWEST, _HIGHEST))
+
+    def clamped(v: Any) -> Any:
+        # the comparisons are false for NaN, which therefore stays
+        return low if v < low else (high if v > high else v)
+
+    return clamped
+
+
+@register_jitable(**ELEMENT)
+def half_exp_within(v: Any) -> Any:
+    """exp(v) / 2, in the type of v, from ``LOWEST`` to zero; or NaN."""
+    p, s = _parts(v)
+    return (p + type(v)(1.0)) * s
+
+
+@register_jitable(**ELEMENT)
 def exp(v: Any) -> Any:
     """exp(v), in the type of v."""
-    p, s, t = _parts(v)
-    return ((p + type(v)(1.0)) * s) * t
+    return half_exp_within(_clamped(v)) * type(v)(2.0)
 
 
-@register_jitable(**ELEMENTWISE)
+@register_jitable(**ELEMENT)
 def tanh(v: Any) -> Any:
-    """tanh(v) = (exp(2 v) - 1) / (exp(2 v) + 1), from exp(2 v) - 1, which is accurate near zero too."""
+    """tanh(abs(v)) = -e / (e + 1) with e = (exp(-2 abs(v)) - 1) / 2, which is accurate near zero too."""
     real = type(v)
-    limit = real(44.0)
-    c = v + v
-    c = -limit if c < -limit else (limit if c > limit else c)
-    p, s, t = _parts(c)
-    scale = s * t
-    e = p * scale + (scale - real(1.0))
-    return e / (e + real(2.0))
+    a, limit = abs(v), real(22.0)
+    a = limit if a > limit else a
+    p, s = _parts(real(-2.0) * a)
+    e = p * s + (s - real(0.5))
+    return math.copysign(e / (e + real(1.0)), v)
 
 
-@register_jitable(**ELEMENTWISE)
+@register_jitable(**ELEMENT)
 def sigmoid(v: Any) -> Any:
     """1 / (1 + exp(-v)); where the exponential overflows it is zero."""
-    one = type(v)(1.0)
-    return one / (one + exp(-v))
+    half = type(v)(0.5)
+    return half / (half + half_exp_within(_clamped(-v)))
 
 
 def _series(v: Any) -> Any:
@@ -110,7 +136,7 @@ def _series_of(v: Any) -> Any:
     return _logarithm(np.float32, 8) if v == types.float32 else _logarithm(np.float64, 17)
 
 
-@register_jitable(**ELEMENTWISE)
+@register_jitable(**ELEMENT)
 def log1p(v: Any) -> Any:
     """log(1 + v) for 0 <= v <= 1, in the type of v."""
     return _series(v)

@@ -22,6 +22,8 @@ EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 # Products and sums may be contracted into one rounding; the order of a sum stays, so that an argument reduction keeps
 # what its second part is for.
 ELEMENTWISE = EXACT | {"fastmath": {"contract"}}
+# A function of one element: a loop that calls it without having its code in it is not brought into vector registers.
+ELEMENT = ELEMENTWISE | {"forceinline": True}
 # Sums may be taken in any order, that of vector registers.
 REDUCTION = EXACT | {"fastmath": {"contract", "reassoc"}}
 

@@ -1,0 +1,164 @@
+"""The compiled activations and their derivatives over all numbers of a type, against the oracle; and their code."""
+
+from __future__ import annotations
+
+import platform
+import re
+
+import numpy as np
+import pytest
+from tolerance import TINY, U32, ULPS, UNIT, activation_bound, activation_grad_bound, assert_within
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import ACTIVATIONS, NEEDS_Z
+
+pytest.importorskip("numba")
+
+from numba import njit
+
+from fusemlp_kernels.numpy.compiled import functions, normal
+from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_derivative
+from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
+
+SMOOTH = ("sigmoid", "tanh", "gelu", "silu")
+SLOPE = 0.25
+TYPES = (np.float32, np.float64)
+
+
+@njit(**EXACT)
+def _activate(kind, y, z, slope):
+    activate(kind, y, z, slope)
+
+
+@njit(**EXACT)
+def _multiply_by_derivative(kind, d, y, z, slope, undo_scale):
+    return multiply_by_derivative(kind, d, y, z, slope, undo_scale)
+
+
+def values(name, z):
+    """act(z), where the loop puts it: over z where the derivative needs only y."""
+    y = np.empty_like(z) if name in NEEDS_Z else z.copy()
+    _activate(ACTIVATIONS.index(name), y, z if name in NEEDS_Z else y, SLOPE)
+    return y
+
+
+def derivatives(name, z, y):
+    d = np.ones_like(z)
+    _multiply_by_derivative(ACTIVATIONS.index(name), d, y, z if name in NEEDS_Z else y, SLOPE, 1.0)
+    return d
+
+
+def numbers(real):
+    """Finite numbers: in float32 every 8191st bit pattern, of both signs; then densely where functions bend."""
+    dense = np.linspace(-45.0, 45.0, 200_001)
+    if real is np.float32:
+        patterns = np.arange(0, 2**32, 8191, np.uint32).view(np.float32)
+        return np.concatenate([patterns[np.isfinite(patterns)], dense.astype(np.float32)])
+    sizes = np.ldexp(np.linspace(1.0, 1.999, 2047 * 16), np.repeat(np.arange(-1023, 1024), 16))
+    return np.concatenate([sizes, -sizes, dense])
+
+
+@pytest.mark.parametrize("real", TYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
+def test_values_and_derivatives_are_within_the_budget(name, real):
+    z = numbers(real)
+    exact = z.astype(np.float64)
+    u = UNIT[np.dtype(real).name]
+    with np.errstate(over="ignore"):
+        wanted, slope = reference.activation(name, exact, SLOPE), reference.activation_grad(name, exact, SLOPE)
+        y = values(name, z)
+        assert_within(y, wanted, activation_bound(name, exact, 0.0, SLOPE, u))
+        # the derivative is had from y, whose own error it carries on
+        error = activation_grad_bound(name, exact, 0.0, SLOPE, u)
+        carried = 0.0 if name in NEEDS_Z else 2.0 * 2.0 * ULPS[name] * u
+        assert_within(derivatives(name, z, y), slope, error + carried)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_values_are_near_in_units_of_their_own_last_place(name):
+    """Three units of the result itself, not of 1: small results are as exact as large ones."""
+    z = numbers(np.float32)
+    wanted = reference.activation(name, z.astype(np.float64))
+    assert_within(values(name, z), wanted, 6.0 * U32 * np.abs(wanted) + TINY)
+
+
+@pytest.mark.parametrize("real", TYPES)
+def test_the_tail_of_the_normal_distribution_keeps_its_leading_digits(real):
+    """The exponent v v / 2 is rounded: a relative error of the tail. In float64 the oracle has one as large."""
+    z = np.linspace(-13.0, 0.0, 20_001).astype(real)
+    wanted = reference.activation("gelu", z.astype(np.float64))
+    u = UNIT[np.dtype(real).name] * (1.0 if real is np.float32 else 2.0)
+    assert_within(values("gelu", z), wanted, (z.astype(np.float64) ** 2 + 8.0) * u * np.abs(wanted) + TINY)
+
+
+@pytest.mark.parametrize("real", TYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
+def test_ends_zeros_and_nan_are_the_oracles(name, real):
+    z = np.array([np.nan, -np.inf, np.inf, -0.0, 0.0] * 9, real)
+    with np.errstate(invalid="ignore"):
+        wanted, slope = (
+            function(name, z.astype(np.float64), SLOPE)
+            for function in (reference.activation, reference.activation_grad)
+        )
+    y = values(name, z)
+    np.testing.assert_array_equal(y, wanted.astype(real))
+    if name in ("tanh", "gelu", "silu", "prelu", "leaky_relu"):
+        zeros = z == 0.0
+        np.testing.assert_array_equal(np.signbit(y[zeros]), np.signbit(z[zeros]))
+    d = derivatives(name, z, y)
+    # of an infinity times nothing the oracle makes NaN, too
+    np.testing.assert_array_equal(d, slope.astype(real))
+
+
+@pytest.mark.parametrize("real", TYPES)
+def test_tanh_is_odd_and_nothing_leaves_its_range(real):
+    z = numbers(real)
+    y = values("tanh", z)
+    np.testing.assert_array_equal(values("tanh", -z), -y)
+    assert (np.abs(y) <= 1.0).all()
+    s = values("sigmoid", z)
+    assert (s >= 0.0).all() and (s <= 1.0).all()
+
+
+@pytest.mark.parametrize("real", TYPES)
+def test_exponentials_of_the_whole_range(real):
+    @njit(**ELEMENTWISE)
+    def exponentials(y, z):
+        for i in range(y.size):
+            y[i] = functions.exp(z[i])
+
+    limits = np.finfo(real)
+    low, high = float(np.log(limits.tiny)) + 0.5, float(np.log(limits.max))
+    z = np.linspace(low, high, 200_001).astype(real)
+    z = z[z < real(high)]
+    y = np.empty_like(z)
+    exponentials(y, z)
+    wanted = np.exp(z.astype(np.longdouble))
+    error = np.abs(y.astype(np.longdouble) - wanted) / wanted
+    assert float(error.max()) <= 4.0 * UNIT[np.dtype(real).name]
+    ends = np.array([-np.inf, -1e30, low - 50.0, high + 1.0, 1e30, np.inf, np.nan, 0.0], real)
+    y = np.empty_like(ends)
+    exponentials(y, ends)
+    np.testing.assert_array_equal(y, np.array([0.0, 0.0, 0.0, np.inf, np.inf, np.inf, np.nan, 1.0], real))
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="names of x86 instructions")
+@pytest.mark.parametrize("real", TYPES)
+@pytest.mark.parametrize(
+    "function",
+    [functions.exp, functions.tanh, functions.sigmoid, normal.normal_cdf, normal.normal_slope],
+    ids=lambda f: f.__name__,
+)
+def test_code_is_of_vectors_and_calls_no_library(function, real):
+    @njit(**ELEMENTWISE)
+    def loop(y, z):
+        for i in range(y.size):
+            y[i] = function(z[i])
+
+    loop(np.ones(3, real), np.ones(3, real))
+    (code,) = loop.inspect_asm().values()
+    kind = "p" + ("s" if real is np.float32 else "d")
+    packed = rf"^\s+v?(?:mul|add|div|fn?m(?:add|sub)\d*){kind}\s"
+    assert len(re.findall(packed, code, re.MULTILINE)) >= 10
+    called = re.findall(r"(?:call|jmp)\w*\s+\*?(\w+)", code) + re.findall(r"movabsq\s+\$(\w+)", code)
+    assert not [name for name in called if re.fullmatch(r"(?:exp|erf|erfc|tanh|copysign|fabs)f?", name)]
