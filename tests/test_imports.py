@@ -27,7 +27,7 @@ LAYERS = (
     ("engine",),
     ("callbacks", "history", "inference", "predicting", "planning"),
     ("execution",),
-    ("lowering", "resident", "program", "buffers", "verifier"),
+    ("lowering", "resident", "program", "buffers", "placement", "verifier"),
     ("device_data",),
     ("losses", "network", "optimizers", "schedules", "state", "targets"),
     ("data", "datafiles", "tables", "preprocessing"),

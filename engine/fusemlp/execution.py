@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.buffers import Layout, allocate, parameter_layout, plan_workspace
+from fusemlp.buffers import allocate, parameter_layout
 from fusemlp.network import MLP
+from fusemlp.placement import placement
 from fusemlp.program import Program, resolve
-from fusemlp.verifier import verify
 from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
@@ -210,13 +210,12 @@ class BoundProgram:
         plan: str = "eager",
     ) -> None:
         backend = memory.backend
-        ranges, places, sizes = plan_workspace(program, row_multiple=backend.traits.row_multiple)
-        verify(program, {**ranges, **persistent_places(program, memory.layout)})
+        placed = placement(program, memory.layout, row_multiple=backend.traits.row_multiple)
         self.program = program
         self.backend = backend
         self.arrays: dict[str, Any] = {**memory.arrays, **given}
-        arenas = {dtype: workspace.arena(dtype, size) for dtype, size in sizes.items()}
-        for name, (dtype, place) in places.items():
+        arenas = {dtype: workspace.arena(dtype, size) for dtype, size in placed.sizes.items()}
+        for name, (dtype, place) in placed.places.items():
             self.arrays[name] = backend.view(arenas[dtype], place.offset, place.shape, place.pitch)
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
@@ -292,15 +291,3 @@ def _in_order(calls: list[Callable[[], object]]) -> Callable[[], None]:
             step()
 
     return run
-
-
-def persistent_places(program: Program, layout: Layout) -> dict[str, tuple[str, int, int]]:
-    """The memory of parameters, gradients and optimizer state, for the verifier."""
-    ranges = {}
-    for name, value in program.values.items():
-        if value.kind not in ("parameter", "gradient", "state", "shadow"):
-            continue
-        short, _, state = name.partition(".")
-        place = layout.places[short.removeprefix("d") if value.kind == "gradient" else short]
-        ranges[name] = (state or value.kind, place.offset, place.offset + place.size)
-    return ranges

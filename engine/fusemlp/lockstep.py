@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
-from fusemlp.execution import Memory, choose_plan, new_arenas, persistent_places, resident_chunk, walk_rows
+from fusemlp.execution import Memory, choose_plan, new_arenas, resident_chunk, walk_rows
 from fusemlp.fitting import Fit, Validation
 from fusemlp.lowering import Inputs
+from fusemlp.placement import placement
 from fusemlp.training import fit_checked
-from fusemlp.verifier import verify
 from fusemlp_kernels.contract import step_flops
 from fusemlp_kernels.errors import DivergenceError
 
@@ -106,7 +106,7 @@ class _Training:
             for engine, fit in zip(group.engines, fits, strict=True)
         ]
         for program in programs:
-            verify(program, persistent_places(program, memory.layout))
+            placement(program, memory.layout, row_multiple=memory.backend.traits.row_multiple)
         each = [program.calls[0].operands for program in programs]
         names = ("shadow", "counters", "hyper", "stats", "params")
         operands: dict[str, Any] = {name: group.stacked(name) for name in names if name in group.arenas}

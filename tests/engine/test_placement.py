@@ -1,0 +1,181 @@
+"""Programs of one structure are planned and verified once; those that differ in one field are not taken for another."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from lowered import FROZEN, layout_of, training_program
+
+import fusemlp.placement
+from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU
+from fusemlp.buffers import plan_workspace
+from fusemlp.losses import as_loss
+from fusemlp.lowering import Inputs
+from fusemlp.optimizers import as_optimizer
+from fusemlp.placement import placement, structure
+from fusemlp.program import Ref, Value
+from fusemlp.resident import lower_resident
+from fusemlp.verifier import ProgramError
+from fusemlp_kernels.contract import Segment, TensorRule
+
+NET = MLP([6, 5, 4, 3], activation=["relu", "tanh"], dropout=[0.0, 0.5])
+
+
+def resident(net=NET, loss="cross_entropy", optimizer="adam", batch=8, batches=3, *, seed=0, real_bytes=4, **options):
+    loss, optimizer = as_loss(loss), as_optimizer(optimizer)
+    inputs = Inputs(options.pop("rows", 20), True, options.pop("weighted", False), loss.class_weight is not None)
+    return lower_resident(
+        net,
+        loss.spec(accuracy=options.pop("accuracy", True), soft=options.pop("soft", False)),
+        optimizer.rule(total_updates=100),
+        optimizer.options_for,
+        batch,
+        batches,
+        layout_of(net, "numpy", real_bytes),
+        inputs,
+        seed=seed,
+        real_bytes=real_bytes,
+        **options,
+    )
+
+
+# Each differs from the first in one thing that the verifier or the plan of the memory may look at.
+RESIDENT = {
+    "base": {},
+    "width": {"net": MLP([6, 5, 5, 3], activation=["relu", "tanh"], dropout=[0.0, 0.5])},
+    "layers": {"net": MLP([6, 5, 4, 4, 3], activation=["relu", "tanh", "tanh"], dropout=[0.0, 0.5, 0.0])},
+    "activation": {"net": MLP([6, 5, 4, 3], activation=["tanh", "tanh"], dropout=[0.0, 0.5])},
+    "slope": {"net": MLP([6, 5, 4, 3], activation=["prelu", "tanh"], dropout=[0.0, 0.5])},
+    "without dropout": {"net": MLP([6, 5, 4, 3], activation=["relu", "tanh"])},
+    "loss": {"loss": "mse"},
+    "class weights": {"loss": CrossEntropy(class_weight=[1.0, 2.0, 1.0])},
+    "soft": {"soft": True},
+    "accuracy": {"accuracy": False},
+    "reduction": {"loss": CrossEntropy(reduction="sum")},
+    "ignored": {"loss": CrossEntropy(ignore_index=2)},
+    "one state": {"optimizer": SGD(0.1, momentum=0.9)},
+    "no state": {"optimizer": SGD(0.1)},
+    "frozen weight": {"optimizer": Adam(per_parameter={"0.weight": FROZEN})},
+    "frozen bias": {"optimizer": Adam(per_parameter={"0.bias": FROZEN})},
+    "batch": {"batch": 7},
+    "batches": {"batches": 4},
+    "rows": {"rows": 21},
+    "weighted": {"weighted": True},
+    "precision": {"real_bytes": 8},
+    "mixed": {"compute_bytes": 2},
+    "penalised": {"penalised": True},
+}
+# Each differs from the base in numbers alone.
+NUMBERS = {
+    "learning rate": {"optimizer": Adam(0.5)},
+    "betas": {"optimizer": Adam(betas=(0.5, 0.6))},
+    "weight decay": {"optimizer": AdamW(weight_decay=0.3)},
+    "clipping": {"optimizer": Adam(clip_norm=2.0)},
+    "dropout": {"net": MLP([6, 5, 4, 3], activation=["relu", "tanh"], dropout=[0.0, 0.25])},
+    "seed": {"seed": 4},
+    "smoothing": {"loss": CrossEntropy(label_smoothing=0.1)},
+}
+STEPS = {
+    "base": {},
+    "batch": {"batch_size": 7},
+    "rows": {"rows": 21},
+    "not indexed": {"indexed": False},
+    "weighted": {"weighted": True},
+    "soft": {"soft": True},
+    "loss": {"loss": "mse"},
+    "optimizer": {"optimizer": Adam()},
+    "one state": {"optimizer": SGD(0.1, momentum=0.9)},
+    "gradients": {"keep_gradients": True},
+    "precision": {"real_bytes": 8},
+}
+
+
+def test_no_two_structures_that_differ_in_one_field_are_the_same() -> None:
+    found = {f"resident, {name}": resident(**given) for name, given in RESIDENT.items()}
+    for name, given in STEPS.items():
+        found[f"step, {name}"] = training_program(NET, **given)
+    for one, other in itertools.combinations(found, 2):
+        assert structure(found[one]) != structure(found[other]), f"{one} is taken for {other}"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_no_part_of_the_structure(name: str) -> None:
+    base, other = resident(), resident(**NUMBERS[name])
+    assert base.calls[0].operands != other.calls[0].operands
+    layout = layout_of(NET, "numpy")
+    assert placement(base, layout, row_multiple=1) is placement(other, layout, row_multiple=1)
+
+
+def test_a_fixed_slope_is_a_number() -> None:
+    steep, flat = (resident(MLP([4, 3, 2], activation=LeakyReLU(slope))) for slope in (0.1, 0.2))
+    assert structure(steep) == structure(flat)
+
+
+def test_a_known_structure_has_the_places_that_are_planned_for_it() -> None:
+    layout = layout_of(NET, "numpy")
+    for _ in range(2):
+        for given in STEPS.values():
+            program = training_program(NET, **given)
+            _, places, sizes = plan_workspace(program, row_multiple=1)
+            placed = placement(program, layout_of(NET, "numpy", program.real_bytes), row_multiple=1)
+            assert (placed.places, placed.sizes) == (places, sizes)
+    program = training_program(NET)
+    wide = plan_workspace(program, row_multiple=8)
+    placed = placement(program, layout, row_multiple=8)
+    assert (placed.places, placed.sizes) == wide[1:] != plan_workspace(program, row_multiple=1)[1:]
+
+
+def broken_residents():
+    """Programs that are wrong in one thing, each with what the verifier says of it."""
+    good = resident()
+    (call,) = good.calls
+    segments, operands = call.operands["segments"], call.operands
+
+    def with_call(**changes):
+        return replace(good, calls=(replace(call, operands={**operands, **changes}),))
+
+    first = segments[0]
+    yield with_call(segments=segments[1:]), "no segment updates w0"
+    yield with_call(segments=(Segment(first.offset, first.size - 1, TensorRule()), *segments[1:])), "is no tensor's"
+    yield with_call(segments=(*segments, first)), "updates 'w0' twice"
+    yield with_call(target=Ref("x")), "is real, expected int64"
+    without = {name: given for name, given in operands.items() if name != "hyper"}
+    yield replace(good, calls=(replace(call, operands=without),)), "operand 'hyper' is missing"
+    yield replace(good, trainable=good.trainable - {"w0"}), "updates 'w0', which is frozen"
+    yield replace(good, calls=(replace(call, op="train"),)), "there is no such op"
+    spare = Value("spare", (1,), "real", "data")
+    yield replace(good, values={**good.values, "spare": spare}), "no call reads 'spare'"
+    kept = replace(good.values["stats"], kind="data")
+    yield replace(good, values={**good.values, "stats": kept}), "writes 'stats', which belongs to the caller"
+
+
+@pytest.mark.parametrize(("program", "said"), list(broken_residents()))
+def test_what_is_wrong_is_refused_though_its_like_is_known(program, said) -> None:
+    layout = layout_of(NET, "numpy")
+    placement(resident(), layout, row_multiple=1)
+    for _ in range(2):
+        with pytest.raises(ProgramError, match=said):
+            placement(program, layout, row_multiple=1)
+
+
+def test_parameters_that_lie_elsewhere_are_verified_again() -> None:
+    layout = layout_of(NET, "numpy")
+    placement(resident(), layout, row_multiple=1)
+    moved = replace(layout, places={**layout.places, "b1": replace(layout.places["b1"], offset=0)})
+    with pytest.raises(ProgramError, match="share memory"):
+        placement(resident(), moved, row_multiple=1)
+
+
+def test_only_so_many_structures_are_remembered(monkeypatch) -> None:
+    monkeypatch.setattr(fusemlp.placement, "REMEMBERED", 2)
+    layout = layout_of(NET, "numpy")
+    first = placement(resident(), layout, row_multiple=1)
+    placement(resident(batches=4), layout, row_multiple=1)
+    # used again, so that it is not the one to go
+    assert placement(resident(), layout, row_multiple=1) is first
+    second = placement(resident(batches=5), layout, row_multiple=1)
+    assert placement(resident(batches=5), layout, row_multiple=1) is second
+    assert placement(resident(), layout, row_multiple=1) is first
+    assert len(fusemlp.placement._placements) == 2
