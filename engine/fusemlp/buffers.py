@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fusemlp.network import MLP
@@ -16,6 +17,8 @@ from fusemlp.verifier import Places, lifetimes
 from fusemlp_kernels.contract import Backend
 
 ALIGNMENT_BYTES = 256
+# So many layouts, plans and programs are remembered of each kind; those that were used longest ago are made again.
+REMEMBERED = 256
 
 
 def short_names(net: MLP) -> dict[str, str]:
@@ -50,6 +53,10 @@ class Layout:
     places: Mapping[str, Place]
     size: int
 
+    def __hash__(self) -> int:
+        # two whose tensors are called the same and take the same room are seldom different
+        return hash((tuple(self.places), self.size))
+
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], *, row_multiple: int, item_bytes: int) -> Layout:
         """Tensors one after another, each aligned; the pitch of a matrix is a multiple of ``row_multiple``."""
@@ -68,6 +75,7 @@ class Layout:
         }
 
 
+@lru_cache(maxsize=REMEMBERED)
 def parameter_layout(net: MLP, *, row_multiple: int, item_bytes: int) -> Layout:
     """The layout of the parameters, under their short names."""
     shapes = net.parameter_shapes()

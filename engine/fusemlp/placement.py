@@ -10,18 +10,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from fusemlp.buffers import Layout, Place, plan_workspace
-from fusemlp.program import Program, Ref
+from fusemlp.buffers import REMEMBERED, Layout, Place, plan_workspace
+from fusemlp.program import Program
 from fusemlp.verifier import Places, verify
-from fusemlp_kernels.contract import Dropout, LossSpec, ResidentLayer, Segment, TensorRule, UpdateRule
-
-# So many structures are remembered; those that were used longest ago are planned and verified again.
-REMEMBERED = 256
-# What has numbers in it on which nothing depends here.
-NUMBERS = (float, UpdateRule, TensorRule, Dropout)
-DESCRIPTIONS = (LossSpec, ResidentLayer, Segment)
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,7 @@ _lock = threading.Lock()
 
 def placement(program: Program, layout: Layout, *, row_multiple: int) -> Placement:
     """The workspace of a verified program whose parameters lie in ``layout``. Raises ProgramError: see ``verify``."""
-    key = (structure(program), tuple(layout.places.items()), layout.size, row_multiple)
+    key = (program.structure, layout, row_multiple)
     with _lock:
         known = _placements.get(key)
         if known is not None:
@@ -52,34 +44,6 @@ def placement(program: Program, layout: Layout, *, row_multiple: int) -> Placeme
         while len(_placements) > REMEMBERED:
             _placements.popitem(last=False)
     return made
-
-
-def structure(program: Program) -> Hashable:
-    """All of a program but the numbers: equal for two programs of which the verifier says the same."""
-    return (
-        tuple(program.values.items()),
-        tuple((call.op, _form(call.operands)) for call in program.calls),
-        tuple(program.arenas.items()),
-        program.trainable,
-        program.real_bytes,
-        program.compute_bytes,
-    )
-
-
-def _form(given: Any) -> Hashable:
-    """An operand without its numbers: of each the type stays."""
-    if isinstance(given, Ref):
-        return given
-    if isinstance(given, Mapping):
-        return tuple((name, _form(inner)) for name, inner in given.items())
-    if isinstance(given, tuple | list):
-        return tuple([_form(inner) for inner in given])
-    if isinstance(given, NUMBERS):
-        return type(given).__name__
-    if isinstance(given, DESCRIPTIONS):
-        return (type(given), *[_form(inner) for inner in vars(given).values()])
-    # names, flags, counts
-    return type(given), given
 
 
 def persistent_places(program: Program, layout: Layout) -> Places:

@@ -6,10 +6,12 @@ A program knows no backend and no array. It can be printed, verified (``verifier
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from fusemlp_kernels.contract import Dropout, LossSpec, ResidentLayer, Segment, TensorRule, UpdateRule
 
 # How a value comes to be: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
 # arena of that name; "data": given by the caller; "control": counters and the like, there before the first call;
@@ -61,6 +63,9 @@ UPDATED = frozenset(
 # The step reads x and the targets through the rows of the batch; the printed program says so.
 THROUGH_ROWS = frozenset({"x", "target", "weight"})
 UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm", "strengths"})
+# Operands, and parts of them, that are no matter of a program's structure, and the descriptions that these are in.
+NUMBERS = (float, UpdateRule, TensorRule, Dropout)
+DESCRIPTIONS = (LossSpec, ResidentLayer, Segment)
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,46 @@ def resolve(given: Any, lookup: Callable[[str], Any]) -> Any:
     return given
 
 
+class Structure:
+    """All of a program but its numbers: equal for two of which the verifier and the plan of the workspace say the same.
+
+    Its hash is computed once.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._parts = (
+            tuple(program.values.items()),
+            tuple((call.op, _form(call.operands)) for call in program.calls),
+            tuple(program.arenas.items()),
+            program.trainable,
+            program.real_bytes,
+            program.compute_bytes,
+        )
+        self._hash = hash(self._parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _form(given: Any) -> Hashable:
+    """An operand without its numbers: of each the name of its type stays."""
+    if isinstance(given, Ref):
+        return given
+    if isinstance(given, Mapping):
+        return tuple((name, _form(inner)) for name, inner in given.items())
+    if isinstance(given, tuple | list):
+        return tuple([_form(inner) for inner in given])
+    if isinstance(given, NUMBERS):
+        return type(given).__name__
+    if isinstance(given, DESCRIPTIONS):
+        return (type(given), *[_form(inner) for inner in vars(given).values()])
+    # names, flags, counts
+    return type(given), given
+
+
 @dataclass(frozen=True)
 class Program:
     """Kernel calls in order, over ``values``.
@@ -199,6 +244,23 @@ class Program:
                 size = size // self.values[name].shape[0] * batch
             total += size
         return total + sum(self.bytes_of(name) for name in call.writes)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What is left of the program without its numbers."""
+        return Structure(self)
+
+    def renumbered(self, **operands: Any) -> Program:
+        """The program of one call with these operands, which differ from its own in numbers alone.
+
+        What follows from the structure is handed on.
+        """
+        (call,) = self.calls
+        changed = Call(call.op, {**call.operands, **operands}, call.label, call.products)
+        changed.__dict__.update(_pairs=call._pairs, reads=call.reads, writes=call.writes)
+        program = Program(self.values, (changed,), self.arenas, self.trainable, self.real_bytes, self.compute_bytes)
+        program.__dict__["structure"] = self.structure
+        return program
 
     @property
     def launches(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from fusemlp.buffers import Layout, short_names
+from fusemlp.buffers import REMEMBERED, Layout, short_names
 from fusemlp.lowering import Inputs, OptionsFor
 from fusemlp.network import MLP
 from fusemlp.program import Call, Program, Ref, Value
@@ -15,7 +17,9 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     ResidentLayer,
+    ScheduleSpec,
     Segment,
+    TensorRule,
     UpdateRule,
 )
 
@@ -40,10 +44,66 @@ def lower_resident(
     With ``compute_bytes`` the products read the parameters rounded, in the arena "shadow". ``penalised``: with an L2
     penalty whose strength in each batch is in the value "strengths".
     """
-    mixed = compute_bytes is not None
     options = {short: options_for(name) for short, name in short_names(net).items()}
-    trained = [short for short in layout.places if options[short][0]]
-    states = tuple(f"state{index}" for index in range(rule.state_count))
+    rules = {short: options[short][1] for short in layout.places if options[short][0]}
+    program = _structure(
+        net,
+        spec,
+        rule.kind,
+        rule.state_count,
+        tuple(rules),
+        batch_size,
+        batches,
+        layout,
+        inputs,
+        real_bytes,
+        compute_bytes,
+        penalised,
+    )
+    return program.renumbered(**_numbers(net, spec, rule, rules, layout, seed))
+
+
+def _numbers(
+    net: MLP,
+    spec: LossSpec,
+    rule: UpdateRule,
+    rules: Mapping[str, TensorRule],
+    layout: Layout,
+    seed: int,
+) -> dict[str, Any]:
+    """The operands with the numbers in which models of one structure differ; ``rules`` has the trained tensors."""
+    places = layout.places
+    return {
+        "layers": tuple(_layer(net, layout, index, seed) for index in range(net.layers)),
+        "segments": tuple(Segment(places[short].offset, places[short].size, own) for short, own in rules.items()),
+        "rule": rule,
+        "loss": spec,
+    }
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _structure(
+    net: MLP,
+    spec: LossSpec,
+    rule_kind: str,
+    state_count: int,
+    trained: tuple[str, ...],
+    batch_size: int,
+    batches: int,
+    layout: Layout,
+    inputs: Inputs,
+    real_bytes: int,
+    compute_bytes: int | None,
+    penalised: bool,
+) -> Program:
+    """What ``lower_resident`` says, with numbers of no model's.
+
+    Those of the loss and the network are compared as numbers are, and two zeros of different signs are one: here
+    nothing may depend on them.
+    """
+    rule, own = UpdateRule(rule_kind, ScheduleSpec("constant", 0.0)), TensorRule()
+    mixed = compute_bytes is not None
+    states = tuple(f"state{index}" for index in range(state_count))
     outputs = net.sizes[-1]
     integer = spec.kind == "cross_entropy" and not spec.soft
     values = [Value(name, place.shape, "real", "parameter") for name, place in layout.places.items()]
@@ -78,17 +138,12 @@ def lower_resident(
         operands["shadow"] = Ref("shadow")
     operands |= {
         "batch": batch_size,
-        "layers": tuple(_layer(net, layout, index, seed) for index in range(net.layers)),
         "params": Ref("params"),
         "gradients": Ref("grads"),
         "states": tuple(Ref(state) for state in states),
-        "segments": tuple(
-            Segment(layout.places[short].offset, layout.places[short].size, options[short][1]) for short in trained
-        ),
-        "rule": rule,
-        "loss": spec,
+        **_numbers(net, spec, rule, dict.fromkeys(trained, own), layout, 0),
     }
-    call = Call("train_resident", operands, f"{spec.kind} {rule.kind}", _products(net, batch_size, trained))
+    call = Call("train_resident", operands, f"{spec.kind} {rule_kind}", _products(net, batch_size, trained))
     return Program(
         {value.name: value for value in values}, (call,), arenas, frozenset(trained), real_bytes, compute_bytes
     )
@@ -110,7 +165,7 @@ def _layer(net: MLP, layout: Layout, index: int, seed: int) -> ResidentLayer:
     )
 
 
-def _products(net: MLP, batch: int, trained: list[str]) -> tuple[tuple[int, int, int], ...]:
+def _products(net: MLP, batch: int, trained: tuple[str, ...]) -> tuple[tuple[int, int, int], ...]:
     """M, N, K of a step's matrix products: forward, back to the inputs, and by the weights."""
     first = min((int(short[1:]) for short in trained), default=net.layers)
     products = []

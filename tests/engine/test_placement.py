@@ -14,8 +14,8 @@ from fusemlp.buffers import plan_workspace
 from fusemlp.losses import as_loss
 from fusemlp.lowering import Inputs
 from fusemlp.optimizers import as_optimizer
-from fusemlp.placement import placement, structure
-from fusemlp.program import Ref, Value
+from fusemlp.placement import placement
+from fusemlp.program import Ref, Structure, Value
 from fusemlp.resident import lower_resident
 from fusemlp.verifier import ProgramError
 from fusemlp_kernels.contract import Segment, TensorRule
@@ -97,20 +97,33 @@ def test_no_two_structures_that_differ_in_one_field_are_the_same() -> None:
     for name, given in STEPS.items():
         found[f"step, {name}"] = training_program(NET, **given)
     for one, other in itertools.combinations(found, 2):
-        assert structure(found[one]) != structure(found[other]), f"{one} is taken for {other}"
+        assert found[one].structure != found[other].structure, f"{one} is taken for {other}"
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_no_part_of_the_structure(name: str) -> None:
     base, other = resident(), resident(**NUMBERS[name])
     assert base.calls[0].operands != other.calls[0].operands
+    assert Structure(base) == Structure(other)
     layout = layout_of(NET, "numpy")
     assert placement(base, layout, row_multiple=1) is placement(other, layout, row_multiple=1)
 
 
+@pytest.mark.parametrize("name", [*RESIDENT, *NUMBERS])
+def test_a_resident_program_is_handed_the_structure_that_it_has(name: str) -> None:
+    given = {**RESIDENT, **NUMBERS}[name]
+    # known by now, or made from one that is
+    resident(**given)
+    program = resident(**given)
+    (call,) = program.calls
+    anew = replace(program, calls=(replace(call),))
+    assert program.structure == Structure(anew)
+    assert (call.reads, call.writes) == (anew.calls[0].reads, anew.calls[0].writes)
+
+
 def test_a_fixed_slope_is_a_number() -> None:
     steep, flat = (resident(MLP([4, 3, 2], activation=LeakyReLU(slope))) for slope in (0.1, 0.2))
-    assert structure(steep) == structure(flat)
+    assert steep.structure == flat.structure
 
 
 def test_a_known_structure_has_the_places_that_are_planned_for_it() -> None:
