@@ -230,10 +230,14 @@ class BoundProgram:
             self.chunk = resident_chunk(backend.traits, program.calls[0].flops)
         self._eager = _in_order(calls)
         self._captures = plan == "graph"
-        self.run = self._step if self._captures or self._resident else self._eager
         # graphs by the number of steps in them; none before the first step has loaded the kernels
         self._graphs: dict[int, Callable[[], object]] = {}
         self._warm = False
+
+    @property
+    def run(self) -> Callable[[], None]:
+        """A step. The method is not kept: in a ring with it, the program and its memory would outlive their use."""
+        return self._step if self._captures or self._resident else self._eager
 
     def _step(self) -> None:
         self.run_many(1)

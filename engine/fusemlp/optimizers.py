@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, ClassVar
 
 from fusemlp.network import MLP, check_choice, check_flag, check_keys, freeze
@@ -93,7 +94,7 @@ class Optimizer(ABC):
             per_parameter=_patterns(per_parameter),
         )
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """The learning rate as a schedule."""
         return as_schedule("lr", self.lr)

@@ -92,17 +92,14 @@ def bind_train_resident(
     """The contract's ``train_resident``."""
     real = params.dtype
     table, factors, work, masks = _layer_tables(layers, segments, batch)
-    tensors = np.zeros((len(segments), t.TENSOR_COLUMNS), np.int64)
-    tensor_factors = np.zeros((len(segments), t.TENSOR_FACTORS))
-    for index, segment in enumerate(segments):
-        tensors[index] = segment.offset, segment.size
-        tensor_factors[index] = segment.rule.lr_factor, segment.rule.weight_decay
+    tensors = [(segment.offset, segment.size) for segment in segments]
+    tensor_factors = [(segment.rule.lr_factor, segment.rule.weight_decay) for segment in segments]
     widest = max(layer.outputs for layer in layers)
     integer = loss.kind == "cross_entropy" and not loss.soft
     nothing = np.zeros(0, real)
     loss_table, loss_factors = _loss_tables(loss, weighted=weight is not None, by_class=class_weight is not None)
     rule_table, rule_factors = _rule_tables(rule)
-    trained = [i for i, row in enumerate(table) if (row[[t.W_RULE, t.B_RULE, t.SLOPE_RULE]] >= 0).any()]
+    trained = [i for i, row in enumerate(table) if max(row[t.W_RULE], row[t.B_RULE], row[t.SLOPE_RULE]) >= 0]
     arguments = (
         min(trained, default=len(layers)),
         _plain(x),
@@ -118,10 +115,10 @@ def bind_train_resident(
         np.zeros(masks, np.bool_),
         # by layer twice (the second: gradients by the slopes), then a row
         np.zeros(2 * len(layers) + widest, real),
-        table,
-        factors,
-        tensors,
-        tensor_factors,
+        np.array(table, np.int64),
+        np.array(factors, np.float64),
+        np.array(tensors, np.int64).reshape(-1, t.TENSOR_COLUMNS),
+        np.array(tensor_factors, np.float64).reshape(-1, t.TENSOR_FACTORS),
         loss_table,
         loss_factors,
         rule_table,
@@ -204,16 +201,19 @@ def _plain(array: Array) -> Array:
 
 def _layer_tables(
     layers: Sequence[ResidentLayer], segments: Sequence[Segment], batch: int
-) -> tuple[Array, Array, int, int]:
-    """The rows of the layers, and the elements of workspace and masks."""
+) -> tuple[list[list[int]], list[list[float]], int, int]:
+    """The rows of the layers, and the elements of workspace and masks.
+
+    Lists, as the other tables are until they are full: writing into an array number by number takes many times as long.
+    """
     rule_at = {segment.offset: index for index, segment in enumerate(segments)}
-    table = np.full((len(layers), t.LAYER_COLUMNS), -1, np.int64)
-    factors = np.zeros((len(layers), t.LAYER_FACTORS))
+    table = [[-1] * t.LAYER_COLUMNS for _ in layers]
+    factors = [[0.0] * t.LAYER_FACTORS for _ in layers]
     # the batch comes first
     end, masks = _aligned(batch * layers[0].inputs), 0
     for index, layer in enumerate(layers):
         row = table[index]
-        row[[t.INPUTS, t.OUTPUTS, t.W, t.B]] = layer.inputs, layer.outputs, layer.w, layer.b
+        row[t.INPUTS], row[t.OUTPUTS], row[t.W], row[t.B] = layer.inputs, layer.outputs, layer.w, layer.b
         row[t.SLOPE] = -1 if layer.slope_at is None else layer.slope_at
         row[t.W_RULE], row[t.B_RULE] = rule_at.get(layer.w, -1), rule_at.get(layer.b, -1)
         row[t.SLOPE_RULE] = -1 if layer.slope_at is None else rule_at.get(layer.slope_at, -1)
@@ -225,13 +225,13 @@ def _layer_tables(
         if layer.activation in NEEDS_Z:
             row[t.Z] = end
             end += size
-        factors[index, t.FIXED_SLOPE] = layer.slope
+        factors[index][t.FIXED_SLOPE] = layer.slope
         row[t.DROPS] = 0
         if layer.dropout is not None:
-            row[[t.KEY_LOW, t.KEY_HIGH]] = seed_key(layer.dropout.seed)
-            row[[t.DROPS, t.MASK_LAYER, t.KEEP]] = 1, layer.dropout.layer, masks
+            row[t.KEY_LOW], row[t.KEY_HIGH] = seed_key(layer.dropout.seed)
+            row[t.DROPS], row[t.MASK_LAYER], row[t.KEEP] = 1, layer.dropout.layer, masks
             row[t.THRESHOLD] = threshold(layer.dropout.rate)
-            factors[index, t.RATE] = layer.dropout.rate
+            factors[index][t.RATE] = layer.dropout.rate
             masks += batch * layer.outputs
     return table, factors, end, masks
 
@@ -241,28 +241,33 @@ def _aligned(size: int) -> int:
 
 
 def _loss_tables(loss: LossSpec, *, weighted: bool, by_class: bool) -> tuple[Array, Array]:
-    table = np.zeros(t.LOSS_COLUMNS, np.int64)
+    table = [0] * t.LOSS_COLUMNS
     table[t.KIND], table[t.MEAN], table[t.SOFT] = LOSSES.index(loss.kind), loss.reduction == "mean", loss.soft
     table[t.IGNORES] = loss.ignore_index is not None
     table[t.IGNORED] = 0 if loss.ignore_index is None else loss.ignore_index
     table[t.ACCURACY], table[t.WEIGHTED], table[t.CLASS_WEIGHTED] = loss.accuracy, weighted, by_class
-    factors = np.zeros(t.LOSS_FACTORS)
-    factors[[t.SMOOTHING, t.DELTA, t.QUANTILE]] = loss.label_smoothing, loss.delta, loss.quantile
-    return table, factors
+    factors = [0.0] * t.LOSS_FACTORS
+    factors[t.SMOOTHING], factors[t.DELTA], factors[t.QUANTILE] = loss.label_smoothing, loss.delta, loss.quantile
+    return np.array(table, np.int64), np.array(factors, np.float64)
 
 
 def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
     schedule = rule.schedule
-    table = np.zeros(t.RULE_COLUMNS, np.int64)
+    table = [0] * t.RULE_COLUMNS
     table[t.OPTIMIZER] = t.ADAM if rule.kind == "adam" else t.SGD
     table[t.NESTEROV], table[t.DECOUPLED] = rule.nesterov, rule.decoupled
     table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
     table[t.CLIPS] = rule.clip_norm is not None
     table[t.SCHEDULE] = SCHEDULES.index(schedule.kind)
     table[t.STEPS], table[t.WARMUP] = schedule.steps, schedule.warmup
-    factors = np.zeros(t.RULE_FACTORS)
-    factors[[t.MOMENTUM, t.BETA1, t.BETA2, t.EPS]] = rule.momentum, rule.beta1, rule.beta2, rule.eps
+    factors = [0.0] * t.RULE_FACTORS
+    factors[t.MOMENTUM], factors[t.BETA1], factors[t.BETA2], factors[t.EPS] = (
+        rule.momentum,
+        rule.beta1,
+        rule.beta2,
+        rule.eps,
+    )
     factors[t.CLIP_NORM] = 0.0 if rule.clip_norm is None else rule.clip_norm
-    factors[[t.BASE, t.GAMMA]] = schedule.base, schedule.gamma
-    factors[[t.FINAL, t.PEAK_FRACTION]] = schedule.final, schedule.peak_fraction
-    return table, factors
+    factors[t.BASE], factors[t.GAMMA] = schedule.base, schedule.gamma
+    factors[t.FINAL], factors[t.PEAK_FRACTION] = schedule.final, schedule.peak_fraction
+    return np.array(table, np.int64), np.array(factors, np.float64)
