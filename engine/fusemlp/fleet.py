@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as finished
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -308,23 +310,33 @@ def _run(
 
     stopping = threading.Event()
     workers = min(workers, len(tasks))
+    # a queue, and not a future for each model: these take longer than an epoch of a small network
+    remaining, outcomes = deque(tasks.items()), SimpleQueue[tuple[int, BaseException | None]]()
 
-    def one(task: Callable[[], History]) -> DivergenceError | None:
-        if stopping.is_set():
-            return None
-        try:
-            task()
-        except DivergenceError as error:
-            return error
-        return None
+    def work() -> None:
+        while not stopping.is_set():
+            try:
+                index, task = remaining.popleft()
+            except IndexError:
+                return
+            outcome: BaseException | None = None
+            try:
+                task()
+            except BaseException as error:
+                outcome = error
+            outcomes.put((index, outcome))
+            # an error leads to this frame, and the frame must not lead back
+            del outcome
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers, thread_name_prefix="fusemlp fleet") as pool:
-        futures: dict[Future[DivergenceError | None], int] = {}
+        futures: list[Future[None]] = []
         try:
-            for index, task in tasks.items():
-                futures[pool.submit(one, task)] = index
-            for future in as_completed(futures):
-                ended(futures[future], future.result())
+            futures += [pool.submit(work) for _ in range(workers)]
+            for _ in tasks:
+                index, outcome = outcomes.get()
+                if outcome is not None and not isinstance(outcome, DivergenceError):
+                    raise outcome
+                ended(index, outcome)
         except BaseException:
             stopping.set()
             while not all(future.done() for future in futures):

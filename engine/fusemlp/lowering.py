@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from fusemlp.buffers import Layout, short_names
+from fusemlp.buffers import REMEMBERED, Layout, short_names
 from fusemlp.network import MLP
 from fusemlp.program import Call, Program, Ref, Value
 from fusemlp_kernels.contract import (
@@ -366,6 +367,7 @@ def _weights(
     build.calls.append(Call("update", update, rule.kind))
 
 
+@lru_cache(maxsize=REMEMBERED)
 def lower_inference(
     net: MLP,
     batch_size: int,
@@ -377,7 +379,10 @@ def lower_inference(
     real_bytes: int,
     compute_bytes: int | None = None,
 ) -> Program:
-    """The forward pass over ``batch_size`` rows, without dropout: with ``spec`` up to the loss, else up to y."""
+    """The forward pass over ``batch_size`` rows, without dropout: with ``spec`` up to the loss, else up to y.
+
+    There are no other numbers in it than the network's and the loss's, and the same program serves all models.
+    """
     build = _Builder(net, batch_size, traits, layout, inputs, mixed=compute_bytes is not None)
     for layer in range(net.layers - 1):
         build.linear(layer, output=f"h{layer + 1}", keep_z=False)

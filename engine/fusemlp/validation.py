@@ -218,7 +218,8 @@ def as_number(
     above = high is not None and (number > high or (high_open and number == high))
     if below or above or not math.isfinite(number):
         raise ArgumentError(f"{argument}: expected {wanted}, got {value!r}")
-    return number
+    # of two zeros one: descriptions that are equal compute the same, bit for bit
+    return number + 0.0
 
 
 def to_array(argument: str, value: Any) -> Array:
