@@ -22,12 +22,13 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.preprocessing import LabelBinarizer, MinMaxScaler, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import fusemlp
 from fusemlp import sklearn as ours
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
+from fusemlp.sklearn.classifier import _fitted_binarizer
 
 X, Y = load_iris(return_X_y=True)
 NAMES = ("MLPClassifier", "MLPRegressor")
@@ -334,3 +335,23 @@ def test_the_score_is_the_accuracy_whatever_the_labels_are():
         assert model.score(rows, targets, weight) == expected
         with pytest.raises(ValueError, match="inconsistent numbers of samples"):
             model.score(rows, targets[:-1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint16", "int64", ">i4", "bool"])
+@pytest.mark.parametrize("count", [1, 2, 3, 30])
+def test_what_is_known_of_integer_classes_is_what_is_learned_from_the_rows(kind, count):
+    labels = (np.arange(90) % count).astype(kind)
+    # the second finds what the first has learned; other classes of the same bytes or number are others
+    for targets in (labels, labels, labels[::-1].copy(), (labels + labels.dtype.type(1)).astype(kind)):
+        expected = vars(LabelBinarizer().fit(targets))
+        known = vars(_fitted_binarizer(targets))
+        assert known.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(known[name], value, strict=isinstance(value, np.ndarray))
+
+
+def test_classes_are_the_models_own():
+    first, second = (quiet(MLPClassifier(3, max_iter=1, random_state=0), X, Y) for _ in range(2))
+    first.classes_ += 5
+    assert list(second.classes_) == [0, 1, 2]
+    assert list(quiet(MLPClassifier(3, max_iter=1, random_state=0), X, Y).classes_) == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,25 @@ from sklearn.utils.validation import validate_data
 
 from fusemlp.sklearn.base import Array, BaseMLP
 from fusemlp.sklearn.settings import CONSTRAINTS, UNIT, Objective, classification_objective
+
+
+def _fitted_binarizer(y: Array) -> LabelBinarizer:
+    """What ``LabelBinarizer`` learns from y; the models of a search learn it once from the same integers.
+
+    It is not changed any more, and estimators may have it in common.
+    """
+    if y.ndim == 1 and y.dtype.kind in "iub":
+        classes = np.unique(y)
+        # of more classes scikit-learn says that the rows are few for them
+        if 2 * len(classes) <= len(y):
+            return _binarizer_of(classes.dtype, classes.tobytes())
+    return LabelBinarizer().fit(y)
+
+
+@functools.lru_cache(maxsize=64)
+def _binarizer_of(dtype: np.dtype[Any], classes: bytes) -> LabelBinarizer:
+    # often enough not to be warned of
+    return LabelBinarizer().fit(np.repeat(np.frombuffer(classes, dtype), 3))
 
 
 class MLPClassifier(ClassifierMixin, BaseMLP):
@@ -134,8 +154,8 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
             y = column_or_1d(y, warn=True)
         # fit learns the classes anew; partial_fit goes on with those it was told, a warm start with just the same
         if not hasattr(self, "classes_") or (not self.warm_start and not incremental):
-            self._label_binarizer = LabelBinarizer().fit(y)
-            self.classes_ = self._label_binarizer.classes_
+            self._label_binarizer = _fitted_binarizer(y)
+            self.classes_ = self._label_binarizer.classes_.copy()
         elif self.warm_start and set(unique_labels(y)) != set(self.classes_):
             raise ValueError(
                 "warm_start can only be used where `y` has the same classes as in the previous call to fit. Previously "
