@@ -6,6 +6,7 @@ Each title says what the figures in the picture say, and is made from them.
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,7 +249,10 @@ def legend(axes: Axes, looks: dict[str, tuple[str, str]], lines: Sequence[Record
 
 def title(figure: Figure, text: str, lines: Sequence[Record], how: str = "") -> None:
     """The finding above, the machine below, with how often it was measured."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    # bold letters of this size are about a ninth of an inch wide
+    most = int(9 * figure.get_figwidth())
+    wrapped = "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, most))
+    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=13, fontweight="bold")
     line = lines[0]
     rounds = sorted({one["rounds"] for one in lines})
     how = how or f"medians of {' or '.join(map(str, rounds))} interleaved rounds"
