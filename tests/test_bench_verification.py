@@ -58,6 +58,22 @@ def test_a_contender_agrees_with_the_oracle_and_with_another_learning_rate_does_
     assert found.reason is not None and "step 2: a loss" in found.reason
 
 
+LONG = [name for name, peer in peers.PEERS.items() if peer.compiles_long and peers.absent(name, "cpu") is None]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_contender_that_compiles_for_long_agrees_with_the_oracle_too(name: str) -> None:
+    """In a process of its own, as it is measured: what its compiler warns of is not the tests' affair."""
+    judge = judge_of("sgd")
+    with worker.Worker(name) as process:
+        process.ask("load", SMALL["sgd"])
+        verdict = judge.verdict(name, *process.ask("trajectories"))
+        assert verdict.agrees, verdict.reason
+        process.ask("load", replace(SMALL["sgd"], learning_rate=1.02 * SMALL["sgd"].learning_rate))
+        found = judge.verdict(name, *process.ask("trajectories"))
+    assert not found.agrees and found.step == 2
+
+
 @pytest.mark.gpu
 def test_on_a_card_too_a_contender_agrees_with_the_oracle() -> None:
     names = installed("gpu")

@@ -9,6 +9,8 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -130,6 +132,8 @@ PEERS = {
 }
 REFERENCE, FLEET_REFERENCE = "engine", "fleet"
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+# What torch.compile looks for, on a CPU.
+COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))
 BENCH_EXTRA = "pip install 'fusemlp[bench]'"
 HOW_TO_GET = {"tinycudann": "built from source with nvcc: github.com/NVlabs/tiny-cuda-nn"}
 
@@ -166,6 +170,8 @@ def absent(name: str, device: str) -> str | None:
         return "runs on a GPU only, and no card was found"
     if peer.package == "torch" and device == "gpu" and version.endswith("+cpu"):
         return f"torch {version} is the build without GPU support"
+    if name == "torch_compile" and device == "cpu" and not any(map(shutil.which, COMPILERS)):
+        return f"needs a C++ compiler for its kernels: none of {', '.join(COMPILERS)} was found"
     if "FUSEMLP_BLAS" in peer.environment:
         from fusemlp_kernels.numpy.libraries import mkl
 
