@@ -247,7 +247,7 @@ CUDA_MUTATIONS = (
     ),
     *_bugs(
         "clock.cuh",
-        ("epoch one batch too long", "if (offset >= total) offset = 0;", "if (offset > total) offset = 0;", ADVANCE),
+        ("epoch one batch too long", "if (offset >= total) {", "if (offset > total) {", ADVANCE),
         ("scale doubles too late", "good >= rule->growth_interval", "good > rule->growth_interval", GROWTH),
         (
             "warm-up starts at zero",

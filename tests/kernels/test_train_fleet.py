@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from devices import GPU, INTERPRETER, NUMPY, Variant, marks_of
+from devices import CUPY_GPU, GPU, INTERPRETER, NUMPY, STAND_IN, Variant, marks_of
 from fleet_cases import CONSTANT, Fleet, Model, Oracle, Shape, varied
 
 from fusemlp_kernels.contract import (
@@ -25,8 +25,13 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError
 
 # train_resident scales no loss: fp16 stands for 16-bit products where bf16 cannot run
-# cupy has no such op
-PRECISIONS = {NUMPY: ("fp32", "fp64"), INTERPRETER: ("fp32", "fp16"), GPU: ("fp32", "tf32", "bf16")}
+PRECISIONS = {
+    NUMPY: ("fp32", "fp64"),
+    INTERPRETER: ("fp32", "fp16"),
+    GPU: ("fp32", "tf32", "bf16"),
+    STAND_IN: ("fp32", "tf32"),
+    CUPY_GPU: ("fp32", "tf32"),
+}
 WITHOUT_NUMBA = pytest.mark.skipif(find_spec("numba") is None, reason="numpy: the loop over steps needs numba")
 
 
@@ -43,7 +48,8 @@ def parameters(devices, precisions):
 
 
 FIRST = parameters(PRECISIONS, {device: ("fp32",) for device in PRECISIONS})
-TRITON = parameters([INTERPRETER, GPU], {INTERPRETER: ("fp32",), GPU: ("fp32",)})
+# where the models of a fleet share launches
+TOGETHER = parameters(list(PRECISIONS)[1:], {device: ("fp32",) for device in PRECISIONS})
 EVERY = parameters(PRECISIONS, PRECISIONS)
 ADAM, MOMENTUM = UpdateRule("adam", CONSTANT), UpdateRule("sgd", CONSTANT, momentum=0.9)
 RULES = {
@@ -176,7 +182,7 @@ def test_a_model_that_has_stopped_does_not_move(variant):
     assert fleet.counters[:, BATCH_INDEX].tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize("variant", TRITON)
+@pytest.mark.parametrize("variant", TOGETHER)
 def test_nan_reaches_its_model_and_no_padding(variant):
     shape, model = case(2)
     fleet = Fleet(variant, shape, varied(model, 2))
@@ -209,7 +215,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("variant", TRITON)
+@pytest.mark.parametrize("variant", TOGETHER)
 @pytest.mark.parametrize("said", WRONG)
 def test_what_does_not_go_together_says_so(variant, said):
     shape, model = case(2)

@@ -11,6 +11,7 @@ import numpy as np
 
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import FLOAT32, Array, Run, open_device, strides_of
+from fusemlp_kernels.cupy.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.tables import bind_advance
@@ -19,7 +20,7 @@ from fusemlp_kernels.errors import ArgumentTypeError, unknown_name
 
 _log = logging.getLogger("fusemlp.kernels")
 
-BINDERS: dict[str, Callable[..., Run]] = {
+BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear": bind_linear,
     "linear_loss_grad": bind_linear_loss_grad,
     "loss_grad": bind_loss_grad,
@@ -28,6 +29,8 @@ BINDERS: dict[str, Callable[..., Run]] = {
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
     "advance": bind_advance,
+    "train_resident": bind_train_resident,
+    "train_fleet": bind_train_fleet,
 }
 
 
@@ -110,7 +113,7 @@ class CupyBackend:
         on to their arrays."""
         return self._device.capture(run, times)
 
-    def bind(self, op: str, **operands: Any) -> Run:
+    def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
         if op not in BINDERS:
             raise unknown_name("op", op, BINDERS)

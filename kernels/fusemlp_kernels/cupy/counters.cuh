@@ -1,4 +1,5 @@
-// Counters and hyper by their places, as contract.py has them.
+// Counters, hyper and stats by their places, as contract.py has them.
 
 enum Counter { BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, ROW_OFFSET, ROW_TOTAL, ROW_STEP, SKIPPED, SKIPPED_IN_A_ROW };
 enum Hyper { LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, LOSS_SCALE, GOOD_UPDATES };
+enum Stat { LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, BATCH_LOSSES, PENALTIES, STATS };

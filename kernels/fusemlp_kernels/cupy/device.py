@@ -1,6 +1,6 @@
-"""The card, and everything that is asked of CuPy: memory, kernels, streams, graphs, cuBLAS.
+"""The card, and what is asked of CuPy: memory, kernels, streams, graphs.
 
-No other module of the package names CuPy.
+No other module of the package names CuPy, but ``blas`` for the products.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ class Device:
             self.handle = cublas.create()
         # not at the end of the process, when CUDA may be gone
         weakref.finalize(self, cublas.destroy, self.handle).atexit = False
-        # cuBLAS reads its factors at addresses
-        self._factors = np.array([1.0, 0.0], np.float32)
+        if precision == "tf32":
+            # products over arrays of addresses have no argument for it
+            cublas.setMathMode(self.handle, cublas.CUBLAS_TF32_TENSOR_OP_MATH)
         self._product = self.zeros(1, FLOAT32)
 
     # memory
@@ -262,9 +263,12 @@ class Device:
                 kept.append(value)
                 value = value.data.ptr
             call[name] = 0 if value is None else value
+        return self.on_card(Launch(self.kernel(module, kernel), blocks, call, kept))
+
+    def kernel(self, module: str, name: str) -> Any:
+        """A kernel as CuPy has it: called with the blocks, the threads of each and its arguments."""
         with self._card:
-            run = Launch(_kernel(module, self._kind, kernel), blocks, call, kept)
-        return self._on_card(run)
+            return _kernel(module, self._kind, name)
 
     def rows_of(self, module: str, struct: str, rows: Sequence[dict[str, Any]]) -> tuple[Array, list[Array]]:
         """A table of structures on the card, and the arrays whose addresses are in it."""
@@ -278,7 +282,8 @@ class Device:
                 table[index][name] = 0 if value is None else value
         return self.upload(table), kept
 
-    def _on_card(self, run: Run) -> Run:
+    def on_card(self, run: Run) -> Run:
+        """``run`` on this card, where there are several."""
         if not self._several:
             return run
         card = self._card
@@ -289,42 +294,9 @@ class Device:
 
         return there
 
-    def gemm(
-        self, out: Array, m: int, n: int, k: int, a: tuple[Array, bool, int], b: tuple[Array, bool, int], ld: int,
-        scalars: Array | None,
-    ) -> Run:  # fmt: skip
-        """cuBLAS's out (m, n) = alpha * a (m, k) @ b (k, n) + beta * out, column by column; a and b: the array, whether
-        it is transposed, its leading dimension. ``scalars`` (2,) float32 on the card: alpha and beta; None: 1 and 0."""
-        if max(m, n, k, a[2], b[2], ld) > LARGEST:
-            raise ShapeError(f"product: a size of {(m, n, k)} or a pitch is more than the {LARGEST} that cuBLAS counts")
-        factors = self._factors.ctypes.data if scalars is None else scalars.data.ptr
-        kind = {"float32": cupy.cuda.runtime.CUDA_R_32F, "float16": cupy.cuda.runtime.CUDA_R_16F}
-        transposed = {False: cublas.CUBLAS_OP_N, True: cublas.CUBLAS_OP_T}
-        tf32 = self.precision == "tf32"
-        multiply = functools.partial(
-            cublas.gemmEx,
-            self.handle, transposed[a[1]], transposed[b[1]], m, n, k,
-            factors, a[0].data.ptr, kind[a[0].dtype.name], a[2], b[0].data.ptr, kind[b[0].dtype.name], b[2],
-            factors + 4, out.data.ptr, kind[out.dtype.name], ld,
-            cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
-        )  # fmt: skip
-        kept = (self, out, a[0], b[0], scalars)
-
-        def product(kept: Any = kept) -> None:
-            multiply()
-
-        def product_with_scalars(kept: Any = kept, handle: int = self.handle) -> None:
-            cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
-            try:
-                multiply()
-            finally:
-                cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
-
-        return self._on_card(product if scalars is None else product_with_scalars)
-
     def clear(self, array: Array) -> Run:
         """``array`` = 0, contiguous."""
-        return self._on_card(functools.partial(array.fill, 0))
+        return self.on_card(functools.partial(array.fill, 0))
 
     @property
     def captures(self) -> bool:
@@ -348,7 +320,7 @@ class Device:
         def launch(kept: Any = run) -> None:
             graph.launch()
 
-        return self._on_card(launch)
+        return self.on_card(launch)
 
     def synchronize(self) -> None:
         """Wait for all that was started on the card."""

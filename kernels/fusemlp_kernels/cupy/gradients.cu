@@ -3,6 +3,7 @@
 
 #include "common.cuh"
 #include "clock.cuh"
+#include "models.cuh"
 
 // Columns of dz that a block sums, rows that it reads at a time, and how many rows it sums: of a longer batch the sums
 // are left in parts, which the last block of those columns adds up in order.
@@ -60,7 +61,7 @@ __device__ inline void factors_of(const Sums& call, double factor, double decay,
 
 // All vectors in one launch, COLUMNS of one and PART_ROWS rows a block; the last block advances the clock where the
 // launch is the update.
-extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums call) {
+__device__ __forceinline__ void sums_of(const Sums& call) {
     __shared__ float stretches[STRETCHES][COLUMNS];
     if (blockIdx.x == 0) {
         for (long long i = threadIdx.x; i < call.pair_count; i += THREADS) {
@@ -109,6 +110,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums cal
     }
     if (!call.sgd) return;
     if (is_last(call.ticket) && threadIdx.x == 0) advance_clock(call.counters, call.hyper, call.rule, true, false);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums call) {
+    sums_of(call);
+}
+
+// Two blocks on a multiprocessor: with the registers of more the assembler spills.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) fleet_column_sums(const Fleet fleet) {
+    sums_of(call_of<Sums>(fleet));
 }
 
 struct Combine {

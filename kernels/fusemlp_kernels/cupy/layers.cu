@@ -6,6 +6,7 @@
 #include "lanes.cuh"
 #include "philox.cuh"
 #include "activations.cuh"
+#include "models.cuh"
 
 struct Gather {
     const Compute* x;
@@ -18,19 +19,32 @@ struct Gather {
     const long long* counters;
     long long rows;
     long long columns;
+    long long counted;  // rows from counters[ROW_COUNT] on are zeros
 };
 
 // out (rows, columns) = x[indices], zeros where an index is -1; with no indices a copy.
-extern "C" __global__ void __launch_bounds__(THREADS) gather_rows(const Gather call) {
+__device__ __forceinline__ void gather_of(const Gather& call) {
     Place place = place_of(call.rows, call.columns);
     if (!place.inside) return;
     long long row = place.row;
     long long column = place.block * LANES;
     long long source = row;
-    if (call.indices) source = call.indices[call.counters[ROW_OFFSET] + row];
+    if (call.counted && row >= call.counters[ROW_COUNT]) {
+        source = -1;
+    } else if (call.indices) {
+        source = call.indices[call.counters[ROW_OFFSET] + row];
+    }
     float values[LANES] = {};
     if (source >= 0) load_lanes(call.x + source * call.x_row + column * call.x_col, call.x_col, place.count, values);
     store_lanes(call.out + row * call.out_row + column * call.out_col, call.out_col, place.count, values);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) gather_rows(const Gather call) {
+    gather_of(call);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) fleet_gather_rows(const Fleet fleet) {
+    gather_of(call_of<Gather>(fleet));
 }
 
 struct Forward {
@@ -59,7 +73,7 @@ struct Forward {
 };
 
 // y (rows, columns) = dropout(activation(product + bias)); y or z may be where the product lies.
-extern "C" __global__ void __launch_bounds__(THREADS) forward(const Forward call) {
+__device__ __forceinline__ void forward_of(const Forward& call) {
     Place place = place_of(call.rows, call.columns);
     if (!place.inside) return;
     long long row = place.row;
@@ -87,6 +101,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const Forward call
         values[i] = kept >> i & 1u ? y * scale : 0.0f;
     }
     store_lanes(call.y + row * call.y_row + column * call.y_col, call.y_col, place.count, values);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward(const Forward call) {
+    forward_of(call);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) fleet_forward(const Fleet fleet) {
+    forward_of(call_of<Forward>(fleet));
 }
 
 struct Backward {
@@ -120,7 +142,7 @@ struct Backward {
 //
 // `source` is what the derivative is read from: the pre-activation where needs_z, else the layer's output, after
 // dropout, which kept_share = 1 - p undoes. `out` may be where the product lies.
-extern "C" __global__ void __launch_bounds__(THREADS) backward(const Backward call) {
+__device__ __forceinline__ void backward_of(const Backward& call) {
     Place place = place_of(call.rows, call.columns);
     int code = static_cast<int>(call.activation);
     float below = 0.0f;
@@ -157,4 +179,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward(const Backward ca
     if (!is_last(call.ticket)) return;
     double total = sum_of(call.partials, gridDim.x, 1);
     if (threadIdx.x == 0) *call.dslope = static_cast<float>(total);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) backward(const Backward call) {
+    backward_of(call);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) fleet_backward(const Fleet fleet) {
+    backward_of(call_of<Backward>(fleet));
 }

@@ -30,7 +30,8 @@ def activation_fields(device: Device, op: str, name: str, slope: float, slope_pa
     }
 
 
-def _dropout_fields(op: str, dropout: Dropout | None, counters: Array | None) -> dict[str, Any]:
+def dropout_fields(op: str, dropout: Dropout | None, counters: Array | None) -> dict[str, Any]:
+    """The kernels' fields for the mask of a layer."""
     if dropout is None:
         return {"keep_scale": 1.0}
     if counters is None:
@@ -128,7 +129,7 @@ def bind_linear(
         "layers", "forward", "Forward", lane_blocks(m, n),
         **places(product=product if k else None, z=z if activation in NEEDS_Z else None, y=y),
         bias=b, bias_step=strides_of(b)[0], counters=counters, rows=m, columns=n,
-        **activation_fields(device, op, activation, slope, slope_param), **_dropout_fields(op, dropout, counters),
+        **activation_fields(device, op, activation, slope, slope_param), **dropout_fields(op, dropout, counters),
     )  # fmt: skip
     multiply = bind_product(device, product, matrix(batch), matrix(w, transposed=True))
     return in_sequence([*gather, multiply, behind])
@@ -179,6 +180,6 @@ def bind_grad_input(
         "layers", "backward", "Backward", blocks,
         **places(product=product if n else None, out=dz_prev, source=read),
         **learned, counters=counters, rows=m, columns=k, kept_share=1.0 if dropout is None else 1.0 - dropout.rate,
-        **activation_fields(device, op, activation, slope, slope_param), **_dropout_fields(op, dropout, counters),
+        **activation_fields(device, op, activation, slope, slope_param), **dropout_fields(op, dropout, counters),
     )  # fmt: skip
     return in_sequence([multiply, behind])

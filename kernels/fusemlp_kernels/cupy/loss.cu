@@ -7,12 +7,22 @@
 #include "common.cuh"
 #include "counters.cuh"
 #include "activations.cuh"
+#include "models.cuh"
 #include "rows.cuh"
 #include "teams.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS) loss_normaliser(const Loss call) {
+__device__ __forceinline__ void normaliser_alone(const Loss& call) {
     double total = normaliser_of(call, valid_rows(call));
     if (threadIdx.x == 0) *call.normaliser = total;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) loss_normaliser(const Loss call) {
+    normaliser_alone(call);
+}
+
+// Two blocks on a multiprocessor: with the registers of more the assembler spills.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) fleet_loss_normaliser(const Fleet fleet) {
+    normaliser_alone(call_of<Loss>(fleet));
 }
 
 // What a row adds to the sums, in every thread of its team.
@@ -165,6 +175,8 @@ __device__ inline void finish(const Loss& call, double normaliser) {
     }
     call.stats[LAST_LOSS] = loss / divisor;
     call.stats[LOSS_SUM] += loss;
+    if (call.by_rows) call.stats[BATCH_LOSSES] += loss / divisor * static_cast<double>(valid_rows(call));
+    if (call.shares) *call.shares = normaliser / call.divisor;
     if (call.accuracy) {
         call.stats[CORRECT] += right;
         call.stats[SCORED] += scored;
@@ -224,4 +236,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) stored_loss(const Loss cal
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) stored_loss_of_long_rows(const Loss call) {
     loss_of<THREADS, Compute>(call);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) fleet_product_loss(const Fleet fleet) {
+    loss_of<WARP, float>(call_of<Loss>(fleet));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) fleet_product_loss_of_long_rows(const Fleet fleet) {
+    loss_of<THREADS, float>(call_of<Loss>(fleet));
 }

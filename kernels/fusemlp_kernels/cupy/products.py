@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusemlp_kernels.cupy.blas import gemm
 from fusemlp_kernels.cupy.device import THREADS, Array, Device, Run, in_sequence, nothing, strides_of
 
 # Columns that a thread of the element-wise kernels works on.
@@ -100,7 +101,7 @@ def bind_product(device: Device, out: Array, a: Matrix, b: Matrix, scalars: Arra
     (a, pack_a), (b, pack_b) = _packed(device, a), _packed(device, b)
     if not wanted.by_rows:
         wanted, a, b = wanted.transposed, b.transposed, a.transposed
-    multiply = device.gemm(out, wanted.columns, wanted.rows, a.columns, b.factor(), a.factor(), wanted.pitch, scalars)
+    multiply = gemm(device, out, wanted.columns, wanted.rows, a.columns, b.factor(), a.factor(), wanted.pitch, scalars)
     return in_sequence([pack_a, pack_b, multiply])
 
 

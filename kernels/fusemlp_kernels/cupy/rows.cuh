@@ -4,7 +4,6 @@
 #include "counters.cuh"
 
 enum Kind { CROSS_ENTROPY, BINARY, MSE, MAE, HUBER, POISSON, QUANTILE };
-enum Stat { LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED };
 // What each block leaves for the sums: loss, right answers, answers asked for, prelu's gradient.
 constexpr int PARTIALS = 4;
 
@@ -35,15 +34,18 @@ struct Loss {
     double* partials;
     unsigned* ticket;
     double* normaliser;  // null: each block takes it
+    double* shares;  // null: not wanted; the sum of the shares
     long long rows;
     long long columns;
     long long kind;
     long long mean;
     long long soft;
     long long accuracy;
+    long long by_rows;  // stats sums what each batch loses, times its rows
     long long ignores;
     long long ignored;
     long long activation;
+    double divisor;  // of the loss for each unit of the shares
     double smoothing;
     double delta;
     double quantile;
@@ -85,7 +87,7 @@ __device__ __forceinline__ Row row_of(const Loss& call, long long at, long long 
     return row;
 }
 
-// What "mean" divides by: the sum of the shares, times the columns for the element-wise losses. All threads come here.
+// What "mean" divides by: the sum of the shares, times the divisor. All threads come here.
 __device__ inline double normaliser_of(const Loss& call, long long valid) {
     double total = static_cast<double>(valid);
     if (call.weight || has_labels(call)) {
@@ -93,7 +95,7 @@ __device__ inline double normaliser_of(const Loss& call, long long valid) {
         for (long long at = threadIdx.x; at < valid; at += THREADS) total += row_of(call, at, valid).share;
         total = block_sum(total);
     }
-    return call.kind == CROSS_ENTROPY ? total : total * static_cast<double>(call.columns);
+    return total * call.divisor;
 }
 
 // What every dz is multiplied by: 1 / normaliser under "mean", and the loss scale.

@@ -18,8 +18,8 @@ COLUMNS, PART_ROWS, ELEMENTS = 32, 256, 4 * THREADS
 PLAIN = TensorRule()
 
 
-def rule_on(device: Device, rule: UpdateRule, *, scaled: bool = False) -> Array:
-    """A rule as the kernels read it; ``scaled``: the gradients carry the loss scale."""
+def rule_table(rule: UpdateRule, *, scaled: bool = False) -> np.ndarray[Any, Any]:
+    """A rule as the kernels read it, one row; ``scaled``: the gradients carry the loss scale."""
     table = np.zeros(1, sources.layout("update", "Rule"))
     values = vars(rule.schedule) | vars(rule)
     values |= {
@@ -32,7 +32,12 @@ def rule_on(device: Device, rule: UpdateRule, *, scaled: bool = False) -> Array:
     }
     for name in table.dtype.names or ():
         table[name] = values[name]
-    return device.upload(table)
+    return table
+
+
+def rule_on(device: Device, rule: UpdateRule, *, scaled: bool = False) -> Array:
+    """A rule on the card."""
+    return device.upload(rule_table(rule, scaled=scaled))
 
 
 def bind_advance(device: Device, *, rule: UpdateRule, hyper: Array, counters: Array) -> Run:

@@ -2,6 +2,7 @@
 
 #include "common.cuh"
 #include "clock.cuh"
+#include "models.cuh"
 
 // Elements of a tensor that a block updates.
 constexpr int ELEMENTS = 4 * THREADS;
@@ -50,6 +51,9 @@ struct Update {
     long long* counters;
     const Rule* rule;
     unsigned* ticket;
+    double* stats;  // with the history of `epochs` epochs, which the clock closes
+    double* history;
+    long long epochs;
 };
 
 // The rule in the arithmetic of the parameters, once a thread.
@@ -113,7 +117,7 @@ __device__ __forceinline__ float updated(float p, float g, float* s0, float* s1,
 
 // Updates every tensor to the mean of the accumulated gradients, clipped by their global norm. Under loss scaling a
 // norm that is not finite skips the update: nothing but the counters and the scale changes.
-extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) {
+__device__ __forceinline__ void update_of(const Update& call) {
     const Rule& rule = *call.rule;
     bool due = (call.counters[BATCH_INDEX] + 1) % rule.accumulate == 0;
     bool sound = true;
@@ -132,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) 
         }
     }
     bool applied = due && sound;
-    if (applied) {
+    if (applied && call.count > 0) {
         const Tensor tensor = call.tensors[tensor_of_block(call.tensors, call.count)];
         Step step = step_of(call, tensor, factor);
         long long begin = (blockIdx.x - tensor.first_block) * ELEMENTS + threadIdx.x;
@@ -151,8 +155,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) 
         }
     }
     if (is_last(call.ticket) && threadIdx.x == 0) {
-        advance_clock(call.counters, call.hyper, call.rule, applied, due && !sound);
+        advance_clock(
+            call.counters, call.hyper, call.rule, applied, due && !sound, {call.stats, call.history, call.epochs});
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) {
+    update_of(call);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) fleet_update(const Fleet fleet) {
+    update_of(call_of<Update>(fleet));
 }
 
 struct Norm {
@@ -164,7 +177,7 @@ struct Norm {
 };
 
 // norm (1,) = the Euclidean norm of all gradients. The square of a float, and a sum of 2**63 of them, fits a double.
-extern "C" __global__ void __launch_bounds__(THREADS) gradient_norm(const Norm call) {
+__device__ __forceinline__ void norm_of(const Norm& call) {
     const Tensor tensor = call.tensors[tensor_of_block(call.tensors, call.count)];
     long long begin = (blockIdx.x - tensor.first_block) * ELEMENTS + threadIdx.x;
     double total = 0.0;
@@ -180,6 +193,58 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradient_norm(const Norm c
     if (!is_last(call.ticket)) return;
     total = sum_of(call.partials, gridDim.x, 1);
     if (threadIdx.x == 0) *call.norm = sqrt(total);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) gradient_norm(const Norm call) {
+    norm_of(call);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) fleet_gradient_norm(const Fleet fleet) {
+    norm_of(call_of<Norm>(fleet));
+}
+
+struct Fold {
+    const Tensor* tensors;  // weights: p, their gradients of this batch g, and what is accumulated s0; g may be s0
+    long long count;
+    const Rule* rule;
+    const long long* counters;
+    const double* shares;  // the sum of the weights of the rows
+    double* stats;
+    double* partials;
+    unsigned* ticket;
+    double strength;
+};
+
+// What a batch adds to the gradients of the weights: those of its loss, and of the penalty, strength / 2 times the
+// squares of the weights over the sum of the row weights; and the penalty itself into stats.
+extern "C" __global__ void __launch_bounds__(THREADS) fleet_fold(const Fleet fleet) {
+    const Fold& call = call_of<Fold>(fleet);
+    const Tensor& tensor = call.tensors[tensor_of_block(call.tensors, call.count)];
+    bool begins = call.counters[BATCH_INDEX] % call.rule->accumulate == 0;
+    double shares = *call.shares;
+    double each = shares == 0.0 ? 0.0 : call.strength / shares;
+    float pull = static_cast<float>(each);
+    long long begin = (blockIdx.x - tensor.first_block) * ELEMENTS + threadIdx.x;
+    double squares = 0.0;
+    for (int i = 0; i < ELEMENTS / THREADS; i++) {
+        long long at = begin + i * THREADS;
+        if (at >= tensor.rows * tensor.columns) break;
+        float p = tensor.p[at];
+        float g = tensor.g[at];
+        // without a penalty a weight that is not finite adds nothing
+        if (pull != 0.0f) g += pull * p;
+        tensor.s0[at] = begins ? g : g + tensor.s0[at];
+        squares += static_cast<double>(p) * p;
+    }
+    if (call.strength == 0.0) return;
+    squares = block_sum(squares);
+    if (threadIdx.x == 0) call.partials[blockIdx.x] = squares;
+    if (!is_last(call.ticket)) return;
+    squares = sum_of(call.partials, gridDim.x, 1);
+    if (threadIdx.x == 0 && each != 0.0) {
+        long long rows = call.counters[ROW_COUNT];
+        call.stats[PENALTIES] += 0.5 * each * squares * static_cast<double>(rows);
+    }
 }
 
 struct Advance {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cupy_standin.memory import LIVE, Misuse, at_address
 
 CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
 CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
+CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH = 0, 3
 CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32 = 68, 77
 CUBLAS_GEMM_DEFAULT = -1
 CUDA_R_32F, CUDA_R_16F = 0, 2
@@ -25,17 +27,19 @@ TYPES = {CUDA_R_32F: np.dtype(np.float32), CUDA_R_16F: np.dtype(np.float16)}
 COMBINATIONS = {(CUDA_R_32F, CUDA_R_32F), (CUDA_R_16F, CUDA_R_32F), (CUDA_R_16F, CUDA_R_16F)}
 
 _modes: dict[int, int] = {}
+_maths: dict[int, int] = {}
 _numbers = itertools.count(1)
 
 
 def create() -> int:
     handle = next(_numbers)
     _modes[handle] = CUBLAS_POINTER_MODE_HOST
+    _maths[handle] = CUBLAS_DEFAULT_MATH
     return handle
 
 
 def destroy(handle: int) -> None:
-    del _modes[handle]
+    del _modes[handle], _maths[handle]
 
 
 def setPointerMode(handle: int, mode: int) -> None:
@@ -43,6 +47,13 @@ def setPointerMode(handle: int, mode: int) -> None:
         raise Misuse(f"setPointerMode: no such mode: {mode!r}")
     _mode_of(handle)
     _modes[handle] = mode
+
+
+def setMathMode(handle: int, mode: int) -> None:
+    if mode not in (CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH):
+        raise Misuse(f"setMathMode: no such mode: {mode!r}")
+    _mode_of(handle)
+    _maths[handle] = mode
 
 
 def gemmEx(
@@ -57,32 +68,75 @@ def gemmEx(
         raise Misuse(f"gemmEx: transa {transa}, transb {transb}, m {m}, n {n}, k {k}, algo {algo}")
     if computeType not in (CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32):
         raise Misuse(f"gemmEx: computeType {computeType}")
+    shapes = _shapes("gemmEx", transa, transb, m, n, k, lda, ldb, ldc)
+    if m == 0 or n == 0:
+        return
+    held = None if mode == CUBLAS_POINTER_MODE_DEVICE else (_host_float(alpha), _host_float(beta))
+    places, kinds = (A, B, C), (Atype, Btype, Ctype)
+
+    def run() -> None:
+        first, second = held or (_device_float(alpha), _device_float(beta))
+        a, b, c = _operands("gemmEx", shapes, places, kinds, transa, transb)
+        _multiply(a, b, c, first, second, computeType == CUBLAS_COMPUTE_32F_FAST_TF32)
+
+    streams.start(run)
+
+
+def sgemmBatched(
+    handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, Aarray: int, lda: int, Barray: int,
+    ldb: int, beta: int, Carray: int, ldc: int, batchCount: int,
+) -> None:  # fmt: skip
+    """``batchCount`` products of float32, over arrays of addresses on the card; no C may lie on another's memory."""
+    name, mode = "sgemmBatched", _mode_of(handle)
+    if {transa, transb} - {CUBLAS_OP_N, CUBLAS_OP_T} or min(m, n, k) < 0 or not 0 <= batchCount < 2**31:
+        raise Misuse(f"{name}: transa {transa}, transb {transb}, m {m}, n {n}, k {k}, batchCount {batchCount}")
+    if mode != CUBLAS_POINTER_MODE_HOST:
+        raise Misuse(f"{name}: the stand-in takes alpha and beta from the host")
+    shapes = _shapes(name, transa, transb, m, n, k, lda, ldb, ldc)
+    first, second = _host_float(alpha), _host_float(beta)
+    tf32 = _maths[handle] == CUBLAS_TF32_TENSOR_OP_MATH
+
+    def run() -> None:
+        lists = [at_address(address, (batchCount,), np.int64, (8,)).tolist() for address in (Aarray, Barray, Carray)]
+        written = sorted(lists[2])
+        reach = 4 * (ldc * (n - 1) + m)
+        if any(after - before < reach for before, after in itertools.pairwise(written)):
+            raise Misuse(f"{name}: one C lies on another")
+        kinds = (CUDA_R_32F,) * 3
+        for places in zip(*lists, strict=True):
+            _multiply(*_operands(name, shapes, places, kinds, transa, transb), first, second, tf32)
+
+    if m and n and batchCount:
+        streams.start(run)
+
+
+Shapes = dict[str, tuple[int, tuple[int, int]]]
+
+
+def _shapes(name: str, transa: int, transb: int, m: int, n: int, k: int, lda: int, ldb: int, ldc: int) -> Shapes:
+    """The leading dimensions, with the rows and columns that lie in memory."""
     shapes = {
         "lda": (lda, (m, k) if transa == CUBLAS_OP_N else (k, m)),
         "ldb": (ldb, (k, n) if transb == CUBLAS_OP_N else (n, k)),
         "ldc": (ldc, (m, n)),
     }
-    for name, (pitch, (rows, _)) in shapes.items():
+    for what, (pitch, (rows, _)) in shapes.items():
         if not max(1, rows) <= pitch < 2**31:
-            raise Misuse(f"gemmEx: {name} is {pitch}, and a column has {rows} elements")
-    if m == 0 or n == 0:
-        return
-    held = None if mode == CUBLAS_POINTER_MODE_DEVICE else (_host_float(alpha), _host_float(beta))
+            raise Misuse(f"{name}: {what} is {pitch}, and a column has {rows} elements")
+    return shapes
 
-    def run() -> None:
-        first, second = held or (_device_float(alpha), _device_float(beta))
-        a, b, c = (
-            _columns(address, TYPES[kind], shape, pitch)
-            for (address, kind), (pitch, shape) in zip(
-                ((A, Atype), (B, Btype), (C, Ctype)), shapes.values(), strict=True
-            )
-        )
-        if np.may_share_memory(a, c) or np.may_share_memory(b, c):
-            raise Misuse("gemmEx: C lies on A or B")
-        a, b = (a if transa == CUBLAS_OP_N else a.T), (b if transb == CUBLAS_OP_N else b.T)
-        _multiply(a, b, c, first, second, computeType == CUBLAS_COMPUTE_32F_FAST_TF32)
 
-    streams.start(run)
+def _operands(
+    name: str, shapes: Shapes, places: Sequence[int], kinds: Sequence[int], transa: int, transb: int
+) -> tuple[Any, Any, Any]:
+    """op(A), op(B) and C."""
+    a, b, c = (
+        _columns(address, TYPES[kind], shape, pitch)
+        for address, kind, (pitch, shape) in zip(places, kinds, shapes.values(), strict=True)
+    )
+    if np.may_share_memory(a, c) or np.may_share_memory(b, c):
+        raise Misuse(f"{name}: C lies on A or B")
+    return a if transa == CUBLAS_OP_N else a.T, b if transb == CUBLAS_OP_N else b.T, c
 
 
 def _multiply(a: Any, b: Any, c: Any, alpha: np.float32, beta: np.float32, tf32: bool) -> None:
