@@ -34,10 +34,12 @@ def kin(engine: Engine) -> tuple[Any, ...]:
 
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[int]]]:
     """On a backend that trains several models in one launch: those that can, and whose plan, as ``plan`` comes out for
-    them, is such launches; each group with its keys in ``engines``."""
+    them, is such launches, or for which it has them whatever the plan; each group with its keys in ``engines``."""
     first = next(iter(engines.values()))
     traits = first.memory.backend.traits
-    if traits.resident is None or "resident" not in traits.plans:
+    # who asks for "eager" wants to see the calls of each model
+    stepwise = first.precision in traits.fleets and plan != "eager"
+    if not stepwise and (traits.resident is None or "resident" not in traits.plans):
         return []
     kins: dict[Any, list[int]] = {}
     for place, engine in engines.items():
@@ -47,9 +49,12 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
         together = [engines[place] for place in places]
         first = together[0]
         chosen = choose_plan(plan, traits, first.network.sizes, first.batch_size, first.precision, models=len(together))
+        joined = stepwise and len(together) > 1
+        if joined:
+            chosen = chosen[0], f"{chosen[1]}; fit launches each step of {len(together)} models at once"
         for engine in together:
             engine.plan, engine.plan_reason = chosen
-        if chosen[0] == "resident":
+        if joined or chosen[0] == "resident":
             groups.append((Group(together), places))
     return groups
 

@@ -284,6 +284,8 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
     ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
     ``split_rows``, ``split_size``: see ``batch_parts``. ``resident``: None where any network may be resident.
+    ``fleets``: the precisions in which ``train_fleet`` is quicker than its models one after another whatever their plan
+    is, for any network; () where it is the resident plan of several models.
     """
 
     name: str
@@ -300,6 +302,7 @@ class Traits:
     # from the slowest to the quickest
     plans: tuple[str, ...]
     resident: ResidentLimits | None = None
+    fleets: tuple[str, ...] = ()
 
 
 def resident_refusal(traits: Traits, sizes: Sequence[int], batch: int, precision: str) -> str | None:

@@ -55,6 +55,8 @@ TRAITS = {
         split_size=0,
         precisions=("fp32", "tf32", "fp16"),
         plans=("eager", "graph"),
+        # a launch of a step is one for all models; arrays of addresses are for float32 alone
+        fleets=("fp32", "tf32"),
     ),
     "numpy": Traits(
         name="numpy",
