@@ -48,6 +48,8 @@ def parameters(devices, precisions):
 
 
 FIRST = parameters(PRECISIONS, {device: ("fp32",) for device in PRECISIONS})
+# cuBLAS promises no bits: for another number of products it may add up in another order
+BITWISE = parameters([device for device in PRECISIONS if device is not CUPY_GPU], dict.fromkeys(PRECISIONS, ("fp32",)))
 # where the models of a fleet share launches
 TOGETHER = parameters(list(PRECISIONS)[1:], {device: ("fp32",) for device in PRECISIONS})
 EVERY = parameters(PRECISIONS, PRECISIONS)
@@ -128,7 +130,7 @@ def test_seventeen_models_with_numbers_of_their_own(variant):
     assert len(set(losses.tolist())) == 17
 
 
-@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("variant", BITWISE)
 def test_a_number_changes_its_own_model_alone(variant):
     """The learning rate, momentum, weight decay, the rate of the masks: what each is worth to a model."""
     shape, model = case(1)
@@ -149,7 +151,7 @@ def test_a_number_changes_its_own_model_alone(variant):
     assert len({row.tobytes() for row in fleet.params}) == 7
 
 
-@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("variant", BITWISE)
 @pytest.mark.parametrize("number", [2, 8], ids=["in the epilogue", "through memory"])
 def test_launches_cut_in_chunks_and_models_alone_give_the_same_bits(variant, number):
     shape, model = case(number)
