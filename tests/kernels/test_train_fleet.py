@@ -50,8 +50,9 @@ def parameters(devices, precisions):
 FIRST = parameters(PRECISIONS, {device: ("fp32",) for device in PRECISIONS})
 # cuBLAS promises no bits: for another number of products it may add up in another order
 BITWISE = parameters([device for device in PRECISIONS if device is not CUPY_GPU], dict.fromkeys(PRECISIONS, ("fp32",)))
+TRITON = parameters([INTERPRETER, GPU], {INTERPRETER: ("fp32",), GPU: ("fp32",)})
 # where the models of a fleet share launches
-TOGETHER = parameters(list(PRECISIONS)[1:], {device: ("fp32",) for device in PRECISIONS})
+TOGETHER = [*TRITON, *parameters([STAND_IN, CUPY_GPU], dict.fromkeys(PRECISIONS, ("fp32",)))]
 EVERY = parameters(PRECISIONS, PRECISIONS)
 ADAM, MOMENTUM = UpdateRule("adam", CONSTANT), UpdateRule("sgd", CONSTANT, momentum=0.9)
 RULES = {
