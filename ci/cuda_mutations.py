@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mutations import (
     ADVANCE,
+    FLEET,
     FUSED,
     GRAD_INPUT,
     GRAD_WEIGHT,
@@ -29,6 +30,9 @@ FIRST = "test_loss.py::test_the_first_of_equal_logits_is_the_answer"
 LONG_ARENA = "test_update.py::test_a_long_arena_is_updated_to_its_last_element"
 LONG_BATCH = "test_cupy_facts.py::test_the_sums_of_a_long_batch_are_added_up_from_parts"
 HALF = "test_cupy_facts.py::test_numbers_become_float16_as_numpy_has_it"
+STOPPED = "test_train_fleet.py::test_a_model_that_has_stopped_does_not_move"
+IN_CHUNKS = "test_train_fleet.py::test_launches_cut_in_chunks_and_models_alone_give_the_same_bits"
+BEHIND = "test_cupy_fleet_facts.py::test_rows_behind_a_short_batch_are_not_looked_at"
 
 
 def _bugs(file: str, *entries: tuple[str, str, str, str]) -> list[Mutation]:
@@ -104,8 +108,26 @@ CUDA_MUTATIONS = (
         "layers.cu",
         ("row -1 loads the row before", "if (source >= 0) load_lanes", "load_lanes", LINEAR),
         ("batch always from the first row of the epoch", "[call.counters[ROW_OFFSET] + row]", "[row]", LINEAR),
+        ("rows behind a short batch gathered", "call.counted && row >=", "!call.counted && row >=", BEHIND),
         ("kept outputs scaled the other way", "y * scale : 0.0f", "y / scale : 0.0f", LINEAR),
         ("dropped gradients kept", "? values[i] * scale : 0.0f", "? values[i] * scale : values[i]", GRAD_INPUT),
+    ),
+    *_bugs(
+        "models.cuh",
+        (
+            "no barrier before a model's call is read",
+            "words[i] = from[i];\n    __syncthreads();\n",
+            "words[i] = from[i];\n",
+            FLEET,
+        ),
+        (
+            "call of the first models for those that take part",
+            "fleet.live[blockIdx.y] * WORDS",
+            "blockIdx.y * WORDS",
+            f"{STOPPED} {IN_CHUNKS}",
+        ),
+        ("one call for all models", " + fleet.live[blockIdx.y] * WORDS", "", FLEET),
+        ("last word of a call left out", "i < WORDS; i += THREADS", "i < WORDS - 1; i += THREADS", FLEET),
     ),
     *_bugs(
         "philox.cuh",
@@ -243,6 +265,12 @@ CUDA_MUTATIONS = (
             UPDATE,
         ),
         ("gradients not divided by the loss scale", "            factor /= call.hyper[LOSS_SCALE];\n", "", SCALED),
+        (
+            "the first batch of an accumulation added to what was there, the others not",
+            "begins ? g : g + tensor.s0[at]",
+            "begins ? g + tensor.s0[at] : g",
+            FLEET,
+        ),
         ("overflow taken for an update", "sound = fabs(norm) < largest", "sound = fabs(norm) <= largest", OVERFLOW),
     ),
     *_bugs(

@@ -109,6 +109,23 @@ def test_large_models_make_the_oracles_steps(variant, changes):
     fleet.check_gaps()
 
 
+@EVERYWHERE
+def test_rows_behind_a_short_batch_are_not_looked_at(variant):
+    """There may be another epoch's, or nothing that names a row."""
+    shape, model = case(1)
+    models = [replace(one, rows=7) for one in varied(model, 2)]
+    fleet, other = Fleet(variant, shape, models), Fleet(variant, shape, models)
+    fleet.x[16] = np.nan
+    fleet.rows[fleet.rows == 16] = 3
+    other.rows[other.rows == 16] = 3
+    fleet.rows[:, 7:] = 16
+    for one in (fleet, other):
+        one.run([2, 2])
+    found = fleet.everything()
+    for name, array in other.everything().items():
+        assert array.tobytes() == found[name].tobytes(), name
+
+
 @ON_HOST
 def test_what_cupy_has_no_fleets_for_says_so(variant):
     shape, model = case(2)
