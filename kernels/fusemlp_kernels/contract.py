@@ -70,18 +70,20 @@ Operands, by op (``None`` is allowed where it says "optional"):
     ``update``; gradients (size,) real, written: what is accumulated between two updates lies there, and with
     rule.accumulate 1 nothing that matters; shadow as in ``update``, where compute is not real: what the products read.
     The bound callable takes the number of steps. Rows are walked as below, whatever the traits say. The output layer
-    has no dropout; dz is not scaled. On the numpy backend there may be an L2 penalty that differs from batch to batch:
-    strengths (batches,) float64, optional: strengths[b] / 2 times the squares of the trained weights, biases and
-    slopes excluded, is added to the loss of batch b of an epoch, and its gradient to the gradients before they are
-    clipped; penalty (1,) float64, updated: grows by that times the rows of the batch.
+    has no dropout; dz is not scaled. stats also sums BATCH_LOSSES and PENALTIES. With history (E, ``STATS``) float64,
+    optional, written, the launch may go through several epochs: rows has those of E epochs, each counters[ROW_TOTAL]
+    long, one behind the other, ROW_OFFSET goes on through them all and comes back to 0 behind the last; at the end of
+    epoch e stats is copied to history[e], and its sums begin again at 0. ridge: ``Ridge``, optional, whose gradient is
+    added to the gradients of a batch before they are accumulated or clipped.
 
 ``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set
     x, target, weight, class_weight, batch as there; the other arrays with an axis of models in front: params, shadow,
     gradients and each of states (models, size), counters (models, ``COUNTERS``), hyper (models, ``HYPER``), stats
-    (models, ``STATS``), rows (models, any); layers, segments, rules, losses: a sequence with one for each model. Models
-    may differ in every number: dropout's rate and seed, slopes, the rules of optimizer and tensors, the loss's
-    smoothing; not in widths, activations, places, the number of states, the loss's kind, soft, ignore_index. The bound
-    callable takes a sequence with the number of steps of each model: those with 0 are not part of the launch.
+    (models, ``STATS``), history (models, E, ``STATS``), rows (models, any); layers, segments, rules, losses, ridges
+    (optional): a sequence with one for each model. Models may differ in every number: dropout's rate and seed, slopes,
+    the rules of optimizer and tensors, the loss's smoothing, ridges; not in widths, activations, places, the number of
+    states, the loss's kind, soft, ignore_index. The bound callable takes a sequence with the number of steps of each
+    model: those with 0 are not part of the launch.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
@@ -155,8 +157,9 @@ SKIPPED_LIMIT = 25
 # The most parts that the gradients cut a batch into.
 MOST_PARTS = 16
 # stats, float64: the last step's loss; then sums since they were last cleared: loss times normaliser (the loss itself
-# where the reduction is "sum"), normalisers, right answers and how many were asked for
-LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, STATS = range(6)
+# where the reduction is "sum"), normalisers, right answers and how many were asked for; by ``train_resident`` alone:
+# of each batch its loss times its rows, and its ridge times its rows
+LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, BATCH_LOSSES, PENALTIES, STATS = range(8)
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,20 @@ class Segment:
     offset: int
     size: int
     rule: TensorRule
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The penalty of scikit-learn's MLPs, and what they divide by, for ``train_resident`` with the reduction "mean".
+
+    To the loss of a batch is added ``strength`` / 2 times the squares of the trained weights, biases and slopes
+    excluded, over the sum of its row weights: 1 each without weights, times their classes' for the cross-entropy of
+    integer targets. ``divisor``: the loss is divided by that sum times this, None for N with the element-wise losses
+    and 1 with cross-entropy. Where the sum is zero there is no penalty.
+    """
+
+    strength: float = 0.0
+    divisor: float | None = None
 
 
 @dataclass(frozen=True)

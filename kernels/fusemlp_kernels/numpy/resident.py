@@ -18,8 +18,10 @@ from fusemlp_kernels.contract import (
     LOSSES,
     NEEDS_Z,
     SCHEDULES,
+    STATS,
     LossSpec,
     ResidentLayer,
+    Ridge,
     Segment,
     UpdateRule,
 )
@@ -86,8 +88,8 @@ def bind_train_resident(
     stats: Array,
     weight: Array | None = None,
     class_weight: Array | None = None,
-    strengths: Array | None = None,
-    penalty: Array | None = None,
+    history: Array | None = None,
+    ridge: Ridge | None = None,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``."""
     real = params.dtype
@@ -97,7 +99,9 @@ def bind_train_resident(
     widest = max(layer.outputs for layer in layers)
     integer = loss.kind == "cross_entropy" and not loss.soft
     nothing = np.zeros(0, real)
-    loss_table, loss_factors = _loss_tables(loss, weighted=weight is not None, by_class=class_weight is not None)
+    loss_table, loss_factors = _loss_tables(
+        loss, layers[-1].outputs, ridge, weighted=weight is not None, by_class=class_weight is not None
+    )
     rule_table, rule_factors = _rule_tables(rule)
     trained = [i for i, row in enumerate(table) if max(row[t.W_RULE], row[t.B_RULE], row[t.SLOPE_RULE]) >= 0]
     arguments = (
@@ -126,8 +130,7 @@ def bind_train_resident(
         counters,
         hyper,
         stats,
-        np.zeros(0) if strengths is None else strengths,
-        np.zeros(1) if penalty is None else penalty,
+        np.zeros((0, STATS)) if history is None else history,
         np.zeros(6, np.int32),
         np.zeros(2, real),
         np.array([ord("N"), ord("T")], np.uint8),
@@ -153,6 +156,8 @@ def bind_train_fleet(
     counters: Array,
     hyper: Array,
     stats: Array,
+    history: Array | None = None,
+    ridges: Sequence[Ridge] | None = None,
     **shared: Any,
 ) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``: the models one after another."""
@@ -169,6 +174,8 @@ def bind_train_fleet(
             counters=counters[index],
             hyper=hyper[index],
             stats=stats[index],
+            history=None if history is None else history[index],
+            ridge=None if ridges is None else ridges[index],
             **shared,
         )
         for index, own in enumerate(layers)
@@ -240,7 +247,9 @@ def _aligned(size: int) -> int:
     return -(-size // t.ALIGNMENT) * t.ALIGNMENT
 
 
-def _loss_tables(loss: LossSpec, *, weighted: bool, by_class: bool) -> tuple[Array, Array]:
+def _loss_tables(
+    loss: LossSpec, outputs: int, ridge: Ridge | None, *, weighted: bool, by_class: bool
+) -> tuple[Array, Array]:
     table = [0] * t.LOSS_COLUMNS
     table[t.KIND], table[t.MEAN], table[t.SOFT] = LOSSES.index(loss.kind), loss.reduction == "mean", loss.soft
     table[t.IGNORES] = loss.ignore_index is not None
@@ -248,6 +257,10 @@ def _loss_tables(loss: LossSpec, *, weighted: bool, by_class: bool) -> tuple[Arr
     table[t.ACCURACY], table[t.WEIGHTED], table[t.CLASS_WEIGHTED] = loss.accuracy, weighted, by_class
     factors = [0.0] * t.LOSS_FACTORS
     factors[t.SMOOTHING], factors[t.DELTA], factors[t.QUANTILE] = loss.label_smoothing, loss.delta, loss.quantile
+    ridge = Ridge() if ridge is None else ridge
+    usual = 1.0 if loss.kind == "cross_entropy" else float(outputs)
+    factors[t.DIVISOR] = usual if ridge.divisor is None else ridge.divisor
+    factors[t.STRENGTH] = ridge.strength
     return np.array(table, np.int64), np.array(factors, np.float64)
 
 

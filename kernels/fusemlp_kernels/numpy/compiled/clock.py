@@ -15,6 +15,7 @@ from fusemlp_kernels.contract import (
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,
     LEARNING_RATE,
+    LOSS_SUM,
     RATE_SCALE,
     ROW_COUNT,
     ROW_OFFSET,
@@ -71,15 +72,27 @@ def _learning_rate(rule: Any, factors: Any, count: int) -> float:
 
 
 @register_jitable(**EXACT)
-def advance(rule: Any, factors: Any, counters: Any, hyper: Any, updated: bool) -> None:
+def _next_rows(counters: Any, stats: Any, history: Any) -> None:
+    """The rows of the next batch; behind the last of an epoch its account is closed."""
+    total, step = counters[ROW_TOTAL], counters[ROW_STEP]
+    epoch = counters[ROW_OFFSET] // total if total > 0 else 0
+    inside = counters[ROW_OFFSET] - epoch * total + step
+    if inside >= total:
+        if epoch < len(history):
+            history[epoch] = stats
+            stats[LOSS_SUM:] = 0.0
+        epoch = epoch + 1 if epoch + 1 < len(history) else 0
+        inside = 0
+    counters[ROW_OFFSET] = epoch * total + inside
+    counters[ROW_COUNT] = min(total - inside, step)
+
+
+@register_jitable(**EXACT)
+def advance(rule: Any, factors: Any, counters: Any, hyper: Any, updated: bool, stats: Any, history: Any) -> None:
     """Behind a batch: the next rows, and where an update was applied what the next one needs."""
     counters[BATCH_INDEX] += 1
     if counters[ROW_STEP] != 0:
-        offset = counters[ROW_OFFSET] + counters[ROW_STEP]
-        if offset >= counters[ROW_TOTAL]:
-            offset = 0
-        counters[ROW_OFFSET] = offset
-        counters[ROW_COUNT] = min(counters[ROW_TOTAL] - offset, counters[ROW_STEP])
+        _next_rows(counters, stats, history)
     if not updated:
         return
     counters[UPDATE_COUNT] += 1

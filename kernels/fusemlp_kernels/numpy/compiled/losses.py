@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, SCORED
+from fusemlp_kernels.contract import BATCH_LOSSES, CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, SCORED
 from fusemlp_kernels.numpy.compiled.functions import exp, log1p, sigmoid
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.tables import (
@@ -19,6 +19,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     BINARY_CROSS_ENTROPY,
     CLASS_WEIGHTED,
     DELTA,
+    DIVISOR,
     HUBER,
     IGNORED,
     IGNORES,
@@ -114,23 +115,24 @@ def _smoothed(
 
 
 @register_jitable(**EXACT)
-def _record(stats: Any, value: float, normaliser: float, scale: float, mean: bool) -> None:
+def _record(stats: Any, value: float, normaliser: float, scale: float, mean: bool, count: int) -> None:
     """``value`` is the sum over the rows, not yet divided."""
     stats[LOSS_SUM] += value
     if mean:
         stats[NORM_SUM] += normaliser
     stats[LAST_LOSS] = value * scale
+    stats[BATCH_LOSSES] += value * scale * count
 
 
 @register_jitable(**ELEMENTWISE)
 def cross_entropy(
     z: Any, d: Any, labels: Any, soft: Any, weight: Any, class_weight: Any, rows: Any, count: int, columns: int,
     loss: Any, factors: Any, stats: Any,
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
     """dz of softmax cross-entropy into d, flat (count, columns) like z; the targets are picked by ``rows``.
 
     labels (n,) int64, or with loss[SOFT] soft (n, columns); weight (n,) and class_weight (columns,) where the loss
-    says so. d may be z.
+    says so. d may be z. Returns the sum of the row weights.
     """
     real = z.dtype.type
     is_soft, weighted, by_class = loss[SOFT] != 0, loss[WEIGHTED] != 0, loss[CLASS_WEIGHTED] != 0
@@ -149,6 +151,8 @@ def cross_entropy(
                 share *= class_weight[label]
         normaliser += share
         scored += 1
+    shares = normaliser
+    normaliser *= factors[DIVISOR]
     mean = loss[MEAN] != 0
     scale = 1.0
     if mean:
@@ -212,7 +216,8 @@ def cross_entropy(
     if loss[ACCURACY]:
         stats[CORRECT] += correct
         stats[SCORED] += scored
-    _record(stats, total, normaliser, scale, mean)
+    _record(stats, total, normaliser, scale, mean, count)
+    return shares
 
 
 # The loss of one output and its derivative by it; ``option`` is huber's delta or the quantile.
@@ -309,10 +314,10 @@ def _loop(kind: int, y: Any, d: Any, start: int, stop: int, factor: Any, option:
 def elementwise(
     y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, loss: Any, factors: Any,
     stats: Any, scratch: Any,
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
     """The gradient by the outputs y into d, flat (count, columns); target (n, columns) is picked by ``rows``.
 
-    scratch: memory of any contents, the longer the better.
+    scratch: memory of any contents, the longer the better. Returns the sum of the row weights.
     """
     real = y.dtype.type
     kind, weighted, mean = loss[KIND], loss[WEIGHTED] != 0, loss[MEAN] != 0
@@ -320,7 +325,8 @@ def elementwise(
     normaliser = 0.0
     for i in range(count):
         normaliser += float(weight[rows[i]]) if weighted else 1.0
-    normaliser *= columns
+    shares = normaliser
+    normaliser *= factors[DIVISOR]
     scale = 1.0
     if mean:
         scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
@@ -343,4 +349,5 @@ def elementwise(
     if loss[ACCURACY]:
         stats[CORRECT] += correct
         stats[SCORED] += count * columns if kind == BINARY_CROSS_ENTROPY else count
-    _record(stats, total, normaliser, scale, mean)
+    _record(stats, total, normaliser, scale, mean, count)
+    return shares

@@ -7,7 +7,7 @@ from typing import Any
 
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, ROW_COUNT, ROW_OFFSET, ROW_STEP
+from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET
 from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.denormals import denormals_as_zero, restore
@@ -42,6 +42,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     SGD,
     SLOPE,
     SLOPE_RULE,
+    STRENGTH,
     THRESHOLD,
     W_RULE,
     B,
@@ -111,8 +112,7 @@ def _make(version: int) -> Callable[..., int]:
         counters: Any,
         hyper: Any,
         stats: Any,
-        strengths: Any,
-        penalty: Any,
+        history: Any,
         integers: Any,
         reals: Any,
         letters: Any,
@@ -124,8 +124,8 @@ def _make(version: int) -> Callable[..., int]:
         every = rule[ACCUMULATE]
         # with nothing else to do with the gradient the product lands in the parameter
         direct = rule[OPTIMIZER] == SGD and rule_factors[MOMENTUM] == 0.0 and every == 1 and rule[CLIPS] == 0
-        penalised = len(strengths) > 0
-        direct = direct and not penalised
+        strength = loss_factors[STRENGTH]
+        direct = direct and strength == 0.0
         for _ in range(steps):
             count = counters[ROW_COUNT]
             offset = counters[ROW_OFFSET]
@@ -158,11 +158,13 @@ def _make(version: int) -> Callable[..., int]:
             y, z = work[layer[Y] : layer[Y] + size], work[layer[Z] : layer[Z] + size]
             dz = work[layer[DZ] : layer[DZ] + size]
             if loss[KIND] == CROSS_ENTROPY:
-                cross_entropy(
+                shares = cross_entropy(
                     z, dz, labels, target, weight, class_weight, picked, count, outputs, loss, loss_factors, stats
                 )
             else:
-                elementwise(y, dz, target, weight, picked, count, outputs, loss, loss_factors, stats, sums[2 * depth :])
+                shares = elementwise(
+                    y, dz, target, weight, picked, count, outputs, loss, loss_factors, stats, sums[2 * depth :]
+                )
                 if layer[ACTIVATION] != IDENTITY:
                     # the gradient by prelu's slope stands behind the others
                     sums[depth + last] = multiply_by_derivative(
@@ -209,22 +211,21 @@ def _make(version: int) -> Callable[..., int]:
                         alpha = -hyper[LEARNING_RATE] * tensor_factors[layer[SLOPE_RULE], LR_FACTOR]
                         beta = 1.0 + alpha * tensor_factors[layer[SLOPE_RULE], DECAY]
                     _into(arena, layer[SLOPE], sums[depth + index :], 1, alpha, beta)
-            if penalised:
-                strength = strengths[offset // max(counters[ROW_STEP], 1)]
+            if strength != 0.0 and shares != 0.0:
                 squares = 0.0
                 for index in range(first, depth):
                     layer = layers[index]
                     if layer[W_RULE] >= 0:
                         start, stop = layer[W], layer[W] + layer[OUTPUTS] * layer[INPUTS]
-                        squares += penalise(params[start:stop], grads[start:stop], strength)
-                penalty[0] += 0.5 * strength * squares * count
+                        squares += penalise(params[start:stop], grads[start:stop], strength / shares)
+                stats[PENALTIES] += 0.5 * strength / shares * squares * count
             updated = (counters[BATCH_INDEX] + 1) % every == 0
             if updated and not direct and len(tensors) > 0:
                 scale = 1.0 / every
                 if rule[CLIPS]:
                     scale *= clip_factor(grads, tensors, scale, rule_factors[CLIP_NORM])
                 update_all(params, grads, state0, state1, tensors, tensor_factors, rule, rule_factors, hyper, scale)
-            advance(rule, rule_factors, counters, hyper, updated)
+            advance(rule, rule_factors, counters, hyper, updated, stats, history)
         restore(before)
         return version
 

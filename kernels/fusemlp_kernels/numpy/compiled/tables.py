@@ -39,9 +39,9 @@ FIXED_SLOPE, RATE, LAYER_FACTORS = range(3)
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
 LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
-# The loss, int64 and float64
+# The loss, int64 and float64; what a mean divides by beside the row weights, and the strength of the ridge
 KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
-SMOOTHING, DELTA, QUANTILE, LOSS_FACTORS = range(4)
+SMOOTHING, DELTA, QUANTILE, DIVISOR, STRENGTH, LOSS_FACTORS = range(6)
 
 # The optimizer and its schedule, int64 and float64
 OPTIMIZER, NESTEROV, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, SCHEDULE, STEPS, WARMUP, RULE_COLUMNS = range(10)
