@@ -110,7 +110,8 @@ def restore_engine(engine: Engine, content: Mapping[str, Any], *, backend: str, 
     if gradients:
         engine.write_tensors(gradients, "", "d")
     for name in ("counters", "hyper", "stats"):
-        memory.backend.copy_into(memory.arrays[name], tensors[name])
+        # older checkpoints have fewer statistics
+        memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
     engine.best_parameters = _of_kind("best", tensors) or None
     engine.epochs_trained = config["epochs_trained"]
     if config["fit"] is not None:

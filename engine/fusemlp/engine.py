@@ -20,7 +20,7 @@ from fusemlp.program import Program
 from fusemlp.resident import lower_resident
 from fusemlp.state import checked_state
 from fusemlp.validation import as_count
-from fusemlp_kernels.clock import write_hyper
+from fusemlp_kernels.clock import hyper_at, write_hyper
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LAST_LOSS,
@@ -33,6 +33,7 @@ from fusemlp_kernels.contract import (
     SKIPPED_LIMIT,
     UPDATE_COUNT,
     LossSpec,
+    Ridge,
     UpdateRule,
     batch_parts,
 )
@@ -193,13 +194,14 @@ class Engine(Predicting):
         *,
         keep_gradients: bool = False,
         resident_batches: int | None = None,
-        penalised: bool = False,
+        epochs: int = 1,
+        ridge: Ridge | None = None,
     ) -> BoundProgram:
         """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
         With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
-        gradients in the engine's memory. With ``resident_batches`` it is the program of the resident plan, for epochs
-        of so many batches, ``penalised`` with an L2 penalty of its own for each.
+        gradients in the engine's memory. With ``resident_batches`` it is the program of the resident plan, for
+        ``epochs`` epochs of so many batches one behind the other, with ``ridge`` as a penalty beside the loss.
         """
         arrays = dict(given)
         if self._class_weight is not None:
@@ -207,7 +209,9 @@ class Engine(Predicting):
         if resident_batches is None:
             program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
         else:
-            program = self.resident_program(inputs, spec, rule, batch_size, resident_batches, penalised=penalised)
+            program = self.resident_program(
+                inputs, spec, rule, batch_size, resident_batches, epochs=epochs, ridge=ridge
+            )
         return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
 
     def resident_program(
@@ -218,9 +222,10 @@ class Engine(Predicting):
         batch_size: int,
         batches: int,
         *,
-        penalised: bool = False,
+        epochs: int = 1,
+        ridge: Ridge | None = None,
     ) -> Program:
-        """The program of the resident plan, for epochs of at most so many batches; ``penalised`` as in ``bind``."""
+        """The program of the resident plan, for epochs of at most so many batches; the others as in ``bind``."""
         return lower_resident(
             self.network,
             spec,
@@ -233,7 +238,8 @@ class Engine(Predicting):
             seed=self.seed,
             real_bytes=self._real_bytes,
             compute_bytes=self._compute_bytes,
-            penalised=penalised,
+            epochs=epochs,
+            ridge=ridge,
         )
 
     def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:
@@ -250,6 +256,11 @@ class Engine(Predicting):
         if self._rule is None:
             self.use_rule(self.optimizer.rule(total_updates=None))
         return float(self._memory.hyper[LEARNING_RATE])
+
+    def learning_rate_after(self, updates: int) -> float:
+        """The learning rate of the update that follows so many, by the rule that the clock follows."""
+        assert self._rule is not None
+        return float(hyper_at(self._rule, updates, float(self._memory.hyper[RATE_SCALE]))[LEARNING_RATE])
 
     @property
     def update_count(self) -> int:

@@ -35,6 +35,7 @@ STEPS_A_GRAPH = 8
 # Steps after which it is asked whether somebody pressed Ctrl-C; where the steps run on the host, no more than about a
 # tenth of a second of them, taken as so many floating-point operations.
 UNINTERRUPTED = 256
+COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 2e9
 # On a GPU: how long a launch of many steps may take; the least that a step takes, and what one multiprocessor computes
 # in a second. The last two are estimates, not yet measured on a GPU.
@@ -174,7 +175,7 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     """How many steps of so many operations the resident plan takes at a time: a launch of a tenth of a second or less,
     that neither the display nor Ctrl-C waits for."""
     if traits.name == "numpy":
-        return max(1, min(UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
+        return max(1, min(COMPILED_UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
     return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
 
 
@@ -264,23 +265,25 @@ class BoundProgram:
             self._graphs[steps] = self.backend.capture(self._eager, steps)
         return self._graphs[steps]
 
-    def set_rows(self, order: Array, first_batch: int, size: int) -> None:
-        """The rows of an epoch, where they are walked, from batch ``first_batch`` on."""
-        walk_rows(self.backend, self.arrays, order, first_batch, size)
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
+        """See ``walk_rows``."""
+        walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
 
     def set_row_count(self, count: int) -> None:
         """How many rows of the batch are valid; the others are padding."""
         self.arrays["counters"][ROW_COUNT] = count
 
 
-def walk_rows(backend: Backend, arrays: Mapping[str, Any], order: Array, first_batch: int, size: int) -> None:
-    """Write the rows of an epoch into the arrays ``rows`` and ``counters``, from batch ``first_batch`` of ``size`` rows
-    on."""
+def walk_rows(
+    backend: Backend, arrays: Mapping[str, Any], order: Array, first_batch: int, size: int, epochs: int = 1
+) -> None:
+    """Write the rows of ``epochs`` epochs of one length into the arrays ``rows`` and ``counters``, where they are
+    walked, from batch ``first_batch`` of ``size`` rows of the first on."""
     rows, counters = arrays["rows"], arrays["counters"]
-    count = min(len(order), len(rows))
-    if count < len(rows) or order.dtype != np.int64:
-        order = np.concatenate([order[:count], np.full(len(rows) - count, -1)], dtype=np.int64)
-    backend.copy_into(rows, order[: len(rows)])
+    given = min(len(order), len(rows))
+    count = given // epochs
+    backend.copy_into(rows[:given], np.asarray(order[:given], np.int64))
+    rows[given:] = -1
     # behind the last batch the clock has gone back to the first
     offset = first_batch * size if first_batch * size < count else 0
     counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset

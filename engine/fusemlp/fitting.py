@@ -14,7 +14,7 @@ from fusemlp.history import FitState, History
 from fusemlp.inference import metrics_of
 from fusemlp.lowering import Inputs
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
-from fusemlp_kernels.contract import LOSS_SUM, LossSpec, UpdateRule
+from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Snapshot = dict[str, Any]
 
+# Where nobody has to do with the epochs but to write them down, so many rows go into one launch of the resident plan.
+ROWS_AT_ONCE = 1 << 17
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
 LARGE_FEATURE = 100.0
 
@@ -43,14 +45,23 @@ class Walking(Protocol):
 
     walks_rows: bool
     chunk: int
+    arrays: dict[str, Any]
 
-    def set_rows(self, order: Array, first_batch: int, size: int) -> None:
-        """The rows of an epoch, from batch ``first_batch`` on."""
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
+        """The rows of epochs one behind the other, from batch ``first_batch`` of the first on."""
+
+
+def epochs_at_once(engine: Engine, epochs: int, rows: int, *, asked: bool, room: int | None = None) -> int:
+    """Through how many epochs of so many rows a launch goes before somebody is asked or told something; ``asked``:
+    somebody is after each. ``room``: the most rows of all of them."""
+    if engine.plan != "resident" or asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
+        return 1
+    return max(1, min(epochs, (ROWS_AT_ONCE if room is None else room) // rows))
 
 
 class Fit:
-    """One call of ``fit``: its data bound to the engine, and the loop. With ``bound`` the steps that ``training`` asks
-    for are run by whoever asks."""
+    """One call of ``fit``: its data bound to the engine, and the loop. With ``bound``, which has room for the rows of
+    ``at_once`` epochs, the steps that ``training`` asks for are run by whoever asks."""
 
     def __init__(
         self,
@@ -68,6 +79,7 @@ class Fit:
         resume: bool,
         rows: int | None = None,
         bound: Walking | None = None,
+        at_once: int | None = None,
     ) -> None:
         self.engine = engine
         # of X, or of those that ``order`` picks
@@ -86,7 +98,11 @@ class Fit:
         self.last_epoch = first + epochs
         self.schedule = engine.optimizer.schedule
         self.rule: UpdateRule = engine.optimizer.rule(total_updates=self.state.total_updates)
+        asked = validation is not None or bool(callbacks)
+        self.at_once = epochs_at_once(engine, epochs, self.rows, asked=asked) if at_once is None else at_once
         self.bound: Any = self._bind(X, targets, weight) if bound is None else bound
+        # where the statistics of epochs go that end inside a launch
+        self._history = self.bound.arrays.get("history")
         self.best: Snapshot | None = engine.best_parameters if resume else None
 
     def _fresh(self, epochs: int) -> FitState:
@@ -132,11 +148,20 @@ class Fit:
         given = {"x": to_device(X, "compute"), "target": to_device(targets.values)}
         resident = engine.plan == "resident"
         if resident or engine.memory.backend.traits.walks_rows:
-            given["rows"] = engine.memory.backend.allocate(self.batches * self.batch_size, "int64")
+            places = self.at_once * self.batches * self.batch_size
+            given["rows"] = engine.memory.backend.allocate(places, "int64")
         if weight is not None:
             given["weight"] = to_device(weight)
         batches = self.batches if resident else None
-        return engine.bind(inputs, self.spec, self.rule, self.batch_size, given, resident_batches=batches)
+        return engine.bind(
+            inputs,
+            self.spec,
+            self.rule,
+            self.batch_size,
+            given,
+            resident_batches=batches,
+            epochs=self.at_once,
+        )
 
     def run(self) -> History:
         """Train; the engine's ``history`` and ``fit_state`` follow."""
@@ -171,6 +196,7 @@ class Fit:
         """
         engine, state = self.engine, self.state
         good: Snapshot | None = None
+        at_once = self.at_once
         # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
         while (
             not self._out_of_patience()
@@ -178,19 +204,35 @@ class Fit:
             and not engine.stop_training
             and not interrupted()
         ):
-            good, first_batch = engine.snapshot(good), state.batch
+            good, first_batch, first_epoch = engine.snapshot(good), state.batch, state.epoch
+            # a fit that is resumed ends its epoch first
+            epochs = 1 if first_batch else min(at_once, state.last_epoch - first_epoch)
             began = time.perf_counter()
             if state.batch == 0:
                 self._call("on_epoch_begin", state.epoch)
             if self.bound.walks_rows:
-                yield from self._walk(interrupted)
+                yield from self._walk(interrupted, epochs)
             else:
                 self._batches(interrupted)
-            if state.batch < self.batches:
+            left = state.batch % self.batches
+            accounts = self._accounts(state.epoch - first_epoch + (0 if left else 1))
+            state.epoch = first_epoch
+            if not left and not self._all_finite(accounts):
+                if len(accounts) == 1:
+                    raise self._diverged(good, first_batch)
+                # which epoch it was shows when they are gone through one by one
+                engine.restore(good)
+                state.batch, at_once = first_batch, 1
+                continue
+            seconds = (time.perf_counter() - began) / max(1, len(accounts))
+            rates = self._rates(len(accounts), left)
+            if not left:
+                engine.memory.stats[:] = 0.0
+            for stats, rate in zip(accounts, rates, strict=True):
+                self._end_epoch(stats, rate, seconds)
+            if left:
+                state.batch = left
                 break
-            if not self._all_finite():
-                raise self._diverged(good, first_batch)
-            self._end_epoch(time.perf_counter() - began)
         if interrupted():
             place = f"in epoch {state.epoch + 1}" if state.batch else f"after epoch {state.epoch}"
             state.history.stopped = f"interrupted {place}"
@@ -239,32 +281,58 @@ class Fit:
                 if interrupted() or engine.stop_training:
                     break
 
-    def _walk(self, interrupted: Callable[[], bool]) -> Iterator[int]:
-        """The batches that remain of the epoch, of a program that moves from batch to batch by itself."""
+    def _walk(self, interrupted: Callable[[], bool], epochs: int) -> Iterator[int]:
+        """The batches that remain of ``epochs`` epochs, of a program that moves from batch to batch by itself."""
         engine, state, bound = self.engine, self.state, self.bound
-        order = self.order(state.epoch)
+        trained = self.batches * self.batch_size
+        orders = [self.order(state.epoch + ahead)[:trained] for ahead in range(epochs)]
         starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
-        bound.set_rows(order[: self.batches * self.batch_size], state.batch, self.batch_size)
-        while state.batch < self.batches:
-            count = 1 if starters or watchers else min(self.batches - state.batch, bound.chunk)
+        bound.set_rows(orders[0] if epochs == 1 else np.concatenate(orders), state.batch, self.batch_size, epochs)
+        done, total = state.batch, epochs * self.batches
+        first = state.epoch
+        while done < total:
+            count = 1 if starters or watchers else min(total - done, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
             yield count
-            state.batch += count
+            done += count
+            # behind the last batch of an epoch it is not yet the next
+            state.epoch = first + (done - 1) // self.batches
+            state.batch = done - (state.epoch - first) * self.batches
             for watcher in watchers:
                 watcher.on_batch_end(engine, state.batch - 1)
             if interrupted() or engine.stop_training:
                 break
+        if self._history is not None:
+            # as if each epoch had been given its rows
+            counters = engine.memory.counters
+            counters[ROW_OFFSET] = int(counters[ROW_OFFSET]) % int(counters[ROW_TOTAL])
 
-    def _end_epoch(self, seconds: float) -> None:
+    def _accounts(self, epochs: int) -> Array:
+        """The statistics of the epochs that have just ended, one a row."""
+        memory = self.engine.memory
+        if self._history is None:
+            return memory.backend.to_host(memory.stats)[None][:epochs]
+        return memory.backend.to_host(self._history[:epochs])
+
+    def _rates(self, epochs: int, left: int) -> list[float]:
+        """The learning rate at the end of each of the epochs that have just ended, ``left`` batches before now."""
+        engine = self.engine
+        if epochs == 1 and not left:
+            return [engine.learning_rate]
+        every, updates = self.rule.accumulate, engine.update_count
+        batches = int(engine.memory.counters[BATCH_INDEX])
+        ends = [batches - left - ahead * self.batches for ahead in reversed(range(epochs))]
+        return [engine.learning_rate_after(updates - batches // every + end // every) for end in ends]
+
+    def _end_epoch(self, stats: Array, rate: float, seconds: float) -> None:
         engine, state = self.engine, self.state
-        stats = engine.memory.backend.to_host(engine.memory.stats)
         metrics = metrics_of(stats, self.spec)
         logs = dict(metrics)
         if self.validation is not None:
             held_out = engine.evaluate_checked(self.validation.X, self.validation.targets, self.validation.weight)
             logs |= {f"val_{name}": value for name, value in held_out.items()}
-        logs["learning_rate"] = engine.learning_rate
+        logs["learning_rate"] = rate
         state.history.record(state.epoch, logs, seconds)
         watched = logs.get("val_loss", logs["loss"])
         if watched < state.best_loss:
@@ -282,7 +350,6 @@ class Fit:
         state.epoch, state.batch = epoch + 1, 0
         engine.epochs_trained = state.epoch
         engine.best_parameters = self.best
-        engine.memory.stats[:] = 0.0
         self._call("on_epoch_end", epoch, logs)
 
     def _out_of_patience(self) -> bool:
@@ -295,12 +362,12 @@ class Fit:
         )
         return True
 
-    def _all_finite(self) -> bool:
-        """Whether the loss of the epoch and what its last update left are numbers."""
+    def _all_finite(self, accounts: Array) -> bool:
+        """Whether the losses of the epochs and what their last update left are numbers."""
         memory = self.engine.memory
         self.engine.check_scaling()
         return bool(
-            np.isfinite(float(memory.stats[LOSS_SUM])) and np.isfinite(memory.backend.to_host(memory.params)).all()
+            np.isfinite(accounts[:, LOSS_SUM]).all() and np.isfinite(memory.backend.to_host(memory.params)).all()
         )
 
     def _diverged(self, good: Snapshot, first_batch: int) -> DivergenceError:

@@ -9,11 +9,11 @@ import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.execution import Memory, choose_plan, new_arenas, resident_chunk, walk_rows
-from fusemlp.fitting import Fit, Validation
+from fusemlp.fitting import ROWS_AT_ONCE, Fit, Validation, epochs_at_once
 from fusemlp.lowering import Inputs
 from fusemlp.placement import placement
 from fusemlp.training import fit_checked
-from fusemlp_kernels.contract import step_flops
+from fusemlp_kernels.contract import STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fusemlp.targets import Targets
 
 Array = np.ndarray[Any, Any]
+
+# What the rows of all epochs that a launch goes through may be in all, of all models: 128 MiB.
+GROUP_ROWS = 1 << 24
 
 
 def kin(engine: Engine) -> tuple[Any, ...]:
@@ -87,19 +90,21 @@ class _Places:
 
     walks_rows = True
 
-    def __init__(self, memory: Memory, rows: Any, chunk: int) -> None:
-        self.arrays = {**memory.arrays, "rows": rows}
+    def __init__(self, memory: Memory, rows: Any, history: Any | None, chunk: int) -> None:
+        self.arrays = {**memory.arrays, "rows": rows} | ({} if history is None else {"history": history})
         self.backend, self.chunk = memory.backend, chunk
 
-    def set_rows(self, order: Array, first_batch: int, size: int) -> None:
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """See ``BoundProgram.set_rows``."""
-        walk_rows(self.backend, self.arrays, order, first_batch, size)
+        walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
 
 
 class _Training:
     """A group in a fit: one launch for what its models want of steps, again and again."""
 
-    def __init__(self, group: Group, fits: Sequence[Fit], rows: Any, data: Mapping[str, Any]) -> None:
+    def __init__(
+        self, group: Group, fits: Sequence[Fit], rows: Any, history: Any | None, data: Mapping[str, Any]
+    ) -> None:
         self.fits = fits
         first = group.engines[0]
         memory, batch = first.memory, first.batch_size
@@ -107,7 +112,7 @@ class _Training:
             len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=first.class_weight is not None
         )
         programs = [
-            engine.resident_program(inputs, fit.spec, fit.rule, batch, fit.batches)
+            engine.resident_program(inputs, fit.spec, fit.rule, batch, fit.batches, epochs=fit.at_once)
             for engine, fit in zip(group.engines, fits, strict=True)
         ]
         for program in programs:
@@ -115,6 +120,8 @@ class _Training:
         each = [program.calls[0].operands for program in programs]
         names = ("shadow", "counters", "hyper", "stats", "params")
         operands: dict[str, Any] = {name: group.stacked(name) for name in names if name in group.arenas}
+        if history is not None:
+            operands["history"] = history
         if first.class_weight is not None:
             operands["class_weight"] = first.class_weight
         self._launch = memory.backend.bind(
@@ -206,7 +213,18 @@ def _prepared(
     counts = [len(X) if one is None else len(one) for one in own]
     # whole batches, of all rows where there are fewer than a batch has
     longest = max(-(-count // min(first.batch_size, count)) * min(first.batch_size, count) for count in counts)
+    at_once = [
+        epochs_at_once(
+            engine, epochs, count, asked=validations[place] is not None, room=min(ROWS_AT_ONCE, GROUP_ROWS // models)
+        )
+        for engine, place, count in zip(group.engines, places, counts, strict=True)
+    ]
+    most = max(at_once)
+    longest *= most
     lists = backend.view(backend.allocate(models * longest, "int64"), 0, (models, longest), longest)
+    history = None
+    if most > 1:
+        history = backend.allocate(models * most * STATS, "float64").reshape(models, most, STATS)
     chunk = resident_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size))
     fits = [
         fit_checked(
@@ -219,8 +237,9 @@ def _prepared(
             patience=patience,
             rows=rows[place],
             drop_last=drop_last,
-            bound=_Places(engine.memory, lists[index], chunk),
+            bound=_Places(engine.memory, lists[index], None if history is None else history[index], chunk),
+            at_once=at_once[index],
         )
         for index, (engine, place) in enumerate(zip(group.engines, places, strict=True))
     ]
-    return _Training(group, fits, lists, data)
+    return _Training(group, fits, lists, history, data)

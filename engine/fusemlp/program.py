@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fusemlp_kernels.contract import Dropout, LossSpec, ResidentLayer, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import Dropout, LossSpec, ResidentLayer, Ridge, Segment, TensorRule, UpdateRule
 
 # How a value comes to be: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
 # arena of that name; "data": given by the caller; "control": counters and the like, there before the first call;
@@ -41,14 +41,13 @@ WRITTEN = {
     ),
     "update": frozenset({"params", "grads", "states", "shadow", "hyper", "counters"}),
     "advance": frozenset({"hyper", "counters"}),
-    "train_resident": frozenset({"params", "shadow", "gradients", "states", "stats", "hyper", "counters", "penalty"}),
+    "train_resident": frozenset({"params", "shadow", "gradients", "states", "stats", "hyper", "counters", "history"}),
 }
 UPDATED = frozenset(
     {
         "stats",
         "hyper",
         "counters",
-        "penalty",
         "params",
         "grads",
         "states",
@@ -62,9 +61,9 @@ UPDATED = frozenset(
 )
 # The step reads x and the targets through the rows of the batch; the printed program says so.
 THROUGH_ROWS = frozenset({"x", "target", "weight"})
-UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm", "strengths"})
+UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm", "history"})
 # Operands, and parts of them, that are no matter of a program's structure, and the descriptions that these are in.
-NUMBERS = (float, UpdateRule, TensorRule, Dropout)
+NUMBERS = (float, UpdateRule, TensorRule, Dropout, Ridge)
 DESCRIPTIONS = (LossSpec, ResidentLayer, Segment)
 
 

@@ -17,6 +17,7 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     ResidentLayer,
+    Ridge,
     ScheduleSpec,
     Segment,
     TensorRule,
@@ -37,12 +38,14 @@ def lower_resident(
     seed: int,
     real_bytes: int,
     compute_bytes: int | None = None,
-    penalised: bool = False,
+    epochs: int = 1,
+    ridge: Ridge | None = None,
 ) -> Program:
-    """The program of training on batches of ``batch_size`` rows, of an epoch of at most ``batches`` batches.
+    """The program of training on batches of ``batch_size`` rows, of ``epochs`` epochs of at most ``batches`` batches
+    one behind the other.
 
-    With ``compute_bytes`` the products read the parameters rounded, in the arena "shadow". ``penalised``: with an L2
-    penalty whose strength in each batch is in the value "strengths".
+    With ``compute_bytes`` the products read the parameters rounded, in the arena "shadow". ``ridge``: a penalty that is
+    no part of the loss.
     """
     options = {short: options_for(name) for short, name in short_names(net).items()}
     rules = {short: options[short][1] for short in layout.places if options[short][0]}
@@ -58,9 +61,10 @@ def lower_resident(
         inputs,
         real_bytes,
         compute_bytes,
-        penalised,
+        epochs,
+        ridge is not None,
     )
-    return program.renumbered(**_numbers(net, spec, rule, rules, layout, seed))
+    return program.renumbered(**_numbers(net, spec, rule, rules, layout, seed, ridge))
 
 
 def _numbers(
@@ -70,15 +74,17 @@ def _numbers(
     rules: Mapping[str, TensorRule],
     layout: Layout,
     seed: int,
+    ridge: Ridge | None,
 ) -> dict[str, Any]:
     """The operands with the numbers in which models of one structure differ; ``rules`` has the trained tensors."""
     places = layout.places
-    return {
+    numbers = {
         "layers": tuple(_layer(net, layout, index, seed) for index in range(net.layers)),
         "segments": tuple(Segment(places[short].offset, places[short].size, own) for short, own in rules.items()),
         "rule": rule,
         "loss": spec,
     }
+    return numbers if ridge is None else {**numbers, "ridge": ridge}
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -94,6 +100,7 @@ def _structure(
     inputs: Inputs,
     real_bytes: int,
     compute_bytes: int | None,
+    epochs: int,
     penalised: bool,
 ) -> Program:
     """What ``lower_resident`` says, with numbers of no model's.
@@ -114,21 +121,21 @@ def _structure(
     values += [
         Value("x", (inputs.rows, net.sizes[0]), "compute" if mixed else "real", "data"),
         Value("target", (inputs.rows,) if integer else (inputs.rows, outputs), "int64" if integer else "real", "data"),
-        Value("rows", (batches * batch_size,), "int64", "control"),
+        Value("rows", (epochs * batches * batch_size,), "int64", "control"),
         Value("counters", (COUNTERS,), "int64", "control"),
         Value("hyper", (HYPER,), "float64", "control"),
         Value("stats", (STATS,), "float64", "control"),
     ]
     operands: dict[str, Any] = {name: Ref(name) for name in ("x", "target", "rows", "counters", "hyper", "stats")}
+    if epochs > 1:
+        values.append(Value("history", (epochs, STATS), "float64", "control"))
+        operands["history"] = Ref("history")
     if inputs.weighted:
         values.append(Value("weight", (inputs.rows,), "real", "data"))
         operands["weight"] = Ref("weight")
     if inputs.class_weighted:
         values.append(Value("class_weight", (outputs,), "real", "control"))
         operands["class_weight"] = Ref("class_weight")
-    if penalised:
-        values += [Value("strengths", (batches,), "float64", "control"), Value("penalty", (1,), "float64", "control")]
-        operands |= {"strengths": Ref("strengths"), "penalty": Ref("penalty")}
     arenas = {"params": tuple(layout.places), "grads": tuple(f"d{short}" for short in trained)}
     arenas |= {state: tuple(f"{short}.{state}" for short in trained) for state in states}
     if mixed:
@@ -141,7 +148,7 @@ def _structure(
         "params": Ref("params"),
         "gradients": Ref("grads"),
         "states": tuple(Ref(state) for state in states),
-        **_numbers(net, spec, rule, dict.fromkeys(trained, own), layout, 0),
+        **_numbers(net, spec, rule, dict.fromkeys(trained, own), layout, 0, Ridge() if penalised else None),
     }
     call = Call("train_resident", operands, f"{spec.kind} {rule_kind}", _products(net, batch_size, trained))
     return Program(

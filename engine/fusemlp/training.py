@@ -115,9 +115,10 @@ def fit_checked(
     rows: Array | None = None,
     drop_last: bool = False,
     bound: Walking | None = None,
+    at_once: int | None = None,
 ) -> Fit:
     """``fit`` of arrays that have been checked, ready to run, on the rows of X in ``rows`` (m,) int64 where that is
-    given; see ``Fit`` for ``bound``."""
+    given; see ``Fit`` for ``bound`` and ``at_once``."""
     count = len(X) if rows is None else len(rows)
 
     def order(epoch: int) -> Array:
@@ -138,6 +139,7 @@ def fit_checked(
         resume=False,
         rows=count,
         bound=bound,
+        at_once=at_once,
     )
 
 

@@ -25,7 +25,7 @@ _WRITES = {
     "stats": "control",
     "hyper": "control",
     "counters": "control",
-    "penalty": "control",
+    "history": "control",
     "params": "parameter",
     "grads": "gradient",
     "gradients": "gradient",

@@ -10,7 +10,7 @@ import fusemlp
 from fusemlp import Callback
 from fusemlp.schedules import Cosine, ReduceOnPlateau
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
-from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model
 
 pytest.importorskip("numba")
@@ -141,14 +141,14 @@ def test_training_ends_at_the_batch_that_a_callback_names():
 def loops(weight=None, **options):
     """Whether the epochs of a fit go through the loop."""
     used = []
-    original = Batches._loop
+    original = Loop.epochs
 
     def seen(self, *arguments):
         used.append(True)
         return original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "_loop", seen)
+        patch.setattr(Loop, "epochs", seen)
         MLPClassifier(**COMMON | options).fit(*DIGITS, sample_weight=weight)
     return bool(used)
 

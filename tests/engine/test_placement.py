@@ -18,7 +18,7 @@ from fusemlp.placement import placement
 from fusemlp.program import Ref, Structure, Value
 from fusemlp.resident import lower_resident
 from fusemlp.verifier import ProgramError
-from fusemlp_kernels.contract import Segment, TensorRule
+from fusemlp_kernels.contract import Ridge, Segment, TensorRule
 
 NET = MLP([6, 5, 4, 3], activation=["relu", "tanh"], dropout=[0.0, 0.5])
 
@@ -65,7 +65,8 @@ RESIDENT = {
     "weighted": {"weighted": True},
     "precision": {"real_bytes": 8},
     "mixed": {"compute_bytes": 2},
-    "penalised": {"penalised": True},
+    "penalised": {"ridge": Ridge(0.5)},
+    "several epochs": {"epochs": 3},
 }
 # Each differs from the base in numbers alone.
 NUMBERS = {
@@ -75,6 +76,7 @@ NUMBERS = {
     "clipping": {"optimizer": Adam(clip_norm=2.0)},
     "dropout": {"net": MLP([6, 5, 4, 3], activation=["relu", "tanh"], dropout=[0.0, 0.25])},
     "seed": {"seed": 4},
+    "ridge": {"ridge": Ridge(0.0)},
     "smoothing": {"loss": CrossEntropy(label_smoothing=0.1)},
 }
 STEPS = {
@@ -102,7 +104,8 @@ def test_no_two_structures_that_differ_in_one_field_are_the_same() -> None:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_no_part_of_the_structure(name: str) -> None:
-    base, other = resident(), resident(**NUMBERS[name])
+    base = resident(ridge=Ridge(0.5)) if name == "ridge" else resident()
+    other = resident(**NUMBERS[name])
     assert base.calls[0].operands != other.calls[0].operands
     assert Structure(base) == Structure(other)
     layout = layout_of(NET, "numpy")

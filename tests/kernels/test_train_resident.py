@@ -14,11 +14,13 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.clock import hyper_at
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
+    BATCH_LOSSES,
     CORRECT,
     COUNTERS,
     LAST_LOSS,
     LOSS_SUM,
     NORM_SUM,
+    PENALTIES,
     ROW_COUNT,
     ROW_OFFSET,
     ROW_STEP,
@@ -29,6 +31,7 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     ResidentLayer,
+    Ridge,
     ScheduleSpec,
     Segment,
     TensorRule,
@@ -54,7 +57,7 @@ class Run:
     """A network of two layers in arenas with gaps that hold 77, and an epoch of rows."""
 
     def __init__(
-        self, variant, rule, loss=LOSS, activation="tanh", dropout=True, frozen=(), weight=None, strengths=None
+        self, variant, rule, loss=LOSS, activation="tanh", dropout=True, frozen=(), weight=None, ridge=None, epochs=1
     ):
         generator = np.random.default_rng(3)
         real = variant.real
@@ -73,10 +76,11 @@ class Run:
         self.x = generator.normal(size=(ROWS, INPUTS)).astype(real)
         self.target = generator.integers(0, OUTPUTS, ROWS)
         self.weight = None if weight is None else weight.astype(real)
-        self.strengths, self.penalty = strengths, np.zeros(1)
-        # three batches, the last of six rows
-        self.rows = np.full(3 * BATCH, -1, np.int64)
-        self.rows[:ROWS] = generator.permutation(ROWS)
+        self.ridge, self.epochs = ridge, epochs
+        # by epoch three batches, the last of six rows
+        self.rows = np.full(epochs * ROWS + 2, -1, np.int64)
+        self.rows[: epochs * ROWS] = np.concatenate([generator.permutation(ROWS) for _ in range(epochs)])
+        self.history = np.full((epochs, STATS), 77.0)
         self.counters, self.hyper, self.stats = np.zeros(COUNTERS, np.int64), hyper_at(rule, 0), np.zeros(STATS)
         self.counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = BATCH, ROWS, BATCH
         rate = RATE if dropout else 0.0
@@ -109,43 +113,53 @@ class Run:
             hyper=self.hyper,
             stats=self.stats,
             weight=self.weight,
-            strengths=strengths,
-            penalty=None if strengths is None else self.penalty,
+            history=self.history if epochs > 1 else None,
+            ridge=ridge,
         )
 
     def tensor(self, name, arena=None):
         return (self.params if arena is None else arena)[self.places[name]].reshape(self.shapes[name]).copy()
 
     def oracle(self, steps):
-        """Parameters after so many steps, and the sums of stats; the frozen tensors keep what they have."""
+        """Parameters after so many steps, and the sums of stats of each epoch that was begun; the frozen tensors keep
+        what they have."""
         layers = [
             reference.Layer(*(self.tensor(f"{kind}{index}").astype(np.float64) for kind in "wb"), name, rate=rate)
             for index, (name, rate) in enumerate(((self.activation, self.rate), ("identity", 0.0)))
         ]
-        state, stats = reference.initial_state(self.rule, layers), np.zeros(STATS)
-        self.expected_penalty = 0.0
+        state, accounts = reference.initial_state(self.rule, layers), []
         for step in range(steps):
-            rows = self.rows[:ROWS][step % 3 * BATCH :][:BATCH]
+            epoch, batch = divmod(step, 3)
+            if not accounts or (batch == 0 and self.epochs > 1):
+                accounts.append(np.zeros(STATS))
+            stats = accounts[-1]
+            rows = self.rows[epoch % self.epochs * ROWS :][:ROWS][batch * BATCH :][:BATCH]
             keep = dropout_keep(RATE, 0, SEED, step, len(rows), HIDDEN) if self.rate else None
             tensors = [[self.rules[f"{kind}{index}"] for kind in "wb"] for index in range(2)]
-            if self.strengths is not None:
-                # the gradient of a penalty is a decay
-                strength = float(self.strengths[step % 3])
-                for pair in tensors:
-                    pair[0] = replace(pair[0], weight_decay=pair[0].weight_decay + strength)
-                self.expected_penalty += 0.5 * strength * len(rows) * sum((layer.w**2).sum() for layer in layers)
-            weight = None if self.weight is None else self.weight[rows].astype(np.float64)
+            norm = len(rows) if self.weight is None else self.weight[rows].sum(dtype=np.float64)
+            weight, spec = None if self.weight is None else self.weight[rows].astype(np.float64), self.loss
+            if self.ridge is not None:
+                # its gradient is a decay
+                strength = self.ridge.strength / norm
+                for index, pair in enumerate(tensors):
+                    if f"w{index}" in self.trained:
+                        pair[0] = replace(pair[0], weight_decay=pair[0].weight_decay + strength)
+                        stats[PENALTIES] += 0.5 * strength * len(rows) * (layers[index].w ** 2).sum()
+                # a mean is a sum of rows that weigh their share
+                norm *= self.ridge.divisor or 1.0
+                weight = (np.ones(len(rows)) if weight is None else weight) / norm
+                spec = replace(spec, reduction="sum")
             batch = reference.Batch(self.x[rows].astype(np.float64), self.target[rows], weight, keeps=[keep, None])
             hidden = reference.dropout(reference.linear(batch.x, layers[0].w, layers[0].b, self.activation), keep, RATE)
             hits = reference.correct(self.loss, reference.linear(hidden, layers[1].w, layers[1].b), batch.target)
-            loss, new, state = reference.train_step(layers, state, self.loss, self.rule, step, batch, tensors)
-            norm = len(rows) if weight is None else weight.sum()
+            loss, new, state = reference.train_step(layers, state, spec, self.rule, step, batch, tensors)
             stats[LAST_LOSS] = loss
             stats[[LOSS_SUM, NORM_SUM, CORRECT, SCORED]] += loss * norm, norm, hits.sum(), len(rows)
+            stats[BATCH_LOSSES] += loss * len(rows)
             for index, layer in enumerate(new):
                 parts = [getattr(layer if f"{k}{index}" in self.trained else layers[index], k) for k in "wb"]
                 layers[index] = reference.Layer(*parts, layer.activation, rate=layer.rate)
-        return {f"{kind}{index}": getattr(layers[index], kind) for index in range(2) for kind in "wb"}, stats
+        return {f"{kind}{index}": getattr(layers[index], kind) for index in range(2) for kind in "wb"}, accounts
 
 
 # In float64, after 7 steps of a few hundred roundings each of values of order one: a million units in the last place.
@@ -158,7 +172,7 @@ TOLERANCE = 1e6 * 2.0**-53
 def test_steps_are_the_oracles(rule, frozen, weighted):
     weight = np.random.default_rng(5).random(ROWS) if weighted else None
     run = Run(DOUBLE, rule, frozen=frozen, weight=weight)
-    expected, stats = run.oracle(7)
+    expected, [stats] = run.oracle(7)
     run.run(7)
     for name, wanted in expected.items():
         assert_within(run.tensor(name), wanted, 0.0 if name in frozen else TOLERANCE)
@@ -170,21 +184,23 @@ def test_steps_are_the_oracles(rule, frozen, weighted):
     np.testing.assert_array_equal(run.hyper, hyper_at(rule, 7))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("divisor", [None, 0.5])
 @pytest.mark.parametrize("rule", [rule for name, rule in RULES.items() if name != "clipped"], ids=lambda r: r.kind)
-def test_each_batch_has_a_penalty_of_its_own(rule):
-    run = Run(DOUBLE, rule, strengths=np.array([0.3, 0.0, 2.0]))
-    expected, stats = run.oracle(7)
+def test_a_ridge_weighs_what_the_rows_of_its_batch_do(rule, divisor, weighted):
+    weight = np.random.default_rng(5).random(ROWS) if weighted else None
+    run = Run(DOUBLE, rule, weight=weight, frozen=("w0",), ridge=Ridge(3.0, divisor))
+    expected, [stats] = run.oracle(7)
     run.run(7)
     for name, wanted in expected.items():
         assert_within(run.tensor(name), wanted, TOLERANCE)
     np.testing.assert_allclose(run.stats, stats, rtol=TOLERANCE)
-    np.testing.assert_allclose(run.penalty, run.expected_penalty, rtol=TOLERANCE)
 
 
-def test_a_penalty_is_clipped_with_the_gradients():
+def test_a_ridge_is_clipped_with_the_gradients():
     """A penalty beside which the gradient is nothing moves the weights by the clipped norm, towards 0."""
     rule = RULES["clipped"]
-    run = Run(DOUBLE, rule, strengths=np.full(3, 1e12))
+    run = Run(DOUBLE, rule, ridge=Ridge(1e12))
     weights = [run.tensor(f"w{index}") for index in range(2)]
     norm = np.sqrt(sum((weight**2).sum() for weight in weights))
     run.run(1)
@@ -192,6 +208,30 @@ def test_a_penalty_is_clipped_with_the_gradients():
         own = run.rules[f"w{index}"]
         moved = weight * (1.0 - 0.1 * own.lr_factor * (rule.clip_norm / norm + own.weight_decay))
         np.testing.assert_allclose(run.tensor(f"w{index}"), moved, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("steps", [7, 9, 10], ids=lambda steps: f"{steps} steps")
+def test_a_launch_goes_through_several_epochs(rule, steps):
+    # the oracle's decay, in place of a ridge, is not clipped
+    ridge = None if rule.clip_norm else Ridge(0.5)
+    run, cut = (Run(DOUBLE, rule, epochs=3, ridge=ridge) for _ in range(2))
+    expected, accounts = run.oracle(steps)
+    run.run(steps)
+    for name, wanted in expected.items():
+        assert_within(run.tensor(name), wanted, TOLERANCE)
+    ended = steps // 3
+    np.testing.assert_allclose(run.history[:ended], accounts[:ended], rtol=TOLERANCE)
+    assert (run.history[ended:] == 77.0).all()
+    left = accounts[ended] if steps % 3 else np.zeros(STATS)
+    np.testing.assert_allclose(run.stats[LOSS_SUM:], left[LOSS_SUM:], rtol=TOLERANCE)
+    # behind the last epoch come the rows of the first again
+    place = ended % 3 * ROWS + steps % 3 * BATCH
+    assert run.counters[ROW_OFFSET] == place and run.counters[ROW_COUNT] == min(BATCH, ROWS - steps % 3 * BATCH)
+    for part in (2, 3, steps - 5):
+        cut.run(part)
+    for name in ("params", "counters", "hyper", "stats", "history"):
+        assert getattr(run, name).tobytes() == getattr(cut, name).tobytes(), name
 
 
 def test_clipping_is_by_the_norm_of_all_gradients():
@@ -239,11 +279,11 @@ def test_nan_in_rows_of_other_batches_reaches_nothing():
 
 
 def test_weights_that_are_all_zero_give_no_loss_and_no_gradient():
-    run = Run(SINGLE, RULES["momentum"], weight=np.zeros(ROWS))
+    run = Run(SINGLE, RULES["momentum"], weight=np.zeros(ROWS), ridge=Ridge(1.0))
     run.rules = dict.fromkeys(run.rules, TensorRule())
     before = run.tensor("w1")
     run.run(3)
-    assert run.stats[LAST_LOSS] == run.stats[LOSS_SUM] == run.stats[NORM_SUM] == 0.0
+    assert run.stats[LAST_LOSS] == run.stats[LOSS_SUM] == run.stats[NORM_SUM] == run.stats[PENALTIES] == 0.0
     np.testing.assert_array_equal(run.tensor("w1"), before)
 
 

@@ -20,9 +20,10 @@ from fusemlp.schedules import Schedule
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.lbfgs import minimise
+from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model, Rates, copies, dense
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import Validation, logged, train
+from fusemlp.sklearn.stochastic import Validation, epochs_at_once, logged, train
 
 Array = np.ndarray[Any, Any]
 
@@ -36,7 +37,7 @@ class _Ready:
 
     stochastic: bool
     model: Model
-    batches: Batches
+    batches: Batches | Loop
     held_out: Validation | None
     random_state: np.random.RandomState
     callbacks: list[Any]
@@ -116,6 +117,7 @@ class BaseMLP(BaseEstimator, ABC):
                     incremental=incremental,
                 )
         else:
+            assert isinstance(ready.batches, Batches)
             minimise(self, ready.model, ready.batches)
         self._model = ready.model
         decided = ready.stochastic and self.early_stopping and ready.held_out is not None
@@ -165,18 +167,19 @@ class BaseMLP(BaseEstimator, ABC):
         model = self._model_for(network, incremental, random_state, dtype, n, size)
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         target, constants = self._targets(y, model.dtype)
-        batches = Batches(
-            model,
-            self._objective(self.n_outputs_),
-            dense(X, model.dtype),
-            target,
-            row_weights,
-            alpha=0.0 if self.solver == "adamw" else float(self.alpha),
-            batch_size=size,
-            constants=constants,
-            keep=incremental,
-            loop=stochastic and not incremental,
-        )
+        data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights)
+        # a batch in which no row counts is passed over, which is nothing for a launch of many
+        looped = stochastic and not incremental and model.loops and (row_weights is None or bool(row_weights.all()))
+        rules: dict[str, Any] = {
+            "alpha": 0.0 if self.solver == "adamw" else float(self.alpha),
+            "batch_size": size,
+            "constants": constants,
+        }
+        batches: Batches | Loop
+        if looped:
+            batches = Loop(*data, **rules, at_once=epochs_at_once(self, model, n, held_out, callbacks))
+        else:
+            batches = Batches(*data, **rules, keep=incremental)
         return _Ready(stochastic, model, batches, held_out, random_state, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:

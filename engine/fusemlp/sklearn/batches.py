@@ -3,13 +3,12 @@
 scikit-learn divides both the loss of a batch and its penalty ``alpha / 2 * sum(w ** 2)`` by the batch's number of
 rows, or by the sum of their weights. So the strength of the penalty is another for a short last batch, and for each
 batch where there are weights. Here a row carries its share ``weight / (sum over its batch)`` as its weight in a sum,
-and the penalty's gradient is added between the two last calls of a step. Where there is a compiled loop over whole
-epochs, it adds the penalty itself: it is told how strong each batch's is.
+and the penalty's gradient is added between the two last calls of a step. ``loop`` has the epochs of a resident plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,8 +59,7 @@ class Batches:
     """X (n, K), targets and perhaps weights (n,) bound to a model, to be gone through in batches.
 
     ``constants`` (n,) are parts of the rows' losses that do not depend on the parameters. ``keep`` is for
-    ``partial_fit``: memory stays for the next call. ``loop``: epochs go through the compiled loop if the model has one;
-    where a row has no weight they do not, for a batch in which no row counts is passed over.
+    ``partial_fit``: memory stays for the next call. A batch in which no row counts is passed over.
     """
 
     def __init__(
@@ -76,25 +74,20 @@ class Batches:
         batch_size: int,
         constants: Array | None = None,
         keep: bool = False,
-        loop: bool = False,
     ) -> None:
         n = len(X)
         self.n, self.batch_size = n, batch_size
         self.model, self.objective = model, objective
         self.weight, self.constants = weight, constants
         self.starts = np.arange(0, n, batch_size)
+        self.batches, self.at_once = len(self.starts), 1
         self.lengths = np.minimum(batch_size, n - self.starts)
         self.share = np.empty(n, model.dtype)
-        self.alpha = alpha
         arrays = {"x": X, "target": target, "weight": self.share}
         inputs = Inputs(n, indexed=True, weighted=True)
-        self.loops = loop and model.loops and (weight is None or bool(weight.all()))
-        if self.loops:
-            self.bound = model.bind_loop(inputs, batch_size, arrays, penalised=alpha > 0.0)
-        else:
-            self.penalty = Penalty(model, alpha)
-            self.bound = model.bind(inputs, batch_size, arrays, keep=keep)
-            *self.gradient_calls, self.update = self.bound.calls
+        self.penalty = Penalty(model, alpha)
+        self.bound = model.bind(inputs, batch_size, arrays, keep=keep)
+        *self.gradient_calls, self.update = self.bound.calls
         self._uneven = weight is not None or bool(n % batch_size)
         self.sums = self.lengths.astype(np.float64)
         self._set_shares(np.arange(n))
@@ -112,10 +105,7 @@ class Batches:
             # a batch in which no row counts is passed over
             divisors = np.where(self.sums == 0.0, np.inf, self.sums)
             self.share[order] = factor * weight / np.repeat(divisors, self.lengths)
-        backend = self.model.engine.memory.backend
-        backend.copy_into(self.bound.arrays["weight"], self.share)
-        if self.loops and self.alpha > 0.0:
-            backend.copy_into(self.bound.arrays["strengths"], self.alpha / self.sums)
+        self.model.engine.memory.backend.copy_into(self.bound.arrays["weight"], self.share)
 
     def _constant(self, order: Array) -> float:
         """What ``constants`` add to the loss of an epoch."""
@@ -124,16 +114,25 @@ class Batches:
         shares = self.share[order] * self.constants[order] * np.repeat(self.lengths, self.lengths)
         return float(shares.sum())
 
-    def epoch(self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None = None) -> float | None:
-        """Train on every batch; the loss of the epoch, or None where ``stop`` said so between two batches.
+    def epochs(
+        self, orders: Sequence[Array], stop: Callable[[], bool], begin: Callable[[], None] | None = None
+    ) -> list[float]:
+        """Train on every batch of each of ``orders``: the losses of the epochs that came to their end before ``stop``
+        said so between two batches. ``begin`` is called before each batch, and ``stop`` asked after it."""
+        losses = []
+        for order in orders:
+            loss = self._epoch(order, stop, begin)
+            if loss is None:
+                break
+            losses.append(loss)
+        return losses
 
-        ``begin`` is called before each; where it is given, ``stop`` is asked after each.
-        """
+    def _epoch(self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None) -> float | None:
         if self._uneven:
             self._set_shares(order)
         self.model.engine.memory.stats[:] = 0.0
         with np.errstate(all="ignore"):
-            sums = self._loop(order, stop, begin) if self.loops else self._steps(order, stop, begin)
+            sums = self._steps(order, stop, begin)
             if sums is None:
                 return None
             loss, short, penalties = sums
@@ -142,26 +141,6 @@ class Batches:
                 (loss - short) * self.batch_size + short * rest + self._constant(order)
             ) / self.objective.reported_by
             return (data + penalties) / self.n
-
-    def _loop(
-        self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None
-    ) -> tuple[float, float, float] | None:
-        """``_steps`` by the compiled loop."""
-        bound, done, batches = self.bound, 0, len(self.starts)
-        bound.set_rows(order, 0, self.batch_size)
-        penalties = bound.arrays["penalty"] if self.alpha > 0.0 else np.zeros(1)
-        penalties[:] = 0.0
-        while done < batches:
-            if begin is not None:
-                begin()
-            count = min(batches - done, bound.chunk) if begin is None else 1
-            bound.run_many(count)
-            done += count
-            if stop():
-                return None
-        stats = bound.arrays["stats"]
-        short = float(stats[LAST_LOSS]) if self.n % self.batch_size else 0.0
-        return float(stats[LOSS_SUM]), short, float(penalties[0])
 
     def _steps(
         self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None
@@ -194,7 +173,7 @@ class Batches:
             if penalised:
                 penalty.add_gradient(1.0 / total)
             update()
-            if stop():
+            if stop() and start != self.starts[-1]:
                 return None
         return float(stats[LOSS_SUM]), short, float(penalties)
 

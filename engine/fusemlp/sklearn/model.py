@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from fusemlp.lowering import Inputs
 from fusemlp.network import MLP
 from fusemlp.optimizers import Optimizer
 from fusemlp.schedules import PLATEAU_START, PlateauState
-from fusemlp_kernels.contract import UpdateRule
+from fusemlp_kernels.contract import Ridge, UpdateRule
 
 Array = np.ndarray[Any, Any]
 
@@ -112,15 +112,27 @@ class Model:
 
     @property
     def loops(self) -> bool:
-        """Whether there is a compiled loop over whole epochs, with a penalty for each batch."""
-        return self.engine.plan == "resident" and self.engine.backend == "numpy"
+        """Whether whole epochs may be one launch."""
+        return self.engine.plan == "resident"
 
-    def bind_loop(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, penalised: bool) -> BoundProgram:
-        """Whole epochs over ``arrays`` (x, target, weight) as one program, where ``loops`` says that there is one."""
-        spec = self.engine.loss.spec(accuracy=False)
-        batches = -(-inputs.rows // batch_size)
-        return self.engine.bind(
-            inputs, spec, self.rule, batch_size, arrays, resident_batches=batches, penalised=penalised
+    def bind_loop(
+        self, batch_size: int, arrays: dict[str, Array], *, epochs: int, strength: float, divisor: float
+    ) -> BoundProgram:
+        """Up to ``epochs`` epochs over ``arrays`` (x, target, perhaps weight) as one program, where ``loops`` says that
+        there is one; for the others see ``Ridge`` of the contract."""
+        engine = self.engine
+        to_device = engine.memory.backend.from_host
+        inputs = Inputs(len(arrays["x"]), indexed=True, weighted="weight" in arrays)
+        given = {name: to_device(array, "compute" if name == "x" else None) for name, array in arrays.items()}
+        return engine.bind(
+            inputs,
+            replace(engine.loss.spec(accuracy=False), reduction="mean"),
+            self.rule,
+            batch_size,
+            given,
+            resident_batches=-(-inputs.rows // batch_size),
+            epochs=epochs,
+            ridge=Ridge(strength, divisor),
         )
 
     def bind(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, keep: bool) -> BoundProgram:

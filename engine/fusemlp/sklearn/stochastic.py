@@ -12,9 +12,11 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from fusemlp.callbacks import deferred_interrupt, overrides
+from fusemlp.fitting import ROWS_AT_ONCE
 from fusemlp.history import History
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.side_by_side import abandoned
 
@@ -38,7 +40,7 @@ class Validation:
 def train(
     estimator: Any,
     model: Model,
-    batches: Batches,
+    batches: Batches | Loop,
     validation: Validation | None,
     random_state: np.random.RandomState,
     callbacks: list[Any],
@@ -65,23 +67,31 @@ def train(
 
             stop = listeners.end(interrupted)
             _call(callbacks, "on_train_begin", engine)
+            begin = listeners.begin if listeners.listening else None
             while estimator.n_iter_ < estimator.max_iter:
-                if estimator.shuffle:
-                    # the permutations pile up from epoch to epoch, as scikit-learn's do
-                    step = np.arange(batches.n)
-                    random_state.shuffle(step)
-                    order = order[step]
-                epoch, began = estimator.n_iter_, time.perf_counter()
-                _call(callbacks, "on_epoch_begin", engine, epoch)
+                orders = []
+                for _ in range(_undecided(estimator, batches.at_once)):
+                    if estimator.shuffle:
+                        # the permutations pile up from epoch to epoch, as scikit-learn's do
+                        step = np.arange(batches.n)
+                        random_state.shuffle(step)
+                        order = order[step]
+                    orders.append(order)
+                began, updates = time.perf_counter(), engine.update_count
+                _call(callbacks, "on_epoch_begin", engine, estimator.n_iter_)
                 listeners.batch = 0
-                loss = batches.epoch(order, stop, listeners.begin if listeners.listening else None)
-                if loss is None:
-                    break
-                stopping = _end_epoch(estimator, model, loss, validation, batches.n)
-                logs = _logs(estimator, validation)
-                history.record(epoch, logs, time.perf_counter() - began)
-                _call(callbacks, "on_epoch_end", engine, epoch, logs)
-                if stopping or incremental or engine.stop_training or interrupted():
+                losses = batches.epochs(orders, stop, begin)
+                seconds = (time.perf_counter() - began) / max(1, len(losses))
+                stopping = False
+                for loss in losses:
+                    stopping = _end_epoch(estimator, model, loss, validation, batches.n)
+                    updates += batches.batches
+                    if len(losses) > 1:
+                        estimator.learning_rate_ = engine.learning_rate_after(updates)
+                    logs = _logs(estimator, validation)
+                    history.record(estimator.n_iter_ - 1, logs, seconds)
+                    _call(callbacks, "on_epoch_end", engine, estimator.n_iter_ - 1, logs)
+                if len(losses) < len(orders) or stopping or incremental or engine.stop_training or interrupted():
                     break
                 if estimator.n_iter_ == estimator.max_iter:
                     warnings.warn(
@@ -95,6 +105,20 @@ def train(
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
     _call(callbacks, "on_train_end", engine, history)
+
+
+def epochs_at_once(estimator: Any, model: Model, rows: int, validation: Validation | None, callbacks: list[Any]) -> int:
+    """The most epochs of so many rows that a launch may go through, for nobody has to do with one before the next."""
+    by_epoch = model.rates.kind == "invscaling" or isinstance(model.engine.optimizer.schedule, ReduceOnPlateau)
+    if validation is not None or callbacks or estimator.verbose or by_epoch:
+        return 1
+    return max(1, int(min(estimator.max_iter, estimator.n_iter_no_change + 1, ROWS_AT_ONCE // rows)))
+
+
+def _undecided(estimator: Any, at_once: int) -> int:
+    """How many epochs, ``at_once`` at most, will be trained whatever their losses are."""
+    patience = estimator.n_iter_no_change + 1 - estimator._stalled_epochs
+    return max(1, int(min(at_once, estimator.max_iter - estimator.n_iter_, patience)))
 
 
 class _BatchListeners:

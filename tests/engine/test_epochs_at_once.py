@@ -1,0 +1,130 @@
+"""Several epochs in one launch leave what the same epochs leave that somebody is told of one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from same_state import assert_same_state
+
+from fusemlp import MLP, SGD, Adam, Callback, Cosine, DivergenceError, Engine, StepDecay, load_checkpoint
+from fusemlp.execution import BoundProgram
+from fusemlp.fitting import Fit
+
+pytest.importorskip("numba")
+
+ROWS, EPOCHS = 45, 7
+random = np.random.default_rng(0)
+X = random.standard_normal((ROWS, 12)).astype(np.float32)
+Y = random.integers(0, 5, ROWS)
+
+
+def engine(optimizer: Any = None, **options: Any) -> Engine:
+    net = MLP([12, 9, 5], dropout=0.25)
+    return Engine(net, "cross_entropy", optimizer or Adam(0.01), 8, 3, backend="numpy", **options)
+
+
+class Listener(Callback):
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: Any) -> None:
+        self.heard.append(epoch)
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of each launch from now on."""
+    found: list[int] = []
+    run = BoundProgram.run_many
+
+    def counted(self: BoundProgram, count: int) -> None:
+        found.append(count)
+        run(self, count)
+
+    monkeypatch.setattr(BoundProgram, "run_many", counted)
+    return found
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(
+    "optimizer",
+    [Adam(Cosine(0.02)), SGD(StepDecay(0.1, every=9, gamma=0.5), momentum=0.9, accumulate=4), SGD(0.1)],
+    ids=["cosine", "accumulated", "constant"],
+)
+def test_nobody_can_tell(optimizer: Any, drop_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, apart, listener = engine(optimizer), engine(optimizer), Listener()
+    steps = launches(monkeypatch)
+    together.fit(X, Y, epochs=EPOCHS, drop_last=drop_last)
+    batches = 5 if drop_last else 6
+    assert steps == [EPOCHS * batches]
+    apart.fit(X, Y, epochs=EPOCHS, drop_last=drop_last, callbacks=[listener])
+    assert listener.heard == list(range(EPOCHS)) and steps[1:] == [batches] * EPOCHS
+    assert_same_state(together, apart)
+    for one in (together, apart):
+        one.fit(X, Y, epochs=2, drop_last=drop_last)
+    assert_same_state(together, apart)
+
+
+def test_a_launch_is_no_longer_than_the_rows_that_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusemlp.fitting.ROWS_AT_ONCE", 3 * ROWS + 1)
+    steps, whole, cut = launches(monkeypatch), engine(), engine()
+    cut.fit(X, Y, epochs=EPOCHS)
+    assert steps == [18, 18, 6]
+    monkeypatch.undo()
+    whole.fit(X, Y, epochs=EPOCHS)
+    assert_same_state(cut, whole)
+
+
+def test_the_epoch_that_diverged_is_found_and_those_before_it_are_kept() -> None:
+    """A rate with which the squares of a linear model grow from epoch to epoch, until they overflow."""
+    texts = []
+    together, apart = (Engine(MLP([12, 1]), "mse", SGD(0.5), 8, 3, backend="numpy", precision="fp32") for _ in range(2))
+    for one, callbacks in ((together, []), (apart, [Listener()])):
+        with pytest.raises(DivergenceError) as caught:
+            one.fit(X, X[:, :1] * 2.0, epochs=2000, callbacks=callbacks)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    assert 2 < together.epochs_trained == apart.epochs_trained < 2000
+    assert_same_state(together, apart)
+
+
+class Key:
+    """Ctrl-C after so many launches."""
+
+    def __init__(self, launches: int) -> None:
+        self.left = launches
+
+    def __call__(self) -> bool:
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("steps", [7, 12, 13])
+def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = engine(), engine()
+    whole.fit(X, Y, epochs=EPOCHS)
+
+    def run(self: Fit) -> Any:
+        # a launch of ``steps``, behind which the key was pressed
+        self.bound.chunk, key = steps, Key(1)
+        self.begin()
+        for count in self.training(key):
+            self.bound.run_many(count)
+            key.left -= 1
+        self.finish(interrupted=True)
+        return self.state.history
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "run", run)
+        history = stopped.fit(X, Y, epochs=EPOCHS)
+    ended, left = divmod(steps, 6)
+    assert len(history.epochs) == ended == stopped.epochs_trained
+    assert history.stopped == (f"interrupted in epoch {ended + 1}" if left else f"interrupted after epoch {ended}")
+    assert history.history["loss"] == whole.history.history["loss"][:ended]
+    stopped.save_checkpoint(tmp_path / "there")
+    resumed = load_checkpoint(tmp_path / "there")
+    resumed.fit(X, Y, epochs=EPOCHS, resume=True)
+    assert_same_state(resumed, whole)
