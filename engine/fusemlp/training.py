@@ -89,6 +89,8 @@ def fit(
         order=order,
         drop_last=drop_last,
         resume=resume,
+        # a function of the user's is asked when its epoch comes
+        at_once=None if row_order is None else 1,
     )
     _warn(engine, features, targets, epochs * loop.batches)
     with exits(listeners, engine):
