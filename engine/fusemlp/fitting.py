@@ -215,7 +215,7 @@ class Fit:
             else:
                 self._batches(interrupted)
             left = state.batch % self.batches
-            accounts = self._accounts(state.epoch - first_epoch + (0 if left else 1))
+            accounts = self._accounts(state.epoch - first_epoch + (0 if left else 1), ran=first_batch < self.batches)
             state.epoch = first_epoch
             if not left and not self._all_finite(accounts):
                 if len(accounts) == 1:
@@ -308,10 +308,11 @@ class Fit:
             counters = engine.memory.counters
             counters[ROW_OFFSET] = int(counters[ROW_OFFSET]) % int(counters[ROW_TOTAL])
 
-    def _accounts(self, epochs: int) -> Array:
-        """The statistics of the epochs that have just ended, one a row."""
+    def _accounts(self, epochs: int, *, ran: bool) -> Array:
+        """The statistics of the epochs that have just ended, one a row; ``ran``: after steps of this fit."""
         memory = self.engine.memory
-        if self._history is None:
+        # a checkpoint may have been written behind the last batch, before the epoch was closed
+        if self._history is None or not ran:
             return memory.backend.to_host(memory.stats)[None][:epochs]
         return memory.backend.to_host(self._history[:epochs])
 
