@@ -377,8 +377,11 @@ MUTATIONS = (
         ("skipped batches in a row never end", "            tl.store(counters + SKIPPED_IN_A_ROW, 0)\n", "", OVERFLOW),
     ),
     *_bugs(
-        "resident.py",
+        "resident_tables.py",
         ("rows of the first model", "return rows + model * rows_size + tl.load(", "return rows + tl.load(", FLEET),
+    ),
+    *_bugs(
+        "resident.py",
         (
             "masks of the first model going back",
             "above = row + LAYER_COLUMNS\n    draw, share = draws + (model * depth + index)",
@@ -397,18 +400,21 @@ MUTATIONS = (
             "        for index in range(lowest, depth):",
             RACES,
         ),
-        (
-            "clock read while it is written",
-            "    tl.debug_barrier()\n    advance_clock(",
-            "    advance_clock(",
-            RACES,
-        ),
         ("loss of the last tile of rows alone", "total += loss.to(tl.float64)", "total = loss.to(tl.float64)", FLEET),
         (
             "gradient of the slope of the layer above",
             "tl.store(slopes + index, below)",
             "tl.store(slopes + index + 1, below)",
             FLEET,
+        ),
+    ),
+    *_bugs(
+        "resident_update.py",
+        (
+            "clock read while it is written",
+            "    tl.debug_barrier()\n    advance_clock(",
+            "    advance_clock(",
+            RACES,
         ),
         (
             "padding of weights not kept from NaN",

@@ -19,7 +19,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError
-from fusemlp_kernels.triton import activations, clock, configs, resident
+from fusemlp_kernels.triton import activations, clock, configs, resident, resident_tables
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, signed
 from fusemlp_kernels.triton.layers import dropout_numbers, loss_setting_values
 
@@ -103,7 +103,7 @@ def _layer_table(
             "slope": -1 if layer.slope_at is None else layer.slope_at,
             "activation": activations.CODES[layer.activation], "y": y, "z": z, "dz": dz, "pitch": pitch,
         }  # fmt: skip
-        rows.append([fields[name] for name in resident.LAYER_FIELDS])
+        rows.append([fields[name] for name in resident_tables.LAYER_FIELDS])
         source, source_row = y, pitch
     return rows, end, lowest
 
@@ -113,11 +113,11 @@ def _model_tables(op: str, layers: Sequence[ResidentLayer]) -> tuple[list[list[i
     draws, shares = [], []
     for layer in layers:
         numbers = dropout_numbers(layer.dropout)
-        draws.append([int(numbers[name]) for name in resident.DRAW_FIELDS])
+        draws.append([int(numbers[name]) for name in resident_tables.DRAW_FIELDS])
         kept = 1.0 if layer.dropout is None else 1.0 - layer.dropout.rate
         slope = float(activations.FIXED_SLOPES.get(layer.activation, layer.slope))
         fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept, "slope": slope}
-        shares.append([float(fields[name]) for name in resident.SHARE_FIELDS])
+        shares.append([float(fields[name]) for name in resident_tables.SHARE_FIELDS])
     return draws, shares
 
 

@@ -14,97 +14,49 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels import contract
 from fusemlp_kernels.triton.activations import PRELU, needs_z
-from fusemlp_kernels.triton.clock import (
-    ACCUMULATE,
-    BATCH_INDEX,
-    CLIP_NORM,
-    ROW_COUNT,
-    ROW_OFFSET,
-    RULE_FIELDS,
-    advance_clock,
-)
-from fusemlp_kernels.triton.gradients import (
-    TENSOR_FIELDS,
-    column_sums,
-    input_gradient,
-    square_sum,
-    stored_gradient,
-    weight_sums,
-    whole,
-)
+from fusemlp_kernels.triton.clock import BATCH_INDEX
+from fusemlp_kernels.triton.gradients import input_gradient, whole
 from fusemlp_kernels.triton.linear import affine_tile, store_outputs
-from fusemlp_kernels.triton.loss import (
-    SETTING_FIELDS,
-    gradient_scale,
-    ignored_label,
-    loss_of_rows,
-    normaliser_of,
-    record_loss,
+from fusemlp_kernels.triton.loss import gradient_scale, ignored_label, loss_of_rows, normaliser_of, record_loss
+from fusemlp_kernels.triton.resident_tables import (
+    ACTIVATION,
+    COUNTERS,
+    DRAW_COLUMNS,
+    DRAW_LAYER,
+    DZ,
+    FIXED_SLOPE,
+    KEEP_SCALE,
+    KEPT_SHARE,
+    KEY0,
+    KEY1,
+    LAYER_COLUMNS,
+    LAYER_K,
+    LAYER_N,
+    LIVE_COLUMNS,
+    PITCH,
+    SETTING_COLUMNS,
+    SHARE_COLUMNS,
+    SLOPE,
+    STATS,
+    THRESHOLD,
+    W_ROW,
+    X_ROW,
+    B,
+    W,
+    Y,
+    Z,
+    batch_of,
+    input_of,
+    model_of,
+    number,
+    rows_of,
 )
-from fusemlp_kernels.triton.optimizer import stored_update
-from fusemlp_kernels.triton.tiles import masked_width, part_of
-from fusemlp_kernels.triton.update import clip_factor
+from fusemlp_kernels.triton.resident_update import gradients_of_layer, tick, update_from_memory
+from fusemlp_kernels.triton.tiles import masked_width
 
-# A row of the table of layers, int64: widths; where the input begins (the first layer's counts from ``compute``, the
-# others' from the model's workspace) and its row pitch; where the parameters begin in the arenas (no slope: -1) and
-# the row of each in the table of tensors (-1: frozen); where the output, what its derivative is read from, and dz begin
-# in the workspace, and their row pitch.
-LAYER_FIELDS = (
-    "N", "K", "x", "x_row", "w", "w_row", "b", "slope", "w_task", "b_task", "slope_task", "activation",
-    "y", "z", "dz", "pitch",
-)  # fmt: skip
-(
-    LAYER_N, LAYER_K, X, X_ROW, W, W_ROW, B, SLOPE, W_TASK, B_TASK, SLOPE_TASK, ACTIVATION, Y, Z, DZ, PITCH,
-) = (tl.constexpr(place) for place in range(len(LAYER_FIELDS)))  # fmt: skip
-LAYER_COLUMNS: tl.constexpr = tl.constexpr(len(LAYER_FIELDS))
-# By model and layer: of the dropout, int64 (threshold 0: there is none), and what multiplies, float32.
-DRAW_FIELDS = ("layer", "key0", "key1", "threshold")
-DRAW_LAYER, KEY0, KEY1, THRESHOLD = (tl.constexpr(place) for place in range(len(DRAW_FIELDS)))
-DRAW_COLUMNS: tl.constexpr = tl.constexpr(len(DRAW_FIELDS))
-SHARE_FIELDS = ("keep_scale", "kept_share", "slope")
-KEEP_SCALE, KEPT_SHARE, FIXED_SLOPE = (tl.constexpr(place) for place in range(len(SHARE_FIELDS)))
-SHARE_COLUMNS: tl.constexpr = tl.constexpr(len(SHARE_FIELDS))
-# A trained tensor's stretch of the arenas, int64: offset and size.
-SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(2)
-# An entry of the list of models that train in this launch, int64: which, and how many steps.
-LIVE_COLUMNS: tl.constexpr = tl.constexpr(2)
-RULE_COLUMNS: tl.constexpr = tl.constexpr(len(RULE_FIELDS))
-SETTING_COLUMNS: tl.constexpr = tl.constexpr(len(SETTING_FIELDS))
-# Elements of the arenas that are swept over at a time.
-SWEEP: tl.constexpr = tl.constexpr(1024)
 # Rows whose weights are added at a time: no more than the threads of one warp, so that the warps exchange nothing.
 CHUNK: tl.constexpr = tl.constexpr(32)
-# Numbers a model in the arrays of the contract.
-COUNTERS: tl.constexpr = tl.constexpr(contract.COUNTERS)
-HYPER: tl.constexpr = tl.constexpr(contract.HYPER)
-STATS: tl.constexpr = tl.constexpr(contract.STATS)
-
-
-@triton.jit
-def number(row, FIELD: tl.constexpr):
-    """A field of a table's row, int32."""
-    return tl.load(row + FIELD).to(tl.int32)
-
-
-@triton.jit
-def model_of(live):
-    """Which model this program trains. Each phase asks again: what it reckons from the answer need not be kept in
-    registers through the other phases."""
-    return tl.load(live + tl.program_id(0) * LIVE_COLUMNS)
-
-
-@triton.jit
-def batch_of(rows, counters, model, rows_size):
-    """Where the row numbers of the model's batch begin."""
-    return rows + model * rows_size + tl.load(counters + model * COUNTERS + ROW_OFFSET)
-
-
-@triton.jit
-def rows_of(counters, model, M):
-    """How many rows the model's batch has, int32."""
-    return tl.minimum(tl.load(counters + model * COUNTERS + ROW_COUNT), M).to(tl.int32)
 
 
 @triton.jit
@@ -113,12 +65,6 @@ def slope_of(row, shares, params):
     learned = number(row, ACTIVATION) == PRELU
     fixed = tl.load(shares + FIXED_SLOPE)
     return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
-
-
-@triton.jit
-def input_of(compute, row, index, work):
-    """Where a layer's input begins: the data, or the output of the layer before."""
-    return compute + whole(tl.load(row + X) + tl.where(index == 0, 0, work), True)
 
 
 @triton.jit(noinline=True)
@@ -269,155 +215,6 @@ def backward(
             BM, BN, BK, PRODUCT, True, PARTS,
         )  # fmt: skip
     tl.store(slopes + index, below)
-
-
-@triton.jit
-def update_elements(
-    g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
-):  # fmt: skip
-    """The optimizer on the elements ``at`` of the arenas."""
-    factor = tl.load(tensors + task * TENSOR_FIELDS)
-    decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
-    p, s0, s1, shadow = params + at, first + at, second + at, weights + at
-    if states == 0:
-        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 0)
-    elif states == 1:
-        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 1)
-    else:
-        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 2)
-
-
-@triton.jit
-def finish_gradient(
-    g, at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task, states, stored, shadowed
-):  # fmt: skip
-    """The update of the elements ``at`` by their gradient, or with ``stored`` the gradient's place in memory."""
-    if stored != 0:
-        stored_gradient(tl.where(mask, g, 0.0), grads + at, mask, counters, rule)
-    else:
-        update_elements(g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed)
-
-
-@triton.jit(noinline=True)
-def gradients_of_layer(
-    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
-    M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The gradients by a layer's weights, bias and slope, and what becomes of them."""
-    model = model_of(live)
-    count = rows_of(counters, model, M)
-    rows = batch_of(rows, counters, model, rows_size)
-    work, arena = model * work_size, whole(model * size, True)
-    weights += arena
-    params += arena
-    grads += arena
-    first += arena
-    second += arena
-    slopes += model * depth
-    counters += model * COUNTERS
-    hyper += model * HYPER
-    rule = rules + model * RULE_COLUMNS
-    tensors += model * trained * TENSOR_FIELDS
-    row = layers + index * LAYER_COLUMNS
-    N, K, dz_row = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH) // 8 * 8
-    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW) // 8 * 8, number(row, W_ROW) // 8 * 8
-    dz = compute + whole(work + tl.load(row + DZ), True)
-    gather = tl.where(index == 0, 1, 0)
-    task = number(row, W_TASK)
-    wide = tl.cdiv(K, BK)
-    tiles = tl.where(task >= 0, tl.cdiv(N, BN) * wide, 0)
-    w = whole(tl.load(row + W), True)
-    for tile in range(tiles):
-        at_n = tile // wide * BN + tl.arange(0, BN)
-        col = tile % wide * BK
-        acc = weight_sums(
-            dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64), 1,
-            gather, BN, BK, BM, PRODUCT, True,
-        )  # fmt: skip
-        for piece in tl.static_range(PARTS):
-            near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
-            mask = (at_n < N)[:, None] & (near < masked_width(K, True))
-            # 0 * NaN is NaN: what gets into the padding would stay there
-            g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
-            finish_gradient(
-                g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, weights, params, grads, first, second,
-                counters, hyper, rule, tensors, task, states, stored, shadowed,
-            )  # fmt: skip
-    # the bias, then the slope
-    for vector in range(2):
-        task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
-        size = tl.where(vector == 0, N, 1)
-        start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
-        for tile in range(tl.where(task >= 0, tl.cdiv(size, BK), 0)):
-            at = tile * BK + tl.arange(0, BK)
-            mask = at < size
-            if vector == 0:
-                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, BK, BM)
-            else:
-                g = tl.load(slopes + index + at, mask=mask, other=0.0)
-            finish_gradient(
-                g, start + at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
-                states, stored, 0,
-            )  # fmt: skip
-
-
-@triton.jit
-def is_due(counters, rule):
-    """Whether this batch is the last that an update accumulates."""
-    return (tl.load(counters + BATCH_INDEX) + 1) % tl.load(rule + ACCUMULATE).to(tl.int64) == 0
-
-
-@triton.jit(noinline=True)
-def update_from_memory(
-    weights, params, grads, first, second, segments, counters, hyper, rules, tensors, live, trained, size, states,
-    shadowed,
-):  # fmt: skip
-    """The optimizer on all tensors, by the mean of the accumulated gradients, clipped by their global norm; where this
-    batch is the last that they are accumulated of."""
-    model = model_of(live)
-    arena = whole(model * size, True)
-    weights += arena
-    params += arena
-    grads += arena
-    first += arena
-    second += arena
-    hyper += model * HYPER
-    rule = rules + model * RULE_COLUMNS
-    tensors += model * trained * TENSOR_FIELDS
-    factor = 1.0 / tl.load(rule + ACCUMULATE)
-    limit = tl.load(rule + CLIP_NORM)
-    updated = tl.where(is_due(counters + model * COUNTERS, rule), trained, 0)
-    if limit < float("inf"):
-        squares = tl.full((), 0.0, tl.float64)
-        for task in range(updated):
-            start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
-            for done in range(0, length, SWEEP):
-                at = done + tl.arange(0, SWEEP)
-                squares += square_sum(tl.load(grads + start + at, mask=at < length, other=0.0))
-        factor = factor * clip_factor(tl.sqrt(squares) * factor, limit)
-    for task in range(updated):
-        start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
-        for done in range(0, length, SWEEP):
-            at = done + tl.arange(0, SWEEP)
-            g = tl.load(grads + start + at, mask=at < length, other=0.0)
-            # a factor that is NaN must not get into the padding
-            g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
-            update_elements(
-                g, start + at, at < length, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
-            )
-
-
-@triton.jit(noinline=True)
-def tick(counters, hyper, rules, live):
-    """The clock of the model goes on."""
-    model = model_of(live)
-    counters += model * COUNTERS
-    rule = rules + model * RULE_COLUMNS
-    due = is_due(counters, rule)
-    # all threads have to see the batch that was, before one of them writes the next
-    tl.debug_barrier()
-    advance_clock(counters, hyper + model * HYPER, rule, due, False)
 
 
 NUMBERS = [

@@ -1,0 +1,195 @@
+"""The second half of a resident step: the gradients of a layer, what the optimizer makes of them, and the clock."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, CLIP_NORM, advance_clock
+from fusemlp_kernels.triton.gradients import (
+    TENSOR_FIELDS,
+    column_sums,
+    square_sum,
+    stored_gradient,
+    weight_sums,
+    whole,
+)
+from fusemlp_kernels.triton.optimizer import stored_update
+from fusemlp_kernels.triton.resident_tables import (
+    B_TASK,
+    COUNTERS,
+    DZ,
+    HYPER,
+    LAYER_COLUMNS,
+    LAYER_K,
+    LAYER_N,
+    PITCH,
+    RULE_COLUMNS,
+    SEGMENT_COLUMNS,
+    SLOPE,
+    SLOPE_TASK,
+    W_ROW,
+    W_TASK,
+    X_ROW,
+    B,
+    W,
+    batch_of,
+    input_of,
+    model_of,
+    number,
+    rows_of,
+)
+from fusemlp_kernels.triton.tiles import masked_width, part_of
+from fusemlp_kernels.triton.update import clip_factor
+
+# Elements of the arenas that are swept over at a time.
+SWEEP: tl.constexpr = tl.constexpr(1024)
+
+
+@triton.jit
+def update_elements(
+    g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
+):  # fmt: skip
+    """The optimizer on the elements ``at`` of the arenas."""
+    factor = tl.load(tensors + task * TENSOR_FIELDS)
+    decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
+    p, s0, s1, shadow = params + at, first + at, second + at, weights + at
+    if states == 0:
+        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 0)
+    elif states == 1:
+        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 1)
+    else:
+        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 2)
+
+
+@triton.jit
+def finish_gradient(
+    g, at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task, states, stored, shadowed
+):  # fmt: skip
+    """The update of the elements ``at`` by their gradient, or with ``stored`` the gradient's place in memory."""
+    if stored != 0:
+        stored_gradient(tl.where(mask, g, 0.0), grads + at, mask, counters, rule)
+    else:
+        update_elements(g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed)
+
+
+@triton.jit(noinline=True)
+def gradients_of_layer(
+    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
+    M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The gradients by a layer's weights, bias and slope, and what becomes of them."""
+    model = model_of(live)
+    count = rows_of(counters, model, M)
+    rows = batch_of(rows, counters, model, rows_size)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    grads += arena
+    first += arena
+    second += arena
+    slopes += model * depth
+    counters += model * COUNTERS
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    row = layers + index * LAYER_COLUMNS
+    N, K, dz_row = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH) // 8 * 8
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW) // 8 * 8, number(row, W_ROW) // 8 * 8
+    dz = compute + whole(work + tl.load(row + DZ), True)
+    gather = tl.where(index == 0, 1, 0)
+    task = number(row, W_TASK)
+    wide = tl.cdiv(K, BK)
+    tiles = tl.where(task >= 0, tl.cdiv(N, BN) * wide, 0)
+    w = whole(tl.load(row + W), True)
+    for tile in range(tiles):
+        at_n = tile // wide * BN + tl.arange(0, BN)
+        col = tile % wide * BK
+        acc = weight_sums(
+            dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64), 1,
+            gather, BN, BK, BM, PRODUCT, True,
+        )  # fmt: skip
+        for piece in tl.static_range(PARTS):
+            near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+            mask = (at_n < N)[:, None] & (near < masked_width(K, True))
+            # 0 * NaN is NaN: what gets into the padding would stay there
+            g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
+            finish_gradient(
+                g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, weights, params, grads, first, second,
+                counters, hyper, rule, tensors, task, states, stored, shadowed,
+            )  # fmt: skip
+    # the bias, then the slope
+    for vector in range(2):
+        task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
+        size = tl.where(vector == 0, N, 1)
+        start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
+        for tile in range(tl.where(task >= 0, tl.cdiv(size, BK), 0)):
+            at = tile * BK + tl.arange(0, BK)
+            mask = at < size
+            if vector == 0:
+                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, BK, BM)
+            else:
+                g = tl.load(slopes + index + at, mask=mask, other=0.0)
+            finish_gradient(
+                g, start + at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
+                states, stored, 0,
+            )  # fmt: skip
+
+
+@triton.jit
+def is_due(counters, rule):
+    """Whether this batch is the last that an update accumulates."""
+    return (tl.load(counters + BATCH_INDEX) + 1) % tl.load(rule + ACCUMULATE).to(tl.int64) == 0
+
+
+@triton.jit(noinline=True)
+def update_from_memory(
+    weights, params, grads, first, second, segments, counters, hyper, rules, tensors, live, trained, size, states,
+    shadowed,
+):  # fmt: skip
+    """The optimizer on all tensors, by the mean of the accumulated gradients, clipped by their global norm; where this
+    batch is the last that they are accumulated of."""
+    model = model_of(live)
+    arena = whole(model * size, True)
+    weights += arena
+    params += arena
+    grads += arena
+    first += arena
+    second += arena
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    factor = 1.0 / tl.load(rule + ACCUMULATE)
+    limit = tl.load(rule + CLIP_NORM)
+    updated = tl.where(is_due(counters + model * COUNTERS, rule), trained, 0)
+    if limit < float("inf"):
+        squares = tl.full((), 0.0, tl.float64)
+        for task in range(updated):
+            start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
+            for done in range(0, length, SWEEP):
+                at = done + tl.arange(0, SWEEP)
+                squares += square_sum(tl.load(grads + start + at, mask=at < length, other=0.0))
+        factor = factor * clip_factor(tl.sqrt(squares) * factor, limit)
+    for task in range(updated):
+        start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
+        for done in range(0, length, SWEEP):
+            at = done + tl.arange(0, SWEEP)
+            g = tl.load(grads + start + at, mask=at < length, other=0.0)
+            # a factor that is NaN must not get into the padding
+            g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
+            update_elements(
+                g, start + at, at < length, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
+            )
+
+
+@triton.jit(noinline=True)
+def tick(counters, hyper, rules, live):
+    """The clock of the model goes on."""
+    model = model_of(live)
+    counters += model * COUNTERS
+    rule = rules + model * RULE_COLUMNS
+    due = is_due(counters, rule)
+    # all threads have to see the batch that was, before one of them writes the next
+    tl.debug_barrier()
+    advance_clock(counters, hyper + model * HYPER, rule, due, False)
