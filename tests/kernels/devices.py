@@ -41,8 +41,8 @@ WRITTEN = {
     "grad_weight_update": {"w", "b", "w_state", "b_state", "w_shadow", "param", "state", "hyper", "counters"},
     "update": {"params", "grads", "states", "shadow", "hyper", "counters"},
     "advance": {"hyper", "counters"},
-    "train_resident": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats"},
-    "train_fleet": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats"},
+    "train_resident": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats", "history"},
+    "train_fleet": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats", "history"},
 }
 # On a card; the interpreter, NumPy and cuBLAS on float32 compute in IEEE arithmetic.
 TENSOR_CORES = {"fp32": TF32X3, "tf32": TF32, "bf16": TWO_BYTES, "fp16": TWO_BYTES}

@@ -1,4 +1,4 @@
-"""Fleets for the tests of ``train_fleet``: models with numbers of their own, and the oracle's step of each.
+"""Fleets for the tests of ``train_fleet``: models with numbers of their own.
 
 The arenas have gaps between the tensors that hold 77, and the rows of matrices the padding of the backend, zeros.
 """
@@ -9,32 +9,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from fleet_oracle import Oracle
 from memory import place
-from step_bounds import TwoBytes, traced
-from tolerance import U32, assert_within, update_bound
 
-from fusemlp_kernels import reference
 from fusemlp_kernels.clock import hyper_at
 from fusemlp_kernels.contract import (
-    BATCH_INDEX,
     COUNTERS,
-    LAST_LOSS,
-    LEARNING_RATE,
     ROW_COUNT,
-    ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
     STATS,
-    UPDATE_COUNT,
     Dropout,
     LossSpec,
     ResidentLayer,
+    Ridge,
     ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
 )
-from fusemlp_kernels.philox import dropout_keep
 
 GAP_VALUE = 77.0
 # What a tensor begins at a multiple of, in elements, so that there are gaps.
@@ -53,6 +46,7 @@ class Model:
     lr_factor: float = 1.0
     slope: float = 0.1
     rows: int = 13
+    ridge: Ridge | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +67,12 @@ def _up(number: int, step: int) -> int:
 
 
 class Fleet:
-    """Arrays of a fleet on the host, bound to a backend; ``run`` takes the steps of each model."""
+    """Arrays of a fleet on the host, bound to a backend; ``run`` takes the steps of each model. With ``epochs`` there
+    are rows for so many, and accounts of them."""
 
-    def __init__(self, variant: Any, shape: Shape, models: list[Model], op: str = "train_fleet") -> None:
+    def __init__(
+        self, variant: Any, shape: Shape, models: list[Model], op: str = "train_fleet", epochs: int | None = None
+    ) -> None:
         self.variant, self.shape, self.models = variant, shape, models
         real, count = variant.real, len(models)
         multiple = variant.traits.row_multiple
@@ -122,13 +119,17 @@ class Fleet:
         self.target = place(self.target, "plain")
         self.weight = place(rng.random(shape.data), "plain", real) if shape.weighted else None
         self.class_weight = place(rng.uniform(0.5, 2.0, outputs), "plain", real) if shape.class_weighted else None
-        batches = max(_up(model.rows, shape.batch) for model in models)
-        self.rows = place(np.full((count, batches), -1), "plain", np.int64)
+        self.epochs = epochs or 1
+        length = max(_up(self.epochs * model.rows, shape.batch) for model in models)
+        self.rows = place(np.full((count, length), -1), "plain", np.int64)
         self.counters = place(np.zeros((count, COUNTERS)), "plain", np.int64)
         self.hyper = place(np.stack([hyper_at(model.rule, 0) for model in models]), "plain")
         self.stats = place(np.zeros((count, STATS)), "plain")
+        accounts = None if epochs is None else np.full((count, epochs, STATS), GAP_VALUE)
+        self.history = None if accounts is None else place(accounts, "plain")
         for index, model in enumerate(models):
-            self.rows[index, : model.rows] = np.random.default_rng(model.seed).integers(0, shape.data, model.rows)
+            total = self.epochs * model.rows
+            self.rows[index, :total] = np.random.default_rng(model.seed).integers(0, shape.data, total)
             walk = shape.batch, model.rows, min(shape.batch, model.rows)
             self.counters[index, [ROW_STEP, ROW_TOTAL, ROW_COUNT]] = walk
         self.run = variant.bind(op, **(self.operands() if op == "train_fleet" else self.operands_of_one()))
@@ -174,16 +175,24 @@ class Fleet:
             "params": self.params, "gradients": self.gradients, "states": self.states, **shadowed,
             "segments": [self.segments(model) for model in self.models],
             "rules": [model.rule for model in self.models], "losses": [model.loss for model in self.models],
-            "counters": self.counters, "hyper": self.hyper, "stats": self.stats,
+            "counters": self.counters, "hyper": self.hyper, "stats": self.stats, "history": self.history,
+            **self.ridges(),
         }  # fmt: skip
+
+    def ridges(self) -> dict[str, Any]:
+        """The operand, where a model has a ridge."""
+        given = [model.ridge for model in self.models]
+        return {"ridges": [one or Ridge() for one in given]} if any(given) else {}
 
     def operands_of_one(self) -> dict[str, Any]:
         """The first model's, for ``train_resident``."""
         given = self.operands()
         one = {"layers": given["layers"][0], "segments": given["segments"][0]}
         one |= {"rule": given.pop("rules")[0], "loss": given.pop("losses")[0]}
-        for name in ("rows", "params", "gradients", "counters", "hyper", "stats", "shadow"):
-            if name in given:
+        if "ridges" in given:
+            one["ridge"] = given.pop("ridges")[0]
+        for name in ("rows", "params", "gradients", "counters", "hyper", "stats", "history", "shadow"):
+            if given.get(name) is not None:
                 one[name] = given[name][0]
         return {**given, **one, "states": tuple(state[0] for state in self.states)}
 
@@ -191,6 +200,7 @@ class Fleet:
         """Copies of all that a step may change."""
         arrays = {"params": self.params, "gradients": self.gradients, "counters": self.counters, "hyper": self.hyper}
         arrays |= {"stats": self.stats, "shadow": self.shadow}
+        arrays |= {} if self.history is None else {"history": self.history}
         arrays |= {f"state{index}": state for index, state in enumerate(self.states)}
         return {name: np.array(array) for name, array in arrays.items()}
 
@@ -210,86 +220,6 @@ class Fleet:
     def tensor_of(self, stretch: Any, name: str) -> Any:
         _, size, pitch = self.places[name]
         return stretch.reshape(size[0], pitch)[:, : size[1]] if len(size) == 2 else stretch
-
-
-class Oracle:
-    """A model's next step through the oracle, from the state that the fleet has now."""
-
-    def __init__(self, fleet: Fleet, index: int) -> None:
-        self.fleet, self.index, self.model = fleet, index, fleet.models[index]
-        self.before = {name: self._exact(fleet.params, name) for name in fleet.places}
-        self.states = [{name: self._exact(state, name) for name in fleet.places} for state in fleet.states]
-        self.carried = {name: self._exact(fleet.gradients, name) for name in fleet.places}
-        self.counters = np.array(fleet.counters[index])
-
-    def _exact(self, arena: Any, name: str) -> Any:
-        return np.array(self.fleet.tensor(arena[self.index], name), np.float64)
-
-    def check(self) -> None:
-        """The step that has been made is the oracle's, within the bounds of its operations."""
-        fleet, model, shape = self.fleet, self.model, self.fleet.shape
-        offset, count, batch_index = (int(self.counters[at]) for at in (ROW_OFFSET, ROW_COUNT, BATCH_INDEX))
-        rows = np.array(fleet.rows[self.index, offset : offset + count])
-        short = TwoBytes() if fleet.variant.output_unit else None
-        layers, keeps = [], []
-        for index, name in enumerate(shape.activations):
-            rate = model.rate if index < len(shape.activations) - 1 else 0.0
-            slope = self.before.get(f"s{index}", model.slope if name == "leaky_relu" else 0.0)
-            w = fleet.variant.rounded(self.before[f"w{index}"]).astype(np.float64)
-            layers.append(reference.Layer(w, self.before[f"b{index}"], name, slope, rate))
-            width = shape.sizes[index + 1]
-            keeps.append(dropout_keep(rate, index, model.seed, batch_index, count, width) if rate else None)
-        weight = None if fleet.weight is None else np.array(fleet.weight[rows], np.float64)
-        classes = None if fleet.class_weight is None else np.array(fleet.class_weight, np.float64)
-        batch = reference.Batch(
-            np.array(fleet.x[rows], np.float64), np.array(fleet.target[rows]), weight, classes, keeps
-        )
-        found = traced(layers, model.loss, batch, short=short, products=fleet.variant.products)
-        assert_within(fleet.stats[self.index, LAST_LOSS], found.loss, found.loss_bound)
-        self._check_update(found, batch_index)
-
-    def _check_update(self, found: Any, batch_index: int) -> None:
-        fleet, rule = self.fleet, self.model.rule
-        names = list(fleet.places)
-        grads = dict(zip(names, [g for layer in found.grads for g in layer], strict=True))
-        errors = dict(zip(names, [e for layer in found.bounds for e in layer], strict=True))
-        every = rule.accumulate
-        if batch_index % every:
-            grads = {name: g + self.carried[name] for name, g in grads.items()}
-            errors = {name: e + 2.0 * U32 * np.abs(grads[name]) for name, e in errors.items()}
-        trained = [name for name in names if name not in fleet.shape.frozen]
-        if (batch_index + 1) % every:
-            for name in trained:
-                assert_within(fleet.tensor(fleet.gradients[self.index], name), grads[name], errors[name])
-        factor, relative = _clipping(rule, [grads[n] / every for n in trained], [errors[n] / every for n in trained])
-        updates = int(self.counters[UPDATE_COUNT])
-        rate = reference.learning_rate(rule.schedule, updates)
-        for name in names:
-            now = fleet.tensor(fleet.params[self.index], name)
-            if name not in trained or (batch_index + 1) % every:
-                np.testing.assert_array_equal(now, self.before[name].astype(now.dtype))
-                continue
-            g = factor * grads[name] / every
-            error = (factor * errors[name] / every + np.abs(g) * (relative + 3.0 * U32)) * (1.0 + relative)
-            args = rule, fleet.tensor_rule(self.model, name), self.before[name], g
-            own = tuple(state[name] for state in self.states)
-            new, new_states = reference.update(*args, own, updates, rate)
-            limit, state_limits = update_bound(*args, own, updates, rate, error)
-            assert_within(now, new, limit)
-            for arena, wanted, allowed in zip(fleet.states, new_states, state_limits, strict=True):
-                assert_within(fleet.tensor(arena[self.index], name), wanted, allowed)
-        following = hyper_at(rule, int(fleet.counters[self.index, UPDATE_COUNT]))
-        assert_within(fleet.hyper[self.index, LEARNING_RATE], following[LEARNING_RATE], 1e-12 * rule.schedule.base)
-
-
-def _clipping(rule: UpdateRule, grads: list[Any], errors: list[Any]) -> tuple[float, float]:
-    """The factor, and its relative error."""
-    if rule.clip_norm is None:
-        return 1.0, 0.0
-    norm = np.sqrt(sum(np.square(g).sum() for g in grads))
-    off = np.sqrt(sum(np.square(e).sum() for e in errors)) + U32 * norm * 8.0
-    relative = off / max(norm - off, 1e-30) if norm + off > rule.clip_norm else 0.0
-    return reference.clip_factor(grads, rule.clip_norm), relative + 4.0 * U32
 
 
 def varied(model: Model, count: int) -> list[Model]:

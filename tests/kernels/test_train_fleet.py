@@ -19,6 +19,7 @@ from fusemlp_kernels.contract import (
     ROW_COUNT,
     ROW_OFFSET,
     LossSpec,
+    Ridge,
     ScheduleSpec,
     UpdateRule,
 )
@@ -268,12 +269,16 @@ class Phases:
 
 
 @pytest.mark.parametrize("device", [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRETER))])
-@pytest.mark.parametrize("number", [8, 10], ids=["through memory", "in the epilogue"])
-def test_between_two_barriers_nobody_reads_what_another_writes(device, number, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "changes", "epochs"),
+    [(8, {}, None), (10, {}, None), (2, {"ridge": Ridge(0.1), "rows": 6}, 2)],
+    ids=["through memory", "in the epilogue", "with a ridge, over the end of an epoch"],
+)
+def test_between_two_barriers_nobody_reads_what_another_writes(device, number, changes, epochs, monkeypatch):
     shape, model = case(number, frozen=frozenset())
-    fleet = Fleet(Variant(device, "fp32"), shape, [model], "train_resident")
+    fleet = Fleet(Variant(device, "fp32"), shape, [replace(model, **changes)], "train_resident", epochs)
     phases = Phases(monkeypatch)
     fleet.run(2)
     layers = len(shape.activations)
-    assert phases.count == 2 * (4 + 2 * layers - 1 + (number == 8))
+    assert phases.count == 2 * (4 + 2 * layers - 1 + (number == 8) + (epochs is not None))
     assert phases.wrong == []

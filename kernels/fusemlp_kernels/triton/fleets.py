@@ -15,6 +15,7 @@ from fusemlp_kernels.contract import (
     STATS,
     LossSpec,
     ResidentLayer,
+    Ridge,
     Segment,
     UpdateRule,
 )
@@ -121,6 +122,18 @@ def _model_tables(op: str, layers: Sequence[ResidentLayer]) -> tuple[list[list[i
     return draws, shares
 
 
+def _measures(ridge: Ridge, loss: LossSpec, outputs: int) -> list[float]:
+    """A model's row of measures; those of a batch are written when there is one."""
+    usual = 1.0 if loss.kind == "cross_entropy" else float(outputs)
+    fields = {"ratio": 1.0 if ridge.divisor is None else ridge.divisor / usual, "strength": ridge.strength * usual}
+    return [fields.get(name, 0.0) for name in resident_tables.MEASURE_FIELDS]
+
+
+def _is_stored(rule: UpdateRule, ridge: Ridge) -> bool:
+    """Whether gradients go through memory; a ridge is a weight decay where that is coupled."""
+    return rule.accumulate > 1 or rule.clip_norm is not None or (rule.decoupled and ridge.strength != 0.0)
+
+
 def bind_train_fleet(
     device: Device,
     *,
@@ -141,11 +154,14 @@ def bind_train_fleet(
     weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     shadow: Tensor | None = None,
+    history: Tensor | None = None,
+    ridges: Sequence[Ridge] | None = None,
     op: str = "train_fleet",
 ) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``."""
     models = len(layers)
-    for name, given in (("segments", segments), ("rules", rules), ("losses", losses)):
+    ridges = [Ridge()] * models if ridges is None else ridges
+    for name, given in (("segments", segments), ("rules", rules), ("losses", losses), ("ridges", ridges)):
         if len(given) != models or not models:
             raise ArgumentError(f"{op}: {name}: expected one for each of the {models} models, got {len(given)}")
     places = _same(op, "layers", [_shape_of(one) for one in layers])
@@ -176,6 +192,9 @@ def bind_train_fleet(
     ):  # fmt: skip
         device.check_written(op, name, array, (models, width), kind)
         arenas.append((name, array))
+    if history is not None:
+        device.check_written(op, "history", history, (models, None, STATS), FLOAT64)
+        arenas.append(("history", history))
     size = params.shape[1]
     for name, arena in [*arenas, ("rows", rows)]:
         if not arena.is_contiguous() or (name == "params" and size % 8):
@@ -206,8 +225,9 @@ def bind_train_fleet(
         loss_setting_values(loss, weighted=weight is not None, classes=class_weight is not None) for loss in losses
     ]
     ignored = 0 if first_loss.ignore_index is None else first_loss.ignore_index
+    epochs = 0 if history is None else history.shape[1]
     spare, number = device.zeros(1, FLOAT32), device.zeros(1, INT64)
-    live = torch.zeros((models, 2), dtype=INT64, device=device.device)
+    live = torch.zeros((models, len(resident_tables.LIVE_FIELDS)), dtype=INT64, device=device.device)
 
     def tensor(values: Any, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device.device)
@@ -218,20 +238,22 @@ def bind_train_fleet(
         "rows": rows, "labels": target if classes else number, "target": spare if classes else target,
         "weight": spare if weight is None else weight,
         "class_weight": spare if class_weight is None else class_weight,
-        "slopes": device.zeros(models * len(places), FLOAT32), "normalisers": device.zeros(models, FLOAT64),
+        "slopes": device.zeros(models * len(places), FLOAT32),
+        "measured": tensor([_measures(*one, outputs) for one in zip(ridges, losses, strict=True)], FLOAT64),
         "layers": tensor(table, INT64),
         "draws": tensor([draws for draws, _ in tables], INT64),
         "shares": tensor([shares for _, shares in tables], FLOAT32), "settings": tensor(settings, FLOAT32),
         "rules": tensor([clock.rule_values(rule) for rule in rules], FLOAT64),
         "tensors": tensor(factors, FLOAT64), "segments": tensor([*stretches] or [(0, 0)], INT64),
-        "counters": counters, "hyper": hyper, "stats": stats, "live": live,
+        "counters": counters, "hyper": hyper, "stats": stats,
+        "history": device.zeros(1, FLOAT64) if history is None else history, "live": live,
         "M": batch, "depth": len(places), "lowest": lowest, "trained": trained, "work_size": work_size, "size": size,
         "rows_size": rows.shape[1], "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),
         "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "states": count,
         "entropy": int(first_loss.kind == "cross_entropy"),
-        "stored": int(any(rule.accumulate > 1 or rule.clip_norm is not None for rule in rules)),
+        "stored": int(any(_is_stored(*one) for one in zip(rules, ridges, strict=True))),
         "shadowed": int(shadow is not None),
     }  # fmt: skip
     constants = configs.resident_constants(tile, device.product)
@@ -239,7 +261,7 @@ def bind_train_fleet(
     listed: list[list[int]] = []
 
     def run(steps: Sequence[int]) -> None:
-        entries = [[model, number] for model, number in enumerate(steps) if number > 0]
+        entries = [[model, number, epochs] for model, number in enumerate(steps) if number > 0]
         if len(steps) != models or not entries:
             if len(steps) != models:
                 raise ArgumentError(f"{op}: expected the steps of each of {models} models, got {len(steps)} numbers")
@@ -269,6 +291,8 @@ def bind_train_resident(
     hyper: Tensor,
     stats: Tensor,
     shadow: Tensor | None = None,
+    history: Tensor | None = None,
+    ridge: Ridge | None = None,
     **operands: Any,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``: a fleet of one."""
@@ -279,6 +303,7 @@ def bind_train_resident(
         device, rows=rows[None], layers=[layers], params=params[None], gradients=gradients[None],
         states=[state[None] for state in states], segments=[segments], rules=[rule], losses=[loss],
         counters=counters[None], hyper=hyper[None], stats=stats[None],
-        shadow=None if shadow is None else shadow[None], op=op, **operands,
+        shadow=None if shadow is None else shadow[None], history=None if history is None else history[None],
+        ridges=None if ridge is None else [ridge], op=op, **operands,
     )  # fmt: skip
     return lambda steps: run((steps,))

@@ -34,13 +34,22 @@ from fusemlp_kernels.triton.resident_tables import (
     LAYER_K,
     LAYER_N,
     LIVE_COLUMNS,
+    MEASURES,
+    NORMALISER,
+    PENALTY,
     PITCH,
+    PULL,
+    RATIO,
     SETTING_COLUMNS,
     SHARE_COLUMNS,
     SLOPE,
     STATS,
+    STEPS,
+    STRENGTH,
+    SWEEP,
     THRESHOLD,
     W_ROW,
+    W_TASK,
     X_ROW,
     B,
     W,
@@ -102,12 +111,28 @@ def forward(
         )  # fmt: skip
 
 
+@triton.jit
+def squares_of_weights(params, layers, lowest, depth):
+    """The sum of the squares of all trained weight matrices, float64."""
+    squares = tl.zeros((SWEEP,), tl.float32)
+    for index in range(lowest, depth):
+        row = layers + index * LAYER_COLUMNS
+        # between the rows lie zeros
+        length = tl.where(number(row, W_TASK) >= 0, number(row, LAYER_N) * number(row, W_ROW), 0)
+        w = params + whole(tl.load(row + W), True)
+        for done in range(0, length, SWEEP):
+            at = done + tl.arange(0, SWEEP)
+            p = tl.load(w + at, mask=at < length, other=0.0)
+            squares += p * p
+    return tl.sum(squares.to(tl.float64), axis=0)
+
+
 @triton.jit(noinline=True)
 def measure(
-    normalisers, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, rows_size, label_step,
-    weight_step, ignored_low, ignored_high,
+    measured, params, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, lowest, size,
+    rows_size, label_step, weight_step, ignored_low, ignored_high,
 ):  # fmt: skip
-    """What the loss of the model's batch is divided by, float64, into ``normalisers``."""
+    """What the loss of the model's batch is divided by, and its ridge, into ``measured``."""
     model = model_of(live)
     outputs = number(layers + (depth - 1) * LAYER_COLUMNS, LAYER_N)
     found = normaliser_of(
@@ -115,13 +140,22 @@ def measure(
         weight_step, class_weight, ignored_label(ignored_low, ignored_high), outputs,
         settings + model * SETTING_COLUMNS, 1, CHUNK,
     )  # fmt: skip
-    tl.store(normalisers + model, found)
+    row = measured + model * MEASURES
+    tl.store(row + NORMALISER, found * tl.load(row + RATIO))
+    strength = tl.load(row + STRENGTH)
+    if strength != 0.0:
+        # nor where it is NaN: that would get into the padding of the weights
+        exists = (found < 0.0) | (found > 0.0)
+        pull = tl.where(exists, strength / tl.where(exists, found, 1.0), 0.0)
+        squares = squares_of_weights(params + whole(model * size, True), layers, lowest, depth)
+        tl.store(row + PULL, pull)
+        tl.store(row + PENALTY, 0.5 * pull * squares)
 
 
 @triton.jit(noinline=True)
 def output_tile(
     compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper, counters,
-    live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
+    live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
     ignored_low, ignored_high, first,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +175,7 @@ def output_tile(
     gather = tl.where(index == 0, 1, 0)
     z = affine_tile(x, w, b, rows, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
     slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
-    scale = gradient_scale(hyper, tl.load(normalisers + model), settings, 0)
+    scale = gradient_scale(hyper, tl.load(measured + model * MEASURES + NORMALISER), settings, 0)
     at_m, at_n = first + tl.arange(0, BM), tl.arange(0, BN)
     result, loss, right, scored, below = loss_of_rows(
         z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight,
@@ -158,7 +192,7 @@ def output_tile(
 @triton.jit(noinline=True)
 def output_and_loss(
     compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
-    stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+    stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
     weight_step, ignored_low, ignored_high,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +202,7 @@ def output_and_loss(
     for first in range(0, rows_of(counters, model_of(live), M), BM):
         loss, hits, asked, part = output_tile(
             compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper,
-            counters, live, normalisers, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+            counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
             weight_step, ignored_low, ignored_high, first, BM, BN, BK, PRODUCT, CROSS_ENTROPY,
         )  # fmt: skip
         total += loss.to(tl.float64)
@@ -179,7 +213,7 @@ def output_and_loss(
     tl.store(slopes + model * depth + depth - 1, below)
     record_loss(
         total, right.to(tl.float64), scored.to(tl.float64), stats + model * STATS, settings + model * SETTING_COLUMNS,
-        tl.load(normalisers + model),
+        tl.load(measured + model * MEASURES + NORMALISER),
     )  # fmt: skip
 
 
@@ -225,8 +259,8 @@ NUMBERS = [
 
 @triton.jit(do_not_specialize=NUMBERS)
 def resident_kernel(
-    compute, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, slopes, normalisers,
-    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, stats, live,
+    compute, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, slopes, measured,
+    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, stats, history, live,
     M, depth, lowest, trained, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
     ignored_low, ignored_high, entropy, states, stored, shadowed,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
@@ -237,11 +271,12 @@ def resident_kernel(
     ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: what the products read as weights, the
     parameters themselves or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
     ``rows_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients go through memory.
+    ``history``: the accounts of whole epochs, as many as ``live`` says.
     """
-    for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, 1)):
+    for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, STEPS)):
         measure(
-            normalisers, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, rows_size,
-            label_step, weight_step, ignored_low, ignored_high,
+            measured, parameters, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth,
+            lowest, size, rows_size, label_step, weight_step, ignored_low, ignored_high,
         )  # fmt: skip
         tl.debug_barrier()
         for index in range(depth - 1):
@@ -253,13 +288,13 @@ def resident_kernel(
         if entropy != 0:
             output_and_loss(
                 compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
-                settings, hyper, stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step,
+                settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
                 target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, True,
             )  # fmt: skip
         else:
             output_and_loss(
                 compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
-                settings, hyper, stats, counters, live, normalisers, M, depth, work_size, size, rows_size, label_step,
+                settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
                 target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, False,
             )  # fmt: skip
         tl.debug_barrier()
@@ -272,7 +307,7 @@ def resident_kernel(
         for index in range(lowest, depth):
             gradients_of_layer(
                 compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
-                tensors, live, M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
+                tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
                 WN, WK, BM, PRODUCT, PARTS,
             )  # fmt: skip
         tl.debug_barrier()
@@ -282,5 +317,5 @@ def resident_kernel(
                 size, states, shadowed,
             )  # fmt: skip
             tl.debug_barrier()
-        tick(counters, hyper, rules, live)
+        tick(counters, hyper, stats, history, rules, live, measured, M)
         tl.debug_barrier()

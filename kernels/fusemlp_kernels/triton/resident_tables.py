@@ -29,16 +29,30 @@ DRAW_COLUMNS: tl.constexpr = tl.constexpr(len(DRAW_FIELDS))
 SHARE_FIELDS = ("keep_scale", "kept_share", "slope")
 KEEP_SCALE, KEPT_SHARE, FIXED_SLOPE = (tl.constexpr(place) for place in range(len(SHARE_FIELDS)))
 SHARE_COLUMNS: tl.constexpr = tl.constexpr(len(SHARE_FIELDS))
+# What a model's batches are measured by, float64: the divisor of its ridge over the usual one, and the strength times
+# the usual one; then of the batch what its loss is divided by, what times the trained weights is added to their
+# gradients, and the penalty.
+MEASURE_FIELDS = ("ratio", "strength", "normaliser", "pull", "penalty")
+RATIO, STRENGTH, NORMALISER, PULL, PENALTY = (tl.constexpr(place) for place in range(len(MEASURE_FIELDS)))
+MEASURES: tl.constexpr = tl.constexpr(len(MEASURE_FIELDS))
 # A trained tensor's stretch of the arenas, int64: offset and size.
 SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(2)
-# An entry of the list of models that train in this launch, int64: which, and how many steps.
-LIVE_COLUMNS: tl.constexpr = tl.constexpr(2)
+# An entry of the list of models that train in this launch, int64: which, how many steps, and how many epochs there are
+# accounts of.
+LIVE_FIELDS = ("model", "steps", "epochs")
+MODEL, STEPS, EPOCHS = (tl.constexpr(place) for place in range(len(LIVE_FIELDS)))
+LIVE_COLUMNS: tl.constexpr = tl.constexpr(len(LIVE_FIELDS))
 RULE_COLUMNS: tl.constexpr = tl.constexpr(len(RULE_FIELDS))
 SETTING_COLUMNS: tl.constexpr = tl.constexpr(len(SETTING_FIELDS))
+# Elements of the arenas that are swept over at a time.
+SWEEP: tl.constexpr = tl.constexpr(1024)
 # Numbers a model in the arrays of the contract.
 COUNTERS: tl.constexpr = tl.constexpr(contract.COUNTERS)
 HYPER: tl.constexpr = tl.constexpr(contract.HYPER)
 STATS: tl.constexpr = tl.constexpr(contract.STATS)
+STATS_BLOCK: tl.constexpr = tl.constexpr(triton.next_power_of_2(contract.STATS))
+BATCH_LOSSES: tl.constexpr = tl.constexpr(contract.BATCH_LOSSES)
+PENALTIES: tl.constexpr = tl.constexpr(contract.PENALTIES)
 
 
 @triton.jit

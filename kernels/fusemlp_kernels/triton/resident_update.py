@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, CLIP_NORM, advance_clock
+from fusemlp_kernels.triton.clock import (
+    ACCUMULATE,
+    BATCH_INDEX,
+    CLIP_NORM,
+    ROW_COUNT,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    advance_clock,
+)
 from fusemlp_kernels.triton.gradients import (
     TENSOR_FIELDS,
     column_sums,
@@ -14,20 +23,31 @@ from fusemlp_kernels.triton.gradients import (
     weight_sums,
     whole,
 )
+from fusemlp_kernels.triton.loss import LAST_LOSS, LOSS_SUM
 from fusemlp_kernels.triton.optimizer import stored_update
 from fusemlp_kernels.triton.resident_tables import (
     B_TASK,
+    BATCH_LOSSES,
     COUNTERS,
     DZ,
+    EPOCHS,
     HYPER,
     LAYER_COLUMNS,
     LAYER_K,
     LAYER_N,
+    LIVE_COLUMNS,
+    MEASURES,
+    PENALTIES,
+    PENALTY,
     PITCH,
+    PULL,
     RULE_COLUMNS,
     SEGMENT_COLUMNS,
     SLOPE,
     SLOPE_TASK,
+    STATS,
+    STATS_BLOCK,
+    SWEEP,
     W_ROW,
     W_TASK,
     X_ROW,
@@ -42,17 +62,15 @@ from fusemlp_kernels.triton.resident_tables import (
 from fusemlp_kernels.triton.tiles import masked_width, part_of
 from fusemlp_kernels.triton.update import clip_factor
 
-# Elements of the arenas that are swept over at a time.
-SWEEP: tl.constexpr = tl.constexpr(1024)
-
 
 @triton.jit
 def update_elements(
-    g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
+    g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
 ):  # fmt: skip
-    """The optimizer on the elements ``at`` of the arenas."""
+    """The optimizer on the elements ``at`` of the arenas. A ridge pulls as a coupled weight decay does; with another
+    the gradients have it already."""
     factor = tl.load(tensors + task * TENSOR_FIELDS)
-    decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
+    decay = tl.load(tensors + task * TENSOR_FIELDS + 1) + pull
     p, s0, s1, shadow = params + at, first + at, second + at, weights + at
     if states == 0:
         stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 0)
@@ -64,19 +82,24 @@ def update_elements(
 
 @triton.jit
 def finish_gradient(
-    g, at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task, states, stored, shadowed
+    g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, states, stored,
+    shadowed,
 ):  # fmt: skip
-    """The update of the elements ``at`` by their gradient, or with ``stored`` the gradient's place in memory."""
+    """The update of the elements ``at`` by their gradient, or with ``stored`` the gradient's place in memory; to which
+    ``pull`` times the parameters is added."""
     if stored != 0:
-        stored_gradient(tl.where(mask, g, 0.0), grads + at, mask, counters, rule)
+        g = tl.where(mask, g, 0.0)
+        if pull != 0.0:
+            g += pull.to(tl.float32) * tl.load(params + at, mask=mask, other=0.0)
+        stored_gradient(g, grads + at, mask, counters, rule)
     else:
-        update_elements(g, at, mask, weights, params, first, second, hyper, rule, tensors, task, states, shadowed)
+        update_elements(g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, states, shadowed)
 
 
 @triton.jit(noinline=True)
 def gradients_of_layer(
     compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
-    M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
+    measured, M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The gradients by a layer's weights, bias and slope, and what becomes of them."""
@@ -103,6 +126,7 @@ def gradients_of_layer(
     wide = tl.cdiv(K, BK)
     tiles = tl.where(task >= 0, tl.cdiv(N, BN) * wide, 0)
     w = whole(tl.load(row + W), True)
+    pull = tl.load(measured + model * MEASURES + PULL)
     for tile in range(tiles):
         at_n = tile // wide * BN + tl.arange(0, BN)
         col = tile % wide * BK
@@ -116,7 +140,7 @@ def gradients_of_layer(
             # 0 * NaN is NaN: what gets into the padding would stay there
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             finish_gradient(
-                g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, weights, params, grads, first, second,
+                g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first, second,
                 counters, hyper, rule, tensors, task, states, stored, shadowed,
             )  # fmt: skip
     # the bias, then the slope
@@ -132,7 +156,7 @@ def gradients_of_layer(
             else:
                 g = tl.load(slopes + index + at, mask=mask, other=0.0)
             finish_gradient(
-                g, start + at, mask, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
+                g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
                 states, stored, 0,
             )  # fmt: skip
 
@@ -179,17 +203,54 @@ def update_from_memory(
             # a factor that is NaN must not get into the padding
             g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
             update_elements(
-                g, start + at, at < length, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
+                g,
+                start + at,
+                at < length,
+                0.0,
+                weights,
+                params,
+                first,
+                second,
+                hyper,
+                rule,
+                tensors,
+                task,
+                states,
+                shadowed,
             )
 
 
 @triton.jit(noinline=True)
-def tick(counters, hyper, rules, live):
-    """The clock of the model goes on."""
-    model = model_of(live)
+def tick(counters, hyper, stats, history, rules, live, measured, M):
+    """The account of the batch, and the clock of the model, go on; behind an epoch its account is closed.
+
+    ``advance_clock`` knows of one epoch: where there are more, what it
+    says of the next rows is put right.
+    """
+    model, epochs = model_of(live), number(live + tl.program_id(0) * LIVE_COLUMNS, EPOCHS)
+    count = rows_of(counters, model, M)
     counters += model * COUNTERS
+    stats += model * STATS
     rule = rules + model * RULE_COLUMNS
     due = is_due(counters, rule)
+    step, total = tl.load(counters + ROW_STEP).to(tl.int32), tl.load(counters + ROW_TOTAL).to(tl.int32)
+    offset = tl.load(counters + ROW_OFFSET).to(tl.int32)
+    epoch = offset // tl.maximum(total, 1)
+    inside = offset - epoch * total + step
+    ends = (step != 0) & (inside >= total)
+    closes = ends & (epoch < epochs)
+    at = tl.arange(0, STATS_BLOCK)
+    account = tl.load(stats + at, mask=at < STATS, other=0.0)
+    account += tl.where(at == BATCH_LOSSES, tl.load(stats + LAST_LOSS) * count, 0.0)
+    account += tl.where(at == PENALTIES, tl.load(measured + model * MEASURES + PENALTY) * count, 0.0)
     # all threads have to see the batch that was, before one of them writes the next
     tl.debug_barrier()
     advance_clock(counters, hyper + model * HYPER, rule, due, False)
+    tl.store(history + (model * epochs + epoch) * STATS + at, account, mask=tl.where(closes, at < STATS, False))
+    tl.store(stats + at, tl.where(closes, 0.0, account), mask=(at >= LOSS_SUM) & (at < STATS))
+    if (epochs > 1) & (step != 0):
+        epoch = tl.where(ends, tl.where(epoch + 1 < epochs, epoch + 1, 0), epoch)
+        inside = tl.where(ends, 0, inside)
+        tl.debug_barrier()
+        tl.store(counters + ROW_OFFSET, (epoch * total + inside).to(tl.int64))
+        tl.store(counters + ROW_COUNT, tl.minimum(total - inside, step).to(tl.int64))

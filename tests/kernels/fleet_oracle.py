@@ -1,0 +1,166 @@
+"""The oracle's step of a model of a fleet, its ridge and what it adds to the sums, with the error that each may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from step_bounds import TwoBytes, traced
+from tolerance import U32, assert_within, update_bound
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    BATCH_LOSSES,
+    LAST_LOSS,
+    LEARNING_RATE,
+    NORM_SUM,
+    PENALTIES,
+    ROW_COUNT,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    UPDATE_COUNT,
+    UpdateRule,
+)
+from fusemlp_kernels.philox import dropout_keep
+
+
+class Oracle:
+    """A model's next step through the oracle, from the state that the ``fleet_cases.Fleet`` has now."""
+
+    def __init__(self, fleet: Any, index: int) -> None:
+        self.fleet, self.index, self.model = fleet, index, fleet.models[index]
+        self.before = {name: self._exact(fleet.params, name) for name in fleet.places}
+        self.states = [{name: self._exact(state, name) for name in fleet.places} for state in fleet.states]
+        self.carried = {name: self._exact(fleet.gradients, name) for name in fleet.places}
+        self.counters = np.array(fleet.counters[index])
+        self.stats = np.array(fleet.stats[index])
+
+    def _exact(self, arena: Any, name: str) -> Any:
+        return np.array(self.fleet.tensor(arena[self.index], name), np.float64)
+
+    def check(self) -> None:
+        """The step that has been made is the oracle's, within the bounds of its operations."""
+        fleet, model, shape = self.fleet, self.model, self.fleet.shape
+        offset, count, batch_index = (int(self.counters[at]) for at in (ROW_OFFSET, ROW_COUNT, BATCH_INDEX))
+        rows = np.array(fleet.rows[self.index, offset : offset + count])
+        divided = self._divided()
+        short = TwoBytes(scale=1.0 / divided) if fleet.variant.output_unit else None
+        layers, keeps = [], []
+        for index, name in enumerate(shape.activations):
+            rate = model.rate if index < len(shape.activations) - 1 else 0.0
+            slope = self.before.get(f"s{index}", model.slope if name == "leaky_relu" else 0.0)
+            w = fleet.variant.rounded(self.before[f"w{index}"]).astype(np.float64)
+            layers.append(reference.Layer(w, self.before[f"b{index}"], name, slope, rate))
+            width = shape.sizes[index + 1]
+            keeps.append(dropout_keep(rate, index, model.seed, batch_index, count, width) if rate else None)
+        weight = None if fleet.weight is None else np.array(fleet.weight[rows], np.float64)
+        classes = None if fleet.class_weight is None else np.array(fleet.class_weight, np.float64)
+        batch = reference.Batch(
+            np.array(fleet.x[rows], np.float64), np.array(fleet.target[rows]), weight, classes, keeps
+        )
+        found = traced(layers, model.loss, batch, short=short, products=fleet.variant.products)
+        loss = found.loss / divided
+        assert_within(fleet.stats[self.index, LAST_LOSS], loss, found.loss_bound / divided)
+        names = list(fleet.places)
+        grads = dict(zip(names, [g / divided for layer in found.grads for g in layer], strict=True))
+        errors = dict(zip(names, [e / divided for layer in found.bounds for e in layer], strict=True))
+        self._check_account(batch, count, self._add_ridge(batch, grads, errors))
+        self._check_update(grads, errors, batch_index)
+
+    def _divided(self) -> float:
+        """What the loss is divided by beyond what the oracle divides it by."""
+        ridge, loss = self.model.ridge, self.model.loss
+        if ridge is None or ridge.divisor is None or loss.reduction == "sum":
+            return 1.0
+        return ridge.divisor / (1.0 if loss.kind == "cross_entropy" else self.fleet.shape.sizes[-1])
+
+    def _shares(self, batch: Any) -> float:
+        """The sum of the row weights."""
+        loss = self.model.loss
+        weight = np.ones(len(batch.x)) if batch.weight is None else batch.weight
+        if loss.kind == "cross_entropy" and not loss.soft:
+            classes = np.ones(self.fleet.shape.sizes[-1]) if batch.class_weight is None else batch.class_weight
+            counts = batch.target != loss.ignore_index
+            return float((weight * counts * classes[np.where(counts, batch.target, 0)]).sum())
+        return float(weight.sum())
+
+    def _add_ridge(self, batch: Any, grads: dict[str, Any], errors: dict[str, Any]) -> tuple[float, float]:
+        """Add its gradients; returns the penalty and the error that it may have."""
+        shares = self._shares(batch)
+        pull = 0.0 if self.model.ridge is None or shares == 0.0 else self.model.ridge.strength / shares
+        if pull == 0.0:
+            return 0.0, 0.0
+        squares, longest = 0.0, 0
+        for name in [name for name in grads if name[0] == "w" and name not in self.fleet.shape.frozen]:
+            w = self.before[name]
+            grads[name] = grads[name] + pull * w
+            # the pull, its product with a weight, and the sum are rounded
+            errors[name] = errors[name] + U32 * (2.0 * np.abs(pull * w) + np.abs(grads[name]))
+            squares, longest = squares + float(np.square(w).sum()), max(longest, w.size)
+        # each square and each sum of up to so many is rounded
+        return 0.5 * pull * squares, 0.5 * pull * squares * (longest + 2.0) * U32
+
+    def _check_account(self, batch: Any, count: int, penalty: tuple[float, float]) -> None:
+        """What the batch has added to the sums, which lie in the history where it was the last of an epoch."""
+        fleet, index = self.fleet, self.index
+        total = int(self.counters[ROW_TOTAL])
+        epoch, inside = divmod(int(self.counters[ROW_OFFSET]), total)
+        account = fleet.stats[index]
+        if fleet.history is not None and inside + self.counters[ROW_STEP] >= total:
+            assert not account[LAST_LOSS + 1 :].any()
+            assert fleet.history[index, epoch, LAST_LOSS] == account[LAST_LOSS]
+            account = fleet.history[index, epoch]
+        loss, size = account[LAST_LOSS] * count, 8.0 * 2.0**-53 * np.abs(account)
+        assert_within(account[BATCH_LOSSES], self.stats[BATCH_LOSSES] + loss, size[BATCH_LOSSES])
+        assert_within(
+            account[PENALTIES], self.stats[PENALTIES] + penalty[0] * count, penalty[1] * count + size[PENALTIES]
+        )
+        if self.model.loss.reduction == "mean":
+            shares = self._shares(batch) * self._divided()
+            columns = 1.0 if self.model.loss.kind == "cross_entropy" else fleet.shape.sizes[-1]
+            error = (count + 2.0) * U32 * shares * columns + size[NORM_SUM]
+            assert_within(account[NORM_SUM], self.stats[NORM_SUM] + shares * columns, error)
+
+    def _check_update(self, grads: dict[str, Any], errors: dict[str, Any], batch_index: int) -> None:
+        fleet, rule = self.fleet, self.model.rule
+        names = list(fleet.places)
+        every = rule.accumulate
+        if batch_index % every:
+            grads = {name: g + self.carried[name] for name, g in grads.items()}
+            errors = {name: e + 2.0 * U32 * np.abs(grads[name]) for name, e in errors.items()}
+        trained = [name for name in names if name not in fleet.shape.frozen]
+        if (batch_index + 1) % every:
+            for name in trained:
+                assert_within(fleet.tensor(fleet.gradients[self.index], name), grads[name], errors[name])
+        factor, relative = _clipping(rule, [grads[n] / every for n in trained], [errors[n] / every for n in trained])
+        updates = int(self.counters[UPDATE_COUNT])
+        rate = reference.learning_rate(rule.schedule, updates)
+        for name in names:
+            now = fleet.tensor(fleet.params[self.index], name)
+            if name not in trained or (batch_index + 1) % every:
+                np.testing.assert_array_equal(now, self.before[name].astype(now.dtype))
+                continue
+            g = factor * grads[name] / every
+            error = (factor * errors[name] / every + np.abs(g) * (relative + 3.0 * U32)) * (1.0 + relative)
+            args = rule, fleet.tensor_rule(self.model, name), self.before[name], g
+            own = tuple(state[name] for state in self.states)
+            new, new_states = reference.update(*args, own, updates, rate)
+            limit, state_limits = update_bound(*args, own, updates, rate, error)
+            assert_within(now, new, limit)
+            for arena, wanted, allowed in zip(fleet.states, new_states, state_limits, strict=True):
+                assert_within(fleet.tensor(arena[self.index], name), wanted, allowed)
+        following = hyper_at(rule, int(fleet.counters[self.index, UPDATE_COUNT]))
+        assert_within(fleet.hyper[self.index, LEARNING_RATE], following[LEARNING_RATE], 1e-12 * rule.schedule.base)
+
+
+def _clipping(rule: UpdateRule, grads: list[Any], errors: list[Any]) -> tuple[float, float]:
+    """The factor, and its relative error."""
+    if rule.clip_norm is None:
+        return 1.0, 0.0
+    norm = np.sqrt(sum(np.square(g).sum() for g in grads))
+    off = np.sqrt(sum(np.square(e).sum() for e in errors)) + U32 * norm * 8.0
+    relative = off / max(norm - off, 1e-30) if norm + off > rule.clip_norm else 0.0
+    return reference.clip_factor(grads, rule.clip_norm), relative + 4.0 * U32
