@@ -21,6 +21,8 @@ SCALED = "test_loss_scale.py::test_scaled_gradients_give_the_update_of_the_unsca
 OVERFLOW = "test_loss_scale.py::test_a_batch_that_overflowed_changes_nothing_but_the_scale"
 GROWTH = "test_loss_scale.py::test_the_scale_doubles_after_enough_updates"
 FLEET = "test_train_fleet.py::test_steps_of_each_model_are_the_oracles"
+RIDGES = "test_fleet_epochs.py::test_steps_with_ridges_and_divisors_are_the_oracles"
+EPOCHS = "test_fleet_epochs.py::test_steps_through_three_epochs_are_the_oracles_and_each_has_its_account"
 RACES = "test_train_fleet.py::test_between_two_barriers_nobody_reads_what_another_writes"
 NAN_LAYER = "test_nan.py::test_nan_goes_through_a_layer_and_its_derivative"
 
@@ -407,6 +409,25 @@ MUTATIONS = (
             "tl.store(slopes + index + 1, below)",
             FLEET,
         ),
+        ("divisor forgotten", "found * tl.load(row + RATIO)", "found", RIDGES),
+        (
+            "penalty of frozen weights",
+            "tl.where(number(row, W_TASK) >= 0,",
+            "tl.where(number(row, W_TASK) >= -1,",
+            RIDGES,
+        ),
+        (
+            "ridge of a batch that weighs nothing",
+            "exists = (found < 0.0) | (found > 0.0)",
+            "exists = found == found",
+            "test_fleet_epochs.py::test_a_batch_that_weighs_nothing_has_no_penalty",
+        ),
+        (
+            "ridge that is NaN gets into the padding",
+            "exists = (found < 0.0) | (found > 0.0)",
+            "exists = found != 0.0",
+            "test_fleet_epochs.py::test_a_weight_that_is_nan_reaches_its_model_and_no_padding",
+        ),
     ),
     *_bugs(
         "resident_update.py",
@@ -416,6 +437,22 @@ MUTATIONS = (
             "    advance_clock(",
             RACES,
         ),
+        (
+            "next rows put right while they are written",
+            "        tl.debug_barrier()\n        tl.store(counters + ROW_OFFSET,",
+            "        tl.store(counters + ROW_OFFSET,",
+            RACES,
+        ),
+        ("accounts of the first model", "(model * epochs + epoch) * STATS", "epoch * STATS", EPOCHS),
+        ("sums go on behind an epoch", "tl.where(closes, 0.0, account)", "account", EPOCHS),
+        ("an epoch behind the last", "tl.where(epoch + 1 < epochs, epoch + 1, 0)", "epoch + 1", EPOCHS),
+        (
+            "ridge of biases",
+            "g, start + at, mask, 0.0, weights, params, grads,",
+            "g, start + at, mask, pull, weights, params, grads,",
+            RIDGES,
+        ),
+        ("ridge lost where gradients are stored", "g += pull.to(tl.float32) * tl", "g += 0.0 * tl", RIDGES),
         (
             "padding of weights not kept from NaN",
             "g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)",

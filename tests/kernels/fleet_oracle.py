@@ -1,4 +1,4 @@
-"""The oracle's step of a model of a fleet, its ridge and what it adds to the sums, with the error that each may have."""
+"""The oracle's step of a model of a fleet, its ridge and what it adds to sums, with the errors that these may have."""
 
 from __future__ import annotations
 

@@ -148,3 +148,14 @@ def test_ridges_and_accounts_of_another_number_are_refused(variant):
         variant.bind("train_fleet", **{**given, "ridges": [Ridge()]})
     with pytest.raises(ArgumentError, match="history: expected shape"):
         variant.bind("train_fleet", **{**given, "history": fleet.history[:1]})
+
+
+@pytest.mark.parametrize("variant", TRITON)
+@pytest.mark.parametrize("number", [1, 5])
+def test_a_weight_that_is_nan_reaches_its_model_and_no_padding(variant, number):
+    shape, model = case(number)
+    fleet = Fleet(variant, shape, [replace(model, ridge=Ridge(0.3))])
+    fleet.weight[fleet.rows[0, 0]] = np.nan
+    fleet.run([2])
+    assert np.isnan(fleet.stats[0, LAST_LOSS]) and np.isnan(fleet.tensor(fleet.params[0], "w0")).all()
+    fleet.check_gaps()

@@ -40,7 +40,7 @@ SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(2)
 # An entry of the list of models that train in this launch, int64: which, how many steps, and how many epochs there are
 # accounts of.
 LIVE_FIELDS = ("model", "steps", "epochs")
-MODEL, STEPS, EPOCHS = (tl.constexpr(place) for place in range(len(LIVE_FIELDS)))
+_, STEPS, EPOCHS = (tl.constexpr(place) for place in range(len(LIVE_FIELDS)))
 LIVE_COLUMNS: tl.constexpr = tl.constexpr(len(LIVE_FIELDS))
 RULE_COLUMNS: tl.constexpr = tl.constexpr(len(RULE_FIELDS))
 SETTING_COLUMNS: tl.constexpr = tl.constexpr(len(SETTING_FIELDS))
