@@ -11,8 +11,9 @@ import numpy as np
 
 from fusemlp.engine import Engine
 from fusemlp.history import History
+from fusemlp.validation import as_count
 from fusemlp.waves import Kept
-from fusemlp_kernels.errors import ArgumentError, DivergenceError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
 
 Array = np.ndarray[Any, Any]
 
@@ -43,6 +44,14 @@ class Member:
         """The engine; made anew with each call where only the parameters were kept."""
         return self.held.engine() if isinstance(self.held, Kept) else self.held
 
+    def __repr__(self) -> str:
+        # the engine and every epoch's figures are what ``engine`` and ``history`` are for
+        scores = ", ".join(f"{name}={value:.5g}" for name, value in self.scores.items())
+        return (
+            f"Member({self.index}: {self.parameters}, {self.status}, epochs={len(self.history.epochs)}"
+            f"{', ' if scores else ''}{scores})"
+        )
+
 
 def scores_of(history: History, *, restored: bool) -> dict[str, float]:
     """The figures of the epoch whose weights the engine has."""
@@ -58,8 +67,16 @@ class FleetResults:
 
     members: tuple[Member, ...]
 
+    def __repr__(self) -> str:
+        statuses = [member.status for member in self.members]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses)))
+        best = "" if set(statuses) <= {"diverged"} else f"; best: {self.best()!r}"
+        return f"FleetResults({counts}{best})"
+
     def engine(self, index: int) -> Engine:
         """The engine of a model; after a training in waves a new one each time, whose optimizer begins anew."""
+        if isinstance(index, bool) or not isinstance(index, int | np.integer):
+            raise ArgumentTypeError(f"index: expected the number of a model, got {index!r}")
         if not -len(self.members) <= index < len(self.members):
             raise ArgumentError(f"index: expected 0 to {len(self.members) - 1}, got {index}")
         return self.members[index].engine
@@ -110,11 +127,14 @@ class FleetResults:
         ]
 
     def table(self, metric: str | None = None, *, limit: int | None = None) -> str:
-        """``records`` as aligned text, at most ``limit`` rows."""
+        """``records`` as aligned text, at most ``limit`` rows; a parameter that a model was not given is a dash."""
+        if limit is not None:
+            as_count("limit", limit, minimum=0)
         records = self.records(metric)
-        columns = list(dict.fromkeys(name for record in records for name in record))
-        # what came of a model stands behind what it was
-        columns.sort(key=lambda name: name in ("epochs", "status"))
+        # what came of a model stands behind what it was, and models of a list need not all have the same parameters
+        parameters = dict.fromkeys(name for member in self.members for name in member.parameters)
+        scores = dict.fromkeys(name for member in self.ranked(metric) for name in member.scores)
+        columns = ["model", *parameters, *scores, "epochs", "status"]
         rows = [columns, *([_shown(record.get(name)) for name in columns] for record in records[:limit])]
         widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -198,6 +198,8 @@ class Fleet:
             if callback is not None:
                 callback(members[index])
 
+        # if this is cut off, what is known of an earlier training is no longer so
+        self.results = None
         while len(members) < len(self):
             engines = self._wave(len(members), most)
             groups = self._grouped(engines)
@@ -280,7 +282,7 @@ class Fleet:
         left.
         """
         if self.results is None:
-            raise ArgumentError("predict: the models are not trained yet; call fit first")
+            raise ArgumentError("predict: the models are not trained, or not to the end; call fit first")
         left = [member for member in self.results.members if member.status != "diverged"]
         if not left:
             raise DivergenceError(f"loss: all {len(self)} models diverged")
