@@ -20,6 +20,21 @@ OF_LOSS = ("label_smoothing",)
 OF_NETWORK = ("dropout", "hidden")
 OF_ENGINE = ("seed", "batch_size")
 NAMES = (*OF_OPTIMIZER, *OF_NETWORK, *OF_LOSS, *OF_ENGINE)
+# What other libraries call them, where the spelling does not lead to the name.
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "learning_rate_init": "lr",
+    "alpha": "weight_decay",
+    "l2": "weight_decay",
+    "hidden_layer_sizes": "hidden",
+    "sizes": "hidden",
+    "layers": "hidden",
+    "beta1": "betas",
+    "beta2": "betas",
+    "beta_1": "betas",
+    "beta_2": "betas",
+    "random_state": "seed",
+}
 
 Vary = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 
@@ -45,7 +60,8 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
         _check_names("vary", vary)
         columns = []
         for name, values in vary.items():
-            if isinstance(values, str) or not isinstance(values, Iterable):
+            # an array without a dimension says that it can be iterated over
+            if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
                 raise ArgumentTypeError(
                     f"vary[{name!r}]: expected a sequence of values, got {values!r}; give [{values!r}]"
                 )
@@ -71,10 +87,20 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
     return found
 
 
+def check_name(argument: str, name: str) -> None:
+    """Raises ArgumentError for what models cannot differ in; it says which name was meant."""
+    if name in NAMES:
+        return
+    if name in ELSEWHERE:
+        raise ArgumentError(
+            f"{argument}: unknown name {name!r}; did you mean {ELSEWHERE[name]!r}? Expected one of: {', '.join(NAMES)}"
+        )
+    raise unknown_name(argument, name, NAMES)
+
+
 def _check_names(argument: str, given: Mapping[str, Any]) -> None:
     for name in given:
-        if name not in NAMES:
-            raise unknown_name(argument, name, NAMES)
+        check_name(argument, name)
 
 
 def candidate(base: Candidate, parameters: Mapping[str, Any], where: str) -> Candidate:

@@ -210,7 +210,9 @@ def test_an_ensemble_of_regressors_and_of_labels() -> None:
 @pytest.mark.parametrize(
     ("vary", "options", "error", "message"),
     [
-        ({"learning_rate": [1]}, {}, ArgumentError, r"^vary: unknown name 'learning_rate'"),
+        ({"learning_rate": [1]}, {}, ArgumentError, r"^vary: unknown name 'learning_rate'; did you mean 'lr'\?"),
+        ([{"alpha": 1}], {}, ArgumentError, r"^vary\[0\]: unknown name 'alpha'; did you mean 'weight_decay'\?"),
+        ({"lr": np.array(0.1)}, {}, ArgumentTypeError, r"^vary\['lr'\]: expected a sequence of values"),
         ({"momentun": [1]}, {}, ArgumentError, r"^vary: .*did you mean 'momentum'\?"),
         ([{"sed": 1}], {}, ArgumentError, r"^vary\[0\]: .*did you mean 'seed'\?"),
         ({}, {}, ArgumentError, r"^vary: it is empty"),
@@ -265,7 +267,7 @@ def test_bad_data_changes_nothing(data: Any, error: type[Exception], message: st
     with pytest.raises(error, match=message):
         made.fit(**{"X": X, "y": y, "epochs": 2, **data})
     assert all(engine.update_count == 0 for engine in made.engines)
-    with pytest.raises(ArgumentError, match=r"^predict: the models are not trained yet"):
+    with pytest.raises(ArgumentError, match=r"^predict: the models are not trained, or not to the end"):
         made.predict(X)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.candidates import NAMES
+from fusemlp.candidates import check_name
 from fusemlp.validation import as_count
-from fusemlp_kernels.errors import ArgumentError, unknown_name
+from fusemlp_kernels.errors import ArgumentError
 
 # Of whole numbers, and what the least of them is.
 WHOLE = {"hidden": 1, "batch_size": 1, "seed": 0}
@@ -86,8 +86,7 @@ def _axis(words: str) -> Axis:
     name = name.replace("-", "_")
     if not equals or not name:
         raise ArgumentError(f"vary: expected NAME=VALUES, such as {FORMS}, got {words!r}")
-    if name not in NAMES:
-        raise unknown_name("vary", name, NAMES)
+    check_name("vary", name)
     if ":" in text:
         return _range(name, text)
     parts = [part.strip() for part in text.split(",")]
