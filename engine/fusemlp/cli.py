@@ -331,3 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except FusemlpError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(exit_code(error))
+        except MemoryError as error:
+            print(
+                f"error: there is not enough memory: {error}; narrower layers or smaller batches need less",
+                file=sys.stderr,
+            )
+            sys.exit(1)

@@ -88,6 +88,11 @@ class Fleet:
         return len(self.candidates)
 
     @property
+    def first(self) -> Engine:
+        """An engine of the first model, for which no other is built; in waves a new one."""
+        return self._built[0] if self._built else self._found.engine(self.candidates[0])
+
+    @property
     def engines(self) -> tuple[Engine, ...]:
         """The engine of each model. Raises ArgumentError where they were trained in waves: see ``results.engine``."""
         if self._in_waves:

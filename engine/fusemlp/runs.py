@@ -48,10 +48,10 @@ class Run:
         return self.path / "checkpoints" / f"{name}.safetensors"
 
 
-def choose_folder(out: str | None, data: str, now: datetime) -> Path:
+def choose_folder(out: str | None, data: str, now: datetime, *, resumes: bool = True) -> Path:
     """The folder of a new run, checked but not made: ``out``, or one under ``runs/`` with the data's name and the time.
 
-    Raises ArgumentError if ``out`` is a file or holds anything.
+    Raises ArgumentError if ``out`` is a file or holds anything; ``resumes``: whether the command could go on with it.
     """
     if out is None:
         stem = f"{Path(data).stem or 'data'}-{now:%Y%m%d-%H%M%S}"
@@ -67,9 +67,8 @@ def choose_folder(out: str | None, data: str, now: datetime) -> Path:
         raise ArgumentError(f"out: the folder {out!r} cannot be read ({error.strerror})") from error
     if taken:
         what = "is not empty" if path.is_dir() else "is a file"
-        raise ArgumentError(
-            f"out: {out!r} {what}; give a new or empty folder, or go on with the run in it: --resume {out}"
-        )
+        instead = f", or go on with the run in it: --resume {out}" if resumes and path.is_dir() else ""
+        raise ArgumentError(f"out: {out!r} {what}; give a new or empty folder{instead}")
     return path
 
 

@@ -278,8 +278,9 @@ WRONG = {
     "given too": (["--vary", "lr=1,2", "--lr", "1"], "--lr: it is what the models differ in (--vary lr)"),
     "seed too": (["--vary", "seed=0:2", "--seed", "1"], "give one; --split-seed decides the rows"),
     "beta too": (["--vary", "betas=0.9x0.9", "--beta2", "0.5"], "--beta2: it is what the models differ in"),
-    "momentum of adam": (["--vary", "momentum=0.5,0.9"], "--vary: momentum: only sgd have it"),
+    "momentum of adam": (["--vary", "momentum=0.5,0.9"], "--vary: momentum: only sgd has it"),
     "dropout": (["--vary", "dropout=0,1.5"], "dropout: expected"),
+    "later smoothing": (["--vary", "label_smoothing=0.1,1.5"], "--vary: label_smoothing: expected"),
     "smoothing of mse": (["--loss", "mse", "--vary", "label_smoothing=0,0.1"], "label_smoothing: only"),
     "metric": (["--vary", "seed=0:2", "--metric", "acc"], "--metric: unknown name 'acc'; did you mean 'accuracy'?"),
     "jobs": (["--vary", "seed=0:2", "--jobs", "0"], "--jobs: expected a whole number of at least 1, got 0"),
@@ -308,8 +309,10 @@ def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(
 
 def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert run("sweep", "iris", "--vary", "seed=0:2", "--out", tmp_path) == 2
-    assert "is not empty; give a new or empty folder" in capsys.readouterr().err
+    for out, words in ((tmp_path, "is not empty"), (tmp_path / "file", "is a file")):
+        assert run("sweep", "iris", "--vary", "seed=0:2", "--out", out) == 2
+        # a sweep has no --resume
+        assert capsys.readouterr().err.endswith(f"{words}; give a new or empty folder\n")
 
 
 def test_help_has_the_syntax_and_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,8 @@ def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimi
         raise unknown_name("optimizer", name, OPTIMIZERS)
     for option, owners in _ONLY_FOR_OPTIMIZER.items():
         if getattr(options, option) not in (None, False) and name not in owners:
-            raise ArgumentError(f"{option}: only {' and '.join(owners)} have it, and the optimizer is {name}")
+            have = "has" if len(owners) == 1 else "have"
+            raise ArgumentError(f"{option}: only {' and '.join(owners)} {have} it, and the optimizer is {name}")
     given: dict[str, Any] = {
         "clip_norm": options.clip_norm,
         "accumulate": options.accumulate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def counts(members: Collection[Member], total: int) -> str:
         if number:
             parts.append(f"{number} {words}")
     of = f"{len(members)} of {total}" if len(members) < total else f"{total}"
-    return f"{of} models: {', '.join(parts) or 'none has ended yet'}"
+    return f"{of} model{'' if total == 1 else 's'}: {', '.join(parts) or 'none has ended yet'}"
 
 
 @contextmanager
@@ -80,10 +80,27 @@ def standings(points: Sequence[Point], metric: str, *, quiet: bool) -> Iterator[
 
         def draw(members: Collection[Member]) -> None:
             title = f"{counts(members, len(points))}; {time.perf_counter() - began:.0f} s"
-            live.update(_drawn(table(members, points, metric, limit=BEST), title), refresh=True)
+            rows = table(members, points, metric, limit=BEST)
+            shown = _drawn(rows, title)
+            # measured where there is room for everything
+            roomy = live.console.options.update(width=10_000)
+            for name in _dispensable(rows[0], points[0], metric):
+                if live.console.measure(shown, options=roomy).maximum <= live.console.width:
+                    break
+                at = rows[0].index(name)
+                rows = [row[:at] + row[at + 1 :] for row in rows]
+                shown = _drawn(rows, title)
+            live.update(shown, refresh=True)
 
         draw([])
         yield lambda members: seldom.do(lambda: draw(members))
+
+
+def _dispensable(header: Sequence[str], parameters: Iterable[str], metric: str) -> list[str]:
+    """The columns without which the others say enough, in the order in which a narrow terminal loses them."""
+    kept = {*parameters, metric}
+    scores = [name for name in header if name not in {*kept, "model", "epochs", "status"}]
+    return [*reversed(scores), "status", "epochs", "model"]
 
 
 def _drawn(rows: Sequence[Sequence[str]], title: str) -> Table:

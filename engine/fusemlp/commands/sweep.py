@@ -63,7 +63,7 @@ def sweep(options: SweepOptions) -> None:
     started = datetime.now()
     if options.data is None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}")
-    folder = choose_folder(options.out, options.data, started)
+    folder = choose_folder(options.out, options.data, started, resumes=False)
     plan = planned(options)
     run = create_run(folder)
     if not options.quiet:
@@ -116,18 +116,19 @@ def planned(options: SweepOptions) -> Plan:
     if options.drop_last and most > rows:
         raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
     metric = _metric(options, prepared)
-    fleet = Fleet(
-        prepared.network,
-        prepared.loss,
-        optimizer,
-        trained_by[0].batch_size,
-        trained_by[0].seed,
-        vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
-        backend=options.backend,
-        device=options.device,
-        precision=options.precision,
-        plan=options.plan,
-    )
+    with _named_as_varied(axes):
+        fleet = Fleet(
+            prepared.network,
+            prepared.loss,
+            optimizer,
+            trained_by[0].batch_size,
+            trained_by[0].seed,
+            vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
+            backend=options.backend,
+            device=options.device,
+            precision=options.precision,
+            plan=options.plan,
+        )
     return Plan(options, axes, points, trained_by, prepared, fleet, epochs, metric)
 
 
@@ -157,8 +158,12 @@ def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
         yield
     except (ArgumentError, ArgumentTypeError) as error:
         options = {option for axis in axes for option in OPTIONS.get(axis.name, (axis.name,))}
-        if str(error).partition(":")[0] in options:
+        name, _, rest = str(error).partition(": ")
+        if name in options:
             raise type(error)(f"vary: {error}") from None
+        if name.startswith("vary, model "):
+            # the numbers of the models are not known before they are trained
+            raise type(error)(f"vary: {rest}") from None
         raise
 
 
@@ -175,14 +180,17 @@ def _metric(options: SweepOptions, prepared: Prepared) -> str:
 
 def describe(plan: Plan) -> str:
     """Two lines on what is trained, on what."""
-    engine = plan.fleet.engines[0]
+    engine = plan.fleet.first
+    if engine.backend != "numpy":
+        # models that train in one launch know their plan when all of them are there; on a CPU there may be no room
+        engine = plan.fleet.engines[0]
     total = len(plan.points)
     product = " x ".join(f"{len(axis)} {axis.name}" for axis in plan.axes)
     sampled = "a sample of " if plan.options.sample is not None else ""
     return (
         f"{describe_data(plan.prepared)}\n"
-        f"{total} models, {sampled}{product}; {plan.epochs} epochs; {engine.loss.kind}; {engine.optimizer.kind}; "
-        f"{engine.backend} {engine.precision}, plan {engine.plan}"
+        f"{total} model{'' if total == 1 else 's'}, {sampled}{product}; {plan.epochs} epochs; {engine.loss.kind}; "
+        f"{engine.optimizer.kind}; {engine.backend} {engine.precision}, plan {engine.plan}"
     )
 
 

@@ -91,7 +91,7 @@ def checked_epochs(options: FitOptions) -> int:
     if options.early_stopping is not None:
         as_count("early_stopping", options.early_stopping)
         if options.validation_fraction == 0:
-            raise ArgumentError("early_stopping: it watches the validation loss, and validation_fraction is 0")
+            raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
     return epochs
 
 

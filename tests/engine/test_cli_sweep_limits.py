@@ -1,0 +1,72 @@
+"""``fusemlp sweep`` where room is scarce: on the terminal and in memory."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusemlp import Engine, cli, waves
+from fusemlp.commands import standings
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of ``fusemlp`` with these arguments."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_a_narrow_terminal_has_fewer_columns_and_whole_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(standings.Seldom, "do", lambda self, action: action())
+    options = ["--vary", "lr=0.0123456:0.1:log:2", "--vary", "hidden=8,8x8x8", "--vary", "seed=19,20"]
+    assert run("sweep", "iris", *options, "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run") == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "8 models: 8 trained; " in shown and "…" not in shown
+    last = [line.split() for line in shown[shown.rindex("8 models: 8 trained") :].splitlines() if line.strip()]
+    header = next(words for words in last if "val_loss" in words)
+    assert header == ["model", "lr", "hidden", "seed", "val_loss", "epochs"]
+
+
+def test_a_sweep_larger_than_memory_is_never_built_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # of half of it 300 models of 35 parameters keep 1.9 MB when they have ended, and 40 engines of 21.5 kB find room
+    monkeypatch.setattr(waves, "available_memory", lambda: 5_500_000)
+    alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+    most = 0
+    build = waves.Machine.engine
+
+    def built(self: waves.Machine, one: Any) -> Engine:
+        nonlocal most
+        engine = build(self, one)
+        alive.add(engine)
+        most = max(most, len(alive))
+        return engine
+
+    monkeypatch.setattr(waves.Machine, "engine", built)
+    options = ["--vary", "seed=0:300", "--hidden", "4", "--epochs", "1", "--out", tmp_path / "run"]
+    assert run("sweep", "iris", *options) == 0
+    assert "trained in waves" in caplog.text
+    with (tmp_path / "run" / "results.csv").open(newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == 300
+    # one wave beside the engines of the model before it and of the best
+    assert most < 50
+
+
+def test_layers_larger_than_memory_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sweep", "iris", "--vary", f"hidden={10**14}", "--out", tmp_path / "run") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: there is not enough memory: ") and shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
