@@ -98,9 +98,9 @@ def standings(points: Sequence[Point], metric: str, *, quiet: bool) -> Iterator[
 
 def _dispensable(header: Sequence[str], parameters: Iterable[str], metric: str) -> list[str]:
     """The columns without which the others say enough, in the order in which a narrow terminal loses them."""
-    kept = {*parameters, metric}
-    scores = [name for name in header if name not in {*kept, "model", "epochs", "status"}]
-    return [*reversed(scores), "status", "epochs", "model"]
+    scores = [name for name in header if name not in {*parameters, metric, "model", "epochs", "status"}]
+    of_training = [name for name in scores if not name.startswith("val_")]
+    return [*of_training, "status", *(name for name in scores if name not in of_training), "epochs", "model"]
 
 
 def _drawn(rows: Sequence[Sequence[str]], title: str) -> Table:
