@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 from collections import OrderedDict
@@ -18,7 +19,8 @@ LIMIT = 1 << 30
 class SharedFits:
     """A pipeline's ``memory`` that keeps fitted steps and their transformed rows in this process, for all threads.
 
-    Two calls are the same where the step, its parameters, the rows and the targets are.
+    Two calls are the same where the step, its parameters, the rows and the targets are. They have the fitted step in
+    common, and rows of their own, which a later step may change in place, as those with ``copy=False`` do.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -50,17 +52,19 @@ class SharedFits:
             else:
                 mine = self._results[key] = Future()
         if future is not None:
-            return future.result()
+            rows, step = future.result()
+            return copy.deepcopy(rows), step
         try:
-            result = compute()
+            rows, step = compute()
+            kept = copy.deepcopy(rows)
         except BaseException as error:
             with self._lock:
                 self._results.pop(key, None)
             mine.set_exception(error)
             raise
-        mine.set_result(result)
-        self._keep(key, _bytes(result))
-        return result
+        mine.set_result((kept, step))
+        self._keep(key, _bytes(kept))
+        return rows, step
 
     def _keep(self, key: str, size: int) -> None:
         with self._lock:
@@ -78,9 +82,8 @@ class SharedFits:
         return "SharedFits()"
 
 
-def _bytes(result: Any) -> int:
-    """The size of the transformed rows in (rows, step), dense, sparse or a table."""
-    rows = result[0]
+def _bytes(rows: Any) -> int:
+    """The size of transformed rows, dense, sparse or a table."""
     if hasattr(rows, "memory_usage"):
         return int(rows.memory_usage().sum())
     # a sparse matrix has its numbers in an array
