@@ -133,6 +133,7 @@ def _network(net: MLP, parameters: Mapping[str, Any]) -> MLP:
     hidden = parameters.get("hidden", net.sizes[1:-1])
     if isinstance(hidden, str) or not isinstance(hidden, Iterable):
         hidden = (hidden,)
+    hidden = tuple(as_count("hidden", width, minimum=1) for width in hidden)
     sizes = [net.sizes[0], *hidden, net.sizes[-1]]
     return MLP(
         sizes,

@@ -212,6 +212,7 @@ def test_an_ensemble_of_regressors_and_of_labels() -> None:
     [
         ({"learning_rate": [1]}, {}, ArgumentError, r"^vary: unknown name 'learning_rate'; did you mean 'lr'\?"),
         ([{"alpha": 1}], {}, ArgumentError, r"^vary\[0\]: unknown name 'alpha'; did you mean 'weight_decay'\?"),
+        ({"hidden": [8, (8, 0)]}, {}, ArgumentError, r"^vary, model 1: hidden: expected a whole number of at least 1"),
         ({"lr": np.array(0.1)}, {}, ArgumentTypeError, r"^vary\['lr'\]: expected a sequence of values"),
         ({"momentun": [1]}, {}, ArgumentError, r"^vary: .*did you mean 'momentum'\?"),
         ([{"sed": 1}], {}, ArgumentError, r"^vary\[0\]: .*did you mean 'seed'\?"),
@@ -226,8 +227,8 @@ def test_an_ensemble_of_regressors_and_of_labels() -> None:
         ({"lr": ["0.1"]}, {}, ArgumentTypeError, r"^vary, model 0: lr"),
         ({"momentum": [0.9]}, {}, ArgumentError, r"^vary, model 0: momentum: Adam has no such setting"),
         ({"label_smoothing": [0.1]}, {"loss": "mse"}, ArgumentError, r"label_smoothing: MSE has no such setting"),
-        ({"hidden": [0]}, {}, ArgumentError, r"^vary, model 0: sizes\[1\]"),
-        ({"hidden": ["8"]}, {}, ArgumentTypeError, r"^vary, model 0: sizes\[1\]"),
+        ({"hidden": [0]}, {}, ArgumentError, r"^vary, model 0: hidden: expected a whole number"),
+        ({"hidden": ["8"]}, {}, ArgumentTypeError, r"^vary, model 0: hidden: expected a whole number"),
         ({"batch_size": [0]}, {}, ArgumentError, r"^vary, model 0: batch_size"),
         ({"seed": [-1]}, {}, ArgumentError, r"^vary, model 0: seed"),
         (
