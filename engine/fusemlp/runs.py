@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -80,6 +81,14 @@ def create_run(path: Path) -> Run:
     except OSError as error:
         raise ArgumentError(f"out: the folder {str(path)!r} cannot be made ({error.strerror})") from error
     return run
+
+
+def discard_if_empty(run: Run, *, itself: bool) -> None:
+    """Take away what ``create_run`` made, if nothing was written into it; ``itself``: the run's own folder too."""
+    with suppress(OSError):
+        run.checkpoint("last").parent.rmdir()
+        if itself:
+            run.path.rmdir()
 
 
 def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:

@@ -196,8 +196,12 @@ def test_ctrl_c_before_a_model_has_ended(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fusemlp.fleet.Fleet.fit", interrupted)
-    assert run("sweep", "iris", "--vary", "seed=0:3", "--out", tmp_path / "a") == 130
-    assert "interrupted before a model had ended: nothing is kept" in capsys.readouterr().err
+    (tmp_path / "b").mkdir()
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert run("sweep", "iris", "--vary", "seed=0:3", "--out", out) == 130
+        assert "interrupted before a model had ended: nothing is kept" in capsys.readouterr().err
+    # so that the same call can follow; a folder that was there stays
+    assert [path.name for path in tmp_path.rglob("*")] == ["b"]
 
 
 def test_the_best_so_far_on_a_terminal(

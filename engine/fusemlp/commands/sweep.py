@@ -27,7 +27,7 @@ from fusemlp.ensemble import RISING, FleetResults, Member
 from fusemlp.fleet import Fleet
 from fusemlp.plots import HINT, Varied, can_plot, picture, scores_figure
 from fusemlp.reports import aligned, headline
-from fusemlp.runs import Run, append_metrics, choose_folder, create_run, write_json
+from fusemlp.runs import Run, append_metrics, choose_folder, create_run, discard_if_empty, write_json
 from fusemlp.validation import as_count
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
@@ -65,11 +65,17 @@ def sweep(options: SweepOptions) -> None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}")
     folder = choose_folder(options.out, options.data, started, resumes=False)
     plan = planned(options)
+    was_there = folder.exists()
     run = create_run(folder)
     if not options.quiet:
         print(describe(plan), file=sys.stderr)
     began = time.perf_counter()
-    members, interrupted = trained(plan, run)
+    try:
+        members, interrupted = trained(plan, run)
+    except BaseException:
+        # the same call again must not find its folder taken by nothing
+        discard_if_empty(run, itself=not was_there)
+        raise
     seconds = time.perf_counter() - began
     write_results(plan, run, members)
     results = FleetResults(tuple(members))
