@@ -298,10 +298,15 @@ def _curves(
 
 
 def _scale_loss(axes: Axes, values: Sequence[float], span: float = LOG_SPAN) -> None:
-    """A logarithmic axis where the losses span more than a factor."""
+    """A logarithmic axis where the losses span more than a factor; a loss of 0 lies below all others, on its edge."""
     finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0.0 and max(finite) / min(finite) > span:
+    positive = [value for value in finite if value > 0.0]
+    if not positive or min(finite) < 0.0 or max(positive) / min(positive) <= span:
+        return
+    if len(positive) == len(finite):
         axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=min(positive))
 
 
 def _finish_axes(axes: Axes, epochs: int) -> None:

@@ -167,3 +167,13 @@ def test_whether_matplotlib_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plots.can_plot()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not plots.can_plot()
+
+
+@pytest.mark.parametrize(
+    ("scores", "scale"),
+    [([0.1, 0.2, 0.3], "linear"), ([0.1, 2e3, 1.0], "log"), ([0.0, 2e3, 0.1], "symlog"), ([-1.0, 2e3, 0.1], "linear")],
+)
+def test_losses_over_many_decades_can_be_told_apart(scores: list[float], scale: str) -> None:
+    figure = plots.scores_figure([plots.Varied("lr", [1.0, 2.0, 3.0])], scores, metric="val_loss", best=0, title="")
+    assert figure.axes[0].get_yscale() == scale
+    plots.picture(figure, "png")
