@@ -1,4 +1,4 @@
-"""``fusemlp sweep`` where room is scarce: on the terminal and in memory."""
+"""``fusemlp sweep`` where something is scarce: room on the terminal, memory, rows."""
 
 from __future__ import annotations
 
@@ -70,3 +70,15 @@ def test_layers_larger_than_memory_are_one_line(tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().err
     assert shown.startswith("error: there is not enough memory: ") and shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(4, "error: test rows: 0.2 of 4 rows leaves"), (12, "error: --validation-fraction: 0.1 of 9 rows leaves")],
+)
+def test_tables_of_a_few_rows(rows: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{index},{'xy'[index % 2]}" for index in range(rows)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["a,label", *lines]) + "\n")
+    assert run("sweep", table, "--target", "label", "--vary", "lr=0.1,0.2", "--out", tmp_path / "run") == 1
+    assert words in capsys.readouterr().err

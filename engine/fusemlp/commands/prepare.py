@@ -15,7 +15,7 @@ from fusemlp.losses import Loss
 from fusemlp.network import MLP
 from fusemlp.preprocessing import SCALES, Preprocessor, split
 from fusemlp.validation import Array, as_count, as_number
-from fusemlp_kernels.errors import unknown_name
+from fusemlp_kernels.errors import DataError, unknown_name
 
 TEST_FRACTION = 0.2
 
@@ -82,6 +82,14 @@ def class_codes(preprocessor: Preprocessor, labels: Array) -> Array:
     return codes
 
 
+def _held_out(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
+    """``split``, whose error says for what the rows would be held out."""
+    try:
+        return split(y, **options)
+    except DataError as error:
+        raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
+
+
 def prepare(options: ModelOptions) -> Prepared:
     """Load the data of the options and make everything of it that a training needs; the same for the same options.
 
@@ -99,14 +107,15 @@ def prepare(options: ModelOptions) -> Prepared:
     classify = dataset.task == "classification"
     # Which rows are held out depends on the whole data set and this seed alone.
     if dataset.test is None:
-        rest, held_out = split(dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
+        rest, held_out = _held_out("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
         test_features, test_labels = dataset.X[held_out], dataset.y[held_out]
     else:
         rest = np.arange(len(dataset.y), dtype=np.int64)
         test_features, test_labels = dataset.test
     training, validation = rest, rest[:0]
     if options.validation_fraction > 0:
-        kept, chosen = split(dataset.y[rest], fraction=options.validation_fraction, seed=seed, stratify=classify)
+        share = options.validation_fraction
+        kept, chosen = _held_out("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
         training, validation = rest[kept], rest[chosen]
 
     classes = len(_classes(dataset)) if classify else 0
