@@ -127,6 +127,8 @@ def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run("sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a") == 0
     best = json.loads(capsys.readouterr().out)["best"]
     table = rows(tmp_path / "a/results.csv")
+    # numbers stay numbers in JSON, and models are in the order of the seeds
+    assert best["parameters"] == {"seed": best["model"]}
     most = max(row["val_accuracy"] for row in table)
     # of equals the one with the least loss
     assert best["model"] == int(

@@ -312,7 +312,7 @@ def best_config(
 
 def show(plan: Plan, run: Run, best: Member, report: dict[str, Any], config: dict[str, Any]) -> None:
     """The best model on stdout."""
-    parameters = {name: grid.spelled(value) for name, value in plan.points[best.index].items()}
+    parameters = plan.points[best.index]
     if plan.options.as_json:
         plot = run.path / "scores.png"
         content = {
@@ -326,10 +326,9 @@ def show(plan: Plan, run: Run, best: Member, report: dict[str, Any], config: dic
         }
         print(json.dumps(finite(content)))
         return
+    spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
     least = "largest" if plan.metric in RISING else "least"
-    print(
-        f"\nbest: model {best.index}, the {least} {plan.metric}: {', '.join(f'{k} {v}' for k, v in parameters.items())}"
-    )
+    print(f"\nbest: model {best.index}, the {least} {plan.metric}: {spelled}")
     for line in headline(report["test"]):
         print(line)
     print(f"run folder {run.path}")
