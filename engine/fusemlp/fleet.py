@@ -203,8 +203,7 @@ class Fleet:
             if callback is not None:
                 callback(members[index])
 
-        # if this is cut off, what is known of an earlier training is no longer so
-        self.results = None
+        self.results = None  # if this is cut off, those of an earlier training are no longer true
         while len(members) < len(self):
             engines = self._wave(len(members), most)
             groups = self._grouped(engines)
@@ -301,9 +300,7 @@ def _picked(whole: Validation, rows: Array) -> Validation:
 
 def _cores() -> int:
     """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(
