@@ -27,6 +27,8 @@ Snapshot = dict[str, Any]
 
 # Where nobody has to do with the epochs but to write them down, so many rows go into one launch of the resident plan.
 ROWS_AT_ONCE = 1 << 17
+# ... and so many of all models that train in one launch: 128 MiB.
+GROUP_ROWS = 1 << 24
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
 LARGE_FEATURE = 100.0
 
@@ -54,7 +56,7 @@ class Walking(Protocol):
 def epochs_at_once(engine: Engine, epochs: int, rows: int, *, asked: bool, room: int | None = None) -> int:
     """Through how many epochs of so many rows a launch goes before somebody is asked or told something; ``asked``:
     somebody is after each. ``room``: the most rows of all of them."""
-    if engine.plan != "resident" or asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
+    if asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
         return 1
     return max(1, min(epochs, (ROWS_AT_ONCE if room is None else room) // rows))
 
@@ -98,7 +100,7 @@ class Fit:
         self.last_epoch = first + epochs
         self.schedule = engine.optimizer.schedule
         self.rule: UpdateRule = engine.optimizer.rule(total_updates=self.state.total_updates)
-        asked = validation is not None or bool(callbacks)
+        asked = validation is not None or bool(callbacks) or engine.plan != "resident"
         self.at_once = epochs_at_once(engine, epochs, self.rows, asked=asked) if at_once is None else at_once
         self.bound: Any = self._bind(X, targets, weight) if bound is None else bound
         # where the statistics of epochs go that end inside a launch

@@ -9,9 +9,10 @@ import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.execution import Memory, choose_plan, new_arenas, resident_chunk, walk_rows
-from fusemlp.fitting import ROWS_AT_ONCE, Fit, Validation, epochs_at_once
+from fusemlp.fitting import GROUP_ROWS, ROWS_AT_ONCE, Fit, Validation, epochs_at_once
 from fusemlp.lowering import Inputs
 from fusemlp.placement import placement
+from fusemlp.program import Program
 from fusemlp.training import fit_checked
 from fusemlp_kernels.contract import STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from fusemlp.targets import Targets
 
 Array = np.ndarray[Any, Any]
-
-# What the rows of all epochs that a launch goes through may be in all, of all models: 128 MiB.
-GROUP_ROWS = 1 << 24
 
 
 def kin(engine: Engine) -> tuple[Any, ...]:
@@ -84,7 +82,7 @@ class Group:
         return self.engines[0].memory.backend.view(arena, 0, (models, len(arena) // models), len(arena) // models)
 
 
-class _Places:
+class Places:
     """In place of a bound program: where a model of a group finds its rows. Who asks for steps is given them by the
     launch of the group."""
 
@@ -99,6 +97,46 @@ class _Places:
         walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
 
 
+def fleet_rows(group: Group, rows: int, epochs: int) -> tuple[Any, Any | None]:
+    """Memory for the rows of a launch: ``rows`` a model in each of ``epochs`` epochs, and for the statistics of each
+    epoch where there are several."""
+    backend, models, longest = group.engines[0].memory.backend, len(group.engines), rows * epochs
+    lists = backend.view(backend.allocate(models * longest, "int64"), 0, (models, longest), longest)
+    if epochs == 1:
+        return lists, None
+    return lists, backend.allocate(models * epochs * STATS, "float64").reshape(models, epochs, STATS)
+
+
+def bind_fleet(
+    group: Group, programs: Sequence[Program], data: Mapping[str, Any], rows: Any, history: Any | None
+) -> Callable[[Sequence[int]], object]:
+    """The launch of a group for the steps of each model, from the resident programs of each; ``data`` has x, target and
+    perhaps weight and class_weight on the device."""
+    memory = group.engines[0].memory
+    for program in programs:
+        placement(program, memory.layout, row_multiple=memory.backend.traits.row_multiple)
+    each = [program.calls[0].operands for program in programs]
+    names = ("shadow", "counters", "hyper", "stats", "params")
+    operands: dict[str, Any] = {name: group.stacked(name) for name in names if name in group.arenas}
+    if history is not None:
+        operands["history"] = history
+    if "ridge" in each[0]:
+        operands["ridges"] = [own["ridge"] for own in each]
+    return memory.backend.bind(
+        "train_fleet",
+        **data,
+        **operands,
+        rows=rows,
+        batch=each[0]["batch"],
+        gradients=group.stacked("grads"),
+        states=tuple(group.stacked(f"state{index}") for index in range(len(memory.states))),
+        layers=[own["layers"] for own in each],
+        segments=[own["segments"] for own in each],
+        rules=[own["rule"] for own in each],
+        losses=[own["loss"] for own in each],
+    )
+
+
 class _Training:
     """A group in a fit: one launch for what its models want of steps, again and again."""
 
@@ -107,36 +145,13 @@ class _Training:
     ) -> None:
         self.fits = fits
         first = group.engines[0]
-        memory, batch = first.memory, first.batch_size
-        inputs = Inputs(
-            len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=first.class_weight is not None
-        )
+        classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
+        inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
         programs = [
-            engine.resident_program(inputs, fit.spec, fit.rule, batch, fit.batches, epochs=fit.at_once)
+            engine.resident_program(inputs, fit.spec, fit.rule, first.batch_size, fit.batches, epochs=fit.at_once)
             for engine, fit in zip(group.engines, fits, strict=True)
         ]
-        for program in programs:
-            placement(program, memory.layout, row_multiple=memory.backend.traits.row_multiple)
-        each = [program.calls[0].operands for program in programs]
-        names = ("shadow", "counters", "hyper", "stats", "params")
-        operands: dict[str, Any] = {name: group.stacked(name) for name in names if name in group.arenas}
-        if history is not None:
-            operands["history"] = history
-        if first.class_weight is not None:
-            operands["class_weight"] = first.class_weight
-        self._launch = memory.backend.bind(
-            "train_fleet",
-            **data,
-            **operands,
-            rows=rows,
-            batch=batch,
-            gradients=group.stacked("grads"),
-            states=tuple(group.stacked(f"state{index}") for index in range(len(memory.states))),
-            layers=[own["layers"] for own in each],
-            segments=[own["segments"] for own in each],
-            rules=[own["rule"] for own in each],
-            losses=[own["loss"] for own in each],
-        )
+        self._launch = bind_fleet(group, programs, {**data, **classes}, rows, history)
 
     def run(self, interrupted: Callable[[], bool], ended: Callable[[int, DivergenceError | None], None]) -> None:
         """All epochs of all models. Each goes on by itself: one that has ended, for whatever reason, asks for no more
@@ -219,12 +234,7 @@ def _prepared(
         )
         for engine, place, count in zip(group.engines, places, counts, strict=True)
     ]
-    most = max(at_once)
-    longest *= most
-    lists = backend.view(backend.allocate(models * longest, "int64"), 0, (models, longest), longest)
-    history = None
-    if most > 1:
-        history = backend.allocate(models * most * STATS, "float64").reshape(models, most, STATS)
+    lists, history = fleet_rows(group, longest, max(at_once))
     chunk = resident_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size))
     fits = [
         fit_checked(
@@ -237,7 +247,7 @@ def _prepared(
             patience=patience,
             rows=rows[place],
             drop_last=drop_last,
-            bound=_Places(engine.memory, lists[index], None if history is None else history[index], chunk),
+            bound=Places(engine.memory, lists[index], None if history is None else history[index], chunk),
             at_once=at_once[index],
         )
         for index, (engine, place) in enumerate(zip(group.engines, places, strict=True))

@@ -30,6 +30,14 @@ def _traits(backend: str, precision: str) -> Traits:
     return traits
 
 
+def trains_together(backend: str) -> bool:
+    """Whether a backend, which need not be there, trains several models in one launch; of an unknown one: no."""
+    if backend not in ("auto", *TRAITS):
+        return False
+    traits = _traits(backend, "fp32")
+    return bool(traits.fleets) or (traits.resident is not None and "resident" in traits.plans)
+
+
 def chosen_plan(
     net: MLP, *, batch_size: int = 32, backend: str = "auto", precision: str = "fp32"
 ) -> tuple[str, str] | None:

@@ -45,10 +45,29 @@ def test_other_estimators_are_refused(estimator, kind, advice):
         kind(estimator, {"alpha": [1.0]}).fit(SCALED, Y)
 
 
-def test_other_estimators_in_the_last_step_are_refused():
-    pipeline = Pipeline([("scale", StandardScaler()), ("mlp", CLASSIFIER)])
+INNER = Pipeline([("mlp", CLASSIFIER)])
+
+
+@pytest.mark.parametrize(
+    ("last", "space"),
+    [
+        (CLASSIFIER, {"mlp": [CLASSIFIER, SVC()]}),
+        (CLASSIFIER, {"mlp": np.array([CLASSIFIER, SVC()], object)}),
+        (CLASSIFIER, {"steps": [[("scale", StandardScaler()), ("mlp", SVC())]]}),
+        (INNER, {"mlp": [CLASSIFIER, Pipeline([("other", SVC())])]}),
+        (INNER, {"mlp__mlp": [SVC()]}),
+    ],
+    ids=["a step", "an array of steps", "all steps", "an inner pipeline", "a step of an inner pipeline"],
+)
+def test_other_estimators_in_the_last_step_are_refused(last, space):
+    pipeline = Pipeline([("scale", StandardScaler()), ("mlp", last)])
     with pytest.raises(ArgumentTypeError, match=r"got SVC\(\)"):
-        FleetSearchCV(pipeline, {"mlp": [CLASSIFIER, SVC()]}).fit(X, Y)
+        FleetSearchCV(pipeline, space).fit(X, Y)
+
+
+def test_names_are_text():
+    with pytest.raises(ArgumentTypeError, match=r"^param_grid: expected the names of parameters, got 1$"):
+        FleetSearchCV(CLASSIFIER, {1: [2]}).fit(X, Y)
 
 
 @pytest.mark.parametrize(
@@ -231,19 +250,21 @@ def test_targets_that_no_fold_can_be_trained_on_are_marked():
 
 
 @pytest.mark.parametrize(
-    ("backends", "at_once"), [(["numpy"], 4), (["numpy", "triton"], 1), (["triton"], 1)], ids=["CPU", "both", "GPU"]
+    ("backends", "most"), [(["numpy"], 1), (["numpy", "triton"], 256), (["triton"], 256)], ids=["CPU", "both", "GPU"]
 )
-def test_models_on_a_gpu_take_turns(backends, at_once, monkeypatch):
+def test_how_many_models_a_launch_has(backends, most, monkeypatch):
     seen = []
 
     def configured(self, *arguments, **options):
-        seen.append(self.effective_n_jobs(4))
+        monkeypatch.setattr("joblib.parallel.cpu_count", lambda *rest: 1)
+        monkeypatch.setattr("joblib._parallel_backends.cpu_count", lambda *rest: 1)
+        seen.extend(self.effective_n_jobs(asked) for asked in (4, -1))
         raise KeyError("far enough")
 
     monkeypatch.setattr(SideBySide, "configure", configured)
     with pytest.raises(KeyError, match="far enough"):
         FleetSearchCV(CLASSIFIER, {"backend": backends}, n_jobs=4).fit(SCALED, Y)
-    assert seen == [at_once]
+    assert seen == [4, most]
 
 
 def test_an_error_that_is_raised_ends_the_other_fits_too():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -106,7 +107,7 @@ class BaseMLP(BaseEstimator, ABC):
             self.__dict__.update(before)
             raise
         if ready.stochastic:
-            with exits(ready.callbacks, ready.model.engine):
+            with closing(ready.batches), exits(ready.callbacks, ready.model.engine):
                 train(
                     self,
                     ready.model,
@@ -169,7 +170,8 @@ class BaseMLP(BaseEstimator, ABC):
         target, constants = self._targets(y, model.dtype)
         data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights)
         # a batch in which no row counts is passed over, which is nothing for a launch of many
-        looped = stochastic and not incremental and model.loops and (row_weights is None or bool(row_weights.all()))
+        looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
+        looped = looped and (model.loops or model.gathers(size))
         rules: dict[str, Any] = {
             "alpha": 0.0 if self.solver == "adamw" else float(self.alpha),
             "batch_size": size,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.sklearn.gathering import Seat
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp_kernels.contract import BATCH_LOSSES, PENALTIES
@@ -46,6 +47,8 @@ class Loop:
         if weight is not None:
             arrays["weight"] = weight.astype(model.dtype, copy=False)
         self.bound = model.bind_loop(batch_size, arrays, epochs=at_once, strength=alpha, divisor=1.0 / objective.factor)
+        if isinstance(self.bound, Seat):
+            self.at_once = self.bound.at_once
 
     def epochs(
         self, orders: Sequence[Array], stop: Callable[[], bool], begin: Callable[[], None] | None = None
@@ -68,9 +71,14 @@ class Loop:
             if stop():
                 break
         ended = done // self.batches
-        history = bound.arrays["history"] if self.at_once > 1 else memory.stats[None]
-        accounts = memory.backend.to_host(history[:ended])
-        return [self._loss(account, order) for account, order in zip(accounts, orders, strict=False)]
+        history, to_host = bound.arrays.get("history"), memory.backend.to_host
+        accounts = to_host(memory.stats)[None] if history is None else to_host(history[:ended])
+        return [self._loss(account, order) for account, order in zip(accounts[:ended], orders, strict=False)]
+
+    def close(self) -> None:
+        """There will be no more epochs."""
+        if isinstance(self.bound, Seat):
+            self.bound.close()
 
     def _loss(self, account: Array, order: Array) -> float:
         with np.errstate(all="ignore"):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import joblib
+import numpy as np
 from sklearn import get_config
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
@@ -13,11 +14,16 @@ from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from fusemlp.planning import trains_together
 from fusemlp.sklearn.base import BaseMLP
-from fusemlp.sklearn.settings import chosen_backend
+from fusemlp.sklearn.gathering import Gathering
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp.sklearn.side_by_side import SideBySide
+from fusemlp.waves import available_memory
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+# The most models that train in common launches: about two for each multiprocessor of a large card.
+MOST_AT_ONCE = 256
 
 
 class _FleetSearch(BaseSearchCV):
@@ -38,8 +44,8 @@ class _FleetSearch(BaseSearchCV):
         given = self.estimator
         spaces = _spaces(getattr(self, self._space))
         _check(self._space, getattr(self, self._space), given, self._plain)
-        # on a GPU the models have one device in common
-        threads = SideBySide(get_config(), alone=not _on_cpu(given, spaces))
+        together = Gathering() if _have_launches(given, spaces) else None
+        threads = SideBySide(get_config(), gathering=together, most=_at_once(X))
         sharing = clone(given).set_params(memory=SharedFits()) if _shares(given, spaces) else None
         if sharing is not None:
             self.estimator = sharing
@@ -70,11 +76,13 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
     MLPClassifier or MLPRegressor of ``fusemlp.sklearn``, alone or as the last step of a ``Pipeline``; the steps before
     it are fitted once for each fold and each choice of their own parameters, unless the pipeline has a ``memory``.
     ``param_grid``: a mapping from names to values, or a list of mappings; an empty mapping is one candidate, the
-    estimator as it is. ``n_jobs``: None for one model a core, or how many train at once; on a GPU it is always one.
+    estimator as it is. ``n_jobs``: how many models train at once; None for one a core, and where one launch trains many
+    (on a GPU, and on NumPy without numba) for as many as there is memory for, at most 256.
 
-    A model ends with the same bits as one that is fitted alone with BLAS on one thread. One that cannot be fitted, or
-    whose parameters are no longer finite, gets ``error_score`` with a FitFailedWarning. A thread holds the rows of the
-    fold that it is at and no others. With numba each model trains in one compiled loop; without it they take turns.
+    On NumPy a model ends with the same bits as one that is fitted alone with BLAS on one thread. One that cannot be
+    fitted, or whose parameters are no longer finite, gets ``error_score`` with a FitFailedWarning. A thread holds the
+    rows of the fold that it is at and no others. With numba each model trains in one compiled loop; elsewhere models of
+    one shape, from all candidates and folds, train in one launch, which one that has converged leaves.
     """
 
     _space, _plain = "param_grid", "GridSearchCV"
@@ -107,13 +115,21 @@ def _last_step(estimator: Any) -> tuple[str, Any]:
 def _values(name: str, spaces: list[Mapping[str, Any]]) -> list[Any]:
     """The values of a parameter; of a distribution there is no list."""
     values = [space[name] for space in spaces if name in space]
-    return [one for listed in values if isinstance(listed, Sequence) and not isinstance(listed, str) for one in listed]
+    kinds = (Sequence, np.ndarray)
+    return [one for listed in values if isinstance(listed, kinds) and not isinstance(listed, str) for one in listed]
 
 
-def _models(estimator: Any, spaces: list[Mapping[str, Any]]) -> list[Any]:
+def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -> list[Any]:
     """The estimator that the pipeline ends in, and those that the space puts in its place."""
-    prefix, last = _last_step(estimator)
-    return [last, *_values(prefix.removesuffix("__"), spaces)] if prefix else [last]
+    if not isinstance(estimator, Pipeline) or not estimator.steps:
+        return [estimator]
+    name, last = estimator.steps[-1]
+    found = _models(last, spaces, f"{prefix}{name}__")
+    for replaced in _values(f"{prefix}{name}", spaces):
+        found += _models(replaced, [])
+    for steps in _values(f"{prefix}steps", spaces):
+        found += _models(Pipeline(steps), [])
+    return found
 
 
 def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
@@ -133,17 +149,29 @@ def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
     known = estimator.get_params()
     for mapping in spaces:
         for name in mapping:
+            if not isinstance(name, str):
+                raise ArgumentTypeError(f"{space}: expected the names of parameters, got {name!r}")
             # a step that is replaced may have other parameters, which its own set_params knows
             replaced = any(name.startswith(f"{step}__") for step in mapping)
             if name not in known and not replaced:
                 raise unknown_name(space, name, sorted(known))
 
 
-def _on_cpu(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
-    """Whether NumPy trains all models."""
+def _have_launches(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
+    """Whether a backend that may be asked for trains models in common launches."""
     names = [model.backend for model in _models(estimator, spaces)]
     names += _values(f"{_last_step(estimator)[0]}backend", spaces)
-    return all(name == "numpy" or (name == "auto" and chosen_backend("auto") == "numpy") for name in names)
+    return any(trains_together(name) for name in names if isinstance(name, str))
+
+
+def _at_once(X: Any) -> int:
+    """How many models train in common launches: each task holds rows of its own."""
+    size = getattr(X, "nbytes", 0)
+    available = available_memory()
+    if not size or available is None:
+        return MOST_AT_ONCE
+    # the rows of the fold, and those that are held out
+    return max(2, min(MOST_AT_ONCE, available // 2 // (2 * size)))
 
 
 def _shares(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:

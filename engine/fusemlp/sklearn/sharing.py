@@ -12,6 +12,8 @@ from typing import Any
 
 import joblib
 
+from fusemlp.sklearn.gathering import result_of
+
 # What transformed rows may take in all, in bytes; beyond it the ones that were used longest ago are computed again.
 LIMIT = 1 << 30
 
@@ -52,7 +54,7 @@ class SharedFits:
             else:
                 mine = self._results[key] = Future()
         if future is not None:
-            rows, step = future.result()
+            rows, step = result_of(future)
             return copy.deepcopy(rows), step
         try:
             rows, step = compute()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 from joblib.parallel import ThreadingBackend
 from sklearn import config_context
+
+from fusemlp.sklearn.gathering import Gathering
 
 _abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
 
@@ -26,18 +28,38 @@ class SideBySide(ThreadingBackend):
     scikit-learn wraps a task in something that sets warning filters for it and takes them back. Filters belong to the
     process: on threads of one process that would lose those of the user. Here the tasks run without it, and only the
     configuration, which belongs to a thread, is handed to them. After Ctrl-C, or an error that is to be raised, fits
-    that are under way end after their batches.
+    that are under way end after their batches. With ``gathering`` their models train in common launches, as many tasks
+    at once as ``most`` says if nobody says how many.
     """
 
-    def __init__(self, config: dict[str, Any], *, alone: bool = False, **options: Any) -> None:
+    def __init__(
+        self, config: dict[str, Any], *, gathering: Gathering | None = None, most: int = 1, **options: Any
+    ) -> None:
         super().__init__(**options)
         self._config = config
-        self._alone = alone
+        self._gathering, self._most = gathering, most
         self._event = threading.Event()
 
     def effective_n_jobs(self, n_jobs: Any) -> int:
-        """How many tasks run at once; ``alone``: one, whatever is asked for."""
-        return min(int(super().effective_n_jobs(n_jobs)), 1 if self._alone else sys.maxsize)
+        """How many tasks there are at once."""
+        if self._gathering is not None and n_jobs is not None and n_jobs < 0:
+            return self._most
+        return int(super().effective_n_jobs(n_jobs))
+
+    def configure(self, *arguments: Any, **options: Any) -> Any:
+        """Make ready for so many threads."""
+        threads = super().configure(*arguments, **options)
+        if self._gathering is not None:
+            self._gathering.threads = threads
+        return threads
+
+    @contextmanager
+    def retrieval_context(self) -> Iterator[None]:
+        """While results are waited for, when the first tasks have all been submitted."""
+        if self._gathering is not None:
+            self._gathering.all_handed_out()
+        with super().retrieval_context():
+            yield
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         """Start a batch of tasks."""
@@ -50,6 +72,8 @@ class SideBySide(ThreadingBackend):
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """What is under way is of no use any more."""
         self._event.set()
+        if self._gathering is not None:
+            self._gathering.give_up()
         super().abort_everything(ensure_ready)
 
     def _unwrapped(self, batch: Any) -> Any:
@@ -59,11 +83,14 @@ class SideBySide(ThreadingBackend):
     def _configured(self, task: Callable[..., Any]) -> Callable[..., Any]:
         # what functools.wraps leaves in a wrapper
         task = getattr(task, "__wrapped__", task)
+        gathering = self._gathering
+        if gathering is not None:
+            gathering.hand_out()
 
         def run(*arguments: Any, **named: Any) -> Any:
             # on a thread of the pool's own
             _abandoned.set(self._event)
-            with config_context(**self._config):
+            with config_context(**self._config), nullcontext() if gathering is None else gathering.task():
                 return task(*arguments, **named)
 
         return run
