@@ -85,6 +85,12 @@ def test_graphs_make_the_steps_of_launches(variant, monkeypatch):
     found = whole.everything()
     for name, array in single.everything().items():
         assert array.tobytes() == found[name].tobytes(), name
+    # of lengths that are not kept the graphs are gone
+    monkeypatch.setattr(launching, "KEPT_LENGTHS", 1)
+    monkeypatch.setattr(launching, "WORTH_A_GRAPH", 32)
+    whole.run([1, 1, 0])
+    whole.run([40, 40, 40])
+    assert captured == [8, 1, 8, 1, 8]
 
 
 @EVERYWHERE

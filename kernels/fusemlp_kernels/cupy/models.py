@@ -20,8 +20,9 @@ from fusemlp_kernels.cupy.products import matrix
 
 # What the second dimension of a grid has at most (the CUDA programming guide's table of compute capabilities).
 MOST_MODELS = 65535
-# Steps that are unrolled in one graph, and steps of as many models that make up for capturing it.
-STEPS_A_GRAPH, WORTH_A_GRAPH = 8, 32
+# Steps that are unrolled in one graph, steps of as many models that make up for capturing it, and for how many lengths
+# of the list graphs are kept: models with fewer rows than others leave and come back in every epoch.
+STEPS_A_GRAPH, WORTH_A_GRAPH, KEPT_LENGTHS = 8, 32, 4
 
 # Starts a launch for so many models.
 Start = Callable[[int], object]
@@ -60,9 +61,11 @@ class Launches:
         self._starts: list[Start] = []
         self._kept: list[Array] = []
         self._live: list[int] = []
-        self._graphs: dict[int, Run] = {}
-        # steps of as many models as take part now; whether the kernels have run, which a capture needs
-        self._made, self._warm = 0, False
+        # by the length of the list and their steps
+        self._graphs: dict[tuple[int, int], Run] = {}
+        # the steps made by lists of a length, the latest last; whether the kernels have run, which a capture needs
+        self._made: dict[int, int] = {}
+        self._warm = False
 
     # what a step consists of
 
@@ -134,29 +137,35 @@ class Launches:
         """``steps`` steps of the models ``live``."""
         if live != self._live:
             self._take_part(live)
-        self._made += steps
-        once = _once(self._starts, len(live))
-        eager = steps
-        if self.device.captures and self._made >= WORTH_A_GRAPH:
+        count, eager = len(live), steps
+        once = self.device.on_card(_once(self._starts, count))
+        if self.device.captures and self._count(count, steps) >= WORTH_A_GRAPH:
             eager = 0 if self._warm else 1
         for _ in range(eager):
             once()
         self._warm, steps = True, steps - eager
         for size in (STEPS_A_GRAPH, 1):
             whole, steps = divmod(steps, size)
-            if whole and size not in self._graphs:
-                self._graphs[size] = self.device.capture(once, size)
+            if whole and (count, size) not in self._graphs:
+                self._graphs[count, size] = self.device.capture(once, size)
             for _ in range(whole):
-                self._graphs[size]()
+                self._graphs[count, size]()
 
     def _take_part(self, live: list[int]) -> None:
-        if len(live) != len(self._live):
-            self._graphs, self._made = {}, 0
         self._live = live
         # what was started before reads its own list: the copy waits for it
         lists = np.zeros_like(self._lists)
         lists[:, : len(live)] = self._lists[:, live]
         self.device.copy_into(self._on_card, lists)
+
+    def _count(self, length: int, steps: int) -> int:
+        """The steps made by lists of a length, with these; what was last made long ago is forgotten."""
+        self._made[length] = made = self._made.pop(length, 0) + steps
+        for old in list(self._made)[:-KEPT_LENGTHS]:
+            del self._made[old]
+            for size in (STEPS_A_GRAPH, 1):
+                self._graphs.pop((old, size), None)
+        return made
 
 
 def _once(starts: Sequence[Start], count: int) -> Run:
