@@ -105,7 +105,7 @@ CUDA_MUTATIONS = (
         ("row of the last eight columns", "(columns + LANES - 1) / LANES", "columns / LANES", LINEAR),
     ),
     *_bugs(
-        "layers.cu",
+        "layers.cuh",
         ("row -1 loads the row before", "if (source >= 0) load_lanes", "load_lanes", LINEAR),
         ("batch always from the first row of the epoch", "[call.counters[ROW_OFFSET] + row]", "[row]", LINEAR),
         ("rows behind a short batch gathered", "call.counted && row >=", "!call.counted && row >=", BEHIND),
@@ -128,6 +128,15 @@ CUDA_MUTATIONS = (
         ),
         ("one call for all models", " + fleet.live[blockIdx.y] * WORDS", "", FLEET),
         ("last word of a call left out", "i < WORDS; i += THREADS", "i < WORDS - 1; i += THREADS", FLEET),
+    ),
+    *_bugs(
+        "fleet.cu",
+        (
+            "the first batch of an accumulation added to what was there, the others not",
+            "begins ? g : g + tensor.s0[at]",
+            "begins ? g + tensor.s0[at] : g",
+            FLEET,
+        ),
     ),
     *_bugs(
         "philox.cuh",
@@ -189,7 +198,7 @@ CUDA_MUTATIONS = (
         ("loss scale not in dz", "    if (call.hyper) scale *= call.hyper[LOSS_SCALE];\n", "", LINEAR_LOSS),
     ),
     *_bugs(
-        "loss.cu",
+        "loss.cuh",
         ("padding of dz not zeroed", "else if (at < call.rows && dz)", "else if (at < 0 && dz)", LOSS),
         (
             "parts of the block read before they are there",
@@ -211,7 +220,7 @@ CUDA_MUTATIONS = (
         ),
     ),
     *_bugs(
-        "gradients.cu",
+        "gradients.cuh",
         (
             "no barrier before the stretches are added",
             "        stretches[stretch][lane] = sum;\n        __syncthreads();\n",
@@ -245,7 +254,7 @@ CUDA_MUTATIONS = (
         ("decay without the rate", "1.0 - rate * decay", "1.0 - decay", FUSED),
     ),
     *_bugs(
-        "update.cu",
+        "update.cuh",
         (
             "last element of a tensor left alone",
             "            if (at >= tensor.rows * tensor.columns) break;\n            long long row",
@@ -265,12 +274,6 @@ CUDA_MUTATIONS = (
             UPDATE,
         ),
         ("gradients not divided by the loss scale", "            factor /= call.hyper[LOSS_SCALE];\n", "", SCALED),
-        (
-            "the first batch of an accumulation added to what was there, the others not",
-            "begins ? g : g + tensor.s0[at]",
-            "begins ? g + tensor.s0[at] : g",
-            FLEET,
-        ),
         ("overflow taken for an update", "sound = fabs(norm) < largest", "sound = fabs(norm) <= largest", OVERFLOW),
     ),
     *_bugs(

@@ -18,6 +18,8 @@ from fusemlp_kernels.cupy.blas import gemm_of_many
 from fusemlp_kernels.cupy.device import INT64, THREADS, Array, Device, Run
 from fusemlp_kernels.cupy.products import matrix
 
+# The source of the kernels for several models.
+MODULE = "fleet"
 # What the second dimension of a grid has at most (the CUDA programming guide's table of compute capabilities).
 MOST_MODELS = 65535
 # Steps that are unrolled in one graph, steps of as many models that make up for capturing it, and for how many lengths
@@ -77,9 +79,9 @@ class Launches:
         flat = self.device.zeros(self.models * stride, dtype)
         return self.device.view(flat, 0, (self.models, *shape), (stride, *strides))
 
-    def table(self, module: str, struct: str, rows: Sequence[dict[str, Any]]) -> Each:
+    def table(self, struct: str, rows: Sequence[dict[str, Any]]) -> Each:
         """A table of structures for each model."""
-        table = np.zeros((self.models, len(rows)), sources.layout(module, struct))
+        table = np.zeros((self.models, len(rows)), sources.layout(MODULE, struct))
         for index, row in enumerate(rows):
             for name, value in row.items():
                 table[name][:, index] = self._entries(value)
@@ -90,13 +92,13 @@ class Launches:
         words = table.nbytes // (8 * self.models)
         return Each(self.device.view(self.device.upload(table), 0, (self.models, max(words, 1)), (words, 1)))
 
-    def kernel(self, module: str, name: str, struct: str, blocks: int, **fields: Any) -> None:
+    def kernel(self, name: str, struct: str, blocks: int, **fields: Any) -> None:
         """A launch of a kernel over ``blocks`` blocks a model."""
-        calls = self.table(module, struct, [fields])
-        fleet = np.zeros((), sources.layout(module, "Fleet"))
+        calls = self.table(struct, [fields])
+        fleet = np.zeros((), sources.layout(MODULE, "Fleet"))
         fleet["calls"], fleet["live"] = calls.array.data.ptr, self._on_card.data.ptr
         self._kept.append(calls.array)
-        kernel, arguments = self.device.kernel(module, name), (fleet,)
+        kernel, arguments = self.device.kernel(MODULE, name), (fleet,)
 
         def start(count: int) -> None:
             kernel((blocks, count), (THREADS,), arguments)

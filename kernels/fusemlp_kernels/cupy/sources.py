@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent
-MODULES = ("layers", "loss", "gradients", "update")
+# The last is for several models at once, and compiled where there are any.
+MODULES = ("layers", "loss", "gradients", "update", "fleet")
 # What a module is compiled with for each type of what the matrix products read.
 PRECISIONS = {
     "float": ("-std=c++17", "-DCOMPUTE_IS_HALF=0"),

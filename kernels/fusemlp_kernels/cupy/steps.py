@@ -69,7 +69,7 @@ class Step:
         """All of them."""
         first, last = self.layers[0], self.depth - 1
         self.put.kernel(
-            "layers", "fleet_gather_rows", "Gather", lane_blocks(self.batch, first[0].inputs),
+            "gather_rows", "Gather", lane_blocks(self.batch, first[0].inputs),
             **places(x=x), **_places(out=self.source[0]), indices=Each(self.arrays["rows"]), counters=self.counters,
             rows=self.batch, columns=first[0].inputs, counted=1,
         )  # fmt: skip
@@ -118,7 +118,7 @@ class Step:
         one, y = self.layers[0][index], self.source[index + 1]
         self.put.product(y, self.source[index], self._weights("params", index), b_transposed=True)
         self.put.kernel(
-            "layers", "fleet_forward", "Forward", lane_blocks(self.batch, one.outputs),
+            "forward", "Forward", lane_blocks(self.batch, one.outputs),
             **_places(product=y, z=self.z[index], y=y), bias=self._from("params", one.b), bias_step=1,
             counters=self.counters, rows=self.batch, columns=one.outputs, **self._activation(index),
             **self.draws[index],
@@ -151,9 +151,9 @@ class Step:
         }  # fmt: skip
         if m > SHORT_BATCH:
             fields["normaliser"] = Each(self.put.room(dtype=FLOAT64))
-            self.put.kernel("loss", "fleet_loss_normaliser", "Loss", 1, **fields)
-        name = "fleet_product_loss_of_long_rows" if n > LONG_ROW else "fleet_product_loss"
-        self.put.kernel("loss", name, "Loss", blocks, **fields)
+            self.put.kernel("loss_normaliser", "Loss", 1, **fields)
+        name = "product_loss_of_long_rows" if n > LONG_ROW else "product_loss"
+        self.put.kernel(name, "Loss", blocks, **fields)
 
     def _backward(self, index: int) -> None:
         """From a layer's dz to that of the layer below."""
@@ -166,7 +166,7 @@ class Step:
         own = [layers[index - 1].dropout for layers in self.layers]
         kept = np.array([1.0 if dropout is None else 1.0 - dropout.rate for dropout in own])
         self.put.kernel(
-            "layers", "fleet_backward", "Backward", blocks,
+            "backward", "Backward", blocks,
             **_places(product=out, out=out, source=self.source[index] if z is None else z), **learned,
             counters=self.counters, rows=self.batch, columns=one.outputs, kept_share=kept,
             **self._activation(index - 1), **self.draws[index - 1],
@@ -190,7 +190,7 @@ class Step:
             return
         tensors, count, blocks = self._tensors(dict(weights))
         self.put.kernel(
-            "update", "fleet_fold", "Fold", blocks, tensors=tensors, count=count, rule=self.rule,
+            "fold_weights", "Fold", blocks, tensors=tensors, count=count, rule=self.rule,
             counters=self.counters, shares=Each(self.shares), stats=self.stats, **self._sums(blocks),
             strength=np.array([ridge.strength for ridge in self.ridges]),
         )  # fmt: skip
@@ -222,7 +222,7 @@ class Step:
         if not vectors:
             return
         self.put.kernel(
-            "gradients", "fleet_column_sums", "Sums", blocks, vectors=self.put.table("gradients", "Bias", vectors),
+            "column_sums", "Sums", blocks, vectors=self.put.table("Bias", vectors),
             count=len(vectors), counters=self.counters, rule=self.rule, rows=self.batch,
         )  # fmt: skip
 
@@ -243,7 +243,7 @@ class Step:
                 }
             )  # fmt: skip
             blocks += -(-segment.size // ELEMENTS)
-        return self.put.table("update", "Tensor", entries), len(entries), blocks
+        return self.put.table("Tensor", entries), len(entries), blocks
 
     def _update(self) -> None:
         """The norm where one of the models clips, then the optimizer, and the clock."""
@@ -260,12 +260,12 @@ class Step:
         if clips.any() and count:
             norm = Each(self.put.room(dtype=FLOAT64))
             self.put.kernel(
-                "update", "fleet_gradient_norm", "Norm", blocks, tensors=tensors, count=count, norm=norm,
+                "gradient_norm", "Norm", blocks, tensors=tensors, count=count, norm=norm,
                 **self._sums(blocks),
             )  # fmt: skip
         history = self.arrays.get("history")
         self.put.kernel(
-            "update", "fleet_update", "Update", max(blocks, 1), tensors=tensors, count=count,
+            "update", "Update", max(blocks, 1), tensors=tensors, count=count,
             norm=norm, hyper=Each(self.arrays["hyper"]), counters=self.counters, rule=self.rule,
             ticket=Each(self.put.room(dtype="uint32")), stats=self.stats,
             history=None if history is None else Each(history), epochs=0 if history is None else history.shape[1],

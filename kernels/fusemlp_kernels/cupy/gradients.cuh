@@ -1,0 +1,112 @@
+// What goes with the products of grad_weight: the gradients of the biases and of learned slopes, and the factors of the
+// products.
+
+#include "common.cuh"
+#include "clock.cuh"
+
+// Columns of dz that a block sums, rows that it reads at a time, and how many rows it sums: of a longer batch the sums
+// are left in parts, which the last block of those columns adds up in order.
+constexpr int COLUMNS = 32;
+constexpr int STRETCHES = THREADS / COLUMNS;
+constexpr int PART_ROWS = 256;
+
+// A vector that becomes alpha * (sums of dz's columns) + beta * itself.
+struct Bias {
+    long long first_block;
+    const Compute* dz;  // null: `given` is the sum
+    long long dz_row;
+    long long dz_col;
+    const float* given;
+    float* out;
+    long long out_step;
+    long long columns;
+    long long parts;
+    float* sums;  // (blocks, COLUMNS)
+    unsigned* tickets;  // one for each COLUMNS columns
+    double factor;
+    double decay;
+};
+
+struct Pair {
+    double factor;
+    double decay;
+};
+
+struct Sums {
+    const Bias* vectors;
+    long long count;
+    const Pair* pairs;
+    float* scalars;  // (alpha, beta) of the weights, a pair each
+    long long pair_count;
+    double* hyper;
+    long long* counters;
+    const Rule* rule;
+    unsigned* ticket;
+    long long rows;
+    long long sgd;  // alpha, beta are those of an update by plain gradient descent, and the clock goes on
+};
+
+// p - rate * (g + decay * p) as factors of g and p; or what stores or accumulates a gradient.
+__device__ inline void factors_of(const Sums& call, double factor, double decay, float* alpha, float* beta) {
+    if (call.sgd) {
+        double rate = call.hyper[LEARNING_RATE] * factor;
+        *alpha = static_cast<float>(-rate);
+        *beta = static_cast<float>(1.0 - rate * decay);
+        return;
+    }
+    *alpha = 1.0f;
+    *beta = call.counters[BATCH_INDEX] % call.rule->accumulate != 0 ? 1.0f : 0.0f;
+}
+
+// All vectors in one launch, COLUMNS of one and PART_ROWS rows a block; the last block advances the clock where the
+// launch is the update.
+__device__ __forceinline__ void sums_of(const Sums& call) {
+    __shared__ float stretches[STRETCHES][COLUMNS];
+    if (blockIdx.x == 0) {
+        for (long long i = threadIdx.x; i < call.pair_count; i += THREADS) {
+            Pair pair = call.pairs[i];
+            factors_of(call, pair.factor, pair.decay, call.scalars + 2 * i, call.scalars + 2 * i + 1);
+        }
+    }
+    if (call.count > 0) {
+        const Bias* vector = call.vectors;
+        while (vector + 1 < call.vectors + call.count && vector[1].first_block <= blockIdx.x) vector++;
+        int lane = threadIdx.x % COLUMNS;
+        int stretch = threadIdx.x / COLUMNS;
+        long long block = blockIdx.x - vector->first_block;
+        long long group = block / vector->parts;
+        long long part = block - group * vector->parts;
+        long long column = group * COLUMNS + lane;
+        long long begin = part * PART_ROWS;
+        long long end = begin + PART_ROWS < call.rows ? begin + PART_ROWS : call.rows;
+        float sum = 0.0f;
+        if (vector->dz && column < vector->columns) {
+            const Compute* from = vector->dz + column * vector->dz_col;
+            for (long long row = begin + stretch; row < end; row += STRETCHES) {
+                sum += load(from + row * vector->dz_row);
+            }
+        }
+        stretches[stretch][lane] = sum;
+        __syncthreads();
+        for (int i = 1; i < STRETCHES && stretch == 0; i++) sum += stretches[i][lane];
+        bool writes = true;
+        if (vector->parts > 1) {
+            if (stretch == 0) vector->sums[block * COLUMNS + lane] = sum;
+            writes = is_last(vector->tickets + group, static_cast<unsigned>(vector->parts));
+            if (writes && stretch == 0) {
+                const volatile float* fresh = vector->sums + group * vector->parts * COLUMNS + lane;
+                sum = fresh[0];
+                for (long long i = 1; i < vector->parts; i++) sum += fresh[i * COLUMNS];
+            }
+        }
+        if (writes && stretch == 0 && column < vector->columns) {
+            if (!vector->dz) sum = vector->given[column];
+            float alpha, beta;
+            factors_of(call, vector->factor, vector->decay, &alpha, &beta);
+            float* out = vector->out + column * vector->out_step;
+            *out = beta == 0.0f ? alpha * sum : alpha * sum + beta * *out;
+        }
+    }
+    if (!call.sgd) return;
+    if (is_last(call.ticket) && threadIdx.x == 0) advance_clock(call.counters, call.hyper, call.rule, true, false);
+}

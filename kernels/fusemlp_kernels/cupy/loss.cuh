@@ -1,0 +1,211 @@
+// Losses with their gradients from the output layer's pre-activation; reference.loss_grad defines them.
+//
+// A row belongs to a warp, or to a block where rows are long. Every row is read and its dz written by one kernel. The
+// sums over the batch are taken by the last block, in a fixed order; the normaliser, which every dz needs before any
+// block has ended, each block takes for itself, or, for a large batch, a launch before.
+
+#include "common.cuh"
+#include "counters.cuh"
+#include "activations.cuh"
+#include "rows.cuh"
+#include "teams.cuh"
+
+__device__ __forceinline__ void normaliser_alone(const Loss& call) {
+    double total = normaliser_of(call, valid_rows(call));
+    if (threadIdx.x == 0) *call.normaliser = total;
+}
+
+// What a row adds to the sums, in every thread of its team.
+struct RowSums {
+    float loss;
+    float below;
+    long long right;
+    long long scored;
+};
+
+// The pre-activation of an element of a row.
+template <typename Z>
+__device__ __forceinline__ float logit(const Loss& call, const Z* z, long long column) {
+    float value = load(z + column * call.z_col);
+    return call.bias ? value + call.bias[column * call.bias_step] : value;
+}
+
+// The target weight q of an element: row weight x class weight x smoothed target.
+__device__ __forceinline__ float wanted(const Loss& call, const Row& row, const float* target, long long column) {
+    float t = call.soft ? target[column * call.target_col] : column == row.label ? 1.0f : 0.0f;
+    float eps = static_cast<float>(call.smoothing);
+    float q = t * (1.0f - eps) + eps / static_cast<float>(call.columns);
+    if (call.class_weight) q *= call.class_weight[column * call.class_step];
+    return q * row.weight;
+}
+
+template <int SIZE, typename Z>
+__device__ inline RowSums entropy_row(
+    const Loss& call, const Row& row, const Z* z, const float* target, Compute* dz, float scale) {
+    int lane = threadIdx.x % SIZE;
+    Best largest = {-infinity(), call.columns};
+    Best meant = {-infinity(), call.columns};
+    for (long long column = lane; column < call.columns; column += SIZE) {
+        largest.take(logit(call, z, column), column);
+        if (call.soft && call.accuracy) meant.take(target[column * call.target_col], column);
+    }
+    largest = Team<SIZE>::best(largest);
+    float total = 0.0f;
+    float mass = 0.0f;
+    float product = 0.0f;
+    for (long long column = lane; column < call.columns; column += SIZE) {
+        float shifted = logit(call, z, column) - largest.value;
+        float q = wanted(call, row, target, column);
+        total += expf(shifted);
+        mass += q;
+        product += q * shifted;
+    }
+    total = Team<SIZE>::sum(total);
+    mass = Team<SIZE>::sum(mass);
+    product = Team<SIZE>::sum(product);
+    if (dz) {
+        float share = mass / total;
+        for (long long column = lane; column < call.columns; column += SIZE) {
+            float shifted = logit(call, z, column) - largest.value;
+            float value = expf(shifted) * share - wanted(call, row, target, column);
+            store(dz + column * call.dz_col, value * scale);
+        }
+    }
+    RowSums sums = {mass * logf(total) - product, 0.0f, 0, row.counts ? 1 : 0};
+    if (call.accuracy) {
+        long long label = row.label;
+        if (call.soft) label = Team<SIZE>::best(meant).column;
+        sums.right = row.counts && largest.column == label ? 1 : 0;
+    }
+    return sums;
+}
+
+// The loss of one output and its derivative by it.
+__device__ __forceinline__ float element_loss(const Loss& call, float y, float t, float* slope) {
+    float r = y - t;
+    switch (call.kind) {
+    case BINARY: {
+        *slope = sigmoid(y) - t;
+        float above = y > 0.0f ? y : y <= 0.0f ? 0.0f : y;
+        return above + log1pf(expf(-fabsf(y))) - t * y;
+    }
+    case MSE:
+        *slope = 2.0f * r;
+        return r * r;
+    case MAE:
+        *slope = r > 0.0f ? 1.0f : r < 0.0f ? -1.0f : r;
+        return fabsf(r);
+    case HUBER: {
+        // with c = r clipped to [-delta, delta], the loss is c (r - c / 2) and its derivative is c
+        float delta = static_cast<float>(call.delta);
+        float c = r > delta ? delta : r < -delta ? -delta : r;
+        *slope = c;
+        return c * (r - 0.5f * c);
+    }
+    case POISSON: {
+        float e = expf(y);
+        *slope = e - t;
+        return e - t * y;
+    }
+    default: {
+        float quantile = static_cast<float>(call.quantile);
+        float side = r > 0.0f ? 1.0f - quantile : quantile;
+        *slope = r > 0.0f ? side : r < 0.0f ? -side : r;
+        return side * fabsf(r);
+    }
+    }
+}
+
+template <int SIZE, typename Z>
+__device__ inline RowSums element_row(
+    const Loss& call, const Row& row, const Z* z, const float* target, Compute* dz, float scale) {
+    int lane = threadIdx.x % SIZE;
+    int code = static_cast<int>(call.activation);
+    float slope = call.slope_param ? *call.slope_param : static_cast<float>(call.slope);
+    Best largest = {-infinity(), call.columns};
+    Best meant = {-infinity(), call.columns};
+    float loss = 0.0f;
+    float below = 0.0f;
+    long long hits = 0;
+    for (long long column = lane; column < call.columns; column += SIZE) {
+        float v = logit(call, z, column);
+        float t = target[column * call.target_col];
+        float y = activate(v, code, slope);
+        float by_y;
+        loss += element_loss(call, y, t, &by_y) * row.weight;
+        by_y *= row.weight * scale;
+        if (code == PRELU) below += by_y * (v > 0.0f ? 0.0f : v);
+        if (dz) store(dz + column * call.dz_col, by_y * derivative(needs_z(code) ? v : y, code, slope));
+        largest.take(y, column);
+        meant.take(t, column);
+        if ((y > 0.0f) == (t > 0.5f)) hits++;
+    }
+    RowSums sums = {Team<SIZE>::sum(loss), 0.0f, 0, 1};
+    if (code == PRELU) sums.below = Team<SIZE>::sum(below);
+    if (call.accuracy && call.kind == BINARY) {
+        sums.right = Team<SIZE>::sum(hits);
+        sums.scored = call.columns;
+    } else if (call.accuracy) {
+        sums.right = Team<SIZE>::best(largest).column == Team<SIZE>::best(meant).column ? 1 : 0;
+    }
+    return sums;
+}
+
+__device__ inline void finish(const Loss& call, double normaliser) {
+    double loss = sum_of(call.partials, gridDim.x, PARTIALS);
+    double right = sum_of(call.partials + 1, gridDim.x, PARTIALS);
+    double scored = sum_of(call.partials + 2, gridDim.x, PARTIALS);
+    double below = sum_of(call.partials + 3, gridDim.x, PARTIALS);
+    if (threadIdx.x != 0) return;
+    double divisor = 1.0;
+    if (call.mean) {
+        call.stats[NORM_SUM] += normaliser;
+        if (normaliser == 0.0) loss = 0.0;
+        else divisor = normaliser;
+    }
+    call.stats[LAST_LOSS] = loss / divisor;
+    call.stats[LOSS_SUM] += loss;
+    if (call.by_rows) call.stats[BATCH_LOSSES] += loss / divisor * static_cast<double>(valid_rows(call));
+    if (call.shares) *call.shares = normaliser / call.divisor;
+    if (call.accuracy) {
+        call.stats[CORRECT] += right;
+        call.stats[SCORED] += scored;
+    }
+    if (call.dslope) *call.dslope = static_cast<float>(below);
+}
+
+// The loss of every row, and its dz: SIZE threads a row.
+template <int SIZE, typename Z>
+__device__ __forceinline__ void loss_of(const Loss& call) {
+    constexpr int TEAMS = THREADS / SIZE;
+    __shared__ double parts[TEAMS][PARTIALS];
+    long long valid = valid_rows(call);
+    double normaliser = call.normaliser ? *call.normaliser : normaliser_of(call, valid);
+    float scale = gradient_scale(call, normaliser);
+    int team = threadIdx.x / SIZE;
+    long long at = static_cast<long long>(blockIdx.x) * TEAMS + team;
+    RowSums sums = {0.0f, 0.0f, 0, 0};
+    Compute* dz = call.dz ? call.dz + at * call.dz_row : nullptr;
+    if (at < valid) {
+        Row row = row_of(call, at, valid);
+        const Z* z = static_cast<const Z*>(call.z) + at * call.z_row;
+        const float* target = call.target ? call.target + row.source * call.target_row : nullptr;
+        if (call.kind == CROSS_ENTROPY) sums = entropy_row<SIZE>(call, row, z, target, dz, scale);
+        else sums = element_row<SIZE>(call, row, z, target, dz, scale);
+    } else if (at < call.rows && dz) {
+        for (long long i = threadIdx.x % SIZE; i < call.columns; i += SIZE) store(dz + i * call.dz_col, 0.0f);
+    }
+    if (threadIdx.x % SIZE == 0) {
+        parts[team][0] = sums.loss;
+        parts[team][1] = static_cast<double>(sums.right);
+        parts[team][2] = static_cast<double>(sums.scored);
+        parts[team][3] = sums.below;
+    }
+    __syncthreads();
+    if (threadIdx.x < PARTIALS) {
+        double total = 0.0;
+        for (int i = 0; i < TEAMS; i++) total += parts[i][threadIdx.x];
+        call.partials[blockIdx.x * PARTIALS + threadIdx.x] = total;
+    }
+    if (is_last(call.ticket)) finish(call, normaliser);
+}
