@@ -32,6 +32,7 @@ LONG_BATCH = "test_cupy_facts.py::test_the_sums_of_a_long_batch_are_added_up_fro
 HALF = "test_cupy_facts.py::test_numbers_become_float16_as_numpy_has_it"
 STOPPED = "test_train_fleet.py::test_a_model_that_has_stopped_does_not_move"
 IN_CHUNKS = "test_train_fleet.py::test_launches_cut_in_chunks_and_models_alone_give_the_same_bits"
+BETWEEN = "test_cupy_fleet_facts.py::test_a_pull_that_is_nan_leaves_zeros_between_the_rows"
 BEHIND = "test_cupy_fleet_facts.py::test_rows_behind_a_short_batch_are_not_looked_at"
 
 
@@ -137,6 +138,7 @@ CUDA_MUTATIONS = (
             "begins ? g + tensor.s0[at] : g",
             FLEET,
         ),
+        ("pull that is NaN gets between the rows", "pull != 0.0f && p != 0.0f", "pull != 0.0f", BETWEEN),
     ),
     *_bugs(
         "philox.cuh",

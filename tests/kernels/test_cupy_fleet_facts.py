@@ -146,3 +146,16 @@ def test_what_cupy_has_no_fleets_for_says_so(variant):
     apart = place(np.zeros((2, 2 * fleet.size)), "plain", np.float32)[:, : fleet.size]
     with pytest.raises(ArgumentError, match="gradients: expected a contiguous array with the axis of models in front"):
         variant.bind("train_fleet", **{**given, "gradients": apart})
+
+
+@EVERYWHERE
+def test_a_pull_that_is_nan_leaves_zeros_between_the_rows(variant):
+    """Where a row weighs NaN so does the batch, and the penalty is over it."""
+    shape, model = case(1)
+    models = varied(model, 2)
+    fleet = Fleet(variant, shape, models)
+    fleet.weight[fleet.rows[0, 0]] = np.nan
+    run = variant.bind("train_fleet", **fleet.operands(), ridges=[Ridge(0.3), Ridge()])
+    run([1, 0])
+    assert np.isnan(fleet.tensor(fleet.params[0], "w0")).all() and np.isfinite(fleet.params[1]).all()
+    fleet.check_gaps()

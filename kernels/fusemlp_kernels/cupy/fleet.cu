@@ -65,8 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) fold_weights(const Fleet f
         if (at >= tensor.rows * tensor.columns) break;
         float p = tensor.p[at];
         float g = tensor.g[at];
-        // without a penalty a weight that is not finite adds nothing
-        if (pull != 0.0f) g += pull * p;
+        // without a penalty a weight that is not finite adds nothing; and what lies between rows is zero whatever pulls
+        if (pull != 0.0f && p != 0.0f) g += pull * p;
         tensor.s0[at] = begins ? g : g + tensor.s0[at];
         squares += static_cast<double>(p) * p;
     }
