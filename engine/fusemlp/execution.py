@@ -37,6 +37,8 @@ STEPS_A_GRAPH = 8
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 2e9
+# What the calls of a step take that nothing compiles, as so many operations.
+CALLS_FLOPS = 3e5
 # On a GPU: how long a launch of many steps may take; the least that a step takes, and what one multiprocessor computes
 # in a second. The last two are estimates, not yet measured on a GPU.
 LAUNCH_SECONDS = 0.05
@@ -177,6 +179,13 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     if traits.name == "numpy":
         return max(1, min(COMPILED_UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
     return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
+
+
+def fleet_chunk(traits: Traits, flops: int, models: int) -> int:
+    """As ``resident_chunk`` for a launch of ``models`` models; on the host one computes after the other."""
+    if traits.name == "numpy":
+        return max(1, int(UNINTERRUPTED_FLOPS / (max(flops, CALLS_FLOPS) * models)))
+    return resident_chunk(traits, flops)
 
 
 class Workspace:

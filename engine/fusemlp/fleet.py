@@ -41,10 +41,11 @@ class Fleet:
     lr, momentum, betas, weight_decay, dropout, hidden (the widths between input and output: a number or a sequence),
     label_smoothing, seed, batch_size.
 
-    On a CPU with numba the models train side by side, one a core, each as one compiled loop; without numba their steps
-    take turns. A fleet of n models ends with the same bits as n engines trained alone with BLAS on one thread. On a GPU
-    models of one shape train in one launch, a multiprocessor each: a model that has ended leaves it. ``plan_reason`` of
-    an engine says whether it is one of those.
+    On a CPU with numba the models train side by side, one a core, each as one compiled loop. Without numba small models
+    of one shape make their steps together on one core, in fewer calls than each by itself; large ones take turns, and
+    with ``plan="eager"`` all do. A fleet of n models ends with the same bits as n engines trained alone with BLAS on
+    one thread. On a GPU models of one shape train in one launch, a multiprocessor each: a model that has ended leaves
+    it. ``plan_reason`` of an engine says whether it is one of those.
 
     ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
     Where all do not find room, they are built and trained in waves, and this is logged: then of each model that has
@@ -103,9 +104,12 @@ class Fleet:
 
     def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[Group, list[int]]]:
         """Those of ``engines`` that train in one launch, with their places; of all engines it is found out once."""
-        if self._groups is not None and not self._in_waves:
-            return self._groups
-        self._groups = grouped(engines, self._machine.plan)
+        if self._in_waves:
+            # kept, they would keep the engines of this wave while those of the next are built
+            self._groups = None
+            return grouped(engines, self._machine.plan)
+        if self._groups is None:
+            self._groups = grouped(engines, self._machine.plan)
         return self._groups
 
     def fit(
@@ -128,7 +132,7 @@ class Fleet:
         ``rows``: for each model the rows of X that it is trained on, such as folds or bootstraps, in place of all;
         ``validation_rows``: for each model the rows of X that it is validated on, in place of ``validation_data``.
         Each model has its own early stopping. A model whose loss is no longer finite is marked, at its last good epoch,
-        and the others go on. ``jobs``: how many train at once, by default one a core.
+        and the others go on. ``jobs``: how many train at once, by default one a core, where each trains by itself.
 
         ``callback`` is called with the ``Member`` of each model when it has ended, in the order in which they end and
         in the thread that called ``fit``; the others train on meanwhile. What it raises ends the training as Ctrl-C

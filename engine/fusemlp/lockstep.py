@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
-from fusemlp.execution import Memory, choose_plan, new_arenas, resident_chunk, walk_rows
+from fusemlp.execution import Memory, choose_plan, fleet_chunk, new_arenas, walk_rows
 from fusemlp.fitting import GROUP_ROWS, ROWS_AT_ONCE, Fit, Validation, epochs_at_once
 from fusemlp.lowering import Inputs
 from fusemlp.placement import placement
 from fusemlp.program import Program
 from fusemlp.training import fit_checked
-from fusemlp_kernels.contract import STATS, step_flops
+from fusemlp_kernels.contract import ROW_COUNT, ROW_OFFSET, ROW_STEP, ROW_TOTAL, STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
         together = [engines[place] for place in places]
         first = together[0]
         chosen = choose_plan(plan, traits, first.network.sizes, first.batch_size, first.precision, models=len(together))
-        joined = stepwise and len(together) > 1
+        small = step_flops(first.network.sizes, first.batch_size) <= traits.fleet_flops
+        joined = stepwise and small and len(together) > 1
         if joined:
             chosen = chosen[0], f"{chosen[1]}; fit launches each step of {len(together)} models at once"
         for engine in together:
@@ -171,8 +172,20 @@ class _Training:
                     del asking[index]
                     if outcome is None:
                         self.fits[index].finish(interrupted=interrupted())
+                    _leave_rows(self.fits[index].engine.memory)
                     ended(index, outcome)
             self._launch(wanted)
+
+
+def _leave_rows(memory: Memory) -> None:
+    """Where only the steps of a group walk over their rows: the counters as the steps of an engine alone leave them."""
+    counters = memory.counters
+    step, total = int(counters[ROW_STEP]), int(counters[ROW_TOTAL])
+    if memory.backend.traits.walks_rows or not step:
+        return
+    # behind an epoch the last batch was what the others left
+    counters[ROW_COUNT] = step if counters[ROW_OFFSET] else (total - 1) % step + 1
+    counters[[ROW_OFFSET, ROW_TOTAL, ROW_STEP]] = 0
 
 
 def train_together(
@@ -193,12 +206,15 @@ def train_together(
 
     Ctrl-C ends the training of all models after their launch and raises KeyboardInterrupt.
     """
+    from threadpoolctl import threadpool_limits
+
     backend = groups[0][0].engines[0].memory.backend
     # the data set is on the device once
     data = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
     if weight is not None:
         data["weight"] = backend.from_host(weight)
-    with deferred_interrupt() as interrupted:
+    # whatever computes on the host does so on one thread: the bits are those of engines that train so
+    with threadpool_limits(1, user_api="blas"), deferred_interrupt() as interrupted:
         for group, places in groups:
             training = _prepared(group, places, X, targets, data, epochs, validations, patience, rows, drop_last)
 
@@ -235,7 +251,7 @@ def _prepared(
         for engine, place, count in zip(group.engines, places, counts, strict=True)
     ]
     lists, history = fleet_rows(group, longest, max(at_once))
-    chunk = resident_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size))
+    chunk = fleet_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size), models)
     fits = [
         fit_checked(
             engine,

@@ -103,6 +103,7 @@ NaN goes through every op as NaN. A zero normaliser (all weights zero) gives los
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -302,7 +303,8 @@ class Traits:
     ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
     ``split_rows``, ``split_size``: see ``batch_parts``. ``resident``: None where any network may be resident.
     ``fleets``: the precisions in which ``train_fleet`` is quicker than its models one after another whatever their plan
-    is, for any network; () where it is the resident plan of several models.
+    is; () where it is the resident plan of several models. ``fleet_flops``: for networks whose step has at most so many
+    operations (``step_flops``).
     """
 
     name: str
@@ -320,6 +322,7 @@ class Traits:
     plans: tuple[str, ...]
     resident: ResidentLimits | None = None
     fleets: tuple[str, ...] = ()
+    fleet_flops: float = math.inf
 
 
 def resident_refusal(traits: Traits, sizes: Sequence[int], batch: int, precision: str) -> str | None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from devices import CUPY_GPU, GPU, INTERPRETER, NUMPY, STAND_IN, Variant, marks_of
+from devices import CUPY_GPU, GPU, INTERPRETER, NUMPY, STAND_IN, UNCOMPILED, Variant, marks_of
 from fleet_cases import CONSTANT, Fleet, Model, Oracle, Shape, varied
 
 from fusemlp_kernels.contract import (
@@ -28,6 +28,7 @@ from fusemlp_kernels.errors import ArgumentError
 # train_resident scales no loss: fp16 stands for 16-bit products where bf16 cannot run
 PRECISIONS = {
     NUMPY: ("fp32", "fp64"),
+    UNCOMPILED: ("fp32", "fp64"),
     INTERPRETER: ("fp32", "fp16"),
     GPU: ("fp32", "tf32", "bf16"),
     STAND_IN: ("fp32", "tf32"),

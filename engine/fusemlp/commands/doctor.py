@@ -112,7 +112,10 @@ def _advice() -> list[str]:
     """What a library that is not installed would bring."""
     if _version("numba"):
         return []
-    return [f"numpy: {COMPILED_LOOP}, and a fleet or a sweep trains as many models side by side as there are cores"]
+    return [
+        f"numpy: {COMPILED_LOOP}, and a fleet or a sweep trains as many models side by side as there are cores; "
+        "without it small models of one shape make their steps together on one core, and large ones take turns"
+    ]
 
 
 def _version(library: str) -> str | None:

@@ -11,7 +11,7 @@ weights, sample weights and the division by the normaliser only change ``t`` and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -49,11 +49,11 @@ def bind_cross_entropy(
     mass = np.empty(rows, real)
     labels = np.empty(rows, np.int64) if loss.soft else target
     if loss.soft:
-        fill = _bind_soft(t, mass, target, weight, class_weight, loss)
+        fill = bind_soft(t, mass, target, weight, class_weight, loss)
     elif weight is None and class_weight is None and loss.ignore_index is None and z.shape[1] <= TABLE_CLASSES:
         fill = _bind_plain(t, mass, target, loss)
     else:
-        fill = _bind_weighted(t, mass, target, weight, class_weight, loss)
+        fill = bind_weighted(t, mass, target, weight, class_weight, loss)
 
     mean = loss.reduction == "mean"
     largest = np.empty(rows, np.int64)
@@ -236,11 +236,16 @@ def _class_rows(classes: int, class_weight: Array | None, loss: LossSpec) -> tup
     return weights * (loss.label_smoothing / classes), weights * (1.0 - loss.label_smoothing)
 
 
+def target_table(classes: int, loss: LossSpec, real: np.dtype[Any]) -> Array:
+    """The rows of target weights of each class, (N, N), without weights."""
+    uniform, own = _class_rows(classes, None, loss)
+    return np.asarray((np.diag(own) + uniform).astype(real))
+
+
 def _bind_plain(t: Array, mass: Array, target: Array, loss: LossSpec) -> Fill:
     """Integer targets without weights: the table of target rows holds the division by the normaliser too."""
     rows, classes = t.shape
-    uniform, own = _class_rows(classes, None, loss)
-    unit = (np.diag(own) + uniform).astype(t.dtype)
+    unit = target_table(classes, loss, t.dtype)
     table = unit.copy()
     mean = loss.reduction == "mean"
     prepared = -1
@@ -262,7 +267,7 @@ def _bind_plain(t: Array, mass: Array, target: Array, loss: LossSpec) -> Fill:
     return fill
 
 
-def _bind_weighted(
+def bind_weighted(
     t: Array, mass: Array, target: Array, weight: Array | None, class_weight: Array | None, loss: LossSpec
 ) -> Fill:
     """Integer targets with class weights, sample weights or an ignored index, or too many classes for a table."""
@@ -302,7 +307,7 @@ def _bind_weighted(
     return fill
 
 
-def _bind_soft(
+def bind_soft(
     t: Array, mass: Array, target: Array, weight: Array | None, class_weight: Array | None, loss: LossSpec
 ) -> Fill:
     """Rows of probabilities: smoothed, then weighted by class inside the sum; the mean is over the sample weights."""

@@ -97,7 +97,7 @@ def _scale_only(out: Array) -> Accumulate:
     return run
 
 
-def _slope_sum(out: Array, dslope: Array) -> Accumulate:
+def slope_sum(out: Array, dslope: Array) -> Accumulate:
     """``run(alpha, beta)``: ``out = alpha * dslope + beta * out``, both (1,)."""
 
     def run(alpha: float, beta: float) -> None:
@@ -120,7 +120,7 @@ def bind_grad_weight(
             runs.append(_weight_product(layer["dw"], layer))
         if layer["db"] is not None:
             runs.append(_bias_sums(layer["db"], layer))
-    runs.extend(_slope_sum(slope["grad"], slope["dslope"]) for slope in slopes)
+    runs.extend(slope_sum(slope["grad"], slope["dslope"]) for slope in slopes)
     every = rule.accumulate
 
     def grad_weight() -> None:
@@ -167,4 +167,4 @@ def _bias_sums_into(layer: Mapping[str, Any]) -> Callable[[Array], Accumulate]:
 
 
 def _slope_into(dslope: Array) -> Callable[[Array], Accumulate]:
-    return lambda out: _slope_sum(out, dslope)
+    return lambda out: slope_sum(out, dslope)

@@ -151,11 +151,11 @@ def _bind_elementwise(
 ) -> Run:
     """The losses that are sums over elements; y, d, target (M, N), d written, may be y itself."""
     rows, columns = y.shape
-    values = _bind_values(loss, y, d, target)
+    values = bind_values(loss, y, d, target)
     sums = np.empty(rows, y.dtype)
     sum_rows = blas.row_sums(sums, values.elements)
     mean = loss.reduction == "mean"
-    hits = _bind_hits(loss, y, target) if loss.accuracy else None
+    hits = bind_hits(loss, y, target) if loss.accuracy else None
     factors = np.empty(rows, y.dtype)
     total = blas.dot(sums, factors)
     column = factors[:, None]
@@ -195,7 +195,7 @@ def _bind_elementwise(
     return run
 
 
-class _Values:
+class Values:
     """What a loss computes of each element: ``elements`` (M, N) receives the losses, ``d`` their derivatives."""
 
     def __init__(self, elements: Array, run: Run) -> None:
@@ -203,7 +203,7 @@ class _Values:
         self.run = run
 
 
-def _bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> _Values:
+def bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> Values:
     e = np.empty(y.shape, y.dtype)
     real = y.dtype.type
     zero, half, one, two = real(0.0), real(0.5), real(1.0), real(2.0)
@@ -215,7 +215,7 @@ def _bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> _Values:
             np.multiply(d, d, out=e)
             np.multiply(d, two, out=d)
 
-        return _Values(e, mse)
+        return Values(e, mse)
     if loss.kind == "mae":
 
         def mae() -> None:
@@ -223,7 +223,7 @@ def _bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> _Values:
             np.abs(d, out=e)
             np.sign(d, out=d)
 
-        return _Values(e, mae)
+        return Values(e, mae)
     if loss.kind == "huber":
         delta = real(loss.delta)
 
@@ -236,7 +236,7 @@ def _bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> _Values:
             np.multiply(e, d, out=e)
 
         s = np.empty(y.shape, y.dtype)
-        return _Values(e, huber)
+        return Values(e, huber)
     if loss.kind == "poisson":
 
         def poisson() -> None:
@@ -246,7 +246,7 @@ def _bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> _Values:
             np.subtract(s, target, out=d)
 
         s = np.empty(y.shape, y.dtype)
-        return _Values(e, poisson)
+        return Values(e, poisson)
     if loss.kind == "quantile":
         above, below = real(loss.quantile), real(loss.quantile - 1.0)
         mask = np.empty(y.shape, np.bool_)
@@ -265,7 +265,7 @@ def _bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> _Values:
             np.negative(d, out=d)
 
         s = np.empty(y.shape, y.dtype)
-        return _Values(e, quantile)
+        return Values(e, quantile)
     assert loss.kind == "binary_cross_entropy", loss.kind
 
     def binary_cross_entropy() -> None:
@@ -285,10 +285,10 @@ def _bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> _Values:
         np.subtract(s, target, out=d)
 
     s = np.empty(y.shape, y.dtype)
-    return _Values(e, binary_cross_entropy)
+    return Values(e, binary_cross_entropy)
 
 
-def _bind_hits(loss: LossSpec, y: Array, target: Array) -> Callable[[int], tuple[int, int]]:
+def bind_hits(loss: LossSpec, y: Array, target: Array) -> Callable[[int], tuple[int, int]]:
     """``run(count)``: right answers among the first ``count`` rows, and the answers asked for."""
     rows, columns = y.shape
     if loss.kind == "binary_cross_entropy":

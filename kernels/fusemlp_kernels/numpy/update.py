@@ -213,7 +213,7 @@ def bind_update(
 ) -> Run:
     """The contract's ``update``."""
     runs = []
-    for start, stop, tensor in _stretches(segments, ALIGNMENT_BYTES // params.itemsize):
+    for start, stop, tensor in merged(segments, ALIGNMENT_BYTES // params.itemsize):
         block = slice(start, stop)
         state = tuple(array[block] for array in states)
         runs.append(bind_elementwise(params[block], grads[block], state, rule, tensor, hyper))
@@ -241,7 +241,7 @@ def bind_update(
     return update
 
 
-def _stretches(segments: Sequence[Segment], alignment: int) -> list[tuple[int, int, TensorRule]]:
+def merged(segments: Sequence[Segment], alignment: int) -> list[tuple[int, int, TensorRule]]:
     """Segments of one rule with nothing but padding between them, as one stretch (start, stop, rule)."""
     stretches: list[tuple[int, int, TensorRule]] = []
     for segment in segments:
