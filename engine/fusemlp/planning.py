@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusemlp.buffers import parameter_layout
-from fusemlp.execution import choose_plan
+from fusemlp.execution import choose_plan, open_backend
 from fusemlp.losses import Loss, as_loss
 from fusemlp.lowering import Inputs, lower_training
 from fusemlp.network import MLP
@@ -35,6 +35,9 @@ def trains_together(backend: str) -> bool:
     if backend not in ("auto", *TRAITS):
         return False
     traits = _traits(backend, "fp32")
+    if traits.name == "numpy":
+        # what it does depends on the libraries that are there
+        traits = open_backend("numpy", None, "fp32").traits
     return bool(traits.fleets) or (traits.resident is not None and "resident" in traits.plans)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from devices import CUPY_GPU, STAND_IN, marks_of, usable
+from devices import CUPY_GPU, GPU, STAND_IN, UNCOMPILED, marks_of, usable
 from sklearn.datasets import load_wine
 from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
 from sklearn.pipeline import Pipeline
@@ -30,7 +30,9 @@ NEAR = 1000 * 2.0**-24
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
-@pytest.fixture(params=[pytest.param(one, id=one.name, marks=marks_of(one)) for one in (STAND_IN, CUPY_GPU)])
+@pytest.fixture(
+    params=[pytest.param(one, id=one.name, marks=marks_of(one)) for one in (UNCOMPILED, STAND_IN, CUPY_GPU, GPU)]
+)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with usable(request.param):
         yield request.param.backend

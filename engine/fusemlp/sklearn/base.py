@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from fusemlp.network import Activation
 from fusemlp.schedules import Schedule
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.gathering import apart
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model, Rates, copies, dense
@@ -106,8 +107,9 @@ class BaseMLP(BaseEstimator, ABC):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
+        beside = nullcontext() if ready.batches.seated else apart(ready.model.engine)
         if ready.stochastic:
-            with closing(ready.batches), exits(ready.callbacks, ready.model.engine):
+            with closing(ready.batches), beside, exits(ready.callbacks, ready.model.engine):
                 train(
                     self,
                     ready.model,
@@ -119,7 +121,8 @@ class BaseMLP(BaseEstimator, ABC):
                 )
         else:
             assert isinstance(ready.batches, Batches)
-            minimise(self, ready.model, ready.batches)
+            with beside:
+                minimise(self, ready.model, ready.batches)
         self._model = ready.model
         decided = ready.stochastic and self.early_stopping and ready.held_out is not None
         self._take((decided and self._best_parameters) or ready.model.parameters())

@@ -12,15 +12,16 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import joblib
 import numpy as np
 
 from fusemlp.engine import Engine
-from fusemlp.execution import resident_chunk
+from fusemlp.execution import fleet_chunk
 from fusemlp.fitting import GROUP_ROWS
 from fusemlp.lockstep import Group, Places, bind_fleet, fleet_rows, kin
 from fusemlp.lowering import Inputs
@@ -105,7 +106,7 @@ class _Party:
         # whole batches
         longest = max(-(-seat.rows // seat.batch) * seat.batch for seat in seats)
         rows, history = fleet_rows(group, longest, epochs)
-        chunk = resident_chunk(backend.traits, step_flops(first.engine.network.sizes, first.batch))
+        chunk = fleet_chunk(backend.traits, step_flops(first.engine.network.sizes, first.batch), len(seats))
         inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
         programs: list[Program] = []
         for number, seat in enumerate(seats):
@@ -161,6 +162,7 @@ class Gathering:
         # held by the task that runs
         self._turn = threading.Condition()
         self._count = threading.Lock()
+        self._cores = threading.BoundedSemaphore(joblib.cpu_count())
         self._handing_out, self._given_up = True, False
         # tasks that were handed out and are not done, and what some of them wait for that another one is at
         self._tasks = 0
@@ -217,6 +219,16 @@ class Gathering:
             self._turn.acquire()
             self._awaited.remove(future)
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """While a task trains by itself on the host, beside others, a core each."""
+        self._turn.release()
+        try:
+            with self._cores:
+                yield
+        finally:
+            self._turn.acquire()
+
     def join(self, seat: Seat) -> Seat:
         """Wait until the model is in a group; raises what went wrong with it."""
         seat.gathering = self
@@ -257,6 +269,15 @@ class Gathering:
                 for seat in seats:
                     seat.error = error
         self._turn.notify_all()
+
+
+def apart(engine: Engine) -> AbstractContextManager[None]:
+    """While the model of ``engine``, which is in no launch with others, is trained."""
+    together = gathering()
+    # a card is for one at a time
+    if together is None or engine.backend != "numpy":
+        return nullcontext()
+    return together.apart()
 
 
 def _joined(data: Sequence[Mapping[str, Array]]) -> tuple[dict[str, Array], list[int]]:

@@ -47,6 +47,8 @@ class Loop:
         if weight is not None:
             arrays["weight"] = weight.astype(model.dtype, copy=False)
         self.bound = model.bind_loop(batch_size, arrays, epochs=at_once, strength=alpha, divisor=1.0 / objective.factor)
+        # whether it trains in launches with others
+        self.seated = isinstance(self.bound, Seat)
         if isinstance(self.bound, Seat):
             self.at_once = self.bound.at_once
 

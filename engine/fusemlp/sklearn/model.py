@@ -17,7 +17,7 @@ from fusemlp.network import MLP
 from fusemlp.optimizers import Optimizer
 from fusemlp.schedules import PLATEAU_START, PlateauState
 from fusemlp.sklearn.gathering import Seat, gathering
-from fusemlp_kernels.contract import Ridge, UpdateRule
+from fusemlp_kernels.contract import Ridge, UpdateRule, step_flops
 
 Array = np.ndarray[Any, Any]
 
@@ -122,7 +122,7 @@ class Model:
         if together is None:
             return False
         traits, sizes = engine.memory.backend.traits, engine.network.sizes
-        if engine.precision in traits.fleets:
+        if engine.precision in traits.fleets and step_flops(sizes, batch_size) <= traits.fleet_flops:
             return True
         if traits.resident is None or "resident" not in traits.plans:
             return False

@@ -79,10 +79,11 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
     estimator as it is. ``n_jobs``: how many models train at once; None for one a core, and where one launch trains many
     (on a GPU, and on NumPy without numba) for as many as there is memory for, at most 256.
 
-    On NumPy a model ends with the same bits as one that is fitted alone with BLAS on one thread. One that cannot be
-    fitted, or whose parameters are no longer finite, gets ``error_score`` with a FitFailedWarning. A thread holds the
-    rows of the fold that it is at and no others. With numba each model trains in one compiled loop; elsewhere models of
-    one shape, from all candidates and folds, train in one launch, which one that has converged leaves.
+    One that cannot be fitted, or whose parameters are no longer finite, gets ``error_score`` with a FitFailedWarning. A
+    thread holds the rows of the fold that it is at and no others. On NumPy with numba each model trains in one compiled
+    loop, and ends with the same bits as one that is fitted alone with BLAS on one thread. Elsewhere models of one
+    shape, from all candidates and folds, train in one launch, which one that has converged leaves; within rounding they
+    end where models end that are fitted alone.
     """
 
     _space, _plain = "param_grid", "GridSearchCV"
