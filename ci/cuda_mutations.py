@@ -33,6 +33,8 @@ HALF = "test_cupy_facts.py::test_numbers_become_float16_as_numpy_has_it"
 STOPPED = "test_train_fleet.py::test_a_model_that_has_stopped_does_not_move"
 IN_CHUNKS = "test_train_fleet.py::test_launches_cut_in_chunks_and_models_alone_give_the_same_bits"
 BETWEEN = "test_cupy_fleet_facts.py::test_a_pull_that_is_nan_leaves_zeros_between_the_rows"
+EPOCHS = "test_fleet_epochs.py::test_steps_through_three_epochs_are_the_oracles_and_each_has_its_account"
+RIDGES = "test_fleet_epochs.py::test_steps_with_ridges_and_divisors_are_the_oracles"
 BEHIND = "test_cupy_fleet_facts.py::test_rows_behind_a_short_batch_are_not_looked_at"
 
 
@@ -132,6 +134,9 @@ CUDA_MUTATIONS = (
     ),
     *_bugs(
         "fleet.cu",
+        ("penalty pulls the other way", "g += pull * p;", "g -= pull * p;", RIDGES),
+        ("penalty not over the row weights", "call.strength / shares;", "call.strength;", RIDGES),
+        ("penalty not halved", "+= 0.5 * each * squares", "+= each * squares", RIDGES),
         (
             "the first batch of an accumulation added to what was there, the others not",
             "begins ? g : g + tensor.s0[at]",
@@ -197,10 +202,17 @@ CUDA_MUTATIONS = (
             WEIGHTS,
         ),
         ("padding counts", "count < call.rows ? count", "count > call.rows ? count", LOSS),
+        ("loss not divided by its divisor", "return total * call.divisor;", "return total;", f"{RIDGES} {LOSS}"),
         ("loss scale not in dz", "    if (call.hyper) scale *= call.hyper[LOSS_SCALE];\n", "", LINEAR_LOSS),
     ),
     *_bugs(
         "loss.cuh",
+        (
+            "loss of a batch not times its rows",
+            "loss / divisor * static_cast<double>(valid_rows(call))",
+            "loss / divisor",
+            RIDGES,
+        ),
         ("padding of dz not zeroed", "else if (at < call.rows && dz)", "else if (at < 0 && dz)", LOSS),
         (
             "parts of the block read before they are there",
@@ -281,6 +293,10 @@ CUDA_MUTATIONS = (
     *_bugs(
         "clock.cuh",
         ("epoch one batch too long", "if (offset >= total) {", "if (offset > total) {", ADVANCE),
+        ("accounts of all epochs in one place", "account.history + epoch * STATS", "account.history", EPOCHS),
+        ("last loss cleared with the sums", "if (i >= LOSS_SUM) account", "if (i >= LAST_LOSS) account", EPOCHS),
+        ("rows of the first epoch for all", "? begin + total : 0;", "? 0 : 0;", EPOCHS),
+        ("one epoch too many", "epoch + 1 < account.epochs", "epoch < account.epochs", EPOCHS),
         ("scale doubles too late", "good >= rule->growth_interval", "good > rule->growth_interval", GROWTH),
         (
             "warm-up starts at zero",

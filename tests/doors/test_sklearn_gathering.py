@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from devices import CUPY_GPU, GPU, STAND_IN, UNCOMPILED, marks_of, usable
+from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, UNCOMPILED, marks_of, usable
 from sklearn.datasets import load_wine
 from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
 from sklearn.pipeline import Pipeline
@@ -122,6 +122,18 @@ def test_a_whole_search_is_one_launch(backend, monkeypatch):
     launches = Launches(monkeypatch)
     searched(backend, MODEL, {"alpha": [0.0, 0.1]})
     assert launches.steps == [[12] * 6]
+
+
+@pytest.mark.parametrize("device", [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRETER))])
+def test_triton_interpreted(device, monkeypatch):
+    """Its plan "auto" is not the resident one, which is the slowest there."""
+    monkeypatch.setattr("fusemlp.sklearn.model.choose_plan", lambda *_, **__: ("resident", ""))
+    launches = Launches(monkeypatch)
+    model, grid = MLPClassifier(4, batch_size=20, max_iter=2, random_state=0), {"alpha": [0.0, 1.0]}
+    _, found = searched(device.backend, model, grid, (X[:30], Y[:30]))
+    assert launches.steps == [[2] * 6]
+    monkeypatch.undo()
+    assert_near(found, searched("numpy", model, grid, (X[:30], Y[:30]))[1])
 
 
 def test_who_has_converged_leaves_the_launch(backend, monkeypatch):

@@ -182,7 +182,8 @@ def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Engine, "snapshot", snapshot)
     with pytest.raises(KeyboardInterrupt):
-        fleet.fit(X, y, epochs=50)
+        # with rows to validate on, each epoch is a launch
+        fleet.fit(X, y, epochs=50, validation_data=(X[:4], y[:4]))
     stopped = [engine.history.stopped for engine in fleet.engines if engine.history is not None]
     assert len(stopped) == 2 and all("interrupted" in reason for reason in stopped)
     assert all(engine.epochs_trained <= 2 for engine in fleet.engines)

@@ -54,7 +54,7 @@ FIRST = parameters(PRECISIONS, {device: ("fp32",) for device in PRECISIONS})
 BITWISE = parameters([device for device in PRECISIONS if device is not CUPY_GPU], dict.fromkeys(PRECISIONS, ("fp32",)))
 TRITON = parameters([INTERPRETER, GPU], {INTERPRETER: ("fp32",), GPU: ("fp32",)})
 # where the models of a fleet share launches
-TOGETHER = [*TRITON, *parameters([STAND_IN, CUPY_GPU], dict.fromkeys(PRECISIONS, ("fp32",)))]
+TOGETHER = [*TRITON, *parameters([UNCOMPILED, STAND_IN, CUPY_GPU], dict.fromkeys(PRECISIONS, ("fp32",)))]
 EVERY = parameters(PRECISIONS, PRECISIONS)
 ADAM, MOMENTUM = UpdateRule("adam", CONSTANT), UpdateRule("sgd", CONSTANT, momentum=0.9)
 RULES = {

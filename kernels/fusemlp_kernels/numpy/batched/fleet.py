@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels.alike import check_alike, check_steps
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     ROW_STEP,
@@ -55,6 +56,7 @@ def bind_train_fleet(
     ridges: Sequence[Ridge] | None = None,
 ) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``, in crews."""
+    check_alike("train_fleet", layers, segments, rules, losses)
     if len(states) != rules[0].state_count:
         raise ArgumentError(
             f"train_fleet: states: {rules[0].kind} keeps {rules[0].state_count} arrays of state, got {len(states)}"
@@ -121,10 +123,7 @@ class _Fleet:
     def run(self, steps: Sequence[int]) -> None:
         """Make the steps of each model."""
         models = self._structures
-        if len(steps) != len(models):
-            raise ArgumentError(
-                f"train_fleet: expected the steps of each of {len(models)} models, got {len(steps)} numbers"
-            )
+        check_steps("train_fleet", steps, len(models))
         alike: dict[Any, list[int]] = {}
         for model, count in enumerate(steps):
             if count:
