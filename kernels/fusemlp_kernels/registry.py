@@ -74,6 +74,7 @@ TRAITS = {
         precisions=("fp32", "fp64"),
         # "resident" where numba is installed
         plans=("eager", "resident"),
+        takes_workspace=True,
     ),
 }
 
