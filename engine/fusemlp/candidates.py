@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,6 +20,8 @@ OF_OPTIMIZER = ("lr", "momentum", "betas", "weight_decay")
 OF_LOSS = ("label_smoothing",)
 OF_NETWORK = ("dropout", "hidden")
 OF_ENGINE = ("seed", "batch_size")
+# More models than this are a mistake: each has an engine, and is trained for a while.
+MOST_MODELS = 100_000
 NAMES = (*OF_OPTIMIZER, *OF_NETWORK, *OF_LOSS, *OF_ENGINE)
 # What other libraries call them, where the spelling does not lead to the name.
 ELSEWHERE = {
@@ -68,6 +71,13 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
             columns.append(list(values))
             if not columns[-1]:
                 raise ArgumentError(f"vary[{name!r}]: there are no values, so the fleet would have no model")
+        total = math.prod(len(values) for values in columns)
+        if total > MOST_MODELS:
+            product = " x ".join(f"{len(values)} {name}" for name, values in zip(vary, columns, strict=True))
+            raise ArgumentError(
+                f"vary: {product} are {total} models, and at most {MOST_MODELS} are trained; give fewer values, or a "
+                "list with some of the combinations"
+            )
         found = [dict(zip(vary, values, strict=True)) for values in itertools.product(*columns)]
         if not vary:
             raise ArgumentError("vary: it is empty; name what the models differ in, such as {'seed': range(20)}")

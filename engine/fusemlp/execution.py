@@ -115,7 +115,14 @@ def new_arenas(
     sizes |= {"counters": (COUNTERS, "int64"), "hyper": (HYPER, "float64"), "stats": (STATS, "float64")}
     if mixed:
         sizes["shadow"] = size, "compute"
-    return {name: backend.allocate(count * models, dtype) for name, (count, dtype) in sizes.items()}
+    try:
+        return {name: backend.allocate(count * models, dtype) for name, (count, dtype) in sizes.items()}
+    except MemoryError as error:
+        parameters = f"{size:,} parameters" + (f" of each of {models} models" if models > 1 else "")
+        raise MemoryError(
+            f"net: there is no room for {parameters}, their gradients and the optimizer's state; make layers narrower "
+            f"({error})"
+        ) from error
 
 
 class Memory:

@@ -136,7 +136,8 @@ class Fleet:
 
         ``callback`` is called with the ``Member`` of each model when it has ended, in the order in which they end and
         in the thread that called ``fit``; the others train on meanwhile. What it raises ends the training as Ctrl-C
-        does: all models stop after their batches, and it is raised from here.
+        does: all models stop after their batches, and it is raised from here. ``results`` is None then; ``engines``
+        have what was learned.
 
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """

@@ -303,3 +303,13 @@ def test_without_numba_a_fleet_trains_all_the_same() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("trained") == 3
+
+
+def test_there_are_no_more_models_than_anybody_waits_for() -> None:
+    with pytest.raises(ArgumentError, match=r"^vary: 1000 lr x 200 seed are 200000 models, and at most 100000 are"):
+        Fleet(MLP([4, 2]), vary={"lr": [0.1] * 1000, "seed": range(200)})
+
+
+def test_layers_that_memory_has_no_room_for_are_named() -> None:
+    with pytest.raises(MemoryError, match=r"^net: there is no room for [0-9,]+ parameters, .* make layers narrower"):
+        Engine(MLP([4, 10**15, 5], init="zeros"), backend="numpy")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.candidates import check_name
+from fusemlp.candidates import MOST_MODELS, check_name
 from fusemlp.validation import as_count
 from fusemlp_kernels.errors import ArgumentError
 
@@ -18,9 +18,8 @@ WHOLE = {"hidden": 1, "batch_size": 1, "seed": 0}
 PAIRS = ("betas",)
 # What a value of may be several numbers, joined by x.
 JOINED = ("hidden", *PAIRS)
-# Of one parameter, and of a whole sweep: far beyond what anybody waits for, and soon listed.
+# Of one parameter: far beyond what anybody waits for, and soon listed.
 MOST_VALUES = 100_000
-MOST_MODELS = 100_000
 # Of what lies inside a range; so the command that trains a model again stays readable.
 DIGITS = 6
 FORMS = "lr=0.001,0.01 or lr=0.001:0.1:log:16 or hidden=32,64x32 or seed=0:20"
