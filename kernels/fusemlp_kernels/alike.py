@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from fusemlp_kernels.contract import LossSpec, ResidentLayer, Segment, UpdateRule
+from fusemlp_kernels.contract import LossSpec, ResidentLayer, Ridge, Segment, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 
 
@@ -16,11 +16,12 @@ def check_alike(
     segments: Sequence[Sequence[Segment]],
     rules: Sequence[UpdateRule],
     losses: Sequence[LossSpec],
+    ridges: Sequence[Ridge] | None = None,
 ) -> None:
     """Raises ArgumentError where there is not one of each for every model, or they cannot train in one launch."""
     models = len(layers)
-    for name, given in (("segments", segments), ("rules", rules), ("losses", losses)):
-        if len(given) != models or not models:
+    for name, given in (("segments", segments), ("rules", rules), ("losses", losses), ("ridges", ridges)):
+        if given is not None and (len(given) != models or not models):
             raise ArgumentError(f"{op}: {name}: expected one for each of the {models} models, got {len(given)}")
     shapes = [tuple((one.inputs, one.outputs, one.w, one.b, one.activation, one.slope_at) for one in m) for m in layers]
     _same(op, "layers", shapes)

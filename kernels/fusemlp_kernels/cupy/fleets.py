@@ -40,7 +40,7 @@ def bind_train_fleet(
     op: str = "train_fleet",
 ) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``, in float32."""
-    check_alike(op, layers, segments, rules, losses)
+    check_alike(op, layers, segments, rules, losses, ridges)
     models = len(layers)
     if device.compute != FLOAT32 or shadow is not None:
         raise ArgumentError(
@@ -49,8 +49,6 @@ def bind_train_fleet(
         )
     if models > MOST_MODELS:
         raise ArgumentError(f"{op}: layers: {models} models are more than the {MOST_MODELS} of one launch; bind apart")
-    if ridges is not None and len(ridges) != models:
-        raise ArgumentError(f"{op}: ridges: expected one for each of the {models} models, got {len(ridges)}")
     inputs, outputs = layers[0][0].inputs, layers[0][-1].outputs
     classes = losses[0].kind == "cross_entropy" and not losses[0].soft
     x = device.check(op, "x", x, (None, inputs), FLOAT32)

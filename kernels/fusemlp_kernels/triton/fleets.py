@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from fusemlp_kernels.alike import check_alike, check_steps
 from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
@@ -33,44 +33,15 @@ def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def _same(op: str, name: str, values: Sequence[Any]) -> Any:
-    """What all models have in common."""
-    first = values[0]
-    for index, value in enumerate(values):
-        if value != first:
-            raise ArgumentError(
-                f"{op}: {name}: models of one launch have it in common, got {first!r} for model 0 and {value!r} for "
-                f"model {index}; bind them apart"
-            )
-    return first
-
-
-def _shape_of(layers: Sequence[ResidentLayer]) -> tuple[tuple[Any, ...], ...]:
-    """What the layers of all models have in common."""
-    return tuple((one.inputs, one.outputs, one.w, one.b, one.activation, one.slope_at) for one in layers)
-
-
-def _check_layers(op: str, layers: Sequence[ResidentLayer], loss: LossSpec, widest: int) -> None:
-    for index, (below, above) in enumerate(itertools.pairwise(layers)):
-        if below.outputs != above.inputs:
-            raise ArgumentError(
-                f"{op}: layers[{index + 1}]: expected {below.outputs} inputs, as layers[{index}] has outputs, got "
-                f"{above.inputs}"
-            )
+def _check_layers(op: str, layers: Sequence[ResidentLayer], widest: int) -> None:
+    """Places and widths that the kernel can do with."""
     for index, layer in enumerate(layers):
         if layer.w % 8:
             raise ArgumentError(f"{op}: layers[{index}].w: expected a multiple of 8 elements, got {layer.w}")
-    last = layers[-1]
-    if last.outputs > widest:
+    if layers[-1].outputs > widest:
         raise ArgumentError(
-            f"{op}: layers: {last.outputs} outputs are more than the {widest} that fit a tile; train such a "
+            f"{op}: layers: {layers[-1].outputs} outputs are more than the {widest} that fit a tile; train such a "
             "network step by step"
-        )
-    if last.dropout is not None:
-        raise ArgumentError(f"{op}: layers[{len(layers) - 1}].dropout: the output layer has none, got {last.dropout}")
-    if loss.kind == "cross_entropy" and last.activation != "identity":
-        raise ArgumentError(
-            f"activation: cross_entropy takes logits, so it must be 'identity', got {last.activation!r}"
         )
 
 
@@ -161,17 +132,10 @@ def bind_train_fleet(
     """The contract's ``train_fleet``."""
     models = len(layers)
     ridges = [Ridge()] * models if ridges is None else ridges
-    for name, given in (("segments", segments), ("rules", rules), ("losses", losses), ("ridges", ridges)):
-        if len(given) != models or not models:
-            raise ArgumentError(f"{op}: {name}: expected one for each of the {models} models, got {len(given)}")
-    places = _same(op, "layers", [_shape_of(one) for one in layers])
-    stretches = _same(op, "segments", [tuple((s.offset, s.size) for s in one) for one in segments])
-    count = _same(op, "rules: state_count", [rule.state_count for rule in rules])
-    first_loss = losses[0]
-    kinds = [(loss.kind, loss.soft, loss.ignore_index) for loss in losses]
-    _same(op, "losses: kind, soft, ignore_index", kinds)
-    widest = configs.resident_tiles(device.arch.family, device.precision)[-1].outputs
-    _check_layers(op, layers[0], first_loss, widest)
+    check_alike(op, layers, segments, rules, losses, ridges)
+    stretches = tuple((segment.offset, segment.size) for segment in segments[0])
+    count, first_loss = rules[0].state_count, losses[0]
+    _check_layers(op, layers[0], configs.resident_tiles(device.arch.family, device.precision)[-1].outputs)
     inputs, outputs = layers[0][0].inputs, layers[0][-1].outputs
     classes = first_loss.kind == "cross_entropy" and not first_loss.soft
     length = len(device.check(op, "x", x, (None, inputs), device.compute))
@@ -238,7 +202,7 @@ def bind_train_fleet(
         "rows": rows, "labels": target if classes else number, "target": spare if classes else target,
         "weight": spare if weight is None else weight,
         "class_weight": spare if class_weight is None else class_weight,
-        "slopes": device.zeros(models * len(places), FLOAT32),
+        "slopes": device.zeros(models * len(layers[0]), FLOAT32),
         "measured": tensor([_measures(*one, outputs) for one in zip(ridges, losses, strict=True)], FLOAT64),
         "layers": tensor(table, INT64),
         "draws": tensor([draws for draws, _ in tables], INT64),
@@ -247,7 +211,7 @@ def bind_train_fleet(
         "tensors": tensor(factors, FLOAT64), "segments": tensor([*stretches] or [(0, 0)], INT64),
         "counters": counters, "hyper": hyper, "stats": stats,
         "history": device.zeros(1, FLOAT64) if history is None else history, "live": live,
-        "M": batch, "depth": len(places), "lowest": lowest, "trained": trained, "work_size": work_size, "size": size,
+        "M": batch, "depth": len(layers[0]), "lowest": lowest, "trained": trained, "work_size": work_size, "size": size,
         "rows_size": rows.shape[1], "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),
@@ -261,10 +225,9 @@ def bind_train_fleet(
     listed: list[list[int]] = []
 
     def run(steps: Sequence[int]) -> None:
+        check_steps(op, steps, models)
         entries = [[model, number, epochs] for model, number in enumerate(steps) if number > 0]
-        if len(steps) != models or not entries:
-            if len(steps) != models:
-                raise ArgumentError(f"{op}: expected the steps of each of {models} models, got {len(steps)} numbers")
+        if not entries:
             return
         if entries != listed:
             live[: len(entries)].copy_(torch.tensor(entries, dtype=INT64))

@@ -12,6 +12,7 @@ from fusemlp_kernels.alike import check_alike, check_steps
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     ROW_STEP,
+    STATS,
     LossSpec,
     ResidentLayer,
     Ridge,
@@ -56,7 +57,9 @@ def bind_train_fleet(
     ridges: Sequence[Ridge] | None = None,
 ) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``, in crews."""
-    check_alike("train_fleet", layers, segments, rules, losses)
+    check_alike("train_fleet", layers, segments, rules, losses, ridges)
+    if history is not None and (history.ndim != 3 or history.shape[::2] != (len(layers), STATS)):
+        raise ArgumentError(f"train_fleet: history: expected shape ({len(layers)}, any, {STATS}), got {history.shape}")
     if len(states) != rules[0].state_count:
         raise ArgumentError(
             f"train_fleet: states: {rules[0].kind} keeps {rules[0].state_count} arrays of state, got {len(states)}"
