@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from fusemlp import Callback
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 
 X, Y = load_wine(return_X_y=True)
@@ -134,6 +135,27 @@ def test_triton_interpreted(device, monkeypatch):
     assert launches.steps == [[2] * 6]
     monkeypatch.undo()
     assert_near(found, searched("numpy", model, grid, (X[:30], Y[:30]))[1])
+
+
+@pytest.mark.parametrize("device", [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRETER))])
+@pytest.mark.parametrize("last", [None, 2], ids=["to the end", "cut off in an epoch"])
+def test_calls_that_follow_a_loop_have_rows_of_their_own(device, last, monkeypatch):
+    """The loop has walked over the rows of whole epochs; the calls of ``partial_fit`` are given those of a batch."""
+
+    class Cut(Callback):
+        def on_batch_end(self, engine, batch):
+            engine.stop_training = batch + 1 == last
+
+    def fitted(backend):
+        model = MLPClassifier(4, batch_size=16, max_iter=2, random_state=0, backend=backend, callbacks=[Cut()])
+        model.fit(X[:40], Y[:40])
+        assert backend == "numpy" or model._model.engine.plan == "resident"
+        return model.set_params(callbacks=None).partial_fit(X[:40], Y[:40])
+
+    expected = fitted("numpy")
+    monkeypatch.setattr("fusemlp.engine.choose_plan", lambda *_, **__: ("resident", ""))
+    for mine, its in zip(fitted(device.backend).coefs_, expected.coefs_, strict=True):
+        np.testing.assert_allclose(mine, its, atol=NEAR)
 
 
 def test_who_has_converged_leaves_the_launch(backend, monkeypatch):

@@ -16,7 +16,7 @@ import numpy as np
 from fusemlp.lowering import Inputs
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
-from fusemlp_kernels.contract import LAST_LOSS, LOSS_SUM
+from fusemlp_kernels.contract import LAST_LOSS, LOSS_SUM, ROW_OFFSET, ROW_STEP, ROW_TOTAL
 
 Array = np.ndarray[Any, Any]
 
@@ -87,6 +87,9 @@ class Batches:
         inputs = Inputs(n, indexed=True, weighted=True)
         self.penalty = Penalty(model, alpha)
         self.bound = model.bind(inputs, batch_size, arrays, keep=keep)
+        # a loop that was there before has walked over longer lists of rows, and may not have come to their end
+        for counter in (ROW_OFFSET, ROW_TOTAL, ROW_STEP):
+            model.engine.memory.counters[counter] = 0
         *self.gradient_calls, self.update = self.bound.calls
         self._uneven = weight is not None or bool(n % batch_size)
         self.sums = self.lengths.astype(np.float64)
