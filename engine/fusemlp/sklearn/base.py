@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from fusemlp.network import Activation
 from fusemlp.schedules import Schedule
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import Batches
-from fusemlp.sklearn.gathering import apart
+from fusemlp.sklearn.gathering import training
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model, Rates, copies, dense
@@ -107,7 +107,7 @@ class BaseMLP(BaseEstimator, ABC):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        beside = nullcontext() if ready.batches.seated else apart(ready.model.engine)
+        beside = training(ready.model.engine, seated=ready.batches.seated)
         if ready.stochastic:
             with closing(ready.batches), beside, exits(ready.callbacks, ready.model.engine):
                 train(

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,9 +82,9 @@ class Seat:
         self._places.set_rows(order + self._first, first_batch, size, epochs)
 
     def run_many(self, count: int) -> None:
-        """Wait until the group's launch has trained so many steps."""
-        assert self.party is not None
-        self.party.run(self, count)
+        """Wait until the group's launch has trained so many steps, or nobody wants them any more."""
+        assert self.party is not None and self.gathering is not None
+        self.party.run(self, count, self.gathering)
 
     def close(self) -> None:
         """The model has ended; the others of its group do not wait for it."""
@@ -124,18 +124,13 @@ class _Party:
         for seat in seats:
             seat.party = self
 
-    def run(self, seat: Seat, count: int) -> None:
+    def run(self, seat: Seat, count: int, gathering: Gathering) -> None:
         """Wait for ``count`` steps; called in turn, by each of those that are left."""
         seat.wanted = count
         self.advance()
-        self.turn.wait_for(lambda: not seat.wanted)
+        self.turn.wait_for(lambda: not seat.wanted or gathering.given_up)
         if seat.error is not None:
             raise seat.error
-
-    def give_up(self) -> None:
-        """Nobody wants the steps any more that are waited for."""
-        for seat in self.live:
-            seat.wanted = 0
 
     def advance(self) -> None:
         """Launch, if all that are left are waiting for it."""
@@ -163,7 +158,7 @@ class Gathering:
         self._turn = threading.Condition()
         self._count = threading.Lock()
         self._cores = threading.BoundedSemaphore(joblib.cpu_count())
-        self._handing_out, self._given_up = True, False
+        self._handing_out, self.given_up = True, False
         # tasks that were handed out and are not done, and what some of them wait for that another one is at
         self._tasks = 0
         self._awaited: list[Future[Any]] = []
@@ -183,14 +178,17 @@ class Gathering:
 
     def all_handed_out(self) -> None:
         """As many tasks as there are threads were handed out; from now on one follows another."""
-        with self._turn:
-            self._handing_out = False
-            self._form()
+        self._later(self._follow)
+
+    def _follow(self) -> None:
+        self._handing_out = False
+        self._form()
 
     @contextmanager
     def task(self) -> Iterator[None]:
         """While a thread is at a task."""
         with self._turn:
+            self._raise_if_given_up()
             token = _current.set(self)
             try:
                 yield
@@ -202,11 +200,22 @@ class Gathering:
 
     def give_up(self) -> None:
         """Nobody waits for the tasks any more; those that were not begun never will be."""
-        with self._turn:
-            self._given_up = True
-            for party in self._parties:
-                party.give_up()
-            self._turn.notify_all()
+        self.given_up = True
+        if self._tasks:
+            self._later(self._turn.notify_all)
+
+    def _later(self, do: Callable[[], None]) -> None:
+        """In turn, which whoever hands out tasks does not wait for: Ctrl-C must not come in the middle of one."""
+
+        def work() -> None:
+            with self._turn:
+                do()
+
+        threading.Thread(target=work, name="fusemlp search", daemon=True).start()
+
+    def _raise_if_given_up(self) -> None:
+        if self.given_up:
+            raise RuntimeError("the search was given up before this model was trained")
 
     def wait(self, future: Future[Any]) -> Any:
         """The result of what another task is at; meanwhile others have their turn."""
@@ -234,11 +243,10 @@ class Gathering:
         seat.gathering = self
         self._ready.append(seat)
         self._form()
-        self._turn.wait_for(lambda: seat.party is not None or seat.error is not None or self._given_up)
+        self._turn.wait_for(lambda: seat.party is not None or seat.error is not None or self.given_up)
+        self._raise_if_given_up()
         if seat.error is not None:
             raise seat.error
-        if seat.party is None:
-            raise RuntimeError("the search was given up before this model was trained")
         return seat
 
     def leave(self, seat: Seat) -> None:
@@ -246,6 +254,8 @@ class Gathering:
         party = seat.party
         assert party is not None
         party.live.remove(seat)
+        if self.given_up:
+            return
         if party.live:
             party.advance()
         else:
@@ -256,7 +266,7 @@ class Gathering:
         """Make groups of the models that are ready, if no task can bring another one."""
         # who waits for something that is there already goes on
         waiting = len(self._ready) + sum(not future.done() for future in self._awaited)
-        if self._handing_out or self._parties or not self._ready or waiting < self.tasks:
+        if self._handing_out or self._parties or not self._ready or waiting < self.tasks or self.given_up:
             return
         kins: dict[Any, list[Seat]] = {}
         for seat in self._ready:
@@ -271,13 +281,21 @@ class Gathering:
         self._turn.notify_all()
 
 
-def apart(engine: Engine) -> AbstractContextManager[None]:
-    """While the model of ``engine``, which is in no launch with others, is trained."""
+@contextmanager
+def training(engine: Engine, *, seated: bool) -> Iterator[None]:
+    """While the model of ``engine`` is trained, in a launch with others if it is ``seated``.
+
+    Models that are trained meanwhile, such as by a callback, are in no launch: it would wait for this one.
+    """
     together = gathering()
-    # a card is for one at a time
-    if together is None or engine.backend != "numpy":
-        return nullcontext()
-    return together.apart()
+    token = _current.set(None)
+    try:
+        # a card is for one at a time
+        beside = together is not None and not seated and engine.backend == "numpy"
+        with together.apart() if together is not None and beside else nullcontext():
+            yield
+    finally:
+        _current.reset(token)
 
 
 def _joined(data: Sequence[Mapping[str, Array]]) -> tuple[dict[str, Array], list[int]]:

@@ -53,6 +53,8 @@ class _FleetSearch(BaseSearchCV):
             with joblib.parallel_backend(threads, n_jobs=-1):
                 super().fit(X, y, **params)
         finally:
+            # a second Ctrl-C may have come before joblib said so
+            threads.give_up()
             self.estimator = given
             if sharing is not None:
                 # the default scorer keeps it

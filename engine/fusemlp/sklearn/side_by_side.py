@@ -69,11 +69,15 @@ class SideBySide(ThreadingBackend):
         """``submit`` by its name in older releases of joblib."""
         return super().apply_async(self._unwrapped(func), callback)
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        """What is under way is of no use any more."""
+    def give_up(self) -> None:
+        """What is under way, if anything is, is of no use any more."""
         self._event.set()
         if self._gathering is not None:
             self._gathering.give_up()
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        """After an error, or Ctrl-C."""
+        self.give_up()
         super().abort_everything(ensure_ready)
 
     def _unwrapped(self, batch: Any) -> Any:

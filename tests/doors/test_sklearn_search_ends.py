@@ -1,0 +1,112 @@
+"""Searches in common launches that end early, and models that are trained while others wait: no thread is left."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from devices import STAND_IN, UNCOMPILED, marks_of, usable
+
+import fusemlp.sklearn.gathering as module
+from fusemlp import Callback
+from fusemlp.sklearn import FleetSearchCV, MLPClassifier
+from fusemlp.sklearn.gathering import Gathering, Seat
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+random = np.random.default_rng(0)
+X, Y = random.standard_normal((45, 4)).astype(np.float32), random.integers(0, 3, 45)
+
+
+@pytest.fixture(params=[pytest.param(one, id=one.name, marks=marks_of(one)) for one in (UNCOMPILED, STAND_IN)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with usable(request.param):
+        yield request.param.backend
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=30)
+        assert not thread.is_alive(), thread
+
+
+def search(backend: str, **options: object) -> FleetSearchCV:
+    model = MLPClassifier(4, batch_size=16, max_iter=2, random_state=0, backend=backend)
+    return FleetSearchCV(model.set_params(**options), {"alpha": [0.0, 0.1]}, cv=3, n_jobs=6, error_score="raise")
+
+
+@pytest.mark.parametrize("launch", [1, 3])
+def test_ctrl_c_in_a_launch(backend: str, launch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind, launches = module.bind_fleet, []
+
+    def pressing(*given):
+        run = bind(*given)
+
+        def pressed(steps):
+            launches.append(steps)
+            if len(launches) == launch:
+                signal.raise_signal(signal.SIGINT)
+            run(steps)
+
+        return pressed
+
+    monkeypatch.setattr(module, "bind_fleet", pressing)
+    monkeypatch.setattr(module, "fleet_chunk", lambda *_: 4)
+    with pytest.raises(KeyboardInterrupt):
+        search(backend, max_iter=10**7, n_iter_no_change=10**7).fit(X, Y)
+
+
+def test_who_gives_up_does_not_wait_for_a_turn() -> None:
+    """A second Ctrl-C would come in that time, and those that wait would never hear of it."""
+    gathering, ended = Gathering(), []
+
+    def work() -> None:
+        try:
+            with gathering.task():
+                gathering.join(object.__new__(Seat))
+        except RuntimeError as error:
+            ended.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    gathering.threads = 4
+    for thread in threads:
+        gathering.hand_out()
+        thread.start()
+    gathering.hand_out()
+    while len(gathering._ready) < 3:
+        time.sleep(0.001)
+    with gathering._turn:
+        began = time.perf_counter()
+        gathering.give_up()
+        assert time.perf_counter() - began < 10.0 and not ended
+    for thread in threads:
+        thread.join(timeout=30)
+    assert ended == ["the search was given up before this model was trained"] * 3
+
+
+class Probe(Callback):
+    """Trains a model of its own after every epoch, and one that is in no loop."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend, self.scores = backend, []
+
+    def on_epoch_end(self, engine: object, epoch: int, logs: object) -> None:
+        for solver in ("adam", "lbfgs"):
+            model = MLPClassifier(3, batch_size=16, max_iter=2, solver=solver, random_state=0, backend=self.backend)
+            self.scores.append(model.fit(X, Y).score(X, Y))
+
+
+@pytest.mark.parametrize("solver", ["adam", "adam, a batch that does not count"])
+def test_a_callback_trains_a_model(backend: str, solver: str) -> None:
+    weight = None if solver == "adam" else np.repeat([0.0, 1.0], [9, 36])
+    probe = Probe(backend)
+    found = search(backend, callbacks=[probe]).fit(X, Y, sample_weight=weight)
+    assert np.isfinite(found.cv_results_["mean_test_score"]).all()
+    # the estimators of the candidates are clones, and so are their callbacks
+    assert len(found.best_estimator_.callbacks[0].scores) == 4
