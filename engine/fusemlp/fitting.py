@@ -198,14 +198,14 @@ class Fit:
         """
         engine, state = self.engine, self.state
         good: Snapshot | None = None
-        at_once = self.at_once
+        # ``again``: epochs that are gone through once more, all of them to their end
+        at_once, again = self.at_once, 0
+
+        def ends() -> bool:
+            return not again and (engine.stop_training or interrupted())
+
         # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
-        while (
-            not self._out_of_patience()
-            and state.epoch < state.last_epoch
-            and not engine.stop_training
-            and not interrupted()
-        ):
+        while not self._out_of_patience() and state.epoch < state.last_epoch and not ends():
             good, first_batch, first_epoch = engine.snapshot(good), state.batch, state.epoch
             # a fit that is resumed ends its epoch first
             epochs = 1 if first_batch else min(at_once, state.last_epoch - first_epoch)
@@ -213,19 +213,20 @@ class Fit:
             if state.batch == 0:
                 self._call("on_epoch_begin", state.epoch)
             if self.bound.walks_rows:
-                yield from self._walk(interrupted, epochs)
+                yield from self._walk(ends, epochs)
             else:
-                self._batches(interrupted)
+                self._batches(ends)
             left = state.batch % self.batches
             accounts = self._accounts(state.epoch - first_epoch + (0 if left else 1), ran=first_batch < self.batches)
             state.epoch = first_epoch
-            if not left and not self._all_finite(accounts):
-                if len(accounts) == 1:
+            if len(accounts) and not self._all_finite(accounts):
+                if len(accounts) == 1 and not left:
                     raise self._diverged(good, first_batch)
                 # which epoch it was shows when they are gone through one by one
                 engine.restore(good)
-                state.batch, at_once = first_batch, 1
+                state.batch, at_once, again = first_batch, 1, len(accounts)
                 continue
+            again = max(0, again - 1)
             seconds = (time.perf_counter() - began) / max(1, len(accounts))
             rates = self._rates(len(accounts), left)
             if not left:
@@ -252,7 +253,7 @@ class Fit:
     def _watching(self, stage: str) -> list[Any]:
         return [callback for callback in self.callbacks if overrides(callback, stage)]
 
-    def _batches(self, interrupted: Callable[[], bool]) -> None:
+    def _batches(self, ends: Callable[[], bool]) -> None:
         """The batches that remain of the epoch, one after another."""
         engine, state, bound = self.engine, self.state, self.bound
         rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
@@ -280,10 +281,10 @@ class Fit:
                     with np.errstate(all="warn"):
                         for watcher in watchers:
                             watcher.on_batch_end(engine, state.batch - 1)
-                if interrupted() or engine.stop_training:
+                if ends():
                     break
 
-    def _walk(self, interrupted: Callable[[], bool], epochs: int) -> Iterator[int]:
+    def _walk(self, ends: Callable[[], bool], epochs: int) -> Iterator[int]:
         """The batches that remain of ``epochs`` epochs, of a program that moves from batch to batch by itself."""
         engine, state, bound = self.engine, self.state, self.bound
         trained = self.batches * self.batch_size
@@ -303,7 +304,7 @@ class Fit:
             state.batch = done - (state.epoch - first) * self.batches
             for watcher in watchers:
                 watcher.on_batch_end(engine, state.batch - 1)
-            if interrupted() or engine.stop_training:
+            if ends():
                 break
         if self._history is not None:
             # as if each epoch had been given its rows
