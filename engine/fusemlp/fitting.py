@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt, overrides
 from fusemlp.history import FitState, History
-from fusemlp.inference import metrics_of
+from fusemlp.inference import Evaluation, metrics_of
 from fusemlp.lowering import Inputs
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL, LossSpec, UpdateRule
@@ -33,13 +34,35 @@ GROUP_ROWS = 1 << 24
 LARGE_FEATURE = 100.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Validation:
-    """Checked rows that an epoch ends with."""
+    """Checked rows that an epoch ends with; ``common``: for several models."""
 
     X: Any
     targets: Targets
     weight: Any | None
+    common: bool = False
+    # those that nobody uses at the moment, by what the models that they serve have in common
+    _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
+
+    def of(self, engine: Engine) -> Callable[[], dict[str, float]]:
+        """What is asked after each epoch for the loss of the rows by ``engine``."""
+        if not self.common:
+            alone = engine.evaluation(self.X, self.targets, self.weight, apart=False)
+            return lambda: alone.of(engine.memory)
+        idle = self._idle.setdefault((engine.network, engine.loss), [])
+
+        def together() -> dict[str, float]:
+            # models may be trained in several threads
+            try:
+                evaluation = idle.pop()
+            except IndexError:
+                evaluation = engine.evaluation(self.X, self.targets, self.weight, apart=True)
+            metrics = evaluation.of(engine.memory)
+            idle.append(evaluation)
+            return metrics
+
+        return together
 
 
 class Walking(Protocol):
@@ -87,7 +110,7 @@ class Fit:
         # of X, or of those that ``order`` picks
         self.rows = len(X) if rows is None else rows
         self.X = X
-        self.validation = validation
+        self.held_out = None if validation is None else validation.of(engine)
         self.patience = patience
         self.callbacks = callbacks
         self.order = order
@@ -333,15 +356,14 @@ class Fit:
         engine, state = self.engine, self.state
         metrics = metrics_of(stats, self.spec)
         logs = dict(metrics)
-        if self.validation is not None:
-            held_out = engine.evaluate_checked(self.validation.X, self.validation.targets, self.validation.weight)
-            logs |= {f"val_{name}": value for name, value in held_out.items()}
+        if self.held_out is not None:
+            logs |= {f"val_{name}": value for name, value in self.held_out().items()}
         logs["learning_rate"] = rate
         state.history.record(state.epoch, logs, seconds)
         watched = logs.get("val_loss", logs["loss"])
         if watched < state.best_loss:
             state.best_loss, state.waited = watched, 0
-            if self.validation is not None:
+            if self.held_out is not None:
                 state.history.best_epoch = state.epoch
                 if self.patience is not None:
                     self.best = engine.state_dict()
@@ -370,9 +392,8 @@ class Fit:
         """Whether the losses of the epochs and what their last update left are numbers."""
         memory = self.engine.memory
         self.engine.check_scaling()
-        return bool(
-            np.isfinite(accounts[:, LOSS_SUM]).all() and np.isfinite(memory.backend.to_host(memory.params)).all()
-        )
+        low, high = memory.backend.extent(memory.params)
+        return bool(np.isfinite(accounts[:, LOSS_SUM]).all()) and math.isfinite(low) and math.isfinite(high)
 
     def _diverged(self, good: Snapshot, first_batch: int) -> DivergenceError:
         """Go back to the last good state, and say what most likely went wrong."""

@@ -157,7 +157,7 @@ class Fleet:
         targets = first.targets("y", y, rows=len(features))
         weight = first.weights("sample_weight", sample_weight, rows=len(features))
         trained_on = self._rows("rows", rows, len(features))
-        validation = checked_validation(first, validation_data)
+        validation = checked_validation(first, validation_data, common=True)
         validations: list[Validation | None] = [validation] * len(self)
         if validation_rows is not None:
             if validation is not None:
@@ -169,7 +169,10 @@ class Fleet:
                 targets._replace(values=first.on_host(targets.values)),
                 None if weight is None else first.on_host(weight),
             )
-            validations = [None if one is None else _picked(whole, one) for one in held_out]
+            # models often have a fold in common
+            folds = {one.tobytes(): one for one in held_out if one is not None}
+            picked = {key: _picked(whole, one) for key, one in folds.items()}
+            validations = [None if one is None else picked[one.tobytes()] for one in held_out]
         if patience is not None and validations[0] is None:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
@@ -300,7 +303,7 @@ class Fleet:
 
 def _picked(whole: Validation, rows: Array) -> Validation:
     targets = whole.targets._replace(values=whole.targets.values[rows])
-    return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows])
+    return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
 
 
 def _cores() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -75,20 +75,23 @@ class Inference:
 
     def _batches(self, bound: BoundProgram, rows: int, X: Any, **others: Any) -> Iterator[tuple[int, int]]:
         """Copy each batch in, run it, and yield its first row and the row after its last."""
-        copy = self.memory.backend.copy_into
+        arrays = {"x": X, **others}
         for start in range(0, len(X), rows):
             stop = min(start + rows, len(X))
-            count = stop - start
-            self.counters[ROW_COUNT] = count
-            for name, array in {"x": X, **others}.items():
-                copy(bound.arrays[name][:count], array[start:stop])
-            if count < rows:
-                # what an earlier batch left behind the last row must not reach the sums
-                for name in ("x", *others):
-                    bound.arrays[name][count:] = 0
+            self._bring(bound, rows, arrays, start, stop)
             with np.errstate(all="ignore"):
                 bound.run()
             yield start, stop
+
+    def _bring(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any], start: int, stop: int) -> None:
+        """Copy the rows from ``start`` to ``stop`` into a program for batches of ``rows``."""
+        copy, count = self.memory.backend.copy_into, stop - start
+        self.counters[ROW_COUNT] = count
+        for name, array in arrays.items():
+            copy(bound.arrays[name][:count], array[start:stop])
+            if count < rows:
+                # what an earlier batch left behind the last row must not reach the sums
+                bound.arrays[name][count:] = 0
 
     def outputs(self, X: Any) -> Array:
         """The network's outputs (n, N) for X (n, K)."""
@@ -137,6 +140,47 @@ class Inference:
                 silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
             found.append(silent)
         return found
+
+
+class Evaluation:
+    """The loss of the same rows again and again: X (n, K), their targets and perhaps weights (n,).
+
+    They are brought to the device once, and where one batch holds them, once into the program. ``inference`` belongs to
+    nobody else.
+    """
+
+    def __init__(
+        self, inference: Inference, X: Any, target: Any, weight: Any | None, spec: LossSpec, class_weight: Any | None
+    ) -> None:
+        self._inference, self._spec = inference, spec
+        self._size = inference._rows_for(len(X))
+        self._bound = inference._program(self._size, spec, class_weight, weight is not None)
+        arrays = {"x": X, "target": target} | ({} if weight is None else {"weight": weight})
+        # what is brought into the program batch by batch, each time
+        self._left: dict[str, Any] = {}
+        if len(X) <= self._size:
+            inference._bring(self._bound, self._size, arrays, 0, len(X))
+        else:
+            to_device = inference.memory.backend.from_host
+            self._left = {name: to_device(array) for name, array in arrays.items() if name != "x"}
+            self._left["X"] = to_device(X, "compute")
+
+    def of(self, memory: Memory) -> dict[str, float]:
+        """What ``Inference.evaluate`` says of the parameters in ``memory``."""
+        inference, bound = self._inference, self._bound
+        own = inference.memory
+        if memory is not own:
+            for name in ("params", "shadow"):
+                if name in own.arrays:
+                    own.backend.copy_into(own.arrays[name], memory.arrays[name])
+        inference.stats[:] = 0.0
+        if self._left:
+            for _ in inference._batches(bound, self._size, **self._left):
+                pass
+        else:
+            with np.errstate(all="ignore"):
+                bound.run()
+        return metrics_of(own.backend.to_host(inference.stats), self._spec)
 
 
 def metrics_of(stats: Array, spec: LossSpec) -> dict[str, float]:

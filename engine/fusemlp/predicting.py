@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp import device_data
-from fusemlp.inference import Inference
+from fusemlp.execution import Memory
+from fusemlp.inference import Evaluation, Inference
 from fusemlp.losses import Loss
 from fusemlp.network import MLP
 from fusemlp.targets import Targets, are_one_hot
@@ -84,6 +85,18 @@ class Predicting:
         """``evaluate`` of arrays that have been checked."""
         spec = self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
         return self._inference.evaluate(X, targets.values, weight, spec, self._class_weight)
+
+    def evaluation(self, X: Any, targets: Targets, weight: Any | None, *, apart: bool) -> Evaluation:
+        """``evaluate_checked`` of the same arrays, to be asked for often. With ``apart`` the parameters are copied
+        before: it serves all engines of the network and the loss, and holds on to nothing of this one."""
+        mine = self._inference
+        memory = mine.memory
+        if apart:
+            mixed = memory.shadow is not None
+            memory = Memory(self.network, self._backend, 0, item_bytes=mine.real_bytes, mixed=mixed)
+        inference = Inference(self.network, memory, real_bytes=mine.real_bytes, compute_bytes=mine.compute_bytes)
+        spec = self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
+        return Evaluation(inference, X, targets.values, weight, spec, self._class_weight)
 
     def dead_units(self, X: Any) -> dict[str, float]:
         """For each hidden relu layer ("layer 1", ...), the fraction of units that are zero for every row of X."""

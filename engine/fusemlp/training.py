@@ -145,8 +145,8 @@ def fit_checked(
     )
 
 
-def checked_validation(engine: Engine, given: Any) -> Validation | None:
-    """``validation_data`` as ``fit`` takes it, checked."""
+def checked_validation(engine: Engine, given: Any, *, common: bool = False) -> Validation | None:
+    """``validation_data`` as ``fit`` takes it, checked; ``common``: of several models."""
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
@@ -156,7 +156,7 @@ def checked_validation(engine: Engine, given: Any) -> Validation | None:
     weight = engine.weights("validation_data[2]", given[2] if len(given) == 3 else None, rows=len(X))
     # what the loss refuses must come out here, not at the end of the first epoch
     engine.loss.spec(accuracy=False, soft=targets.soft)
-    return Validation(X, targets, weight)
+    return Validation(X, targets, weight, common)
 
 
 def _described(given: Any) -> str:
