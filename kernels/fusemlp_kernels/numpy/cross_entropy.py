@@ -39,10 +39,13 @@ def bind_cross_entropy(
     counters: Array,
     stats: Array,
     loss: LossSpec,
+    *,
+    differentiate: bool,
 ) -> Run:
-    """z, dz (M, N), contiguous, dz perhaps z itself; target (M,) int64, or (M, N) probabilities if loss.soft."""
+    """z, dz (M, N), contiguous, dz perhaps z itself; target (M,) int64, or (M, N) probabilities if loss.soft. Unless
+    they are to ``differentiate``, dz is scratch."""
     if not loss.soft and loss.label_smoothing == 0.0 and z.shape[1] > DIRECT_CLASSES:
-        return _bind_direct(z, dz, target, weight, class_weight, counters, stats, loss)
+        return _bind_direct(z, dz, target, weight, class_weight, counters, stats, loss, differentiate)
     rows = len(z)
     real = z.dtype
     t = np.empty(z.shape, real)
@@ -70,7 +73,8 @@ def bind_cross_entropy(
     t_dot_shifted = blas.dot(t, dz)
     shift_column, factor_column = shift[:, 0], sums[:, None]
     add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
-    take, exp, log = np.take, np.exp, np.log
+    take, maximum, exp, log = np.take, np.maximum, np.exp, np.log
+    lowest = _lowest(real)
 
     # one item is read or written twice as quickly through a memoryview
     counter, statistic = counters.data, cast("memoryview[float]", stats.data)
@@ -95,13 +99,16 @@ def bind_cross_entropy(
             # padding may hold anything; from here on it is a row of equal logits without weight
             dz[count:] = 0.0
         picked = t_dot_shifted()
+        if not differentiate:
+            maximum(dz, lowest, out=dz)
         exp(dz, dz)
         sum_rows()
         log(sums, logs)
         value = mass_dot_logs() - picked
-        divide(mass, sums, sums)
-        multiply(dz, factor_column, dz)
-        subtract(dz, t, dz)
+        if differentiate:
+            divide(mass, sums, sums)
+            multiply(dz, factor_column, dz)
+            subtract(dz, t, dz)
         statistic[LAST_LOSS] = value
         if mean:
             statistic[LOSS_SUM] += value * normaliser
@@ -110,6 +117,12 @@ def bind_cross_entropy(
             statistic[LOSS_SUM] += value
 
     return run
+
+
+def _lowest(real: np.dtype[Any]) -> Any:
+    """What is below has subnormal exponentials, which take ten times as long. Beside the largest of their row, which
+    is 1, neither they nor that of this number change a sum."""
+    return np.ceil(np.log(np.finfo(real).tiny))
 
 
 def _bind_direct(
@@ -121,6 +134,7 @@ def _bind_direct(
     counters: Array,
     stats: Array,
     loss: LossSpec,
+    differentiate: bool,
 ) -> Run:
     """Integer targets without smoothing: ``t`` is zero but for one element a row, and is never written.
 
@@ -134,6 +148,7 @@ def _bind_direct(
     mass, picked, sums, logs, factors = (np.empty(rows, real) for _ in range(5))
     shift = np.empty(rows, real)
     flat_z, flat_dz = z.reshape(-1), dz.reshape(-1)
+    lowest = _lowest(real)
     mass_dot_logs, mass_dot_picked = blas.dot(mass, logs), blas.dot(mass, picked)
     norm_of_class = None if class_weight is None else class_weight.astype(real)
     weigh = _bind_row_weights(mass, labels, ignored, target, weight, loss.ignore_index)
@@ -181,16 +196,21 @@ def _bind_direct(
         np.subtract(picked, shift, out=picked)
         for z_block, dz_block, shift_block, sum_rows, mass_block, sums_block, factor, factor_column in blocks:
             np.subtract(z_block, shift_block, out=dz_block)
+            if not differentiate:
+                np.maximum(dz_block, lowest, out=dz_block)
             np.exp(dz_block, out=dz_block)
             sum_rows()
-            np.divide(mass_block, sums_block, out=factor)
-            np.multiply(dz_block, factor_column, out=dz_block)
-        np.take(flat_dz, index, 0, factors, "clip")
-        np.subtract(factors, mass, out=factors)
-        np.put(flat_dz, index, factors, "clip")
+            if differentiate:
+                np.divide(mass_block, sums_block, out=factor)
+                np.multiply(dz_block, factor_column, out=dz_block)
+        if differentiate:
+            np.take(flat_dz, index, 0, factors, "clip")
+            np.subtract(factors, mass, out=factors)
+            np.put(flat_dz, index, factors, "clip")
         if count < rows:
             # padding may hold anything; it weighs nothing
-            dz[count:] = 0.0
+            if differentiate:
+                dz[count:] = 0.0
             sums[count:] = 1.0
             picked[count:] = 0.0
         np.log(sums, out=logs)

@@ -75,6 +75,7 @@ def bind_loss_grad(
                 dslope.fill(0.0)
 
         return no_rows
+    differentiate = dz is not None
     gradient = np.empty(z.shape, z.dtype) if dz is None or not dz.flags.c_contiguous else dz
     before: list[Run] = []
     after: list[Run] = []
@@ -95,7 +96,9 @@ def bind_loss_grad(
     if loss.kind == "cross_entropy":
         if activation != "identity":
             raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
-        core = bind_cross_entropy(z, gradient, targets, weights, class_weight, counters, stats, loss)
+        core = bind_cross_entropy(
+            z, gradient, targets, weights, class_weight, counters, stats, loss, differentiate=differentiate
+        )
     else:
         y = z
         if activation != "identity":
@@ -116,7 +119,7 @@ def bind_loss_grad(
                     dslope=np.empty(1, z.dtype) if dslope is None else dslope,
                 )
             )
-        core = _bind_elementwise(y, gradient, targets, weights, counters, stats, loss)
+        core = _bind_elementwise(y, gradient, targets, weights, counters, stats, loss, differentiate)
     if dz is not None and gradient is not dz:
         after.append(lambda: np.copyto(dz, gradient))
     return in_sequence([*before, core, *(after if dz is not None else [])])
@@ -147,11 +150,19 @@ def _clear_padding(array: Array, counters: Array) -> Run:
 
 
 def _bind_elementwise(
-    y: Array, d: Array, target: Array, weight: Array | None, counters: Array, stats: Array, loss: LossSpec
+    y: Array,
+    d: Array,
+    target: Array,
+    weight: Array | None,
+    counters: Array,
+    stats: Array,
+    loss: LossSpec,
+    differentiate: bool,
 ) -> Run:
-    """The losses that are sums over elements; y, d, target (M, N), d written, may be y itself."""
+    """The losses that are sums over elements; y, d, target (M, N), d written, may be y itself. Unless they are to
+    ``differentiate``, d is scratch."""
     rows, columns = y.shape
-    values = bind_values(loss, y, d, target)
+    values = bind_values(loss, y, d, target, differentiate=differentiate)
     sums = np.empty(rows, y.dtype)
     sum_rows = blas.row_sums(sums, values.elements)
     mean = loss.reduction == "mean"
@@ -178,7 +189,8 @@ def _bind_elementwise(
         if count < rows:
             factors[count:] = 0.0
             values.elements[count:] = 0.0
-            d[count:] = 0.0
+            if differentiate:
+                d[count:] = 0.0
         sum_rows()
         value = total()
         if mean:
@@ -186,10 +198,12 @@ def _bind_elementwise(
             statistic[LOSS_SUM] += value
             statistic[NORM_SUM] += normaliser
             value *= scale
-            np.multiply(factors, scale, out=factors)
+            if differentiate:
+                np.multiply(factors, scale, out=factors)
         else:
             statistic[LOSS_SUM] += value
-        np.multiply(d, column, out=d)
+        if differentiate:
+            np.multiply(d, column, out=d)
         statistic[LAST_LOSS] = value
 
     return run
@@ -203,7 +217,8 @@ class Values:
         self.run = run
 
 
-def bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> Values:
+def bind_values(loss: LossSpec, y: Array, d: Array, target: Array, *, differentiate: bool = True) -> Values:
+    """The losses of the elements, with their derivatives or with nothing in particular in d."""
     e = np.empty(y.shape, y.dtype)
     real = y.dtype.type
     zero, half, one, two = real(0.0), real(0.5), real(1.0), real(2.0)
@@ -278,6 +293,8 @@ def bind_values(loss: LossSpec, y: Array, d: Array, target: Array) -> Values:
         np.add(e, s, out=e)
         np.multiply(y, target, out=s)
         np.subtract(e, s, out=e)
+        if not differentiate:
+            return
         np.multiply(y, half, out=s)
         np.tanh(s, out=s)
         np.add(s, one, out=s)
