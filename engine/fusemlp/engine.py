@@ -141,6 +141,7 @@ class Engine(Predicting):
             gradient_parts=batch_parts(self._backend.traits, self.batch_size, self.network.parameter_count),
             arenas=arenas,
         )
+        self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
         self._inference = Inference(
             self.network, self._memory, real_bytes=self._real_bytes, compute_bytes=self._compute_bytes
@@ -380,14 +381,14 @@ class Engine(Predicting):
 
     def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
         """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
-        names = short_names(self.network).items()
-        return {name: self._backend.to_host(self._memory.arrays[f"{prefix}{short}{suffix}"]) for short, name in names}
+        arrays = self._memory.arrays
+        return {name: self._backend.to_host(arrays[f"{prefix}{short}{suffix}"]) for short, name in self._names.items()}
 
     def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
         """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there."""
         arena = suffix.removeprefix(".") or ("grads" if prefix else "params")
         self._memory.arrays[arena][:] = 0.0
-        for short, name in short_names(self.network).items():
+        for short, name in self._names.items():
             self._backend.copy_into(self._memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
         if not prefix and not suffix:
             self._memory.refresh_shadow()

@@ -30,6 +30,8 @@ Snapshot = dict[str, Any]
 ROWS_AT_ONCE = 1 << 17
 # ... and so many of all models that train in one launch: 128 MiB.
 GROUP_ROWS = 1 << 24
+# So many kinds of models in a fleet have their held-out rows in common; those of the others last as long as they train.
+KINDS = 8
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
 LARGE_FEATURE = 100.0
 
@@ -47,10 +49,12 @@ class Validation:
 
     def of(self, engine: Engine) -> Callable[[], dict[str, float]]:
         """What is asked after each epoch for the loss of the rows by ``engine``."""
-        if not self.common:
+        net = engine.network
+        kind = (net.sizes, net.activations, engine.loss)
+        if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
             alone = engine.evaluation(self.X, self.targets, self.weight, apart=False)
             return lambda: alone.of(engine.memory)
-        idle = self._idle.setdefault((engine.network, engine.loss), [])
+        idle = self._idle.setdefault(kind, [])
 
         def together() -> dict[str, float]:
             # models may be trained in several threads
@@ -392,8 +396,7 @@ class Fit:
         """Whether the losses of the epochs and what their last update left are numbers."""
         memory = self.engine.memory
         self.engine.check_scaling()
-        low, high = memory.backend.extent(memory.params)
-        return bool(np.isfinite(accounts[:, LOSS_SUM]).all()) and math.isfinite(low) and math.isfinite(high)
+        return all(map(math.isfinite, (*accounts[:, LOSS_SUM].tolist(), *memory.backend.extent(memory.params))))
 
     def _diverged(self, good: Snapshot, first_batch: int) -> DivergenceError:
         """Go back to the last good state, and say what most likely went wrong."""

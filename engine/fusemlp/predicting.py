@@ -88,7 +88,7 @@ class Predicting:
 
     def evaluation(self, X: Any, targets: Targets, weight: Any | None, *, apart: bool) -> Evaluation:
         """``evaluate_checked`` of the same arrays, to be asked for often. With ``apart`` the parameters are copied
-        before: it serves all engines of the network and the loss, and holds on to nothing of this one."""
+        before: it serves all engines of these layers and this loss, and holds on to nothing of this one."""
         mine = self._inference
         memory = mine.memory
         if apart:

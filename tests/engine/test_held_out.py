@@ -1,0 +1,135 @@
+"""Held-out rows that a fit keeps for all its epochs: what it says of them is what ``evaluate`` says."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from fusemlp import MLP, Engine, Fleet
+from fusemlp import fitting as fitting_module
+from fusemlp import inference as inference_module
+
+RNG = np.random.default_rng(9)
+X = RNG.standard_normal((90, 5)).astype(np.float32)
+WEIGHTS = RNG.uniform(0.1, 1.0, 90).astype(np.float32)
+TARGETS = {
+    "cross_entropy": RNG.integers(0, 3, 90),
+    "binary_cross_entropy": RNG.integers(0, 2, (90, 3)),
+    "mse": RNG.standard_normal((90, 3)),
+    "poisson": RNG.poisson(2.0, (90, 3)),
+}
+LABELS = TARGETS["cross_entropy"]
+TRAINED, HELD_OUT = np.arange(50), np.arange(50, 90)
+
+
+def make(loss="cross_entropy", seed=3, hidden=8):
+    return Engine(MLP([5, hidden, 3], activation="tanh"), loss, batch_size=10, seed=seed, backend="numpy")
+
+
+class Asking:
+    """After each epoch: what the engine says of the held-out rows, with other rows before and behind."""
+
+    def __init__(self, target, weight):
+        self.target, self.weight, self.said = target, weight, []
+
+    def on_epoch_end(self, engine, epoch, logs):
+        engine.evaluate(X[:20], self.target[:20])
+        said = engine.evaluate(X[HELD_OUT], self.target[HELD_OUT], self.weight)
+        self.said.append({f"val_{name}": value for name, value in said.items()})
+        engine.predict(X[3:70])
+
+
+@pytest.fixture(params=["one batch", "several batches"])
+def batches(request, monkeypatch):
+    if request.param == "several batches":
+        # a forward pass takes 16 rows at a time
+        monkeypatch.setattr(inference_module, "LARGEST", 1)
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("loss", TARGETS)
+def test_a_fit_says_what_evaluate_says(loss, weighted):
+    target = TARGETS[loss]
+    weight = WEIGHTS[HELD_OUT] if weighted else None
+    asking = Asking(target, weight)
+    history = make(loss).fit(
+        X[TRAINED],
+        target[TRAINED],
+        epochs=3,
+        validation_data=(X[HELD_OUT], target[HELD_OUT], weight),
+        callbacks=[asking],
+    )
+    for epoch, said in enumerate(asking.said):
+        assert said == {name: history.history[name][epoch] for name in said}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The evaluations that are made."""
+    found = []
+    begin = inference_module.Evaluation.__init__
+
+    def counted(self, *arguments):
+        found.append(arguments[0].net)
+        begin(self, *arguments)
+
+    monkeypatch.setattr(inference_module.Evaluation, "__init__", counted)
+    return found
+
+
+def alone(seed, hidden, epochs, rows):
+    history = make(seed=seed, hidden=hidden).fit(
+        X[TRAINED], LABELS[TRAINED], epochs=epochs, validation_data=(X[rows], LABELS[rows]), early_stopping=2
+    )
+    return history.history, history.best_epoch
+
+
+def fleet(seeds, hidden):
+    return Fleet(
+        MLP([5, 8, 3], activation="tanh"),
+        vary={"hidden": hidden, "seed": seeds},
+        batch_size=10,
+        backend="numpy",
+    )
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("kinds", [1, 8])
+def test_a_fleet_has_them_in_common(made, monkeypatch, kinds):
+    monkeypatch.setattr(fitting_module, "KINDS", kinds)
+    models = fleet([0, 1, 2], [8, 4])
+    results = models.fit(
+        X[TRAINED], LABELS[TRAINED], epochs=4, validation_data=(X[HELD_OUT], LABELS[HELD_OUT]), early_stopping=2, jobs=1
+    )
+    # models of another kind than the first find room for one in common, or have one each
+    assert len(made) == (2 if kinds == 8 else 4)
+    for member in results.members:
+        seed, hidden = member.parameters["seed"], member.parameters["hidden"]
+        assert (member.history.history, member.history.best_epoch) == alone(seed, hidden, 4, HELD_OUT)
+
+
+def test_models_with_a_fold_in_common(made):
+    folds = [np.arange(50, 70), np.arange(60, 90)]
+    models = fleet([0, 1, 2, 3], [8])
+    results = models.fit(
+        X, LABELS, epochs=4, rows=[TRAINED] * 4, validation_rows=[folds[0], folds[1]] * 2, early_stopping=2, jobs=1
+    )
+    assert len(made) == 2
+    for index, member in enumerate(results.members):
+        assert (member.history.history, member.history.best_epoch) == alone(index, 8, 4, folds[index % 2])
+
+
+def test_what_is_in_common_holds_on_to_no_engine():
+    first, second = make(seed=0), make(seed=1)
+    rows = first.features("X", X), first.targets("y", LABELS, rows=len(X)), None
+    evaluation = first.evaluation(*rows, apart=True)
+    assert evaluation.of(first.memory) == first.evaluate(X, LABELS)
+    assert evaluation.of(second.memory) == second.evaluate(X, LABELS)
+    memory = weakref.ref(first.memory)
+    del first
+    gc.collect()
+    assert memory() is None
