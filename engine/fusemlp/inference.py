@@ -89,8 +89,8 @@ class Inference:
         self.counters[ROW_COUNT] = count
         for name, array in arrays.items():
             copy(bound.arrays[name][:count], array[start:stop])
-            if count < rows:
-                # what an earlier batch left behind the last row must not reach the sums
+            if count < rows and len(arrays) > 1:
+                # what an earlier batch left behind the last row must not reach the sums, where there are any
                 bound.arrays[name][count:] = 0
 
     def outputs(self, X: Any) -> Array:
