@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from devices import STAND_IN, UNCOMPILED, marks_of, usable
+from devices import INTERPRETER, STAND_IN, UNCOMPILED, Device, marks_of, usable
 
 import fusemlp.sklearn.gathering as module
 from fusemlp import Callback
@@ -88,6 +89,29 @@ def test_who_gives_up_does_not_wait_for_a_turn() -> None:
     for thread in threads:
         thread.join(timeout=30)
     assert ended == ["the search was given up before this model was trained"] * 3
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (UNCOMPILED, STAND_IN, INTERPRETER)]
+)
+def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is told where they lie finds others there when their memory is given back."""
+    bind, alive = module.bind_fleet, []
+
+    def watched(group, programs, data, *others):
+        run, arrays = bind(group, programs, data, *others), [weakref.ref(array) for array in data.values()]
+
+        def launch(steps):
+            alive.append(all(array() is not None for array in arrays))
+            run(steps)
+
+        return launch
+
+    monkeypatch.setattr(module, "bind_fleet", watched)
+    monkeypatch.setattr("fusemlp.sklearn.model.choose_plan", lambda *_, **__: ("resident", ""))
+    with usable(device):
+        search(device.backend, max_iter=1).fit(X[:24], Y[:24])
+    assert alive and all(alive)
 
 
 class Probe(Callback):

@@ -119,8 +119,11 @@ class _Party:
                     inputs, seat.spec, seat.rule, seat.batch, batches, epochs=epochs, ridge=seat.ridge
                 )
             )
-        device = {name: backend.from_host(array, "compute" if name == "x" else None) for name, array in data.items()}
-        self._launch = bind_fleet(group, programs, device, rows, history)
+        # kept: a launch may know no more than where they lie
+        self._data = {
+            name: backend.from_host(array, "compute" if name == "x" else None) for name, array in data.items()
+        }
+        self._launch = bind_fleet(group, programs, self._data, rows, history)
         for seat in seats:
             seat.party = self
 
