@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import scipy.sparse
 from devices import INTERPRETER, STAND_IN, UNCOMPILED, Device, marks_of, usable
 
 import fusemlp.sklearn.gathering as module
 from fusemlp import Callback
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 from fusemlp.sklearn.gathering import Gathering, Seat
+from fusemlp.sklearn.search import _at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 random = np.random.default_rng(0)
@@ -112,6 +114,18 @@ def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.Monk
     with usable(device):
         search(device.backend, max_iter=1).fit(X[:24], Y[:24])
     assert alive and all(alive)
+
+
+def test_how_many_tasks_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse rows are dense in a launch, and a table has no ``nbytes``."""
+    dense = np.zeros((100, 50))
+    monkeypatch.setattr("fusemlp.sklearn.search.available_memory", lambda: 4 * 10 * dense.nbytes)
+    for same in (dense, scipy.sparse.csr_matrix(dense), scipy.sparse.csr_array(dense)):
+        assert _at_once(same) == 10
+    assert _at_once(pytest.importorskip("pandas").DataFrame(dense)) == 10
+    assert _at_once(dense.astype(np.float32)) == 20
+    assert _at_once(np.zeros((10**4, 50))) == 2
+    assert _at_once(dense[:1]) == _at_once([[0.0], [1.0, 2.0]]) == 256
 
 
 class Probe(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,7 +170,9 @@ def _have_launches(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
 
 def _at_once(X: Any) -> int:
     """How many models train in common launches: each task holds rows of its own."""
-    size = getattr(X, "nbytes", 0)
+    # of an array, a table, or rows that are sparse and become dense; a list is never large
+    shape = getattr(X, "shape", ())
+    size = math.prod(shape) * getattr(getattr(X, "dtype", None), "itemsize", 8) if shape else 0
     available = available_memory()
     if not size or available is None:
         return MOST_AT_ONCE
