@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_diabetes, load_digits
 
 import fusemlp
 from fusemlp import Callback
+from fusemlp.execution import BoundProgram
 from fusemlp.schedules import Cosine, ReduceOnPlateau
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.loop import Loop
@@ -136,6 +139,32 @@ def test_training_ends_at_the_batch_that_a_callback_names():
     listener = Batchwise(last=11)
     model = MLPClassifier(**COMMON, callbacks=[listener]).fit(*DIGITS)
     assert len(listener.ended) == 11 and model.n_iter_ == 1
+
+
+@pytest.mark.parametrize("launch", [1, 2, 3, 6])
+def test_ctrl_c_leaves_the_random_state_where_the_last_epoch_took_it(launch, monkeypatch):
+    """Launches of 12 steps, epochs of 8 batches, all of one block; epochs that did not begin have drawn nothing."""
+    run, launches = BoundProgram.run_many, []
+
+    def pressing(bound, count):
+        launches.append(count)
+        if len(launches) == launch:
+            signal.raise_signal(signal.SIGINT)
+        run(bound, count)
+
+    def fitted(**options):
+        state = np.random.RandomState(3)
+        model = MLPClassifier(**COMMON | options | {"random_state": state})
+        return model.fit(*DIGITS), state.randint(2**31)
+
+    begun = -(-12 * launch // 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(BoundProgram, "run_many", pressing)
+        patch.setattr("fusemlp.execution.resident_chunk", lambda *_: 12)
+        with pytest.warns(UserWarning, match="interrupted by user"):
+            model, drawn = fitted(max_iter=9)
+    assert launches == [12] * launch and model.n_iter_ == 12 * launch // 8
+    assert drawn == fitted(max_iter=begun)[1]
 
 
 def loops(weight=None, **options):

@@ -69,18 +69,23 @@ def train(
             _call(callbacks, "on_train_begin", engine)
             begin = listeners.begin if listeners.listening else None
             while estimator.n_iter_ < estimator.max_iter:
+                count = _undecided(estimator, batches.at_once)
+                before = random_state.get_state() if estimator.shuffle and count > 1 else None
                 orders = []
-                for _ in range(_undecided(estimator, batches.at_once)):
+                for _ in range(count):
                     if estimator.shuffle:
                         # the permutations pile up from epoch to epoch, as scikit-learn's do
-                        step = np.arange(batches.n)
-                        random_state.shuffle(step)
-                        order = order[step]
+                        order = order[_permutation(random_state, batches.n)]
                     orders.append(order)
                 began, updates = time.perf_counter(), engine.update_count
                 _call(callbacks, "on_epoch_begin", engine, estimator.n_iter_)
                 listeners.batch = 0
                 losses = batches.epochs(orders, stop, begin)
+                if before is not None and pressed():
+                    # epochs that did not begin have drawn nothing
+                    random_state.set_state(before)
+                    for _ in range(-(-(engine.update_count - updates) // batches.batches)):
+                        _permutation(random_state, batches.n)
                 seconds = (time.perf_counter() - began) / max(1, len(losses))
                 stopping = False
                 for loss in losses:
@@ -105,6 +110,12 @@ def train(
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
     _call(callbacks, "on_train_end", engine, history)
+
+
+def _permutation(random_state: np.random.RandomState, rows: int) -> Array:
+    permutation = np.arange(rows)
+    random_state.shuffle(permutation)
+    return permutation
 
 
 def epochs_at_once(estimator: Any, model: Model, rows: int, validation: Validation | None, callbacks: list[Any]) -> int:
