@@ -100,6 +100,40 @@ class Key:
         return self.left <= 0
 
 
+@pytest.mark.parametrize("key", ["Ctrl-C", "stop_training"])
+@pytest.mark.parametrize("steps", [600, 601, 6 * 700 - 1])
+def test_an_epoch_that_diverged_is_found_where_the_training_is_ended_after_it(
+    key: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last batch of an epoch, or in one: the launch went on for long after the loss was infinite."""
+    together, apart = (Engine(MLP([12, 1]), "mse", SGD(0.5), 8, 3, backend="numpy", precision="fp32") for _ in range(2))
+    ends, run = Key(1), BoundProgram.run_many
+
+    def pressed(self: BoundProgram, count: int) -> None:
+        run(self, count)
+        ends.left -= 1
+        together.stop_training = key == "stop_training"
+
+    def trained(self: Fit) -> Any:
+        self.bound.chunk = steps
+        self.begin()
+        for count in self.training(ends if key == "Ctrl-C" else lambda: False):
+            self.bound.run_many(count)
+        return self.state.history
+
+    texts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(BoundProgram, "run_many", pressed)
+        patch.setattr(Fit, "run", trained)
+        with pytest.raises(DivergenceError) as caught:
+            together.fit(X, X[:, :1] * 2.0, epochs=2000)
+        texts.append(str(caught.value))
+    with pytest.raises(DivergenceError) as caught:
+        apart.fit(X, X[:, :1] * 2.0, epochs=2000, callbacks=[Listener()])
+    assert texts == [str(caught.value)] and 2 < apart.epochs_trained < 100
+    assert_same_state(together, apart)
+
+
 @pytest.mark.parametrize("steps", [7, 12, 13])
 def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
