@@ -98,10 +98,13 @@ class Places:
         walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
 
 
-def fleet_rows(group: Group, rows: int, epochs: int) -> tuple[Any, Any | None]:
-    """Memory for the rows of a launch: ``rows`` a model in each of ``epochs`` epochs, and for the statistics of each
-    epoch where there are several."""
-    backend, models, longest = group.engines[0].memory.backend, len(group.engines), rows * epochs
+def fleet_rows(group: Group, batch: int, counts: Sequence[int], at_once: Sequence[int]) -> tuple[Any, Any | None]:
+    """Memory for the rows of a launch, of each model ``counts`` in each of ``at_once`` epochs, and for the statistics
+    of each epoch where there are several."""
+    backend, models, epochs = group.engines[0].memory.backend, len(group.engines), max(at_once)
+    # whole batches, of all rows where there are fewer than a batch has
+    sizes = [min(batch, count) for count in counts]
+    longest = max(-(-count // size) * size * own for count, size, own in zip(counts, sizes, at_once, strict=True))
     lists = backend.view(backend.allocate(models * longest, "int64"), 0, (models, longest), longest)
     if epochs == 1:
         return lists, None
@@ -242,15 +245,13 @@ def _prepared(
     backend, models = first.memory.backend, len(places)
     own = [rows[place] for place in places]
     counts = [len(X) if one is None else len(one) for one in own]
-    # whole batches, of all rows where there are fewer than a batch has
-    longest = max(-(-count // min(first.batch_size, count)) * min(first.batch_size, count) for count in counts)
     at_once = [
         epochs_at_once(
             engine, epochs, count, asked=validations[place] is not None, room=min(ROWS_AT_ONCE, GROUP_ROWS // models)
         )
         for engine, place, count in zip(group.engines, places, counts, strict=True)
     ]
-    lists, history = fleet_rows(group, longest, max(at_once))
+    lists, history = fleet_rows(group, first.batch_size, counts, at_once)
     chunk = fleet_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size), models)
     fits = [
         fit_checked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -208,3 +209,22 @@ def test_who_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet({"hidden": [4000], "seed": [0, 1]}).fit(X, y, epochs=1)
     fleet({"seed": [0, 1]}, plan="eager").fit(X, y, epochs=1)
     assert len(groups) == 1
+
+
+def test_models_with_few_rows_do_not_make_the_lists_of_others_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes through as many epochs in a launch as there is room for; the longest list is what all have room for."""
+    monkeypatch.setattr("fusemlp.lockstep.ROWS_AT_ONCE", 150)
+    made, lists = [], lockstep.fleet_rows
+    monkeypatch.setattr("fusemlp.lockstep.fleet_rows", lambda *given: made.append(lists(*given)) or made[-1])
+    own = [np.arange(4), np.arange(40), np.arange(90)]
+    results = fleet([{"lr": 0.01}] * 3).fit(X, y, epochs=50, rows=own)
+    ((rows, history),) = made
+    # 37 epochs of 4 rows, 3 of 40 in batches of 16, 1 of 90
+    assert rows.shape == (3, 37 * 4) and history.shape[:2] == (3, 37)
+    monkeypatch.undo()
+    for index, mine in enumerate(own):
+        engine = alone(fleet([{"lr": 0.01}] * 3), index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine.fit(X[mine], y[mine], epochs=50)
+        assert results.engine(index).history.history["loss"] == engine.history.history["loss"]

@@ -100,23 +100,23 @@ class _Party:
         self.live = list(seats)
         self._models = len(seats)
         group = Group([seat.engine for seat in seats])
-        epochs = max(1, min(max(seat.at_once for seat in seats), GROUP_ROWS // sum(seat.rows for seat in seats)))
+        for seat in seats:
+            seat.at_once = max(1, min(seat.at_once, GROUP_ROWS // (len(seats) * seat.rows)))
         backend, first = seats[0].engine.memory.backend, seats[0]
         data, begins = _joined([seat.data for seat in seats])
-        # whole batches
-        longest = max(-(-seat.rows // seat.batch) * seat.batch for seat in seats)
-        rows, history = fleet_rows(group, longest, epochs)
+        at_once = [seat.at_once for seat in seats]
+        rows, history = fleet_rows(group, first.batch, [seat.rows for seat in seats], at_once)
         chunk = fleet_chunk(backend.traits, step_flops(first.engine.network.sizes, first.batch), len(seats))
         inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
         programs: list[Program] = []
         for number, seat in enumerate(seats):
             own = None if history is None else history[number]
             seat.placed(Places(seat.engine.memory, rows[number], own, chunk), begins[number])
-            seat.number, seat.at_once = number, min(seat.at_once, epochs)
+            seat.number = number
             batches = -(-seat.rows // seat.batch)
             programs.append(
                 seat.engine.resident_program(
-                    inputs, seat.spec, seat.rule, seat.batch, batches, epochs=epochs, ridge=seat.ridge
+                    inputs, seat.spec, seat.rule, seat.batch, batches, epochs=seat.at_once, ridge=seat.ridge
                 )
             )
         # kept: a launch may know no more than where they lie
