@@ -326,13 +326,16 @@ class Fit:
                 starter.on_batch_begin(engine, state.batch)
             yield count
             done += count
-            # behind the last batch of an epoch it is not yet the next
-            state.epoch = first + (done - 1) // self.batches
-            state.batch = done - (state.epoch - first) * self.batches
+            if epochs == 1:
+                state.batch = done
             for watcher in watchers:
                 watcher.on_batch_end(engine, state.batch - 1)
             if ends():
                 break
+        # not before: what is raised in a launch leaves the accounts of epochs that were closed. Behind the last batch
+        # of an epoch it is not yet the next
+        state.epoch = first + (done - 1) // self.batches
+        state.batch = done - (state.epoch - first) * self.batches
         if self._history is not None:
             # as if each epoch had been given its rows
             counters = engine.memory.counters

@@ -162,3 +162,26 @@ def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(
     resumed = load_checkpoint(tmp_path / "there")
     resumed.fit(X, Y, epochs=EPOCHS, resume=True)
     assert_same_state(resumed, whole)
+
+
+def test_what_is_raised_in_a_launch_leaves_the_accounts_of_the_epochs_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as a second Ctrl-C: no epoch is counted of which there is no record."""
+    stopped, run = engine(), BoundProgram.run_many
+    stopped.fit(X, Y, epochs=2)
+
+    def pressed(self: BoundProgram, count: int) -> None:
+        run(self, count)
+        if self.chunk == 9:
+            raise KeyboardInterrupt
+        self.chunk = 9
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BoundProgram, "run_many", pressed)
+        patch.setattr("fusemlp.execution.resident_chunk", lambda *_: 13)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit(X, Y, epochs=EPOCHS)
+    state = stopped.fit_state
+    assert state is not None and (state.epoch, state.batch, stopped.epochs_trained) == (2, 0, 2)
+    assert stopped.fit(X, Y, epochs=EPOCHS, resume=True).epochs == list(range(2, 2 + EPOCHS))
