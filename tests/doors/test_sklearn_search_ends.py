@@ -16,6 +16,7 @@ from devices import INTERPRETER, STAND_IN, UNCOMPILED, Device, marks_of, usable
 import fusemlp.sklearn.gathering as module
 from fusemlp import Callback
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
+from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.gathering import Gathering, Seat
 from fusemlp.sklearn.search import _at_once
 
@@ -114,6 +115,23 @@ def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.Monk
     with usable(device):
         search(device.backend, max_iter=1).fit(X[:24], Y[:24])
     assert alive and all(alive)
+
+
+def test_lbfgs_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the tasks that are under way when one has raised an error that is to be raised."""
+    given_up, evaluations, evaluate = threading.Event(), [], Batches.loss_and_gradient
+
+    def counted(batches):
+        evaluations.append(batches)
+        if len(evaluations) == 3:
+            given_up.set()
+        return evaluate(batches)
+
+    monkeypatch.setattr(Batches, "loss_and_gradient", counted)
+    monkeypatch.setattr("fusemlp.sklearn.lbfgs.abandoned", given_up.is_set)
+    with pytest.raises(RuntimeError, match="given up"):
+        MLPClassifier(4, solver="lbfgs", random_state=0).fit(X, Y)
+    assert len(evaluations) == 3
 
 
 def test_how_many_tasks_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
