@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import scipy.sparse
 from devices import INTERPRETER, STAND_IN, UNCOMPILED, Device, marks_of, usable
+from sklearn.model_selection import KFold
 
 import fusemlp.sklearn.gathering as module
 from fusemlp import Callback
-from fusemlp.sklearn import FleetSearchCV, MLPClassifier
+from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.gathering import Gathering, Seat
 from fusemlp.sklearn.search import _at_once
@@ -144,6 +145,18 @@ def test_how_many_tasks_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert _at_once(dense.astype(np.float32)) == 20
     assert _at_once(np.zeros((10**4, 50))) == 2
     assert _at_once(dense[:1]) == _at_once([[0.0], [1.0, 2.0]]) == 256
+
+
+def test_no_more_threads_than_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusemlp.sklearn.search.available_memory", lambda: None)
+    grid = [{"alpha": [0.0, 0.1], "tol": np.array([0.1, 0.2, 0.3])}, {}, {"alpha": (1.0,)}]
+    found = FleetSearchCV(MLPClassifier(), grid)
+    assert found._at_once(X) == 8 * 5
+    assert found.set_params(cv=2)._at_once(X) == 8 * 2
+    # only the splitter knows
+    assert found.set_params(cv=KFold(3))._at_once(X) == 256
+    drawn = FleetRandomizedSearchCV(MLPClassifier(), {"alpha": [0.0, 0.1]}, n_iter=7, cv=3)
+    assert drawn._at_once(X) == 21 and drawn.set_params(n_iter=1000)._at_once(X) == 256
 
 
 class Probe(Callback):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import joblib
@@ -34,6 +36,7 @@ class _FleetSearch(BaseSearchCV):
     _space: str
     _plain: str
     estimator: Any
+    cv: Any
 
     def fit(self, X: Any, y: Any = None, **params: Any) -> Any:
         """Try all candidates on all folds of X (n, K) and y, and fit the best to all rows, as scikit-learn's search.
@@ -46,7 +49,7 @@ class _FleetSearch(BaseSearchCV):
         spaces = _spaces(getattr(self, self._space))
         _check(self._space, getattr(self, self._space), given, self._plain)
         together = Gathering() if _have_launches(given, spaces) else None
-        threads = SideBySide(get_config(), gathering=together, most=_at_once(X))
+        threads = SideBySide(get_config(), gathering=together, most=self._at_once(X))
         sharing = clone(given).set_params(memory=SharedFits()) if _shares(given, spaces) else None
         if sharing is not None:
             self.estimator = sharing
@@ -63,6 +66,17 @@ class _FleetSearch(BaseSearchCV):
         if sharing is not None and self.refit:
             self.best_estimator_.memory = None
         return self
+
+    def _at_once(self, X: Any) -> int:
+        """How many tasks there are at once if nobody says how many: no more threads than there are tasks."""
+        splits = 5 if self.cv is None else self.cv
+        if not isinstance(splits, Integral):
+            return _at_once(X)
+        return max(2, min(_at_once(X), self._candidates() * int(splits)))
+
+    @abstractmethod
+    def _candidates(self) -> int:
+        """How many there are."""
 
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
         # only newer releases have callbacks
@@ -91,6 +105,12 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
 
     _space, _plain = "param_grid", "GridSearchCV"
 
+    def _candidates(self) -> int:
+        sizes = [
+            [len(values) for values in one.values() if hasattr(values, "__len__")] for one in _spaces(self.param_grid)
+        ]
+        return sum(math.prod(size) for size in sizes)
+
 
 class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
     """scikit-learn's ``RandomizedSearchCV`` over fusemlp's MLPs; the rest is as in ``FleetSearchCV``.
@@ -99,6 +119,9 @@ class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
     """
 
     _space, _plain = "param_distributions", "RandomizedSearchCV"
+
+    def _candidates(self) -> int:
+        return int(self.n_iter) if isinstance(self.n_iter, Integral) else MOST_AT_ONCE
 
 
 def _spaces(given: Any) -> list[Mapping[str, Any]]:
