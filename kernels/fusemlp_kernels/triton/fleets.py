@@ -224,7 +224,8 @@ def bind_train_fleet(
     launches: dict[int, Run] = {}
     listed: list[list[int]] = []
 
-    def run(steps: Sequence[int]) -> None:
+    # the kernel is told only how far x lies from the workspace: nothing else holds on to it
+    def run(steps: Sequence[int], _data: Tensor = x) -> None:
         check_steps(op, steps, models)
         entries = [[model, number, epochs] for model, number in enumerate(steps) if number > 0]
         if not entries:
