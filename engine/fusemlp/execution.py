@@ -237,12 +237,9 @@ class BoundProgram:
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
                 self.arrays[name] = allocate(backend, value)
-        self._resident = program.calls[0].op == "train_resident"
-        lent = {"workspace": workspace.arena} if self._resident and backend.traits.takes_workspace else {}
-        calls = [
-            backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__), **lent) for call in program.calls
-        ]
+        calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
         self.calls = tuple(calls)
+        self._resident = program.calls[0].op == "train_resident"
         # whether it moves from batch to batch by itself, and how many steps it is left alone for
         self.walks_rows = self._resident or backend.traits.walks_rows
         self.chunk = UNINTERRUPTED

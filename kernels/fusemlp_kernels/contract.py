@@ -74,9 +74,7 @@ Operands, by op (``None`` is allowed where it says "optional"):
     optional, written, the launch may go through several epochs: rows has those of E epochs, each counters[ROW_TOTAL]
     long, one behind the other, ROW_OFFSET goes on through them all and comes back to 0 behind the last; at the end of
     epoch e stats is copied to history[e], and its sums begin again at 0. ridge: ``Ridge``, optional, whose gradient is
-    added to the gradients of a batch before they are accumulated or clipped. workspace, optional, for backends with
-    ``Traits.takes_workspace``: a function from a dtype of ``Backend.allocate`` and a size to a flat array, of any
-    contents, for what the steps work in; between two runs others may write there.
+    added to the gradients of a batch before they are accumulated or clipped.
 
 ``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set
     x, target, weight, class_weight, batch as there; the other arrays with an axis of models in front: params, shadow,
@@ -304,7 +302,6 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
     ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
     ``split_rows``, ``split_size``: see ``batch_parts``. ``resident``: None where any network may be resident.
-    ``takes_workspace``: ``train_resident`` works in memory that it is given, where it is given any.
     ``fleets``: the precisions in which ``train_fleet`` is quicker than its models one after another whatever their plan
     is; () where it is the resident plan of several models. ``fleet_flops``: for networks whose step has at most so many
     operations (``step_flops``).
@@ -324,7 +321,6 @@ class Traits:
     # from the slowest to the quickest
     plans: tuple[str, ...]
     resident: ResidentLimits | None = None
-    takes_workspace: bool = False
     fleets: tuple[str, ...] = ()
     fleet_flops: float = math.inf
 

@@ -74,7 +74,6 @@ TRAITS = {
         precisions=("fp32", "fp64"),
         # "resident" where numba is installed
         plans=("eager", "resident"),
-        takes_workspace=True,
     ),
 }
 

@@ -378,18 +378,3 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_all_the_same(
         double = options.kept(lambda number: 2 * number)
     assert double(21) == 42
     assert "each process compiles it" in caplog.text
-
-
-def test_the_memory_that_steps_work_in_is_kept_from_fit_to_fit_and_given_back() -> None:
-    engine = Engine(MLP(SIZES), batch_size=BATCH, plan="resident", backend="numpy", precision="fp64")
-    twin = Engine(MLP(SIZES), batch_size=BATCH, plan="resident", backend="numpy", precision="fp64")
-    arenas = []
-    for _ in range(3):
-        engine.fit(X, CLASSES, epochs=2)
-        arenas.append(engine._workspace.arena("real", 1))
-        twin.release()
-        twin.fit(X, CLASSES, epochs=2)
-    assert arenas[0] is arenas[1] is arenas[2]
-    assert_same_state(engine, twin)
-    engine.release()
-    assert engine._workspace.arena("real", 1) is not arenas[0]

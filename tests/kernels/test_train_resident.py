@@ -57,17 +57,7 @@ class Run:
     """A network of two layers in arenas with gaps that hold 77, and an epoch of rows."""
 
     def __init__(
-        self,
-        variant,
-        rule,
-        loss=LOSS,
-        activation="tanh",
-        dropout=True,
-        frozen=(),
-        weight=None,
-        ridge=None,
-        epochs=1,
-        workspace=None,
+        self, variant, rule, loss=LOSS, activation="tanh", dropout=True, frozen=(), weight=None, ridge=None, epochs=1
     ):
         generator = np.random.default_rng(3)
         real = variant.real
@@ -125,7 +115,6 @@ class Run:
             weight=self.weight,
             history=self.history if epochs > 1 else None,
             ridge=ridge,
-            workspace=workspace,
         )
 
     def tensor(self, name, arena=None):
@@ -243,28 +232,6 @@ def test_a_launch_goes_through_several_epochs(rule, steps):
         cut.run(part)
     for name in ("params", "counters", "hyper", "stats", "history"):
         assert getattr(run, name).tobytes() == getattr(cut, name).tobytes(), name
-
-
-def test_what_a_workspace_held_before_is_of_no_matter():
-    runs = []
-    for filled in (False, True):
-        lent = []
-
-        def workspace(dtype, size, lent=lent):
-            memory = np.empty(size + 5, np.float32 if dtype == "real" else dtype)
-            memory[:] = np.nan if dtype == "real" else True
-            lent.append(memory)
-            return memory
-
-        run = Run(SINGLE, RULES["adam"], activation="gelu", workspace=workspace if filled else None)
-        run.run(4)
-        for memory in lent:
-            memory[:] = -memory if memory.dtype != bool else ~memory
-        run.run(3)
-        assert len(lent) == 2 * filled
-        runs.append(run)
-    for name in ("params", "stats", "gradients"):
-        assert getattr(runs[0], name).tobytes() == getattr(runs[1], name).tobytes(), name
 
 
 def test_clipping_is_by_the_norm_of_all_gradients():

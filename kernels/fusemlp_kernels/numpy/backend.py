@@ -53,13 +53,7 @@ class NumpyBackend:
         mkl()
         self.traits, self._binders = traits, BINDERS
         if not numba_is_installed():
-            self.traits = replace(
-                traits,
-                plans=("eager",),
-                takes_workspace=False,
-                fleets=traits.precisions,
-                fleet_flops=batched.QUICKER_FLOPS,
-            )
+            self.traits = replace(traits, plans=("eager",), fleets=traits.precisions, fleet_flops=batched.QUICKER_FLOPS)
             self._binders = {**BINDERS, **BATCHED}
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {

@@ -90,7 +90,6 @@ def bind_train_resident(
     class_weight: Array | None = None,
     history: Array | None = None,
     ridge: Ridge | None = None,
-    workspace: Callable[[str, int], Array] | None = None,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``."""
     real = params.dtype
@@ -116,8 +115,8 @@ def bind_train_resident(
         params,
         gradients,
         *(*states, nothing, nothing)[:2],
-        np.empty(work, real) if workspace is None else workspace("real", work),
-        np.empty(masks, np.bool_) if workspace is None else workspace("bool", masks),
+        np.zeros(work, real),
+        np.zeros(masks, np.bool_),
         # by layer twice (the second: gradients by the slopes), then a row
         np.zeros(2 * len(layers) + widest, real),
         np.array(table, np.int64),
