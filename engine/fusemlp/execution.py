@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,14 @@ COMPILED_LOOP = "with numba (pip install 'fusemlp[cpu]') fit runs its steps in o
 def open_backend(name: str, device: str | None, precision: str) -> Backend:
     """A backend for those above that may not know the registry; see ``fusemlp_kernels.registry.backend``."""
     return backend(name, device, precision)
+
+
+def one_blas_thread() -> AbstractContextManager[None]:
+    """While a thread that has a core computes for the numpy backend: the limits of ``threadpool_limits`` are not those
+    of every library in other threads than the one which sets them."""
+    from fusemlp_kernels.numpy.libraries import one_thread_here
+
+    return one_thread_here()
 
 
 def row_order(backend_name: str, plan: str, n: int, seed: int, epoch: int) -> Array:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as finished
+from contextlib import nullcontext
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from fusemlp.candidates import Candidate, Vary, candidate, combinations
 from fusemlp.engine import Engine
 from fusemlp.ensemble import Ensemble, FleetResults, Member, scores_of, together
+from fusemlp.execution import one_blas_thread
 from fusemlp.fitting import Validation
 from fusemlp.history import History
 from fusemlp.lockstep import Group, grouped, train_together
@@ -325,6 +327,8 @@ def _run(
     # a queue, and not a future for each model: these take longer than an epoch of a small network
     remaining, outcomes = deque(tasks.items()), SimpleQueue[tuple[int, BaseException | None]]()
 
+    on_host = all(engine.backend == "numpy" for engine in engines.values())
+
     def work() -> None:
         while not stopping.is_set():
             try:
@@ -333,7 +337,8 @@ def _run(
                 return
             outcome: BaseException | None = None
             try:
-                task()
+                with one_blas_thread() if on_host else nullcontext():
+                    task()
             except BaseException as error:
                 outcome = error
             outcomes.put((index, outcome))

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -182,3 +183,30 @@ def test_other_makers_processors_stay_with_scipy(monkeypatch: pytest.MonkeyPatch
     libraries.mkl.cache_clear()
     assert libraries.mkl() is None
     libraries.mkl.cache_clear()
+
+
+def test_a_thread_of_its_own_computes_on_one_thread(library: str) -> None:
+    """And goes on with those that it had before; another thread keeps its own number all the while."""
+    loaded = libraries.mkl()
+    counted: dict[str, int] = {}
+
+    def count(when: str) -> None:
+        counted[when] = 1 if loaded is None else loaded.MKL_Get_Max_Threads()
+
+    def work() -> None:
+        if loaded is not None:
+            loaded.MKL_Set_Num_Threads_Local(3)
+        count("before")
+        with libraries.one_thread_here():
+            count("within")
+            other = threading.Thread(target=count, args=("beside",))
+            other.start()
+            other.join()
+        count("after")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert counted["within"] == 1
+    assert counted["before"] == counted["after"] == (1 if library == "scipy" else 3)
+    assert library == "scipy" or counted["beside"] == libraries.mkl().MKL_Get_Max_Threads()

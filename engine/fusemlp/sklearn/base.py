@@ -107,7 +107,7 @@ class BaseMLP(BaseEstimator, ABC):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        beside = training(ready.model.engine, seated=ready.batches.seated)
+        beside = training(ready.model.engine, in_launches=isinstance(ready.batches, Loop))
         if ready.stochastic:
             with closing(ready.batches), beside, exits(ready.callbacks, ready.model.engine):
                 train(

@@ -80,7 +80,7 @@ class Batches:
         self.model, self.objective = model, objective
         self.weight, self.constants = weight, constants
         self.starts = np.arange(0, n, batch_size)
-        self.batches, self.at_once, self.seated = len(self.starts), 1, False
+        self.batches, self.at_once = len(self.starts), 1
         self.lengths = np.minimum(batch_size, n - self.starts)
         self.share = np.empty(n, model.dtype)
         arrays = {"x": X, "target": target, "weight": self.share}

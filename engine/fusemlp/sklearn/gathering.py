@@ -1,9 +1,12 @@
-"""Models that tasks on threads of their own are training, gathered into common launches.
+"""Models that tasks on threads of their own are training: in turn, and where one launch trains many, gathered.
 
-A search's tasks are scikit-learn's: each splits, fits and scores by itself. Where one launch trains many models they
-take turns: only one runs at a time, until it has a model ready to be trained; when all have, those of one shape become
-a group, and a launch trains what steps all models of the group are waiting for. A task that is done makes room for
-the next, whose model waits until no group trains any more.
+A search's tasks are scikit-learn's: each splits, fits and scores by itself. They take turns: only one computes in
+Python at a time, and leaves its turn to another while its model is trained on a core of its own. (Without turns they
+would snatch Python's lock from one another at each of NumPy's calls.)
+
+Where one launch trains many models, a task that has a model ready leaves its turn too; when all have, those of one
+shape become a group, and a launch trains what steps all models of the group are waiting for. A task that is done makes
+room for the next, whose model waits until no group trains any more.
 """
 
 from __future__ import annotations
@@ -285,8 +288,9 @@ class Gathering:
 
 
 @contextmanager
-def training(engine: Engine, *, seated: bool) -> Iterator[None]:
-    """While the model of ``engine`` is trained, in a launch with others if it is ``seated``.
+def training(engine: Engine, *, in_launches: bool) -> Iterator[None]:
+    """While the model of ``engine`` is trained; ``in_launches``, in which it leaves others their turn, or by calls of
+    its own.
 
     Models that are trained meanwhile, such as by a callback, are in no launch: it would wait for this one.
     """
@@ -294,7 +298,7 @@ def training(engine: Engine, *, seated: bool) -> Iterator[None]:
     token = _current.set(None)
     try:
         # a card is for one at a time
-        beside = together is not None and not seated and engine.backend == "numpy"
+        beside = together is not None and not in_launches and engine.backend == "numpy"
         with together.apart() if together is not None and beside else nullcontext():
             yield
     finally:

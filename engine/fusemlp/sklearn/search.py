@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from fusemlp.planning import trains_together
 from fusemlp.sklearn.base import BaseMLP
-from fusemlp.sklearn.gathering import Gathering
+from fusemlp.sklearn.settings import chosen_backend
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp.sklearn.side_by_side import SideBySide
 from fusemlp.waves import available_memory
@@ -48,8 +48,10 @@ class _FleetSearch(BaseSearchCV):
         given = self.estimator
         spaces = _spaces(getattr(self, self._space))
         _check(self._space, getattr(self, self._space), given, self._plain)
-        together = Gathering() if _have_launches(given, spaces) else None
-        threads = SideBySide(get_config(), gathering=together, most=self._at_once(X))
+        backends = _backends(given, spaces)
+        # elsewhere a launch is one model's, on a core
+        most = self._at_once(X) if any(trains_together(name) for name in backends) else None
+        threads = SideBySide(get_config(), most=most, on_host=not backends or "numpy" in backends)
         sharing = clone(given).set_params(memory=SharedFits()) if _shares(given, spaces) else None
         if sharing is not None:
             self.estimator = sharing
@@ -184,11 +186,11 @@ def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
                 raise unknown_name(space, name, sorted(known))
 
 
-def _have_launches(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
-    """Whether a backend that may be asked for trains models in common launches."""
+def _backends(estimator: Any, spaces: list[Mapping[str, Any]]) -> set[str]:
+    """The names of the backends that are asked for."""
     names = [model.backend for model in _models(estimator, spaces)]
     names += _values(f"{_last_step(estimator)[0]}backend", spaces)
-    return any(trains_together(name) for name in names if isinstance(name, str))
+    return {chosen_backend(name) for name in names if isinstance(name, str)}
 
 
 def _at_once(X: Any) -> int:

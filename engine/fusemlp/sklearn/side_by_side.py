@@ -11,6 +11,7 @@ from typing import Any
 from joblib.parallel import ThreadingBackend
 from sklearn import config_context
 
+from fusemlp.execution import one_blas_thread
 from fusemlp.sklearn.gathering import Gathering
 
 _abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
@@ -28,36 +29,42 @@ class SideBySide(ThreadingBackend):
     scikit-learn wraps a task in something that sets warning filters for it and takes them back. Filters belong to the
     process: on threads of one process that would lose those of the user. Here the tasks run without it, and only the
     configuration, which belongs to a thread, is handed to them. After Ctrl-C, or an error that is to be raised, fits
-    that are under way end after their batches. With ``gathering`` their models train in common launches, as many tasks
-    at once as ``most`` says if nobody says how many.
+    that are under way end after their batches. What the tasks do in Python they do in turn, see ``Gathering``.
+
+    ``most``: how many tasks there are at once if nobody says how many, None for one a core. ``on_host``: models may
+    train on NumPy, BLAS on one thread in each.
     """
 
     def __init__(
-        self, config: dict[str, Any], *, gathering: Gathering | None = None, most: int = 1, **options: Any
+        self,
+        config: dict[str, Any],
+        *,
+        most: int | None = None,
+        on_host: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self._config = config
-        self._gathering, self._most = gathering, most
+        self._most, self._on_host = most, on_host
+        self._gathering = Gathering()
         self._event = threading.Event()
 
     def effective_n_jobs(self, n_jobs: Any) -> int:
         """How many tasks there are at once."""
-        if self._gathering is not None and n_jobs is not None and n_jobs < 0:
+        if self._most is not None and n_jobs is not None and n_jobs < 0:
             return self._most
         return int(super().effective_n_jobs(n_jobs))
 
     def configure(self, *arguments: Any, **options: Any) -> Any:
         """Make ready for so many threads."""
         threads = super().configure(*arguments, **options)
-        if self._gathering is not None:
-            self._gathering.threads = threads
+        self._gathering.threads = threads
         return threads
 
     @contextmanager
     def retrieval_context(self) -> Iterator[None]:
         """While results are waited for, when the first tasks have all been submitted."""
-        if self._gathering is not None:
-            self._gathering.all_handed_out()
+        self._gathering.all_handed_out()
         with super().retrieval_context():
             yield
 
@@ -72,8 +79,7 @@ class SideBySide(ThreadingBackend):
     def give_up(self) -> None:
         """What is under way, if anything is, is of no use any more."""
         self._event.set()
-        if self._gathering is not None:
-            self._gathering.give_up()
+        self._gathering.give_up()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """After an error, or Ctrl-C."""
@@ -87,14 +93,13 @@ class SideBySide(ThreadingBackend):
     def _configured(self, task: Callable[..., Any]) -> Callable[..., Any]:
         # what functools.wraps leaves in a wrapper
         task = getattr(task, "__wrapped__", task)
-        gathering = self._gathering
-        if gathering is not None:
-            gathering.hand_out()
+        self._gathering.hand_out()
 
         def run(*arguments: Any, **named: Any) -> Any:
             # on a thread of the pool's own
             _abandoned.set(self._event)
-            with config_context(**self._config), nullcontext() if gathering is None else gathering.task():
+            threads = one_blas_thread() if self._on_host else nullcontext()
+            with config_context(**self._config), threads, self._gathering.task():
                 return task(*arguments, **named)
 
         return run

@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,24 @@ def mkl() -> ctypes.CDLL | None:
     library.MKL_Set_Num_Threads(library.MKL_Get_Max_Threads())
     library.MKL_Set_Dynamic(0)
     return library
+
+
+@contextmanager
+def one_thread_here() -> Iterator[None]:
+    """MKL computes on one thread what the calling thread asks for.
+
+    The number that is set for a process (``MKL_Set_Num_Threads``, ``threadpool_limits``) is that of the thread which
+    sets it: others go on with a team each, whose idle members spin.
+    """
+    library = mkl()
+    if library is None:
+        yield
+        return
+    before = library.MKL_Set_Num_Threads_Local(1)
+    try:
+        yield
+    finally:
+        library.MKL_Set_Num_Threads_Local(before)
 
 
 def routine_address(name: str) -> int | None:
