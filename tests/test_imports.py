@@ -31,7 +31,7 @@ LAYERS = (
     ("device_data",),
     ("losses", "network", "optimizers", "schedules", "state", "targets"),
     ("data", "datafiles", "tables", "preprocessing"),
-    ("validation",),
+    ("validation", "turns"),
     ("_version",),
 )
 # Methods of a lower module that hand over to a higher one: (importer, imported), only inside functions.

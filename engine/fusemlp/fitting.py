@@ -15,6 +15,7 @@ from fusemlp.history import FitState, History
 from fusemlp.inference import Evaluation, metrics_of
 from fusemlp.lowering import Inputs
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.turns import turn_left
 from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
 
@@ -197,7 +198,8 @@ class Fit:
         self.begin()
         with deferred_interrupt() as interrupted:
             for steps in self.training(interrupted):
-                self.bound.run_many(steps)
+                with turn_left():
+                    self.bound.run_many(steps)
         self.finish(interrupted=interrupted())
         if interrupted():
             raise KeyboardInterrupt

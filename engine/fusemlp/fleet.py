@@ -27,6 +27,7 @@ from fusemlp.losses import Loss, as_loss
 from fusemlp.network import MLP, check_flag
 from fusemlp.optimizers import Optimizer, as_optimizer
 from fusemlp.training import checked_validation, fit_checked
+from fusemlp.turns import in_turn
 from fusemlp.validation import as_count, to_array
 from fusemlp.waves import Kept, Machine, room, wave
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
@@ -328,6 +329,9 @@ def _run(
     remaining, outcomes = deque(tasks.items()), SimpleQueue[tuple[int, BaseException | None]]()
 
     on_host = all(engine.backend == "numpy" for engine in engines.values())
+    # whose steps are calls from Python has nothing to do beside the others
+    launched = on_host and all(engine.plan == "resident" for engine in engines.values())
+    turn = threading.Lock()
 
     def work() -> None:
         while not stopping.is_set():
@@ -337,7 +341,7 @@ def _run(
                 return
             outcome: BaseException | None = None
             try:
-                with one_blas_thread() if on_host else nullcontext():
+                with one_blas_thread() if on_host else nullcontext(), in_turn(turn) if launched else nullcontext():
                     task()
             except BaseException as error:
                 outcome = error
