@@ -200,7 +200,9 @@ def test_a_model_that_cannot_be_fitted_harms_no_other(backend):
     assert sum(score == -7.0 for score in scores.values()) == 3
 
 
-def test_an_error_that_is_raised_ends_all_threads(backend):
+def test_an_error_that_is_raised_ends_all_threads(backend, monkeypatch):
+    # the launches of a card's length take long on what stands in for one
+    monkeypatch.setattr("fusemlp.sklearn.gathering.fleet_chunk", lambda *_: 20)
     before = set(threading.enumerate())
     grid = {"activation": ["relu", "nonsense"], "max_iter": [10**5]}
     with pytest.raises(ValueError, match="nonsense"):
