@@ -24,6 +24,7 @@ LAYERS = (
     ("cli", "commands"),
     ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis", "lr_finder"),
     ("fleet", "lockstep", "ensemble", "waves", "candidates", "training", "fitting", "checkpoint", "saving"),
+    ("held_out",),
     ("engine",),
     ("callbacks", "history", "inference", "predicting", "planning"),
     ("execution",),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt, overrides
+from fusemlp.held_out import Validation
 from fusemlp.history import FitState, History
-from fusemlp.inference import Evaluation, metrics_of
+from fusemlp.inference import metrics_of
 from fusemlp.lowering import Inputs
 from fusemlp.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.turns import turn_left
@@ -31,43 +31,8 @@ Snapshot = dict[str, Any]
 ROWS_AT_ONCE = 1 << 17
 # ... and so many of all models that train in one launch: 128 MiB.
 GROUP_ROWS = 1 << 24
-# So many kinds of models in a fleet have their held-out rows in common; those of the others last as long as they train.
-KINDS = 8
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
 LARGE_FEATURE = 100.0
-
-
-@dataclass(frozen=True, eq=False)
-class Validation:
-    """Checked rows that an epoch ends with; ``common``: for several models."""
-
-    X: Any
-    targets: Targets
-    weight: Any | None
-    common: bool = False
-    # those that nobody uses at the moment, by what the models that they serve have in common
-    _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
-
-    def of(self, engine: Engine) -> Callable[[], dict[str, float]]:
-        """What is asked after each epoch for the loss of the rows by ``engine``."""
-        net = engine.network
-        kind = (net.sizes, net.activations, engine.loss)
-        if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
-            alone = engine.evaluation(self.X, self.targets, self.weight, apart=False)
-            return lambda: alone.of(engine.memory)
-        idle = self._idle.setdefault(kind, [])
-
-        def together() -> dict[str, float]:
-            # models may be trained in several threads
-            try:
-                evaluation = idle.pop()
-            except IndexError:
-                evaluation = engine.evaluation(self.X, self.targets, self.weight, apart=True)
-            metrics = evaluation.of(engine.memory)
-            idle.append(evaluation)
-            return metrics
-
-        return together
 
 
 class Walking(Protocol):

@@ -20,7 +20,7 @@ from fusemlp.candidates import Candidate, Vary, candidate, combinations
 from fusemlp.engine import Engine
 from fusemlp.ensemble import Ensemble, FleetResults, Member, scores_of, together
 from fusemlp.execution import one_blas_thread
-from fusemlp.fitting import Validation
+from fusemlp.held_out import Validation
 from fusemlp.history import History
 from fusemlp.lockstep import Group, grouped, train_together
 from fusemlp.losses import Loss, as_loss

@@ -9,7 +9,8 @@ import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.execution import Memory, choose_plan, fleet_chunk, new_arenas, walk_rows
-from fusemlp.fitting import GROUP_ROWS, ROWS_AT_ONCE, Fit, Validation, epochs_at_once
+from fusemlp.fitting import GROUP_ROWS, ROWS_AT_ONCE, Fit, epochs_at_once
+from fusemlp.held_out import Validation
 from fusemlp.lowering import Inputs
 from fusemlp.placement import placement
 from fusemlp.program import Program

@@ -10,7 +10,8 @@ import numpy as np
 
 from fusemlp.callbacks import checked_callbacks, exits, prepare
 from fusemlp.execution import row_order as shuffled
-from fusemlp.fitting import Fit, Validation, Walking
+from fusemlp.fitting import Fit, Walking
+from fusemlp.held_out import Validation
 from fusemlp.history import History
 from fusemlp.network import check_flag
 from fusemlp.validation import as_count, to_array

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, Engine, Fleet
-from fusemlp import fitting as fitting_module
+from fusemlp import held_out as module
 from fusemlp import inference as inference_module
 
 RNG = np.random.default_rng(9)
@@ -100,7 +100,7 @@ def fleet(seeds, hidden):
 @pytest.mark.usefixtures("batches")
 @pytest.mark.parametrize("kinds", [1, 8])
 def test_a_fleet_has_them_in_common(made, monkeypatch, kinds):
-    monkeypatch.setattr(fitting_module, "KINDS", kinds)
+    monkeypatch.setattr(module, "KINDS", kinds)
     models = fleet([0, 1, 2], [8, 4])
     results = models.fit(
         X[TRAINED], LABELS[TRAINED], epochs=4, validation_data=(X[HELD_OUT], LABELS[HELD_OUT]), early_stopping=2, jobs=1
