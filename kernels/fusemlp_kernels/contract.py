@@ -9,60 +9,8 @@ A backend turns a call of the step program into something that can be run again 
 up: ``bind(op, **operands)`` checks and resolves everything once and returns a callable without arguments. Binding may
 allocate scratch memory; running may not. The same callables serve the engine's plans and the public launchers.
 
-Operands, by op (``None`` is allowed where it says "optional"):
-
-``linear``: ``y = dropout(act(x @ w.T + b))``
-    x (M, K) compute, or with ``rows``: (n, K) and row i of the batch is x[rows[i]], zeros where rows[i] is -1;
-    w (N, K) compute; b (N,) real; y (M, N) compute, written; activation: a name of ``ACTIVATIONS``; slope: float
-    (leaky_relu); slope_param (1,) real (prelu); z (M, N) compute, optional, written: the pre-activation, for
-    activations of ``NEEDS_Z``; rows (M,) int64, optional; gathered (M, K) compute, written, for backends that do not
-    gather in the load; dropout: ``Dropout``, optional, with counters (``COUNTERS``,) int64 and, for backends that
-    store masks, keep (M, N) bool, written.
-
-``loss_grad``: loss and dz from the output layer's pre-activation
-    z (M, N) compute; dz (M, N) compute, optional, written, may be z itself; target (n,) int64 or (n, N) real;
-    weight (n,) real, optional; class_weight (N,) real, optional; rows (M,) int64, optional, picks the rows of target
-    and weight; counters: rows from ``counters[ROW_COUNT]`` on are padding: they weigh nothing and their dz is zero;
-    stats (``STATS``,) float64, updated; loss: ``LossSpec``; activation, slope, slope_param: the output activation;
-    dslope (1,) real, optional, written (prelu); target_rows (M, ...) like target and weight_rows (M,) real, written,
-    for backends that do not gather in the load; hyper, optional: dz and dslope are multiplied by hyper[LOSS_SCALE].
-
-``linear_loss_grad``: ``linear`` without dropout, then ``loss_grad``
-    the operands of both without z and y; ``rows`` picks the targets and weights, and x_rows (M,) int64, optional, the
-    rows of x (it is the same array where the output layer is the first). Where dz is given, the logits may pass
-    through it; without it, x_rows are those of one batch.
-
-``grad_input``: ``dz_prev = (dz @ w) * act'(y_prev) * keep / (1 - p)``
-    dz (M, N) compute; w (N, K) compute; y (M, K) compute: the previous layer's output after dropout; dz_prev (M, K)
-    compute, written, aliases nothing; activation, slope, slope_param, z, dropout, counters, keep: of the layer that
-    produced y; dslope (1,) real, written (prelu).
-
-``grad_weight``: ``dw = dz.T @ x``, ``db = sum over rows of dz``, for all layers
-    layers: a sequence of mappings with dz and x compute, dw and db real (None where the tensor is frozen), and on the
-    first layer rows and gathered as in ``linear``; slopes: a sequence of mappings dslope (1,) real (what ``grad_input``
-    or ``loss_grad`` wrote), grad (1,) real, written; rule, counters: with rule.accumulate k > 1 the results are added
-    to what dw, db and grad hold unless counters[BATCH_INDEX] is a multiple of k; norm (1,) float64, optional, written:
-    the Euclidean norm of all that is there then, for backends with ``Traits.norms_gradients``; parts, part: with parts
-    > 1 (without accumulation and norm, for backends with ``Traits.split_rows``) the batch is cut into so many
-    stretches, and the sums of stretch p are written p * part elements behind dw, db and grad.
-
-``grad_weight_update``: ``grad_weight`` and ``update`` in one, gradients never stored
-    layers: as for ``grad_weight`` with w, b in place of dw, db, and w_state, b_state: tuples of arrays shaped like the
-    parameter, w_rule, b_rule: ``TensorRule``, w_shadow: like w, compute, optional, written: w rounded; slopes: a
-    sequence of mappings dslope, param, state, rule; rule: ``UpdateRule`` without clipping and accumulation; hyper
-    (``HYPER``,) float64; counters. The last to finish advances the clock.
-
-``update``: the optimizer over the flat arenas
-    params, grads (size,) real, both written; states: tuple of (size,) real; segments: tuple of ``Segment``, by
-    offset, whose gaps are alignment padding (zeros) or frozen tensors; rule, hyper, counters.
-    Applied when counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate, to the mean of the accumulated gradients;
-    clips by their global norm, which it takes from norm (1,) float64 where that is given; shadow (size,) compute,
-    optional, written: the parameters rounded; advances the clock. With scaled (True: the gradients carry
-    hyper[LOSS_SCALE]) they are divided by it, and where their norm is not finite nothing is updated: the batch is
-    skipped, and the scale halved; after ``GROWTH_INTERVAL`` updates without one it is doubled. parts, part: the
-    gradient is the sum of so many arenas, part elements apart, in order.
-
-``advance``: the clock alone, for a network with nothing to train: rule, hyper, counters.
+``ops`` lists the operands of every op, their shapes and what is read and written. ``None`` stands for an operand that
+is left out.
 
 ``train_resident``: many whole steps: what the calls of a step's program compute, again and again
     x (n, K) compute; target, weight, class_weight, loss, stats as in ``loss_grad``; rows as below; batch: M, the rows
@@ -115,18 +63,6 @@ ACTIVATIONS = ("identity", "relu", "leaky_relu", "prelu", "sigmoid", "tanh", "ge
 NEEDS_Z = frozenset({"prelu", "gelu", "silu"})
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poisson", "quantile")
 SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
-OPS = (
-    "linear",
-    "linear_loss_grad",
-    "loss_grad",
-    "grad_input",
-    "grad_weight",
-    "grad_weight_update",
-    "update",
-    "advance",
-    "train_resident",
-    "train_fleet",
-)
 
 # counters, int64
 (

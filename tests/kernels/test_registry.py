@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fusemlp_kernels
-from fusemlp_kernels.contract import OPS, ScheduleSpec, UpdateRule
+from fusemlp_kernels.contract import ScheduleSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 
 
@@ -60,9 +60,3 @@ def test_the_registry_says_what_works():
                 fusemlp_kernels.backend(name, None, "fp32")
     assert reasons[fusemlp_kernels.choose()] is None
     assert fusemlp_kernels.backend("auto", None, "fp32").traits.name == fusemlp_kernels.choose()
-
-
-def test_every_op_is_bound_here():
-    from fusemlp_kernels.numpy.backend import BINDERS
-
-    assert tuple(sorted(BINDERS)) == tuple(sorted(OPS))

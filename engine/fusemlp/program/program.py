@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from fusemlp_kernels.contract import Dropout, LossSpec, ResidentLayer, Ridge, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.ops import OPS
 
 # How a value comes to be: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
 # arena of that name; "data": given by the caller; "control": counters and the like, there before the first call;
@@ -19,49 +20,10 @@ from fusemlp_kernels.contract import Dropout, LossSpec, ResidentLayer, Ridge, Se
 KINDS = ("parameter", "gradient", "state", "shadow", "data", "control", "work")
 ITEM_BYTES = {"float64": 8, "int64": 8, "bool": 1}
 
-# What each op writes, by operand; a name before a dot is a sequence of mappings. The operands in UPDATED are read too.
-WRITTEN = {
-    "linear": frozenset({"y", "z", "gathered", "keep"}),
-    "loss_grad": frozenset({"dz", "stats", "dslope", "target_rows", "weight_rows"}),
-    "linear_loss_grad": frozenset({"dz", "stats", "dslope", "target_rows", "weight_rows", "gathered"}),
-    "grad_input": frozenset({"dz_prev", "dslope"}),
-    "grad_weight": frozenset({"layers.dw", "layers.db", "slopes.grad", "norm"}),
-    "grad_weight_update": frozenset(
-        {
-            "layers.w",
-            "layers.b",
-            "layers.w_state",
-            "layers.b_state",
-            "layers.w_shadow",
-            "slopes.param",
-            "slopes.state",
-            "hyper",
-            "counters",
-        }
-    ),
-    "update": frozenset({"params", "grads", "states", "shadow", "hyper", "counters"}),
-    "advance": frozenset({"hyper", "counters"}),
-    "train_resident": frozenset({"params", "shadow", "gradients", "states", "stats", "hyper", "counters", "history"}),
-}
-UPDATED = frozenset(
-    {
-        "stats",
-        "hyper",
-        "counters",
-        "params",
-        "grads",
-        "states",
-        "layers.w",
-        "layers.b",
-        "layers.w_state",
-        "layers.b_state",
-        "slopes.param",
-        "slopes.state",
-    }
-)
+_RECORDS = [operand for op in OPS.values() for operand in op.by_name.values()]
 # The step reads x and the targets through the rows of the batch; the printed program says so.
-THROUGH_ROWS = frozenset({"x", "target", "weight"})
-UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm", "history"})
+THROUGH_ROWS = frozenset(operand.name for operand in _RECORDS if operand.rows)
+UNPRINTED = frozenset(operand.name for operand in _RECORDS if operand.hidden)
 # Operands, and parts of them, that are no matter of a program's structure, and the descriptions that these are in.
 NUMBERS = (float, UpdateRule, TensorRule, Dropout, Ridge)
 DESCRIPTIONS = (LossSpec, ResidentLayer, Segment)
@@ -110,19 +72,19 @@ class Call:
         return tuple(pair for operand, given in self.operands.items() for pair in _references(operand, given))
 
     def references(self) -> Iterator[tuple[str, str]]:
-        """Every (operand, value name); the operand as in ``WRITTEN``."""
+        """Every (operand, value name); the operand as in ``Op.by_name``."""
         return iter(self._pairs)
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Names of the values that the call reads, each once."""
-        written = WRITTEN.get(self.op, frozenset())
-        return _once(name for operand, name in self._pairs if operand not in written or operand in UPDATED)
+        unread = OPS[self.op].only_written if self.op in OPS else frozenset()
+        return _once(name for operand, name in self._pairs if operand not in unread)
 
     @cached_property
     def writes(self) -> tuple[str, ...]:
         """Names of the values that the call writes, each once."""
-        written = WRITTEN.get(self.op, frozenset())
+        written = OPS[self.op].written if self.op in OPS else frozenset()
         return _once(name for operand, name in self._pairs if operand in written)
 
     @property

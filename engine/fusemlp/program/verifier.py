@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fusemlp.program.program import ITEM_BYTES, KINDS, UPDATED, WRITTEN, Call, Program, Ref
+from fusemlp.program.program import ITEM_BYTES, KINDS, Call, Program, Ref
 from fusemlp_kernels.errors import FusemlpError
+from fusemlp_kernels.ops import COMMON, FIXED, OPS, Operand
 
 
 class ProgramError(FusemlpError, RuntimeError):
@@ -19,68 +20,6 @@ class ProgramError(FusemlpError, RuntimeError):
 
 Places = Mapping[str, tuple[str, int, int]]
 """For each value that has memory of the engine's: (arena, first element, one past the last)."""
-
-# The kind of value that an operand writes, where it is not "work".
-_WRITES = {
-    "stats": "control",
-    "hyper": "control",
-    "counters": "control",
-    "history": "control",
-    "params": "parameter",
-    "grads": "gradient",
-    "gradients": "gradient",
-    "states": "state",
-    "layers.dw": "gradient",
-    "layers.db": "gradient",
-    "layers.w": "parameter",
-    "layers.b": "parameter",
-    "layers.w_state": "state",
-    "layers.b_state": "state",
-    "slopes.grad": "gradient",
-    "slopes.param": "parameter",
-    "slopes.state": "state",
-    "layers.w_shadow": "shadow",
-    "shadow": "shadow",
-}
-# Operands that an op cannot do without.
-_NEEDED = {
-    "linear": ("x", "w", "b", "y"),
-    "linear_loss_grad": ("x", "w", "b", "target", "counters", "stats", "loss"),
-    "loss_grad": ("z", "target", "counters", "stats", "loss"),
-    "grad_input": ("dz", "w", "y", "dz_prev"),
-    "grad_weight": ("layers", "rule", "counters"),
-    "grad_weight_update": ("layers", "rule", "hyper", "counters"),
-    "update": ("params", "grads", "states", "segments", "rule", "hyper", "counters"),
-    "advance": ("rule", "hyper", "counters"),
-    "train_resident": (
-        *("x", "target", "rows", "batch", "layers", "loss", "stats"),
-        *("params", "gradients", "states", "segments", "rule", "hyper", "counters"),
-    ),
-}
-# The shapes of operands in the letters of the contract, in the order in which they are compared: M rows of a batch and
-# n examples, the same in the whole program, K inputs and N outputs. A word in front is the element type, if not real;
-# "compute" is real where the precision is not mixed.
-_LOSS = {"class_weight": "N", "weight_rows": "M", "slope_param": "1", "dslope": "1"}
-_SHAPES = {
-    "linear": {
-        "rows": "int64 M", "w": "compute NK", "x": "", "b": "N", "y": "compute MN", "z": "compute MN",
-        "keep": "bool MN", "gathered": "compute MK", "slope_param": "1",
-    },
-    "linear_loss_grad": {
-        "rows": "int64 M", "w": "compute NK", "x": "", "b": "N", "dz": "compute MN", "gathered": "compute MK", **_LOSS,
-    },
-    "loss_grad": {"rows": "int64 M", "z": "compute MN", "dz": "compute MN", **_LOSS},
-    "grad_input": {
-        "dz": "compute MN", "w": "compute NK", "y": "compute MK", "z": "compute MK", "keep": "bool MK",
-        "dz_prev": "compute MK", "slope_param": "1", "dslope": "1",
-    },
-    "train_resident": {"x": "", "class_weight": "N"},
-    "layer": {
-        "dz": "compute MN", "rows": "int64 M", "x": "", "dw": "NK", "db": "N", "w": "NK", "b": "N", "w_state": "NK",
-        "b_state": "N", "w_shadow": "compute NK",
-    },
-    "slope": {"dslope": "1", "grad": "1", "param": "1", "state": "1"},
-}  # fmt: skip
 
 
 def verify(program: Program, places: Places | None = None) -> None:
@@ -93,9 +32,9 @@ def verify(program: Program, places: Places | None = None) -> None:
     common: dict[str, int] = {}
     for index, call in enumerate(program.calls):
         where = _where(index, call)
-        if call.op not in WRITTEN:
+        if call.op not in OPS:
             raise ProgramError(f"{where}: there is no such op")
-        for operand in _NEEDED[call.op]:
+        for operand in OPS[call.op].required:
             if operand not in call.operands:
                 raise ProgramError(f"{where}: operand {operand!r} is missing")
         for _, name in call.references():
@@ -120,8 +59,9 @@ def _expand(program: Program, names: tuple[str, ...]) -> list[str]:
 
 def _written(program: Program, call: Call) -> Iterator[tuple[str, str]]:
     """Every (operand, value) that the call writes."""
+    written = OPS[call.op].written
     for operand, name in call.references():
-        if operand in WRITTEN[call.op]:
+        if operand in written:
             for member in program.members(name):
                 yield operand, member
 
@@ -136,21 +76,21 @@ def _check_order(program: Program) -> None:
     read: set[str] = set()
     writers: dict[str, int] = {}
     for index, call in enumerate(program.calls):
-        where = _where(index, call)
+        where, op = _where(index, call), OPS[call.op]
         read.update(_expand(program, call.reads))
         for name in _expand(program, call.reads):
             if name not in defined:
                 raise ProgramError(f"{where}: reads {name!r}, which no call before it has written")
         own: set[str] = set()
         for operand, name in _written(program, call):
-            kind, wanted = program.values[name].kind, _WRITES.get(operand, "work")
+            kind, wanted = program.values[name].kind, op.by_name[operand].kind
             if kind == "data":
                 raise ProgramError(f"{where}: writes {name!r}, which belongs to the caller")
             if kind != wanted:
                 raise ProgramError(f"{where}: {operand} {name!r} is of kind {kind!r}, expected {wanted!r}")
             if name in own:
                 raise ProgramError(f"{where}: writes {name!r} twice")
-            if name in writers and (operand not in UPDATED or operand == "stats"):
+            if name in writers and (operand in op.only_written or operand == "stats"):
                 raise ProgramError(f"{where}: writes {name!r}, which call {writers[name]} has written")
             own.add(name)
             writers[name] = index
@@ -257,51 +197,50 @@ def _check_segments(program: Program, places: Places) -> None:
 
 def _check_shapes(program: Program, call: Call, where: str, common: dict[str, int]) -> None:
     """The shapes and element types of an op's operands agree; ``common`` holds M and n of the calls before."""
-    operands = call.operands
-    if call.op in ("grad_weight", "grad_weight_update"):
-        for layer in operands["layers"]:
-            _compare(program, layer, {**_SHAPES["layer"], "x": f"compute {_examples(layer, 'rows')}K"}, where, common)
-        for slope in operands.get("slopes", ()):
-            _compare(program, slope, _SHAPES["slope"], where, common)
-        return
-    shapes = dict(_SHAPES.get(call.op, {}))
-    if "x" in shapes:
-        rows = "x_rows" if call.op == "linear_loss_grad" else "rows"
-        shapes["x"] = f"compute {_examples(operands, rows)}K"
-    if "loss" in operands:
-        loss, examples = operands["loss"], _examples(operands, "rows")
+    operands = OPS[call.op].operands
+    _compare(program, call.operands, operands, where, common)
+    for operand in operands:
+        for given in call.operands.get(operand.name, ()) if operand.fields else ():
+            _compare(program, given, operand.fields, where, common)
+
+
+def _expected(operand: Operand, operands: Mapping[str, Any]) -> tuple[str, str]:
+    """The element type and the letters of an operand's shape, as the other operands have it."""
+    dtype, letters = operand.dtype, operand.shape or ""
+    if letters == "target":
+        loss = operands["loss"]
         classes = loss.kind == "cross_entropy" and not loss.soft
-        kind, width = ("int64 ", "") if classes else ("", "N")
-        shapes |= {"target": f"{kind}{examples}{width}", "target_rows": f"{kind}M{width}", "weight": examples}
-    _compare(program, operands, shapes, where, common)
-
-
-def _examples(operands: Mapping[str, Any], rows: str) -> str:
-    """The letter of the rows of x or of the targets: a batch, or all examples where it is picked from them."""
-    return "M" if operands.get(rows) is None else "n"
+        dtype, letters = ("int64", "M") if classes else ("real", "MN")
+    if operand.rows and operands.get(operand.rows) is not None:
+        letters = letters.replace("M", "n")
+    return dtype, letters
 
 
 def _compare(
-    program: Program, operands: Mapping[str, Any], shapes: Mapping[str, str], where: str, common: dict[str, int]
+    program: Program,
+    operands: Mapping[str, Any],
+    records: tuple[Operand, ...],
+    where: str,
+    common: dict[str, int],
 ) -> None:
     """Each letter has one size in all shapes that are given."""
-    sizes = {"1": 1, **common}
-    for operand, wanted in shapes.items():
-        dtype, _, letters = wanted.rpartition(" ")
-        if dtype == "compute" and program.compute_bytes is None:
-            dtype = "real"
-        given = operands.get(operand)
+    sizes = {**FIXED, **common}
+    for record in records:
+        given = operands.get(record.name)
         for one in given if isinstance(given, tuple | list) else (given,):
-            if not isinstance(one, Ref):
+            if not isinstance(one, Ref) or record.shape is None:
                 continue
+            dtype, letters = _expected(record, operands)
+            if dtype == "compute" and program.compute_bytes is None:
+                dtype = "real"
             value = program.values[one.name]
-            named = f"{where}: {operand} {one.name!r}"
-            if value.dtype != (dtype or "real"):
-                raise ProgramError(f"{named} is {value.dtype}, expected {dtype or 'real'}")
+            named = f"{where}: {record.name} {one.name!r}"
+            if value.dtype != dtype:
+                raise ProgramError(f"{named} is {value.dtype}, expected {dtype}")
             if len(value.shape) == len(letters):
                 for letter, size in zip(letters, value.shape, strict=True):
                     sizes.setdefault(letter, size)
             expected = tuple(sizes.get(letter, letter) for letter in letters)
             if value.shape != expected:
                 raise ProgramError(f"{named} has shape {value.shape}, expected {expected}")
-    common |= {letter: sizes[letter] for letter in "Mn" if letter in sizes}
+    common |= {letter: sizes[letter] for letter in COMMON if letter in sizes}

@@ -16,7 +16,7 @@ from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.tables import bind_advance
 from fusemlp_kernels.cupy.updates import bind_grad_weight, bind_grad_weight_update, bind_update
-from fusemlp_kernels.errors import ArgumentTypeError, unknown_name
+from fusemlp_kernels.ops import check_names
 
 _log = logging.getLogger("fusemlp.kernels")
 
@@ -115,14 +115,8 @@ class CupyBackend:
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
-        if op not in BINDERS:
-            raise unknown_name("op", op, BINDERS)
-        try:
-            return BINDERS[op](self._device, **operands)
-        except TypeError as error:
-            if "unexpected keyword" in str(error) or "missing" in str(error):
-                raise ArgumentTypeError(f"{op}: {error}; the operands are listed in contract.py") from error
-            raise
+        check_names(self.traits.name, BINDERS, op, operands)
+        return BINDERS[op](self._device, **operands)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``."""

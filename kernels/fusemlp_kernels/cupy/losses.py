@@ -16,6 +16,7 @@ from fusemlp_kernels.cupy.layers import (
 )
 from fusemlp_kernels.cupy.products import bind_product, matrix
 from fusemlp_kernels.errors import ArgumentError, unknown_name
+from fusemlp_kernels.ops import hands_on
 
 CODES = {name: code for code, name in enumerate(LOSSES)}
 # Rows longer than this have a block each, others a warp.
@@ -104,6 +105,7 @@ def _bind_loss(device: Device, kernel: str, fields: dict[str, Any]) -> Run:
     return in_sequence([*before, device.launch("loss", name, "Loss", blocks, **fields)])
 
 
+@hands_on(_loss_fields)
 def bind_loss_grad(device: Device, *, z: Array, dz: Array | None, **operands: Any) -> Run:
     """The contract's ``loss_grad``."""
     op = "loss_grad"
@@ -114,6 +116,7 @@ def bind_loss_grad(device: Device, *, z: Array, dz: Array | None, **operands: An
     return _bind_loss(device, "stored_loss", _loss_fields(device, op, m, n, **operands) | places(z=z, dz=dz))
 
 
+@hands_on(_loss_fields)
 def bind_linear_loss_grad(
     device: Device,
     *,

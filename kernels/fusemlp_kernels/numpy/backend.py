@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.activations import Array, Run
 from fusemlp_kernels.numpy.batched import fleet as batched
 from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, bind_grad_weight_update
@@ -18,6 +18,7 @@ from fusemlp_kernels.numpy.linear import bind_linear
 from fusemlp_kernels.numpy.loss import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.numpy.resident import bind_train_fleet, bind_train_resident, numba_is_installed
 from fusemlp_kernels.numpy.update import ALIGNMENT_BYTES, bind_advance, bind_update
+from fusemlp_kernels.ops import check_names
 
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear": bind_linear,
@@ -115,14 +116,8 @@ class NumpyBackend:
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
-        if op not in self._binders:
-            raise unknown_name("op", op, self._binders)
-        try:
-            return self._binders[op](**operands)
-        except TypeError as error:
-            if "unexpected keyword" in str(error) or "missing" in str(error):
-                raise ArgumentTypeError(f"{op}: {error}; the operands are listed in contract.py") from error
-            raise
+        check_names(self.traits.name, self._binders, op, operands)
+        return self._binders[op](**operands)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""

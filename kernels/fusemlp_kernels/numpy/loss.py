@@ -22,30 +22,7 @@ from fusemlp_kernels.numpy import blas
 from fusemlp_kernels.numpy.activations import Array, Run, activate, in_sequence, multiply_by_derivative
 from fusemlp_kernels.numpy.cross_entropy import bind_cross_entropy
 from fusemlp_kernels.numpy.linear import bind_affine, bind_gather, bind_take
-
-
-def bind_linear_loss_grad(
-    *,
-    x: Array,
-    w: Array,
-    b: Array,
-    dz: Array | None,
-    rows: Array | None = None,
-    x_rows: Array | None = None,
-    gathered: Array | None = None,
-    counters: Array,
-    **loss_operands: Any,
-) -> Run:
-    """The contract's ``linear_loss_grad``."""
-    batch, gather = bind_gather(x, x_rows, gathered)
-    z = np.empty((len(batch), len(w)), w.dtype) if dz is None else dz
-    return in_sequence(
-        [
-            gather,
-            bind_affine(z, batch, w, b),
-            bind_loss_grad(z=z, dz=dz, rows=rows, counters=counters, **loss_operands),
-        ]
-    )
+from fusemlp_kernels.ops import hands_on
 
 
 def bind_loss_grad(
@@ -123,6 +100,31 @@ def bind_loss_grad(
     if dz is not None and gradient is not dz:
         after.append(lambda: np.copyto(dz, gradient))
     return in_sequence([*before, core, *(after if dz is not None else [])])
+
+
+@hands_on(bind_loss_grad)
+def bind_linear_loss_grad(
+    *,
+    x: Array,
+    w: Array,
+    b: Array,
+    dz: Array | None,
+    rows: Array | None = None,
+    x_rows: Array | None = None,
+    gathered: Array | None = None,
+    counters: Array,
+    **loss_operands: Any,
+) -> Run:
+    """The contract's ``linear_loss_grad``."""
+    batch, gather = bind_gather(x, x_rows, gathered)
+    z = np.empty((len(batch), len(w)), w.dtype) if dz is None else dz
+    return in_sequence(
+        [
+            gather,
+            bind_affine(z, batch, w, b),
+            bind_loss_grad(z=z, dz=dz, rows=rows, counters=counters, **loss_operands),
+        ]
+    )
 
 
 def _contiguous(array: Array, scratch: Array | None, before: list[Run]) -> Array:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import BackendUnavailableError
+from fusemlp_kernels.ops import check_names
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
@@ -208,14 +209,8 @@ class TritonBackend:
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
-        if op not in BINDERS:
-            raise unknown_name("op", op, BINDERS)
-        try:
-            return BINDERS[op](self._device, **operands)
-        except TypeError as error:
-            if "unexpected keyword" in str(error) or "missing" in str(error):
-                raise ArgumentTypeError(f"{op}: {error}; the operands are listed in contract.py") from error
-            raise
+        check_names(self.traits.name, BINDERS, op, operands)
+        return BINDERS[op](self._device, **operands)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``."""

@@ -8,6 +8,7 @@ import torch
 
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError, unknown_name
+from fusemlp_kernels.ops import hands_on
 from fusemlp_kernels.philox import seed_key, threshold
 from fusemlp_kernels.triton import activations, clock, configs, gradients, linear, loss
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned, signed
@@ -252,6 +253,7 @@ def _shared(device: Device, dz: Tensor | None, m: int, n: int, op: str, programs
     }  # fmt: skip
 
 
+@hands_on(_loss)
 def bind_loss_grad(device: Device, *, z: Tensor, dz: Tensor | None, **operands: Any) -> Run:
     """The contract's ``loss_grad``."""
     op = "loss_grad"
@@ -271,6 +273,7 @@ def bind_loss_grad(device: Device, *, z: Tensor, dz: Tensor | None, **operands: 
     return device.launch(loss.loss_grad_kernel, programs, arguments, constants, tile)
 
 
+@hands_on(_loss)
 def bind_linear_loss_grad(
     device: Device,
     *,

@@ -1,0 +1,342 @@
+"""Every op of the kernel contract as data: its operands, their shapes and types, and what it reads and writes.
+
+The engine's program and its verifier, the checks of ``Backend.bind`` and the tests read these records; nothing else
+says what an op's operands are. Notation and conventions: ``contract``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
+from fusemlp_kernels.errors import ArgumentTypeError, unknown_name
+
+# Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
+FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS}
+COMMON = "Mn"
+READ, WRITTEN, UPDATED = "read", "written", "updated"
+
+# How a backend binds each op that it has.
+Binders = Mapping[str, Callable[..., Callable[..., object]]]
+Bind = TypeVar("Bind", bound=Callable[..., object])
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of an op, or one field of an operand that is a sequence of mappings (``fields``).
+
+    ``shape``: a letter a dimension; None for what is no array, or an arena of any size. ``dtype`` as in
+    ``Backend.allocate``. A target's depend on the loss: (M,) int64 for classes, (M, N) real for others. ``rows``: the
+    operand whose row numbers pick this one's rows; where that is given, the array has n rows in place of M. ``use``:
+    an updated operand is read and written. ``kind``: what a written operand holds, as in ``program.KINDS``.
+    ``hidden``: the printed program leaves it out. ``several``: a tuple of arrays of this shape.
+    """
+
+    name: str
+    shape: str | None = None
+    dtype: str = "real"
+    use: str = READ
+    kind: str = "work"
+    rows: str = ""
+    optional: bool = False
+    hidden: bool = False
+    several: bool = False
+    fields: tuple[Operand, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: what it computes, and its operands in order."""
+
+    name: str
+    computes: str
+    operands: tuple[Operand, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Operand]:
+        """The operands by name; a field of a sequence of mappings as ``layers.w``."""
+        return dict(_named(self.operands))
+
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        """The operands that the op cannot do without."""
+        return tuple(operand.name for operand in self.operands if not operand.optional)
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """The operands that the op writes or updates."""
+        return frozenset(name for name, operand in self.by_name.items() if operand.use != READ)
+
+    @cached_property
+    def only_written(self) -> frozenset[str]:
+        """The operands that the op writes without reading them."""
+        return frozenset(name for name, operand in self.by_name.items() if operand.use == WRITTEN)
+
+
+def _named(operands: Iterable[Operand], prefix: str = "") -> Iterator[tuple[str, Operand]]:
+    for operand in operands:
+        yield prefix + operand.name, operand
+        yield from _named(operand.fields, f"{prefix}{operand.name}.")
+
+
+def _optional(*operands: Operand) -> tuple[Operand, ...]:
+    return tuple(replace(operand, optional=True) for operand in operands)
+
+
+_COUNTERS = Operand("counters", "C", "int64", hidden=True)
+_HYPER = Operand("hyper", "H", "float64", hidden=True)
+_RULE = Operand("rule", note="UpdateRule")
+_ROWS = Operand("rows", "M", "int64", optional=True, hidden=True, note="row numbers; -1 is padding and comes last")
+_DROPOUT = Operand("dropout", optional=True, note="Dropout; needs counters")
+_SLOPES = (
+    Operand("slope", optional=True, note="float: leaky_relu's slope"),
+    Operand("slope_param", "1", optional=True, note="prelu's slope"),
+)
+_ACTIVATION = (Operand("activation", note="a name of ACTIVATIONS"), *_SLOPES)
+_GATHERED = Operand(
+    "gathered", "MK", "compute", WRITTEN, optional=True,
+    note="x[rows], for backends that do not gather in the load; where rows is -1, zeros",
+)  # fmt: skip
+_DSLOPE = Operand("dslope", "1", use=WRITTEN, optional=True, note="the gradient by prelu's slope")
+# The clock: the last of a step's calls to finish advances it.
+_CLOCK = (
+    _RULE,
+    replace(_HYPER, use=UPDATED, kind="control"),
+    replace(_COUNTERS, use=UPDATED, kind="control"),
+)
+_PARTS = _optional(
+    Operand(
+        "parts",
+        note="with parts > 1 the batch is cut into this many stretches (Traits.split_rows; without accumulation and "
+        "norm): the gradient is the sum of as many arenas",
+    ),
+    Operand("part", note="elements from one of these arenas to the next"),
+)
+_LOSS = (
+    Operand("target", "target", rows="rows"),
+    _COUNTERS,
+    Operand("stats", "S", "float64", UPDATED, kind="control", note="LAST_LOSS, and the sums after it"),
+    Operand("loss", note="LossSpec"),
+    Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
+    Operand("class_weight", "N", optional=True, hidden=True),
+    *_optional(_ACTIVATION[0], *_SLOPES),
+    _DSLOPE,
+    Operand(
+        "target_rows", "target", use=WRITTEN, optional=True,
+        note="target[rows] of M rows, for backends that do not gather in the load",
+    ),
+    Operand("weight_rows", "M", use=WRITTEN, optional=True, note="weight[rows] of M rows, for the same"),
+    Operand(
+        "hyper", "H", "float64", optional=True, hidden=True, note="dz and dslope are multiplied by hyper[LOSS_SCALE]"
+    ),
+)  # fmt: skip
+_LAYER = (
+    Operand("dz", "MN", "compute"),
+    replace(_ROWS, note="of the first layer, where x is picked by row"),
+    replace(_GATHERED, use=READ),
+    Operand("x", "MK", "compute", rows="rows"),
+)
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op(
+            "linear",
+            "y = dropout(act(x @ w.T + b))",
+            (
+                _ROWS,
+                Operand("w", "NK", "compute"),
+                Operand("x", "MK", "compute", rows="rows", note="row i of the batch is x[rows[i]]"),
+                Operand("b", "N"),
+                Operand("y", "MN", "compute", WRITTEN),
+                *_ACTIVATION,
+                Operand("z", "MN", "compute", WRITTEN, optional=True, note="pre-activation, for NEEDS_Z"),
+                _DROPOUT,
+                replace(_COUNTERS, optional=True),
+                Operand(
+                    "keep", "MN", "bool", WRITTEN, optional=True, note="dropout's mask, for backends that store it"
+                ),
+                _GATHERED,
+            ),
+        ),
+        Op(
+            "loss_grad",
+            "the loss, and dz from the output layer's pre-activation; padding (rows from counters[ROW_COUNT] on) "
+            "weighs nothing and its dz is zero",
+            (
+                _ROWS,
+                Operand("z", "MN", "compute"),
+                Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone, or z itself"),
+                *_LOSS,
+            ),
+        ),
+        Op(
+            "linear_loss_grad",
+            "linear without dropout, then loss_grad; where dz is given, the logits may pass through it",
+            (
+                _ROWS,
+                Operand("w", "NK", "compute"),
+                Operand(
+                    "x_rows", "M", "int64", optional=True, hidden=True,
+                    note="row numbers of x; where the output layer is the first, the array rows",
+                ),
+                Operand("x", "MK", "compute", rows="x_rows"),
+                Operand("b", "N"),
+                Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone"),
+                _GATHERED,
+                *_LOSS,
+            ),
+        ),
+        Op(
+            "grad_input",
+            "dz_prev = (dz @ w) * act'(y) * keep / (1 - p); y is the output, after dropout, of the layer before",
+            (
+                Operand("dz", "MN", "compute"),
+                Operand("w", "NK", "compute"),
+                Operand("y", "MK", "compute"),
+                Operand("z", "MK", "compute", optional=True, note="pre-activation of y, for NEEDS_Z"),
+                Operand("dz_prev", "MK", "compute", WRITTEN, note="aliases nothing"),
+                *_ACTIVATION,
+                _DSLOPE,
+                _DROPOUT,
+                replace(_COUNTERS, optional=True),
+                Operand("keep", "MK", "bool", optional=True, note="what linear has written"),
+            ),
+        ),
+        Op(
+            "grad_weight",
+            "dw = dz.T @ x, db = sum over rows of dz, for all layers; with rule.accumulate k > 1 added to what is "
+            "there, unless counters[BATCH_INDEX] is a multiple of k",
+            (
+                Operand(
+                    "layers",
+                    fields=(
+                        *_LAYER,
+                        Operand("dw", "NK", use=WRITTEN, kind="gradient", note="None where it is frozen"),
+                        Operand("db", "N", use=WRITTEN, kind="gradient", note="None where it is frozen"),
+                    ),
+                ),
+                Operand(
+                    "slopes",
+                    optional=True,
+                    fields=(Operand("dslope", "1"), Operand("grad", "1", use=WRITTEN, kind="gradient")),
+                ),
+                _RULE,
+                _COUNTERS,
+                Operand(
+                    "norm", "1", "float64", WRITTEN, optional=True, hidden=True,
+                    note="the Euclidean norm of all gradients, for backends with Traits.norms_gradients",
+                ),
+                *_PARTS,
+            ),
+        ),
+        Op(
+            "grad_weight_update",
+            "grad_weight and update in one, gradients never stored; advances the clock; without clipping and "
+            "accumulation",
+            (
+                Operand(
+                    "layers",
+                    fields=(
+                        *_LAYER,
+                        Operand("w", "NK", use=UPDATED, kind="parameter", note="None where it is frozen"),
+                        Operand("b", "N", use=UPDATED, kind="parameter", note="None where it is frozen"),
+                        Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True),
+                        Operand("b_state", "N", use=UPDATED, kind="state", several=True, optional=True),
+                        Operand("w_rule", optional=True, note="TensorRule"),
+                        Operand("b_rule", optional=True, note="TensorRule"),
+                        Operand("w_shadow", "NK", "compute", WRITTEN, kind="shadow", optional=True, note="w, rounded"),
+                    ),
+                ),
+                Operand(
+                    "slopes",
+                    optional=True,
+                    fields=(
+                        Operand("dslope", "1"),
+                        Operand("param", "1", use=UPDATED, kind="parameter"),
+                        Operand("state", "1", use=UPDATED, kind="state", several=True),
+                        Operand("rule", note="TensorRule"),
+                    ),
+                ),
+                *_CLOCK,
+            ),
+        ),
+        Op(
+            "update",
+            "the optimizer over the flat arenas, by the mean of the accumulated gradients, where "
+            "counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate; clips by the global norm; advances the clock",
+            (
+                Operand("params", use=UPDATED, kind="parameter"),
+                Operand("grads", use=UPDATED, kind="gradient"),
+                Operand("states", use=UPDATED, kind="state", several=True),
+                Operand(
+                    "segments",
+                    note="Segments by offset; between them lie zeros (alignment) and frozen tensors",
+                ),
+                *_CLOCK,
+                Operand("norm", "1", "float64", optional=True, hidden=True, note="what grad_weight has written"),
+                Operand("shadow", dtype="compute", use=WRITTEN, kind="shadow", optional=True, note="params, rounded"),
+                Operand(
+                    "scaled",
+                    optional=True,
+                    note="True: the gradients carry hyper[LOSS_SCALE]. Where they overflow nothing is updated, the "
+                    "batch is skipped and the scale halved; after GROWTH_INTERVAL updates without one it is doubled",
+                ),
+                *_PARTS,
+            ),
+        ),
+        Op("advance", "the clock alone, for a network with nothing to train", _CLOCK),
+    )
+}  # fmt: skip
+
+
+def check_names(backend: str, binders: Binders, op: str, given: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for an op without a binder, ArgumentTypeError for operands that are missing or unknown."""
+    if op not in binders:
+        raise unknown_name("op", op, binders)
+    if op not in OPS:
+        return
+    _check_fields(op, OPS[op].operands, given)
+    taken = operands_of(binders[op])
+    for name in given:
+        if name not in taken and given[name] is not None:
+            raise ArgumentTypeError(f"{op}: {name}: the {backend} backend does not take it; leave it out")
+
+
+def _check_fields(place: str, operands: tuple[Operand, ...], given: Mapping[str, Any]) -> None:
+    known = {operand.name: operand for operand in operands}
+    for name in given:
+        if name not in known:
+            raise ArgumentTypeError(f"{place}: {unknown_name('operand', name, known)}")
+    missing = [operand.name for operand in operands if not operand.optional and operand.name not in given]
+    if missing:
+        raise ArgumentTypeError(f"{place}: missing {', '.join(missing)}; fusemlp_kernels/ops.py lists what it takes")
+    for name, value in given.items():
+        for index, fields in enumerate(value if known[name].fields else ()):
+            _check_fields(f"{place}: {name}[{index}]", known[name].fields, fields)
+
+
+def hands_on(to: Callable[..., object]) -> Callable[[Bind], Bind]:
+    """Mark a binder that hands operands which its signature does not name on to another function."""
+
+    def mark(binder: Bind) -> Bind:
+        vars(binder)["hands_on_to"] = to
+        return binder
+
+    return mark
+
+
+@functools.cache
+def operands_of(binder: Callable[..., object]) -> frozenset[str]:
+    """The operands that a binder takes."""
+    parameters = inspect.signature(binder).parameters.values()
+    names = frozenset(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
+    rest = vars(binder).get("hands_on_to")
+    return names if rest is None else names | operands_of(rest)

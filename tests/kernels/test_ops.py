@@ -1,0 +1,64 @@
+"""The records of the ops, and the binders of each backend, say the same."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+
+import cupy_standin
+import pytest
+from devices import DEVICE_PARAMETERS, usable
+
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.ops import FIXED, OPS, UPDATED, operands_of
+from fusemlp_kernels.registry import TRAITS
+
+
+def binders(backend):
+    if backend == "cupy" and importlib.util.find_spec("cupy") is None:
+        if cupy_standin.why_not():
+            pytest.skip(cupy_standin.why_not())
+        cupy_standin.load()
+    if backend == "triton":
+        pytest.importorskip("triton")
+    return importlib.import_module(f"fusemlp_kernels.{backend}.backend").BINDERS
+
+
+@pytest.mark.parametrize("backend", TRAITS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_binder_takes_what_the_record_says(backend, op):
+    known, record = binders(backend), OPS[op]
+    own = [one for one in inspect.signature(known[op]).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    assert {one.name for one in own} <= {operand.name for operand in record.operands}
+    assert {one.name for one in own if one.default is one.empty} <= set(record.required) <= operands_of(known[op])
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_a_record_is_complete(op):
+    for name, operand in op.by_name.items():
+        assert operand.shape == "target" or set(operand.shape or "") <= {*"MNK", *FIXED}, name
+        assert operand.rows in ("", *(other.name for other in op.operands)) or name.startswith("layers."), name
+        assert operand.use == UPDATED or operand.kind != "control", name
+        # what is written has a shape, or is an arena
+        assert name not in op.written or operand.shape or operand.kind in ("parameter", "gradient", "state", "shadow")
+
+
+@pytest.mark.parametrize("device", DEVICE_PARAMETERS)
+def test_operands_are_checked_by_name(device):
+    with usable(device):
+        bind = device.variants[0].backend().bind
+    with pytest.raises(ArgumentError, match=r"op: unknown name 'lineal'; did you mean 'linear'\?"):
+        bind("lineal")
+    with pytest.raises(ArgumentTypeError, match="advance: missing hyper, counters"):
+        bind("advance", rule=None)
+    with pytest.raises(ArgumentTypeError, match=r"advance: operand: unknown name 'hypr'; did you mean 'hyper'\?"):
+        bind("advance", rule=None, hypr=None, counters=None)
+    with pytest.raises(ArgumentTypeError, match=r"grad_weight: layers\[0\]: missing x, dw, db"):
+        bind("grad_weight", layers=[{"dz": None}], rule=None, counters=None)
+
+
+def test_what_a_backend_does_not_take_is_refused():
+    numpy = DEVICE_PARAMETERS[0].values[0].variants[0].backend()
+    with pytest.raises(ArgumentTypeError, match="update: norm: the numpy backend does not take it"):
+        numpy.bind("update", **dict.fromkeys(OPS["update"].required), norm=[0.0])
