@@ -150,7 +150,7 @@ def test_ridges_and_accounts_of_another_number_are_refused(variant):
         variant.bind("train_fleet", **{**given, "history": fleet.history[:1]})
 
 
-@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("variant", TOGETHER)
 @pytest.mark.parametrize("number", [1, 5])
 def test_a_weight_that_is_nan_reaches_its_model_and_no_padding(variant, number):
     shape, model = case(number)

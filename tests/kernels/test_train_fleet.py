@@ -175,7 +175,7 @@ def test_a_model_that_has_stopped_does_not_move(variant):
     assert fleet.counters[:, BATCH_INDEX].tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("variant", TOGETHER)
 def test_nan_reaches_its_model_and_no_padding(variant):
     shape, model = case(2)
     fleet = Fleet(variant, shape, varied(model, 2))
