@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
-from fusemlp_kernels.errors import ArgumentTypeError, unknown_name
+from fusemlp_kernels.errors import ArgumentTypeError, missing_op, unknown_name
 
 # Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
 FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS}
@@ -300,7 +300,7 @@ OPS = {
 def check_names(backend: str, binders: Binders, op: str, given: Mapping[str, Any]) -> None:
     """Raise ArgumentError for an op without a binder, ArgumentTypeError for operands that are missing or unknown."""
     if op not in binders:
-        raise unknown_name("op", op, binders)
+        raise missing_op(backend, op, binders)
     if op not in OPS:
         return
     _check_fields(op, OPS[op].operands, given)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -20,7 +19,6 @@ from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import Batches
-from fusemlp.sklearn.gathering import training
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model, Rates, copies, dense
@@ -107,9 +105,8 @@ class BaseMLP(BaseEstimator, ABC):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        beside = training(ready.model.engine, in_launches=isinstance(ready.batches, Loop))
         if ready.stochastic:
-            with closing(ready.batches), beside, exits(ready.callbacks, ready.model.engine):
+            with exits(ready.callbacks, ready.model.engine):
                 train(
                     self,
                     ready.model,
@@ -121,8 +118,7 @@ class BaseMLP(BaseEstimator, ABC):
                 )
         else:
             assert isinstance(ready.batches, Batches)
-            with beside:
-                minimise(self, ready.model, ready.batches)
+            minimise(self, ready.model, ready.batches)
         self._model = ready.model
         decided = ready.stochastic and self.early_stopping and ready.held_out is not None
         self._take((decided and self._best_parameters) or ready.model.parameters())
@@ -173,8 +169,7 @@ class BaseMLP(BaseEstimator, ABC):
         target, constants = self._targets(y, model.dtype)
         data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights)
         # a batch in which no row counts is passed over, which is nothing for a launch of many
-        looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
-        looped = looped and (model.loops or model.gathers(size))
+        looped = stochastic and not incremental and model.loops and (row_weights is None or bool(row_weights.all()))
         rules: dict[str, Any] = {
             "alpha": 0.0 if self.solver == "adamw" else float(self.alpha),
             "batch_size": size,

@@ -130,9 +130,6 @@ class Batches:
             losses.append(loss)
         return losses
 
-    def close(self) -> None:
-        """There will be no more epochs, and nobody waits for that."""
-
     def _epoch(self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None) -> float | None:
         if self._uneven:
             self._set_shares(order)

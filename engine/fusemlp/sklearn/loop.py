@@ -7,12 +7,10 @@ one launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
-from fusemlp.sklearn.gathering import Seat, gathering
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp_kernels.contract import BATCH_LOSSES, PENALTIES
@@ -48,9 +46,6 @@ class Loop:
         if weight is not None:
             arrays["weight"] = weight.astype(model.dtype, copy=False)
         self.bound = model.bind_loop(batch_size, arrays, epochs=at_once, strength=alpha, divisor=1.0 / objective.factor)
-        self._together = gathering() if model.engine.backend == "numpy" else None
-        if isinstance(self.bound, Seat):
-            self.at_once, self._together = self.bound.at_once, None
 
     def epochs(
         self, orders: Sequence[Array], stop: Callable[[], bool], begin: Callable[[], None] | None = None
@@ -68,9 +63,7 @@ class Loop:
             if begin is not None:
                 begin()
             count = min(total - done, bound.chunk) if begin is None else 1
-            # of a search's tasks one computes in Python at a time, and the launches of all run beside it
-            with nullcontext() if self._together is None else self._together.apart():
-                bound.run_many(count)
+            bound.run_many(count)
             done += count
             if stop():
                 break
@@ -78,11 +71,6 @@ class Loop:
         history, to_host = bound.arrays.get("history"), memory.backend.to_host
         accounts = to_host(memory.stats)[None] if history is None else to_host(history[:ended])
         return [self._loss(account, order) for account, order in zip(accounts[:ended], orders, strict=False)]
-
-    def close(self) -> None:
-        """There will be no more epochs."""
-        if isinstance(self.bound, Seat):
-            self.bound.close()
 
     def _loss(self, account: Array, order: Array) -> float:
         with np.errstate(all="ignore"):

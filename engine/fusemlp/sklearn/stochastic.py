@@ -16,7 +16,6 @@ from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model
-from fusemlp.sklearn.side_by_side import abandoned
 from fusemlp.training.history import History
 from fusemlp.training.loop import ROWS_AT_ONCE
 
@@ -61,11 +60,7 @@ def train(
     estimator.learning_rate_ = model.learning_rate
     try:
         with deferred_interrupt() as pressed:
-
-            def interrupted() -> bool:
-                return pressed() or abandoned()
-
-            stop = listeners.end(interrupted)
+            stop = listeners.end(pressed)
             _call(callbacks, "on_train_begin", engine)
             begin = listeners.begin if listeners.listening else None
             while estimator.n_iter_ < estimator.max_iter:
@@ -96,7 +91,7 @@ def train(
                     logs = _logs(estimator, validation)
                     history.record(estimator.n_iter_ - 1, logs, seconds)
                     _call(callbacks, "on_epoch_end", engine, estimator.n_iter_ - 1, logs)
-                if len(losses) < len(orders) or stopping or incremental or engine.stop_training or interrupted():
+                if len(losses) < len(orders) or stopping or incremental or engine.stop_training or pressed():
                     break
                 if estimator.n_iter_ == estimator.max_iter:
                     warnings.warn(

@@ -13,7 +13,6 @@ from fusemlp.callbacks import deferred_interrupt, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.inference import metrics_of
-from fusemlp.runtime.turns import turn_left
 from fusemlp.training.history import FitState, History
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL, LossSpec, UpdateRule
@@ -29,8 +28,6 @@ Snapshot = dict[str, Any]
 
 # Where nobody has to do with the epochs but to write them down, so many rows go into one launch of the resident plan.
 ROWS_AT_ONCE = 1 << 17
-# ... and so many of all models that train in one launch: 128 MiB.
-GROUP_ROWS = 1 << 24
 # Features beyond this in size are not standardised, and then the loss of most networks overflows.
 LARGE_FEATURE = 100.0
 
@@ -163,8 +160,7 @@ class Fit:
         self.begin()
         with deferred_interrupt() as interrupted:
             for steps in self.training(interrupted):
-                with turn_left():
-                    self.bound.run_many(steps)
+                self.bound.run_many(steps)
         self.finish(interrupted=interrupted())
         if interrupted():
             raise KeyboardInterrupt

@@ -11,7 +11,6 @@ import numpy as np
 
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import FLOAT32, Array, Run, open_device, strides_of
-from fusemlp_kernels.cupy.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.tables import bind_advance
@@ -29,8 +28,6 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
     "advance": bind_advance,
-    "train_resident": bind_train_resident,
-    "train_fleet": bind_train_fleet,
 }
 
 
