@@ -16,6 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 COUNTED = "line: "
 
 
+# The compiled loop for all programs: the tests have more kinds of programs than are worth a compilation each.
+os.environ.setdefault("FUSEMLP_WHOLE_LOOP", "1")
+
+
 def interpret_triton_without_a_gpu():
     """Triton reads the variable when it is first imported; where there is a card, it compiles for it."""
     if "TRITON_INTERPRET" in os.environ or not all(map(importlib.util.find_spec, ("torch", "triton"))):

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
-from fusemlp_kernels.errors import ArgumentTypeError, missing_op, unknown_name
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
 FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS}
@@ -24,6 +24,14 @@ READ, WRITTEN, UPDATED = "read", "written", "updated"
 # How a backend binds each op that it has.
 Binders = Mapping[str, Callable[..., Callable[..., object]]]
 Bind = TypeVar("Bind", bound=Callable[..., object])
+
+# Ops that a backend ("": each) does not bind, and why.
+REFUSED = {
+    ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
+    ("numpy", "train_fleet"): "its models train one after another, by train_resident",
+    ("cupy", "train_resident"): "its plans are eager and graph",
+    ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ _LOSS = (
     Operand(
         "hyper", "H", "float64", optional=True, hidden=True, note="dz and dslope are multiplied by hyper[LOSS_SCALE]"
     ),
+    Operand("ridge", optional=True, note="Ridge: its divisor; in train_resident and train_fleet"),
+    Operand("shares", "1", "float64", WRITTEN, optional=True, hidden=True, note="the sum of the row weights; with ridge"),
 )  # fmt: skip
 _LAYER = (
     Operand("dz", "MN", "compute"),
@@ -143,6 +153,12 @@ _LAYER = (
     Operand("x", "MK", "compute", rows="rows"),
 )
 
+_HISTORY = Operand(
+    "history", dtype="float64", use=WRITTEN, kind="control", optional=True, hidden=True,
+    note="(E, STATS): rows has those of E epochs, each counters[ROW_TOTAL] long, one after another. ROW_OFFSET goes on "
+    "through all of them and comes back to 0 after the last; after epoch e stats is copied to history[e], and its sums "
+    "begin again at 0",
+)  # fmt: skip
 
 OPS = {
     op.name: op
@@ -293,16 +309,64 @@ OPS = {
             ),
         ),
         Op("advance", "the clock alone, for a network with nothing to train", _CLOCK),
+        Op(
+            "penalty",
+            "dw += ridge.strength / shares * w for all layers, before dw is clipped; its loss is added to "
+            "stats[PENALTIES], times the rows of the batch; nothing where shares is 0",
+            (
+                Operand(
+                    "layers",
+                    fields=(Operand("w", "NK"), Operand("dw", "NK", use=UPDATED, kind="gradient")),
+                ),
+                Operand("ridge", note="Ridge"),
+                Operand("shares", "1", "float64", hidden=True, note="what the loss has written"),
+                _COUNTERS,
+                Operand("stats", "S", "float64", UPDATED, kind="control"),
+            ),
+        ),
+        Op(
+            "train_resident",
+            "the calls of a training step, as many times as the bound callable is told; walks rows",
+            (
+                Operand("calls", note="(op, operands) of each call of a step, in order; the output layer has no dropout"),
+                Operand("rows", dtype="int64", note="(R,): those of the calls, of all batches and epochs"),
+                Operand("batch", note="M, the rows of a step"),
+                _HISTORY,
+            ),
+        ),
+        Op(
+            "train_fleet",
+            "train_resident of several models in one launch; the bound callable is told the steps of each model, and "
+            "models with 0 are no part of the launch",
+            (
+                Operand(
+                    "calls",
+                    note="the calls of each model: the same ops over one data set, arrays of the same shapes. Model "
+                    "m's array lies m times as far from that of model 0 as model 1's, and every number may differ: "
+                    "seeds, rates, slopes, rules, the loss's smoothing, ridges",
+                ),
+                Operand("rows", dtype="int64", note="(models, R)"),
+                Operand("batch", note="M"),
+                replace(_HISTORY, note="(models, E, STATS), as in train_resident"),
+            ),
+        ),
     )
 }  # fmt: skip
 
 
+def refusal(backend: str, op: str) -> str | None:
+    """Why a backend does not bind an op of the contract; None if it does."""
+    return REFUSED.get(("", op)) or REFUSED.get((backend, op))
+
+
 def check_names(backend: str, binders: Binders, op: str, given: Mapping[str, Any]) -> None:
-    """Raise ArgumentError for an op without a binder, ArgumentTypeError for operands that are missing or unknown."""
+    """Raise ArgumentError for an op that the backend does not bind, ArgumentTypeError for operands that are missing,
+    unknown or not taken."""
+    reason = refusal(backend, op)
+    if reason is not None:
+        raise ArgumentError(f"op: the {backend} backend has no {op!r}: {reason}")
     if op not in binders:
-        raise missing_op(backend, op, binders)
-    if op not in OPS:
-        return
+        raise unknown_name("op", op, binders)
     _check_fields(op, OPS[op].operands, given)
     taken = operands_of(binders[op])
     for name in given:

@@ -10,7 +10,7 @@ from fusemlp.describe.optimizers import as_optimizer
 from fusemlp.program.layout import parameter_layout, plan_workspace
 from fusemlp.program.lowering import Inputs, lower_inference, lower_training
 from fusemlp.program.placement import persistent_places
-from fusemlp_kernels.contract import ACTIVATIONS
+from fusemlp_kernels.contract import ACTIVATIONS, Ridge
 from fusemlp_kernels.registry import TRAITS
 
 BACKENDS = tuple(TRAITS)
@@ -34,23 +34,27 @@ def training_program(
     indexed=True,
     weighted=False,
     soft=False,
+    accuracy=None,
     real_bytes=4,
     keep_gradients=False,
+    seed=3,
+    **options,
 ):
     """What ``Engine`` makes for ``fit`` (``indexed``: a batch is picked from ``rows`` rows) or for ``step``."""
     loss, optimizer = as_loss(loss), as_optimizer(optimizer)
     return lower_training(
         net,
-        loss.spec(accuracy=loss.is_classification, soft=soft),
+        loss.spec(accuracy=loss.is_classification if accuracy is None else accuracy, soft=soft),
         optimizer.rule(total_updates=100),
         optimizer.options_for,
         batch_size,
         TRAITS[backend],
         layout_of(net, backend, real_bytes),
         Inputs(rows if indexed else batch_size, indexed, weighted, loss.class_weight is not None),
-        seed=3,
+        seed=seed,
         real_bytes=real_bytes,
         keep_gradients=keep_gradients,
+        **options,
     )
 
 
@@ -104,14 +108,18 @@ def cases(draw):
         "accumulate": draw(st.sampled_from([1, 3])),
     }
     optimizers = [SGD(0.1, **options), SGD(0.1, momentum=0.9, **options), Adam(**options), AdamW(**options)]
+    resident = {}
+    if draw(st.booleans()):
+        resident = {"resident": True, "ridge": draw(st.sampled_from([None, Ridge(), Ridge(0.1, 2.0)]))}
     program = training_program(
         net,
         loss,
         draw(st.sampled_from(optimizers)),
         batch_size,
         backend,
-        indexed=draw(st.booleans()),
+        indexed=bool(resident) or draw(st.booleans()),
         weighted=draw(st.booleans()),
         soft=loss == "cross_entropy" and draw(st.booleans()),
+        **resident,
     )
     return net, backend, program

@@ -13,7 +13,7 @@ from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
 from fusemlp.program.program import Call, Program, Ref, Value, resolve, scaled
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.plans import plan_text
-from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
+from fusemlp_kernels.contract import COUNTERS, HYPER, STATS, Ridge
 
 TUTORIAL = MLP([784, 128, 10])
 COLUMNS = ("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")
@@ -151,8 +151,9 @@ def test_a_plan_needs_no_backend(backend, monkeypatch):
         # an import of a module that is None in sys.modules raises
         monkeypatch.setitem(sys.modules, library, None)
     text = plan_text(TUTORIAL, loss="cross_entropy", optimizer="sgd", batch_size=128, backend=backend)
-    assert text.endswith("\n4 launches")
-    expected = training_program(TUTORIAL, "cross_entropy", "sgd", 128, backend, rows=128)
+    resident = backend == "numpy"
+    assert text.endswith("\n4 calls, run as one loop over the steps: 1 launch" if resident else "\n4 launches")
+    expected = training_program(TUTORIAL, "cross_entropy", "sgd", 128, backend, rows=128, resident=resident)
     assert text == str(expected)
 
 
@@ -164,7 +165,22 @@ def test_a_plan_of_an_unknown_backend_names_the_nearest():
 def test_the_engine_prints_the_program_of_its_backend():
     engine = Engine(MLP([6, 5, 4]), optimizer=SGD(0.1), batch_size=8, backend="numpy")
     assert str(engine.program) == plan_text(MLP([6, 5, 4]), optimizer=SGD(0.1), batch_size=8, backend="numpy")
-    assert engine.program.launches == 4
+    assert engine.program.resident and len(engine.program.calls) == 4
+    eager = Engine(MLP([6, 5, 4]), optimizer=SGD(0.1), batch_size=8, backend="numpy", plan="eager")
+    assert not eager.program.resident and eager.program.launches == 4
+
+
+def test_a_penalty_is_a_call_between_the_gradients_and_the_update():
+    given = {"optimizer": SGD(0.1), "resident": True}
+    program = training_program(MLP([6, 5, 4]), ridge=Ridge(0.1), **given)
+    verify(program)
+    assert [call.op for call in program.calls[-3:]] == ["grad_weight", "penalty", "update"]
+    assert "penalty ridge" in str(program)
+    assert program.calls[-2].writes == ("dw0", "dw1", "stats")
+    # a divisor alone changes the loss
+    program = training_program(MLP([6, 5, 4]), ridge=Ridge(0.0, 2.0), **given)
+    assert [call.op for call in program.calls[-2:]] == ["grad_input", "grad_weight_update"]
+    assert program.calls[1].operands["ridge"] == Ridge(0.0, 2.0)
 
 
 def test_a_call_reads_what_it_updates_and_writes():

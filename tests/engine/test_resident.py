@@ -310,38 +310,51 @@ def test_divergence_goes_back_to_the_last_good_epoch() -> None:
         assert np.array_equal(engine.state_dict()[name], tensor)
 
 
-def test_the_resident_program_is_one_verified_call() -> None:
-    from fusemlp.program.layout import parameter_layout
-    from fusemlp.program.lowering import Inputs
-    from fusemlp.program.resident import lower_resident
-    from fusemlp.program.verifier import verify
+def test_the_printed_program_is_what_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fit`` binds the calls of ``engine.program``, in their order, and nothing else."""
+    from fusemlp_kernels.numpy.backend import NumpyBackend
 
-    net, optimizer = MLP(SIZES, activation="prelu"), Adam()
-    layout = parameter_layout(net, row_multiple=1, item_bytes=4)
-    spec, rule = CrossEntropy().spec(accuracy=True), optimizer.rule(total_updates=1)
-    program = lower_resident(
-        net, spec, rule, optimizer.options_for, BATCH, 6, layout, Inputs(ROWS, indexed=True), seed=0, real_bytes=4
-    )
-    verify(program)
-    assert program.launches == 1
-    # forward, back to two inputs, by three weights
-    assert len(program.calls[0].products) == 3 + 2 + 3
-    assert "train_resident cross_entropy adam" in str(program)
+    bound: list[tuple[str, dict[str, Any]]] = []
+    bind = NumpyBackend.bind
+
+    def watched(backend: Any, op: str, **operands: Any) -> Any:
+        bound.append((op, operands))
+        return bind(backend, op, **operands)
+
+    monkeypatch.setattr(NumpyBackend, "bind", watched)
+    engine = trained("resident", MLP(SIZES, activation="prelu", dropout=0.3), optimizer=SGD(0.1, clip_norm=1.0))
+    [(op, given)] = bound
+    assert op == "train_resident"
+    program = engine.program
+    assert program.resident and program.launches == 1
+    assert [op for op, _ in given["calls"]] == [call.op for call in program.calls]
+    for (_, operands), call in zip(given["calls"], program.calls, strict=True):
+        assert operands.keys() == call.operands.keys()
+    assert str(program).endswith("\n7 calls, run as one loop over the steps: 1 launch")
 
 
-def test_a_numba_that_cannot_be_imported_says_what_to_do() -> None:
-    code = (
-        "import sys; sys.modules['numba'] = None\n"
-        "import numpy as np\n"
-        "from fusemlp import Engine, MLP, MissingLibraryError\n"
-        "X, y = np.eye(4), np.arange(4) % 2\n"
-        "try: Engine(MLP([4, 3, 2]), backend='numpy').fit(X, y, epochs=1)\n"
-        "except MissingLibraryError as error: print(error)\n"
-        "Engine(MLP([4, 3, 2]), backend='numpy', plan='eager').fit(X, y, epochs=1)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("plan: 'resident' on the numpy backend needs numba, which cannot be imported")
-    assert "pip install --force-reinstall numba, or use plan='eager'" in done.stdout
+PRUNED = [
+    (MLP(SIZES), SGD(0.05), "cross_entropy", CLASSES),
+    (MLP(SIZES, activation=["gelu", PReLU(0.2)], dropout=0.3), Adam(0.01, clip_norm=0.1), "cross_entropy", SOFT),
+    (MLP(SIZES, activation="tanh"), SGD(0.05, momentum=0.9, nesterov=True), "huber", VALUES),
+]
+
+
+@pytest.mark.parametrize(("net", "optimizer", "loss", "targets"), PRUNED, ids=lambda value: type(value).__name__)
+def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
+    net: MLP, optimizer: Any, loss: str, targets: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests run the loop for all programs, which is compiled once; users that of their program."""
+    from fusemlp_kernels.numpy import resident
+
+    options = {"net": net, "optimizer": optimizer, "loss": loss, "targets": targets, "precision": "fp32"}
+    whole = trained("resident", **options)
+    monkeypatch.delenv(resident.WHOLE_LOOP)
+    made: list[frozenset[str]] = []
+    loop = resident._loop
+    monkeypatch.setattr(resident, "_loop", lambda absent: made.append(absent) or loop(absent))
+    assert_same_state(trained("resident", **options), whole)
+    assert {"MAE", "POISSON", "SIGMOID"} < made[0] and not {"GATHER", "FORWARD", optimizer.rule(total_updates=1).kind.upper()} & made[0]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1437, 10000])

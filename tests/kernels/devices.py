@@ -27,23 +27,16 @@ from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products, rounded
 import fusemlp_kernels
 from fusemlp_kernels import registry
 from fusemlp_kernels.contract import Traits
+from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.registry import TRAITS
 
 REALS = {"fp64": np.float64}
 # What matrix products read and write. NumPy has no bfloat16: the host holds the rounded values in float32.
 COMPUTE = {"fp64": np.float64, "fp16": np.float16}
-WRITTEN = {
-    "linear": {"y", "z", "gathered", "keep"},
-    "loss_grad": {"dz", "stats", "dslope", "target_rows", "weight_rows"},
-    "linear_loss_grad": {"dz", "stats", "dslope", "target_rows", "weight_rows", "gathered"},
-    "grad_input": {"dz_prev", "dslope"},
-    "grad_weight": {"dw", "db", "grad", "norm"},
-    "grad_weight_update": {"w", "b", "w_state", "b_state", "w_shadow", "param", "state", "hyper", "counters"},
-    "update": {"params", "grads", "states", "shadow", "hyper", "counters"},
-    "advance": {"hyper", "counters"},
-    "train_resident": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats", "history"},
-    "train_fleet": {"params", "shadow", "gradients", "states", "hyper", "counters", "stats", "history"},
-}
+# The names of what an op may write, of sequences of mappings those of their fields.
+WRITTEN = {name: {operand.rpartition(".")[2] for operand in op.written} for name, op in OPS.items()}
+LOOPS = ("train_resident", "train_fleet")
+WRITTEN |= dict.fromkeys(LOOPS, set().union(*WRITTEN.values()))
 # On a card; the interpreter, NumPy and cuBLAS on float32 compute in IEEE arithmetic.
 TENSOR_CORES = {"fp32": TF32X3, "tf32": TF32, "bf16": TWO_BYTES, "fp16": TWO_BYTES}
 CUBLAS = {**TENSOR_CORES, "fp32": IEEE}

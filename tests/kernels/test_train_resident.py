@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from devices import NUMPY, Variant
+from step_calls import Layer, step_calls
 from tolerance import assert_within
 
 from fusemlp_kernels import reference
@@ -30,7 +31,6 @@ from fusemlp_kernels.contract import (
     UPDATE_COUNT,
     Dropout,
     LossSpec,
-    ResidentLayer,
     Ridge,
     ScheduleSpec,
     Segment,
@@ -83,37 +83,46 @@ class Run:
         self.counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = BATCH, ROWS, BATCH
         rate = RATE if dropout else 0.0
         self.rate = rate
-        layers = (
-            ResidentLayer(
-                *(INPUTS, HIDDEN, self.places["w0"].start, self.places["b0"].start, activation),
-                dropout=Dropout(rate, 0, SEED) if rate else None,
-            ),
-            ResidentLayer(HIDDEN, OUTPUTS, self.places["w1"].start, self.places["b1"].start, "identity"),
+        self.segments = tuple(
+            Segment(self.places[name].start, self.places[name].stop - self.places[name].start, self.rules[name])
+            for name in self.trained
         )
-        places = [self.places[name] for name in self.trained]
         self.run = variant.backend().bind(
             "train_resident",
-            x=self.x,
-            target=self.target,
+            calls=self.calls(variant),
             rows=self.rows,
             batch=BATCH,
-            layers=layers,
-            params=self.params,
-            gradients=self.gradients,
-            states=self.states,
-            segments=tuple(
-                Segment(place.start, place.stop - place.start, self.rules[name])
-                for name, place in zip(self.trained, places, strict=True)
-            ),
-            rule=rule,
-            loss=loss,
-            counters=self.counters,
-            hyper=self.hyper,
-            stats=self.stats,
-            weight=self.weight,
             history=self.history if epochs > 1 else None,
-            ridge=ridge,
         )
+
+    def calls(self, variant):
+        arenas = {"": self.params, "d": self.gradients}
+        tensors = {f"{kind}{name}": self.view(name, arena) for kind, arena in arenas.items() for name in self.shapes}
+        for index, state in enumerate(self.states):
+            tensors |= {f"{name}.state{index}": self.view(name, state) for name in self.shapes}
+        types = {"compute": variant.real, "real": variant.real}
+        drops = Dropout(self.rate, 0, SEED) if self.rate else None
+        return step_calls(
+            variant.traits,
+            [Layer(self.activation, dropout=drops), Layer("identity")],
+            tensors,
+            {name: self.rules[name] for name in self.trained},
+            lambda name, shape, dtype: np.full(shape, 77, types.get(dtype, dtype)),
+            batch=BATCH,
+            rule=self.rule,
+            loss=self.loss,
+            data={"x": self.x, "target": self.target, "weight": self.weight},
+            control={"rows": self.rows, "counters": self.counters, "hyper": self.hyper, "stats": self.stats},
+            arenas={
+                **{"params": self.params, "grads": self.gradients},
+                **{f"state{index}": state for index, state in enumerate(self.states)},
+            },
+            segments=self.segments,
+            ridge=self.ridge,
+        )
+
+    def view(self, name, arena):
+        return arena[self.places[name]].reshape(self.shapes[name])
 
     def tensor(self, name, arena=None):
         return (self.params if arena is None else arena)[self.places[name]].reshape(self.shapes[name]).copy()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
+from fusemlp.program.layout import ALIGNMENT_BYTES
 from fusemlp.program.lowering import Inputs
 from fusemlp.program.placement import placement
-from fusemlp.program.program import Program
+from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.bound import walk_rows
 from fusemlp.runtime.memory import Memory, new_arenas
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
@@ -77,11 +78,6 @@ class Group:
                 own[name] = arena[index * size : (index + 1) * size]
             engine.move_into(own)
 
-    def stacked(self, name: str) -> Any:
-        """An arena with the axis of models in front."""
-        arena, models = self.arenas[name], len(self.engines)
-        return self.engines[0].memory.backend.view(arena, 0, (models, len(arena) // models), len(arena) // models)
-
 
 class Places:
     """In place of a bound program: where a model of a group finds its rows. Who asks for steps is given them by the
@@ -116,29 +112,22 @@ def bind_fleet(
 ) -> Callable[[Sequence[int]], object]:
     """The launch of a group for the steps of each model, from the resident programs of each; ``data`` has x, target and
     perhaps weight and class_weight on the device."""
-    memory = group.engines[0].memory
-    for program in programs:
-        placement(program, memory.layout, row_multiple=memory.backend.traits.row_multiple)
-    each = [program.calls[0].operands for program in programs]
-    names = ("shadow", "counters", "hyper", "stats", "params")
-    operands: dict[str, Any] = {name: group.stacked(name) for name in names if name in group.arenas}
-    if history is not None:
-        operands["history"] = history
-    if "ridge" in each[0]:
-        operands["ridges"] = [own["ridge"] for own in each]
-    return memory.backend.bind(
-        "train_fleet",
-        **data,
-        **operands,
-        rows=rows,
-        batch=each[0]["batch"],
-        gradients=group.stacked("grads"),
-        states=tuple(group.stacked(f"state{index}") for index in range(len(memory.states))),
-        layers=[own["layers"] for own in each],
-        segments=[own["segments"] for own in each],
-        rules=[own["rule"] for own in each],
-        losses=[own["loss"] for own in each],
-    )
+    backend, models = group.engines[0].memory.backend, len(group.engines)
+    calls = []
+    workspaces: dict[str, tuple[int, Any]] = {}
+    for index, (engine, program) in enumerate(zip(group.engines, programs, strict=True)):
+        placed = placement(program, engine.memory.layout, row_multiple=backend.traits.row_multiple)
+        if not index:
+            # each model's begins at a multiple of the alignment
+            sizes = {dtype: -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for dtype, size in placed.sizes.items()}
+            workspaces = {dtype: (size, backend.allocate(models * size, dtype)) for dtype, size in sizes.items()}
+        arrays = {**engine.memory.arrays, **data, "rows": rows[index]}
+        for name, (dtype, place) in placed.places.items():
+            size, arena = workspaces[dtype]
+            arrays[name] = backend.view(arena, index * size + place.offset, place.shape, place.pitch)
+        calls.append([(call.op, resolve(call.operands, arrays.__getitem__)) for call in program.calls])
+    batch = programs[0].values["rows"].shape[0]
+    return backend.bind("train_fleet", calls=calls, rows=rows, batch=batch, history=history)
 
 
 class _Training:
@@ -152,7 +141,7 @@ class _Training:
         classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
         inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
         programs = [
-            engine.resident_program(inputs, fit.spec, fit.rule, first.batch_size, fit.batches, epochs=fit.at_once)
+            engine.lower(inputs, fit.spec, fit.rule, first.batch_size, resident=True)
             for engine, fit in zip(group.engines, fits, strict=True)
         ]
         self._launch = bind_fleet(group, programs, {**data, **classes}, rows, history)

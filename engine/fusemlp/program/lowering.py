@@ -22,6 +22,7 @@ from fusemlp_kernels.contract import (
     STATS,
     Dropout,
     LossSpec,
+    Ridge,
     Segment,
     TensorRule,
     Traits,
@@ -138,10 +139,18 @@ class _Builder:
                 operands["keep"] = self.work(f"keep{layer + 1}", width, "bool")
         self.calls.append(Call("linear", operands, label, (self.product(layer, order="forward"),)))
 
-    def loss(self, spec: LossSpec, *, with_gradient: bool, hyper: Ref | None = None) -> None:
+    def loss(
+        self,
+        spec: LossSpec,
+        *,
+        with_gradient: bool,
+        hyper: Ref | None = None,
+        ridge: Ridge | None = None,
+        resident: bool = False,
+    ) -> None:
         """The last layer, the loss and its gradient: one call where the backend can, else two.
 
-        ``hyper``: the gradient is multiplied by its loss scale.
+        ``hyper``: the gradient is multiplied by its loss scale. A ``resident`` loop reads the targets through the rows.
         """
         net, last = self.net, self.net.layers - 1
         outputs = net.sizes[-1]
@@ -157,13 +166,15 @@ class _Builder:
         }
         if hyper is not None:
             operands["hyper"] = hyper
+        if ridge is not None:
+            operands |= {"ridge": ridge, "shares": self.add("shares", (1,), "float64", "work")}
         if self.inputs.weighted:
             operands["weight"] = self.add("weight", (self.inputs.rows,), "real", "data")
         if self.inputs.class_weighted:
             operands["class_weight"] = self.add("class_weight", (outputs,), "real", "control")
         if self.rows is not None:
             operands["rows"] = self.rows
-            if not self.traits.gathers_in_load:
+            if not self.traits.gathers_in_load and not resident:
                 batch_shape = (self.batch, *shape[1:])
                 operands["target_rows"] = self.add("target_rows", batch_shape, dtype, "work")
                 if self.inputs.weighted:
@@ -205,8 +216,12 @@ def lower_training(
     scaled: bool = False,
     keep_gradients: bool = False,
     most_parts: int = 1,
+    resident: bool = False,
+    ridge: Ridge | None = None,
 ) -> Program:
     """The program of one training step over batches of ``batch_size`` rows.
+
+    ``resident``: the calls run in one loop over many steps; ``ridge``: a penalty beside the loss, for such a loop.
 
     ``compute_bytes``: what the matrix products read has elements of so many bytes, apart from the parameters.
     ``scaled``: the gradients carry the loss scale, and a batch in which they overflow is skipped.
@@ -232,11 +247,21 @@ def lower_training(
             dropout=Dropout(rate, layer, seed) if rate else None,
         )
     hyper = build.add("hyper", (HYPER,), "float64", "control")
-    build.loss(spec, with_gradient=first < net.layers, hyper=hyper if scaled and trained else None)
+    build.loss(spec, with_gradient=first < net.layers, hyper=hyper if scaled and trained else None, ridge=ridge, resident=resident)
     for layer in range(net.layers - 1, first, -1):
         _grad_input(build, layer, seed)
     _weights(
-        build, rule, options, trained, first, hyper, scaled=scaled, keep_gradients=keep_gradients, most_parts=most_parts
+        build,
+        rule,
+        options,
+        trained,
+        first,
+        hyper,
+        scaled=scaled,
+        keep_gradients=keep_gradients,
+        most_parts=1 if resident else most_parts,
+        ridge=ridge,
+        resident=resident,
     )
     states = tuple(f"state{i}" for i in range(rule.state_count))
     arenas = {
@@ -246,7 +271,7 @@ def lower_training(
     arenas |= {state: tuple(f"{short}.{state}" for short in layout.places if short in trained) for state in states}
     if build.mixed:
         arenas["shadow"] = tuple(f"{short}.shadow" for short in layout.places if short in trained and short[0] == "w")
-    return Program(build.values, tuple(build.calls), arenas, frozenset(trained), real_bytes, compute_bytes)
+    return Program(build.values, tuple(build.calls), arenas, frozenset(trained), real_bytes, compute_bytes, resident)
 
 
 def _grad_input(build: _Builder, layer: int, seed: int) -> None:
@@ -285,13 +310,16 @@ def _weights(
     scaled: bool,
     keep_gradients: bool,
     most_parts: int,
+    ridge: Ridge | None,
+    resident: bool,
 ) -> None:
     """The gradients by the parameters and the update."""
     clock: dict[str, Any] = {"rule": rule, "counters": build.counters}
     if not trained:
         build.calls.append(Call("advance", {**clock, "hyper": hyper}))
         return
-    whole = keep_gradients or scaled or rule.clip_norm is not None or rule.accumulate > 1
+    penalised = ridge is not None and ridge.strength != 0.0
+    whole = keep_gradients or scaled or rule.clip_norm is not None or rule.accumulate > 1 or penalised
     weights = sum(build.layout.places[short].size for short in trained)
     parts = 1 if whole else min(most_parts, batch_parts(build.traits, build.batch, weights))
     fused = rule.kind in build.traits.fused_updates and not whole and parts == 1
@@ -340,11 +368,22 @@ def _weights(
         build.calls.append(Call("grad_weight_update", operands, rule.kind, tuple(products)))
         return
     # gradients that are changed before the update have another norm
-    normed = build.traits.norms_gradients and not keep_gradients and (scaled or rule.clip_norm is not None)
+    normed = build.traits.norms_gradients and not (keep_gradients or penalised or resident)
+    normed = normed and (scaled or rule.clip_norm is not None)
     norm = {"norm": build.add("norm", (1,), "float64", "work")} if normed else {}
     split = {"parts": parts, "part": build.layout.size} if parts > 1 else {}
     label = f"in {parts} parts" if parts > 1 else ""
     build.calls.append(Call("grad_weight", {**operands, **norm, **split}, label, tuple(products)))
+    if penalised:
+        weights_of = [f"w{layer}" for layer in range(build.net.layers) if f"w{layer}" in trained]
+        penalty = {
+            "layers": tuple({"w": Ref(short), "dw": Ref(f"d{short}")} for short in weights_of),
+            "ridge": ridge,
+            "shares": Ref("shares"),
+            "counters": build.counters,
+            "stats": Ref("stats"),
+        }
+        build.calls.append(Call("penalty", penalty, "ridge"))
     segments = tuple(
         Segment(place.offset, place.size, options[short][1])
         for short, place in build.layout.places.items()

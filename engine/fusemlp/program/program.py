@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fusemlp_kernels.contract import Dropout, LossSpec, ResidentLayer, Ridge, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import Dropout, LossSpec, Ridge, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.ops import OPS
 
 # How a value comes to be: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
@@ -26,7 +26,7 @@ THROUGH_ROWS = frozenset(operand.name for operand in _RECORDS if operand.rows)
 UNPRINTED = frozenset(operand.name for operand in _RECORDS if operand.hidden)
 # Operands, and parts of them, that are no matter of a program's structure, and the descriptions that these are in.
 NUMBERS = (float, UpdateRule, TensorRule, Dropout, Ridge)
-DESCRIPTIONS = (LossSpec, ResidentLayer, Segment)
+DESCRIPTIONS = (LossSpec, Segment)
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Structure:
             program.trainable,
             program.real_bytes,
             program.compute_bytes,
+            program.resident,
         )
         self._hash = hash(self._parts)
 
@@ -165,7 +166,7 @@ class Program:
 
     ``arenas`` names the flat arrays that hold several values at once, with the values in them ("params": w0, b0, ...).
     ``real_bytes`` is the size of an element of type "real", ``compute_bytes`` of one of type "compute", where the
-    precision is mixed.
+    precision is mixed. ``resident``: the calls run inside ``train_resident``, in one loop over many steps.
     """
 
     values: Mapping[str, Value]
@@ -174,6 +175,7 @@ class Program:
     trainable: frozenset[str] = frozenset()
     real_bytes: int = 4
     compute_bytes: int | None = None
+    resident: bool = False
 
     def item_bytes(self, dtype: str) -> int:
         """Bytes of an element."""
@@ -211,22 +213,10 @@ class Program:
         """What is left of the program without its numbers."""
         return Structure(self)
 
-    def renumbered(self, **operands: Any) -> Program:
-        """The program of one call with these operands, which differ from its own in numbers alone.
-
-        What follows from the structure is handed on.
-        """
-        (call,) = self.calls
-        changed = Call(call.op, {**call.operands, **operands}, call.label, call.products)
-        changed.__dict__.update(_pairs=call._pairs, reads=call.reads, writes=call.writes)
-        program = Program(self.values, (changed,), self.arenas, self.trainable, self.real_bytes, self.compute_bytes)
-        program.__dict__["structure"] = self.structure
-        return program
-
     @property
     def launches(self) -> int:
-        """How many kernels a step starts."""
-        return len(self.calls)
+        """How many kernels a step starts; a loop over steps is one, for many."""
+        return 1 if self.resident else len(self.calls)
 
     def __str__(self) -> str:
         header = ("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")
@@ -252,7 +242,10 @@ class Program:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([*lines, f"{self.launches} launch{'' if self.launches == 1 else 'es'}"])
+        last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
+        if self.resident:
+            last = f"{len(self.calls)} calls, run as one loop over the steps: {last}"
+        return "\n".join([*lines, last])
 
 
 def _shown(call: Call, names: Iterable[str]) -> Iterator[str]:

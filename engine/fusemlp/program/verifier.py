@@ -90,7 +90,8 @@ def _check_order(program: Program) -> None:
                 raise ProgramError(f"{where}: {operand} {name!r} is of kind {kind!r}, expected {wanted!r}")
             if name in own:
                 raise ProgramError(f"{where}: writes {name!r} twice")
-            if name in writers and (operand in op.only_written or operand == "stats"):
+            again = name in writers and program.calls[writers[name]].op == call.op
+            if name in writers and (operand in op.only_written or (operand == "stats" and again)):
                 raise ProgramError(f"{where}: writes {name!r}, which call {writers[name]} has written")
             own.add(name)
             writers[name] = index

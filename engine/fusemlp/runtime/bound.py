@@ -24,8 +24,8 @@ class BoundProgram:
     """A program that can be run: verified, its values in memory, its calls bound.
 
     ``given`` are arrays for values of kind "data" and "control"; those that are not given get memory of their own and
-    are found in ``arrays``. ``calls`` are the bound calls one by one, for who has something to do
-    between them.
+    are found in ``arrays``. ``calls`` are the bound calls one by one, for callers with something
+    to do between them; those of a resident program are one loop.
     """
 
     def __init__(
@@ -48,15 +48,21 @@ class BoundProgram:
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
                 self.arrays[name] = allocate(backend, value)
-        calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
-        self.calls = tuple(calls)
-        self._resident = program.calls[0].op == "train_resident"
+        resolved = [(call.op, resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
+        self._resident = program.resident
         # whether it moves from batch to batch by itself, and how many steps it is left alone for
         self.walks_rows = self._resident or backend.traits.walks_rows
         self.chunk = UNINTERRUPTED
+        self.calls: tuple[Callable[..., object], ...]
         if self._resident:
-            self.chunk = resident_chunk(backend.traits, program.calls[0].flops)
-        self._eager = _in_order(calls)
+            batch = program.values["rows"].shape[0]
+            rows, history = self.arrays["rows"], self.arrays.get("history")
+            loop = backend.bind("train_resident", calls=resolved, rows=rows, batch=batch, history=history)
+            self.calls = (loop,)
+            self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
+        else:
+            self.calls = tuple(backend.bind(op, **operands) for op, operands in resolved)
+        self._eager = _in_order(self.calls)
         self._captures = plan == "graph"
         # graphs by the number of steps in them; none before the first step has loaded the kernels
         self._graphs: dict[int, Callable[[], object]] = {}
@@ -117,9 +123,7 @@ def walk_rows(
     counters[ROW_COUNT] = min(size, count - offset)
 
 
-def _in_order(calls: list[Callable[[], object]]) -> Callable[[], None]:
-    steps = tuple(calls)
-
+def _in_order(steps: tuple[Callable[..., object], ...]) -> Callable[[], None]:
     def run() -> None:
         for step in steps:
             step()

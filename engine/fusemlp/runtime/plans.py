@@ -118,7 +118,7 @@ def plan_text(
     backend: str = "auto",
     precision: str = "fp32",
 ) -> str:
-    """The step program of a network on a backend that need not be installed, as text.
+    """The step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``, as text.
 
     Raises ArgumentError for impossible values.
     """
@@ -142,5 +142,6 @@ def plan_text(
         compute_bytes=COMPUTE_BYTES.get(precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
+        resident=choose_plan("auto", traits, net.sizes, batch_size, precision)[0] == "resident",
     )
     return str(program)

@@ -16,7 +16,6 @@ from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.program.program import Program
-from fusemlp.program.resident import lower_resident
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
@@ -33,6 +32,7 @@ from fusemlp_kernels.contract import (
     SKIPPED,
     SKIPPED_IN_A_ROW,
     SKIPPED_LIMIT,
+    STATS,
     UPDATE_COUNT,
     LossSpec,
     Ridge,
@@ -167,16 +167,26 @@ class Session(Predicting):
     @property
     def program(self) -> Program:
         """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
-        return self._lower(
+        return self.lower(
             Inputs(self.batch_size, indexed=True, class_weighted=self._class_weight is not None),
             self.loss.spec(accuracy=self.loss.is_classification),
             self.optimizer.rule(total_updates=1),
             self.batch_size,
+            resident=self.plan == "resident",
         )
 
-    def _lower(
-        self, inputs: Inputs, spec: LossSpec, rule: UpdateRule, batch_size: int, *, keep_gradients: bool = False
+    def lower(
+        self,
+        inputs: Inputs,
+        spec: LossSpec,
+        rule: UpdateRule,
+        batch_size: int,
+        *,
+        keep_gradients: bool = False,
+        resident: bool = False,
+        ridge: Ridge | None = None,
     ) -> Program:
+        """The program of a training step, or with ``resident`` of a loop over steps."""
         return lower_training(
             self.network,
             spec,
@@ -192,6 +202,8 @@ class Session(Predicting):
             scaled=self._scaled,
             most_parts=self._memory.gradient_parts,
             keep_gradients=keep_gradients,
+            resident=resident,
+            ridge=ridge,
         )
 
     def bind(
@@ -210,47 +222,24 @@ class Session(Predicting):
         """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
         With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
-        gradients in the engine's memory. With ``resident_batches`` it is the program of the resident plan, for
-        ``epochs`` epochs of so many batches one behind the other, with ``ridge`` as a penalty beside the loss.
+        gradients in the engine's memory. With ``resident_batches`` the steps run in one loop, over rows of ``epochs``
+        epochs of this many batches, with ``ridge`` as a penalty beside the loss.
         """
         arrays = dict(given)
         if self._class_weight is not None:
             arrays["class_weight"] = self._class_weight
-        if resident_batches is None:
-            program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
-        else:
-            program = self.resident_program(
-                inputs, spec, rule, batch_size, resident_batches, epochs=epochs, ridge=ridge
-            )
-        return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
-
-    def resident_program(
-        self,
-        inputs: Inputs,
-        spec: LossSpec,
-        rule: UpdateRule,
-        batch_size: int,
-        batches: int,
-        *,
-        epochs: int = 1,
-        ridge: Ridge | None = None,
-    ) -> Program:
-        """The program of the resident plan, for epochs of at most so many batches; the others as in ``bind``."""
-        return lower_resident(
-            self.network,
-            spec,
-            rule,
-            self.optimizer.options_for,
-            batch_size,
-            batches,
-            self._memory.layout,
-            inputs,
-            seed=self.seed,
-            real_bytes=self._real_bytes,
-            compute_bytes=self._compute_bytes,
-            epochs=epochs,
-            ridge=ridge,
+        resident = resident_batches is not None
+        if resident_batches is not None:
+            allocate = self._backend.allocate
+            if "rows" not in arrays:
+                arrays["rows"] = allocate(epochs * resident_batches * batch_size, "int64")
+            if epochs > 1:
+                history = allocate(epochs * STATS, "float64")
+                arrays["history"] = self._backend.view(history, 0, (epochs, STATS), STATS)
+        program = self.lower(
+            inputs, spec, rule, batch_size, keep_gradients=keep_gradients, resident=resident, ridge=ridge
         )
+        return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
 
     def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:
         """Make the clock follow ``rule`` from the next update on; ``rate_scale`` multiplies its learning rate."""

@@ -21,6 +21,7 @@ from fusemlp_kernels.contract import (
     ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
+    STATS,
     UPDATE_COUNT,
 )
 from fusemlp_kernels.numpy.compiled.options import EXACT
@@ -79,8 +80,11 @@ def _next_rows(counters: Any, stats: Any, history: Any) -> None:
     inside = counters[ROW_OFFSET] - epoch * total + step
     if inside >= total:
         if epoch < len(history):
-            history[epoch] = stats
-            stats[LOSS_SUM:] = 0.0
+            # element by element: what numba compiles for a slice takes seconds to compile
+            for i in range(STATS):
+                history[epoch, i] = stats[i]
+                if i >= LOSS_SUM:
+                    stats[i] = 0.0
         epoch = epoch + 1 if epoch + 1 < len(history) else 0
         inside = 0
     counters[ROW_OFFSET] = epoch * total + inside

@@ -1,9 +1,4 @@
-"""How the compiled functions are compiled, and kept on disk.
-
-Numba looks only at the file of a function to see whether what it kept is out of date. The functions here are made of
-others in several files, so they are told of all their contents, through a number that is part of what they are compiled
-from and that they return.
-"""
+"""How the compiled functions are compiled, and kept on disk."""
 
 from __future__ import annotations
 
@@ -38,8 +33,14 @@ def contents() -> int:
     return number
 
 
-def kept(function: Callable[..., int]) -> Callable[..., int]:
-    """``function``, compiled for the types of its arguments when it is first called, or read from the disk."""
+def kept(function: Callable[..., object], variant: str = "") -> Callable[..., object]:
+    """``function``, compiled for the types of its arguments when it is first called, or read from the disk.
+
+    Numba finds what it has kept by the file and the name of a function, and looks at no other file to see whether it is
+    out of date. So the name holds ``variant`` and a number for all that the function is made of. Two processes that
+    compile one name at once write the same; numba replaces its files in one go.
+    """
+    function.__qualname__ = f"{function.__name__}_{zlib.crc32(variant.encode(), contents()):08x}"
     try:
         return numba.njit(cache=True, **EXACT)(function)
     except RuntimeError as error:

@@ -119,7 +119,8 @@ def by_weights(
 @register_jitable(**EXACT)
 def column_sums(sums: Any, dz: Any, rows: int, columns: int) -> None:
     """``sums = dz.sum(axis=0)``, flat: sums (columns,), dz (rows, columns)."""
-    sums[:columns] = 0
+    for j in range(columns):
+        sums[j] = 0
     for i in range(rows):
         start = i * columns
         for j in range(columns):

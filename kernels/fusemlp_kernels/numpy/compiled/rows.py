@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled.masks import words
-from fusemlp_kernels.numpy.compiled.options import EXACT, contents, kept
+from fusemlp_kernels.numpy.compiled.options import EXACT, kept
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, ROW_ORDER, WORD
 
 _WORD, _HALF, _ROW_ORDER = np.uint64(WORD), np.uint64(32), np.uint64(ROW_ORDER)
@@ -40,31 +41,28 @@ def _walk(left: int, right: int, a: int, n: int, table: Any) -> int:
     return index
 
 
-def _make(version: int) -> Callable[..., int]:
-    def run(order: Any, a: int, low: Any, high: Any, epoch: Any) -> int:
-        """Write the permutation into order (n,) int64; ``a`` is ``philox.radix(n)``, low and high are the key."""
-        n = len(order)
-        k0, k1 = np.uint64(low), np.uint64(high)
-        counter = np.uint64(epoch) & _WORD
-        table = np.empty((FEISTEL_ROUNDS, a), np.int64)
-        for i in range(FEISTEL_ROUNDS):
-            for half in range(a):
-                first, _ = words(np.uint64(half), np.uint64(i), _ROW_ORDER, counter, k0, k1)
-                table[i, half] = np.int64(((first & _WORD) * np.uint64(a)) >> _HALF)
-        left, right = np.empty(a, np.int64), np.empty(a, np.int64)
-        # the positions that have one left half in common lie side by side: no division is needed
-        for start in range(0, n, a):
-            for j in range(a):
-                left[j], right[j] = start // a, j
-            _permute(left, right, a, table)
-            for j in range(min(a, n - start)):
-                index = a * left[j] + right[j]
-                order[start + j] = index if index < n else _walk(left[j], right[j], a, n, table)
-        return version
-
-    return run
+def row_order(order: Any, a: int, low: Any, high: Any, epoch: Any) -> None:
+    """Write the permutation into order (n,) int64; ``a`` is ``philox.radix(n)``, low and high are the key."""
+    n = len(order)
+    k0, k1 = np.uint64(low), np.uint64(high)
+    counter = np.uint64(epoch) & _WORD
+    table = np.empty((FEISTEL_ROUNDS, a), np.int64)
+    for i in range(FEISTEL_ROUNDS):
+        for half in range(a):
+            first, _ = words(np.uint64(half), np.uint64(i), _ROW_ORDER, counter, k0, k1)
+            table[i, half] = np.int64(((first & _WORD) * np.uint64(a)) >> _HALF)
+    left, right = np.empty(a, np.int64), np.empty(a, np.int64)
+    # the positions that have one left half in common lie side by side: no division is needed
+    for start in range(0, n, a):
+        for j in range(a):
+            left[j], right[j] = start // a, j
+        _permute(left, right, a, table)
+        for j in range(min(a, n - start)):
+            index = a * left[j] + right[j]
+            order[start + j] = index if index < n else _walk(left[j], right[j], a, n, table)
 
 
-def compiled_row_order() -> Callable[..., int]:
+@functools.cache
+def compiled_row_order() -> Callable[..., object]:
     """The function, compiled or read from the disk."""
-    return kept(_make(contents()))
+    return kept(row_order)

@@ -1,11 +1,17 @@
-"""The loop over training steps."""
+"""The loop over training steps: the calls of a step's program, row by row of their table, again and again.
+
+The order of backpropagation is the table's, which ``resident`` fills from the program.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from numba.extending import register_jitable
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET
 from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_derivative
@@ -13,50 +19,77 @@ from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.denormals import denormals_as_zero, restore
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
-from fusemlp_kernels.numpy.compiled.options import EXACT, contents, kept
+from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.products import backward, by_weights, column_sums, forward
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
     ACTIVATION,
-    ALIGNMENT,
-    B_RULE,
+    BACKWARD,
+    BIAS,
     CLIP_NORM,
     CLIPS,
-    CROSS_ENTROPY,
+    CLOCK,
     DECAY,
-    DROPS,
+    DESCENDS,
+    DSLOPE,
     DZ,
+    ELEMENTWISE,
+    END,
+    ENTROPY,
+    FIRST,
     FIXED_SLOPE,
+    FORWARD,
+    GATHER,
     IDENTITY,
-    INPUTS,
     KEEP,
     KEY_HIGH,
     KEY_LOW,
-    KIND,
+    KIND_OF_ROW,
     LR_FACTOR,
     MASK_LAYER,
-    MOMENTUM,
-    OPTIMIZER,
-    OUTPUTS,
+    OUT,
+    PENALTY,
     RATE,
-    SGD,
     SLOPE,
-    SLOPE_RULE,
+    SLOPES,
     STRENGTH,
     THRESHOLD,
-    W_RULE,
+    UPDATE,
+    WEIGHT,
     B,
+    K,
+    N,
     W,
+    X,
     Y,
     Z,
 )
 from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, update_all
 
 
+def _casts(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), code
+
+
+_pointer: Any = intrinsic(_casts)
+
+
 @register_jitable(**EXACT)
-def _gather(batch: Any, x: Any, rows: Any, count: int) -> None:
+def _array(like: Any, address: int, size: int) -> Any:
+    """The elements at an address, of the type of ``like``'s."""
+    return numba.carray(_pointer(address), (size,), like.dtype)
+
+
+@register_jitable(**EXACT)
+def _gather(call: Any, like: Any, x: Any, rows: Any, count: int) -> None:
     """``batch = x[rows]``, flat (count, K)."""
     columns = x.shape[1]
+    batch = _array(like, call[OUT], count * columns)
     for i in range(count):
         row, start = rows[i], i * columns
         for j in range(columns):
@@ -64,174 +97,202 @@ def _gather(batch: Any, x: Any, rows: Any, count: int) -> None:
 
 
 @register_jitable(**EXACT)
-def _slope(params: Any, layers: Any, layer_factors: Any, index: int) -> float:
-    at = layers[index, SLOPE]
-    return float(params[at]) if at >= 0 else layer_factors[index, FIXED_SLOPE]
+def _slope(call: Any, numbers: Any, like: Any) -> float:
+    if call[SLOPE]:
+        return float(_array(like, call[SLOPE], 1)[0])
+    return numbers[FIXED_SLOPE]
 
 
 @register_jitable(**EXACT)
-def _into(arena: Any, at: int, values: Any, size: int, alpha: float, beta: float) -> None:
-    """``arena = alpha * values + beta * arena``, ``size`` elements from ``at`` on."""
-    real = arena.dtype.type
+def _affine(call: Any, like: Any, count: int, integers: Any, letters: Any) -> None:
+    """The pre-activation, into Z."""
+    inputs, outputs = call[K], call[N]
+    z, x = _array(like, call[Z], count * outputs), _array(like, call[X], count * inputs)
+    w, b = _array(like, call[W], outputs * inputs), _array(like, call[B], outputs)
+    forward(z, x, w, b, count, inputs, outputs, integers, like, letters)
+
+
+@register_jitable(**EXACT)
+def _forward(call: Any, numbers: Any, like: Any, count: int, batch_index: int, lanes: Any) -> None:
+    """The output of a layer from its pre-activation."""
+    outputs = call[N]
+    y, z = _array(like, call[Y], count * outputs), _array(like, call[Z], count * outputs)
+    if call[ACTIVATION] != IDENTITY:
+        activate(call[ACTIVATION], y, z, _slope(call, numbers, like))
+    if call[KEEP]:
+        keep = numba.carray(_pointer(call[KEEP]), (count * outputs,), np.bool_)
+        drop(
+            y, keep, lanes, count, outputs, 1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW],
+            call[KEY_HIGH], call[MASK_LAYER], batch_index,
+        )  # fmt: skip
+
+
+@register_jitable(**EXACT)
+def _entropy(
+    call: Any, like: Any, count: int, rows: Any, labels: Any, target: Any, weight: Any, class_weight: Any, loss: Any,
+    loss_factors: Any, stats: Any,
+) -> float:  # fmt: skip
+    """Cross-entropy and dz; returns the sum of the row weights."""
+    size = count * call[N]
+    z, dz = _array(like, call[Z], size), _array(like, call[DZ], size)
+    return cross_entropy(
+        z, dz, labels, target, weight, class_weight, rows, count, call[N], loss, loss_factors, stats
+    )
+
+
+@register_jitable(**EXACT)
+def _elementwise(
+    call: Any, numbers: Any, like: Any, count: int, rows: Any, target: Any, weight: Any, loss: Any, loss_factors: Any,
+    stats: Any, spare: Any,
+) -> float:  # fmt: skip
+    """Another loss and dz, the output activation's derivative included; returns the sum of the row weights."""
+    size = count * call[N]
+    y, z, dz = _array(like, call[Y], size), _array(like, call[Z], size), _array(like, call[DZ], size)
+    if call[ACTIVATION] != IDENTITY:
+        activate(call[ACTIVATION], y, z, _slope(call, numbers, like))
+    shares = elementwise(y, dz, target, weight, rows, count, call[N], loss, loss_factors, stats, spare)
+    _derivative(call, numbers, like, y, z, dz, 1.0)
+    return shares
+
+
+@register_jitable(**EXACT)
+def _derivative(call: Any, numbers: Any, like: Any, y: Any, z: Any, dz: Any, undo_scale: float) -> None:
+    if call[ACTIVATION] != IDENTITY:
+        dslope = multiply_by_derivative(call[ACTIVATION], dz, y, z, _slope(call, numbers, like), undo_scale)
+        if call[DSLOPE]:
+            _array(like, call[DSLOPE], 1)[0] = dslope
+
+
+@register_jitable(**EXACT)
+def _backward(call: Any, numbers: Any, like: Any, count: int, integers: Any, letters: Any) -> None:
+    """dz of the layer before."""
+    inputs, outputs = call[K], call[N]
+    out, dz = _array(like, call[OUT], count * inputs), _array(like, call[DZ], count * outputs)
+    w = _array(like, call[W], outputs * inputs)
+    backward(out, dz, w, 1.0 / (1.0 - numbers[RATE]), count, inputs, outputs, integers, like, letters)
+    if call[KEEP]:
+        mask(out, numba.carray(_pointer(call[KEEP]), (count * inputs,), np.bool_))
+    y, z = _array(like, call[Y], count * inputs), _array(like, call[Z], count * inputs)
+    _derivative(call, numbers, like, y, z, out, 1.0 - numbers[RATE])
+
+
+@register_jitable(**EXACT)
+def _into(out: Any, values: Any, size: int, alpha: float, beta: float) -> None:
+    """``out = alpha * values + beta * out``."""
+    real = out.dtype.type
     a, b = real(alpha), real(beta)
     if beta == 0.0:
         for i in range(size):
-            arena[at + i] = a * values[i]
+            out[i] = a * values[i]
     else:
         for i in range(size):
-            arena[at + i] = a * values[i] + b * arena[at + i]
+            out[i] = a * values[i] + b * out[i]
 
 
-def _make(version: int) -> Callable[..., int]:
-    """The loop; ``version`` changes where the functions that it is made of change."""
+@register_jitable(**EXACT)
+def _gradient(
+    call: Any, like: Any, count: int, begins: bool, tensor_factors: Any, hyper: Any, spare: Any, integers: Any,
+    letters: Any,
+) -> None:  # fmt: skip
+    """The gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
+    alpha, beta = 1.0, 0.0 if begins else 1.0
+    if call[DESCENDS]:
+        factors = tensor_factors[call[FIRST]]
+        alpha = -hyper[LEARNING_RATE] * factors[LR_FACTOR]
+        beta = 1.0 + alpha * factors[DECAY]
+    outputs = call[N]
+    if call[KIND_OF_ROW] == WEIGHT:
+        inputs = call[K]
+        out, dz = _array(like, call[OUT], outputs * inputs), _array(like, call[DZ], count * outputs)
+        x = _array(like, call[X], count * inputs)
+        by_weights(out, dz, x, alpha, beta, count, inputs, outputs, integers, like, letters)
+    elif call[KIND_OF_ROW] == BIAS:
+        column_sums(spare, _array(like, call[DZ], count * outputs), count, outputs)
+        _into(_array(like, call[OUT], outputs), spare, outputs, alpha, beta)
+    elif call[KIND_OF_ROW] == SLOPES:
+        _into(_array(like, call[OUT], 1), _array(like, call[DZ], 1), 1, alpha, beta)
 
-    def run(
-        steps: int,
-        first: int,
-        x: Any,
-        labels: Any,
-        target: Any,
-        weight: Any,
-        class_weight: Any,
-        rows: Any,
-        params: Any,
-        grads: Any,
-        state0: Any,
-        state1: Any,
-        work: Any,
-        masks: Any,
-        sums: Any,
-        layers: Any,
-        layer_factors: Any,
-        tensors: Any,
-        tensor_factors: Any,
-        loss: Any,
-        loss_factors: Any,
-        rule: Any,
-        rule_factors: Any,
-        counters: Any,
-        hyper: Any,
-        stats: Any,
-        history: Any,
-        integers: Any,
-        reals: Any,
-        letters: Any,
-    ) -> int:
-        """``steps`` steps; ``first`` is the lowest layer with something to train. Returns ``version``."""
-        before = denormals_as_zero()
-        depth = len(layers)
-        last = depth - 1
-        every = rule[ACCUMULATE]
-        # with nothing else to do with the gradient the product lands in the parameter
-        direct = rule[OPTIMIZER] == SGD and rule_factors[MOMENTUM] == 0.0 and every == 1 and rule[CLIPS] == 0
-        strength = loss_factors[STRENGTH]
-        direct = direct and strength == 0.0
-        for _ in range(steps):
-            count = counters[ROW_COUNT]
-            offset = counters[ROW_OFFSET]
-            picked = rows[offset : offset + count]
-            inputs = layers[0, INPUTS]
-            _gather(work, x, picked, count)
-            source = work[: count * inputs]
-            for index in range(depth):
-                layer = layers[index]
-                inputs, outputs = layer[INPUTS], layer[OUTPUTS]
-                size = count * outputs
-                y, z = work[layer[Y] : layer[Y] + size], work[layer[Z] : layer[Z] + size]
-                w, b = params[layer[W] : layer[W] + outputs * inputs], params[layer[B] : layer[B] + outputs]
-                forward(z, source, w, b, count, inputs, outputs, integers, reals, letters)
-                kind = layer[ACTIVATION]
-                if kind != IDENTITY:
-                    activate(kind, y, z, _slope(params, layers, layer_factors, index))
-                if layer[DROPS]:
-                    # nothing is in the place of the gradient yet; it takes whole multiples of the alignment
-                    spare = work[layer[DZ] : layer[DZ] + (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT]
-                    drop(
-                        y, masks[layer[KEEP] : layer[KEEP] + size], spare, count, outputs,
-                        1.0 / (1.0 - layer_factors[index, RATE]), layer[THRESHOLD], layer[KEY_LOW], layer[KEY_HIGH],
-                        layer[MASK_LAYER], counters[BATCH_INDEX],
-                    )  # fmt: skip
-                source = y
-            layer = layers[last]
-            outputs = layer[OUTPUTS]
-            size = count * outputs
-            y, z = work[layer[Y] : layer[Y] + size], work[layer[Z] : layer[Z] + size]
-            dz = work[layer[DZ] : layer[DZ] + size]
-            if loss[KIND] == CROSS_ENTROPY:
-                shares = cross_entropy(
-                    z, dz, labels, target, weight, class_weight, picked, count, outputs, loss, loss_factors, stats
+
+@register_jitable(**EXACT)
+def _update(
+    call: Any, like: Any, every: int, tensors: Any, tensor_factors: Any, rule: Any, rule_factors: Any, hyper: Any
+) -> None:
+    first, end, size = call[FIRST], call[END], call[N]
+    params, grads = _array(like, call[OUT], size), _array(like, call[DZ], size)
+    state0, state1 = _array(like, call[Y], size), _array(like, call[Z], size)
+    scale = 1.0 / every
+    if rule[CLIPS]:
+        scale *= clip_factor(grads, tensors[first:end], scale, rule_factors[CLIP_NORM])
+    update_all(
+        params, grads, state0, state1, tensors[first:end], tensor_factors[first:end], rule, rule_factors, hyper, scale
+    )
+
+
+def run(
+    steps: int,
+    calls: Any,
+    call_factors: Any,
+    x: Any,
+    labels: Any,
+    target: Any,
+    weight: Any,
+    class_weight: Any,
+    rows: Any,
+    tensors: Any,
+    tensor_factors: Any,
+    loss: Any,
+    loss_factors: Any,
+    rule: Any,
+    rule_factors: Any,
+    counters: Any,
+    hyper: Any,
+    stats: Any,
+    history: Any,
+    spare: Any,
+    lanes: Any,
+    integers: Any,
+    reals: Any,
+    letters: Any,
+) -> None:
+    """``steps`` steps. ``spare``: as many reals as the widest layer; ``lanes``: the random numbers of its row."""
+    before = denormals_as_zero()
+    every = rule[ACCUMULATE]
+    for _ in range(steps):
+        count, offset, batch_index = counters[ROW_COUNT], counters[ROW_OFFSET], counters[BATCH_INDEX]
+        picked = rows[offset : offset + count]
+        begins, updated = batch_index % every == 0, (batch_index + 1) % every == 0
+        shares = 0.0
+        for at in range(len(calls)):
+            call, numbers = calls[at], call_factors[at]
+            kind = call[KIND_OF_ROW]
+            if kind == GATHER:
+                _gather(call, reals, x, picked, count)
+            elif kind == FORWARD:
+                _affine(call, reals, count, integers, letters)
+                _forward(call, numbers, reals, count, batch_index, lanes)
+            elif kind == ENTROPY:
+                _affine(call, reals, count, integers, letters)
+                shares = _entropy(
+                    call, reals, count, picked, labels, target, weight, class_weight, loss, loss_factors, stats
                 )
+            elif kind == ELEMENTWISE:
+                _affine(call, reals, count, integers, letters)
+                shares = _elementwise(
+                    call, numbers, reals, count, picked, target, weight, loss, loss_factors, stats, spare
+                )
+            elif kind == BACKWARD:
+                _backward(call, numbers, reals, count, integers, letters)
+            elif kind == UPDATE:
+                if updated:
+                    _update(call, reals, every, tensors, tensor_factors, rule, rule_factors, hyper)
+            elif kind == PENALTY:
+                if shares != 0.0:
+                    size = call[N] * call[K]
+                    pull = numbers[STRENGTH] / shares
+                    squares = penalise(_array(reals, call[W], size), _array(reals, call[OUT], size), pull)
+                    stats[PENALTIES] += 0.5 * pull * squares * count
+            elif kind == CLOCK:
+                advance(rule, rule_factors, counters, hyper, updated, stats, history)
             else:
-                shares = elementwise(
-                    y, dz, target, weight, picked, count, outputs, loss, loss_factors, stats, sums[2 * depth :]
-                )
-                if layer[ACTIVATION] != IDENTITY:
-                    # the gradient by prelu's slope stands behind the others
-                    sums[depth + last] = multiply_by_derivative(
-                        layer[ACTIVATION], dz, y, z, _slope(params, layers, layer_factors, last), 1.0
-                    )
-            for index in range(last, first, -1):
-                above, layer = layers[index], layers[index - 1]
-                inputs, outputs = above[INPUTS], above[OUTPUTS]
-                size = count * inputs
-                d, dz = work[layer[DZ] : layer[DZ] + size], work[above[DZ] : above[DZ] + count * outputs]
-                y, z = work[layer[Y] : layer[Y] + size], work[layer[Z] : layer[Z] + size]
-                rate = layer_factors[index - 1, RATE]
-                w = params[above[W] : above[W] + outputs * inputs]
-                backward(d, dz, w, 1.0 / (1.0 - rate), count, inputs, outputs, integers, reals, letters)
-                if layer[DROPS]:
-                    mask(d, masks[layer[KEEP] : layer[KEEP] + size])
-                slope = _slope(params, layers, layer_factors, index - 1)
-                sums[depth + index - 1] = multiply_by_derivative(layer[ACTIVATION], d, y, z, slope, 1.0 - rate)
-            begins = counters[BATCH_INDEX] % every == 0
-            for index in range(first, depth):
-                layer = layers[index]
-                inputs, outputs = layer[INPUTS], layer[OUTPUTS]
-                dz = work[layer[DZ] : layer[DZ] + count * outputs]
-                source = work[: count * inputs]
-                if index > 0:
-                    start = layers[index - 1, Y]
-                    source = work[start : start + count * inputs]
-                arena = params if direct else grads
-                alpha, beta = 1.0, 0.0 if begins else 1.0
-                if layer[W_RULE] >= 0:
-                    if direct:
-                        alpha = -hyper[LEARNING_RATE] * tensor_factors[layer[W_RULE], LR_FACTOR]
-                        beta = 1.0 + alpha * tensor_factors[layer[W_RULE], DECAY]
-                    out = arena[layer[W] : layer[W] + outputs * inputs]
-                    by_weights(out, dz, source, alpha, beta, count, inputs, outputs, integers, reals, letters)
-                if layer[B_RULE] >= 0:
-                    if direct:
-                        alpha = -hyper[LEARNING_RATE] * tensor_factors[layer[B_RULE], LR_FACTOR]
-                        beta = 1.0 + alpha * tensor_factors[layer[B_RULE], DECAY]
-                    column_sums(sums[2 * depth :], dz, count, outputs)
-                    _into(arena, layer[B], sums[2 * depth :], outputs, alpha, beta)
-                if layer[SLOPE_RULE] >= 0:
-                    if direct:
-                        alpha = -hyper[LEARNING_RATE] * tensor_factors[layer[SLOPE_RULE], LR_FACTOR]
-                        beta = 1.0 + alpha * tensor_factors[layer[SLOPE_RULE], DECAY]
-                    _into(arena, layer[SLOPE], sums[depth + index :], 1, alpha, beta)
-            if strength != 0.0 and shares != 0.0:
-                squares = 0.0
-                for index in range(first, depth):
-                    layer = layers[index]
-                    if layer[W_RULE] >= 0:
-                        start, stop = layer[W], layer[W] + layer[OUTPUTS] * layer[INPUTS]
-                        squares += penalise(params[start:stop], grads[start:stop], strength / shares)
-                stats[PENALTIES] += 0.5 * strength / shares * squares * count
-            updated = (counters[BATCH_INDEX] + 1) % every == 0
-            if updated and not direct and len(tensors) > 0:
-                scale = 1.0 / every
-                if rule[CLIPS]:
-                    scale *= clip_factor(grads, tensors, scale, rule_factors[CLIP_NORM])
-                update_all(params, grads, state0, state1, tensors, tensor_factors, rule, rule_factors, hyper, scale)
-            advance(rule, rule_factors, counters, hyper, updated, stats, history)
-        restore(before)
-        return version
-
-    return run
-
-
-def compiled_loop() -> Callable[..., int]:
-    """The loop, compiled for an element type when it is first called with it, or read from the disk."""
-    return kept(_make(contents()))
+                _gradient(call, reals, count, begins, tensor_factors, hyper, spare, integers, letters)
+    restore(before)

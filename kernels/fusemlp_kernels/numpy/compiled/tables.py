@@ -1,47 +1,51 @@
-"""The columns of the tables that describe a network, its loss and its optimizer to the compiled loop."""
+"""The columns of the tables that describe a step's calls, its loss and its optimizer to the compiled loop."""
 
 from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, SCHEDULES
 
-# Elements between the starts of values in the workspace.
-ALIGNMENT = 64
+# What a row of the table of calls does; a call of the program is one row or several. GATHER: x[rows]; ENTROPY and
+# ELEMENTWISE: the last layer and its loss, cross-entropy or one of the others; WEIGHT, BIAS, SLOPES: a gradient.
+GATHER, FORWARD, ENTROPY, ELEMENTWISE, BACKWARD, WEIGHT, BIAS, SLOPES, PENALTY, UPDATE, CLOCK = range(11)
 
-# A row a layer, int64: the widths; where its tensors begin in the arenas (the slope: -1 where there is none) and the
-# row of each in the table of trained tensors (-1: frozen); where its values begin in the workspace (output,
-# pre-activation, gradient) and in that of the masks; dropout: whether there is any, key and layer of its random
-# numbers, the threshold of their lanes.
+# A row, int64. Arrays are addresses, 0 where there is none: input, weights, bias, output, pre-activation, gradient by
+# it, what else is written; prelu's slope, the gradient by it, dropout's mask. Dropout: key, layer and threshold of its
+# random numbers. The rows of the table of tensors from FIRST to before END that an update is of; a product with
+# DESCENDS lands in the parameter, by the rate of tensor FIRST.
 (
-    INPUTS,
-    OUTPUTS,
+    KIND_OF_ROW,
+    N,
+    K,
+    X,
     W,
     B,
-    SLOPE,
-    W_RULE,
-    B_RULE,
-    SLOPE_RULE,
-    ACTIVATION,
     Y,
     Z,
     DZ,
+    OUT,
+    SLOPE,
+    DSLOPE,
     KEEP,
-    DROPS,
+    ACTIVATION,
     KEY_LOW,
     KEY_HIGH,
     MASK_LAYER,
     THRESHOLD,
-    LAYER_COLUMNS,
-) = range(19)
-# ... and float64: the slope of leaky_relu, the dropout rate
-FIXED_SLOPE, RATE, LAYER_FACTORS = range(3)
+    FIRST,
+    END,
+    DESCENDS,
+    CALL_COLUMNS,
+) = range(22)
+# ... and float64: the slope of leaky_relu, the dropout rate, the strength of a penalty
+FIXED_SLOPE, RATE, STRENGTH, CALL_FACTORS = range(4)
 
 # A row a trained tensor, int64 and float64
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
 LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
-# The loss, int64 and float64; what a mean divides by beside the row weights, and the strength of the ridge
+# The loss, int64 and float64; DIVISOR: what a mean divides by beside the row weights
 KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
-SMOOTHING, DELTA, QUANTILE, DIVISOR, STRENGTH, LOSS_FACTORS = range(6)
+SMOOTHING, DELTA, QUANTILE, DIVISOR, LOSS_FACTORS = range(5)
 
 # The optimizer and its schedule, int64 and float64
 OPTIMIZER, NESTEROV, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, SCHEDULE, STEPS, WARMUP, RULE_COLUMNS = range(10)

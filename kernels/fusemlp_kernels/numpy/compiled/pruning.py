@@ -1,0 +1,106 @@
+"""Compile only what a program uses: a copy of the loop from which the other branches are cut.
+
+Numba compiles every branch that it sees, and the time that takes is most of the first ``fit`` on a machine. So the
+branches that a program never takes are cut from the source before: ``if kind == NAME``, ``if flags[NAME]`` and ``if flag``
+after ``flag = flags[NAME] != 0``, for each NAME of ``tables`` that is absent from the program's tables. A name that is
+assigned so is assigned once. What remains computes the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from fusemlp_kernels.numpy.compiled import activations, losses, steps, tables, updates
+from fusemlp_kernels.numpy.compiled.options import kept
+
+# Where there are branches to cut, each before those that import from it.
+_MODULES = (activations, losses, updates, steps)
+
+
+class _Cutter(ast.NodeTransformer):
+    """Cuts the branches of the names in ``absent``, and of what is assigned from them."""
+
+    def __init__(self, absent: frozenset[str]) -> None:
+        self._absent = absent
+        # local names that are false
+        self._false: set[str] = set()
+
+    def _is(self, test: ast.expr) -> bool | None:
+        """What a condition is in all programs without these names; None where that is not known."""
+        match test:
+            case ast.Compare(ops=[ast.Eq()], comparators=[ast.Name(id=name)]) if name in self._absent:
+                return False
+            case ast.Compare(left=flag, ops=[ast.NotEq()], comparators=[ast.Constant(value=0)]):
+                return self._is(flag)
+            case ast.Subscript(slice=ast.Name(id=name)) if name in self._absent:
+                return False
+            case ast.Name(id=name) if name in self._false:
+                return False
+            case ast.UnaryOp(op=ast.Not(), operand=inner) if self._is(inner) is False:
+                return True
+            case ast.BoolOp(op=ast.And(), values=values) if any(self._is(value) is False for value in values):
+                return False
+        return None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        self._false = set()
+        return self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+                pairs = list(zip(targets, values, strict=True))
+            case ast.Assign(targets=[target], value=value):
+                pairs = [(target, value)]
+            case _:
+                pairs = []
+        for target, value in pairs:
+            if isinstance(target, ast.Name) and isinstance(value, ast.Compare) and self._is(value) is False:
+                self._false.add(target.id)
+        return self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> Any:
+        taken = self._is(node.test)
+        self.generic_visit(node)
+        if taken is None:
+            return node
+        return (node.body if taken else node.orelse) or ast.copy_location(ast.Pass(), node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        taken = self._is(node.test)
+        self.generic_visit(node)
+        if taken is None:
+            return node
+        return node.body if taken else node.orelse
+
+
+@functools.cache
+def _tree(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    with open(module.__file__, encoding="utf-8") as file:
+        return file.read()
+
+
+def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The names of a module without the branches of ``absent``; what it imports from ``others`` is theirs."""
+    tree = ast.fix_missing_locations(_Cutter(absent).visit(ast.parse(_tree(module))))
+    names: dict[str, Any] = {"__name__": module.__name__, "__file__": module.__file__}
+    exec(compile(tree, str(module.__file__), "exec"), names)
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module in others:
+            names |= {alias.name: others[node.module][alias.name] for alias in node.names}
+    return names
+
+
+@functools.cache
+def compiled_loop(absent: frozenset[str]) -> Callable[..., object]:
+    """``steps.run`` for programs in whose tables the names in ``absent`` do not occur."""
+    made: dict[str, dict[str, Any]] = {}
+    for module in _MODULES:
+        made[module.__name__] = _cut(module, absent, made)
+    return kept(made[steps.__name__]["run"], " ".join(sorted(absent)))
