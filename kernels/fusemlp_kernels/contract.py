@@ -12,26 +12,9 @@ allocate scratch memory; running may not. The same callables serve the engine's 
 ``ops`` lists the operands of every op, their shapes and what is read and written. ``None`` stands for an operand that
 is left out.
 
-``train_resident``: many whole steps: what the calls of a step's program compute, again and again
-    x (n, K) compute; target, weight, class_weight, loss, stats as in ``loss_grad``; rows as below; batch: M, the rows
-    of a step; layers: a sequence of ``ResidentLayer``; params, states, segments, rule, hyper, counters as in
-    ``update``; gradients (size,) real, written: what is accumulated between two updates lies there, and with
-    rule.accumulate 1 nothing that matters; shadow as in ``update``, where compute is not real: what the products read.
-    The bound callable takes the number of steps. Rows are walked as below, whatever the traits say. The output layer
-    has no dropout; dz is not scaled. stats also sums BATCH_LOSSES and PENALTIES. With history (E, ``STATS``) float64,
-    optional, written, the launch may go through several epochs: rows has those of E epochs, each counters[ROW_TOTAL]
-    long, one behind the other, ROW_OFFSET goes on through them all and comes back to 0 behind the last; at the end of
-    epoch e stats is copied to history[e], and its sums begin again at 0. ridge: ``Ridge``, optional, whose gradient is
-    added to the gradients of a batch before they are accumulated or clipped.
-
-``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set; Triton's alone
-    x, target, weight, class_weight, batch as there; the other arrays with an axis of models in front: params, shadow,
-    gradients and each of states (models, size), counters (models, ``COUNTERS``), hyper (models, ``HYPER``), stats
-    (models, ``STATS``), history (models, E, ``STATS``), rows (models, any); layers, segments, rules, losses, ridges
-    (optional): a sequence with one for each model. Models may differ in every number: dropout's rate and seed, slopes,
-    the rules of optimizer and tensors, the loss's smoothing, ridges; not in widths, activations, places, the number of
-    states, the loss's kind, soft, ignore_index. The bound callable takes a sequence with the number of steps of each
-    model: those with 0 are not part of the launch.
+``train_resident`` runs the calls of a step as many times as its callable is told, and walks rows as below whatever the
+traits say; ``train_fleet``, of Triton alone, does so for several models in one launch. Besides what the calls do, stats
+sums BATCH_LOSSES and PENALTIES.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
@@ -192,21 +175,6 @@ class Ridge:
 
     strength: float = 0.0
     divisor: float | None = None
-
-
-@dataclass(frozen=True)
-class ResidentLayer:
-    """A layer as ``train_resident`` needs it: its widths, where in the arenas its weights, its bias and prelu's slope
-    begin (in elements, rows ``Traits.row_multiple`` rounded up apart), and what comes behind its product."""
-
-    inputs: int
-    outputs: int
-    w: int
-    b: int
-    activation: str
-    slope: float = 0.0
-    slope_at: int | None = None
-    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,11 @@ _HISTORY = Operand(
     "through all of them and comes back to 0 after the last; after epoch e stats is copied to history[e], and its sums "
     "begin again at 0",
 )  # fmt: skip
+_ARENAS = Operand(
+    "arenas",
+    note="by name the flat arrays that the tensors of the calls lie in: params, grads, state0 and so on, shadow, and "
+    "counters, hyper, stats",
+)
 
 OPS = {
     op.name: op
@@ -331,6 +336,7 @@ OPS = {
                 Operand("calls", note="(op, operands) of each call of a step, in order; the output layer has no dropout"),
                 Operand("rows", dtype="int64", note="(R,): those of the calls, of all batches and epochs"),
                 Operand("batch", note="M, the rows of a step"),
+                _ARENAS,
                 _HISTORY,
             ),
         ),
@@ -347,6 +353,7 @@ OPS = {
                 ),
                 Operand("rows", dtype="int64", note="(models, R)"),
                 Operand("batch", note="M"),
+                replace(_ARENAS, note="as in train_resident, with an axis of models in front"),
                 replace(_HISTORY, note="(models, E, STATS), as in train_resident"),
             ),
         ),

@@ -8,6 +8,7 @@ import numpy as np
 from memory import base_of, position
 
 COMPUTE_OPERANDS = frozenset({"x", "gathered", "y", "z", "dz", "dz_prev", "w_shadow", "shadow"})
+LOOPS = frozenset({"train_resident", "train_fleet"})
 READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input"})
 
 
@@ -23,7 +24,8 @@ class DeviceMemory:
         key = base.__array_interface__["data"][0] if base.size else id(array)
         owned = getattr(base, "owned", None)
         if key not in self.flats:
-            self.flats[key] = base, self._flat(base, self._kind(name, base.dtype), owned is not None)
+            kind = "compute" if getattr(base, "compute", False) else self._kind(name, base.dtype)
+            self.flats[key] = base, self._flat(base, kind, owned is not None)
         flat = self.flats[key][1]
         if owned is not None:
             offset, shape, pitch = owned
@@ -32,6 +34,9 @@ class DeviceMemory:
         return self._strided(flat, array.shape, strides, first)
 
     def _kind(self, name: str, dtype: Any) -> str:
+        if self.op in LOOPS:
+            # what is of that type says so
+            return "real" if dtype in (np.float16, np.float32) else str(np.dtype(dtype))
         compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
         if dtype in (np.float16, np.float32):
             return "compute" if compute else "real"

@@ -20,7 +20,7 @@ from unittest import mock
 import cupy_standin
 import numpy as np
 import pytest
-from device_memory import DeviceMemory, TorchMemory
+from device_memory import LOOPS, DeviceMemory, TorchMemory
 from memory import Watch
 from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products, rounded
 
@@ -35,7 +35,6 @@ REALS = {"fp64": np.float64}
 COMPUTE = {"fp64": np.float64, "fp16": np.float16}
 # The names of what an op may write, of sequences of mappings those of their fields.
 WRITTEN = {name: {operand.rpartition(".")[2] for operand in op.written} for name, op in OPS.items()}
-LOOPS = ("train_resident", "train_fleet")
 WRITTEN |= dict.fromkeys(LOOPS, set().union(*WRITTEN.values()))
 # On a card; the interpreter, NumPy and cuBLAS on float32 compute in IEEE arithmetic.
 TENSOR_CORES = {"fp32": TF32X3, "tf32": TF32, "bf16": TWO_BYTES, "fp16": TWO_BYTES}

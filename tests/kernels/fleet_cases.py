@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from fleet_oracle import Oracle
-from memory import place
+from memory import base_of, place
+from step_calls import Layer, step_calls
 
 from fusemlp_kernels.clock import hyper_at
 from fusemlp_kernels.contract import (
@@ -21,7 +22,6 @@ from fusemlp_kernels.contract import (
     STATS,
     Dropout,
     LossSpec,
-    ResidentLayer,
     Ridge,
     ScheduleSpec,
     Segment,
@@ -32,6 +32,8 @@ from fusemlp_kernels.contract import (
 GAP_VALUE = 77.0
 # What a tensor begins at a multiple of, in elements, so that there are gaps.
 STEP = 64
+# Elements for the values of a model's step.
+WORK = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,19 @@ class Fleet:
             self.rows[index, :total] = np.random.default_rng(model.seed).integers(0, shape.data, total)
             walk = shape.batch, model.rows, min(shape.batch, model.rows)
             self.counters[index, [ROW_STEP, ROW_TOTAL, ROW_COUNT]] = walk
+        self.work = place(np.full((count, WORK), GAP_VALUE), "plain", variant.compute)
+        for array in (self.shadow, self.work, self.x):
+            base_of(array).compute = True
+        writes = [*self.states, *([] if variant.device.on_host else [self.work])]
         if op == "train_resident":
-            self.run = variant.bind(op, **self.operands_of_one())
+            self.run = variant.bind(op, writes, **self.operands_of_one())
         elif variant.device.backend == "triton":
-            self.run = variant.bind(op, **self.operands())
+            self.run = variant.bind(op, writes, **self.operands())
         else:
             # elsewhere the models train one after another
-            self._each = [variant.bind("train_resident", **self.operands_of_one(index)) for index in range(count)]
+            self._each = [
+                variant.bind("train_resident", writes, **self.operands_of_one(index)) for index in range(count)
+            ]
             self.run = self._run_each
 
     def _run_each(self, steps: list[int]) -> None:
@@ -159,17 +167,16 @@ class Fleet:
         decay = model.decay if name[0] == "w" else 0.0
         return TensorRule(model.lr_factor if name[0] == "b" else 1.0, decay)
 
-    def layers(self, model: Model) -> tuple[ResidentLayer, ...]:
-        sizes, last = self.shape.sizes, len(self.shape.activations) - 1
-        return tuple(
-            ResidentLayer(
-                sizes[index], sizes[index + 1], self.places[f"w{index}"][0], self.places[f"b{index}"][0], name,
-                slope=model.slope if name == "leaky_relu" else 0.0,
-                slope_at=self.places[f"s{index}"][0] if name == "prelu" else None,
+    def layers(self, model: Model) -> list[Layer]:
+        last = len(self.shape.activations) - 1
+        return [
+            Layer(
+                name,
+                slope=model.slope,
                 dropout=Dropout(model.rate, index, model.seed) if model.rate and index < last else None,
             )
             for index, name in enumerate(self.shape.activations)
-        )  # fmt: skip
+        ]
 
     def segments(self, model: Model) -> tuple[Segment, ...]:
         return tuple(
@@ -179,33 +186,57 @@ class Fleet:
         )
 
     def operands(self) -> dict[str, Any]:
-        shadowed = {"shadow": self.shadow} if self.variant.output_unit else {}
+        calls = [self.calls(index) for index in range(len(self.models))]
         return {
-            "x": self.x, "target": self.target, "rows": self.rows, "batch": self.shape.batch, "weight": self.weight,
-            "class_weight": self.class_weight, "layers": [self.layers(model) for model in self.models],
-            "params": self.params, "gradients": self.gradients, "states": self.states, **shadowed,
-            "segments": [self.segments(model) for model in self.models],
-            "rules": [model.rule for model in self.models], "losses": [model.loss for model in self.models],
-            "counters": self.counters, "hyper": self.hyper, "stats": self.stats, "history": self.history,
-            **self.ridges(),
+            "calls": calls, "rows": self.rows, "batch": self.shape.batch, "history": self.history,
+            "arenas": self.arenas(),
         }  # fmt: skip
 
-    def ridges(self) -> dict[str, Any]:
-        """The operand, where a model has a ridge."""
-        given = [model.ridge for model in self.models]
-        return {"ridges": [one or Ridge() for one in given]} if any(given) else {}
+    def arenas(self) -> dict[str, Any]:
+        found = {"params": self.params, "grads": self.gradients, "counters": self.counters, "hyper": self.hyper}
+        found |= {"stats": self.stats, **{f"state{index}": state for index, state in enumerate(self.states)}}
+        return {**found, "shadow": self.shadow} if self.variant.output_unit else found
+
+    def calls(self, index: int) -> list[tuple[str, dict[str, Any]]]:
+        """One model's; where one has a penalty, all have."""
+        model, end = self.models[index], 0
+        tensors: dict[str, Any] = {}
+        arenas = {name: arena[index] for name, arena in self.arenas().items()}
+        for name in self.places:
+            tensors |= {name: self.tensor(arenas["params"], name), f"d{name}": self.tensor(arenas["grads"], name)}
+            for number in range(len(self.states)):
+                tensors[f"{name}.state{number}"] = self.tensor(arenas[f"state{number}"], name)
+            if "shadow" in arenas and name[0] == "w":
+                tensors[f"{name}.shadow"] = self.tensor(arenas["shadow"], name)
+
+        def work(name: str, shape: tuple[int, ...], dtype: str) -> Any:
+            nonlocal end
+            if dtype != "compute" or self.variant.device.on_host:
+                kind = {"compute": self.variant.real, "real": self.variant.real}.get(dtype, dtype)
+                return place(np.full(shape, GAP_VALUE), "plain", kind)
+            begin, pitch = end, _up(shape[1], self.variant.traits.row_multiple)
+            end = begin + _up(shape[0] * pitch, STEP)
+            assert end <= WORK
+            return self.work[index, begin : begin + shape[0] * pitch].reshape(shape[0], pitch)[:, : shape[1]]
+
+        together = [model] if self.variant.device.on_host else self.models
+        penalised = any(one.ridge is not None and one.ridge.strength for one in together)
+        ridge = model.ridge or (Ridge() if penalised else None)
+        return step_calls(
+            self.variant.traits, self.layers(model), tensors,
+            {name: self.tensor_rule(model, name) for name in self.places if name not in self.shape.frozen}, work,
+            batch=self.shape.batch, rule=model.rule, loss=model.loss,
+            data={"x": self.x, "target": self.target, "weight": self.weight, "class_weight": self.class_weight},
+            control={"rows": self.rows[index], **{name: arenas[name] for name in ("counters", "hyper", "stats")}},
+            arenas=arenas, segments=self.segments(model), ridge=ridge, penalised=penalised,
+        )  # fmt: skip
 
     def operands_of_one(self, index: int = 0) -> dict[str, Any]:
         """One model's, for ``train_resident``."""
         given = self.operands()
-        one = {"layers": given["layers"][index], "segments": given["segments"][index]}
-        one |= {"rule": given.pop("rules")[index], "loss": given.pop("losses")[index]}
-        if "ridges" in given:
-            one["ridge"] = given.pop("ridges")[index]
-        for name in ("rows", "params", "gradients", "counters", "hyper", "stats", "history", "shadow"):
-            if given.get(name) is not None:
-                one[name] = given[name][index]
-        return {**given, **one, "states": tuple(state[index] for state in self.states)}
+        one = {"calls": given["calls"][index], "rows": self.rows[index]}
+        one["arenas"] = {name: arena[index] for name, arena in given["arenas"].items()}
+        return {**given, **one, "history": None if self.history is None else self.history[index]}
 
     def everything(self) -> dict[str, Any]:
         """Copies of all that a step may change."""

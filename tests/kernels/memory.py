@@ -17,6 +17,8 @@ class Memory(np.ndarray):
     """The flat memory behind one placed array; ``owned``: laid out as the backend's own, (offset, shape, pitch)."""
 
     owned: tuple[int, tuple[int, ...], int] | None = None
+    # on a device of the type that matrix products read
+    compute: bool = False
 
 
 def guard_value(dtype):

@@ -33,13 +33,14 @@ def step_calls(
     arenas: Mapping[str, Any],
     segments: Sequence[Segment],
     ridge: Ridge | None = None,
+    penalised: bool = False,
 ) -> list[tuple[str, dict[str, Any]]]:
     """(op, operands) of each call.
 
     ``tensors``: views by name, of parameters (w0, b0, s0), gradients (dw0), states (w0.state0) and shadows (w0.shadow).
     ``rules`` has the trained tensors. ``work(name, shape, dtype)`` makes a value of the step. ``data``: x, target and
     perhaps weight and class_weight; ``control``: rows, counters, hyper, stats; ``arenas``: params, grads, state0, ...,
-    perhaps shadow.
+    perhaps shadow. ``penalised``: there is a penalty, though it may be 0.
     """
     calls: list[tuple[str, dict[str, Any]]] = []
     last = len(layers) - 1
@@ -110,7 +111,7 @@ def step_calls(
     clock = {"rule": rule, "counters": counters, "hyper": control["hyper"]}
     if not rules:
         return [*calls, ("advance", clock)]
-    penalised = ridge is not None and ridge.strength != 0.0
+    penalised = penalised or (ridge is not None and ridge.strength != 0.0)
     whole = rule.clip_norm is not None or rule.accumulate > 1 or penalised or rule.kind not in traits.fused_updates
 
     def tensor(name: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from fusemlp_kernels.contract import (
     ROW_OFFSET,
     Ridge,
 )
-from fusemlp_kernels.errors import ArgumentError
 
 # The last batch of each epoch is short.
 EPOCHS, BATCHES = 3, 2
@@ -137,17 +136,6 @@ def test_a_batch_that_weighs_nothing_has_no_penalty(variant, number):
     fleet.run([1])
     step.check()
     assert fleet.stats[0, PENALTIES] > 0.0 and fleet.counters[0, BATCH_INDEX] == 2
-
-
-@pytest.mark.parametrize("variant", TOGETHER)
-def test_ridges_and_accounts_of_another_number_are_refused(variant):
-    shape, model = case(2)
-    fleet = Fleet(variant, shape, varied(model, 2), epochs=2)
-    given = fleet.operands()
-    with pytest.raises(ArgumentError, match="ridges: expected one"):
-        variant.bind("train_fleet", **{**given, "ridges": [Ridge()]})
-    with pytest.raises(ArgumentError, match="history: expected shape"):
-        variant.bind("train_fleet", **{**given, "history": fleet.history[:1]})
 
 
 @pytest.mark.parametrize("variant", TOGETHER)

@@ -17,6 +17,7 @@ from fusemlp_kernels.contract import (
     LOSSES,
     ROW_COUNT,
     ROW_OFFSET,
+    STATS,
     LossSpec,
     Ridge,
     ScheduleSpec,
@@ -199,13 +200,34 @@ def test_rows_are_walked_and_the_short_batch_is_walked_over(variant):
     assert seen == [[[0, 5], [0, 5]], [[5, 5], [5, 5]], [[10, 2], [0, 5]], [[0, 5], [5, 5]]]
 
 
+def changed(given, op, model=1, **operands):
+    """The operands of a fleet with some of a model's call of ``op`` replaced."""
+    calls = list(given["calls"])
+    calls[model] = [(name, {**own, **operands} if name == op else own) for name, own in calls[model]]
+    return {**given, "calls": calls}
+
+
+def swapped(given):
+    return {**given, "calls": [[calls[1], calls[0], *calls[2:]] for calls in given["calls"]]}
+
+
 WRONG = {
-    "layers": lambda given: {"layers": [given["layers"][0], [replace(given["layers"][0][0], outputs=6)]]},
-    "rules: state_count": lambda given: {"rules": [given["rules"][0], RULES["sgd"]]},
-    "losses: kind": lambda given: {"losses": [given["losses"][0], LossSpec("mse")]},
-    "rules: expected one": lambda given: {"rules": given["rules"][:1]},
-    "states: adam keeps 2": lambda given: {"states": given["states"][:1]},
-}
+    "layers: models of one launch": lambda given: changed(given, "linear", activation="relu"),
+    "rules: state_count": lambda given: changed(given, "grad_weight_update", rule=RULES["sgd"]),
+    "losses: kind": lambda given: changed(given, "linear_loss_grad", loss=LossSpec("mse")),
+    "target: models of one launch": lambda given: changed(
+        given, "linear_loss_grad", target=np.array(given["calls"][0][1][1]["target"])
+    ),
+    "calls: the values of model 1": lambda given: changed(given, "linear", y=given["calls"][0][0][1]["y"]),
+    "calls: the kernel runs linear layer by layer": swapped,
+    "calls: models of one launch": lambda given: {**given, "calls": [given["calls"][0], given["calls"][1][:-1] + [
+        ("advance", {name: given["calls"][1][-1][1][name] for name in ("rule", "counters", "hyper")})
+    ]]},
+    "arenas: state1 is missing": lambda given: {
+        **given, "arenas": {name: arena for name, arena in given["arenas"].items() if name != "state1"}
+    },
+    "history: expected shape": lambda given: {**given, "history": np.zeros((3, 1, STATS))},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", TOGETHER)
@@ -214,7 +236,7 @@ def test_what_does_not_go_together_says_so(variant, said):
     shape, model = case(2)
     fleet = Fleet(variant, shape, varied(model, 2))
     with pytest.raises(ArgumentError, match=said):
-        variant.bind("train_fleet", **{**fleet.operands(), **WRONG[said](fleet.operands())})
+        variant.bind("train_fleet", **WRONG[said](fleet.operands()))
     with pytest.raises(ArgumentError, match="steps of each of 2 models"):
         fleet.run([1])
 

@@ -92,6 +92,7 @@ class Run:
             calls=self.calls(variant),
             rows=self.rows,
             batch=BATCH,
+            arenas={},
             history=self.history if epochs > 1 else None,
         )
 

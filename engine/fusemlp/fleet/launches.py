@@ -127,7 +127,11 @@ def bind_fleet(
             arrays[name] = backend.view(arena, index * size + place.offset, place.shape, place.pitch)
         calls.append([(call.op, resolve(call.operands, arrays.__getitem__)) for call in program.calls])
     batch = programs[0].values["rows"].shape[0]
-    return backend.bind("train_fleet", calls=calls, rows=rows, batch=batch, history=history)
+    arenas = {}
+    for name, arena in group.arenas.items():
+        own = len(arena) // models
+        arenas[name] = backend.view(arena, 0, (models, own), own)
+    return backend.bind("train_fleet", calls=calls, rows=rows, batch=batch, arenas=arenas, history=history)
 
 
 class _Training:

@@ -247,7 +247,13 @@ def lower_training(
             dropout=Dropout(rate, layer, seed) if rate else None,
         )
     hyper = build.add("hyper", (HYPER,), "float64", "control")
-    build.loss(spec, with_gradient=first < net.layers, hyper=hyper if scaled and trained else None, ridge=ridge, resident=resident)
+    build.loss(
+        spec,
+        with_gradient=first < net.layers,
+        hyper=hyper if scaled and trained else None,
+        ridge=ridge,
+        resident=resident,
+    )
     for layer in range(net.layers - 1, first, -1):
         _grad_input(build, layer, seed)
     _weights(

@@ -57,8 +57,8 @@ class BoundProgram:
         if self._resident:
             batch = program.values["rows"].shape[0]
             rows, history = self.arrays["rows"], self.arrays.get("history")
-            loop = backend.bind("train_resident", calls=resolved, rows=rows, batch=batch, history=history)
-            self.calls = (loop,)
+            loop = {"calls": resolved, "rows": rows, "batch": batch, "arenas": memory.arenas, "history": history}
+            self.calls = (backend.bind("train_resident", **loop),)
             self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
         else:
             self.calls = tuple(backend.bind(op, **operands) for op, operands in resolved)

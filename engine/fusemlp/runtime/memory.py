@@ -84,6 +84,20 @@ class Memory:
             for name, view in self.layout.views(backend, self.shadow).items():
                 self.arrays[f"{name}.shadow"] = view
 
+    @property
+    def arenas(self) -> dict[str, Any]:
+        """The flat arrays by name."""
+        names = (
+            "params",
+            "grads",
+            *(f"state{index}" for index in range(len(self.states))),
+            "counters",
+            "hyper",
+            "stats",
+        )
+        found = {name: self.arrays[name] for name in names}
+        return found if self.shadow is None else {**found, "shadow": self.shadow}
+
     def refresh_shadow(self) -> None:
         """Round the parameters into the shadow, after they were written from outside a step."""
         if self.shadow is not None:

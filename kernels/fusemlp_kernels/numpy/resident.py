@@ -255,9 +255,15 @@ _ENTER: dict[str, Callable[[_Table, Operands], None]] = {
 
 
 def bind_train_resident(
-    *, calls: Sequence[tuple[str, Operands]], rows: Array, batch: int, history: Array | None = None
+    *,
+    calls: Sequence[tuple[str, Operands]],
+    rows: Array,
+    batch: int,
+    arenas: Mapping[str, Array],
+    history: Array | None = None,
 ) -> Callable[[int], object]:
-    """The contract's ``train_resident``."""
+    """The contract's ``train_resident``; the calls have the addresses of all that lies in ``arenas``."""
+    del arenas
     output = next((operands for op, operands in calls if op == "linear_loss_grad"), None)
     if output is None or "rule" not in calls[-1][1]:
         raise ArgumentError(

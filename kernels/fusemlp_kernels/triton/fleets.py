@@ -1,9 +1,13 @@
-"""Binding the calls of many whole steps: ``train_resident`` and ``train_fleet``."""
+"""Binding the calls of many whole steps: ``train_resident`` and ``train_fleet``.
+
+The kernel has an order of its own, which is that of every step program; calls in another order are refused. Its tables
+are filled from the operands of the calls.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +18,6 @@ from fusemlp_kernels.contract import (
     NEEDS_Z,
     STATS,
     LossSpec,
-    ResidentLayer,
     Ridge,
     Segment,
     UpdateRule,
@@ -24,34 +27,98 @@ from fusemlp_kernels.triton import activations, clock, configs, resident, reside
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, signed
 from fusemlp_kernels.triton.layers import dropout_numbers, loss_setting_values
 
+Operands = Mapping[str, Any]
+Calls = Sequence[tuple[str, Operands]]
+
 INT64, FLOAT32, FLOAT64 = torch.int64, torch.float32, torch.float64
-# Elements that the starts of values in the workspace are a multiple of: 256 bytes of the widest type.
-ALIGNMENT = 128
+# What the kernel does after it has gone back to the first layer, and a network with nothing to train.
+ENDS = (["grad_weight_update"], ["grad_weight", "update"], ["grad_weight", "penalty", "update"], ["advance"])
 
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def _check_common(
-    op: str,
-    layers: Sequence[Sequence[ResidentLayer]],
-    segments: Sequence[Sequence[Segment]],
-    rules: Sequence[UpdateRule],
-    losses: Sequence[LossSpec],
-    ridges: Sequence[Ridge] | None = None,
-) -> None:
-    """Raises ArgumentError where there is not one of each for every model, or they cannot train in one launch."""
-    models = len(layers)
-    for name, given in (("segments", segments), ("rules", rules), ("losses", losses), ("ridges", ridges)):
-        if given is not None and (len(given) != models or not models):
-            raise ArgumentError(f"{op}: {name}: expected one for each of the {models} models, got {len(given)}")
-    shapes = [tuple((one.inputs, one.outputs, one.w, one.b, one.activation, one.slope_at) for one in m) for m in layers]
-    _same(op, "layers", shapes)
-    _same(op, "segments", [tuple((one.offset, one.size) for one in own) for own in segments])
-    _same(op, "rules: state_count", [rule.state_count for rule in rules])
-    _same(op, "losses: kind, soft, ignore_index", [(loss.kind, loss.soft, loss.ignore_index) for loss in losses])
-    _check_chain(op, layers[0], losses[0])
+@dataclass(frozen=True)
+class _Step:
+    """A model's calls, read: the operands of its layers forward, of those it goes back through, from the last on, and
+    of its clock; the lowest layer with something to train, and the trained tensors in the arenas."""
+
+    forward: Sequence[Operands]
+    backward: Sequence[Operands]
+    clock: Operands
+    lowest: int
+    segments: Sequence[Segment]
+
+    @property
+    def loss(self) -> LossSpec:
+        spec: LossSpec = self.forward[-1]["loss"]
+        return spec
+
+    @property
+    def rule(self) -> UpdateRule:
+        rule: UpdateRule = self.clock["rule"]
+        return rule
+
+    @property
+    def ridge(self) -> Ridge:
+        return self.forward[-1].get("ridge") or Ridge()
+
+    def values(self) -> list[Tensor]:
+        """The arrays of the workspace that the kernel writes, in order."""
+        given = [operands.get(name) for operands in self.forward for name in ("y", "z", "dz")]
+        given += [operands["dz_prev"] for operands in self.backward]
+        return [one for one in given if one is not None]
+
+
+def _read(op: str, calls: Calls, params: Tensor) -> _Step:
+    """The calls, if they are in the kernel's order; ``params``: the model's arena."""
+    names = [name for name, _ in calls]
+    forward = [operands for name, operands in calls if name in ("linear", "linear_loss_grad")]
+    backward = [operands for name, operands in calls if name == "grad_input"]
+    depth, back = len(forward), len(backward)
+    begin, end = names[: depth + back], names[depth + back :]
+    wanted = ["linear"] * (depth - 1) + ["linear_loss_grad"] + ["grad_input"] * back
+    goes_back = all(
+        one["w"].data_ptr() == forward[depth - 1 - index]["w"].data_ptr() for index, one in enumerate(backward)
+    )
+    if begin != wanted or end not in ENDS or back >= depth or not goes_back:
+        raise ArgumentError(
+            f"{op}: calls: the kernel runs linear layer by layer, linear_loss_grad, grad_input back from the last layer, "
+            f"then grad_weight_update, or grad_weight, penalty and update; got {', '.join(names)}. Run them one by one"
+        )
+    for index, (below, above) in enumerate(zip(forward, forward[1:], strict=False)):
+        if len(below["w"]) != above["w"].shape[1]:
+            raise ArgumentError(
+                f"{op}: calls[{index + 1}]: w: expected {len(below['w'])} columns, as layer {index} has outputs, got "
+                f"{above['w'].shape[1]}"
+            )
+    last = forward[-1]
+    if last["loss"].kind == "cross_entropy" and last.get("activation", "identity") != "identity":
+        raise ArgumentError(
+            f"activation: cross_entropy takes logits, so it must be 'identity', got {last['activation']!r}"
+        )
+    clock = calls[-1][1]
+    lowest = depth if end == ["advance"] else depth - 1 - back
+    segments = clock.get("segments", ()) if end != ["grad_weight_update"] else _segments(clock, params)
+    return _Step(forward, backward, clock, lowest, segments)
+
+
+def _segments(operands: Operands, params: Tensor) -> list[Segment]:
+    """The trained tensors of a ``grad_weight_update`` as stretches of the arena, in its order."""
+    found = []
+    for layer in operands["layers"]:
+        for name in "wb":
+            if layer[name] is not None:
+                found.append((layer[name], layer[f"{name}_rule"]))
+    found += [(slope["param"], slope["rule"]) for slope in operands.get("slopes", ())]
+    segments = [Segment(_place(one, params), len(one) * one.stride(0), rule) for one, rule in found]
+    return sorted(segments, key=lambda segment: segment.offset)
+
+
+def _place(tensor: Tensor, arena: Tensor) -> int:
+    """Where a tensor begins in an arena, in elements."""
+    return (tensor.data_ptr() - arena.data_ptr()) // arena.element_size()
 
 
 def _same(op: str, name: str, values: Sequence[Any]) -> None:
@@ -63,83 +130,108 @@ def _same(op: str, name: str, values: Sequence[Any]) -> None:
             )
 
 
-def _check_chain(op: str, layers: Sequence[ResidentLayer], loss: LossSpec) -> None:
-    for index, (below, above) in enumerate(itertools.pairwise(layers)):
-        if below.outputs != above.inputs:
-            raise ArgumentError(
-                f"{op}: layers[{index + 1}]: expected {below.outputs} inputs, as layers[{index}] has outputs, got "
-                f"{above.inputs}"
-            )
-    last = layers[-1]
-    if last.dropout is not None:
-        raise ArgumentError(f"{op}: layers[{len(layers) - 1}].dropout: the output layer has none, got {last.dropout}")
-    if loss.kind == "cross_entropy" and last.activation != "identity":
-        raise ArgumentError(
-            f"activation: cross_entropy takes logits, so it must be 'identity', got {last.activation!r}"
-        )
+def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[_Step], weights: Tensor, params: Tensor) -> None:
+    """Raise ArgumentError where models cannot train in one launch."""
+    _same(op, "calls", [[name for name, _ in one] for one in calls])
+    layers = []
+    for model, step in enumerate(steps):
+        layers.append(
+            [
+                (
+                    tuple(one["w"].shape), _place(one["w"], weights[model]), _place(one["b"], params[model]),
+                    one.get("activation", "identity"),
+                    None if one.get("slope_param") is None else _place(one["slope_param"], params[model]),
+                )
+                for one in step.forward
+            ]
+        )  # fmt: skip
+    _same(op, "layers", layers)
+    _same(op, "segments", [[(one.offset, one.size) for one in step.segments] for step in steps])
+    _same(op, "rules: state_count", [step.rule.state_count for step in steps])
+    losses = [step.loss for step in steps]
+    _same(op, "losses: kind, soft, ignore_index", [(loss.kind, loss.soft, loss.ignore_index) for loss in losses])
+    for name in ("x", "target", "weight", "class_weight"):
+        data = [step.forward[0 if name == "x" else -1].get(name) for step in steps]
+        _same(op, name, [None if one is None else one.data_ptr() for one in data])
 
 
-def _check_steps(op: str, steps: Sequence[int], models: int) -> None:
-    """Raises ArgumentError where the steps are not those of every model."""
-    if len(steps) != models:
-        raise ArgumentError(f"{op}: expected the steps of each of {models} models, got {len(steps)} numbers")
+class _Workspace:
+    """Where the values of the models' steps lie, counted from ``base`` in elements, ``stride`` from model to model."""
+
+    def __init__(self, op: str, device: Device, steps: Sequence[_Step], batch: int) -> None:
+        self.device, self.batch, self.models = device, batch, len(steps)
+        values = [step.values() for step in steps]
+        self.item = device.compute.itemsize
+        self.base = min(values[0], key=lambda value: value.data_ptr(), default=device.zeros(8, device.compute))
+        apart = values[1][0].data_ptr() - values[0][0].data_ptr() if self.models > 1 and values[0] else 0
+        self.stride = apart // self.item
+        # what the calls have no array for
+        self._spare: list[Tensor] = []
+        for model, own in enumerate(values):
+            for index, (value, first) in enumerate(zip(own, values[0], strict=True)):
+                device.check_written(op, f"calls[{model}]: value {index}", value, tuple(first.shape), device.compute)
+                at, alike = value.data_ptr() - first.data_ptr(), value.stride() == first.stride()
+                if at != model * apart or not alike or self.place(first) % 8 or first.stride(0) % 8:
+                    raise ArgumentError(
+                        f"{op}: calls: the values of model {model} must lie as those of model 0 do, {apart} bytes "
+                        f"from model to model, in rows of a multiple of 8 elements; value {index} is {at} bytes away"
+                    )
+
+    def place(self, value: Tensor) -> int:
+        """Where model 0's value begins."""
+        return (value.data_ptr() - self.base.data_ptr()) // self.item
+
+    def spare(self, pitch: int) -> int:
+        """Where memory for a value of each model begins that no other call reads."""
+        step = 8 * self.item
+        flat = self.device.zeros((self.models - 1) * self.stride + self.batch * pitch + 8, self.device.compute)
+        shift = (self.base.data_ptr() - flat.data_ptr()) % step // self.item
+        self._spare.append(flat)
+        return self.place(flat[shift:])
 
 
-def _check_layers(op: str, layers: Sequence[ResidentLayer], widest: int) -> None:
-    """Places and widths that the kernel can do with."""
-    for index, layer in enumerate(layers):
-        if layer.w % 8:
-            raise ArgumentError(f"{op}: layers[{index}].w: expected a multiple of 8 elements, got {layer.w}")
-    if layers[-1].outputs > widest:
-        raise ArgumentError(
-            f"{op}: layers: {layers[-1].outputs} outputs are more than the {widest} that fit a tile; train such a "
-            "network step by step"
-        )
-
-
-def _layer_table(
-    layers: Sequence[ResidentLayer], segments: Sequence[Segment], x_at: int, x_row: int, batch: int
-) -> tuple[list[list[int]], int, int]:
-    """The rows of the layers, the elements of workspace a model, and the lowest layer with something to train."""
-    task_at = {segment.offset: index for index, segment in enumerate(segments)}
+def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, params: Tensor) -> list[list[int]]:
+    """The rows of the layers; model 0's arenas."""
+    task_at = {segment.offset: index for index, segment in enumerate(step.segments)}
     rows: list[list[int]] = []
-    end, lowest = 0, len(layers)
-    source, source_row = x_at, x_row
-    for index, layer in enumerate(layers):
-        pitch = _round_up(layer.outputs, 8)
-        size = _round_up(batch * pitch, ALIGNMENT)
-        y, dz = end, end + size
-        end += 2 * size
+    last = len(step.forward) - 1
+    source, source_row = work.place(x), x.stride(0) if len(x) > 1 else _round_up(x.shape[1], 8)
+    for index, one in enumerate(step.forward):
+        w, slope = one["w"], one.get("slope_param")
+        name = one.get("activation", "identity")
+        y, z = one.get("y"), one.get("z")
+        dz = one.get("dz") if index == last else None
+        if step.lowest <= index < last:
+            dz = step.backward[last - 1 - index]["dz_prev"]
+        pitch = _round_up(len(w), 8)
+        y_at = 0 if y is None else work.place(y)
         # what the derivative is read from
-        z = y
-        if layer.activation in NEEDS_Z:
-            z = end
-            end += size
-        tasks = {
-            "w_task": task_at.get(layer.w, -1), "b_task": task_at.get(layer.b, -1),
-            "slope_task": -1 if layer.slope_at is None else task_at.get(layer.slope_at, -1),
-        }  # fmt: skip
-        if max(tasks.values()) >= 0:
-            lowest = min(lowest, index)
+        z_at = y_at
+        if name in NEEDS_Z and index < last:
+            z_at = work.spare(pitch) if z is None else work.place(z)
+        dz_at = work.spare(pitch) if dz is None else work.place(dz)
+        slope_at = -1 if slope is None else _place(slope, params)
         fields = {
-            "N": layer.outputs, "K": layer.inputs, "x": source, "x_row": source_row, "w": layer.w,
-            "w_row": _round_up(layer.inputs, 8), "b": layer.b, **tasks,
-            "slope": -1 if layer.slope_at is None else layer.slope_at,
-            "activation": activations.CODES[layer.activation], "y": y, "z": z, "dz": dz, "pitch": pitch,
+            "N": len(w), "K": w.shape[1], "x": source, "x_row": source_row, "w": _place(w, weights),
+            "w_row": _round_up(w.shape[1], 8), "b": _place(one["b"], params),
+            "w_task": task_at.get(_place(w, weights), -1), "b_task": task_at.get(_place(one["b"], params), -1),
+            "slope_task": -1 if slope is None else task_at.get(slope_at, -1), "slope": slope_at,
+            "activation": activations.CODES[name], "y": y_at, "z": z_at, "dz": dz_at, "pitch": pitch,
         }  # fmt: skip
         rows.append([fields[name] for name in resident_tables.LAYER_FIELDS])
-        source, source_row = y, pitch
-    return rows, end, lowest
+        source, source_row = y_at, pitch
+    return rows
 
 
-def _model_tables(op: str, layers: Sequence[ResidentLayer]) -> tuple[list[list[int]], list[list[float]]]:
+def _model_tables(step: _Step) -> tuple[list[list[int]], list[list[float]]]:
     """A model's rows of draws and shares."""
     draws, shares = [], []
-    for layer in layers:
-        numbers = dropout_numbers(layer.dropout)
+    for one in step.forward:
+        dropout = one.get("dropout")
+        numbers = dropout_numbers(dropout)
         draws.append([int(numbers[name]) for name in resident_tables.DRAW_FIELDS])
-        kept = 1.0 if layer.dropout is None else 1.0 - layer.dropout.rate
-        slope = float(activations.FIXED_SLOPES.get(layer.activation, layer.slope))
+        slope = float(activations.FIXED_SLOPES.get(one.get("activation", "identity"), one.get("slope", 0.0)))
+        kept = 1.0 if dropout is None else 1.0 - dropout.rate
         fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept, "slope": slope}
         shares.append([float(fields[name]) for name in resident_tables.SHARE_FIELDS])
     return draws, shares
@@ -157,129 +249,141 @@ def _is_stored(rule: UpdateRule, ridge: Ridge) -> bool:
     return rule.accumulate > 1 or rule.clip_norm is not None or (rule.decoupled and ridge.strength != 0.0)
 
 
-def bind_train_fleet(
-    device: Device,
-    *,
-    x: Tensor,
-    target: Tensor,
-    rows: Tensor,
-    batch: int,
-    layers: Sequence[Sequence[ResidentLayer]],
-    params: Tensor,
-    gradients: Tensor,
-    states: Sequence[Tensor],
-    segments: Sequence[Sequence[Segment]],
-    rules: Sequence[UpdateRule],
-    losses: Sequence[LossSpec],
-    counters: Tensor,
-    hyper: Tensor,
-    stats: Tensor,
-    weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    shadow: Tensor | None = None,
-    history: Tensor | None = None,
-    ridges: Sequence[Ridge] | None = None,
-    op: str = "train_fleet",
-) -> Callable[[Sequence[int]], object]:
-    """The contract's ``train_fleet``."""
-    models = len(layers)
-    ridges = [Ridge()] * models if ridges is None else ridges
-    _check_common(op, layers, segments, rules, losses, ridges)
-    stretches = tuple((segment.offset, segment.size) for segment in segments[0])
-    count, first_loss = rules[0].state_count, losses[0]
-    _check_layers(op, layers[0], configs.resident_tiles(device.arch.family, device.precision)[-1].outputs)
-    inputs, outputs = layers[0][0].inputs, layers[0][-1].outputs
-    classes = first_loss.kind == "cross_entropy" and not first_loss.soft
-    length = len(device.check(op, "x", x, (None, inputs), device.compute))
-    device.check(op, "target", target, (length,) if classes else (length, outputs), INT64 if classes else FLOAT32)
-    device.check(op, "rows", rows, (models, None), INT64)
-    device.check_written(op, "params", params, (models, None), FLOAT32)
-    arenas = [("params", params), ("gradients", gradients), *(("states", state) for state in states)]
-    if len(states) != count:
-        raise ArgumentError(f"{op}: states: {rules[0].kind} keeps {count} arrays of state, got {len(states)}")
-    if shadow is not None:
-        arenas.append(("shadow", shadow))
-    elif device.compute != FLOAT32:
-        raise ArgumentError(f"{op}: shadow: the products read {device.compute}; give an arena for the rounded weights")
-    for name, arena in arenas:
-        device.check_written(op, name, arena, tuple(params.shape), device.compute if name == "shadow" else FLOAT32)
-    for name, array, width, kind in (
-        ("counters", counters, COUNTERS, INT64), ("hyper", hyper, HYPER, FLOAT64), ("stats", stats, STATS, FLOAT64),
-    ):  # fmt: skip
-        device.check_written(op, name, array, (models, width), kind)
-        arenas.append((name, array))
-    if history is not None:
-        device.check_written(op, "history", history, (models, None, STATS), FLOAT64)
-        arenas.append(("history", history))
-    size = params.shape[1]
-    for name, arena in [*arenas, ("rows", rows)]:
-        if not arena.is_contiguous() or (name == "params" and size % 8):
+def _check_arenas(op: str, device: Device, arenas: Mapping[str, Tensor], models: int, count: int) -> None:
+    """The arenas are contiguous, with a row a model."""
+    params = device.check_written(op, "params", arenas["params"], (models, None), FLOAT32)
+    kinds = {"grads": FLOAT32, **{f"state{index}": FLOAT32 for index in range(count)}, "shadow": device.compute}
+    widths = {"counters": (COUNTERS, INT64), "hyper": (HYPER, FLOAT64), "stats": (STATS, FLOAT64)}
+    for name, arena in arenas.items():
+        width, kind = widths.get(name, (params.shape[1], kinds.get(name, FLOAT32)))
+        device.check_written(op, name, arena, (models, width), kind)
+        if not arena.is_contiguous() or (name == "params" and arena.shape[1] % 8):
             raise ArgumentError(
                 f"{op}: {name}: expected a contiguous array with a row a model, of a multiple of 8 elements in the "
                 f"arenas; got shape {tuple(arena.shape)}, strides {arena.stride()}"
             )
+    needed = ["grads", *(f"state{index}" for index in range(count)), "counters", "hyper", "stats"]
+    needed += [] if device.compute == FLOAT32 else ["shadow"]
+    for name in needed:
+        if name not in arenas:
+            raise ArgumentError(f"{op}: arenas: {name} is missing")
+
+
+def bind_train_fleet(
+    device: Device,
+    *,
+    calls: Sequence[Calls],
+    rows: Tensor,
+    batch: int,
+    arenas: Mapping[str, Tensor],
+    history: Tensor | None = None,
+) -> Callable[[Sequence[int]], object]:
+    """The contract's ``train_fleet``."""
+    return _bind(device, "train_fleet", calls, rows, batch, arenas, history)
+
+
+def _bind(
+    device: Device,
+    op: str,
+    calls: Sequence[Calls],
+    rows: Tensor,
+    batch: int,
+    arenas: Mapping[str, Tensor],
+    history: Tensor | None,
+) -> Callable[[Sequence[int]], object]:
+    models, params = len(calls), arenas["params"]
+    device.check(op, "rows", rows, (models, None), INT64)
+    if not rows.is_contiguous():
+        raise ArgumentError(f"{op}: rows: expected a contiguous array, got strides {rows.stride()}")
+    steps = [_read(op, one, own) for one, own in zip(calls, params, strict=True)]
+    first, output = steps[0], steps[0].forward[-1]
+    count, loss = first.rule.state_count, first.loss
+    _check_arenas(op, device, arenas, models, count)
+    shadow = arenas.get("shadow") if device.compute != FLOAT32 else None
+    weights = params if shadow is None else shadow
+    _check_common(op, calls, steps, weights, params)
+    x, target = first.forward[0]["x"], output["target"]
+    weight, class_weight = output.get("weight"), output.get("class_weight")
+    outputs, inputs = len(output["w"]), first.forward[0]["w"].shape[1]
+    widest = configs.resident_tiles(device.arch.family, device.precision)[-1].outputs
+    if outputs > widest:
+        raise ArgumentError(
+            f"{op}: calls: {outputs} outputs are more than the {widest} that fit a tile; train such a network step by "
+            "step"
+        )
+    for index, one in enumerate(first.forward):
+        place = _place(one["w"], weights[0])
+        if place % 8 or (len(one["w"]) > 1 and one["w"].stride(0) != _round_up(one["w"].shape[1], 8)):
+            raise ArgumentError(
+                f"{op}: calls[{index}]: w: expected rows that begin at multiples of 8 elements of the arena, got place "
+                f"{place}, strides {one['w'].stride()}"
+            )
+    classes = loss.kind == "cross_entropy" and not loss.soft
+    length = len(device.check(op, "x", x, (None, inputs), device.compute))
+    device.check(op, "target", target, (length,) if classes else (length, outputs), INT64 if classes else FLOAT32)
+    if history is not None:
+        device.check_written(op, "history", history, (models, None, STATS), FLOAT64)
     if weight is not None:
         device.check(op, "weight", weight, (length,), FLOAT32)
     if class_weight is not None:
         class_weight = device.check(op, "class_weight", class_weight, (outputs,), FLOAT32).contiguous()
-    tile = configs.resident_tile(device.arch, device.precision, tuple(layer.outputs for layer in layers[0]))
+    tile = configs.resident_tile(device.arch, device.precision, tuple(len(one["w"]) for one in first.forward))
+    work = _Workspace(op, device, steps, batch)
     # where the data lies is counted from the workspace
-    _, work_size, lowest = _layer_table(layers[0], segments[0], 0, 0, batch)
-    work = device.zeros(models * work_size, device.compute)
-    distance = x.data_ptr() - work.data_ptr()
-    if not is_aligned(x) or distance % (8 * x.element_size()):
+    if not is_aligned(x) or (x.data_ptr() - work.base.data_ptr()) % (8 * x.element_size()):
         raise ArgumentError(
             f"{op}: x: expected rows that start at multiples of 32 bytes, with zeros between them; got strides "
             f"{x.stride()}. Backend.from_host makes such a matrix"
         )
-    x_row = x.stride(0) if length > 1 else _round_up(inputs, 8)
-    table, _, _ = _layer_table(layers[0], segments[0], distance // x.element_size(), x_row, batch)
-    tables = [_model_tables(op, one) for one in layers]
-    trained = len(stretches)
-    factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in one] or [[0.0, 0.0]] for one in segments]
+    table = _layer_table(first, work, x, weights[0], params[0])
+    tables = [_model_tables(step) for step in steps]
+    factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in step.segments] or [[0.0, 0.0]] for step in steps]
     settings = [
-        loss_setting_values(loss, weighted=weight is not None, classes=class_weight is not None) for loss in losses
+        loss_setting_values(step.loss, weighted=weight is not None, classes=class_weight is not None) for step in steps
     ]
-    ignored = 0 if first_loss.ignore_index is None else first_loss.ignore_index
+    ignored = 0 if loss.ignore_index is None else loss.ignore_index
     epochs = 0 if history is None else history.shape[1]
     spare, number = device.zeros(1, FLOAT32), device.zeros(1, INT64)
     live = torch.zeros((models, len(resident_tables.LIVE_FIELDS)), dtype=INT64, device=device.device)
+    states = [arenas[f"state{index}"] for index in range(count)]
 
     def tensor(values: Any, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device.device)
 
     arguments = {
-        "compute": device.far_base(work), "weights": params if shadow is None else shadow, "parameters": params,
-        "grads": gradients, "first": states[0] if count else params, "second": states[-1] if count else params,
+        "compute": device.far_base(work.base), "weights": weights, "parameters": params,
+        "grads": arenas["grads"], "first": states[0] if count else params, "second": states[-1] if count else params,
         "rows": rows, "labels": target if classes else number, "target": spare if classes else target,
         "weight": spare if weight is None else weight,
         "class_weight": spare if class_weight is None else class_weight,
-        "slopes": device.zeros(models * len(layers[0]), FLOAT32),
-        "measured": tensor([_measures(*one, outputs) for one in zip(ridges, losses, strict=True)], FLOAT64),
+        "slopes": device.zeros(models * len(table), FLOAT32),
+        "measured": tensor([_measures(step.ridge, step.loss, outputs) for step in steps], FLOAT64),
         "layers": tensor(table, INT64),
         "draws": tensor([draws for draws, _ in tables], INT64),
         "shares": tensor([shares for _, shares in tables], FLOAT32), "settings": tensor(settings, FLOAT32),
-        "rules": tensor([clock.rule_values(rule) for rule in rules], FLOAT64),
-        "tensors": tensor(factors, FLOAT64), "segments": tensor([*stretches] or [(0, 0)], INT64),
-        "counters": counters, "hyper": hyper, "stats": stats,
+        "rules": tensor([clock.rule_values(step.rule) for step in steps], FLOAT64),
+        "tensors": tensor(factors, FLOAT64), "segments": tensor([(s.offset, s.size) for s in first.segments] or [(0, 0)], INT64),
+        "counters": arenas["counters"], "hyper": arenas["hyper"], "stats": arenas["stats"],
         "history": device.zeros(1, FLOAT64) if history is None else history, "live": live,
-        "M": batch, "depth": len(layers[0]), "lowest": lowest, "trained": trained, "work_size": work_size, "size": size,
+        "M": batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments), "work_size": work.stride,
+        "size": params.shape[1],
         "rows_size": rows.shape[1], "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),
         "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "states": count,
-        "entropy": int(first_loss.kind == "cross_entropy"),
-        "stored": int(any(_is_stored(*one) for one in zip(rules, ridges, strict=True))),
+        "entropy": int(loss.kind == "cross_entropy"),
+        "stored": int(any(_is_stored(step.rule, step.ridge) for step in steps)),
         "shadowed": int(shadow is not None),
     }  # fmt: skip
     constants = configs.resident_constants(tile, device.product)
     launches: dict[int, Run] = {}
     listed: list[list[int]] = []
 
-    # the kernel is told only how far x lies from the workspace: nothing else holds on to it
-    def run(steps: Sequence[int], _data: Tensor = x) -> None:
-        _check_steps(op, steps, models)
-        entries = [[model, number, epochs] for model, number in enumerate(steps) if number > 0]
+    # the kernel is told only how far x and the values lie from one of them: nothing else holds on to them
+    def run(times: Sequence[int], _kept: Any = (calls, work)) -> None:
+        if len(times) != models:
+            raise ArgumentError(f"{op}: expected the steps of each of {models} models, got {len(times)} numbers")
+        entries = [[model, number, epochs] for model, number in enumerate(times) if number > 0]
         if not entries:
             return
         if entries != listed:
@@ -295,31 +399,14 @@ def bind_train_fleet(
 def bind_train_resident(
     device: Device,
     *,
+    calls: Calls,
     rows: Tensor,
-    layers: Sequence[ResidentLayer],
-    params: Tensor,
-    gradients: Tensor,
-    states: Sequence[Tensor],
-    segments: Sequence[Segment],
-    rule: UpdateRule,
-    loss: LossSpec,
-    counters: Tensor,
-    hyper: Tensor,
-    stats: Tensor,
-    shadow: Tensor | None = None,
+    batch: int,
+    arenas: Mapping[str, Tensor],
     history: Tensor | None = None,
-    ridge: Ridge | None = None,
-    **operands: Any,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``: a fleet of one."""
-    op = "train_resident"
-    for name, array in (("rows", rows), ("params", params), ("gradients", gradients), ("counters", counters)):
-        device.check(op, name, array, (None,))
-    run = bind_train_fleet(
-        device, rows=rows[None], layers=[layers], params=params[None], gradients=gradients[None],
-        states=[state[None] for state in states], segments=[segments], rules=[rule], losses=[loss],
-        counters=counters[None], hyper=hyper[None], stats=stats[None],
-        shadow=None if shadow is None else shadow[None], history=None if history is None else history[None],
-        ridges=None if ridge is None else [ridge], op=op, **operands,
-    )  # fmt: skip
+    stacked = {name: arena[None] for name, arena in arenas.items()}
+    accounts = None if history is None else history[None]
+    run = _bind(device, "train_resident", [calls], rows[None], batch, stacked, accounts)
     return lambda steps: run((steps,))

@@ -11,11 +11,10 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Callable
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from fusemlp_kernels.numpy.compiled import activations, losses, steps, tables, updates
+from fusemlp_kernels.numpy.compiled import activations, losses, steps, updates
 from fusemlp_kernels.numpy.compiled.options import kept
 
 # Where there are branches to cut, each before those that import from it.

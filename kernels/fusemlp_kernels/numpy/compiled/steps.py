@@ -135,9 +135,7 @@ def _entropy(
     """Cross-entropy and dz; returns the sum of the row weights."""
     size = count * call[N]
     z, dz = _array(like, call[Z], size), _array(like, call[DZ], size)
-    return cross_entropy(
-        z, dz, labels, target, weight, class_weight, rows, count, call[N], loss, loss_factors, stats
-    )
+    return cross_entropy(z, dz, labels, target, weight, class_weight, rows, count, call[N], loss, loss_factors, stats)
 
 
 @register_jitable(**EXACT)
