@@ -17,8 +17,8 @@ from bench.cases import Case, Data
 from bench.measure import spread
 from bench.peers.engine import optimizer_of
 from fusemlp import MLP, Engine
-from fusemlp.lowering import Inputs
-from fusemlp.program import resolve
+from fusemlp.program.lowering import Inputs
+from fusemlp.program.program import resolve
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--precision", default="fp32")
     made.add_argument("--rounds", type=count, default=30, metavar="N", help="default: %(default)s")
     options = parse(made, arguments)
-    from fusemlp.execution import open_backend
+    from fusemlp.runtime.backends import open_backend
 
     vendor = Vendor(open_backend(options.backend, None, options.precision), options.precision)
     kind = kind_of(vendor.backend)

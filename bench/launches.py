@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusemlp import MLP
-from fusemlp.planning import plan_text
+from fusemlp.runtime.plans import plan_text
 
 # Operators that only look at memory, or set out work for the operators below them.
 VIEWS = frozenset(

@@ -107,7 +107,7 @@ def least(engine: Engine, *, data_bytes: int) -> dict[str, int]:
     """Bytes that training has to hold: parameters and optimizer state without gaps, the data where they are copied, and
     the values of a step, as many as are alive at once.
     """
-    from fusemlp.verifier import lifetimes
+    from fusemlp.program.verifier import lifetimes
 
     program = engine.program
     real = program.item_bytes("real")

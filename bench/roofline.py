@@ -23,13 +23,13 @@ from bench.report import Record
 from bench.study import COLOURS, count, duration, figure, finish, network, parse, parser, say, table
 from bench.timing import Ceilings, clock_of, kind_of, measure_ceilings
 from bench.vendor import Vendor
-from fusemlp.program import scaled
+from fusemlp.program.program import scaled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fusemlp import Engine
-    from fusemlp.execution import BoundProgram
+    from fusemlp.runtime.bound import BoundProgram
 
 NETWORKS = {
     "cpu": ("64-32-10@32", "784-128-10@128", "784-512-256-10@128", "1024-1024-1024-1024@512"),
@@ -53,7 +53,7 @@ class CallPlace:
 
 def bound_step(engine: Engine, case: Case) -> BoundProgram:
     """The eager step of an engine, bound to the case's data and rows, as ``fit`` binds it."""
-    from fusemlp.lowering import Inputs
+    from fusemlp.program.lowering import Inputs
 
     data = make_data(case)
     backend = engine.memory.backend

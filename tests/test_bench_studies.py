@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import kernels, loops, memory, overhead, roofline, scaling, study, time_to_result, timing, trials
 from bench.vendor import Vendor
 from fusemlp import MLP, Adam, Engine
-from fusemlp.execution import open_backend
+from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ("roofline", "kernels", "scaling", "overhead", "time_to_result")

@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.cases import Array, Case, Data, Parameters
 from fusemlp import MLP, SGD, Adam, Engine
-from fusemlp.optimizers import Optimizer
+from fusemlp.describe.optimizers import Optimizer
 from fusemlp_kernels.contract import LAST_LOSS
 
 

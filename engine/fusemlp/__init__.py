@@ -8,30 +8,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from fusemlp._paths import PATHS, install
 from fusemlp._version import __version__
+
+install()
 
 if TYPE_CHECKING:
     from fusemlp.callbacks import Callback, CSVLogger, EarlyStopping, ModelCheckpoint, ProgressBar, TensorBoard
-    from fusemlp.checkpoint import load_checkpoint
-    from fusemlp.data import load_data
+    from fusemlp.datasets.load import load_data
+    from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
+    from fusemlp.describe.network import MLP, Activation, LeakyReLU, PReLU
+    from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
+    from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
     from fusemlp.engine import Engine
-    from fusemlp.ensemble import Ensemble, FleetResults
-    from fusemlp.fleet import Fleet
-    from fusemlp.history import History
-    from fusemlp.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
-    from fusemlp.lr_finder import LearningRateSweep, lr_find
-    from fusemlp.network import MLP, Activation, LeakyReLU, PReLU
-    from fusemlp.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
-    from fusemlp.saving import load
-    from fusemlp.schedules import (
-        Constant,
-        Cosine,
-        Exponential,
-        OneCycle,
-        ReduceOnPlateau,
-        Schedule,
-        StepDecay,
-    )
+    from fusemlp.fleet.fleet import Fleet
+    from fusemlp.fleet.results import Ensemble, FleetResults
+    from fusemlp.training.checkpoint import load_checkpoint
+    from fusemlp.training.history import History
+    from fusemlp.training.lr_finder import LearningRateSweep, lr_find
+    from fusemlp.training.saving import load
     from fusemlp_kernels.errors import (
         ArgumentError,
         ArgumentTypeError,
@@ -100,12 +95,12 @@ __all__ = [
 ]
 
 _NAMES = {
-    "fusemlp.checkpoint": ("load_checkpoint",),
-    "fusemlp.data": ("load_data",),
+    "fusemlp.training.checkpoint": ("load_checkpoint",),
+    "fusemlp.datasets.load": ("load_data",),
     "fusemlp.engine": ("Engine",),
-    "fusemlp.ensemble": ("Ensemble", "FleetResults"),
-    "fusemlp.fleet": ("Fleet",),
-    "fusemlp.losses": (
+    "fusemlp.fleet.results": ("Ensemble", "FleetResults"),
+    "fusemlp.fleet.fleet": ("Fleet",),
+    "fusemlp.describe.losses": (
         "BinaryCrossEntropy",
         "CrossEntropy",
         "Huber",
@@ -115,12 +110,11 @@ _NAMES = {
         "Poisson",
         "Quantile",
     ),
-    "fusemlp.lr_finder": ("LearningRateSweep", "lr_find"),
-    "fusemlp.network": ("Activation", "LeakyReLU", "MLP", "PReLU"),
-    "fusemlp.optimizers": ("Adam", "AdamW", "Optimizer", "ParameterOptions", "SGD"),
-    "fusemlp.onnx": (),
-    "fusemlp.saving": ("load",),
-    "fusemlp.schedules": (
+    "fusemlp.training.lr_finder": ("LearningRateSweep", "lr_find"),
+    "fusemlp.describe.network": ("Activation", "LeakyReLU", "MLP", "PReLU"),
+    "fusemlp.describe.optimizers": ("Adam", "AdamW", "Optimizer", "ParameterOptions", "SGD"),
+    "fusemlp.training.saving": ("load",),
+    "fusemlp.describe.schedules": (
         "Constant",
         "Cosine",
         "Exponential",
@@ -137,7 +131,7 @@ _NAMES = {
         "ProgressBar",
         "TensorBoard",
     ),
-    "fusemlp.history": ("History",),
+    "fusemlp.training.history": ("History",),
     "fusemlp_kernels.errors": (
         "ArgumentError",
         "ArgumentTypeError",
@@ -152,9 +146,8 @@ _NAMES = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-# Modules that are reached as attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
-_SUBMODULES = frozenset(module.removeprefix("fusemlp.") for module in _NAMES if module.startswith("fusemlp."))
-_SUBMODULES |= {"sklearn", "torch"}
+# Modules that are attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
+_SUBMODULES = frozenset({*PATHS, "callbacks", "engine", "fleet", "sklearn", "torch"})
 
 
 def __getattr__(name: str) -> object:

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.buffers import short_names
-from fusemlp.execution import BoundProgram, Memory, Workspace, choose_plan
-from fusemlp.inference import Inference
-from fusemlp.losses import Loss, as_loss
-from fusemlp.lowering import Inputs, lower_training
-from fusemlp.network import MLP
-from fusemlp.optimizers import Optimizer, as_optimizer
-from fusemlp.planning import COMPUTE_BYTES, REAL_BYTES
-from fusemlp.predicting import Predicting
-from fusemlp.program import Program
-from fusemlp.resident import lower_resident
-from fusemlp.state import checked_state
-from fusemlp.validation import as_count
+from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.inputs.arrays import as_count
+from fusemlp.inputs.state import checked_state
+from fusemlp.program.layout import short_names
+from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.program import Program
+from fusemlp.program.resident import lower_resident
+from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.inference import Inference
+from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
+from fusemlp.runtime.plans import choose_plan
+from fusemlp.runtime.predicting import Predicting
 from fusemlp_kernels.clock import hyper_at, write_hyper
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
@@ -47,8 +48,8 @@ from fusemlp_kernels.registry import availability, backend
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fusemlp.history import FitState, History
-    from fusemlp.lr_finder import LearningRateSweep
+    from fusemlp.training.history import FitState, History
+    from fusemlp.training.lr_finder import LearningRateSweep
 
 Array = np.ndarray[Any, Any]
 
@@ -358,7 +359,7 @@ class Engine(Predicting):
         resume: bool = False,
     ) -> History:
         """Train for ``epochs`` passes over X (n, K) and y; see ``fusemlp.training.fit``."""
-        from fusemlp.training import fit
+        from fusemlp.training.fit import fit
 
         return fit(
             self,
@@ -419,19 +420,19 @@ class Engine(Predicting):
 
     def save_checkpoint(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Write everything that training needs to go on bit for bit; see ``fusemlp.checkpoint``."""
-        from fusemlp.checkpoint import save_checkpoint
+        from fusemlp.training.checkpoint import save_checkpoint
 
         save_checkpoint(self, path, extra=extra)
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the model to one safetensors file, parameters by torch's names; see ``fusemlp.saving``."""
-        from fusemlp.saving import save
+        from fusemlp.training.saving import save
 
         save(self, path, metadata=metadata)
 
     def to_onnx(self, path: str | Path) -> None:
         """Write the network as an ONNX graph; see ``fusemlp.onnx``."""
-        from fusemlp.onnx import to_onnx
+        from fusemlp.report.onnx import to_onnx
 
         to_onnx(self, path)
 
@@ -439,7 +440,7 @@ class Engine(Predicting):
         self, X: Any, y: Any, *, sample_weight: Any = None, start: float = 1e-6, end: float = 10.0, steps: int = 200
     ) -> LearningRateSweep:
         """Sweep the learning rate on a copy of this engine; see ``fusemlp.lr_finder``."""
-        from fusemlp.lr_finder import lr_find
+        from fusemlp.training.lr_finder import lr_find
 
         return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
 
@@ -450,12 +451,12 @@ class Engine(Predicting):
         self._inference.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        from fusemlp.checkpoint import engine_content
+        from fusemlp.training.checkpoint import engine_content
 
         return engine_content(self)
 
     def __setstate__(self, content: dict[str, Any]) -> None:
-        from fusemlp.checkpoint import restore_engine
+        from fusemlp.training.checkpoint import restore_engine
 
         restore_engine(self, content, backend="auto", device=None)
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import fusemlp
 from fusemlp import cli
-from fusemlp.preprocessing import Preprocessor
+from fusemlp.datasets.preprocessing import Preprocessor
 
 Array = np.ndarray[Any, Any]
 

@@ -25,7 +25,7 @@ from fusemlp import (
     MissingLibraryError,
     PReLU,
 )
-from fusemlp.preprocessing import Preprocessor
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.contract import ACTIVATIONS
 
 Array = np.ndarray[Any, Any]
@@ -193,7 +193,7 @@ def test_without_onnx_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.
         raise ModuleNotFoundError(name)
 
     engine = Engine(MLP([WIDTH, 3]))
-    importlib.import_module("fusemlp.onnx")
+    importlib.import_module("fusemlp.report.onnx")
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingLibraryError, match=r"pip install 'fusemlp\[onnx\]'"):
         engine.to_onnx(tmp_path / "net.onnx")

@@ -43,7 +43,7 @@ class Launches:
     """The models of each common launch that was bound, and the steps of each launch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import fusemlp.lockstep
+        import fusemlp.fleet.launches
 
         self.sizes: list[int] = []
         self.steps: list[list[int]] = []

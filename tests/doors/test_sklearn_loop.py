@@ -10,8 +10,8 @@ from sklearn.datasets import load_diabetes, load_digits
 
 import fusemlp
 from fusemlp import Callback
-from fusemlp.execution import BoundProgram
-from fusemlp.schedules import Cosine, ReduceOnPlateau
+from fusemlp.describe.schedules import Cosine, ReduceOnPlateau
+from fusemlp.runtime.bound import BoundProgram
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model
@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_the_random_state_where_the_last_epoch_took_it(launch, mon
     begun = -(-12 * launch // 8)
     with monkeypatch.context() as patch:
         patch.setattr(BoundProgram, "run_many", pressing)
-        patch.setattr("fusemlp.execution.resident_chunk", lambda *_: 12)
+        patch.setattr("fusemlp.runtime.bound.resident_chunk", lambda *_: 12)
         with pytest.warns(UserWarning, match="interrupted by user"):
             model, drawn = fitted(max_iter=9)
     assert launches == [12] * launch and model.n_iter_ == 12 * launch // 8

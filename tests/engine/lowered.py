@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU, ParameterOptions
-from fusemlp.buffers import parameter_layout, plan_workspace
-from fusemlp.losses import as_loss
-from fusemlp.lowering import Inputs, lower_inference, lower_training
-from fusemlp.optimizers import as_optimizer
-from fusemlp.placement import persistent_places
+from fusemlp.describe.losses import as_loss
+from fusemlp.describe.optimizers import as_optimizer
+from fusemlp.program.layout import parameter_layout, plan_workspace
+from fusemlp.program.lowering import Inputs, lower_inference, lower_training
+from fusemlp.program.placement import persistent_places
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.registry import TRAITS
 

@@ -50,11 +50,11 @@ from fusemlp import (
     load_checkpoint,
     load_data,
 )
-from fusemlp.checkpoint import read_extra
-from fusemlp.losses import loss_from_config
-from fusemlp.optimizers import optimizer_from_config
-from fusemlp.planning import plan_text
-from fusemlp.schedules import schedule_from_config
+from fusemlp.describe.losses import loss_from_config
+from fusemlp.describe.optimizers import optimizer_from_config
+from fusemlp.describe.schedules import schedule_from_config
+from fusemlp.runtime.plans import plan_text
+from fusemlp.training.checkpoint import read_extra
 
 Do = Callable[[Engine, Path], object]
 

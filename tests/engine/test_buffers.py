@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from lowered import BACKENDS, cases, inference_program, layout_of, planned, training_program
 
 from fusemlp import MLP, SGD, Engine
-from fusemlp.buffers import ALIGNMENT_BYTES, Layout, Place, allocate, parameter_layout, plan_workspace, short_names
-from fusemlp.program import Value
+from fusemlp.program.layout import (
+    ALIGNMENT_BYTES,
+    Layout,
+    Place,
+    allocate,
+    parameter_layout,
+    plan_workspace,
+    short_names,
+)
+from fusemlp.program.program import Value
 from fusemlp_kernels.registry import TRAITS, backend
 
 CASES = settings(max_examples=200, deadline=None, derandomize=True, database=None)

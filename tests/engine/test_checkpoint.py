@@ -44,8 +44,8 @@ from fusemlp import (
     StepDecay,
     load_checkpoint,
 )
-from fusemlp import checkpoint as module
-from fusemlp.checkpoint import read_content, read_extra, write_atomically
+from fusemlp.training import checkpoint as module
+from fusemlp.training.checkpoint import read_content, read_extra, write_atomically
 
 Array = np.ndarray[Any, Any]
 

@@ -241,7 +241,7 @@ def test_doctor_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_says_what_numba_would_bring(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("fusemlp.commands.doctor")
+    module = importlib.import_module("fusemlp.cli.doctor")
     monkeypatch.setattr(module, "_version", lambda library: None if library == "numba" else "1")
     (advice,) = module._advice()
     assert "pip install 'fusemlp[cpu]'" in advice

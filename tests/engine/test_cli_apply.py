@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fusemlp import cli
-from fusemlp.commands.options import TrainOptions
-from fusemlp.commands.prepare import prepare
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.prepare import prepare
 
 
 def run(*arguments: str | Path) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fusemlp import cli, plots
-from fusemlp.runs import Run
+from fusemlp import cli
+from fusemlp.report import plots
+from fusemlp.report.runs import Run
 
 
 def run(*arguments: str | Path) -> int:
@@ -66,7 +67,7 @@ def test_losses_of_different_kinds_are_named_with_the_runs() -> None:
 
 
 def test_runs_of_the_same_name_go_by_their_paths(tmp_path: Path) -> None:
-    from fusemlp.commands.plot import names
+    from fusemlp.cli.plot import names
 
     assert names([Path("x/run"), Path("y/other")]) == ["run", "other"]
     assert names([Path("x/run"), Path("y/run")]) == [str(Path("x/run")), str(Path("y/run"))]

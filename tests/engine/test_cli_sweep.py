@@ -19,8 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fusemlp import cli
-from fusemlp.commands import standings
-from fusemlp.commands import sweep as command
+from fusemlp.cli import standings
+from fusemlp.cli import sweep as command
 
 
 def run(*arguments: str | Path) -> int:
@@ -171,7 +171,7 @@ def test_ctrl_c_keeps_the_models_that_had_ended(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     code = (
         "from fusemlp import cli\n"
-        "from fusemlp.commands import sweep\n"
+        "from fusemlp.cli import sweep\n"
         "sweep.WRITE = 0.0\n"
         f"cli.main('sweep iris --vary seed=0:1000 --epochs 30 --hidden 4'.split() + ['--out', {str(folder)!r}])\n"
     )
@@ -197,7 +197,7 @@ def test_ctrl_c_before_a_model_has_ended(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fusemlp.fleet.Fleet.fit", interrupted)
+    monkeypatch.setattr("fusemlp.fleet.fleet.Fleet.fit", interrupted)
     (tmp_path / "b").mkdir()
     for out in (tmp_path / "a", tmp_path / "b"):
         assert run("sweep", "iris", "--vary", "seed=0:3", "--out", out) == 130

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from fusemlp import Engine, cli, waves
-from fusemlp.commands import standings
+from fusemlp import Engine, cli
+from fusemlp.cli import standings
+from fusemlp.fleet import memory as waves
 
 
 def run(*arguments: str | Path) -> int:

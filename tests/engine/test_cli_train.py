@@ -19,14 +19,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from fusemlp import MLP, Engine, cli
-from fusemlp.checkpoint import load_checkpoint
-from fusemlp.commands import finish
-from fusemlp.commands.options import TrainOptions
-from fusemlp.commands.prepare import prepare
-from fusemlp.commands.progress import progress
-from fusemlp.commands.recorder import Recorder
-from fusemlp.optimizers import optimizer_from_config
-from fusemlp.runs import Run
+from fusemlp.cli import finish
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.prepare import prepare
+from fusemlp.cli.progress import progress
+from fusemlp.cli.recorder import Recorder
+from fusemlp.describe.optimizers import optimizer_from_config
+from fusemlp.report.runs import Run
+from fusemlp.training.checkpoint import load_checkpoint
 
 
 def run(*arguments: str | Path) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 import pandas
 import pytest
 
-from fusemlp.data import MOST_CLASSES, NAMES, infer_task, load_data, load_features, load_labelled
-from fusemlp.preprocessing import Preprocessor
+from fusemlp.datasets.load import MOST_CLASSES, NAMES, infer_task, load_data, load_features, load_labelled
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
 SHAPES = {

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.datafiles import read_idx, read_idx_pair, read_npz
-from fusemlp.tables import read_names, read_table
+from fusemlp.datasets.files import read_idx, read_idx_pair, read_npz
+from fusemlp.datasets.tables import read_names, read_table
 from fusemlp_kernels.errors import DataError
 
 

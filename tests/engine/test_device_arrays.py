@@ -15,7 +15,7 @@ import torch
 from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, Device, marks_of, usable
 
 from fusemlp import MLP, SGD, Engine, Fleet
-from fusemlp.losses import CrossEntropy
+from fusemlp.describe.losses import CrossEntropy
 from fusemlp_kernels.errors import ArgumentTypeError, DataError, DTypeError, ShapeError
 
 Array = np.ndarray[Any, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusemlp.diagnosis import RISE, dead_units, divergence, overfitting
+from fusemlp.report.diagnosis import RISE, dead_units, divergence, overfitting
 
 FALLING = [1.0, 0.5, 0.3, 0.2, 0.1]
 

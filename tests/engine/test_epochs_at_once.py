@@ -10,8 +10,8 @@ import pytest
 from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, Adam, Callback, Cosine, DivergenceError, Engine, StepDecay, load_checkpoint
-from fusemlp.execution import BoundProgram
-from fusemlp.fitting import Fit
+from fusemlp.runtime.bound import BoundProgram
+from fusemlp.training.loop import Fit
 
 pytest.importorskip("numba")
 
@@ -68,7 +68,7 @@ def test_nobody_can_tell(optimizer: Any, drop_last: bool, monkeypatch: pytest.Mo
 
 
 def test_a_launch_is_no_longer_than_the_rows_that_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusemlp.fitting.ROWS_AT_ONCE", 3 * ROWS + 1)
+    monkeypatch.setattr("fusemlp.training.loop.ROWS_AT_ONCE", 3 * ROWS + 1)
     steps, whole, cut = launches(monkeypatch), engine(), engine()
     cut.fit(X, Y, epochs=EPOCHS)
     assert steps == [18, 18, 6]
@@ -179,7 +179,7 @@ def test_what_is_raised_in_a_launch_leaves_the_accounts_of_the_epochs_before_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(BoundProgram, "run_many", pressed)
-        patch.setattr("fusemlp.execution.resident_chunk", lambda *_: 13)
+        patch.setattr("fusemlp.runtime.bound.resident_chunk", lambda *_: 13)
         with pytest.raises(KeyboardInterrupt):
             stopped.fit(X, Y, epochs=EPOCHS)
     state = stopped.fit_state

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, SGD, ArgumentError, ArgumentTypeError, Fleet
-from fusemlp.ensemble import FleetResults
+from fusemlp.fleet.results import FleetResults
 
 random = np.random.default_rng(2)
 X = random.standard_normal((40, 4))

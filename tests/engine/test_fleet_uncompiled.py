@@ -27,9 +27,9 @@ from fusemlp import (
     PReLU,
     Quantile,
     ReduceOnPlateau,
-    lockstep,
-    waves,
 )
+from fusemlp.fleet import launches as lockstep
+from fusemlp.fleet import memory as waves
 
 ROWS, WIDTH, CLASSES, BATCH = 90, 6, 3, 16
 random = np.random.default_rng(1)
@@ -199,7 +199,7 @@ def test_who_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
         groups.append([places for _, places in given])
         together(given, *arguments, **options)
 
-    monkeypatch.setattr("fusemlp.fleet.train_together", noted)
+    monkeypatch.setattr("fusemlp.fleet.fleet.train_together", noted)
     made = fleet([{}, {"hidden": 5}, {"seed": 1}, {"hidden": 5, "seed": 1}, {"batch_size": 8}, {"hidden": 4000}])
     made.fit(X, y, epochs=1)
     assert groups == [[[0, 2], [1, 3]]]
@@ -213,9 +213,9 @@ def test_who_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_with_few_rows_do_not_make_the_lists_of_others_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each goes through as many epochs in a launch as there is room for; the longest list is what all have room for."""
-    monkeypatch.setattr("fusemlp.lockstep.ROWS_AT_ONCE", 150)
+    monkeypatch.setattr("fusemlp.fleet.launches.ROWS_AT_ONCE", 150)
     made, lists = [], lockstep.fleet_rows
-    monkeypatch.setattr("fusemlp.lockstep.fleet_rows", lambda *given: made.append(lists(*given)) or made[-1])
+    monkeypatch.setattr("fusemlp.fleet.launches.fleet_rows", lambda *given: made.append(lists(*given)) or made[-1])
     own = [np.arange(4), np.arange(40), np.arange(90)]
     results = fleet([{"lr": 0.01}] * 3).fit(X, y, epochs=50, rows=own)
     ((rows, history),) = made

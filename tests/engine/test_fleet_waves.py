@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from same_state import assert_same_state
 
-from fusemlp import MLP, SGD, ArgumentError, Engine, Fleet, waves
-from fusemlp.ensemble import Member
+from fusemlp import MLP, SGD, ArgumentError, Engine, Fleet
+from fusemlp.fleet import memory as waves
+from fusemlp.fleet.results import Member
 
 random = np.random.default_rng(1)
 X = random.standard_normal((60, 6))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.commands.grid import axes, points, spelled
+from fusemlp.cli.grid import axes, points, spelled
 
 
 @pytest.mark.parametrize(

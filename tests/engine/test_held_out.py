@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, Engine, Fleet
-from fusemlp import held_out as module
-from fusemlp import inference as inference_module
+from fusemlp.runtime import inference as inference_module
+from fusemlp.training import validation as module
 
 RNG = np.random.default_rng(9)
 X = RNG.standard_normal((90, 5)).astype(np.float32)

@@ -18,8 +18,8 @@ from fusemlp import (
     PReLU,
     Quantile,
 )
-from fusemlp import inference as inference_module
-from fusemlp.losses import as_loss
+from fusemlp.describe.losses import as_loss
+from fusemlp.runtime import inference as inference_module
 from fusemlp_kernels import reference
 
 INPUTS, OUTPUTS = 5, 4

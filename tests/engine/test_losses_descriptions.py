@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.losses import (
+from fusemlp.describe.losses import (
     LOSSES,
     MAE,
     MSE,
@@ -22,7 +22,7 @@ from fusemlp.losses import (
     as_loss,
     loss_from_config,
 )
-from fusemlp.network import MLP
+from fusemlp.describe.network import MLP
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError

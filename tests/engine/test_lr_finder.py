@@ -26,7 +26,7 @@ from fusemlp import (
     ShapeError,
     lr_find,
 )
-from fusemlp.lr_finder import steepest
+from fusemlp.training.lr_finder import steepest
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(axis=0)) / X.std(axis=0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.network import INITS, MLP, Activation, LeakyReLU, PReLU, as_activation
+from fusemlp.describe.network import INITS, MLP, Activation, LeakyReLU, PReLU, as_activation
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.network import MLP, PReLU
-from fusemlp.optimizers import (
+from fusemlp.describe.network import MLP, PReLU
+from fusemlp.describe.optimizers import (
     SGD,
     Adam,
     AdamW,
@@ -19,7 +19,7 @@ from fusemlp.optimizers import (
     as_optimizer,
     optimizer_from_config,
 )
-from fusemlp.schedules import Constant, Cosine, StepDecay
+from fusemlp.describe.schedules import Constant, Cosine, StepDecay
 from fusemlp_kernels.contract import ScheduleSpec, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 

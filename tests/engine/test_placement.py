@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 from lowered import FROZEN, layout_of, training_program
 
-import fusemlp.placement
+import fusemlp.program.placement
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU
-from fusemlp.buffers import plan_workspace
-from fusemlp.losses import as_loss
-from fusemlp.lowering import Inputs
-from fusemlp.optimizers import as_optimizer
-from fusemlp.placement import placement
-from fusemlp.program import Ref, Structure, Value
-from fusemlp.resident import lower_resident
-from fusemlp.verifier import ProgramError
+from fusemlp.describe.losses import as_loss
+from fusemlp.describe.optimizers import as_optimizer
+from fusemlp.program.layout import plan_workspace
+from fusemlp.program.lowering import Inputs
+from fusemlp.program.placement import placement
+from fusemlp.program.program import Ref, Structure, Value
+from fusemlp.program.resident import lower_resident
+from fusemlp.program.verifier import ProgramError
 from fusemlp_kernels.contract import Ridge, Segment, TensorRule
 
 NET = MLP([6, 5, 4, 3], activation=["relu", "tanh"], dropout=[0.0, 0.5])

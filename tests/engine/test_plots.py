@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fusemlp import ArgumentError, ArgumentTypeError, History, MissingLibraryError, plots
-from fusemlp.diagnosis import overfitting
+from fusemlp import ArgumentError, ArgumentTypeError, History, MissingLibraryError
+from fusemlp.report import plots
+from fusemlp.report.diagnosis import overfitting
 
 RISING = {
     "loss": [1.0, 0.5, 0.3, 0.2],

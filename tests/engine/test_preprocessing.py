@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.data import Dataset, load_data
-from fusemlp.preprocessing import Preprocessor, split
+from fusemlp.datasets.load import Dataset, load_data
+from fusemlp.datasets.preprocessing import Preprocessor, split
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DataError, ShapeError
 
 

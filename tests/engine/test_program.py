@@ -10,9 +10,9 @@ import pytest
 from lowered import BACKENDS, FROZEN, inference_program, training_program
 
 from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
-from fusemlp.planning import plan_text
-from fusemlp.program import Call, Program, Ref, Value, resolve, scaled
-from fusemlp.verifier import verify
+from fusemlp.program.program import Call, Program, Ref, Value, resolve, scaled
+from fusemlp.program.verifier import verify
+from fusemlp.runtime.plans import plan_text
 from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
 
 TUTORIAL = MLP([784, 128, 10])

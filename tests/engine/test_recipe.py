@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.commands import recipe
-from fusemlp.commands.options import ModelOptions, TrainOptions
-from fusemlp.losses import CrossEntropy, Huber, Quantile
-from fusemlp.network import LeakyReLU, PReLU
-from fusemlp.optimizers import SGD, Adam, AdamW
-from fusemlp.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
+from fusemlp.cli import recipe
+from fusemlp.cli.options import ModelOptions, TrainOptions
+from fusemlp.describe.losses import CrossEntropy, Huber, Quantile
+from fusemlp.describe.network import LeakyReLU, PReLU
+from fusemlp.describe.optimizers import SGD, Adam, AdamW
+from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
 
 PLAIN = TrainOptions(data="digits")
 

@@ -313,10 +313,10 @@ def test_divergence_goes_back_to_the_last_good_epoch() -> None:
 
 
 def test_the_resident_program_is_one_verified_call() -> None:
-    from fusemlp.buffers import parameter_layout
-    from fusemlp.lowering import Inputs
-    from fusemlp.resident import lower_resident
-    from fusemlp.verifier import verify
+    from fusemlp.program.layout import parameter_layout
+    from fusemlp.program.lowering import Inputs
+    from fusemlp.program.resident import lower_resident
+    from fusemlp.program.verifier import verify
 
     net, optimizer = MLP(SIZES, activation="prelu"), Adam()
     layout = parameter_layout(net, row_multiple=1, item_bytes=4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusemlp.runs import (
+from fusemlp.report.runs import (
     FORMAT,
     Run,
     append_metrics,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.schedules import (
+from fusemlp.describe.schedules import (
     PLATEAU_START,
     SCHEDULES,
     Constant,

@@ -31,7 +31,7 @@ from fusemlp import (
     Quantile,
     StepDecay,
 )
-from fusemlp.buffers import short_names
+from fusemlp.program.layout import short_names
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import BATCH_INDEX, UPDATE_COUNT
 from fusemlp_kernels.philox import dropout_keep, row_order

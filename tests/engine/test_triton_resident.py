@@ -23,7 +23,7 @@ from fusemlp import (
     Fleet,
     PReLU,
 )
-from fusemlp.execution import choose_plan, resident_chunk
+from fusemlp.runtime.plans import choose_plan, resident_chunk
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
 from fusemlp_kernels.registry import TRAITS, interprets_triton

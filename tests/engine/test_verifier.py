@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lowered import FROZEN, cases, inference_program, planned, training_program
 
 from fusemlp import MLP, SGD, Adam
-from fusemlp.program import Call, Ref, Value
-from fusemlp.verifier import ProgramError, lifetimes, verify
+from fusemlp.program.program import Call, Ref, Value
+from fusemlp.program.verifier import ProgramError, lifetimes, verify
 from fusemlp_kernels.contract import Segment, TensorRule
 
 CASES = settings(max_examples=300, deadline=None, derandomize=True, database=None)

@@ -23,7 +23,7 @@ from tolerance import (
     update_bound,
 )
 
-from fusemlp.buffers import short_names
+from fusemlp.program.layout import short_names
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import BATCH_INDEX, NEEDS_Z, UPDATE_COUNT
 from fusemlp_kernels.philox import dropout_keep

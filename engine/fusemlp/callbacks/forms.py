@@ -20,7 +20,7 @@ from fusemlp_kernels.errors import ArgumentTypeError
 
 if TYPE_CHECKING:
     from fusemlp.engine import Engine
-    from fusemlp.history import History
+    from fusemlp.training.history import History
 
 # The parameters of each method in the library's form and in Keras's.
 OWN: dict[str, tuple[str, ...]] = {

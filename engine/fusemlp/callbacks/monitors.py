@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching
-from fusemlp.network import check_choice, check_flag
-from fusemlp.validation import Array, as_count, as_number
+from fusemlp.describe.network import check_choice, check_flag
+from fusemlp.inputs.arrays import Array, as_count, as_number
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 MODES = ("auto", "min", "max")

@@ -16,8 +16,8 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from fusemlp.callbacks import checked_callbacks, exits, prepare
-from fusemlp.network import Activation
-from fusemlp.schedules import Schedule
+from fusemlp.describe.network import Activation
+from fusemlp.describe.schedules import Schedule
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.gathering import training

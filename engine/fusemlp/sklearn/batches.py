@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.lowering import Inputs
+from fusemlp.program.lowering import Inputs
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp_kernels.contract import LAST_LOSS, LOSS_SUM, ROW_OFFSET, ROW_STEP, ROW_TOTAL

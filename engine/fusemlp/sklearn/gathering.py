@@ -24,11 +24,11 @@ import joblib
 import numpy as np
 
 from fusemlp.engine import Engine
-from fusemlp.execution import fleet_chunk
-from fusemlp.fitting import GROUP_ROWS
-from fusemlp.lockstep import Group, Places, bind_fleet, fleet_rows, kin
-from fusemlp.lowering import Inputs
-from fusemlp.program import Program
+from fusemlp.fleet.launches import Group, Places, bind_fleet, fleet_rows, kin
+from fusemlp.program.lowering import Inputs
+from fusemlp.program.program import Program
+from fusemlp.runtime.plans import fleet_chunk
+from fusemlp.training.loop import GROUP_ROWS
 from fusemlp_kernels.contract import LossSpec, Ridge, UpdateRule, step_flops
 
 Array = np.ndarray[Any, Any]

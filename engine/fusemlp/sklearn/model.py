@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.schedules import PLATEAU_START, PlateauState
 from fusemlp.engine import Engine, availability
-from fusemlp.execution import BoundProgram, choose_plan
-from fusemlp.losses import Loss
-from fusemlp.lowering import Inputs
-from fusemlp.network import MLP
-from fusemlp.optimizers import Optimizer
-from fusemlp.schedules import PLATEAU_START, PlateauState
+from fusemlp.program.lowering import Inputs
+from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.plans import choose_plan
 from fusemlp.sklearn.gathering import Seat, gathering
 from fusemlp_kernels.contract import Ridge, UpdateRule, step_flops
 

@@ -13,7 +13,7 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import validate_data
 
-from fusemlp.losses import Huber, Quantile
+from fusemlp.describe.losses import Huber, Quantile
 from fusemlp.sklearn.base import Array, BaseMLP
 from fusemlp.sklearn.settings import CONSTRAINTS, REGRESSION_LOSSES, Objective, regression_objective
 

@@ -17,12 +17,12 @@ from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from fusemlp.planning import trains_together
+from fusemlp.fleet.memory import available_memory
+from fusemlp.runtime.plans import trains_together
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.settings import chosen_backend
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp.sklearn.side_by_side import SideBySide
-from fusemlp.waves import available_memory
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # The most models that train in common launches: about two for each multiprocessor of a large card.

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
-from fusemlp.execution import open_backend
-from fusemlp.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
-from fusemlp.network import MLP, Activation, as_activation
-from fusemlp.optimizers import SGD, Adam, AdamW, Optimizer
-from fusemlp.schedules import Schedule
+from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
+from fusemlp.describe.network import MLP, Activation, as_activation
+from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
+from fusemlp.describe.schedules import Schedule
+from fusemlp.runtime.backends import open_backend
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")

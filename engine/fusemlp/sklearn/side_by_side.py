@@ -11,7 +11,7 @@ from typing import Any
 from joblib.parallel import ThreadingBackend
 from sklearn import config_context
 
-from fusemlp.execution import one_blas_thread
+from fusemlp.runtime.backends import one_blas_thread
 from fusemlp.sklearn.gathering import Gathering
 
 _abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)

@@ -12,13 +12,13 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from fusemlp.callbacks import deferred_interrupt, overrides
-from fusemlp.fitting import ROWS_AT_ONCE
-from fusemlp.history import History
-from fusemlp.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.side_by_side import abandoned
+from fusemlp.training.history import History
+from fusemlp.training.loop import ROWS_AT_ONCE
 
 Array = np.ndarray[Any, Any]
 

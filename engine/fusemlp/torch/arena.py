@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fusemlp.execution import Memory
+from fusemlp.runtime.memory import Memory
 from fusemlp.torch.modules import Reading, Slot
 from fusemlp.torch.optimizers import MOMENTS
 from fusemlp_kernels.errors import ArgumentError, ShapeError

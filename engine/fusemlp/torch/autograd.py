@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusemlp.execution import open_backend
-from fusemlp.network import Activation
+from fusemlp.describe.network import Activation
+from fusemlp.runtime.backends import open_backend
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     COUNTERS,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusemlp.losses import Loss
+from fusemlp.describe.losses import Loss
 from fusemlp.torch.modules import Reading
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fusemlp.buffers import short_names
+from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
-from fusemlp.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
+from fusemlp.program.layout import short_names
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp_kernels.contract import UPDATE_COUNT
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusemlp.network import MLP, Activation, as_activation
+from fusemlp.describe.network import MLP, Activation, as_activation
+from fusemlp.inputs.arrays import as_count
 from fusemlp.torch.autograd import Chain, ChainFunction
-from fusemlp.validation import as_count
 from fusemlp_kernels.errors import DTypeError, ShapeError
 
 

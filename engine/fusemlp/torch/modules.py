@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusemlp.network import MLP, Activation
+from fusemlp.describe.network import MLP, Activation
 from fusemlp.torch.tracing import Part, trace_parts
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusemlp.buffers import Layout, short_names
-from fusemlp.execution import BoundProgram, Memory, Workspace
-from fusemlp.losses import CrossEntropy, Loss
-from fusemlp.lowering import Inputs, lower_training
-from fusemlp.program import Program
+from fusemlp.describe.losses import CrossEntropy, Loss
+from fusemlp.program.layout import Layout, short_names
+from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.program import Program
+from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.torch.arena import as_tensor
 from fusemlp.torch.batches import bad_label, check_shapes, check_tensors
 from fusemlp.torch.modules import Reading

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fusemlp.execution import Memory, open_backend
-from fusemlp.program import Program
+from fusemlp.inputs.arrays import as_count
+from fusemlp.program.program import Program
+from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.memory import Memory
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp.torch.arena import Tie
 from fusemlp.torch.batches import check_tensors
@@ -19,7 +21,6 @@ from fusemlp.torch.optimizers import GroupRule
 from fusemlp.torch.programs import Batch, Programs, program_key
 from fusemlp.torch.updates import Clocks, UpdateSet
 from fusemlp.torch.watch import Watch
-from fusemlp.validation import as_count
 from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend
 from fusemlp_kernels.errors import ArgumentError, DTypeError
 

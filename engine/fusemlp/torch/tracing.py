@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from fusemlp.network import Activation
+from fusemlp.describe.network import Activation
 from fusemlp_kernels.errors import ArgumentError
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fusemlp.buffers import Layout
-from fusemlp.execution import BoundProgram
-from fusemlp.program import Call, Ref, resolve
+from fusemlp.program.layout import Layout
+from fusemlp.program.program import Call, Ref, resolve
+from fusemlp.runtime.bound import BoundProgram
 from fusemlp_kernels.contract import (
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,

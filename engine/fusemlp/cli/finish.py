@@ -1,0 +1,79 @@
+"""The end of a training: the model's checkpoint, ``report.json`` and ``curves.png``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fusemlp.cli.prepare import Prepared
+from fusemlp.engine import Engine
+from fusemlp.report import diagnosis
+from fusemlp.report.metrics import score
+from fusemlp.report.plots import HINT, can_plot, curves_png
+from fusemlp.report.runs import Run, write_json
+from fusemlp.training.checkpoint import write_atomically
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import DivergenceError
+
+
+def finish(
+    run: Run, engine: Engine, prepared: Prepared, *, interrupted: bool, failure: DivergenceError | None
+) -> dict[str, Any]:
+    """Write what a training ends with, and return the report.
+
+    A training that diverged has no model and no test: its engine is back at the last good epoch, whose checkpoint is
+    ``last``.
+    """
+    history = engine.history or History()
+    if failure is None:
+        engine.save_checkpoint(run.checkpoint("model"))
+    best = None if history.best_epoch is None else history.best_epoch + 1
+    restored = "restored" in history.stopped
+    overfitting = diagnosis.overfitting(history.history, restored=restored)
+    found = [diagnosis.divergence(str(failure))] if failure is not None else []
+    dead = engine.dead_units(prepared.train.X)
+    found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
+    report: dict[str, Any] = {
+        "task": prepared.dataset.task,
+        "epochs": len(history.epochs),
+        "best_epoch": best,
+        "stopped": history.stopped,
+        "interrupted": interrupted,
+        "diverged": failure is not None,
+        "seconds": sum(history.seconds),
+        "final": {name: values[-1] for name, values in history.history.items()},
+        "dead_units": dead,
+        "diagnosis": [finding.to_config() for finding in found],
+    }
+    if failure is None:
+        test = prepared.test
+        report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
+    if not can_plot():
+        report["no_plot"] = f"it needs matplotlib: {HINT}"
+    elif not history.epochs:
+        report["no_plot"] = "no epoch was completed"
+    else:
+        test_figures = report.get("test", {})
+        figure = next((name for name in ("accuracy", "rmse") if name in test_figures), None)
+        result = f", test {figure} {test_figures[figure]:.4g}" if figure else ""
+        picture = curves_png(
+            history.history,
+            loss=engine.loss.kind,
+            title=f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}{result}",
+            best_epoch=best,
+            overfitting=overfitting,
+        )
+        write_atomically(run.curves, picture)
+    # The last of all: a run that has a report needs nothing more.
+    write_json(run.report, finite(report))
+    return report
+
+
+def finite(content: Any) -> Any:
+    """``content`` for JSON, which has no NaN and no infinities: None in their place."""
+    if isinstance(content, Mapping):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,44 @@
+"""``fusemlp plot``: the curves of several runs in one picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusemlp.cli.apply import check_output, write_output
+from fusemlp.report.plots import FORMATS, HINT, Curves, can_plot, comparison_figure, picture
+from fusemlp.report.runs import open_run, read_metrics
+from fusemlp_kernels.errors import CheckpointError, MissingLibraryError
+
+
+def plot(paths: Sequence[Path], *, out: Path, force: bool, as_json: bool) -> None:
+    """Draw loss and accuracy of the runs over their epochs."""
+    check_output("out", out, FORMATS, force=force)
+    if not can_plot():
+        raise MissingLibraryError(f"plot: it needs matplotlib: {HINT}")
+    runs = [_curves(path, name) for path, name in zip(paths, names(paths), strict=True)]
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    figure = comparison_figure(runs, title=title)
+    write_output("out", out, picture(figure, out.suffix.lower().removeprefix(".")))
+    if as_json:
+        print(json.dumps({"runs": [str(path) for path in paths], "plot": str(out)}))
+    else:
+        print(f"plot {out}")
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """What to call the runs: the names of their folders, or the whole paths where those are not enough."""
+    short = [path.resolve().name for path in paths]
+    return short if len(set(short)) == len(short) else [str(path) for path in paths]
+
+
+def _curves(path: Path, name: str) -> Curves:
+    run, config = open_run(path)
+    rows = read_metrics(run)
+    if not rows:
+        raise CheckpointError(
+            f"run: {str(path)!r} has no complete epoch yet, so there is nothing to draw; leave it out"
+        )
+    history = {quantity: [row[quantity] for row in rows] for quantity in rows[0] if quantity != "epoch"}
+    return Curves(name, history, config["loss"]["kind"])

@@ -1,0 +1,166 @@
+"""Data for a training: split into training, validation and test rows, scaled, encoded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusemlp.cli import recipe
+from fusemlp.cli.options import ModelOptions
+from fusemlp.datasets.load import Dataset, load_data
+from fusemlp.datasets.preprocessing import SCALES, Preprocessor, split
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.network import MLP
+from fusemlp.inputs.arrays import Array, as_count, as_number
+from fusemlp_kernels.errors import DataError, unknown_name
+
+TEST_FRACTION = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows as the engine takes them: X (n, inputs), y what the loss is given; ``labels`` as they were in the data."""
+
+    X: Array
+    y: Array
+    labels: Array
+    weight: Array | None = None
+
+    @property
+    def triple(self) -> tuple[Array, ...]:
+        """As ``fit`` takes validation data."""
+        return (self.X, self.y) if self.weight is None else (self.X, self.y, self.weight)
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The three parts of a data set, and what belongs to them. ``validation`` is None where none was wanted."""
+
+    dataset: Dataset
+    preprocessor: Preprocessor
+    network: MLP
+    loss: Loss
+    train: Rows
+    validation: Rows | None
+    test: Rows
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What ``config.json`` says of the data."""
+        return {
+            "name": self.dataset.name,
+            "fingerprint": fingerprint(self.dataset),
+            "task": self.dataset.task,
+            "rows": len(self.train) + len(self.validation or ()) + len(self.test),
+            "training_rows": len(self.train),
+            "validation_rows": len(self.validation or ()),
+            "test_rows": len(self.test),
+            "test": "held-out fifth" if self.dataset.test is None else "the data's own test set",
+        }
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 over the arrays of a data set: equal for equal content, whatever file it came from."""
+    digest = hashlib.sha256()
+    for array in (dataset.X, dataset.y, *(dataset.test or ())):
+        plain = array.astype(str) if array.dtype.kind == "O" else array
+        digest.update(f"{plain.dtype.str}{plain.shape}".encode())
+        digest.update(np.ascontiguousarray(plain).tobytes())
+    return digest.hexdigest()
+
+
+def class_codes(preprocessor: Preprocessor, labels: Array) -> Array:
+    """Class indices (n,), also where the loss is given one-hot rows."""
+    encoded = preprocessor.encode_targets(labels)
+    codes: Array = encoded.argmax(axis=1) if encoded.ndim == 2 else encoded
+    return codes
+
+
+def _held_out(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
+    """``split``, whose error says for what the rows would be held out."""
+    try:
+        return split(y, **options)
+    except DataError as error:
+        raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
+
+
+def prepare(options: ModelOptions) -> Prepared:
+    """Load the data of the options and make everything of it that a training needs; the same for the same options.
+
+    Everything that can be wrong with the options of data, network and loss is raised here.
+    """
+    seed = as_count("seed", options.seed, minimum=0)
+    if options.split_seed is not None:
+        seed = as_count("split_seed", options.split_seed, minimum=0)
+    as_number("validation_fraction", options.validation_fraction, low=0.0, high=1.0, high_open=True)
+    if options.scale not in SCALES:
+        raise unknown_name("scale", options.scale, SCALES)
+    widths = recipe.hidden_widths(options.hidden)
+    assert options.data is not None, "checked where the options come in"
+    dataset = load_data(options.data, target=options.target, task=options.task)
+    classify = dataset.task == "classification"
+    # Which rows are held out depends on the whole data set and this seed alone.
+    if dataset.test is None:
+        rest, held_out = _held_out("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
+        test_features, test_labels = dataset.X[held_out], dataset.y[held_out]
+    else:
+        rest = np.arange(len(dataset.y), dtype=np.int64)
+        test_features, test_labels = dataset.test
+    training, validation = rest, rest[:0]
+    if options.validation_fraction > 0:
+        share = options.validation_fraction
+        kept, chosen = _held_out("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
+        training, validation = rest[kept], rest[chosen]
+
+    classes = len(_classes(dataset)) if classify else 0
+    name = recipe.loss_name(options, dataset.task, classes)
+    preprocessor = Preprocessor.fit(
+        dataset,
+        training,
+        scale=options.scale,
+        one_hot_targets=name in recipe.ONE_HOT,
+        scale_targets=name != "poisson",
+    )
+    outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
+    net = recipe.network(
+        (preprocessor.width, *widths, outputs),
+        activation=options.activation,
+        output_activation=options.output_activation,
+        dropout=options.dropout,
+        slope=options.slope,
+        init=options.init,
+    )
+    weights = None
+    if classify:
+        codes = class_codes(preprocessor, dataset.y[training])
+        weights = recipe.class_weights(options.class_weight, codes, classes)
+    loss = recipe.loss(options, name, weights)
+    loss.check_network(net)
+    row_weights = None if weights is None or name == "cross_entropy" else np.array(weights)
+
+    def rows(X: Array, labels: Array) -> Rows:
+        weight = None
+        if row_weights is not None:
+            weight = row_weights[class_codes(preprocessor, labels)]
+        return Rows(preprocessor.transform_features(X), preprocessor.encode_targets(labels), labels, weight)
+
+    return Prepared(
+        dataset,
+        preprocessor,
+        net,
+        loss,
+        rows(dataset.X[training], dataset.y[training]),
+        rows(dataset.X[validation], dataset.y[validation]) if len(validation) else None,
+        rows(test_features, test_labels),
+    )
+
+
+def _classes(dataset: Dataset) -> Array:
+    labels = dataset.y if dataset.test is None else np.concatenate([dataset.y, dataset.test[1]])
+    return np.unique(labels)

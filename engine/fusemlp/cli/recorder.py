@@ -1,0 +1,52 @@
+"""Keeps a run folder up to date while ``fit`` trains: metrics and checkpoints, an epoch at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+
+from fusemlp.callbacks import Callback
+from fusemlp.engine import Engine
+from fusemlp.report.runs import Run, append_metrics
+
+
+class Recorder(Callback):
+    """Writes a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
+
+    The checkpoint ``best`` is the one with the lowest validation loss; ``best_loss`` is what a resumed run had. The row
+    is written before the checkpoint: whatever moment a run is killed at, each epoch of its checkpoint has a row.
+    """
+
+    def __init__(self, run: Run, *, every: int, best_loss: float = math.inf) -> None:
+        self.run = run
+        self.every = every
+        self.best_loss = best_loss
+
+    def on_train_begin(self, engine: Engine) -> None:
+        if not self.run.checkpoint("last").exists():
+            engine.save_checkpoint(self.run.checkpoint("last"))
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        append_metrics(self.run, {"epoch": epoch + 1, **logs})
+        is_last = engine.fit_state is not None and engine.fit_state.last_epoch == epoch + 1
+        due = is_last or (epoch + 1) % self.every == 0
+        if due:
+            engine.save_checkpoint(self.run.checkpoint("last"))
+        loss = logs.get("val_loss", math.inf)
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self._save_best(engine, linked=due)
+
+    def _save_best(self, engine: Engine, *, linked: bool) -> None:
+        """The checkpoint ``last`` if it was just written, under a second name; else a file of its own."""
+        best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
+        if linked:
+            temporary = best.with_name(f".{best.name}.tmp")
+            # A file system without hard links takes a second file.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+                os.link(last, temporary)
+                temporary.replace(best)
+                return
+        engine.save_checkpoint(best)

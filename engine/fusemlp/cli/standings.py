@@ -1,0 +1,116 @@
+"""The models of a sweep as rows of words, best first; and on a terminal, while it goes on, the best of them so far."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fusemlp.callbacks.progress import REDRAW
+from fusemlp.cli.grid import spelled
+from fusemlp.fleet.results import FleetResults, Member
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BEST = 8  # rows of the table
+
+Point = Mapping[str, Any]
+Show = Callable[[Collection[Member]], None]
+
+
+class Seldom:
+    """Says when something is due again: every so many seconds, and never for more than a twentieth of the time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.next = 0.0
+
+    def do(self, action: Callable[[], object]) -> None:
+        """``action``, if it is due."""
+        began = time.monotonic()
+        if began >= self.next:
+            action()
+            ended = time.monotonic()
+            self.next = ended + max(self.seconds, 20 * (ended - began))
+
+
+def table(members: Collection[Member], points: Sequence[Point], metric: str, *, limit: int | None) -> list[list[str]]:
+    """A header and a row for each model: its parameters, scores, epochs and status."""
+    ranked = FleetResults(tuple(members)).ranked(metric)[:limit]
+    scores = list(dict.fromkeys(name for member in ranked for name in member.scores))
+    scores.sort(key=lambda name: (name != metric, not name.startswith("val_")))
+    rows = [["model", *points[0], *scores, "epochs", "status"]]
+    for member in ranked:
+        parameters = [_short(value) for value in points[member.index].values()]
+        figures = [f"{member.scores[name]:.4g}" if name in member.scores else "-" for name in scores]
+        rows.append([str(member.index), *parameters, *figures, str(len(member.history.epochs)), member.status])
+    return rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else spelled(value)
+
+
+def counts(members: Collection[Member], total: int) -> str:
+    """``412 of 640 models: 380 trained, 30 stopped early, 2 diverged``."""
+    said = {"trained": "trained", "stopped": "stopped early", "diverged": "diverged"}
+    parts = []
+    for status, words in said.items():
+        number = sum(member.status == status for member in members)
+        if number:
+            parts.append(f"{number} {words}")
+    of = f"{len(members)} of {total}" if len(members) < total else f"{total}"
+    return f"{of} model{'' if total == 1 else 's'}: {', '.join(parts) or 'none has ended yet'}"
+
+
+@contextmanager
+def standings(points: Sequence[Point], metric: str, *, quiet: bool) -> Iterator[Show]:
+    """A function of the models that have ended, which shows the best on a terminal, and elsewhere nothing."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda members: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    seldom, began = Seldom(REDRAW), time.perf_counter()
+    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
+
+        def draw(members: Collection[Member]) -> None:
+            title = f"{counts(members, len(points))}; {time.perf_counter() - began:.0f} s"
+            rows = table(members, points, metric, limit=BEST)
+            shown = _drawn(rows, title)
+            # measured where there is room for everything
+            roomy = live.console.options.update(width=10_000)
+            for name in _dispensable(rows[0], points[0], metric):
+                if live.console.measure(shown, options=roomy).maximum <= live.console.width:
+                    break
+                at = rows[0].index(name)
+                rows = [row[:at] + row[at + 1 :] for row in rows]
+                shown = _drawn(rows, title)
+            live.update(shown, refresh=True)
+
+        draw([])
+        yield lambda members: seldom.do(lambda: draw(members))
+
+
+def _dispensable(header: Sequence[str], parameters: Iterable[str], metric: str) -> list[str]:
+    """The columns without which the others say enough, in the order in which a narrow terminal loses them."""
+    scores = [name for name in header if name not in {*parameters, metric, "model", "epochs", "status"}]
+    of_training = [name for name in scores if not name.startswith("val_")]
+    return [*of_training, "status", *(name for name in scores if name not in of_training), "epochs", "model"]
+
+
+def _drawn(rows: Sequence[Sequence[str]], title: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    header, *body = rows
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name in header:
+        drawn.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
+    for number, row in enumerate(body):
+        drawn.add_row(*row, style="bold green" if number == 0 else None)
+    return drawn

@@ -1,0 +1,335 @@
+"""``fusemlp sweep``: many models on one data set, the best of them as a run folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from typing import Any
+
+from fusemlp.cli import grid, recipe
+from fusemlp.cli.finish import finish, finite
+from fusemlp.cli.options import FitOptions, TrainOptions
+from fusemlp.cli.prepare import Prepared, prepare
+from fusemlp.cli.standings import Point, Seldom, Show, counts, standings, table
+from fusemlp.cli.sweep_options import SweepOptions
+from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data
+from fusemlp.datasets.load import NAMES
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.results import RISING, FleetResults, Member
+from fusemlp.inputs.arrays import as_count
+from fusemlp.report.metrics import aligned, headline
+from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
+from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, discard_if_empty, write_json
+from fusemlp.training.checkpoint import write_atomically
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+# The options of ``train`` that a parameter is.
+OPTIONS = {"betas": ("beta1", "beta2")}
+# Seconds between two writings of what has come so far.
+WRITE = 5.0
+SHOWN = 5  # models in the table at the end
+# A list of no more values than these is drawn as words beside each other.
+MOST_WORDS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A sweep that is about to begin: ``points`` and ``trained_by`` have an entry for each model."""
+
+    options: SweepOptions
+    axes: tuple[grid.Axis, ...]
+    points: list[dict[str, Any]]
+    trained_by: list[TrainOptions]
+    prepared: Prepared
+    fleet: Fleet
+    epochs: int
+    metric: str
+
+    @property
+    def results(self) -> str:
+        return "results.csv"
+
+
+def sweep(options: SweepOptions) -> None:
+    """Train all models, keep the results and the best; raises DivergenceError if every model diverged."""
+    started = datetime.now()
+    if options.data is None:
+        raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}")
+    folder = choose_folder(options.out, options.data, started, resumes=False)
+    plan = planned(options)
+    was_there = folder.exists()
+    run = create_run(folder)
+    if not options.quiet:
+        print(describe(plan), file=sys.stderr)
+    began = time.perf_counter()
+    try:
+        members, interrupted = trained(plan, run)
+    except BaseException:
+        # the same call again must not find its folder taken by nothing
+        discard_if_empty(run, itself=not was_there)
+        raise
+    seconds = time.perf_counter() - began
+    write_results(plan, run, members)
+    results = FleetResults(tuple(members))
+    no_plot = draw(plan, run, results)
+    if not options.as_json:
+        if interrupted:
+            print(f"interrupted: kept are the {len(members)} models that had ended, of {len(plan.points)}")
+        print(f"{counts(members, len(plan.points))}; {seconds:.1f} s\n")
+        print(f"{aligned(table(members, plan.points, plan.metric, limit=SHOWN))}\n")
+        print(f"results {run.path / plan.results}")
+        print(no_plot or f"plot {run.path / 'scores.png'}")
+    best = results.best(plan.metric)
+    config = best_config(plan, best, started, len(members), interrupted=interrupted, seconds=seconds)
+    write_json(run.config, config)
+    for at, epoch in enumerate(best.history.epochs):
+        append_metrics(run, {"epoch": epoch + 1, **{k: v[at] for k, v in best.history.history.items()}})
+    report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
+    show(plan, run, best, report, config)
+
+
+def planned(options: SweepOptions) -> Plan:
+    """Everything that can be wrong is raised here, before there is a folder."""
+    axes = grid.axes(options.vary or ())
+    default = SweepOptions()
+    for axis in axes:
+        for option in OPTIONS.get(axis.name, (axis.name,)):
+            if getattr(options, option) != getattr(default, option):
+                instead = "; --split-seed decides the rows" if option == "seed" else ""
+                raise ArgumentError(
+                    f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
+                )
+    epochs = checked_epochs(options)
+    if options.jobs is not None:
+        as_count("jobs", options.jobs, minimum=1)
+    split_seed = options.seed if options.split_seed is None else options.split_seed
+    points = grid.points(axes, sample=options.sample, seed=split_seed)
+    trained_by = [_train_options(options, point) for point in points]
+    with _named_as_varied(axes):
+        prepared = prepare(trained_by[0])
+        rows = len(prepared.train)
+        rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
+        optimizer = recipe.optimizer(trained_by[0], rates[0])
+    most = max(one.batch_size for one in trained_by)
+    if options.drop_last and most > rows:
+        raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
+    metric = _metric(options, prepared)
+    with _named_as_varied(axes):
+        fleet = Fleet(
+            prepared.network,
+            prepared.loss,
+            optimizer,
+            trained_by[0].batch_size,
+            trained_by[0].seed,
+            vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
+            backend=options.backend,
+            device=options.device,
+            precision=options.precision,
+            plan=options.plan,
+        )
+    return Plan(options, axes, points, trained_by, prepared, fleet, epochs, metric)
+
+
+def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
+    """The options that ``train`` trains this model with."""
+    common = {field.name: getattr(options, field.name) for field in fields(FitOptions)}
+    one = TrainOptions(**{**common, "out": None, "as_json": False, "quiet": False})
+    changes: dict[str, Any] = {}
+    for name, value in point.items():
+        if name == "betas":
+            changes["beta1"], changes["beta2"] = value
+        elif name == "hidden":
+            widths = value if isinstance(value, tuple) else (value,)
+            changes["hidden"] = [",".join(map(str, widths)) or "none"]
+        else:
+            changes[name] = repr(value) if name == "dropout" else value
+    if "seed" in point and options.split_seed is None:
+        # the models share their rows
+        changes["split_seed"] = options.seed
+    return replace(one, **changes)
+
+
+@contextmanager
+def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
+    """An error about a parameter that is varied is one about ``--vary``."""
+    try:
+        yield
+    except (ArgumentError, ArgumentTypeError) as error:
+        options = {option for axis in axes for option in OPTIONS.get(axis.name, (axis.name,))}
+        name, _, rest = str(error).partition(": ")
+        if name in options:
+            raise type(error)(f"vary: {error}") from None
+        if name.startswith("vary, model "):
+            # the numbers of the models are not known before they are trained
+            raise type(error)(f"vary: {rest}") from None
+        raise
+
+
+def _metric(options: SweepOptions, prepared: Prepared) -> str:
+    names = ["loss", *(["accuracy"] if prepared.dataset.task == "classification" else [])]
+    if prepared.validation is not None:
+        names = [f"val_{name}" for name in names] + names
+    if options.metric is None:
+        return names[0]
+    if options.metric not in names:
+        raise unknown_name("metric", options.metric, names)
+    return options.metric
+
+
+def describe(plan: Plan) -> str:
+    """Two lines on what is trained, on what."""
+    engine = plan.fleet.first
+    if engine.backend != "numpy":
+        # models that train in one launch know their plan when all of them are there; on a CPU there may be no room
+        engine = plan.fleet.engines[0]
+    total = len(plan.points)
+    product = " x ".join(f"{len(axis)} {axis.name}" for axis in plan.axes)
+    sampled = "a sample of " if plan.options.sample is not None else ""
+    return (
+        f"{describe_data(plan.prepared)}\n"
+        f"{total} model{'' if total == 1 else 's'}, {sampled}{product}; {plan.epochs} epochs; {engine.loss.kind}; "
+        f"{engine.optimizer.kind}; {engine.backend} {engine.precision}, plan {engine.plan}"
+    )
+
+
+def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
+    """The models that ended, in the order of the points; True if Ctrl-C came before all of them had."""
+    rows, options = plan.prepared.train, plan.options
+    members: dict[int, Member] = {}
+    seldom = Seldom(WRITE)
+
+    def in_order() -> list[Member]:
+        return [members[index] for index in sorted(members)]
+
+    def listener(show: Show) -> Callable[[Member], None]:
+        def ended(member: Member) -> None:
+            members[member.index] = member
+            show(members.values())
+            seldom.do(lambda: write_results(plan, run, in_order()))
+
+        return ended
+
+    try:
+        with standings(plan.points, plan.metric, quiet=options.quiet) as show:
+            plan.fleet.fit(
+                rows.X,
+                rows.y,
+                epochs=plan.epochs,
+                sample_weight=rows.weight,
+                validation_data=None if plan.prepared.validation is None else plan.prepared.validation.triple,
+                early_stopping=options.early_stopping,
+                drop_last=options.drop_last,
+                jobs=options.jobs,
+                callback=listener(show),
+            )
+    except KeyboardInterrupt:
+        if not members:
+            print("interrupted before a model had ended: nothing is kept", file=sys.stderr)
+            raise
+        return in_order(), True
+    return in_order(), False
+
+
+def write_results(plan: Plan, run: Run, members: Sequence[Member]) -> None:
+    """``results.csv``: a row for each model that ended, the best first; floats in their shortest exact form."""
+    scores = list(dict.fromkeys(name for member in members for name in member.scores))
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    names = [axis.name for axis in plan.axes]
+    writer.writerow(["model", *names, "status", *scores, "epochs", "best_epoch", "seconds", "reason"])
+    for member in FleetResults(tuple(members)).ranked(plan.metric):
+        history = member.history
+        best = "" if history.best_epoch is None else history.best_epoch + 1
+        writer.writerow(
+            [
+                member.index,
+                *(grid.spelled(value) for value in plan.points[member.index].values()),
+                member.status,
+                *(repr(member.scores[name]) if name in member.scores else "" for name in scores),
+                len(history.epochs),
+                best,
+                f"{sum(history.seconds):.4f}",
+                member.reason,
+            ]
+        )
+    write_atomically(run.path / plan.results, stream.getvalue().encode())
+
+
+def draw(plan: Plan, run: Run, results: FleetResults) -> str:
+    """Write ``scores.png``, or say why there is none."""
+    if not can_plot():
+        return f"no plot: it needs matplotlib: {HINT}"
+    members = results.members
+    diverged = [member.status == "diverged" for member in members]
+    scores = [
+        float("nan") if failed else member.scores.get(plan.metric, float("nan"))
+        for member, failed in zip(members, diverged, strict=True)
+    ]
+    best, found = None, ""
+    if not all(diverged):
+        first = results.ranked(plan.metric)[0]
+        best, found = members.index(first), f"; best {plan.metric} {first.scores[plan.metric]:.4g}"
+    varied = []
+    for axis in plan.axes:
+        values = [plan.points[member.index][axis.name] for member in members]
+        if axis.scale == "" and (len(axis) <= MOST_WORDS or axis.name in grid.JOINED):
+            places, words = [axis.values.index(value) for value in values], [grid.spelled(one) for one in axis.values]
+            varied.append(Varied(axis.name, places, words=words))
+        else:
+            varied.append(Varied(axis.name, values, axis.scale or "linear", ordered=axis.name != "seed"))
+    title = f"{plan.prepared.dataset.name}: {len(members)} models{found}"
+    figure = scores_figure(varied, scores, metric=plan.metric, best=best, title=title)
+    write_atomically(run.path / "scores.png", picture(figure, "png"))
+    return ""
+
+
+def best_config(
+    plan: Plan, best: Member, started: datetime, ended: int, *, interrupted: bool, seconds: float
+) -> dict[str, Any]:
+    """The configuration of the best model, as of a run that ``train`` made, and what the sweep was."""
+    config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
+    return config | {
+        "started": started.astimezone().isoformat(timespec="seconds"),
+        "sweep": {
+            "command": shlex.join(["fusemlp", "sweep", *arguments(plan.options)]),
+            "metric": plan.metric,
+            "models": len(plan.points),
+            "ended": ended,
+            "interrupted": interrupted,
+            "seconds": seconds,
+            "best": best.index,
+        },
+    }
+
+
+def show(plan: Plan, run: Run, best: Member, report: dict[str, Any], config: dict[str, Any]) -> None:
+    """The best model on stdout."""
+    parameters = plan.points[best.index]
+    if plan.options.as_json:
+        plot = run.path / "scores.png"
+        content = {
+            **config["sweep"],
+            "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
+            "train": config["command"],
+            "test": report["test"],
+            "run": str(run.path),
+            "results": str(run.path / plan.results),
+            "plot": str(plot) if plot.exists() else None,
+        }
+        print(json.dumps(finite(content)))
+        return
+    spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
+    least = "largest" if plan.metric in RISING else "least"
+    print(f"\nbest: model {best.index}, the {least} {plan.metric}: {spelled}")
+    for line in headline(report["test"]):
+        print(line)
+    print(f"run folder {run.path}")
+    print(f"to train it again: {config['command']}")

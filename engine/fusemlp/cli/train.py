@@ -1,0 +1,286 @@
+"""``fusemlp train``: a new run, or a resumed one."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fusemlp._version import __version__
+from fusemlp.cli import recipe
+from fusemlp.cli.finish import finish, finite
+from fusemlp.cli.options import FitOptions, TrainOptions
+from fusemlp.cli.prepare import Prepared, prepare
+from fusemlp.cli.progress import progress
+from fusemlp.cli.recorder import Recorder
+from fusemlp.datasets.load import NAMES
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import optimizer_from_config
+from fusemlp.engine import Engine
+from fusemlp.inputs.arrays import as_count
+from fusemlp.report.metrics import headline
+from fusemlp.report.runs import FORMAT, Run, choose_folder, create_run, keep_metrics, open_run, write_json
+from fusemlp.training.checkpoint import load_checkpoint
+from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
+
+DEFAULT_EPOCHS = 60
+# What a resumed run may be given besides --resume; everything else stays as the run began.
+_FREE = frozenset({"resume", "epochs", "backend", "device", "checkpoint_every", "as_json", "quiet"})
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A training that is about to begin or to go on."""
+
+    run: Run
+    options: TrainOptions
+    prepared: Prepared
+    engine: Engine
+    epochs: int
+    done: int = 0
+    resume: bool = False
+
+
+def train(options: TrainOptions) -> None:
+    """Train, keep the run folder, print the results; raises DivergenceError when all that can be kept is kept."""
+    as_count("checkpoint_every", options.checkpoint_every)
+    session = new_session(options) if options.resume is None else resumed_session(options)
+    if not options.quiet:
+        print(describe(session), file=sys.stderr)
+    interrupted, failure = run_session(session)
+    report = finish(session.run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
+    show(session.run, report, as_json=options.as_json)
+    if failure is not None:
+        raise failure
+
+
+def new_session(options: TrainOptions) -> Session:
+    """Check everything, then make the run folder."""
+    if options.data is None:
+        raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
+    epochs = checked_epochs(options)
+    folder = choose_folder(options.out, options.data, datetime.now())
+    prepared = prepare(options)
+    schedule = recipe.schedule(options, rows=len(prepared.train), epochs=epochs)
+    engine = Engine(
+        prepared.network,
+        loss=prepared.loss,
+        optimizer=recipe.optimizer(options, schedule),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        backend=options.backend,
+        device=options.device,
+        precision=options.precision,
+        plan=options.plan,
+    )
+    run = create_run(folder)
+    write_json(run.config, configuration(options, prepared, engine, epochs))
+    return Session(run, options, prepared, engine, epochs)
+
+
+def checked_epochs(options: FitOptions) -> int:
+    """How many epochs to train for, once this and the early stopping are sound."""
+    epochs = as_count("epochs", DEFAULT_EPOCHS if options.epochs is None else options.epochs)
+    if options.early_stopping is not None:
+        as_count("early_stopping", options.early_stopping)
+        if options.validation_fraction == 0:
+            raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
+    return epochs
+
+
+def resumed_session(given: TrainOptions) -> Session:
+    """The run as its last checkpoint left it; refuses options that would make it another run, and other data."""
+    default = TrainOptions()
+    for option in fields(given):
+        if option.name not in _FREE and getattr(given, option.name) != getattr(default, option.name):
+            raise ArgumentError(
+                f"{option.name}: a resumed run keeps its own; leave it out, or start a new run without --resume"
+            )
+    assert given.resume is not None
+    run, config = open_run(given.resume)
+    if "sweep" in config:
+        raise ArgumentError(
+            f"resume: {str(run.path)!r} holds the best model of a sweep, which is at its end; to train it anew: "
+            f"{config['command']}"
+        )
+    source = config["data"]["source"]
+    options = replace(TrainOptions(**config["options"]), data=source, quiet=given.quiet, as_json=given.as_json)
+    backend = given.backend if given.backend != default.backend else options.backend
+    device = given.device or options.device
+    epochs = config["epochs"] if given.epochs is None else as_count("epochs", given.epochs)
+    if epochs < config["epochs"]:
+        raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
+    prepared = prepare(options)
+    stored = Preprocessor.from_config(config["preprocessor"])
+    if prepared.summary["fingerprint"] != config["data"]["fingerprint"] or prepared.preprocessor != stored:
+        raise CheckpointError(
+            f"run: the data {source!r} are not those that the run was started with; put the old ones back, or start a "
+            "new run"
+        )
+    last = run.checkpoint("last")
+    for left_over in run.path.rglob(".*.tmp"):
+        left_over.unlink(missing_ok=True)
+    if last.exists():
+        engine = load_checkpoint(last, backend=backend, device=device, network=prepared.network)
+    else:
+        engine = Engine(
+            MLP.from_config(config["network"]),
+            loss=prepared.loss,
+            optimizer=optimizer_from_config(config["optimizer"]),
+            batch_size=config["batch_size"],
+            seed=options.seed,
+            backend=backend,
+            device=device,
+            precision=options.precision,
+            plan=options.plan,
+        )
+    done = engine.epochs_trained
+    if run.report.exists():
+        _check_unfinished(json.loads(run.report.read_text(encoding="utf-8")), done, epochs)
+    keep_metrics(run, done)
+    if epochs > config["epochs"]:
+        write_json(run.config, config | {"epochs": epochs})
+    every = given.checkpoint_every if given.checkpoint_every != default.checkpoint_every else options.checkpoint_every
+    options = replace(options, checkpoint_every=every)
+    return Session(run, options, prepared, engine, epochs, done, resume=last.exists())
+
+
+def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
+    """Refuse to go on with a run that has nothing left to do."""
+    if report["diverged"]:
+        raise ArgumentError("resume: the run diverged, and would again; start a new one with a lower --lr")
+    if report["stopped"] and not report["interrupted"]:
+        raise ArgumentError(f"resume: the run has ended ({report['stopped']}); start a new one")
+    if done >= epochs:
+        raise ArgumentError(f"resume: the run has done its {done} epochs; give it more: --epochs {2 * done}")
+
+
+def arguments(options: FitOptions) -> list[str]:
+    """The words of the command line that give these options."""
+    default = type(options)()
+    words = [options.data or ""]
+    for option in fields(options):
+        value, name = getattr(options, option.name), option.name.removeprefix("as_").replace("_", "-")
+        if option.name == "data" or value == getattr(default, option.name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{name}", str(one)]
+    return words
+
+
+def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epochs: int) -> dict[str, Any]:
+    """Everything that is needed to repeat a run."""
+    assert options.data is not None
+    source = options.data if options.data in NAMES else str(Path(options.data).absolute())
+    libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
+    return {
+        "format": FORMAT,
+        "command": shlex.join(["fusemlp", "train", *arguments(options)]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "options": asdict(options),
+        "data": {"source": source, **prepared.summary},
+        "preprocessor": prepared.preprocessor.to_config(),
+        "network": engine.network.to_config(),
+        "loss": engine.loss.to_config(),
+        "optimizer": engine.optimizer.to_config(),
+        "batch_size": engine.batch_size,
+        "epochs": epochs,
+        "seed": options.seed,
+        "backend": engine.backend,
+        "device": engine.device,
+        "precision": engine.precision,
+        "plan": engine.plan,
+        "versions": {
+            "fusemlp": __version__,
+            "python": platform.python_version(),
+            **{library: version(library) for library in libraries},
+        },
+        "machine": platform.platform(),
+    }
+
+
+def describe(session: Session) -> str:
+    """Two or three lines on what is trained, with what, on what."""
+    engine, net = session.engine, session.engine.network
+    rate = engine.optimizer.schedule
+    interpreted = engine.backend == "triton" and engine.device == "cpu"
+    note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
+    return (
+        f"{describe_data(session.prepared)}\n"
+        f"{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
+        f"{engine.optimizer.kind}, {rate.kind} lr {recipe.learning_rate(session.options):g}; "
+        f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
+        f"{note if interpreted else ''}"
+    )
+
+
+def describe_data(prepared: Prepared) -> str:
+    """One line on the rows."""
+    about, classes = prepared.summary, prepared.preprocessor.classes
+    target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
+    return (
+        f"{about['name']}: {about['training_rows']} training, {about['validation_rows']} validation, "
+        f"{about['test_rows']} test rows; {prepared.network.sizes[0]} inputs, {target}"
+    )
+
+
+def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
+    """Train to the end, to Ctrl-C (True), or to a loss that is not finite: that error is handed back."""
+    engine, prepared, options = session.engine, session.prepared, session.options
+    rows = prepared.train
+    history = engine.history
+    best = min(history.history.get("val_loss", ()), default=float("inf")) if history else float("inf")
+    recorder = Recorder(session.run, every=options.checkpoint_every, best_loss=best)
+    try:
+        with progress(session.epochs, done=session.done, quiet=options.quiet) as shown:
+            engine.fit(
+                rows.X,
+                rows.y,
+                epochs=session.epochs,
+                sample_weight=rows.weight,
+                validation_data=None if prepared.validation is None else prepared.validation.triple,
+                early_stopping=options.early_stopping,
+                callbacks=[recorder, *shown],
+                drop_last=options.drop_last,
+                resume=session.resume,
+            )
+    except KeyboardInterrupt:
+        if engine.history is None or not engine.history.stopped:
+            raise
+        # Ctrl-C came between two updates: the position inside the epoch is kept too.
+        engine.save_checkpoint(session.run.checkpoint("last"))
+        return True, None
+    except DivergenceError as error:
+        return False, error
+    return False, None
+
+
+def show(run: Run, report: dict[str, Any], *, as_json: bool) -> None:
+    """The results on stdout."""
+    plot = str(run.curves) if run.curves.exists() else None
+    if as_json:
+        print(json.dumps(finite({**report, "run": str(run.path), "plot": plot})))
+        return
+    if report["interrupted"]:
+        print(f"interrupted after epoch {report['epochs']}")
+    elif report["stopped"]:
+        print(f"stopped after epoch {report['epochs']}: {report['stopped']}")
+    for line in headline(report.get("test", {})):
+        print(line)
+    for finding in report["diagnosis"]:
+        if finding["name"] == "divergence":
+            continue  # the error says it
+        helps = f"; what helps: {', '.join(finding['remedies'])}" if finding["remedies"] else ""
+        print(f"{finding['name']}: {finding['message']}{helps}")
+    print(f"run folder {run.path}")
+    print(f"plot {plot}" if plot else f"no plot: {report['no_plot']}")

@@ -1,0 +1,1 @@
+"""Data sets by name or file, and their preprocessing."""

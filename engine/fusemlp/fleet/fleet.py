@@ -1,0 +1,367 @@
+"""Many models of one kind, trained on one data set: grids, folds, seeds, ensembles."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as finished
+from contextlib import nullcontext
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.network import MLP, check_flag
+from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.engine import Engine
+from fusemlp.fleet.launches import Group, grouped, train_together
+from fusemlp.fleet.memory import Kept, Machine, room, wave
+from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
+from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
+from fusemlp.inputs.arrays import as_count, to_array
+from fusemlp.runtime.backends import one_blas_thread
+from fusemlp.runtime.turns import in_turn
+from fusemlp.training.fit import checked_validation, fit_checked
+from fusemlp.training.history import History
+from fusemlp.training.validation import Validation
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
+
+Array = np.ndarray[Any, Any]
+
+_log = logging.getLogger("fusemlp")
+
+
+class Fleet:
+    """Models that differ in what ``vary`` names, and otherwise are what ``Engine`` would make of the other arguments.
+
+    ``vary``: a mapping of names to values, for all combinations of them, or a list of mappings, one a model. The names:
+    lr, momentum, betas, weight_decay, dropout, hidden (the widths between input and output: a number or a sequence),
+    label_smoothing, seed, batch_size.
+
+    On a CPU with numba the models train side by side, one a core, each as one compiled loop. Without numba small models
+    of one shape make their steps together on one core, in fewer calls than each by itself; large ones take turns, and
+    with ``plan="eager"`` all do. A fleet of n models ends with the same bits as n engines trained alone with BLAS on
+    one thread. On a GPU models of one shape train in one launch, a multiprocessor each: a model that has ended leaves
+    it. ``plan_reason`` of an engine says whether it is one of those.
+
+    ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
+    Where all do not find room, they are built and trained in waves, and this is logged: then of each model that has
+    ended the parameters and the history are kept, ``results.engine(i)`` makes an engine of them, and another ``fit``
+    of this fleet is refused, since the optimizers' state is gone.
+
+    Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
+    """
+
+    def __init__(
+        self,
+        net: MLP,
+        loss: str | Loss = "cross_entropy",
+        optimizer: str | Optimizer = "adam",
+        batch_size: int = 32,
+        seed: int = 0,
+        *,
+        vary: Vary,
+        backend: str = "auto",
+        device: str | None = None,
+        precision: str = "fp32",
+        plan: str = "auto",
+        memory: int | None = None,
+    ) -> None:
+        if not isinstance(net, MLP):
+            raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
+        base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
+        self.candidates = tuple(
+            candidate(base, parameters, f"vary, model {index}") for index, parameters in enumerate(combinations(vary))
+        )
+        self._machine = Machine(backend, device, precision, plan)
+        self._memory = None if memory is None else as_count("memory", memory, minimum=1)
+        # the first finds out whether there is such a machine, and what "auto" is here; the others need not
+        self._built = [self._machine.engine(self.candidates[0])]
+        self._found = replace(self._machine, backend=self._built[0].backend, device=self._built[0].device)
+        self._in_waves = False
+        self.results: FleetResults | None = None
+        self._groups: list[tuple[Group, list[int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    @property
+    def first(self) -> Engine:
+        """An engine of the first model, for which no other is built; in waves a new one."""
+        return self._built[0] if self._built else self._found.engine(self.candidates[0])
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engine of each model. Raises ArgumentError where they were trained in waves: see ``results.engine``."""
+        if self._in_waves:
+            raise ArgumentError("engines: the models were trained in waves; results.engine(i) makes the engine of one")
+        self._built += [self._found.engine(one) for one in self.candidates[len(self._built) :]]
+        self._grouped(dict(enumerate(self._built)))
+        return tuple(self._built)
+
+    def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[Group, list[int]]]:
+        """Those of ``engines`` that train in one launch, with their places; of all engines it is found out once."""
+        if self._in_waves:
+            # kept, they would keep the engines of this wave while those of the next are built
+            self._groups = None
+            return grouped(engines, self._machine.plan)
+        if self._groups is None:
+            self._groups = grouped(engines, self._machine.plan)
+        return self._groups
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        epochs: int,
+        sample_weight: Any = None,
+        validation_data: tuple[Any, ...] | None = None,
+        early_stopping: int | None = None,
+        rows: Sequence[Any] | None = None,
+        validation_rows: Sequence[Any] | None = None,
+        drop_last: bool = False,
+        jobs: int | None = None,
+        callback: Callable[[Member], object] | None = None,
+    ) -> FleetResults:
+        """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
+
+        ``rows``: for each model the rows of X that it is trained on, such as folds or bootstraps, in place of all;
+        ``validation_rows``: for each model the rows of X that it is validated on, in place of ``validation_data``.
+        Each model has its own early stopping. A model whose loss is no longer finite is marked, at its last good epoch,
+        and the others go on. ``jobs``: how many train at once, by default one a core, where each trains by itself.
+
+        ``callback`` is called with the ``Member`` of each model when it has ended, in the order in which they end and
+        in the thread that called ``fit``; the others train on meanwhile. What it raises ends the training as Ctrl-C
+        does: all models stop after their batches, and it is raised from here. ``results`` is None then; ``engines``
+        have what was learned.
+
+        Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
+        """
+        epochs = as_count("epochs", epochs, minimum=1)
+        patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
+        workers = _cores() if jobs is None else as_count("jobs", jobs, minimum=1)
+        check_flag("drop_last", drop_last)
+        if callback is not None and not callable(callback):
+            raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
+        if self._in_waves:
+            raise ArgumentError(
+                "fit: the models were trained in waves, and their optimizers' state is gone; make a new Fleet, or one "
+                "with more memory="
+            )
+        first = self._built[0]
+        features = first.features("X", X)
+        targets = first.targets("y", y, rows=len(features))
+        weight = first.weights("sample_weight", sample_weight, rows=len(features))
+        trained_on = self._rows("rows", rows, len(features))
+        validation = checked_validation(first, validation_data, common=True)
+        validations: list[Validation | None] = [validation] * len(self)
+        if validation_rows is not None:
+            if validation is not None:
+                raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
+            held_out = self._rows("validation_rows", validation_rows, len(features))
+            # the rows of a fold are picked on the host
+            whole = Validation(
+                first.on_host(features),
+                targets._replace(values=first.on_host(targets.values)),
+                None if weight is None else first.on_host(weight),
+            )
+            # models often have a fold in common
+            folds = {one.tobytes(): one for one in held_out if one is not None}
+            picked = {key: _picked(whole, one) for key, one in folds.items()}
+            validations = [None if one is None else picked[one.tobytes()] for one in held_out]
+        if patience is not None and validations[0] is None:
+            raise ArgumentError(
+                "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
+            )
+        for index, one in enumerate(self.candidates):
+            # what the loss refuses must come out here
+            one.loss.spec(accuracy=False, soft=targets.soft)
+            chosen = trained_on[index]
+            count = len(features) if chosen is None else len(chosen)
+            if drop_last and count < one.batch_size:
+                raise ArgumentError(
+                    f"drop_last: {count} rows do not fill one batch of {one.batch_size}, and model {index} would not "
+                    "be trained"
+                )
+
+        most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
+        # on a GPU the models have one device in common, and Triton's interpreter is not for several threads
+        workers = workers if first.backend == "numpy" else 1
+        members: dict[int, Member] = {}
+
+        def task(index: int, engine: Engine) -> Callable[[], History]:
+            return lambda: fit_checked(
+                engine,
+                features,
+                targets,
+                weight,
+                epochs=epochs,
+                validation=validations[index],
+                patience=patience,
+                rows=trained_on[index],
+                drop_last=drop_last,
+            ).run()
+
+        def ended(index: int, error: DivergenceError | None) -> None:
+            members[index] = self._member(index, engines[index], error, restores=patience is not None)
+            if callback is not None:
+                callback(members[index])
+
+        self.results = None  # if this is cut off, those of an earlier training are no longer true
+        while len(members) < len(self):
+            engines = self._wave(len(members), most)
+            groups = self._grouped(engines)
+            if groups:
+                train_together(
+                    groups,
+                    features,
+                    targets,
+                    weight,
+                    epochs=epochs,
+                    validations=validations,
+                    patience=patience,
+                    rows=trained_on,
+                    drop_last=drop_last,
+                    ended=ended,
+                )
+            tasks = {index: task(index, engine) for index, engine in engines.items() if index not in members}
+            if tasks:
+                _run(tasks, engines, workers, ended)
+            # gone before the next are built
+            del groups, tasks
+            engines = {}
+        self.results = FleetResults(tuple(members[index] for index in range(len(self))))
+        return self.results
+
+    def _wave(self, start: int, most: int | None) -> dict[int, Engine]:
+        """The engines from ``start`` on that are trained at once; those of a fleet in waves are kept by nobody else."""
+        engines = wave(start, self._built, len(self), lambda index: self._found.engine(self.candidates[index]), most)
+        if len(engines) < len(self):
+            if not self._in_waves:
+                _log.warning(
+                    "fleet: there is room for the engines of %d of %d models; they are trained in waves, and their "
+                    "parameters are kept",
+                    len(engines),
+                    len(self),
+                )
+            self._in_waves, self._built = True, []
+        else:
+            self._built = engines
+        return dict(enumerate(engines, start))
+
+    def _member(self, index: int, engine: Engine, error: DivergenceError | None, *, restores: bool) -> Member:
+        """How a model ended; ``restores``: whether it went back to its best weights then."""
+        # what it worked in is far larger than a small network, and thousands may be kept
+        engine.release()
+        history = engine.history if engine.history is not None else History()
+        reason = str(error) if error is not None else history.stopped
+        status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
+        scores = scores_of(history, restored=restores and error is None)
+        one = self.candidates[index]
+        held = Kept.of(engine, one, self._machine) if self._in_waves else engine
+        return Member(index, one.parameters, held, history, status, reason, scores)
+
+    def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
+        if given is None:
+            return [None] * len(self)
+        lists = list(given)
+        if len(lists) != len(self):
+            raise ArgumentError(
+                f"{argument}: expected a list of rows for each of the {len(self)} models, got {len(lists)}"
+            )
+        checked: list[Array | None] = []
+        for index, one in enumerate(lists):
+            array = to_array(f"{argument}[{index}]", one)
+            if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+                raise ArgumentError(
+                    f"{argument}[{index}]: expected row numbers (m,), got {np.array2string(array, threshold=8)}"
+                )
+            if array.min() < 0 or array.max() >= count:
+                raise ArgumentError(
+                    f"{argument}[{index}]: expected numbers from 0 to {count - 1}, got {array.min()} to {array.max()}"
+                )
+            checked.append(array.astype(np.int64))
+        return checked
+
+    def predict(self, X: Any) -> Ensemble:
+        """What the models that did not diverge say of X (n, K) together.
+
+        Raises ArgumentError before ``fit`` and where the models have different outputs, DivergenceError if none is
+        left.
+        """
+        if self.results is None:
+            raise ArgumentError("predict: the models are not trained, or not to the end; call fit first")
+        left = [member for member in self.results.members if member.status != "diverged"]
+        if not left:
+            raise DivergenceError(f"loss: all {len(self)} models diverged")
+        return together((member.engine for member in left), X)
+
+
+def _picked(whole: Validation, rows: Array) -> Validation:
+    targets = whole.targets._replace(values=whole.targets.values[rows])
+    return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(
+    tasks: Mapping[int, Callable[[], History]],
+    engines: Mapping[int, Engine],
+    workers: int,
+    ended: Callable[[int, DivergenceError | None], None],
+) -> None:
+    """Run the tasks on ``workers`` threads, BLAS on one thread in each; of each that ends, ``ended`` is told how."""
+    from threadpoolctl import threadpool_limits
+
+    stopping = threading.Event()
+    workers = min(workers, len(tasks))
+    # a queue, and not a future for each model: these take longer than an epoch of a small network
+    remaining, outcomes = deque(tasks.items()), SimpleQueue[tuple[int, BaseException | None]]()
+
+    on_host = all(engine.backend == "numpy" for engine in engines.values())
+    # whose steps are calls from Python has nothing to do beside the others
+    launched = on_host and all(engine.plan == "resident" for engine in engines.values())
+    turn = threading.Lock()
+
+    def work() -> None:
+        while not stopping.is_set():
+            try:
+                index, task = remaining.popleft()
+            except IndexError:
+                return
+            outcome: BaseException | None = None
+            try:
+                with one_blas_thread() if on_host else nullcontext(), in_turn(turn) if launched else nullcontext():
+                    task()
+            except BaseException as error:
+                outcome = error
+            outcomes.put((index, outcome))
+            # an error leads to this frame, and the frame must not lead back
+            del outcome
+
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers, thread_name_prefix="fusemlp fleet") as pool:
+        futures: list[Future[None]] = []
+        try:
+            futures += [pool.submit(work) for _ in range(workers)]
+            for _ in tasks:
+                index, outcome = outcomes.get()
+                if outcome is not None and not isinstance(outcome, DivergenceError):
+                    raise outcome
+                ended(index, outcome)
+        except BaseException:
+            stopping.set()
+            while not all(future.done() for future in futures):
+                for engine in engines.values():
+                    engine.stop_training = True
+                finished(futures, timeout=0.01)
+            raise

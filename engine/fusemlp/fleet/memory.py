@@ -1,0 +1,159 @@
+"""A fleet larger than memory: how many engines there is room for at once, and what is kept of those that have ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusemlp.engine import Engine
+from fusemlp.fleet.vary import Candidate
+from fusemlp.runtime.memory import REAL_BYTES
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentError
+
+Array = np.ndarray[Any, Any]
+
+# What the objects of an engine take beside its arrays, and those of a model that is kept, measured and rounded up; the
+# history, whose length nobody knows before, is not in it.
+ENGINE_OBJECTS = 16 << 10
+KEPT_OBJECTS = 6 << 10
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the engines of a fleet run on, as ``Engine`` takes it."""
+
+    backend: str
+    device: str | None
+    precision: str
+    plan: str
+
+    def engine(self, one: Candidate) -> Engine:
+        """The engine that ``one`` describes."""
+        return Engine(
+            one.net,
+            one.loss,
+            one.optimizer,
+            one.batch_size,
+            one.seed,
+            backend=self.backend,
+            device=self.device,
+            precision=self.precision,
+            plan=self.plan,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A model whose engine was given up: its parameters, by the names of ``state_dict``, and its history."""
+
+    candidate: Candidate
+    machine: Machine
+    parameters: dict[str, Array]
+    history: History
+    epochs_trained: int
+
+    @classmethod
+    def of(cls, engine: Engine, candidate: Candidate, machine: Machine) -> Kept:
+        """What is kept of ``engine``."""
+        history = engine.history if engine.history is not None else History()
+        return cls(candidate, machine, engine.state_dict(), history, engine.epochs_trained)
+
+    def engine(self) -> Engine:
+        """A new engine with these parameters, whose optimizer begins anew."""
+        engine = self.machine.engine(self.candidate)
+        engine.load_state_dict(self.parameters)
+        engine.history, engine.epochs_trained = self.history, self.epochs_trained
+        return engine
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """The bytes that this process can still have, by the system and by the control group it is in; None if unknown."""
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        # not Linux: what is free there leaves out what the system could give up
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = root / "sys/fs/cgroup"
+    try:
+        most, used, stat = (
+            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+    except OSError:
+        # no control groups, or those of version 1
+        return min(found, default=None)
+    if most.strip() != "max":
+        figures = dict(line.split() for line in stat.splitlines())
+        # files that were read count as used, and give way to what needs memory
+        files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
+        found.append(max(0, int(most) - int(used) + files))
+    return min(found, default=None)
+
+
+def engine_bytes(engine: Engine) -> int:
+    """About what an engine holds: its arenas, the best weights of an early stopping, its objects."""
+    memory = engine.memory
+    arenas = memory.gradient_parts + 2 + len(memory.states)
+    shadow = 0 if memory.shadow is None else memory.shadow.nbytes
+    return int(arenas * memory.params.nbytes + shadow + ENGINE_OBJECTS)
+
+
+def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:
+    """About what is kept of all models when they have ended."""
+    shapes: dict[Any, int] = {}
+    parameters = 0
+    for one in candidates:
+        if one.net not in shapes:
+            shapes[one.net] = one.net.parameter_count
+        parameters += shapes[one.net]
+    return parameters * REAL_BYTES.get(precision, 4) + len(candidates) * KEPT_OBJECTS
+
+
+def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, device: str) -> int | None:
+    """The bytes that engines may take at once; None: any number of them.
+
+    ``given`` is what the user allows, on the host for what is kept too. Otherwise it is half of what is available
+    there, and on a card there is no limit.
+
+    Raises ArgumentError if not even the parameters of all models find room.
+    """
+    if device != "cpu":
+        return given
+    available = available_memory() if given is None else given
+    if available is None:
+        return None
+    kept = kept_bytes(candidates, precision)
+    if kept >= available:
+        raise ArgumentError(
+            f"memory: {len(candidates)} models leave {_mebibytes(kept)} of parameters, and there are "
+            f"{_mebibytes(available)} {'free' if given is None else 'allowed'}; train fewer models at once, or give "
+            "more with memory="
+        )
+    return max(0, (available // 2 if given is None else available) - kept)
+
+
+def wave(
+    start: int, ready: Sequence[Engine], count: int, build: Callable[[int], Engine], most: int | None
+) -> list[Engine]:
+    """The engines from ``start`` on for which there is room, at least one; ``ready`` are those that are there."""
+    engines: list[Engine] = []
+    taken = 0
+    for index in range(start, count):
+        engine = ready[index] if index < len(ready) else build(index)
+        taken += engine_bytes(engine)
+        if engines and most is not None and taken > most:
+            break
+        engines.append(engine)
+    return engines
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / (1 << 20):.4g} MiB"

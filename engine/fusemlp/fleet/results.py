@@ -1,0 +1,190 @@
+"""What a fleet found: its models one by one, and what they say together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusemlp.engine import Engine
+from fusemlp.fleet.memory import Kept
+from fusemlp.inputs.arrays import as_count
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
+
+Array = np.ndarray[Any, Any]
+
+# Of these the largest is the best.
+RISING = ("accuracy", "val_accuracy")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of a fleet: what it differs in, its engine and history, and how it ended.
+
+    ``held`` is the engine, or what was kept of it where the fleet was trained in waves.
+    ``status`` is "trained", "stopped" (its own early stopping; the engine has the best weights) or "diverged" (the
+    engine is back at the last good epoch; ``reason`` says what happened). ``scores`` are the losses and accuracies of
+    the last epoch, or of that whose weights were restored.
+    """
+
+    index: int
+    parameters: dict[str, Any]
+    held: Engine | Kept
+    history: History
+    status: str
+    reason: str
+    scores: dict[str, float]
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; made anew with each call where only the parameters were kept."""
+        return self.held.engine() if isinstance(self.held, Kept) else self.held
+
+    def __repr__(self) -> str:
+        # the engine and every epoch's figures are what ``engine`` and ``history`` are for
+        scores = ", ".join(f"{name}={value:.5g}" for name, value in self.scores.items())
+        return (
+            f"Member({self.index}: {self.parameters}, {self.status}, epochs={len(self.history.epochs)}"
+            f"{', ' if scores else ''}{scores})"
+        )
+
+
+def scores_of(history: History, *, restored: bool) -> dict[str, float]:
+    """The figures of the epoch whose weights the engine has."""
+    if not history.epochs:
+        return {}
+    at = history.epochs.index(history.best_epoch) if restored and history.best_epoch is not None else -1
+    return {name: series[at] for name, series in history.history.items() if name != "learning_rate"}
+
+
+@dataclass(frozen=True)
+class FleetResults:
+    """The models of a fleet after a ``fit``, in the order of ``vary``."""
+
+    members: tuple[Member, ...]
+
+    def __repr__(self) -> str:
+        statuses = [member.status for member in self.members]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses)))
+        best = "" if set(statuses) <= {"diverged"} else f"; best: {self.best()!r}"
+        return f"FleetResults({counts}{best})"
+
+    def engine(self, index: int) -> Engine:
+        """The engine of a model; after a training in waves a new one each time, whose optimizer begins anew."""
+        if isinstance(index, bool) or not isinstance(index, int | np.integer):
+            raise ArgumentTypeError(f"index: expected the number of a model, got {index!r}")
+        if not -len(self.members) <= index < len(self.members):
+            raise ArgumentError(f"index: expected 0 to {len(self.members) - 1}, got {index}")
+        return self.members[index].engine
+
+    @property
+    def metric(self) -> str:
+        """What models are ranked by where nothing else is asked for: val_loss, or without validation data loss."""
+        return "val_loss" if any("val_loss" in member.scores for member in self.members) else "loss"
+
+    def ranked(self, metric: str | None = None) -> list[Member]:
+        """The models from best to worst by a score ("val_loss", "val_accuracy", ...), those that diverged last.
+
+        Where the scores of models are equal, ``metric`` decides, and then the order of ``vary``.
+        """
+        chosen = self.metric if metric is None else metric
+        known = {name: None for member in self.members for name in member.scores}
+        if known and chosen not in known:
+            raise unknown_name("metric", chosen, known)
+        sign = -1.0 if chosen in RISING else 1.0
+
+        second = self.metric
+
+        def place(member: Member) -> tuple[bool, float, float]:
+            scores = sign * member.scores.get(chosen, math.inf), member.scores.get(second, math.inf)
+            first, other = (score if math.isfinite(score) else math.inf for score in scores)
+            return member.status == "diverged" or not math.isfinite(first), first, other
+
+        return sorted(self.members, key=place)
+
+    def best(self, metric: str | None = None) -> Member:
+        """The best model by a score. Raises DivergenceError if every model diverged."""
+        first = self.ranked(metric)[0]
+        if first.status == "diverged":
+            raise DivergenceError(f"loss: all {len(self.members)} models diverged; the first: {first.reason}")
+        return first
+
+    def records(self, metric: str | None = None) -> list[dict[str, Any]]:
+        """A mapping for each model, from best to worst: index, parameters, scores, epochs and status."""
+        return [
+            {
+                "model": member.index,
+                **member.parameters,
+                **member.scores,
+                "epochs": len(member.history.epochs),
+                "status": member.status,
+            }
+            for member in self.ranked(metric)
+        ]
+
+    def table(self, metric: str | None = None, *, limit: int | None = None) -> str:
+        """``records`` as aligned text, at most ``limit`` rows; a parameter that a model was not given is a dash."""
+        if limit is not None:
+            as_count("limit", limit, minimum=0)
+        records = self.records(metric)
+        # what came of a model stands behind what it was, and models of a list need not all have the same parameters
+        parameters = dict.fromkeys(name for member in self.members for name in member.parameters)
+        scores = dict.fromkeys(name for member in self.ranked(metric) for name in member.scores)
+        columns = ["model", *parameters, *scores, "epochs", "status"]
+        rows = [columns, *([_shown(record.get(name)) for name in columns] for record in records[:limit])]
+        widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        if limit is not None and limit < len(records):
+            lines.append(f"... and {len(records) - limit} more")
+        return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What several models say of the same rows together.
+
+    ``mean``: the mean over the models of what ``predict_proba`` says, (n, N), or without classes of ``predict``, (n,)
+    or (n, N). ``spread``: their standard deviation, of the same shape. ``votes`` (n, N) int64: how many models have
+    each class as their most probable one; None without classes. ``prediction``: the class of the largest mean, (n,);
+    for several labels 0 or 1 each, (n, N); without classes the mean.
+    """
+
+    prediction: Array
+    mean: Array
+    spread: Array
+    votes: Array | None
+
+
+def together(engines: Iterable[Engine], X: Any) -> Ensemble:
+    """The ensemble of engines with one loss; one model after another, so that memory does not grow with the models."""
+    classifies = labels = False
+    count, mean, squares, votes = 0, np.zeros(0), np.zeros(0), None
+    for engine in engines:
+        if not count:
+            classifies = engine.loss.is_classification
+            labels = engine.loss.kind == "binary_cross_entropy" and engine.network.sizes[-1] > 1
+        one = np.asarray(engine.predict_proba(X) if classifies else engine.predict(X), np.float64)
+        count += 1
+        if count == 1:
+            mean, squares = np.zeros_like(one), np.zeros_like(one)
+            votes = np.zeros(one.shape, np.int64) if classifies else None
+        # B. Welford, "Note on a method for calculating corrected sums of squares and products", 1962
+        difference = one - mean
+        mean += difference / count
+        squares += difference * (one - mean)
+        if votes is not None and labels:
+            votes += one > 0.5
+        elif votes is not None:
+            votes[np.arange(len(one)), one.argmax(axis=1)] += 1
+    prediction = mean if not classifies else (mean > 0.5).astype(np.int64) if labels else mean.argmax(axis=1)
+    return Ensemble(prediction, mean, np.sqrt(squares / count), votes)

@@ -1,0 +1,1 @@
+"""Checks of the arrays that users give, on the host and on a device."""

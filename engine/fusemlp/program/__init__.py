@@ -1,0 +1,1 @@
+"""A training step as data: lowering, layout, verification."""

@@ -1,0 +1,136 @@
+"""Memory of an engine: flat arenas with named views, and a workspace planned by liveness.
+
+All parameters lie in one arena, each tensor aligned to 256 bytes; the gradients and each optimizer state are arenas of
+the same layout. So the update is one sweep, the gradient norm one reduction, and a copy of everything one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from fusemlp.describe.network import MLP
+from fusemlp.program.program import Program, Value
+from fusemlp.program.verifier import Places, lifetimes
+from fusemlp_kernels.contract import Backend
+
+ALIGNMENT_BYTES = 256
+# So many layouts, plans and programs are remembered of each kind; those that were used longest ago are made again.
+REMEMBERED = 256
+
+
+def short_names(net: MLP) -> dict[str, str]:
+    """What the program calls each parameter (w0, b0, s0 for a slope) and its name in the state_dict."""
+    kinds = {(0, "weight"): "w", (0, "bias"): "b", (1, "weight"): "s"}
+    names = {}
+    for name in net.parameter_shapes():
+        number, _, tensor = name.partition(".")
+        layer, behind = divmod(int(number), 2)
+        names[f"{kinds[behind, tensor]}{layer}"] = name
+    return names
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a flat arena, in elements: rows are ``pitch`` elements apart."""
+
+    offset: int
+    shape: tuple[int, ...]
+    pitch: int
+
+    @property
+    def size(self) -> int:
+        """Elements from the first to the last, padding between rows included."""
+        return self.pitch if len(self.shape) == 1 else self.shape[0] * self.pitch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of named tensors in one arena of ``size`` elements."""
+
+    places: Mapping[str, Place]
+    size: int
+
+    def __hash__(self) -> int:
+        # two whose tensors are called the same and take the same room are seldom different
+        return hash((tuple(self.places), self.size))
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], *, row_multiple: int, item_bytes: int) -> Layout:
+        """Tensors one after another, each aligned; the pitch of a matrix is a multiple of ``row_multiple``."""
+        step = ALIGNMENT_BYTES // item_bytes
+        places, end = {}, 0
+        for name, shape in shapes.items():
+            pitch = _round_up(shape[-1], row_multiple) if len(shape) == 2 else shape[0]
+            places[name] = Place(_round_up(end, step), shape, pitch)
+            end = places[name].offset + places[name].size
+        return cls(places, _round_up(end, step))
+
+    def views(self, backend: Backend, arena: Any) -> dict[str, Any]:
+        """A view of ``arena`` for each tensor."""
+        return {
+            name: backend.view(arena, place.offset, place.shape, place.pitch) for name, place in self.places.items()
+        }
+
+
+@lru_cache(maxsize=REMEMBERED)
+def parameter_layout(net: MLP, *, row_multiple: int, item_bytes: int) -> Layout:
+    """The layout of the parameters, under their short names."""
+    shapes = net.parameter_shapes()
+    by_short_name = {short: shapes[name] for short, name in short_names(net).items()}
+    return Layout.of(by_short_name, row_multiple=row_multiple, item_bytes=item_bytes)
+
+
+def plan_workspace(
+    program: Program, *, row_multiple: int
+) -> tuple[Places, dict[str, tuple[str, Place]], dict[str, int]]:
+    """Places for the values of kind "work": values that are never alive together may share memory.
+
+    Returns for the verifier (arena, start, stop) by value, for the views (dtype, Place) by value, and the size of the
+    arena of each dtype. Large values are placed first, each at the lowest free offset.
+    """
+    spans = lifetimes(program)
+    values = [v for v in program.values.values() if v.kind == "work" and v.name in spans]
+    places: dict[str, tuple[str, Place]] = {}
+    sizes: dict[str, int] = {}
+    for value in sorted(values, key=lambda v: (-v.size, v.name)):
+        pitch = _round_up(value.shape[-1], row_multiple) if len(value.shape) == 2 else value.shape[0]
+        step = max(1, ALIGNMENT_BYTES // program.item_bytes(value.dtype))
+        size = _round_up(pitch * (value.shape[0] if len(value.shape) == 2 else 1), step)
+        taken = sorted(
+            (place.offset, _round_up(place.offset + place.size, step))
+            for name, (dtype, place) in places.items()
+            if dtype == value.dtype and _overlap(spans[name], spans[value.name])
+        )
+        offset = _lowest_gap(taken, size)
+        places[value.name] = (value.dtype, Place(offset, value.shape, pitch))
+        sizes[value.dtype] = max(sizes.get(value.dtype, 0), offset + size)
+    ranges = {
+        name: (f"workspace {dtype}", place.offset, place.offset + place.size) for name, (dtype, place) in places.items()
+    }
+    return ranges, places, sizes
+
+
+def _lowest_gap(taken: Iterable[tuple[int, int]], size: int) -> int:
+    offset = 0
+    for start, stop in taken:
+        if offset + size <= start:
+            break
+        offset = max(offset, stop)
+    return offset
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] <= b[1] and b[0] <= a[1]
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def allocate(backend: Backend, value: Value) -> Any:
+    """An array of its own for a value: inputs that are copied in, and the control arrays."""
+    flat = backend.allocate(max(value.size, 1), value.dtype)
+    return backend.view(flat, 0, value.shape, value.shape[-1])

@@ -1,0 +1,1 @@
+"""What a training leaves for people: run folders, metrics, plots, ONNX."""

@@ -1,0 +1,106 @@
+"""Figures of a model on labelled rows, in original labels and units, through ``sklearn.metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.inputs.arrays import Array
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+
+
+def predicted_codes(engine: Engine, preprocessor: Preprocessor, X: Array) -> Array:
+    """The class index of each row: of one-hot training the largest output."""
+    outputs = engine.predict(X)
+    codes: Array = outputs.argmax(axis=1) if preprocessor.one_hot_targets else outputs
+    return codes
+
+
+def predictions(engine: Engine, preprocessor: Preprocessor, X: Array) -> Array:
+    """Labels (n,), or values (n,) or (n, targets) in original units; X as ``transform_features`` returns it."""
+    if preprocessor.classes is None:
+        return preprocessor.decode_predictions(engine.predict(X))
+    return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
+
+
+def score(engine: Engine, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
+    """Loss and figures of the model on rows: X as the network takes it, labels as they are in the data."""
+    y = preprocessor.encode_targets(labels)
+    report: dict[str, Any] = {"rows": len(X), "loss": engine.evaluate(X, y, weight)["loss"]}
+    if preprocessor.classes is None:
+        values = np.asarray(labels, np.float64).reshape(len(X), -1)
+        return report | regression_figures(values, predictions(engine, preprocessor, X).reshape(len(X), -1))
+    codes = y.argmax(axis=1) if y.ndim == 2 else y
+    return report | classification_figures(codes, predicted_codes(engine, preprocessor, X), preprocessor.labels)
+
+
+def classification_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, figures of each class, and the confusion matrix: a row for each true class, a column a predicted one.
+
+    A class that was never predicted has precision 0, one that does not occur has recall 0.
+    """
+    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+
+    every = np.arange(len(names))
+    columns = precision_recall_fscore_support(codes, predicted, labels=every, zero_division=0)
+    return {
+        "accuracy": float(accuracy_score(codes, predicted)),
+        "classes": {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+            for name, p, r, f, n in zip(names, *columns, strict=True)
+        },
+        "confusion_matrix": confusion_matrix(codes, predicted, labels=every).tolist(),
+    }
+
+
+def regression_figures(values: Array, predicted: Array) -> dict[str, Any]:
+    """Root mean squared error, mean absolute error and R2 of (n, targets) values; R2 is None for a single row."""
+    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+
+    return {
+        "rmse": float(root_mean_squared_error(values, predicted)),
+        "mae": float(mean_absolute_error(values, predicted)),
+        "r2": float(r2_score(values, predicted)) if len(values) > 1 else None,
+    }
+
+
+def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
+    """The figures that are single numbers, a line each: ``test accuracy 0.9722``."""
+    for figure in ("loss", "accuracy", "rmse", "mae", "r2"):
+        value = report.get(figure)
+        if value is not None:
+            yield f"{name} {figure} {value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{name} {figure} {value:.4g}"
+
+
+def class_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """The figures of each class as rows of words, below a header."""
+    rows = [["class", "precision", "recall", "f1", "rows"]]
+    for name, figures in report["classes"].items():
+        shown = [f"{figures[key]:.4f}" for key in ("precision", "recall", "f1")]
+        rows.append([name, *shown, str(figures["rows"])])
+    return rows
+
+
+def confusion_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """The confusion matrix as rows of words, below a header: true classes down, predicted ones across."""
+    names = list(report["classes"])
+    body = [[name, *map(str, counts)] for name, counts in zip(names, report["confusion_matrix"], strict=True)]
+    return [["true \\ predicted", *names], *body]
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows of words as text, the first ``left`` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        words = [
+            word.ljust(width) if index < left else word.rjust(width)
+            for index, (word, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)

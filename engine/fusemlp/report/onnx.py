@@ -1,0 +1,247 @@
+"""ONNX: the network as a graph that other runtimes execute.
+
+Input ``x`` (rows, K), any number of rows, float32 (double from an engine of precision fp64). Outputs, in this order:
+
+- ``logits`` (rows, N) of the cross-entropies, ``output`` (rows, N) of the other losses: what the network itself says,
+  behind its output activation
+- ``prediction``: what ``engine.predict`` says, shapes included
+- ``probabilities``: what ``engine.predict_proba`` says; only of the cross-entropies
+
+With a ``Preprocessor`` the graph takes the features as they are in the data, scales them itself, and ``prediction``
+holds labels, or values in original units. Dropout is for training and left out.
+
+The graph keeps to operators of opset 17 (ONNX 1.12, onnxruntime 1.12): older runtimes than today's read it too.
+Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling in the graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusemlp._version import __version__
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.network import Activation
+from fusemlp.engine import Engine
+from fusemlp.training.checkpoint import check_finite, description, target_file, write_atomically
+from fusemlp.training.saving import checked_metadata
+from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
+
+Array = np.ndarray[Any, Any]
+
+HINT = "pip install 'fusemlp[onnx]'"
+OPSET, IR_VERSION = 17, 8
+INPUT = "x"
+# A protobuf message cannot be longer; the graph takes the rest.
+MOST_BYTES = 2**31 - 2**20
+# Features are scaled in float32: a mean of so many standard deviations costs them 2**-24 of it each, 6e-4.
+FARTHEST = 1e4
+# Activations that are one operator; the others are spelled out in ``_Graph.activation``.
+OPERATORS = {"relu": "Relu", "leaky_relu": "LeakyRelu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
+
+
+def to_onnx(
+    engine: Engine,
+    path: str | Path,
+    *,
+    preprocessor: Preprocessor | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the graph of ``engine`` to ``path``, which holds a whole file at any moment.
+
+    ``metadata`` are entries of your own beside those of the file.
+
+    Raises ArgumentError or ArgumentTypeError for an impossible path, for features that are words and for a network of
+    more than 2 GiB, DivergenceError where parameters are no longer finite, MissingLibraryError without the library
+    onnx, OSError from the disk.
+    """
+    target = target_file(path)
+    write_atomically(target, onnx_bytes(engine, preprocessor, metadata))
+
+
+def onnx_bytes(
+    engine: Engine, preprocessor: Preprocessor | None = None, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What ``to_onnx`` writes."""
+    own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
+    try:
+        importlib.import_module("onnx")
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(f"to_onnx: it needs the library onnx: {HINT}") from error
+    parameters = engine.state_dict()
+    check_finite(parameters, "ONNX file")
+    size = sum(array.nbytes for array in parameters.values())
+    if size > MOST_BYTES:
+        raise ArgumentError(
+            f"to_onnx: the parameters take {size / 2**30:.1f} GiB, and one ONNX file holds 2; use engine.save(path)"
+        )
+    if preprocessor is not None:
+        _check_preprocessor(preprocessor, parameters["0.weight"].dtype)
+    graph = _Graph(next(iter(parameters.values())).dtype)
+    name = INPUT if preprocessor is None else graph.scaled(INPUT, preprocessor)
+    for layer, activation in enumerate(engine.network.activations):
+        weight, bias = f"{2 * layer}.weight", f"{2 * layer}.bias"
+        name = graph.add(
+            "Gemm", name, graph.constant(parameters[weight], weight), graph.constant(parameters[bias], bias), transB=1
+        )
+        name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
+    _add_outputs(graph, name, engine, preprocessor)
+    if preprocessor is not None:
+        own["preprocessor"] = preprocessor.to_json()
+    return graph.to_bytes(engine, own)
+
+
+def _check_preprocessor(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
+    words = [
+        name
+        for name, categories in zip(preprocessor.feature_names, preprocessor.categories, strict=True)
+        if categories is not None
+    ]
+    if words:
+        raise ArgumentError(
+            f"preprocessor: the features {', '.join(map(repr, words))} are words, and the graph's input holds numbers; "
+            "export the network alone, whose inputs are the columns as transform_features leaves them"
+        )
+    ratios = np.abs(preprocessor.feature_shift) / np.array(preprocessor.feature_scale)
+    if real == np.float32 and ratios.max() > FARTHEST:
+        column = int(np.argmax(ratios))
+        warnings.warn(
+            f"preprocessor: the feature {preprocessor.feature_names[column]!r} lies {ratios[column]:.2g} times its "
+            f"scale from zero, which costs the graph's float32 input {ratios[column] * 2**-24:.1g} of that scale; "
+            "subtract a constant from it in the data, or export an engine of precision fp64",
+            stacklevel=3,
+        )
+
+
+class _Graph:
+    """The nodes, constants and outputs of a graph of one element type."""
+
+    def __init__(self, real: np.dtype[Any]) -> None:
+        from onnx import helper
+
+        self.helper = helper
+        self.real = real
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self.outputs: list[Any] = []
+
+    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        """Append a node; returns the name of its output."""
+        name = output or f"{operator.lower()}_{len(self.nodes)}"
+        self.nodes.append(self.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, value: Any, name: str | None = None) -> str:
+        """Append a constant: real numbers in the graph's type, whole numbers and words as they are."""
+        from onnx import numpy_helper
+
+        array = np.asarray(value)
+        if array.dtype.kind == "f":
+            array = array.astype(self.real)
+        elif array.dtype.kind == "U":
+            array = array.astype(object)
+        name = name or f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        return name
+
+    def cast(self, name: str, dtype: Any, output: str | None = None) -> str:
+        return self.add("Cast", name, output=output, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def output(self, name: str, dtype: Any, *shape: int | str) -> None:
+        """Declare ``name`` an output of the graph."""
+        kind = np.dtype(object if np.dtype(dtype).kind == "U" else dtype)
+        element = self.helper.np_dtype_to_tensor_dtype(kind)
+        self.outputs.append(self.helper.make_tensor_value_info(name, element, ["rows", *shape]))
+
+    def scaled(self, name: str, preprocessor: Preprocessor) -> str:
+        """``(x - shift) / scale`` of each feature."""
+        shift = self.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
+        scale = self.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
+        return self.add("Div", self.add("Sub", name, shift), scale)
+
+    def activation(self, z: str, activation: Activation, slope: Array | None) -> str:
+        if activation.name == "identity":
+            return z
+        if activation.name == "leaky_relu":
+            return self.add("LeakyRelu", z, alpha=activation.slope)
+        if activation.name == "prelu":
+            return self.add("PRelu", z, self.constant(slope))
+        if activation.name == "silu":
+            return self.add("Mul", z, self.add("Sigmoid", z))
+        if activation.name == "gelu":
+            return self._gelu(z)
+        return self.add(OPERATORS[activation.name], z)
+
+    def _gelu(self, z: str) -> str:
+        """``z * (1 + erf(z / sqrt(2))) / 2``; Erf in float32, since onnxruntime has none of doubles."""
+        scaled = self.add("Mul", z, self.constant(math.sqrt(0.5)))
+        if self.real == np.float64:
+            erf = self.cast(self.add("Erf", self.cast(scaled, np.float32)), np.float64)
+        else:
+            erf = self.add("Erf", scaled)
+        half = self.add("Mul", z, self.constant(0.5))
+        return self.add("Mul", half, self.add("Add", erf, self.constant(1.0)))
+
+    def to_bytes(self, engine: Engine, metadata: Mapping[str, str]) -> bytes:
+        helper = self.helper
+        element = helper.np_dtype_to_tensor_dtype(self.real)
+        given = helper.make_tensor_value_info(INPUT, element, ["rows", engine.network.sizes[0]])
+        model = helper.make_model(
+            helper.make_graph(self.nodes, "fusemlp", [given], self.outputs, self.constants),
+            producer_name="fusemlp",
+            producer_version=__version__,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+        )
+        about = description(engine)
+        entries = {"fusemlp": json.dumps({name: about[name] for name in ("version", "network", "loss")})}
+        helper.set_model_props(model, {**entries, **metadata})
+        content: bytes = model.SerializeToString()
+        return content
+
+
+def _add_outputs(graph: _Graph, name: str, engine: Engine, preprocessor: Preprocessor | None) -> None:
+    """The outputs that the module's docstring lists; ``name`` is what the last layer left."""
+    width, loss = engine.network.sizes[-1], engine.loss
+    raw = graph.add("Identity", name, output="logits" if loss.is_classification else "output")
+    graph.output(raw, graph.real, width)
+    classes = None if preprocessor is None else preprocessor.classes
+    coded = loss.kind == "cross_entropy" or classes is not None
+    if coded and width > 1:
+        found, kind = graph.add("ArgMax", raw, axis=1, keepdims=0), np.dtype(np.int64)
+    elif loss.kind == "binary_cross_entropy":
+        found, kind = graph.cast(graph.add("Greater", raw, graph.constant(0.0)), np.int64), np.dtype(np.int64)
+    else:
+        found, kind = (graph.add("Exp", raw) if loss.kind == "poisson" else raw), graph.real
+    if classes is None and preprocessor is not None:
+        scaled = graph.add("Mul", found, graph.constant(np.array(preprocessor.target_scale, np.float64)))
+        found = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
+    if width == 1:
+        found = graph.add("Squeeze", found, graph.constant(np.array([1])))
+    if classes is not None:
+        labels = np.array(classes)
+        kind = graph.real if labels.dtype.kind == "f" else labels.dtype
+        found = graph.add("Gather", graph.constant(labels), found)
+    graph.add("Identity", found, output="prediction")
+    flat = width == 1 or (coded and width > 1)
+    graph.output("prediction", kind, *(() if flat else (width,)))
+    if loss.kind == "cross_entropy":
+        graph.output(graph.add("Softmax", raw, output="probabilities", axis=1), graph.real, width)
+    elif loss.kind == "binary_cross_entropy":
+        _add_label_probabilities(graph, raw, width)
+
+
+def _add_label_probabilities(graph: _Graph, raw: str, width: int) -> None:
+    if width > 1:
+        graph.add("Sigmoid", raw, output="probabilities")
+    else:
+        both = [graph.add("Sigmoid", graph.add("Neg", raw)), graph.add("Sigmoid", raw)]
+        graph.add("Concat", *both, output="probabilities", axis=1)
+    graph.output("probabilities", graph.real, max(width, 2))

@@ -1,0 +1,161 @@
+"""A run folder: what a training leaves on disk, and how it is read again.
+
+``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json`` and ``curves.png``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fusemlp.training.checkpoint import write_atomically
+from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
+
+FORMAT = 1
+WEIGHTS = ("model", "best", "last")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    def checkpoint(self, name: str) -> Path:
+        """One of ``WEIGHTS``; the file need not exist."""
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+
+def choose_folder(out: str | None, data: str, now: datetime, *, resumes: bool = True) -> Path:
+    """The folder of a new run, checked but not made: ``out``, or one under ``runs/`` with the data's name and the time.
+
+    Raises ArgumentError if ``out`` is a file or holds anything; ``resumes``: whether the command could go on with it.
+    """
+    if out is None:
+        stem = f"{Path(data).stem or 'data'}-{now:%Y%m%d-%H%M%S}"
+        path, number = Path("runs", stem), 1
+        while path.exists():
+            number += 1
+            path = Path("runs", f"{stem}-{number}")
+        return path
+    path = Path(out)
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise ArgumentError(f"out: the folder {out!r} cannot be read ({error.strerror})") from error
+    if taken:
+        what = "is not empty" if path.is_dir() else "is a file"
+        instead = f", or go on with the run in it: --resume {out}" if resumes and path.is_dir() else ""
+        raise ArgumentError(f"out: {out!r} {what}; give a new or empty folder{instead}")
+    return path
+
+
+def create_run(path: Path) -> Run:
+    """Make the folder of a run; ArgumentError if the place cannot be written to."""
+    run = Run(path)
+    try:
+        run.checkpoint("last").parent.mkdir(parents=True)
+    except OSError as error:
+        raise ArgumentError(f"out: the folder {str(path)!r} cannot be made ({error.strerror})") from error
+    return run
+
+
+def discard_if_empty(run: Run, *, itself: bool) -> None:
+    """Take away what ``create_run`` made, if nothing was written into it; ``itself``: the run's own folder too."""
+    with suppress(OSError):
+        run.checkpoint("last").parent.rmdir()
+        if itself:
+            run.path.rmdir()
+
+
+def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
+    """A run folder that exists, and its configuration; CheckpointError if it is none."""
+    run = Run(Path(path))
+    if not run.config.is_file():
+        there = "there is no such folder" if not run.path.is_dir() else "it has no config.json"
+        raise CheckpointError(f"run: {str(path)!r} is not a run folder ({there}); give one that fusemlp train made")
+    try:
+        config = json.loads(run.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run.config}: cannot be read ({error}); the run cannot be used without it") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(f"{run.config}: expected a configuration of format {FORMAT}, found {found!r}")
+    return run, config
+
+
+def weights_path(run: Run, name: str) -> Path:
+    """The checkpoint ``name``; a run that did not end has no model yet, its last checkpoint stands in.
+
+    Raises ArgumentError for an unknown name, CheckpointError if the run has no such checkpoint.
+    """
+    if name not in WEIGHTS:
+        raise unknown_name("weights", name, WEIGHTS)
+    path = run.checkpoint(name)
+    if name == "model" and not path.exists():
+        path = run.checkpoint("last")
+    if not path.exists():
+        there = [other for other in WEIGHTS if run.checkpoint(other).exists()]
+        raise CheckpointError(f"{run.path}: the run has no checkpoint {name!r}; it has {', '.join(there) or 'none'}")
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON atomically; every number must be finite or None."""
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def append_metrics(run: Run, row: Mapping[str, float]) -> None:
+    """Add a row to ``metrics.csv``, behind a header if it is the first; floats in their shortest exact form."""
+    with run.metrics.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        if stream.tell() == 0:
+            writer.writerow(row)
+        writer.writerow([repr(value) for value in row.values()])
+
+
+def read_metrics(run: Run) -> list[dict[str, float]]:
+    """The whole rows of ``metrics.csv``; one that was cut off while it was written is left out."""
+    if not run.metrics.exists():
+        return []
+    text = run.metrics.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [
+        {name: int(value) if name == "epoch" else float(value) for name, value in row.items()}
+        for row in csv.DictReader(io.StringIO(whole))
+    ]
+
+
+def keep_metrics(run: Run, epochs: int) -> list[dict[str, float]]:
+    """Drop the rows of ``metrics.csv`` behind ``epochs``, which a resumed training writes anew; gives the others."""
+    kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
+    stream = io.StringIO(newline="")
+    if kept:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(kept[0])
+        writer.writerows([repr(value) for value in row.values()] for row in kept)
+    write_atomically(run.metrics, stream.getvalue().encode())
+    return kept

@@ -1,0 +1,127 @@
+"""Programs that run: verified, their values in memory, their calls bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fusemlp.program.layout import allocate
+from fusemlp.program.placement import placement
+from fusemlp.program.program import Program, resolve
+from fusemlp.runtime.memory import Memory, Workspace
+from fusemlp.runtime.plans import UNINTERRUPTED, resident_chunk
+from fusemlp_kernels.contract import ROW_COUNT, ROW_OFFSET, ROW_STEP, ROW_TOTAL, Backend
+
+Array = np.ndarray[Any, Any]
+
+# Steps that are unrolled in one graph: one launch of the graph for so many steps.
+STEPS_A_GRAPH = 8
+
+
+class BoundProgram:
+    """A program that can be run: verified, its values in memory, its calls bound.
+
+    ``given`` are arrays for values of kind "data" and "control"; those that are not given get memory of their own and
+    are found in ``arrays``. ``calls`` are the bound calls one by one, for who has something to do
+    between them.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        memory: Memory,
+        workspace: Workspace,
+        given: Mapping[str, Any],
+        *,
+        plan: str = "eager",
+    ) -> None:
+        backend = memory.backend
+        placed = placement(program, memory.layout, row_multiple=backend.traits.row_multiple)
+        self.program = program
+        self.backend = backend
+        self.arrays: dict[str, Any] = {**memory.arrays, **given}
+        arenas = {dtype: workspace.arena(dtype, size) for dtype, size in placed.sizes.items()}
+        for name, (dtype, place) in placed.places.items():
+            self.arrays[name] = backend.view(arenas[dtype], place.offset, place.shape, place.pitch)
+        for name, value in program.values.items():
+            if value.kind in ("data", "control") and name not in self.arrays:
+                self.arrays[name] = allocate(backend, value)
+        calls = [backend.bind(call.op, **resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
+        self.calls = tuple(calls)
+        self._resident = program.calls[0].op == "train_resident"
+        # whether it moves from batch to batch by itself, and how many steps it is left alone for
+        self.walks_rows = self._resident or backend.traits.walks_rows
+        self.chunk = UNINTERRUPTED
+        if self._resident:
+            self.chunk = resident_chunk(backend.traits, program.calls[0].flops)
+        self._eager = _in_order(calls)
+        self._captures = plan == "graph"
+        # graphs by the number of steps in them; none before the first step has loaded the kernels
+        self._graphs: dict[int, Callable[[], object]] = {}
+        self._warm = False
+
+    @property
+    def run(self) -> Callable[[], None]:
+        """A step. The method is not kept: in a ring with it, the program and its memory would outlive their use."""
+        return self._step if self._captures or self._resident else self._eager
+
+    def _step(self) -> None:
+        self.run_many(1)
+
+    def run_many(self, count: int) -> None:
+        """``count`` steps one after another, where the rows are walked."""
+        if self._resident:
+            self.calls[0](count)
+            return
+        if not self._captures:
+            for _ in range(count):
+                self._eager()
+            return
+        if count and not self._warm:
+            self._eager()
+            self._warm, count = True, count - 1
+        for size in (STEPS_A_GRAPH, 1):
+            whole, count = divmod(count, size)
+            for _ in range(whole):
+                self._graph(size)()
+
+    def _graph(self, steps: int) -> Callable[[], object]:
+        if steps not in self._graphs:
+            self._graphs[steps] = self.backend.capture(self._eager, steps)
+        return self._graphs[steps]
+
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
+        """See ``walk_rows``."""
+        walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
+
+    def set_row_count(self, count: int) -> None:
+        """How many rows of the batch are valid; the others are padding."""
+        self.arrays["counters"][ROW_COUNT] = count
+
+
+def walk_rows(
+    backend: Backend, arrays: Mapping[str, Any], order: Array, first_batch: int, size: int, epochs: int = 1
+) -> None:
+    """Write the rows of ``epochs`` epochs of one length into the arrays ``rows`` and ``counters``, where they are
+    walked, from batch ``first_batch`` of ``size`` rows of the first on."""
+    rows, counters = arrays["rows"], arrays["counters"]
+    given = min(len(order), len(rows))
+    count = given // epochs
+    backend.copy_into(rows[:given], np.asarray(order[:given], np.int64))
+    rows[given:] = -1
+    # behind the last batch the clock has gone back to the first
+    offset = first_batch * size if first_batch * size < count else 0
+    counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset
+    counters[ROW_COUNT] = min(size, count - offset)
+
+
+def _in_order(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    steps = tuple(calls)
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run

@@ -1,0 +1,159 @@
+"""The choice of the plan, how many steps a launch takes, and the step program as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.inputs.arrays import as_count
+from fusemlp.program.layout import parameter_layout
+from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.runtime.backends import TRAITS, availability, open_backend
+from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
+from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
+from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
+from fusemlp_kernels.registry import PLANS
+
+# Steps after which it is asked whether somebody pressed Ctrl-C; where the steps run on the host, no more than about a
+# tenth of a second of them, taken as so many floating-point operations.
+UNINTERRUPTED = 256
+COMPILED_UNINTERRUPTED = 4096
+UNINTERRUPTED_FLOPS = 2e9
+# What the calls of a step take that nothing compiles, as so many operations.
+CALLS_FLOPS = 3e5
+# On a GPU: how long a launch of many steps may take; the least that a step takes, and what one multiprocessor computes
+# in a second. The last two are estimates, not yet measured on a GPU.
+LAUNCH_SECONDS = 0.05
+STEP_SECONDS = 5e-6
+PROCESSOR_FLOPS = 1e11
+COMPILED_LOOP = "with numba (pip install 'fusemlp[cpu]') fit runs its steps in one compiled loop, plan='resident'"
+
+
+def choose_plan(
+    plan: str, traits: Traits, sizes: Sequence[int], batch: int, precision: str, models: int = 1
+) -> tuple[str, str]:
+    """The plan that ``plan`` ("auto" or a name) comes to on a backend, for ``models`` models with these widths that
+    train at once, and why.
+
+    Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have, or not
+    for such a network.
+    """
+    if plan not in ("auto", *PLANS):
+        raise unknown_name("plan", plan, ["auto", *PLANS])
+    missing = f"; {COMPILED_LOOP}" if traits.name == "numpy" and "resident" not in traits.plans else ""
+    refusal = resident_refusal(traits, sizes, batch, precision)
+    if plan == "auto":
+        return _quickest(traits, missing, refusal, step_flops(sizes, batch), models)
+    if plan not in traits.plans:
+        hint = missing if plan == "resident" and missing else "; use plan='auto'"
+        raise BackendUnavailableError(
+            f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}{hint}"
+        )
+    if plan == "resident" and refusal is not None:
+        raise BackendUnavailableError(f"plan: {refusal}; use plan='auto'")
+    return plan, "asked for"
+
+
+def _quickest(traits: Traits, missing: str, refusal: str | None, flops: int, models: int) -> tuple[str, str]:
+    best = traits.plans[-1]
+    if best == "eager":
+        return best, f"the {traits.name} backend starts its calls one after another{missing}"
+    if traits.name == "numpy":
+        return best, "fit runs its steps in a loop that numba has compiled"
+    if best != "resident" or traits.resident is None:
+        return best, f"the quickest plan of the {traits.name} backend"
+    if refusal is not None:
+        return traits.plans[-2], refusal
+    together = "" if models == 1 else f" and {models} models"
+    if flops > traits.resident.flops * models:
+        return traits.plans[-2], (
+            f"a step of {flops / 1e6:.3g} million operations{together} is too much for the resident kernel, which has "
+            f"a multiprocessor a model: estimated to pay up to {traits.resident.flops * models / 1e6:.3g} million"
+        )
+    return best, f"a step of {flops / 1e6:.3g} million operations{together}: fit runs many steps in one launch"
+
+
+def resident_chunk(traits: Traits, flops: int) -> int:
+    """How many steps of so many operations the resident plan takes at a time: a launch of a tenth of a second or less,
+    that neither the display nor Ctrl-C waits for."""
+    if traits.name == "numpy":
+        return max(1, min(COMPILED_UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
+    return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
+
+
+def fleet_chunk(traits: Traits, flops: int, models: int) -> int:
+    """As ``resident_chunk`` for a launch of ``models`` models; on the host one computes after the other."""
+    if traits.name == "numpy":
+        return max(1, int(UNINTERRUPTED_FLOPS / (max(flops, CALLS_FLOPS) * models)))
+    return resident_chunk(traits, flops)
+
+
+def _traits(backend: str, precision: str) -> Traits:
+    if backend == "auto":
+        backend = next(name for name, reason in availability().items() if reason is None)
+    if backend not in TRAITS:
+        raise unknown_name("backend", backend, ["auto", *TRAITS])
+    traits: Traits = TRAITS[backend]
+    if precision not in traits.precisions:
+        raise unknown_name("precision", precision, traits.precisions)
+    return traits
+
+
+def trains_together(backend: str) -> bool:
+    """Whether a backend, which need not be there, trains several models in one launch; of an unknown one: no."""
+    if backend not in ("auto", *TRAITS):
+        return False
+    traits = _traits(backend, "fp32")
+    if traits.name == "numpy":
+        # what it does depends on the libraries that are there
+        traits = open_backend("numpy", None, "fp32").traits
+    return bool(traits.fleets) or (traits.resident is not None and "resident" in traits.plans)
+
+
+def chosen_plan(
+    net: MLP, *, batch_size: int = 32, backend: str = "auto", precision: str = "fp32"
+) -> tuple[str, str] | None:
+    """What ``plan="auto"`` comes to in ``fit``, and why; None where that is not a matter of the network."""
+    traits = _traits(backend, precision)
+    if traits.resident is None:
+        return None
+    return choose_plan("auto", traits, net.sizes, batch_size, precision)
+
+
+def plan_text(
+    net: MLP,
+    *,
+    loss: str | Loss = "cross_entropy",
+    optimizer: str | Optimizer = "sgd",
+    batch_size: int = 32,
+    backend: str = "auto",
+    precision: str = "fp32",
+) -> str:
+    """The step program of a network on a backend that need not be installed, as text.
+
+    Raises ArgumentError for impossible values.
+    """
+    traits = _traits(backend, precision)
+    chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
+    chosen_loss.check_network(net)
+    chosen_optimizer.check_network(net)
+    real_bytes = REAL_BYTES.get(precision, 4)
+    batch_size = as_count("batch_size", batch_size, minimum=1)
+    program = lower_training(
+        net,
+        chosen_loss.spec(accuracy=chosen_loss.is_classification),
+        chosen_optimizer.rule(total_updates=1),
+        chosen_optimizer.options_for,
+        batch_size,
+        traits,
+        parameter_layout(net, row_multiple=traits.row_multiple, item_bytes=real_bytes),
+        Inputs(batch_size, indexed=True, class_weighted=chosen_loss.class_weight is not None),
+        seed=0,
+        real_bytes=real_bytes,
+        compute_bytes=COMPUTE_BYTES.get(precision),
+        scaled=precision == "fp16",
+        most_parts=MOST_PARTS,
+    )
+    return str(program)

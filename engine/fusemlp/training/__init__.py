@@ -1,0 +1,1 @@
+"""Fitting: the epoch loop, validation, history, checkpoints, learning-rate finder."""

@@ -1,0 +1,209 @@
+"""``fit``: what it is given is checked and bound to the engine; the loop is in ``fitting``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusemlp.callbacks import checked_callbacks, exits, prepare
+from fusemlp.describe.network import check_flag
+from fusemlp.inputs.arrays import as_count, to_array
+from fusemlp.runtime.backends import row_order as shuffled
+from fusemlp.training.history import History
+from fusemlp.training.loop import Fit, Walking
+from fusemlp.training.validation import Validation
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+    from fusemlp.inputs.targets import Targets
+
+Array = np.ndarray[Any, Any]
+
+
+def fit(
+    engine: Engine,
+    X: Any,
+    y: Any,
+    *,
+    epochs: int,
+    sample_weight: Any = None,
+    validation_data: tuple[Any, ...] | None = None,
+    early_stopping: int | None = None,
+    callbacks: Iterable[Any] = (),
+    shuffle: bool = True,
+    drop_last: bool = False,
+    row_order: Callable[[int], Any] | None = None,
+    resume: bool = False,
+) -> History:
+    """Train ``engine`` on X (n, K) and y for ``epochs`` passes.
+
+    y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
+    (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may lie in host memory
+    or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``):
+    there they are read in place, or copied once where their type or their rows do not suit the kernels.
+
+    validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch. early_stopping: end when val_loss has
+    not improved for so many epochs, and go back to the best weights. callbacks: objects like ``Callback``, or like
+    Keras's (``fusemlp.callbacks``).
+
+    The order of the rows is a function of seed and epoch; ``shuffle=False`` keeps the rows as they are, ``row_order``
+    is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
+    ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
+    the beginning of that call.
+
+    Ctrl-C ends training after the batch and raises KeyboardInterrupt; what was trained and recorded is kept. Raises
+    ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
+    no longer finite, with the engine back at the last good epoch.
+    """
+    epochs = as_count("epochs", epochs, minimum=1)
+    for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
+        check_flag(argument, flag)
+    features = engine.features("X", X)
+    targets = engine.targets("y", y, rows=len(features))
+    weight = engine.weights("sample_weight", sample_weight, rows=len(features))
+    validation = checked_validation(engine, validation_data)
+    patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
+    if patience is not None and validation is None:
+        raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
+    listeners = checked_callbacks(callbacks)
+    prepare(listeners, _logged(engine, targets, validation), epochs)
+    if drop_last and len(features) < engine.batch_size:
+        raise ArgumentError(
+            f"drop_last: {len(features)} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
+        )
+    state = engine.fit_state
+    first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
+    order = _order(engine, len(features), shuffle, row_order, first_epoch)
+    loop = Fit(
+        engine,
+        features,
+        targets,
+        weight,
+        epochs=epochs,
+        validation=validation,
+        patience=patience,
+        callbacks=listeners,
+        order=order,
+        drop_last=drop_last,
+        resume=resume,
+        # a function of the user's is asked when its epoch comes
+        at_once=None if row_order is None else 1,
+    )
+    _warn(engine, features, targets, epochs * loop.batches)
+    with exits(listeners, engine):
+        return loop.run()
+
+
+def _logged(engine: Engine, targets: Targets, validation: Validation | None) -> list[str]:
+    """The names of what is logged of an epoch, in their order."""
+    names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
+    if validation is not None:
+        names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.targets) else [])]
+    return [*names, "learning_rate"]
+
+
+def fit_checked(
+    engine: Engine,
+    X: Any,
+    targets: Targets,
+    weight: Any | None,
+    *,
+    epochs: int,
+    validation: Validation | None,
+    patience: int | None,
+    rows: Array | None = None,
+    drop_last: bool = False,
+    bound: Walking | None = None,
+    at_once: int | None = None,
+) -> Fit:
+    """``fit`` of arrays that have been checked, ready to run, on the rows of X in ``rows`` (m,) int64 where that is
+    given; see ``Fit`` for ``bound`` and ``at_once``."""
+    count = len(X) if rows is None else len(rows)
+
+    def order(epoch: int) -> Array:
+        shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
+        return shuffled_rows if rows is None else rows[shuffled_rows]
+
+    return Fit(
+        engine,
+        X,
+        targets,
+        weight,
+        epochs=epochs,
+        validation=validation,
+        patience=patience,
+        callbacks=[],
+        order=order,
+        drop_last=drop_last,
+        resume=False,
+        rows=count,
+        bound=bound,
+        at_once=at_once,
+    )
+
+
+def checked_validation(engine: Engine, given: Any, *, common: bool = False) -> Validation | None:
+    """``validation_data`` as ``fit`` takes it, checked; ``common``: of several models."""
+    if given is None:
+        return None
+    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+        raise ArgumentTypeError(f"validation_data: expected (X, y) or (X, y, sample_weight), got {_described(given)}")
+    X = engine.features("validation_data[0]", given[0])
+    targets = engine.targets("validation_data[1]", given[1], rows=len(X))
+    weight = engine.weights("validation_data[2]", given[2] if len(given) == 3 else None, rows=len(X))
+    # what the loss refuses must come out here, not at the end of the first epoch
+    engine.loss.spec(accuracy=False, soft=targets.soft)
+    return Validation(X, targets, weight, common)
+
+
+def _described(given: Any) -> str:
+    kind = type(given).__name__
+    return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
+
+
+def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array]:
+    if given is not None:
+        if not callable(given):
+            raise ArgumentTypeError(
+                f"row_order: expected a function from the epoch to the order of the rows, got {type(given).__name__}; "
+                "for one fixed order give lambda epoch: rows"
+            )
+
+        def checked(epoch: int) -> Array:
+            rows = to_array(f"row_order({epoch})", given(epoch))
+            if rows.shape != (n,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(n)):
+                raise ArgumentError(
+                    f"row_order: expected a permutation of range({n}) for epoch {epoch}, got "
+                    f"{np.array2string(rows, threshold=8)}"
+                )
+            return rows
+
+        # the first is checked before anything has changed, and asked for only once
+        ahead = {first_epoch: checked(first_epoch)}
+        return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
+    if not shuffle:
+        identity = np.arange(n)
+        return lambda epoch: identity
+    return lambda epoch: shuffled(engine.backend, engine.plan, n, engine.seed, epoch)
+
+
+def _warn(engine: Engine, X: Any, targets: Targets, batches: int) -> None:
+    if engine.optimizer.accumulate > batches:
+        warnings.warn(
+            f"accumulate: an update takes {engine.optimizer.accumulate} batches and this fit has only {batches}: "
+            "it may end without one; train for more epochs or lower accumulate",
+            stacklevel=4,
+        )
+    if engine.batch_size > len(X):
+        warnings.warn(
+            f"batch_size: {engine.batch_size} is more than the {len(X)} rows of X; batches of {len(X)} are used",
+            stacklevel=4,
+        )
+    if engine.loss.kind == "cross_entropy" and not targets.soft and len(X) > 1:
+        labels = engine.on_host(targets.values)
+        if np.all(labels == labels[0]):
+            warnings.warn(f"y: every label is {labels[0]}; a classifier needs examples of two classes", stacklevel=4)

@@ -1,0 +1,75 @@
+"""What a training has recorded, and where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusemlp.describe.schedules import PLATEAU_START, PlateauState
+from fusemlp_kernels.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class History:
+    """What ``fit`` recorded: ``history`` has a list for each quantity, an entry an epoch, as in Keras.
+
+    ``epochs`` are the numbers of the epochs, ``seconds`` how long each took. ``best_epoch`` is the one with the lowest
+    val_loss. ``stopped`` says why training ended before its time, or is empty.
+    """
+
+    history: dict[str, list[float]] = field(default_factory=dict)
+    epochs: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+    stopped: str = ""
+
+    def record(self, epoch: int, logs: dict[str, float], seconds: float) -> None:
+        """Add an epoch."""
+        self.epochs.append(epoch)
+        self.seconds.append(seconds)
+        for name, value in logs.items():
+            self.history.setdefault(name, []).append(value)
+
+    def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
+        """Draw loss and accuracy over the epochs; write the picture to ``path`` (.png, .svg or .pdf) if given.
+
+        Returns matplotlib's figure. Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError
+        for an impossible path or where nothing was recorded.
+        """
+        from fusemlp.report.plots import curves_figure, draw
+
+        if not self.epochs:
+            raise ArgumentError("history: it has no epoch to draw; fit with at least one epoch first")
+        best = None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1
+        return draw(lambda: curves_figure(self.history, title=title, best_epoch=best), path)
+
+
+@dataclass
+class FitState:
+    """Where a call of ``fit`` stands; with the parameters and counters, all that it needs to go on.
+
+    ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
+    """
+
+    epoch: int
+    batch: int
+    last_epoch: int
+    total_updates: int
+    history: History
+    best_loss: float = float("inf")
+    waited: int = 0
+    plateau: PlateauState = PLATEAU_START
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able, but for infinities; ``FitState.from_config`` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FitState:
+        """The state that ``to_config`` wrote down."""
+        history = History(**config["history"])
+        return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})

@@ -1,0 +1,157 @@
+"""Which learning rate to start with: a sweep (Smith, Cyclical learning rates for training neural networks, 2017)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
+from fusemlp.describe.schedules import Exponential
+from fusemlp.engine import Engine
+from fusemlp.inputs.arrays import Array, as_count, as_number
+from fusemlp.inputs.targets import Targets
+from fusemlp.report.plots import draw, sweep_figure
+from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SMOOTHING = 0.95
+# The sweep ends where the smoothed loss is this many times the first loss above its lowest.
+BLOWN_UP = 3.0
+FEWEST_STEPS = 20
+FEWEST = 8
+# The average of the first losses is still rough: no slope is read off them.
+SETTLING = 20
+
+
+@dataclass(frozen=True)
+class LearningRateSweep:
+    """The curve of a sweep: ``rates`` and the smoothed ``losses``, one of each an update; and the suggested rate.
+
+    ``suggestion`` is the rate in the middle of the decade over which the loss falls most. ``complete`` is False where
+    the loss blew up and the rest of the rates was left out.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float
+    complete: bool
+
+    def plot(self, path: str | Path | None = None, *, title: str = "learning rate sweep") -> Figure:
+        """Draw loss over learning rate, the suggestion marked, and write it to ``path`` (.png, .svg, .pdf) if given.
+
+        Raises MissingLibraryError without matplotlib, ArgumentError for an impossible path.
+        """
+        return draw(lambda: sweep_figure(self.rates, self.losses, self.suggestion, title), path)
+
+
+def lr_find(
+    engine: Engine,
+    X: Any,
+    y: Any,
+    *,
+    sample_weight: Any = None,
+    start: float = 1e-6,
+    end: float = 10.0,
+    steps: int = 200,
+) -> LearningRateSweep:
+    """Raise the learning rate from ``start`` to ``end`` over ``steps`` updates and watch the loss.
+
+    X (n, K), y and sample_weight are as in ``fit``. A copy of the engine with its parameters and a fresh optimizer is
+    trained: the engine itself stays as it is, and the suggested rate is not applied. The curve is that of a network yet
+    to be trained, or to be trained on: of one whose loss falls no more it says little.
+
+    Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError for what cannot be trained on, and
+    DivergenceError where the loss blows up at once.
+    """
+    if not isinstance(engine, Engine):
+        raise ArgumentTypeError(f"engine: expected an Engine, got {type(engine).__name__}")
+    start = as_number("start", start, low=0.0, low_open=True)
+    end = as_number("end", end, low=start, low_open=True)
+    steps = as_count("steps", steps, minimum=FEWEST_STEPS)
+    features = engine.on_host(engine.features("X", X))
+    targets = engine.targets("y", y, rows=len(features))
+    targets = targets._replace(values=engine.on_host(targets.values))
+    weight = engine.weights("sample_weight", sample_weight, rows=len(features))
+    weight = None if weight is None else engine.on_host(weight)
+    gamma = (end / start) ** (1.0 / (steps - 1))
+    copy = Engine(
+        engine.network,
+        loss=engine.loss,
+        optimizer=with_rate(engine.optimizer, Exponential(start, gamma=gamma)),
+        batch_size=min(engine.batch_size, len(features)),
+        seed=engine.seed,
+        backend=engine.backend,
+        device=engine.device,
+        precision=engine.precision,
+    )
+    copy.load_state_dict(engine.state_dict())
+    rates, losses = sweep(copy, features, targets, weight, steps=steps)
+    return LearningRateSweep(tuple(rates), tuple(losses), steepest(rates, losses), len(rates) == steps)
+
+
+def with_rate(optimizer: Optimizer, schedule: Exponential) -> Optimizer:
+    """The optimizer with another learning rate."""
+    return optimizer_from_config({**optimizer.to_config(), "lr": schedule.to_config()})
+
+
+def sweep(
+    engine: Engine, X: Array, targets: Targets, weight: Array | None, *, steps: int
+) -> tuple[list[float], list[float]]:
+    """The rate and the smoothed loss of each update, to the last or to where the loss blows up.
+
+    Raises DivergenceError if that happens at once.
+    """
+    rates: list[float] = []
+    losses: list[float] = []
+    average = 0.0
+    accumulate = engine.optimizer.accumulate
+    batches = _batches(len(X), engine.batch_size, engine.seed)
+    for step in range(steps):
+        rate = engine.learning_rate
+        loss = 0.0
+        # an update may take several batches
+        for rows in itertools.islice(batches, accumulate):
+            found = engine.step(X[rows], targets.values[rows], None if weight is None else weight[rows])
+            loss += float(found) / accumulate
+        # The average is corrected for its start from zero, as Adam's are.
+        average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
+        smoothed = average / (1.0 - SMOOTHING ** (step + 1))
+        if not math.isfinite(smoothed) or (losses and smoothed - min(losses) > BLOWN_UP * abs(losses[0])):
+            break
+        rates.append(rate)
+        losses.append(smoothed)
+    if len(rates) < FEWEST:
+        raise DivergenceError(
+            f"loss: it blew up after {len(rates)} updates, at a learning rate of {rate:.3g}; begin lower, with start "
+            "(--from)"
+        )
+    return rates, losses
+
+
+def steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The rate in the middle of the decade over which the loss falls most.
+
+    Batches differ, and so does the loss from step to step: the slope from one to the next says little.
+    """
+    decades = math.log10(rates[-1] / rates[0])
+    half = max(1, min(len(rates) // 4, round((len(rates) - 1) / decades / 2)))
+    first = min(SETTLING, len(rates) // 4)
+    middles = range(first + half, len(rates) - half)
+    return rates[min(middles, key=lambda middle: losses[middle + half] - losses[middle - half])]
+
+
+def _batches(n: int, size: int, seed: int) -> Iterator[Array]:
+    """Whole batches of row indices, in a new order each time round, without end."""
+    generator = np.random.default_rng(seed)
+    while True:
+        order = generator.permutation(n)
+        for first in range(0, n - size + 1, size):
+            yield order[first : first + size]

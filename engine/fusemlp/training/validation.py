@@ -1,0 +1,49 @@
+"""Rows that the epochs of a fit are validated on, brought to the device once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fusemlp.runtime.inference import Evaluation
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+    from fusemlp.inputs.targets import Targets
+
+# So many kinds of models in a fleet have their held-out rows in common; those of the others last as long as they train.
+KINDS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Checked rows that an epoch ends with; ``common``: for several models."""
+
+    X: Any
+    targets: Targets
+    weight: Any | None
+    common: bool = False
+    # those that nobody uses at the moment, by what the models that they serve have in common
+    _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
+
+    def of(self, engine: Engine) -> Callable[[], dict[str, float]]:
+        """What is asked after each epoch for the loss of the rows by ``engine``."""
+        net = engine.network
+        kind = (net.sizes, net.activations, engine.loss)
+        if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
+            alone = engine.evaluation(self.X, self.targets, self.weight, apart=False)
+            return lambda: alone.of(engine.memory)
+        idle = self._idle.setdefault(kind, [])
+
+        def together() -> dict[str, float]:
+            # models may be trained in several threads
+            try:
+                evaluation = idle.pop()
+            except IndexError:
+                evaluation = engine.evaluation(self.X, self.targets, self.weight, apart=True)
+            metrics = evaluation.of(engine.memory)
+            idle.append(evaluation)
+            return metrics
+
+        return together
