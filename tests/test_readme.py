@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer.main
+
 from fusemlp.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
