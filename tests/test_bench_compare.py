@@ -76,7 +76,7 @@ def test_what_became_slower_is_found_and_nothing_else() -> None:
         *((name, "FLEET") for name in FLEETS),
     }
     assert found["784-10-10@32", "ENGINE_NUMPY_EAGER"] == "-"
-    assert verdicts(lines(1, own=1.1), lines(0))["784-10-10@32", "ENGINE"] == "quicker"
+    assert verdicts(lines(1, own=1.1), lines(0))["784-10-10@32", "ENGINE"] == "faster"
 
 
 def test_without_others_the_clock_decides() -> None:
@@ -117,11 +117,11 @@ def test_titles_say_what_the_figures_say(tmp_path: Path) -> None:
     networks = [line for line in found if line["models"] is None]
     fleets = [line for line in found if line["models"] is not None]
     assert plots.networks_finding(report.by_case(networks)) == (
-        "fusemlp is the quickest on 2 of 2 networks, up to 6.0x ahead of TORCH_EAGER (784-10-10, 32)"
+        "fusemlp is the fastest on 2 of 2 networks, up to 6.0x ahead of TORCH_EAGER (784-10-10, 32)"
     )
     slow = [line for line in lines(0, own=1.5, noise=0.0) if line["models"] is None]
     assert plots.networks_finding(report.by_case(slow)) == (
-        "fusemlp is the quickest on 0 of 2 networks, up to 4.0x ahead of TORCH_EAGER (784-10-10, 32);\n"
+        "fusemlp is the fastest on 0 of 2 networks, up to 4.0x ahead of TORCH_EAGER (784-10-10, 32);\n"
         "at worst it takes 1.25x the time of JAX_SCAN (784-10-10, 32)"
     )
     assert plots.fleets_finding(fleets) == (
