@@ -1,4 +1,4 @@
-"""CUDA C compiles without a GPU, bad machine code is noticed, and the record is of the sources as they are."""
+"""CUDA C compiles without a GPU, bad machine code is noticed, and the record is up to date."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_another_result_than_recorded_is_noticed(command):
 
 def test_a_record_of_other_code_is_noticed(command):
     found = command.record_problems([GOOD])
-    assert any("not of the sources as they are, such as sm_90 loss loss_rows" in problem for problem in found)
+    assert any("not of the current sources, such as sm_90 loss loss_rows" in problem for problem in found)
     assert any(f"{4 * 2 * len(sources.MODULES)} are missing" in problem for problem in found)
 
 
