@@ -14,6 +14,7 @@ import pytest
 
 import fusemlp
 from fusemlp import cli
+from fusemlp.cli import app
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -101,14 +102,14 @@ EXIT_CODES: dict[type[FusemlpError], int] = {
 
 @pytest.mark.parametrize(("error", "code"), EXIT_CODES.items())
 def test_exit_codes(error: type[FusemlpError], code: int) -> None:
-    assert cli.exit_code(error("message")) == code
+    assert app.exit_code(error("message")) == code
 
 
 def test_unexpected_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a mistake in the program")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(app, "app", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 

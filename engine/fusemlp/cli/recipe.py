@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.cli.options import FitOptions, ModelOptions
+from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import LOSSES, CrossEntropy, Huber, Loss, Quantile, as_loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
@@ -21,7 +22,7 @@ from fusemlp.describe.schedules import (
     Schedule,
     StepDecay,
 )
-from fusemlp.inputs.arrays import Array, as_count, as_number
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 
 DEFAULT_WIDTH = 128

@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from fusemlp.describe.network import check_choice, check_keys, freeze
-from fusemlp.inputs.arrays import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
 from fusemlp_kernels.contract import ScheduleSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
