@@ -140,7 +140,7 @@ def loss_of(case: Case, data: Data, parameters: Parameters, rows: Array) -> floa
 def checks(case: Case) -> list[tuple[Case, int]]:
     """Return the cases, with a number of steps, that a contender must train as the oracle does.
 
-    Where the oracle would take minutes: STEPS steps on batches of ``FEW_ROWS``, then one step of the case itself.
+    A case that takes the oracle minutes gets STEPS steps on batches of ``FEW_ROWS``, then one full step.
     """
     plain = replace(case, dropout=0.0)
     if case.flops <= MOST_FLOPS or case.batch_size <= FEW_ROWS:

@@ -1,4 +1,4 @@
-"""What all tests share: where the oracle comparison lies, Triton without a GPU, and a run's summary of counts.
+"""The set-up of all tests: the path of the oracle comparison, Triton without a GPU, and a run's summary of counts.
 
 The oracle comparison and its tolerances live with the kernels' tests, and all tests use them.
 """

@@ -26,7 +26,7 @@ FLEET_PEERS = {"fleet": 1.0, "jax_vmap": 1.4, "sklearn_loop": 14.0}
 
 
 def lines(seed: int, *, own: float = 1.0, machine: float = 1.0, rounds: int = 11, noise: float = 0.02) -> list[Any]:
-    """What a run would write: fusemlp ``own`` times as slow as it was, the machine ``machine`` times."""
+    """Return the lines of a run in which fusemlp is ``own`` times and the machine ``machine`` times as slow."""
     generator = np.random.default_rng(seed)
     found = []
     for name, times in [*((n, PEERS) for n in NETWORKS), *((n, FLEET_PEERS) for n in FLEETS)]:

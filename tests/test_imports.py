@@ -74,7 +74,7 @@ def source_modules() -> dict[str, str]:
 
 
 def is_type_checking(test: ast.expr) -> bool:
-    """Whether an ``if`` is only for type checkers: ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
+    """Return whether an ``if`` is only for type checkers: ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
     name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
     return name == "TYPE_CHECKING"
 
@@ -91,7 +91,7 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported_names(node: ast.AST, package: str, modules: Mapping[str, str]) -> list[str]:
-    """What a node imports: statements, and ``import_module`` or ``__import__`` of a literal name."""
+    """Yield the imports of a node: statements, and ``import_module`` or ``__import__`` of a literal name."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):

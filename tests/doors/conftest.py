@@ -1,4 +1,4 @@
-"""What tests want to be read at the end of the run: lines of their own, and counts of how groups of tests ended."""
+"""Report lines of tests, and counts of results by group, at the end of the run."""
 
 from __future__ import annotations
 

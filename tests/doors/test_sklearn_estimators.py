@@ -32,7 +32,7 @@ from fusemlp.sklearn.classifier import _fitted_binarizer
 
 X, Y = load_iris(return_X_y=True)
 NAMES = ("MLPClassifier", "MLPRegressor")
-# What scikit-learn's classifier is not checked for: it has no such parameter.
+# Checks that scikit-learn's classifier skips, because it has no such parameter.
 MORE_CHECKS = {"MLPClassifier": {"check_class_weight_classifiers"}, "MLPRegressor": set()}
 
 

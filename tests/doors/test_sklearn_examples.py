@@ -1,8 +1,7 @@
-"""Two of scikit-learn's public examples, written anew on the same data: the scores are within 0.01 of its own.
+"""Two of scikit-learn's public examples, rewritten on the same data: the scores are within 0.01 of its own.
 
-One compares ways of learning (solvers and learning rates) on four data sets, the other strengths of the penalty on
-three. Where one rounding of the training data moves scikit-learn's own score by more, its scores after ten such
-roundings are the reference.
+One compares solvers and learning rates on four data sets, the other strengths of the penalty on three. If one rounding
+of the training data moves scikit-learn's own score by more, its scores after ten such roundings are the reference.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def test_models_of_one_shape_share_launches(backend, grid, sizes, monkeypatch):
 
 
 def test_a_whole_search_is_one_launch(backend, monkeypatch):
-    """Nobody has to do with the epochs before the last: 4 epochs of 3 batches."""
+    """No code runs between the epochs: 4 epochs of 3 batches."""
     launches = Launches(monkeypatch)
     searched(backend, MODEL, {"alpha": [0.0, 0.1]})
     assert launches.steps == [[12] * 6]

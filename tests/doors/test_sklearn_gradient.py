@@ -232,7 +232,7 @@ def test_a_plateau_lowers_the_rate():
 
 
 def test_the_penalty_of_arrays_that_are_not_numpys():
-    """Where the arena is a device's, the penalty is computed with operators that all array types have."""
+    """On a device arena the penalty is computed with operators that all array types have."""
     estimator = quiet(MLPClassifier((5, 4), max_iter=2, random_state=0, alpha=0.3), X, CLASSES)
     memory = estimator._model.engine.memory
     penalty = Penalty(estimator._model, 0.3)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 @pytest.fixture
 def global_random_seed():
-    """What scikit-learn's own suite gives by default."""
+    """Return the default of scikit-learn's own suite."""
     return 42
 
 

@@ -111,7 +111,7 @@ def test_sample_weights(solver, data):
 
 
 def sensitivity(data, options, weighted):
-    """What one rounding of each element of X, up or down, does to scikit-learn's result: the most of three."""
+    """Return the largest of three changes of scikit-learn's result when each element of X is rounded once."""
     name, X, y, own = DATA[data]
     reference = fitted(theirs, data, options, weighted=weighted)
     moved = []

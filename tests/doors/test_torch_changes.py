@@ -1,4 +1,4 @@
-"""What changes between two fused steps is followed by the next, or refused; nothing goes stale."""
+"""A fused step follows every change since the previous one, or refuses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be fused is refused by name, with the module's path, before anything has changed."""
+"""``fuse`` refuses unsupported parts by name, with the module's path, before anything has changed."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def start(path: Path) -> tuple[int, int]:
     if child:
         os.close(writing)
         return child, reading
-    # should the parent be gone, nobody else would end this process
+    # End this process even if the parent is gone.
     signal.alarm(300)
     os.fsync = slow_fsync
     engine = load_checkpoint(path) if path.exists() else new_engine()
@@ -93,7 +93,7 @@ def start(path: Path) -> tuple[int, int]:
 
 
 def kill(path: Path, batches: int, delay: float) -> bool:
-    """Train, kill ``delay`` seconds after so many batches; whether the kill fell inside the writing of a file."""
+    """Train, kill ``delay`` seconds after a number of batches; return whether the kill came during a write."""
     left_over = len(list(path.parent.glob(".*.tmp")))
     child, pipe = start(path)
     for _ in range(batches):

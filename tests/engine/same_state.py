@@ -23,7 +23,7 @@ def assert_same_state(engine: Engine, expected: Engine) -> None:
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
-    """What ``assert_same_state`` compares, as values for which == means the same bits."""
+    """Return the values that ``assert_same_state`` compares; for them == means the same bits."""
     memory = engine.memory
     names = ["params", *(f"state{index}" for index in range(len(memory.states))), "hyper", "stats"]
     if engine.optimizer.accumulate > 1:

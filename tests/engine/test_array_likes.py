@@ -157,7 +157,7 @@ def regressor() -> Engine:
 
 
 def results(engine: Engine, x: Any, y: Any, weight: Any = None) -> dict[str, Any]:
-    """What every public call makes of the same data."""
+    """Return the results of every public call on the same data."""
     found: dict[str, Any] = {"step": engine.step(x, y, weight)}
     history = engine.fit(x, y, epochs=2, sample_weight=weight, validation_data=(x, y, weight))
     found |= {"history": history.history, "evaluate": engine.evaluate(x, y, weight), "predict": engine.predict(x)}
@@ -283,7 +283,7 @@ def test_data_of_fit_are_not_kept_and_results_are_copies() -> None:
 
 
 def assert_unchanged(given: Any, original: Array) -> None:
-    """What was given still holds the values it was made of."""
+    """Assert that an argument still holds its original values."""
     if isinstance(given, WithArray | WithDLPack):
         given = given.array
     if isinstance(given, torch.Tensor):

@@ -1,7 +1,7 @@
-"""What is refused at the edge: the error's type, its words, and that nothing has changed.
+"""Bad input is refused with the right type and message, and changes nothing.
 
-Every row of the table does one wrong thing with a trained engine. Afterwards the engine must be in the state it was
-in, bit for bit, and go on exactly as a twin of it does that has seen no mistake.
+Every row of the table makes one mistake with a trained engine. Afterwards the engine must have the same state, bit for
+bit, and continue exactly as a twin without the mistake.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
 
 
 def go_on(engine: Engine, kind: str) -> tuple[Any, ...]:
-    """What good calls give from here on."""
+    """Return the results of further good calls."""
     y = good_targets(kind)
     steps = () if kind == "cosine" else (engine.step(X[:5], y[:5]).tobytes(),)
     history = engine.fit(X, y, epochs=1).history

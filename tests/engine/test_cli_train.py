@@ -47,7 +47,7 @@ def rows(run_folder: Path) -> list[dict[str, str]]:
 
 
 def same_tensors(first: Path, second: Path) -> bool:
-    """Whether two checkpoints hold bitwise the same arrays."""
+    """Return whether two checkpoints hold bitwise the same arrays."""
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 

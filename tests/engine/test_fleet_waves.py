@@ -28,7 +28,7 @@ def fleet(vary: Any, **options: Any) -> Fleet:
 
 
 def memory_for(models: int, kept: int) -> int:
-    """An argument ``memory`` with room for so many engines, where ``kept`` models are kept."""
+    """Return an argument ``memory`` with room for ``models`` engines while ``kept`` models are kept."""
     one = fleet([{}])
     return models * waves.engine_bytes(one.engines[0]) + waves.kept_bytes(one.candidates * kept, "fp32")
 

@@ -30,7 +30,7 @@ BATCH = 4  # 10 whole batches and one of three rows
 
 @pytest.fixture
 def events(monkeypatch):
-    """What was captured and what was replayed, as numbers of steps."""
+    """Return the captures and the replays, as numbers of steps."""
     happened = []
 
     def capture(self, run, times):

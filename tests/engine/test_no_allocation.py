@@ -102,7 +102,7 @@ def test_the_program_of_a_step_allocates_no_array(options, optimizer, loss, targ
 
 
 class Watch(Callback):
-    """What was allocated from the end of an epoch's first batch to the end of its last."""
+    """Return the bytes allocated from the end of an epoch's first batch to the end of its last."""
 
     def __init__(self, peak):
         self.peak, self.grown = peak, []

@@ -115,7 +115,7 @@ def test_kept_gradients_stand_before_the_update(optimizer, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_norm_of_kept_gradients_is_taken_by_the_update(backend):
-    """What is done to them between the calls counts."""
+    """Changes between the calls have an effect."""
     program = training_program(MLP([5, 4, 3]), optimizer=SGD(0.1, clip_norm=1.0), backend=backend, keep_gradients=True)
     assert not [call.op for call in program.calls if "norm" in call.operands]
 

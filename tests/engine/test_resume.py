@@ -236,7 +236,7 @@ def test_fit_goes_on_in_the_same_process_after_ctrl_c() -> None:
 
 
 def in_a_process(code: str, *arguments: str) -> str:
-    """What a new Python process prints; it finds this folder's modules."""
+    """Return the output of a new Python process that finds this folder's modules."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -20,7 +20,7 @@ def variant_of(item):
 
 
 def pytest_collection_modifyitems(items):
-    """Which tests in fp32 there are on every backend that runs without a card."""
+    """Return the fp32 tests of every backend that runs without a card."""
     found = {}
     for item in items:
         variant = variant_of(item)

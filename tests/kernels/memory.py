@@ -1,4 +1,4 @@
-"""Where a test's arrays lie: views with gaps and guard bands around them, whose elements nobody may change."""
+"""The memory of a test's arrays: views with gaps and guard bands, which no kernel may change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Memory(np.ndarray):
 
 
 def guard_value(dtype):
-    """What fills the memory that is nobody's: NaN spoils every sum that it gets into."""
+    """Return the fill value of gaps and guard bands: NaN spoils every sum that reads it."""
     return {"f": np.nan, "i": INT_GUARD, "b": True}[np.dtype(dtype).kind]
 
 
@@ -88,7 +88,7 @@ def position(array, base):
 
 
 def elements_of(array, base):
-    """Which elements of ``base`` are the array's: their indices, shaped like it."""
+    """Return the indices in ``base`` of the array's elements, shaped like the array."""
     first, strides = position(array, base)
     index = np.full(array.shape, first)
     for axis, stride in enumerate(strides):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from fusemlp_kernels.contract import ROW_OFFSET
 
 seeds = st.integers(0, 2**32 - 1)
-# After its first ten cases Hypothesis mostly changes a little in the case before, which tells little new of a kernel:
-# the cases of a test are drawn in rounds of so many.
+# After its first ten cases Hypothesis mostly varies the previous case, which shows little new about a kernel. So the
+# cases of a test are drawn in rounds of this many.
 ROUND = 10
 
 

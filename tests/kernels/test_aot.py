@@ -1,4 +1,4 @@
-"""What is compiled ahead is what is launched; bad machine code is noticed; the record is up to date."""
+"""Kernels compiled ahead are the launched ones; bad machine code is reported; the record is up to date."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command():
 
 
 def compiled_as(launch, precision):
-    """What a launch asks to be compiled; the lengths of the task table are listed with one tile only."""
+    """Return the variant that a launch needs; the lengths of the task table are listed with one tile only."""
     kind = precision if launch.name in aot.PRODUCTS else aot.ELEMENTS[precision]
     kind = "fp32" if launch.name in ("norm", "advance") else kind
     constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}

@@ -1,4 +1,4 @@
-"""What stands in for CuPy does what CuPy does, and refuses what it does not know and what a card does not forgive."""
+"""The stand-in for CuPy does the same as CuPy, and refuses unknown names and misuse of a card."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class Loss:
         return target, None if self.weight is None else exact(self.weight[index])
 
     def _spoil_padding(self, count):
-        """What lies behind the last row counts for nothing, whatever it is."""
+        """Memory after the last row has no effect, whatever its values."""
         arrays = [] if self.case.classes else [(self.target, self.target_values)]
         arrays += [] if self.weight is None else [(self.weight, self.weight_values)]
         for array, values in arrays:

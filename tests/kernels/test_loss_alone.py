@@ -1,4 +1,4 @@
-"""NumPy's losses where nobody asks for the gradient: the passes that are left out change no bit of what is told."""
+"""NumPy's losses without a gradient: skipping its passes changes no bit of the result."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ FUNCTION_ULPS = 4
 
 @dataclass(frozen=True)
 class Products:
-    """How matrix products differ from IEEE arithmetic.
+    """The difference of matrix products from IEEE arithmetic.
 
     ``factor``: the relative error of a factor when it is read. ``truncation``: tensor cores truncate where IEEE
     rounds, as they add up (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022): an
@@ -58,7 +58,7 @@ TWO_BYTES = Products(truncation=0.125)
 
 
 def growth(k):
-    """How many u a reduction of length k may lose."""
+    """Return the error of a reduction of length k, in units of u."""
     return 2.0 * np.sqrt(k) + 4.0
 
 
@@ -151,7 +151,7 @@ def loss_grad_bound(
 
 
 def _share(spec, rows, columns, weight, shares=None):
-    """What a row's loss is multiplied by."""
+    """Return the factor on a row's loss."""
     weight = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
     if spec.reduction == "sum":
         return weight

@@ -1,8 +1,8 @@
-"""CUDA C compiled as C++ for this machine and called through ctypes: the numbers of kernels without a GPU.
+"""Compile CUDA C as C++ for this machine and call it through ctypes: the results of kernels without a GPU.
 
-``build`` puts ``cuda_on_cpu.h`` in front of a source and compiles both with the system's C++ compiler, else with
-``ziglang`` from the test extra; a library is kept in ``build/cuda_on_cpu`` under the hash of all that goes into it.
-``Library`` lists the kernels in it and launches them. What this can show and what not says the header.
+``build`` includes ``cuda_on_cpu.h`` before a source and compiles both with the system's C++ compiler, else with
+``ziglang`` from the test extra. ``build/cuda_on_cpu`` caches a library by the hash of its inputs. ``Library`` lists its
+kernels and launches them. The header describes the limits of this method.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def as_cpp(code: str) -> str:
 
 
 def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
-    """The shared library of a source; ``options``: -D, -std and -ftz=true, as for NVRTC.
+    """Return the shared library of a source; ``options``: -D, -std and -ftz=true, as for NVRTC.
 
-    Compiled once, whoever asks first; others wait. Raises RuntimeError with what the compiler said.
+    The first process compiles it; others wait. Raises RuntimeError with the compiler's message.
     """
     for option in options:
         if not option.startswith("-D") and option not in ("-std=c++17", FLUSHES):

@@ -1,9 +1,8 @@
-"""What stands in for CuPy where there is no card: NumPy memory, and the kernels of the CuPy backend as C++ on the CPU.
+"""A stand-in for CuPy without a card: NumPy memory, and the kernels of the CuPy backend as C++ on the CPU.
 
-Test code. It has the few names of CuPy that the backend uses and refuses all others, so that nothing passes because
-something else was there. It shows that the backend's Python calls them as they want to be called, that addresses lie
-in memory that is still there, and what the kernels compute. It cannot show: streams that run side by side, the capture
-of a real graph, cuBLAS itself (NumPy's product of float32 is in its place), the driver, and how long anything takes.
+Test code. It has the few names of CuPy that the backend uses, and refuses all others. It shows that the backend calls
+them correctly, that addresses lie in live memory, and the results of the kernels. It cannot show concurrent streams,
+the capture of a real graph, cuBLAS itself (NumPy's float32 product replaces it), the driver, or any speed.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def from_dlpack(array: Any) -> ndarray:
 
 
 def _foreign(interface: dict[str, Any], owner: Any) -> MemoryPointer:
-    """Memory that somebody else holds, from an array's lowest address to its highest."""
+    """Memory of another owner, from an array's lowest address to its highest."""
     address, shape = interface["data"][0], interface["shape"]
     item = np.dtype(interface["typestr"]).itemsize
     strides = interface.get("strides")

@@ -15,7 +15,7 @@ from cupy_standin import streams
 from cupy_standin.arrays import ndarray
 from cupy_standin.memory import LIVE, Misuse
 
-# What CuPy compiles everything with, whatever is asked for (cupy.cuda.compiler).
+# CuPy always compiles with these options (cupy.cuda.compiler).
 ADDED = ("-ftz=true",)
 ARGUMENT = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(\s*const\s+(\w+)\s+\w+\s*\)"

@@ -18,7 +18,7 @@ GUARD, GUARD_BYTE = 64, 0xA5
 
 
 class Misuse(AssertionError):
-    """What would go wrong on a card: with an error of CUDA, or without a word."""
+    """A mistake that fails on a card, with an error of CUDA or silently."""
 
 
 class CUDARuntimeError(RuntimeError):
@@ -43,7 +43,7 @@ class Memory:
 
     @property
     def is_intact(self) -> bool:
-        """Whether nobody wrote just in front of or behind it."""
+        """Return whether the guard bands before and after it are intact."""
         if self.bytes is None:
             return True
         return bool((self.guarded[:GUARD] == GUARD_BYTE).all() and (self.guarded[-GUARD:] == GUARD_BYTE).all())
@@ -75,7 +75,7 @@ class Live:
             del self._starts[bisect.bisect_left(self._starts, start)]
 
     def holds(self, address: int, size: int = 0) -> bool:
-        """Whether so many bytes from ``address`` on lie in one piece of memory."""
+        """Return whether this many bytes from ``address`` on lie in one piece of memory."""
         at = bisect.bisect_right(self._starts, address) - 1
         return at >= 0 and address + size <= self._starts[at] + max(self._sizes[self._starts[at]])
 
@@ -103,9 +103,9 @@ class MemoryPointer:
 
 
 def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """What lies there, as a NumPy array; strides in bytes, from the first element on.
+    """Return the memory there as a NumPy array; strides in bytes, from the first element on.
 
-    Raises Misuse where not all of it is memory of the card.
+    Raises Misuse unless all of it is memory of the card.
     """
     kind = np.dtype(dtype)
     if 0 in shape:
@@ -121,7 +121,7 @@ def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[
 
 
 class _Place:
-    """What NumPy makes an array of."""
+    """An object that NumPy converts to an array."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface

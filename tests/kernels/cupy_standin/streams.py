@@ -23,7 +23,7 @@ _captured = _Captured()
 
 
 def start(work: Work) -> None:
-    """What is started on the current stream: done, or a node of the graph that is captured."""
+    """Run work on the current stream, or record it as a node of the graph in capture."""
     if _captured.stream is None:
         work()
     elif _captured.stream is _stack[-1]:
@@ -38,7 +38,7 @@ def refuse_in_capture(what: str) -> None:
 
 
 class Graph:
-    """What was started while a stream was captured. As on a card, it holds addresses and no arrays."""
+    """The work that a capture recorded. As on a card, it holds addresses and no arrays."""
 
     def __init__(self, nodes: list[Work]) -> None:
         self._nodes = nodes
