@@ -142,7 +142,7 @@ WRONG = {
     "loss of numbers": (["digits", "--loss", "poisson"], 2, "--loss: 'poisson' is for numbers"),
     "loss of classes": (["diabetes", "--loss", "cross_entropy"], 2, "--loss: 'cross_entropy' is for classes"),
     "two classes": (["digits", "--loss", "binary_cross_entropy"], 2, "the target has 10"),
-    "smoothing": (["digits", "--loss", "mse", "--label-smoothing", "0.1"], 2, "only the loss cross_entropy has it"),
+    "smoothing": (["digits", "--loss", "mse", "--label-smoothing", "0.1"], 2, "only cross_entropy has it"),
     "logits": (["digits", "--output-activation", "sigmoid"], 2, "--output-activation: cross_entropy takes logits"),
     "weights": (["iris", "--class-weight", "1,2"], 2, "--class-weight: expected balanced, or 3 numbers"),
     "weights of numbers": (["diabetes", "--class-weight", "balanced"], 2, "--class-weight: only classes"),
