@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from fusemlp.cli import app
+from fusemlp.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "engine/README.md", "kernels/README.md", "bench/README.md")
