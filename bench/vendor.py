@@ -1,4 +1,4 @@
-"""The opponents of a kernel: the vendor's matrix product alone, and the same work as a sequence of library calls.
+"""The comparisons for a kernel: the vendor's matrix product alone, and the same work as a sequence of library calls.
 
 The library depends on the backend: SciPy's BLAS and NumPy on the host, torch (cuBLAS, rocBLAS) for Triton, CuPy for
 CuPy. The sequences write into preallocated arrays as far as the library allows. NumPy, CuPy and torch have the

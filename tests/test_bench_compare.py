@@ -88,7 +88,7 @@ def test_without_others_the_clock_decides() -> None:
 
 
 def test_noise_is_not_taken_for_a_change() -> None:
-    """The interval has to cover 1 where the rounds of the same code scatter by a fifth."""
+    """The interval must cover 1 if the rounds of the same code scatter by a fifth."""
     changed = [set(verdicts(lines(seed, noise=0.2), lines(seed + 100, noise=0.2)).values()) for seed in range(6)]
     assert sum(found != {"-"} for found in changed) <= 1
 

@@ -1,6 +1,6 @@
-"""The studies of the benchmark: their accounts add up, and what they conclude from given figures is right.
+"""The studies of the benchmark: their accounts add up, and their conclusions from given figures are right.
 
-Nothing here asserts a speed: figures are made up where a conclusion is tested, and measured where only sums are.
+No test asserts a speed: tests of conclusions use invented figures, tests of sums measure.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_the_unfused_sequences_compute_what_the_kernels_compute(backend: str, pr
     atol = 16 * 25 * (2.0**-53 if precision == "fp64" else 2.0**-24)
     np.testing.assert_allclose(host(ours), host(theirs), rtol=0, atol=atol)
     dz, below = one.matrix(m, n, seed=1), one.matrix(m, k, seed=2)
-    # behind relu nothing is negative
+    # After relu nothing is negative.
     one.xp.clip(below, 0, None, out=below)
     mine, other = one.matrix(m, k, seed=6), one.matrix(m, k, seed=7)
     one.backend.bind("grad_input", dz=dz, w=w, y=below, dz_prev=mine, activation="relu")()

@@ -1,4 +1,4 @@
-"""Tuning refuses without a card, and what it would write is the table with other tiles of the same sizes."""
+"""Tuning refuses without a card, and writes the table with other tiles of the same sizes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Stacked(nn.Module):
 
 
 class Forward(nn.Module):
-    """A module with two Linears and the forward that is given."""
+    """A module with two Linears and a given forward."""
 
     def __init__(self, function):
         super().__init__()
