@@ -134,7 +134,7 @@ def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds:
 
 @contextlib.contextmanager
 def started(names: Sequence[str], cases: Sequence[Case]) -> Iterator[dict[str, Worker]]:
-    """Return a worker for each contender that can run a case, the references first."""
+    """Yield a worker by name for each contender that can run a case, the references first."""
     references = {reference_of(case) for case in cases}
     wanted = [name for name in names if any(unsuited(name, case) is None for case in cases)]
     with contextlib.ExitStack() as stack:

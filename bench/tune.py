@@ -75,7 +75,7 @@ def candidates(tile: Tile) -> list[Tile]:
 
 
 def kernels_of(product: str, precision: str, tile: Tile, target: str) -> Iterator[Any]:
-    """Return the kernel variants that use a tile of the table."""
+    """Yield the kernel variants that use a tile of the table."""
     from fusemlp_kernels.triton import aot, configs
 
     family = configs.family_of(target)

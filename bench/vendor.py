@@ -53,7 +53,7 @@ class Vendor:
         return made
 
     def copy(self, destination: Any, source: Any) -> None:
-        """Return a call that copies one array to another."""
+        """Copy one array to another."""
         if self.library == "torch":
             destination.copy_(source)
         else:

@@ -99,7 +99,7 @@ def systematic_part(variants: Sequence[aot.Variant]) -> list[aot.Variant]:
 
 
 def chosen(archs: Iterable[str], kernels: Iterable[str], everything: bool) -> Iterator[tuple[aot.Variant, str]]:
-    """Return the variants to compile."""
+    """Yield the variants to compile."""
     for arch in archs:
         variants = aot.variants(arch)
         for variant in variants if everything else systematic_part(variants):

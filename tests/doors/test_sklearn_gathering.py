@@ -63,7 +63,7 @@ class Launches:
 
 
 class Kept:
-    """Return a scorer that keeps the fitted models by their parameters."""
+    """A scorer that keeps the fitted models by their parameters."""
 
     def __init__(self) -> None:
         self.models: dict[tuple, object] = {}

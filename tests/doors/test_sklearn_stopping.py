@@ -75,7 +75,7 @@ def test_adaptive_divides_the_rate_by_five_until_it_is_too_small():
 
 
 class PressCtrlC:
-    """Return a callback that simulates Ctrl-C during the third batch."""
+    """A callback that simulates Ctrl-C during the third batch."""
 
     def on_batch_end(self, engine, batch):
         if batch == 2:

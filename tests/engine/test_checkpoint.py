@@ -230,7 +230,7 @@ def test_extra_comes_back(extra: dict[str, Any] | None, tmp_path: Path) -> None:
 
 
 class Endless(dict[str, Any]):
-    """Return a dict that contains itself."""
+    """A dict that contains itself."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def make(loss="cross_entropy", seed=3, hidden=8):
 
 
 class Asking:
-    """Return the engine's scores of the held-out rows after each epoch, with other rows before and after."""
+    """A callback that scores the held-out rows after each epoch, with other rows before and after."""
 
     def __init__(self, target, weight):
         self.target, self.weight, self.said = target, weight, []

@@ -56,7 +56,7 @@ def a_batch(target, weighted):
 
 
 class Peak:
-    """Return the peak of allocated bytes inside, above the level before."""
+    """The peak of allocated bytes inside the context, above the level before."""
 
     def __enter__(self):
         self.buffer = np.setbufsize(16)
@@ -101,7 +101,7 @@ def test_the_program_of_a_step_allocates_no_array(options, optimizer, loss, targ
 
 
 class Watch(Callback):
-    """Return the bytes allocated from the end of an epoch's first batch to the end of its last."""
+    """A callback that measures the bytes allocated from the end of an epoch's first batch to the end of its last."""
 
     def __init__(self, peak):
         self.peak, self.grown = peak, []

@@ -38,20 +38,20 @@ class Recorded:
 
 
 class Recorder(Device):
-    """A device of the CPU that says it is another, and notes launches."""
+    """A CPU device that poses as another, and records launches."""
 
     launches: list[Recorded]
 
     def launch(
         self, kernel: Any, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any], tile: configs.Tile
     ) -> Callable[[], object]:
-        """Note it."""
+        """Record a launch."""
         self.launches.append(Recorded(kernel, arguments, constants, tile))
         return lambda: None
 
 
 def launches(target: str, precision: str) -> list[Recorded]:
-    """Those of a step of several networks on ``target``."""
+    """Return the launches of a step of several networks on ``target``."""
     arch = configs.Architecture(configs.family_of(target), 132)
     # As under the interpreter, there is no card to wait for.
     device = Recorder(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)

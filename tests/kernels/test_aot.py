@@ -60,7 +60,7 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
         constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}
         assert (variant.tile, dict(variant.constants)) == (launch.tile, constants)
         assert launch.constants.get("TASKS", 16) in configs.TABLE_LENGTHS
-    # the clock alone is for steps without anything to train, the norm alone for gradients that came from elsewhere
+    # The clock alone is for steps with nothing to train, the norm alone for external gradients.
     alone = {"advance", "norm"} | (set() if precision in aot.RESIDENT_PRECISIONS else {"resident"})
     assert {launch.name for launch in found} == set(aot.KERNELS) - alone
 
@@ -147,7 +147,7 @@ def test_functions_of_amd_may_keep_a_stack_and_spill_nothing(command):
     assert command.problems({**row, "kernel": "linear"}) != []
 
 
-# Networks that the resident kernel is for, and the tiles that each takes: widths, and the most outputs of the tile.
+# Networks for the resident kernel, and their tiles: widths, and the most outputs of the tile.
 RESIDENT = (
     ((64, 32, 10), 32),
     ((784, 10, 10), 32),

@@ -264,7 +264,7 @@ def write_results(plan: Plan, run: Run, members: Sequence[Member]) -> None:
 
 
 def draw(plan: Plan, run: Run, results: FleetResults) -> str:
-    """Write ``scores.png``, or return the reason for its absence."""
+    """Write ``scores.png``; return its line for the report, or the reason for its absence."""
     if not can_plot():
         return f"no plot: it needs matplotlib: {HINT}"
     members = results.members

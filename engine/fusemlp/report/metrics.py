@@ -70,7 +70,7 @@ def regression_figures(values: Array, predicted: Array) -> dict[str, Any]:
 
 
 def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
-    """Return the scalar scores, a line each: ``test accuracy 0.9722``."""
+    """Yield a line for each scalar score: ``test accuracy 0.9722``."""
     for figure in ("loss", "accuracy", "rmse", "mae", "r2"):
         value = report.get(figure)
         if value is not None:

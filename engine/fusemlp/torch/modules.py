@@ -113,7 +113,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
 
 
 def _parts(module: nn.Module, path: str) -> Iterator[Part]:
-    """Return the parts of the module in order."""
+    """Yield the parts of the module in order."""
     if type(module).forward is nn.Sequential.forward:
         for name, child in module.named_children():
             yield from _parts(child, f"{path}.{name}" if path else name)

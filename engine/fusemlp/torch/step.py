@@ -188,7 +188,7 @@ class FusedStep:
         self._watch = Watch(self.module, self.loss_fn, self.optimizer, self._tie, trained)
 
     def _partition(self, rules: list[GroupRule], rates: list[float]) -> None:
-        """Return sets of parameters with equal rules, rates and numbers of updates."""
+        """Group the parameters into sets with equal rules, rates and numbers of updates."""
         members: dict[Any, dict[str, float]] = {}
         for short, group in self._trained.items():
             key = (rules[group].rule, rates[group], self._tie.count(short))

@@ -14,7 +14,7 @@ from cuda_on_cpu import library
 
 
 def why_not() -> str | None:
-    """Why the backend cannot be run over this; None if it can."""
+    """Return the reason if the backend cannot run on this stand-in, else None."""
     if sys.platform != "linux":
         return f"the kernels are compiled for the CPU on Linux only, this is {sys.platform}"
     try:
@@ -25,9 +25,9 @@ def why_not() -> str | None:
 
 
 def load() -> None:
-    """Import ``fusemlp_kernels.cupy`` with this in the place of CuPy.
+    """Import ``fusemlp_kernels.cupy`` with this stand-in for CuPy.
 
-    For that long only: other libraries look whether there is a module of that name, and would take it for CuPy.
+    The stand-in is in ``sys.modules`` only during the import: other libraries would mistake it for CuPy.
     """
     if "fusemlp_kernels.cupy.device" in sys.modules:
         return

@@ -1,7 +1,7 @@
-"""The memory of the card: NumPy's, with guard bands, and a list of what is there.
+"""The memory of the card: NumPy's, with guard bands, and a list of the live pieces.
 
-An address that a kernel or cuBLAS gets has to lie in memory that is still held by an array: on a card another one's
-memory would be read or written, without a word.
+Every address for a kernel or cuBLAS must lie in memory that an array still holds. A card would silently read or write
+other memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-# As CuPy's pool aligns what it hands out.
+# The alignment of CuPy's memory pool.
 ALIGNMENT = 512
 GUARD, GUARD_BYTE = 64, 0xA5
 
@@ -26,7 +26,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 class Memory:
-    """A stretch of memory; ``owner``: what holds it where it was not allocated here."""
+    """A piece of memory; ``owner``: the object that holds it if it was not allocated here."""
 
     def __init__(self, size: int, address: int | None = None, owner: Any = None) -> None:
         self.size, self.owner = size, owner
@@ -50,11 +50,11 @@ class Memory:
 
 
 class Live:
-    """The memory that is there, by address."""
+    """The live memory, by address."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
-        # sizes of what begins there: the same foreign memory may be held several times
+        # Sizes of the pieces at an address: foreign memory may be held several times.
         self._sizes: dict[int, list[int]] = {}
         self._allocated: weakref.WeakSet[Memory] = weakref.WeakSet()
 
@@ -80,7 +80,7 @@ class Live:
         return at >= 0 and address + size <= self._starts[at] + max(self._sizes[self._starts[at]])
 
     def check_guards(self) -> None:
-        """Raises Misuse where something was written outside of the memory that it belongs to."""
+        """Raise Misuse if a guard band was overwritten."""
         for memory in list(self._allocated):
             if not memory.is_intact:
                 raise Misuse(f"something wrote in front of or behind {memory.size} bytes of memory of the card")
@@ -90,7 +90,7 @@ LIVE = Live()
 
 
 class MemoryPointer:
-    """As CuPy's: an address, and what keeps the memory there."""
+    """As CuPy's: an address, and the object that keeps the memory alive."""
 
     mem: Memory
     ptr: int

@@ -1,4 +1,4 @@
-"""Devices, streams and graphs: everything runs at once, or is written down while a stream is captured."""
+"""Devices, streams and graphs: work runs at once, or is recorded during a capture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SILENT = "the stand-in has no such name"
 
 
 class _Captured:
-    """The stream that is captured, if one is, and what has been started on it."""
+    """The stream in capture, if any, and its recorded work."""
 
     def __init__(self) -> None:
         self.stream: Stream | None = None
@@ -87,7 +87,7 @@ class Stream:
         LIVE.check_guards()
 
 
-# The current stream is the last; under all of them lies the default stream.
+# The current stream is the last; the default stream is the first.
 _stack = [Stream(null=True)]
 
 
