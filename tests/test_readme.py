@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from fusemlp.cli.app import app
+from fusemlp.cli.app import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "engine/README.md", "kernels/README.md", "bench/README.md")
@@ -89,3 +89,14 @@ def test_commands_have_options_that_exist(page: str) -> None:
         known = {option for parameter in command.commands[name].params for option in parameter.opts}
         for word in words:
             assert not word.startswith("--") or word in known, line
+
+
+@pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])
+def test_the_printed_program_is_what_the_command_prints(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = re.search(r"`fusemlp\s(plan [^`]*--optimizer[^`]*)`", text_of(page))
+    assert command is not None
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(command[1]))
+    assert ended.value.code == 0
+    shown = re.search(r"^```\n(#  call.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
+    assert shown is not None and capsys.readouterr().out.startswith(shown[1])
