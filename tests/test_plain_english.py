@@ -41,10 +41,10 @@ LEFT: dict[str, int] = {
     "engine/fusemlp/describe/": 1,
     "engine/fusemlp/engine.py": 1,
     "engine/fusemlp/fleet/": 23,
-    "engine/fusemlp/program/": 16,
-    "engine/fusemlp/runtime/": 30,
+    "engine/fusemlp/program/": 15,
+    "engine/fusemlp/runtime/": 22,
     "engine/fusemlp/sklearn/": 49,
-    "engine/fusemlp/training/": 23,
+    "engine/fusemlp/training/": 22,
     "kernels/": 162,
     "tests/": 18,
 }
