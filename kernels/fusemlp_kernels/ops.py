@@ -144,7 +144,10 @@ _LOSS = (
         "hyper", "H", "float64", optional=True, hidden=True, note="dz and dslope are multiplied by hyper[LOSS_SCALE]"
     ),
     Operand("ridge", optional=True, note="Ridge: its divisor; in train_resident and train_fleet"),
-    Operand("shares", "1", "float64", WRITTEN, optional=True, hidden=True, note="the sum of the row weights; with ridge"),
+    Operand(
+        "shares", "1", "float64", WRITTEN, optional=True, hidden=True,
+        note="the sum of the row weights, with ridge; a loop may keep it in a register",
+    ),
 )  # fmt: skip
 _LAYER = (
     Operand("dz", "MN", "compute"),
@@ -333,7 +336,7 @@ OPS = {
             "train_resident",
             "the calls of a training step, as many times as the bound callable is told; walks rows",
             (
-                Operand("calls", note="(op, operands) of each call of a step, in order; the output layer has no dropout"),
+                Operand("calls", note="(op, operands) of each call of a step; the output layer has no dropout"),
                 Operand("rows", dtype="int64", note="(R,): those of the calls, of all batches and epochs"),
                 Operand("batch", note="M, the rows of a step"),
                 _ARENAS,

@@ -211,6 +211,13 @@ def swapped(given):
     return {**given, "calls": [[calls[1], calls[0], *calls[2:]] for calls in given["calls"]]}
 
 
+def frozen(given):
+    """The second model trains nothing."""
+    first, second = given["calls"]
+    clock = {name: second[-1][1][name] for name in ("rule", "counters", "hyper")}
+    return {**given, "calls": [first, [*second[:-1], ("advance", clock)]]}
+
+
 WRONG = {
     "layers: models of one launch": lambda given: changed(given, "linear", activation="relu"),
     "rules: state_count": lambda given: changed(given, "grad_weight_update", rule=RULES["sgd"]),
@@ -220,9 +227,7 @@ WRONG = {
     ),
     "calls: the values of model 1": lambda given: changed(given, "linear", y=given["calls"][0][0][1]["y"]),
     "calls: the kernel runs linear layer by layer": swapped,
-    "calls: models of one launch": lambda given: {**given, "calls": [given["calls"][0], given["calls"][1][:-1] + [
-        ("advance", {name: given["calls"][1][-1][1][name] for name in ("rule", "counters", "hyper")})
-    ]]},
+    "calls: models of one launch": frozen,
     "arenas: state1 is missing": lambda given: {
         **given, "arenas": {name: arena for name, arena in given["arenas"].items() if name != "state1"}
     },

@@ -1,4 +1,4 @@
-"""Many training steps in one call: the calls of a step's program as a table that a compiled loop walks; see ``compiled``.
+"""Many training steps in one call: a compiled loop walks a table of a step's calls; see ``compiled``.
 
 This module does not import numba before a loop is bound.
 """

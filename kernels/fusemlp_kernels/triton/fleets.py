@@ -6,6 +6,7 @@ are filled from the operands of the calls.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +85,11 @@ def _read(op: str, calls: Calls, params: Tensor) -> _Step:
     )
     if begin != wanted or end not in ENDS or back >= depth or not goes_back:
         raise ArgumentError(
-            f"{op}: calls: the kernel runs linear layer by layer, linear_loss_grad, grad_input back from the last layer, "
-            f"then grad_weight_update, or grad_weight, penalty and update; got {', '.join(names)}. Run them one by one"
+            f"{op}: calls: the kernel runs linear layer by layer, linear_loss_grad, grad_input back from the last "
+            f"layer, then grad_weight_update, or grad_weight, penalty and update; got {', '.join(names)}. Run them one "
+            "by one"
         )
-    for index, (below, above) in enumerate(zip(forward, forward[1:], strict=False)):
+    for index, (below, above) in enumerate(itertools.pairwise(forward)):
         if len(below["w"]) != above["w"].shape[1]:
             raise ArgumentError(
                 f"{op}: calls[{index + 1}]: w: expected {len(below['w'])} columns, as layer {index} has outputs, got "
@@ -230,9 +232,10 @@ def _model_tables(step: _Step) -> tuple[list[list[int]], list[list[float]]]:
         dropout = one.get("dropout")
         numbers = dropout_numbers(dropout)
         draws.append([int(numbers[name]) for name in resident_tables.DRAW_FIELDS])
-        slope = float(activations.FIXED_SLOPES.get(one.get("activation", "identity"), one.get("slope", 0.0)))
+        slope = activations.FIXED_SLOPES.get(one.get("activation", "identity"))
         kept = 1.0 if dropout is None else 1.0 - dropout.rate
-        fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept, "slope": slope}
+        fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept}
+        fields["slope"] = float(one.get("slope", 0.0) if slope is None else slope)
         shares.append([float(fields[name]) for name in resident_tables.SHARE_FIELDS])
     return draws, shares
 
@@ -362,11 +365,12 @@ def _bind(
         "draws": tensor([draws for draws, _ in tables], INT64),
         "shares": tensor([shares for _, shares in tables], FLOAT32), "settings": tensor(settings, FLOAT32),
         "rules": tensor([clock.rule_values(step.rule) for step in steps], FLOAT64),
-        "tensors": tensor(factors, FLOAT64), "segments": tensor([(s.offset, s.size) for s in first.segments] or [(0, 0)], INT64),
+        "tensors": tensor(factors, FLOAT64),
+        "segments": tensor([(one.offset, one.size) for one in first.segments] or [(0, 0)], INT64),
         "counters": arenas["counters"], "hyper": arenas["hyper"], "stats": arenas["stats"],
         "history": device.zeros(1, FLOAT64) if history is None else history, "live": live,
-        "M": batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments), "work_size": work.stride,
-        "size": params.shape[1],
+        "M": batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments),
+        "work_size": work.stride, "size": params.shape[1],
         "rows_size": rows.shape[1], "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),

@@ -1,9 +1,9 @@
 """Compile only what a program uses: a copy of the loop from which the other branches are cut.
 
-Numba compiles every branch that it sees, and the time that takes is most of the first ``fit`` on a machine. So the
-branches that a program never takes are cut from the source before: ``if kind == NAME``, ``if flags[NAME]`` and ``if flag``
-after ``flag = flags[NAME] != 0``, for each NAME of ``tables`` that is absent from the program's tables. A name that is
-assigned so is assigned once. What remains computes the same.
+Numba compiles every branch that it sees, and the time that takes is most of the first ``fit`` on a machine. So this
+module cuts the branches that a program never takes from the source before: ``if kind == NAME``, ``if flags[NAME]`` and
+``if flag`` after ``flag = flags[NAME] != 0``, for each NAME of ``tables`` that is absent from the program's tables. A
+name that is assigned so is assigned once. The rest computes the same.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET
@@ -82,7 +81,7 @@ _pointer: Any = intrinsic(_casts)
 @register_jitable(**EXACT)
 def _array(like: Any, address: int, size: int) -> Any:
     """The elements at an address, of the type of ``like``'s."""
-    return numba.carray(_pointer(address), (size,), like.dtype)
+    return carray(_pointer(address), (size,), like.dtype)
 
 
 @register_jitable(**EXACT)
@@ -120,7 +119,7 @@ def _forward(call: Any, numbers: Any, like: Any, count: int, batch_index: int, l
     if call[ACTIVATION] != IDENTITY:
         activate(call[ACTIVATION], y, z, _slope(call, numbers, like))
     if call[KEEP]:
-        keep = numba.carray(_pointer(call[KEEP]), (count * outputs,), np.bool_)
+        keep = carray(_pointer(call[KEEP]), (count * outputs,), np.bool_)
         drop(
             y, keep, lanes, count, outputs, 1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW],
             call[KEY_HIGH], call[MASK_LAYER], batch_index,
@@ -169,7 +168,7 @@ def _backward(call: Any, numbers: Any, like: Any, count: int, integers: Any, let
     w = _array(like, call[W], outputs * inputs)
     backward(out, dz, w, 1.0 / (1.0 - numbers[RATE]), count, inputs, outputs, integers, like, letters)
     if call[KEEP]:
-        mask(out, numba.carray(_pointer(call[KEEP]), (count * inputs,), np.bool_))
+        mask(out, carray(_pointer(call[KEEP]), (count * inputs,), np.bool_))
     y, z = _array(like, call[Y], count * inputs), _array(like, call[Z], count * inputs)
     _derivative(call, numbers, like, y, z, out, 1.0 - numbers[RATE])
 
