@@ -127,32 +127,6 @@ def _forward(call: Any, numbers: Any, like: Any, count: int, batch_index: int, l
 
 
 @register_jitable(**EXACT)
-def _entropy(
-    call: Any, like: Any, count: int, rows: Any, labels: Any, target: Any, weight: Any, class_weight: Any, loss: Any,
-    loss_factors: Any, stats: Any,
-) -> float:  # fmt: skip
-    """Cross-entropy and dz; returns the sum of the row weights."""
-    size = count * call[N]
-    z, dz = _array(like, call[Z], size), _array(like, call[DZ], size)
-    return cross_entropy(z, dz, labels, target, weight, class_weight, rows, count, call[N], loss, loss_factors, stats)
-
-
-@register_jitable(**EXACT)
-def _elementwise(
-    call: Any, numbers: Any, like: Any, count: int, rows: Any, target: Any, weight: Any, loss: Any, loss_factors: Any,
-    stats: Any, spare: Any,
-) -> float:  # fmt: skip
-    """Another loss and dz, the output activation's derivative included; returns the sum of the row weights."""
-    size = count * call[N]
-    y, z, dz = _array(like, call[Y], size), _array(like, call[Z], size), _array(like, call[DZ], size)
-    if call[ACTIVATION] != IDENTITY:
-        activate(call[ACTIVATION], y, z, _slope(call, numbers, like))
-    shares = elementwise(y, dz, target, weight, rows, count, call[N], loss, loss_factors, stats, spare)
-    _derivative(call, numbers, like, y, z, dz, 1.0)
-    return shares
-
-
-@register_jitable(**EXACT)
 def _derivative(call: Any, numbers: Any, like: Any, y: Any, z: Any, dz: Any, undo_scale: float) -> None:
     if call[ACTIVATION] != IDENTITY:
         dslope = multiply_by_derivative(call[ACTIVATION], dz, y, z, _slope(call, numbers, like), undo_scale)
@@ -210,21 +184,6 @@ def _gradient(
         _into(_array(like, call[OUT], 1), _array(like, call[DZ], 1), 1, alpha, beta)
 
 
-@register_jitable(**EXACT)
-def _update(
-    call: Any, like: Any, every: int, tensors: Any, tensor_factors: Any, rule: Any, rule_factors: Any, hyper: Any
-) -> None:
-    first, end, size = call[FIRST], call[END], call[N]
-    params, grads = _array(like, call[OUT], size), _array(like, call[DZ], size)
-    state0, state1 = _array(like, call[Y], size), _array(like, call[Z], size)
-    scale = 1.0 / every
-    if rule[CLIPS]:
-        scale *= clip_factor(grads, tensors[first:end], scale, rule_factors[CLIP_NORM])
-    update_all(
-        params, grads, state0, state1, tensors[first:end], tensor_factors[first:end], rule, rule_factors, hyper, scale
-    )
-
-
 def run(
     steps: int,
     calls: Any,
@@ -269,19 +228,28 @@ def run(
                 _forward(call, numbers, reals, count, batch_index, lanes)
             elif kind == ENTROPY:
                 _affine(call, reals, count, integers, letters)
-                shares = _entropy(
-                    call, reals, count, picked, labels, target, weight, class_weight, loss, loss_factors, stats
+                z, dz = _array(reals, call[Z], count * call[N]), _array(reals, call[DZ], count * call[N])
+                shares = cross_entropy(
+                    z, dz, labels, target, weight, class_weight, picked, count, call[N], loss, loss_factors, stats
                 )
             elif kind == ELEMENTWISE:
                 _affine(call, reals, count, integers, letters)
-                shares = _elementwise(
-                    call, numbers, reals, count, picked, target, weight, loss, loss_factors, stats, spare
-                )
+                _forward(call, numbers, reals, count, batch_index, lanes)
+                y, z = _array(reals, call[Y], count * call[N]), _array(reals, call[Z], count * call[N])
+                dz = _array(reals, call[DZ], count * call[N])
+                shares = elementwise(y, dz, target, weight, picked, count, call[N], loss, loss_factors, stats, spare)
+                _derivative(call, numbers, reals, y, z, dz, 1.0)
             elif kind == BACKWARD:
                 _backward(call, numbers, reals, count, integers, letters)
             elif kind == UPDATE:
                 if updated:
-                    _update(call, reals, every, tensors, tensor_factors, rule, rule_factors, hyper)
+                    params, grads = _array(reals, call[OUT], call[N]), _array(reals, call[DZ], call[N])
+                    first, second = _array(reals, call[Y], call[N]), _array(reals, call[Z], call[N])
+                    own, own_factors = tensors[call[FIRST] : call[END]], tensor_factors[call[FIRST] : call[END]]
+                    scale = 1.0 / every
+                    if rule[CLIPS]:
+                        scale *= clip_factor(grads, own, scale, rule_factors[CLIP_NORM])
+                    update_all(params, grads, first, second, own, own_factors, rule, rule_factors, hyper, scale)
             elif kind == PENALTY:
                 if shares != 0.0:
                     size = call[N] * call[K]
