@@ -1,7 +1,8 @@
 """The training loop of the CPU, compiled with numba: importing a module of this package imports numba.
 
-Nothing here is specialised on a network: widths, activations, loss and optimizer are numbers in tables (``tables``),
-looked at between the loops, so that one compilation, kept on disk, serves every network of an element type.
+The loop (``steps``) walks a table of the program's calls (``tables``). Widths and places are numbers in it, so one
+compilation, kept on disk, serves all networks with these activations, loss and kind of optimizer; ``pruning`` cuts the
+code that they do not use.
 
 The loops over elements may contract products and sums into one rounding, and the sums may be taken in any order;
 nothing else is relaxed: NaN and infinities go through as the contract wants it.
