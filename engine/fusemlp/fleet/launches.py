@@ -17,7 +17,7 @@ from fusemlp.runtime.plans import choose_plan, fleet_chunk
 from fusemlp.training.fit import fit_checked
 from fusemlp.training.loop import GROUP_ROWS, ROWS_AT_ONCE, Fit, epochs_at_once
 from fusemlp.training.validation import Validation
-from fusemlp_kernels.contract import ROW_COUNT, ROW_OFFSET, ROW_STEP, ROW_TOTAL, STATS, step_flops
+from fusemlp_kernels.contract import RATE_COLUMNS, ROW_COUNT, ROW_OFFSET, ROW_STEP, ROW_TOTAL, STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def kin(engine: Engine) -> tuple[Any, ...]:
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
-    states = engine.optimizer.rule(total_updates=1).state_count
+    states = engine.optimizer.rule().state_count
     return net.sizes, activations, trained, states, engine.batch_size
 
 
@@ -125,6 +125,7 @@ def bind_fleet(
     each = [program.calls[0].operands for program in programs]
     names = ("shadow", "counters", "hyper", "stats", "params")
     operands: dict[str, Any] = {name: group.stacked(name) for name in names if name in group.arenas}
+    operands["rates"] = group.arenas["rates"].reshape(len(group.engines), -1, RATE_COLUMNS)
     if history is not None:
         operands["history"] = history
     if "ridge" in each[0]:

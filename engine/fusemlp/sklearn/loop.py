@@ -67,7 +67,7 @@ class Loop:
         while done < total:
             if begin is not None:
                 begin()
-            count = min(total - done, bound.chunk) if begin is None else 1
+            count = self.model.cover(min(total - done, bound.chunk) if begin is None else 1)
             # of a search's tasks one computes in Python at a time, and the launches of all run beside it
             with nullcontext() if self._together is None else self._together.apart():
                 bound.run_many(count)

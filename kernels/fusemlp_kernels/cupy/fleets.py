@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels.alike import check_alike, check_steps
-from fusemlp_kernels.contract import COUNTERS, HYPER, STATS, LossSpec, ResidentLayer, Ridge, Segment, UpdateRule
+from fusemlp_kernels.contract import (
+    COUNTERS,
+    HYPER,
+    RATE_COLUMNS,
+    STATS,
+    LossSpec,
+    ResidentLayer,
+    Ridge,
+    Segment,
+    UpdateRule,
+)
 from fusemlp_kernels.cupy.device import FLOAT32, FLOAT64, INT64, Array, Device
 from fusemlp_kernels.cupy.models import MOST_MODELS
 from fusemlp_kernels.cupy.steps import Step
@@ -31,6 +41,7 @@ def bind_train_fleet(
     losses: Sequence[LossSpec],
     counters: Array,
     hyper: Array,
+    rates: Array,
     stats: Array,
     weight: Array | None = None,
     class_weight: Array | None = None,
@@ -71,6 +82,7 @@ def bind_train_fleet(
         given[name] = device.check_written(op, name, array, tuple(params.shape), FLOAT32)
     given["counters"] = device.check_written(op, "counters", counters, (models, COUNTERS), INT64)
     given["hyper"] = device.check_written(op, "hyper", hyper, (models, HYPER), FLOAT64)
+    given["rates"] = device.check(op, "rates", rates, (models, None, RATE_COLUMNS), FLOAT64)
     given["stats"] = device.check_written(op, "stats", stats, (models, STATS), FLOAT64)
     if history is not None:
         given["history"] = device.check_written(op, "history", history, (models, None, STATS), FLOAT64)
@@ -108,6 +120,7 @@ def bind_train_resident(
     loss: LossSpec,
     counters: Array,
     hyper: Array,
+    rates: Array,
     stats: Array,
     shadow: Array | None = None,
     history: Array | None = None,
@@ -123,7 +136,7 @@ def bind_train_resident(
     run = bind_train_fleet(
         device, rows=stacked(rows), layers=[layers], params=stacked(params), gradients=stacked(gradients),
         states=[stacked(state) for state in states], segments=[segments], rules=[rule], losses=[loss],
-        counters=stacked(counters), hyper=stacked(hyper), stats=stacked(stats), shadow=stacked(shadow),
+        counters=stacked(counters), hyper=stacked(hyper), rates=stacked(rates), stats=stacked(stats), shadow=stacked(shadow),
         history=stacked(history), ridges=None if ridge is None else [ridge], op=op, **operands,
     )  # fmt: skip
     return lambda steps: run((steps,))

@@ -47,6 +47,7 @@ struct Update {
     long long count;
     const double* norm;  // of all gradients; null: neither clipped nor scaled
     double* hyper;
+    const double* rates;
     long long* counters;
     const Rule* rule;
     unsigned* ticket;
@@ -155,7 +156,8 @@ __device__ __forceinline__ void update_of(const Update& call) {
     }
     if (is_last(call.ticket) && threadIdx.x == 0) {
         advance_clock(
-            call.counters, call.hyper, call.rule, applied, due && !sound, {call.stats, call.history, call.epochs});
+            call.counters, call.hyper, call.rates, call.rule, applied, due && !sound,
+            {call.stats, call.history, call.epochs});
     }
 }
 

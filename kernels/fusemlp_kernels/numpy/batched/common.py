@@ -30,6 +30,7 @@ class Models:
     ridges: Sequence[Ridge]
     counters: Array
     hyper: Array
+    rates: Array
     stats: Array
     history: Array | None
 

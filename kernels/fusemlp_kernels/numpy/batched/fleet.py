@@ -50,6 +50,7 @@ def bind_train_fleet(
     losses: Sequence[LossSpec],
     counters: Array,
     hyper: Array,
+    rates: Array,
     stats: Array,
     weight: Array | None = None,
     class_weight: Array | None = None,
@@ -80,6 +81,7 @@ def bind_train_fleet(
         ridges=[Ridge()] * len(layers) if ridges is None else ridges,
         counters=counters,
         hyper=hyper,
+        rates=rates,
         stats=stats,
         history=history,
     )
@@ -98,7 +100,7 @@ def bind_train_resident(
     **arrays: Any,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``: a fleet of one."""
-    own = ("rows", "params", "gradients", "counters", "hyper", "stats")
+    own = ("rows", "params", "gradients", "counters", "hyper", "rates", "stats")
     run = bind_train_fleet(
         layers=[layers],
         segments=[segments],

@@ -8,25 +8,24 @@ import numpy as np
 
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
-    BIAS_CORRECTION_1,
-    BIAS_CORRECTION_2,
     COUNTERS,
+    FIRST_UPDATE,
     HYPER,
     LEARNING_RATE,
     LOSS_SUM,
+    RATE_COLUMNS,
     RATE_SCALE,
     ROW_COUNT,
     ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
+    ROWS_FILLED,
     STATS,
     UPDATE_COUNT,
-    ScheduleSpec,
 )
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.batched.common import Models, spans
 from fusemlp_kernels.numpy.linear import bind_take
-from fusemlp_kernels.reference import learning_rate
 
 
 class Clocks:
@@ -50,15 +49,11 @@ class Clocks:
         ]
         self._rules = [models.rules[member] for member in members]
         self._history = None if models.history is None else [models.history[member] for member in members]
-        schedules: dict[ScheduleSpec, int] = {}
-        self._schedules = [schedules.setdefault(rule.schedule, len(schedules)) for rule in self._rules]
-        self._steady = all(schedule.kind == "constant" and not schedule.warmup for schedule in schedules)
-        self._betas = [(rule.beta1, rule.beta2) for rule in self._rules]
-        self._adam, self._every = self._rules[0].kind == "adam", self._rules[0].accumulate
+        self._rates = [models.rates[member] for member in members]
+        self._every = self._rules[0].accumulate
         # counters, the members that have them, and of each member which it has
         self._states: list[tuple[list[int], list[int]]] = []
         self._own: list[list[int]] = []
-        self._rates_stand = False
 
     def enter(self) -> None:
         """Take over what the fleet's arrays hold."""
@@ -70,8 +65,6 @@ class Clocks:
         self._states = [(list(counters), places) for counters, places in alike.items()]
         of_member = {place: state for state, places in self._states for place in places}
         self._own = [of_member[place] for place in range(len(self._rules))]
-        # plain gradient descent's are never written
-        self._rates_stand = self._steady and not self._adam
 
     def leave(self) -> None:
         """Write it back."""
@@ -119,27 +112,10 @@ class Clocks:
         state[ROW_OFFSET], state[ROW_COUNT] = epoch * total + inside, min(total - inside, step)
 
     def _next_update(self) -> None:
-        """What ``clock.write_hyper`` writes."""
-        counts = self.each(UPDATE_COUNT)
-        if not self._rates_stand:
-            rates: dict[tuple[int, int], float] = {}
-            found = []
-            for rule, key in zip(self._rules, zip(self._schedules, counts, strict=True), strict=True):
-                if key not in rates:
-                    rates[key] = learning_rate(rule.schedule, key[1])
-                found.append(rates[key])
-            np.multiply(found, self.hyper[:, RATE_SCALE], out=self.hyper[:, LEARNING_RATE])
-            self._rates_stand = self._steady
-        if not self._adam:
-            return
-        keys = list(zip(self._betas, counts, strict=True))
-        known = {key: _corrections(*key) for key in set(keys)}
-        pairs = known[keys[0]] if len(known) == 1 else [known[key] for key in keys]
-        self.hyper[:, BIAS_CORRECTION_1 : BIAS_CORRECTION_2 + 1] = pairs
-
-
-def _corrections(betas: tuple[float, float], count: int) -> tuple[float, float]:
-    return 1.0 - betas[0] ** (count + 1), 1.0 - betas[1] ** (count + 1)
+        for place, (table, count) in enumerate(zip(self._rates, self.each(UPDATE_COUNT), strict=True)):
+            row = 1 + max(0, min(count - int(table[0, FIRST_UPDATE]), int(table[0, ROWS_FILLED]) - 1))
+            self.hyper[place, :RATE_COLUMNS] = table[row]
+        self.hyper[:, LEARNING_RATE] *= self.hyper[:, RATE_SCALE]
 
 
 class Batches:
