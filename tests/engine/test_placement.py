@@ -29,7 +29,7 @@ def resident(net=NET, loss="cross_entropy", optimizer="adam", batch=8, batches=3
     return lower_resident(
         net,
         loss.spec(accuracy=options.pop("accuracy", True), soft=options.pop("soft", False)),
-        optimizer.rule(total_updates=100),
+        optimizer.rule(),
         optimizer.options_for,
         batch,
         batches,

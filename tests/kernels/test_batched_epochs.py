@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from devices import UNCOMPILED, Variant
-from fleet_cases import CONSTANT, Fleet, Model, Shape, varied
+from fleet_cases import Fleet, Model, Shape, varied
 
 from fusemlp_kernels.contract import (
     BATCH_LOSSES,
@@ -24,7 +24,7 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError
 
 FP64 = Variant(UNCOMPILED, "fp64")
-SGD = UpdateRule("sgd", CONSTANT)
+SGD = UpdateRule("sgd")
 ENTROPY = LossSpec("cross_entropy", accuracy=True)
 
 
@@ -33,7 +33,7 @@ def bound(fleet, **more):
 
 
 def test_epochs_one_behind_the_other_are_so_many_launches():
-    models = varied(Model(UpdateRule("adam", CONSTANT), ENTROPY, rate=0.2), 3)
+    models = varied(Model(UpdateRule("adam"), ENTROPY, rate=0.2), 3)
     shape = Shape(weighted=True)
     by_epoch, at_once = Fleet(FP64, shape, models), Fleet(FP64, shape, models)
     totals = at_once.counters[:, ROW_TOTAL].tolist()
@@ -82,7 +82,7 @@ def test_a_ridge_is_added_and_divides(kind, weighted):
     before = plain.params.copy()
     bound(plain)([1, 1, 1])
     bound(ridged, ridges=ridges)([1, 1, 1])
-    rate = SGD.schedule.base
+    rate = models[0].rates[0]
     for index, ridge in enumerate(ridges):
         factor = 1.0 if ridge.divisor is None else usual / ridge.divisor
         rows = plain.rows[index, : shape.batch]

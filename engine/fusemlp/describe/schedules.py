@@ -100,7 +100,7 @@ class Schedule(ABC):
         if not rates.min() >= 0.0:
             worst = int(np.argmin(rates >= 0.0))
             raise ArgumentError(
-                f"lr: {self!r} gave the rate {rates[worst]!r} after {first + worst} updates; a rate is at least 0"
+                f"lr: {self!r} gave the rate {rates[worst]} after {first + worst} updates; a rate is at least 0"
             )
         return rates
 

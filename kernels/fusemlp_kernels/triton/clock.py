@@ -21,7 +21,27 @@ UPDATE_COUNT: tl.constexpr = tl.constexpr(contract.UPDATE_COUNT)
 ROW_COUNT: tl.constexpr = tl.constexpr(contract.ROW_COUNT)
 ROW_OFFSET: tl.constexpr = tl.constexpr(contract.ROW_OFFSET)
 ROW_TOTAL: tl.constexpr = tl.constexpr(contract.ROW_TOTAL)
-ROW_
+ROW_STEP: tl.constexpr = tl.constexpr(contract.ROW_STEP)
+SKIPPED: tl.constexpr = tl.constexpr(contract.SKIPPED)
+SKIPPED_IN_A_ROW: tl.constexpr = tl.constexpr(contract.SKIPPED_IN_A_ROW)
+LEARNING_RATE: tl.constexpr = tl.constexpr(contract.LEARNING_RATE)
+BIAS_CORRECTION_1: tl.constexpr = tl.constexpr(contract.BIAS_CORRECTION_1)
+BIAS_CORRECTION_2: tl.constexpr = tl.constexpr(contract.BIAS_CORRECTION_2)
+RATE_SCALE: tl.constexpr = tl.constexpr(contract.RATE_SCALE)
+LOSS_SCALE: tl.constexpr = tl.constexpr(contract.LOSS_SCALE)
+GOOD_UPDATES: tl.constexpr = tl.constexpr(contract.GOOD_UPDATES)
+FIRST_UPDATE: tl.constexpr = tl.constexpr(contract.FIRST_UPDATE)
+ROWS_FILLED: tl.constexpr = tl.constexpr(contract.ROWS_FILLED)
+RATE_COLUMNS: tl.constexpr = tl.constexpr(contract.RATE_COLUMNS)
+GROWTH_INTERVAL: tl.constexpr = tl.constexpr(contract.GROWTH_INTERVAL)
+
+# An optimizer's rule on the device: float64, read at these places.
+RULE_FIELDS = (
+    "adam", "momentum", "nesterov", "beta1", "beta2", "eps", "decoupled", "inside", "clip_norm", "accumulate", "scaled",
+)  # fmt: skip
+(
+    ADAM, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECOUPLED, INSIDE, CLIP_NORM, ACCUMULATE, SCALED,
+) = (tl.constexpr(place) for place in range(len(RULE_FIELDS)))  # fmt: skip
 
 
 def rule_values(rule: UpdateRule, *, scaled: bool = False) -> list[float]:
