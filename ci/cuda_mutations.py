@@ -298,11 +298,7 @@ CUDA_MUTATIONS = (
         ("rows of the first epoch for all", "? begin + total : 0;", "? 0 : 0;", EPOCHS),
         ("one epoch too many", "epoch + 1 < account.epochs", "epoch < account.epochs", EPOCHS),
         ("scale doubles too late", "good >= rule->growth_interval", "good > rule->growth_interval", GROWTH),
-        (
-            "warm-up starts at zero",
-            "static_cast<double>(count + 1) / static_cast<double>(rule->warmup)",
-            "static_cast<double>(count) / static_cast<double>(rule->warmup)",
-            ADVANCE,
-        ),
+        ("rates of the update before", "long long place = count - ", "long long place = count - 1 - ", ADVANCE),
+        ("rates past the rows that are filled", "if (place > last) place = last;", "", ADVANCE),
     ),
 )

@@ -167,7 +167,7 @@ def test_logits_of_any_size_overflow_nowhere(variant):
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_the_norm_of_large_gradients_does_not_overflow(variant):
     params, grads = np.zeros(4, variant.real), np.full(4, 1e30, variant.real)
-    update_arena(variant, UpdateRule("sgd", clip_norm=1.0), params, grads)
+    update_arena(variant, UpdateRule("sgd", clip_norm=1.0), params, grads, 1.0)
     np.testing.assert_allclose(params, -0.5, rtol=4 * 2.0**-23)
 
 
