@@ -299,6 +299,6 @@ CUDA_MUTATIONS = (
         ("one epoch too many", "epoch + 1 < account.epochs", "epoch < account.epochs", EPOCHS),
         ("scale doubles too late", "good >= rule->growth_interval", "good > rule->growth_interval", GROWTH),
         ("rates of the update before", "long long place = count - ", "long long place = count - 1 - ", ADVANCE),
-        ("rates past the rows that are filled", "if (place > last) place = last;", "", ADVANCE),
+        ("rates past the rows that are filled", "if (place > last) place", "if (place > last + 1) place", ADVANCE),
     ),
 )

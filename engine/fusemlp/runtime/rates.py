@@ -95,7 +95,8 @@ class RateTable:
             rows = 1
         table = rate_table(self._rule, self.schedule.rates(first, rows), first)
         self._backend.copy_into(self.rates[: len(table)], table)
-        self._first, self._filled = first, table[1:]
+        # on the host the table is kept once
+        self._first, self._filled = first, (self.rates if isinstance(self.rates, np.ndarray) else table)[1 : len(table)]
         self._count_batches(first)
 
     def _count_batches(self, first: int) -> None:
