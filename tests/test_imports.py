@@ -18,32 +18,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT / "engine", ROOT / "kernels")
 
-# Modules (or subpackages) of fusemlp, from the top down. Each may import its own row and those below; no ring
+# The rooms of fusemlp, from the top down: folders and top-level modules. Each imports its own row and those below.
 LAYERS = (
     ("__init__", "__main__"),
-    ("cli", "commands"),
-    ("sklearn", "torch", "onnx", "reports", "plots", "runs", "diagnosis", "lr_finder"),
-    ("fleet", "lockstep", "ensemble", "waves", "candidates", "training", "fitting", "checkpoint", "saving"),
-    ("held_out",),
+    ("cli",),
+    ("sklearn", "torch"),
+    ("fleet",),
     ("engine",),
-    ("callbacks", "history", "inference", "predicting", "planning"),
-    ("execution",),
-    ("lowering", "resident", "program", "buffers", "placement", "verifier"),
-    ("device_data",),
-    ("losses", "network", "optimizers", "schedules", "state", "targets"),
-    ("data", "datafiles", "tables", "preprocessing"),
-    ("validation", "turns"),
-    ("_version",),
+    ("training",),
+    ("report",),
+    ("runtime",),
+    ("program",),
+    ("callbacks", "datasets"),
+    ("inputs",),
+    ("describe",),
+    ("_paths", "_version"),
 )
-# Methods of a lower module that hand over to a higher one: (importer, imported), only inside functions.
-HANDOVERS = frozenset(
-    {
-        *(("engine", higher) for higher in ("training", "checkpoint", "saving", "onnx", "lr_finder")),
-        ("history", "plots"),
-    }
-)
-# The modules of fusemlp that know the backends; the others see only shared descriptions, definitions and errors.
-BACKEND_USERS = ("engine", "execution", "fleet", "planning")
+# The room of fusemlp that knows the backends; the others see only shared descriptions, definitions and errors.
+BACKEND_USERS = ("runtime",)
 SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels.philox")
 # Libraries that are imported in these modules (and what lies inside them) and nowhere else.
 OWNERS = {
@@ -51,7 +43,7 @@ OWNERS = {
     "cupyx": ("fusemlp_kernels.cupy",),
     "llvmlite": ("fusemlp_kernels.numpy.compiled",),
     "numba": ("fusemlp_kernels.numpy.compiled",),
-    "onnx": ("fusemlp.onnx",),
+    "onnx": ("fusemlp.report.onnx",),
     "tensorboard": ("fusemlp.callbacks",),
     "torch": ("fusemlp_kernels.triton", "fusemlp.torch"),
     "triton": ("fusemlp_kernels.triton",),
@@ -65,12 +57,11 @@ IMPORT_LIMIT = 0.060  # seconds above `import numpy`
 
 
 class Import(NamedTuple):
-    """``importer`` imports ``imported`` (both full dotted names); ``deferred``: inside a function."""
+    """``importer`` imports ``imported`` (both full dotted names)."""
 
     importer: str
     imported: str
     line: int
-    deferred: bool
 
 
 def source_modules() -> dict[str, str]:
@@ -88,16 +79,15 @@ def is_type_checking(test: ast.expr) -> bool:
     return name == "TYPE_CHECKING"
 
 
-def statements(node: ast.AST, deferred: bool = False) -> Iterator[tuple[ast.AST, bool]]:
-    """Every node that can run, with whether it stands inside a function."""
-    yield node, deferred
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that can run."""
+    yield node
     if isinstance(node, ast.If) and is_type_checking(node.test):
         children: Iterator[ast.AST] = iter(node.orelse)
     else:
         children = ast.iter_child_nodes(node)
-    inner = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     for child in children:
-        yield from statements(child, inner)
+        yield from statements(child)
 
 
 def imported_names(node: ast.AST, package: str, modules: Mapping[str, str]) -> list[str]:
@@ -123,9 +113,9 @@ def imports(modules: Mapping[str, str]) -> list[Import]:
     found = []
     for importer, source in modules.items():
         package = importer.rpartition(".")[0]
-        for node, deferred in statements(ast.parse(source)):
+        for node in statements(ast.parse(source)):
             for name in imported_names(node, package, modules):
-                found.append(Import(importer, name, getattr(node, "lineno", 0), deferred))
+                found.append(Import(importer, name, getattr(node, "lineno", 0)))
     return found
 
 
@@ -145,7 +135,7 @@ def layer_numbers() -> dict[str, int]:
 
 def direction_faults(found: list[Import]) -> Iterator[str]:
     layers = layer_numbers()
-    for importer, imported, line, deferred in found:
+    for importer, imported, line in found:
         where = f"{importer}:{line} imports {imported}"
         library = imported.partition(".")[0]
         if library in OWNERS and not within(importer, *OWNERS[library]):
@@ -156,11 +146,8 @@ def direction_faults(found: list[Import]) -> Iterator[str]:
         elif within(imported, "fusemlp_kernels"):
             if part(importer) not in BACKEND_USERS and not within(imported, *SHARED):
                 yield f"{where}; only {', '.join(BACKEND_USERS)} know the backends"
-        elif within(imported, "fusemlp"):
-            pair = (part(importer), part(imported))
-            handed_over = deferred and pair in HANDOVERS
-            if not handed_over and layers.get(pair[0], 0) < layers.get(pair[1], 0):
-                yield f"{where}, which lies above it"
+        elif within(imported, "fusemlp") and layers.get(part(importer), 0) < layers.get(part(imported), 0):
+            yield f"{where}, which lies above it"
 
 
 def unplaced(modules: Mapping[str, str]) -> list[str]:
@@ -171,10 +158,10 @@ def unplaced(modules: Mapping[str, str]) -> list[str]:
 def cycle(found: list[Import]) -> list[str]:
     """A ring of modules of one package that import each other, or nothing."""
     graph: dict[str, set[str]] = {}
-    for importer, imported, _, deferred in found:
+    for importer, imported, _ in found:
         same = importer.partition(".")[0] == imported.partition(".")[0]
         here, there = importer.removesuffix(".__init__"), imported.removesuffix(".__init__")
-        if same and here != there and not (deferred and (part(here), part(there)) in HANDOVERS):
+        if same and here != there:
             graph.setdefault(here, set()).add(there)
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -203,7 +190,7 @@ def test_imports_run_one_way() -> None:
 # Made-up sources that break one rule each, and the words in which it is reported.
 BROKEN = {
     "kernels import the engine": (
-        {"fusemlp_kernels.philox": "import fusemlp.network"},
+        {"fusemlp_kernels.philox": "import fusemlp.describe.network"},
         "never import the engine",
     ),
     "kernels import the package": (
@@ -211,54 +198,50 @@ BROKEN = {
         "never import the engine",
     ),
     "torch outside its doors": ({"fusemlp_kernels.numpy.linear": "import torch.nn"}, "fusemlp.torch may"),
-    "triton in the engine": (
-        {"fusemlp.execution": "from triton import jit"},
-        "only fusemlp_kernels.triton may",
-    ),
+    "triton in the engine": ({"fusemlp.runtime.bound": "from triton import jit"}, "only fusemlp_kernels.triton may"),
     "triton in the torch door": ({"fusemlp.torch": "import triton"}, "only fusemlp_kernels.triton may"),
     "cupy in the triton backend": (
         {"fusemlp_kernels.triton.launch": "import cupy"},
         "fusemlp_kernels.cupy may",
     ),
-    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.onnx may"),
-    "in a function": ({"fusemlp.losses": "def f():\n    import torch"}, "losses:2 imports torch"),
+    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.report.onnx may"),
+    "in a function": ({"fusemlp.describe.losses": "def f():\n    import torch"}, "losses:2 imports torch"),
     "by name": (
-        {"fusemlp.losses": "import importlib\nimportlib.import_module('torch')"},
+        {"fusemlp.describe.losses": "import importlib\nimportlib.import_module('torch')"},
         "losses:2 imports torch",
     ),
-    "upwards": ({"fusemlp.network": "from fusemlp.engine import Engine"}, "lies above it"),
-    "upwards, relative": ({"fusemlp.program": "from .execution import run"}, "lies above it"),
+    "upwards": ({"fusemlp.describe.network": "from fusemlp.engine import Engine"}, "lies above it"),
+    "upwards, in a function": (
+        {"fusemlp.engine": "def f():\n    from fusemlp.fleet.fleet import Fleet"},
+        "lies above it",
+    ),
+    "upwards, relative": ({"fusemlp.program.program": "from ..runtime.bound import run"}, "lies above it"),
     "upwards, a submodule": (
-        {"fusemlp.data": "from fusemlp import network", "fusemlp.network": ""},
-        "data:1 imports fusemlp.network, which lies above it",
+        {"fusemlp.inputs.arrays": "from fusemlp import training", "fusemlp.training.__init__": ""},
+        "arrays:1 imports fusemlp.training, which lies above it",
     ),
     "upwards, from two levels down": (
-        {"fusemlp.execution.eager": "from ..engine import Engine"},
+        {"fusemlp.runtime.plans.eager": "from ...engine import Engine"},
         "lies above it",
     ),
     "upwards, to the public names": ({"fusemlp.sklearn": "from fusemlp import MLP"}, "lies above it"),
-    "hand-over while loading": ({"fusemlp.engine": "from fusemlp.training import fit"}, "lies above it"),
-    "hand-over of another module": (
-        {"fusemlp.execution": "def f():\n    from fusemlp.training import fit"},
-        "lies above it",
-    ),
-    "the registry": ({"fusemlp.lowering": "import fusemlp_kernels"}, "know the backends"),
-    "a backend": ({"fusemlp.training": "from fusemlp_kernels.numpy import linear"}, "know the backends"),
+    "the registry": ({"fusemlp.program.lowering": "import fusemlp_kernels"}, "know the backends"),
+    "a backend": ({"fusemlp.training.fit": "from fusemlp_kernels.numpy import linear"}, "know the backends"),
     "the oracle": (
-        {"fusemlp.schedules": "from fusemlp_kernels import reference", "fusemlp_kernels.reference": ""},
-        "imports fusemlp_kernels.reference; only engine, execution, fleet, planning know the backends",
+        {"fusemlp.describe.schedules": "from fusemlp_kernels import reference", "fusemlp_kernels.reference": ""},
+        "imports fusemlp_kernels.reference; only runtime know the backends",
     ),
     "no row": ({"fusemlp.gadgets": ""}, "gadgets: give it a row"),
     "no row, a subpackage": ({"fusemlp.gadgets.small": ""}, "gadgets: give it a row"),
     "a ring in one row": (
         {
-            "fusemlp.program": "import fusemlp.buffers",
-            "fusemlp.buffers": "def f():\n    from . import program",
+            "fusemlp.program.program": "import fusemlp.program.layout",
+            "fusemlp.program.layout": "def f():\n    from . import program",
         },
         "in a ring",
     ),
     "not only for type checkers": (
-        {"fusemlp.network": "if TYPE_CHECKING:\n    import torch\nelse:\n    import triton"},
+        {"fusemlp.describe.network": "if TYPE_CHECKING:\n    import torch\nelse:\n    import triton"},
         "network:4 imports triton",
     ),
 }
@@ -274,15 +257,16 @@ def test_what_the_rules_allow() -> None:
     modules = {
         "fusemlp.__init__": "from fusemlp.engine import Engine\nfrom ._version import __version__",
         "fusemlp._version": "",
-        "fusemlp.cli.train": "from fusemlp.cli import tables\nfrom fusemlp.training import fit",
+        "fusemlp.cli.train": "from fusemlp.cli import tables\nfrom fusemlp.training.fit import fit",
         "fusemlp.cli.tables": "import rich",
         "fusemlp.torch": "import torch\nfrom fusemlp.engine import Engine",
-        "fusemlp.training": "from fusemlp import engine, data",
-        "fusemlp.engine": "import fusemlp_kernels\ndef fit():\n    from fusemlp.training import fit",
-        "fusemlp.program": "from fusemlp_kernels import contract, errors",
-        "fusemlp.lowering": "from fusemlp.program import Program",
-        "fusemlp.network": "if typing.TYPE_CHECKING:\n    from fusemlp.engine import Engine",
-        "fusemlp.data": "import numpy",
+        "fusemlp.fleet.fleet": "from fusemlp import engine, _version",
+        "fusemlp.engine": "def fit():\n    from fusemlp.training.fit import fit",
+        "fusemlp.runtime.backends": "import fusemlp_kernels",
+        "fusemlp.program.program": "from fusemlp_kernels import contract, errors",
+        "fusemlp.program.lowering": "from fusemlp.program.program import Program",
+        "fusemlp.describe.network": "if typing.TYPE_CHECKING:\n    from fusemlp.engine import Engine",
+        "fusemlp.datasets.load": "import numpy",
         "fusemlp_kernels.__init__": "from fusemlp_kernels.errors import ShapeError",
         "fusemlp_kernels.contract": "",
         "fusemlp_kernels.errors": "",

@@ -20,13 +20,11 @@ if TYPE_CHECKING:
     from fusemlp.describe.network import MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
     from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
-    from fusemlp.engine import Engine
+    from fusemlp.engine import Engine, load, load_checkpoint
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.fleet.results import Ensemble, FleetResults
-    from fusemlp.training.checkpoint import load_checkpoint
     from fusemlp.training.history import History
     from fusemlp.training.lr_finder import LearningRateSweep, lr_find
-    from fusemlp.training.saving import load
     from fusemlp_kernels.errors import (
         ArgumentError,
         ArgumentTypeError,
@@ -95,9 +93,8 @@ __all__ = [
 ]
 
 _NAMES = {
-    "fusemlp.training.checkpoint": ("load_checkpoint",),
     "fusemlp.datasets.load": ("load_data",),
-    "fusemlp.engine": ("Engine",),
+    "fusemlp.engine": ("Engine", "load", "load_checkpoint"),
     "fusemlp.fleet.results": ("Ensemble", "FleetResults"),
     "fusemlp.fleet.fleet": ("Fleet",),
     "fusemlp.describe.losses": (
@@ -113,7 +110,6 @@ _NAMES = {
     "fusemlp.training.lr_finder": ("LearningRateSweep", "lr_find"),
     "fusemlp.describe.network": ("Activation", "LeakyReLU", "MLP", "PReLU"),
     "fusemlp.describe.optimizers": ("Adam", "AdamW", "Optimizer", "ParameterOptions", "SGD"),
-    "fusemlp.training.saving": ("load",),
     "fusemlp.describe.schedules": (
         "Constant",
         "Cosine",

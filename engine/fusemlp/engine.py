@@ -1,67 +1,25 @@
-"""The engine: a network with its loss and optimizer, bound to a backend."""
+"""The engine, what users call: it trains, predicts, saves; and the way back from its files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer, as_optimizer
-from fusemlp.describe.schedules import Schedule
-from fusemlp.inputs.arrays import as_count
-from fusemlp.inputs.state import checked_state
-from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Inputs, lower_training
-from fusemlp.program.program import Program
-from fusemlp.program.resident import lower_resident
-from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import Inference
-from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
-from fusemlp.runtime.plans import choose_plan
-from fusemlp.runtime.predicting import Predicting
-from fusemlp.runtime.rates import RateTable
-from fusemlp_kernels.contract import (
-    FIRST_LOSS_SCALE,
-    LAST_LOSS,
-    LEARNING_RATE,
-    LOSS_SCALE,
-    RATE_SCALE,
-    ROW_STEP,
-    SKIPPED,
-    SKIPPED_IN_A_ROW,
-    SKIPPED_LIMIT,
-    UPDATE_COUNT,
-    LossSpec,
-    Ridge,
-    UpdateRule,
-    batch_parts,
-)
-from fusemlp_kernels.errors import (
-    ArgumentTypeError,
-    DivergenceError,
-    ShapeError,
-)
-from fusemlp_kernels.registry import availability, backend
+from fusemlp.report import onnx
+from fusemlp.runtime import files
+from fusemlp.runtime.backends import availability
+from fusemlp.runtime.session import Session
+from fusemlp.training import checkpoint, lr_finder, saving
+from fusemlp.training.fit import fit as training_fit
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentTypeError, CheckpointError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from fusemlp.training.history import FitState, History
-    from fusemlp.training.lr_finder import LearningRateSweep
-
-Array = np.ndarray[Any, Any]
-
-__all__ = ["Engine", "availability"]
-
-# How often ``step`` asks whether loss scaling still works: asking waits for the device.
-SCALING_CHECKS = 32
-EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
+__all__ = ["Engine", "availability", "load", "load_checkpoint"]
 
 
-class Engine(Predicting):
+class Engine(Session):
     """Trains ``net`` and predicts with it; owns the parameters, on the device.
 
     ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). ``batch_size`` is the
@@ -75,272 +33,6 @@ class Engine(Predicting):
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.
     """
-
-    def __init__(
-        self,
-        net: MLP,
-        loss: str | Loss = "cross_entropy",
-        optimizer: str | Optimizer = "adam",
-        batch_size: int = 32,
-        seed: int = 0,
-        backend: str = "auto",
-        device: str | None = None,
-        precision: str = "fp32",
-        plan: str = "auto",
-    ) -> None:
-        if not isinstance(net, MLP):
-            raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
-        self.network = net
-        self.loss = as_loss(loss)
-        self.optimizer = as_optimizer(optimizer)
-        self.batch_size = as_count("batch_size", batch_size, minimum=1)
-        self.seed = as_count("seed", seed, minimum=0)
-        self.loss.check_network(net)
-        self.optimizer.check_network(net)
-        self.precision = precision
-        self.start(backend, device, plan)
-        self.load_state_dict(net.initial_parameters(self.seed))
-
-    def start(self, name: str, device: str | None, plan: str) -> None:
-        """Choose the backend and allocate; everything that a pickle does not carry."""
-        for argument, value in (("backend", name), ("precision", self.precision), ("plan", plan)):
-            if not isinstance(value, str):
-                raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
-        if device is not None and not isinstance(device, str):
-            raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
-        self._backend = backend(name, device, self.precision)
-        traits = self._backend.traits
-        self.backend = traits.name
-        self.device = self._backend.device
-        self.plan, self.plan_reason = choose_plan(plan, traits, self.network.sizes, self.batch_size, self.precision)
-        self._real_bytes = REAL_BYTES.get(self.precision, 4)
-        self._compute_bytes = COMPUTE_BYTES.get(self.precision)
-        self._scaled = self.precision == "fp16"
-        self._real = np.dtype(np.float64 if self.precision == "fp64" else np.float32)
-        self._use_memory(None)
-        self._memory.hyper[RATE_SCALE] = 1.0
-        self._memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
-        self._unchecked_steps = 0
-        # the schedule of ``step``, which knows of no end
-        self._step_schedule: Schedule | None = None
-        self._class_weight: Any | None = None
-        if self.loss.class_weight is not None:
-            self._class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
-        self.history: History | None = None
-        self.fit_state: FitState | None = None
-        self.best_parameters: dict[str, Array] | None = None
-        self.epochs_trained = 0
-        self.stop_training = False
-
-    def _use_memory(self, arenas: Mapping[str, Any] | None) -> None:
-        self._memory = Memory(
-            self.network,
-            self._backend,
-            self.optimizer.rule().state_count,
-            item_bytes=self._real_bytes,
-            mixed=self._compute_bytes is not None,
-            gradient_parts=batch_parts(self._backend.traits, self.batch_size, self.network.parameter_count),
-            arenas=arenas,
-        )
-        before: RateTable | None = getattr(self, "_rates", None)
-        memory = self._memory
-        self._rates = RateTable(self._backend, self.optimizer.rule(), memory.hyper, memory.rates, memory.counters)
-        if before is not None:
-            self._rates.schedule = before.schedule
-        self._names = short_names(self.network)
-        self._workspace = Workspace(self._backend)
-        self._inference = Inference(
-            self.network, self._memory, real_bytes=self._real_bytes, compute_bytes=self._compute_bytes
-        )
-        self._staged: dict[tuple[bool, bool], BoundProgram] = {}
-
-    def move_into(self, arenas: Mapping[str, Any]) -> None:
-        """Keep what the engine keeps in these arrays from now on: flat ones like those of ``execution.new_arenas``."""
-        before = self._memory.arrays
-        for name, array in arenas.items():
-            # the table of rates is filled again
-            if name != "rates":
-                array[:] = before[name]
-        self._use_memory(arenas)
-
-    @property
-    def program(self) -> Program:
-        """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
-        return self._lower(
-            Inputs(self.batch_size, indexed=True, class_weighted=self._class_weight is not None),
-            self.loss.spec(accuracy=self.loss.is_classification),
-            self.optimizer.rule(),
-            self.batch_size,
-        )
-
-    def _lower(
-        self, inputs: Inputs, spec: LossSpec, rule: UpdateRule, batch_size: int, *, keep_gradients: bool = False
-    ) -> Program:
-        return lower_training(
-            self.network,
-            spec,
-            rule,
-            self.optimizer.options_for,
-            batch_size,
-            self._backend.traits,
-            self._memory.layout,
-            inputs,
-            seed=self.seed,
-            real_bytes=self._real_bytes,
-            compute_bytes=self._compute_bytes,
-            scaled=self._scaled,
-            most_parts=self._memory.gradient_parts,
-            keep_gradients=keep_gradients,
-        )
-
-    def bind(
-        self,
-        inputs: Inputs,
-        spec: LossSpec,
-        rule: UpdateRule,
-        batch_size: int,
-        given: Mapping[str, Any],
-        *,
-        keep_gradients: bool = False,
-        resident_batches: int | None = None,
-        epochs: int = 1,
-        ridge: Ridge | None = None,
-    ) -> BoundProgram:
-        """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
-
-        With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
-        gradients in the engine's memory. With ``resident_batches`` it is the program of the resident plan, for
-        ``epochs`` epochs of so many batches one behind the other, with ``ridge`` as a penalty beside the loss.
-        """
-        arrays = dict(given)
-        if self._class_weight is not None:
-            arrays["class_weight"] = self._class_weight
-        if resident_batches is None:
-            program = self._lower(inputs, spec, rule, batch_size, keep_gradients=keep_gradients)
-        else:
-            program = self.resident_program(
-                inputs, spec, rule, batch_size, resident_batches, epochs=epochs, ridge=ridge
-            )
-        return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
-
-    def resident_program(
-        self,
-        inputs: Inputs,
-        spec: LossSpec,
-        rule: UpdateRule,
-        batch_size: int,
-        batches: int,
-        *,
-        epochs: int = 1,
-        ridge: Ridge | None = None,
-    ) -> Program:
-        """The program of the resident plan, for epochs of at most so many batches; the others as in ``bind``."""
-        return lower_resident(
-            self.network,
-            spec,
-            rule,
-            self.optimizer.options_for,
-            batch_size,
-            batches,
-            self._memory.layout,
-            inputs,
-            seed=self.seed,
-            real_bytes=self._real_bytes,
-            compute_bytes=self._compute_bytes,
-            epochs=epochs,
-            ridge=ridge,
-        )
-
-    @property
-    def rates(self) -> RateTable:
-        """The learning rates of the updates to come; for those who launch steps."""
-        return self._rates
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the next update."""
-        if self._rates.schedule is None:
-            self._rates.follow(self.optimizer.schedule.over(None))
-        return float(self._memory.hyper[LEARNING_RATE])
-
-    @property
-    def update_count(self) -> int:
-        """How many updates were applied so far."""
-        return int(self._memory.counters[UPDATE_COUNT])
-
-    @property
-    def class_weight(self) -> Any | None:
-        """The loss's class weights on the device."""
-        return self._class_weight
-
-    @property
-    def memory(self) -> Memory:
-        """The arenas; for ``training`` and ``checkpoint``."""
-        return self._memory
-
-    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
-        """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
-
-        What lies on the device is taken from there; checking the labels then waits for it (``fit`` checks them once).
-
-        Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
-        waits for the device.
-        Raises ShapeError, DTypeError or DataError, before anything has changed.
-        """
-        x = self.features("x", x, check_finite=False)
-        count = len(x)
-        if count > self.batch_size:
-            raise ShapeError(
-                f"x: expected 1 to {self.batch_size} rows (batch_size), got {count}; "
-                "make the engine with a larger batch_size, or use fit"
-            )
-        targets = self.targets("y", y, rows=count)
-        weight = self.weights("sample_weight", sample_weight, rows=count)
-        if self._step_schedule is None:
-            self._step_schedule = self.optimizer.schedule.over(None)
-        bound = self._staged_program(targets.soft, weight is not None)
-        self._rates.cover(self._step_schedule, 1)
-        copy = self._backend.copy_into
-        arrays = bound.arrays
-        if self._backend.traits.walks_rows:
-            arrays["counters"][ROW_STEP] = 0
-        for name, array in (("x", x), ("target", targets.values), ("weight", weight)):
-            if array is not None:
-                copy(arrays[name][:count], array)
-                if count < self.batch_size:
-                    arrays[name][count:] = 0
-        bound.set_row_count(count)
-        with np.errstate(all="ignore"):
-            bound.run()
-        if self._scaled:
-            self._unchecked_steps += 1
-            if self._unchecked_steps == SCALING_CHECKS:
-                self.check_scaling()
-        return self._backend.scalar(arrays["stats"], LAST_LOSS)
-
-    def check_scaling(self) -> None:
-        """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""
-        self._unchecked_steps = 0
-        skipped = int(self._memory.counters[SKIPPED_IN_A_ROW])
-        if skipped >= SKIPPED_LIMIT:
-            raise DivergenceError(
-                f"loss: the gradients overflowed in {skipped} batches in a row, down to a loss scale of "
-                f"{float(self._memory.hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
-                "precision='bf16' or 'fp32'"
-            )
-
-    @property
-    def skipped_batches(self) -> int:
-        """How many batches updated nothing, because their gradients overflowed in fp16."""
-        return int(self._memory.counters[SKIPPED])
-
-    def _staged_program(self, soft: bool, weighted: bool) -> BoundProgram:
-        key = (soft, weighted)
-        if key not in self._staged:
-            inputs = Inputs(self.batch_size, weighted=weighted, class_weighted=self._class_weight is not None)
-            spec = self.loss.spec(accuracy=False, soft=soft)
-            self._staged[key] = self.bind(inputs, spec, self.optimizer.rule(), self.batch_size, {})
-        return self._staged[key]
 
     def fit(
         self,
@@ -358,9 +50,7 @@ class Engine(Predicting):
         resume: bool = False,
     ) -> History:
         """Train for ``epochs`` passes over X (n, K) and y; see ``fusemlp.training.fit``."""
-        from fusemlp.training.fit import fit
-
-        return fit(
+        return training_fit(
             self,
             X,
             y,
@@ -375,94 +65,71 @@ class Engine(Predicting):
             resume=resume,
         )
 
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``."""
-        return self.tensors("")
-
-    def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
-        """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
-        arrays = self._memory.arrays
-        return {name: self._backend.to_host(arrays[f"{prefix}{short}{suffix}"]) for short, name in self._names.items()}
-
-    def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
-        """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there."""
-        arena = suffix.removeprefix(".") or ("grads" if prefix else "params")
-        self._memory.arrays[arena][:] = 0.0
-        for short, name in self._names.items():
-            self._backend.copy_into(self._memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
-        if not prefix and not suffix:
-            self._memory.refresh_shadow()
-
-    def snapshot(self, into: dict[str, Array] | None = None) -> dict[str, Array]:
-        """Host copies of all that a step changes, for ``restore``; ``into`` is one that may be overwritten."""
-        old = into or {}
-        return {name: self._backend.to_host(self._memory.arrays[name], out=old.get(name)) for name in self._changing()}
-
-    def restore(self, snapshot: Mapping[str, Array]) -> None:
-        """Go back to a ``snapshot`` of this engine."""
-        for name in self._changing():
-            self._backend.copy_into(self._memory.arrays[name], snapshot[name])
-        self._memory.refresh_shadow()
-        self._rates.forget()
-
-    def _changing(self) -> list[str]:
-        states = [f"state{index}" for index in range(len(self._memory.states))]
-        # gradients outlive a step only where they are accumulated
-        grads = ["grads"] if self.optimizer.accumulate > 1 else []
-        return ["params", *grads, *states, "counters", "hyper", "stats"]
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
-
-        Raises ArgumentError for keys, ShapeError, DTypeError or DataError for values.
-        """
-        self.write_tensors(checked_state(self.network, state, self._real), "")
-
     def save_checkpoint(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Write everything that training needs to go on bit for bit; see ``fusemlp.checkpoint``."""
-        from fusemlp.training.checkpoint import save_checkpoint
-
-        save_checkpoint(self, path, extra=extra)
+        checkpoint.save_checkpoint(self, path, extra=extra)
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the model to one safetensors file, parameters by torch's names; see ``fusemlp.saving``."""
-        from fusemlp.training.saving import save
-
-        save(self, path, metadata=metadata)
+        saving.save(self, path, metadata=metadata)
 
     def to_onnx(self, path: str | Path) -> None:
         """Write the network as an ONNX graph; see ``fusemlp.onnx``."""
-        from fusemlp.report.onnx import to_onnx
-
-        to_onnx(self, path)
+        onnx.to_onnx(self, path)
 
     def lr_find(
         self, X: Any, y: Any, *, sample_weight: Any = None, start: float = 1e-6, end: float = 10.0, steps: int = 200
-    ) -> LearningRateSweep:
+    ) -> lr_finder.LearningRateSweep:
         """Sweep the learning rate on a copy of this engine; see ``fusemlp.lr_finder``."""
-        from fusemlp.training.lr_finder import lr_find
-
-        return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
-
-    def release(self) -> None:
-        """Give back the memory that steps and predictions work in; the next ones make it anew."""
-        self._workspace = Workspace(self._backend)
-        self._staged.clear()
-        self._inference.release()
+        return lr_finder.lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        from fusemlp.training.checkpoint import engine_content
-
-        return engine_content(self)
+        return checkpoint.engine_content(self)
 
     def __setstate__(self, content: dict[str, Any]) -> None:
-        from fusemlp.training.checkpoint import restore_engine
+        checkpoint.restore_engine(self, content, backend="auto", device=None)
 
-        restore_engine(self, content, backend="auto", device=None)
 
-    def __repr__(self) -> str:
-        return (
-            f"Engine({self.network!r}, loss={self.loss!r}, optimizer={self.optimizer!r}, batch_size={self.batch_size}, "
-            f"seed={self.seed}, backend={self.backend!r}, device={self.device!r}, precision={self.precision!r}, "
-            f"plan={self.plan!r})"
-        )
+def load_checkpoint(
+    path: str | Path, *, backend: str = "auto", device: str | None = None, network: MLP | None = None
+) -> Engine:
+    """The engine that was saved, on any backend. With ``network`` the checkpoint must be of such a network.
+
+    Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
+    """
+    content = checkpoint.read_content(path)
+    found = MLP.from_config(content["config"]["network"])
+    if network is not None and not isinstance(network, MLP):
+        raise ArgumentTypeError(f"network: expected an MLP such as MLP([784, 128, 10]), got {network!r}")
+    if network is not None and network != found:
+        raise CheckpointError(f"path: {str(path)!r} is of another network: expected {network!r}, it holds {found!r}")
+    engine = Engine.__new__(Engine)
+    checkpoint.restore_engine(engine, content, backend=backend, device=device)
+    return engine
+
+
+def load(path: str | Path, *, backend: str = "auto", device: str | None = None, precision: str | None = None) -> Engine:
+    """The engine of a file that ``engine.save`` wrote, on any backend: ready to predict, and to be trained on.
+
+    Its optimizer begins anew. A checkpoint is loaded too, with the state of its training: as ``load_checkpoint`` does.
+    ``precision`` takes the place of the one that was saved, for a machine that does not have that one.
+
+    Raises CheckpointError if the file is missing, corrupted or another's, BackendUnavailableError.
+    """
+    changed: dict[str, Any] = {} if precision is None else {"precision": precision}
+    metadata, tensors = files.read_file(path, "model", "engine.save")
+    engine = Engine.__new__(Engine)
+    if files.MODEL in metadata:
+        config = files.checked_config(path, metadata, tensors, kind="model", version=saving.FORMAT)
+        engine.start_from({**config, **changed}, backend=backend, device=device)
+        engine.load_state_dict(tensors)
+        return engine
+    if files.CONFIG in metadata:
+        content = checkpoint.read_content(path)
+        content["config"] |= changed
+        checkpoint.restore_engine(engine, content, backend=backend, device=device)
+        return engine
+    raise CheckpointError(
+        f"path: {str(path)!r} is a safetensors file that does not say which network it is of; make the engine, "
+        "Engine(MLP([...])), and then engine.load_state_dict(safetensors.numpy.load_file(path))"
+    )

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fusemlp.describe import checks
 from fusemlp.inputs import arrays as validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
@@ -112,19 +113,19 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("a matrix of weights", lambda: weights(np.ones((3, 3))), ShapeError, r"one column of weights"),
     ("different rows", lambda: validation.same_rows(X=[1, 2], y=np.ones(3)), ShapeError, r"X has 2, y has 3"),
     ("no rows at all", lambda: validation.same_rows(X=np.float64(1)), ShapeError, r"X: expected an array with rows"),
-    ("zero epochs", lambda: validation.as_count("epochs", 0), ArgumentError, r"epochs: .*at least 1, got 0"),
-    ("3.0 epochs", lambda: validation.as_count("epochs", 3.0), ArgumentTypeError, r"3.0 \(float\); write 3$"),
-    ("2.5 epochs", lambda: validation.as_count("epochs", 2.5), ArgumentTypeError, r"2.5 \(float\)$"),
-    ("True epochs", lambda: validation.as_count("epochs", True), ArgumentTypeError, r"True \(bool\)"),
-    ("several epochs", lambda: validation.as_count("epochs", np.array([1, 2])), ArgumentTypeError, r"ndarray"),
-    ("NaN number", lambda: validation.as_number("lr", math.nan), ArgumentError, r"a finite number, got nan"),
-    ("negative", lambda: validation.as_number("lr", -1, low=0), ArgumentError, r"of at least 0, got -1"),
-    ("open end", lambda: validation.as_number("p", 1, low=0, high=1, high_open=True), ArgumentError, r"and below 1"),
-    ("open low", lambda: validation.as_number("eps", 0, low=0, low_open=True), ArgumentError, r"above 0, got 0"),
-    ("too high", lambda: validation.as_number("p", 1.5, high=1), ArgumentError, r"at most 1, got 1.5"),
-    ("a huge integer", lambda: validation.as_number("lr", 10**400), ArgumentError, r"finite"),
-    ("a string", lambda: validation.as_number("lr", "0.1"), ArgumentTypeError, r"'0.1' \(str\)"),
-    ("True", lambda: validation.as_number("lr", True), ArgumentTypeError, r"True \(bool\)"),
+    ("zero epochs", lambda: checks.as_count("epochs", 0), ArgumentError, r"epochs: .*at least 1, got 0"),
+    ("3.0 epochs", lambda: checks.as_count("epochs", 3.0), ArgumentTypeError, r"3.0 \(float\); write 3$"),
+    ("2.5 epochs", lambda: checks.as_count("epochs", 2.5), ArgumentTypeError, r"2.5 \(float\)$"),
+    ("True epochs", lambda: checks.as_count("epochs", True), ArgumentTypeError, r"True \(bool\)"),
+    ("several epochs", lambda: checks.as_count("epochs", np.array([1, 2])), ArgumentTypeError, r"ndarray"),
+    ("NaN number", lambda: checks.as_number("lr", math.nan), ArgumentError, r"a finite number, got nan"),
+    ("negative", lambda: checks.as_number("lr", -1, low=0), ArgumentError, r"of at least 0, got -1"),
+    ("open end", lambda: checks.as_number("p", 1, low=0, high=1, high_open=True), ArgumentError, r"and below 1"),
+    ("open low", lambda: checks.as_number("eps", 0, low=0, low_open=True), ArgumentError, r"above 0, got 0"),
+    ("too high", lambda: checks.as_number("p", 1.5, high=1), ArgumentError, r"at most 1, got 1.5"),
+    ("a huge integer", lambda: checks.as_number("lr", 10**400), ArgumentError, r"finite"),
+    ("a string", lambda: checks.as_number("lr", "0.1"), ArgumentTypeError, r"'0.1' \(str\)"),
+    ("True", lambda: checks.as_number("lr", True), ArgumentTypeError, r"True \(bool\)"),
 ]  # fmt: skip
 
 
@@ -260,13 +261,13 @@ def test_probabilities_are_judged_by_their_precision() -> None:
 
 @pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(1), np.array(1), torch.tensor(1)])
 def test_counts_of_any_integer_type(value: Any) -> None:
-    count = validation.as_count("epochs", value)
+    count = checks.as_count("epochs", value)
     assert count == 1
     assert type(count) is int
 
 
 @pytest.mark.parametrize("value", [0, 0.0, np.float32(0), np.int64(0), Fraction(0)])
 def test_numbers_of_any_real_type(value: Any) -> None:
-    number = validation.as_number("lr", value, low=0, high=0)
+    number = checks.as_number("lr", value, low=0, high=0)
     assert number == 0
     assert type(number) is float

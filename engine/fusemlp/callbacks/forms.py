@@ -20,6 +20,7 @@ from fusemlp_kernels.errors import ArgumentTypeError
 
 if TYPE_CHECKING:
     from fusemlp.engine import Engine
+    from fusemlp.runtime.session import Session
     from fusemlp.training.history import History
 
 # The parameters of each method in the library's form and in Keras's.
@@ -119,7 +120,7 @@ class KerasForm(Callback):
         self._tell("on_exit")
 
 
-def first_epoch(engine: Engine) -> int:
+def first_epoch(engine: Session) -> int:
     """The number of the epoch with which the running ``fit`` began, also where that was before it was resumed."""
     state = engine.fit_state
     if state is None:
@@ -166,7 +167,7 @@ def prepare(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None
 
 
 @contextlib.contextmanager
-def exits(callbacks: Sequence[Any], engine: Engine) -> Iterator[None]:
+def exits(callbacks: Sequence[Any], engine: Session) -> Iterator[None]:
     """Calls ``on_exit`` however the block is left."""
     with contextlib.ExitStack() as stack:
         for callback in reversed(callbacks):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching
-from fusemlp.describe.network import check_flag
+from fusemlp.describe.checks import check_flag
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
 
 HINT = "pip install 'fusemlp[tensorboard]'"

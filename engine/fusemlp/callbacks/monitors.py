@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching
-from fusemlp.describe.network import check_choice, check_flag
-from fusemlp.inputs.arrays import Array, as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 MODES = ("auto", "min", "max")

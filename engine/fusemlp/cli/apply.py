@@ -15,11 +15,11 @@ from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.engine import Engine
+from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, predictions, score
 from fusemlp.report.runs import open_run, weights_path
-from fusemlp.training.checkpoint import load_checkpoint, write_atomically
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 # A confusion matrix of more classes than this is wider than a terminal.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fusemlp.cli.apply import check_output, write_output
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.engine import Engine
+from fusemlp.engine import Engine, load
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.runs import open_run, weights_path
-from fusemlp.training.saving import load, model_bytes
+from fusemlp.training.saving import model_bytes
 from fusemlp_kernels.errors import ArgumentError
 
 

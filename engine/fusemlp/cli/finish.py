@@ -12,7 +12,7 @@ from fusemlp.report import diagnosis
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_png
 from fusemlp.report.runs import Run, write_json
-from fusemlp.training.checkpoint import write_atomically
+from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
 

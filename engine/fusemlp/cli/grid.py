@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.checks import as_count
 from fusemlp.fleet.vary import MOST_MODELS, check_name
-from fusemlp.inputs.arrays import as_count
 from fusemlp_kernels.errors import ArgumentError
 
 # Of whole numbers, and what the least of them is.

@@ -12,8 +12,8 @@ from fusemlp.cli import recipe
 from fusemlp.cli.apply import check_output, write_output
 from fusemlp.cli.options import FindOptions
 from fusemlp.cli.prepare import prepare
+from fusemlp.describe.checks import as_count, as_number
 from fusemlp.engine import Engine
-from fusemlp.inputs.arrays import as_count, as_number
 from fusemlp.report.metrics import aligned
 from fusemlp.report.plots import HINT, can_plot, sweep_png
 from fusemlp.training.lr_finder import FEWEST_STEPS

@@ -12,9 +12,10 @@ from fusemlp.cli import recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Dataset, load_data
 from fusemlp.datasets.preprocessing import SCALES, Preprocessor, split
+from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
-from fusemlp.inputs.arrays import Array, as_count, as_number
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError, unknown_name
 
 TEST_FRACTION = 0.2

@@ -22,13 +22,13 @@ from fusemlp.cli.standings import Point, Seldom, Show, counts, standings, table
 from fusemlp.cli.sweep_options import SweepOptions
 from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data
 from fusemlp.datasets.load import NAMES
+from fusemlp.describe.checks import as_count
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import RISING, FleetResults, Member
-from fusemlp.inputs.arrays import as_count
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, discard_if_empty, write_json
-from fusemlp.training.checkpoint import write_atomically
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # The options of ``train`` that a parameter is.

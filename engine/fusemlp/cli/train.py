@@ -21,13 +21,12 @@ from fusemlp.cli.progress import progress
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import optimizer_from_config
-from fusemlp.engine import Engine
-from fusemlp.inputs.arrays import as_count
+from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.metrics import headline
 from fusemlp.report.runs import FORMAT, Run, choose_folder, create_run, keep_metrics, open_run, write_json
-from fusemlp.training.checkpoint import load_checkpoint
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
 DEFAULT_EPOCHS = 60

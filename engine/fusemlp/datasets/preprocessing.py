@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.load import Dataset, Features
-from fusemlp.inputs.arrays import Array, as_class_labels, as_count, as_features, as_number, as_values, to_array
+from fusemlp.describe.checks import as_count, as_number
+from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
 SCALES = ("standard", "minmax", "none")

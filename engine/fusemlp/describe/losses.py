@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from fusemlp.describe.network import MLP, check_choice, check_keys, freeze
-from fusemlp.inputs.arrays import as_number
+from fusemlp.describe.checks import as_number, check_choice, check_keys, freeze
+from fusemlp.describe.network import MLP
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError, unknown_name
 

@@ -3,20 +3,18 @@
 Layer ``l`` of ``L`` computes ``dropout(act(x @ w.T + b))`` with ``w`` of shape ``(sizes[l + 1], sizes[l])``.
 Parameters bear the names that torch gives them in the plain ``nn.Sequential``: ``{2l}.weight``,
 ``{2l}.bias``, and ``{2l + 1}.weight`` for the one slope of a PReLU behind layer ``l``.
-
-The checks at the top serve all descriptions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from fusemlp.inputs.arrays import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
@@ -37,39 +35,6 @@ INITS = (
 _RECTIFIERS = frozenset({"relu", "leaky_relu", "prelu", "gelu", "silu"})
 _DEFAULT_SLOPES = {"leaky_relu": 0.01, "prelu": 0.25}
 _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmoid", "swish": "silu"}
-
-
-def check_flag(argument: str, value: object) -> bool:
-    """``value`` as a bool; anything but True and False is refused."""
-    if not isinstance(value, bool | np.bool_):
-        raise ArgumentTypeError(f"{argument}: expected True or False, got {value!r}")
-    return bool(value)
-
-
-def check_choice(argument: str, value: object, choices: Collection[str]) -> str:
-    """``value`` if it is one of the names in ``choices``; the error says which lies nearest."""
-    if not isinstance(value, str):
-        raise ArgumentTypeError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
-    if value not in choices:
-        raise unknown_name(argument, value, choices)
-    return value
-
-
-def check_keys(argument: str, config: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Refuse a stored configuration that lacks one of the ``expected`` keys or has others."""
-    wanted = set(expected)
-    missing, extra = sorted(wanted - config.keys()), sorted(config.keys() - wanted)
-    if missing or extra:
-        raise ArgumentError(
-            f"{argument}: the configuration has the wrong keys: missing {missing}, unknown {extra}; "
-            "it was written by another version or changed by hand"
-        )
-
-
-def freeze(description: object, **values: object) -> None:
-    """Set the checked values of a frozen dataclass that is being constructed."""
-    for name, value in values.items():
-        object.__setattr__(description, name, value)
 
 
 @dataclass(frozen=True, repr=False)

@@ -23,9 +23,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, ClassVar
 
-from fusemlp.describe.network import MLP, check_choice, check_flag, check_keys, freeze
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, check_keys, freeze
+from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule, as_schedule, schedule_from_config
-from fusemlp.inputs.arrays import as_count, as_number
 from fusemlp_kernels.contract import TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 

@@ -30,8 +30,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from fusemlp.describe.network import check_choice, check_keys, freeze
-from fusemlp.inputs.arrays import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Array = np.ndarray[Any, Any]

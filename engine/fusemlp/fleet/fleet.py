@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.describe.losses import Loss, as_loss
-from fusemlp.describe.network import MLP, check_flag
+from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, Machine, room, wave
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
-from fusemlp.inputs.arrays import as_count, to_array
+from fusemlp.inputs.arrays import to_array
 from fusemlp.runtime.backends import one_blas_thread
 from fusemlp.runtime.turns import in_turn
 from fusemlp.training.fit import checked_validation, fit_checked

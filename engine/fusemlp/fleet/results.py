@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine
 from fusemlp.fleet.memory import Kept
-from fusemlp.inputs.arrays import as_count
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
 

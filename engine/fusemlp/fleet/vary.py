@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import Schedule
-from fusemlp.inputs.arrays import as_count
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # What a candidate may change, and where it is changed.

@@ -8,14 +8,12 @@ array of the wanted dtype in C order is returned as it is, without a copy.
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+from fusemlp_kernels.errors import ArgumentTypeError, DataError, DTypeError, ShapeError
 
 Array = npt.NDArray[Any]
 
@@ -181,47 +179,6 @@ def same_rows(**named: Any) -> None:
         raise ShapeError(f"the numbers of rows differ: {listed}; give one row of each for every example")
 
 
-def as_count(argument: str, value: Any, *, minimum: int = 1) -> int:
-    """A whole number of at least ``minimum``. bool and floats are refused, NumPy's integers accepted."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError("a truth value is no count")
-        count = operator.index(value)
-    except TypeError as error:
-        mend = f"; write {value:.0f}" if isinstance(value, float) and value.is_integer() else ""
-        raise ArgumentTypeError(
-            f"{argument}: expected a whole number of at least {minimum}, got {value!r} ({type(value).__name__}){mend}"
-        ) from error
-    if count < minimum:
-        raise ArgumentError(f"{argument}: expected a whole number of at least {minimum}, got {count}")
-    return count
-
-
-def as_number(
-    argument: str,
-    value: Any,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    low_open: bool = False,
-    high_open: bool = False,
-) -> float:
-    """A finite real number between ``low`` and ``high``; an open end does not include its bound."""
-    wanted = "a finite number" + _interval(low, high, low_open, high_open)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise ArgumentTypeError(f"{argument}: expected {wanted}, got {value!r} ({type(value).__name__})")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    below = low is not None and (number < low or (low_open and number == low))
-    above = high is not None and (number > high or (high_open and number == high))
-    if below or above or not math.isfinite(number):
-        raise ArgumentError(f"{argument}: expected {wanted}, got {value!r}")
-    # of two zeros one: descriptions that are equal compute the same, bit for bit
-    return number + 0.0
-
-
 def to_array(argument: str, value: Any) -> Array:
     """What the user gave as a plain ndarray of whatever shape and dtype, without a copy where possible."""
     if type(value) is np.ndarray:
@@ -349,15 +306,6 @@ def _label_mend(argument: str, array: Array, classes: int) -> str:
         return f"for labels -1 and 1 give ({argument} + 1) // 2"
     mend = f"number the classes from 0 without gaps: numpy.unique({argument}, return_inverse=True)[1]"
     return mend if low < 0 else f"make the network's last width {high + 1}, or {mend}"
-
-
-def _interval(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
-    parts = []
-    if low is not None:
-        parts.append(f"above {low:g}" if low_open else f"of at least {low:g}")
-    if high is not None:
-        parts.append(f"below {high:g}" if high_open else f"at most {high:g}")
-    return " " + " and ".join(parts) if parts else ""
 
 
 def _plural(count: int, noun: str) -> str:

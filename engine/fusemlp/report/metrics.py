@@ -11,24 +11,24 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.inputs.arrays import Array
 
 if TYPE_CHECKING:
-    from fusemlp.engine import Engine
+    from fusemlp.runtime.session import Session
 
 
-def predicted_codes(engine: Engine, preprocessor: Preprocessor, X: Array) -> Array:
+def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """The class index of each row: of one-hot training the largest output."""
     outputs = engine.predict(X)
     codes: Array = outputs.argmax(axis=1) if preprocessor.one_hot_targets else outputs
     return codes
 
 
-def predictions(engine: Engine, preprocessor: Preprocessor, X: Array) -> Array:
+def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """Labels (n,), or values (n,) or (n, targets) in original units; X as ``transform_features`` returns it."""
     if preprocessor.classes is None:
         return preprocessor.decode_predictions(engine.predict(X))
     return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
 
 
-def score(engine: Engine, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
+def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
     """Loss and figures of the model on rows: X as the network takes it, labels as they are in the data."""
     y = preprocessor.encode_targets(labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.evaluate(X, y, weight)["loss"]}

@@ -29,9 +29,8 @@ import numpy as np
 from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.network import Activation
-from fusemlp.engine import Engine
-from fusemlp.training.checkpoint import check_finite, description, target_file, write_atomically
-from fusemlp.training.saving import checked_metadata
+from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
+from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 
 Array = np.ndarray[Any, Any]
@@ -48,7 +47,7 @@ OPERATORS = {"relu": "Relu", "leaky_relu": "LeakyRelu", "sigmoid": "Sigmoid", "t
 
 
 def to_onnx(
-    engine: Engine,
+    engine: Session,
     path: str | Path,
     *,
     preprocessor: Preprocessor | None = None,
@@ -67,7 +66,7 @@ def to_onnx(
 
 
 def onnx_bytes(
-    engine: Engine, preprocessor: Preprocessor | None = None, metadata: Mapping[str, str] | None = None
+    engine: Session, preprocessor: Preprocessor | None = None, metadata: Mapping[str, str] | None = None
 ) -> bytes:
     """What ``to_onnx`` writes."""
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
@@ -189,7 +188,7 @@ class _Graph:
         half = self.add("Mul", z, self.constant(0.5))
         return self.add("Mul", half, self.add("Add", erf, self.constant(1.0)))
 
-    def to_bytes(self, engine: Engine, metadata: Mapping[str, str]) -> bytes:
+    def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper
         element = helper.np_dtype_to_tensor_dtype(self.real)
         given = helper.make_tensor_value_info(INPUT, element, ["rows", engine.network.sizes[0]])
@@ -200,14 +199,14 @@ class _Graph:
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
         )
-        about = description(engine)
+        about = engine.description()
         entries = {"fusemlp": json.dumps({name: about[name] for name in ("version", "network", "loss")})}
         helper.set_model_props(model, {**entries, **metadata})
         content: bytes = model.SerializeToString()
         return content
 
 
-def _add_outputs(graph: _Graph, name: str, engine: Engine, preprocessor: Preprocessor | None) -> None:
+def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Preprocessor | None) -> None:
     """The outputs that the module's docstring lists; ``name`` is what the last layer left."""
     width, loss = engine.network.sizes[-1], engine.loss
     raw = graph.add("Identity", name, output="logits" if loss.is_classification else "output")

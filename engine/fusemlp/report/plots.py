@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.report.diagnosis import Finding
-from fusemlp.training.checkpoint import target_file, write_atomically
+from fusemlp.runtime.files import target_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fusemlp.training.checkpoint import write_atomically
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
 
 FORMAT = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
-from fusemlp.inputs.arrays import as_count
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.runtime.backends import TRAITS, availability, open_backend

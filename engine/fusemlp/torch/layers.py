@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP, Activation, as_activation
-from fusemlp.inputs.arrays import as_count
 from fusemlp.torch.autograd import Chain, ChainFunction
 from fusemlp_kernels.errors import DTypeError, ShapeError
 

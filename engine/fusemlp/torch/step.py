@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fusemlp.inputs.arrays import as_count
+from fusemlp.describe.checks import as_count
 from fusemlp.program.program import Program
 from fusemlp.runtime.backends import open_backend
 from fusemlp.runtime.memory import Memory

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import checked_callbacks, exits, prepare
-from fusemlp.describe.network import check_flag
-from fusemlp.inputs.arrays import as_count, to_array
+from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.inputs.arrays import to_array
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.training.history import History
 from fusemlp.training.loop import Fit, Walking
@@ -18,14 +18,14 @@ from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
-    from fusemlp.engine import Engine
     from fusemlp.inputs.targets import Targets
+    from fusemlp.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
 
 
 def fit(
-    engine: Engine,
+    engine: Session,
     X: Any,
     y: Any,
     *,
@@ -98,7 +98,7 @@ def fit(
         return loop.run()
 
 
-def _logged(engine: Engine, targets: Targets, validation: Validation | None) -> list[str]:
+def _logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
     """The names of what is logged of an epoch, in their order."""
     names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
     if validation is not None:
@@ -107,7 +107,7 @@ def _logged(engine: Engine, targets: Targets, validation: Validation | None) -> 
 
 
 def fit_checked(
-    engine: Engine,
+    engine: Session,
     X: Any,
     targets: Targets,
     weight: Any | None,
@@ -146,7 +146,7 @@ def fit_checked(
     )
 
 
-def checked_validation(engine: Engine, given: Any, *, common: bool = False) -> Validation | None:
+def checked_validation(engine: Session, given: Any, *, common: bool = False) -> Validation | None:
     """``validation_data`` as ``fit`` takes it, checked; ``common``: of several models."""
     if given is None:
         return None
@@ -165,7 +165,7 @@ def _described(given: Any) -> str:
     return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
 
 
-def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array]:
+def _order(engine: Session, n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array]:
     if given is not None:
         if not callable(given):
             raise ArgumentTypeError(
@@ -191,7 +191,7 @@ def _order(engine: Engine, n: int, shuffle: bool, given: Any, first_epoch: int) 
     return lambda epoch: shuffled(engine.backend, engine.plan, n, engine.seed, epoch)
 
 
-def _warn(engine: Engine, X: Any, targets: Targets, batches: int) -> None:
+def _warn(engine: Session, X: Any, targets: Targets, batches: int) -> None:
     if engine.optimizer.accumulate > batches:
         warnings.warn(
             f"accumulate: an update takes {engine.optimizer.accumulate} batches and this fit has only {batches}: "

@@ -20,9 +20,9 @@ from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTA
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
 
 if TYPE_CHECKING:
-    from fusemlp.engine import Engine
     from fusemlp.inputs.targets import Targets
     from fusemlp.runtime.bound import BoundProgram
+    from fusemlp.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
 Snapshot = dict[str, Any]
@@ -46,7 +46,7 @@ class Walking(Protocol):
         """The rows of epochs one behind the other, from batch ``first_batch`` of the first on."""
 
 
-def epochs_at_once(engine: Engine, epochs: int, rows: int, *, asked: bool, room: int | None = None) -> int:
+def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool, room: int | None = None) -> int:
     """Through how many epochs of so many rows a launch goes before somebody is asked or told something; ``asked``:
     somebody is after each. ``room``: the most rows of all of them."""
     if asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
@@ -60,7 +60,7 @@ class Fit:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Session,
         X: Any,
         targets: Targets,
         weight: Any | None,

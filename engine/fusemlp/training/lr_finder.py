@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
 from fusemlp.describe.schedules import Exponential
-from fusemlp.engine import Engine
-from fusemlp.inputs.arrays import Array, as_count, as_number
+from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Targets
 from fusemlp.report.plots import draw, sweep_figure
+from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class LearningRateSweep:
 
 
 def lr_find(
-    engine: Engine,
+    engine: Session,
     X: Any,
     y: Any,
     *,
@@ -71,7 +72,7 @@ def lr_find(
     Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError for what cannot be trained on, and
     DivergenceError where the loss blows up at once.
     """
-    if not isinstance(engine, Engine):
+    if not isinstance(engine, Session):
         raise ArgumentTypeError(f"engine: expected an Engine, got {type(engine).__name__}")
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
@@ -82,7 +83,7 @@ def lr_find(
     weight = engine.weights("sample_weight", sample_weight, rows=len(features))
     weight = None if weight is None else engine.on_host(weight)
     gamma = (end / start) ** (1.0 / (steps - 1))
-    copy = Engine(
+    copy = Session(
         engine.network,
         loss=engine.loss,
         optimizer=with_rate(engine.optimizer, Exponential(start, gamma=gamma)),
@@ -103,7 +104,7 @@ def with_rate(optimizer: Optimizer, schedule: Exponential) -> Optimizer:
 
 
 def sweep(
-    engine: Engine, X: Array, targets: Targets, weight: Array | None, *, steps: int
+    engine: Session, X: Array, targets: Targets, weight: Array | None, *, steps: int
 ) -> tuple[list[float], list[float]]:
     """The rate and the smoothed loss of each update, to the last or to where the loss blows up.
 

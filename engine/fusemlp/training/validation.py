@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.runtime.inference import Evaluation
 
 if TYPE_CHECKING:
-    from fusemlp.engine import Engine
     from fusemlp.inputs.targets import Targets
+    from fusemlp.runtime.session import Session
 
 # So many kinds of models in a fleet have their held-out rows in common; those of the others last as long as they train.
 KINDS = 8
@@ -27,7 +27,7 @@ class Validation:
     # those that nobody uses at the moment, by what the models that they serve have in common
     _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
 
-    def of(self, engine: Engine) -> Callable[[], dict[str, float]]:
+    def of(self, engine: Session) -> Callable[[], dict[str, float]]:
         """What is asked after each epoch for the loss of the rows by ``engine``."""
         net = engine.network
         kind = (net.sizes, net.activations, engine.loss)

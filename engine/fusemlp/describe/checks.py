@@ -1,0 +1,96 @@
+"""Checks of numbers, names and flags where the user meets the library."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+
+def check_flag(argument: str, value: object) -> bool:
+    """``value`` as a bool; anything but True and False is refused."""
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentTypeError(f"{argument}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def check_choice(argument: str, value: object, choices: Collection[str]) -> str:
+    """``value`` if it is one of the names in ``choices``; the error says which lies nearest."""
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+    if value not in choices:
+        raise unknown_name(argument, value, choices)
+    return value
+
+
+def check_keys(argument: str, config: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Refuse a stored configuration that lacks one of the ``expected`` keys or has others."""
+    wanted = set(expected)
+    missing, extra = sorted(wanted - config.keys()), sorted(config.keys() - wanted)
+    if missing or extra:
+        raise ArgumentError(
+            f"{argument}: the configuration has the wrong keys: missing {missing}, unknown {extra}; "
+            "it was written by another version or changed by hand"
+        )
+
+
+def freeze(description: object, **values: object) -> None:
+    """Set the checked values of a frozen dataclass that is being constructed."""
+    for name, value in values.items():
+        object.__setattr__(description, name, value)
+
+
+def as_count(argument: str, value: Any, *, minimum: int = 1) -> int:
+    """A whole number of at least ``minimum``. bool and floats are refused, NumPy's integers accepted."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError("a truth value is no count")
+        count = operator.index(value)
+    except TypeError as error:
+        mend = f"; write {value:.0f}" if isinstance(value, float) and value.is_integer() else ""
+        raise ArgumentTypeError(
+            f"{argument}: expected a whole number of at least {minimum}, got {value!r} ({type(value).__name__}){mend}"
+        ) from error
+    if count < minimum:
+        raise ArgumentError(f"{argument}: expected a whole number of at least {minimum}, got {count}")
+    return count
+
+
+def as_number(
+    argument: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """A finite real number between ``low`` and ``high``; an open end does not include its bound."""
+    wanted = "a finite number" + _interval(low, high, low_open, high_open)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise ArgumentTypeError(f"{argument}: expected {wanted}, got {value!r} ({type(value).__name__})")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    below = low is not None and (number < low or (low_open and number == low))
+    above = high is not None and (number > high or (high_open and number == high))
+    if below or above or not math.isfinite(number):
+        raise ArgumentError(f"{argument}: expected {wanted}, got {value!r}")
+    # of two zeros one: descriptions that are equal compute the same, bit for bit
+    return number + 0.0
+
+
+def _interval(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
+    parts = []
+    if low is not None:
+        parts.append(f"above {low:g}" if low_open else f"of at least {low:g}")
+    if high is not None:
+        parts.append(f"below {high:g}" if high_open else f"at most {high:g}")
+    return " " + " and ".join(parts) if parts else ""

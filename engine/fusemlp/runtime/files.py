@@ -1,0 +1,149 @@
+"""Files that are whole at any moment, and safetensors files whose content a SHA-256 guards."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DivergenceError
+
+Array = np.ndarray[Any, Any]
+
+# Metadata of a file: the configuration of a checkpoint or of a model (``saving``), and the SHA-256 over all of it.
+CONFIG, MODEL, DIGEST = "fusemlp", "fusemlp_model", "sha256"
+MEND = {
+    "checkpoint": "use another checkpoint of the run, or train again",
+    "model": "copy or save it again",
+}
+
+
+def target_file(path: str | Path) -> Path:
+    """The file to write, behind any symbolic links."""
+    check_path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ArgumentError(f"path: {str(path)!r} is {what_it_is(target)}; expected a file, there already or new")
+    if not target.parent.is_dir():
+        folder = str(target.parent)
+        raise ArgumentError(
+            f"path: there is no folder {folder!r} for {target.name!r}; make it first: mkdir -p {folder}"
+        )
+    return target
+
+
+def check_path(path: object) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"path: expected the path of a file, got {path!r}")
+
+
+def what_it_is(path: str | os.PathLike[str]) -> str:
+    return "a folder" if os.path.isdir(path) else "a device or pipe"
+
+
+def check_finite(parameters: Mapping[str, Array], kind: str) -> None:
+    """DivergenceError if a ``kind`` of file would hold parameters that are no numbers."""
+    for name, tensor in parameters.items():
+        if not np.isfinite(tensor).all():
+            raise DivergenceError(
+                f"{name}: it holds NaN or infinite values, so no {kind} was written and the one before is kept; "
+                "go on from that one with a lower learning rate, or with clip_norm=1.0"
+            )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that ``path`` is at any moment the whole old file or the whole new one. Raises OSError.
+
+    The data go to a file ``.{name}.*.tmp`` beside it first; one that is left over (after a SIGKILL) disturbs nobody.
+    """
+    # not tempfile: its files are for their owner only, these get the mode of any new file
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        # the rename itself has to reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def digest_of(config: str, tensors: Mapping[str, Array]) -> str:
+    """SHA-256 over the configuration and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def read_file(path: str | Path, kind: str, writer: str) -> tuple[dict[str, str], dict[str, Array]]:
+    """Metadata and tensors of a safetensors file that is to be a ``kind`` of file, made by ``writer``.
+
+    Raises CheckpointError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = what_it_is(path)
+        raise CheckpointError(f"path: {str(path)!r} is {what}; expected a file that {writer} wrote")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            return metadata, {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"path: there is no {kind} {str(path)!r}; expected a file that {writer} wrote") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"path: {str(path)!r} is no readable {kind} ({error}); {MEND[kind]}") from error
+
+
+def checked_config(
+    path: str | Path, metadata: Mapping[str, str], tensors: Mapping[str, Array], *, kind: str, version: int
+) -> dict[str, Any]:
+    """The configuration in ``metadata``, if it and the tensors are what was written; CheckpointError if not."""
+    text = metadata[CONFIG if kind == "checkpoint" else MODEL]
+    if digest_of(text, tensors) != metadata.get(DIGEST):
+        raise CheckpointError(f"path: {str(path)!r} is corrupted: its SHA-256 does not match; {MEND[kind]}")
+    config: dict[str, Any] = json.loads(text)
+    if config.get("format") != version:
+        raise CheckpointError(
+            f"path: {str(path)!r} has format {config.get('format')!r}, written by fusemlp {config.get('version')}; "
+            f"this version reads format {version}"
+        )
+    return config
+
+
+def checked_metadata(given: Mapping[str, str] | None, reserved: Collection[str]) -> dict[str, str]:
+    """A user's own entries, none of which has a ``reserved`` name."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ArgumentTypeError(f"metadata: expected a mapping from str to str, got {type(given).__name__}")
+    for name, value in given.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ArgumentTypeError(
+                f"metadata: a file keeps str to str only, got {name!r}: {value!r}; use json.dumps for more"
+            )
+    taken = sorted(name for name in reserved if name in given)
+    if taken:
+        raise ArgumentError(f"metadata: the names {', '.join(taken)} are the file's own; choose others")
+    return dict(given)
