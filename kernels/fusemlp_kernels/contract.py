@@ -79,11 +79,11 @@ Operands, by op (``None`` is allowed where it says "optional"):
 ``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set
     x, target, weight, class_weight, batch as there; the other arrays with an axis of models in front: params, shadow,
     gradients and each of states (models, size), counters (models, ``COUNTERS``), hyper (models, ``HYPER``), rates
-    (models, 1 + R, ``RATE_COLUMNS``), stats (models, ``STATS``), history (models, E, ``STATS``), rows (models, any); layers, segments, rules, losses, ridges
-    (optional): a sequence with one for each model. Models may differ in every number: dropout's rate and seed, slopes,
-    the rules of optimizer and tensors, the loss's smoothing, ridges; not in widths, activations, places, the number of
-    states, the loss's kind, soft, ignore_index. The bound callable takes a sequence with the number of steps of each
-    model: those with 0 are not part of the launch.
+    (models, 1 + R, ``RATE_COLUMNS``), stats (models, ``STATS``), history (models, E, ``STATS``), rows (models, any);
+    layers, segments, rules, losses, ridges (optional): a sequence with one for each model. Models may differ in every
+    number: dropout's rate and seed, slopes, the rules of optimizer and tensors, the loss's smoothing, ridges; not in
+    widths, activations, places, the number of states, the loss's kind, soft, ignore_index. The bound callable takes a
+    sequence with the number of steps of each model: those with 0 are not part of the launch.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update; if one was skipped, SKIPPED and SKIPPED_IN_A_ROW grow by

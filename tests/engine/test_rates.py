@@ -31,7 +31,9 @@ NET = MLP([WIDTH, 7, CLASSES], activation="tanh")
 without_interpreter = availability()["triton"] is not None or not interprets_triton()
 PLANS = [
     ("numpy", "eager"),
-    pytest.param("numpy", "resident", marks=pytest.mark.skipif("resident" not in TRAITS["numpy"].plans, reason="numba")),
+    pytest.param(
+        "numpy", "resident", marks=pytest.mark.skipif("resident" not in TRAITS["numpy"].plans, reason="numba")
+    ),
     *(
         pytest.param("triton", plan, marks=pytest.mark.skipif(without_interpreter, reason="TRITON_INTERPRET=1"))
         for plan in ("eager", "graph", "resident")
@@ -149,7 +151,9 @@ def test_a_table_that_is_filled_again_changes_no_bit(
 
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(("backend", "plan"), PLANS[2:])
-def test_a_table_filled_between_launches_and_graphs_changes_no_bit(backend: str, plan: str, small: Callable[[int], None]) -> None:
+def test_a_table_filled_between_launches_and_graphs_changes_no_bit(
+    backend: str, plan: str, small: Callable[[int], None]
+) -> None:
     whole = made(OPTIMIZERS["one cycle"], backend, plan)
     small(2)
     cut = made(OPTIMIZERS["one cycle"], backend, plan)

@@ -128,7 +128,10 @@ def test_a_warm_up_rises_linearly_and_delays_the_schedule(name: str) -> None:
 def test_annealed_rates_stay_at_the_final_value(steps: int) -> None:
     """Past the end too, where a table is filled ahead."""
     for share in (0.01, 0.3, 0.5, 0.99):
-        for schedule in (Cosine(0.3, final=0.01, steps=steps), OneCycle(0.3, steps=steps, peak_fraction=share, final=0.01)):
+        for schedule in (
+            Cosine(0.3, final=0.01, steps=steps),
+            OneCycle(0.3, steps=steps, peak_fraction=share, final=0.01),
+        ):
             assert (schedule.rates(0, steps) > 0.0).all() and (schedule.rates(0, steps) <= 0.3).all()
             close(schedule.rates(steps, 5).tolist(), [0.01] * 5)
 

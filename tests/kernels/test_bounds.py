@@ -95,7 +95,12 @@ def test_the_bound_tells_an_optimizer_from_its_neighbours(variant, rule):
     args = exact(p), exact(g), tuple(exact(s) for s in state)
     expected = reference.update(rule, tensor, *args, t, 0.1)
     limits = update_bound(rule, tensor, *args, t, 0.1)
-    for other, other_tensor, rate in ((rule, tensor, 0.1), (wrong_rule, tensor, 0.1), (rule, wrong_tensor, 0.1), (rule, tensor, 0.1001)):
+    for other, other_tensor, rate in (
+        (rule, tensor, 0.1),
+        (wrong_rule, tensor, 0.1),
+        (rule, wrong_tensor, 0.1),
+        (rule, tensor, 0.1001),
+    ):
         params, states = p.copy(), tuple(s.copy() for s in state)
         clock = Clock(other, t, t, rates=[rate])
         operands = {"params": params, "grads": g.copy(), "states": states}

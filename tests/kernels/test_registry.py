@@ -46,9 +46,7 @@ def test_what_does_not_exist_is_refused_by_name():
     with pytest.raises(ArgumentError, match="did you mean 'linear'"):
         numpy.bind("liner")
     with pytest.raises(ArgumentTypeError, match=r"advance: .*missing"):
-        fusemlp_kernels.backend("numpy", None, "fp32").bind(
-            "advance", rule=UpdateRule("sgd")
-        )
+        fusemlp_kernels.backend("numpy", None, "fp32").bind("advance", rule=UpdateRule("sgd"))
 
 
 def test_the_registry_says_what_works():

@@ -100,9 +100,7 @@ CASES = [
 
 def case(number, **changes):
     loss, rule, activations, shape = CASES[number]
-    model = Model(
-        RULES[rule], loss, seed=3, rate=0.3, decay=0.05, lr_factor=0.5, rates=RATES.get(rule, (0.05,))
-    )
+    model = Model(RULES[rule], loss, seed=3, rate=0.3, decay=0.05, lr_factor=0.5, rates=RATES.get(rule, (0.05,)))
     return Shape(**{"activations": activations, **shape, **changes}), model
 
 

@@ -155,7 +155,8 @@ def _powers(base: float, exponents: Array) -> Array:
 
 def _half_cosine(start: Any, end: Any, done: Array) -> Array:
     """Half a cosine wave from ``start`` (done = 0) to ``end`` (done = 1)."""
-    return end + (start - end) * (1.0 + _each(math.cos, math.pi * done)) / 2.0
+    rates: Array = end + (start - end) * (1.0 + _each(math.cos, math.pi * done)) / 2.0
+    return rates
 
 
 def _check_rate(argument: str, value: object) -> float:

@@ -99,7 +99,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def engine_bytes(engine: Engine) -> int:
-    """About what an engine holds: its arenas, its table of rates, the best weights of an early stopping, its objects."""
+    """About what an engine holds: its arenas, table of rates, the best weights of an early stopping, its objects."""
     memory = engine.memory
     arenas = memory.gradient_parts + 2 + len(memory.states)
     shadow = 0 if memory.shadow is None else memory.shadow.nbytes

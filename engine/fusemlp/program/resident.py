@@ -127,7 +127,9 @@ def _structure(
         Value("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control"),
         Value("stats", (STATS,), "float64", "control"),
     ]
-    operands: dict[str, Any] = {name: Ref(name) for name in ("x", "target", "rows", "counters", "hyper", "rates", "stats")}
+    operands: dict[str, Any] = {
+        name: Ref(name) for name in ("x", "target", "rows", "counters", "hyper", "rates", "stats")
+    }
     if epochs > 1:
         values.append(Value("history", (epochs, STATS), "float64", "control"))
         operands["history"] = Ref("history")

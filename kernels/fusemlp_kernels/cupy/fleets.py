@@ -136,7 +136,8 @@ def bind_train_resident(
     run = bind_train_fleet(
         device, rows=stacked(rows), layers=[layers], params=stacked(params), gradients=stacked(gradients),
         states=[stacked(state) for state in states], segments=[segments], rules=[rule], losses=[loss],
-        counters=stacked(counters), hyper=stacked(hyper), rates=stacked(rates), stats=stacked(stats), shadow=stacked(shadow),
+        counters=stacked(counters), hyper=stacked(hyper), rates=stacked(rates), stats=stacked(stats),
+        shadow=stacked(shadow),
         history=stacked(history), ridges=None if ridge is None else [ridge], op=op, **operands,
     )  # fmt: skip
     return lambda steps: run((steps,))

@@ -266,7 +266,8 @@ class Step:
         history = self.arrays.get("history")
         self.put.kernel(
             "update", "Update", max(blocks, 1), tensors=tensors, count=count,
-            norm=norm, hyper=Each(self.arrays["hyper"]), rates=Each(self.arrays["rates"]), counters=self.counters, rule=self.rule,
+            norm=norm, hyper=Each(self.arrays["hyper"]), rates=Each(self.arrays["rates"]),
+            counters=self.counters, rule=self.rule,
             ticket=Each(self.put.room(dtype="uint32")), stats=self.stats,
             history=None if history is None else Each(history), epochs=0 if history is None else history.shape[1],
         )  # fmt: skip

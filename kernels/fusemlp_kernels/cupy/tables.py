@@ -156,10 +156,11 @@ class Sums:
         """Room for the factors of ``count`` products, (2 * count,) float32."""
         return self.device.zeros(2 * max(count, 1), FLOAT32)
 
-    def bind(
-        self, rule: UpdateRule, clock: dict[str, Array], m: int, scalars: Array | None, *, sgd: bool
-    ) -> Run:
-        """The launch; ``clock`` has the counters and, with ``sgd``, hyper and rates; with ``sgd`` it is the update of the vectors, and advances the clock."""
+    def bind(self, rule: UpdateRule, clock: dict[str, Array], m: int, scalars: Array | None, *, sgd: bool) -> Run:
+        """The launch; with ``sgd`` it is the update of the vectors, and advances the clock.
+
+        ``clock`` has the counters and, with ``sgd``, hyper and rates.
+        """
         if not self.blocks and not self.pairs and not sgd:
             return in_sequence([])
         vectors, kept = self.device.rows_of("gradients", "Bias", self.vectors)

@@ -69,7 +69,7 @@ def _counters(device: Device, **values: int) -> Tensor:
     return counters.to(device.device)
 
 
-def _clock(device: Device, rule: UpdateRule, lr: float, update_count: int, batch_index: int = 0) -> dict[str, Tensor]:
+def _clock(device: Device, rule: UpdateRule, lr: float, update_count: int, batch_index: int = 0) -> dict[str, Any]:
     """hyper, rates and counters of one update at the learning rate ``lr`` after ``update_count`` others."""
     host = {"hyper": hyper_at(rule, lr, update_count), "rates": rate_table(rule, [lr], update_count)}
     counters = _counters(device, batch_index=batch_index, update_count=update_count)
@@ -248,7 +248,8 @@ def grad_weight_update(
     """``grad_weight`` and the optimizer in one kernel: w (N, K), b (N,) and their states are updated in place.
 
     The gradients are never stored. ``rule`` is the optimizer (no clipping, no accumulation), ``lr`` the learning rate,
-    ``update_count`` how many updates were before; w_state and b_state hold none, one (momentum) or two (Adam) tensors like the parameter.
+    ``update_count`` how many updates were before; w_state and b_state hold none, one (momentum) or two (Adam) tensors
+    like the parameter.
     """
     op = "grad_weight_update"
     device = _device(op, "dz", dz, tf32)
@@ -272,7 +273,8 @@ def update(
     update_count: int = 0,
 ) -> None:
     """The optimizer on a flat arena: params (size,) and ``states`` are updated in place by grads (size,), all float32
-    and contiguous, at the learning rate ``lr``. With ``rule.clip_norm`` the gradient's norm is taken first, by a kernel of its own."""
+    and contiguous, at the learning rate ``lr``. With ``rule.clip_norm`` a kernel of its own takes the gradient's norm
+    first."""
     device = _device("update", "params", params)
     segments = (Segment(0, params.numel(), TensorRule() if tensor is None else tensor),)
     # the batch that ends an accumulation, so that the update is applied

@@ -218,7 +218,15 @@ def bind_grad_weight(
         device.check(op, "norm", norm, (1,), FLOAT64)
     found = _collect(device, op, layers, slopes, rule, counters, updates=False)
     run, programs = _launch(
-        device, *found, rule=rule, hyper=None, rates=None, counters=counters, norm=norm, updates=False, parts=parts,
+        device,
+        *found,
+        rule=rule,
+        hyper=None,
+        rates=None,
+        counters=counters,
+        norm=norm,
+        updates=False,
+        parts=parts,
         part=part,
     )
     return norm.zero_ if programs == 0 and norm is not None else run

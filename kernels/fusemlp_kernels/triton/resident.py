@@ -270,8 +270,8 @@ def resident_kernel(
 
     ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: what the products read as weights, the
     parameters themselves or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
-    ``rows_size``, ``rates`` ``rates_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients go through memory.
-    ``history``: the accounts of whole epochs, as many as ``live`` says.
+    ``rows_size``, ``rates`` ``rates_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients
+    go through memory. ``history``: the accounts of whole epochs, as many as ``live`` says.
     """
     for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, STEPS)):
         measure(
