@@ -1,7 +1,7 @@
-"""The update at the end of a fused step: parameters that share a rule, a learning rate and a clock go together.
+"""The update at the end of a fused step, for sets of parameters that share a rule, a learning rate and a clock.
 
-One set of parameters takes the update that the lowering chose. Several sets take one ``update`` each, over the same
-arenas, with segments, hyper and counters of their own.
+A single set uses the update that the lowering chose. Several sets use one ``update`` each, over the same arenas, with
+their own segments, hyper and counters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNIT_RATE = Constant(1.0)
 
 
 class UpdateSet:
-    """Parameters that are updated alike: ``decays`` is the weight decay of each, ``count`` the updates so far."""
+    """Parameters with a common update: ``decays`` is the weight decay of each, ``count`` the updates so far."""
 
     def __init__(
         self, rule: UpdateRule, rate: float, count: int, decays: Mapping[str, float], table: RateTable
@@ -65,21 +65,21 @@ class Clocks:
         self._tables: dict[tuple[int, UpdateRule], RateTable] = {}
 
     def get(self, index: int, rule: UpdateRule) -> RateTable:
-        """The table of set ``index`` under ``rule``."""
+        """Return the table of set ``index`` under ``rule``."""
         while len(self._arrays) <= index:
             allocate, rows = self._backend.allocate, len(self._arrays[0][1])
             rates = allocate(rows * RATE_COLUMNS, "float64").reshape(rows, RATE_COLUMNS)
             self._arrays.append((allocate(HYPER, "float64"), rates, allocate(COUNTERS, "int64")))
         key = (index, rule)
         if key not in self._tables:
-            # a table of another rule is no longer what lies in the arrays
+            # the arrays no longer hold the table of another rule
             self._tables = {known: table for known, table in self._tables.items() if known[0] != index}
             self._tables[key] = RateTable(self._backend, rule, *self._arrays[index])
         return self._tables[key]
 
 
 def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> list[Callable[[], object]]:
-    """What takes the place of the last call of ``bound``, for the present rules of ``sets``."""
+    """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``."""
     last = bound.program.calls[-1]
     if last.op == "grad_weight_update":
         (only,) = sets
@@ -109,7 +109,7 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> 
 
 
 def _with_rule(call: Call, one: UpdateSet) -> dict[str, Any]:
-    """The operands of a ``grad_weight_update`` under the rule of ``one``."""
+    """Return the operands of a ``grad_weight_update`` under the rule of ``one``."""
 
     def tensor(layer: Mapping[str, Any], kind: str) -> dict[str, Any]:
         if layer[kind] is None:

@@ -1,4 +1,4 @@
-"""What a training has recorded, and where it stands."""
+"""The record of a training, and its position."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """What ``fit`` recorded: ``history`` has a list for each quantity, an entry an epoch, as in Keras.
+    """The record of ``fit``: ``history`` has a list for each quantity, one entry an epoch, as in Keras.
 
-    ``epochs`` are the numbers of the epochs, ``seconds`` how long each took. ``best_epoch`` is the one with the lowest
-    val_loss. ``stopped`` says why training ended before its time, or is empty.
+    ``epochs``: the numbers of the epochs; ``seconds``: the time of each; ``best_epoch``: the one with the lowest
+    val_loss; ``stopped``: the reason for an early end, or empty.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class History:
 
 @dataclass
 class FitState:
-    """Where a call of ``fit`` stands; with the parameters and counters, all that it needs to go on.
+    """The position of a call of ``fit``; together with parameters and counters it is enough to continue.
 
     ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
     """
@@ -65,11 +65,11 @@ class FitState:
     plateau: PlateauState = PLATEAU_START
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able, but for infinities; ``FitState.from_config`` is its inverse."""
+        """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""
         return asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FitState:
-        """The state that ``to_config`` wrote down."""
+        """Return the state of a description from ``to_config``."""
         history = History(**config["history"])
         return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
