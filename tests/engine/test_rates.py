@@ -74,7 +74,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes the tables of new engines have so many rows."""
+    """Set the rows of the tables of new engines."""
 
     def rows(count: int) -> None:
         for module in (layout, lowering, resident):

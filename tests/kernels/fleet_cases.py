@@ -29,7 +29,7 @@ from fusemlp_kernels.contract import (
 )
 
 GAP_VALUE = 77.0
-# What a tensor begins at a multiple of, in elements, so that there are gaps.
+# Tensors begin at multiples of this many elements, which leaves gaps.
 STEP = 64
 # Updates that the tables of rates have rows for.
 UPDATES = 64
@@ -37,7 +37,7 @@ UPDATES = 64
 
 @dataclass(frozen=True)
 class Model:
-    """What one model of a fleet has of its own."""
+    """The numbers of one model of a fleet."""
 
     rule: UpdateRule
     loss: LossSpec
@@ -52,7 +52,7 @@ class Model:
     rates: tuple[float, ...] = (0.05,)
 
     def rate_at(self, updates: int) -> float:
-        """The learning rate after so many updates."""
+        """Return the learning rate after this many updates."""
         return self.rates[min(updates, len(self.rates) - 1)]
 
 
@@ -233,7 +233,7 @@ class Fleet:
 
 
 def varied(model: Model, count: int) -> list[Model]:
-    """So many models like ``model``, no two with the same numbers."""
+    """Return ``count`` models like ``model``, no two with the same numbers."""
     models = []
     for index in range(count):
         rule = model.rule
