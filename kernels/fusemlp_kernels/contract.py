@@ -17,8 +17,13 @@ traits say; ``train_fleet``, of Triton alone, does so for several models in one 
 sums BATCH_LOSSES and PENALTIES.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
-the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
-SKIPPED_IN_A_ROW grow by one.
+the learning rate and the bias corrections of the next update; if one was skipped, SKIPPED and SKIPPED_IN_A_ROW grow by
+one.
+
+The host computes the rates ahead of the launches that read them (``clock.rate_table``). rates[0] holds FIRST_UPDATE and
+ROWS_FILLED, at most R; row 1 + i holds the learning rate and the two bias corrections of the update that follows
+FIRST_UPDATE + i others. The clock copies the row of UPDATE_COUNT into hyper, the learning rate times hyper[RATE_SCALE].
+The last filled row stands for all updates after it, so a constant rate needs one row.
 
 A backend with ``Traits.walks_rows`` also takes ``rows`` of several batches, one behind the other: the batch is the M
 rows from counters[ROW_OFFSET] on. If counters[ROW_STEP] is not 0, the clock moves ROW_OFFSET on by it, back to 0 where
@@ -44,7 +49,6 @@ ACTIVATIONS = ("identity", "relu", "leaky_relu", "prelu", "sigmoid", "tanh", "ge
 # act' of the others can be read off the output.
 NEEDS_Z = frozenset({"prelu", "gelu", "silu"})
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poisson", "quantile")
-SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
 
 # counters, int64
 (
@@ -68,6 +72,10 @@ SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
     GOOD_UPDATES,
     HYPER,
 ) = range(7)
+# rates, float64: the first row says which update the second row is of, and how many rows are filled after the first
+FIRST_UPDATE, ROWS_FILLED = range(2)
+# ... which have the columns LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2
+RATE_COLUMNS = 3
 # Dynamic loss scaling (Micikevicius et al., "Mixed precision training", 2018): where it starts, and how long it waits.
 FIRST_LOSS_SCALE = 65536.0
 GROWTH_INTERVAL = 2000
@@ -109,17 +117,8 @@ class LossSpec:
     accuracy: bool = False
 
 
-@dataclass(frozen=True)
 class ScheduleSpec:
-    """The learning rate as a function of the update count; the formulas are in ``reference.learning_rate``."""
-
-    kind: str
-    base: float
-    steps: int = 1
-    gamma: float = 1.0
-    final: float = 0.0
-    peak_fraction: float = 0.3
-    warmup: int = 0
+    """A schedule as pickles of release 0.1 hold it inside an ``UpdateRule``; read where they are loaded."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,6 @@ class UpdateRule:
     """An optimizer: ``kind`` "sgd" or "adam"; ``convention`` "torch" or "scikit-learn" (see ``reference.update``)."""
 
     kind: str
-    schedule: ScheduleSpec
     momentum: float = 0.0
     nesterov: bool = False
     beta1: float = 0.9

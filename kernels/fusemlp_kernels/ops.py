@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
+from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
-FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS}
+FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS, "3": RATE_COLUMNS}
 COMMON = "Mn"
 READ, WRITTEN, UPDATED = "read", "written", "updated"
 
@@ -116,6 +116,7 @@ _DSLOPE = Operand("dslope", "1", use=WRITTEN, optional=True, note="the gradient 
 _CLOCK = (
     _RULE,
     replace(_HYPER, use=UPDATED, kind="control"),
+    Operand("rates", "R3", "float64", hidden=True, note="1 + R rows, see contract"),
     replace(_COUNTERS, use=UPDATED, kind="control"),
 )
 _PARTS = _optional(
@@ -165,7 +166,7 @@ _HISTORY = Operand(
 _ARENAS = Operand(
     "arenas",
     note="by name the flat arrays that the tensors of the calls lie in: params, grads, state0 and so on, shadow, and "
-    "counters, hyper, stats",
+    "counters, hyper, rates, stats",
 )
 
 OPS = {

@@ -50,7 +50,6 @@ RESIDENT = {
 }
 # Each differs from the base in numbers alone.
 NUMBERS = {
-    "learning rate": {"optimizer": Adam(0.5)},
     "betas": {"optimizer": Adam(betas=(0.5, 0.6))},
     "weight decay": {"optimizer": AdamW(weight_decay=0.3)},
     "dropout": {"net": MLP([6, 5, 4, 3], activation=["relu", "tanh"], dropout=[0.0, 0.25])},
@@ -79,6 +78,10 @@ def test_no_two_structures_that_differ_in_one_field_are_the_same() -> None:
         found[f"step, {name}"] = training_program(NET, **given)
     for one, other in itertools.combinations(found, 2):
         assert found[one].structure != found[other].structure, f"{one} is taken for {other}"
+
+
+def test_the_learning_rate_is_no_part_of_the_program() -> None:
+    assert resident().calls == resident(optimizer=Adam(0.5)).calls
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -13,7 +13,7 @@ from fleet_oracle import Oracle
 from memory import base_of, place
 from step_calls import Layer, step_calls
 
-from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
     ROW_COUNT,
@@ -23,22 +23,23 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     Ridge,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
 )
 
 GAP_VALUE = 77.0
-# What a tensor begins at a multiple of, in elements, so that there are gaps.
+# Tensors begin at multiples of this many elements, which leaves gaps.
 STEP = 64
 # Elements for the values of a model's step.
 WORK = 1 << 13
+# Updates that the tables of rates have rows for.
+UPDATES = 64
 
 
 @dataclass(frozen=True)
 class Model:
-    """What one model of a fleet has of its own."""
+    """The numbers of one model of a fleet."""
 
     rule: UpdateRule
     loss: LossSpec
@@ -49,6 +50,12 @@ class Model:
     slope: float = 0.1
     rows: int = 13
     ridge: Ridge | None = None
+    # the learning rates of its updates; the last stands for those after it
+    rates: tuple[float, ...] = (0.05,)
+
+    def rate_at(self, updates: int) -> float:
+        """Return the learning rate after this many updates."""
+        return self.rates[min(updates, len(self.rates) - 1)]
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,10 @@ class Fleet:
         length = max(_up(self.epochs * model.rows, shape.batch) for model in models)
         self.rows = place(np.full((count, length), -1), "plain", np.int64)
         self.counters = place(np.zeros((count, COUNTERS)), "plain", np.int64)
-        self.hyper = place(np.stack([hyper_at(model.rule, 0) for model in models]), "plain")
+        self.hyper = place(np.stack([hyper_at(model.rule, model.rates[0]) for model in models]), "plain")
+        rates = [[model.rate_at(updates) for updates in range(UPDATES)] for model in models]
+        tables = [rate_table(model.rule, own) for model, own in zip(models, rates, strict=True)]
+        self.rates = place(np.stack(tables), "plain")
         self.stats = place(np.zeros((count, STATS)), "plain")
         accounts = None if epochs is None else np.full((count, epochs, STATS), GAP_VALUE)
         self.history = None if accounts is None else place(accounts, "plain")
@@ -194,7 +204,11 @@ class Fleet:
 
     def arenas(self) -> dict[str, Any]:
         found = {"params": self.params, "grads": self.gradients, "counters": self.counters, "hyper": self.hyper}
-        found |= {"stats": self.stats, **{f"state{index}": state for index, state in enumerate(self.states)}}
+        found |= {
+            "rates": self.rates,
+            "stats": self.stats,
+            **{f"state{index}": state for index, state in enumerate(self.states)},
+        }
         return {**found, "shadow": self.shadow} if self.variant.output_unit else found
 
     def calls(self, index: int) -> list[tuple[str, dict[str, Any]]]:
@@ -227,7 +241,7 @@ class Fleet:
             {name: self.tensor_rule(model, name) for name in self.places if name not in self.shape.frozen}, work,
             batch=self.shape.batch, rule=model.rule, loss=model.loss,
             data={"x": self.x, "target": self.target, "weight": self.weight, "class_weight": self.class_weight},
-            control={"rows": self.rows[index], **{name: arenas[name] for name in ("counters", "hyper", "stats")}},
+            control={**arenas, "rows": self.rows[index]},
             arenas=arenas, segments=self.segments(model), ridge=ridge, penalised=penalised,
         )  # fmt: skip
 
@@ -265,12 +279,12 @@ class Fleet:
 
 
 def varied(model: Model, count: int) -> list[Model]:
-    """So many models like ``model``, no two with the same numbers."""
+    """Return ``count`` models like ``model``, no two with the same numbers."""
     models = []
     for index in range(count):
         rule = model.rule
-        schedule = replace(rule.schedule, base=rule.schedule.base * (1.0 + 0.3 * index))
-        rule = replace(rule, schedule=schedule, beta1=rule.beta1 * 0.99**index, beta2=rule.beta2 * 0.999**index)
+        rates = tuple(rate * (1.0 + 0.3 * index) for rate in model.rates)
+        rule = replace(rule, beta1=rule.beta1 * 0.99**index, beta2=rule.beta2 * 0.999**index)
         rule = replace(rule, momentum=rule.momentum * 0.95**index)
         loss = model.loss
         if loss.kind == "cross_entropy":
@@ -279,10 +293,10 @@ def varied(model: Model, count: int) -> list[Model]:
             replace(
                 model, rule=rule, loss=loss, seed=model.seed + index, rate=model.rate * (1.0 - index / (2.0 * count)),
                 decay=model.decay * (1.0 + index), slope=model.slope * (1.0 + 0.1 * index), rows=model.rows - index % 3,
+                rates=rates,
             )
         )  # fmt: skip
     return models
 
 
-CONSTANT = ScheduleSpec("constant", 0.05)
-__all__ = ["CONSTANT", "Fleet", "Model", "Oracle", "Shape", "varied"]
+__all__ = ["Fleet", "Model", "Oracle", "Shape", "varied"]

@@ -37,9 +37,9 @@ def step_calls(
 ) -> list[tuple[str, dict[str, Any]]]:
     """(op, operands) of each call.
 
-    ``tensors``: views by name, of parameters (w0, b0, s0), gradients (dw0), states (w0.state0) and shadows (w0.shadow).
+    ``tensors``: views by name: parameters (w0, b0, s0), gradients (dw0), states (w0.state0), shadows (w0.shadow).
     ``rules`` has the trained tensors. ``work(name, shape, dtype)`` makes a value of the step. ``data``: x, target and
-    perhaps weight and class_weight; ``control``: rows, counters, hyper, stats; ``arenas``: params, grads, state0, ...,
+    perhaps weight and class_weight; ``control``: rows, counters, hyper, rates, stats; ``arenas``: params, grads, state0, ...,
     perhaps shadow. ``penalised``: there is a penalty, though it may be 0.
     """
     calls: list[tuple[str, dict[str, Any]]] = []
@@ -108,7 +108,7 @@ def step_calls(
                 operands["keep"] = kept[f"keep{index}"]
         gradients[index] = operands["dz_prev"]
         calls.append(("grad_input", operands))
-    clock = {"rule": rule, "counters": counters, "hyper": control["hyper"]}
+    clock = {"rule": rule, "counters": counters, "hyper": control["hyper"], "rates": control["rates"]}
     if not rules:
         return [*calls, ("advance", clock)]
     penalised = penalised or (ridge is not None and ridge.strength != 0.0)

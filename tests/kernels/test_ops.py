@@ -40,7 +40,7 @@ def test_a_binder_takes_what_the_record_says(backend, op):
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_record_is_complete(op):
     for name, operand in op.by_name.items():
-        assert operand.shape == "target" or set(operand.shape or "") <= {*"MNK", *FIXED}, name
+        assert operand.shape == "target" or set(operand.shape or "") <= {*"MNKR", *FIXED}, name
         assert operand.rows in ("", *(other.name for other in op.operands)) or name.startswith("layers."), name
         assert operand.use == UPDATED or operand.kind != "control" or name == "history", name
         # what is written has a shape, or is an arena
@@ -53,10 +53,10 @@ def test_operands_are_checked_by_name(device):
         bind = device.variants[0].backend().bind
     with pytest.raises(ArgumentError, match=r"op: unknown name 'lineal'; did you mean 'linear'\?"):
         bind("lineal")
-    with pytest.raises(ArgumentTypeError, match="advance: missing hyper, counters"):
+    with pytest.raises(ArgumentTypeError, match="advance: missing hyper, rates, counters"):
         bind("advance", rule=None)
     with pytest.raises(ArgumentTypeError, match=r"advance: operand: unknown name 'hypr'; did you mean 'hyper'\?"):
-        bind("advance", rule=None, hypr=None, counters=None)
+        bind("advance", rule=None, hypr=None, rates=None, counters=None)
     with pytest.raises(ArgumentTypeError, match=r"grad_weight: layers\[0\]: missing x, dw, db"):
         bind("grad_weight", layers=[{"dz": None}], rule=None, counters=None)
 

@@ -18,7 +18,7 @@ from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
 from fusemlp.training.fit import fit_checked
 from fusemlp.training.loop import ROWS_AT_ONCE, Fit, epochs_at_once
 from fusemlp.training.validation import Validation
-from fusemlp_kernels.contract import STATS, step_flops
+from fusemlp_kernels.contract import RATE_COLUMNS, STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def kin(engine: Engine) -> tuple[Any, ...]:
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
-    states = engine.optimizer.rule(total_updates=1).state_count
+    states = engine.optimizer.rule().state_count
     return net.sizes, activations, trained, states, engine.batch_size
 
 
@@ -131,6 +131,7 @@ def bind_fleet(
     for name, arena in group.arenas.items():
         own = len(arena) // models
         arenas[name] = backend.view(arena, 0, (models, own), own)
+    arenas["rates"] = group.arenas["rates"].reshape(models, -1, RATE_COLUMNS)
     return backend.bind("train_fleet", calls=calls, rows=rows, batch=batch, arenas=arenas, history=history)
 
 

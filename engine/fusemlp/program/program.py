@@ -197,7 +197,7 @@ class Program:
     def traffic(self, call: Call) -> int:
         """Bytes that the call reads and writes, each value once in each direction.
 
-        Of x, targets and weights that are read through ``rows``, the rows of a batch count.
+        Of x, targets and weights that are read through ``rows``, the rows of a batch count; of the table of rates, two.
         """
         batch = self.values["rows"].shape[0] if "rows" in self.values else None
         total = 0
@@ -205,6 +205,9 @@ class Program:
             size = self.bytes_of(name)
             if batch is not None and name in THROUGH_ROWS and self.values[name].shape[0]:
                 size = size // self.values[name].shape[0] * batch
+            if name == "rates":
+                # the first row and that of the next update
+                size = size // self.values[name].shape[0] * 2
             total += size
         return total + sum(self.bytes_of(name) for name in call.writes)
 

@@ -152,6 +152,7 @@ class Batches:
         stats, copy = self.model.engine.memory.stats, self.model.engine.memory.backend.copy_into
         bound, rows, size = self.bound, self.bound.arrays["rows"], self.batch_size
         gradient, update, penalty = self.gradient_calls, self.update, self.penalty
+        cover = self.model.cover
         penalised = penalty.alpha > 0.0
         penalties: Any = 0.0
         short = 0.0
@@ -175,6 +176,7 @@ class Batches:
                 short = float(stats[LAST_LOSS])
             if penalised:
                 penalty.add_gradient(1.0 / total)
+            cover(1)
             update()
             if stop() and start != self.starts[-1]:
                 return None

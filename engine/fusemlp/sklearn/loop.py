@@ -62,7 +62,7 @@ class Loop:
         while done < total:
             if begin is not None:
                 begin()
-            count = min(total - done, bound.chunk) if begin is None else 1
+            count = self.model.cover(min(total - done, bound.chunk) if begin is None else 1)
             bound.run_many(count)
             done += count
             if stop():

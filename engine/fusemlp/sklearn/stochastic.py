@@ -87,7 +87,7 @@ def train(
                     stopping = _end_epoch(estimator, model, loss, validation, batches.n)
                     updates += batches.batches
                     if len(losses) > 1:
-                        estimator.learning_rate_ = engine.learning_rate_after(updates)
+                        estimator.learning_rate_ = engine.rates.after(updates)
                     logs = _logs(estimator, validation)
                     history.record(estimator.n_iter_ - 1, logs, seconds)
                     _call(callbacks, "on_epoch_end", engine, estimator.n_iter_ - 1, logs)

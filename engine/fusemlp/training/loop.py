@@ -88,8 +88,8 @@ class Fit:
         self.state = self._resumed(epochs) if resume else self._fresh(epochs)
         first = self.state.history.epochs[0] if self.state.history.epochs else self.state.epoch
         self.last_epoch = first + epochs
-        self.schedule = engine.optimizer.schedule
-        self.rule: UpdateRule = engine.optimizer.rule(total_updates=self.state.total_updates)
+        self.schedule = engine.optimizer.schedule.over(self.state.total_updates)
+        self.rule: UpdateRule = engine.optimizer.rule()
         asked = validation is not None or bool(callbacks) or engine.plan != "resident"
         self.at_once = epochs_at_once(engine, epochs, self.rows, asked=asked) if at_once is None else at_once
         self.bound: Any = self._bind(X, targets, weight) if bound is None else bound
@@ -174,7 +174,7 @@ class Fit:
         engine.history = state.history
         engine.best_parameters = self.best
         engine.stop_training = False
-        engine.use_rule(self.rule, state.plateau[2])
+        engine.rates.follow(self.schedule, state.plateau[2])
         if state.batch == 0:
             engine.memory.stats[:] = 0.0
         state.history.stopped = ""
@@ -248,7 +248,7 @@ class Fit:
         engine, state, bound = self.engine, self.state, self.bound
         rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
         order = self.order(state.epoch)
-        copy, run = engine.memory.backend.copy_into, bound.run
+        copy, run, cover = engine.memory.backend.copy_into, bound.run, engine.rates.cover
         starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
         bound.set_row_count(size)
         with np.errstate(all="ignore"):
@@ -265,6 +265,7 @@ class Fit:
                     copy(rows[:count], order[start:])
                     rows[count:] = -1
                     bound.set_row_count(count)
+                cover(self.schedule, 1)
                 run()
                 state.batch += 1
                 if watchers:
@@ -287,6 +288,7 @@ class Fit:
             count = 1 if starters or watchers else min(total - done, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
+            count = engine.rates.cover(self.schedule, count)
             yield count
             done += count
             if epochs == 1:
@@ -320,7 +322,7 @@ class Fit:
         every, updates = self.rule.accumulate, engine.update_count
         batches = int(engine.memory.counters[BATCH_INDEX])
         ends = [batches - left - ahead * self.batches for ahead in reversed(range(epochs))]
-        return [engine.learning_rate_after(updates - batches // every + end // every) for end in ends]
+        return [engine.rates.after(updates - batches // every + end // every) for end in ends]
 
     def _end_epoch(self, stats: Array, rate: float, seconds: float) -> None:
         engine, state = self.engine, self.state
@@ -341,7 +343,7 @@ class Fit:
             state.waited += 1
         if isinstance(self.schedule, ReduceOnPlateau):
             state.plateau = plateau_step(self.schedule, state.plateau, watched)
-            engine.use_rule(self.rule, state.plateau[2])
+            engine.rates.rescale(state.plateau[2])
         epoch = state.epoch
         state.epoch, state.batch = epoch + 1, 0
         engine.epochs_trained = state.epoch

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, SCHEDULES, STATS, LossSpec, TensorRule, UpdateRule
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, STATS, LossSpec, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
@@ -295,6 +295,7 @@ def bind_train_resident(
         *_rule_tables(rule),
         output["counters"],
         clock["hyper"],
+        clock["rates"],
         output["stats"],
         np.zeros((0, STATS)) if history is None else history,
         np.zeros(table.widest, real),
@@ -359,14 +360,11 @@ def _loss_tables(output: Operands, columns: int) -> tuple[Array, Array]:
 
 
 def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
-    schedule = rule.schedule
     table = [0] * t.RULE_COLUMNS
     table[t.OPTIMIZER] = t.ADAM if rule.kind == "adam" else t.SGD
     table[t.NESTEROV], table[t.DECOUPLED] = rule.nesterov, rule.decoupled
     table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
     table[t.CLIPS] = rule.clip_norm is not None
-    table[t.SCHEDULE] = SCHEDULES.index(schedule.kind)
-    table[t.STEPS], table[t.WARMUP] = schedule.steps, schedule.warmup
     factors = [0.0] * t.RULE_FACTORS
     factors[t.MOMENTUM], factors[t.BETA1], factors[t.BETA2], factors[t.EPS] = (
         rule.momentum,
@@ -375,6 +373,4 @@ def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
         rule.eps,
     )
     factors[t.CLIP_NORM] = 0.0 if rule.clip_norm is None else rule.clip_norm
-    factors[t.BASE], factors[t.GAMMA] = schedule.base, schedule.gamma
-    factors[t.FINAL], factors[t.PEAK_FRACTION] = schedule.final, schedule.peak_fraction
     return np.array(table, np.int64), np.array(factors, np.float64)

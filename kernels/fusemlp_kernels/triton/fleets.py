@@ -17,6 +17,7 @@ from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
     NEEDS_Z,
+    RATE_COLUMNS,
     STATS,
     LossSpec,
     Ridge,
@@ -257,7 +258,10 @@ def _check_arenas(op: str, device: Device, arenas: Mapping[str, Tensor], models:
     params = device.check_written(op, "params", arenas["params"], (models, None), FLOAT32)
     kinds = {"grads": FLOAT32, **{f"state{index}": FLOAT32 for index in range(count)}, "shadow": device.compute}
     widths = {"counters": (COUNTERS, INT64), "hyper": (HYPER, FLOAT64), "stats": (STATS, FLOAT64)}
+    device.check(op, "rates", arenas["rates"], (models, None, RATE_COLUMNS), FLOAT64)
     for name, arena in arenas.items():
+        if name == "rates":
+            continue
         width, kind = widths.get(name, (params.shape[1], kinds.get(name, FLOAT32)))
         device.check_written(op, name, arena, (models, width), kind)
         if not arena.is_contiguous() or (name == "params" and arena.shape[1] % 8):
@@ -367,11 +371,12 @@ def _bind(
         "rules": tensor([clock.rule_values(step.rule) for step in steps], FLOAT64),
         "tensors": tensor(factors, FLOAT64),
         "segments": tensor([(one.offset, one.size) for one in first.segments] or [(0, 0)], INT64),
-        "counters": arenas["counters"], "hyper": arenas["hyper"], "stats": arenas["stats"],
+        "counters": arenas["counters"], "hyper": arenas["hyper"], "rates": arenas["rates"], "stats": arenas["stats"],
         "history": device.zeros(1, FLOAT64) if history is None else history, "live": live,
         "M": batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments),
         "work_size": work.stride, "size": params.shape[1],
-        "rows_size": rows.shape[1], "label_step": target.stride(0) if classes else 0,
+        "rows_size": rows.shape[1], "rates_size": arenas["rates"].shape[1] * RATE_COLUMNS,
+        "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),
         "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "states": count,

@@ -202,6 +202,7 @@ def run(
     rule_factors: Any,
     counters: Any,
     hyper: Any,
+    rates: Any,
     stats: Any,
     history: Any,
     spare: Any,
@@ -257,7 +258,7 @@ def run(
                     squares = penalise(_array(reals, call[W], size), _array(reals, call[OUT], size), pull)
                     stats[PENALTIES] += 0.5 * pull * squares * count
             elif kind == CLOCK:
-                advance(rule, rule_factors, counters, hyper, updated, stats, history)
+                advance(counters, hyper, rates, updated, stats, history)
             else:
                 _gradient(call, reals, count, begins, tensor_factors, hyper, spare, integers, letters)
     restore(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, SCHEDULES
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
 
 # What a row of the table of calls does; a call of the program is one row or several. GATHER: x[rows]; ENTROPY and
 # ELEMENTWISE: the last layer and its loss, cross-entropy or one of the others; WEIGHT, BIAS, SLOPES: a gradient.
@@ -47,11 +47,10 @@ LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
 SMOOTHING, DELTA, QUANTILE, DIVISOR, LOSS_FACTORS = range(5)
 
-# The optimizer and its schedule, int64 and float64
-OPTIMIZER, NESTEROV, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, SCHEDULE, STEPS, WARMUP, RULE_COLUMNS = range(10)
-MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, BASE, GAMMA, FINAL, PEAK_FRACTION, RULE_FACTORS = range(10)
+# The optimizer, int64 and float64
+OPTIMIZER, NESTEROV, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(7)
+MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, RULE_FACTORS = range(6)
 SGD, ADAM = range(2)
 
 IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = range(len(ACTIVATIONS))
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE_LOSS = range(len(LOSSES))
-CONSTANT, STEP, EXPONENTIAL, COSINE, ONE_CYCLE = range(len(SCHEDULES))
