@@ -39,8 +39,8 @@ def step_calls(
 
     ``tensors``: views by name: parameters (w0, b0, s0), gradients (dw0), states (w0.state0), shadows (w0.shadow).
     ``rules`` has the trained tensors. ``work(name, shape, dtype)`` makes a value of the step. ``data``: x, target and
-    perhaps weight and class_weight; ``control``: rows, counters, hyper, rates, stats; ``arenas``: params, grads, state0, ...,
-    perhaps shadow. ``penalised``: there is a penalty, though it may be 0.
+    perhaps weight and class_weight; ``control``: rows, counters, hyper, rates, stats; ``arenas``: params, grads,
+    state0, ..., perhaps shadow. ``penalised``: there is a penalty, though it may be 0.
     """
     calls: list[tuple[str, dict[str, Any]]] = []
     last = len(layers) - 1
