@@ -154,7 +154,7 @@ def checked_callbacks(given: Any) -> list[Any]:
     return [_in_own_form(listener) for listener in given]
 
 
-def prepare(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
+def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
     """Tell Keras's form of the number of epochs, and let those that watch a quantity check the ``names`` of the logs.
 
     Raises what they raise, before the training.

@@ -23,7 +23,7 @@ from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import to_array
 from fusemlp.training.fit import checked_validation, fit_checked
 from fusemlp.training.history import History
-from fusemlp.training.loop import Fit
+from fusemlp.training.loop import EpochLoop
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
@@ -312,7 +312,7 @@ def _picked(whole: Validation, rows: Array) -> Validation:
     return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
 
 
-def _launches(fit: Fit, stop: Stop) -> Iterator[Launch]:
+def _launches(fit: EpochLoop[Any], stop: Stop) -> Iterator[Launch]:
     """The launches of a fit, which goes on when one has run."""
     fit.begin()
     for steps in fit.training(stop):

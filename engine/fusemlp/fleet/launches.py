@@ -15,7 +15,8 @@ from fusemlp.runtime.bound import walk_rows
 from fusemlp.runtime.memory import Memory, new_arenas
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
 from fusemlp.training.fit import fit_checked
-from fusemlp.training.loop import ROWS_AT_ONCE, Fit, epochs_at_once
+from fusemlp.training.loop import ROWS_AT_ONCE, EpochLoop, epochs_at_once
+from fusemlp.training.policy import FitPolicy
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.contract import STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
@@ -145,14 +146,21 @@ class _Training:
     """A group in a fit: one launch for what its models want of steps, again and again."""
 
     def __init__(
-        self, group: Group, fits: Sequence[Fit], rows: Any, history: Any | None, data: Mapping[str, Any]
+        self,
+        group: Group,
+        fits: Sequence[EpochLoop[FitPolicy]],
+        rows: Any,
+        history: Any | None,
+        data: Mapping[str, Any],
     ) -> None:
         self.fits = fits
         first = group.engines[0]
         classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
         inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
         programs = [
-            engine.resident_program(inputs, fit.spec, fit.rule, first.batch_size, fit.batches, epochs=fit.at_once)
+            engine.resident_program(
+                inputs, fit.policy.spec, fit.policy.rule, first.batch_size, fit.batches, epochs=fit.at_once
+            )
             for engine, fit in zip(group.engines, fits, strict=True)
         ]
         self._launch = bind_fleet(group, programs, {**data, **classes}, rows, history)

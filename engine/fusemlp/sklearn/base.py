@@ -14,16 +14,16 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_array, check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from fusemlp.callbacks import checked_callbacks, exits, prepare
+from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.lbfgs import minimise
-from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model, Rates, copies, dense
+from fusemlp.sklearn.resident import ResidentBatches
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import Validation, epochs_at_once, logged, train
+from fusemlp.sklearn.stochastic import ValidationScore, epochs_at_once, logged, train
 
 Array = np.ndarray[Any, Any]
 
@@ -37,8 +37,8 @@ class _Ready:
 
     stochastic: bool
     model: Model
-    batches: Batches | Loop
-    held_out: Validation | None
+    batches: Batches | ResidentBatches
+    validation: ValidationScore | None
     random_state: np.random.RandomState
     callbacks: list[Any]
 
@@ -99,7 +99,7 @@ class BaseMLP(BaseEstimator, ABC):
     ) -> BaseMLP:
         before = self.__dict__.copy()
         try:
-            ready = self._prepare(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
+            ready = self._set_up(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
         except BaseException:
             # what was refused leaves a fitted model as it was
             self.__dict__.clear()
@@ -111,7 +111,7 @@ class BaseMLP(BaseEstimator, ABC):
                     self,
                     ready.model,
                     ready.batches,
-                    ready.held_out,
+                    ready.validation,
                     ready.random_state,
                     ready.callbacks,
                     incremental=incremental,
@@ -120,7 +120,7 @@ class BaseMLP(BaseEstimator, ABC):
             assert isinstance(ready.batches, Batches)
             minimise(self, ready.model, ready.batches)
         self._model = ready.model
-        decided = ready.stochastic and self.early_stopping and ready.held_out is not None
+        decided = ready.stochastic and self.early_stopping and ready.validation is not None
         self._take((decided and self._best_parameters) or ready.model.parameters())
         self._best_parameters = None
         if not all(np.isfinite(values).all() for values in (*self.coefs_, *self.intercepts_)):
@@ -130,14 +130,14 @@ class BaseMLP(BaseEstimator, ABC):
             )
         return self
 
-    def _prepare(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> _Ready:
+    def _set_up(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> _Ready:
         """Check everything, draw the initial parameters, set rows aside, and bind the data to a model."""
         widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
         self._refuse(stochastic, incremental, X_val, y_val)
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
         if stochastic:
-            prepare(callbacks, logged(self.early_stopping or X_val is not None), 1 if incremental else self.max_iter)
+            announce(callbacks, logged(self.early_stopping or X_val is not None), 1 if incremental else self.max_iter)
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         X, y = self._validate_input(X, y, incremental, first)
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
@@ -152,15 +152,15 @@ class BaseMLP(BaseEstimator, ABC):
         row_weights = self._row_weights(y, weight, incremental)
         if row_weights is not None and not row_weights.any():
             raise ValueError("Sample weights must contain at least one non-zero number.")
-        held_out = None if X_val is None else self._given_validation(X_val, y_val, y.shape[1])
+        validation = None if X_val is None else self._given_validation(X_val, y_val, y.shape[1])
 
         self.n_outputs_ = y.shape[1]
         random_state = check_random_state(self.random_state)
         if first:
             self._initialize(network, random_state, X.dtype)
-        self._start_accounts(first, stochastic, held_out is not None)
-        if stochastic and self.early_stopping and held_out is None:
-            X, y, row_weights, held_out = self._split(X, y, row_weights, weight, random_state)
+        self._start_accounts(first, stochastic, validation is not None)
+        if stochastic and self.early_stopping and validation is None:
+            X, y, row_weights, validation = self._split(X, y, row_weights, weight, random_state)
         n = X.shape[0]
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
         dtype = X.dtype if first else self.coefs_[0].dtype
@@ -175,12 +175,12 @@ class BaseMLP(BaseEstimator, ABC):
             "batch_size": size,
             "constants": constants,
         }
-        batches: Batches | Loop
+        batches: Batches | ResidentBatches
         if looped:
-            batches = Loop(*data, **rules, at_once=epochs_at_once(self, model, n, held_out, callbacks))
+            batches = ResidentBatches(*data, **rules, at_once=epochs_at_once(self, model, n, validation, callbacks))
         else:
             batches = Batches(*data, **rules, keep=incremental)
-        return _Ready(stochastic, model, batches, held_out, random_state, callbacks)
+        return _Ready(stochastic, model, batches, validation, random_state, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Combinations of arguments that cannot be."""
@@ -248,7 +248,7 @@ class BaseMLP(BaseEstimator, ABC):
 
     def _split(
         self, X: Any, y: Array, row_weights: Any, weight: Any, random_state: np.random.RandomState
-    ) -> tuple[Any, Array, Any, Validation]:
+    ) -> tuple[Any, Array, Any, ValidationScore]:
         """Set ``validation_fraction`` of the rows aside, as scikit-learn does: stratified for one column of classes."""
         stratify = y if self._stratifies and self.n_outputs_ == 1 else None
         trained, held = train_test_split(
@@ -259,10 +259,10 @@ class BaseMLP(BaseEstimator, ABC):
                 "The validation set is too small. Increase 'validation_fraction' or the size of your dataset."
             )
         score_weights = None if weight is None else weight[held]
-        validation = Validation(X[held], self._truth(y[held]), score_weights, True)
+        validation = ValidationScore(X[held], self._truth(y[held]), score_weights, True)
         return X[trained], y[trained], None if row_weights is None else row_weights[trained], validation
 
-    def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> Validation:
+    def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> ValidationScore:
         X_val = validate_data(self, X_val, accept_sparse=["csr", "csc"], reset=False)
         y_val = check_array(y_val, accept_sparse="csr", ensure_2d=False, dtype=None, input_name="y_val")
         check_consistent_length(X_val, y_val)
@@ -272,7 +272,7 @@ class BaseMLP(BaseEstimator, ABC):
         y_val = y_val.reshape(-1, 1) if y_val.ndim == 1 else y_val
         if y_val.shape[1] != outputs:
             raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {outputs}.")
-        return Validation(X_val, self._truth(y_val), None, bool(self.early_stopping))
+        return ValidationScore(X_val, self._truth(y_val), None, bool(self.early_stopping))
 
     def _model_for(
         self, network: Any, incremental: bool, random_state: np.random.RandomState, dtype: Any, n: int, size: int

@@ -1,14 +1,13 @@
-"""One pass over the data in batches, with scikit-learn's normalisation, L2 penalty and account of the loss.
+"""Batches of an uncompiled step, with scikit-learn's normalisation, L2 penalty and loss.
 
 scikit-learn divides both the loss of a batch and its penalty ``alpha / 2 * sum(w ** 2)`` by the batch's number of
-rows, or by the sum of their weights. So the strength of the penalty is another for a short last batch, and for each
-batch where there are weights. Here a row carries its share ``weight / (sum over its batch)`` as its weight in a sum,
-and the penalty's gradient is added between the two last calls of a step. ``loop`` has the epochs of a resident plan.
+rows, or by the sum of their weights. A short last batch therefore has a stronger penalty, and with weights each batch
+has its own. Here a row's weight in a sum is its share ``weight / (sum over its batch)``, and the penalty's gradient is
+added between the two last calls of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class Penalty:
             self._scratch = [np.empty_like(weight) for weight in self._weights]
 
     def value(self) -> Any:
-        """A number, or a scalar on the device: reading it would wait."""
+        """Return a number, or a scalar on the device: reading that would wait."""
         if self._on_host:
             return 0.5 * self.alpha * sum(float(weight.dot(weight)) for weight in self._weights)
         return 0.5 * self.alpha * sum((weight * weight).sum() for weight in self._weights)
@@ -56,11 +55,14 @@ class Penalty:
 
 
 class Batches:
-    """X (n, K), targets and perhaps weights (n,) bound to a model, to be gone through in batches.
+    """X (n, K), targets and perhaps weights (n,) bound to a model, which trains on them batch by batch.
 
     ``constants`` (n,) are parts of the rows' losses that do not depend on the parameters. ``keep`` is for
-    ``partial_fit``: memory stays for the next call. A batch in which no row counts is passed over.
+    ``partial_fit``: memory stays for the next call. A batch whose weights are all 0 updates nothing.
     """
+
+    # the epoch loop asks for one step of one epoch at a time
+    chunk = at_once = 1
 
     def __init__(
         self,
@@ -80,14 +82,14 @@ class Batches:
         self.model, self.objective = model, objective
         self.weight, self.constants = weight, constants
         self.starts = np.arange(0, n, batch_size)
-        self.batches, self.at_once = len(self.starts), 1
+        self.batches = len(self.starts)
         self.lengths = np.minimum(batch_size, n - self.starts)
         self.share = np.empty(n, model.dtype)
-        arrays = {"x": X, "target": target, "weight": self.share}
         inputs = Inputs(n, indexed=True, weighted=True)
         self.penalty = Penalty(model, alpha)
-        self.bound = model.bind(inputs, batch_size, arrays, keep=keep)
-        # a loop that was there before has walked over longer lists of rows, and may not have come to their end
+        self.bound = model.bind(inputs, batch_size, {"x": X, "target": target, "weight": self.share}, keep=keep)
+        self.arrays = self.bound.arrays
+        # an earlier resident program has walked over longer lists of rows, and may not have reached their end
         for counter in (ROW_OFFSET, ROW_TOTAL, ROW_STEP):
             model.engine.memory.counters[counter] = 0
         *self.gradient_calls, self.update = self.bound.calls
@@ -95,8 +97,13 @@ class Batches:
         self.sums = self.lengths.astype(np.float64)
         self._set_shares(np.arange(n))
 
+    @property
+    def steps(self) -> Batches:
+        """The steps for the epoch loop."""
+        return self
+
     def _set_shares(self, order: Array) -> None:
-        """For each row the factor of its loss in the batch that it is in, when they are taken in this order."""
+        """Set the factor of each row's loss in its batch when the rows are taken in this order."""
         factor = self.objective.factor
         if self.weight is None:
             # only the rows of a short last batch have another one
@@ -105,87 +112,67 @@ class Batches:
         else:
             weight = self.weight[order]
             self.sums = np.add.reduceat(weight, self.starts, dtype=np.float64)
-            # a batch in which no row counts is passed over
+            # no division by 0 in a batch that updates nothing
             divisors = np.where(self.sums == 0.0, np.inf, self.sums)
             self.share[order] = factor * weight / np.repeat(divisors, self.lengths)
-        self.model.engine.memory.backend.copy_into(self.bound.arrays["weight"], self.share)
+        self.model.engine.memory.backend.copy_into(self.arrays["weight"], self.share)
+
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
+        """Take the rows of an epoch in their order."""
+        assert first_batch == 0 and epochs == 1
+        if self._uneven:
+            self._set_shares(order)
+        self._order, self._batch = order, 0
+        # of the short last batch, and of all
+        self._short, self._penalties = 0.0, 0.0
+        self.bound.set_row_count(size)
+
+    def run_many(self, count: int) -> None:
+        """Train on the next ``count`` batches of the epoch."""
+        with np.errstate(all="ignore"):
+            for _ in range(count):
+                self._step(int(self.lengths[self._batch]), float(self.sums[self._batch]))
+                self._batch += 1
+
+    def _step(self, length: int, total: float) -> None:
+        if total == 0.0:
+            return
+        backend, rows, size = self.model.engine.memory.backend, self.arrays["rows"], self.batch_size
+        start, penalty = self._batch * size, self.penalty
+        backend.copy_into(rows[:length], self._order[start : start + length])
+        if length < size:
+            rows[length:] = -1
+            self.bound.set_row_count(length)
+        if penalty.alpha:
+            self._penalties = self._penalties + penalty.value() * (length / total)
+        for call in self.gradient_calls:
+            call()
+        if length < size:
+            self._short = float(self.model.engine.memory.stats[LAST_LOSS])
+        if penalty.alpha:
+            penalty.add_gradient(1.0 / total)
+        self.update()
+
+    def loss(self, stats: Array, order: Array) -> float:
+        """Return the loss, penalty included, of the epoch that has ended with these statistics."""
+        with np.errstate(all="ignore"):
+            loss, rest = float(stats[LOSS_SUM]), self.n % self.batch_size
+            data = (loss - self._short) * self.batch_size + self._short * rest + self._constant(order)
+            return (data / self.objective.reported_by + float(self._penalties)) / self.n
 
     def _constant(self, order: Array) -> float:
-        """What ``constants`` add to the loss of an epoch."""
+        """Return what ``constants`` add to the loss of an epoch."""
         if self.constants is None:
             return 0.0
         shares = self.share[order] * self.constants[order] * np.repeat(self.lengths, self.lengths)
         return float(shares.sum())
 
-    def epochs(
-        self, orders: Sequence[Array], stop: Callable[[], bool], begin: Callable[[], None] | None = None
-    ) -> list[float]:
-        """Train on every batch of each of ``orders``: the losses of the epochs that came to their end before ``stop``
-        said so between two batches. ``begin`` is called before each batch, and ``stop`` asked after it."""
-        losses = []
-        for order in orders:
-            loss = self._epoch(order, stop, begin)
-            if loss is None:
-                break
-            losses.append(loss)
-        return losses
-
-    def _epoch(self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None) -> float | None:
-        if self._uneven:
-            self._set_shares(order)
-        self.model.engine.memory.stats[:] = 0.0
-        with np.errstate(all="ignore"):
-            sums = self._steps(order, stop, begin)
-            if sums is None:
-                return None
-            loss, short, penalties = sums
-            rest = self.n % self.batch_size
-            data = (
-                (loss - short) * self.batch_size + short * rest + self._constant(order)
-            ) / self.objective.reported_by
-            return (data + penalties) / self.n
-
-    def _steps(
-        self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None
-    ) -> tuple[float, float, float] | None:
-        """Train on every batch: the sum of their losses, that of a short one among them, and of their penalties."""
-        stats, copy = self.model.engine.memory.stats, self.model.engine.memory.backend.copy_into
-        bound, rows, size = self.bound, self.bound.arrays["rows"], self.batch_size
-        gradient, update, penalty = self.gradient_calls, self.update, self.penalty
-        penalised = penalty.alpha > 0.0
-        penalties: Any = 0.0
-        short = 0.0
-        bound.set_row_count(size)
-        for start, length, total in zip(self.starts.tolist(), self.lengths.tolist(), self.sums.tolist(), strict=True):
-            if total == 0.0:
-                continue
-            if begin is not None:
-                begin()
-            if length == size:
-                copy(rows, order[start : start + size])
-            else:
-                copy(rows[:length], order[start:])
-                rows[length:] = -1
-                bound.set_row_count(length)
-            if penalised:
-                penalties = penalties + penalty.value() * (length / total)
-            for call in gradient:
-                call()
-            if length != size:
-                short = float(stats[LAST_LOSS])
-            if penalised:
-                penalty.add_gradient(1.0 / total)
-            update()
-            if stop() and start != self.starts[-1]:
-                return None
-        return float(stats[LOSS_SUM]), short, float(penalties)
-
     def loss_and_gradient(self) -> float:
-        """The loss of all rows as one batch; its gradient is left in memory."""
+        """Return the loss of all rows as one batch, and leave its gradient in memory."""
         memory = self.model.engine.memory
         total = float(self.sums[0])
         self.bound.set_row_count(self.n)
-        memory.backend.copy_into(self.bound.arrays["rows"], np.arange(self.n))
+        memory.backend.copy_into(self.arrays["rows"], np.arange(self.n))
         with np.errstate(all="ignore"):
             penalty = float(self.penalty.value()) / total
             for call in self.gradient_calls:

@@ -1,4 +1,4 @@
-"""What a training has recorded, and where it stands."""
+"""What training has recorded, and where it stands."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from fusemlp.runtime.session import Session
+
 
 @dataclass
 class History:
-    """What ``fit`` recorded: ``history`` has a list for each quantity, an entry an epoch, as in Keras.
+    """The record of a ``fit``: ``history`` has a list for each quantity with an entry per epoch, as in Keras.
 
     ``epochs`` are the numbers of the epochs, ``seconds`` how long each took. ``best_epoch`` is the one with the lowest
-    val_loss. ``stopped`` says why training ended before its time, or is empty.
+    val_loss. ``stopped`` says why training ended early, or is empty.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class History:
 
 @dataclass
 class FitState:
-    """Where a call of ``fit`` stands; with the parameters and counters, all that it needs to go on.
+    """The position of a ``fit``; with the parameters and counters, all that it needs to go on.
 
     ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
     """
@@ -65,11 +67,48 @@ class FitState:
     plateau: PlateauState = PLATEAU_START
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able, but for infinities; ``FitState.from_config`` is its inverse."""
+        """Return the state as JSON can hold it, infinities apart; ``FitState.from_config`` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FitState:
-        """The state that ``to_config`` wrote down."""
+        """Return the state that ``to_config`` described."""
         history = History(**config["history"])
         return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
+
+
+def fresh_state(engine: Session, epochs: int, batches: int) -> FitState:
+    """Return the position before a fit of ``epochs`` epochs with this many batches each."""
+    updates = epochs * batches // engine.optimizer.accumulate
+    return FitState(
+        epoch=engine.epochs_trained,
+        batch=0,
+        last_epoch=engine.epochs_trained + epochs,
+        total_updates=engine.update_count + updates,
+        history=History(),
+    )
+
+
+def resumed_state(engine: Session, epochs: int, batches: int, rows: int) -> FitState:
+    """Return the position of the fit that ``engine``'s checkpoint was written in.
+
+    Raises ArgumentError if there was none or it is past ``epochs``, ShapeError if the data has too few batches.
+    """
+    state = engine.fit_state
+    if state is None:
+        raise ArgumentError(
+            "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
+        )
+    first = state.history.epochs[0] if state.history.epochs else state.epoch
+    begun = state.epoch - first + (1 if state.batch else 0)
+    if epochs < begun:
+        raise ArgumentError(
+            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {epochs}; give {begun} or "
+            "more, or resume=False"
+        )
+    if state.batch > batches:
+        raise ShapeError(
+            f"X: the checkpoint stands at batch {state.batch} of its epoch, and {rows} rows make only {batches}; "
+            "resume with the data of the first call"
+        )
+    return state
