@@ -17,13 +17,24 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
+from fusemlp.runtime.plans import shares_launches
 from fusemlp.sklearn import settings
+from fusemlp.sklearn.ahead import trained_ahead
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates, copies, dense
 from fusemlp.sklearn.resident import ResidentBatches
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import ValidationScore, epochs_at_once, logged, train
+from fusemlp.sklearn.stochastic import (
+    SklearnPolicy,
+    ValidationScore,
+    epoch_loop,
+    epochs_at_once,
+    logged,
+    train,
+    warn_unconverged,
+)
+from fusemlp.training.loop import EpochLoop
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +43,7 @@ SEEDS = 2**31
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """A fit whose arguments have been checked, before its first update."""
 
     stochastic: bool
@@ -97,6 +108,15 @@ class BaseMLP(BaseEstimator, ABC):
     def _fit(
         self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any = None, y_val: Any = None
     ) -> BaseMLP:
+        ahead = None if incremental or X_val is not None else trained_ahead()
+        if ahead is not None and ahead.expects(self):
+            ahead.collect(X, y, sample_weight)
+            return self
+        found = None if ahead is None else ahead.take(self, X, y, sample_weight)
+        if found is not None:
+            self.__dict__.update(found.estimator.__dict__)
+            warn_unconverged(found.epochs)
+            return self._finish(found.ready)
         before = self.__dict__.copy()
         try:
             ready = self._set_up(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
@@ -107,18 +127,18 @@ class BaseMLP(BaseEstimator, ABC):
             raise
         if ready.stochastic:
             with exits(ready.callbacks, ready.model.engine):
-                train(
-                    self,
-                    ready.model,
-                    ready.batches,
-                    ready.validation,
-                    ready.random_state,
-                    ready.callbacks,
-                    incremental=incremental,
-                )
+                train(self._epoch_loop(ready, incremental=incremental), incremental=incremental)
         else:
             assert isinstance(ready.batches, Batches)
             minimise(self, ready.model, ready.batches)
+        return self._finish(ready)
+
+    def _epoch_loop(self, ready: Ready, *, incremental: bool = False) -> EpochLoop[SklearnPolicy]:
+        parts = ready.model, ready.batches, ready.validation, ready.random_state, ready.callbacks
+        return epoch_loop(self, *parts, incremental=incremental)
+
+    def _finish(self, ready: Ready) -> BaseMLP:
+        """Take over what the model has learned."""
         self._model = ready.model
         decided = ready.stochastic and self.early_stopping and ready.validation is not None
         self._take((decided and self._best_parameters) or ready.model.parameters())
@@ -130,8 +150,19 @@ class BaseMLP(BaseEstimator, ABC):
             )
         return self
 
-    def _set_up(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> _Ready:
-        """Check everything, draw the initial parameters, set rows aside, and bind the data to a model."""
+    def _set_up(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        *,
+        incremental: bool = False,
+        X_val: Any = None,
+        y_val: Any = None,
+        together: bool = False,
+    ) -> Ready:
+        """Check everything, draw the initial parameters, set rows aside, and bind the data to a model; ``together``: a
+        launch of several models may train it."""
         widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
         self._refuse(stochastic, incremental, X_val, y_val)
@@ -169,7 +200,9 @@ class BaseMLP(BaseEstimator, ABC):
         target, constants = self._targets(y, model.dtype)
         data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights)
         # a batch in which no row counts is passed over, which is nothing for a launch of many
-        looped = stochastic and not incremental and model.loops and (row_weights is None or bool(row_weights.all()))
+        together = together and shares_launches(model.engine.memory.backend.traits)
+        looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
+        looped = looped and (model.loops or together)
         rules: dict[str, Any] = {
             "alpha": 0.0 if self.solver == "adamw" else float(self.alpha),
             "batch_size": size,
@@ -177,10 +210,11 @@ class BaseMLP(BaseEstimator, ABC):
         }
         batches: Batches | ResidentBatches
         if looped:
-            batches = ResidentBatches(*data, **rules, at_once=epochs_at_once(self, model, n, validation, callbacks))
+            at_once = epochs_at_once(self, model, n, validation, callbacks)
+            batches = ResidentBatches(*data, **rules, at_once=at_once, alone=not together)
         else:
             batches = Batches(*data, **rules, keep=incremental)
-        return _Ready(stochastic, model, batches, validation, random_state, callbacks)
+        return Ready(stochastic, model, batches, validation, random_state, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Combinations of arguments that cannot be."""

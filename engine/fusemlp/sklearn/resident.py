@@ -12,7 +12,7 @@ import numpy as np
 
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
-from fusemlp_kernels.contract import BATCH_LOSSES, PENALTIES
+from fusemlp_kernels.contract import BATCH_LOSSES, PENALTIES, Ridge
 
 Array = np.ndarray[Any, Any]
 
@@ -21,7 +21,7 @@ class ResidentBatches:
     """X (n, K), targets and perhaps weights (n,), none of them 0, bound to a model that has a resident plan.
 
     ``constants`` (n,) are parts of the rows' losses that do not depend on the parameters; ``at_once``: the most epochs
-    of a launch.
+    of a launch. Without ``alone`` the launch is that of several models, which sets ``steps``.
     """
 
     def __init__(
@@ -36,16 +36,18 @@ class ResidentBatches:
         batch_size: int,
         constants: Array | None = None,
         at_once: int = 1,
+        alone: bool = True,
     ) -> None:
         self.n, self.batch_size, self.at_once = len(X), batch_size, at_once
         self.objective, self.weight, self.constants = objective, weight, constants
         self.batches = -(-self.n // batch_size)
-        arrays = {"x": X, "target": target}
+        self.data = {"x": X, "target": target}
         if weight is not None:
-            arrays["weight"] = weight.astype(model.dtype, copy=False)
-        self.steps: Any = model.bind_loop(
-            batch_size, arrays, epochs=at_once, strength=alpha, divisor=1.0 / objective.factor
-        )
+            self.data["weight"] = weight.astype(model.dtype, copy=False)
+        self.ridge = Ridge(alpha, 1.0 / objective.factor)
+        self.steps: Any = None
+        if alone:
+            self.steps = model.bind_loop(batch_size, self.data, epochs=at_once, ridge=self.ridge)
 
     def loss(self, stats: Array, order: Array) -> float:
         """Return the loss, penalty included, of an epoch with these statistics over the rows in ``order``."""

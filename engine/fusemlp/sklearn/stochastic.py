@@ -39,7 +39,7 @@ class ValidationScore:
         return float(estimator._score_of(model.predict(self.X), self.truth, self.weight))
 
 
-def train(
+def epoch_loop(
     estimator: Any,
     model: Model,
     batches: Batches | ResidentBatches,
@@ -48,42 +48,49 @@ def train(
     callbacks: list[Any],
     *,
     incremental: bool,
-) -> None:
-    """Train for ``max_iter`` epochs, or for one if ``incremental``, or until nothing improves any more.
+) -> loop.EpochLoop[SklearnPolicy]:
+    """Return the loop of ``max_iter`` epochs, or of one if ``incremental``, which ends before if nothing improves.
 
-    The estimator's ``n_iter_``, ``t_``, ``loss_`` and the other accounts follow. Ctrl-C ends training after the batch
-    with a warning; the parameters are kept.
+    The estimator's ``n_iter_``, ``t_``, ``loss_`` and the other accounts follow.
     """
-    engine = model.engine
     state = FitState(0, 0, 1 if incremental else estimator.max_iter, total_updates=0, history=History())
-    policy = SklearnPolicy(estimator, model, batches, validation, random_state, state)
-    epochs = loop.EpochLoop(
-        engine,
+    return loop.EpochLoop(
+        model.engine,
         batches.steps,
-        policy,
+        SklearnPolicy(estimator, model, batches, validation, random_state, state),
         state,
         batch_size=batches.batch_size,
         batches=batches.batches,
         at_once=batches.at_once,
         callbacks=callbacks,
     )
+
+
+def train(epochs: loop.EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
+    """Run the loop. Ctrl-C ends it after the batch with a warning; the parameters are kept."""
     try:
         with deferred_interrupt() as pressed:
             epochs.begin()
             epochs.drive(pressed)
-            ended = policy.converged or incremental or engine.stop_training or pressed()
-            if estimator.n_iter_ == estimator.max_iter and not ended:
-                warnings.warn(
-                    f"Stochastic Optimizer: Maximum iterations ({estimator.max_iter}) reached and the optimization "
-                    "hasn't converged yet.",
-                    ConvergenceWarning,
-                    stacklevel=5,
-                )
+            if not incremental and not pressed():
+                warn_unconverged(epochs)
             if pressed():
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
     epochs.finish(interrupted=False)
+
+
+def warn_unconverged(epochs: loop.EpochLoop[SklearnPolicy]) -> None:
+    """Warn if all epochs were trained and the losses still improve."""
+    estimator = epochs.policy.estimator
+    if estimator.n_iter_ == estimator.max_iter and not (epochs.policy.converged or epochs.engine.stop_training):
+        warnings.warn(
+            f"Stochastic Optimizer: Maximum iterations ({estimator.max_iter}) reached and the optimization "
+            "hasn't converged yet.",
+            ConvergenceWarning,
+            stacklevel=6,
+        )
 
 
 def epochs_at_once(
