@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import kernel_machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resident, resources, update
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resident, update
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -185,10 +186,10 @@ def source(variant: Variant, target: str) -> ASTSource:
 
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
-    """Compile for ``target``, without a GPU; what the machine code takes: see ``resources``."""
+    """Compile for ``target``, without a GPU; what the machine code takes: see ``kernel_machine_code``."""
     options = configs.launch_options(configs.family_of(target), variant.tile)
     compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
-    found = resources.of(compiled.asm, compiled.metadata.shared)
+    found = kernel_machine_code.of(compiled.asm, compiled.metadata.shared)
     return {
         "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,
         **dataclasses.asdict(found), "source": source_hash(variant.kernel),
