@@ -91,14 +91,14 @@ class Entry:
 class TrainedAhead:
     """Trains the models of ``tasks``, which are the fits that follow, in their order.
 
-    ``workers``: threads for models on the host. ``at_once``: with it, that many models are set up before the first
-    trains, so that they can share launches.
+    ``workers``: threads for models on the host. Where several models share launches, as many as ``at_once`` returns are
+    set up before the first trains.
     """
 
-    def __init__(self, tasks: Iterator[Task], workers: int, at_once: int | None) -> None:
-        self._tasks, self._together = tasks, at_once is not None
+    def __init__(self, tasks: Iterator[Task], workers: int, at_once: Callable[[], int]) -> None:
+        self._tasks, self._at_once = tasks, at_once
         self._threads = LaunchThreads(workers, lambda number, error: None)
-        self._most = self._threads.most if at_once is None else at_once
+        self._most, self._together = self._threads.most, False
         self._entries: deque[Entry] = deque()
         self._waiting: list[Entry] = []
         # tasks that were set up, and fits that came
@@ -126,12 +126,14 @@ class TrainedAhead:
         seed = _seed(estimator)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ready = estimator._set_up(X, y, sample_weight, together=self._together)
+            ready = estimator._set_up(X, y, sample_weight, together=True)
         if not isinstance(ready.batches, ResidentBatches):
             return
         entry = Entry(estimator, (X, y, sample_weight), ready, seed)
         self._entries.append(entry)
         if ready.batches.steps is None:
+            if not self._together:
+                self._most, self._together = self._at_once(), True
             self._waiting.append(entry)
         else:
             self._threads.start(self._begun, entry.training())

@@ -22,10 +22,8 @@ from threadpoolctl import threadpool_limits
 
 from fusemlp.fleet.memory import available_memory
 from fusemlp.fleet.threads import cores
-from fusemlp.runtime.plans import trains_together
 from fusemlp.sklearn.ahead import Task, TrainedAhead
 from fusemlp.sklearn.base import BaseMLP
-from fusemlp.sklearn.settings import chosen_backend
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
@@ -42,7 +40,8 @@ class _Folds:
 
     def forget(self) -> None:
         """Let go of the rows: scikit-learn's search keeps its splitter."""
-        self.X, self.y, self.folds = None, None, []
+        self.X, self.y = None, None
+        self.folds: list[Any] = []
 
     def split(self, X: Any, y: Any = None, groups: Any = None) -> list[Any]:
         """Return the indices (train, test) of each fold."""
@@ -77,14 +76,14 @@ class _FleetSearch(BaseSearchCV):
         _check(self._space, getattr(self, self._space), estimator, self._plain)
         sharing = clone(estimator).set_params(memory=SharedFits()) if _shares(estimator, spaces) else None
         folds = _Folds(check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator)))
-        self._rows, self._params, self._backends = X, params, _backends(estimator, spaces)
+        self._params = params
         try:
             self.estimator, self.cv = estimator if sharing is None else sharing, folds
             with joblib.parallel_config(backend="sequential"):
                 super().fit(X, y, **params)
         finally:
             self.estimator, self.cv = estimator, cv
-            del self._rows, self._params, self._backends
+            del self._params
             folds.forget()
             if sharing is not None:
                 # the default scorer keeps it
@@ -98,15 +97,13 @@ class _FleetSearch(BaseSearchCV):
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
         asked = -1 if self.n_jobs is None else self.n_jobs
         workers = asked if asked > 0 else max(1, cores() + 1 + asked)
-        at_once = None
-        if any(trains_together(name) for name in self._backends):
-            at_once = asked if asked > 0 else _at_once(self._rows)
 
         def evaluate(candidates: Any, *others: Any, **named: Any) -> Any:
             candidates = list(candidates)
-            if workers == 1 and at_once is None:
+            if asked == 1:
                 return evaluate_candidates(candidates, *others, **named)
-            with TrainedAhead(self._tasks(candidates), workers, at_once):
+            most = asked if asked > 0 else None
+            with TrainedAhead(self._tasks(candidates), workers, lambda: most or _at_once(self.cv.X)):
                 return evaluate_candidates(candidates, *others, **named)
 
         # the models have a core each; the refit, which comes later, has them all
@@ -123,7 +120,7 @@ class _FleetSearch(BaseSearchCV):
         def task(candidate: Mapping[str, Any], train: Any) -> tuple[Any, Callable[[], object]]:
             estimator = clone(self.estimator).set_params(**clone(candidate, safe=False))
             params = _check_method_params(X, params=fitted, indices=train)
-            return _last_step(estimator)[1], partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
+            return _last_step(estimator), partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
 
         for candidate in candidates:
             for train, _ in self.cv.folds:
@@ -166,13 +163,10 @@ def _spaces(given: Any) -> list[Mapping[str, Any]]:
     return [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
 
 
-def _last_step(estimator: Any) -> tuple[str, Any]:
-    """The name that the parameters of a pipeline's last step begin with, such as "mlp__", and the step."""
-    prefix = ""
+def _last_step(estimator: Any) -> Any:
     while isinstance(estimator, Pipeline) and estimator.steps:
-        name, estimator = estimator.steps[-1]
-        prefix += f"{name}__"
-    return prefix, estimator
+        estimator = estimator.steps[-1][1]
+    return estimator
 
 
 def _values(name: str, spaces: list[Mapping[str, Any]]) -> list[Any]:
@@ -218,13 +212,6 @@ def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
             replaced = any(name.startswith(f"{step}__") for step in mapping)
             if name not in known and not replaced:
                 raise unknown_name(space, name, sorted(known))
-
-
-def _backends(estimator: Any, spaces: list[Mapping[str, Any]]) -> set[str]:
-    """The names of the backends that are asked for."""
-    names = [model.backend for model in _models(estimator, spaces)]
-    names += _values(f"{_last_step(estimator)[0]}backend", spaces)
-    return {chosen_backend(name) for name in names if isinstance(name, str)}
 
 
 def _at_once(X: Any) -> int:
