@@ -13,8 +13,8 @@ from fusemlp import Callback
 from fusemlp.describe.schedules import Cosine, ReduceOnPlateau
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
+from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
-from fusemlp.sklearn.resident import ResidentBatches
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

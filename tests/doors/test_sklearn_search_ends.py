@@ -17,7 +17,7 @@ from sklearn.model_selection import KFold
 import fusemlp.sklearn.gathering as module
 from fusemlp import Callback
 from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier
-from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.batches import CalledBatches
 from fusemlp.sklearn.gathering import Gathering, Seat
 from fusemlp.sklearn.search import _at_once
 
@@ -120,7 +120,7 @@ def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.Monk
 
 def test_lbfgs_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the tasks that are under way when one has raised an error that is to be raised."""
-    given_up, evaluations, evaluate = threading.Event(), [], Batches.loss_and_gradient
+    given_up, evaluations, evaluate = threading.Event(), [], CalledBatches.loss_and_gradient
 
     def counted(batches):
         evaluations.append(batches)
@@ -128,7 +128,7 @@ def test_lbfgs_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
             given_up.set()
         return evaluate(batches)
 
-    monkeypatch.setattr(Batches, "loss_and_gradient", counted)
+    monkeypatch.setattr(CalledBatches, "loss_and_gradient", counted)
     monkeypatch.setattr("fusemlp.sklearn.lbfgs.abandoned", given_up.is_set)
     with pytest.raises(RuntimeError, match="given up"):
         MLPClassifier(4, solver="lbfgs", random_state=0).fit(X, Y)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -19,30 +18,17 @@ from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
 from fusemlp.sklearn import settings
-from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.batches import Batches, CalledBatches, ResidentBatches
 from fusemlp.sklearn.gathering import training
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates, copies, dense
-from fusemlp.sklearn.resident import ResidentBatches
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import ValidationScore, epochs_at_once, logged, train
+from fusemlp.sklearn.stochastic import Setup, ValidationScore, epochs_at_once, logged, train
 
 Array = np.ndarray[Any, Any]
 
 # The greatest seed of a dropout mask.
 SEEDS = 2**31
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A fit whose arguments have been checked, before its first update."""
-
-    stochastic: bool
-    model: Model
-    batches: Batches | ResidentBatches
-    validation: ValidationScore | None
-    random_state: np.random.RandomState
-    callbacks: list[Any]
 
 
 class BaseMLP(BaseEstimator, ABC):
@@ -110,17 +96,9 @@ class BaseMLP(BaseEstimator, ABC):
         beside = training(ready.model.engine, in_launches=isinstance(ready.batches, ResidentBatches))
         if ready.stochastic:
             with closing(ready.batches), beside, exits(ready.callbacks, ready.model.engine):
-                train(
-                    self,
-                    ready.model,
-                    ready.batches,
-                    ready.validation,
-                    ready.random_state,
-                    ready.callbacks,
-                    incremental=incremental,
-                )
+                train(self, ready, incremental=incremental)
         else:
-            assert isinstance(ready.batches, Batches)
+            assert isinstance(ready.batches, CalledBatches)
             with beside:
                 minimise(self, ready.model, ready.batches)
         self._model = ready.model
@@ -134,7 +112,7 @@ class BaseMLP(BaseEstimator, ABC):
             )
         return self
 
-    def _set_up(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> _Ready:
+    def _set_up(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> Setup:
         """Check everything, draw the initial parameters, set rows aside, and bind the data to a model."""
         widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
@@ -180,12 +158,12 @@ class BaseMLP(BaseEstimator, ABC):
             "batch_size": size,
             "constants": constants,
         }
-        batches: Batches | ResidentBatches
+        batches: Batches
         if looped:
             batches = ResidentBatches(*data, **rules, at_once=epochs_at_once(self, model, n, validation, callbacks))
         else:
-            batches = Batches(*data, **rules, keep=incremental)
-        return _Ready(stochastic, model, batches, validation, random_state, callbacks)
+            batches = CalledBatches(*data, **rules, keep=incremental)
+        return Setup(stochastic, model, batches, validation, random_state, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Combinations of arguments that cannot be."""
