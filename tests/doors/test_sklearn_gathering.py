@@ -47,7 +47,7 @@ class Launches:
 
         self.sizes: list[int] = []
         self.steps: list[list[int]] = []
-        bind = fusemlp.lockstep.bind_fleet
+        bind = fusemlp.fleet.launches.bind_fleet
 
         def seen(group, *rest):
             self.sizes.append(len(group.engines))
@@ -153,7 +153,7 @@ def test_calls_that_follow_a_loop_have_rows_of_their_own(device, last, monkeypat
         return model.set_params(callbacks=None).partial_fit(X[:40], Y[:40])
 
     expected = fitted("numpy")
-    monkeypatch.setattr("fusemlp.engine.choose_plan", lambda *_, **__: ("resident", ""))
+    monkeypatch.setattr("fusemlp.runtime.session.choose_plan", lambda *_, **__: ("resident", ""))
     for mine, its in zip(fitted(device.backend).coefs_, expected.coefs_, strict=True):
         np.testing.assert_allclose(mine, its, atol=NEAR)
 

@@ -44,8 +44,9 @@ from fusemlp import (
     StepDecay,
     load_checkpoint,
 )
-from fusemlp.training import checkpoint as module
-from fusemlp.training.checkpoint import read_content, read_extra, write_atomically
+from fusemlp.runtime import files as module
+from fusemlp.runtime.files import write_atomically
+from fusemlp.training.checkpoint import read_content, read_extra
 
 Array = np.ndarray[Any, Any]
 

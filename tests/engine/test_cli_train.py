@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fusemlp import MLP, Engine, cli
+from fusemlp import MLP, Engine, cli, load_checkpoint
 from fusemlp.cli import finish
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
@@ -26,7 +26,6 @@ from fusemlp.cli.progress import progress
 from fusemlp.cli.recorder import Recorder
 from fusemlp.describe.optimizers import optimizer_from_config
 from fusemlp.report.runs import Run
-from fusemlp.training.checkpoint import load_checkpoint
 
 
 def run(*arguments: str | Path) -> int:

@@ -158,7 +158,7 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     import subprocess
 
     script = (
-        "import sys; from fusemlp import plots; plots.curves_png({'loss': [1.0, 0.5]}, loss='mse', title='t'); "
+        "import sys; from fusemlp.report import plots; plots.curves_png({'loss': [1.0, 0.5]}, loss='mse', title='t'); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

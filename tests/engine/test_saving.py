@@ -165,7 +165,7 @@ def altered(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    from fusemlp.training.checkpoint import digest_of
+    from fusemlp.runtime.files import digest_of
 
     tensors = Engine(MLP(SIZES)).state_dict()
     config = json.dumps({"format": 99, "version": "9.0"})

@@ -45,7 +45,7 @@ def binary(value: Any) -> Any:
 
 
 def counts(value: Any) -> Any:
-    return checks.as_counts("y", value, width=1, rows=None, dtype=np.float32)
+    return validation.as_counts("y", value, width=1, rows=None, dtype=np.float32)
 
 
 def masked() -> Any:

@@ -5,10 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
+
+from fusemlp.describe.losses import LOSSES
+from fusemlp.describe.network import INITS
+from fusemlp.describe.optimizers import OPTIMIZERS
+from fusemlp.describe.schedules import SCHEDULES
+from fusemlp_kernels.contract import ACTIVATIONS
 
 DATA, NETWORK, LOSS = "Data", "Network", "Loss"
 OPTIMIZER, RATE, TRAINING = "Optimizer", "Learning rate schedule", "Training"
@@ -18,6 +25,12 @@ DATA_HELP = (
     "A data set by name (digits, breast_cancer, wine, diabetes, iris, mnist5k) or a path: .npz with X and y, .csv, "
     ".tsv or .parquet with --target, or a folder of IDX files."
 )
+
+
+def one_of(names: Iterable[str]) -> str:
+    """The names, for a reader: a, b or c."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,7 @@ class ModelOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="identity, relu, leaky_relu, prelu, sigmoid, tanh, gelu or silu; one, or one a hidden layer: "
-            "relu,tanh.",
+            help=f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.",
             rich_help_panel=NETWORK,
         ),
     ] = "relu"
@@ -107,8 +119,7 @@ class ModelOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="Initial weights: auto (by activation), he_normal, he_uniform, glorot_normal, glorot_uniform, "
-            "lecun_normal, lecun_uniform, torch or zeros.",
+            help=f"Initial weights: {one_of(INITS)}; auto chooses by activation.",
             rich_help_panel=NETWORK,
         ),
     ] = "auto"
@@ -117,8 +128,8 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="cross_entropy (default for classes), binary_cross_entropy (two classes), mse (default for numbers), "
-            "mae, huber, poisson or quantile. mse, mae and huber train classes as one-hot rows.",
+            help=f"{one_of(LOSSES)}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is "
+            "for two classes; mse, mae and huber train classes as one-hot rows.",
             rich_help_panel=LOSS,
         ),
     ] = None
@@ -143,9 +154,9 @@ class ModelOptions:
         typer.Option(help="For the loss quantile: which one is learned (0.5).", rich_help_panel=LOSS),
     ] = None
 
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help="sgd, adam or adamw.", rich_help_panel=OPTIMIZER)] = (
-        "adam"
-    )
+    optimizer: Annotated[
+        str, typer.Option(metavar="NAME", help=f"{one_of(OPTIMIZERS)}.", rich_help_panel=OPTIMIZER)
+    ] = "adam"
     lr: Annotated[
         float | None,
         typer.Option(
@@ -225,7 +236,7 @@ class FitOptions(ModelOptions):
         str,
         typer.Option(
             metavar="NAME",
-            help="constant, step, exponential, cosine, one_cycle or reduce_on_plateau.",
+            help=f"{one_of(SCHEDULES)}.",
             rich_help_panel=RATE,
         ),
     ] = "constant"

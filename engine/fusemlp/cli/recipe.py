@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from fusemlp.cli.options import FitOptions, ModelOptions
 from fusemlp.describe.checks import as_count, as_number
-from fusemlp.describe.losses import LOSSES, CrossEntropy, Huber, Loss, Quantile, as_loss
+from fusemlp.describe.losses import LOSSES, Loss, as_loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.schedules import (
@@ -28,20 +30,35 @@ from fusemlp_kernels.errors import ArgumentError, unknown_name
 DEFAULT_WIDTH = 128
 # Losses that train classes as one-hot rows.
 ONE_HOT = frozenset({"mse", "mae", "huber"})
-_ONLY_FOR_LOSS = {"label_smoothing": "cross_entropy", "delta": "huber", "quantile": "quantile"}
-_ONLY_FOR_OPTIMIZER = {
-    "momentum": ("sgd",),
-    "nesterov": ("sgd",),
-    "beta1": ("adam", "adamw"),
-    "beta2": ("adam", "adamw"),
-    "eps": ("adam", "adamw"),
-}
+# Options that a description calls otherwise; two options make one field of the optimizer.
+_FIELDS = {"quantile": "q", "beta1": "betas", "beta2": "betas"}
+_LOSS_OPTIONS = ("label_smoothing", "delta", "quantile")
+_OPTIMIZER_OPTIONS = ("momentum", "nesterov", "weight_decay", "beta1", "beta2", "eps")
 _ONLY_FOR_SCHEDULE = {
     "lr_step": ("step",),
     "lr_gamma": ("step", "exponential", "reduce_on_plateau"),
     "lr_final": ("cosine", "one_cycle", "reduce_on_plateau"),
     "lr_patience": ("reduce_on_plateau",),
 }
+
+
+def _chosen(
+    options: ModelOptions, names: Sequence[str], what: str, kind: str, known: Mapping[str, type]
+) -> dict[str, Any]:
+    """The options among ``names`` that were given, if the description ``known[kind]`` has fields for them."""
+    values = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    for name in given:
+        field = _FIELDS.get(name, name)
+        owners = [owner for owner, cls in known.items() if field in _names(cls)]
+        if kind not in owners:
+            have = "has" if len(owners) == 1 else "have"
+            raise ArgumentError(f"{name}: only {' and '.join(owners)} {have} it, and the {what} is {kind}")
+    return {_FIELDS.get(name, name): value for name, value in given.items()}
+
+
+def _names(description: type) -> set[str]:
+    return {field.name for field in fields(description)}
 
 
 def hidden_widths(given: Sequence[str] | None) -> tuple[int, ...]:
@@ -118,9 +135,7 @@ def loss_name(options: ModelOptions, task: str, classes: int) -> str:
         )
     if name == "binary_cross_entropy" and classes != 2:
         raise ArgumentError(f"loss: {name!r} is for two classes, and the target has {classes}; use cross_entropy")
-    for option, owner in _ONLY_FOR_LOSS.items():
-        if getattr(options, option) is not None and name != owner:
-            raise ArgumentError(f"{option}: only the loss {owner} has it, and this one is {name}")
+    _chosen(options, _LOSS_OPTIONS, "loss", name, LOSSES)
     if options.class_weight is not None and not classify:
         raise ArgumentError("class_weight: only classes have weights, and this is a regression")
     return name
@@ -144,13 +159,10 @@ def class_weights(given: str | None, codes: Array, classes: int) -> list[float] 
 
 def loss(options: ModelOptions, name: str, weights: list[float] | None) -> Loss:
     """The loss ``name``; class weights belong to cross_entropy, with other losses they are weights of the rows."""
+    given = _chosen(options, _LOSS_OPTIONS, "loss", name, LOSSES)
     if name == "cross_entropy":
-        return CrossEntropy(label_smoothing=options.label_smoothing or 0.0, class_weight=weights)
-    if name == "huber":
-        return Huber(delta=1.0 if options.delta is None else options.delta)
-    if name == "quantile":
-        return Quantile(q=0.5 if options.quantile is None else options.quantile)
-    return LOSSES[name]()
+        given["class_weight"] = weights
+    return LOSSES[name](**given)
 
 
 def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimizer:
@@ -158,32 +170,26 @@ def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimi
     name = options.optimizer
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
-    for option, owners in _ONLY_FOR_OPTIMIZER.items():
-        if getattr(options, option) not in (None, False) and name not in owners:
-            have = "has" if len(owners) == 1 else "have"
-            raise ArgumentError(f"{option}: only {' and '.join(owners)} {have} it, and the optimizer is {name}")
-    given: dict[str, Any] = {
-        "clip_norm": options.clip_norm,
-        "accumulate": options.accumulate,
-        "decay_biases": options.decay_biases,
-    }
-    optional = {"weight_decay": options.weight_decay, "momentum": options.momentum, "eps": options.eps}
-    given |= {option: value for option, value in optional.items() if value is not None}
-    if options.nesterov:
-        given["nesterov"] = True
-    if name != "sgd":
-        given["betas"] = (
-            0.9 if options.beta1 is None else options.beta1,
-            0.999 if options.beta2 is None else options.beta2,
-        )
+    given = _chosen(options, _OPTIMIZER_OPTIONS, "optimizer", name, OPTIMIZERS)
+    if "betas" in given:
+        usual = _default(OPTIMIZERS[name], "betas")
+        asked = (options.beta1, options.beta2)
+        given["betas"] = tuple(default if one is None else one for one, default in zip(asked, usual, strict=True))
+    given |= {"clip_norm": options.clip_norm, "accumulate": options.accumulate, "decay_biases": options.decay_biases}
     return OPTIMIZERS[name](learning_rate(options) if schedule is None else schedule, **given)
+
+
+def _default(description: type, argument: str) -> Any:
+    return inspect.signature(description).parameters[argument].default
 
 
 def learning_rate(options: ModelOptions) -> float:
     """The rate asked for, or the optimizer's own."""
     if options.lr is not None:
         return as_number("lr", options.lr, low=0.0)
-    return 0.01 if options.optimizer == "sgd" else 0.001
+    if options.optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", options.optimizer, OPTIMIZERS)
+    return float(_default(OPTIMIZERS[options.optimizer], "lr"))
 
 
 def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
