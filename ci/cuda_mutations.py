@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from mutations import (
     ADVANCE,
-    FLEET,
     FUSED,
     GRAD_INPUT,
     GRAD_WEIGHT,
@@ -30,12 +29,6 @@ FIRST = "test_loss.py::test_the_first_of_equal_logits_is_the_answer"
 LONG_ARENA = "test_update.py::test_a_long_arena_is_updated_to_its_last_element"
 LONG_BATCH = "test_cupy_facts.py::test_the_sums_of_a_long_batch_are_added_up_from_parts"
 HALF = "test_cupy_facts.py::test_numbers_become_float16_as_numpy_has_it"
-STOPPED = "test_train_fleet.py::test_a_model_that_has_stopped_does_not_move"
-IN_CHUNKS = "test_train_fleet.py::test_launches_cut_in_chunks_and_models_alone_give_the_same_bits"
-BETWEEN = "test_cupy_fleet_facts.py::test_a_pull_that_is_nan_leaves_zeros_between_the_rows"
-EPOCHS = "test_fleet_epochs.py::test_steps_through_three_epochs_are_the_oracles_and_each_has_its_account"
-RIDGES = "test_fleet_epochs.py::test_steps_with_ridges_and_divisors_are_the_oracles"
-BEHIND = "test_cupy_fleet_facts.py::test_rows_behind_a_short_batch_are_not_looked_at"
 
 
 def _bugs(file: str, *entries: tuple[str, str, str, str]) -> list[Mutation]:
@@ -111,39 +104,8 @@ CUDA_MUTATIONS = (
         "layers.cuh",
         ("row -1 loads the row before", "if (source >= 0) load_lanes", "load_lanes", LINEAR),
         ("batch always from the first row of the epoch", "[call.counters[ROW_OFFSET] + row]", "[row]", LINEAR),
-        ("rows behind a short batch gathered", "call.counted && row >=", "!call.counted && row >=", BEHIND),
         ("kept outputs scaled the other way", "y * scale : 0.0f", "y / scale : 0.0f", LINEAR),
         ("dropped gradients kept", "? values[i] * scale : 0.0f", "? values[i] * scale : values[i]", GRAD_INPUT),
-    ),
-    *_bugs(
-        "models.cuh",
-        (
-            "no barrier before a model's call is read",
-            "words[i] = from[i];\n    __syncthreads();\n",
-            "words[i] = from[i];\n",
-            FLEET,
-        ),
-        (
-            "call of the first models for those that take part",
-            "fleet.live[blockIdx.y] * WORDS",
-            "blockIdx.y * WORDS",
-            f"{STOPPED} {IN_CHUNKS}",
-        ),
-        ("one call for all models", " + fleet.live[blockIdx.y] * WORDS", "", FLEET),
-        ("last word of a call left out", "i < WORDS; i += THREADS", "i < WORDS - 1; i += THREADS", FLEET),
-    ),
-    *_bugs(
-        "fleet.cu",
-        ("penalty pulls the other way", "g += pull * p;", "g -= pull * p;", RIDGES),
-        ("penalty not over the row weights", "call.strength / shares;", "call.strength;", RIDGES),
-        ("penalty not halved", "+= 0.5 * each * squares", "+= each * squares", RIDGES),
-        (
-            "the first batch of an accumulation added to what was there, the others not",
-            "begins ? g : g + tensor.s0[at]",
-            "begins ? g + tensor.s0[at] : g",
-            FLEET,
-        ),
-        ("pull that is NaN gets between the rows", "pull != 0.0f && p != 0.0f", "pull != 0.0f", BETWEEN),
     ),
     *_bugs(
         "philox.cuh",
@@ -202,17 +164,11 @@ CUDA_MUTATIONS = (
             WEIGHTS,
         ),
         ("padding counts", "count < call.rows ? count", "count > call.rows ? count", LOSS),
-        ("loss not divided by its divisor", "return total * call.divisor;", "return total;", f"{RIDGES} {LOSS}"),
+        ("loss not divided by its divisor", "return total * call.divisor;", "return total;", LOSS),
         ("loss scale not in dz", "    if (call.hyper) scale *= call.hyper[LOSS_SCALE];\n", "", LINEAR_LOSS),
     ),
     *_bugs(
         "loss.cuh",
-        (
-            "loss of a batch not times its rows",
-            "loss / divisor * static_cast<double>(valid_rows(call))",
-            "loss / divisor",
-            RIDGES,
-        ),
         ("padding of dz not zeroed", "else if (at < call.rows && dz)", "else if (at < 0 && dz)", LOSS),
         (
             "parts of the block read before they are there",
@@ -292,11 +248,7 @@ CUDA_MUTATIONS = (
     ),
     *_bugs(
         "clock.cuh",
-        ("epoch one batch too long", "if (offset >= total) {", "if (offset > total) {", ADVANCE),
-        ("accounts of all epochs in one place", "account.history + epoch * STATS", "account.history", EPOCHS),
-        ("last loss cleared with the sums", "if (i >= LOSS_SUM) account", "if (i >= LAST_LOSS) account", EPOCHS),
-        ("rows of the first epoch for all", "? begin + total : 0;", "? 0 : 0;", EPOCHS),
-        ("one epoch too many", "epoch + 1 < account.epochs", "epoch < account.epochs", EPOCHS),
+        ("epoch one batch too long", "if (offset >= total)", "if (offset > total)", ADVANCE),
         ("scale doubles too late", "good >= rule->growth_interval", "good > rule->growth_interval", GROWTH),
         (
             "warm-up starts at zero",

@@ -76,7 +76,7 @@ Operands, by op (``None`` is allowed where it says "optional"):
     epoch e stats is copied to history[e], and its sums begin again at 0. ridge: ``Ridge``, optional, whose gradient is
     added to the gradients of a batch before they are accumulated or clipped.
 
-``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set
+``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set; Triton's alone
     x, target, weight, class_weight, batch as there; the other arrays with an axis of models in front: params, shadow,
     gradients and each of states (models, size), counters (models, ``COUNTERS``), hyper (models, ``HYPER``), stats
     (models, ``STATS``), history (models, E, ``STATS``), rows (models, any); layers, segments, rules, losses, ridges
@@ -103,7 +103,6 @@ NaN goes through every op as NaN. A zero normaliser (all weights zero) gives los
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -302,9 +301,6 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
     ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
     ``split_rows``, ``split_size``: see ``batch_parts``. ``resident``: None where any network may be resident.
-    ``fleets``: the precisions in which ``train_fleet`` is quicker than its models one after another whatever their plan
-    is; () where it is the resident plan of several models. ``fleet_flops``: for networks whose step has at most so many
-    operations (``step_flops``).
     """
 
     name: str
@@ -321,8 +317,6 @@ class Traits:
     # from the slowest to the quickest
     plans: tuple[str, ...]
     resident: ResidentLimits | None = None
-    fleets: tuple[str, ...] = ()
-    fleet_flops: float = math.inf
 
 
 def resident_refusal(traits: Traits, sizes: Sequence[int], batch: int, precision: str) -> str | None:

@@ -55,8 +55,6 @@ TRAITS = {
         split_size=0,
         precisions=("fp32", "tf32", "fp16"),
         plans=("eager", "graph"),
-        # a launch of a step is one for all models; arrays of addresses are for float32 alone
-        fleets=("fp32", "tf32"),
     ),
     "numpy": Traits(
         name="numpy",
@@ -72,7 +70,6 @@ TRAITS = {
         split_rows=0,
         split_size=0,
         precisions=("fp32", "fp64"),
-        # "resident" where numba is installed
         plans=("eager", "resident"),
     ),
 }

@@ -16,7 +16,6 @@ from fusemlp.sklearn import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
 
-pytest.importorskip("numba")
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 DIGITS = load_digits(return_X_y=True)

@@ -8,17 +8,17 @@ import time
 import weakref
 from collections.abc import Iterator
 
+import fusemlp.sklearn.gathering as module
 import numpy as np
 import pytest
 import scipy.sparse
 from devices import INTERPRETER, STAND_IN, UNCOMPILED, Device, marks_of, usable
+from fusemlp.sklearn.gathering import Gathering, Seat
 from sklearn.model_selection import KFold
 
-import fusemlp.sklearn.gathering as module
 from fusemlp import Callback
 from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier
 from fusemlp.sklearn.batches import CalledBatches
-from fusemlp.sklearn.gathering import Gathering, Seat
 from fusemlp.sklearn.search import _at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import sklearn
+from fusemlp.sklearn.side_by_side import SideBySide
 from searches import assert_same, both
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.datasets import load_wine
@@ -19,7 +20,6 @@ from sklearn.svm import SVC
 
 from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.sharing import SharedFits
-from fusemlp.sklearn.side_by_side import SideBySide
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

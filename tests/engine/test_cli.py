@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -239,15 +238,6 @@ def test_doctor_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     for found in report["backends"].values():
         assert (found["reason"] is None) == bool(found["precisions"])
     assert report["libraries"]["numpy"] == np.__version__
-
-
-def test_doctor_says_what_numba_would_bring(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("fusemlp.cli.doctor")
-    monkeypatch.setattr(module, "_version", lambda library: None if library == "numba" else "1")
-    (advice,) = module._advice()
-    assert "pip install 'fusemlp[cpu]'" in advice
-    monkeypatch.setattr(module, "_version", lambda library: "1")
-    assert module._advice() == []
 
 
 def test_lr_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

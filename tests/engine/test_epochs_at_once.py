@@ -13,8 +13,6 @@ from fusemlp import MLP, SGD, Adam, Callback, Cosine, DivergenceError, Engine, S
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.training.loop import EpochLoop
 
-pytest.importorskip("numba")
-
 ROWS, EPOCHS = 45, 7
 random = np.random.default_rng(0)
 X = random.standard_normal((ROWS, 12)).astype(np.float32)

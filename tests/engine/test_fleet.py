@@ -47,8 +47,6 @@ def fleet(vary: Any, net: MLP = NET, **options: Any) -> Fleet:
 @pytest.mark.parametrize("plan", ["resident", "eager"])
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_a_fleet_is_so_many_engines_trained_alone(plan: str, precision: str) -> None:
-    if plan == "resident":
-        pytest.importorskip("numba")
     vary = [
         {},
         {"lr": 0.05, "seed": 3},
@@ -287,22 +285,6 @@ def test_ctrl_c_stops_all_models_after_their_batches() -> None:
     counts = json.loads(done.stdout)
     # some had begun, and none went on to the end
     assert max(counts) > 2 and max(counts) < 2 * 10**7
-
-
-def test_without_numba_a_fleet_trains_all_the_same() -> None:
-    code = (
-        "import sys, importlib.util as util; find = util.find_spec\n"
-        "util.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)\n"
-        "import numpy as np\n"
-        "from fusemlp import Fleet, MLP\n"
-        "X = np.eye(6); y = np.arange(6) % 3\n"
-        "fleet = Fleet(MLP([6, 5, 3]), vary={'seed': range(3)}, backend='numpy')\n"
-        "results = fleet.fit(X, y, epochs=2)\n"
-        "assert [e.plan for e in fleet.engines] == ['eager'] * 3 and 'numba' not in sys.modules\n"
-        "print([member.status for member in results.members])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.count("trained") == 3
 
 
 def test_there_are_no_more_models_than_anybody_waits_for() -> None:

@@ -13,7 +13,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -243,8 +243,6 @@ NUMPY = Device(
     layouts=(*STRIDED, "reversed", "read-only"),
     output_layouts=("plain", "plain", "pitched"),
 )
-# where the loop over steps cannot be compiled
-UNCOMPILED = replace(NUMPY, name="numpy, without numba")
 # A program costs the interpreter milliseconds: fewer cases, and no more than a few tiles each.
 INTERPRETER = Device(
     "triton, interpreted",
@@ -305,10 +303,6 @@ WITHOUT_A_CARD = (NUMPY, INTERPRETER, STAND_IN)
 @contextlib.contextmanager
 def usable(device: Device) -> Iterator[None]:
     """Where the device's backend can be asked for by name: the registry does not know of CuPy's stand-in."""
-    if device is UNCOMPILED:
-        with mock.patch("fusemlp_kernels.numpy.backend.numba_is_installed", lambda: False):
-            yield
-        return
     if device is not STAND_IN:
         yield
         return
@@ -337,7 +331,6 @@ __all__ = [
     "INTERPRETER",
     "NUMPY",
     "STAND_IN",
-    "UNCOMPILED",
     "VARIANT_PARAMETERS",
     "WITHOUT_A_CARD",
     "Device",

@@ -68,7 +68,7 @@ def _up(number: int, step: int) -> int:
 
 class Fleet:
     """Arrays of a fleet on the host, bound to a backend; ``run`` takes the steps of each model. With ``epochs`` there
-    are rows for so many, and accounts of them."""
+    are rows for so many, and accounts of them. On Triton a run is one launch of ``train_fleet``."""
 
     def __init__(
         self, variant: Any, shape: Shape, models: list[Model], op: str = "train_fleet", epochs: int | None = None
@@ -132,7 +132,18 @@ class Fleet:
             self.rows[index, :total] = np.random.default_rng(model.seed).integers(0, shape.data, total)
             walk = shape.batch, model.rows, min(shape.batch, model.rows)
             self.counters[index, [ROW_STEP, ROW_TOTAL, ROW_COUNT]] = walk
-        self.run = variant.bind(op, **(self.operands() if op == "train_fleet" else self.operands_of_one()))
+        if op == "train_resident":
+            self.run = variant.bind(op, **self.operands_of_one())
+        elif variant.device.backend == "triton":
+            self.run = variant.bind(op, **self.operands())
+        else:
+            # elsewhere the models train one after another
+            self._each = [variant.bind("train_resident", **self.operands_of_one(index)) for index in range(count)]
+            self.run = self._run_each
+
+    def _run_each(self, steps: list[int]) -> None:
+        for run, count_of_steps in zip(self._each, steps, strict=True):
+            run(count_of_steps)
 
     def stretch(self, arena: Any, name: str) -> Any:
         """A tensor with the padding between its rows, flat."""
@@ -184,17 +195,17 @@ class Fleet:
         given = [model.ridge for model in self.models]
         return {"ridges": [one or Ridge() for one in given]} if any(given) else {}
 
-    def operands_of_one(self) -> dict[str, Any]:
-        """The first model's, for ``train_resident``."""
+    def operands_of_one(self, index: int = 0) -> dict[str, Any]:
+        """One model's, for ``train_resident``."""
         given = self.operands()
-        one = {"layers": given["layers"][0], "segments": given["segments"][0]}
-        one |= {"rule": given.pop("rules")[0], "loss": given.pop("losses")[0]}
+        one = {"layers": given["layers"][index], "segments": given["segments"][index]}
+        one |= {"rule": given.pop("rules")[index], "loss": given.pop("losses")[index]}
         if "ridges" in given:
-            one["ridge"] = given.pop("ridges")[0]
+            one["ridge"] = given.pop("ridges")[index]
         for name in ("rows", "params", "gradients", "counters", "hyper", "stats", "history", "shadow"):
             if given.get(name) is not None:
-                one[name] = given[name][0]
-        return {**given, **one, "states": tuple(state[0] for state in self.states)}
+                one[name] = given[name][index]
+        return {**given, **one, "states": tuple(state[index] for state in self.states)}
 
     def everything(self) -> dict[str, Any]:
         """Copies of all that a step may change."""

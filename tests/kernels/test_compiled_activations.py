@@ -7,15 +7,11 @@ import re
 
 import numpy as np
 import pytest
+from numba import njit
 from tolerance import TINY, U32, ULPS, UNIT, activation_bound, activation_grad_bound, assert_within
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import ACTIVATIONS, NEEDS_Z
-
-pytest.importorskip("numba")
-
-from numba import njit
-
 from fusemlp_kernels.numpy.compiled import functions, normal
 from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT

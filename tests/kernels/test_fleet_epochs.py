@@ -1,4 +1,4 @@
-"""``train_fleet`` over several epochs in a launch, and the ridge of each model: the oracle's steps, and what is summed
+"""Several epochs in a launch of several models, and the ridge of each model: the oracle's steps, and what is summed
 over them."""
 
 from __future__ import annotations

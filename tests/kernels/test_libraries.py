@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -127,7 +126,7 @@ weights = engine.state_dict()
 digest = hashlib.sha256(b"".join(value.tobytes() for value in weights.values())).hexdigest()
 print(json.dumps({"loss": loss, "weights": digest, "first": weights["0.weight"].ravel().tolist(), "pools": pools}))
 """
-PLANS = ["eager", *(["resident"] if importlib.util.find_spec("numba") else [])]
+PLANS = ["eager", "resident"]
 
 
 def _trained(library: str, plan: str, shift: int) -> dict[str, Any]:

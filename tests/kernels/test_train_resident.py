@@ -39,8 +39,6 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.philox import dropout_keep
 
-pytest.importorskip("numba")
-
 INPUTS, HIDDEN, OUTPUTS, ROWS, BATCH, SEED, RATE = 5, 11, 3, 22, 8, 7, 0.25
 GAP = 3
 DOUBLE, SINGLE = Variant(NUMPY, "fp64"), Variant(NUMPY, "fp32")

@@ -15,7 +15,6 @@ from fusemlp._version import __version__
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, availability
 from fusemlp.report.metrics import aligned
-from fusemlp.runtime.plans import COMPILED_LOOP
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -30,7 +29,7 @@ LIBRARIES = {
     "triton": "triton backend [triton]",
     "cupy-cuda12x": "cupy backend [cupy-cuda12x]",
     "cupy-cuda13x": "cupy backend [cupy-cuda13x]",
-    "numba": "compiled training on a CPU [cpu]",
+    "numba": "compiled training on a CPU",
     "mkl": "large matrix products on Intel's processors [mkl]",
     "matplotlib": "plots [plot]",
     "pandas": "parquet files [parquet]",
@@ -54,8 +53,6 @@ def doctor(*, as_json: bool) -> None:
     for name, found in report["backends"].items():
         if found["reason"] is not None:
             print(f"{name}: {found['reason']}")
-    for advice in report["advice"]:
-        print(advice)
     print()
     libraries = [
         [name, installed or "not installed", LIBRARIES[name]] for name, installed in report["libraries"].items()
@@ -76,7 +73,6 @@ def examine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "backends": {name: _examine_backend(name, reason) for name, reason in availability().items()},
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "advice": _advice(),
         "blas": _blas(),
         "environment": {
             name: value
@@ -106,16 +102,6 @@ def _trains(name: str, precision: str, plan: str) -> bool:
         # what ``step`` runs is the eager plan
         return math.isfinite(engine.fit(x, y, epochs=1).history["loss"][0])
     return math.isfinite(float(engine.step(x, y)))
-
-
-def _advice() -> list[str]:
-    """What a library that is not installed would bring."""
-    if _version("numba"):
-        return []
-    return [
-        f"numpy: {COMPILED_LOOP}, and a fleet or a sweep trains as many models side by side as there are cores; "
-        "without it small models of one shape make their steps together on one core, and large ones take turns"
-    ]
 
 
 def _version(library: str) -> str | None:

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as finished
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from queue import SimpleQueue
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +18,12 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, Machine, room, wave
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
+from fusemlp.fleet.threads import Launch, Stop, Training, cores, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import to_array
-from fusemlp.runtime.backends import one_blas_thread
-from fusemlp.runtime.turns import in_turn
 from fusemlp.training.fit import checked_validation, fit_checked
 from fusemlp.training.history import History
+from fusemlp.training.loop import EpochLoop
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
@@ -45,11 +39,10 @@ class Fleet:
     lr, momentum, betas, weight_decay, dropout, hidden (the widths between input and output: a number or a sequence),
     label_smoothing, seed, batch_size.
 
-    On a CPU with numba the models train side by side, one a core, each as one compiled loop. Without numba small models
-    of one shape make their steps together on one core, in fewer calls than each by itself; large ones take turns, and
-    with ``plan="eager"`` all do. A fleet of n models ends with the same bits as n engines trained alone with BLAS on
-    one thread. On a GPU models of one shape train in one launch, a multiprocessor each: a model that has ended leaves
-    it. ``plan_reason`` of an engine says whether it is one of those.
+    On a CPU the models train side by side, one a core, each in a compiled loop; with ``plan="eager"`` they train one
+    after another. A fleet of n models ends with the same bits as n engines trained alone with BLAS on one thread. On
+    the Triton backend models of one shape train in one launch, a multiprocessor each: a model that has ended leaves it.
+    ``plan_reason`` of an engine says whether it is one of those; all others train one after another.
 
     ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
     Where all do not find room, they are built and trained in waves, and this is logged: then of each model that has
@@ -145,9 +138,11 @@ class Fleet:
 
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
+        from threadpoolctl import threadpool_limits
+
         epochs = as_count("epochs", epochs, minimum=1)
         patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
-        workers = _cores() if jobs is None else as_count("jobs", jobs, minimum=1)
+        workers = cores() if jobs is None else as_count("jobs", jobs, minimum=1)
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
@@ -193,22 +188,26 @@ class Fleet:
                 )
 
         most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
-        # on a GPU the models have one device in common, and Triton's interpreter is not for several threads
-        workers = workers if first.backend == "numpy" else 1
+        # a GPU is for one at a time, and the calls of the eager plan are Python's
+        workers = workers if first.backend == "numpy" and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
-        def task(index: int, engine: Engine) -> Callable[[], History]:
-            return lambda: fit_checked(
-                engine,
-                features,
-                targets,
-                weight,
-                epochs=epochs,
-                validation=validations[index],
-                patience=patience,
-                rows=trained_on[index],
-                drop_last=drop_last,
-            ).run()
+        def training(index: int, engine: Engine) -> Training:
+            def launches(stop: Stop) -> Iterator[Launch]:
+                fit = fit_checked(
+                    engine,
+                    features,
+                    targets,
+                    weight,
+                    epochs=epochs,
+                    validation=validations[index],
+                    patience=patience,
+                    rows=trained_on[index],
+                    drop_last=drop_last,
+                )
+                return _launches(fit, stop)
+
+            return launches
 
         def ended(index: int, error: DivergenceError | None) -> None:
             members[index] = self._member(index, engines[index], error, restores=patience is not None)
@@ -232,11 +231,14 @@ class Fleet:
                     drop_last=drop_last,
                     ended=ended,
                 )
-            tasks = {index: task(index, engine) for index, engine in engines.items() if index not in members}
-            if tasks:
-                _run(tasks, engines, workers, ended)
+            alone = [index for index in engines if index not in members]
+            if alone:
+                trainings = ((index, training(index, engines[index])) for index in alone)
+                with threadpool_limits(1, user_api="blas"):
+                    run_side_by_side(trainings, min(workers, len(alone)), ended)
+                del trainings
             # gone before the next are built
-            del groups, tasks
+            del groups
             engines = {}
         self.results = FleetResults(tuple(members[index] for index in range(len(self))))
         return self.results
@@ -310,59 +312,9 @@ def _picked(whole: Validation, rows: Array) -> Validation:
     return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run(
-    tasks: Mapping[int, Callable[[], History]],
-    engines: Mapping[int, Engine],
-    workers: int,
-    ended: Callable[[int, DivergenceError | None], None],
-) -> None:
-    """Run the tasks on ``workers`` threads, BLAS on one thread in each; of each that ends, ``ended`` is told how."""
-    from threadpoolctl import threadpool_limits
-
-    stopping = threading.Event()
-    workers = min(workers, len(tasks))
-    # a queue, and not a future for each model: these take longer than an epoch of a small network
-    remaining, outcomes = deque(tasks.items()), SimpleQueue[tuple[int, BaseException | None]]()
-
-    on_host = all(engine.backend == "numpy" for engine in engines.values())
-    # whose steps are calls from Python has nothing to do beside the others
-    launched = on_host and all(engine.plan == "resident" for engine in engines.values())
-    turn = threading.Lock()
-
-    def work() -> None:
-        while not stopping.is_set():
-            try:
-                index, task = remaining.popleft()
-            except IndexError:
-                return
-            outcome: BaseException | None = None
-            try:
-                with one_blas_thread() if on_host else nullcontext(), in_turn(turn) if launched else nullcontext():
-                    task()
-            except BaseException as error:
-                outcome = error
-            outcomes.put((index, outcome))
-            # an error leads to this frame, and the frame must not lead back
-            del outcome
-
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers, thread_name_prefix="fusemlp fleet") as pool:
-        futures: list[Future[None]] = []
-        try:
-            futures += [pool.submit(work) for _ in range(workers)]
-            for _ in tasks:
-                index, outcome = outcomes.get()
-                if outcome is not None and not isinstance(outcome, DivergenceError):
-                    raise outcome
-                ended(index, outcome)
-        except BaseException:
-            stopping.set()
-            while not all(future.done() for future in futures):
-                for engine in engines.values():
-                    engine.stop_training = True
-                finished(futures, timeout=0.01)
-            raise
+def _launches(fit: EpochLoop[Any], stop: Stop) -> Iterator[Launch]:
+    """The launches of a fit, which goes on when one has run."""
+    fit.begin()
+    for steps in fit.training(stop):
+        yield partial(fit.bound.run_many, steps)
+    fit.finish(interrupted=stop())

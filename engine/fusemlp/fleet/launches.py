@@ -13,12 +13,12 @@ from fusemlp.program.placement import placement
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import walk_rows
 from fusemlp.runtime.memory import Memory, new_arenas
-from fusemlp.runtime.plans import choose_plan, fleet_chunk
+from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
 from fusemlp.training.fit import fit_checked
-from fusemlp.training.loop import GROUP_ROWS, ROWS_AT_ONCE, EpochLoop, epochs_at_once
+from fusemlp.training.loop import ROWS_AT_ONCE, EpochLoop, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.validation import Validation
-from fusemlp_kernels.contract import ROW_COUNT, ROW_OFFSET, ROW_STEP, ROW_TOTAL, STATS, step_flops
+from fusemlp_kernels.contract import STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fusemlp.inputs.targets import Targets
 
 Array = np.ndarray[Any, Any]
+
+# Most rows of all the models of one launch: 128 MiB.
+GROUP_ROWS = 1 << 24
 
 
 def kin(engine: Engine) -> tuple[Any, ...]:
@@ -39,12 +42,10 @@ def kin(engine: Engine) -> tuple[Any, ...]:
 
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[int]]]:
     """On a backend that trains several models in one launch: those that can, and whose plan, as ``plan`` comes out for
-    them, is such launches, or for which it has them whatever the plan; each group with its keys in ``engines``."""
+    them, is such launches; each group with its keys in ``engines``."""
     first = next(iter(engines.values()))
     traits = first.memory.backend.traits
-    # who asks for "eager" wants to see the calls of each model
-    stepwise = first.precision in traits.fleets and plan != "eager"
-    if not stepwise and (traits.resident is None or "resident" not in traits.plans):
+    if not shares_launches(traits):
         return []
     kins: dict[Any, list[int]] = {}
     for place, engine in engines.items():
@@ -54,13 +55,9 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
         together = [engines[place] for place in places]
         first = together[0]
         chosen = choose_plan(plan, traits, first.network.sizes, first.batch_size, first.precision, models=len(together))
-        small = step_flops(first.network.sizes, first.batch_size) <= traits.fleet_flops
-        joined = stepwise and small and len(together) > 1
-        if joined:
-            chosen = chosen[0], f"{chosen[1]}; fit launches each step of {len(together)} models at once"
         for engine in together:
             engine.plan, engine.plan_reason = chosen
-        if joined or chosen[0] == "resident":
+        if chosen[0] == "resident":
             groups.append((Group(together), places))
     return groups
 
@@ -186,20 +183,8 @@ class _Training:
                     del asking[index]
                     if outcome is None:
                         self.fits[index].finish(interrupted=interrupted())
-                    _leave_rows(self.fits[index].engine.memory)
                     ended(index, outcome)
             self._launch(wanted)
-
-
-def _leave_rows(memory: Memory) -> None:
-    """Where only the steps of a group walk over their rows: the counters as the steps of an engine alone leave them."""
-    counters = memory.counters
-    step, total = int(counters[ROW_STEP]), int(counters[ROW_TOTAL])
-    if memory.backend.traits.walks_rows or not step:
-        return
-    # behind an epoch the last batch was what the others left
-    counters[ROW_COUNT] = step if counters[ROW_OFFSET] else (total - 1) % step + 1
-    counters[[ROW_OFFSET, ROW_TOTAL, ROW_STEP]] = 0
 
 
 def train_together(
@@ -263,7 +248,7 @@ def _prepared(
         for engine, place, count in zip(group.engines, places, counts, strict=True)
     ]
     lists, history = fleet_rows(group, first.batch_size, counts, at_once)
-    chunk = fleet_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size), models)
+    chunk = resident_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size))
     fits = [
         fit_checked(
             engine,

@@ -10,7 +10,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import Inputs, lower_training
-from fusemlp.runtime.backends import TRAITS, availability, open_backend
+from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
@@ -21,14 +21,11 @@ from fusemlp_kernels.registry import PLANS
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 2e9
-# What the calls of a step take that nothing compiles, as so many operations.
-CALLS_FLOPS = 3e5
 # On a GPU: how long a launch of many steps may take; the least that a step takes, and what one multiprocessor computes
 # in a second. The last two are estimates, not yet measured on a GPU.
 LAUNCH_SECONDS = 0.05
 STEP_SECONDS = 5e-6
 PROCESSOR_FLOPS = 1e11
-COMPILED_LOOP = "with numba (pip install 'fusemlp[cpu]') fit runs its steps in one compiled loop, plan='resident'"
 
 
 def choose_plan(
@@ -42,24 +39,22 @@ def choose_plan(
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
-    missing = f"; {COMPILED_LOOP}" if traits.name == "numpy" and "resident" not in traits.plans else ""
     refusal = resident_refusal(traits, sizes, batch, precision)
     if plan == "auto":
-        return _quickest(traits, missing, refusal, step_flops(sizes, batch), models)
+        return _quickest(traits, refusal, step_flops(sizes, batch), models)
     if plan not in traits.plans:
-        hint = missing if plan == "resident" and missing else "; use plan='auto'"
         raise BackendUnavailableError(
-            f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}{hint}"
+            f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"
         )
     if plan == "resident" and refusal is not None:
         raise BackendUnavailableError(f"plan: {refusal}; use plan='auto'")
     return plan, "asked for"
 
 
-def _quickest(traits: Traits, missing: str, refusal: str | None, flops: int, models: int) -> tuple[str, str]:
+def _quickest(traits: Traits, refusal: str | None, flops: int, models: int) -> tuple[str, str]:
     best = traits.plans[-1]
     if best == "eager":
-        return best, f"the {traits.name} backend starts its calls one after another{missing}"
+        return best, f"the {traits.name} backend starts its calls one after another"
     if traits.name == "numpy":
         return best, "fit runs its steps in a loop that numba has compiled"
     if best != "resident" or traits.resident is None:
@@ -83,11 +78,9 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
 
 
-def fleet_chunk(traits: Traits, flops: int, models: int) -> int:
-    """As ``resident_chunk`` for a launch of ``models`` models; on the host one computes after the other."""
-    if traits.name == "numpy":
-        return max(1, int(UNINTERRUPTED_FLOPS / (max(flops, CALLS_FLOPS) * models)))
-    return resident_chunk(traits, flops)
+def shares_launches(traits: Traits) -> bool:
+    """Whether the resident plan of several models is one launch."""
+    return traits.resident is not None and "resident" in traits.plans
 
 
 def _traits(backend: str, precision: str) -> Traits:
@@ -103,13 +96,7 @@ def _traits(backend: str, precision: str) -> Traits:
 
 def trains_together(backend: str) -> bool:
     """Whether a backend, which need not be there, trains several models in one launch; of an unknown one: no."""
-    if backend not in ("auto", *TRAITS):
-        return False
-    traits = _traits(backend, "fp32")
-    if traits.name == "numpy":
-        # what it does depends on the libraries that are there
-        traits = open_backend("numpy", None, "fp32").traits
-    return bool(traits.fleets) or (traits.resident is not None and "resident" in traits.plans)
+    return backend in ("auto", *TRAITS) and shares_launches(_traits(backend, "fp32"))
 
 
 def chosen_plan(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from contextlib import closing
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -19,7 +18,6 @@ from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import Batches, CalledBatches, ResidentBatches
-from fusemlp.sklearn.gathering import training
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates, copies, dense
 from fusemlp.sklearn.settings import Objective
@@ -93,14 +91,12 @@ class BaseMLP(BaseEstimator, ABC):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        beside = training(ready.model.engine, in_launches=isinstance(ready.batches, ResidentBatches))
         if ready.stochastic:
-            with closing(ready.batches), beside, exits(ready.callbacks, ready.model.engine):
+            with exits(ready.callbacks, ready.model.engine):
                 train(self, ready, incremental=incremental)
         else:
             assert isinstance(ready.batches, CalledBatches)
-            with beside:
-                minimise(self, ready.model, ready.batches)
+            minimise(self, ready.model, ready.batches)
         self._model = ready.model
         decided = ready.stochastic and self.early_stopping and ready.validation is not None
         self._take((decided and self._best_parameters) or ready.model.parameters())
@@ -151,8 +147,7 @@ class BaseMLP(BaseEstimator, ABC):
         target, constants = self._targets(y, model.dtype)
         data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights)
         # a batch in which no row counts is passed over, which is nothing for a launch of many
-        looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
-        looped = looped and (model.loops or model.gathers(size))
+        looped = stochastic and not incremental and model.loops and (row_weights is None or bool(row_weights.all()))
         rules: dict[str, Any] = {
             "alpha": 0.0 if self.solver == "adamw" else float(self.alpha),
             "batch_size": size,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from fusemlp.program.lowering import Inputs
-from fusemlp.sklearn.gathering import Seat
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp_kernels.contract import BATCH_LOSSES, LAST_LOSS, LOSS_SUM, PENALTIES, ROW_OFFSET, ROW_STEP, ROW_TOTAL
@@ -113,9 +112,6 @@ class Batches(ABC):
         # a batch whose weights are all 0 has no loss
         return np.where(sums == 0.0, np.inf, sums)
 
-    def close(self) -> None:  # noqa: B027
-        """There will be no more epochs."""
-
 
 class ResidentBatches(Batches):
     """Batches of a model that has a resident plan: up to ``at_once`` epochs in a launch. No weight is 0."""
@@ -128,14 +124,10 @@ class ResidentBatches(Batches):
         self.steps = self.model.bind_loop(
             self.batch_size, self._data, epochs=at_once, strength=self.alpha, divisor=divisor
         )
-        self.at_once = self.steps.at_once if isinstance(self.steps, Seat) else at_once
+        self.at_once = at_once
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
-
-    def close(self) -> None:
-        if isinstance(self.steps, Seat):
-            self.steps.close()
 
 
 class CalledBatches(Batches):

@@ -10,7 +10,6 @@ from sklearn.utils.optimize import _check_optimize_result
 
 from fusemlp.sklearn.batches import CalledBatches
 from fusemlp.sklearn.model import Model
-from fusemlp.sklearn.side_by_side import abandoned
 
 Array = np.ndarray[Any, Any]
 
@@ -19,14 +18,12 @@ def minimise(estimator: Any, model: Model, batches: CalledBatches) -> None:
     """Minimise the loss of all rows (Liu and Nocedal, 1989); sets ``n_iter_`` and ``loss_``.
 
     Arena elements between the tensors have gradient zero, and so stay zero. Warns (ConvergenceWarning) if ``max_iter``
-    or ``max_fun`` ended it. Raises RuntimeError where nobody waits for it any more.
+    or ``max_fun`` ended it.
     """
     memory = model.engine.memory
     backend = memory.backend
 
     def objective(theta: Array) -> tuple[float, Array]:
-        if abandoned():
-            raise RuntimeError("the search was given up before this model was trained")
         backend.copy_into(memory.params, theta.astype(model.dtype, copy=False))
         loss = batches.loss_and_gradient()
         return loss, backend.to_host(memory.grads).astype(np.float64, copy=False)

@@ -16,9 +16,7 @@ from fusemlp.describe.schedules import PLATEAU_START, PlateauState
 from fusemlp.engine import Engine, availability
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.plans import choose_plan
-from fusemlp.sklearn.gathering import Seat, gathering
-from fusemlp_kernels.contract import Ridge, UpdateRule, step_flops
+from fusemlp_kernels.contract import Ridge, UpdateRule
 
 Array = np.ndarray[Any, Any]
 
@@ -117,29 +115,13 @@ class Model:
         """Whether whole epochs may be one launch."""
         return self.engine.plan == "resident"
 
-    def gathers(self, batch_size: int) -> bool:
-        """Whether the search that this thread is at has a launch for this model and others."""
-        together, engine = gathering(), self.engine
-        if together is None:
-            return False
-        traits, sizes = engine.memory.backend.traits, engine.network.sizes
-        if engine.precision in traits.fleets and step_flops(sizes, batch_size) <= traits.fleet_flops:
-            return True
-        if traits.resident is None or "resident" not in traits.plans:
-            return False
-        return choose_plan("auto", traits, sizes, batch_size, engine.precision, models=together.tasks)[0] == "resident"
-
     def bind_loop(
         self, batch_size: int, arrays: dict[str, Array], *, epochs: int, strength: float, divisor: float
-    ) -> BoundProgram | Seat:
+    ) -> BoundProgram:
         """Up to ``epochs`` epochs over ``arrays`` (x, target, perhaps weight) as one program, where ``loops`` says that
-        there is one, or in a launch with other models, where ``gathers`` does; for the others see ``Ridge`` of the
-        contract."""
+        there is one; for the others see ``Ridge`` of the contract."""
         engine = self.engine
         spec, ridge = replace(engine.loss.spec(accuracy=False), reduction="mean"), Ridge(strength, divisor)
-        together = gathering()
-        if together is not None and self.gathers(batch_size):
-            return together.join(Seat(engine, spec, self.rule, ridge, batch_size, arrays, epochs))
         to_device = engine.memory.backend.from_host
         inputs = Inputs(len(arrays["x"]), indexed=True, weighted="weight" in arrays)
         given = {name: to_device(array, "compute" if name == "x" else None) for name, array in arrays.items()}

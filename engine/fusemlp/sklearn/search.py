@@ -10,7 +10,6 @@ from typing import Any
 
 import joblib
 import numpy as np
-from sklearn import get_config
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.model_selection._search import BaseSearchCV
@@ -18,11 +17,9 @@ from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
 from fusemlp.fleet.memory import available_memory
-from fusemlp.runtime.plans import trains_together
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.settings import chosen_backend
 from fusemlp.sklearn.sharing import SharedFits
-from fusemlp.sklearn.side_by_side import SideBySide
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # The most models that train in common launches: about two for each multiprocessor of a large card.
@@ -48,19 +45,13 @@ class _FleetSearch(BaseSearchCV):
         given = self.estimator
         spaces = _spaces(getattr(self, self._space))
         _check(self._space, getattr(self, self._space), given, self._plain)
-        backends = _backends(given, spaces)
-        # elsewhere a launch is one model's, on a core
-        most = self._at_once(X) if any(trains_together(name) for name in backends) else None
-        threads = SideBySide(get_config(), most=most, on_host=not backends or "numpy" in backends)
         sharing = clone(given).set_params(memory=SharedFits()) if _shares(given, spaces) else None
         if sharing is not None:
             self.estimator = sharing
         try:
-            with joblib.parallel_backend(threads, n_jobs=-1):
+            with joblib.parallel_config(backend="sequential"):
                 super().fit(X, y, **params)
         finally:
-            # a second Ctrl-C may have come before joblib said so
-            threads.give_up()
             self.estimator = given
             if sharing is not None:
                 # the default scorer keeps it

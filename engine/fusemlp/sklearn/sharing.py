@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from typing import Any
 
 import joblib
-
-from fusemlp.sklearn.gathering import result_of
 
 # What transformed rows may take in all, in bytes; beyond it the ones that were used longest ago are computed again.
 LIMIT = 1 << 30
 
 
 class SharedFits:
-    """A pipeline's ``memory`` that keeps fitted steps and their transformed rows in this process, for all threads.
+    """A pipeline's ``memory`` that keeps fitted steps and their transformed rows in this process.
 
     Two calls are the same where the step, its parameters, the rows and the targets are. They have the fitted step in
     common, and rows of their own, which a later step may change in place, as those with ``copy=False`` do.
@@ -27,9 +23,7 @@ class SharedFits:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
-        self._lock = threading.Lock()
-        self._results: OrderedDict[str, Future[Any]] = OrderedDict()
-        self._sizes: dict[str, int] = {}
+        self._results: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
 
     def cache(self, function: Callable[..., Any], ignore: Iterable[str] = ()) -> Callable[..., Any]:
         """``function``, called once for the same arguments; those named in ``ignore`` do not count."""
@@ -47,34 +41,15 @@ class SharedFits:
         return call
 
     def _result(self, key: str, compute: Callable[[], Any]) -> Any:
-        with self._lock:
-            future = self._results.get(key)
-            if future is not None:
-                self._results.move_to_end(key)
-            else:
-                mine = self._results[key] = Future()
-        if future is not None:
-            rows, step = result_of(future)
+        if key in self._results:
+            self._results.move_to_end(key)
+            rows, step = self._results[key]
             return copy.deepcopy(rows), step
-        try:
-            rows, step = compute()
-            kept = copy.deepcopy(rows)
-        except BaseException as error:
-            with self._lock:
-                self._results.pop(key, None)
-            mine.set_exception(error)
-            raise
-        mine.set_result((kept, step))
-        self._keep(key, _bytes(kept))
+        rows, step = compute()
+        self._results[key] = copy.deepcopy(rows), step
+        while len(self._results) > 1 and sum(_bytes(kept) for kept, _ in self._results.values()) > self.limit:
+            self._results.popitem(last=False)
         return rows, step
-
-    def _keep(self, key: str, size: int) -> None:
-        with self._lock:
-            self._sizes[key] = size
-            oldest = [one for one in self._results if one in self._sizes]
-            while oldest and sum(self._sizes.values()) > self.limit:
-                del self._results[oldest[0]], self._sizes[oldest[0]]
-                oldest.pop(0)
 
     def __deepcopy__(self, memo: Any) -> SharedFits:
         # a clone of the pipeline shares what there is

@@ -14,7 +14,6 @@ from fusemlp.callbacks import deferred_interrupt
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.model import Model
-from fusemlp.sklearn.side_by_side import abandoned
 from fusemlp.training import loop
 from fusemlp.training.history import FitState, History
 
@@ -66,8 +65,8 @@ def train(estimator: Any, setup: Setup, *, incremental: bool) -> None:
     try:
         with deferred_interrupt() as pressed:
             epochs.begin()
-            epochs.drive(lambda: pressed() or abandoned())
-            ended = policy.converged or incremental or engine.stop_training or pressed() or abandoned()
+            epochs.drive(pressed)
+            ended = policy.converged or incremental or engine.stop_training or pressed()
             if estimator.n_iter_ == estimator.max_iter and not ended:
                 warnings.warn(
                     f"Stochastic Optimizer: Maximum iterations ({estimator.max_iter}) reached and the optimization "

@@ -16,7 +16,6 @@ import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau
-from fusemlp.runtime.turns import turn_left
 from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL
 from fusemlp_kernels.errors import DivergenceError
 
@@ -28,8 +27,6 @@ Array = np.ndarray[Any, Any]
 
 # Most rows in one launch of the resident plan when nothing runs between epochs.
 ROWS_AT_ONCE = 1 << 17
-# Most rows of all models that train in one launch: 128 MiB.
-GROUP_ROWS = 1 << 24
 
 
 class Steps(Protocol):
@@ -133,8 +130,7 @@ class EpochLoop(Generic[PolicyT]):
     def drive(self, interrupted: Callable[[], bool]) -> None:
         """Run the steps that ``training`` asks for."""
         for steps in self.training(interrupted):
-            with turn_left():
-                self.bound.run_many(steps)
+            self.bound.run_many(steps)
 
     def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
         """Yield numbers of steps; the caller runs them before it asks for the next number.

@@ -11,12 +11,11 @@ import numpy as np
 
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import FLOAT32, Array, Run, open_device, strides_of
-from fusemlp_kernels.cupy.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.tables import bind_advance
 from fusemlp_kernels.cupy.updates import bind_grad_weight, bind_grad_weight_update, bind_update
-from fusemlp_kernels.errors import ArgumentTypeError, unknown_name
+from fusemlp_kernels.errors import ArgumentTypeError, missing_op
 
 _log = logging.getLogger("fusemlp.kernels")
 
@@ -29,8 +28,6 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
     "advance": bind_advance,
-    "train_resident": bind_train_resident,
-    "train_fleet": bind_train_fleet,
 }
 
 
@@ -116,7 +113,7 @@ class CupyBackend:
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
         if op not in BINDERS:
-            raise unknown_name("op", op, BINDERS)
+            raise missing_op(self.traits.name, op, BINDERS)
         try:
             return BINDERS[op](self._device, **operands)
         except TypeError as error:

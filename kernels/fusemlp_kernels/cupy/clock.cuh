@@ -74,42 +74,21 @@ __device__ inline double scheduled_rate(const Rule* rule, long long count) {
     return warm * rate;
 }
 
-// Where the epochs of several, one behind the other, leave their stats. No epochs: there is one, and it leaves nothing.
-struct Account {
-    double* stats;
-    double* history;  // (epochs, STATS)
-    long long epochs;
-};
-
-// The rows of the next batch: behind the last of an epoch those of the next one, behind the last epoch the first.
-__device__ inline void next_rows(long long* counters, const Account& account) {
+// The rows of the next batch: after the last of an epoch come the first again.
+__device__ inline void next_rows(long long* counters) {
     long long step = counters[ROW_STEP];
     long long total = counters[ROW_TOTAL];
-    long long begin = 0;
-    if (account.epochs > 1 && total > 0) begin = counters[ROW_OFFSET] / total * total;
-    long long offset = counters[ROW_OFFSET] - begin + step;
-    if (offset >= total) {
-        offset = 0;
-        if (account.epochs > 0) {
-            long long epoch = total > 0 ? begin / total : 0;
-            double* kept = account.history + epoch * STATS;
-            for (int i = 0; i < STATS; i++) {
-                kept[i] = account.stats[i];
-                if (i >= LOSS_SUM) account.stats[i] = 0.0;
-            }
-            begin = epoch + 1 < account.epochs ? begin + total : 0;
-        }
-    }
-    counters[ROW_OFFSET] = begin + offset;
+    long long offset = counters[ROW_OFFSET] + step;
+    if (offset >= total) offset = 0;
+    counters[ROW_OFFSET] = offset;
     counters[ROW_COUNT] = step < total - offset ? step : total - offset;
 }
 
 // One batch is over. `applied`: with an update; `skipped`: its gradients had overflowed. By one thread.
 __device__ inline void advance_clock(
-    long long* counters, double* hyper, const Rule* rule, bool applied, bool skipped,
-    const Account& account = {nullptr, nullptr, 0}) {
+    long long* counters, double* hyper, const Rule* rule, bool applied, bool skipped) {
     counters[BATCH_INDEX] += 1;
-    if (counters[ROW_STEP] != 0) next_rows(counters, account);
+    if (counters[ROW_STEP] != 0) next_rows(counters);
     if (skipped) {
         counters[SKIPPED] += 1;
         counters[SKIPPED_IN_A_ROW] += 1;

@@ -141,9 +141,6 @@ class Device:
             self.handle = cublas.create()
         # not at the end of the process, when CUDA may be gone
         weakref.finalize(self, cublas.destroy, self.handle).atexit = False
-        if precision == "tf32":
-            # products over arrays of addresses have no argument for it
-            cublas.setMathMode(self.handle, cublas.CUBLAS_TF32_TENSOR_OP_MATH)
         self._product = self.zeros(1, FLOAT32)
 
     # memory

@@ -18,7 +18,6 @@ struct Gather {
     const long long* counters;
     long long rows;
     long long columns;
-    long long counted;  // rows from counters[ROW_COUNT] on are zeros
 };
 
 // out (rows, columns) = x[indices], zeros where an index is -1; with no indices a copy.
@@ -27,12 +26,7 @@ __device__ __forceinline__ void gather_of(const Gather& call) {
     if (!place.inside) return;
     long long row = place.row;
     long long column = place.block * LANES;
-    long long source = row;
-    if (call.counted && row >= call.counters[ROW_COUNT]) {
-        source = -1;
-    } else if (call.indices) {
-        source = call.indices[call.counters[ROW_OFFSET] + row];
-    }
+    long long source = call.indices ? call.indices[call.counters[ROW_OFFSET] + row] : row;
     float values[LANES] = {};
     if (source >= 0) load_lanes(call.x + source * call.x_row + column * call.x_col, call.x_col, place.count, values);
     store_lanes(call.out + row * call.out_row + column * call.out_col, call.out_col, place.count, values);

@@ -165,8 +165,6 @@ __device__ inline void finish(const Loss& call, double normaliser) {
     }
     call.stats[LAST_LOSS] = loss / divisor;
     call.stats[LOSS_SUM] += loss;
-    if (call.by_rows) call.stats[BATCH_LOSSES] += loss / divisor * static_cast<double>(valid_rows(call));
-    if (call.shares) *call.shares = normaliser / call.divisor;
     if (call.accuracy) {
         call.stats[CORRECT] += right;
         call.stats[SCORED] += scored;

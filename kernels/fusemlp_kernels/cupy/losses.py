@@ -25,11 +25,6 @@ ROWS_A_BLOCK = 8
 SHORT_BATCH = 1024
 
 
-def usual_divisor(loss: LossSpec, outputs: int) -> float:
-    """What a loss is divided by for each unit of the row weights."""
-    return 1.0 if loss.kind == "cross_entropy" else float(outputs)
-
-
 def _loss_fields(
     device: Device,
     op: str,
@@ -81,7 +76,7 @@ def _loss_fields(
         "dslope": dslope, "hyper": hyper, "rows": m, "columns": n,
         "kind": CODES[loss.kind], "mean": loss.reduction == "mean", "soft": loss.soft, "accuracy": loss.accuracy,
         "ignores": loss.ignore_index is not None, "ignored": loss.ignore_index,
-        "divisor": usual_divisor(loss, n), "smoothing": loss.label_smoothing, "delta": loss.delta,
+        "divisor": 1.0 if entropy else float(n), "smoothing": loss.label_smoothing, "delta": loss.delta,
         "quantile": loss.quantile,
         **activation_fields(device, op, activation, slope, slope_param),
     }  # fmt: skip

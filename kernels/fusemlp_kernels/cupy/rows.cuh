@@ -34,14 +34,12 @@ struct Loss {
     double* partials;
     unsigned* ticket;
     double* normaliser;  // null: each block takes it
-    double* shares;  // null: not wanted; the sum of the shares
     long long rows;
     long long columns;
     long long kind;
     long long mean;
     long long soft;
     long long accuracy;
-    long long by_rows;  // stats sums what each batch loses, times its rows
     long long ignores;
     long long ignored;
     long long activation;

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent
-# The last is for several models at once, and compiled where there are any.
-MODULES = ("layers", "loss", "gradients", "update", "fleet")
+MODULES = ("layers", "loss", "gradients", "update")
 # What a module is compiled with for each type of what the matrix products read.
 PRECISIONS = {
     "float": ("-std=c++17", "-DCOMPUTE_IS_HALF=0"),

@@ -50,9 +50,6 @@ struct Update {
     long long* counters;
     const Rule* rule;
     unsigned* ticket;
-    double* stats;  // with the history of `epochs` epochs, which the clock closes
-    double* history;
-    long long epochs;
 };
 
 // The rule in the arithmetic of the parameters, once a thread.
@@ -154,8 +151,7 @@ __device__ __forceinline__ void update_of(const Update& call) {
         }
     }
     if (is_last(call.ticket) && threadIdx.x == 0) {
-        advance_clock(
-            call.counters, call.hyper, call.rule, applied, due && !sound, {call.stats, call.history, call.epochs});
+        advance_clock(call.counters, call.hyper, call.rule, applied, due && !sound);
     }
 }
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, missing_op
 from fusemlp_kernels.numpy.activations import Array, Run
-from fusemlp_kernels.numpy.batched import fleet as batched
 from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, bind_grad_weight_update
 from fusemlp_kernels.numpy.libraries import mkl
 from fusemlp_kernels.numpy.linear import bind_linear
 from fusemlp_kernels.numpy.loss import bind_linear_loss_grad, bind_loss_grad
-from fusemlp_kernels.numpy.resident import bind_train_fleet, bind_train_resident, numba_is_installed
+from fusemlp_kernels.numpy.resident import bind_train_resident
 from fusemlp_kernels.numpy.update import ALIGNMENT_BYTES, bind_advance, bind_update
 
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
@@ -29,12 +27,6 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "update": bind_update,
     "advance": bind_advance,
     "train_resident": bind_train_resident,
-    "train_fleet": bind_train_fleet,
-}
-# many steps in a call, where nothing can be compiled
-BATCHED: dict[str, Callable[..., Callable[..., object]]] = {
-    "train_resident": batched.bind_train_resident,
-    "train_fleet": batched.bind_train_fleet,
 }
 REAL = {"fp32": np.float32, "fp64": np.float64}
 
@@ -51,10 +43,7 @@ class NumpyBackend:
             )
         # loaded now, so that whoever limits the threads of BLAS afterwards limits MKL's too
         mkl()
-        self.traits, self._binders = traits, BINDERS
-        if not numba_is_installed():
-            self.traits = replace(traits, plans=("eager",), fleets=traits.precisions, fleet_flops=batched.QUICKER_FLOPS)
-            self._binders = {**BINDERS, **BATCHED}
+        self.traits = traits
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {
             "real": REAL[precision],
@@ -115,10 +104,10 @@ class NumpyBackend:
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
-        if op not in self._binders:
-            raise unknown_name("op", op, self._binders)
+        if op not in BINDERS:
+            raise missing_op(self.traits.name, op, BINDERS)
         try:
-            return self._binders[op](**operands)
+            return BINDERS[op](**operands)
         except TypeError as error:
             if "unexpected keyword" in str(error) or "missing" in str(error):
                 raise ArgumentTypeError(f"{op}: {error}; the operands are listed in contract.py") from error

@@ -6,10 +6,8 @@ This module does not import numba before a loop is bound.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,33 +23,37 @@ from fusemlp_kernels.contract import (
     Segment,
     UpdateRule,
 )
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import MissingLibraryError
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.philox import radix, seed_key, threshold
-
-
-@functools.cache
-def numba_is_installed() -> bool:
-    """Whether the loop can be compiled; found out without importing numba, and once."""
-    return importlib.util.find_spec("numba") is not None
-
 
 _loading = threading.Lock()
 
 
 @functools.cache
 def _cached_loop() -> Callable[..., int]:
-    from fusemlp_kernels.numpy.compiled.steps import compiled_loop
-
+    try:
+        from fusemlp_kernels.numpy.compiled.steps import compiled_loop
+    except ImportError as error:
+        raise _without_numba(error) from error
     return compiled_loop()
 
 
 @functools.cache
 def _cached_row_order() -> Callable[..., int]:
-    from fusemlp_kernels.numpy.compiled.rows import compiled_row_order
-
+    try:
+        from fusemlp_kernels.numpy.compiled.rows import compiled_row_order
+    except ImportError as error:
+        raise _without_numba(error) from error
     return compiled_row_order()
+
+
+def _without_numba(error: ImportError) -> MissingLibraryError:
+    return MissingLibraryError(
+        f"plan: 'resident' on the numpy backend needs numba, which cannot be imported ({error}); install it again with "
+        "pip install --force-reinstall numba, or use plan='eager'"
+    )
 
 
 def row_order(n: int, seed: int, epoch: int) -> Array:
@@ -139,55 +141,6 @@ def bind_train_resident(
 
     def run(steps: int) -> None:
         loop(steps, *arguments)
-
-    return run
-
-
-def bind_train_fleet(
-    *,
-    rows: Array,
-    layers: Sequence[Sequence[ResidentLayer]],
-    params: Array,
-    gradients: Array,
-    states: tuple[Array, ...],
-    segments: Sequence[Sequence[Segment]],
-    rules: Sequence[UpdateRule],
-    losses: Sequence[LossSpec],
-    counters: Array,
-    hyper: Array,
-    stats: Array,
-    history: Array | None = None,
-    ridges: Sequence[Ridge] | None = None,
-    **shared: Any,
-) -> Callable[[Sequence[int]], object]:
-    """The contract's ``train_fleet``: the models one after another."""
-    runs = [
-        bind_train_resident(
-            rows=rows[index],
-            layers=own,
-            params=params[index],
-            gradients=gradients[index],
-            states=tuple(state[index] for state in states),
-            segments=segments[index],
-            rule=rules[index],
-            loss=losses[index],
-            counters=counters[index],
-            hyper=hyper[index],
-            stats=stats[index],
-            history=None if history is None else history[index],
-            ridge=None if ridges is None else ridges[index],
-            **shared,
-        )
-        for index, own in enumerate(layers)
-    ]
-
-    def run(steps: Sequence[int]) -> None:
-        if len(steps) != len(runs):
-            raise ArgumentError(
-                f"train_fleet: expected the steps of each of {len(runs)} models, got {len(steps)} numbers"
-            )
-        for one, count in zip(runs, steps, strict=True):
-            one(count)
 
     return run
 

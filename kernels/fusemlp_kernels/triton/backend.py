@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, missing_op
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
@@ -209,7 +209,7 @@ class TritonBackend:
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
         if op not in BINDERS:
-            raise unknown_name("op", op, BINDERS)
+            raise missing_op(self.traits.name, op, BINDERS)
         try:
             return BINDERS[op](self._device, **operands)
         except TypeError as error:

@@ -18,7 +18,6 @@ from cupy_standin.memory import LIVE, Misuse, at_address
 
 CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
 CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
-CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH = 0, 3
 CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32 = 68, 77
 CUBLAS_GEMM_DEFAULT = -1
 CUDA_R_32F, CUDA_R_16F = 0, 2
@@ -27,19 +26,17 @@ TYPES = {CUDA_R_32F: np.dtype(np.float32), CUDA_R_16F: np.dtype(np.float16)}
 COMBINATIONS = {(CUDA_R_32F, CUDA_R_32F), (CUDA_R_16F, CUDA_R_32F), (CUDA_R_16F, CUDA_R_16F)}
 
 _modes: dict[int, int] = {}
-_maths: dict[int, int] = {}
 _numbers = itertools.count(1)
 
 
 def create() -> int:
     handle = next(_numbers)
     _modes[handle] = CUBLAS_POINTER_MODE_HOST
-    _maths[handle] = CUBLAS_DEFAULT_MATH
     return handle
 
 
 def destroy(handle: int) -> None:
-    del _modes[handle], _maths[handle]
+    del _modes[handle]
 
 
 def setPointerMode(handle: int, mode: int) -> None:
@@ -47,13 +44,6 @@ def setPointerMode(handle: int, mode: int) -> None:
         raise Misuse(f"setPointerMode: no such mode: {mode!r}")
     _mode_of(handle)
     _modes[handle] = mode
-
-
-def setMathMode(handle: int, mode: int) -> None:
-    if mode not in (CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH):
-        raise Misuse(f"setMathMode: no such mode: {mode!r}")
-    _mode_of(handle)
-    _maths[handle] = mode
 
 
 def gemmEx(
@@ -80,34 +70,6 @@ def gemmEx(
         _multiply(a, b, c, first, second, computeType == CUBLAS_COMPUTE_32F_FAST_TF32)
 
     streams.start(run)
-
-
-def sgemmBatched(
-    handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, Aarray: int, lda: int, Barray: int,
-    ldb: int, beta: int, Carray: int, ldc: int, batchCount: int,
-) -> None:  # fmt: skip
-    """``batchCount`` products of float32, over arrays of addresses on the card; no C may lie on another's memory."""
-    name, mode = "sgemmBatched", _mode_of(handle)
-    if {transa, transb} - {CUBLAS_OP_N, CUBLAS_OP_T} or min(m, n, k) < 0 or not 0 <= batchCount < 2**31:
-        raise Misuse(f"{name}: transa {transa}, transb {transb}, m {m}, n {n}, k {k}, batchCount {batchCount}")
-    if mode != CUBLAS_POINTER_MODE_HOST:
-        raise Misuse(f"{name}: the stand-in takes alpha and beta from the host")
-    shapes = _shapes(name, transa, transb, m, n, k, lda, ldb, ldc)
-    first, second = _host_float(alpha), _host_float(beta)
-    tf32 = _maths[handle] == CUBLAS_TF32_TENSOR_OP_MATH
-
-    def run() -> None:
-        lists = [at_address(address, (batchCount,), np.int64, (8,)).tolist() for address in (Aarray, Barray, Carray)]
-        written = sorted(lists[2])
-        reach = 4 * (ldc * (n - 1) + m)
-        if any(after - before < reach for before, after in itertools.pairwise(written)):
-            raise Misuse(f"{name}: one C lies on another")
-        kinds = (CUDA_R_32F,) * 3
-        for places in zip(*lists, strict=True):
-            _multiply(*_operands(name, shapes, places, kinds, transa, transb), first, second, tf32)
-
-    if m and n and batchCount:
-        streams.start(run)
 
 
 Shapes = dict[str, tuple[int, tuple[int, int]]]

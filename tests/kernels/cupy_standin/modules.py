@@ -56,9 +56,7 @@ _cublas = _module(
     create=cublas.create,
     destroy=cublas.destroy,
     gemmEx=cublas.gemmEx,
-    setMathMode=cublas.setMathMode,
     setPointerMode=cublas.setPointerMode,
-    sgemmBatched=cublas.sgemmBatched,
 )
 _libs = _module("cupy_backends.cuda.libs", cublas=_cublas)
 _cuda_backend = _module("cupy_backends.cuda", libs=_libs)
