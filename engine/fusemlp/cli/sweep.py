@@ -187,7 +187,7 @@ def _metric(options: SweepOptions, prepared: Prepared) -> str:
 def describe(plan: Plan) -> str:
     """Two lines on what is trained, on what."""
     engine = plan.fleet.first
-    if engine.backend != "numpy":
+    if not engine.memory.backend.traits.on_host:
         # models that train in one launch know their plan when all of them are there; on a CPU there may be no room
         engine = plan.fleet.engines[0]
     total = len(plan.points)

@@ -16,7 +16,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
-from fusemlp.fleet.memory import Kept, Machine, room, wave
+from fusemlp.fleet.memory import Kept, Machine, next_part, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
 from fusemlp.fleet.threads import Launch, Stop, Training, cores, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
@@ -45,9 +45,9 @@ class Fleet:
     ``plan_reason`` of an engine says whether it is one of those; all others train one after another.
 
     ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
-    Where all do not find room, they are built and trained in waves, and this is logged: then of each model that has
-    ended the parameters and the history are kept, ``results.engine(i)`` makes an engine of them, and another ``fit``
-    of this fleet is refused, since the optimizers' state is gone.
+    A fleet that does not fit is built and trained in parts that do, and this is logged. Of each model that has ended
+    only the parameters and the history are kept then: ``results.engine(i)`` makes an engine of them, and another
+    ``fit`` of this fleet is refused, since the optimizers' state is gone.
 
     Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
     """
@@ -78,7 +78,7 @@ class Fleet:
         # the first finds out whether there is such a machine, and what "auto" is here; the others need not
         self._built = [self._machine.engine(self.candidates[0])]
         self._found = replace(self._machine, backend=self._built[0].backend, device=self._built[0].device)
-        self._in_waves = False
+        self._in_parts = False
         self.results: FleetResults | None = None
         self._groups: list[tuple[Group, list[int]]] | None = None
 
@@ -87,22 +87,22 @@ class Fleet:
 
     @property
     def first(self) -> Engine:
-        """An engine of the first model, for which no other is built; in waves a new one."""
+        """An engine of the first model, for which no other is built; a new one where the fleet trains in parts."""
         return self._built[0] if self._built else self._found.engine(self.candidates[0])
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """The engine of each model. Raises ArgumentError where they were trained in waves: see ``results.engine``."""
-        if self._in_waves:
-            raise ArgumentError("engines: the models were trained in waves; results.engine(i) makes the engine of one")
+        """The engine of each model. Raises ArgumentError if they were trained in parts: see ``results.engine``."""
+        if self._in_parts:
+            raise ArgumentError("engines: the models were trained in parts; results.engine(i) makes the engine of one")
         self._built += [self._found.engine(one) for one in self.candidates[len(self._built) :]]
         self._grouped(dict(enumerate(self._built)))
         return tuple(self._built)
 
     def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[Group, list[int]]]:
         """Those of ``engines`` that train in one launch, with their places; of all engines it is found out once."""
-        if self._in_waves:
-            # kept, they would keep the engines of this wave while those of the next are built
+        if self._in_parts:
+            # they would keep the engines of this part while those of the next are built
             self._groups = None
             return grouped(engines, self._machine.plan)
         if self._groups is None:
@@ -146,9 +146,9 @@ class Fleet:
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
-        if self._in_waves:
+        if self._in_parts:
             raise ArgumentError(
-                "fit: the models were trained in waves, and their optimizers' state is gone; make a new Fleet, or one "
+                "fit: the models were trained in parts, and their optimizers' state is gone; make a new Fleet, or one "
                 "with more memory="
             )
         first = self._built[0]
@@ -161,7 +161,7 @@ class Fleet:
         if validation_rows is not None:
             if validation is not None:
                 raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
-            held_out = self._rows("validation_rows", validation_rows, len(features))
+            validated_on = self._rows("validation_rows", validation_rows, len(features))
             # the rows of a fold are picked on the host
             whole = Validation(
                 first.on_host(features),
@@ -169,9 +169,9 @@ class Fleet:
                 None if weight is None else first.on_host(weight),
             )
             # models often have a fold in common
-            folds = {one.tobytes(): one for one in held_out if one is not None}
+            folds = {one.tobytes(): one for one in validated_on if one is not None}
             picked = {key: _picked(whole, one) for key, one in folds.items()}
-            validations = [None if one is None else picked[one.tobytes()] for one in held_out]
+            validations = [None if one is None else picked[one.tobytes()] for one in validated_on]
         if patience is not None and validations[0] is None:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
@@ -189,7 +189,7 @@ class Fleet:
 
         most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
         # a GPU is for one at a time, and the calls of the eager plan are Python's
-        workers = workers if first.backend == "numpy" and first.plan == "resident" else 1
+        workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
         def training(index: int, engine: Engine) -> Training:
@@ -216,7 +216,7 @@ class Fleet:
 
         self.results = None  # if this is cut off, those of an earlier training are no longer true
         while len(members) < len(self):
-            engines = self._wave(len(members), most)
+            engines = self._next_part(len(members), most)
             groups = self._grouped(engines)
             if groups:
                 train_together(
@@ -243,18 +243,21 @@ class Fleet:
         self.results = FleetResults(tuple(members[index] for index in range(len(self))))
         return self.results
 
-    def _wave(self, start: int, most: int | None) -> dict[int, Engine]:
-        """The engines from ``start`` on that are trained at once; those of a fleet in waves are kept by nobody else."""
-        engines = wave(start, self._built, len(self), lambda index: self._found.engine(self.candidates[index]), most)
+    def _build(self, index: int) -> Engine:
+        return self._found.engine(self.candidates[index])
+
+    def _next_part(self, start: int, most: int | None) -> dict[int, Engine]:
+        """Return the engines from ``start`` on that train at once; in parts the fleet keeps no reference to them."""
+        engines = next_part(start, self._built, len(self), self._build, most)
         if len(engines) < len(self):
-            if not self._in_waves:
+            if not self._in_parts:
                 _log.warning(
-                    "fleet: there is room for the engines of %d of %d models; they are trained in waves, and their "
+                    "fleet: there is room for the engines of %d of %d models; they are trained in parts, and their "
                     "parameters are kept",
                     len(engines),
                     len(self),
                 )
-            self._in_waves, self._built = True, []
+            self._in_parts, self._built = True, []
         else:
             self._built = engines
         return dict(enumerate(engines, start))
@@ -268,7 +271,7 @@ class Fleet:
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
         one = self.candidates[index]
-        held = Kept.of(engine, one, self._machine) if self._in_waves else engine
+        held = Kept.of(engine, one, self._machine) if self._in_parts else engine
         return Member(index, one.parameters, held, history, status, reason, scores)
 
     def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:

@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 GROUP_ROWS = 1 << 24
 
 
-def kin(engine: Engine) -> tuple[Any, ...]:
+def signature(engine: Engine) -> tuple[Any, ...]:
     """What engines have in common that can train in one launch."""
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
@@ -47,11 +47,11 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
     traits = first.memory.backend.traits
     if not shares_launches(traits):
         return []
-    kins: dict[Any, list[int]] = {}
+    by_signature: dict[Any, list[int]] = {}
     for place, engine in engines.items():
-        kins.setdefault(kin(engine), []).append(place)
+        by_signature.setdefault(signature(engine), []).append(place)
     groups = []
-    for places in kins.values():
+    for places in by_signature.values():
         together = [engines[place] for place in places]
         first = together[0]
         chosen = choose_plan(plan, traits, first.network.sizes, first.batch_size, first.precision, models=len(together))
@@ -63,7 +63,7 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
 
 
 class Group:
-    """Engines of one ``kin``, whose arenas lie behind one another."""
+    """Engines of one ``signature``, whose arenas are stored contiguously, model by model."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = tuple(engines)

@@ -140,10 +140,10 @@ def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, 
     return max(0, (available // 2 if given is None else available) - kept)
 
 
-def wave(
+def next_part(
     start: int, ready: Sequence[Engine], count: int, build: Callable[[int], Engine], most: int | None
 ) -> list[Engine]:
-    """The engines from ``start`` on for which there is room, at least one; ``ready`` are those that are there."""
+    """Return the engines from ``start`` on that fit in ``most`` bytes, at least one; ``ready`` are built already."""
     engines: list[Engine] = []
     taken = 0
     for index in range(start, count):

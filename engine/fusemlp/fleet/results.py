@@ -25,7 +25,7 @@ RISING = ("accuracy", "val_accuracy")
 class Member:
     """A model of a fleet: what it differs in, its engine and history, and how it ended.
 
-    ``held`` is the engine, or what was kept of it where the fleet was trained in waves.
+    ``held`` is the engine, or what was kept of it if the fleet was trained in parts.
     ``status`` is "trained", "stopped" (its own early stopping; the engine has the best weights) or "diverged" (the
     engine is back at the last good epoch; ``reason`` says what happened). ``scores`` are the losses and accuracies of
     the last epoch, or of that whose weights were restored.
@@ -74,7 +74,7 @@ class FleetResults:
         return f"FleetResults({counts}{best})"
 
     def engine(self, index: int) -> Engine:
-        """The engine of a model; after a training in waves a new one each time, whose optimizer begins anew."""
+        """Return the engine of a model; if the fleet was trained in parts a new one, whose optimizer starts afresh."""
         if isinstance(index, bool) or not isinstance(index, int | np.integer):
             raise ArgumentTypeError(f"index: expected the number of a model, got {index!r}")
         if not -len(self.members) <= index < len(self.members):

@@ -15,7 +15,7 @@ from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, 
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.backends import TRAITS, first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")
@@ -155,19 +155,19 @@ def optimizer(estimator: Any) -> Optimizer:
 
 
 def chosen_backend(backend: str) -> str:
-    """The name of the backend, where "auto" was asked for the first that works here."""
-    if backend != "auto":
-        return backend
-    return open_backend("auto", None, "fp32").traits.name
+    """Return the name of the backend; "auto" is the first that works here."""
+    return first_available() if backend == "auto" else backend
 
 
 def chosen_precision(precision: str, backend: str, dtype: Any, solver: str) -> str:
-    """With "auto" on NumPy that of ``dtype``, and fp64 for lbfgs, whose line search lives on exact differences."""
+    """Return the precision; "auto" is that of ``dtype``, and fp64 for lbfgs, whose line search needs exact differences.
+
+    A backend without fp64 takes fp32.
+    """
     if precision != "auto":
         return precision
-    if backend != "numpy":
-        return "fp32"
-    return "fp64" if solver == "lbfgs" or dtype == np.float64 else "fp32"
+    exact = "fp64" in TRAITS[backend].precisions and (solver == "lbfgs" or dtype == np.float64)
+    return "fp64" if exact else "fp32"
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:
