@@ -29,6 +29,12 @@ Array = np.ndarray[Any, Any]
 SEEDS = 2**31
 
 
+def keep_arguments(estimator: Any, arguments: dict[str, Any]) -> None:
+    """Make an attribute of each of the constructor's ``arguments``, its locals, as scikit-learn requires."""
+    own = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+    vars(estimator).update(own)
+
+
 class BaseMLP(BaseEstimator, ABC):
     """Parameters are checked and data is prepared as scikit-learn does; an engine does the training."""
 

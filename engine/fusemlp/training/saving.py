@@ -3,7 +3,7 @@
 Any reader of safetensors gets the parameters, as they are in the plain ``nn.Sequential`` of Linear layers and
 activations: ``0.weight`` (out, in), ``0.bias``, ``2.weight``, ..., and ``1.weight`` (1,) for the slope of a PReLU. The
 metadata entry ``fusemlp_model`` describes network, loss and optimizer, so that ``load`` makes an engine of the file.
-What training has left behind besides the parameters (moments, counters, history) is a checkpoint's to keep.
+A checkpoint keeps the rest of training's state: moments, counters, history.
 """
 
 from __future__ import annotations
