@@ -34,7 +34,7 @@ def memory_for(models: int, kept: int) -> int:
 
 
 @pytest.mark.parametrize("room", [1, 4, 10])
-def test_waves_change_nothing_but_what_is_kept(room: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_change_nothing_but_what_is_kept(room: int, caplog: pytest.LogCaptureFixture) -> None:
     vary = [{"seed": seed} for seed in range(6)] + [{"lr": 1e30}, {"dropout": 0.5}, {"hidden": [5, 4]}, {}]
     whole = fleet(vary, optimizer=SGD(0.1, momentum=0.9))
     expected = whole.fit(X, y, epochs=5, **DATA)
@@ -75,7 +75,7 @@ def test_an_engine_that_is_made_again_can_do_what_the_first_could(tmp_path: Path
     assert np.array_equal(again.engine(4).predict_proba(X), alone.predict_proba(X))
 
 
-def test_engines_of_a_wave_are_gone_when_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_of_a_part_are_gone_when_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Engine]] = []
     most = 0
 
@@ -97,7 +97,7 @@ def test_engines_of_a_wave_are_gone_when_the_next_is_built(monkeypatch: pytest.M
     assert most <= 6
 
 
-def test_a_fleet_in_waves_keeps_no_engines_and_is_not_trained_on() -> None:
+def test_a_fleet_in_parts_keeps_no_engines_and_is_not_trained_on() -> None:
     made = fleet({"seed": range(5)}, memory=memory_for(2, 5))
     made.fit(X, y, epochs=1)
     with pytest.raises(ArgumentError, match=r"^engines: the models were trained in parts; results.engine\(i\)"):

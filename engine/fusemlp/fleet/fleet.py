@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, Machine, next_part, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
-from fusemlp.fleet.threads import Launch, Stop, Training, cores, run_side_by_side
+from fusemlp.fleet.threads import Stop, Training, cores, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import to_array
 from fusemlp.training.fit import checked_validation, fit_checked
@@ -192,8 +192,8 @@ class Fleet:
         workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
-        def training(index: int, engine: Engine) -> Training:
-            def launches(stop: Stop) -> Iterator[Launch]:
+        def training(index: int, engine: Engine) -> Callable[[Stop], Training]:
+            def launches(stop: Stop) -> Training:
                 fit = fit_checked(
                     engine,
                     features,
@@ -315,7 +315,7 @@ def _picked(whole: Validation, rows: Array) -> Validation:
     return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
 
 
-def _launches(fit: EpochLoop[Any], stop: Stop) -> Iterator[Launch]:
+def _launches(fit: EpochLoop[Any], stop: Stop) -> Training:
     """The launches of a fit, which goes on when one has run."""
     fit.begin()
     for steps in fit.training(stop):

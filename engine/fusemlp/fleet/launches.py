@@ -85,18 +85,16 @@ class Group:
 
 
 class Places:
-    """In place of a bound program: where a model of a group finds its rows. Who asks for steps is given them by the
-    launch of the group."""
+    """In place of a bound program: where a model of a group finds its rows, those of the data from ``first`` on. The
+    launch of the group runs the steps."""
 
-    walks_rows = True
-
-    def __init__(self, memory: Memory, rows: Any, history: Any | None, chunk: int) -> None:
+    def __init__(self, memory: Memory, rows: Any, history: Any | None, chunk: int, first: int = 0) -> None:
         self.arrays = {**memory.arrays, "rows": rows} | ({} if history is None else {"history": history})
-        self.backend, self.chunk = memory.backend, chunk
+        self.backend, self.chunk, self.first = memory.backend, chunk, first
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """See ``BoundProgram.set_rows``."""
-        walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
+        walk_rows(self.backend, self.arrays, order + self.first, first_batch, size, epochs)
 
 
 def fleet_rows(group: Group, batch: int, counts: Sequence[int], at_once: Sequence[int]) -> tuple[Any, Any | None]:
@@ -142,49 +140,34 @@ def bind_fleet(
     )
 
 
-class _Training:
-    """A group in a fit: one launch for what its models want of steps, again and again."""
+def run_together(
+    fits: Sequence[EpochLoop[Any]],
+    launch: Callable[[Sequence[int]], object],
+    interrupted: Callable[[], bool],
+    ended: Callable[[int, DivergenceError | None], None],
+) -> None:
+    """Train all epochs of all models of a group, in one launch for the steps that the models ask for.
 
-    def __init__(
-        self,
-        group: Group,
-        fits: Sequence[EpochLoop[FitPolicy]],
-        rows: Any,
-        history: Any | None,
-        data: Mapping[str, Any],
-    ) -> None:
-        self.fits = fits
-        first = group.engines[0]
-        classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
-        inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
-        programs = [
-            engine.resident_program(
-                inputs, fit.policy.spec, fit.policy.rule, first.batch_size, fit.batches, epochs=fit.at_once
-            )
-            for engine, fit in zip(group.engines, fits, strict=True)
-        ]
-        self._launch = bind_fleet(group, programs, {**data, **classes}, rows, history)
-
-    def run(self, interrupted: Callable[[], bool], ended: Callable[[int, DivergenceError | None], None]) -> None:
-        """All epochs of all models. Each goes on by itself: one that has ended, for whatever reason, asks for no more
-        steps and leaves the launch; ``ended`` is told its index and how it diverged, or None."""
-        for fit in self.fits:
-            fit.begin()
-        asking = {index: fit.training(interrupted) for index, fit in enumerate(self.fits)}
-        while asking:
-            wanted = [0] * len(self.fits)
-            for index, training in list(asking.items()):
-                outcome: DivergenceError | None = None
-                try:
-                    wanted[index] = next(training, 0)
-                except DivergenceError as error:
-                    outcome = error
-                if not wanted[index]:
-                    del asking[index]
-                    if outcome is None:
-                        self.fits[index].finish(interrupted=interrupted())
-                    ended(index, outcome)
-            self._launch(wanted)
+    A model that has ended, for any reason, asks for no more steps and leaves the launch; ``ended`` is told its index
+    and how it diverged, or None.
+    """
+    for fit in fits:
+        fit.begin()
+    asking = {index: fit.training(interrupted) for index, fit in enumerate(fits)}
+    while asking:
+        wanted = [0] * len(fits)
+        for index, training in list(asking.items()):
+            outcome: DivergenceError | None = None
+            try:
+                wanted[index] = next(training, 0)
+            except DivergenceError as error:
+                outcome = error
+            if not wanted[index]:
+                del asking[index]
+                if outcome is None:
+                    fits[index].finish(interrupted=interrupted())
+                ended(index, outcome)
+        launch(wanted)
 
 
 def train_together(
@@ -215,17 +198,17 @@ def train_together(
     # whatever computes on the host does so on one thread: the bits are those of engines that train so
     with threadpool_limits(1, user_api="blas"), deferred_interrupt() as interrupted:
         for group, places in groups:
-            training = _prepared(group, places, X, targets, data, epochs, validations, patience, rows, drop_last)
+            fits, launch = _bound(group, places, X, targets, data, epochs, validations, patience, rows, drop_last)
 
             def told(index: int, error: DivergenceError | None, places: Sequence[int] = places) -> None:
                 ended(places[index], error)
 
-            training.run(interrupted, told)
+            run_together(fits, launch, interrupted, told)
         if interrupted():
             raise KeyboardInterrupt
 
 
-def _prepared(
+def _bound(
     group: Group,
     places: Sequence[int],
     X: Array,
@@ -236,7 +219,7 @@ def _prepared(
     patience: int | None,
     rows: Sequence[Array | None],
     drop_last: bool,
-) -> _Training:
+) -> tuple[list[EpochLoop[FitPolicy]], Callable[[Sequence[int]], object]]:
     first = group.engines[0]
     backend, models = first.memory.backend, len(places)
     own = [rows[place] for place in places]
@@ -265,4 +248,12 @@ def _prepared(
         )
         for index, (engine, place) in enumerate(zip(group.engines, places, strict=True))
     ]
-    return _Training(group, fits, lists, history, data)
+    classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
+    inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
+    programs = [
+        engine.resident_program(
+            inputs, fit.policy.spec, fit.policy.rule, first.batch_size, fit.batches, epochs=fit.at_once
+        )
+        for engine, fit in zip(group.engines, fits, strict=True)
+    ]
+    return fits, bind_fleet(group, programs, {**data, **classes}, lists, history)

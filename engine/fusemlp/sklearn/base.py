@@ -16,12 +16,22 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
+from fusemlp.runtime.plans import shares_launches
 from fusemlp.sklearn import settings
+from fusemlp.sklearn.ahead import trained_ahead
 from fusemlp.sklearn.batches import Batches, CalledBatches, ResidentBatches
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates, copies, dense
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import Setup, ValidationScore, epochs_at_once, logged, train
+from fusemlp.sklearn.stochastic import (
+    Ready,
+    ValidationScore,
+    epoch_loop,
+    epochs_at_once,
+    logged,
+    train,
+    warn_unconverged,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -89,6 +99,15 @@ class BaseMLP(BaseEstimator, ABC):
     def _fit(
         self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any = None, y_val: Any = None
     ) -> BaseMLP:
+        ahead = None if incremental or X_val is not None else trained_ahead()
+        if ahead is not None and ahead.expects(self):
+            ahead.collect(X, y, sample_weight)
+            return self
+        found = None if ahead is None else ahead.take(self, X, y, sample_weight)
+        if found is not None:
+            self.__dict__.update(found.estimator.__dict__)
+            warn_unconverged(found.epochs)
+            return self._finish(found.ready)
         before = self.__dict__.copy()
         try:
             ready = self._set_up(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
@@ -99,10 +118,14 @@ class BaseMLP(BaseEstimator, ABC):
             raise
         if ready.stochastic:
             with exits(ready.callbacks, ready.model.engine):
-                train(self, ready, incremental=incremental)
+                train(epoch_loop(self, ready, incremental=incremental), incremental=incremental)
         else:
             assert isinstance(ready.batches, CalledBatches)
             minimise(self, ready.model, ready.batches)
+        return self._finish(ready)
+
+    def _finish(self, ready: Ready) -> BaseMLP:
+        """Take over what the model has learned."""
         self._model = ready.model
         decided = ready.stochastic and self.early_stopping and ready.validation is not None
         self._take((decided and self._best_parameters) or ready.model.parameters())
@@ -114,8 +137,19 @@ class BaseMLP(BaseEstimator, ABC):
             )
         return self
 
-    def _set_up(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> Setup:
-        """Check everything, draw the initial parameters, set rows aside, and bind the data to a model."""
+    def _set_up(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        *,
+        incremental: bool = False,
+        X_val: Any = None,
+        y_val: Any = None,
+        together: bool = False,
+    ) -> Ready:
+        """Check everything, draw the initial parameters, set rows aside, and bind the data to a model; ``together``: a
+        launch of several models may train it."""
         widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
         self._refuse(stochastic, incremental, X_val, y_val)
@@ -153,7 +187,9 @@ class BaseMLP(BaseEstimator, ABC):
         target, constants = self._targets(y, model.dtype)
         data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights)
         # a batch in which no row counts is passed over, which is nothing for a launch of many
-        looped = stochastic and not incremental and model.loops and (row_weights is None or bool(row_weights.all()))
+        together = together and shares_launches(model.engine.memory.backend.traits)
+        looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
+        looped = looped and (model.loops or together)
         rules: dict[str, Any] = {
             "alpha": 0.0 if self.solver == "adamw" else float(self.alpha),
             "batch_size": size,
@@ -161,10 +197,11 @@ class BaseMLP(BaseEstimator, ABC):
         }
         batches: Batches
         if looped:
-            batches = ResidentBatches(*data, **rules, at_once=epochs_at_once(self, model, n, validation, callbacks))
+            at_once = epochs_at_once(self, model, n, validation, callbacks)
+            batches = ResidentBatches(*data, **rules, at_once=at_once, alone=not together)
         else:
             batches = CalledBatches(*data, **rules, keep=incremental)
-        return Setup(stochastic, model, batches, validation, random_state, callbacks)
+        return Ready(stochastic, model, batches, validation, random_state, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Combinations of arguments that cannot be."""

@@ -17,7 +17,16 @@ import numpy as np
 from fusemlp.program.lowering import Inputs
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
-from fusemlp_kernels.contract import BATCH_LOSSES, LAST_LOSS, LOSS_SUM, PENALTIES, ROW_OFFSET, ROW_STEP, ROW_TOTAL
+from fusemlp_kernels.contract import (
+    BATCH_LOSSES,
+    LAST_LOSS,
+    LOSS_SUM,
+    PENALTIES,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    Ridge,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -64,7 +73,7 @@ class Batches(ABC):
 
     # the most epochs of a launch
     at_once = 1
-    steps: Any
+    steps: Any = None
 
     def __init__(
         self,
@@ -84,7 +93,7 @@ class Batches(ABC):
         self.starts = np.arange(0, self.n, batch_size)
         self.batches = len(self.starts)
         self.lengths = np.minimum(batch_size, self.n - self.starts)
-        self._data = {"x": X, "target": target}
+        self.data = {"x": X, "target": target}
 
     def loss(self, stats: Array, order: Array) -> float:
         """Return the loss, penalty included, of an epoch with these statistics over the rows in ``order``."""
@@ -114,17 +123,19 @@ class Batches(ABC):
 
 
 class ResidentBatches(Batches):
-    """Batches of a model that has a resident plan: up to ``at_once`` epochs in a launch. No weight is 0."""
+    """Batches of a model that has a resident plan: up to ``at_once`` epochs in a launch. No weight is 0.
 
-    def __init__(self, *data: Any, at_once: int, **rules: Any) -> None:
+    Without ``alone`` a launch of several models trains them, which sets ``steps``.
+    """
+
+    def __init__(self, *data: Any, at_once: int = 1, alone: bool = True, **rules: Any) -> None:
         super().__init__(*data, **rules)
-        if self.weight is not None:
-            self._data["weight"] = self.weight.astype(self.model.dtype, copy=False)
-        divisor = 1.0 / self.objective.factor
-        self.steps = self.model.bind_loop(
-            self.batch_size, self._data, epochs=at_once, strength=self.alpha, divisor=divisor
-        )
         self.at_once = at_once
+        if self.weight is not None:
+            self.data["weight"] = self.weight.astype(self.model.dtype, copy=False)
+        self.ridge = Ridge(self.alpha, 1.0 / self.objective.factor)
+        if alone:
+            self.steps = self.model.bind_loop(self.batch_size, self.data, epochs=at_once, ridge=self.ridge)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
@@ -145,7 +156,7 @@ class CalledBatches(Batches):
         self.share = np.empty(self.n, model.dtype)
         self.penalty = Penalty(model, self.alpha)
         inputs = Inputs(self.n, indexed=True, weighted=True)
-        self.bound = model.bind(inputs, self.batch_size, {**self._data, "weight": self.share}, keep=keep)
+        self.bound = model.bind(inputs, self.batch_size, {**self.data, "weight": self.share}, keep=keep)
         self.arrays = self.bound.arrays
         # an earlier resident program has walked over longer lists of rows, and may not have reached their end
         for counter in (ROW_OFFSET, ROW_TOTAL, ROW_STEP):

@@ -16,7 +16,7 @@ from fusemlp.describe.schedules import PLATEAU_START, PlateauState
 from fusemlp.engine import Engine, availability
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp_kernels.contract import Ridge, UpdateRule
+from fusemlp_kernels.contract import LossSpec, Ridge, UpdateRule
 
 Array = np.ndarray[Any, Any]
 
@@ -115,19 +115,21 @@ class Model:
         """Whether whole epochs may be one launch."""
         return self.engine.plan == "resident"
 
-    def bind_loop(
-        self, batch_size: int, arrays: dict[str, Array], *, epochs: int, strength: float, divisor: float
-    ) -> BoundProgram:
+    @property
+    def loop_loss(self) -> LossSpec:
+        """The loss of a launch of whole epochs."""
+        return replace(self.engine.loss.spec(accuracy=False), reduction="mean")
+
+    def bind_loop(self, batch_size: int, arrays: dict[str, Array], *, epochs: int, ridge: Ridge) -> BoundProgram:
         """Up to ``epochs`` epochs over ``arrays`` (x, target, perhaps weight) as one program, where ``loops`` says that
-        there is one; for the others see ``Ridge`` of the contract."""
+        there is one."""
         engine = self.engine
-        spec, ridge = replace(engine.loss.spec(accuracy=False), reduction="mean"), Ridge(strength, divisor)
         to_device = engine.memory.backend.from_host
         inputs = Inputs(len(arrays["x"]), indexed=True, weighted="weight" in arrays)
         given = {name: to_device(array, "compute" if name == "x" else None) for name, array in arrays.items()}
         return engine.bind(
             inputs,
-            spec,
+            self.loop_loss,
             self.rule,
             batch_size,
             given,

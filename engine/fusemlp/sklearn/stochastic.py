@@ -39,7 +39,7 @@ class ValidationScore:
 
 
 @dataclass(frozen=True)
-class Setup:
+class Ready:
     """A fit whose arguments have been checked, before its first update."""
 
     stochastic: bool
@@ -50,35 +50,50 @@ class Setup:
     callbacks: list[Any]
 
 
-def train(estimator: Any, setup: Setup, *, incremental: bool) -> None:
-    """Train for ``max_iter`` epochs, or for one if ``incremental``, or until nothing improves any more.
+def epoch_loop(estimator: Any, ready: Ready, *, incremental: bool = False) -> loop.EpochLoop[SklearnPolicy]:
+    """Return the loop of ``max_iter`` epochs, or of one if ``incremental``; it ends early when nothing improves.
 
-    The estimator's ``n_iter_``, ``t_``, ``loss_`` and the other accounts follow. Ctrl-C ends training after the batch
-    with a warning; the parameters are kept.
+    The estimator's ``n_iter_``, ``t_``, ``loss_`` and the other accounts follow.
     """
-    engine, batches = setup.model.engine, setup.batches
+    batches = ready.batches
     state = FitState(0, 0, 1 if incremental else estimator.max_iter, total_updates=0, history=History())
-    policy = SklearnPolicy(estimator, setup, state)
-    epochs = loop.EpochLoop(
-        engine, batches.steps, policy, state, batches.batch_size, batches.batches, batches.at_once, setup.callbacks
+    return loop.EpochLoop(
+        ready.model.engine,
+        batches.steps,
+        SklearnPolicy(estimator, ready, state),
+        state,
+        batches.batch_size,
+        batches.batches,
+        batches.at_once,
+        ready.callbacks,
     )
+
+
+def train(epochs: loop.EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
+    """Run the loop. Ctrl-C ends it after the batch with a warning; the parameters are kept."""
     try:
         with deferred_interrupt() as pressed:
             epochs.begin()
             epochs.drive(pressed)
-            ended = policy.converged or incremental or engine.stop_training or pressed()
-            if estimator.n_iter_ == estimator.max_iter and not ended:
-                warnings.warn(
-                    f"Stochastic Optimizer: Maximum iterations ({estimator.max_iter}) reached and the optimization "
-                    "hasn't converged yet.",
-                    ConvergenceWarning,
-                    stacklevel=5,
-                )
+            if not incremental and not pressed():
+                warn_unconverged(epochs)
             if pressed():
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
     epochs.finish(interrupted=False)
+
+
+def warn_unconverged(epochs: loop.EpochLoop[SklearnPolicy]) -> None:
+    """Warn if all epochs were trained and the losses still improve."""
+    estimator = epochs.policy.estimator
+    if estimator.n_iter_ == estimator.max_iter and not (epochs.policy.converged or epochs.engine.stop_training):
+        warnings.warn(
+            f"Stochastic Optimizer: Maximum iterations ({estimator.max_iter}) reached and the optimization "
+            "hasn't converged yet.",
+            ConvergenceWarning,
+            stacklevel=6,
+        )
 
 
 def epochs_at_once(
@@ -102,10 +117,10 @@ class SklearnPolicy(loop.Policy):
     with ``early_stopping``, by ``tol``. The order of the rows comes from ``random_state``.
     """
 
-    def __init__(self, estimator: Any, setup: Setup, state: FitState) -> None:
+    def __init__(self, estimator: Any, ready: Ready, state: FitState) -> None:
         self.estimator, self.state = estimator, state
-        self.model, self.batches, self.validation = setup.model, setup.batches, setup.validation
-        self.random_state = setup.random_state
+        self.model, self.batches, self.validation = ready.model, ready.batches, ready.validation
+        self.random_state = ready.random_state
         self.converged = False
         self._order = np.arange(self.batches.n)
         # of the epochs that have not ended
