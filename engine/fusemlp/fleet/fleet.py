@@ -23,7 +23,8 @@ from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import to_array
 from fusemlp.training.fit import checked_validation, fit_checked
 from fusemlp.training.history import History
-from fusemlp.training.loop import EpochLoop
+from fusemlp.training.loop import EpochLoop, epochs_at_once
+from fusemlp.training.policy import FitPolicy
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
@@ -176,38 +177,35 @@ class Fleet:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
             )
+        counts = {index: len(features) if one is None else len(one) for index, one in enumerate(trained_on)}
         for index, one in enumerate(self.candidates):
-            # what the loss refuses must come out here
+            # the loss refuses here, before anything has changed
             one.loss.spec(accuracy=False, soft=targets.soft)
-            chosen = trained_on[index]
-            count = len(features) if chosen is None else len(chosen)
-            if drop_last and count < one.batch_size:
+            if drop_last and counts[index] < one.batch_size:
                 raise ArgumentError(
-                    f"drop_last: {count} rows do not fill one batch of {one.batch_size}, and model {index} would not "
-                    "be trained"
+                    f"drop_last: {counts[index]} rows do not fill one batch of {one.batch_size}, and model {index} "
+                    "would not be trained"
                 )
+        data = {"x": features, "target": targets.values} | ({} if weight is None else {"weight": weight})
 
         most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
         # a GPU is for one at a time, and the calls of the eager plan are Python's
         workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
-        def training(index: int, engine: Engine) -> Callable[[Stop], Training]:
-            def launches(stop: Stop) -> Training:
-                fit = fit_checked(
-                    engine,
-                    features,
-                    targets,
-                    weight,
-                    epochs=epochs,
-                    validation=validations[index],
-                    patience=patience,
-                    rows=trained_on[index],
-                    drop_last=drop_last,
-                )
-                return _launches(fit, stop)
-
-            return launches
+        def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
+            return fit_checked(
+                engines[index],
+                features,
+                targets,
+                weight,
+                epochs=epochs,
+                validation=validations[index],
+                patience=patience,
+                rows=trained_on[index],
+                drop_last=drop_last,
+                **options,
+            )
 
         def ended(index: int, error: DivergenceError | None) -> None:
             members[index] = self._member(index, engines[index], error, restores=patience is not None)
@@ -219,21 +217,14 @@ class Fleet:
             engines = self._next_part(len(members), most)
             groups = self._grouped(engines)
             if groups:
-                train_together(
-                    groups,
-                    features,
-                    targets,
-                    weight,
-                    epochs=epochs,
-                    validations=validations,
-                    patience=patience,
-                    rows=trained_on,
-                    drop_last=drop_last,
-                    ended=ended,
-                )
+                at_once = {
+                    index: epochs_at_once(engine, epochs, counts[index], asked=validations[index] is not None)
+                    for index, engine in engines.items()
+                }
+                train_together(groups, fit, data, counts=counts, at_once=at_once, ended=ended)
             alone = [index for index in engines if index not in members]
             if alone:
-                trainings = ((index, training(index, engines[index])) for index in alone)
+                trainings = ((index, partial(_launches, fit, index)) for index in alone)
                 with threadpool_limits(1, user_api="blas"):
                     run_side_by_side(trainings, min(workers, len(alone)), ended)
                 del trainings
@@ -315,9 +306,10 @@ def _picked(whole: Validation, rows: Array) -> Validation:
     return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
 
 
-def _launches(fit: EpochLoop[Any], stop: Stop) -> Training:
-    """The launches of a fit, which goes on when one has run."""
-    fit.begin()
-    for steps in fit.training(stop):
-        yield partial(fit.bound.run_many, steps)
-    fit.finish(interrupted=stop())
+def _launches(fit: Callable[[int], EpochLoop[FitPolicy]], index: int, stop: Stop) -> Training:
+    """Yield the launches of a fit, which goes on when one has run."""
+    loop = fit(index)
+    loop.begin()
+    for steps in loop.training(stop):
+        yield partial(loop.bound.run_many, steps)
+    loop.finish(interrupted=stop())

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import numpy as np
 
-from fusemlp.fleet.launches import GROUP_ROWS, Group, Places, bind_fleet, fleet_rows, run_together, signature
+from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
 from fusemlp.fleet.threads import LaunchThreads, Training
 from fusemlp.program.lowering import Inputs
-from fusemlp.runtime.plans import choose_plan, resident_chunk
+from fusemlp.runtime.plans import choose_plan
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.settings import STOCHASTIC
 from fusemlp.sklearn.stochastic import Ready, epoch_loop
-from fusemlp_kernels.contract import step_flops
 
 if TYPE_CHECKING:
     from fusemlp.sklearn.base import BaseMLP
@@ -196,16 +195,14 @@ def _train_together(entries: Sequence[Entry]) -> bool:
     if choose_plan("auto", traits, sizes, size, first.precision, models=models)[0] != "resident":
         return False
     group = Group(engines)
-    data, begins = _joined([one.data for one in batches])
+    data, firsts = _joined([one.data for one in batches])
     for one in batches:
         one.at_once = max(1, min(one.at_once, GROUP_ROWS // (models * one.n)))
-    rows, history = fleet_rows(group, size, [one.n for one in batches], [one.at_once for one in batches])
-    chunk = resident_chunk(traits, step_flops(sizes, size))
+    places = group.places(size, [one.n for one in batches], [one.at_once for one in batches], firsts)
     inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     programs = []
-    for index, (entry, one) in enumerate(zip(entries, batches, strict=True)):
-        model, own = entry.ready.model, None if history is None else history[index]
-        one.steps = Places(model.engine.memory, rows[index], own, chunk, first=begins[index])
+    for entry, one, bound in zip(entries, batches, places, strict=True):
+        model, one.steps = entry.ready.model, bound
         options: dict[str, Any] = {"epochs": one.at_once, "ridge": one.ridge}
         programs.append(
             model.engine.resident_program(inputs, model.loop_loss, model.rule, size, one.batches, **options)
@@ -213,7 +210,7 @@ def _train_together(entries: Sequence[Entry]) -> bool:
         entry.epochs = epoch_loop(entry.estimator, entry.ready)
     to_device = first.memory.backend.from_host
     given = {name: to_device(array, "compute" if name == "x" else None) for name, array in data.items()}
-    launch = bind_fleet(group, programs, given, rows, history)
+    launch = group.bind(programs, given)
     run_together([entry.epochs for entry in entries], launch, lambda: False, lambda index, error: None)
     for entry in entries:
         entry.ended = True

@@ -75,14 +75,14 @@ class Policy:
 PolicyT = TypeVar("PolicyT", bound=Policy)
 
 
-def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool, room: int | None = None) -> int:
-    """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most.
+def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool) -> int:
+    """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most; 1 if something runs after each.
 
-    ``asked``: something runs after each epoch, such as a callback. ``room``: the most rows of a launch.
+    ``asked``: a callback or a validation does.
     """
     if asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
         return 1
-    return max(1, min(epochs, (ROWS_AT_ONCE if room is None else room) // rows))
+    return max(1, min(epochs, ROWS_AT_ONCE // rows))
 
 
 @dataclass(eq=False)
