@@ -1,5 +1,5 @@
-"""Searches where one launch trains many models: all candidates and folds of a shape are in it, and each model is the
-one that is fitted alone.
+"""Searches in which one launch trains many models: it holds all candidates and folds of a shape, and each model equals
+the one that is fitted alone.
 
 On a machine without a card the kernels run as C++ on the host, or in Triton's interpreter.
 """
@@ -40,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 class Launches:
-    """The models of each common launch that was bound, and the steps of each launch."""
+    """Record the models of each bound common launch, and the steps of each launch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import fusemlp.fleet.launches
@@ -63,7 +63,7 @@ class Launches:
 
 
 class Kept:
-    """A scorer that keeps the fitted models, by what makes them different."""
+    """A scorer that keeps the fitted models by their parameters."""
 
     def __init__(self) -> None:
         self.models: dict[tuple, object] = {}
@@ -105,7 +105,7 @@ def assert_near(mine, its) -> None:
         ({"batch_size": [16, 20], "solver": ["sgd"], "learning_rate": ["invscaling"]}, [3, 3]),
         ({"learning_rate": ["adaptive"], "solver": ["sgd"], "n_iter_no_change": [1], "tol": [0.0, 10.0]}, [6]),
         ({"early_stopping": [True], "n_iter_no_change": [1, 9]}, [6]),
-        # another optimizer has other states; L-BFGS has no launch at all
+        # Another optimizer has other states; L-BFGS has no launch.
         ({"solver": ["adam", "sgd", "lbfgs"]}, [3, 3]),
     ],
     ids=["numbers", "widths", "batches", "adaptive", "early stopping", "solvers"],
@@ -119,7 +119,7 @@ def test_models_of_one_shape_share_launches(backend, grid, sizes, monkeypatch):
 
 
 def test_a_whole_search_is_one_launch(backend, monkeypatch):
-    """Nobody has to do with the epochs before the last: 4 epochs of 3 batches."""
+    """No code runs between the epochs: 4 epochs of 3 batches."""
     launches = Launches(monkeypatch)
     searched(backend, MODEL, {"alpha": [0.0, 0.1]})
     assert launches.steps == [[12] * 6]

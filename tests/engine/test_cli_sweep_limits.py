@@ -1,4 +1,4 @@
-"""``fusemlp sweep`` where something is scarce: room on the terminal, memory, rows."""
+"""``fusemlp sweep`` with a narrow terminal, little memory, few rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusemlp.fleet import memory as module
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
+    """Return the exit code of ``fusemlp`` with these arguments."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     code = ended.value.code

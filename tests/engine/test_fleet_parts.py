@@ -1,4 +1,4 @@
-"""A fleet whose engines do not all find room in memory: trained in parts, with the results of one that does."""
+"""A fleet with too many engines for memory trains in parts, with the same results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fleet(vary: Any, **options: Any) -> Fleet:
 
 
 def memory_for(models: int, kept: int) -> int:
-    """An argument ``memory`` with room for so many engines, where ``kept`` models are kept."""
+    """Return an argument ``memory`` with room for ``models`` engines while ``kept`` models are kept."""
     one = fleet([{}])
     return models * module.engine_bytes(one.engines[0]) + module.kept_bytes(one.candidates * kept, "fp32")
 
@@ -153,7 +153,7 @@ def test_the_estimate_of_an_engine_is_about_what_it_takes() -> None:
 
 
 def system(root: Path, **files: str) -> Path:
-    """A root folder with what the kernel says of memory."""
+    """Make a root folder with the kernel's memory files."""
     places = {
         "meminfo": "proc/meminfo",
         **{name: f"sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")},
@@ -172,7 +172,7 @@ USED = {"current": "500000\n", "stat": "anon 100000\nactive_file 30000\ninactive
 def test_what_is_free_is_what_system_and_control_group_leave(tmp_path: Path) -> None:
     assert module.available_memory(system(tmp_path / "a", meminfo=MEMINFO)) == 1000 << 10
     assert module.available_memory(system(tmp_path / "b", meminfo=MEMINFO, max="max\n", **USED)) == 1000 << 10
-    # files that were read can be given up
+    # Cached files can be freed.
     assert module.available_memory(system(tmp_path / "c", meminfo=MEMINFO, max="700000\n", **USED)) == 250_000
     assert module.available_memory(system(tmp_path / "d", meminfo=MEMINFO, max="9000000\n", **USED)) == 1000 << 10
     assert module.available_memory(system(tmp_path / "e", meminfo=MEMINFO, max="1\n", **USED)) == 0
@@ -186,7 +186,7 @@ def test_half_of_what_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 4 * kept)
     assert module.room(None, candidates, "fp32", device="cpu") == kept
     assert module.room(3 * kept, candidates, "fp32", device="cpu") == 2 * kept
-    # a guess that is too small for more than one engine at once is no reason to refuse
+    # A guess too small for more than one engine is no reason to refuse.
     monkeypatch.setattr(module, "available_memory", lambda: kept + 1)
     assert module.room(None, candidates, "fp32", device="cpu") == 0
     monkeypatch.setattr(module, "available_memory", lambda: kept)

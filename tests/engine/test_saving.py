@@ -1,4 +1,4 @@
-"""A model in one safetensors file: read by torch and by NumPy with nothing of fusemlp, and by fusemlp as an engine."""
+"""A model in one safetensors file: torch and NumPy read it without fusemlp, and fusemlp makes an engine of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the library accepts at its edge, what it refuses, and in which words."""
+"""Checks of arguments: accepted values, refused values, and the messages."""
 
 from __future__ import annotations
 

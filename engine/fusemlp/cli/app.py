@@ -1,7 +1,7 @@
-"""The command line ``fusemlp``: parses options, calls a command, turns errors into exit codes.
+"""The command line ``fusemlp``: parse options, call a command, turn errors into exit codes.
 
-Exit codes: 0 it worked, 1 the work failed (bad data, divergence, a missing backend), 2 it was called wrongly.
-The commands are imported when they are called: ``fusemlp --help`` loads no engine.
+Exit codes: 0 success, 1 the work failed (bad data, divergence, a missing backend), 2 wrong usage. A command is
+imported when it is called: ``fusemlp --help`` loads no engine.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that train made.", show_default=False)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder from train.", show_default=False)]
 Weights = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Which weights of the run: model (as training left them), best (least validation loss) or last "
+        help="The weights of the run: model (at the end of training), best (least validation loss) or last "
         "(last checkpoint).",
     ),
 ]
@@ -49,7 +49,7 @@ Device = Annotated[str | None, typer.Option(metavar="NAME", help="Which card, su
 
 
 def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Make a command of a function of one dataclass: its fields become the command's parameters."""
+    """Make a command from a function of one dataclass; the fields become the command's parameters."""
 
     def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
         def command(**given: Any) -> None:
@@ -88,9 +88,9 @@ def about(
 @app.command()
 @takes(TrainOptions)
 def train(options: TrainOptions) -> None:
-    """Train a network on DATA and keep it, with all that belongs to it, in a run folder.
+    """Train a network on DATA and write a run folder.
 
-    For the test at the end a fifth of the rows is held out, or the test set taken that comes with the data.
+    A fifth of the rows is held out for the test at the end, unless the data bring a test set.
 
     Ctrl-C ends the training cleanly and keeps the model.
     """
@@ -102,17 +102,17 @@ def train(options: TrainOptions) -> None:
 @app.command()
 @takes(SweepOptions)
 def sweep(options: SweepOptions) -> None:
-    """Train many models on DATA that differ in what --vary says, and keep the best of them in a run folder.
+    """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
 
-    The validation rows choose the best; on the test rows it alone is judged, at the end.
+    The validation rows choose the best model; the test rows score only that one, at the end.
 
-    The folder holds it as a run of train, and results.csv (a row a model) and scores.png (score over each parameter).
+    The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
 
     Example: fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64 --vary seed=0:20
 
     Example: fusemlp sweep iris --vary hidden=none,8,16x8 --vary dropout=0:0.5:6 --sample 10 --early-stopping 5
 
-    Ctrl-C ends the sweep and keeps what the models that had ended have found.
+    Ctrl-C ends the sweep and keeps the results of the finished models.
     """
     from fusemlp.cli.sweep import sweep as run
 
@@ -131,7 +131,7 @@ def evaluate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the model of a run on its test rows, or on other labelled data."""
+    """Score the model of a run on its test rows, or on other labelled data."""
     from fusemlp.cli.apply import evaluate as answer
 
     answer(run, data, weights=weights, backend=backend, device=device, as_json=as_json)
@@ -141,7 +141,7 @@ def evaluate(
 def predict(
     run: Run,
     data: Annotated[str, typer.Option(metavar="FILE", help="Features: .npz with X, .csv, .tsv, .parquet, IDX folder.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the predictions go: .csv or .npz.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the predictions: .csv or .npz.")],
     proba: Annotated[bool, typer.Option("--proba", help="Also write the probability of each class.")] = False,
     weights: Weights = "model",
     force: Force = False,
@@ -205,10 +205,8 @@ def export(
 
 @app.command()
 def plot(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders that train made.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the picture goes: .png, .svg or .pdf.")] = Path(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders from train.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the picture: .png, .svg or .pdf.")] = Path(
         "comparison.png"
     ),
     force: Force = False,
@@ -227,15 +225,17 @@ def plan(
     ],
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 32,
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="triton, cupy or numpy, whether it works here or not.")
+        str, typer.Option(metavar="NAME", help="triton, cupy or numpy; it need not work on this machine.")
     ] = "auto",
     precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, tf32, bf16, fp16 or fp64.")] = "fp32",
     activation: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the hidden layers; one, or one a layer (relu,tanh).")
+        str, typer.Option(metavar="NAME", help="Activation of the hidden layers; one, or one a layer (relu,tanh).")
     ] = "relu",
-    output_activation: Annotated[str, typer.Option(metavar="NAME", help="Of the output layer.")] = "identity",
+    output_activation: Annotated[
+        str, typer.Option(metavar="NAME", help="Activation of the output layer.")
+    ] = "identity",
     dropout: Annotated[str, typer.Option(metavar="RATE", help="One, or one a hidden layer.")] = "0",
-    loss: Annotated[str, typer.Option(metavar="NAME", help="What the output layer ends in.")] = "cross_entropy",
+    loss: Annotated[str, typer.Option(metavar="NAME", help="Loss of the output layer.")] = "cross_entropy",
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="sgd, adam or adamw.")] = "sgd",
 ) -> None:
     """Print the kernel calls of a training step, with what each reads, writes and costs.

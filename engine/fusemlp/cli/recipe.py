@@ -1,4 +1,4 @@
-"""From options to descriptions: network, loss and optimizer, checked against the data they are for."""
+"""Turn options into descriptions of network, loss and optimizer, checked against the data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ONLY_FOR_SCHEDULE = {
 def _chosen(
     options: ModelOptions, names: Sequence[str], what: str, kind: str, known: Mapping[str, type]
 ) -> dict[str, Any]:
-    """The options among ``names`` that were given, if the description ``known[kind]`` has fields for them."""
+    """Return the given options among ``names``; refuse one without a field in the description ``known[kind]``."""
     values = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None and value is not False}
     for name in given:
@@ -62,7 +62,7 @@ def _names(description: type) -> set[str]:
 
 
 def hidden_widths(given: Sequence[str] | None) -> tuple[int, ...]:
-    """The widths of the hidden layers: ``--hidden 128,64``, the same as ``--hidden 128 --hidden 64``."""
+    """Return the widths of the hidden layers; ``--hidden 128,64`` equals ``--hidden 128 --hidden 64``."""
     if given is None:
         return (DEFAULT_WIDTH,)
     words = [word.strip() for part in given for word in part.split(",")]
@@ -88,7 +88,7 @@ def _one_or_more(values: list[Any]) -> Any:
 
 
 def activations(names: str, slope: float | None) -> Activation | list[Activation]:
-    """One activation, or one a hidden layer; ``slope`` is for the leaky_relu and prelu among them."""
+    """Return one activation, or one a hidden layer; ``slope`` applies to leaky_relu and prelu."""
     chosen = [as_activation("activation", name.strip()) for name in names.split(",")]
     if slope is not None:
         if not any(one.slope for one in chosen):
@@ -107,7 +107,7 @@ def network(
     slope: float | None = None,
     init: str = "auto",
 ) -> MLP:
-    """The network of these widths; the other arguments as on the command line."""
+    """Return the network of these widths; the other arguments are the command line's."""
     return MLP(
         sizes,
         activation=activations(activation, slope),
@@ -118,7 +118,7 @@ def network(
 
 
 def loss_name(options: ModelOptions, task: str, classes: int) -> str:
-    """The loss asked for, or the task's own, if it suits the task; errors say which does.
+    """Return the given loss, or the task's default; an error for a wrong loss names the right ones.
 
     ``classes`` is 0 for a regression.
     """
@@ -142,7 +142,7 @@ def loss_name(options: ModelOptions, task: str, classes: int) -> str:
 
 
 def class_weights(given: str | None, codes: Array, classes: int) -> list[float] | None:
-    """A weight for each class: as given, or balanced: rows / (classes that occur * rows of the class)."""
+    """Return a weight for each class: as given, or balanced: rows / (present classes * rows of the class)."""
     if given is None:
         return None
     if given != "balanced":
@@ -158,7 +158,7 @@ def class_weights(given: str | None, codes: Array, classes: int) -> list[float] 
 
 
 def loss(options: ModelOptions, name: str, weights: list[float] | None) -> Loss:
-    """The loss ``name``; class weights belong to cross_entropy, with other losses they are weights of the rows."""
+    """Return the loss ``name``; cross_entropy takes class weights, other losses get weights of the rows instead."""
     given = _chosen(options, _LOSS_OPTIONS, "loss", name, LOSSES)
     if name == "cross_entropy":
         given["class_weight"] = weights
@@ -166,7 +166,7 @@ def loss(options: ModelOptions, name: str, weights: list[float] | None) -> Loss:
 
 
 def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimizer:
-    """The optimizer with ``schedule`` (None: the constant rate of the options)."""
+    """Return the optimizer with ``schedule`` (None: the constant rate of the options)."""
     name = options.optimizer
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
@@ -184,7 +184,7 @@ def _default(description: type, argument: str) -> Any:
 
 
 def learning_rate(options: ModelOptions) -> float:
-    """The rate asked for, or the optimizer's own."""
+    """Return the given rate, or the optimizer's default."""
     if options.lr is not None:
         return as_number("lr", options.lr, low=0.0)
     if options.optimizer not in OPTIMIZERS:
@@ -193,9 +193,9 @@ def learning_rate(options: ModelOptions) -> float:
 
 
 def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
-    """The schedule, its lengths turned from epochs into updates of a training with ``rows`` training rows.
+    """Return the schedule, with lengths converted from epochs into updates for ``rows`` training rows.
 
-    The length of cosine and one_cycle is fixed here, so that a run whose epochs are raised later keeps its rates.
+    It fixes the length of cosine and one_cycle, so a run keeps its rates when its epochs are raised later.
     """
     kind, rate = options.schedule, learning_rate(options)
     if kind not in SCHEDULES:
