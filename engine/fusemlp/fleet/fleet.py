@@ -1,4 +1,4 @@
-"""Many models of one kind, trained on one data set: grids, folds, seeds, ensembles."""
+"""A fleet: many models of one kind, trained on one data set for grids, folds, seeds and ensembles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _log = logging.getLogger("fusemlp")
 
 
 class Fleet:
-    """Models that differ in what ``vary`` names, and otherwise are what ``Engine`` would make of the other arguments.
+    """Models that differ in the parameters of ``vary``; the other arguments are those of ``Engine``.
 
     ``vary``: a mapping of names to values, for all combinations of them, or a list of mappings, one a model. The names:
     lr, momentum, betas, weight_decay, dropout, hidden (the widths between input and output: a number or a sequence),
@@ -45,10 +45,10 @@ class Fleet:
     the Triton backend models of one shape train in one launch, a multiprocessor each: a model that has ended leaves it.
     ``plan_reason`` of an engine says whether it is one of those; all others train one after another.
 
-    ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
-    A fleet that does not fit is built and trained in parts that do, and this is logged. Of each model that has ended
-    only the parameters and the history are kept then: ``results.engine(i)`` makes an engine of them, and another
-    ``fit`` of this fleet is refused, since the optimizers' state is gone.
+    ``memory``: the most bytes of all engines at once; by default half of the free memory, on a card all of it. A fleet
+    that does not fit is built and trained in parts that do, and this is logged. Then the results keep parameters and
+    histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` of this fleet is refused, since
+    the optimizers' state is gone.
 
     Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
     """
@@ -76,7 +76,7 @@ class Fleet:
         )
         self._machine = Machine(backend, device, precision, plan)
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
-        # the first finds out whether there is such a machine, and what "auto" is here; the others need not
+        # the first engine checks the machine and resolves "auto" for all
         self._built = [self._machine.engine(self.candidates[0])]
         self._found = replace(self._machine, backend=self._built[0].backend, device=self._built[0].device)
         self._in_parts = False
@@ -88,7 +88,7 @@ class Fleet:
 
     @property
     def first(self) -> Engine:
-        """An engine of the first model, for which no other is built; a new one where the fleet trains in parts."""
+        """An engine of the first model, without building the others; a new one if the fleet trained in parts."""
         return self._built[0] if self._built else self._found.engine(self.candidates[0])
 
     @property
@@ -101,7 +101,7 @@ class Fleet:
         return tuple(self._built)
 
     def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[Group, list[int]]]:
-        """Those of ``engines`` that train in one launch, with their places; of all engines it is found out once."""
+        """Return the groups of ``engines`` that train in one launch; found once unless the fleet trains in parts."""
         if self._in_parts:
             # they would keep the engines of this part while those of the next are built
             self._groups = None
@@ -127,15 +127,14 @@ class Fleet:
     ) -> FleetResults:
         """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
 
-        ``rows``: for each model the rows of X that it is trained on, such as folds or bootstraps, in place of all;
-        ``validation_rows``: for each model the rows of X that it is validated on, in place of ``validation_data``.
-        Each model has its own early stopping. A model whose loss is no longer finite is marked, at its last good epoch,
-        and the others go on. ``jobs``: how many train at once, by default one a core, where each trains by itself.
+        ``rows``: each model's training rows of X, such as folds or bootstraps, in place of all. ``validation_rows``:
+        each model's validation rows of X, in place of ``validation_data``. Each model has its own early stopping. A
+        model whose loss is no longer finite is marked, at its last good epoch, and the others go on. ``jobs``: the most
+        models at once if each trains by itself; by default one a core.
 
-        ``callback`` is called with the ``Member`` of each model when it has ended, in the order in which they end and
-        in the thread that called ``fit``; the others train on meanwhile. What it raises ends the training as Ctrl-C
-        does: all models stop after their batches, and it is raised from here. ``results`` is None then; ``engines``
-        have what was learned.
+        ``callback`` is called with the ``Member`` of each model when it has ended, in the thread that called ``fit``;
+        the others train on meanwhile. An error in it ends training like Ctrl-C: all models stop after their batches,
+        and ``fit`` raises it. ``results`` is None then, and ``engines`` have the parameters reached.
 
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
@@ -163,7 +162,7 @@ class Fleet:
             if validation is not None:
                 raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
             validated_on = self._rows("validation_rows", validation_rows, len(features))
-            # the rows of a fold are picked on the host
+            # rows of a fold are indexed on the host
             whole = Validation(
                 first.on_host(features),
                 targets._replace(values=first.on_host(targets.values)),
@@ -189,7 +188,7 @@ class Fleet:
         data = {"x": features, "target": targets.values} | ({} if weight is None else {"weight": weight})
 
         most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
-        # a GPU is for one at a time, and the calls of the eager plan are Python's
+        # one model at a time on a GPU; and the eager plan's calls hold Python's lock
         workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
@@ -212,7 +211,8 @@ class Fleet:
             if callback is not None:
                 callback(members[index])
 
-        self.results = None  # if this is cut off, those of an earlier training are no longer true
+        # earlier results are no longer true, even if this training is cut off
+        self.results = None
         while len(members) < len(self):
             engines = self._next_part(len(members), most)
             groups = self._grouped(engines)
@@ -254,8 +254,8 @@ class Fleet:
         return dict(enumerate(engines, start))
 
     def _member(self, index: int, engine: Engine, error: DivergenceError | None, *, restores: bool) -> Member:
-        """How a model ended; ``restores``: whether it went back to its best weights then."""
-        # what it worked in is far larger than a small network, and thousands may be kept
+        """Return the outcome of a model; ``restores``: it went back to its best weights."""
+        # a small network's workspace is far larger than its parameters, and thousands may be kept
         engine.release()
         history = engine.history if engine.history is not None else History()
         reason = str(error) if error is not None else history.stopped
@@ -288,10 +288,9 @@ class Fleet:
         return checked
 
     def predict(self, X: Any) -> Ensemble:
-        """What the models that did not diverge say of X (n, K) together.
+        """Return the joint prediction for X (n, K) of the models that did not diverge.
 
-        Raises ArgumentError before ``fit`` and where the models have different outputs, DivergenceError if none is
-        left.
+        Raises ArgumentError before ``fit`` or if the models have different outputs, DivergenceError if all diverged.
         """
         if self.results is None:
             raise ArgumentError("predict: the models are not trained, or not to the end; call fit first")

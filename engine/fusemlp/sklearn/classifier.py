@@ -158,7 +158,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
 
     @property
     def _picks_one(self) -> bool:
-        """Whether a row has one of more than two classes."""
+        """True if a row has one of more than two classes."""
         return bool(self._label_binarizer.y_type_ == "multiclass")
 
     def _row_weights(self, y: Array, weight: Array | None, incremental: bool) -> Array | None:

@@ -1,7 +1,7 @@
 """The epoch loop: launches of several epochs, callbacks, Ctrl-C, and the way back from a divergence.
 
-``Engine.fit``, the models of a fleet and scikit-learn's estimators train in this loop. What differs between them is a
-``Policy``: the order of the rows, how an epoch's loss is accounted, what ends training, what changes the learning rate.
+``Engine.fit``, the models of a fleet and scikit-learn's estimators train in this loop. A ``Policy`` decides what
+differs: the order of the rows, the account of an epoch's loss, the end of training, changes of the learning rate.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class EpochLoop(Generic[PolicyT]):
         return memory.backend.to_host(self._epoch_stats[:epochs])
 
     def _is_finite(self, accounts: Array) -> bool:
-        """Whether the losses of these epochs, and the parameters after the last, are numbers."""
+        """Return whether the losses of these epochs, and the parameters after the last, are finite."""
         memory = self.engine.memory
         self.engine.check_scaling()
         return all(map(math.isfinite, (*accounts[:, LOSS_SUM].tolist(), *memory.backend.extent(memory.params))))
