@@ -182,7 +182,8 @@ def run_together(
                 if outcome is None:
                     fits[index].finish(interrupted=interrupted())
                 ended(index, outcome)
-        launch(wanted)
+        if asking:
+            launch(wanted)
 
 
 def train_together(

@@ -96,14 +96,16 @@ class _FleetSearch(BaseSearchCV):
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
         # only newer releases have callbacks
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
-        workers = cores() if self.n_jobs is None else joblib.effective_n_jobs(self.n_jobs)
-        together = any(trains_together(name) for name in self._backends)
+        asked = -1 if self.n_jobs is None else self.n_jobs
+        workers = asked if asked > 0 else max(1, cores() + 1 + asked)
+        at_once = None
+        if any(trains_together(name) for name in self._backends):
+            at_once = asked if asked > 0 else _at_once(self._rows)
 
         def evaluate(candidates: Any, *others: Any, **named: Any) -> Any:
             candidates = list(candidates)
-            at_once = None
-            if together:
-                at_once = self.n_jobs if self.n_jobs is not None and self.n_jobs > 0 else _at_once(self._rows)
+            if workers == 1 and at_once is None:
+                return evaluate_candidates(candidates, *others, **named)
             with TrainedAhead(self._tasks(candidates), workers, at_once):
                 return evaluate_candidates(candidates, *others, **named)
 
