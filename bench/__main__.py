@@ -24,7 +24,7 @@ QUICK_TURN_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured: ``missing`` are the contenders that this machine cannot, with why."""
+    """The cases and contenders to measure; ``missing`` maps those that cannot run on this machine to the reason."""
 
     cases: list[Case]
     peers: list[str]
@@ -34,7 +34,7 @@ class Plan:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in COMMANDS:
         return int(importlib.import_module(f"bench.{given[0]}").main(given[1:]))
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def planned(options: Any) -> Plan:
-    """What the options ask for, on this machine. Raises ValueError if nothing of it can be measured here."""
+    """Return the plan that the options select. Raises ValueError if none of it can be measured on this machine."""
     device = options.device
     if device == "auto":
         device = "cpu" if card() is None else "gpu"
@@ -104,10 +104,10 @@ def planned(options: Any) -> Plan:
 
 
 def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
-    """Measure, write the lines to ``path`` case by case, print the tables. 1 if a contender was refused or failed."""
+    """Measure case by case, write to ``path``, print the tables; return 1 if a contender was refused or failed."""
     unset = openblas_settings()
     if unset:
-        say(f"{', '.join(sorted(unset))}: unset for this run, to measure the BLAS that people have")
+        say(f"{', '.join(sorted(unset))}: unset for this run, to measure the default BLAS")
     lines: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
     with started(plan.peers, plan.cases) as workers:
@@ -129,7 +129,7 @@ def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """The pictures, where matplotlib is installed."""
+    """Draw the pictures if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         say("no pictures: matplotlib is not installed (pip install 'fusemlp[plot]')")
         return
@@ -140,7 +140,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def print_list(plan: Plan) -> int:
-    """The machine, the cases and the contenders."""
+    """Print the machine, the cases and the contenders."""
     line = circumstances({}, {})
     print(f"{where(line)}\n\ncases:")
     listed = {case.name for case in plan.cases}
@@ -154,7 +154,7 @@ def print_list(plan: Plan) -> int:
 
 
 def print_table(path: Path) -> int:
-    """The tables of a file, or of the newest."""
+    """Print the tables of a file, by default the newest."""
     chosen = newest() if path == Path() else path
     if chosen is None or not chosen.is_file():
         say(f"error: no measurement {'in bench/results' if chosen is None else chosen}; run python -m bench first")
@@ -164,7 +164,7 @@ def print_table(path: Path) -> int:
 
 
 def print_breakdown(cases: Sequence[Case]) -> int:
-    """Where fusemlp's step spends its time."""
+    """Time every call of fusemlp's step."""
     from bench.breakdown import breakdown_text
 
     with Worker(REFERENCE) as worker:

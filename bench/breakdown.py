@@ -1,8 +1,7 @@
-"""Where a training step of fusemlp spends its time: every call of the step program timed by itself.
+"""Time every call of a training step by itself.
 
-The calls run in their order, as in ``fit``, so that each finds the caches as it would find them there. Beside each
-stands the time of bare matrix products of the same sizes: what remains is memory traffic, element-wise work and
-Python.
+The calls run in program order, as in ``fit``, so the caches hold the same data. The table also lists bare matrix
+products of the same sizes; the difference is memory traffic, element-wise work and Python.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from fusemlp.program.program import resolve
 
 @dataclass(frozen=True)
 class CallTime:
-    """A call of the step program: ``microseconds`` it takes, ``products`` its matrix products (M, N, K) alone take."""
+    """A call of the step program; ``products`` is the time of its matrix products (M, N, K) alone, in microseconds."""
 
     label: str
     microseconds: float
@@ -32,13 +31,13 @@ class CallTime:
 
     @property
     def gflops(self) -> float:
-        """Its rate in 1e9 floating-point operations a second."""
+        """The rate in 1e9 floating-point operations a second."""
         return sum(2 * m * n * k for m, n, k in self.shapes) / (1e3 * self.microseconds)
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """``calls``; ``run`` is all of them in one go; ``fit`` a step inside ``Engine.fit``; all in microseconds."""
+    """Times in microseconds: each call, all calls without a clock in between (``run``), a step in ``Engine.fit``."""
 
     case: Case
     calls: tuple[CallTime, ...]
@@ -47,7 +46,7 @@ class Breakdown:
 
 
 def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
-    """Medians over ``steps`` steps of each kind, in microseconds, less the reading of the clock."""
+    """Return medians over ``steps`` steps of each kind, in microseconds, without the time that the clock takes."""
     engine = Engine(
         MLP(case.sizes, activation=case.activation, dropout=case.dropout),
         optimizer=optimizer_of(case),
@@ -73,7 +72,7 @@ def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
     clock = time.perf_counter
     engine.fit(data.X, data.y, epochs=1)
     with np.errstate(all="ignore"):
-        # one step call by call, the next in one go, each on rows that the caches have not just seen
+        # Alternate timed calls and whole steps, and change the rows, so that neither finds its rows in the cache.
         for step in range(2 * steps):
             bound.arrays["rows"][:] = batches[step % case.steps]
             if step % 2:
@@ -100,15 +99,15 @@ def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
 
 
 def _clock_seconds() -> float:
-    """How long reading the clock takes."""
+    """Return the time that one reading of the clock takes."""
     readings = [time.perf_counter() for _ in range(1001)]
     return spread(np.diff(readings)).p50
 
 
 def _product_microseconds(op: str, m: int, n: int, k: int, steps: int) -> float:
-    """The (m, k) by (k, n) product of an op, laid out as there, into memory that is there already.
+    """Return a callable for the op's (m, k) by (k, n) product, in the op's layout, into preallocated memory.
 
-    By the BLAS that the NumPy backend calls, SciPy's, which is column-major: it makes the transpose, b.T by a.T.
+    SciPy's BLAS, which the NumPy backend uses, is column-major. So it computes the transpose, b.T by a.T.
     """
     transpose_a, transpose_b = op.startswith("grad_weight"), op.startswith("linear")
     generator = np.random.default_rng(0)
@@ -124,7 +123,7 @@ def _product_microseconds(op: str, m: int, n: int, k: int, steps: int) -> float:
 
 
 def breakdown_text(result: Breakdown) -> str:
-    """A table, in Markdown."""
+    """Return a Markdown table."""
     total = sum(call.microseconds for call in result.calls)
     lines = [
         f"### {result.case.name}",
@@ -142,7 +141,7 @@ def breakdown_text(result: Breakdown) -> str:
     gflops = result.case.flops / (1e3 * total)
     lines += [
         f"| all calls, timed one by one | | {total:.1f} | 100% | {products:.1f} | {gflops:.0f} |",
-        f"| all calls in one go | | {result.run:.1f} | | | |",
+        f"| all calls, timed together | | {result.run:.1f} | | | |",
         f"| a step inside fit | | {result.fit:.1f} | | | |",
     ]
     return "\n".join(lines)

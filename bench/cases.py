@@ -1,8 +1,8 @@
-"""The networks that are trained, their data and their initial parameters.
+"""The benchmark's networks, their data and their initial parameters.
 
-All cases: cross-entropy on logits, a constant learning rate, features drawn from a standard normal distribution and
-labels from a random linear teacher. A name says what else: ``784-128-10@128`` is relu and plain SGD in fp32,
-``:adam``, ``:tanh``, ``:dropout``, ``:bf16`` and ``:x64`` (64 models at once) are what differs.
+All cases use cross-entropy on logits and a constant learning rate. Features come from a standard normal distribution,
+labels from a random linear teacher. ``784-128-10@128`` means batch 128, relu, plain SGD and fp32. Suffixes change one
+of these: ``:adam``, ``:tanh``, ``:dropout``, ``:bf16``, ``:x64`` (64 models at once).
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ Parameters = list[tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Case:
-    """A network and how it is trained.
+    """A network and its training.
 
-    ``sizes`` are the widths from the input to the output. ``steps`` is the number of batches in an epoch, so that the
-    data have ``steps * batch_size`` rows and no batch is short. ``epochs`` is how many make a turn where nobody has
-    measured how many fill it. ``models`` train at once, each with an order of the rows of its own. ``device`` is "cpu"
-    or "gpu": where it runs; ``gpu_only`` cases are left out where there is no card.
+    ``sizes``: the widths from input to output. ``steps``: batches in an epoch; the data have ``steps * batch_size``
+    rows, so no batch is short. ``epochs``: the length of a turn, unless it was measured. ``models``: the number of
+    models that train at once, each with its own row order. ``device``: "cpu" or "gpu". ``gpu_only`` cases need a card.
     """
 
     sizes: tuple[int, ...]
@@ -41,7 +40,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For example 784-10-10@32:adam."""
+        """The case's name, such as 784-10-10@32:adam."""
         differs = [
             self.activation if self.activation != "relu" else "",
             self.optimizer if self.optimizer != "sgd" else "",
@@ -53,19 +52,19 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """How many examples there are."""
+        """The number of rows."""
         return self.steps * self.batch_size
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the products of a model's step; the first layer needs no input gradient."""
+        """Floating-point operations of a model's matrix products; the first layer needs no input gradient."""
         products = [2 * self.batch_size * i * o for i, o in zip(self.sizes, self.sizes[1:], strict=False)]
         return 3 * sum(products) - products[0]
 
 
 @dataclass(frozen=True)
 class Data:
-    """X (n, K) float32, y (n,) int64, the initial parameters, and an order of the rows that all are given.
+    """X (n, K) float32, y (n,) int64, the initial parameters, and a row order for every contender.
 
     ``parameters``: for each layer the weight (outputs, inputs) and the bias (outputs,), float32; with many models
     (models, outputs, inputs) and (models, outputs).
@@ -111,10 +110,10 @@ QUICK = ("64-32-10@32:adam", "784-10-10@32", "784-128-10@128", "17-64-64-6@64:ta
 
 
 def make_data(case: Case, seed: int = 0) -> Data:
-    """The data and initial parameters (He et al., 2015) of a case; the same for every peer.
+    """Return the data and initial parameters (He et al., 2015) of a case; they are the same for every contender.
 
-    Every class occurs, since scikit-learn takes the number of outputs from the labels. Biases start small and not at
-    zero, so that a peer without them is found out.
+    Every class occurs, because scikit-learn takes the number of outputs from the labels. Biases start at small nonzero
+    values, so that the check finds a contender without biases.
     """
     generator = np.random.default_rng(seed)
     inputs, outputs = case.sizes[0], case.sizes[-1]
@@ -132,12 +131,12 @@ def make_data(case: Case, seed: int = 0) -> Data:
 
 
 def model_of(parameters: Parameters, index: int) -> Parameters:
-    """The parameters of one of many models."""
+    """Return the parameters of one of many models."""
     return [(weight[index], bias[index]) for weight, bias in parameters]
 
 
 def checked_rows(case: Case, steps: int, seed: int = 1) -> Array:
-    """(steps * batch_size,) rows of the data: the batches on which contenders are compared with the oracle."""
+    """Return (steps * batch_size,) rows: the batches for the comparison with the oracle."""
     generator = np.random.default_rng(seed)
     passes = -(-steps // case.steps)
     rows = np.concatenate([generator.permutation(case.rows) for _ in range(passes)])

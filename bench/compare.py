@@ -1,9 +1,9 @@
-"""What became slower from one measurement of fusemlp to another: ``python -m bench compare BEFORE AFTER``.
+"""Find regressions between two measurements of fusemlp: ``python -m bench compare BEFORE AFTER``.
 
-Between two runs the machine may have changed its speed. Where both have the same versions of other libraries on a
-case, these are the yardstick: a round's figure is fusemlp's time over the geometric mean of theirs in that round.
-Otherwise the times themselves are compared. The change is the ratio of the medians; its interval, of 95 %, comes from
-drawing the rounds of both runs again and again (the percentile bootstrap of Efron, 1979).
+The machine may change its speed between two runs. If both runs timed the same versions of other libraries on a case,
+these are the yardstick: a round's figure is fusemlp's time over the geometric mean of theirs in that round. Otherwise
+the times themselves are compared. The change is the ratio of the medians. Its 95 % interval comes from resampling the
+rounds of both runs (the percentile bootstrap of Efron, 1979).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ exit code: 1 if something became slower, 0 if nothing did, 2 if there is nothing
 
 @dataclass(frozen=True)
 class Change:
-    """``ratio``: after over before, with its interval ``low`` to ``high``; ``yardstick``: the labels of the others."""
+    """``ratio``: after over before, with its interval ``low`` to ``high``; ``yardstick``: labels of the others."""
 
     case: str
     label: str
@@ -41,17 +41,17 @@ class Change:
     yardstick: tuple[str, ...]
 
     def verdict(self, threshold: float) -> str:
-        """Whether it is slower or quicker by more than ``threshold`` (a fraction), beyond the interval."""
+        """Return "slower" or "faster" if the whole interval exceeds ``threshold`` (a fraction), else "-"."""
         if self.low > 1 + threshold:
             return "slower"
-        return "quicker" if self.high < 1 / (1 + threshold) else "-"
+        return "faster" if self.high < 1 / (1 + threshold) else "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 1 if something became slower, 2 if there is nothing to compare."""
+    """Run the command; return 1 if something became slower, 2 if there is nothing to compare."""
     made = argparse.ArgumentParser(
         prog="python -m bench compare",
-        description="Say what of fusemlp became slower from one file of figures to another, beyond noise.",
+        description="Report what became slower in fusemlp from one file of figures to another, beyond noise.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         default=3.0,
         metavar="PERCENT",
-        help="what the whole interval must exceed, for what two runs of the same code differ by (default: %(default)g)",
+        help="the change that the whole interval must exceed (default: %(default)g)",
     )
     options = made.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     if not 0 <= options.threshold < 1000:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compared(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """The changes of all contenders of fusemlp that both runs have timed."""
+    """Return the changes of all fusemlp contenders that both runs have timed."""
     changes = []
     then, now = by_case(before), by_case(after)
     for case in then:
@@ -112,7 +112,7 @@ def _change(old: Record, new: Record, then: dict[str, Record], now: dict[str, Re
 
 
 def _rounds(line: Record, yardstick: Sequence[Record]) -> Array:
-    """A figure a round: the time, over the geometric mean of the yardstick's where there is one."""
+    """Return one figure a round: the time, divided by the yardstick's geometric mean if there is one."""
     own = np.log(line["every_round"])
     if yardstick:
         own = own - np.mean([np.log(one["every_round"]) for one in yardstick], axis=0)
@@ -124,25 +124,25 @@ def _medians(values: Array, generator: np.random.Generator) -> Array:
 
 
 def table(changes: Sequence[Change], threshold: float) -> str:
-    """In Markdown, what became slower first."""
-    order = {"slower": 0, "quicker": 1, "-": 2}
+    """Return a Markdown table, regressions first."""
+    order = {"slower": 0, "faster": 1, "-": 2}
     rows = ["| case | contender | time, after over before | 95 % interval | |", "|---|---|---:|---:|---|"]
     for one in sorted(changes, key=lambda change: order[change.verdict(threshold)]):
         said = one.verdict(threshold)
         shown = f"**{said}**" if said == "slower" else said
         rows.append(f"| {one.case} | {one.label} | {one.ratio:.3f} | {one.low:.3f} to {one.high:.3f} | {shown} |")
-    counts = [sum(one.verdict(threshold) == said for one in changes) for said in ("slower", "quicker")]
+    counts = [sum(one.verdict(threshold) == said for one in changes) for said in ("slower", "faster")]
     measured = dict.fromkeys(label for one in changes for label in one.yardstick)
     by = f"beside {', '.join(measured)} in the same rounds" if measured else "by the clock alone"
     rows.append(
-        f"\n{counts[0]} of {len(changes)} slower and {counts[1]} quicker by more than {threshold:.0%} with the whole "
+        f"\n{counts[0]} of {len(changes)} slower and {counts[1]} faster by more than {threshold:.0%} with the whole "
         f"interval, {by}."
     )
     return "\n".join(rows)
 
 
 def differences(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
-    """What is not the same in the circumstances of the two runs."""
+    """Return the differences in machine, versions and settings between the two runs."""
     notes = []
     old, new = before[0], after[0]
     if where(old) != where(new):

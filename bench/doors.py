@@ -1,4 +1,4 @@
-"""What ``bench.torch_door`` and ``bench.sklearn_door`` have in common: options, lines and table."""
+"""Options, lines and table of ``bench.torch_door`` and ``bench.sklearn_door``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.report import RESULTS, Record, circumstances, where, write
 
 
 def parser(door: str, description: str, rounds: int) -> argparse.ArgumentParser:
-    """The options of a door's measurement."""
+    """Return the options of a door's measurement."""
     made = argparse.ArgumentParser(prog=f"python -m bench {door}", description=description)
     made.add_argument("--rounds", type=count, default=rounds, metavar="N", help="turns of each (default: %(default)s)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
@@ -23,14 +23,14 @@ def parser(door: str, description: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def line(label: str, theirs: Sequence[float], ours: Sequence[float]) -> Record:
-    """A row: the seconds of both sides, one a round."""
+    """Return a row: the seconds of both sides, one a round."""
     return {"label": label, "theirs": [1e6 * s for s in theirs], "ours": [1e6 * s for s in ours]}
 
 
 def finish(
     door: str, headers: Sequence[str], packages: Sequence[str], lines: Iterable[Record], out: Path | None
 ) -> None:
-    """Write the lines with the circumstances, print the table."""
+    """Write the lines with machine, versions and settings; print the table."""
     common = circumstances({}, {})
     common["versions"] |= {package: version_of(package) for package in ("fusemlp", *packages)}
     full = [{"door": door, "headers": list(headers), **one, **common} for one in lines]
@@ -41,7 +41,7 @@ def finish(
 
 
 def table(lines: Sequence[Record]) -> str:
-    """In Markdown, with machine, versions and settings below; a ratio above 1 means that fusemlp is quicker."""
+    """Return a Markdown table with a caption; a ratio above 1 means that fusemlp is faster."""
     first = lines[0]
     rows = ["| " + " | ".join([*first["headers"], "ratio"]) + " |", "|---|---:|---:|---:|"]
     for one in lines:
@@ -54,13 +54,13 @@ def table(lines: Sequence[Record]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     settings = "; ".join(f"{name}={value}" for name, value in first["variables"].items()) or "none"
     caption = (
-        f"In turn in one process: medians of {len(first['ours'])} rounds, of the ratio the 20th to 80th percentile. "
-        f"{where(first)}; {versions}; settings: {settings}; {first['date'][:10]}, commit {first['commit']}. Again with "
+        f"Both in one process, in turn: medians of {len(first['ours'])} rounds, 20th to 80th percentile of the ratio. "
+        f"{where(first)}; {versions}; settings: {settings}; {first['date'][:10]}, commit {first['commit']}. To repeat: "
         f"`python -m bench {first['door']}`."
     )
     return "\n".join([*rows, "", caption])
 
 
 def duration(value: float) -> str:
-    """Microseconds, or milliseconds where they are many."""
+    """Return microseconds with a unit, from 10,000 on milliseconds."""
     return f"{value:,.0f} us" if value < 10_000 else f"{value / 1e3:,.0f} ms"

@@ -1,10 +1,10 @@
 """A grid search, three ways: ``FleetSearchCV``, scikit-learn's ``GridSearchCV``, and JAX's ``vmap`` over ``scan``.
 
 ``python -m bench fleet_search`` prints a Markdown table. 48 candidates (12 learning rates, 4 penalties) on 5 folds of
-digits make 240 networks of 64-32-10, batch 32, Adam, 20 epochs, in float32, each scored on its held-out rows. All is
-warm: whatever is compiled has been, and scikit-learn's processes run. The three take turns, a ratio compares turns of
-one round, and that they train the same models is asked of their mean scores before anything is printed. JAX has the
-program to itself that the others write in Python around their models, and leaves out each epoch's short last batch.
+digits make 240 networks of 64-32-10, batch 32, Adam, 20 epochs, in float32, each scored on its held-out rows.
+Everything is warm: compiled code is cached and scikit-learn's processes run. The three take turns, and a ratio compares
+turns of one round. Their mean scores must agree, because they train the same models. JAX compiles the whole search as
+one program and leaves out each epoch's short last batch.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ OPTIONS: dict[str, Any] = {
     "n_iter_no_change": EPOCHS,
     "random_state": 0,
 }
-# How far the mean scores of all models may lie apart: another shuffling moves them by less than half of this.
+# The largest accepted difference of the mean scores; another shuffling moves them by less than half of this.
 AGREEMENT = 0.01
 OURS, THEIRS, JAX = "fusemlp, FleetSearchCV", f"scikit-learn, GridSearchCV, n_jobs={JOBS}", "JAX, vmap and scan"
 
 
 def grid(rates: list[float], alphas: list[float]) -> dict[str, list[float]]:
-    """As both searches take it."""
+    """Return the parameter grid for both searches."""
     return {"alpha": alphas, "learning_rate_init": rates}
 
 
 def searched(kind: Any, estimator: Any, X: Array, y: Array, *, small: bool = False, **options: Any) -> Array:
-    """The scores (candidates, folds) of a search; ``small`` is enough to warm up."""
+    """Return the scores (candidates, folds) of a search; ``small`` runs a few candidates, to warm up."""
     space = grid(RATES[:2], ALPHAS[:1]) if small else grid(RATES, ALPHAS)
     search = kind(estimator, space, cv=StratifiedKFold(FOLDS), refit=False, **options).fit(X, y)
     return np.stack([search.cv_results_[f"split{fold}_test_score"] for fold in range(FOLDS)], axis=1)
 
 
 def jax_search(X: Array, y: Array) -> Callable[[], Array]:
-    """The same search as one compiled program; its scores (candidates, folds), candidates as in ``grid``."""
+    """Return a function that runs the search as one compiled program and returns its scores (candidates, folds)."""
     import jax
     import jax.numpy as jnp
 
     splits = list(StratifiedKFold(FOLDS).split(X, y))
-    # one program needs folds of one length
+    # One program needs folds of equal length.
     train = np.stack([rows[: min(len(one) for one, _ in splits)] for rows, _ in splits])
     held_out = np.stack([rows[: min(len(one) for _, one in splits)] for _, rows in splits])
     steps = train.shape[1] // BATCH
@@ -126,7 +126,7 @@ def jax_search(X: Array, y: Array) -> Callable[[], Array]:
 
 
 def compare(rounds: int) -> list[Record]:
-    """A line for each of the three."""
+    """Return a line for each of the three."""
     X, y = load_digits(return_X_y=True)
     X = (X / 16.0).astype(np.float32)
     ours = partial(searched, FleetSearchCV, MLPClassifier(**OPTIONS), X, y)
@@ -151,9 +151,9 @@ def compare(rounds: int) -> list[Record]:
 
 
 def table(lines: Sequence[Record]) -> str:
-    """In Markdown, with machine, versions and settings below."""
+    """Return a Markdown table with a caption."""
     own = lines[0]["every_round"]
-    rows = ["| search of 48 candidates on 5 folds | seconds | times as long | mean score |", "|---|---:|---:|---:|"]
+    rows = ["| search of 48 candidates on 5 folds | seconds | ratio | mean score |", "|---|---:|---:|---:|"]
     for line in lines:
         seconds = line["every_round"]
         ratio = spread([one / mine for one, mine in zip(seconds, own, strict=True)])
@@ -163,22 +163,22 @@ def table(lines: Sequence[Record]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     settings = "; ".join(f"{name}={value}" for name, value in first["variables"].items()) or "none"
     rows.append(
-        f"\n240 networks of 64-32-10, batch {BATCH}, Adam, {EPOCHS} epochs, float32, on digits, all warm. In turn: "
-        f"medians of {len(own)} rounds, of the ratio the 20th to 80th percentile. {where(first)}; {versions}; "
-        f"settings: {settings}; {first['date'][:10]}, commit {first['commit']}. Again with "
+        f"\n240 networks of 64-32-10, batch {BATCH}, Adam, {EPOCHS} epochs, float32, on digits, all warm, in turn: "
+        f"medians of {len(own)} rounds, and 20th to 80th percentile of the ratio. {where(first)}; {versions}; "
+        f"settings: {settings}; {first['date'][:10]}, commit {first['commit']}. To repeat: "
         "`python -m bench fleet_search`."
     )
     return "\n".join(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     made = argparse.ArgumentParser(prog="python -m bench fleet_search", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--rounds", type=count, default=5, metavar="N", help="turns of each (default: %(default)s)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
     options = made.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     warnings.simplefilter("ignore", ConvergenceWarning)
-    # scikit-learn's processes begin with what stands here
+    # scikit-learn's worker processes inherit this.
     os.environ["PYTHONWARNINGS"] = "ignore"
     found = compare(options.rounds)
     common = circumstances({}, {})

@@ -1,4 +1,4 @@
-"""The machine that a measurement was made on: processor, card, driver, commit, settings."""
+"""The machine of a measurement: processor, card, driver, commit, settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VARIABLES = (*THREAD_VARIABLES, "NUMBA_", "TRITON_", "TORCH_", "CUDA_", "CUBLAS_
 
 
 def machine() -> dict[str, Any]:
-    """The processor, the cores that this process may use, the memory and the system."""
+    """Return the processor, the cores that this process may use, the memory and the system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """The processor's name: from /proc/cpuinfo, with family and model, since virtual machines hide the name."""
+    """Return the processor's name from /proc/cpuinfo; family and model help where a virtual machine hides the name."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -53,7 +53,7 @@ def _memory_gib() -> float | None:
 
 @functools.cache
 def card() -> dict[str, str] | None:
-    """The name and driver of the first card: NVIDIA's by nvidia-smi, AMD's by torch; None if there is none."""
+    """Return name and driver of the first card (NVIDIA's by nvidia-smi, AMD's by torch), or None."""
     found = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     if found:
         name, _, driver = found.splitlines()[0].rpartition(", ")
@@ -69,25 +69,25 @@ def card() -> dict[str, str] | None:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout, with "+" behind it where files differ from it."""
+    """Return the commit of the checkout, with a "+" appended if files differ from it."""
     name = _output("git", "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return None if name is None else name + ("+" if changed else "")
 
 
 def settings() -> dict[str, str]:
-    """The environment variables that make libraries behave otherwise."""
+    """Return the environment variables that change the libraries' behaviour."""
     kept = (name for name in sorted(os.environ) if name.startswith(VARIABLES) and name not in NOBODYS)
     return {name: os.environ[name] for name in kept}
 
 
 def load_average() -> float | None:
-    """How many processes wanted to run over the last minute."""
+    """Return the load average of the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, None where it is not there or fails."""
+    """Return the output of a program, or None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)

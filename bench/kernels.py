@@ -1,9 +1,9 @@
-"""Each kernel beside the vendor's matrix product alone and beside the unfused sequence: ``python -m bench kernels``.
+"""Compare each kernel with the vendor's matrix product and the unfused sequence: ``python -m bench kernels``.
 
 Every op goes through the contract's ``bind``, so the same measurement serves every backend. Three contestants take
-turns: the kernel; the vendor's product of its sizes alone, into memory that is there already; and the sequence of
-library calls that computes the same (``bench.vendor``). Warm: each runs again and again on the same operands. Cold:
-before each run something else fills the last cache. Rates stand beside the two ceilings measured in the same run.
+turns: the kernel; the vendor's product of the same sizes, into preallocated memory; and the sequence of library calls
+that computes the same result (``bench.vendor``). Warm runs repeat on the same operands. Before each cold run other data
+fills the last cache. The table gives rates as shares of two ceilings, measured in the same run.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SHAPES = {
     "cpu": ((32, 64, 32), (128, 784, 128), (512, 1024, 1024)),
     "gpu": ((128, 784, 128), (4096, 1024, 1024), (8192, 4096, 4096)),
 }
-# Runs in one graph, or in a row on the host, whose mean is one figure.
+# One figure is the mean of this many runs: in one graph, or in a row on the host.
 RUNS_IN_A_ROW = {"cpu": 5, "gpu": 20}
 
 
 def measure(trial: Trial, vendor: Vendor, flush: Run, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each contestant, "warm" and "cold", one figure a round; they take turns within a round."""
+    """Return the seconds of each contestant, "warm" and "cold", one figure a round, in turn within a round."""
     clock = clock_of(vendor.backend)
     times = RUNS_IN_A_ROW[kind_of(vendor.backend)]
     contestants = {"kernel": trial.kernel, "product alone": trial.product, "unfused": trial.unfused}
@@ -50,7 +50,7 @@ def measure(trial: Trial, vendor: Vendor, flush: Run, rounds: int) -> dict[str, 
                 warm = clock.seconds(run, times)
                 flush()
                 cold = clock.once(run)
-                # the first round warms up
+                # The first round warms up.
                 if round_:
                     taken[name]["warm"].append(warm)
                     taken[name]["cold"].append(cold)
@@ -58,7 +58,7 @@ def measure(trial: Trial, vendor: Vendor, flush: Run, rounds: int) -> dict[str, 
 
 
 def lines_of(trial: Trial, shape: tuple[int, int, int], taken: dict[str, Any], most: Ceilings) -> list[Record]:
-    """A line for each contestant and cache."""
+    """Return a line for each contestant, warm and cold."""
     lines = []
     for name, by_cache in taken.items():
         for cache, seconds in by_cache.items():
@@ -86,7 +86,7 @@ def lines_of(trial: Trial, shape: tuple[int, int, int], taken: dict[str, Any], m
 
 
 def text(lines: Sequence[Record]) -> str:
-    """A table for each shape, and what the ceilings were."""
+    """Return a table for each shape, and the ceilings."""
     first = lines[0]
     most = first["ceilings"]
     parts = []
@@ -117,8 +117,8 @@ def text(lines: Sequence[Record]) -> str:
         parts.append(f"### {m} rows, {k} inputs, {n} outputs\n\n{table(header, rows)}")
     ceilings = (
         f"{first['backend']} backend, {first['precision']}, against {first['library']}. The three columns on the "
-        "right: how many times as long as the kernel, median and 20th to 80th percentile, round by round; for the "
-        "product alone below 1 is what fusion adds to it. The output layer has "
+        "right: time over the kernel's, median and 20th to 80th percentile, round by round; for the "
+        "product alone, 1 minus the figure is the share that fusion adds. The output layer has "
         f"{CLASSES} classes. Ceilings of this run: {most['flops'] / 1e9:,.0f} GFLOP/s by a large product, "
         f"{most['bytes'] / 1e9:,.1f} GB/s by a large copy; a warm kernel may pass the latter out of a cache. Time by "
         f"the {first['clock']}, {first['rounds']} rounds."
@@ -136,7 +136,7 @@ def _ratio(line: Record | None) -> str:
 
 
 def draw(lines: Sequence[Record]) -> Figure:
-    """For each shape the ops, and how many times as long as the kernel the others take."""
+    """Draw, for each shape and op, the time of the others over the kernel's."""
     shapes = list(dict.fromkeys(tuple(line["shape"]) for line in lines))
     made, axes = figure(5.2 * len(shapes), 5.6, columns=len(shapes))
     for one, shape in zip(axes, shapes, strict=True):
@@ -151,7 +151,7 @@ def draw(lines: Sequence[Record]) -> Figure:
                        color=COLOURS[number], linewidth=1.6)  # fmt: skip
             one.plot(middle, places, "osD"[number], color=COLOURS[number], label=f"{contestant}, {cache} cache")
         unfused = [line["ratio"]["p50"] for line in own if (line["contestant"], line["cache"]) == styles[1]]
-        quicker = sum(ratio > 1 for ratio in unfused)
+        faster = sum(ratio > 1 for ratio in unfused)
         one.axvline(1.0, color="#333333", linewidth=1.2)
         one.set_xscale("log")
         low, high = one.get_xlim()
@@ -160,10 +160,10 @@ def draw(lines: Sequence[Record]) -> Figure:
         one.minorticks_off()
         one.set_yticks(range(len(ops)), ops if one is axes[0] else [])
         one.set_ylim(len(ops) - 0.5, -0.5)
-        one.set_xlabel("time over the kernel's (right of the line the kernel is quicker)")
+        one.set_xlabel("time over the kernel's (right of the line the kernel is faster)")
         m, k, n = shape
         one.set_title(
-            f"{m} rows, {k} inputs, {n} outputs: {quicker} of {len(unfused)} kernels\nbeat the unfused sequence, "
+            f"{m} rows, {k} inputs, {n} outputs: {faster} of {len(unfused)} kernels\nbeat the unfused sequence, "
             f"by {np.exp(np.mean(np.log(unfused))):.2g}x in the mean",
             fontsize=10,
             loc="left",
@@ -175,7 +175,7 @@ def draw(lines: Sequence[Record]) -> Figure:
 
 
 def study(vendor: Vendor, shapes: Sequence[tuple[int, int, int]], rounds: int, most: Ceilings) -> list[Record]:
-    """The lines of all ops on all shapes."""
+    """Return the lines of all ops on all shapes."""
     backend, precision = vendor.backend, vendor.precision
     common = {
         "backend": backend.traits.name,
@@ -198,7 +198,7 @@ def study(vendor: Vendor, shapes: Sequence[tuple[int, int, int]], rounds: int, m
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit code."""
+    """Run the study and return its exit code."""
     made = parser("kernels", (__doc__ or "").partition("\n")[0])
     made.add_argument("--backend", default="auto", help="default: the first that works here")
     made.add_argument("--precision", default="fp32")

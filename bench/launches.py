@@ -1,9 +1,9 @@
-"""What a training step starts: the calls of fusemlp's program beside those of eager PyTorch.
+"""Count the launches of a training step: the calls of fusemlp's program and those of eager PyTorch.
 
     python -m bench launches 784 128 10 --batch-size 128 --optimizer adam
 
-PyTorch's are counted with its profiler: kernels where there is a GPU, else the operators that compute something, each
-of which is at least one kernel on a GPU. Views are not counted, nor the parts of an operator that computes.
+PyTorch's profiler counts its side: kernels on a GPU, else the operators that compute something. Each of these is at
+least one kernel on a GPU. Views do not count, and an operator counts once, without its parts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from fusemlp import MLP
 from fusemlp.runtime.plans import plan_text
 
-# Operators that only look at memory, or set out work for the operators below them.
+# Operators that only view memory or dispatch to other operators.
 VIEWS = frozenset(
     {
         "aten::t", "aten::transpose", "aten::as_strided", "aten::view", "aten::reshape", "aten::expand", "aten::detach",
@@ -30,7 +30,7 @@ VIEWS = frozenset(
         "aten::unsqueeze", "aten::select", "aten::numpy_T", "aten::broadcast_to", "aten::_reshape_alias",
     }
 )  # fmt: skip
-# Operators that only call others.
+# Wrappers around other operators.
 CONTAINERS = frozenset(
     {
         "aten::linear", "aten::relu", "aten::cross_entropy_loss", "aten::log_softmax", "aten::nll_loss_nd",
@@ -41,7 +41,7 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.o
 
 
 def torch_launches(widths: list[int], batch_size: int, optimizer: str, *, foreach: bool | None) -> dict[str, int]:
-    """How often eager PyTorch starts each operator (or kernel) in one training step with a batch drawn by index."""
+    """Return how often eager PyTorch starts each operator (or kernel) in a step with a batch drawn by index."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     layers: list[torch.nn.Module] = []
@@ -69,7 +69,7 @@ def torch_launches(widths: list[int], batch_size: int, optimizer: str, *, foreac
 
 
 def computing(events: Iterable[Any]) -> Iterator[str]:
-    """The operators below ``events`` that compute something."""
+    """Yield the operators below ``events`` that compute something."""
     for event in events:
         if not event.name.startswith("aten::") or event.name in CONTAINERS:
             yield from computing(event.cpu_children)
@@ -78,7 +78,7 @@ def computing(events: Iterable[Any]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench launches", description=__doc__.split("\n")[0])
     parser.add_argument("widths", type=int, nargs="+", help="inputs, hidden widths, outputs")
     parser.add_argument("--batch-size", type=int, default=128)

@@ -1,7 +1,7 @@
-"""How each library's users train 784-128-10 on images to a target accuracy; for ``bench.time_to_result``.
+"""Training loops of each library for 784-128-10 on images to a target accuracy, for ``bench.time_to_result``.
 
-The same everywhere: initial parameters, batch size, plain SGD, the data as float32 arrays, the accuracy on the test
-images after each epoch. Each function imports its library, since that is part of the time.
+All loops have the same initial parameters, batch size, plain SGD and float32 arrays, and compute the accuracy on the
+test images after each epoch. Each function imports its library, because the import is part of the time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Task:
-    """Images X (n, 784) and Xt, labels y (n,) int64 and yt; parameters as in ``cases.Data``; n fills its batches."""
+    """Images X (n, 784) and Xt, labels y (n,) int64 and yt; parameters as in ``cases.Data``; n fills whole batches."""
 
     X: Array
     y: Array
@@ -35,7 +35,7 @@ class Task:
 
 @dataclass
 class Watch:
-    """Takes the accuracy after each epoch, with the time; says when the target is reached, or too much was tried."""
+    """Records accuracy and time after each epoch; ends at the target or after too many epochs."""
 
     target: float
     most_epochs: int
@@ -45,23 +45,23 @@ class Watch:
     accuracies: list[float] = field(default_factory=list)
 
     def ready(self) -> None:
-        """The library is imported."""
+        """Note that the library is imported."""
         self.imported = time.perf_counter() - self.began
 
     def epoch(self, accuracy: float) -> bool:
-        """Whether it ends here."""
+        """Record an epoch and return whether the training ends."""
         self.seconds.append(time.perf_counter() - self.began)
         self.accuracies.append(float(accuracy))
         return self.reached or len(self.seconds) == self.most_epochs
 
     @property
     def reached(self) -> bool:
-        """Whether the last accuracy is the target or more."""
+        """True if the last accuracy has reached the target."""
         return bool(self.accuracies) and self.accuracies[-1] >= self.target
 
 
 def fusemlp_fit(task: Task, watch: Watch, plan: str = "auto") -> None:
-    """``Engine.fit`` with validation data and a callback that ends it."""
+    """Run ``Engine.fit`` with validation data and a callback that ends it."""
     from fusemlp import MLP, SGD, Callback, Engine
 
     watch.ready()
@@ -80,12 +80,12 @@ def fusemlp_fit(task: Task, watch: Watch, plan: str = "auto") -> None:
 
 
 def fusemlp_eager(task: Task, watch: Watch) -> None:
-    """The same without the compiled loop."""
+    """Run the same fit without the compiled loop."""
     fusemlp_fit(task, watch, plan="eager")
 
 
 def torch_loop(task: Task, watch: Watch, *, loader: bool = False) -> None:
-    """An eager loop over slices of shuffled tensors, or over a ``DataLoader``."""
+    """Run an eager loop over slices of shuffled tensors, or over a ``DataLoader``."""
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy
@@ -114,12 +114,12 @@ def torch_loop(task: Task, watch: Watch, *, loader: bool = False) -> None:
 
 
 def torch_loader(task: Task, watch: Watch) -> None:
-    """The loop of PyTorch's own tutorials."""
+    """Run the loop of PyTorch's own tutorials."""
     torch_loop(task, watch, loader=True)
 
 
 def jax_loop(task: Task, watch: Watch, *, scan: bool = False) -> None:
-    """A compiled step in a Python loop, or an epoch compiled whole."""
+    """Run a compiled step in a Python loop, or a compiled epoch."""
     import jax
     import jax.numpy as jnp
 
@@ -156,12 +156,12 @@ def jax_loop(task: Task, watch: Watch, *, scan: bool = False) -> None:
 
 
 def jax_scan(task: Task, watch: Watch) -> None:
-    """An epoch in one compiled program."""
+    """Run each epoch as one compiled program."""
     jax_loop(task, watch, scan=True)
 
 
 def sklearn_partial_fit(task: Task, watch: Watch) -> None:
-    """``MLPClassifier.partial_fit``, a pass over the data each, with ``score``."""
+    """Call ``MLPClassifier.partial_fit`` and ``score`` once an epoch."""
     from sklearn.neural_network import MLPClassifier
 
     watch.ready()
@@ -169,7 +169,7 @@ def sklearn_partial_fit(task: Task, watch: Watch) -> None:
         HIDDEN, solver="sgd", alpha=0.0, batch_size=BATCH_SIZE, learning_rate_init=LEARNING_RATE, momentum=0.0,
         nesterovs_momentum=False, random_state=task.seed,
     )  # fmt: skip
-    # makes the arrays that then get the parameters all start from; with no momentum nothing else stays of it
+    # Allocates the arrays for the initial parameters. Without momentum it leaves no other state.
     model.partial_fit(task.X[:BATCH_SIZE], task.y[:BATCH_SIZE], classes=np.arange(CLASSES))
     model.coefs_ = [np.ascontiguousarray(weight.T) for weight, _ in task.parameters]
     model.intercepts_ = [bias.copy() for _, bias in task.parameters]
@@ -181,7 +181,7 @@ def sklearn_partial_fit(task: Task, watch: Watch) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """Its name in tables, what has to be installed for it, and its loop. ``first``: nothing is on disk yet."""
+    """Label, required packages and loop. ``first``: numba's cache on disk is empty."""
 
     label: str
     packages: tuple[str, ...]

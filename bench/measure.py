@@ -1,8 +1,8 @@
-"""Giving the contenders their turns, and the statistics of what they took.
+"""Time the contenders in turn, and summarise the times.
 
-On a shared machine the speed of the cores drifts within seconds. So contenders take turns within a round, the first one
-changing from round to round; a ratio compares two turns of the same round; and of the ratios the median is reported,
-with the 20th and 80th percentiles.
+On a shared machine the speed of the cores drifts within seconds. So all contenders run once in each round, in a
+rotating order, and a ratio compares two turns of the same round. Reports give the median of the ratios, with the 20th
+and 80th percentiles.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from bench.verification import Judge, Verdict
 from bench.worker import Loaded, Worker, WorkerError
 
 # After its last product a thread of OpenBLAS spins for 100 ms before it sleeps; PyTorch's and XLA's for under 5 ms
-# (read from /proc/PID/task/*/schedstat). OMP_WAIT_POLICY does not reach OpenBLAS's own threads, so each contender waits
-# until the one before it is asleep.
+# (read from /proc/PID/task/*/schedstat). OMP_WAIT_POLICY does not affect OpenBLAS's own threads, so each contender
+# waits until the one before it is asleep.
 PAUSE_SECONDS = 0.15
-# How long a turn lasts: the few milliseconds that a ``fit`` takes before its first epoch are about one per cent of it.
+# The length of a turn. The set-up of a ``fit`` takes a few milliseconds, about one per cent of it.
 TURN_SECONDS = 0.3
-# Many models are set up one by one, so that their turns are longer, by their number and at most by this.
+# Models of a fleet are set up one by one, so their turns are longer, at most by this factor.
 MOST_TURNS = 10
-# A case ends after its rounds, or after so many seconds if it has made the fewest rounds by then.
+# A case ends after its rounds, or after this many seconds once it has the minimum of rounds.
 CASE_SECONDS, FEWEST_ROUNDS = 60.0, 5
-# How far the losses of the two sides of a door may differ after the same updates, relative to the loss.
+# The largest relative difference of a door's two losses after the same updates.
 AGREEMENT = 1e-3
 TIMED, REFUSED, FAILED, UNSUITED, ABSENT = "timed", "refused", "failed", "unsuited", "absent"
 
@@ -44,16 +44,16 @@ class Spread:
 
 
 def spread(values: Sequence[float] | Array) -> Spread:
-    """The 20th, 50th and 80th percentile."""
+    """Return the 20th, 50th and 80th percentile."""
     return Spread(*(float(p) for p in np.percentile(values, [20, 50, 80])))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a contender did on a case: ``status`` and, unless it was timed, why not.
+    """The result of a contender on a case: ``status``, and the reason unless it was timed.
 
-    ``seconds``: a model's step, one figure a round; ``epochs`` made a turn. ``loaded`` is its first epoch, compilation
-    included.
+    ``seconds``: a model's step, one figure a round; ``epochs``: the length of a turn. ``loaded``: the first epoch,
+    compilation included.
     """
 
     case: Case
@@ -67,11 +67,11 @@ class Result:
 
     @property
     def microseconds(self) -> Spread:
-        """A model's step."""
+        """The time of a model's step."""
         return spread([1e6 * s for s in self.seconds])
 
     def ratios(self, reference: Result) -> Spread:
-        """How many times as long as the reference a step takes, round by round."""
+        """Return the ratio of the step's time to the reference's, round by round."""
         return spread([mine / its for mine, its in zip(self.seconds, reference.seconds, strict=True)])
 
 
@@ -84,9 +84,9 @@ def measure(
     pause: float = PAUSE_SECONDS,
     turn_seconds: float = TURN_SECONDS,
 ) -> list[Result]:
-    """``repeats`` rounds of a case, each with a turn of every contender; the results in the order of ``workers``.
+    """Run ``repeats`` rounds with a turn of every contender; return the results in the order of ``workers``.
 
-    A contender whose losses are not the oracle's is refused, one that raises has failed: neither is timed.
+    A contender with losses other than the oracle's is refused, and one that raises has failed: neither is timed.
     """
     results: dict[str, Result] = {}
     judge: Judge | None = None
@@ -95,7 +95,7 @@ def measure(
         if why is not None:
             results[name] = Result(case, name, UNSUITED, why)
             continue
-        progress(f"{case.name}: {PEERS[name].label} beside the oracle")
+        progress(f"{case.name}: comparing {PEERS[name].label} with the oracle")
         judge = judge or Judge(case)
         results[name] = _admitted(case, name, worker, judge, turn_seconds * min(case.models or 1, MOST_TURNS))
         if results[name].status != TIMED:
@@ -120,7 +120,7 @@ def measure(
 
 
 def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds: float) -> Result:
-    """A contender loaded with a case and compared with the oracle."""
+    """Load a contender with a case and compare it with the oracle."""
     try:
         loaded = worker.ask("load", case)
         verdict = judge.verdict(name, *worker.ask("trajectories"))
@@ -134,7 +134,7 @@ def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds:
 
 @contextlib.contextmanager
 def started(names: Sequence[str], cases: Sequence[Case]) -> Iterator[dict[str, Worker]]:
-    """A worker for each contender that some case suits, the references first."""
+    """Yield a worker by name for each contender that can run a case, the references first."""
     references = {reference_of(case) for case in cases}
     wanted = [name for name in names if any(unsuited(name, case) is None for case in cases)]
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What an engine holds: by the allocator's count, by its own account, and at least; for ``bench.overhead``."""
+"""The memory of an engine: the allocator's count, the engine's own account, and the minimum; for ``bench.overhead``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Allocator:
-    """The count of a backend's allocator: torch's or CuPy's on a card, else the process's own, by ``tracemalloc``."""
+    """The count of a backend's allocator: torch's or CuPy's on a card, else the process's, by ``tracemalloc``."""
 
     def __init__(self, backend: Any) -> None:
         self._library = "host" if backend.device == "cpu" else backend.traits.name
@@ -31,7 +31,7 @@ class Allocator:
             tracemalloc.stop()
 
     def held(self) -> int:
-        """Bytes that are given away just now."""
+        """Return the bytes that are allocated now."""
         gc.collect()
         if self._library == "host":
             return tracemalloc.get_traced_memory()[0]
@@ -44,7 +44,7 @@ class Allocator:
         return int(cupy.get_default_memory_pool().used_bytes())
 
     def peak_of(self, run: Callable[[], object]) -> int:
-        """The most bytes that were given away at once while something ran; with CuPy, after it ran."""
+        """Run a function and return the peak of allocated bytes; with CuPy, the bytes allocated afterwards."""
         if self._library == "host":
             tracemalloc.reset_peak()
             run()
@@ -60,7 +60,7 @@ class Allocator:
 
 
 def memory(case: Case, plan: str, options: Mapping[str, Any]) -> Record:
-    """What an engine holds, what a fit comes to, what of it is accounted for and has to be there, in bytes."""
+    """Return bytes: of an engine, the peak of a fit, the engine's own account, and the minimum."""
     from fusemlp import MLP, Engine
 
     data = make_data(case)
@@ -68,7 +68,7 @@ def memory(case: Case, plan: str, options: Mapping[str, Any]) -> Record:
     def made() -> Engine:
         return Engine(MLP(case.sizes), batch_size=case.batch_size, plan=plan, **options)
 
-    # what is loaded once a process is not the engine's
+    # Exclude what a process loads once.
     first = made()
     first.fit(data.X, data.y, epochs=1)
     backend = first.memory.backend
@@ -92,7 +92,7 @@ def memory(case: Case, plan: str, options: Mapping[str, Any]) -> Record:
 
 
 def account(engine: Engine) -> dict[str, int]:
-    """Bytes of what an engine allocates when it is made: parameters, gradients, optimizer state, the 16-bit shadow."""
+    """Return the bytes that a new engine allocates: parameters, gradients, optimizer state, the 16-bit shadow."""
     store = engine.memory
     size, item = store.layout.size, store.params.itemsize
     found = {
@@ -104,8 +104,8 @@ def account(engine: Engine) -> dict[str, int]:
 
 
 def least(engine: Engine, *, data_bytes: int) -> dict[str, int]:
-    """Bytes that training has to hold: parameters and optimizer state without gaps, the data where they are copied, and
-    the values of a step, as many as are alive at once.
+    """Return the minimum of bytes for a training: parameters and optimizer state without gaps, data that is copied, and
+    the live values of a step.
     """
     from fusemlp.program.verifier import lifetimes
 
@@ -126,7 +126,7 @@ def least(engine: Engine, *, data_bytes: int) -> dict[str, int]:
 
 
 def bars(axes: Any, lines: Sequence[Record]) -> None:
-    """The most during a fit as a multiple of what must be held, and what that is made of."""
+    """Draw the peak of a fit over the minimum, and the parts of the minimum."""
     parts = ("parameters", "state", "values of a step", "data")
     for place, line in enumerate(lines):
         total, start = sum(line["least"].values()), 0.0

@@ -10,28 +10,28 @@ from bench.cases import CASES, QUICK
 from bench.peers import PEERS
 from fusemlp_kernels.errors import unknown_name
 
-# Each is a module with a ``main``.
+# Each name is a module with a ``main``.
 COMMANDS = {
-    "compare": "what became slower from one file of figures to another",
-    "readme": "write the tables of README.md from committed results, or check them",
-    "sklearn_door": "a fit of scikit-learn's estimators beside fusemlp's",
-    "torch_door": "a training step of eager PyTorch beside the fused one",
-    "fleet_search": "a grid search beside scikit-learn's and JAX's",
-    "time_to_result": "wall time from arrays to an accuracy, everything counted",
-    "scaling": "a step against batch, width, depth and number of models",
-    "roofline": "each call of a step beside the least that it must take",
-    "kernels": "each kernel beside the vendor's product and the unfused sequence",
-    "overhead": "what a step, an epoch and an import cost beside the work; memory",
-    "launches": "the launches of a step beside eager PyTorch's",
+    "compare": "find what became slower from one file of figures to another",
+    "readme": "write the tables of the README pages from committed results, or check them",
+    "sklearn_door": "time a fit of scikit-learn's estimators and of fusemlp's",
+    "torch_door": "time a training step of eager PyTorch and the fused one",
+    "fleet_search": "time a grid search: fusemlp, scikit-learn and JAX",
+    "time_to_result": "time from arrays to an accuracy, imports and compilation included",
+    "scaling": "time a step over batch, width, depth and number of models",
+    "roofline": "compare each call of a step with the limits of the hardware",
+    "kernels": "compare each kernel with the vendor's product and the unfused sequence",
+    "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
+    "launches": "count the launches of a step and of eager PyTorch's",
     "tune": "measure the tiles of the Triton kernels on a card",
 }
 EXAMPLES = f"""\
 examples:
   python -m bench --quick                       five networks, three rounds: under two minutes
-  python -m bench                               everything; about 25 minutes on two cores that do nothing else
+  python -m bench                               everything; about 25 minutes on two idle cores
   python -m bench --case {QUICK[1]} --peer engine --peer jax_scan
-  python -m bench --list                        the networks and contenders, and why some are not measured here
-  python -m bench --markdown                    the tables of the newest file, nothing measured
+  python -m bench --list                        the networks and contenders, and the reason if one cannot run here
+  python -m bench --markdown                    print the tables of the newest file, measure nothing
   python -m bench compare before.jsonl after.jsonl
 
 other commands, each with a --help of its own:
@@ -39,11 +39,11 @@ other commands, each with a --help of its own:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the options."""
     made = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time a training step of fusemlp and of other libraries, side by side, after making sure\n"
-        "that they compute the same. The tables go to stdout, progress to stderr, the figures with\n"
+        description="Time a training step of fusemlp and of other libraries, in turn, after a check that they\n"
+        "compute the same. The tables go to stdout, progress to stderr, the figures with\n"
         "machine and versions to a file of JSON lines, pictures beside it. What is not installed is\n"
         "listed with how to get it: pip install 'fusemlp[bench]' brings most.",
         epilog=EXAMPLES,
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         type=names("case", CASES),
         metavar="NAME",
-        help="which networks, by name, several between commas or with --case again (default: all; see --list)",
+        help="networks by name, with commas or with --case again (default: all; see --list)",
     )
     made.add_argument(
         "--peer",
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         type=names("peer", PEERS),
         metavar="NAME",
-        help="which contenders, in the same way (default: all); factors need engine, and fleet for many models",
+        help="contenders, in the same way (default: all); factors need engine, and fleet for many models",
     )
     made.add_argument("--quick", action="store_true", help="few networks, rounds and contenders, short turns")
     made.add_argument("--repeats", type=count, metavar="N", help="rounds of a case (default: 11, with --quick 3)")
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     made.add_argument("--no-plots", dest="plots", action="store_false", help="draw no pictures")
     other = made.add_mutually_exclusive_group()
-    other.add_argument("--list", action="store_true", help="measure nothing: say what there is to measure")
+    other.add_argument("--list", action="store_true", help="measure nothing: list networks and contenders")
     other.add_argument(
         "--markdown",
         nargs="?",
@@ -84,13 +84,15 @@ def parser() -> argparse.ArgumentParser:
         help="measure nothing: print the tables of FILE (default: the newest in bench/results)",
     )
     other.add_argument(
-        "--breakdown", action="store_true", help="time every call of fusemlp's step by itself; no peers, no file"
+        "--breakdown",
+        action="store_true",
+        help="time every call of fusemlp's step by itself; no peers, no file",
     )
     return made
 
 
 def names(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Names between commas, for ``argparse``; an unknown one is answered with the nearest."""
+    """Return an ``argparse`` type for comma-separated names; the error for an unknown one suggests the nearest."""
     valid = list(known)
 
     def chosen(text: str) -> list[str]:
@@ -106,7 +108,7 @@ def names(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1, for ``argparse``."""
+    """Parse a whole number of at least 1, for ``argparse``."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)

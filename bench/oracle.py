@@ -1,12 +1,12 @@
-"""The losses that a contender must come to: the textbook's training in float64, and how far rounding may lead from it.
+"""The oracle: the textbook's training in float64, and the tolerance that rounding allows a contender.
 
 The tolerance is derived from the oracle itself. A matrix product in floating point is the exact product of operands
-that are changed by at most gamma, relatively: one rounding of the operand, if they are rounded for it (tf32, bf16),
-and for a sum of n products sqrt(n) * u by the probabilistic analysis of Higham and Mary (SIAM J. Sci. Comput. 41,
-2019), u being the unit roundoff of the sum. So the oracle is run again with the features and parameters of each step
-changed at random by up to gamma, n being the longest sum of the step, and each new parameter by up to u. How far these
-runs end from the exact one is, to first order, a sum of independent errors: a contender may be ``DEVIATIONS`` times
-their root mean square away, and gamma of the loss itself for what its last sum rounds.
+with relative changes of at most gamma. Gamma is one rounding of the operand (tf32, bf16), plus sqrt(n) * u for a sum of
+n products, by the probabilistic analysis of Higham and Mary (SIAM J. Sci. Comput. 41, 2019); u is the unit roundoff of
+the sum. So the oracle runs again with random changes: features and parameters of each step by up to gamma, with n the
+longest sum of the step, and each new parameter by up to u. To first order these runs deviate from the exact one by a
+sum of independent errors. A contender may deviate by ``DEVIATIONS`` times their root mean square, plus gamma times the
+loss for its last sum.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from fusemlp_kernels.contract import LossSpec, ScheduleSpec, TensorRule, UpdateR
 
 STEPS = 20
 RUNS = 4
-# With four runs the root mean square itself is known to a third or so; six of it are left by chance once in a million.
+# Four runs give the root mean square to about a third; chance exceeds six of it once in a million.
 DEVIATIONS = 8.0
 UNIT = 2.0**-24
-# The unit roundoff of what a matrix product reads.
+# The unit roundoff of a matrix product's operands.
 OPERANDS = {"fp32": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
-# Of a fleet, so many models are run with errors; the widest of their tolerances is that of all. A model in a thousand
-# has a gradient so near zero that rounding decides its sign, and with it the direction of Adam's first step: what lies
-# outside is looked at again, with so many runs of its own.
+# This many models of a fleet run with errors, and the widest tolerance holds for all. One model in a thousand has a
+# gradient so near zero that rounding decides its sign, and with it the direction of Adam's first step. A model outside
+# the tolerance is checked again with this many runs of its own.
 DISTURBED_MODELS = 8
 SECOND_RUNS = 16
-# A step of more floating-point operations is checked once, and on batches of so few rows for all STEPS.
+# A step with more floating-point operations is checked once at full size, and for all STEPS on batches of FEW_ROWS.
 MOST_FLOPS, FEW_ROWS = 2e10, 256
-# How often the oracle draws masks, where dropout makes the losses random.
+# The number of oracle runs with random dropout masks.
 MASKED_RUNS = 12
 SPEC = LossSpec("cross_entropy")
 Change = Callable[[Array, float], Array]
@@ -43,9 +43,9 @@ Change = Callable[[Array, float], Array]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a contender's mathematics differs in from torch's, by its library's own definition.
+    """The differences of a contender's mathematics from torch's, by its library's own definition.
 
-    ``convention``: where Adam's eps stands, see ``reference.update``. ``biases``: whether it has any.
+    ``convention``: the place of Adam's eps, see ``reference.update``. ``biases``: False if the network has none.
     """
 
     convention: str = "torch"
@@ -54,9 +54,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class Expected:
-    """``losses`` (steps + 1,), with many models (steps + 1, models): before each step, and after the last one.
+    """``losses`` (steps + 1,), for a fleet (steps + 1, models): before each step, and after the last one.
 
-    ``tolerance`` (steps + 1,): how far from each of them a contender's may be.
+    ``tolerance`` (steps + 1,): the largest difference that a contender may have.
     """
 
     losses: Array
@@ -64,12 +64,12 @@ class Expected:
 
 
 def gamma(case: Case) -> float:
-    """How much rounding changes a product's operands, relatively."""
+    """Return gamma: the relative change of a product's operands that stands for its rounding."""
     return OPERANDS[case.precision] + float(np.sqrt(max(*case.sizes, case.batch_size))) * UNIT
 
 
 def starting(parameters: Parameters, rules: Rules) -> Parameters:
-    """The initial parameters of a contender."""
+    """Return the initial parameters of a contender."""
     return parameters if rules.biases else [(weight, np.zeros_like(bias)) for weight, bias in parameters]
 
 
@@ -83,7 +83,7 @@ def train(
     masks: np.random.Generator | None = None,
     steps: int = STEPS,
 ) -> Array:
-    """The oracle's losses (steps + 1,) for one model; ``change`` disturbs arrays, ``masks`` draws dropout's."""
+    """Return the oracle's losses (steps + 1,) for one model; ``change`` disturbs arrays, ``masks`` draws dropout's."""
     hidden = len(parameters) - 1
     disturb = change or (lambda array, size: array)
     rate = case.dropout if masks is not None else 0.0
@@ -125,7 +125,7 @@ def train(
 
 
 def loss_of(case: Case, data: Data, parameters: Parameters, rows: Array) -> float:
-    """The mean cross-entropy of some rows, in float64, without dropout."""
+    """Return the mean cross-entropy of some rows, in float64, without dropout."""
     h = data.X[rows].astype(np.float64)
     for index, (weight, bias) in enumerate(parameters):
         h = reference.linear(
@@ -138,9 +138,9 @@ def loss_of(case: Case, data: Data, parameters: Parameters, rows: Array) -> floa
 
 
 def checks(case: Case) -> list[tuple[Case, int]]:
-    """What a contender has to train as the oracle does: cases with a number of steps.
+    """Return the cases, with a number of steps, that a contender must train as the oracle does.
 
-    STEPS of them, on batches of ``FEW_ROWS`` where the oracle would take minutes, and then one step of the case itself.
+    A case that takes the oracle minutes gets STEPS steps on batches of ``FEW_ROWS``, then one full step.
     """
     plain = replace(case, dropout=0.0)
     if case.flops <= MOST_FLOPS or case.batch_size <= FEW_ROWS:
@@ -149,7 +149,7 @@ def checks(case: Case) -> list[tuple[Case, int]]:
 
 
 def expected(case: Case, data: Data, rules: Rules, steps: int = STEPS) -> Expected:
-    """The oracle's losses of a case, and the tolerance of each; dropout is off."""
+    """Return the oracle's losses of a case, with tolerances; dropout is off."""
     parameters = starting(data.parameters, rules)
     single = [parameters] if case.models is None else [model_of(parameters, i) for i in range(case.models)]
     exact = np.stack([train(case, data, one, rules, steps=steps) for one in single], axis=1)
@@ -159,7 +159,7 @@ def expected(case: Case, data: Data, rules: Rules, steps: int = STEPS) -> Expect
 
 
 def tolerance(case: Case, data: Data, parameters: Parameters, rules: Rules, exact: Array, runs: int) -> Array:
-    """(steps + 1,): how far from ``exact`` rounding may lead a model, by so many runs with errors."""
+    """Return (steps + 1,) tolerances around ``exact``, from ``runs`` runs with errors."""
     squares = np.zeros(len(exact))
     for run in range(runs):
         generator = np.random.default_rng(run)
@@ -173,7 +173,7 @@ def tolerance(case: Case, data: Data, parameters: Parameters, rules: Rules, exac
 
 
 def masked_losses(case: Case, data: Data, rules: Rules) -> Array:
-    """(MASKED_RUNS,) the mean loss over the STEPS steps with dropout, each run with masks of its own."""
+    """Return (MASKED_RUNS,) mean losses over the STEPS steps with dropout, each run with its own masks."""
     parameters = starting(data.parameters, rules)
     runs = [
         train(case, data, parameters, rules, masks=np.random.default_rng([7, run]))[:STEPS].mean()

@@ -1,14 +1,13 @@
-"""What training costs outside the kernels: Python, launches, memory and imports. ``python -m bench overhead``
+"""Measure the cost outside the kernels: Python, launches, memory and imports. ``python -m bench overhead``
 
-Steps: a network so small that its arithmetic is nothing is trained in fits of different lengths. Their times are fitted
-by ``call + epoch * epochs + step * steps`` (least squares over medians): what a call of ``fit``, an epoch of it and a
-step cost by themselves, for each plan; and what a call of ``Engine.step`` and the making of an engine cost.
+Steps: fits of different lengths train a network with negligible arithmetic. A least-squares fit of ``call + epoch *
+epochs + step * steps`` to their median times gives the cost of a call of ``fit``, of an epoch and of a step, for each
+plan. A call of ``Engine.step`` and the construction of an engine are timed apart.
 
-Memory: what the process (or the card) holds more when an engine has been made, and the most while it fits, by the
-allocator's count; beside it the engine's own account by arena and the least that has to be held: parameters, optimizer
-state, and the values of a step that are alive at once.
+Memory: the bytes that a new engine adds, and the peak of a fit, by the allocator's count. The table also has the
+engine's own account and the minimum: parameters, optimizer state, and the live values of a step.
 
-Imports: each statement in fresh interpreters, the median, less what an interpreter takes that imports nothing.
+Imports: each statement runs in fresh interpreters; the median is given, without the time of an empty interpreter.
 """
 
 from __future__ import annotations
@@ -54,9 +53,9 @@ PEER_IMPORTS = {
 
 
 def fit_costs(seconds: Mapping[tuple[int, int], float]) -> dict[str, float]:
-    """The terms of ``call + epoch * epochs + step * steps`` nearest to times by (epochs, steps an epoch).
+    """Fit ``call + epoch * epochs + step * steps`` to times by (epochs, steps an epoch), and return the terms.
 
-    Least squares of the relative errors, so that the long fits do not drown the short ones.
+    The fit minimises relative errors, so the long fits do not dominate.
     """
     rows = np.array([[1.0, epochs, epochs * steps] for epochs, steps in seconds])
     taken = np.array(list(seconds.values()))
@@ -65,7 +64,7 @@ def fit_costs(seconds: Mapping[tuple[int, int], float]) -> dict[str, float]:
 
 
 def step_costs(plan: str, options: Mapping[str, Any], rounds: int) -> Record:
-    """What a fit, an epoch, a step, a call of ``Engine.step`` and an engine cost on a network of next to no work."""
+    """Return the cost of a fit, an epoch, a step, ``Engine.step`` and an engine, on a network with negligible work."""
     from fusemlp import MLP, Engine
 
     def made() -> Engine:
@@ -106,7 +105,7 @@ def step_costs(plan: str, options: Mapping[str, Any], rounds: int) -> Record:
 
 
 def import_seconds(statements: Mapping[str, str], runs: int) -> dict[str, list[float]]:
-    """Seconds of statements in fresh interpreters, taking turns, less the median of one that does nothing."""
+    """Return the seconds of statements in fresh interpreters, in turn, less the median of an empty one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels"))
 
@@ -119,7 +118,7 @@ def import_seconds(statements: Mapping[str, str], runs: int) -> dict[str, list[f
     for run in range(runs + 1):
         for name in taken:
             seconds = one(statements.get(name, "pass"))
-            # the first run reads the files and writes the byte code
+            # The first run reads the files and writes the byte code.
             if run:
                 taken[name].append(seconds)
     nothing = spread(taken.pop("")).p50
@@ -127,7 +126,7 @@ def import_seconds(statements: Mapping[str, str], runs: int) -> dict[str, list[f
 
 
 def heaviest(statement: str, most: int = 5) -> list[tuple[str, float]]:
-    """The modules that take longest by themselves when a statement is run, in seconds, by ``-X importtime``."""
+    """Return the modules that take longest by themselves in a statement, in seconds, by ``-X importtime``."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels"))}
     command = [sys.executable, "-X", "importtime", "-c", statement]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -140,7 +139,7 @@ def heaviest(statement: str, most: int = 5) -> list[tuple[str, float]]:
 
 
 def import_lines(runs: int) -> list[Record]:
-    """A line for each statement, and one for each peer's."""
+    """Return a line for each statement, fusemlp's and the peers'."""
     peers = {text: text for name, text in PEER_IMPORTS.items() if importlib.util.find_spec(name) is not None}
     lines = []
     for name, seconds in import_seconds(IMPORTS | peers, runs).items():
@@ -160,7 +159,7 @@ def import_lines(runs: int) -> list[Record]:
 
 
 def text(lines: Sequence[Record]) -> str:
-    """Three tables."""
+    """Return the three tables."""
     steps = [
         [
             f"{line['backend']} {line['plan']}",
@@ -207,11 +206,11 @@ def text(lines: Sequence[Record]) -> str:
             ),
             held,
         )
-        + "\n\nMust be held: parameters and optimizer state, and of a step the values that are alive at once. During "
+        + "\n\nMust be held: parameters, optimizer state and the live values of a step. During "
         "`fit` there is also a copy of parameters and state, to go back to when an epoch diverges.",
         "### Imports\n\n"
         + table(("statement", "median", "p20", "p80"), imports)
-        + f"\n\nIn a fresh interpreter, less what one takes that imports nothing. {verdict(lines)}",
+        + f"\n\nIn a fresh interpreter, without the time of an empty one. {verdict(lines)}",
     ]
     return "\n\n".join(parts)
 
@@ -226,7 +225,7 @@ COSTS = {
 
 
 def verdict(lines: Sequence[Record]) -> str:
-    """Whether the import keeps to the goal, and if not, what takes the time."""
+    """Say whether the import meets the goal, and if not, name the slowest modules."""
     line = next(line for line in lines if line["row"] == "import" and line["own"])
     taken = line["seconds"]["p50"]
     said = f"`{line['statement']}` takes {duration(taken)}; the goal is below {duration(IMPORT_GOAL)}"
@@ -237,7 +236,7 @@ def verdict(lines: Sequence[Record]) -> str:
 
 
 def draw(lines: Sequence[Record]) -> Figure:
-    """Costs, memory and imports side by side."""
+    """Draw costs, memory and imports side by side."""
     made, (costs, held, imports) = figure(17.0, 5.4, columns=3)
     steps = [line for line in lines if line["row"] == "steps"]
     names = [*COSTS]
@@ -283,7 +282,7 @@ def _short(statement: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit code."""
+    """Run the study and return its exit code."""
     made = parser("overhead", (__doc__ or "").partition("\n")[0])
     made.add_argument("--backend", default="auto", help="default: the first that works here")
     made.add_argument("--rounds", type=count, default=15, metavar="N", help="default: %(default)s")

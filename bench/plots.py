@@ -1,6 +1,6 @@
-"""Pictures of a measurement: steps beside one another, many models at once, and the wait before the first epoch.
+"""Pictures of a measurement: steps, many models at once, and the time to the first epoch.
 
-Each title says what the figures in the picture say, and is made from them.
+Each title states the finding; it is computed from the figures.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which those who do not see all colours can tell apart; one a library, a marker a contender.
+# Okabe and Ito's palette for colour-blind readers; one colour a library, one marker a contender.
 LIBRARIES = {"fusemlp": "#0072B2", "torch": "#D55E00", "jax": "#009E73", "scikit-learn": "#8C6BB1", "tiny": "#000000"}
 MARKERS = "oDs^vPX"
 DPI = 150
 
 
 def pictures(lines: Sequence[Record], path: Path) -> list[Path]:
-    """Draw what there are figures for, beside the JSON lines; the paths of the pictures."""
+    """Draw the pictures beside the JSON lines and return their paths."""
     singles = [line for line in timed(lines) if line["models"] is None]
     fleets = [line for line in timed(lines) if line["models"] is not None]
     drawn: list[Path] = []
@@ -44,7 +44,7 @@ def pictures(lines: Sequence[Record], path: Path) -> list[Path]:
 
 
 def draw_networks(lines: Sequence[Record]) -> Figure | None:
-    """Each contender's time for a step over fusemlp's, a row a network; None without other contenders."""
+    """Draw each contender's time for a step over fusemlp's, a row a network; None without other contenders."""
     cases = {name: found for name, found in by_case(lines).items() if "engine" in found and len(found) > 1}
     if not cases:
         return None
@@ -87,7 +87,7 @@ def draw_networks(lines: Sequence[Record]) -> Figure | None:
 
 
 def networks_finding(cases: dict[str, dict[str, Record]]) -> str:
-    """On how many networks no other library is quicker, and the largest lead over what people use by default."""
+    """Say on how many networks fusemlp is the fastest, with its largest lead over a library's default."""
     ahead, leads, behind = 0, [], []
     for found in cases.values():
         others = [line for line in found.values() if library(line) != "fusemlp"]
@@ -100,12 +100,12 @@ def networks_finding(cases: dict[str, dict[str, Record]]) -> str:
             behind.append((least["ratio"]["p50"], least))
         leads += [(line["ratio"]["p50"], line) for line in others]
     if not leads:
-        return "The plans of fusemlp beside one another"
+        return "The plans of fusemlp"
     number, total = ahead, len(cases)
     text = (
-        f"fusemlp is the quickest on {number} of {total} networks"
+        f"fusemlp is the fastest on {number} of {total} networks"
         if total > 1
-        else ("fusemlp is the quickest" if number else "fusemlp is not the quickest")
+        else ("fusemlp is the fastest" if number else "fusemlp is not the fastest")
     )
     most, line = max(leads, key=lambda pair: pair[0])
     if most > 1.0:
@@ -117,7 +117,7 @@ def networks_finding(cases: dict[str, dict[str, Record]]) -> str:
 
 
 def draw_fleets(lines: Sequence[Record]) -> Figure | None:
-    """A model's step against how many train at once; None without two numbers of models, or without the fleet."""
+    """Draw a model's step over the number of models; None without two such numbers, or without the fleet."""
     numbers = sorted({line["models"] for line in lines})
     if len(numbers) < 2 or all(line["peer"] != "fleet" for line in lines):
         return None
@@ -143,7 +143,7 @@ def draw_fleets(lines: Sequence[Record]) -> Figure | None:
 
 
 def fleets_finding(lines: Sequence[Record]) -> str:
-    """How far the fleet is ahead of each library, or behind it, where most models train."""
+    """Say how the fleet compares with each library at the largest number of models."""
     most = max(line["models"] for line in lines if line["peer"] == "fleet")
     found = {line["peer"]: line for line in lines if line["models"] == most}
     others = sorted((line for line in found.values() if not is_reference(line)), key=lambda line: -line["ratio"]["p50"])
@@ -154,7 +154,7 @@ def fleets_finding(lines: Sequence[Record]) -> str:
 
 
 def draw_first_epochs(lines: Sequence[Record]) -> Figure | None:
-    """How long each contender takes to the end of its first epoch, over all networks; None without figures."""
+    """Draw the time of each contender to the end of its first epoch, over all networks; None without figures."""
     waits: dict[str, list[float]] = {}
     for line in lines:
         if "first_epoch_seconds" in line:
@@ -180,7 +180,7 @@ def draw_first_epochs(lines: Sequence[Record]) -> Figure | None:
     axes.grid(True, which="major", color="#E3E3E3", linewidth=0.6)
     axes.set_xlabel("seconds from arrays to the end of the first epoch (log scale; dot: median, ticks: each network)")
     slowest, own = order[-1], waits.get("engine")
-    text = f"{labels[slowest]} needs {duration(1e6 * statistics.median(waits[slowest]))} before its first epoch is done"
+    text = f"{labels[slowest]} needs {duration(1e6 * statistics.median(waits[slowest]))} to the end of its first epoch"
     if own is not None and slowest != "engine":
         text += f", fusemlp {duration(1e6 * statistics.median(own))}"
     title(figure, f"{text}\n(median of {len(by_case(lines))} networks, compilation included)", lines, "one run each")
@@ -188,14 +188,14 @@ def draw_first_epochs(lines: Sequence[Record]) -> Figure | None:
 
 
 def library(line: Record) -> str:
-    """Whose contender a line is."""
+    """Return the library of a line's contender."""
     peer = line["peer"]
     starts = {"engine": "fusemlp", "fleet": "fusemlp", "torch": "torch", "jax": "jax", "sklearn": "scikit-learn"}
     return next((name for start, name in starts.items() if peer.startswith(start)), "tiny")
 
 
 def looks_of(lines: Sequence[Record]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each contender: the colour its library's, the marker the next of that library."""
+    """Return a colour and a marker for each contender: the library's colour, the next marker in it."""
     looks: dict[str, tuple[str, str]] = {}
     used: dict[str, int] = {}
     present = {line["peer"]: library(line) for line in lines}
@@ -207,7 +207,7 @@ def looks_of(lines: Sequence[Record]) -> dict[str, tuple[str, str]]:
 
 
 def duration(value: float) -> str:
-    """Microseconds with a unit that suits."""
+    """Return microseconds with a suitable unit."""
     for size, unit in ((1e6, "s"), (1e3, "ms")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -215,7 +215,7 @@ def duration(value: float) -> str:
 
 
 def blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with axes, without a display."""
+    """Return a figure with axes, without a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -226,7 +226,7 @@ def blank(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10 in place of powers."""
+    """Label a log axis 1, 2, 5, 10 instead of with powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
@@ -235,7 +235,7 @@ def plain_ticks(axis: Any) -> None:
 
 
 def legend(axes: Axes, looks: dict[str, tuple[str, str]], lines: Sequence[Record], skip: Sequence[str] = ()) -> None:
-    """Contenders by name, beside the axes."""
+    """Draw the legend beside the axes."""
     from matplotlib.lines import Line2D
 
     labels = {line["peer"]: line["label"] for line in lines}
@@ -248,8 +248,8 @@ def legend(axes: Axes, looks: dict[str, tuple[str, str]], lines: Sequence[Record
 
 
 def title(figure: Figure, text: str, lines: Sequence[Record], how: str = "") -> None:
-    """The finding above, the machine below, with how often it was measured."""
-    # bold letters of this size are about a ninth of an inch wide
+    """Write the finding above the axes, and machine and number of rounds below."""
+    # Bold letters of this size are about a ninth of an inch wide.
     most = int(9 * figure.get_figwidth())
     wrapped = "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, most))
     figure.suptitle(wrapped, x=0.01, ha="left", fontsize=13, fontweight="bold")

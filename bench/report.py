@@ -1,4 +1,4 @@
-"""What a measurement says and under which circumstances: JSON lines to keep, Markdown tables to read."""
+"""The report of a measurement: JSON lines with machine and versions, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NAMES = {"sklearn": "scikit-learn", "torch": "PyTorch", "jax": "JAX", "numpy": "
 
 
 def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]) -> dict[str, Any]:
-    """All that is the same for every line of a report.
+    """Return machine, versions and settings: the part that every line of a report shares.
 
-    ``environments``: what each contender's worker said of its process. ``unset``: the OPENBLAS_* variables of this
-    process, which the workers were not given.
+    ``environments``: version and thread pools of each contender's process. ``unset``: the OPENBLAS_* variables of this
+    process, which the workers do not inherit.
     """
     import numpy
     import scipy
@@ -48,7 +48,7 @@ def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]
 
 
 def records(results: Sequence[Result], common: dict[str, Any]) -> list[Record]:
-    """A line for each contender of a case; ``ratio`` (None without the reference) is its time over the reference's."""
+    """Return a line for each contender of a case; ``ratio``: its time over the reference's, None without one."""
     timed = [result for result in results if result.status == TIMED]
     reference = next((result for result in timed if result.peer == reference_of(result.case)), None)
     lines = []
@@ -92,7 +92,7 @@ def records(results: Sequence[Result], common: dict[str, Any]) -> list[Record]:
 
 
 def absences(reasons: dict[str, str], common: dict[str, Any]) -> list[Record]:
-    """A line for each contender that cannot be measured here, with why."""
+    """Return a line, with the reason, for each contender that cannot run here."""
     return [
         {"case": None, "peer": name, "label": PEERS[name].label, "status": ABSENT, "reason": reason, **common}
         for name, reason in reasons.items()
@@ -100,7 +100,7 @@ def absences(reasons: dict[str, str], common: dict[str, Any]) -> list[Record]:
 
 
 def write(lines: Iterable[Record], path: Path) -> None:
-    """Add lines to a file; its folder is made if need be."""
+    """Append lines to a file; make its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for line in lines:
@@ -108,31 +108,31 @@ def write(lines: Iterable[Record], path: Path) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """The lines of a file that ``write`` wrote."""
+    """Return the lines of a file that ``write`` wrote."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    # the first files have only what was timed
+    # The oldest files have only timed lines, without a status.
     return [{"status": TIMED, "models": None, **line} for line in lines]
 
 
 def default_path() -> Path:
-    """A new file in ``bench/results``, named by the time."""
+    """Return the path of a new file in ``bench/results``, named by the time."""
     return RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"
 
 
 def newest() -> Path | None:
-    """The last comparison in ``bench/results``, or None."""
+    """Return the newest comparison in ``bench/results``, or None."""
     return max(
         (path for path in RESULTS.glob("*.jsonl") if '"peer":' in path.open(encoding="utf-8").readline()), default=None
     )
 
 
 def timed(lines: Sequence[Record]) -> list[Record]:
-    """The lines with figures."""
+    """Return the lines with figures."""
     return [line for line in lines if line["status"] == TIMED]
 
 
 def by_case(lines: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    """For each case the lines of its contenders by name, both in the order of the file."""
+    """Return for each case the lines of its contenders by name, in the order of the file."""
     found: dict[str, dict[str, Record]] = {}
     for line in lines:
         found.setdefault(line["case"], {})[line["peer"]] = line
@@ -140,7 +140,7 @@ def by_case(lines: Sequence[Record]) -> dict[str, dict[str, Record]]:
 
 
 def markdown(lines: Sequence[Record]) -> str:
-    """The tables of a measurement and, below them, machine, versions and method."""
+    """Return the tables of a measurement and, below them, machine, versions and method."""
     of_cases = [line for line in lines if line["status"] != ABSENT]
     parts = []
     for chosen in (
@@ -177,7 +177,7 @@ def _table(lines: Sequence[Record]) -> str:
 
 
 def case_label(line: Record) -> str:
-    """A case for a table's row: 784-10-10, 32, Adam."""
+    """Return the label of a case's row, such as 784-10-10, 32, Adam."""
     models = "" if line["models"] is None else f"{line['models']:,} x "
     parts = [f"{models}{'-'.join(map(str, line['sizes']))}", str(line["batch_size"])]
     if line.get("activation", "relu") != "relu":
@@ -204,17 +204,17 @@ def _cell(line: Record | None) -> str:
 
 
 def is_reference(line: Record) -> bool:
-    """Whether the others of its case are compared with it."""
+    """Return whether the other lines of the case are compared with this one."""
     return bool(line["peer"] == ("engine" if line["models"] is None else "fleet"))
 
 
 def microseconds(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Return the value with three digits, or rounded to an integer."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def where(line: Record) -> str:
-    """Processor and card of a line."""
+    """Return processor and card of a line."""
     box = line["machine"]
     memory = "" if box["memory_gib"] is None else f", {box['memory_gib']:.0f} GiB"
     found = line.get("card")
@@ -236,40 +236,40 @@ def _caption(lines: Sequence[Record]) -> str:
     made = f", commit {line['commit']}" if line.get("commit") else ""
     each = " of a model" if any(one["models"] is not None for one in measured) else ""
     text = [
-        f"Microseconds a training step{each} (relu, cross-entropy, plain SGD and fp32 unless a row says otherwise): "
-        "the median and, in the first column, the 20th to 80th percentile. For the others the factor is their time "
-        "over the first column's in the same round: the median and, in brackets, the 20th to 80th percentile.",
-        f"{' or '.join(map(str, rounds))} interleaved rounds, each contender in a process of its own with its default "
-        f"threads, compilation and a first epoch not timed. {_agreement(measured)}",
+        f"Microseconds per training step{each}, with relu, cross-entropy, plain SGD and fp32 unless the row says "
+        "otherwise. First column: median (20th to 80th percentile). Others: median time, and in bold its ratio to the "
+        "first column in the same round (20th to 80th percentile). A ratio above 1 means that fusemlp is faster.",
+        f"{' or '.join(map(str, rounds))} interleaved rounds. Each contender runs in its own process with its default "
+        f"threads; compilation and a first epoch are not timed. {_agreement(measured)}",
         f"{where(line)}; {shown}; BLAS: {_blas(line)}; OPENBLAS_* variables: {openblas}; other settings: {named}; "
-        f"{line['date'][:10]}{made}. Again with `python -m bench`.",
+        f"{line['date'][:10]}{made}. To repeat: `python -m bench`.",
     ]
     return "\n\n".join(text)
 
 
 def _agreement(measured: Sequence[Record]) -> str:
-    """How it was made sure that contenders did equal work."""
+    """Say how the contenders were checked to do equal work."""
     if "loss_difference" in measured[0]:
         most = max(one["loss_difference"] for one in measured)
         return (
-            "All start from the same parameters, and after one epoch of the same batches their losses differ by at "
-            f"most {most:.0e} of what the epoch gained."
+            "All start from the same parameters. After one epoch of the same batches their losses differ by at most "
+            f"{most:.0e} of the epoch's gain."
         )
     most = max(one["difference_of_tolerance"] for one in measured)
     large = any(one["flops"] > MOST_FLOPS for one in measured)
-    small = f" (where a step is more than {MOST_FLOPS:.0e} operations, on {FEW_ROWS} rows)" if large else ""
+    small = f" (on {FEW_ROWS} rows if a step has more than {MOST_FLOPS:.0e} operations)" if large else ""
     return (
-        "Each was timed only after its losses over 20 steps, from the same parameters and batches, were those of the "
-        f"float64 oracle{small}: the largest difference is {most:.2f} of what rounding allows."
+        "Before timing, each contender's losses over 20 steps from the same parameters and batches were compared with "
+        f"a float64 oracle{small}. The largest difference is {most:.2f} of the rounding bound."
     )
 
 
 def _notes(lines: Sequence[Record]) -> list[str]:
-    """What is missing in the tables and why, and whose mathematics is not the others'."""
+    """Return notes: the plan, missing figures with reasons, and contenders with different mathematics."""
     notes = []
     chosen = {line["label"]: line["plan"] for line in timed(lines) if line.get("plan") and is_reference(line)}
     if chosen:
-        notes.append("- " + "; ".join(f"{label}: here {plan}" for label, plan in chosen.items()) + ".")
+        notes.append("- " + "; ".join(f"{label}: plan {plan}" for label, plan in chosen.items()) + ".")
     for line in lines:
         if line["status"] in (REFUSED, FAILED):
             notes.append(f"- {line['status']}: {line['label']} on {case_label(line)}: {line['reason']}.")
@@ -290,7 +290,7 @@ def _notes(lines: Sequence[Record]) -> list[str]:
 
 
 def _blas(line: Record) -> str:
-    """The BLAS in the reference's process (or the first contender's), with its kernels and threads."""
+    """Return the BLAS of the reference's process (or the first contender's), with its kernels and threads."""
     pools = line["thread_pools"]
     chosen = next((pools[name] for name in ("engine", "fleet") if name in pools), next(iter(pools.values())))
     found = [

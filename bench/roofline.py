@@ -1,11 +1,11 @@
-"""How close each call of the step program comes to what the hardware must take for it: ``python -m bench roofline``.
+"""Compare each call of the step program with the limits of the hardware: ``python -m bench roofline``.
 
-The program says for each call how many floating-point operations and bytes it takes. Over the two ceilings, which are
-measured in the same run, that gives two times; the longer one is the call's floor (Williams, Waterman and Patterson,
-"Roofline", 2009). Beside it stands the time that the call takes in its place in the step.
+The program gives the floating-point operations and bytes of each call. Divided by two ceilings, measured in the same
+run, these give two times; the longer one is the call's floor (Williams, Waterman and Patterson, "Roofline", 2009). The
+table lists the floor and the time of the call in its place in the step.
 
-The floor counts matrix products and each value once in each direction; exponentials, square roots and what a
-call computes again are not in it. The ceiling for bytes is the faster of a large copy and a copy of the step's size.
+The floor counts matrix products, and each value once in each direction. It leaves out exponentials, square roots and
+recomputation. The ceiling for bytes is the faster of a large copy and a copy of the step's size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NETWORKS = {
     "cpu": ("64-32-10@32", "784-128-10@128", "784-512-256-10@128", "1024-1024-1024-1024@512"),
     "gpu": ("784-128-10@128", "784-512-256-10@128", "1024-1024-1024-1024-1024@4096", "4096-4096-4096-4096-4096@8192"),
 }
-MEASURED = "measured: median, 20th to 80th percentile; behind it floor / measured"
+MEASURED = "measured: median, 20th to 80th percentile; then floor / measured"
 FLOOR = "floor: products over the first ceiling, or bytes over the second"
 # Runs in one graph, between two events.
 RUNS_A_GRAPH = 20
@@ -43,7 +43,7 @@ RUNS_A_GRAPH = 20
 
 @dataclass(frozen=True)
 class CallPlace:
-    """A call: its work, and the seconds that were measured, one figure a round."""
+    """A call: its work, and its seconds, one figure a round."""
 
     label: str
     flops: int
@@ -52,7 +52,7 @@ class CallPlace:
 
 
 def bound_step(engine: Engine, case: Case) -> BoundProgram:
-    """The eager step of an engine, bound to the case's data and rows, as ``fit`` binds it."""
+    """Return the eager step of an engine, bound to the case's data and rows as in ``fit``."""
     from fusemlp.program.lowering import Inputs
 
     data = make_data(case)
@@ -73,9 +73,9 @@ def bound_step(engine: Engine, case: Case) -> BoundProgram:
 
 
 def time_calls(bound: BoundProgram, rounds: int) -> tuple[list[CallPlace], list[float]]:
-    """Every call of a bound step by itself, and the whole step; seconds, one figure a round.
+    """Time every call of a bound step, and the whole step; return seconds, one figure a round.
 
-    On the host the calls run in their order, so that each finds the caches as it would in ``fit``; on a GPU each runs
+    On the host the calls run in program order, so the caches hold the same data as in ``fit``. On a GPU each call runs
     many times in one graph.
     """
     backend, program = bound.backend, bound.program
@@ -87,7 +87,7 @@ def time_calls(bound: BoundProgram, rounds: int) -> tuple[list[CallPlace], list[
         for round_ in range(rounds + 1):
             taken = [clock.seconds(call, times) for call in bound.calls]
             whole = clock.seconds(bound.run, times)
-            # the first round warms up
+            # The first round warms up.
             if round_:
                 separate[round_ - 1] = taken
                 together.append(whole)
@@ -99,7 +99,7 @@ def time_calls(bound: BoundProgram, rounds: int) -> tuple[list[CallPlace], list[
 
 
 def fit_seconds(case: Case, options: dict[str, Any], plan: str, rounds: int) -> list[float]:
-    """A step inside ``fit`` with a plan, seconds, one figure an epoch."""
+    """Return the seconds of a step inside ``fit`` with a plan, one figure an epoch."""
     from fusemlp import MLP, Engine
 
     data = make_data(case)
@@ -109,7 +109,7 @@ def fit_seconds(case: Case, options: dict[str, Any], plan: str, rounds: int) -> 
 
 
 def study(case: Case, options: dict[str, Any], rounds: int, ceilings: Ceilings | None = None) -> list[Record]:
-    """A line for each call, one for their sum, one for the step in each plan."""
+    """Return a line for each call, for their sum, and for the step in each plan."""
     from fusemlp import MLP, Engine
 
     engine = Engine(MLP(case.sizes), batch_size=case.batch_size, plan="eager", **options)
@@ -143,9 +143,9 @@ def study(case: Case, options: dict[str, Any], rounds: int, ceilings: Ceilings |
     work = {"flops": sum(place.flops for place in places), "bytes": sum(place.traffic for place in places)}
     summed = np.sum([place.seconds for place in places], axis=0).tolist()
     lines.append(common | {"row": "sum", "label": "sum of the calls"} | work | _timed(summed, floor))
-    how = "the step in one go" if kind_of(backend) == "cpu" else f"the step, {RUNS_A_GRAPH} in a graph"
+    how = "the whole step" if kind_of(backend) == "cpu" else f"the step, {RUNS_A_GRAPH} in a graph"
     lines.append(common | {"row": "step", "label": how} | work | _timed(together, floor))
-    # a case of many steps, so that what an epoch costs is small
+    # Many steps, so that the fixed cost of an epoch is small.
     longer = Case(case.sizes, case.batch_size, steps=max(2, min(200, int(2e9 / case.flops))), epochs=1)
     for plan in backend.traits.plans:
         seconds = fit_seconds(longer, options, plan, rounds)
@@ -166,7 +166,7 @@ def _timed(seconds: Sequence[float], floor: float) -> Record:
 
 
 def text(lines: Sequence[Record]) -> str:
-    """A table for each network."""
+    """Return a table for each network."""
     parts = []
     for case in dict.fromkeys(line["case"] for line in lines):
         own = [line for line in lines if line["case"] == case]
@@ -195,19 +195,19 @@ def text(lines: Sequence[Record]) -> str:
 
 
 def finding(lines: Sequence[Record]) -> str:
-    """What the lines of one network say, in a sentence."""
+    """Return the finding for one network, in a sentence."""
     own = [line for line in lines if line["row"] == "call"]
     best = min((line for line in lines if line["row"] in ("step", "fit")), key=lambda line: line["seconds"]["p50"])
     worst = max(own, key=lambda line: line["seconds"]["p50"] - line["floor"])
     lost = worst["seconds"]["p50"] - worst["floor"]
     return (
-        f"{own[0]['case']}: {best['share']:.0%} of the quickest step is what the hardware must take;\n"
-        f"call by call most is lost in {worst['label']} ({duration(max(lost, 0.0))})"
+        f"{own[0]['case']}: the floor is {best['share']:.0%} of the fastest step;\n"
+        f"the largest loss of a call is in {worst['label']} ({duration(max(lost, 0.0))})"
     )
 
 
 def draw(lines: Sequence[Record]) -> Figure:
-    """For each network the calls as bars with their floors, and all of them under the roofline."""
+    """Draw each network's calls as bars with their floors, and all calls under the roofline."""
     cases = list(dict.fromkeys(line["case"] for line in lines))
     made, axes = figure(13.0, 4.6 * len(cases), columns=2, rows=len(cases))
     for place, case in enumerate(cases):
@@ -267,7 +267,7 @@ def _roof(axes: Any, lines: Sequence[Record]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit code."""
+    """Run the study and return its exit code."""
     made = parser("roofline", (__doc__ or "").partition("\n")[0])
     made.add_argument("networks", type=network, nargs="*", help="such as 784-128-10@128 (default: four sizes)")
     made.add_argument("--backend", default="auto", help="default: the first that works here")

@@ -1,10 +1,10 @@
-"""How the time of a training step grows with the work in it: ``python -m bench scaling``.
+"""Measure the growth of a step's time with its work: ``python -m bench scaling``.
 
-One thing grows at a time: the batch, the width of the hidden layers, their number, or the number of models. Every
-installed contender of ``bench.peers`` takes its turns as in ``python -m bench``, after the same check of what it
-computes. The slope of a contender's line is that of log time over log work (operations of the matrix products): below 1
-fixed costs are being spread, at 1 time grows as work does. Above 1 it grows faster; where it does so beyond what the
-20th and 80th percentiles of both points leave open, the report says so.
+One quantity grows at a time: the batch, the width of the hidden layers, their number, or the number of models. Every
+installed contender of ``bench.peers`` takes its turns as in ``python -m bench``, after the same check of its results.
+The slope of a contender's line is that of log time over log work (operations of the matrix products). Below 1 fixed
+costs dominate; at 1 time is proportional to work; above 1 it grows faster. The report names each stretch above 1 that
+exceeds the 20th and 80th percentiles of both points.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bench.worker import Worker
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What grows: its values on a CPU, and on a card.
+# The values of each axis on a CPU, and on a card.
 VALUES = {
     "batch": {"cpu": (8, 32, 128, 512, 2048), "gpu": (32, 128, 512, 2048, 8192, 32768)},
     "width": {"cpu": (16, 64, 256, 1024), "gpu": (64, 256, 1024, 4096, 8192)},
@@ -43,14 +43,14 @@ AXES = {
     "depth": "hidden layers of 128 (64 inputs, 10 outputs, batch 128)",
     "models": "models trained at once (64-32-10, batch 32)",
 }
-# Steps of an epoch, so that a turn has next to nothing of what a ``fit`` does before and between epochs.
+# Steps of an epoch: enough to make the work before and between epochs negligible.
 EPOCH_FLOPS, MOST_STEPS = 4e9, 400
-# Time that grows faster than work by less than this is not worth a word.
+# A slope above 1 by less than this is not reported.
 STEEP = 1.1
 
 
 def case_at(axis: str, value: int, device: str = "cpu") -> Case:
-    """The case of a point."""
+    """Return the case of a point."""
     sizes, batch = {
         "batch": ((784, 128, 10), value),
         "width": ((64, value, value, 10), 128),
@@ -63,20 +63,20 @@ def case_at(axis: str, value: int, device: str = "cpu") -> Case:
 
 
 def work_of(case: Case) -> int:
-    """Floating-point operations of the matrix products of a step of all models."""
+    """Return the floating-point operations of the matrix products in a step of all models."""
     return case.flops * (case.models or 1)
 
 
 def study(
     axis: str, values: Sequence[int], names: Sequence[str], device: str, rounds: int, *, pause: float = 0.15
 ) -> list[Record]:
-    """A line for each contender and point; those that do not take part are left out, with a word on stderr."""
+    """Return a line for each contender and point; report the contenders that are left out on stderr."""
     lines = []
     for value in values:
         case = case_at(axis, value, device)
         suited = [name for name in names if unsuited(name, case) is None]
         if not suited:
-            say(f"{axis} {value}: no contender that is installed does it")
+            say(f"{axis} {value}: no installed contender can run it")
             continue
         suited.sort(key=lambda name: name != reference_of(case))
         with ExitStack() as stack:
@@ -86,7 +86,7 @@ def study(
             if result.status != TIMED:
                 say(f"{axis} {value}: {result.peer} was not timed: {result.reason}")
                 continue
-            # a step of all models; ``measure`` says a model's
+            # ``measure`` gives the time of one model; this is a step of all.
             seconds = [one * (case.models or 1) for one in result.seconds]
             found = spread(seconds)
             lines.append(
@@ -108,14 +108,14 @@ def study(
 
 
 def slope(work: Sequence[float], seconds: Sequence[float]) -> float:
-    """The slope of log(seconds) over log(work), by least squares."""
+    """Return the slope of log(seconds) over log(work), by least squares."""
     return float(np.polyfit(np.log(work), np.log(seconds), 1)[0])
 
 
 def steepest(points: Sequence[Record]) -> tuple[float, float, int, int]:
-    """The steepest stretch between neighbouring points: slope, the least that it can be, and its two values.
+    """Return the steepest stretch between neighbouring points: slope, its lower bound, and the two values.
 
-    The least takes the 80th percentile of the first point and the 20th of the second.
+    The lower bound takes the 80th percentile of the first point and the 20th of the second.
     """
     found = []
     for a, b in itertools.pairwise(points):
@@ -127,7 +127,7 @@ def steepest(points: Sequence[Record]) -> tuple[float, float, int, int]:
 
 
 def lines_by_peer(lines: Sequence[Record], axis: str) -> Mapping[str, list[Record]]:
-    """The points of each contender along an axis, in order; contenders with one point alone are left out."""
+    """Return the points of each contender along an axis, in order, without contenders that have one point."""
     found: dict[str, list[Record]] = {}
     for line in sorted((line for line in lines if line["axis"] == axis), key=lambda line: line["value"]):
         found.setdefault(line["contender"], []).append(line)
@@ -135,7 +135,7 @@ def lines_by_peer(lines: Sequence[Record], axis: str) -> Mapping[str, list[Recor
 
 
 def steep_sentences(lines: Sequence[Record]) -> list[str]:
-    """Where the cost grows faster than the work, a sentence each."""
+    """Return a sentence for each stretch in which the cost grows faster than the work."""
     said = []
     for axis in dict.fromkeys(line["axis"] for line in lines):
         for points in lines_by_peer(lines, axis).values():
@@ -149,7 +149,7 @@ def steep_sentences(lines: Sequence[Record]) -> list[str]:
 
 
 def text(lines: Sequence[Record]) -> str:
-    """A table for each axis, and where the cost grows faster than the work."""
+    """Return a table for each axis, and the stretches in which the cost grows faster than the work."""
     parts = []
     for axis in dict.fromkeys(line["axis"] for line in lines):
         values = sorted({line["value"] for line in lines if line["axis"] == axis})
@@ -165,18 +165,18 @@ def text(lines: Sequence[Record]) -> str:
         header = ("", *map(str, values), "slope", "slope, upper half")
         parts.append(f"### {AXES[axis][0].upper()}{AXES[axis][1:]}\n\n{table(header, rows)}")
     steep = steep_sentences(lines)
-    said = "Nowhere does the time grow faster than the work, beyond noise."
+    said = "No contender's time grows faster than its work, beyond noise."
     if steep:
-        said = "Where the cost grows faster than the work:\n\n" + "\n".join(f"- {one}" for one in steep)
+        said = "The cost grows faster than the work in these stretches:\n\n" + "\n".join(f"- {one}" for one in steep)
     parts.append(
-        "A step's time, for many models that of all of them; the slope is that of log time over log work (operations "
+        "Time of a step of all models; the slope is that of log time over log work (operations "
         f"of the products). Medians of {lines[0]['rounds']} interleaved rounds.\n\n{said}"
     )
     return "\n\n".join(parts)
 
 
 def draw(lines: Sequence[Record]) -> Figure:
-    """A log-log picture for each axis, a line a contender; the dotted line grows as the work does."""
+    """Draw log time over log work for each axis, a line a contender; the dotted line has slope 1."""
     axes_names = [axis for axis in AXES if lines_by_peer(lines, axis)]
     columns = min(2, len(axes_names))
     made, axes = figure(7.2 * columns, 5.0 * -(-len(axes_names) // columns), columns, -(-len(axes_names) // columns))
@@ -213,7 +213,7 @@ def draw(lines: Sequence[Record]) -> Figure:
 
 
 def finding(by_peer: Mapping[str, list[Record]], axis: str) -> str:
-    """What a picture says: how far ahead the engine is at both ends, and how its time grows."""
+    """Return a picture's title: the engine's lead at both ends, and the growth of its time."""
     own = next((peer for peer in ("engine", "fleet") if peer in by_peer), None)
     if own is None:
         return f"Time of a step over {axis}"
@@ -231,15 +231,15 @@ def finding(by_peer: Mapping[str, list[Record]], axis: str) -> str:
         if others:
             ratio, label = min(others)
             ends.append(f"{label} {ratio:.2g}x at {point['value']}")
-    return said if not ends else f"{said};\nthe quickest of the others takes {', '.join(ends)}"
+    return said if not ends else f"{said};\nthe fastest of the others takes {', '.join(ends)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit code."""
+    """Run the study and return its exit code."""
     made = parser("scaling", (__doc__ or "").partition("\n")[0])
     made.add_argument("--axis", nargs="+", choices=VALUES, default=list(VALUES), help="default: all")
     made.add_argument("--values", type=counts, metavar="A,B", help="in place of the axis's own; with one axis")
-    made.add_argument("--peer", nargs="+", choices=PEERS, help="default: all that are installed but torch.compile")
+    made.add_argument("--peer", nargs="+", choices=PEERS, help="default: all installed ones but torch.compile")
     made.add_argument("--rounds", type=count, default=7, metavar="N", help="default: %(default)s")
     options = parse(made, arguments)
     if options.values and len(options.axis) != 1:

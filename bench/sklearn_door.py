@@ -1,7 +1,7 @@
-"""scikit-learn's MLPs against those of ``fusemlp.sklearn``: the same ``fit`` on digits, in one process, in turn.
+"""Time a ``fit`` of scikit-learn's MLPs and of ``fusemlp.sklearn``'s on digits, in one process, in turn.
 
-``python -m bench sklearn_door`` prints a table. Both start from the same random state, so they train the same model:
-the scores are compared before anything is said of the times.
+``python -m bench sklearn_door`` prints a table. Both start from the same random state, so they train the same model; a
+difference of their scores is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def compare(name: str, kind: str, options: dict[str, Any], *, rounds: int) -> Record:
-    """A row of the table."""
+    """Return a row of the table."""
     X, y = load_digits(return_X_y=True)
     X, y = X / 16.0, y if kind == "MLPClassifier" else y.astype(float)
     modules, scores = (theirs, ours), [0.0, 0.0]

@@ -1,4 +1,4 @@
-"""What the studies have in common: their options, the circumstances they record, their files, tables and pictures.
+"""The shared parts of the studies: options, machine and versions, files, tables and pictures.
 
 A study is a module with a ``main``, run as ``python -m bench NAME``. It ends in a Markdown table (or, with ``--json``,
 in JSON lines) on stdout, in a file of JSON lines and, where matplotlib is installed, in a picture beside that file.
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "scipy", "numba", "torch", "triton", "cupy", "jax", "scikit-learn")
-# Okabe and Ito's colours, which those who do not see all colours can tell apart.
+# Okabe and Ito's palette for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperature.gpu"
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The options that every study has."""
+    """Return the options that every study has."""
     made = argparse.ArgumentParser(prog=f"python -m bench {name}", description=description)
     made.add_argument(
         "--out",
@@ -48,19 +48,19 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1, for ``argparse``."""
+    """Parse a whole number of at least 1, for ``argparse``."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def counts(text: str) -> list[int]:
-    """Whole numbers between commas."""
+    """Parse whole numbers between commas."""
     return [count(part.strip()) for part in text.split(",")]
 
 
 def network(text: str) -> Case:
-    """A case written as widths@batch, such as 784-128-10@64; two steps an epoch."""
+    """Parse a case written as widths@batch, such as 784-128-10@64; it has two steps an epoch."""
     widths, _, batch = text.partition("@")
     sizes = tuple(int(width) for width in widths.split("-") if width.isdecimal() and int(width))
     if len(sizes) < 2 or len(sizes) != widths.count("-") + 1 or not batch.isdecimal() or not int(batch):
@@ -69,12 +69,12 @@ def network(text: str) -> Case:
 
 
 def say(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def clocks() -> dict[str, str] | None:
-    """The clocks, power and temperature of the first NVIDIA card just now; None without nvidia-smi."""
+    """Return clocks, power and temperature of the first NVIDIA card now; None without nvidia-smi."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -86,7 +86,7 @@ def clocks() -> dict[str, str] | None:
 
 
 def circumstances() -> Record:
-    """All that is the same for every line of a study."""
+    """Return machine, versions and settings: the part that every line of a study shares."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         if importlib.util.find_spec({"scikit-learn": "sklearn"}.get(package, package)) is not None:
@@ -105,7 +105,7 @@ def circumstances() -> Record:
 
 
 def _version(package: str) -> str:
-    """Some packages are installed under other names, such as cupy-cuda12x."""
+    """Return a package's version; some are installed under other names, such as cupy-cuda12x."""
     for name in (package, *importlib.metadata.packages_distributions().get(package, ())):
         try:
             return importlib.metadata.version(name)
@@ -121,7 +121,7 @@ def finish(
     text: str,
     draw: Callable[[Sequence[Record]], Figure] | None,
 ) -> Path:
-    """Write the lines, with the circumstances, and the picture; print; returns the path of the lines."""
+    """Write the lines, with machine and versions, and the picture; print; return the path of the lines."""
     path: Path = options.out or RESULTS / f"{study}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"
     common = circumstances()
     full = [{"study": study, **line, **common} for line in lines]
@@ -142,7 +142,7 @@ def finish(
 
 
 def caption(common: Record) -> str:
-    """Machine, versions and settings in a sentence."""
+    """Return machine, versions and settings as a sentence."""
     box = common["machine"]
     where = f"{box['cpu']}, {box['cores']} cores"
     if common["card"] is not None:
@@ -155,13 +155,13 @@ def caption(common: Record) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """Return a Markdown table: the first column to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with (rows x columns) axes, without a display."""
+    """Return a figure with (rows x columns) axes, without a display."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
@@ -174,7 +174,7 @@ def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tupl
 
 
 def duration(seconds: float) -> str:
-    """Seconds with three digits and a unit: 12.3 us."""
+    """Return seconds with three digits and a unit: 12.3 us."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -182,5 +182,5 @@ def duration(seconds: float) -> str:
 
 
 def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> Any:
-    """The options given, or those of the command line."""
+    """Parse the given options, or those of the command line."""
     return made.parse_args(sys.argv[1:] if arguments is None else list(arguments))

@@ -1,13 +1,12 @@
-"""From arrays to a result, everything counted: ``python -m bench time_to_result``.
+"""Measure the time from arrays to a result: ``python -m bench time_to_result``.
 
-The clock starts when a fresh process has the arrays, and ends with the first epoch after which the accuracy on the test
-images is 93 % (mnist5k: 4000 to train on, 1000 to test), or with ``--mnist FOLDER`` 97 % on the full MNIST. Counted are
-the import of the library, compilation, training, and the accuracy after each epoch, without which nobody knows
-that the target is reached. The test images decide when to stop, and so the epoch is what this run needed to get there,
-not an estimate of what the model is worth.
+The clock starts when a fresh process has the arrays. It ends after the first epoch with an accuracy of 93 % on the test
+images (mnist5k: 4000 to train on, 1000 to test), or with ``--mnist FOLDER`` 97 % on the full MNIST. The time includes
+the import of the library, compilation, training, and the accuracy after each epoch. The test images decide when to
+stop, so the number of epochs is not an estimate of the model's quality.
 
-Network (784-128-10, relu), initial parameters, batch size and plain SGD are the same for all; the order of the rows is
-each library's own. Contenders take turns, seed by seed.
+Network (784-128-10, relu), initial parameters, batch size and plain SGD are the same for all; each library orders the
+rows in its own way. Contenders take turns, seed by seed.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ if TYPE_CHECKING:
 
 TARGETS = {"mnist5k": 0.93, "MNIST": 0.97}
 HELD_OUT = 1000
-# Of MNIST's pixels, from 0 to 1.
+# Mean and deviation of MNIST's pixels, scaled to 0 to 1.
 MEAN, DEVIATION = 0.1307, 0.3081
 REFERENCE = "fusemlp"
 
 
 def images(folder: Path | None) -> tuple[str, dict[str, Array]]:
-    """The name of the data, and X, y, Xt, yt: standardised pixels, float32; rows to train on fill their batches."""
+    """Return the name of the data, and X, y, Xt, yt: standardised float32 pixels; training rows fill whole batches."""
     from fusemlp import load_data
 
     if folder is None:
         data = load_data("mnist5k")
-        # sorted by class as they come
+        # The data come sorted by class.
         order = np.random.default_rng(0).permutation(len(data.X))
         X, y = data.X[order], data.y[order]
         X, y, Xt, yt = X[:-HELD_OUT], y[:-HELD_OUT], X[-HELD_OUT:], y[-HELD_OUT:]
@@ -68,7 +67,7 @@ def images(folder: Path | None) -> tuple[str, dict[str, Array]]:
 
 
 def initial(inputs: int, seed: int) -> list[tuple[Array, Array]]:
-    """He et al.'s initial weights (2015), and biases of zero."""
+    """Return He et al.'s initial weights (2015), and zero biases."""
     generator = np.random.default_rng(seed)
     made = []
     for fan_in, fan_out in ((inputs, HIDDEN), (HIDDEN, CLASSES)):
@@ -78,7 +77,7 @@ def initial(inputs: int, seed: int) -> list[tuple[Array, Array]]:
 
 
 def child(name: str, file: Path, seed: int, target: float, most_epochs: int) -> Record:
-    """One contender in this process; what it took."""
+    """Run one contender in this process and return its times."""
     with np.load(file) as stored:
         arrays = {key: stored[key] for key in ("X", "y", "Xt", "yt")}
     task = Task(**arrays, parameters=initial(arrays["X"].shape[1], seed), seed=seed)
@@ -93,7 +92,7 @@ def child(name: str, file: Path, seed: int, target: float, most_epochs: int) -> 
 
 
 def run_child(name: str, file: Path, seed: int, target: float, most_epochs: int) -> Record:
-    """``child`` in a fresh process; where nothing may be on disk yet, numba's cache is an empty folder."""
+    """Run ``child`` in a fresh process; a contender of a fresh machine gets an empty numba cache."""
     environment = dict(os.environ)
     parts = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, parts))
@@ -114,7 +113,7 @@ def run_child(name: str, file: Path, seed: int, target: float, most_epochs: int)
 def study(
     names: Sequence[str], data: str, arrays: dict[str, Array], target: float, seeds: Sequence[int], most_epochs: int
 ) -> list[Record]:
-    """A line for each contender and seed."""
+    """Return a line for each contender and seed."""
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "arrays.npz"
@@ -122,7 +121,7 @@ def study(
         for turn, seed in enumerate(seeds):
             first = turn % len(names)
             for name in (*names[first:], *names[:first]):
-                # compiling from nothing takes long and does not depend on the seed
+                # Compilation from nothing is slow and does not depend on the seed: one run is enough.
                 if CONTENDERS[name].first and turn:
                     continue
                 found = run_child(name, file, seed, target, most_epochs)
@@ -136,7 +135,7 @@ def study(
 
 
 def summary(lines: Sequence[Record]) -> list[Record]:
-    """For each contender the medians over the seeds that reached the target, quickest first; the others at the end."""
+    """Return each contender's medians over the seeds that reached the target, fastest first; the others at the end."""
     rows = []
     for name in dict.fromkeys(line["contender"] for line in lines):
         own = [line for line in lines if line["contender"] == name]
@@ -157,7 +156,7 @@ def summary(lines: Sequence[Record]) -> list[Record]:
 
 
 def text(lines: Sequence[Record]) -> str:
-    """The table."""
+    """Return the table."""
     rows = []
     found = summary(lines)
     reference = next((row for row in found if row["contender"] == REFERENCE and row["reached"]), None)
@@ -182,15 +181,15 @@ def text(lines: Sequence[Record]) -> str:
     seeds = len({line["seed"] for line in lines})
     return (
         f"### {lines[0]['data']}: {lines[0]['target']:.0%} of the test images right\n\n{table(header, rows)}\n\n"
-        f"From arrays in memory to the first epoch that reaches the target, in fresh processes: import, compilation, "
-        f"training and the accuracy after each epoch are in it. 784-{HIDDEN}-10, relu, SGD at {LEARNING_RATE}, batch "
-        f"{BATCH_SIZE}, the same initial parameters; medians of {seeds} seeds, 20th to 80th percentile. The test "
-        "images decide when to stop."
+        f"Time from arrays in memory to the first epoch that reaches the target, in fresh processes. Included: import, "
+        f"compilation, training and the accuracy after each epoch. 784-{HIDDEN}-10, relu, SGD at {LEARNING_RATE}, "
+        f"batch {BATCH_SIZE}, the same initial parameters; medians of {seeds} seeds, 20th to 80th percentile. The test "
+        f"images decide when to stop. To repeat: `python -m bench time_to_result --seeds {seeds}`."
     )
 
 
 def draw(lines: Sequence[Record]) -> Figure:
-    """Accuracy over time, and what the time to the target is made of."""
+    """Draw accuracy over time, and the parts of the time to the target."""
     made, (curves, bars) = figure(14.0, 5.2, columns=2)
     rows = [row for row in summary(lines) if row["reached"]]
     target = lines[0]["target"]
@@ -206,7 +205,7 @@ def draw(lines: Sequence[Record]) -> Figure:
     plain_ticks(curves.xaxis)
     lowest = min(min(line["accuracies"]) for line in lines)
     curves.set_ylim(100 * max(lowest - 0.01, target - 0.15), 100 * target + 1.0)
-    curves.set_xlabel("seconds since the arrays were there (logarithmic)")
+    curves.set_xlabel("seconds from arrays in memory (logarithmic)")
     curves.set_ylabel("accuracy on the test images, %")
     curves.set_title("Accuracy after each epoch, the seed of the median time", fontsize=10, loc="left")
     curves.legend(fontsize=8, loc="lower right")
@@ -236,7 +235,7 @@ PARTS = ("import of the library", "compiling and starting: first epoch less a la
 
 
 def finding(lines: Sequence[Record], rows: Sequence[Record]) -> str:
-    """Who was first, in a sentence."""
+    """Return the finding: the fastest contender and the fastest other library."""
     first = rows[0]
     said = f"{lines[0]['target']:.0%} on {lines[0]['data']}: {first['label']} after {first['seconds'].p50:.2f} s"
     others = [row for row in rows[1:] if row["label"].startswith("fusemlp") != first["label"].startswith("fusemlp")]
@@ -246,13 +245,13 @@ def finding(lines: Sequence[Record], rows: Sequence[Record]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit code."""
+    """Run the study and return its exit code."""
     made = parser("time_to_result", (__doc__ or "").partition("\n")[0])
     made.add_argument("--mnist", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, plain or .gz")
-    made.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all that are installed")
+    made.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all installed ones")
     made.add_argument("--target", type=float, help="accuracy (default: 0.93 on mnist5k, 0.97 on MNIST)")
     made.add_argument("--seeds", type=count, default=5, metavar="N", help="default: %(default)s")
-    made.add_argument("--most-epochs", type=count, default=40, metavar="N", help="then it gives up (%(default)s)")
+    made.add_argument("--most-epochs", type=count, default=40, metavar="N", help="limit (default: %(default)s)")
     made.add_argument("--child", nargs=5, metavar="X", help="for its own use: one contender in this process")
     options = parse(made, arguments)
     if options.child:

@@ -1,7 +1,7 @@
-"""How long a call takes on a backend's device, and the two ceilings of that device: a large copy, a large product.
+"""Time calls on a backend's device, and measure the device's two ceilings: a large copy, a large product.
 
-On the host a call has ended when it returns, and the clock is the host's. On a GPU the time is taken by events on the
-device, around a graph of several runs, so that what the host needs to start a kernel is not in it.
+On the host a call has ended when it returns, and the host's clock times it. On a GPU events on the device time a graph
+of several runs, so the host's launch overhead is excluded.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 from bench.measure import spread
 from bench.vendor import Run, Vendor
 
-# A copy of what no cache holds, on the host and on a card; and the side of a square product that keeps all units busy.
+# Bytes of a copy that no cache holds, on the host and on a card; the side of a square product that fills all units.
 LARGE_BYTES = {"cpu": 1 << 28, "gpu": 1 << 30}
 LARGE_SIDE = {"cpu": 2048, "gpu": 8192}
-# What is overwritten between two calls, so that the next finds nothing of its own in the last cache.
+# Bytes that are overwritten between two cold calls, to empty the last cache.
 FLUSHED_BYTES = {"cpu": 1 << 27, "gpu": 1 << 28}
 
 
 class HostClock:
-    """The host's clock, less what reading it takes."""
+    """The host's clock, without the time of its own reading."""
 
     name = "host clock"
 
@@ -35,19 +35,19 @@ class HostClock:
         self._tick = spread(np.diff([time.perf_counter() for _ in range(1001)])).p50
 
     def seconds(self, run: Run, times: int) -> float:
-        """Of one run, the mean of so many in a row."""
+        """Return the mean time of one run among ``times`` in a row."""
         began = time.perf_counter()
         for _ in range(times):
             run()
         return max(time.perf_counter() - began - self._tick, 1e-9) / times
 
     def once(self, run: Run) -> float:
-        """Of a single run."""
+        """Return the time of a single run."""
         return self.seconds(run, 1)
 
 
 class EventClock:
-    """Events on the device; for "triton" torch's, for "cupy" CuPy's."""
+    """Events on the device: torch's for "triton", CuPy's for "cupy"."""
 
     name = "events on the device"
 
@@ -67,7 +67,7 @@ class EventClock:
             self._event, self._elapsed = cupy.cuda.Event, cupy.cuda.get_elapsed_time
 
     def seconds(self, run: Run, times: int) -> float:
-        """Of one run, the mean of a graph of so many; the graph is kept, with the call that it was made from."""
+        """Return the mean time of one run in a graph of ``times``; cache the graph together with its call."""
         key = (id(run), times)
         if key not in self._graphs:
             run()
@@ -76,7 +76,7 @@ class EventClock:
         return self.once(self._graphs[key][1]) / times
 
     def once(self, run: Run) -> float:
-        """Of a single run. What was started before keeps the device busy while the host starts the run."""
+        """Return the time of a single run. Earlier work keeps the device busy while the host launches the run."""
         start, end = self._event(), self._event()
         start.record()
         run()
@@ -86,7 +86,7 @@ class EventClock:
 
 
 def clock_of(backend: Any) -> HostClock | EventClock:
-    """The clock for calls of a backend."""
+    """Return the clock for calls of a backend."""
     return HostClock() if backend.device == "cpu" else EventClock(backend)
 
 
@@ -97,10 +97,10 @@ def kind_of(backend: Any) -> str:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that was seen in this run: floating-point operations and bytes (read and written) a second.
+    """The measured maximum of floating-point operations and of bytes (read and written) a second.
 
-    ``bytes`` is that of a copy which no cache holds, ``near_bytes`` that of a copy of ``near_size`` bytes, which is
-    what a step touches: where a cache holds that, it is the higher of the two, and the one that bounds a step.
+    ``bytes`` is for a copy that no cache holds, ``near_bytes`` for a copy of ``near_size`` bytes, the size of a step.
+    If a cache holds that size, ``near_bytes`` is the higher one and bounds the step.
     """
 
     flops: float
@@ -114,14 +114,14 @@ class Ceilings:
         return max(self.bytes, self.near_bytes)
 
     def floor(self, flops: float, traffic: float) -> tuple[float, float]:
-        """Seconds that the operations take at least, and seconds that the traffic takes at least."""
+        """Return the minimum of seconds for the operations, and for the traffic."""
         return flops / self.flops, traffic / self.fastest_bytes
 
 
 def measure_ceilings(
     vendor: Vendor, near_size: int, *, rounds: int = 7, side: int | None = None, size: int | None = None
 ) -> Ceilings:
-    """The ceilings of a backend's device, by the vendor's product and copy; the best of ``rounds`` rounds each."""
+    """Measure the ceilings of a backend's device with the vendor's product and copy; the best of ``rounds`` rounds."""
     backend, kind = vendor.backend, kind_of(vendor.backend)
     clock = clock_of(backend)
     side, size = side or LARGE_SIDE[kind], size or LARGE_BYTES[kind]
@@ -137,7 +137,7 @@ def _best(seconds: Callable[[], float], rounds: int) -> float:
 
 
 def _copy_rate(vendor: Vendor, size: int, rounds: int) -> float:
-    """Bytes read and written a second by a copy in which ``size`` bytes are touched, by one thread or by all."""
+    """Return the bytes a second of a copy that touches ``size`` bytes, by one thread or by all."""
     half = max(1, size // 8)
     source, destination = vendor.vector(half, fill=1.0), vendor.vector(half, fill=0.0)
     touched = 2 * half * source.itemsize
@@ -152,7 +152,7 @@ def _copy_rate(vendor: Vendor, size: int, rounds: int) -> float:
         return rate
     edges = np.linspace(0, half, workers + 1).astype(int)
     with ThreadPoolExecutor(workers) as pool:
-        # each thread copies its part several times, so that starting it does not count
+        # Each thread copies its part several times, so that its start does not count.
         def part(edge: tuple[int, int]) -> None:
             for _ in range(times):
                 vendor.copy(destination[edge[0] : edge[1]], source[edge[0] : edge[1]])
@@ -164,14 +164,14 @@ def _copy_rate(vendor: Vendor, size: int, rounds: int) -> float:
 
 
 def cores() -> int:
-    """The cores that this process may use, no more than OMP_NUM_THREADS allows."""
+    """Return the number of cores that this process may use, at most OMP_NUM_THREADS."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(found, int(allowed))) if allowed.isdecimal() else found
 
 
 def flusher(vendor: Vendor) -> Run:
-    """A call that fills the last cache with something else."""
+    """Return a call that fills the last cache with other data."""
     size = FLUSHED_BYTES[kind_of(vendor.backend)] // 8
     first, second = vendor.vector(size, fill=1.0), vendor.vector(size, fill=0.0)
     return lambda: vendor.copy(second, first)

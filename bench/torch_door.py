@@ -1,9 +1,9 @@
-"""Eager PyTorch against ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
+"""Time eager PyTorch and ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
 
-``python -m bench torch_door`` prints a table. Within a round the two take turns, the first one changing from round to
-round, with a pause between them in which the threads of the one's BLAS go to sleep. Of a turn the median step counts,
-so that what else the machine does matters little; a ratio compares two turns of one round. Both must have made the
-same updates: their losses are compared after the first round.
+``python -m bench torch_door`` prints a table. Both run once in each round, in alternating order, with a pause in which
+the threads of the first one's BLAS go to sleep. A turn counts with its median step, which limits the influence of other
+processes; a ratio compares two turns of one round. The losses after the first round must agree, because both sides make
+the same updates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def eager_step(module: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """The four lines that ``fuse`` replaces."""
+    """Run the four calls that ``fuse`` replaces."""
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -47,7 +47,7 @@ def eager_step(module: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Opt
 
 
 def batches(width: int, classes: int, rows: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Standard normal features, with labels from a random linear teacher."""
+    """Return standard normal features, and labels from a random linear teacher."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(width, classes, generator=generator)
     drawn = [torch.randn(rows, width, generator=generator) for _ in range(count)]
@@ -55,7 +55,7 @@ def batches(width: int, classes: int, rows: int, count: int) -> list[tuple[Tenso
 
 
 def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int) -> Record:
-    """A row of the table."""
+    """Return a row of the table."""
     torch.manual_seed(0)
     layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
     module = nn.Sequential(*layers[:-1])

@@ -1,4 +1,4 @@
-"""The ops of the kernel contract on one layer, each with the calls that it is compared with; for ``bench.kernels``."""
+"""The ops of the kernel contract on one layer, each with its comparison calls, for ``bench.kernels``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ RATE = 1e-3
 
 @dataclass(frozen=True)
 class Trial:
-    """A kernel with what it is compared with; ``product`` is None where there is no matrix product in it.
+    """A kernel and its comparison calls; ``product`` is None for an op without a matrix product.
 
-    ``flops`` are those of the product; ``bytes`` are read and written at least, each value once in each direction.
+    ``flops``: of the product. ``bytes``: the minimum read and written, each value once in each direction.
     """
 
     op: str
@@ -41,11 +41,11 @@ class Trial:
 
 
 def trials(vendor: Vendor, m: int, k: int, n: int) -> list[Trial]:
-    """Every op of the contract on a layer of k inputs and n outputs and a batch of m rows."""
+    """Return every op of the contract on a layer of k inputs and n outputs and a batch of m rows."""
     bind = vendor.backend.bind
     x, w, b = vendor.matrix(m, k), vendor.matrix(n, k, scale=(2 / k) ** 0.5), vendor.vector(n)
     y, dz, dx = vendor.matrix(m, n), vendor.matrix(m, n, seed=1, scale=1 / m), vendor.matrix(m, k)
-    # what the layer below put out: half of it zeros, as behind relu
+    # The output of the layer below: half zeros, as after relu.
     below = vendor.matrix(m, k, seed=2)
     vendor.xp.clip(below, 0, None, out=below)
     real, item = 4 if b.itemsize == 4 else 8, x.itemsize
@@ -75,7 +75,7 @@ def trials(vendor: Vendor, m: int, k: int, n: int) -> list[Trial]:
 
 
 def _losses(vendor: Vendor, m: int, k: int, counters: Any) -> list[Trial]:
-    """The output layer: k inputs, ``CLASSES`` outputs, cross-entropy."""
+    """Return the ops of an output layer: k inputs, ``CLASSES`` outputs, cross-entropy."""
     n, bind = CLASSES, vendor.backend.bind
     h, w, b = vendor.matrix(m, k), vendor.matrix(n, k, scale=(1 / k) ** 0.5), vendor.vector(n)
     z, dz, stats = vendor.matrix(m, n), vendor.matrix(m, n), vendor.backend.allocate(STATS, "float64")
@@ -109,7 +109,7 @@ def _losses(vendor: Vendor, m: int, k: int, counters: Any) -> list[Trial]:
 
 
 def _updates(vendor: Vendor, x: Any, dz: Any, k: int, n: int, counters: Any) -> list[Trial]:
-    """The gradients by the weights, alone and with the update; and the update alone, over a flat arena."""
+    """Return the weight gradients, alone and with the update; and the update alone, over a flat arena."""
     bind, m = vendor.backend.bind, len(x)
     size = n * k
     w, b, dw, db = (vendor.matrix(n, k, "real"), vendor.vector(n), vendor.matrix(n, k, "real"), vendor.vector(n))
@@ -120,7 +120,7 @@ def _updates(vendor: Vendor, x: Any, dz: Any, k: int, n: int, counters: Any) -> 
     hyper[LEARNING_RATE] = RATE
     item, real = x.itemsize, w.itemsize
     flops, reads = 2 * m * n * k, item * (m * n + m * k)
-    # the library's products come out in the type that they read
+    # The library's products have the type of their operands.
     their_dw, their_db = vendor.matrix(n, k), vendor.vector(n, "compute")
     product, gradients = vendor.product(dz.T, x, their_dw), vendor.grad_weight(dz, x, their_dw, their_db)
     sgd = UpdateRule("sgd", ScheduleSpec("constant", RATE))

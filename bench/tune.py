@@ -1,8 +1,8 @@
-"""``python -m bench tune``: measures candidate tiles on this machine's card and rewrites the table of tiles.
+"""Measure candidate tiles on this machine's card and rewrite the table of tiles: ``python -m bench tune``.
 
 The table lists tiles by size, and a product takes the largest that still gives every multiprocessor a program
-(``fusemlp_kernels.triton.configs``). So the tiles of one size compete, on products that would take that size: results
-of two tiles for each multiprocessor, with a short and a long reduction. What spills does not take part.
+(``fusemlp_kernels.triton.configs``). So tiles of one size compete on products that would take that size: two tiles for
+each multiprocessor, with a short and a long reduction. Tiles that spill are left out.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PRODUCTS = ("forward", "weight")
 STAGES = (2, 3, 4)
 WARPS = (2, 4, 8)
 PARTS = (1, 2, 4)
-# A candidate has to be this much quicker than what the table has, or the table stays.
+# A candidate replaces the table's tile only if it is faster by this share.
 GAIN = 0.02
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the options."""
     made = argparse.ArgumentParser(
         prog="python -m bench tune",
         description="Measure candidate tiles of the Triton kernels on this machine's card, in turns, and rewrite the "
@@ -46,13 +46,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--precision", nargs="+", choices=tuple(PRECISIONS), default=tuple(PRECISIONS), help="default: all"
     )
-    made.add_argument("--rounds", type=int, default=30, help="how often each takes its turn (default: %(default)s)")
-    made.add_argument("--dry-run", action="store_true", help="print what is the quickest, and write nothing")
+    made.add_argument("--rounds", type=int, default=30, help="rounds of each candidate (default: %(default)s)")
+    made.add_argument("--dry-run", action="store_true", help="print the fastest tiles, and write nothing")
     return made
 
 
 def why_not() -> str | None:
-    """Why nothing can be measured here; None where it can."""
+    """Return the reason if nothing can be measured here, else None."""
     from fusemlp_kernels.registry import availability, interprets_triton
 
     if interprets_triton():
@@ -61,7 +61,7 @@ def why_not() -> str | None:
 
 
 def candidates(tile: Tile) -> list[Tile]:
-    """Tiles of the same size as ``tile``, which comes first."""
+    """Return tiles of the same size as ``tile``, which comes first."""
     from fusemlp_kernels.triton.configs import Tile
 
     area = tile.rows * tile.columns
@@ -71,14 +71,14 @@ def candidates(tile: Tile) -> list[Tile]:
         for (rows, columns), depth, warps, stages, parts in itertools.product(
             sides, (tile.depth // 2, tile.depth), WARPS, STAGES, PARTS
         )
-        # a thread has 4 to 128 sums, and a part of them 4 to 32
+        # A thread has 4 to 128 sums, and a part of them 4 to 32.
         if 16 <= columns <= 256 and depth >= 16 and 4 <= area / warps / 32 / parts <= 32 and columns // parts >= 16
     ]
     return [tile, *(other for other in others if other != tile)]
 
 
 def variants_module() -> ModuleType:
-    """``ci/kernel_variants.py``, which compiles without a card."""
+    """Import ``ci/kernel_variants.py``, which compiles without a card."""
     folder = str(Path(__file__).resolve().parents[1] / "ci")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -86,7 +86,7 @@ def variants_module() -> ModuleType:
 
 
 def kernels_of(product: str, precision: str, tile: Tile, target: str) -> Iterator[Any]:
-    """The variants that a tile of the table would be launched in."""
+    """Yield the kernel variants that use a tile of the table."""
     from fusemlp_kernels.triton import configs
 
     kernel_variants = variants_module()
@@ -101,7 +101,7 @@ def kernels_of(product: str, precision: str, tile: Tile, target: str) -> Iterato
 
 @contextlib.contextmanager
 def only(tile: Tile, family: str, product: str, precision: str) -> Iterator[None]:
-    """Within it, the table has one tile for a product."""
+    """Restrict the table of a product to one tile inside the context."""
     from fusemlp_kernels.triton import configs
 
     kind = "half" if precision in ("bf16", "fp16") else precision
@@ -114,12 +114,12 @@ def only(tile: Tile, family: str, product: str, precision: str) -> Iterator[None
 
 
 def sound(product: str, precision: str, tile: Tile, target: str) -> bool:
-    """Whether all that a tile would be launched in compiles without spills and stack."""
+    """Return whether all variants of a tile compile without spills and stack."""
     kernel_variants = variants_module()
     for variant in kernels_of(product, precision, tile, target):
         try:
             row = kernel_variants.compile_variant(variant, target)
-        except Exception as error:  # any failure of the compiler means the same here: not this tile
+        except Exception as error:  # Any failure of the compiler rules the tile out.
             say(f"{tile}: {type(error).__name__}")
             return False
         if row["spills"] or row["stack"]:
@@ -135,7 +135,7 @@ def calls(
     shapes: Sequence[tuple[int, int, int]],
     family: str,
 ) -> list[Callable[[], object]]:
-    """Bound calls with this tile, one for each result of (rows, columns) over a reduction."""
+    """Return bound calls with this tile, one for each result of (rows, columns) over a reduction."""
     from fusemlp_kernels.contract import COUNTERS, HYPER, ScheduleSpec, TensorRule, UpdateRule
 
     def matrix(rows: int, columns: int, dtype: str) -> Any:
@@ -162,14 +162,14 @@ def calls(
 
 
 def result_shapes(tile: Tile, processors: int) -> list[tuple[int, int, int]]:
-    """(rows, columns, reduction) of products that take tiles of this size."""
+    """Return (rows, columns, reduction) of products that take tiles of this size."""
     side = math.sqrt(2 * processors * tile.rows * tile.columns)
     length = max(256, round(side / 256) * 256)
     return [(length, length, depth) for depth in REDUCTIONS]
 
 
 def milliseconds(contestants: Mapping[Any, Sequence[Callable[[], object]]], rounds: int) -> dict[Any, list[float]]:
-    """The median time of each call of each contestant, all taking turns."""
+    """Return the median time of each call of each contestant, in turn."""
     import torch
 
     times: dict[Any, list[list[float]]] = {name: [[] for _ in runs] for name, runs in contestants.items()}
@@ -183,16 +183,16 @@ def milliseconds(contestants: Mapping[Any, Sequence[Callable[[], object]]], roun
                     run()
                 end.record()
                 end.synchronize()
-                # the first round warms up
+                # The first round warms up.
                 if round_:
                     times[name][place].append(start.elapsed_time(end) / 5)
     return {name: [statistics.median(found) for found in places] for name, places in times.items()}
 
 
-def quickest(times: Mapping[Any, Sequence[float]], present: Any) -> tuple[Any, float]:
-    """The contestant with the smallest geometric mean of its times, and its mean as a share of ``present``'s.
+def fastest(times: Mapping[Any, Sequence[float]], present: Any) -> tuple[Any, float]:
+    """Return the contestant with the smallest geometric mean of its times, and that mean as a share of ``present``'s.
 
-    ``present`` stays where nothing is quicker by ``GAIN``.
+    ``present`` stays unless another one is faster by ``GAIN``.
     """
     means = {name: statistics.geometric_mean(found) for name, found in times.items()}
     best = min(means, key=lambda name: means[name])
@@ -202,7 +202,7 @@ def quickest(times: Mapping[Any, Sequence[float]], present: Any) -> tuple[Any, f
 
 
 def rewritten(tables: Mapping[str, Any], chosen: Mapping[tuple[str, str, str, int], Tile]) -> dict[str, Any]:
-    """The tables with other tiles at places (family, product, element type, index)."""
+    """Return the tables with other tiles at places (family, product, element type, index)."""
     made: dict[str, Any] = copy.deepcopy(dict(tables))
     for (family, product, kind, index), tile in chosen.items():
         before = made[family][product][kind][index]
@@ -213,12 +213,12 @@ def rewritten(tables: Mapping[str, Any], chosen: Mapping[tuple[str, str, str, in
 
 
 def say(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(f"bench tune: {text}", file=sys.stderr, flush=True)
 
 
 def measure(options: argparse.Namespace) -> dict[tuple[str, str, str, int], Tile]:
-    """The quickest tiles by their places in the table."""
+    """Return the fastest tiles by their places in the table."""
     import torch
 
     from fusemlp_kernels.registry import TRAITS
@@ -238,14 +238,14 @@ def measure(options: argparse.Namespace) -> dict[tuple[str, str, str, int], Tile
             shapes = result_shapes(present, processors)
             tiles = [tile for tile in candidates(present) if tile == present or sound(product, precision, tile, family)]
             runs = {tile: calls(backend, product, precision, tile, shapes, family) for tile in tiles}
-            best, share = quickest(milliseconds(runs, options.rounds), present)
+            best, share = fastest(milliseconds(runs, options.rounds), present)
             found[family, product, kind, index] = best
             print(f"{properties.name} {product} {kind} {present}: {best}, {share:.2f} of the time", flush=True)
     return found
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(arguments)
     reason = why_not()
     if reason is not None:

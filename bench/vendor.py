@@ -1,8 +1,8 @@
-"""What a kernel is compared with: the vendor's matrix product alone, and the same work as a sequence of library calls.
+"""The comparisons for a kernel: the vendor's matrix product alone, and the same work as a sequence of library calls.
 
-The library is the backend's own: SciPy's BLAS and NumPy on the host, torch (cuBLAS, rocBLAS) beside the Triton
-backend, CuPy beside the CuPy backend. The sequences write into arrays that are there already, as far as the library
-lets them. NumPy, CuPy and torch have the functions used here under the same names.
+The library depends on the backend: SciPy's BLAS and NumPy on the host, torch (cuBLAS, rocBLAS) for Triton, CuPy for
+CuPy. The sequences write into preallocated arrays as far as the library allows. NumPy, CuPy and torch have the
+functions used here under the same names.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Vendor:
         self.library = LIBRARIES[backend.traits.name]
         self.xp = importlib.import_module(self.library)
         if self.library == "torch":
-            # a product in tf32 is compared with the vendor's in tf32, one in fp32 with an exact one
+            # Compare tf32 with the vendor's tf32, and fp32 with an exact product.
             self.xp.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
     def matrix(self, rows: int, columns: int, dtype: str = "compute", *, seed: int = 0, scale: float = 1.0) -> Any:
-        """A matrix of normal numbers, as the engine lays it out."""
+        """Return a matrix of normal numbers in the engine's layout."""
         pitch = -(-columns // self.backend.traits.row_multiple) * self.backend.traits.row_multiple
         made = self.backend.view(self.backend.allocate(rows * pitch, dtype), 0, (rows, columns), pitch)
         values = np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32)
@@ -38,7 +38,7 @@ class Vendor:
         return made
 
     def vector(self, size: int, dtype: str = "real", *, fill: float | None = None, seed: int = 0) -> Any:
-        """A vector of normal numbers, or of ``fill``."""
+        """Return a vector of normal numbers, or of ``fill``."""
         made = self.backend.allocate(size, dtype)
         if fill is None:
             self.backend.copy_into(made, np.random.default_rng(seed).standard_normal(size, dtype=np.float32))
@@ -47,26 +47,26 @@ class Vendor:
         return made
 
     def integers(self, values: np.ndarray[Any, Any]) -> Any:
-        """An int64 vector."""
+        """Return an int64 vector."""
         made = self.backend.allocate(len(values), "int64")
         self.backend.copy_into(made, values.astype(np.int64))
         return made
 
     def copy(self, destination: Any, source: Any) -> None:
-        """From one array to another."""
+        """Copy one array to another."""
         if self.library == "torch":
             destination.copy_(source)
         else:
             self.xp.copyto(destination, source)
 
     def product(self, a: Any, b: Any, out: Any) -> Run:
-        """``out = a @ b``; a and b may be transposed views."""
+        """Return a call for ``out = a @ b``; a and b may be transposed views."""
         if self.library != "numpy":
             return lambda: self.xp.matmul(a, b, out=out)
         from scipy.linalg.blas import dgemm, sgemm
 
         gemm = sgemm if out.dtype == np.float32 else dgemm
-        # BLAS is column-major: it makes the transpose, b.T by a.T
+        # BLAS is column-major, so it computes the transpose, b.T by a.T.
         flips = [not array.flags.c_contiguous for array in (b, a)]
         first, second = (array if flip else array.T for array, flip in zip((b, a), flips, strict=True))
         return lambda: gemm(1.0, first, second, 0.0, out.T, int(flips[0]), int(flips[1]), 1)
@@ -155,7 +155,7 @@ class Vendor:
 
 
 def in_order(*runs: Run) -> Run:
-    """One after another."""
+    """Return a call that runs the given calls one after another."""
 
     def run() -> None:
         for one in runs:

@@ -1,4 +1,4 @@
-"""Whether a contender computes what the others compute: its losses beside the oracle's. If not, it is not timed."""
+"""Compare a contender's losses with the oracle's; one that differs is not timed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from bench.oracle import (
 )
 from bench.peers import PEERS, Trainer, prepare
 
-# The mean loss under dropout of a contender and of the oracle's runs: so many standard errors apart is not chance.
+# The limit, in standard errors, for the difference of a contender's mean loss under dropout from the oracle's runs.
 # Student's t of 12 runs exceeds it once in 40,000.
 STANDARD_ERRORS = 7.0
-# How many models of a fleet may lie outside the common tolerance and be looked at again.
+# The number of fleet models outside the common tolerance that get a second check.
 SECOND_LOOKS = 16
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``worst`` is the largest difference from the oracle over what rounding allows; ``reason`` says why it is refused.
+    """``worst``: the largest difference from the oracle over its tolerance; ``reason``: why the contender is refused.
 
-    ``step`` is the first that differs, counted from 1; STEPS + 1 is the loss after the last one.
+    ``step``: the first step that differs, counted from 1; STEPS + 1 is the loss after the last one.
     """
 
     worst: float
@@ -42,17 +42,17 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
-        """Whether it may be timed."""
+        """True if the contender may be timed."""
         return self.reason is None
 
 
 def computed_case(name: str, case: Case) -> Case:
-    """The case as the contender computes it: in its own precision where it has only one."""
+    """Return the case in the contender's precision, if it has only one."""
     return replace(case, precision=PEERS[name].computes_in or case.precision)
 
 
 def trajectory(trainer: Trainer, case: Case, data: Data, steps: int = STEPS) -> Array:
-    """A contender's losses, shaped like ``Expected.losses``; it is left at the initial parameters."""
+    """Return a contender's losses, shaped like ``Expected.losses``, and reset it to the initial parameters."""
     rows = checked_rows(case, steps)
     trainer.reset()
     losses = np.asarray(trainer.losses(rows), np.float64)
@@ -69,7 +69,7 @@ def trajectory(trainer: Trainer, case: Case, data: Data, steps: int = STEPS) -> 
 def judge(losses: Array, expected: Expected, again: Callable[[int], Array] | None = None) -> Verdict:
     """Compare a contender's losses with the oracle's.
 
-    ``again`` gives the tolerance of one model by more runs of its own, for what lies outside at first.
+    ``again`` returns the tolerance of one model from runs of its own, for a second check.
     """
     if losses.shape != expected.losses.shape:
         return Verdict(float("inf"), 1, f"returned losses of shape {losses.shape}, not {expected.losses.shape}")
@@ -98,13 +98,13 @@ def judge(losses: Array, expected: Expected, again: Callable[[int], Array] | Non
 
 
 def judge_dropout(losses: Array, masked: Array) -> Verdict:
-    """Compare the mean loss with dropout on with that of the oracle's runs, whose masks are others.
+    """Compare the mean loss under dropout with that of the oracle's runs, which have other masks.
 
-    Which elements fall is each library's own affair; how much their loss moves the mean is not: a contender without
-    dropout, with another rate or without the scaling has another mean.
+    Each library draws its own masks, but their effect on the mean loss is the same. A contender without dropout, with
+    another rate or without the scaling has another mean.
     """
     mean, centre = float(losses[:STEPS].mean()), float(masked.mean())
-    # of one further run beside the mean of the others
+    # The standard error of one further run against the mean of the others.
     error = float(masked.std(ddof=1)) * np.sqrt(1 + 1 / len(masked))
     share = abs(mean - centre) / (STANDARD_ERRORS * error)
     if share <= 1.0:
@@ -118,9 +118,9 @@ def judge_dropout(losses: Array, masked: Array) -> Verdict:
 
 
 def trajectories(name: str, case: Case, data: Data, trainer: Trainer | None = None) -> tuple[list[Array], Array | None]:
-    """A contender's losses in each of ``oracle.checks`` and, where the case has dropout, with it on.
+    """Return a contender's losses in each of ``oracle.checks`` and, if the case has dropout, with dropout on.
 
-    ``trainer`` is the contender prepared for the case; without it, it is prepared here.
+    ``trainer`` is the contender prepared for the case; None prepares it here.
     """
     own = trainer or prepare(name, case, data)
     found = [
@@ -131,7 +131,7 @@ def trajectories(name: str, case: Case, data: Data, trainer: Trainer | None = No
 
 
 class Judge:
-    """What the losses of a case must be, computed once for each set of rules that contenders follow."""
+    """The oracle's losses of a case, computed once for each set of rules."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.data = case, make_data(case)
@@ -155,7 +155,7 @@ class Judge:
         return self._masked[rules]
 
     def verdict(self, name: str, losses: Sequence[Array], with_dropout: Array | None) -> Verdict:
-        """On a contender's ``trajectories``."""
+        """Return the verdict on a contender's ``trajectories``."""
         found = []
         for check, own in enumerate(losses):
             found.append(judge(own, self.expected(name, check), lambda model, at=check: self._again(name, at, model)))

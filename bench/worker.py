@@ -1,6 +1,6 @@
-"""A process of its own for each peer, so that thread pools and settings of one library cannot reach another.
+"""One process for each peer, so that thread pools and settings of one library cannot affect another.
 
-A worker waits on a pipe for (method, arguments) and answers with (True, result) or (False, traceback).
+A worker waits on a pipe for (method, arguments) and replies with (True, result) or (False, traceback).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.cases import Array, Case, make_data
 from bench.peers import PEERS, import_module, prepare, version_of
 from bench.verification import computed_case, trajectories
 
-# Settings that make OpenBLAS something else than what people have; NumPy's and SciPy's builds both heed them.
+# Settings that change OpenBLAS from its default; NumPy's and SciPy's builds both read them.
 UNSET_PREFIX = "OPENBLAS_"
 
 
@@ -33,7 +33,7 @@ class Loaded:
 
 
 class WorkerError(RuntimeError):
-    """Something was raised inside a worker; the message is its traceback, ``brief`` what it says at its end."""
+    """An error inside a worker; the message is its traceback, ``brief`` the last line."""
 
     def __init__(self, message: str, brief: str) -> None:
         super().__init__(message)
@@ -41,13 +41,13 @@ class WorkerError(RuntimeError):
 
 
 class _Served:
-    """What runs in the worker's process."""
+    """The worker's side, in its own process."""
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
 
     def load(self, case: Case) -> Loaded:
-        """Make a case's data and the contender's trainer, and train an epoch, in which most libraries compile."""
+        """Make a case's data and the contender's trainer, and train an epoch; most libraries compile in it."""
         self.case, self.data = computed_case(self.peer, case), make_data(case)
         import_module(self.peer)
         began = time.perf_counter()
@@ -60,15 +60,15 @@ class _Served:
         return trajectories(self.peer, self.case, self.data, self.trainer)
 
     def epochs_in(self, seconds: float) -> int:
-        """How many epochs fill a turn of about so many seconds."""
+        """Return the number of epochs that fill a turn of about ``seconds``."""
         began = time.perf_counter()
         self.trainer.train(1)
         return max(1, round(seconds / (time.perf_counter() - began)))
 
     def turn(self, epochs: int) -> float:
-        """Seconds a model's step, over ``epochs`` epochs from the initial parameters.
+        """Return the seconds of a model's step, over ``epochs`` epochs from the initial parameters.
 
-        An epoch before them is not timed; it is left out where one fills the turn.
+        An epoch before them is not timed; a turn of one epoch skips it.
         """
         self.trainer.reset()
         if epochs > 1:
@@ -82,7 +82,7 @@ class _Served:
         return seconds / (epochs * self.case.steps * (self.case.models or 1))
 
     def environment(self) -> dict[str, Any]:
-        """The contender's version, and the thread pools (BLAS, OpenMP) in its process."""
+        """Return the contender's version, and the thread pools (BLAS, OpenMP) in its process."""
         from threadpoolctl import threadpool_info
 
         pools = [
@@ -137,16 +137,16 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether its process is running."""
+        """True if its process is running."""
         return self._process.is_alive()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """The result of a method of the worker. Raises WorkerError with what was raised there."""
+        """Return the result of a worker's method; raises WorkerError with the worker's traceback."""
         try:
             self._connection.send((method, arguments))
             good, result = self._connection.recv()
         except (EOFError, OSError):
-            message = f"the process of {self.peer} ended while it was asked to {method}"
+            message = f"the process of {self.peer} ended during {method}"
             raise WorkerError(message, message) from None
         if not good:
             raise WorkerError(f"{self.peer} failed to {method}:\n{result[1]}", result[0])
@@ -154,7 +154,7 @@ class Worker:
 
 
 def openblas_settings() -> dict[str, str]:
-    """The OPENBLAS_* variables of this process, which workers do not inherit."""
+    """Return the OPENBLAS_* variables of this process; workers do not inherit them."""
     return {name: value for name, value in os.environ.items() if name.startswith(UNSET_PREFIX)}
 
 

@@ -1,7 +1,7 @@
-"""Compares the names and parameters that the tests' stand-in for CuPy has with those of a real CuPy.
+"""Compare the names and parameters of the tests' stand-in for CuPy with those of a real CuPy.
 
-Run it in an environment where CuPy can be imported; no card is needed. ``--write`` records what CuPy says in
-``ci/cupy_names.json``, with which the tests compare the stand-in where there is no CuPy.
+Run it in an environment that can import CuPy; no card is needed. ``--write`` records CuPy's names in
+``ci/cupy_names.json``. Tests without CuPy compare the stand-in with that file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RECORD = ROOT / "ci/cupy_names.json"
 
 
 def names_of(module: Any) -> list[str]:
-    """The dotted names in a module of the stand-in, with those in its classes."""
+    """Yield the dotted names in a module of the stand-in, with those in its classes."""
     found = []
     for name, value in vars(module).items():
         if (name.startswith("_") and name != "__version__") or inspect.ismodule(value):
@@ -34,7 +34,7 @@ def names_of(module: Any) -> list[str]:
 
 
 def stand_in() -> dict[str, Any]:
-    """All names of the stand-in, with what they are."""
+    """Return all names of the stand-in, with their objects."""
     path = str(ROOT / "tests/kernels")
     if path not in sys.path:
         sys.path.insert(0, path)
@@ -50,10 +50,10 @@ def stand_in() -> dict[str, Any]:
 
 
 def real_signature(name: str) -> str:
-    """What CuPy says of a name: its parameters, "" where it takes none; raises AttributeError where there is none.
+    """Return the parameters of a name in CuPy, "" if it takes none; raises AttributeError for an unknown name.
 
-    Compiled functions have their signature in the first line of the documentation. Without the libraries of CUDA the
-    module of cuBLAS cannot be imported: its documentation is then read from the file.
+    Compiled functions have their signature in the first line of the documentation. Without the CUDA libraries the
+    module of cuBLAS cannot be imported; then the documentation comes from its file.
     """
     module_name, last = "cupy_backends.cuda.libs.cublas", name.rpartition(".")[2]
     if name.startswith(module_name):
@@ -81,7 +81,7 @@ def real_signature(name: str) -> str:
 
 
 def parameters(signature: str) -> list[str]:
-    """The names of the parameters in a signature, without types and defaults; "*" where any may follow."""
+    """Return the parameter names in a signature, without types and defaults; "*" stands for any others."""
     inside = signature[signature.find("(") + 1 : signature.rfind(")")] if "(" in signature else ""
     inside = re.sub(r"'[^']*'|<[^>]*>|\[[^\]]*\]|\(\)", "0", inside)
     found = []
@@ -95,7 +95,7 @@ def parameters(signature: str) -> list[str]:
 
 
 def misfits(mine: dict[str, Any], real: dict[str, str]) -> list[str]:
-    """Where the stand-in has what CuPy has not, or parameters of other names or in another order."""
+    """Return the differences: names that CuPy lacks, and parameters with other names or in another order."""
     found = []
     for name, value in mine.items():
         if name not in real:
@@ -113,7 +113,7 @@ def misfits(mine: dict[str, Any], real: dict[str, str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"record what CuPy says in ci/{RECORD.name}")
+    parser.add_argument("--write", action="store_true", help=f"record CuPy's names in ci/{RECORD.name}")
     options = parser.parse_args()
     mine, real = stand_in(), {}
     for name in mine:
@@ -127,7 +127,7 @@ def main() -> int:
         RECORD.write_text(json.dumps({"cupy": version, "names": dict(sorted(real.items()))}, indent=0) + "\n")
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)
-    print(f"{len(mine)} names of the stand-in, {len(found)} unlike those of CuPy {version}")
+    print(f"{len(mine)} names in the stand-in, {len(found)} differ from CuPy {version}")
     return 1 if found else 0
 
 

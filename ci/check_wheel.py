@@ -1,8 +1,8 @@
-"""Builds the wheel and tries it where the checkout cannot be seen; run with the checkout's environment.
+"""Build the wheel and test it outside the checkout; run with the checkout's environment.
 
-The wheel goes into a fresh environment that borrows the dependencies of the running one: a line in a ``.pth``
-file adds their folder to the search path without reading the ``.pth`` files in it, so the editable install of
-the checkout stays out of reach.
+The wheel goes into a fresh environment that borrows the dependencies of the running one. A line in a ``.pth`` file adds
+their folder to the search path without reading the ``.pth`` files in it, so the checkout's editable install is not
+seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"fusemlp": ROOT / "engine/fusemlp", "fusemlp_kernels": ROOT / "kernels/fusemlp_kernels"}
 
-# Argument: the folder that both packages must come from.
+# The argument is the folder that both packages must come from.
 ORIGINS = """
 import importlib.util, pathlib, sys
 for name in ("fusemlp", "fusemlp_kernels"):
@@ -42,7 +42,7 @@ if not (len(loss) == 5 and np.isfinite(loss).all() and loss[-1] < loss[0]):
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """The command's output; where it fails, all it wrote is shown and the check ends."""
+    """Return the command's output; if it fails, print everything it wrote and exit."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -54,7 +54,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def missing_files(wheel: Path) -> list[str]:
-    """The files of both packages in the checkout, and each package's ``py.typed``, that the wheel lacks."""
+    """Return the files of both packages in the checkout, ``py.typed`` included, that the wheel lacks."""
     with zipfile.ZipFile(wheel) as archive:
         present = set(archive.namelist())
     wanted = {f"{name}/py.typed" for name in PACKAGES}
@@ -93,7 +93,7 @@ def main() -> None:
         for command in ((python, "-I", "-m", "fusemlp"), (scripts / "fusemlp",)):
             printed = run(*command, "--version", cwd=folder)
             if version not in printed.split():
-                sys.exit(f"--version prints {printed!r} where the version is {version}")
+                sys.exit(f"--version prints {printed!r}, the version is {version}")
         run(python, "-I", "-c", TRAINING, cwd=folder)
     print(f"{wheel.name}: installed, imported and trained outside the checkout")
 

@@ -1,8 +1,8 @@
-"""Compiles the CUDA C of the CuPy backend with NVRTC, on a machine without a GPU, and judges the machine code.
+"""Compile the CUDA C of the CuPy backend with NVRTC, on a machine without a GPU, and check the machine code.
 
-NVRTC comes from the wheel nvidia-cuda-nvrtc-cu12 and is called through ctypes, which needs no driver; CuPy's own call
-of it does. Every source is compiled for every type and architecture. A kernel that spills, keeps a stack or takes more
-shared memory than there is, is an error. What each takes is recorded in ``ci/cuda_resources.json``.
+NVRTC comes from the wheel nvidia-cuda-nvrtc-cu12. The call goes through ctypes, which needs no driver; CuPy's own call
+needs one. Every source is compiled for every type and architecture. A kernel that spills, uses a stack or exceeds the
+shared memory is an error. ``ci/cuda_resources.json`` records the resources of each kernel.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ RECORD = ROOT / "ci/cuda_resources.json"
 CACHE = ROOT / "build/nvrtc"
 WHEEL = "nvidia-cuda-nvrtc-cu12"
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
-# What CuPy adds to the options of a module (cupy.cuda.compiler): subnormal numbers are zero.
+# CuPy adds this option to every module (cupy.cuda.compiler): it flushes subnormal numbers to zero.
 ADDED = ("-ftz=true",)
-# What a launch gets without asking for more, bytes: the CUDA programming guide's table of compute capabilities.
+# Bytes of shared memory of a default launch: the CUDA programming guide's table of compute capabilities.
 STATIC_SHARED_LIMIT = 48 << 10
 
 Row = dict[str, Any]
@@ -53,23 +53,23 @@ class Work(NamedTuple):
 
 
 def version() -> str:
-    """The version of NVRTC's wheel; raises SystemExit with what to do where it is missing."""
+    """Return the version of NVRTC's wheel; raises SystemExit with advice if it is missing."""
     try:
         return importlib.metadata.version(WHEEL)
     except importlib.metadata.PackageNotFoundError:
         sys.exit(
-            f"compile_cuda: the wheel {WHEEL}, which has the compiler, is not installed here: pip install {WHEEL} "
+            f"compile_cuda: the wheel {WHEEL} with the compiler is not installed here: pip install {WHEEL} "
             "(it is in the test extra on Linux; it needs no GPU and no driver)"
         )
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """NVRTC."""
+    """Load NVRTC."""
     version()
     found = [file for file in importlib.metadata.files(WHEEL) or () if re.fullmatch(r"libnvrtc\.so\.\d+", file.name)]
     if len(found) != 1:
-        sys.exit(f"compile_cuda: one library libnvrtc.so is expected in the wheel {WHEEL}, found {found}")
+        sys.exit(f"compile_cuda: expected one library libnvrtc.so in the wheel {WHEEL}, found {found}")
     return ctypes.CDLL(str(found[0].locate()))
 
 
@@ -82,7 +82,7 @@ def _text(program: ctypes.c_void_p, kind: str) -> bytes:
 
 
 def compile_source(code: str, options: Sequence[str], arch: str) -> tuple[bytes, str]:
-    """The cubin, and what the assembler says of each kernel. Raises ValueError with the errors of the source."""
+    """Return the cubin and the assembler's report on each kernel. Raises ValueError with the source's errors."""
     nvrtc, program = library(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"source.cu", 0, None, None)
     given = [*options, f"--gpu-architecture={arch}", "--ptxas-options=-v"]
@@ -96,15 +96,15 @@ def compile_source(code: str, options: Sequence[str], arch: str) -> tuple[bytes,
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
-    """Of each kernel: registers of a thread; bytes of its stack and spilled, with those of the functions that it calls;
-    bytes of static shared memory of a block."""
+    """Return for each kernel the registers of a thread, the bytes of stack and spills (called functions included), and
+    the static shared memory of a block in bytes."""
     _, *parts = ENTRY.split(log)
     found = {}
     for name, said in zip(parts[::2], parts[1::2], strict=True):
         used = USED.search(said)
         frames = [tuple(map(int, frame)) for frame in FRAME.findall(said)]
         if used is None or not frames:
-            raise ValueError(f"the assembler does not say what {name} takes:\n{said}")
+            raise ValueError(f"the assembler reports no resources of {name}:\n{said}")
         shared = SHARED.search(used[2])
         found[name] = {
             "registers": int(used[1]),
@@ -116,17 +116,17 @@ def resources(log: str) -> dict[str, dict[str, int]]:
 
 
 def options_of(kind: str) -> tuple[str, ...]:
-    """The options with which CuPy compiles the sources for a type."""
+    """Return CuPy's compiler options for the sources of a type."""
     return (*sources.PRECISIONS[kind], *ADDED)
 
 
 def source_hash(module: str, kind: str) -> str:
-    """Names the text and the options that a module is compiled from."""
+    """Return a hash of the text and the options of a module."""
     return hashlib.sha256("\0".join([sources.text(module), *options_of(kind)]).encode()).hexdigest()[:16]
 
 
 def compiled(work: Work) -> list[Row] | str:
-    """A row for each kernel, or why there are none; from ``build/nvrtc`` where the same was compiled before."""
+    """Return a row for each kernel, or the error; ``build/nvrtc`` caches what was compiled before."""
     source = source_hash(work.module, work.type)
     kept = CACHE / f"{version()}-{work.arch}-{work.module}-{work.type}-{source}.json"
     if kept.exists():
@@ -151,7 +151,7 @@ def compiled(work: Work) -> list[Row] | str:
 
 
 def compile_all(work: Sequence[Work], jobs: int) -> tuple[list[Row], list[str]]:
-    """The rows, and the errors of what does not compile."""
+    """Return the rows, and the errors of sources that do not compile."""
     version()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(compiled, work))
@@ -161,7 +161,7 @@ def compile_all(work: Sequence[Work], jobs: int) -> tuple[list[Row], list[str]]:
 
 
 def problems(row: Row) -> list[str]:
-    """What is wrong with a kernel's machine code."""
+    """Yield the problems of a kernel's machine code."""
     found = []
     if row["spills"]:
         found.append(f"{row['spills']} bytes are spilled")
@@ -173,7 +173,7 @@ def problems(row: Row) -> list[str]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Kernels by architecture."""
+    """Return a table of the kernels by architecture."""
     groups = collections.defaultdict(list)
     for row in rows:
         groups[row["nvrtc"], row["arch"]].append(row)
@@ -188,37 +188,37 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def read_record() -> list[Row]:
-    """The rows of the record; none, where there is no file yet."""
+    """Return the rows of the record, none if there is no file yet."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else []
 
 
 def write_record(rows: Iterable[Row]) -> None:
-    """Put the rows into the record and drop what was of other code; a row a line."""
+    """Write the rows into the record, one a line, and drop rows of other code."""
     merged = {tuple(row[name] for name in KEY): row for row in [*read_record(), *rows]}
     kept = [row for _, row in sorted(merged.items()) if is_current(row)]
     RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
 
 
 def is_current(row: Row) -> bool:
-    """Whether a row is of the sources as they are."""
+    """Return whether a row belongs to the current sources."""
     known = row["module"] in sources.MODULES and row["type"] in sources.PRECISIONS and row["arch"] in TARGETS
     return known and row["source"] == source_hash(row["module"], row["type"])
 
 
 def all_work(archs: Iterable[str] = TARGETS) -> list[Work]:
-    """Everything, what takes longest first."""
+    """Return all work, the longest compilations first."""
     order = sorted(sources.MODULES, key=lambda module: module != "loss")
     return [Work(arch, module, kind) for module in order for arch in archs for kind in sources.PRECISIONS]
 
 
 def record_problems(record: Sequence[Row]) -> list[str]:
-    """What is wrong with the record: kernels that fail, rows that are missing or of other code."""
+    """Return the problems of the record: kernels that fail, missing rows, rows of other code."""
     found = [problem for row in record for problem in problems(row)]
     present = {Work(row["arch"], row["module"], row["type"]) for row in record if is_current(row)}
     missing, old = set(all_work()) - present, [row for row in record if not is_current(row)]
     for what, wrong in (
         ("missing", sorted(map(" ".join, missing))),
-        ("not of the sources as they are", [f"{row['arch']} {row['module']} {row['kernel']}" for row in old]),
+        ("not of the current sources", [f"{row['arch']} {row['module']} {row['kernel']}" for row in old]),
     ):
         if wrong:
             found.append(
@@ -229,7 +229,7 @@ def record_problems(record: Sequence[Row]) -> list[str]:
 
 
 def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
-    """Where what was compiled now takes something else than the record says, for the same version of NVRTC."""
+    """Return the differences between the compiled rows and the record, for the same version of NVRTC."""
     recorded = {tuple(row[name] for name in KEY): row for row in record}
     versions = {row["nvrtc"] for row in recorded.values()}
     found = []
@@ -244,11 +244,11 @@ def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="ci/compile_cuda.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=TARGETS, help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help=f"put the results into ci/{RECORD.name}")
+    parser.add_argument("--write", action="store_true", help=f"write the results into ci/{RECORD.name}")
     parser.add_argument("--check", action="store_true", help=f"compare with ci/{RECORD.name}")
     options = parser.parse_args(arguments)
     start = time.monotonic()

@@ -1,11 +1,11 @@
-"""Compiles the Triton kernels for every architecture, on a machine without a GPU, and judges the machine code.
+"""Compile the Triton kernels for every architecture, on a machine without a GPU, and check the machine code.
 
-A kernel that spills, keeps a stack for no known reason, lost its tensor-core instructions or takes more shared memory
-than there is, is an error: none of it shows in a kernel's results, only in its speed or when it is launched. What all
-variants take is recorded in ``ci/kernel_resources.json``, by version of Triton.
+A kernel is an error if it spills, uses a stack for no recorded reason, lost its tensor-core instructions or exceeds the
+shared memory. None of these changes a kernel's results; they change its speed, or the launch fails.
+``ci/kernel_resources.json`` records the resources of all variants, by version of Triton.
 
-Without ``--all`` a systematic part is compiled: of each kernel and element type, the largest tile and the constants
-that take the most registers. The record holds all of them.
+Without ``--all`` a systematic part is compiled: for each kernel and element type, the largest tile and the constants
+with the most registers. The record holds all variants.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "ci/kernel_resources.json"
-# The kernels run under Triton's interpreter where the variable is set; there is nothing to compile then.
+# This variable selects Triton's interpreter, which compiles nothing.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
 
@@ -33,8 +33,8 @@ import triton  # noqa: E402
 
 Row = dict[str, Any]
 KEY = ("triton", "arch", "kernel", "variant")
-# Shared memory that a program can have, bytes: the CUDA programming guide's table of compute capabilities, and the
-# CDNA 3 instruction set's local data share. From sm_90 on the system's own kilobyte is listed as static memory.
+# The most shared memory of a program, in bytes: the CUDA programming guide's table of compute capabilities, and the
+# CDNA 3 instruction set's local data share. From sm_90 on the system's own kilobyte counts as static memory.
 SHARED_LIMITS = {
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,
@@ -44,14 +44,14 @@ SHARED_LIMITS = {
     "gfx942": 64 << 10,
 }
 SYSTEM_SHARED = {"sm_90": 1 << 10, "sm_100": 1 << 10, "sm_120": 1 << 10}
-# Kernels whose machine code may keep a stack, by architecture and name, and why.
+# Kernels that may use a stack, by architecture and name, with the reason.
 STACK_REASONS = {
     ("gfx942", "resident"): "its functions save registers and take arguments there, by the calling convention of AMD",
 }
 
 
 def problems(row: Row) -> list[str]:
-    """What is wrong with a kernel's machine code."""
+    """Yield the problems of a kernel's machine code."""
     found = []
     if row["spills"]:
         found.append(f"{row['spills']} spills")
@@ -67,10 +67,10 @@ def problems(row: Row) -> list[str]:
 
 
 def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_variants.Variant]:
-    """Of each kernel and element type: with the largest tile, the constants that take the most registers.
+    """Return, for each kernel and element type, the variant with the largest tile and the most registers.
 
-    In fp32 also on the general path; in fp16 also with the gradients by the weights left in memory. Whole steps in one
-    kernel take long to compile: in fp32 only.
+    fp32 adds the general path, fp16 the weight gradients in memory. Kernels of whole steps compile slowly, so only
+    their fp32 variants are included.
     """
 
     def size(variant: kernel_variants.Variant) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
 def chosen(
     archs: Iterable[str], kernels: Iterable[str], everything: bool
 ) -> Iterator[tuple[kernel_variants.Variant, str]]:
-    """What to compile."""
+    """Yield the variants to compile."""
     for arch in archs:
         variants = kernel_variants.variants(arch)
         for variant in variants if everything else systematic_part(variants):
@@ -109,16 +109,16 @@ def chosen(
 
 
 def compiled(work: tuple[kernel_variants.Variant, str]) -> Row | str:
-    """The row of a variant, or why there is none."""
+    """Return the row of a variant, or its error."""
     variant, arch = work
     try:
         return kernel_variants.compile_variant(variant, arch)
-    except Exception as error:  # whatever the compiler raises belongs in the report beside the others
+    except Exception as error:  # The report lists every error of the compiler.
         return f"{arch} {variant.kernel} ({variant.name}): {type(error).__name__}: {error}"
 
 
 def compile_all(work: Sequence[tuple[kernel_variants.Variant, str]], jobs: int) -> tuple[list[Row], list[str]]:
-    """The rows, and the errors of what does not compile; says on stderr how far it is."""
+    """Return the rows, and the errors of variants that do not compile; report progress on stderr."""
     rows, failures = [], []
     told = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -134,7 +134,7 @@ def compile_all(work: Sequence[tuple[kernel_variants.Variant, str]], jobs: int) 
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Compilations and spills by architecture and version of Triton."""
+    """Return a table of compilations and spills by architecture and version of Triton."""
     groups = collections.defaultdict(list)
     for row in rows:
         groups[row["triton"], row["arch"]].append(row)
@@ -153,18 +153,18 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def read_record() -> list[Row]:
-    """The rows of the record; none, where there is no file yet."""
+    """Return the rows of the record, none if there is no file yet."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else []
 
 
 def launched(everything: bool) -> set[tuple[str, str, str, str]]:
-    """Architecture, kernel, variant and source of all that is launched, or of the systematic part."""
+    """Return architecture, kernel, variant and source of every launched kernel, or of the systematic part."""
     work = chosen(kernel_variants.TARGETS, tuple(kernel_variants.KERNELS), everything)
     return {(arch, variant.kernel, variant.name, kernel_variants.source_hash(variant.kernel)) for variant, arch in work}
 
 
 def write_record(rows: Iterable[Row]) -> None:
-    """Put the rows into the record and drop what is no longer launched, or was of other code; a row a line."""
+    """Write the rows into the record, one a line; drop rows of other code and of unused kernels."""
     wanted = {key[:3] for key in launched(everything=True)}
     sources = {kernel: kernel_variants.source_hash(kernel) for kernel in kernel_variants.KERNELS}
     merged = {tuple(row[name] for name in KEY): row for row in [*read_record(), *rows]}
@@ -173,13 +173,13 @@ def write_record(rows: Iterable[Row]) -> None:
 
 
 def record_problems(record: Sequence[Row]) -> list[str]:
-    """What is wrong with the record: kernels that fail, rows that are missing or of other code."""
+    """Return the problems of the record: kernels that fail, missing rows, rows of other code."""
     found = [problem for row in record for problem in problems(row)]
     needed, possible = launched(everything=False), launched(everything=True)
     for version in sorted({row["triton"] for row in record}) or [triton.__version__]:
         rows = [row for row in record if row["triton"] == version]
         present = {(row["arch"], row["kernel"], row["variant"], row["source"]) for row in rows}
-        for what, wrong in (("missing", needed - present), ("not of the kernels as they are", present - possible)):
+        for what, wrong in (("missing", needed - present), ("not of the current kernels", present - possible)):
             if wrong:
                 found.append(
                     f"{RECORD.name}, Triton {version}: {len(wrong)} rows are {what}, such as {' '.join(min(wrong))}; "
@@ -189,7 +189,7 @@ def record_problems(record: Sequence[Row]) -> list[str]:
 
 
 def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
-    """Where what was compiled now takes something else than the record says, for the same version of Triton."""
+    """Return the differences between the compiled rows and the record, for the same version of Triton."""
     recorded = {tuple(row[name] for name in KEY): row for row in record}
     found = []
     for row in rows:
@@ -198,12 +198,12 @@ def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
             changed = ", ".join(
                 f"{name} {before[name]} -> {row[name]}" for name in row if before.get(name) != row[name]
             )
-            found.append(f"{row['arch']} {row['kernel']} ({row['variant']}) is not what is recorded: {changed}")
+            found.append(f"{row['arch']} {row['kernel']} ({row['variant']}) differs from the record: {changed}")
     return found
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the options."""
     made = argparse.ArgumentParser(prog="ci/compile_kernels.py", description=(__doc__ or "").split("\n\n")[0])
     made.add_argument(
         "--arch", nargs="+", choices=kernel_variants.TARGETS, default=kernel_variants.TARGETS, help="default: all"
@@ -215,19 +215,19 @@ def parser() -> argparse.ArgumentParser:
         default=tuple(kernel_variants.KERNELS),
         help="default: all",
     )
-    made.add_argument("--all", action="store_true", help="every variant, not a systematic part of them")
+    made.add_argument("--all", action="store_true", help="compile every variant, not only the systematic part")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    made.add_argument("--write", action="store_true", help=f"put the results into ci/{RECORD.name}")
+    made.add_argument("--write", action="store_true", help=f"write the results into ci/{RECORD.name}")
     made.add_argument(
         "--check",
         action="store_true",
-        help=f"compare with ci/{RECORD.name}, which must be of the kernels as they are",
+        help=f"compare with ci/{RECORD.name}, which must belong to the current kernels",
     )
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(arguments)
     start = time.monotonic()
     work = list(chosen(options.arch, options.kernel, options.all))

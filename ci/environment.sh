@@ -1,7 +1,7 @@
-# Sourced by ci/quickstart and ci/test at the root of the checkout: makes or reuses .venv, with fusemlp in it.
-# PYTHON names the interpreter of a new .venv; pip's own settings (pip.conf, PIP_*) apply as they are.
+# ci/quickstart and ci/test source this file at the root of the checkout. It makes or reuses .venv with fusemlp in it.
+# PYTHON names the interpreter of a new .venv; pip's own settings (pip.conf, PIP_*) apply.
 
-# An activated environment or a search path set for something else lends no modules to this one.
+# Modules of an activated environment or of another search path must not leak into .venv.
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV MYPYPATH
 
 script=ci/${0##*/}
@@ -13,7 +13,7 @@ fail() {
     exit 2
 }
 
-# Prints "VERSION STATE", STATE one of ready, old, incomplete; nothing where there is no such interpreter.
+# Prints "VERSION STATE", STATE one of ready, old, incomplete; prints nothing if the interpreter does not run.
 probe() {
     "$1" -c '
 import sys
@@ -78,11 +78,11 @@ make_environment() {
         say "making .venv with $python"
         "$python" -m venv --clear .venv || fail "$python -m venv failed, for the reason above"
     fi
-    # An environment can have been made without pip, or left before pip came.
+    # pip is missing if .venv was made without it, or if an earlier run was cut off.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null ||
         fail "pip cannot be put into .venv: remove .venv and start again"
 
-    # Installed from this folder since the dependencies and the version last changed: no network is needed.
+    # Skip the installation if it is newer than dependencies and version: no network is needed.
     if [[ $stamp -nt pyproject.toml && $stamp -nt engine/fusemlp/_version.py ]] &&
         [[ $(<"$stamp") == "$PWD" ]]; then
         return

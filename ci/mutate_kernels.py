@@ -1,11 +1,10 @@
-"""Plants bugs in the kernels, one at a time, and shows that the tests catch each.
+"""Plant bugs in the kernels, one at a time, and report the test that catches each.
 
-Each bug of ci/mutations.py (Triton) and ci/cuda_mutations.py (CUDA C) is planted in a copy of the kernels, in a
-temporary folder; the tests named beside it run on that copy, under Triton's interpreter or compiled as C++, until one
-fails. A bug is caught if a test fails by an assertion, or by a rule of CUDA that is broken, or the process crashes; one
-that only makes the kernels raise an error of another kind is a bad mutation, and reported as such. First the tests are
-run on a copy as it is, where all must pass. The exit status is 1 if a bug survives, 2 if the tests fail
-without one or an entry does not fit the kernels any more.
+Each bug of ci/mutations.py (Triton) and ci/cuda_mutations.py (CUDA C) goes into a copy of the kernels in a temporary
+folder. Its tests run on that copy, under Triton's interpreter or compiled as C++, until one fails. A bug is caught if a
+test fails by an assertion or a broken rule of CUDA, or if the process crashes. A bug that only raises another error is
+reported as a bad mutation. First the tests run on an unchanged copy, and all must pass. The exit status is 1 if a bug
+survives, 2 if the tests fail without one or an entry no longer fits the kernels.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from mutations import Mutation
 ROOT = Path(__file__).resolve().parents[1]
 MUTATIONS = (*TRITON_MUTATIONS, *CUDA_MUTATIONS)
 TABLES = {"triton": ROOT / "ci/mutations.md", "cupy": ROOT / "ci/cuda_mutations.md"}
-# What is in the names of the tests that run on a package's kernels, and how these tests say that they see a bug: the
-# stand-in for CuPy and the fibers in it have assertions of their own.
+# For each package a part of its tests' names, and the errors that count as a caught bug: the stand-in for CuPy and its
+# fibers have their own assertions.
 PLACES = {"triton": "interpreted", "cupy": "host"}
 ASSERTIONS = ("AssertionError", "KernelFault", "Misuse")
-# A loop that never ends is a bug that is seen, too.
+# An endless loop counts as caught.
 TIMEOUT = 900
 KINDS = {
     "triton": ("the Triton kernels", "ci/mutations.py", "under Triton's interpreter"),
@@ -52,7 +51,7 @@ INTRODUCTION = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests made of a mutation: ``caught_by`` a test, or None; ``how`` says what was seen."""
+    """The result of a mutation: ``caught_by``: a test, or None; ``how``: the failure."""
 
     caught_by: str | None
     how: str
@@ -60,14 +59,14 @@ class Outcome:
 
 
 def place_of(mutation: Mutation) -> Path:
-    """The file of a mutation, from the folder with the packages on."""
+    """Return the file of a mutation, relative to the folder of the packages."""
     return Path("fusemlp_kernels", mutation.package, mutation.file)
 
 
 def mutated(mutation: Mutation, kernels: Path = ROOT / "kernels") -> str:
-    """The text of the file with the bug in it.
+    """Return the text of the file with the bug in it.
 
-    Raises ValueError where the old text does not occur exactly once, or the new one changes nothing.
+    Raises ValueError unless the old text occurs exactly once and the new one differs.
     """
     text = (kernels / place_of(mutation)).read_text(encoding="utf-8")
     count = text.count(mutation.old)
@@ -82,12 +81,12 @@ def mutated(mutation: Mutation, kernels: Path = ROOT / "kernels") -> str:
 
 
 def node_ids(mutations: list[Mutation]) -> list[str]:
-    """The tests of these mutations, each once, in order."""
+    """Return the tests of these mutations, each once, in order."""
     return [f"tests/kernels/{test}" for test in dict.fromkeys(t for m in mutations for t in m.tests)]
 
 
 def run_tests(folder: Path, tests: list[str], package: str) -> tuple[int, str, dict[str, str] | None]:
-    """Run tests on the kernels in ``folder``: the exit status, what was printed, and the first failure."""
+    """Run tests on the kernels in ``folder``; return the exit status, the output and the first failure."""
     failure = folder / "failure.json"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
@@ -114,7 +113,7 @@ def run_tests(folder: Path, tests: list[str], package: str) -> tuple[int, str, d
 
 
 def copied(folder: Path) -> Path:
-    """The folder, with a copy of the kernels in it."""
+    """Copy the kernels into the folder and return it."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kernels/fusemlp_kernels", folder / "fusemlp_kernels", ignore=ignored)
     return folder
@@ -141,7 +140,7 @@ def try_mutation(mutation: Mutation) -> Outcome:
 
 
 def failing_unmutated(mutations: list[Mutation], processes: int) -> str:
-    """What is printed by the tests that fail on the kernels as they are; nothing, where all pass."""
+    """Return the output of the tests that fail on the unchanged kernels, empty if all pass."""
     files: dict[tuple[str, str], list[str]] = {}
     for package in TABLES:
         for test in node_ids([mutation for mutation in mutations if mutation.package == package]):
@@ -158,7 +157,7 @@ def failing_unmutated(mutations: list[Mutation], processes: int) -> str:
 
 
 def row(mutation: Mutation, outcome: Outcome) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     seen = f"`{outcome.caught_by}`" if outcome.caught_by else outcome.how
     if outcome.caught_by and not outcome.caught_by.endswith("]"):
         seen += f", {outcome.how}"
@@ -166,7 +165,7 @@ def row(mutation: Mutation, outcome: Outcome) -> str:
 
 
 def chosen(names: list[str] | None, package: str | None = None) -> list[Mutation]:
-    """The mutations of those names in a package, all where none are given."""
+    """Return a package's mutations with these names, or all."""
     among = [mutation for mutation in MUTATIONS if package in (None, mutation.package)]
     unknown = set(names or ()) - {mutation.name for mutation in among}
     if unknown:
@@ -175,7 +174,7 @@ def chosen(names: list[str] | None, package: str | None = None) -> list[Mutation
 
 
 def table(package: str, rows: list[str], caught: int) -> str:
-    """The file that tells what became of a package's bugs."""
+    """Return the report on a package's bugs."""
     told = textwrap.fill(INTRODUCTION.format(*KINDS[package], package), 120, break_on_hyphens=False)
     title = f"# Bugs planted in {KINDS[package][0]}"
     lines = [title, "", told, "", *HEAD, *rows, "", f"{len(rows)} planted, {caught} caught."]
@@ -185,10 +184,10 @@ def table(package: str, rows: list[str], caught: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the mutations and their tests, and end")
-    parser.add_argument("--package", choices=TABLES, help="the bugs of one package alone")
-    parser.add_argument("--only", action="append", metavar="NAME", help="try this one alone; may be repeated")
+    parser.add_argument("--package", choices=TABLES, help="only the bugs of one package")
+    parser.add_argument("--only", action="append", metavar="NAME", help="only this bug; may be repeated")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="tests at the same time (default 2)")
-    parser.add_argument("--unchecked", action="store_true", help="do not run the tests on the kernels as they are")
+    parser.add_argument("--unchecked", action="store_true", help="skip the tests on the unchanged kernels")
     parser.add_argument("--write", action="store_true", help="write the tables in ci")
     options = parser.parse_args(arguments)
     if options.write and options.only:
@@ -205,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     start = time.perf_counter()
     if not options.unchecked and (failures := failing_unmutated(mutations, options.processes)):
-        parser.exit(2, f"{failures}{parser.prog}: these tests fail on the kernels as they are\n")
+        parser.exit(2, f"{failures}{parser.prog}: these tests fail on the unchanged kernels\n")
     print("\n".join(HEAD), flush=True)
     outcomes, rows = [], []
     try:

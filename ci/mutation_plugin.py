@@ -1,5 +1,4 @@
-"""What pytest does differently for ``mutate_kernels``: it tests a copy of the kernels, stops looking once a case fails,
-and leaves behind what failed."""
+"""A pytest plugin for ``mutate_kernels``: test a copy of the kernels, record the first failure, shrink nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ KERNELS, FAILURE = "MUTATED_KERNELS", "MUTATION_FAILURE"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # a smaller case that fails too would tell nothing more
+    # Hypothesis need not shrink a failing case: one failure is enough.
     settings.register_profile("first failure", phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False)
     settings.load_profile("first failure")
     spec = importlib.util.find_spec("fusemlp_kernels")

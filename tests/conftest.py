@@ -1,4 +1,4 @@
-"""What all tests share: where the oracle comparison lies, Triton without a GPU, and a run's summary of counts.
+"""The set-up of all tests: the path of the oracle comparison, Triton without a GPU, and a run's summary of counts.
 
 The oracle comparison and its tolerances live with the kernels' tests, and all tests use them.
 """
@@ -18,7 +18,7 @@ COUNTED = "line: "
 
 
 def interpret_triton_without_a_gpu():
-    """Triton reads the variable when it is first imported; where there is a card, it compiles for it."""
+    """Select Triton's interpreter before its first import, unless there is a card to compile for."""
     if "TRITON_INTERPRET" in os.environ or not all(map(importlib.util.find_spec, ("torch", "triton"))):
         return
     import torch
@@ -31,7 +31,7 @@ interpret_triton_without_a_gpu()
 
 
 def pytest_terminal_summary(terminalreporter):
-    """A line for each property "line: NAME" that tests have recorded, with the sum of its values."""
+    """Print a line for each property "line: NAME" that tests have recorded, with the sum of its values."""
     sums = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:

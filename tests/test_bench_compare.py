@@ -1,4 +1,4 @@
-"""From two measurements: what became slower; and the README says what the committed results say."""
+"""``bench compare`` finds what became slower; the pages' tables agree with the committed results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLEET_PEERS = {"fleet": 1.0, "jax_vmap": 1.4, "sklearn_loop": 14.0}
 
 
 def lines(seed: int, *, own: float = 1.0, machine: float = 1.0, rounds: int = 11, noise: float = 0.02) -> list[Any]:
-    """What a run would write: fusemlp ``own`` times as slow as it was, the machine ``machine`` times."""
+    """Return the lines of a run in which fusemlp is ``own`` times and the machine ``machine`` times as slow."""
     generator = np.random.default_rng(seed)
     found = []
     for name, times in [*((n, PEERS) for n in NETWORKS), *((n, FLEET_PEERS) for n in FLEETS)]:
@@ -76,7 +76,7 @@ def test_what_became_slower_is_found_and_nothing_else() -> None:
         *((name, "FLEET") for name in FLEETS),
     }
     assert found["784-10-10@32", "ENGINE_NUMPY_EAGER"] == "-"
-    assert verdicts(lines(1, own=1.1), lines(0))["784-10-10@32", "ENGINE"] == "quicker"
+    assert verdicts(lines(1, own=1.1), lines(0))["784-10-10@32", "ENGINE"] == "faster"
 
 
 def test_without_others_the_clock_decides() -> None:
@@ -88,7 +88,7 @@ def test_without_others_the_clock_decides() -> None:
 
 
 def test_noise_is_not_taken_for_a_change() -> None:
-    """The interval has to cover 1 where the rounds of the same code scatter by a fifth."""
+    """The interval must cover 1 if the rounds of the same code scatter by a fifth."""
     changed = [set(verdicts(lines(seed, noise=0.2), lines(seed + 100, noise=0.2)).values()) for seed in range(6)]
     assert sum(found != {"-"} for found in changed) <= 1
 
@@ -117,11 +117,11 @@ def test_titles_say_what_the_figures_say(tmp_path: Path) -> None:
     networks = [line for line in found if line["models"] is None]
     fleets = [line for line in found if line["models"] is not None]
     assert plots.networks_finding(report.by_case(networks)) == (
-        "fusemlp is the quickest on 2 of 2 networks, up to 6.0x ahead of TORCH_EAGER (784-10-10, 32)"
+        "fusemlp is the fastest on 2 of 2 networks, up to 6.0x ahead of TORCH_EAGER (784-10-10, 32)"
     )
     slow = [line for line in lines(0, own=1.5, noise=0.0) if line["models"] is None]
     assert plots.networks_finding(report.by_case(slow)) == (
-        "fusemlp is the quickest on 0 of 2 networks, up to 4.0x ahead of TORCH_EAGER (784-10-10, 32);\n"
+        "fusemlp is the fastest on 0 of 2 networks, up to 4.0x ahead of TORCH_EAGER (784-10-10, 32);\n"
         "at worst it takes 1.25x the time of JAX_SCAN (784-10-10, 32)"
     )
     assert plots.fleets_finding(fleets) == (
@@ -132,31 +132,55 @@ def test_titles_say_what_the_figures_say(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-def test_the_readme_says_what_the_committed_results_say() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_pages_agree_with_the_committed_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert readme.written(text) == text, "run python -m bench readme"
     assert text.count("<!-- bench ") == text.count("<!-- /bench -->") == len(readme.MARKED.findall(text)) >= 1
-    assert "not yet measured on a GPU" in text
 
 
-def test_the_readme_is_written_from_other_results(
+def test_every_committed_result_of_a_door_or_study_has_its_table() -> None:
+    shown = {found["file"] for page in readme.PAGES for found in readme.MARKED.finditer(page.read_text("utf-8"))}
+    files = {path.name for path in report.RESULTS.glob("*.jsonl") if readme.kind(path)}
+    assert files and files <= shown
+    assert "not yet measured on a GPU" in (ROOT / "bench" / "README.md").read_text("utf-8")
+
+
+def test_the_pages_are_written_from_other_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = tmp_path / "README.md"
+    target, other = tmp_path / "README.md", tmp_path / "bench.md"
     target.write_text("Before.\n<!-- bench old.jsonl -->\n| x |\n<!-- /bench -->\nAfter.\n")
-    monkeypatch.setattr(readme, "README", target)
+    chosen = "<!-- bench old.jsonl cases=784-10-10@32 peers=engine,jax_scan -->"
+    other.write_text(f"{chosen}\n| x |\n<!-- /bench -->\n")
+    monkeypatch.setattr(readme, "PAGES", (target, other))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.main(["--check"]) == 2
     assert "old.jsonl" in capsys.readouterr().err
     path = written(tmp_path / "new.jsonl", lines(0))
     assert readme.main([path, "--check"]) == 1
-    assert "| x |" in target.read_text()
+    assert "| x |" in target.read_text() and "| x |" in other.read_text()
     assert readme.main([path]) == 0
     text = target.read_text()
     assert text.startswith("Before.\n<!-- bench new.jsonl -->\n") and text.endswith("<!-- /bench -->\nAfter.\n")
     assert "some processor" in text and "| 784-10-10, 32 |" in text
+    text = other.read_text()
+    assert text.startswith(chosen.replace("old", "new")) and "| network, batch | ENGINE | JAX_SCAN |" in text
+    assert "| 784-10-10, 32 |" in text and "784-128-10" not in text and "models" not in text
     assert readme.main(["--check"]) == 0
+    target.write_text(target.read_text() + "more")
+    other.write_text(text.replace("784-10-10, 32", "784-10-10, 31"))
+    assert readme.main(["--check"]) == 1
     assert readme.main([str(ROOT / "README.md")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("mark", "problem"),
+    [("cases=1-1@1", "the results have no 1-1@1"), ("rows=1", "expected cases=NAME"), ("peers=", "have no")],
+)
+def test_a_mark_with_an_impossible_filter_is_refused(mark: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        readme.chosen(lines(0), mark)
 
 
 def test_a_door_has_its_table_in_the_readme_too(

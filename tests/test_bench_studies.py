@@ -1,6 +1,6 @@
-"""The studies of the benchmark: their accounts add up, and what they conclude from given figures is right.
+"""The studies of the benchmark: their accounts add up, and their conclusions from given figures are right.
 
-Nothing here asserts a speed: figures are made up where a conclusion is tested, and measured where only sums are.
+No test asserts a speed: tests of conclusions use invented figures, tests of sums measure.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_the_unfused_sequences_compute_what_the_kernels_compute(backend: str, pr
     atol = 16 * 25 * (2.0**-53 if precision == "fp64" else 2.0**-24)
     np.testing.assert_allclose(host(ours), host(theirs), rtol=0, atol=atol)
     dz, below = one.matrix(m, n, seed=1), one.matrix(m, k, seed=2)
-    # behind relu nothing is negative
+    # After relu nothing is negative.
     one.xp.clip(below, 0, None, out=below)
     mine, other = one.matrix(m, k, seed=6), one.matrix(m, k, seed=7)
     one.backend.bind("grad_input", dz=dz, w=w, y=below, dz_prev=mine, activation="relu")()
@@ -178,7 +178,7 @@ def test_a_cost_that_grows_faster_than_the_work_is_said_and_noise_is_not() -> No
     assert len(said) == 1
     assert "fusemlp, batch" in said[0]
     assert "to the power 1.50" in said[0]
-    assert "Nowhere" in scaling.text(flat)
+    assert "No contender" in scaling.text(flat)
     assert said[0] in scaling.text(steep)
 
 
@@ -290,10 +290,10 @@ def test_every_study_draws_its_picture() -> None:
     titles = [axes.get_title(loc="left") for axes in made.axes]
     assert titles[0] == (
         "fusemlp's step grows as work to the power 1.00;\n"
-        "the quickest of the others takes jax_scan 1x at 1, jax_scan 1x at 4"
+        "the fastest of the others takes jax_scan 1x at 1, jax_scan 1x at 4"
     )
     for axes in made.axes:
         assert axes.get_xlabel()
         assert axes.get_ylabel()
     lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
-    assert "of the quickest step is what the hardware must take" in roofline.draw(lines).axes[0].get_title(loc="left")
+    assert "of the fastest step" in roofline.draw(lines).axes[0].get_title(loc="left")

@@ -1,4 +1,4 @@
-"""Every contender that is installed trains as the oracle does, and one that trains otherwise is refused."""
+"""Every installed contender trains as the oracle does, and any other training is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = {
 
 
 def installed(device: str) -> list[tuple[str, str]]:
-    """Each contender of ``--quick`` that is there, with each of the cases that it suits."""
+    """Yield each installed contender of ``--quick`` with each case that it can run."""
     return [
         (name, kind)
         for name, peer in peers.PEERS.items()
@@ -53,7 +53,7 @@ def test_a_contender_agrees_with_the_oracle_and_with_another_learning_rate_does_
     assert 0 < verdict.worst <= 1
     found = verify(name, kind, learning_rate=1.02 * SMALL[kind].learning_rate, dropout=0.0)
     assert not found.agrees
-    # the first loss is that of the initial parameters, which no learning rate has touched
+    # The first loss is that of the initial parameters, before any update.
     assert found.step == 2
     assert found.reason is not None and "step 2: a loss" in found.reason
 
@@ -63,7 +63,7 @@ LONG = [name for name, peer in peers.PEERS.items() if peer.compiles_long and pee
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_contender_that_compiles_for_long_agrees_with_the_oracle_too(name: str) -> None:
-    """In a process of its own, as it is measured: what its compiler warns of is not the tests' affair."""
+    """Run in a separate process, as in a measurement, so that warnings of its compiler do not matter here."""
     judge = judge_of("sgd")
     with worker.Worker(name) as process:
         process.ask("load", SMALL["sgd"])
@@ -84,7 +84,7 @@ def test_on_a_card_too_a_contender_agrees_with_the_oracle() -> None:
 
 
 class Altered:
-    """A trainer with something done to it after each step."""
+    """A trainer that is disturbed after each step."""
 
     def __init__(self, trainer: Any, spoil: Callable[[Any], None]) -> None:
         self.trainer, self.spoil = trainer, spoil
@@ -225,7 +225,7 @@ def test_a_contender_that_raises_is_not_timed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its place in the results says why; the others are timed."""
+    """Its result has the reason; the others are timed."""
     case = SMALL["sgd"]
     monkeypatch.setattr(worker.Worker, "ask", spoiled(worker.Worker.ask))
     with measure.started(["engine", "engine_numpy_eager"], [case]) as workers:
@@ -237,7 +237,7 @@ def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch
 
 
 def spoiled(ask: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one contender return other losses than it had."""
+    """Change the losses that one contender returns."""
 
     def spoiling(self: worker.Worker, method: str, *arguments: Any) -> Any:
         answer = ask(self, method, *arguments)

@@ -1,4 +1,4 @@
-"""Imports run one way, and importing the package is quick and brings in nothing heavy."""
+"""Imports run one way, and importing the package is fast and loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYERS = (
 # The room of fusemlp that knows the backends; the others see only shared descriptions, definitions and errors.
 BACKEND_USERS = ("runtime",)
 SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels.philox")
-# Libraries that are imported in these modules (and what lies inside them) and nowhere else.
+# Libraries that only these modules, and those inside them, may import.
 OWNERS = {
     "cupy": ("fusemlp_kernels.cupy",),
     "cupyx": ("fusemlp_kernels.cupy",),
@@ -74,13 +74,13 @@ def source_modules() -> dict[str, str]:
 
 
 def is_type_checking(test: ast.expr) -> bool:
-    """Whether an ``if`` is only for type checkers: ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
+    """Return whether an ``if`` is only for type checkers: ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
     name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
     return name == "TYPE_CHECKING"
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node that can run."""
+    """Yield every node that can run."""
     yield node
     if isinstance(node, ast.If) and is_type_checking(node.test):
         children: Iterator[ast.AST] = iter(node.orelse)
@@ -91,7 +91,7 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported_names(node: ast.AST, package: str, modules: Mapping[str, str]) -> list[str]:
-    """What a node imports: statements, and ``import_module`` or ``__import__`` of a literal name."""
+    """Yield the imports of a node: statements, and ``import_module`` or ``__import__`` of a literal name."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -124,12 +124,12 @@ def within(name: str, *packages: str) -> bool:
 
 
 def part(name: str) -> str:
-    """The row entry that a module of fusemlp belongs to: its first name below the package."""
+    """Return the row entry of a module of fusemlp: its first name below the package."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
 def layer_numbers() -> dict[str, int]:
-    """Name to row, counted from the bottom."""
+    """Return the row of each name, counted from the bottom."""
     return {name: number for number, row in enumerate(reversed(LAYERS)) for name in row}
 
 
@@ -151,12 +151,12 @@ def direction_faults(found: list[Import]) -> Iterator[str]:
 
 
 def unplaced(modules: Mapping[str, str]) -> list[str]:
-    """The parts of fusemlp that have no row in ``LAYERS``."""
+    """Return the parts of fusemlp without a row in ``LAYERS``."""
     return sorted({part(name) for name in modules if within(name, "fusemlp")} - layer_numbers().keys())
 
 
 def cycle(found: list[Import]) -> list[str]:
-    """A ring of modules of one package that import each other, or nothing."""
+    """Return an import cycle between modules of one package, or nothing."""
     graph: dict[str, set[str]] = {}
     for importer, imported, _ in found:
         same = importer.partition(".")[0] == imported.partition(".")[0]
@@ -187,7 +187,7 @@ def test_imports_run_one_way() -> None:
     assert not faults(modules), "\n".join(faults(modules))
 
 
-# Made-up sources that break one rule each, and the words in which it is reported.
+# Invented sources that break one rule each, and the expected report.
 BROKEN = {
     "kernels import the engine": (
         {"fusemlp_kernels.philox": "import fusemlp.describe.network"},

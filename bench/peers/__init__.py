@@ -21,26 +21,25 @@ from bench.oracle import Rules, starting
 
 
 class Trainer(Protocol):
-    """A network bound to its data, trained in the way that its library's users would write it."""
+    """A network bound to its data, with the training loop that users of its library write."""
 
     def reset(self) -> None:
-        """Go back to the initial parameters, and to an optimizer that has seen nothing."""
+        """Go back to the initial parameters and a fresh optimizer."""
 
     def train(self, epochs: int) -> None:
         """Make ``epochs`` passes over the data, each in a new random order; return when they are finished.
 
-        What is timed. The mean training loss of each epoch is computed too, as every training loop does that reports
-        how it is getting on.
+        This is the timed method. It also computes the mean training loss of each epoch, as usual training loops do.
         """
 
     def losses(self, order: Array) -> Array:
-        """One pass over the rows in ``order`` (steps * batch_size,), on the path that ``train`` takes.
+        """Make one pass over the rows in ``order`` (steps * batch_size,), on the code path of ``train``.
 
-        Returns the mean loss of each batch before its update: (steps,), with many models (steps, models).
+        Returns the mean loss of each batch before its update: (steps,), for a fleet (steps, models).
         """
 
     def parameters(self) -> Parameters:
-        """For each layer the weight (outputs, inputs) and the bias (outputs,); with many models (models, ...)."""
+        """Return each layer's weight (outputs, inputs) and bias (outputs,); for a fleet (models, ...)."""
 
 
 TORCH, SCIKIT_LEARN = Rules(), Rules(convention="scikit-learn")
@@ -48,13 +47,12 @@ TORCH, SCIKIT_LEARN = Rules(), Rules(convention="scikit-learn")
 
 @dataclass(frozen=True)
 class Peer:
-    """How a contender is called in tables, what it needs, and what it can train.
+    """A contender: its label in tables, its requirements and its abilities.
 
-    ``package`` is what has to be importable, ``module`` its file (by default the name in ``PEERS``), given ``options``.
-    ``devices`` are those that a machine must have; ``host`` says that it computes on the CPU all the same. ``fleet``
-    says that it trains many models at once, and only those. ``computes_in`` is its precision, where it is not the
-    case's; ``differs`` is said under a table where its mathematics is not the others'. ``environment``: variables that
-    are set for its process.
+    ``package``: the import that it needs. ``module``: its file, by default the name in ``PEERS``; it gets ``options``.
+    ``devices``: the devices that a machine must have. ``host``: it computes on the CPU even then. ``fleet``: it trains
+    many models at once, and only those. ``computes_in``: its precision, unless it is the case's. ``differs``: a note
+    for the table if its mathematics differs. ``environment``: variables of its process.
     """
 
     label: str
@@ -75,9 +73,9 @@ class Peer:
 
 
 HOST: dict[str, Any] = {"host": True, "dropout": False, "precisions": ("fp32",)}
-EPS = "Adam's eps stands where scikit-learn has it, before the bias correction"
+EPS = "Adam adds eps before the bias correction, as scikit-learn does"
 
-# The first is what the others are compared with.
+# The first one is the reference of all others.
 PEERS = {
     "engine": Peer("fusemlp", "fusemlp"),
     **{
@@ -132,24 +130,24 @@ PEERS = {
 }
 REFERENCE, FLEET_REFERENCE = "engine", "fleet"
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
-# What torch.compile looks for, on a CPU.
+# The C++ compilers that torch.compile looks for on a CPU.
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))
 BENCH_EXTRA = "pip install 'fusemlp[bench]'"
 HOW_TO_GET = {"tinycudann": "built from source with nvcc: github.com/NVlabs/tiny-cuda-nn"}
 
 
 def reference_of(case: Case) -> str:
-    """The contender that the others of a case are compared with."""
+    """Return the reference of a case's other contenders."""
     return REFERENCE if case.models is None else FLEET_REFERENCE
 
 
 def is_own(name: str) -> bool:
-    """Whether a contender is this engine."""
+    """Return whether a contender is this engine."""
     return PEERS[name].package == "fusemlp"
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package, None if it is not there."""
+    """Return the version of an installed package, or None."""
     if importlib.util.find_spec(package) is None:
         return None
     if package == "fusemlp":
@@ -160,7 +158,7 @@ def version_of(package: str) -> str | None:
 
 
 def absent(name: str, device: str) -> str | None:
-    """Why a contender cannot be measured on this machine, or None."""
+    """Return the reason if a contender cannot run on this machine, else None."""
     peer = PEERS[name]
     version = version_of(peer.package)
     if version is None:
@@ -175,7 +173,7 @@ def absent(name: str, device: str) -> str | None:
     if "FUSEMLP_BLAS" in peer.environment:
         from fusemlp_kernels.numpy.libraries import mkl
 
-        return None if mkl() is not None else "is what fusemlp chooses by itself here: MKL is not in use"
+        return None if mkl() is not None else "equals fusemlp's own choice here: MKL is not in use"
     if peer.options:
         return _plan_missing(peer.options["backend"], peer.options["plan"], device)
     return None
@@ -183,7 +181,7 @@ def absent(name: str, device: str) -> str | None:
 
 @functools.cache
 def _plan_missing(backend: str, plan: str, device: str) -> str | None:
-    """Why a plan of this engine is not measured: it does not work here, or is what ``engine`` chooses anyway."""
+    """Return the reason if a plan is not measured: it does not work here, or ``engine`` chooses it anyway."""
     from fusemlp import MLP, ArgumentError, BackendUnavailableError, Engine
     from fusemlp_kernels.registry import interprets_triton
 
@@ -195,11 +193,11 @@ def _plan_missing(backend: str, plan: str, device: str) -> str | None:
     except (ArgumentError, BackendUnavailableError) as error:
         return str(error)
     chosen = Engine(net, backend="auto" if device == "gpu" else "numpy")
-    return "is what fusemlp chooses by itself here" if (chosen.backend, chosen.plan) == (backend, plan) else None
+    return "equals fusemlp's own choice here" if (chosen.backend, chosen.plan) == (backend, plan) else None
 
 
 def unsuited(name: str, case: Case) -> str | None:
-    """Why a contender does not do what a case asks for, or None."""
+    """Return the reason if a contender cannot run a case, else None."""
     peer = PEERS[name]
     if peer.fleet != (case.models is not None):
         return "trains many models at once" if peer.fleet else "trains one model at a time"
@@ -217,7 +215,7 @@ def unsuited(name: str, case: Case) -> str | None:
 
 
 def prepare(name: str, case: Case, data: Data) -> Trainer:
-    """The trainer of the contender ``name``."""
+    """Return the trainer of the contender ``name``."""
     peer = PEERS[name]
     data = replace(data, parameters=starting(data.parameters, peer.rules))
     trainer: Trainer = import_module(name).prepare(case, data, **peer.options)
@@ -225,5 +223,5 @@ def prepare(name: str, case: Case, data: Data) -> Trainer:
 
 
 def import_module(name: str) -> ModuleType:
-    """The contender's file, and with it its library."""
+    """Import the contender's file, and with it its library."""
     return importlib.import_module(f"bench.peers.{PEERS[name].module or name}")

@@ -1,4 +1,4 @@
-"""fusemlp: ``Engine.fit``, with the plan it chooses by itself or with another."""
+"""fusemlp: ``Engine.fit``, with its own choice of plan or a given one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class _Recorder:
 
 
 def optimizer_of(case: Case) -> Optimizer:
-    """The case's optimizer, with torch's defaults."""
+    """Return the case's optimizer, with torch's defaults."""
     return Adam(case.learning_rate) if case.optimizer == "adam" else SGD(case.learning_rate)
 
 
 def state_of(parameters: Parameters) -> dict[str, Array]:
-    """Parameters under the names of ``Engine.state_dict``."""
+    """Return parameters by the names of ``Engine.state_dict``."""
     return {
         f"{2 * layer}.{kind}": array
         for layer, pair in enumerate(parameters)
@@ -37,7 +37,7 @@ def state_of(parameters: Parameters) -> dict[str, Array]:
 
 
 class EngineTrainer:
-    """See ``peers.Trainer``. What ``fit`` checks and sets up before the first epoch is part of the time."""
+    """See ``peers.Trainer``. The time includes the checks and set-up of ``fit``."""
 
     def __init__(self, case: Case, data: Data, backend: str, plan: str) -> None:
         self.data = data
@@ -55,7 +55,7 @@ class EngineTrainer:
 
     @property
     def chosen(self) -> str:
-        """The backend and plan."""
+        """Return the backend and plan."""
         return f"{self.engine.backend} {self.engine.plan}"
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ from fusemlp import MLP, Fleet
 
 
 class FleetTrainer:
-    """See ``peers.Trainer``. What ``fit`` checks and sets up for each model is part of the time."""
+    """See ``peers.Trainer``. The time includes the checks and set-up of ``fit`` for each model."""
 
     def __init__(self, case: Case, data: Data) -> None:
         assert case.models is not None
@@ -19,7 +19,7 @@ class FleetTrainer:
             MLP(case.sizes, activation=case.activation, dropout=case.dropout),
             optimizer=optimizer_of(case),
             batch_size=case.batch_size,
-            # a seed each, so that each has an order of the rows of its own
+            # One seed each, so that each model has its own row order.
             vary={"seed": range(case.models)},
             backend="numpy" if case.device == "cpu" else "auto",
             precision=case.precision,
@@ -30,7 +30,7 @@ class FleetTrainer:
 
     @property
     def chosen(self) -> str:
-        """The backend and plan of the models."""
+        """Return the backend and plan of the models."""
         return f"{self.fleet.engines[0].backend} {self.fleet.engines[0].plan}"
 
     def reset(self) -> None:
@@ -41,7 +41,7 @@ class FleetTrainer:
         self.fleet.fit(self.data.X, self.data.y, epochs=epochs)
 
     def losses(self, order: Array) -> Array:
-        # an epoch of one batch each time: its loss is the batch's, and its rows are the same in any order
+        # Epochs of one batch: the epoch's loss is the batch's, and the order of the rows does not matter.
         steps = []
         for rows in order.reshape(-1, self.case.batch_size):
             results = self.fleet.fit(self.data.X, self.data.y, epochs=1, rows=[rows] * len(self.fleet))

@@ -1,8 +1,8 @@
 """JAX, a compiled training step that is called from Python.
 
-The parameters, the optimizer's moments and the number of the step are donated and stay on the device; the step picks
-its batch by index from the epoch's row order, so that a call converts nothing. Weights are (outputs, inputs): with few
-outputs XLA is nearly twice as quick with them as with (inputs, outputs), and elsewhere no slower.
+The parameters, the optimizer's moments and the number of the step are donated and stay on the device. The step picks
+its batch by index from the epoch's row order, so a call converts nothing. Weights are (outputs, inputs): with few
+outputs XLA is nearly twice as fast as with (inputs, outputs), and elsewhere no slower.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRODUCTS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
 
 class State(NamedTuple):
-    """What a step changes; ``moments`` are Adam's, () with SGD, ``t`` the updates so far, ``key`` that of dropout."""
+    """The state of a training: ``moments`` of Adam, () for SGD; ``t`` updates so far; dropout's ``key``."""
 
     parameters: Any
     moments: Any
@@ -31,21 +31,21 @@ class State(NamedTuple):
 
 
 def configure(case: Case) -> None:
-    """The case's device and precision, for the process."""
+    """Set the case's device and precision for the process."""
     if case.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", PRODUCTS[case.precision])
 
 
 def start(case: Case, parameters: Any, key: jax.Array) -> State:
-    """The state before the first step. Copies: a state is donated, and jnp.asarray may share memory with NumPy."""
+    """Return the initial state, copied: a state is donated, and jnp.asarray may share memory with NumPy."""
     own = jax.tree.map(lambda array: jnp.array(array, copy=True), parameters)
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return State(own, (zeros(own), zeros(own)) if case.optimizer == "adam" else (), jnp.float32(0), key)
 
 
 def batch_loss(case: Case, parameters: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-    """The mean cross-entropy of a batch: x (M, K), y (M,)."""
+    """Return the mean cross-entropy of a batch: x (M, K), y (M,)."""
     *hidden, (weight, bias) = parameters
     activation = jnp.tanh if case.activation == "tanh" else jax.nn.relu
     for layer, (w, b) in enumerate(hidden):
@@ -58,7 +58,7 @@ def batch_loss(case: Case, parameters: Any, x: jax.Array, y: jax.Array, key: jax
 
 
 def train_step(case: Case, state: State, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array]:
-    """The state after an update from a batch, and the loss before it."""
+    """Return the state after an update from a batch, and the loss before it."""
     rate, t = case.learning_rate, state.t + 1
     key = jax.random.fold_in(state.key, state.t.astype(jnp.int32)) if case.dropout else state.key
     loss, gradients = jax.value_and_grad(partial(batch_loss, case))(state.parameters, x, y, key)
@@ -66,7 +66,7 @@ def train_step(case: Case, state: State, x: jax.Array, y: jax.Array) -> tuple[St
         return State(jax.tree.map(lambda p, g: p - rate * g, state.parameters, gradients), (), t, state.key), loss
     m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, state.moments[0], gradients)
     v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g * g, state.moments[1], gradients)
-    # 1 - beta**t, without what subtracting from 1 would lose of it in single precision
+    # 1 - beta**t, without the cancellation of the subtraction in single precision.
     first, second = (-jnp.expm1(t * math.log(beta)) for beta in (BETA1, BETA2))
 
     def update(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
@@ -87,7 +87,7 @@ class JaxTrainer:
         self.step = self.compile_step()
 
     def compile_step(self) -> Any:
-        """A function (state, index, total of the losses, X, y, row order) -> the first three."""
+        """Return a function (state, index, total of the losses, X, y, row order) -> the first three."""
         case = self.case
 
         @partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -111,7 +111,7 @@ class JaxTrainer:
             float(total / self.case.steps)
 
     def losses(self, order: Array) -> Array:
-        # padded to the length of an epoch, for which the step is compiled
+        # Padded to the length of an epoch, for which the step is compiled.
         losses = []
         for rows in order.reshape(-1, self.case.batch_size):
             padded = np.zeros(self.case.rows, np.int32)

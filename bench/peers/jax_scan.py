@@ -13,7 +13,7 @@ from bench.peers.jax_jit import JaxTrainer, State, train_step
 
 
 def epoch_of(case: Case) -> Any:
-    """A function (state, X, y, row order) -> (state, losses (steps,))."""
+    """Return a function (state, X, y, row order) -> (state, losses (steps,))."""
 
     def epoch(state: State, X: jax.Array, y: jax.Array, order: jax.Array) -> tuple[State, jax.Array]:
         def step(state: State, rows: jax.Array) -> tuple[State, jax.Array]:

@@ -33,7 +33,7 @@ class VmapTrainer(JaxTrainer):
         return self.run(np.tile(order, (self.case.models or 1, 1))).T
 
     def run(self, orders: Array) -> Array:
-        """A pass over the rows of ``orders`` (models, rows); the losses (models, steps)."""
+        """Make a pass over the rows of ``orders`` (models, rows); return the losses (models, steps)."""
         state, losses = self.step(self.state, self.X, self.y, jnp.asarray(orders, dtype=jnp.int32))
         self.state = jax.block_until_ready(state)
         return np.asarray(losses)

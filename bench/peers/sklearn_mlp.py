@@ -12,7 +12,7 @@ from bench.cases import Array, Case, Data, Parameters
 
 
 class SklearnTrainer:
-    """See ``peers.Trainer``. What ``fit`` checks and sets up before the first epoch is part of the time."""
+    """See ``peers.Trainer``. The time includes the checks and set-up of ``fit``."""
 
     def __init__(self, case: Case, data: Data) -> None:
         self.case, self.data = case, data
@@ -27,7 +27,7 @@ class SklearnTrainer:
             momentum=0.0,
             nesterovs_momentum=False,
             random_state=0,
-            # no end before max_iter; each fit goes on with the parameters that are there
+            # No early end before max_iter; each fit continues from the current parameters.
             tol=0.0,
             n_iter_no_change=np.inf,
             early_stopping=False,
@@ -37,19 +37,19 @@ class SklearnTrainer:
         self.reset()
 
     def reset(self) -> None:
-        # scikit-learn's weights are (inputs, outputs), row-major
+        # scikit-learn's weights are (inputs, outputs), row-major.
         self.model.coefs_ = [np.ascontiguousarray(weight.T) for weight, _ in self.data.parameters]
         self.model.intercepts_ = [bias.copy() for _, bias in self.data.parameters]
-        # fit makes a new optimizer, partial_fit only where there is none
+        # fit makes a new optimizer; partial_fit keeps an existing one.
         vars(self.model).pop("_optimizer", None)
 
     def train(self, epochs: int) -> None:
         self._fit(self.data.X, self.data.y, epochs, shuffle=True)
 
     def losses(self, order: Array) -> Array:
-        # fit says only an epoch's loss; the same steps one by one say each, and the parameters are left to fit
+        # fit reports one loss an epoch, so single steps give the losses. A fit then leaves train's parameters.
         X, y = self.data.X[order], self.data.y[order]
-        # with warm_start each batch would have to hold every class, and so would all of them for fit
+        # With warm_start each batch would need every class.
         self.model.set_params(shuffle=False, warm_start=False)
         losses = []
         for start in range(0, len(order), self.case.batch_size):
@@ -64,7 +64,7 @@ class SklearnTrainer:
     def _fit(self, X: Array, y: Array, epochs: int, *, shuffle: bool) -> None:
         self.model.set_params(max_iter=epochs, shuffle=shuffle, warm_start=True)
         with warnings.catch_warnings():
-            # reaching max_iter is what is wanted here
+            # Reaching max_iter is intended here.
             warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum", category=ConvergenceWarning)
             self.model.fit(X, y)
 

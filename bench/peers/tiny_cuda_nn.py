@@ -1,8 +1,8 @@
 """tiny-cuda-nn: its fully fused network where the widths allow it, else its CUTLASS one; torch's loss and optimizer.
 
-Networks there have no biases and compute in half precision with single-precision parameters; they are measured, and
-compared with the oracle, as such. The parameters are one flat array, layer after layer, each (outputs, inputs) and
-padded to multiples of 16.
+Its networks have no biases and compute in half precision with single-precision parameters; the benchmark and the oracle
+treat them so. The parameters are one flat array, layer after layer, each (outputs, inputs) and padded to multiples of
+16.
 """
 
 from __future__ import annotations

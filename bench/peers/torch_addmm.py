@@ -17,7 +17,7 @@ from bench.peers.torch_graph import GraphTrainer
 
 
 def hand_step(linears: list[Any], activation: str, rate: float, x: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of a batch x (M, K), y (M,), after which weights and biases are updated."""
+    """Return the mean loss of a batch x (M, K), y (M,), and update weights and biases."""
     inputs = [x]
     for layer in linears[:-1]:
         z = torch.addmm(layer.bias, inputs[-1], layer.weight.t())

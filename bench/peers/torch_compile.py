@@ -1,6 +1,6 @@
 """PyTorch, compiled: ``torch.compile`` of network and loss, their backward with it; max-autotune on a GPU.
 
-On a CPU the mode is the default one, which max-autotune does not beat there and takes minutes longer to compile.
+On a CPU the mode is the default: max-autotune is no faster there and takes minutes longer to compile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CompiledTrainer(TorchTrainer):
         return super().make_optimizer(**options, **({"fused": True} if self.case.device == "gpu" else {}))
 
     def batch_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        # max-autotune replays a graph of its own, in which the next step would overwrite the loss that was returned
+        # max-autotune replays its own graph, and the next step would overwrite the returned loss.
         if self.case.device == "gpu":
             torch.compiler.cudagraph_mark_step_begin()
             return self.compiled(x, y).clone()

@@ -1,7 +1,7 @@
 """PyTorch, eager: an ``nn.Sequential`` and ``torch.optim`` over a tensor in memory, without a DataLoader.
 
-The rows are shuffled once an epoch and the batches are slices of the result, which is quicker than an index for each
-batch. The optimizer runs as it does by default: on a CPU tensor by tensor, quicker there than ``foreach`` and
+The rows are shuffled once an epoch and the batches are slices of the result, which is faster than an index for each
+batch. The optimizer runs with its defaults: on a CPU tensor by tensor, which is faster there than ``foreach`` and
 ``fused``.
 """
 
@@ -18,7 +18,7 @@ from bench.cases import Array, Case, Data, Parameters
 
 
 def network(case: Case) -> nn.Sequential:
-    """The case's network, on the CPU."""
+    """Return the case's network, on the CPU."""
     layers: list[nn.Module] = []
     for inputs, outputs in zip(case.sizes, case.sizes[1:], strict=False):
         layers += [nn.Linear(inputs, outputs), nn.Tanh() if case.activation == "tanh" else nn.ReLU()]
@@ -43,17 +43,17 @@ class TorchTrainer:
         self.reset()
 
     def make_optimizer(self, **options: Any) -> torch.optim.Optimizer:
-        """The case's optimizer."""
+        """Return the case's optimizer."""
         kind = torch.optim.Adam if self.case.optimizer == "adam" else torch.optim.SGD
         return kind(self.model.parameters(), lr=self.case.learning_rate, **options)
 
     def batch_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         with self.casting():
             return cross_entropy(self.model(x), y)
 
     def casting(self) -> contextlib.AbstractContextManager[Any]:
-        """Where the case computes in bf16, torch's own way of doing so."""
+        """Return torch's autocast context for a case in bf16, else an empty one."""
         if self.case.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
@@ -73,7 +73,7 @@ class TorchTrainer:
         return self.epoch(torch.from_numpy(order).to(self.device)).cpu().numpy()
 
     def epoch(self, order: Tensor) -> Tensor:
-        """A pass over the rows of ``order``; the losses (steps,)."""
+        """Make a pass over the rows of ``order``; return the losses (steps,)."""
         optimizer = self.optimizer
         losses = []
         size = self.case.batch_size

@@ -1,7 +1,7 @@
 """PyTorch, many models at once: parameters stacked, ``torch.func.vmap`` of the gradient, one optimizer for all.
 
-The optimizers work element by element, so the stacked parameters go through ``torch.optim`` as they are. Each model
-draws its batches in an order of its own.
+The optimizers work element by element, so ``torch.optim`` updates the stacked parameters directly. Each model draws its
+batches in its own order.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StackedTrainer:
 
     def train(self, epochs: int) -> None:
         for _ in range(epochs):
-            # sorting random keys gives all models an order each in one call
+            # Sorting random keys gives each model its order in one call.
             orders = torch.rand(self.models, len(self.X), device=self.device).argsort(dim=1)
             self.epoch(orders).mean(dim=0).cpu()
 
@@ -56,7 +56,7 @@ class StackedTrainer:
         return self.epoch(rows.expand(self.models, -1)).cpu().numpy()
 
     def epoch(self, orders: Tensor) -> Tensor:
-        """A pass over the rows of ``orders`` (models, rows); the losses (steps, models)."""
+        """Make a pass over the rows of ``orders`` (models, rows); return the losses (steps, models)."""
         losses = []
         for rows in orders.split(self.case.batch_size, dim=1):
             gradients, loss = self.gradients(self.stacked, self.X[rows], self.y[rows])

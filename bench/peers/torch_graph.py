@@ -1,6 +1,6 @@
 """PyTorch on a GPU: the whole step, with the draw of its batch and a fused optimizer, captured in one CUDA graph.
 
-A replay takes the next rows of the epoch by a counter on the device, so that nothing is copied between steps.
+A replay takes the next rows of the epoch by a counter on the device, so nothing is copied between steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GraphTrainer(TorchTrainer):
         return super().make_optimizer(**options, fused=True, **capturable)
 
     def step(self) -> None:
-        """What a replay does."""
+        """Run one step; a graph captures this."""
         rows = self.order[self.start + self.within]
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.batch_loss(self.X[rows], self.y[rows])
@@ -45,13 +45,13 @@ class GraphTrainer(TorchTrainer):
         self.advance(loss.detach())
 
     def advance(self, loss: Tensor) -> None:
-        """Note the loss, go on to the next rows."""
+        """Record the loss and advance to the next rows."""
         self.loss.copy_(loss)
         self.total.add_(loss)
         self.start.add_(self.case.batch_size)
 
     def capture(self) -> None:
-        """Capture ``step``, after some on a side stream, as torch asks for."""
+        """Capture ``step``, after warm-up steps on a side stream, as torch requires."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -66,7 +66,7 @@ class GraphTrainer(TorchTrainer):
     def reset(self) -> None:
         kept = dict(self.optimizer.state)
         super().reset()
-        # the graph updates these very tensors: they are emptied, not replaced
+        # The graph updates these tensors in place: clear them, do not replace them.
         self.optimizer.state.update(kept)
         for state in kept.values():
             for tensor in state.values():
@@ -89,13 +89,13 @@ class GraphTrainer(TorchTrainer):
         return np.array(losses)
 
     def begin(self, rows: Tensor) -> None:
-        """Let the next replays start with these rows."""
+        """Start the next replays with these rows."""
         self.order[: len(rows)].copy_(rows)
         self.start.zero_()
         self.total.zero_()
 
     def replay(self) -> None:
-        """A step."""
+        """Replay one step."""
         assert self.graph is not None
         self.graph.replay()
 

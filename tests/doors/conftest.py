@@ -1,4 +1,4 @@
-"""What tests want to be read at the end of the run: lines of their own, and counts of how groups of tests ended."""
+"""Report lines of tests, and counts of results by group, at the end of the run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections import Counter, defaultdict
 
 import pytest
 
-# Properties of reports: they come back from the workers of pytest-xdist, too.
+# Properties of reports return from the workers of pytest-xdist too.
 LINE, GROUP = "summary line", "summary group"
 
 
 @pytest.fixture
 def record_line(record_property):
-    """A function that puts a line into the summary at the end of the run."""
+    """Return a function that adds a line to the summary at the end of the run."""
     return lambda line: record_property(LINE, line)
 
 
 @pytest.fixture
 def count_under(record_property):
-    """A function that counts the test that calls it under a heading in the summary: "heading: 3 passed"."""
+    """Return a function that counts the calling test under a heading in the summary: "heading: 3 passed"."""
     return lambda heading: record_property(GROUP, heading)
 
 

@@ -1,4 +1,4 @@
-"""The same search by scikit-learn and by fusemlp, and what of their results has to be the same."""
+"""Run the same search with scikit-learn and with fusemlp, and compare the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMES = ("mean_fit_time", "std_fit_time", "mean_score_time", "std_score_time", "
 
 
 def both(kind, *arguments, data, **options):
-    """The searches, fleet and plain, fitted to ``data``: X, y and parameters of fit. BLAS has one thread in both."""
+    """Return both searches, fleet and plain, fitted to ``data``: X, y and parameters of fit. BLAS has one thread."""
     *arrays, more = data if isinstance(data[-1], dict) else (*data, {})
     with threadpool_limits(1, user_api="blas"):
         plain = PLAIN[kind](*arguments, **options).fit(*arrays, **more)
@@ -31,14 +31,14 @@ def assert_same_column(name, mine, its):
     elif isinstance(mine, np.ma.MaskedArray):
         assert mine.compressed().tolist() == its.compressed().tolist(), name
     elif isinstance(mine, np.ndarray):
-        # a model has the same bits in both, and so has its score
+        # A model has the same bits in both, so its score is the same too.
         np.testing.assert_array_equal(mine, its, err_msg=name)
     else:
         assert mine == its, name
 
 
 def assert_same(fleet, plain):
-    """All of cv_results_ and the fitted attributes, but for the times."""
+    """Compare all of cv_results_ and the fitted attributes, except the times."""
     assert list(fleet.cv_results_) == list(plain.cv_results_)
     for name, mine in fleet.cv_results_.items():
         assert_same_column(name, mine, plain.cv_results_[name])

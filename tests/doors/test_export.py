@@ -1,4 +1,4 @@
-"""``fusemlp export``: files that say of raw features what ``fusemlp predict`` says of them."""
+"""``fusemlp export``: its files predict the same from raw features as ``fusemlp predict``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
+    """Return the exit code of ``fusemlp`` with these arguments."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     code = ended.value.code
@@ -29,7 +29,7 @@ def run(*arguments: str | Path) -> int:
 
 
 def table(path: Path, *, words: bool = False) -> Path:
-    """Two numbers far from zero, a word where wanted, a label in words and a value in units of its own."""
+    """Write a table with two numbers far from zero, maybe a word, a label in words and a value in its own units."""
     generator = np.random.default_rng(0)
     kind = generator.integers(0, 3, 90)
     columns = generator.normal(np.stack([100.0 + 10.0 * kind, -5.0 * kind], axis=1), 1.0)
@@ -48,7 +48,7 @@ def columns(path: Path, *names: str) -> list[list[str]]:
 
 def trained(folder: Path, target: str, *options: str, words: bool = False) -> Path:
     data = table(folder / "data.csv", words=words)
-    # of the two targets one is left out of the features
+    # Leave the other target out of the features.
     header, *rows = [line.split(",") for line in data.read_text().splitlines()]
     left_out = header.index({"species": "price", "price": "species"}[target])
     kept = [",".join(cell for k, cell in enumerate(row) if k != left_out) for row in (header, *rows)]
@@ -138,7 +138,7 @@ def test_a_run_with_words_is_exported_bare(tmp_path: Path, capsys: pytest.Captur
     assert infer(tmp_path / "m.onnx", np.zeros((3, 4)))["probabilities"].shape == (3, 3)
 
 
-# Arguments behind ``export RUN``, the exit code, and words of the error.
+# Arguments after ``export RUN``, the exit code, and a part of the error.
 WRONG: dict[str, tuple[list[str], int, str]] = {
     "nothing": ([], 2, "--onnx: say what to write: --onnx FILE, --safetensors FILE, or both"),
     "suffix": (["--onnx", "m.pt"], 2, "--onnx: expected a file name ending in .onnx, got 'm.pt'"),

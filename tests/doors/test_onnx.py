@@ -1,4 +1,4 @@
-"""ONNX graphs say in onnxruntime what the engine says."""
+"""ONNX graphs in onnxruntime return the same as the engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ALL = [*ACTIVATIONS, LeakyReLU(0.2), PReLU(-0.3)]
 
 
 def run(path: Path, X: Array) -> dict[str, Array]:
-    """The outputs of a graph by name; its structure and shapes are checked on the way."""
+    """Return the outputs of a graph by name; check its structure and shapes too."""
     onnx.checker.check_model(str(path), full_check=True)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()

@@ -1,4 +1,4 @@
-"""Optuna over a fleet: a whole batch of trials is asked for, trained side by side, and told."""
+"""Optuna over a fleet: ask for a batch of trials, train them side by side, tell the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusemlp import MLP, Fleet
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 
 with warnings.catch_warnings():
-    # what it imports may warn of things to come
+    # Optuna's imports may raise deprecation warnings.
     warnings.simplefilter("ignore")
     optuna = pytest.importorskip("optuna")
 
@@ -38,7 +38,7 @@ def test_batches_of_trials_over_a_search(study):
     model = MLPClassifier(16, max_iter=8, batch_size=32, random_state=0)
     for _ in range(3):
         trials = [study.ask(SPACE) for _ in range(8)]
-        # one mapping a candidate: exactly the trials, and not all combinations of their values
+        # One mapping a candidate: exactly the trials, not all combinations of their values.
         grid = [{name: [value] for name, value in trial.params.items()} for trial in trials]
         results = FleetSearchCV(model, grid, cv=3, refit=False).fit(X, Y).cv_results_
         for trial, score in zip(trials, results["mean_test_score"], strict=True):
@@ -46,7 +46,7 @@ def test_batches_of_trials_over_a_search(study):
     values = [trial.value for trial in study.get_trials()]
     assert len(values) == 24 and all(value is not None for value in values)
     assert study.best_value == max(values) > 0.85
-    # what it learned: the later trials are better than those drawn at random
+    # The study learns: later trials are better than the random first ones.
     assert np.median(values[16:]) > np.median(values[:8])
 
 
@@ -61,7 +61,7 @@ def test_batches_of_trials_over_a_fleet(study):
         fleet = Fleet(MLP([64, 16, 10]), vary=[trial.params for trial in trials], backend="numpy")
         results = fleet.fit(train, labels, epochs=6)
         for trial, member in zip(trials, results.members, strict=True):
-            # a model that diverged has no score, and tells the study so
+            # A diverged model has no score; the study gets a failed trial.
             failed = member.status == "diverged"
             state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
             score = None if failed else float((member.engine.predict(test) == expected).mean())

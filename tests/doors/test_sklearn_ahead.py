@@ -19,6 +19,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from fusemlp import Callback
+from fusemlp.fleet.launches import Group
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.ahead import TrainedAhead
 
@@ -45,11 +46,9 @@ class Launches:
     """The models of each common launch that was bound, and the steps of each launch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import fusemlp.sklearn.ahead as module
-
         self.sizes: list[int] = []
         self.steps: list[list[int]] = []
-        bind = module.bind_fleet
+        bind = Group.bind
 
         def seen(group, *rest):
             self.sizes.append(len(group.engines))
@@ -61,7 +60,7 @@ class Launches:
 
             return counted
 
-        monkeypatch.setattr(module, "bind_fleet", seen)
+        monkeypatch.setattr(Group, "bind", seen)
 
 
 class Taken:
@@ -258,7 +257,7 @@ def test_a_launch_that_fails_is_the_error_of_its_models(backend, monkeypatch):
     def broken(*_):
         raise MemoryError("no room for the fleet")
 
-    monkeypatch.setattr("fusemlp.sklearn.ahead.bind_fleet", broken)
+    monkeypatch.setattr(Group, "bind", broken)
     with pytest.raises(MemoryError, match="no room for the fleet"):
         searched(backend, MODEL, {"alpha": [0.0, 0.1]}, error_score="raise")
 

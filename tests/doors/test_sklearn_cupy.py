@@ -1,4 +1,4 @@
-"""The estimators on the CuPy backend, over its stand-in or a card: the model is the one that NumPy trains."""
+"""Estimators on the CuPy backend, on its stand-in or a card, train the same model as on NumPy."""
 
 from __future__ import annotations
 

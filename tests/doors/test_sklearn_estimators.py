@@ -32,7 +32,7 @@ from fusemlp.sklearn.classifier import _fitted_binarizer
 
 X, Y = load_iris(return_X_y=True)
 NAMES = ("MLPClassifier", "MLPRegressor")
-# What scikit-learn's classifier is not checked for: it has no such parameter.
+# Checks that scikit-learn's classifier skips, because it has no such parameter.
 MORE_CHECKS = {"MLPClassifier": {"check_class_weight_classifiers"}, "MLPRegressor": set()}
 
 
@@ -237,7 +237,7 @@ def test_bad_input_is_refused_before_anything_is_learned(estimator, data, error,
         ({}, (X, Y % 2)),
         ({}, (X[:, :3], Y)),
         ({"dropout": [0.1, 0.2]}, (X, Y)),
-        # a new fit, which is refused after the classes and the features have been looked at
+        # A new fit that is refused after the checks of classes and features.
         ({"warm_start": False, "precision": "tf32"}, (X[:, :3], np.array(["a", "b"])[Y % 2])),
     ],
 )
@@ -341,7 +341,7 @@ def test_the_score_is_the_accuracy_whatever_the_labels_are():
 @pytest.mark.parametrize("count", [1, 2, 3, 30])
 def test_what_is_known_of_integer_classes_is_what_is_learned_from_the_rows(kind, count):
     labels = (np.arange(90) % count).astype(kind)
-    # the second finds what the first has learned; other classes of the same bytes or number are others
+    # The second call hits the cache; other classes with the same bytes or number do not.
     for targets in (labels, labels, labels[::-1].copy(), (labels + labels.dtype.type(1)).astype(kind)):
         expected = vars(LabelBinarizer().fit(targets))
         known = vars(_fitted_binarizer(targets))

@@ -1,8 +1,7 @@
-"""Two of scikit-learn's public examples, written anew on the same data: the scores are within 0.01 of its own.
+"""Two of scikit-learn's public examples, rewritten on the same data: the scores are within 0.01 of its own.
 
-One compares ways of learning (solvers and learning rates) on four data sets, the other strengths of the penalty on
-three. Where one rounding of the training data moves scikit-learn's own score by more, its scores after ten such
-roundings are the reference.
+One compares solvers and learning rates on four data sets, the other strengths of the penalty on three. If one rounding
+of the training data moves scikit-learn's own score by more, its scores after ten such roundings are the reference.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def test_strengths_of_the_penalty(alpha, data, count_under):
     how = f"within {WITHIN}" if close else "beyond it, as scikit-learn's own after one rounding of the data"
     count_under(f"penalty example, score {how}")
     if not close:
-        # L-BFGS enlarges roundings until another minimum is found: then scikit-learn's own score is not one number
+        # L-BFGS amplifies rounding until it finds another minimum; scikit-learn's own score then varies.
         signs = [np.random.RandomState(seed).choice([-1.0, 1.0], X_train.shape) for seed in range(10)]
         nearby = [score(theirs, X_train * (1.0 + one * np.finfo(float).eps)) for one in signs]
         assert min(abs(mine - one) for one in nearby) <= WITHIN, (mine, reference, nearby)

@@ -1,4 +1,4 @@
-"""The gradient of every objective is the slope of its loss; what a step does beyond scikit-learn's own solvers."""
+"""The gradient of every objective is the slope of its loss; steps beyond scikit-learn's own solvers are right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import fusemlp
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
-from fusemlp.sklearn.batches import Batches, Penalty
+from fusemlp.sklearn.batches import CalledBatches, Penalty
 
 RANDOM = np.random.RandomState(0)
 X = RANDOM.standard_normal((9, 4))
@@ -28,7 +28,7 @@ CLASSIFIERS = {
     "labels, smoothed": (LABELS, {"label_smoothing": 0.2}),
     "classes, weighted": (CLASSES, {"class_weight": {0: 1.0, 1: 2.0, 2: 0.3}}),
 }
-# squared_error of several outputs is left out: scikit-learn's loss is a mean over the outputs, its gradient of a sum
+# Without squared_error of several outputs: scikit-learn's loss is a mean over outputs, its gradient that of a sum.
 REGRESSORS = {
     "squared error": (VALUES[:, 0], {}),
     "poisson": (np.abs(VALUES), {"loss": "poisson"}),
@@ -45,12 +45,12 @@ def quiet(estimator, *data, **options):
 
 
 def bound(estimator, y, weight):
-    """The fitted estimator's model, and all rows bound to it as one batch."""
+    """Return the fitted estimator's model, and all rows bound to it as one batch."""
     model = estimator._model
     encoded = estimator._validate_input(X, y, False, False)[1]
     encoded = encoded.reshape(len(X), -1)
     target, constants = estimator._targets(encoded, model.dtype)
-    batches = Batches(
+    batches = CalledBatches(
         model,
         estimator._objective(estimator.n_outputs_),
         X,
@@ -64,7 +64,7 @@ def bound(estimator, y, weight):
 
 
 def check_gradient(estimator, y, weight=None):
-    """Central differences with step h are off by h**2 of the third derivative, and by roundings of 1e-16 / h."""
+    """Central differences with step h err by h**2 times the third derivative, and by roundings of 1e-16 / h."""
     quiet(estimator, X, y, sample_weight=weight)
     model, batches = bound(estimator, y, weight)
     memory = model.engine.memory
@@ -111,7 +111,7 @@ def test_every_objective_of_the_regressor(case, weight):
 
 
 def one_step(estimator, y=CLASSES):
-    """The change of the parameters by an epoch of one batch."""
+    """Return the change of the parameters by an epoch of one batch."""
     options = estimator.get_params() | {"max_iter": 1, "random_state": 3, "hidden_layer_sizes": 5}
     still = quiet(type(estimator)(**options | {"learning_rate": fusemlp.schedules.Constant(0.0)}), X, y)
     moved = quiet(type(estimator)(**options), X, y)
@@ -140,7 +140,7 @@ def test_clip_norm_bounds_the_step(limit):
         pairs = zip([*end.coefs_, *end.intercepts_], [*start.coefs_, *start.intercepts_], strict=True)
         return np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
 
-    # the engine divides by norm + 1e-6, as torch does
+    # The engine divides by norm + 1e-6, as torch does.
     expected = min(length(free), rate * limit)
     assert length(clipped) == pytest.approx(expected, rel=1e-5)
 
@@ -166,7 +166,7 @@ def test_balanced_classes_weigh_the_same():
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_the_quantile_has_that_share_below_it(share):
-    """On one and the same row the best prediction is the quantile of the targets."""
+    """For equal rows the best prediction is the quantile of the targets."""
     y = np.arange(101.0) / 100.0
     rates = {"learning_rate": fusemlp.Cosine(0.1), "momentum": 0.0, "max_iter": 300, "n_iter_no_change": np.inf}
     estimator = MLPRegressor(fusemlp.Quantile(share), (), solver="sgd", alpha=0.0, random_state=0, **rates)
@@ -216,7 +216,7 @@ def test_schedules_span_the_training(solver):
 
 
 def test_partial_fit_after_lbfgs_begins_with_an_optimizer_of_its_own():
-    """Adam's first step moves a parameter by its rate, less what epsilon takes of it."""
+    """Adam's first step moves a parameter by its rate, less the effect of epsilon."""
     estimator = quiet(MLPClassifier(5, "tanh", solver="lbfgs", max_iter=2, random_state=0), X, CLASSES)
     before = [coef.copy() for coef in estimator.coefs_]
     estimator.set_params(solver="adam", learning_rate_init=0.125, epsilon=1e-12).partial_fit(X, CLASSES)
@@ -232,7 +232,7 @@ def test_a_plateau_lowers_the_rate():
 
 
 def test_the_penalty_of_arrays_that_are_not_numpys():
-    """Where the arena is a device's, the penalty is computed with operators that all array types have."""
+    """On a device arena the penalty is computed with operators that all array types have."""
     estimator = quiet(MLPClassifier((5, 4), max_iter=2, random_state=0, alpha=0.3), X, CLASSES)
     memory = estimator._model.engine.memory
     penalty = Penalty(estimator._model, 0.3)

@@ -13,8 +13,8 @@ from fusemlp import Callback
 from fusemlp.describe.schedules import Cosine, ReduceOnPlateau
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
+from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
-from fusemlp.sklearn.resident import ResidentBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -48,7 +48,7 @@ CLASSIFIERS = {
 
 
 def by_calls(monkeypatch, fit):
-    """What ``fit`` returns where no model has a loop."""
+    """Return the result of ``fit`` if no model has a loop."""
     with monkeypatch.context() as patch:
         patch.setattr(Model, "loops", False)
         return fit()
@@ -167,7 +167,7 @@ def test_ctrl_c_leaves_the_random_state_where_the_last_epoch_took_it(launch, mon
 
 
 def loops(weight=None, **options):
-    """Whether a fit trains in launches of many steps."""
+    """Return whether a fit trains in launches of many steps."""
     used = []
     original = ResidentBatches.loss
 

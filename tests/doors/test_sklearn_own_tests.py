@@ -1,4 +1,4 @@
-"""scikit-learn's own tests of its networks, as installed, with these classes in place of its own.
+"""Run scikit-learn's own tests of its networks, as installed, on these classes.
 
 Their source is read here and run as this module, so that pytest collects them. Five of them read private names and
 are left out; their facts are tested in ``test_sklearn_stopping``.
@@ -28,13 +28,13 @@ exec(compile(source.replace(IMPORT, IMPORT.replace("sklearn.neural_network", "fu
 for name in EXCLUDED:
     del globals()[name]
 
-# scikit-learn's suite does not turn warnings into errors
+# scikit-learn's suite does not turn warnings into errors.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture
 def global_random_seed():
-    """What scikit-learn's own suite gives by default."""
+    """Return the default of scikit-learn's own suite."""
     return 42
 
 

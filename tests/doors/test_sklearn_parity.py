@@ -1,7 +1,7 @@
 """With the same random_state a fitted model is scikit-learn's, to within rounding.
 
-Whole runs of the stochastic solvers are compared relative to the largest element of a tensor. L-BFGS enlarges roundings
-from step to step: there the bound is what roundings of the input do to scikit-learn's own result.
+Whole runs of the stochastic solvers are compared relative to the largest element of a tensor. L-BFGS amplifies rounding
+from step to step, so its bound is the effect of input rounding on scikit-learn's own result.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def parameters(estimator):
 
 
 def distance(mine, reference):
-    """The largest difference of parameters, in units of their tensor's largest element."""
+    """Return the largest difference of parameters, in units of their tensor's largest element."""
     pairs = zip(parameters(mine), parameters(reference), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
@@ -111,7 +111,7 @@ def test_sample_weights(solver, data):
 
 
 def sensitivity(data, options, weighted):
-    """What one rounding of each element of X, up or down, does to scikit-learn's result: the most of three."""
+    """Return the largest of three changes of scikit-learn's result when each element of X is rounded once."""
     name, X, y, own = DATA[data]
     reference = fitted(theirs, data, options, weighted=weighted)
     moved = []

@@ -1,4 +1,4 @@
-"""FleetSearchCV and FleetRandomizedSearchCV say what scikit-learn's searches say, to the last bit."""
+"""FleetSearchCV and FleetRandomizedSearchCV return scikit-learn's results, to the last bit."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_fold_that_misses_a_class_scores_as_in_scikit_learn():
 
 
 def sum_of_weights(estimator, X, y, sample_weight=None):
-    """A score that tells one fitted model from another to the last bit."""
+    """Return a score that distinguishes fitted models to the last bit."""
     model = estimator[-1] if isinstance(estimator, Pipeline) else estimator
     return float(sum((weight * np.arange(weight.size).reshape(weight.shape)).sum() for weight in model.coefs_))
 
@@ -158,7 +158,7 @@ def test_scores_and_refits(options):
     if options.get("refit", True):
         np.testing.assert_array_equal(fleet.predict(X), plain.predict(X))
         if not callable(options.get("refit") if "scoring" in options else None):
-            # of several scores, none of them chosen by name, neither search knows which to tell
+            # With several scores and none chosen, both searches refuse.
             assert fleet.score(X, y) == plain.score(X, y)
     else:
         assert not hasattr(fleet, "best_estimator_") and not hasattr(fleet, "predict")

@@ -14,6 +14,7 @@ from devices import INTERPRETER, Device, marks_of, usable
 
 import fusemlp.sklearn.ahead as module
 from fusemlp import Callback
+from fusemlp.fleet.launches import Group
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 from fusemlp.sklearn.search import _at_once
@@ -59,7 +60,7 @@ def test_ctrl_c_while_models_train(launch: int, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("device", PLACES)
 def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    bind = module.bind_fleet
+    bind = Group.bind
 
     def pressing(*given):
         run = bind(*given)
@@ -70,7 +71,7 @@ def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytes
 
         return pressed
 
-    monkeypatch.setattr(module, "bind_fleet", pressing)
+    monkeypatch.setattr(Group, "bind", pressing)
     monkeypatch.setattr(module, "choose_plan", lambda *_, **__: ("resident", ""))
     with usable(device), pytest.raises(KeyboardInterrupt):
         search(device.backend).fit(X, Y)
@@ -79,10 +80,10 @@ def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytes
 @pytest.mark.parametrize("device", PLACES)
 def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is told where they lie finds others there when their memory is given back."""
-    bind, alive = module.bind_fleet, []
+    bind, alive = Group.bind, []
 
-    def watched(group, programs, data, *others):
-        run, arrays = bind(group, programs, data, *others), [weakref.ref(array) for array in data.values()]
+    def watched(group, programs, data):
+        run, arrays = bind(group, programs, data), [weakref.ref(array) for array in data.values()]
 
         def launch(steps):
             alive.append(all(array() is not None for array in arrays))
@@ -90,7 +91,7 @@ def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.Monk
 
         return launch
 
-    monkeypatch.setattr(module, "bind_fleet", watched)
+    monkeypatch.setattr(Group, "bind", watched)
     monkeypatch.setattr(module, "choose_plan", lambda *_, **__: ("resident", ""))
     with usable(device):
         search(device.backend, max_iter=1).fit(X[:24], Y[:24])

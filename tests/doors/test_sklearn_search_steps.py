@@ -1,4 +1,4 @@
-"""Steps in front of a model that are fitted once for several candidates, and yet are every candidate's own."""
+"""Pipeline steps before a model are fitted once for several candidates, and the results do not change."""
 
 from __future__ import annotations
 

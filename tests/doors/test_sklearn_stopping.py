@@ -1,4 +1,4 @@
-"""When training ends and what it leaves; the facts of those of scikit-learn's own tests that read private names."""
+"""The end of a training and its results; also the facts of scikit-learn's own tests that read private names."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_adaptive_divides_the_rate_by_five_until_it_is_too_small():
 
 
 class PressCtrlC:
-    """A callback during whose third batch Ctrl-C is pressed."""
+    """A callback that simulates Ctrl-C during the third batch."""
 
     def on_batch_end(self, engine, batch):
         if batch == 2:
@@ -130,7 +130,7 @@ def test_own_held_out_rows_are_scored_and_decide():
     stopping.fit(X[kept], Y[kept], X_val=X[held], y_val=Y[held])
     assert stopping.n_iter_ < 40 and stopping.best_loss_ is None
     assert stopping.score(X[held], Y[held]) == stopping.best_validation_score_ == max(stopping.validation_scores_)
-    # all rows of X were trained on
+    # Training used all rows of X.
     assert stopping.t_ == 70 * stopping.n_iter_
 
     watching = quiet(MLPClassifier(**options), X[kept], Y[kept], X_val=X[held], y_val=Y[held])
@@ -150,7 +150,7 @@ def test_own_held_out_rows_of_labels_and_of_values():
 
 
 class Batches:
-    """A callback of Keras's form that hears of batches."""
+    """A callback of Keras's form with batch methods."""
 
     def __init__(self):
         self.heard = []

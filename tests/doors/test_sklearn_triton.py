@@ -1,6 +1,6 @@
-"""The estimators on the Triton backend, under its interpreter: the model is the one that NumPy trains.
+"""Estimators on the Triton backend, under its interpreter, train the same model as on NumPy.
 
-In a process of its own: Triton asks for the interpreter once, when it is imported.
+They run in their own process, because Triton selects the interpreter once, at import.
 """
 
 from __future__ import annotations

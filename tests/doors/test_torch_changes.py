@@ -1,4 +1,4 @@
-"""What changes between two fused steps is followed by the next, or refused; nothing goes stale."""
+"""A fused step follows every change since the previous one, or refuses it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_masks_come_from_the_seed_or_from_torchs_generator():
 
 
 def test_dropout_keeps_the_mean_gradient():
-    """Inverted dropout with one hidden layer of equal units: the mean loss over masks is that of scaled outputs."""
+    """Inverted dropout on one hidden layer of equal units keeps the mean loss over the masks."""
     module = nn.Sequential(nn.Linear(1, 4000), nn.Identity(), nn.Dropout(0.25), nn.Linear(4000, 1)).double()
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Engines and torch modules are converted into one another, and go on with the same training."""
+"""Engines and torch modules convert into one another and continue the same training."""
 
 from __future__ import annotations
 

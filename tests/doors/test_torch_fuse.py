@@ -1,4 +1,4 @@
-"""What goes on working around a fused step: loops, states, schedulers, saving, other ways to write a module."""
+"""Code around a fused step keeps working: loops, states, schedulers, saving, other ways to write a module."""
 
 from __future__ import annotations
 

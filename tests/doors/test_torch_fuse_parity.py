@@ -122,7 +122,7 @@ def network(activation=nn.Tanh, width=INPUTS):
 
 
 def targets(kind, x, generator):
-    """Targets of a batch x (m, INPUTS) that a network can learn."""
+    """Return targets of a batch x (m, INPUTS) that a network can learn."""
     scores = torch.tanh(x[:, :OUTPUTS] - x[:, 1 : OUTPUTS + 1])
     labels = scores.argmax(dim=1)
     missing = torch.arange(len(x)) % 3 == 0
@@ -145,7 +145,7 @@ def batches(kind, steps=STEPS):
 
 
 def assert_same_training(module, loss_fn, make_optimizer, kind, make_schedule=None, steps=STEPS):
-    """Train ``module`` fused and a copy of it eagerly; returns the two optimizers."""
+    """Train ``module`` fused and a copy of it eagerly; return the two optimizers."""
     twin = copy.deepcopy(module)
     optimizer, eager = (make_optimizer(list(one.parameters())) for one in (module, twin))
     schedules = [] if make_schedule is None else [make_schedule(one) for one in (optimizer, eager)]

@@ -49,7 +49,7 @@ def test_gradcheck_of_a_network(name, twin):
 
 
 def test_gradcheck_under_dropout():
-    """In eval mode of the masks' clock: every call with the same number has the same mask."""
+    """With the masks' counter fixed, every call has the same mask."""
     net = FusedMLP([4, 6, 5, 2], activation=["gelu", "prelu"], dropout=0.4, seed=3, dtype=torch.float64)
 
     def forward(x, *_):

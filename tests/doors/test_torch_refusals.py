@@ -1,4 +1,4 @@
-"""What cannot be fused is refused by name, with the module's path, before anything has changed."""
+"""``fuse`` refuses unsupported parts by name, with the module's path, before anything has changed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stacked(nn.Module):
 
 
 class Forward(nn.Module):
-    """A module with two Linears and the forward that is given."""
+    """A module with two Linears and a given forward."""
 
     def __init__(self, function):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A fused module beside an eager twin, for the tests of what happens around and between fused steps."""
+"""A fused module and an eager twin, for tests of events around and between fused steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A training that is killed with SIGKILL over and over: ``python killed_training.py FOLDER KILLS SEED`` (POSIX).
+"""Kill a training with SIGKILL again and again: ``python killed_training.py FOLDER KILLS SEED`` (POSIX).
 
-It is a script of its own because it forks, which only a process of one thread should. Prints a JSON line a kill.
+It is a separate script because it forks, which is safe only in a process with one thread. It prints a JSON line a kill.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EVERY = 3
 
 
 def new_engine() -> Engine:
-    """Everything at once that has a state: moments, pending gradients, dropout, slopes, a plateau's factor."""
+    """Return an engine with every kind of state: moments, pending gradients, dropout, slopes, a plateau's factor."""
     return Engine(
         MLP([10, 16, 12, 3], activation=PReLU(0.2), dropout=0.2),
         optimizer=AdamW(ReduceOnPlateau(0.02, factor=0.5, patience=1), accumulate=2),
@@ -36,7 +36,7 @@ def new_engine() -> Engine:
 
 
 def fit(engine: Engine, *, resume: bool, callbacks: tuple[Callback, ...] = ()) -> None:
-    """The training that is killed."""
+    """Run the training that is killed."""
     generator = np.random.default_rng(4)
     X, y = generator.normal(size=(ROWS + 30, 10)), generator.integers(0, 3, ROWS + 30)
     held_out = (X[ROWS:], y[ROWS:])
@@ -52,7 +52,7 @@ def fit(engine: Engine, *, resume: bool, callbacks: tuple[Callback, ...] = ()) -
 
 
 class Saver(Callback):
-    """Writes a checkpoint at the beginning, every few batches and after each epoch; a byte in the pipe for a batch."""
+    """Write a checkpoint at the start, every few batches and after each epoch; send a byte for each batch."""
 
     def __init__(self, path: Path, pipe: int) -> None:
         self.path = path
@@ -71,19 +71,19 @@ class Saver(Callback):
 
 
 def slow_fsync(handle: int, fsync: Callable[[int], None] = os.fsync) -> None:
-    """A disk that takes its time, whatever the one of this machine does: so that many kills fall inside a write."""
+    """Simulate a slow disk, so that many kills come during a write."""
     time.sleep(0.001)
     fsync(handle)
 
 
 def start(path: Path) -> tuple[int, int]:
-    """A child process that trains, from the checkpoint at ``path`` if there is one: its number and the pipe's end."""
+    """Start a child that trains, from the checkpoint at ``path`` if there is one; return its number and the pipe."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
         os.close(writing)
         return child, reading
-    # should the parent be gone, nobody else would end this process
+    # End this process even if the parent is gone.
     signal.alarm(300)
     os.fsync = slow_fsync
     engine = load_checkpoint(path) if path.exists() else new_engine()
@@ -93,7 +93,7 @@ def start(path: Path) -> tuple[int, int]:
 
 
 def kill(path: Path, batches: int, delay: float) -> bool:
-    """Train, kill ``delay`` seconds after so many batches; whether the kill fell inside the writing of a file."""
+    """Train, kill ``delay`` seconds after a number of batches; return whether the kill came during a write."""
     left_over = len(list(path.parent.glob(".*.tmp")))
     child, pipe = start(path)
     for _ in range(batches):
@@ -113,7 +113,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     run = 0
     for _ in range(kills):
         path = folder / f"run{run}.safetensors"
-        # two epochs at most, so that the kills of a run, each after a resumption, spread over its epochs
+        # At most two epochs, so that the kills spread over the epochs of a run.
         inside = kill(path, moments.randint(1, 2 * BATCHES), moments.uniform(0.0, 0.003))
         engine = load_checkpoint(path)
         state = engine.fit_state

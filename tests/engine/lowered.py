@@ -37,7 +37,7 @@ def training_program(
     real_bytes=4,
     keep_gradients=False,
 ):
-    """What ``Engine`` makes for ``fit`` (``indexed``: a batch is picked from ``rows`` rows) or for ``step``."""
+    """Return ``Engine``'s program for ``fit`` (``indexed``: a batch is picked from ``rows`` rows) or for ``step``."""
     loss, optimizer = as_loss(loss), as_optimizer(optimizer)
     return lower_training(
         net,

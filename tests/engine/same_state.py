@@ -1,4 +1,4 @@
-"""When two engines are in the same state: bit for bit, read from the engines themselves."""
+"""Compare the states of two engines bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 
 def assert_same_state(engine: Engine, expected: Engine) -> None:
-    """Everything that later steps, fits and reports depend on is the same; how long epochs took is not compared."""
+    """Assert that everything but the times of epochs is the same for later steps, fits and reports."""
     found, wanted = state_of(engine), state_of(expected)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -23,14 +23,14 @@ def assert_same_state(engine: Engine, expected: Engine) -> None:
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
-    """What ``assert_same_state`` compares, as values for which == means the same bits."""
+    """Return the values that ``assert_same_state`` compares; for them == means the same bits."""
     memory = engine.memory
     names = ["params", *(f"state{index}" for index in range(len(memory.states))), "hyper", "stats"]
     if engine.optimizer.accumulate > 1:
         names.append("grads")
     settings = ("network", "loss", "optimizer", "batch_size", "seed", "backend", "precision", "epochs_trained")
     counters = memory.counters.copy()
-    # not a state: it is written before each step
+    # Not a state: it is written before each step.
     counters[ROW_COUNT] = 0
     return {
         "counters": bits(counters),
@@ -43,12 +43,12 @@ def state_of(engine: Engine) -> dict[str, Any]:
 
 
 def bits(array: Array) -> tuple[str, tuple[int, ...], bytes]:
-    """An array as dtype, shape and bytes: NaN equals NaN, and 0 is not -0."""
+    """Return an array as dtype, shape and bytes: NaN equals NaN, and 0 differs from -0."""
     return array.dtype.str, array.shape, array.tobytes()
 
 
 def _exact(record: dict[str, Any]) -> str:
-    """Text that tells every float apart, NaN and infinity too, without the durations."""
+    """Return a text that distinguishes every float, NaN and infinity too, without the durations."""
     return json.dumps(_without_seconds(record), sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""Whatever holds the numbers, the result is the one of plain arrays, in NumPy arrays, and the input is left alone."""
+"""Every kind of array gives the same NumPy results as plain arrays, and the input does not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHT = (1.0 + np.arange(ROWS) % 4).astype(np.float32)
 
 
 class WithArray:
-    """Anything with ``__array__``."""
+    """An object with ``__array__``."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
@@ -33,7 +33,7 @@ class WithArray:
 
 
 class WithDLPack:
-    """Anything with ``__dlpack__``, and nothing else that NumPy knows."""
+    """An object with ``__dlpack__`` and no other array protocol."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
@@ -56,7 +56,7 @@ def read_only(array: Array) -> Array:
 
 
 def stepped(array: Array) -> Array:
-    """Every second row and column of a larger array, whose other elements are NaN where there is NaN."""
+    """Return every second row and column of a larger array, which has NaN elsewhere if its type has NaN."""
     wide = np.full([2 * size for size in array.shape], np.nan if array.dtype.kind == "f" else -7, array.dtype)
     view = wide[tuple(slice(1, None, 2) for _ in array.shape)]
     view[...] = array
@@ -64,19 +64,19 @@ def stepped(array: Array) -> Array:
 
 
 def reversed_rows(array: Array) -> Array:
-    """Negative strides."""
+    """Return an array with negative strides."""
     return array[::-1].copy()[::-1]
 
 
 def offset(array: Array) -> Array:
-    """An array that does not begin where its memory begins."""
+    """Return an array with an offset into its memory."""
     memory = np.zeros(array.size + 3, array.dtype)
     memory[3:] = array.ravel()
     return memory[3:].reshape(array.shape)
 
 
 def misaligned(array: Array) -> Array:
-    """An address that is no multiple of the element's size."""
+    """Return an array at an address that is no multiple of the element's size."""
     memory = np.zeros(array.nbytes + 1, np.uint8)[1:]
     view = memory.view(array.dtype).reshape(array.shape)
     view[...] = array
@@ -85,7 +85,7 @@ def misaligned(array: Array) -> Array:
 
 
 def broadcast(array: Array) -> Array:
-    """The same values, read-only, with a stride that is not a multiple of anything."""
+    """Return the same values, read-only, with an odd stride."""
     return np.broadcast_to(array, (2, *array.shape))[1]
 
 
@@ -94,7 +94,7 @@ def big_endian(array: Array) -> Array:
 
 
 def masked(array: Array) -> Array:
-    """A masked array in which nothing is masked."""
+    """Return a masked array without masked values."""
     return np.ma.masked_array(array, mask=np.zeros(array.shape, bool))
 
 
@@ -157,7 +157,7 @@ def regressor() -> Engine:
 
 
 def results(engine: Engine, x: Any, y: Any, weight: Any = None) -> dict[str, Any]:
-    """What every public call makes of the same data."""
+    """Return the results of every public call on the same data."""
     found: dict[str, Any] = {"step": engine.step(x, y, weight)}
     history = engine.fit(x, y, epochs=2, sample_weight=weight, validation_data=(x, y, weight))
     found |= {"history": history.history, "evaluate": engine.evaluate(x, y, weight), "predict": engine.predict(x)}
@@ -283,7 +283,7 @@ def test_data_of_fit_are_not_kept_and_results_are_copies() -> None:
 
 
 def assert_unchanged(given: Any, original: Array) -> None:
-    """What was given still holds the values it was made of."""
+    """Assert that an argument still holds its original values."""
     if isinstance(given, WithArray | WithDLPack):
         given = given.array
     if isinstance(given, torch.Tensor):

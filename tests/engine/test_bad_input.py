@@ -1,7 +1,7 @@
-"""What is refused at the edge: the error's type, its words, and that nothing has changed.
+"""Bad input is refused with the right type and message, and changes nothing.
 
-Every row of the table does one wrong thing with a trained engine. Afterwards the engine must be in the state it was
-in, bit for bit, and go on exactly as a twin of it does that has seen no mistake.
+Every row of the table makes one mistake with a trained engine. Afterwards the engine must have the same state, bit for
+bit, and continue exactly as a twin without the mistake.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ BATCH = 8
 
 
 def with_value(array: np.ndarray[Any, Any], index: Any, value: float) -> np.ndarray[Any, Any]:
-    """A float copy of ``array`` with one element changed."""
+    """Return a float copy of ``array`` with one element changed."""
     changed = array.astype(np.float64)
     changed[index] = value
     return changed
@@ -91,7 +91,7 @@ def good_targets(kind: str) -> np.ndarray[Any, Any]:
 
 
 def trained(kind: str) -> Engine:
-    """An engine with momentum, counters, a history and best weights of an early stopping that all could be lost."""
+    """Return an engine with momentum, counters, a history and the best weights of an early stopping."""
     engine = ENGINES[kind]()
     y = good_targets(kind)
     engine.fit(X, y, epochs=2, validation_data=(X, y), early_stopping=5)
@@ -99,7 +99,7 @@ def trained(kind: str) -> Engine:
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
-    """Everything that a later call depends on, in values that can be compared."""
+    """Return everything that a later call depends on, as comparable values."""
     fit = engine.fit_state
     return {
         "learning_rate": engine.learning_rate,
@@ -115,7 +115,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
 
 
 def go_on(engine: Engine, kind: str) -> tuple[Any, ...]:
-    """What good calls give from here on."""
+    """Return the results of further good calls."""
     y = good_targets(kind)
     steps = () if kind == "cosine" else (engine.step(X[:5], y[:5]).tobytes(),)
     history = engine.fit(X, y, epochs=1).history
@@ -189,11 +189,11 @@ def write_text(folder: Path, text: str, name: str = "data.csv") -> Path:
 
 
 class Deaf:
-    """An object that listens to no stage of the training."""
+    """An object without any callback method."""
 
 
 def fit(**options: Any) -> Do:
-    """A call of ``fit`` in which everything is right but ``options``."""
+    """Return a call of ``fit`` that is right except for ``options``."""
     arguments = {"X": X, "y": Y, "epochs": 1, **options}
     return lambda engine, folder: engine.fit(arguments["X"], arguments["y"], **without(arguments, "X", "y"))
 
@@ -207,7 +207,7 @@ def predict(given: Any) -> Do:
 
 
 def make(call: Callable[[], object]) -> Do:
-    """Something that needs no engine."""
+    """Return a case that needs no engine."""
     return lambda engine, folder: call()
 
 
@@ -935,7 +935,7 @@ def test_bad_input_says_what_is_wrong_and_changes_nothing(
 
 
 class Told(Callback):
-    """Notes whether it was called."""
+    """A callback that records whether it was called."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -1,4 +1,4 @@
-"""Memory: tensors at aligned places in arenas, and a workspace in which values share what they do not need at once."""
+"""Memory: tensors at aligned places in arenas, and a workspace that values share by liveness."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_tensors_lie_apart_and_aligned(sizes, row_multiple, item_bytes):
     end = 0
     for short, place in layout.places.items():
         assert place.offset * item_bytes % ALIGNMENT_BYTES == 0
-        # no more of a gap than alignment needs
+        # No larger gap than alignment needs.
         assert end <= place.offset < end + ALIGNMENT_BYTES // item_bytes
         end = place.offset + place.size
         assert place.shape == MLP(sizes).parameter_shapes()[short_names(MLP(sizes))[short]]
@@ -73,7 +73,7 @@ def test_views_are_windows_of_the_arena(row_multiple):
         assert np.shares_memory(view, arena)
         assert view.ctypes.data % ALIGNMENT_BYTES == 0
         view[...] = number
-    # what one view wrote no other has touched, and padding is still zero
+    # No view overlaps another, and padding is still zero.
     for number, view in enumerate(views.values(), 1):
         assert np.all(view == number)
     assert np.count_nonzero(arena) == NET.parameter_count
@@ -94,7 +94,7 @@ def test_gradients_and_states_have_the_layout_of_the_parameters():
 @CASES
 @given(cases())
 def test_what_a_call_reads_is_still_what_was_written(case):
-    """Runs the program on memory that holds names: every element read must bear the name that is asked for."""
+    """Run the program on memory that holds names: every element that is read must have the expected name."""
     net, name, program = case
     places = planned(program, net, name)
     memory = {arena: {} for arena, _, _ in places.values()}
@@ -118,7 +118,7 @@ def test_what_a_call_reads_is_still_what_was_written(case):
             if value in places:
                 cells, indices = stretch(value)
                 cells.update(dict.fromkeys(indices, value))
-        # outputs of one call do not lie on each other
+        # Outputs of one call do not overlap.
         for value in (member for written in call.writes for member in program.members(written)):
             if value in places:
                 cells, indices = stretch(value)

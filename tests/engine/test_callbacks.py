@@ -43,7 +43,7 @@ BATCHES = 3
 
 
 def make(**options: Any) -> Engine:
-    """Labels without a meaning are learned by heart, so that the validation loss grows soon."""
+    """Return random labels: the network memorises them, so the validation loss soon grows."""
     return Engine(MLP([5, 30, 3]), **{"optimizer": Adam(0.02), "batch_size": 16, "seed": 1, **options})
 
 
@@ -52,7 +52,7 @@ def fit(engine: Engine, *callbacks: Any, epochs: int = 2, **options: Any) -> His
 
 
 class Keras:
-    """Every method of Keras's form that is called, in its order."""
+    """Record every called method of Keras's form, in order."""
 
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
@@ -455,7 +455,7 @@ class TestProgressBar:
         assert "epoch 2/2" in capsys.readouterr().err
         with pytest.raises(DivergenceError):
             fit(make(optimizer=fusemlp.SGD(1e30)), bar)
-        # it can be drawn again: the one of before was left
+        # The bar can be drawn again after an error.
         fit(make(), bar, epochs=4)
         assert "epoch 4/4" in capsys.readouterr().err
 

@@ -44,8 +44,9 @@ from fusemlp import (
     StepDecay,
     load_checkpoint,
 )
-from fusemlp.training import checkpoint as module
-from fusemlp.training.checkpoint import read_content, read_extra, write_atomically
+from fusemlp.runtime import files as module
+from fusemlp.runtime.files import write_atomically
+from fusemlp.training.checkpoint import read_content, read_extra
 
 Array = np.ndarray[Any, Any]
 
@@ -229,7 +230,7 @@ def test_extra_comes_back(extra: dict[str, Any] | None, tmp_path: Path) -> None:
 
 
 class Endless(dict[str, Any]):
-    """A dict that holds itself."""
+    """A dict that contains itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +266,7 @@ def test_an_extra_that_json_cannot_hold_is_refused(
 
 @pytest.fixture(scope="module")
 def small() -> bytes:
-    """A checkpoint of about 1200 bytes, with an array of one element among its tensors."""
+    """Return a checkpoint of about 1200 bytes, with an array of one element among its tensors."""
     import tempfile
 
     engine = Engine(MLP([2, 1]), loss="mse", optimizer=SGD(0.1, momentum=0.5), batch_size=2)
@@ -306,7 +307,7 @@ def test_bytes_behind_the_end_are_noticed(small: bytes, tmp_path: Path) -> None:
 
 
 def rewritten(source: bytes, target: Path, change: Callable[[dict[str, Any], dict[str, Array]], None]) -> None:
-    """Write a checkpoint whose content was changed and whose digest fits it."""
+    """Write a checkpoint with changed content and a matching digest."""
     target.write_bytes(source)
     content = read_content(target)
     change(content["config"], content["tensors"])
@@ -376,7 +377,7 @@ def test_what_is_no_checkpoint_is_refused(name: str, read: Callable[[Path], obje
 
 @pytest.fixture
 def umask() -> Iterator[Callable[[int], None]]:
-    """Sets the umask, and puts the old one back."""
+    """Set the umask, and restore the old one."""
     old = os.umask(0o022)
     yield lambda mask: os.umask(mask) and None
     os.umask(old)
@@ -474,7 +475,7 @@ def test_a_folder_that_takes_no_files_leaves_the_old_checkpoint(
     def refuse(file: Any, *arguments: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied", str(file))
 
-    # permission bits do not hold root back, so that the refusal is made here
+    # root ignores permission bits, so simulate the refusal.
     monkeypatch.setattr(module, "open", refuse, raising=False)
     with pytest.raises(PermissionError, match="Permission denied"):
         trained().save_checkpoint(path)

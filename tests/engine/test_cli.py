@@ -13,6 +13,7 @@ import pytest
 
 import fusemlp
 from fusemlp import cli
+from fusemlp.cli import app
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -100,14 +101,14 @@ EXIT_CODES: dict[type[FusemlpError], int] = {
 
 @pytest.mark.parametrize(("error", "code"), EXIT_CODES.items())
 def test_exit_codes(error: type[FusemlpError], code: int) -> None:
-    assert cli.exit_code(error("message")) == code
+    assert app.exit_code(error("message")) == code
 
 
 def test_unexpected_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a mistake in the program")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(app, "app", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
@@ -140,7 +141,7 @@ WRONG = {
     "loss of numbers": (["digits", "--loss", "poisson"], 2, "--loss: 'poisson' is for numbers"),
     "loss of classes": (["diabetes", "--loss", "cross_entropy"], 2, "--loss: 'cross_entropy' is for classes"),
     "two classes": (["digits", "--loss", "binary_cross_entropy"], 2, "the target has 10"),
-    "smoothing": (["digits", "--loss", "mse", "--label-smoothing", "0.1"], 2, "only the loss cross_entropy has it"),
+    "smoothing": (["digits", "--loss", "mse", "--label-smoothing", "0.1"], 2, "only cross_entropy has it"),
     "logits": (["digits", "--output-activation", "sigmoid"], 2, "--output-activation: cross_entropy takes logits"),
     "weights": (["iris", "--class-weight", "1,2"], 2, "--class-weight: expected balanced, or 3 numbers"),
     "weights of numbers": (["diabetes", "--class-weight", "balanced"], 2, "--class-weight: only classes"),

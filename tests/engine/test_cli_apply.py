@@ -16,7 +16,7 @@ from fusemlp.cli.prepare import prepare
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
+    """Return the exit code of ``fusemlp`` with these arguments."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     code = ended.value.code
@@ -25,7 +25,7 @@ def run(*arguments: str | Path) -> int:
 
 
 def trained(folder: Path, *options: str | Path) -> Path:
-    """A run that was trained without progress."""
+    """Train a run without progress, and return its folder."""
     assert run("train", *options, "--quiet", "--out", folder) == 0
     return folder
 
@@ -37,7 +37,7 @@ def columns(path: Path) -> dict[str, list[str]]:
 
 
 def flowers(path: Path, rows: int, *, with_label: bool = True, seed: int = 0) -> Path:
-    """A table of two numbers, a word and a label in words, which they decide."""
+    """Write a table of two numbers, a word, and a label in words that follows from them."""
     generator = np.random.default_rng(seed)
     kind = generator.integers(0, 3, rows)
     names, colours = ("daisy", "rose", "tulip"), ("white", "red", "yellow")
@@ -195,7 +195,7 @@ def test_a_run_that_was_moved_still_answers(species: Path, tmp_path: Path) -> No
     assert run("predict", moved, "--data", bare, "--out", tmp_path / "out.csv") == 0
 
 
-# A call, its exit code, and words of the error. RUN stands for a run, BARE for a table without labels.
+# A call, its exit code, and a part of the error. RUN stands for a run, BARE for a table without labels.
 WRONG: dict[str, tuple[list[str], int, str]] = {
     "no run": (["evaluate", "nowhere"], 1, "there is no such folder"),
     "weights": (["evaluate", "RUN", "--weights", "bset"], 2, "--weights: unknown name 'bset'; did you mean 'best'"),

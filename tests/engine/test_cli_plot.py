@@ -13,7 +13,7 @@ from fusemlp.report.runs import Run
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
+    """Return the exit code of ``fusemlp`` with these arguments."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     code = ended.value.code
@@ -22,7 +22,7 @@ def run(*arguments: str | Path) -> int:
 
 
 def made(path: Path, metrics: str, loss: str = "cross_entropy") -> Path:
-    """A run folder with what the command reads."""
+    """Make a run folder with the files that the command reads."""
     path.mkdir(parents=True)
     Run(path).config.write_text(json.dumps({"format": 1, "loss": {"kind": loss}}))
     Run(path).metrics.write_text(metrics)

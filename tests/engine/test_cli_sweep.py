@@ -1,4 +1,4 @@
-"""``fusemlp sweep``: many models, the best of them as a run that ``train`` would have made."""
+"""``fusemlp sweep``: many models, the best of them as a run like one of ``train``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fusemlp.cli import sweep as command
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
+    """Return the exit code of ``fusemlp`` with these arguments."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     code = ended.value.code
@@ -69,7 +69,7 @@ def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
     report = read(folder / "report.json")
     assert report["final"]["val_loss"] == losses[0]
     assert rows(folder / "metrics.csv")[-1]["val_loss"] == table[0]["val_loss"]
-    # the folder is one that other commands take
+    # Other commands accept the folder.
     assert run("evaluate", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == report["test"]["accuracy"]
     features = tmp_path / "features.npz"
@@ -82,7 +82,7 @@ def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "holds the best model of a sweep" in capsys.readouterr().err
 
 
-# Every parameter that varies, with what its model's rate, decay and rows depend on.
+# Every parameter that can vary, with the options that interact with it.
 AGAIN = {
     "adam": "--vary lr=0.002,0.02 --vary betas=0.8x0.99,0.9x0.9 --vary label_smoothing=0,0.1 --schedule cosine "
     "--warmup 0.5 --early-stopping 2 --class-weight balanced",
@@ -130,7 +130,7 @@ def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     # numbers stay numbers in JSON, and models are in the order of the seeds
     assert best["parameters"] == {"seed": best["model"]}
     most = max(row["val_accuracy"] for row in table)
-    # of equals the one with the least loss
+    # Among equal scores the smallest loss wins.
     assert best["model"] == int(
         min((r for r in table if r["val_accuracy"] == most), key=lambda r: r["val_loss"])["model"]
     )
@@ -202,7 +202,7 @@ def test_ctrl_c_before_a_model_has_ended(
     for out in (tmp_path / "a", tmp_path / "b"):
         assert run("sweep", "iris", "--vary", "seed=0:3", "--out", out) == 130
         assert "interrupted before a model had ended: nothing is kept" in capsys.readouterr().err
-    # so that the same call can follow; a folder that was there stays
+    # The same call works again; an existing folder stays.
     assert [path.name for path in tmp_path.rglob("*")] == ["b"]
 
 
@@ -214,7 +214,7 @@ def test_the_best_so_far_on_a_terminal(
     options = ["--vary", "lr=0.0125,0.1", "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run"]
     assert run("sweep", "iris", *options) == 0
     shown = capsys.readouterr().err
-    # the first is shown at once, the others when it is time again
+    # The first is shown at once, the others after a pause.
     assert "1 of 2 models: 1 trained; " in shown
     assert "val_loss" in shown and "0.0125" in shown
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fusemlp import MLP, Engine, cli
+from fusemlp import MLP, Engine, cli, load_checkpoint
 from fusemlp.cli import finish
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
@@ -26,11 +26,10 @@ from fusemlp.cli.progress import progress
 from fusemlp.cli.recorder import Recorder
 from fusemlp.describe.optimizers import optimizer_from_config
 from fusemlp.report.runs import Run
-from fusemlp.training.checkpoint import load_checkpoint
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
+    """Return the exit code of ``fusemlp`` with these arguments."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     code = ended.value.code
@@ -48,7 +47,7 @@ def rows(run_folder: Path) -> list[dict[str, str]]:
 
 
 def same_tensors(first: Path, second: Path) -> bool:
-    """Whether two checkpoints hold bitwise the same arrays."""
+    """Return whether two checkpoints hold bitwise the same arrays."""
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
@@ -70,7 +69,7 @@ def test_digits_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "curves.png",
         "checkpoints",
     }
-    # progress goes to stderr, a line an epoch where there is no terminal
+    # Progress goes to stderr, a line an epoch without a terminal.
     assert len(re.findall(r"^epoch \d+/\d+  loss ", shown.err, re.MULTILINE)) == len(rows(Path(folder[1])))
 
 
@@ -137,7 +136,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path: Path, capsys: pytest.Ca
     model = load_checkpoint(folder / "checkpoints/model.safetensors").state_dict()
     best = load_checkpoint(folder / "checkpoints/best.safetensors").state_dict()
     assert all(np.array_equal(model[name], best[name]) for name in model)
-    # there is nothing to go on with
+    # There is no run to resume.
     assert run("train", "--resume", folder) == 2
     assert "the run has ended" in capsys.readouterr().err
 
@@ -147,7 +146,7 @@ def test_the_same_options_give_the_same_run(tmp_path: Path) -> None:
         assert run("train", "iris", "--epochs", "3", "--dropout", "0.2", "--quiet", "--out", tmp_path / name) == 0
     assert same_tensors(tmp_path / "a/checkpoints/model.safetensors", tmp_path / "b/checkpoints/model.safetensors")
     assert (tmp_path / "a/metrics.csv").read_bytes() == (tmp_path / "b/metrics.csv").read_bytes()
-    # the command in config.json is the one to repeat it with
+    # The command in config.json repeats the run.
     words = shlex.split(read(tmp_path / "a/config.json")["command"])
     words[words.index("--out") + 1] = str(tmp_path / "c")
     assert run(*words[1:]) == 0
@@ -168,7 +167,7 @@ def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*EVERYTHING.split(), "--epochs", "9", "--out", whole) == 0
-    # a run of nine epochs that was killed in its sixth: checkpoint of the fourth, a row too many, one cut off
+    # A run of nine epochs, killed in its sixth: checkpoint of the fourth, an extra row, a partial row.
     assert run(*EVERYTHING.split(), "--epochs", "9", "--out", parts) == 0
     _cut_back(parts, epochs=4, rows=5)
     assert run("train", "--resume", parts, "--quiet") == 0
@@ -181,7 +180,7 @@ def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(
 
 
 def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
-    """Leave of a finished run what a kill would: an earlier checkpoint, rows of epochs behind it, half a row."""
+    """Reduce a finished run to the state after a kill: an earlier checkpoint, later rows, half a row."""
     lines = (folder / "metrics.csv").read_bytes().splitlines(keepends=True)
     for name in ("report.json", "curves.png", "metrics.csv"):
         (folder / name).unlink()
@@ -294,7 +293,7 @@ def test_no_plot_without_matplotlib(
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process group of POSIX")
 def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    # far more epochs than can be done before the interruption
+    # Far more epochs than fit before the interruption.
     command = [sys.executable, "-m", "fusemlp", "train", "iris", "--epochs", "1000000", "--out", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -314,7 +313,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
     assert (folder / "curves.png").exists()
     model = load_checkpoint(folder / "checkpoints/model.safetensors")
     assert model.epochs_trained == done
-    # its place inside the epoch is kept as well
+    # The position inside the epoch is kept too.
     last = load_checkpoint(folder / "checkpoints/last.safetensors")
     assert last.update_count == model.update_count
 
@@ -328,7 +327,7 @@ def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.Monke
         for epoch in range(epochs):
             callback.on_epoch_end(engine, epoch, logs)
         seconds = time.perf_counter() - began
-    # A redraw takes about a millisecond, a call that does not redraw is a comparison: 2 % of an epoch of 2 ms.
+    # A redraw takes about a millisecond, a call without a redraw one comparison: 2 % of an epoch of 2 ms.
     assert seconds / epochs < 40e-6
 
 

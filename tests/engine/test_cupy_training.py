@@ -1,7 +1,7 @@
 """Whole trainings on the CuPy backend, step by step within the bound of the oracle and of the NumPy backend.
 
-On a machine without a card the kernels run as C++ on the host, behind what stands in for CuPy: that shows their numbers
-and the backend's own code, not cuBLAS, streams or graphs.
+Without a card the kernels run as C++ on the host, under the stand-in for CuPy. This checks their results and the
+backend's own code, but not cuBLAS, streams or graphs.
 """
 
 from __future__ import annotations

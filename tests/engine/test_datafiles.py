@@ -1,4 +1,4 @@
-"""Reading npz, IDX, csv and parquet files: what comes out, and what is said of a file that is wrong."""
+"""Reading npz, IDX, csv and parquet files: the arrays, and the errors for wrong files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusemlp_kernels.errors import DataError
 
 
 def idx_bytes(array: Any, code: int = 0x08, dtype: str = ">u1") -> bytes:
-    """An IDX file as its description has it."""
+    """Return an IDX file by the format's description."""
     array = np.asarray(array, dtype)
     return struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape) + array.tobytes()
 

@@ -1,7 +1,7 @@
-"""Arrays that already lie on the device: nothing is copied through the host, and the training is that of host arrays.
+"""Arrays on the device are not copied through the host, and training equals that of host arrays.
 
-Under Triton's interpreter the device is the CPU, and torch's tensors there are what tensors on a card are on a card;
-what stands in for CuPy has arrays of its own.
+Under Triton's interpreter the device is the CPU, with torch's CPU tensors in place of tensors on a card. The stand-in
+for CuPy has its own arrays.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEVICES = [
 
 
 class Place:
-    """The device of a test, and how arrays get there."""
+    """The device of a test, and the way to put arrays there."""
 
     def __init__(self, device: Device) -> None:
         self.backend = device.backend
@@ -44,7 +44,7 @@ class Place:
         return Engine(net, loss=loss, optimizer=SGD(0.1), batch_size=4, backend=self.backend, plan="eager")
 
     def put(self, array: Array) -> Any:
-        """A copy of the array on the device, with the same strides, as its users make one."""
+        """Return a copy of the array on the device, with the same strides, made as users do."""
         array = np.asarray(array)
         base = array if array.base is None else np.asarray(array.base)
         start = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]
@@ -65,7 +65,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 
 def assert_same_state(found: Engine, expected: Engine) -> None:
-    """All that a step changes has the same bits."""
+    """Assert that everything a step changes has the same bits."""
     wanted = expected.snapshot()
     for name, array in found.snapshot().items():
         assert array.tobytes() == wanted[name].tobytes(), name
@@ -73,7 +73,7 @@ def assert_same_state(found: Engine, expected: Engine) -> None:
 
 @pytest.fixture
 def host_reads(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of what is brought to the host while the test runs."""
+    """Record the shapes of the arrays that are copied to the host during the test."""
     seen: list[tuple[int, ...]] = []
     kind: Any = type(place.net.memory.backend)
     original = kind.to_host
@@ -96,7 +96,7 @@ def test_a_fit_is_that_of_host_arrays(place: Place, loss: str, host_reads: list[
     arrays = place.put(X), place.put(y)
     validation = tuple(map(place.put, held_out))
     history = by_device.fit(*arrays, epochs=2, sample_weight=place.put(WEIGHT), validation_data=validation)
-    # labels and targets may be looked at on the host; the features are not
+    # Labels and targets may be checked on the host; features must not.
     assert not [shape for shape in host_reads if shape in (X.shape, held_out[0].shape)]
     assert history.history == expected.history
     assert_same_state(by_device, by_host)
@@ -136,7 +136,7 @@ def test_the_features_are_not_copied_where_their_rows_suit_the_kernels(
 
 
 def behind(array: Array) -> Array:
-    """The array from the third element of its memory on."""
+    """Return the array from the third element of its memory on."""
     memory = np.empty(array.size + 3, array.dtype)
     memory[3:] = array.ravel()
     return memory[3:].reshape(array.shape)

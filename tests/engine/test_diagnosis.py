@@ -1,4 +1,4 @@
-"""What is said of a training that goes wrong, and only then."""
+"""A diagnosis appears for a training with a problem, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several epochs in one launch leave what the same epochs leave that somebody is told of one by one."""
+"""Several epochs in one launch leave the same state as epochs that a callback hears of one by one."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_epoch_that_diverged_is_found_and_those_before_it_are_kept() -> None
 
 
 class Key:
-    """Ctrl-C after so many launches."""
+    """Ctrl-C after this many launches."""
 
     def __init__(self, launches: int) -> None:
         self.left = launches

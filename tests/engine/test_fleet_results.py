@@ -1,4 +1,4 @@
-"""The results of a fleet as a reader sees them: what is printed, and what a wrong question is told."""
+"""The results of a fleet: printed text, and errors for wrong requests."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The order of events under the plan "graph", with graphs that remember what was captured and run it again.
+"""The order of events under the plan "graph", with fake graphs that record captures and run them again.
 
-That a captured graph computes the same as its launches, only a GPU shows: ``tests/kernels/test_gpu.py``.
+Only a GPU can show that a captured graph computes the same as its launches: ``tests/kernels/test_gpu.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH = 4  # 10 whole batches and one of three rows
 
 @pytest.fixture
 def events(monkeypatch):
-    """What was captured and what was replayed, as numbers of steps."""
+    """Return the captures and the replays, as numbers of steps."""
     happened = []
 
     def capture(self, run, times):
@@ -70,7 +70,7 @@ def test_the_first_step_loads_the_kernels_and_the_others_are_replayed_several_at
     steps = 11 * 2
     assert engine.plan == "graph" and engine.update_count == steps
     assert [times for event, times in events if event == "captured"] == [STEPS_A_GRAPH, 1]
-    # each epoch has its own walk over the rows; the first step of all is no graph's
+    # Each epoch walks over the rows anew; the very first step runs without a graph.
     first, second = divmod(10, STEPS_A_GRAPH), divmod(11, STEPS_A_GRAPH)
     wanted = [STEPS_A_GRAPH] * first[0] + [1] * first[1] + [STEPS_A_GRAPH] * second[0] + [1] * second[1]
     assert [times for event, times in events if event == "replayed"] == wanted
@@ -103,7 +103,7 @@ def test_steps_by_hand_are_replayed_too(events):
 
 
 def test_two_fits_do_not_share_a_graph(events):
-    """The second one has its data at other addresses: its graphs are its own."""
+    """The second fit has data at other addresses, so it captures its own graphs."""
     engine = trained("graph", epochs=1)
     other = trained("eager", epochs=1)
     captured = [event for event in events if event[0] == "captured"]

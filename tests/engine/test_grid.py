@@ -1,4 +1,4 @@
-"""``--vary``: the values that its words stand for, and the models of several."""
+"""``--vary``: the values of one option, and the models of several."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def make(loss="cross_entropy", outputs=OUTPUTS, **options):
 
 
 def forward(engine, X):
-    """The outputs, by the oracle."""
+    """Return the oracle's outputs."""
     state = engine.state_dict()
     for layer, chosen in enumerate(engine.network.activations):
         slope = state.get(f"{2 * layer + 1}.weight", chosen.slope)
@@ -178,7 +178,7 @@ class TestManyBatches:
         assert_close(found["loss"], (weight[:, None] * error).sum() / (weight.sum() * OUTPUTS))
 
     def test_a_short_batch_after_a_long_one(self):
-        # rows that an earlier batch left behind must not count
+        # Rows left from an earlier batch must not count.
         engine = make()
         whole = engine.evaluate(X, LABELS)
         assert engine.evaluate(X[:3], LABELS[:3]) != whole
@@ -273,7 +273,7 @@ class TestEvaluate:
         found = engine.evaluate(X, soft)
         assert_close(found["loss"], -(soft * np.log(softmax(z))).sum(axis=1).mean())
         assert found["accuracy"] == np.mean(z.argmax(axis=1) == soft.argmax(axis=1))
-        # certain probabilities are labels
+        # One-hot probabilities equal labels.
         certain, labelled = engine.evaluate(X, np.eye(OUTPUTS)[LABELS]), engine.evaluate(X, LABELS)
         assert_close(certain["loss"], labelled["loss"])
         assert certain["accuracy"] == labelled["accuracy"]

@@ -1,4 +1,4 @@
-"""The loss descriptions: options, what they hand to the kernels, and the networks that they refuse."""
+"""The loss descriptions: options, the kernels' specifications, and refused networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that overflows loses the parameters, and nothing else: good ones that are loaded again train as before."""
+"""A step that overflows spoils only the parameters: after loading good ones, training works as before."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_curve_and_suggestion() -> None:
     assert found.rates[0] == pytest.approx(1e-6)
     assert len(found.losses) == len(found.rates)
     assert found.complete == (len(found.rates) == 100)
-    # between where nothing happens and where it blows up
+    # Between the flat part and the blow-up.
     assert found.suggestion in found.rates
     assert 1e-4 < found.suggestion < 1.0
     assert found == make().lr_find(X, Y, steps=100)

@@ -1,4 +1,4 @@
-"""The network description: what it accepts, what its parameters are called, and how they begin."""
+"""The network description: accepted options, names and initial values of parameters."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_initial_parameters_are_a_function_of_the_seed() -> None:
 
 
 def test_layers_draw_independently() -> None:
-    """Another width or activation elsewhere leaves a layer's numbers as they are, and no two layers are alike."""
+    """A layer's numbers do not depend on other layers' widths or activations, and no two layers are equal."""
     first = MLP([6, 6, 6, 3]).initial_parameters(0)
     second = MLP([6, 6, 6, 9], activation=["relu", "tanh"]).initial_parameters(0)
     np.testing.assert_array_equal(first["0.weight"], second["0.weight"])

@@ -1,11 +1,10 @@
 """Training allocates no array: everything was allocated when the program was bound.
 
-``tracemalloc`` sees what NumPy and Python allocate. The smallest arrays that a step works on are vectors of a batch and
-of the hidden layer; in single precision each has 5 KiB, and the matrices have 80 KiB to 6 MiB. So the limit of 4 KiB
-lets none of them through, and leaves room for the numbers and tuples that Python makes on the way. NumPy's buffer for
-converting types, 8192 elements whatever the arrays are, is made small while it is measured. Every measurement is made
-several times and the least counts: what a step allocates it allocates each time, and what another thread of the test
-runner does in between, it does not.
+``tracemalloc`` sees the memory of NumPy and Python. The smallest arrays of a step are vectors of a batch and of the
+hidden layer, 5 KiB each in single precision; the matrices have 80 KiB to 6 MiB. So the limit of 4 KiB detects each of
+them, and leaves room for Python's numbers and tuples. NumPy's buffer for type conversions, 8192 elements for arrays of
+any size, is set small during the measurement. Each measurement is repeated and the minimum counts: a step's allocations
+recur every time, those of other threads of the test runner do not.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def a_batch(target, weighted):
 
 
 class Peak:
-    """The most that was allocated at once inside, above what there was before, in bytes."""
+    """The peak of allocated bytes inside the context, above the level before."""
 
     def __enter__(self):
         self.buffer = np.setbufsize(16)
@@ -102,7 +101,7 @@ def test_the_program_of_a_step_allocates_no_array(options, optimizer, loss, targ
 
 
 class Watch(Callback):
-    """What was allocated from the end of an epoch's first batch to the end of its last."""
+    """A callback that measures the bytes allocated from the end of an epoch's first batch to the end of its last."""
 
     def __init__(self, peak):
         self.peak, self.grown = peak, []

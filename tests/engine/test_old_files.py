@@ -1,4 +1,4 @@
-"""Files of earlier releases load, predict what they predicted, and train on as they would have."""
+"""Files of earlier releases load, predict the same, and continue the same training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def expected() -> Mapping[str, Array]:
-    """Data, and the predictions of the release that wrote the files, before and after training on."""
+    """Return data, and the predictions of the release that wrote the files, before and after further training."""
     with np.load(FOLDER / "expected.npz") as arrays:
         return dict(arrays)
 
 
 def unpickled(name: str) -> Any:
     with warnings.catch_warnings():
-        # scikit-learn warns where it has another version than the one that wrote the file
+        # scikit-learn warns if another version wrote the file.
         warnings.simplefilter("ignore")
         return pickle.loads((FOLDER / f"{name}.pickle").read_bytes())
 

@@ -185,7 +185,7 @@ def test_parameters_that_lie_elsewhere_are_verified_again() -> None:
 
 
 def test_only_so_many_structures_are_remembered(monkeypatch) -> None:
-    monkeypatch.setattr(fusemlp.placement, "REMEMBERED", 2)
+    monkeypatch.setattr(fusemlp.program.placement, "REMEMBERED", 2)
     layout = layout_of(NET, "numpy")
     first = placement(resident(), layout, row_multiple=1)
     placement(resident(batches=4), layout, row_multiple=1)
@@ -194,4 +194,4 @@ def test_only_so_many_structures_are_remembered(monkeypatch) -> None:
     second = placement(resident(batches=5), layout, row_multiple=1)
     assert placement(resident(batches=5), layout, row_multiple=1) is second
     assert placement(resident(), layout, row_multiple=1) is first
-    assert len(fusemlp.placement._placements) == 2
+    assert len(fusemlp.program.placement._placements) == 2

@@ -1,4 +1,4 @@
-"""The pictures of a training: whole PNG files that say what they show, drawn without a display."""
+"""The pictures of a training: complete PNG files with labels, drawn without a display."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RISING = {
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are turned into PNG files."""
+    """Record the figures that become PNG files."""
     figures: list[Figure] = []
     to_png = plots._png
 
@@ -108,7 +108,7 @@ def test_scores_over_what_varies() -> None:
     models, crosses, best = rates.collections
     np.testing.assert_allclose(models.get_offsets(), [(0.001, 0.5), (0.1, 0.2), (0.001, 0.7), (0.1, 0.4)])
     np.testing.assert_allclose(best.get_offsets(), [(0.1, 0.2)])
-    # the one that diverged stands within the axis, at the bad end
+    # The diverged model is inside the axis, at the bad end.
     np.testing.assert_allclose(crosses.get_offsets(), [(10.0, 0.98)])
     assert rates.get_xlim()[1] > 10.0
     assert [label.get_text() for label in hidden.get_xticklabels()] == ["none", "8x4"]
@@ -158,7 +158,7 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     import subprocess
 
     script = (
-        "import sys; from fusemlp import plots; plots.curves_png({'loss': [1.0, 0.5]}, loss='mse', title='t'); "
+        "import sys; from fusemlp.report import plots; plots.curves_png({'loss': [1.0, 0.5]}, loss='mse', title='t'); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

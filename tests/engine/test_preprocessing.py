@@ -1,4 +1,4 @@
-"""Splits, scaling, encoding of labels, and their way to the run folder and back."""
+"""Splits, scaling, encoding of labels, and their storage in the run folder."""
 
 from __future__ import annotations
 

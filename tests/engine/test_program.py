@@ -1,4 +1,4 @@
-"""A step as a printed program: its columns, its figures, and how many calls it takes."""
+"""A step as a printed program: its columns, its figures, and the number of its calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")
 
 
 def table(program):
-    """The printed program as a dict of columns, a list of cells each, and its last line."""
+    """Return the printed program as a dict of columns, with a list of cells each, and its last line."""
     header, *lines, last = str(program).splitlines()
     starts = [header.index("call"), *(header.index(name) for name in COLUMNS[2:5])]
     # the last two columns are flush right: they end where their names end
@@ -58,7 +58,7 @@ def test_bytes_are_those_of_what_is_read_and_written():
     x, h1, dz = 128 * 784 * real, 128 * 128 * real, 128 * 10 * real
     w0, w1 = (784 * 128 + 128) * real, (128 * 10 + 10) * real
     rows, counters, stats, hyper = (integer * count for count in (128, COUNTERS, STATS, HYPER))
-    # the 128 rows that are read count, not the 60000 that there are
+    # The 128 rows that are read count, not all 60000.
     assert program.traffic(program.calls[0]) == x + w0 + rows + counters + h1
     assert program.traffic(program.calls[1]) == h1 + w1 + rows + 128 * integer + counters + 2 * stats + dz
     assert program.traffic(program.calls[2]) == dz + w1 - 10 * real + 2 * h1
@@ -115,7 +115,7 @@ def test_kept_gradients_stand_before_the_update(optimizer, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_norm_of_kept_gradients_is_taken_by_the_update(backend):
-    """What is done to them between the calls counts."""
+    """Changes between the calls have an effect."""
     program = training_program(MLP([5, 4, 3]), optimizer=SGD(0.1, clip_norm=1.0), backend=backend, keep_gradients=True)
     assert not [call.op for call in program.calls if "norm" in call.operands]
 

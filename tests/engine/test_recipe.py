@@ -1,4 +1,4 @@
-"""From the words of the command line to descriptions."""
+"""The words of the command line become descriptions."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_balanced_weights_make_classes_count_alike() -> None:
     codes = np.array([0] * 6 + [1] * 3 + [3])
     weights = recipe.class_weights("balanced", codes, 4)
     assert weights is not None
-    # a class that does not occur has no weight
+    # An absent class has no weight.
     assert weights == pytest.approx([10 / 18, 10 / 9, 0.0, 10 / 3])
     assert np.bincount(codes, weights=np.array(weights)[codes])[[0, 1, 3]] == pytest.approx([10 / 3] * 3)
     assert recipe.class_weights("1,0,2,3", codes, 4) == [1.0, 0.0, 2.0, 3.0]

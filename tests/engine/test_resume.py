@@ -40,7 +40,7 @@ ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 70, 6, 3, 12, 5
 
 
 def data(seed: int, rows: int = ROWS) -> tuple[Array, Array]:
-    """Features and the classes that a linear map with some noise makes of them."""
+    """Return features, and their classes by a noisy linear map."""
     generator = np.random.default_rng(seed)
     X = generator.normal(size=(rows, WIDTH))
     scores = X @ np.random.default_rng(0).normal(size=(WIDTH, CLASSES)) + generator.normal(size=(rows, CLASSES))
@@ -48,7 +48,7 @@ def data(seed: int, rows: int = ROWS) -> tuple[Array, Array]:
 
 
 def fitted(engine: Engine, **options: Any) -> Engine:
-    """``engine`` after the training of this file's tests."""
+    """Return ``engine`` after the training of this file's tests."""
     X, y = data(1)
     if engine.loss.kind == "mse":
         y = np.eye(CLASSES)[y]
@@ -61,7 +61,7 @@ def held_out() -> tuple[Array, Array]:
 
 
 def never_better() -> tuple[Array, Array]:
-    """Classes that training makes less and less likely: the patience runs out."""
+    """Return validation classes that become less likely in training, so that the patience runs out."""
     X, y = data(1, 25)
     return X, (y + 1) % CLASSES
 
@@ -118,7 +118,7 @@ def new_engine(case: str) -> Engine:
 
 
 class SaveEverywhere(Callback):
-    """A checkpoint at each stage of the training, each in a file of its own."""
+    """Write a checkpoint at each stage of the training, each in its own file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -145,7 +145,7 @@ class SaveEverywhere(Callback):
 
 
 class EpochsOnly(Callback):
-    """Passes on the ends of epochs, and nothing else."""
+    """Forward the ends of epochs only."""
 
     def __init__(self, other: Callback) -> None:
         self.other = other
@@ -236,7 +236,7 @@ def test_fit_goes_on_in_the_same_process_after_ctrl_c() -> None:
 
 
 def in_a_process(code: str, *arguments: str) -> str:
-    """What a new Python process prints; it finds this folder's modules."""
+    """Return the output of a new Python process that finds this folder's modules."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -279,7 +279,7 @@ def test_fifty_kills_each_leave_a_checkpoint_that_resumes_exactly(tmp_path: Path
     code = "import sys, pathlib, killed_training; killed_training.main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), 0)"
     positions = [json.loads(line) for line in in_a_process(code, str(tmp_path), str(kills)).splitlines()]
     assert len(positions) == kills
-    # the kills were where they prove something: in and between writes, at an epoch's end and inside, in many epochs
+    # The kills cover all places: in and between writes, at an epoch's end and inside, in many epochs.
     assert {position["inside a write"] for position in positions} == {True, False}
     assert len({position["epoch"] for position in positions}) >= 6
     assert any(position["batch"] == 0 for position in positions)
@@ -293,7 +293,7 @@ def test_resuming_with_too_few_rows_is_refused(tmp_path: Path) -> None:
     X, y = data(1)
     with pytest.raises(ShapeError, match="the checkpoint stands at batch 5 of its epoch, and 20 rows make only 2"):
         engine.fit(X[:20], y[:20], epochs=EPOCHS, resume=True)
-    # nothing changed: the right data still lead to the exact end
+    # Nothing changed: the right data still give the exact result.
     assert_same_state(fitted(engine, resume=True), fitted(new_engine("momentum, cosine, dropout")))
 
 

@@ -1,4 +1,4 @@
-"""The run folder: where it goes, what is kept of it, and what is read back."""
+"""The run folder: its path, its files, and reading them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in one safetensors file: read by torch and by NumPy with nothing of fusemlp, and by fusemlp as an engine."""
+"""A model in one safetensors file: torch and NumPy read it without fusemlp, and fusemlp makes an engine of it."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def altered(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    from fusemlp.training.checkpoint import digest_of
+    from fusemlp.runtime.files import digest_of
 
     tensors = Engine(MLP(SIZES)).state_dict()
     config = json.dumps({"format": 99, "version": "9.0"})

@@ -1,4 +1,4 @@
-"""The fit loop: what is trained in which order, what is recorded, and how training ends."""
+"""The fit loop: the order of training, the records, and the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DROPPING = MLP([INPUTS, 12, CLASSES], activation="gelu", dropout=0.3)
 
 
 def data(rows=ROWS, seed=1):
-    """Labels that can be learned from the features."""
+    """Return labels that can be learned from the features."""
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((rows, INPUTS)).astype(np.float32)
     return X, (X @ np.random.default_rng(0).standard_normal((INPUTS, CLASSES))).argmax(axis=1)
@@ -54,7 +54,7 @@ def make(net=NET, optimizer=None, **options):
 
 
 def assert_same_parameters(one, other):
-    """Bit for bit."""
+    """Assert equality bit for bit."""
     one, other = (engine.state_dict() if isinstance(engine, Engine) else engine for engine in (one, other))
     assert one.keys() == other.keys()
     for name, array in one.items():
@@ -75,7 +75,7 @@ def train_by_steps(engine, epochs, weight=None, batches=BATCHES, order=None):
 
 
 class Recorder(Callback):
-    """Every stage as it is called, and the parameters at the end of each epoch."""
+    """Record every stage, and the parameters at the end of each epoch."""
 
     def __init__(self):
         self.stages, self.states, self.rates = [], [], []
@@ -99,7 +99,7 @@ class Recorder(Callback):
 
 
 class At(Callback):
-    """Does something after one batch of one epoch."""
+    """Run an action after one batch of one epoch."""
 
     def __init__(self, epoch, batch, action):
         self.place, self.action, self.epoch = (epoch, batch), action, 0
@@ -347,7 +347,7 @@ class TestStep:
             make(optimizer=SGD(0.1), precision="fp64"),
             make(optimizer=SGD(0.1), batch_size=rows, precision="fp64"),
         )
-        # what a longer batch leaves behind does not count
+        # Values left from a longer batch do not count.
         for engine in (one, other):
             engine.step(X[:rows], y[:rows])
         before = one.state_dict()
@@ -392,7 +392,7 @@ class TestEarlyStopping:
     NOISE = np.random.default_rng(9).integers(0, CLASSES, ROWS)
 
     def fit(self, patience, epochs=200):
-        """Labels without a meaning are learned by heart, so that the validation loss grows soon."""
+        """Return random labels: the network memorises them, so the validation loss soon grows."""
         engine, recorder = make(MLP([INPUTS, 40, CLASSES]), Adam(0.01)), Recorder()
         history = engine.fit(
             X, self.NOISE, epochs=epochs, validation_data=(XV, YV), early_stopping=patience, callbacks=[recorder]
@@ -512,7 +512,7 @@ class TestCallbacks:
         history = engine.fit(X, y, epochs=5, callbacks=[Stop()])
         assert history.epochs == [0, 1]
         assert history.stopped == "a callback stopped the training"
-        # the wish is granted once
+        # The request to stop counts once.
         assert engine.fit(X, y, epochs=1).epochs == [2]
 
     def test_an_error_in_a_callback_passes_through(self):
@@ -571,7 +571,7 @@ class TestLearningRate:
         engine, recorder = make(optimizer=SGD(Constant(0.1, warmup=8))), Recorder()
         assert engine.learning_rate == pytest.approx(0.1 / 8)
         engine.fit(X, y, epochs=2, callbacks=[recorder])
-        # after a batch the rate is that of the next
+        # After a batch the rate is that of the next one.
         assert recorder.rates == pytest.approx([0.1 * min(t + 1, 8) / 8 for t in range(1, 11)])
 
     def test_the_history_has_the_rate_at_the_end_of_each_epoch(self):
@@ -691,7 +691,7 @@ class TestDivergence:
         assert_same_parameters(engine, before)
 
     def test_no_warning_of_numpy_gets_out(self):
-        # warnings are errors in this suite: an overflow that was not silenced would be raised instead
+        # Warnings are errors in this suite, so an overflow that is not silenced would raise.
         with pytest.raises(DivergenceError):
             make(optimizer=SGD(1e30), loss="mse").fit(X, np.eye(CLASSES)[y], epochs=1)
 
@@ -735,7 +735,7 @@ class TestParameterOptions:
             assert np.abs(full).max() > 1e-4
 
     def test_frozen_layers_are_still_passed_through(self):
-        # what lies above a frozen layer is trained as if below nothing could be trained
+        # Layers above a frozen one train as if nothing below could be trained.
         net = MLP([INPUTS, 8, 7, CLASSES], activation="tanh", dropout=0.2)
         frozen = make(net, SGD(0.1, per_parameter={"[02].*": ParameterOptions(trainable=False)}))
         still = make(net, SGD(0.1, per_parameter={"[02].*": ParameterOptions(lr_factor=0.0)}))

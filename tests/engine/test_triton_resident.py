@@ -40,7 +40,7 @@ NET = MLP([WIDTH, 7, CLASSES])
 
 
 def same(engine: Engine, other: Engine) -> None:
-    """Both have the same bits, and the same history but for the seconds."""
+    """Assert that both have the same bits, and the same history except the seconds."""
     found, expected = engine.snapshot(), other.snapshot()
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -90,7 +90,7 @@ def test_the_interpreter_is_eager_unless_asked() -> None:
 
 
 class Bounded(Callback):
-    """Compares every update with the oracle's, from the state before it, and every loss."""
+    """Compare every update, from the state before it, and every loss with the oracle's."""
 
     checked = 0
 
@@ -137,9 +137,9 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
         same(results.engine(index), engine)
         assert np.array_equal(results.engine(index).predict(X), engine.predict(X))
     epochs = {len(member.history.epochs) for member in results.members}
-    # some have stopped early, and left the others to themselves
+    # Some stopped early, and the others went on.
     assert len(epochs) > 1
-    # what comes out of it is an engine like any other
+    # The result is an ordinary engine.
     alone = results.engine(1)
     before = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
     alone.fit(X, y, epochs=1)
@@ -161,7 +161,7 @@ def test_folds_of_different_lengths_and_a_model_that_diverges() -> None:
         engine = Engine(NET, optimizer=SGD(0.1), batch_size=batch, backend="triton", plan="resident")
         engine.fit(X[rows], y[rows], epochs=2, validation_data=(X[others], y[others]))
         same(results.engine(index), engine)
-    # the one that diverged is back at its first parameters
+    # The diverged model is back at its initial parameters.
     first = NET.initial_parameters(0)
     for name, array in results.engine(1).state_dict().items():
         np.testing.assert_array_equal(array, first[name].astype(np.float32))

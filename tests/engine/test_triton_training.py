@@ -1,6 +1,6 @@
 """Whole trainings on the Triton backend, step by step within the bound of the oracle and of the NumPy backend.
 
-Under Triton's interpreter these are fp32 and fp16; bf16 is computed there on raw bit patterns and is left to a GPU.
+Under Triton's interpreter these are fp32 and fp16. It computes bf16 wrongly, on raw bit patterns, so bf16 needs a GPU.
 """
 
 from __future__ import annotations

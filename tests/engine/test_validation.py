@@ -1,4 +1,4 @@
-"""What the library accepts at its edge, what it refuses, and in which words."""
+"""Checks of arguments: accepted values, refused values, and the messages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def binary(value: Any) -> Any:
 
 
 def counts(value: Any) -> Any:
-    return checks.as_counts("y", value, width=1, rows=None, dtype=np.float32)
+    return validation.as_counts("y", value, width=1, rows=None, dtype=np.float32)
 
 
 def masked() -> Any:

@@ -1,4 +1,4 @@
-"""The verifier passes every program that is lowered, and none that was broken."""
+"""The verifier passes every lowered program, and no broken one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusemlp_kernels.contract import Segment, TensorRule
 
 CASES = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
-# Equal widths, so that a value in the place of another has the right shape; nothing but the order is then wrong.
+# Equal widths give all values the same shape, so that only the order of calls is wrong.
 SQUARE = MLP([4, 4, 4, 4], activation=["relu", "prelu"], dropout=[0.0, 0.5])
 NET = MLP([6, 5, 4, 3], activation=["relu", "prelu"], dropout=[0.0, 0.5])
 MOMENTUM = SGD(0.1, momentum=0.9)
@@ -44,7 +44,7 @@ def test_every_lowered_program_passes_with_its_planned_memory(case):
 
 @pytest.mark.parametrize("net, program", PROGRAMS.values(), ids=PROGRAMS.keys())
 class TestEveryCallCounts:
-    """No two calls can change places, and none can be left out or made twice."""
+    """No two calls can be swapped, and none can be omitted or repeated."""
 
     def test_swapped(self, net, program):
         places = planned(program, net)
@@ -90,7 +90,7 @@ def call_named(program, op, last=False):
 
 
 def changed(program, op, *, last=False, **operands):
-    """``program`` with some operands of the first (or last) call of ``op`` replaced."""
+    """Return ``program`` with some operands of the first (or last) call of ``op`` replaced."""
     index = call_named(program, op, last)
     call = program.calls[index]
     call = replace(call, operands={**call.operands, **operands})
@@ -98,14 +98,14 @@ def changed(program, op, *, last=False, **operands):
 
 
 def changed_layer(program, layer, op="grad_weight_update", **operands):
-    """``program`` with some operands of one layer of the grouped call replaced."""
+    """Return ``program`` with some operands of one layer of the grouped call replaced."""
     layers = list(program.calls[call_named(program, op)].operands["layers"])
     layers[layer] = {**layers[layer], **operands}
     return changed(program, op, layers=tuple(layers))
 
 
 def valued(program, name, **changes):
-    """``program`` with a value's declaration changed."""
+    """Return ``program`` with a value's declaration changed."""
     return replace(program, values={**program.values, name: replace(program.values[name], **changes)})
 
 
@@ -121,7 +121,7 @@ ADVANCE = replace(PROGRAMS["all frozen"][1].calls[-1])
 
 
 def early_update():
-    """The last layer is updated by a call of its own, before ``grad_input`` has read its weights."""
+    """Update the last layer in its own call, before ``grad_input`` has read its weights."""
     grouped = FUSED.calls[-1]
     *first, last = grouped.operands["layers"]
     own = replace(grouped, operands={**grouped.operands, "layers": (last,), "slopes": ()})
@@ -131,7 +131,7 @@ def early_update():
 
 
 def early_slope_update():
-    """The slope of a PReLU is updated before ``grad_input`` has used it for its layer's dz."""
+    """Update the slope of a PReLU before ``grad_input`` has used it for its layer's dz."""
     grouped = FUSED.calls[-1]
     own = replace(grouped, operands={**grouped.operands, "layers": ()})
     rest = replace(grouped, operands={**grouped.operands, "slopes": ()})
@@ -250,7 +250,7 @@ def test_a_broken_program_is_refused(program, message):
 
 
 def on_top(places, name, other):
-    """``name`` begins where ``other`` does."""
+    """Return a layout in which ``name`` begins at the place of ``other``."""
     arena, start, _ = places[other]
     return {**places, name: (arena, start, start + places[name][2] - places[name][1])}
 

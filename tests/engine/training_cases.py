@@ -1,5 +1,5 @@
-"""Trainings of every optimizer, loss and kind of layer, and what each step of them is compared with: the oracle and the
-NumPy backend. For the backends on a device, whose tests name the devices.
+"""Trainings of every optimizer, loss and kind of layer, with each step compared with the oracle and the NumPy backend,
+for the backends on a device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Case:
     net: MLP = TANH
     data: str = "labels"
     weighted: bool = False
-    # a launch costs the interpreter a tenth of a second: every optimizer and every loss is trained for twenty steps
+    # A launch takes the interpreter a tenth of a second, so every optimizer and loss trains for only twenty steps.
     steps: int = STEPS
 
 
@@ -121,7 +121,7 @@ def exact_batch(X, y, weight):
 
 
 def follow(follower, leader):
-    """Bring an engine to another's state, over backends whose arenas are laid out differently."""
+    """Copy another engine's state, between backends with different layouts of arenas."""
     follower.write_tensors(leader.tensors(""), "")
     for index in range(len(leader.memory.states)):
         follower.write_tensors(leader.tensors(f".state{index}"), f".state{index}")
@@ -130,7 +130,7 @@ def follow(follower, leader):
 
 
 def check_steps(case, device, record_property):
-    """Every step is the oracle's, and the NumPy backend's."""
+    """Compare every step with the oracle and with the NumPy backend."""
     rng = np.random.default_rng(1)
     engines = [Engine(case.net, case.loss, case.optimizer, BATCH, seed=5, backend=b) for b in (device.backend, "numpy")]
     own, numpy = engines
@@ -158,7 +158,7 @@ IN_FLOAT16 = ("adamw", "clipped", "accumulated", "relu, dropout", "gelu and prel
 
 
 def check_steps_in_float16(name, device, record_property):
-    """Every step in float16 is within its bound."""
+    """Assert that every step in float16 is within its bound."""
     case = CASES[name]
     rng = np.random.default_rng(2)
     engine = Engine(case.net, case.loss, case.optimizer, BATCH, seed=5, backend=device.backend, precision="fp16")
@@ -177,7 +177,7 @@ def check_steps_in_float16(name, device, record_property):
 
 
 def check_fit(device, precision):
-    """Rows read by index in the kernels, a short last batch, shuffled: bitwise the losses of the same batches."""
+    """Rows read by index, shuffled, with a short last batch, give bitwise the losses of the same batches."""
     rng = np.random.default_rng(3)
     X, y = rng.standard_normal((37, 6)).astype(np.float32), rng.integers(0, 4, 37)
     fitted, stepped = (
@@ -188,7 +188,7 @@ def check_fit(device, precision):
 
     class Losses:
         def on_batch_end(self, engine, batch):
-            # ``step`` returns it in single precision
+            # ``step`` returns it in single precision.
             losses.append(float(np.float32(_host(engine, "stats")[LAST_LOSS])))
 
     fitted.fit(X, y, epochs=2, callbacks=[Losses()])

@@ -1,5 +1,5 @@
-"""Tests of the contract are counted in the summary: the cases of each backend, a parametrised test being one; and how
-many tests NumPy, Triton and CuPy have in common, and what each has besides. The interpreter gets small tiles.
+"""Count the tests of the contract in the summary: the cases of each backend, the tests that NumPy, Triton and CuPy have
+in common, and the others of each. The interpreter gets small tiles.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ COMMON = pytest.StashKey[bool]()
 
 
 def variant_of(item):
-    """The backend and precision that a test is about; None where it is about one, or all, of a device's."""
+    """Return the backend and precision of a test; None stands for one, or all, of a device's."""
     given = item.callspec.params.get("variant") if hasattr(item, "callspec") else None
     return given if isinstance(given, Variant) else None
 
 
 def pytest_collection_modifyitems(items):
-    """Which tests in fp32 there are on every backend that runs without a card."""
+    """Mark the fp32 tests that every backend without a card has."""
     found = {}
     for item in items:
         variant = variant_of(item)
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Under the interpreter a training has tiles of a size that is quick; tests want several tiles in few elements."""
+    """Use small tiles under the interpreter, so that few elements fill several tiles."""
     for product in ("forward", "weight"):
         small = {kind: [[32, 32, 32, 1, 1, 2]] for kind in configs.TABLES["interpreter"][product]}
         monkeypatch.setitem(configs.TABLES["interpreter"], product, small)
@@ -42,7 +42,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def count_contract_case(request, record_property):
-    """Tests of random cases, whose parameter is a device, count their cases themselves."""
+    """Count a case of the contract; tests of random cases, with a device as parameter, count their own."""
     variant = variant_of(request.node)
     if variant is None:
         return

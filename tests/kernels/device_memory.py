@@ -1,4 +1,4 @@
-"""The memory behind the operands of one call, on a device: the same views there, filled and read back as a whole."""
+"""The memory of one call's operands on a device: the same views there, filled and read back as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input"})
 
 
 class DeviceMemory:
-    """The memory behind the operands of one call of ``op``, in arrays of ``backend``."""
+    """The memory of the operands of one call of ``op``, in arrays of ``backend``."""
 
     def __init__(self, backend: Any, op: str) -> None:
         self.backend, self.op = backend, op
@@ -38,7 +38,7 @@ class DeviceMemory:
         return str(np.dtype(dtype))
 
     def _flat(self, base: Any, kind: str, owned: bool) -> Any:
-        """Memory of the backend's own."""
+        """Memory in the backend's own arrays."""
         return self.backend.allocate(base.size, kind)
 
     def _strided(self, flat: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> Any:
@@ -54,7 +54,7 @@ class DeviceMemory:
 
 
 class TorchMemory(DeviceMemory):
-    """Torch tensors."""
+    """Memory in torch tensors."""
 
     def _flat(self, base: Any, kind: str, owned: bool) -> Any:
         import torch

@@ -30,7 +30,7 @@ from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.registry import TRAITS
 
 REALS = {"fp64": np.float64}
-# What matrix products read and write. NumPy has no bfloat16: the host holds the rounded values in float32.
+# The types of matrix products. NumPy has no bfloat16: the host holds the rounded values in float32.
 COMPUTE = {"fp64": np.float64, "fp16": np.float16}
 WRITTEN = {
     "linear": {"y", "z", "gathered", "keep"},
@@ -302,7 +302,7 @@ WITHOUT_A_CARD = (NUMPY, INTERPRETER, STAND_IN)
 
 @contextlib.contextmanager
 def usable(device: Device) -> Iterator[None]:
-    """Where the device's backend can be asked for by name: the registry does not know of CuPy's stand-in."""
+    """Make the device's backend available by name: the registry does not know CuPy's stand-in."""
     if device is not STAND_IN:
         yield
         return

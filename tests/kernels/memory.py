@@ -1,4 +1,4 @@
-"""Where a test's arrays lie: views with gaps and guard bands around them, whose elements nobody may change."""
+"""The memory of a test's arrays: views with gaps and guard bands, which no kernel may change."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import numpy as np
 
 from fusemlp_kernels.registry import TRAITS
 
-# Elements in front of and behind every placed array. In front of an owned one it is a multiple of 256 bytes.
+# Elements before and after every placed array. Before an owned one they fill a multiple of 256 bytes.
 GUARD = 128
-# The pitch of matrices that a device backend allocates itself; NumPy's have none.
+# The pitch of matrices that a device backend allocates; NumPy's have none.
 ROW_MULTIPLE = TRAITS["triton"].row_multiple
 INT_GUARD = -(2**40)
 
 
 class Memory(np.ndarray):
-    """The flat memory behind one placed array; ``owned``: laid out as the backend's own, (offset, shape, pitch)."""
+    """The flat memory of one placed array; ``owned``: in the backend's own layout, (offset, shape, pitch)."""
 
     owned: tuple[int, tuple[int, ...], int] | None = None
 
 
 def guard_value(dtype):
-    """What fills the memory that is nobody's: NaN spoils every sum that it gets into."""
+    """Return the fill value of gaps and guard bands: NaN spoils every sum that reads it."""
     return {"f": np.nan, "i": INT_GUARD, "b": True}[np.dtype(dtype).kind]
 
 
 def place(values, layout, dtype=None):
-    """An array of the same values that lies in memory as ``layout`` says, with guard bands around it."""
+    """Return an array of the same values in the memory layout ``layout``, with guard bands around it."""
     values = np.asarray(values, dtype)
     strides, first = _strides(values.shape, layout)
     last = [stride * (n - 1) for stride, n in zip(strides, values.shape, strict=True)] if values.size else []
@@ -48,7 +48,7 @@ def place(values, layout, dtype=None):
 
 
 def _strides(shape, layout):
-    """The strides and the position of the first element, in elements."""
+    """Return the strides and the position of the first element, in elements."""
     plain = [1]
     for n in reversed(shape[1:]):
         plain.insert(0, plain[0] * n)
@@ -68,12 +68,12 @@ def _strides(shape, layout):
 
 
 def poisoned(shape, dtype, layout="plain"):
-    """An output full of NaN; of True, where it is bool."""
+    """Return an output full of NaN, or of True for bool."""
     return place(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 1), layout, dtype)
 
 
 def base_of(array):
-    """The flat memory that an array is a view of: its guard bands are in it."""
+    """Return the flat memory of an array view, guard bands included."""
     base = array
     while not isinstance(base, Memory) and isinstance(base.base, np.ndarray):
         base = base.base
@@ -81,14 +81,14 @@ def base_of(array):
 
 
 def position(array, base):
-    """The array's first element and its strides within ``base``, in elements."""
+    """Return the array's first element and its strides within ``base``, in elements."""
     item = array.itemsize
     first = (array.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // item
     return first if array.size else 0, tuple(stride // item for stride in array.strides)
 
 
 def elements_of(array, base):
-    """Which elements of ``base`` are the array's: their indices, shaped like it."""
+    """Return the indices in ``base`` of the array's elements, shaped like the array."""
     first, strides = position(array, base)
     index = np.full(array.shape, first)
     for axis, stride in enumerate(strides):
@@ -99,7 +99,7 @@ def elements_of(array, base):
 
 
 class Watch:
-    """Sees to it that a call changes nothing but the elements of its outputs, bitwise, and no zero of a padding."""
+    """Assert that a call changes only the elements of its outputs, bitwise, and no zero of a padding."""
 
     def __init__(self, arrays, written):
         self.bases, self.free = {}, {}

@@ -1,7 +1,7 @@
-"""What the Triton backend launches for whole training steps, recorded instead of started.
+"""Record the launches of the Triton backend for whole training steps, without starting them.
 
-As a script, without Triton's interpreter: compares each launch's types, as Triton's JIT finds them from the arguments,
-with those that ``ci/kernel_variants.py`` compiles for, and prints what differs.
+As a script, without Triton's interpreter, it compares each launch's types, as Triton's JIT finds them from the
+arguments, with those that ``kernel_variants`` compiles for, and prints the differences.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ class Recorded:
 
 
 class Recorder(Device):
-    """A device of the CPU that says it is another, and notes launches."""
+    """A CPU device that poses as another, and records launches."""
 
     launches: list[Recorded]
 
     def launch(
         self, kernel: Any, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any], tile: configs.Tile
     ) -> Callable[[], object]:
-        """Note it."""
+        """Record a launch."""
         self.launches.append(Recorded(kernel, arguments, constants, tile))
         return lambda: None
 
 
 def launches(target: str, precision: str) -> list[Recorded]:
-    """Those of a step of several networks on ``target``."""
+    """Return the launches of a step of several networks on ``target``."""
     arch = configs.Architecture(configs.family_of(target), 132)
-    # as under the interpreter, nobody waits for a card
+    # As under the interpreter, there is no card to wait for.
     device = Recorder(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
     object.__setattr__(device, "launches", [])
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def launches(target: str, precision: str) -> list[Recorded]:
 
 
 def different(target: str, precision: str) -> list[str]:
-    """Where Triton's JIT would compile for other types or properties of the arguments than ``kernel_variants``."""
+    """Return the differences in types or properties of the arguments between Triton's JIT and ``kernel_variants``."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 

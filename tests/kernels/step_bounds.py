@@ -44,7 +44,7 @@ class TwoBytes:
         return rounded(error, value, self.unit, self.tiny / self.scale)
 
     def derivative(self, name, z, y):
-        """What rounding z or y, whichever the derivative is read from, changes of it."""
+        """Return the change of the derivative when z or y, whichever it depends on, is rounded."""
         return 2.0 * (self.unit * np.maximum(np.abs(y), np.abs(z) if name in NEEDS_Z else 0.0) + self.tiny)
 
 

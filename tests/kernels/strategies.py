@@ -1,6 +1,6 @@
-"""Random cases for the tests of a backend: sizes, memory layouts, values; and how many of them.
+"""Random cases for the tests of a backend: sizes, memory layouts, values, and their number.
 
-NumPy runs 300 cases a test. Triton's interpreter takes milliseconds for every program of a launch: it runs fewer, of
+NumPy runs 300 cases a test. Triton's interpreter takes milliseconds for every program of a launch, so it runs fewer, of
 smaller sizes (``devices.INTERPRETER`` has the numbers).
 """
 
@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from fusemlp_kernels.contract import ROW_OFFSET
 
 seeds = st.integers(0, 2**32 - 1)
-# After its first ten cases Hypothesis mostly changes a little in the case before, which tells little new of a kernel:
-# the cases of a test are drawn in rounds of so many.
+# After its first ten cases Hypothesis mostly varies the previous case, which shows little new about a kernel. So the
+# cases of a test are drawn in rounds of this many.
 ROUND = 10
 
 
 def contract_test(**arguments):
-    """A test of random cases on every device.
+    """Make a test of random cases on every device.
 
-    Each argument is a strategy, or a function that makes one for a device. The number of cases that ran goes into the
-    summary of the test run. ``test.of_case`` is the test of one case.
+    Each argument is a strategy, or a function that returns one for a device. The summary of the test run gives the
+    number of cases. ``test.of_case`` is the test of one case.
     """
 
     def decorate(test):
@@ -46,7 +46,7 @@ def contract_test(**arguments):
                 cases()
             record_property(f"line: contract cases, {device.name}", ran)
             if device in WITHOUT_A_CARD:
-                # each is of all precisions of the device
+                # Each case draws one of the device's precisions.
                 record_property(f"line: contract tests that all three have in fp32, {device.name}", 1)
 
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
@@ -58,17 +58,17 @@ def contract_test(**arguments):
 
 
 def variants(device):
-    """The device in one of its precisions."""
+    """Draw the device in one of its precisions."""
     return st.sampled_from(device.variants)
 
 
 def sizes(device, low=0):
-    """A dimension of an array: mostly at an edge."""
+    """Draw a dimension of an array, mostly at an edge."""
     return st.one_of(st.sampled_from([size for size in device.edges if size >= low]), st.integers(low, device.longest))
 
 
 def placements(device, count=1):
-    """The layouts of ``count`` inputs, and of the outputs: of all kinds, or all as the backend lays out its own."""
+    """Draw the layouts of ``count`` inputs and of the outputs: of all kinds, or all as the backend's own."""
     inputs = st.tuples(*[st.sampled_from(device.layouts)] * count)
     mixed = st.tuples(inputs, st.sampled_from(device.output_layouts))
     return mixed if device.on_host else st.one_of(st.just((("owned",) * count, "owned")), mixed)
@@ -85,7 +85,7 @@ class Values:
         return (scale * self.rng.standard_normal(shape)).astype(self.dtype)
 
     def factors(self, *shape, scale=1.0):
-        """As matrix products read them."""
+        """Return numbers in the type of matrix products."""
         return self.variant.rounded(self.normal(*shape, scale=scale))
 
     def uniform(self, low, high, *shape):
@@ -96,12 +96,12 @@ class Values:
 
 
 def exact(array):
-    """The same numbers in float64, for the oracle."""
+    """Return the same numbers in float64, for the oracle."""
     return None if array is None else np.array(array, np.float64)
 
 
 def walked(values, rows, counters):
-    """The operand for ``rows`` (M,), and ``rows`` as a view of it: the batch may lie among other batches."""
+    """Return the operand for ``rows`` (M,), and ``rows`` as a view of it; other batches may surround it."""
     if not values.variant.traits.walks_rows:
         return rows, rows
     operand = np.zeros(3 * len(rows), np.int64)
@@ -111,7 +111,7 @@ def walked(values, rows, counters):
 
 
 def padded_rows(rng, count, size, n):
-    """Row indices into ``n`` rows: ``count`` of them, then -1 up to ``size``."""
+    """Return row indices into ``n`` rows: ``count`` of them, then -1 up to ``size``."""
     rows = np.full(size, -1, np.int64)
     rows[:count] = rng.integers(0, n, count)
     return rows

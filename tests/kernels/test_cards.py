@@ -1,7 +1,7 @@
-"""What only a card can show, on every backend that runs on one: graphs, determinism, 64-bit addresses, the sanitizer.
+"""Tests that need a card, for every backend that runs on one: graphs, determinism, 64-bit addresses, the sanitizer.
 
-The tests of random cases and the trainings step by step run on a card too with ``pytest -m gpu``; these are the rest,
-with what is Triton's alone in ``test_gpu.py``.
+``pytest -m gpu`` also runs the random cases and the step-by-step trainings on a card. ``test_gpu.py`` has the tests of
+the Triton backend alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CUDA C compiles without a GPU, bad machine code is noticed, and the record is of the sources as they are."""
+"""CUDA C compiles without a GPU, bad machine code is reported, and the record is up to date."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ GOOD = {
     "module": "loss", "kernel": "loss_rows", "type": "half", "nvrtc": "12.9.86", "arch": "sm_90", "registers": 128,
     "stack": 0, "spills": 0, "shared_static": 48 << 10, "source": "0",
 }  # fmt: skip
-# An array with an index that only the launch knows cannot be in registers.
+# An array with an index known only at run time cannot be in registers.
 STACK = """extern "C" __global__ void stack(int* out, int count) {
     int local[64] = {};
     for (int i = 0; i < count; i++) local[out[i] & 63] += i;
     for (int i = 0; i < count; i++) out[i] = local[out[count + i] & 63];
 }"""
-# 96 numbers that are alive at once, and 1024 threads that have 64 registers each.
+# 96 live numbers, and 1024 threads with 64 registers each.
 SPILL = """extern "C" __global__ void __launch_bounds__(1024) spill(double* x) {
     double v[96];
 #pragma unroll
@@ -107,13 +107,13 @@ def test_another_result_than_recorded_is_noticed(command):
     assert "registers 128 -> 130" in found
     (found,) = command.differences([{**GOOD, "kernel": "other"}], [GOOD])
     assert "loss.cu other (half) is not in the record" in found
-    # another version of the compiler may allocate otherwise
+    # Another version of the compiler may allocate differently.
     assert command.differences([{**GOOD, "registers": 130, "nvrtc": "13.0"}], [GOOD]) == []
 
 
 def test_a_record_of_other_code_is_noticed(command):
     found = command.record_problems([GOOD])
-    assert any("not of the sources as they are, such as sm_90 loss loss_rows" in problem for problem in found)
+    assert any("not of the current sources, such as sm_90 loss loss_rows" in problem for problem in found)
     assert any(f"{4 * 2 * len(sources.MODULES)} are missing" in problem for problem in found)
 
 

@@ -1,4 +1,4 @@
-"""CUDA C as C++: its numbers are right in any order of the threads, and a kernel that breaks CUDA's rules is caught."""
+"""CUDA C as C++: the results are right in any order of the threads, and violations of CUDA's rules are caught."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def softmax(kernels, x, order="shuffled", seed=0):
 
 
 def kernels_of(bodies):
-    """A library with a kernel for each of the bodies."""
+    """Return a library with a kernel for each of the bodies."""
     heads = [f'extern "C" __global__ void {name}(const int* x, int* y)' for name in bodies]
     return Library("\n".join(f"{head} {{\n{body}\n}}" for head, body in zip(heads, bodies.values(), strict=True)))
 
@@ -66,7 +66,7 @@ def x():
 @pytest.mark.parametrize("order", ORDERS)
 def test_sums_across_warps_and_blocks(examples, x, order):
     sums, total = row_sums(examples, x, order)
-    # sums in float64, of numbers with 24 bits: no more roundings of 2**-53 than there are numbers, on both sides
+    # Sums in float64 of numbers with 24 bits: at most one rounding of 2**-53 a number, on both sides.
     exact, unit = exact_sums(x), 2.0**-52
     np.testing.assert_allclose(sums[:, 0], exact[:, 0], rtol=0, atol=COLUMNS * unit * np.abs(x).sum(1).max())
     np.testing.assert_allclose(sums[:, 1], exact[:, 1], rtol=COLUMNS * unit)
@@ -197,7 +197,7 @@ def test_what_breaks_a_rule_of_cuda_is_named(small, name):
     said = FAULTS[name][1]
     with pytest.raises(KernelFault, match=f"{name}: .*({said})"):
         launched(small, name)
-    # the fibers that were left in the middle are no use: others take their place
+    # New fibers replace those that stopped in the middle.
     with pytest.raises(KernelFault, match=said):
         launched(small, name)
 
@@ -220,7 +220,7 @@ def test_shuffles_within_segments(small):
         (lane & ~7) + 3,
         np.where(inside >= 3, lane - 3, lane),
         np.where(inside < 5, lane + 3, lane),
-        # segments in front may be read, those behind not
+        # Earlier segments may be read, later ones must not.
         np.where(lane & 8, lane ^ 8, lane),
         31 - lane,
     )

@@ -1,4 +1,4 @@
-"""The names of CuPy in the backend and in what stands in for it are CuPy's, with its parameters in its order."""
+"""The backend and the stand-in use names of CuPy, with CuPy's parameters in CuPy's order."""
 
 from __future__ import annotations
 

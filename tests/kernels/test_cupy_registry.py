@@ -1,4 +1,4 @@
-"""When the CuPy backend can be had, and what is said where it cannot: what is missing, and which wheel mends it."""
+"""The conditions of the CuPy backend, and the errors without it: the missing part, and the wheel to install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusemlp_kernels.errors import BackendUnavailableError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine without Triton whose driver runs a CUDA version, with a wheel of CuPy or none."""
+    """Simulate a machine without Triton, with a driver for a CUDA version, and with or without a wheel of CuPy."""
 
     def pretend(*, version, wheel=None, refusal=None):
         found = importlib.util.find_spec
@@ -88,7 +88,7 @@ def test_one_sentence_says_what_is_missing_and_how_to_get_it(machine, version, w
 
 
 def test_what_cupy_says_when_it_is_loaded_is_its_first_line(monkeypatch):
-    """Over what stands in for CuPy: it has no compiler of CUDA, as an installation without CUDA's libraries."""
+    """The stand-in for CuPy has no CUDA compiler, as an installation without CUDA's libraries."""
     if registry.availability()["cupy"] is not None:
         cupy_standin.load()
         assert "cupy_backends" in driver.refusal()

@@ -1,4 +1,4 @@
-"""What stands in for CuPy does what CuPy does, and refuses what it does not know and what a card does not forgive."""
+"""The stand-in for CuPy does the same as CuPy, and refuses unknown names and misuse of a card."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_a_graph_is_what_was_started_and_runs_again():
         for _ in range(2):
             scale((2,), (64,), (call,))
         graph = stream.end_capture()
-    # by value: what becomes of the host's copy is nothing to the graph
+    # By value: later changes of the host's copy do not affect the graph.
     call["factor"] = 100
     assert (cupy.asnumpy(y) == 0).all()
     for start in (1, 2):

@@ -1,6 +1,6 @@
-"""What only a GPU can show of the Triton backend: no waiting and no allocating within a step, tf32x3 in its bound.
+"""Tests of the Triton backend that need a GPU: a step neither waits nor allocates, and tf32x3 is within its bound.
 
-What every backend on a card shows is in ``test_cards.py``.
+``test_cards.py`` has the tests for every backend on a card.
 """
 
 from __future__ import annotations

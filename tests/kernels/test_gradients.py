@@ -26,7 +26,7 @@ TOLERANCE = (3**6 / 6) * STEP**2 + 100 * U / STEP
 
 
 def case(hidden, kind, weighted):
-    """A random network, a loss and a batch in which every kink is further away than ten steps can reach."""
+    """Return a random network, a loss and a batch with every kink farther away than ten steps of h."""
     rng = np.random.default_rng(zlib.crc32(f"{hidden} {kind} {weighted}".encode()))
     widths = [int(w) for w in rng.integers(2, 6, int(rng.integers(3, 5)))]
     spec = LossSpec(
@@ -70,7 +70,7 @@ def targets(spec, rng, rows, columns):
 
 
 def far_from_kinks(layers, spec, batch):
-    """A step of h in one parameter moves a z by h times what lies between, here at most about 10 h a layer."""
+    """Return whether every kink is beyond the change of z by a step of h, here at most about 10 h a layer."""
     reach = 10.0 ** len(layers) * STEP
     y = batch.x
     for layer, keep in zip(layers, batch.keeps, strict=True):
@@ -88,7 +88,7 @@ FIELDS = ("w", "b", "slope")
 
 
 def central_difference(layers, spec, batch, index, field):
-    """The derivative of the loss by each element of one parameter."""
+    """Return the derivative of the loss by each element of one parameter."""
     value = getattr(layers[index], field)
     result = np.empty(value.shape)
     for at in np.ndindex(value.shape):

@@ -1,4 +1,4 @@
-"""What is compiled ahead is what is launched; bad machine code is noticed; the record is of the kernels as they are."""
+"""Kernels compiled ahead are the launched ones; bad machine code is reported; the record is up to date."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def command():
 
 
 def compiled_as(launch, precision):
-    """What a launch asks to be compiled; the lengths of the task table are listed with one tile only."""
+    """Return the variant that a launch needs; the lengths of the task table are listed with one tile only."""
     kind = precision if launch.name in kernel_variants.PRODUCTS else kernel_variants.ELEMENTS[precision]
     kind = "fp32" if launch.name in ("norm", "advance") else kind
     constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}
@@ -62,7 +62,7 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
         constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}
         assert (variant.tile, dict(variant.constants)) == (launch.tile, constants)
         assert launch.constants.get("TASKS", 16) in configs.TABLE_LENGTHS
-    # the clock alone is for steps without anything to train, the norm alone for gradients that came from elsewhere
+    # The clock alone is for steps with nothing to train, the norm alone for external gradients.
     alone = {"advance", "norm"} | (set() if precision in kernel_variants.RESIDENT_PRECISIONS else {"resident"})
     assert {launch.name for launch in found} == set(kernel_variants.KERNELS) - alone
 
@@ -150,7 +150,7 @@ def test_functions_of_amd_may_keep_a_stack_and_spill_nothing(command):
     assert command.problems({**row, "kernel": "linear"}) != []
 
 
-# Networks that the resident kernel is for, and the tiles that each takes: widths, and the most outputs of the tile.
+# Networks for the resident kernel, and their tiles: widths, and the most outputs of the tile.
 RESIDENT = (
     ((64, 32, 10), 32),
     ((784, 10, 10), 32),
@@ -204,7 +204,7 @@ def test_a_record_of_other_code_is_noticed(command):
     (arch, kernel, name, source) = min(command.launched(everything=False))
     row = {**GOOD, "arch": arch, "kernel": kernel, "variant": name, "source": source[::-1]}
     found = command.record_problems([row])
-    assert any("rows are not of the kernels as they are" in problem for problem in found)
+    assert any("rows are not of the current kernels" in problem for problem in found)
     assert any("rows are missing" in problem for problem in found)
 
 

@@ -353,8 +353,8 @@ def test_layers_of_many_blocks(variant, activation, direction):
         assert_within(dslope, reference.grad_slope(dy, source), grad_slope_bound(dy, source, dy_bound, u=variant.unit))
 
 
-# Each operand laid out unlike the others; or all but one as the backend lays out its own, and that one with gaps of the
-# same width, which are nobody's. By the place of the operand.
+# Layouts by the operand's place: each operand different from the others; or all but one in the backend's own layout,
+# and that one with gaps of the same width, which hold no data.
 WAYS = [tuple(STRIDED[(turn + place) % len(STRIDED)] for place in range(4)) for turn in range(len(STRIDED))]
 WAYS += [tuple("gapped" if place == turn else "owned" for place in range(4)) for turn in range(4)]
 

@@ -41,7 +41,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _bound(terms: Array, length: int, dtype: Any) -> Array:
-    """How far a sum of ``length`` products may be off, added in any order: Higham, "Accuracy and Stability", 3.1.
+    """Return the error bound of a sum of ``length`` products in any order: Higham, "Accuracy and Stability", 3.1.
 
     ``terms``: the sum of their absolute values; two more roundings are for the factors before it.
     """
@@ -148,7 +148,7 @@ def test_a_training_ends_alike_with_either_library(plan: str) -> None:
     assert "mkl" not in by_scipy["pools"]
     for library in _installed()[1:]:
         trained = _trained(library, plan, 0)
-        assert trained["pools"]["mkl"] == 1  # whoever limits the threads of BLAS limits MKL's
+        assert trained["pools"]["mkl"] == 1  # a limit on BLAS threads also limits MKL's
         # the products have 64 * 96 * 128 multiplications: they are the library's own, rounded otherwise
         assert trained["weights"] != by_scipy["weights"]
         np.testing.assert_allclose(trained["loss"], by_scipy["loss"], rtol=1e-5)

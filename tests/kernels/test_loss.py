@@ -1,4 +1,4 @@
-"""The losses of every backend against the oracle, alone and behind the output layer."""
+"""The losses of every backend against the oracle, alone and after the output layer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SOURCE_ROWS = 29
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss over m rows and n columns, of which ``short`` are padding in a short batch."""
+    """A loss over m rows and n columns; ``short`` rows are padding in a short batch."""
 
     variant: Variant
     spec: LossSpec
@@ -73,10 +73,10 @@ class LossCase:
 
 @st.composite
 def loss_cases(draw, device, widest=1 << 31):
-    # half of the cases go to the loss with the most options
+    # Half of the cases go to the loss with the most options.
     kind = draw(st.one_of(st.just("cross_entropy"), st.sampled_from(LOSSES)))
     cross_entropy = kind == "cross_entropy"
-    # and half of those to what most people ask of it, which has a way of its own
+    # Half of those use the default options, which have their own code path.
     weighted = not cross_entropy or draw(st.booleans())
     spec = LossSpec(
         kind,
@@ -104,7 +104,7 @@ def loss_cases(draw, device, widest=1 << 31):
         output_layout=output_layout,
         dz=draw(st.sampled_from(("apart", "apart", "in place", "none"))),
         dslope=draw(st.booleans()),
-        # NumPy has no 16-bit precision, which the scale is for
+        # The scale is for 16-bit precisions, which NumPy does not have.
         loss_scale=None if device.on_host else draw(st.sampled_from((None, 0.5, 16.0))),
         seed=draw(seeds),
     )
@@ -120,7 +120,7 @@ def weights_of(kind, values, size):
 
 
 def targets_of(case, values, rows):
-    """Labels, some of them the ignored one; probabilities; or values that suit the loss."""
+    """Return labels, some of them ignored; probabilities; or valid values for the loss."""
     spec, n = case.spec, case.n
     if case.classes:
         labels = values.integers(n, rows)
@@ -138,7 +138,7 @@ def targets_of(case, values, rows):
 
 
 class Loss:
-    """The operands that ``loss_grad`` and ``linear_loss_grad`` share, and what the oracle says about them."""
+    """The common operands of ``loss_grad`` and ``linear_loss_grad``, and the oracle's results for them."""
 
     def __init__(self, case, values, *, walks=True):
         self.case, self.values = case, values
@@ -180,7 +180,7 @@ class Loss:
             )
 
     def batch(self, count):
-        """Prepares a batch of ``count`` rows and returns its targets and weights, (count, ...)."""
+        """Prepare a batch of ``count`` rows and return its targets and weights, (count, ...)."""
         self.counters[ROW_COUNT] = count
         index = np.arange(count)
         if self.case.by_row:
@@ -193,7 +193,7 @@ class Loss:
         return target, None if self.weight is None else exact(self.weight[index])
 
     def _spoil_padding(self, count):
-        """What lies behind the last row counts for nothing, whatever it is."""
+        """Memory after the last row has no effect, whatever its values."""
         arrays = [] if self.case.classes else [(self.target, self.target_values)]
         arrays += [] if self.weight is None else [(self.weight, self.weight_values)]
         for array, values in arrays:
@@ -204,7 +204,7 @@ class Loss:
             array.flags.writeable = writeable
 
     def check(self, count, dz, z, target, weight, z_bound=0.0):
-        """Compares what a run has written with the oracle; z (count, n) is exact or known within z_bound."""
+        """Compare the outputs of a run with the oracle; z (count, n) is exact or known within z_bound."""
         case, spec, variant = self.case, self.case.spec, self.case.variant
         u = variant.unit
         classes = exact(self.class_weight)
@@ -271,7 +271,7 @@ def test_loss_grad(case):
     run = variant.bind("loss_grad", z=z, dz=dz, **loss.operands)
     for count in (max(m - case.short, 0), m, max(m - case.short, 0)):
         logits = values.factors(m, n, scale=2.0)
-        # what lies in the padding counts for nothing
+        # Values in the padding have no effect.
         logits[count:] = np.nan
         z.flags.writeable = True
         z[...] = logits
@@ -295,7 +295,7 @@ def test_linear_loss_grad(case, k, by_x_row):
     b = values.normal(n)
     dz = None if case.dz == "none" else poisoned((m, n), variant.compute, case.output_layout)
     operands = {"x": x, "w": w, "b": b, "dz": dz, **loss.operands}
-    # where the output layer is the first, the rows of x are those of the targets
+    # If the output layer is the first, the rows of x are those of the targets.
     x_rows = loss.rows if case.by_row else padded_rows(values.rng, m, m, SOURCE_ROWS)
     if by_x_row:
         operands["x_rows"] = operands.get("rows")
@@ -335,7 +335,7 @@ def test_all_weights_of_a_cross_entropy_together(variant, weights, ignore_index,
 @pytest.mark.parametrize("classes", [3, 2500])
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_the_first_of_equal_logits_is_the_answer(variant, classes):
-    """Also where the row is longer than a tile."""
+    """Also for rows longer than a tile."""
     spec, labels = LossSpec("cross_entropy", accuracy=True), np.array([0, 0, classes - 1])
     _, _, stats = run_loss(variant, spec, np.zeros((3, classes)), labels)
     assert stats[CORRECT] == 2.0 and stats[SCORED] == 3.0
@@ -343,7 +343,7 @@ def test_the_first_of_equal_logits_is_the_answer(variant, classes):
 
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_labels_without_weight_give_zero_though_others_have_some(variant):
-    """Label smoothing wants a little of every class; the normaliser is the weight of the labels alone."""
+    """Label smoothing gives every class a share; the normaliser is the weight of the labels alone."""
     z = np.random.default_rng(15).standard_normal((4, 3))
     spec = LossSpec("cross_entropy", label_smoothing=0.1)
     loss, dz, stats = run_loss(variant, spec, z, np.full(4, 2), class_weight=np.array([1.0, 2.0, 0.0]))

@@ -1,4 +1,4 @@
-"""NumPy's losses where nobody asks for the gradient: the passes that are left out change no bit of what is told."""
+"""NumPy's losses without a gradient: skipping its passes changes no bit of the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fusemlp_kernels.contract import COUNTERS, LOSSES, ROW_COUNT, STATS, LossSpe
 from fusemlp_kernels.numpy.loss import bind_loss_grad
 
 ROWS, VALID = 48, 41
-# the widest are left as they are but for the element of the class, and go through the cache in blocks
+# The widest rows change only at the class's element, and are processed in blocks for the cache.
 WIDTHS = (1, 7, 80, 3000)
 # differences between logits: none, usual ones, and those whose exponentials are subnormal or zero
 SCALES = (0.0, 1.0, 25.0, 40.0, 250.0, 1000.0)

@@ -1,4 +1,4 @@
-"""The tests' own memory: arrays lie as they are said to, and a change outside of the outputs is seen."""
+"""The tests' own memory: arrays have the given layouts, and changes outside the outputs are detected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_whatever_changes_outside_of_the_outputs_is_seen(layout):
     watch.check()
     base = np.array(base_of(y))
     outside = np.setdiff1d(np.arange(base.size), elements_of(y, base_of(y)).ravel())
-    # a NaN of another kind is a change too
+    # Another NaN pattern is a change too.
     for at in (outside[0], outside[len(outside) // 2], outside[-1]):
         watch.remember()
         base_of(y).view(np.ndarray).view(np.uint32)[at] ^= 1

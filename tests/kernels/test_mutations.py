@@ -1,4 +1,4 @@
-"""The planted bugs of ci/mutations.py fit the kernels as they are; a few are planted here for real.
+"""The planted bugs of ci/mutations.py fit the current kernels; this file really plants a few.
 
 All of them take several minutes: ``python ci/mutate_kernels.py``.
 """
@@ -72,7 +72,7 @@ def test_an_entry_that_does_not_fit_says_so(mutate_kernels, monkeypatch, capsys)
 
 @pytest.mark.parametrize("device", [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRETER))])
 def test_bugs_are_caught_and_what_is_none_survives(mutate_kernels, device):
-    """Two quick ones for real, and a change that is no bug."""
+    """Plant two fast ones, and a change that is no bug."""
     quick = ["--only", "scale doubles too late", "--only", "offset of a part in 32 bits"]
     command = [sys.executable, ROOT / "ci/mutate_kernels.py", "--package", "triton"]
     command += ["--unchecked", "--processes", "1", *quick]

@@ -175,7 +175,7 @@ def test_the_norm_of_large_gradients_does_not_overflow(variant):
 @pytest.mark.parametrize("op", ["grad_weight", "grad_weight_update"])
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_nan_stays_out_of_the_padding_of_weights(variant, op):
-    """What gets in there stays: nobody writes the padding again."""
+    """Padding is never written again, so a NaN in it would stay."""
     dz, x = np.ones((5, 3), variant.compute), place(np.ones((5, 4), variant.compute), "owned")
     dz[2, 1] = np.nan
     layer = {"dz": place(dz, "owned"), "x": x}

@@ -1,7 +1,7 @@
-"""Running what is bound allocates no array: seen by tracemalloc, to which NumPy reports the memory of its arrays.
+"""A bound call allocates no array: tracemalloc sees the memory of NumPy's arrays.
 
-NumPy's functions walk over operands that they have to cast or broadcast with buffers of ``np.getbufsize()`` elements,
-whatever the size of the arrays; here that is set low, so that it cannot be taken for an array, nor hide one.
+NumPy casts and broadcasts operands through buffers of ``np.getbufsize()`` elements, for arrays of any size. Here that
+size is set low, so a buffer is not mistaken for an array and hides none.
 """
 
 from __future__ import annotations

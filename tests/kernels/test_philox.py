@@ -113,7 +113,7 @@ def test_filling_a_mask_allocates_no_array():
         after, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Views and scalars come and go; the smallest array of a mask this size has 63 * 8 counters * 8 bytes.
+    # Views and scalars are small; the smallest array of a mask this size has 63 * 8 counters * 8 bytes.
     assert after - before < 1024
     assert peak - before < 4000
 

@@ -1,4 +1,4 @@
-"""Tiles cut into parts: side by side they are the tile."""
+"""Parts of a tile, joined, equal the tile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error bounds admit honest float32 and refuse less."""
+"""The error bounds admit correct float32 and refuse lower precision."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_comparator_refuses_nan_and_shapes():
 
 @pytest.mark.parametrize("spec", CROSS_ENTROPIES + ELEMENTWISE, ids=str)
 def test_the_loss_bound_admits_the_same_formula_in_float32(spec):
-    """The oracle run in float32 is one honest implementation: its errors lie within the bound."""
+    """The oracle in float32 is a correct implementation: its errors are within the bound."""
     for seed in range(5):
         z, t, weight, class_weight = loss_case(spec, seed, rows=20, columns=9)
         z, weight, class_weight = (a.astype(np.float32) for a in (z, weight, class_weight))

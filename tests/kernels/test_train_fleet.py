@@ -220,7 +220,7 @@ def test_what_does_not_go_together_says_so(variant, said):
 
 
 class Phases:
-    """What a program's loads and stores touch between two barriers, seen in Triton's interpreter.
+    """Record the loads and stores of a program between two barriers, in Triton's interpreter.
 
     An element that is written is written once, and read at most once, before: by what updates it. Two threads that
     touched it otherwise would race.

@@ -119,8 +119,8 @@ class Run:
         return (self.params if arena is None else arena)[self.places[name]].reshape(self.shapes[name]).copy()
 
     def oracle(self, steps):
-        """Parameters after so many steps, and the sums of stats of each epoch that was begun; the frozen tensors keep
-        what they have."""
+        """Return the parameters after ``steps`` steps, and the sums of stats of each started epoch; frozen tensors keep
+        their values."""
         layers = [
             reference.Layer(*(self.tensor(f"{kind}{index}").astype(np.float64) for kind in "wb"), name, rate=rate)
             for index, (name, rate) in enumerate(((self.activation, self.rate), ("identity", 0.0)))

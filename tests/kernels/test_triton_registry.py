@@ -1,4 +1,4 @@
-"""When the Triton backend can be had, what is said where it cannot, and what "auto" does then."""
+"""The conditions of the Triton backend, the errors without it, and the choice of "auto" then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusemlp_kernels.errors import BackendUnavailableError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A Linux machine with torch for GPUs, triton and a driver, of which parts can be taken away."""
+    """Simulate a Linux machine with torch for GPUs, triton and a driver; parts can be removed."""
 
     def pretend(*, missing=(), platform="linux", torch="2.11.0+cu130", driver=True, interpret=None):
         found = importlib.util.find_spec

@@ -237,7 +237,7 @@ def test_a_fused_update_neither_clips_nor_accumulates(variant, change):
 def test_update_sums_the_parts_of_a_gradient(variant, rule, parts):
     values, u, room, size = Values(13, variant), variant.unit, 128, 100
     params, states = values.normal(size), state_arrays(rule, values, size)
-    # what is behind a part's elements is nobody's
+    # The memory after a part's elements belongs to no tensor.
     arena = np.full((parts, room), np.nan, variant.real)
     arena[:, :size] = values.normal(parts, size)
     clock, tensor = Clock(variant, rule, 3, 3, 1.0), TensorRule(0.5, 0.01)

@@ -1,4 +1,4 @@
-"""The one place of error bounds: how far a result may lie from the float64 oracle, and the one comparator.
+"""All error bounds of results against the float64 oracle, and the one comparator.
 
 ``u`` is the unit roundoff of the arithmetic under test. A sum of K products in IEEE arithmetic is within
 (2 sqrt(K) + 4) u of the sum of the products' magnitudes: rounding errors add up like a random walk (Higham and Mary,
@@ -16,14 +16,14 @@ from fusemlp_kernels import reference
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
 U32 = UNIT["float32"]
-# Below the smallest normal number a result has an absolute error, or is flushed to zero.
+# Below the smallest normal number the error is absolute, or the result is flushed to zero.
 TINY = 2.0**-126
 
-# Budgets in ulps of the function's scale: 1 for sigmoid and tanh (they may be made of one another), else |z|.
+# Budgets in ulps of the function's scale: 1 for sigmoid and tanh (each may be computed from the other), else |z|.
 ULPS = {
     "identity": 0, "relu": 0, "leaky_relu": 1, "prelu": 1, "sigmoid": 4, "tanh": 4, "gelu": 6, "silu": 5,
 }  # fmt: skip
-# The largest |f'| and |f''|, rounded up. A kink has no second derivative: its sides are told apart by the exact sign.
+# The largest |f'| and |f''|, rounded up. A kink has no second derivative: the exact sign decides the side.
 LIPSCHITZ = {
     "identity": 1.0, "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "sigmoid": 0.25, "tanh": 1.0, "gelu": 1.13,
     "silu": 1.1,
@@ -37,7 +37,7 @@ FUNCTION_ULPS = 4
 
 @dataclass(frozen=True)
 class Products:
-    """How matrix products differ from IEEE arithmetic.
+    """The difference of matrix products from IEEE arithmetic.
 
     ``factor``: the relative error of a factor when it is read. ``truncation``: tensor cores truncate where IEEE
     rounds, as they add up (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022): an
@@ -58,12 +58,12 @@ TWO_BYTES = Products(truncation=0.125)
 
 
 def growth(k):
-    """How many u a reduction of length k may lose."""
+    """Return the error of a reduction of length k, in units of u."""
     return 2.0 * np.sqrt(k) + 4.0
 
 
 def bound(k, magnitude, u=U32, *, output=0.0, ulps=0.0, products=IEEE, partial=None):
-    """The error of a reduction of length k over products whose magnitudes sum to ``magnitude`` (|x| @ |w| + |b|).
+    """Return the error of a reduction of length k over products with magnitudes that sum to |x| @ |w| + |b|.
 
     ``output`` is the expected result: one rounding of it, and ``ulps`` for what follows the reduction. ``partial`` is
     the largest partial sum, where it is known to be less than ``magnitude``.
@@ -74,14 +74,14 @@ def bound(k, magnitude, u=U32, *, output=0.0, ulps=0.0, products=IEEE, partial=N
 
 
 def largest_partial_sum(a, b, products):
-    """The largest magnitude on the way to each element of a (M, K) @ b (K, N); None where nothing depends on it."""
+    """Return the largest partial magnitude of each element of a (M, K) @ b (K, N); None if nothing depends on it."""
     if not products.truncation or a.shape[1] == 0:
         return None
     return np.array([np.abs(np.cumsum(row[:, None] * b, axis=0)).max(axis=0) for row in a]).reshape(len(a), b.shape[1])
 
 
 def rounded(error, value, output_unit, output_tiny=TINY):
-    """The error of a result that is rounded to 16 bits at the end: one more rounding, of what was within ``error``.
+    """Return the error of a result that is finally rounded to 16 bits: one more rounding on top of ``error``.
 
     float16 has 11 significant bits: half an ulp is 2**-11 of the result, or 2**-25 among the subnormal numbers.
     """
@@ -89,14 +89,14 @@ def rounded(error, value, output_unit, output_tiny=TINY):
 
 
 def activation_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
-    """The error of f(z), from the error of z."""
+    """Return the error of f(z), from the error of z."""
     scale = 1.0 if name in ("sigmoid", "tanh") else np.abs(z)
     steepest = np.maximum(LIPSCHITZ[name], np.abs(slope))
     return steepest * z_bound + 2.0 * ULPS[name] * u * scale * np.maximum(1.0, np.abs(slope)) + TINY
 
 
 def activation_grad_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
-    """The error of f'(z), from z or from an f(z) that was rounded once. A kink within z_bound may fall either way."""
+    """Return the error of f'(z), from z or from an f(z) rounded once. A kink within z_bound may go either way."""
     error = CURVATURE[name] * z_bound + 2.0 * ULPS[name] * u * np.maximum(1.0, np.abs(slope))
     if name in ("gelu", "silu"):
         error = error + 2.0 * ULPS[name] * u * np.abs(z)
@@ -106,18 +106,18 @@ def activation_grad_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
 
 
 def linear_bound(x, w, b, activation="identity", slope=0.0, keep=None, rate=0.0, u=U32, products=IEEE):
-    """The errors of z and of y = dropout(act(z)) of ``linear``, from exact operands."""
+    """Return the errors of z and of y = dropout(act(z)) of ``linear``, from exact operands."""
     z = reference.linear(x, w, b)
     magnitude, partial = np.abs(x) @ np.abs(w).T + np.abs(b), largest_partial_sum(x, w.T, products)
     z_bound = bound(x.shape[1] + 1, magnitude, u, output=z, products=products, partial=partial)
     y = np.abs(reference.dropout(reference.activation(activation, z, slope), keep, rate))
     y_bound = activation_bound(activation, z, z_bound, slope, u)
-    # The factor 1 / (1 - rate) is rounded, and the product with it.
+    # The factor 1 / (1 - rate) and the product with it are rounded.
     return z_bound, y_bound if keep is None else reference.dropout(y_bound, keep, rate) + 2.0 * u * y + TINY
 
 
 def grad_slope_bound(dy, z, dy_bound, z_bound=0.0, u=U32):
-    """The error of prelu's gradient, a sum of dy * min(z, 0) over all elements, from the errors of dy and z."""
+    """Return the error of prelu's gradient, a sum of dy * min(z, 0) over all elements, from the errors of dy and z."""
     below = np.abs(np.minimum(z, 0.0))
     terms = np.abs(dy) * below
     carried = (dy_bound * (below + z_bound) + np.abs(dy) * z_bound).sum()
@@ -125,7 +125,7 @@ def grad_slope_bound(dy, z, dy_bound, z_bound=0.0, u=U32):
 
 
 def grad_input_bound(dz, w, z, activation, slope=0.0, keep=None, rate=0.0, u=U32, products=IEEE):
-    """The error of ``grad_input``: z is of the previous layer; dz, w and z are exact."""
+    """Return the error of ``grad_input``: z is of the previous layer; dz, w and z are exact."""
     k = dz.shape[1]
     dy_magnitude = reference.output_grad(np.abs(dz), np.abs(w), keep, rate)
     dy = np.abs(reference.output_grad(dz, w, keep, rate))
@@ -139,7 +139,7 @@ def grad_input_bound(dz, w, z, activation, slope=0.0, keep=None, rate=0.0, u=U32
 def loss_grad_bound(
     spec, z, target, weight=None, class_weight=None, activation="identity", slope=0.0, z_bound=0.0, u=U32
 ):
-    """The errors of the loss and of dz (M, N), from the error of z."""
+    """Return the errors of the loss and of dz (M, N), from the error of z."""
     y = reference.activation(activation, z, slope)
     y_bound = activation_bound(activation, z, z_bound, slope, u) * np.ones_like(z)
     kind = _cross_entropy_bound if spec.kind == "cross_entropy" else _elementwise_bound
@@ -151,7 +151,7 @@ def loss_grad_bound(
 
 
 def _share(spec, rows, columns, weight, shares=None):
-    """What a row's loss is multiplied by."""
+    """Return the factor on a row's loss."""
     weight = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
     if spec.reduction == "sum":
         return weight
@@ -187,7 +187,7 @@ def _elementwise_bound(spec, y, y_bound, target, weight, class_weight, u):
     _, slope = reference._elementwise(spec, y, target)
     r = np.abs(y - target)
     function = 2.0 * FUNCTION_ULPS * u
-    # by kind: the error of the value, the error of the slope, and the magnitude of the terms that make up the value
+    # By kind: the error of the value, the error of the slope, and the magnitude of the value's terms.
     if spec.kind == "binary_cross_entropy":
         magnitude = np.abs(y) * (1.0 + np.abs(target)) + 1.0
         value_error = (1.0 + np.abs(target)) * y_bound + function * magnitude
@@ -213,7 +213,7 @@ def _elementwise_bound(spec, y, y_bound, target, weight, class_weight, u):
 
 
 def update_bound(rule, tensor, p, g, state, t, lr, g_bound=0.0, u=U32):
-    """The errors of the new parameter and of the new states, from the error of the gradient; p and states exact."""
+    """Return the errors of the new parameter and states, from the error of the gradient; p and states are exact."""
     lr = lr * tensor.lr_factor
     g_error = g_bound + 3.0 * u * (np.abs(g) + tensor.weight_decay * np.abs(p))
     g = g if rule.decoupled else g + tensor.weight_decay * p
@@ -236,13 +236,13 @@ def update_bound(rule, tensor, p, g, state, t, lr, g_bound=0.0, u=U32):
     low = np.sqrt(np.maximum(squares - v_error, 0.0) / bc2) + eps
     high = np.sqrt((squares + v_error) / bc2) + eps
     m = np.abs(rule.beta1 * state[0] + one * g)
-    # The quotient lies between its extremes; six roundings make it from the moments.
+    # The quotient lies between its extremes; six roundings lead from the moments to it.
     quotient = (m + m_error) / low - m / high + 6.0 * u * (m + m_error) / low
     return lr / bc1 * quotient + rounding, (m_error, v_error)
 
 
 def assert_within(actual, expected, bound):
-    """Fails where an element of ``actual`` is further from ``expected`` than ``bound``, or is NaN where it is not."""
+    """Assert that every element of ``actual`` is within ``bound`` of ``expected``, and NaN only where expected."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     with np.errstate(invalid="ignore"):
@@ -251,7 +251,7 @@ def assert_within(actual, expected, bound):
     same = (np.isnan(actual) & np.isnan(expected)) | (actual == expected)
     wrong = ~(error <= limit) & ~same
     if wrong.any():
-        # The worst place: NaN first, then the largest multiple of the bound.
+        # Report the worst place: NaN first, then the largest multiple of the bound.
         over = np.where(np.isnan(error), np.inf, error / np.maximum(limit, np.finfo(np.float64).tiny))
         at = np.unravel_index(np.argmax(np.where(wrong, over, -1.0)), error.shape)
         raise AssertionError(

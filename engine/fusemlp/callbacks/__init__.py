@@ -1,7 +1,7 @@
-"""Callbacks: objects that ``fit`` tells of its stages, in the library's form or in Keras's; and some ready-made ones.
+"""Callbacks: objects that ``fit`` calls at its stages, in the library's form or in Keras's, and some ready-made ones.
 
-``EarlyStopping``, ``ModelCheckpoint``, ``CSVLogger`` and ``TensorBoard`` take Keras's arguments and mean by them what
-Keras means; ``ProgressBar`` shows how far a training is.
+``EarlyStopping``, ``ModelCheckpoint``, ``CSVLogger`` and ``TensorBoard`` take Keras's arguments with Keras's meanings.
+``ProgressBar`` shows the progress of a training.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The two forms of a callback, the library's own and Keras's, and how ``fit`` calls either.
 
 Any object with some of the methods is a callback. In the library's form (``Callback``) the engine is the first
-argument: ``on_epoch_end(engine, epoch, logs)``. In Keras's it is an attribute: ``on_epoch_end(epoch, logs)``, with the
-engine in ``self.model`` (set by the object's ``set_model``, where it has one). Which form an object has is read off its
+argument: ``on_epoch_end(engine, epoch, logs)``. In Keras's form it is an attribute: ``on_epoch_end(epoch, logs)``, with
+the engine in ``self.model`` (``fit`` calls the object's ``set_model``, if it has one). ``fit`` reads the form off the
 signatures before anything has changed.
 
-Scalars are read from the device once an epoch: the ``logs`` of Keras's batch methods and of ``on_epoch_begin`` are
-empty, those of ``on_train_end`` are the last epoch's. Keras's methods around tests and predictions are not called.
+Scalars are read from the device once an epoch. So the ``logs`` of Keras's batch methods and of ``on_epoch_begin`` are
+empty, and those of ``on_train_end`` are the last epoch's. Keras's methods around tests and predictions are not called.
 """
 
 from __future__ import annotations
@@ -49,35 +49,35 @@ TWINS = {"on_batch_begin": "on_train_batch_begin", "on_batch_end": "on_train_bat
 
 
 class Callback:
-    """Told of the stages of ``fit``; override what you need. Epochs and batches count from 0.
+    """The base class of a callback; override the methods you need. Epochs and batches count from 0.
 
     Setting ``engine.stop_training`` ends the training after the batch.
     """
 
     def on_train_begin(self, engine: Engine) -> None:
-        """Before the first epoch."""
+        """Called before the first epoch."""
 
     def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
-        """Before an epoch's first batch."""
+        """Called before an epoch's first batch."""
 
     def on_batch_begin(self, engine: Engine, batch: int) -> None:
-        """Before each batch of an epoch."""
+        """Called before each batch of an epoch."""
 
     def on_batch_end(self, engine: Engine, batch: int) -> None:
-        """After each batch of an epoch."""
+        """Called after each batch of an epoch."""
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        """After an epoch; ``logs`` is what the history receives."""
+        """Called after an epoch; ``logs`` also goes into the history."""
 
     def on_train_end(self, engine: Engine, history: History) -> None:
-        """After the last epoch, also when training was interrupted."""
+        """Called after the last epoch, also if training was interrupted."""
 
     def on_exit(self, engine: Engine) -> None:
-        """When ``fit`` is left in whatever way, by an error too: the place to close files."""
+        """Called at the very end of ``fit``, also after an error: the place to close files."""
 
 
 class KerasForm(Callback):
-    """An object of Keras's form in the library's."""
+    """Adapt an object of Keras's form to the library's."""
 
     def __init__(self, listener: Any) -> None:
         self.listener = listener
@@ -94,7 +94,7 @@ class KerasForm(Callback):
         if hasattr(self.listener, "set_model"):
             self.listener.set_model(engine)
         else:
-            # An object that takes no attributes does without.
+            # An object with slots may refuse the attribute; it works without.
             with contextlib.suppress(AttributeError):
                 self.listener.model = engine
         self._tell("on_train_begin", {})
@@ -121,7 +121,7 @@ class KerasForm(Callback):
 
 
 def first_epoch(engine: Session) -> int:
-    """The number of the epoch with which the running ``fit`` began, also where that was before it was resumed."""
+    """Return the first epoch of the running ``fit``; a resumed ``fit`` counts from its original start."""
     state = engine.fit_state
     if state is None:
         return engine.epochs_trained
@@ -129,18 +129,18 @@ def first_epoch(engine: Session) -> int:
 
 
 def _method(listener: Any, stage: str) -> Any:
-    """The method that an object has of its own for a stage, or None; what ``Callback`` or Keras's do not count."""
+    """Return an object's own method for a stage, or None; the empty methods of the base classes do not count."""
     method = getattr(listener, stage, None)
     if not callable(method):
         return None
     function = getattr(method, "__func__", method)
-    # Keras marks the empty methods of its base class so.
+    # Keras marks the empty methods of its base class with this attribute.
     placeholder = function is getattr(Callback, stage, None) or getattr(function, "_is_default", False) is True
     return None if placeholder else method
 
 
 def overrides(callback: Any, stage: str) -> bool:
-    """Whether a callback wants to hear of a stage."""
+    """Return whether a callback has a method for a stage."""
     if isinstance(callback, KerasForm):
         names = [stage, TWINS.get(stage, stage)]
         return any(_method(callback.listener, name) is not None for name in names)
@@ -148,16 +148,16 @@ def overrides(callback: Any, stage: str) -> bool:
 
 
 def checked_callbacks(given: Any) -> list[Any]:
-    """The callbacks in the library's form; ArgumentTypeError for what is none, or is of both forms."""
+    """Return the callbacks in the library's form; ArgumentTypeError for other objects and for a mix of both forms."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         given = [given]
     return [_in_own_form(listener) for listener in given]
 
 
 def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
-    """Tell Keras's form of the number of epochs, and let those that watch a quantity check the ``names`` of the logs.
+    """Pass the number of epochs to Keras's form, and let monitors check the ``names`` of the logs.
 
-    Raises what they raise, before the training.
+    Raises their errors before the training.
     """
     for callback in callbacks:
         if isinstance(callback, KerasForm):
@@ -168,7 +168,7 @@ def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> Non
 
 @contextlib.contextmanager
 def exits(callbacks: Sequence[Any], engine: Session) -> Iterator[None]:
-    """Calls ``on_exit`` however the block is left."""
+    """Call ``on_exit`` at the end of the block, also after an error."""
     with contextlib.ExitStack() as stack:
         for callback in reversed(callbacks):
             if overrides(callback, "on_exit"):
@@ -177,16 +177,16 @@ def exits(callbacks: Sequence[Any], engine: Session) -> Iterator[None]:
 
 
 class Watching:
-    """What the library's own callbacks of Keras's form have in common: the engine, and a check before the training."""
+    """The base of the library's callbacks in Keras's form: the engine, and a check before the training."""
 
     model: Engine
 
     def set_model(self, model: Engine) -> None:
-        """The engine that is being trained."""
+        """The engine in training."""
         self.model = model
 
     def check_logs(self, names: Sequence[str]) -> None:
-        """Raise ArgumentError if it could not work with logs of these ``names``."""
+        """Raise ArgumentError if the callback cannot work with logs of these ``names``."""
 
 
 def _in_own_form(listener: Any) -> Any:
@@ -215,7 +215,7 @@ def _in_own_form(listener: Any) -> Any:
 
 
 def _form(listener: Any, stage: str, method: Any) -> str | None:
-    """ "own" or "keras", by the number of parameters, then by their names; None where a method could be either's."""
+    """Return "own" or "keras", by the number of parameters, then by their names; None if both forms fit."""
     fits_own = stage in OWN and _takes(method, OWN[stage])
     fits_keras = stage in KERAS and _takes(method, KERAS[stage])
     if not fits_own and not fits_keras:
@@ -230,7 +230,7 @@ def _form(listener: Any, stage: str, method: Any) -> str | None:
 
 
 def _takes(method: Any, parameters: Sequence[str]) -> bool:
-    """Whether a method can be called with so many arguments; one that does not tell its signature can."""
+    """Return whether a method accepts ``parameters``; True if its signature is unknown."""
     try:
         inspect.signature(method).bind(*parameters)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Ctrl-C, which waits for the end of a batch."""
+"""Defer Ctrl-C to the end of a batch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside is noted instead of raised, so that no update is cut in two; a second one is raised at once.
+    """Record Ctrl-C instead of raising it, so that no update is cut in two; raise a second one at once.
 
-    Yields the function that tells whether it came. Only the main thread can do this; elsewhere it tells False.
+    Yields a function that returns whether Ctrl-C came. Only the main thread gets signals; elsewhere it returns False.
     """
     came = False
 

@@ -1,4 +1,4 @@
-"""Callbacks that write down what is logged: ``CSVLogger`` and ``TensorBoard``, with Keras's arguments."""
+"""Callbacks that write the logs to files: ``CSVLogger`` and ``TensorBoard``, with Keras's arguments."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ HINT = "pip install 'fusemlp[tensorboard]'"
 
 
 class CSVLogger(Watching):
-    """Writes a row of the logs after each epoch: the epoch, from 0 as in Keras, and what the history receives.
+    """Write a row of the logs after each epoch: the epoch, from 0 as in Keras, and the figures of the history.
 
-    The file begins anew with each ``fit`` unless ``append``, which goes on below a header of the same columns.
+    Each ``fit`` starts a new file, unless ``append`` continues one with the same columns.
     """
 
     def __init__(self, filename: str | os.PathLike[str], separator: str = ",", append: bool = False) -> None:
@@ -69,10 +69,10 @@ class CSVLogger(Watching):
 
 
 class TensorBoard(Watching):
-    """Writes the logs of each epoch for ``tensorboard --logdir LOG_DIR``; needs the extra ``tensorboard``.
+    """Write the logs of each epoch for ``tensorboard --logdir LOG_DIR``; needs the extra ``tensorboard``.
 
-    As Keras does: ``epoch_loss``, ``epoch_accuracy`` and ``epoch_learning_rate`` in the run ``train``, what was
-    validated under the same names in the run ``validation``; the step is the epoch, from 0.
+    As in Keras, the run ``train`` has ``epoch_loss``, ``epoch_accuracy`` and ``epoch_learning_rate``, and the run
+    ``validation`` the validation figures by the same names; the step is the epoch, from 0.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] = "logs") -> None:

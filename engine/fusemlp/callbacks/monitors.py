@@ -22,14 +22,14 @@ log = logging.getLogger("fusemlp.callbacks")
 
 
 class Monitor(Watching):
-    """Watches a quantity of the logs for a new best value."""
+    """The base of callbacks that watch a quantity of the logs for a new best value."""
 
     def __init__(self, monitor: str, mode: str, min_delta: float = 0.0) -> None:
         if not isinstance(monitor, str):
             raise ArgumentTypeError(f"monitor: expected a name such as 'val_loss', got {monitor!r}")
         self.monitor = monitor
         self.mode = check_choice("mode", mode, MODES)
-        # Keras takes the absolute value too
+        # Keras takes the absolute value too.
         self.min_delta = abs(as_number("min_delta", min_delta))
         grows = monitor.endswith(("accuracy", "score")) if self.mode == "auto" else self.mode == "max"
         self.sign = 1.0 if grows else -1.0
@@ -44,25 +44,25 @@ class Monitor(Watching):
             )
 
     def better(self, current: float, reference: float) -> bool:
-        """Whether ``current`` is better than ``reference`` by more than ``min_delta``."""
+        """Return whether ``current`` is better than ``reference`` by more than ``min_delta``."""
         return self.sign * (current - reference) > self.min_delta
 
     def recorded(self) -> list[float]:
-        """What was logged before this ``fit`` was resumed."""
+        """Return the logs of the epochs before this ``fit`` was resumed."""
         history = self.model.history
         return [] if history is None else list(history.history.get(self.monitor, ()))
 
 
 class EarlyStopping(Monitor):
-    """Ends the training when a quantity has not become better for ``patience`` epochs.
+    """End the training when a quantity has not improved for ``patience`` epochs.
 
-    Better is: by more than ``min_delta``, downwards (``mode`` "min") or upwards ("max"); "auto" is upwards for
-    accuracies and scores. Until the quantity is better than ``baseline``, the epochs count as without success whatever
-    it does. The first ``start_from_epoch`` epochs of the fit are not looked at. ``restore_best_weights`` goes back to
-    the weights of the best epoch at the end of the training, also where it ran its full length, but not after Ctrl-C.
+    An improvement is a change by more than ``min_delta``: downwards (``mode`` "min") or upwards ("max"); "auto" means
+    upwards for accuracies and scores. Epochs count as without improvement until the quantity is better than
+    ``baseline``. The first ``start_from_epoch`` epochs of the fit are ignored. ``restore_best_weights`` restores the
+    weights of the best epoch at the end of the training, also after its full length, but not after Ctrl-C.
 
-    In a resumed fit it goes on counting where it was. The best weights of before are not in a checkpoint, though:
-    ``fit(early_stopping=patience)`` keeps them there.
+    A resumed fit continues the count. A checkpoint does not hold the best weights of this callback;
+    ``fit(early_stopping=patience)`` keeps its own there.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class EarlyStopping(Monitor):
         self.stopped_epoch: int | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Start counting, or go on where a resumed fit was."""
+        """Start the count, or continue that of a resumed fit."""
         self._begin()
         history = self.model.history
         for index, value in enumerate(self.recorded()):
@@ -105,7 +105,7 @@ class EarlyStopping(Monitor):
             )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Look at the quantity, and end the training when patience is out."""
+        """Check the quantity, and end the training when patience runs out."""
         history = self.model.history
         index = epoch if history is None else history.epochs.index(epoch)
         if self._improves(index, logs[self.monitor]):
@@ -117,7 +117,7 @@ class EarlyStopping(Monitor):
             self.model.stop_training = True
 
     def _improves(self, index: int, current: float) -> bool:
-        """Count the epoch ``index`` of this fit; whether it is the best so far."""
+        """Count the epoch ``index`` of this fit; return whether it is the best so far."""
         if index < self.start_from_epoch:
             return False
         self.wait += 1
@@ -129,7 +129,7 @@ class EarlyStopping(Monitor):
         return True
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Go back to the best weights if wanted, and leave a note in the history."""
+        """Restore the best weights if wanted, and add a note to the history."""
         history = self.model.history
         interrupted = history is not None and history.stopped.startswith("interrupted")
         restored = self.restore_best_weights and self.best_weights is not None and not interrupted
@@ -145,13 +145,13 @@ class EarlyStopping(Monitor):
 
 
 class ModelCheckpoint(Monitor):
-    """Saves after each epoch, or after each that is the best so far.
+    """Save after each epoch, or after each that is the best so far.
 
     ``filepath`` ends in .safetensors and may have fields of the epoch, from 1, and of the logs:
-    ``"{epoch:02d}-{val_loss:.3f}.safetensors"``. Its folder must exist. With ``save_best_only`` only those epochs count
-    in which ``monitor`` is better than ever, and than ``initial_value_threshold``. What is saved is a checkpoint, with
-    which the fit can be resumed; with ``save_weights_only`` the model alone, as ``engine.save`` does it.
-    ``fusemlp.load`` reads both.
+    ``"{epoch:02d}-{val_loss:.3f}.safetensors"``. Its folder must exist. With ``save_best_only`` an epoch counts only if
+    ``monitor`` is better than ever and than ``initial_value_threshold``. The file is a checkpoint, from which the fit
+    can be resumed; with ``save_weights_only`` it is the model alone, as from ``engine.save``. ``fusemlp.load`` reads
+    both.
     """
 
     def __init__(
@@ -199,14 +199,14 @@ class ModelCheckpoint(Monitor):
         return Path(self.filepath.format(epoch=epoch + 1, **logs))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Start from the threshold, or from the best of a fit that is resumed."""
+        """Start from the threshold, or from the best of a resumed fit."""
         self.best = self.threshold
         for value in self.recorded():
             if self.better(value, self.best):
                 self.best = value
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Save, if it is time to."""
+        """Save if this epoch is due."""
         if self.save_best_only:
             if not self.better(logs[self.monitor], self.best):
                 return

@@ -1,7 +1,6 @@
-"""How far a training is, on stderr: a bar on a terminal, one line an epoch elsewhere.
+"""Show the progress of a training on stderr: a bar on a terminal, one line an epoch elsewhere.
 
-Only the end of an epoch is listened to, and the bar is redrawn at most ten times a second and by no thread of its own:
-what is shown costs the training nothing that could be noticed.
+The bar is drawn at the end of an epoch, at most ten times a second and without a thread, so its cost is negligible.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ BAR = 16  # characters
 
 Show = Callable[[int, dict[str, float]], None]
 
-# In the bar, whose end may be cut off, what matters most stands first.
+# The end of the bar may be cut off, so the most important figures come first.
 _ORDER = ("loss", "val_loss", "val_accuracy", "accuracy", "learning_rate")
 
 
 def figures(logs: dict[str, float]) -> str:
-    """``loss 0.1234  accuracy 0.9612  ...`` of an epoch."""
+    """Return an epoch's figures as ``loss 0.1234  accuracy 0.9612  ...``."""
     return "  ".join(f"{'lr' if name == 'learning_rate' else name} {value:.4g}" for name, value in logs.items())
 
 
 @contextmanager
 def shown(epochs: int, *, done: int = 0) -> Iterator[Show]:
-    """A function of the number of epochs done and of the last one's figures, which shows them."""
+    """Yield a function that shows the number of finished epochs and the figures of the last one."""
     if sys.stderr.isatty():
         with _bar(epochs, done) as show:
             yield show
@@ -39,7 +38,7 @@ def shown(epochs: int, *, done: int = 0) -> Iterator[Show]:
 
 
 class ProgressBar(Watching):
-    """Shows on stderr how far a ``fit`` is, with the figures of its last epoch."""
+    """Show the progress of a ``fit`` on stderr, with the figures of its last epoch."""
 
     def __init__(self) -> None:
         self._open = ExitStack()
@@ -48,7 +47,7 @@ class ProgressBar(Watching):
         self._epochs = 0
 
     def set_params(self, params: dict[str, Any]) -> None:
-        """The number of epochs of the fit."""
+        """Receive the number of epochs of the fit."""
         self._epochs = params["epochs"]
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -59,12 +58,12 @@ class ProgressBar(Watching):
         self._show = self._open.enter_context(shown(self._epochs, done=done))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if self._show is not None:
             self._show(epoch + 1 - self._first, logs)
 
     def on_exit(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the finished bar on the screen."""
         self._open.close()
         self._show = None
 
@@ -87,7 +86,7 @@ def _bar(epochs: int, done: int) -> Iterator[Show]:
     counter = TextColumn("epoch {task.completed:.0f}/{task.total:.0f}")
     columns = (counter, BarColumn(BAR), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
     console = Console(stderr=True)
-    # Four columns with a blank between them, the third 7 wide: the figures get the rest, so that no column is squeezed.
+    # Four columns with a blank between them, the third 7 wide. The figures get the rest, so no column is truncated.
     room = console.width - len(f"epoch {epochs}/{epochs}") - BAR - 7 - 4
     drawn = 0.0
     with Progress(*columns, console=console, auto_refresh=False) as bar:

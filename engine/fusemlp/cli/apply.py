@@ -22,7 +22,7 @@ from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
-# A confusion matrix of more classes than this is wider than a terminal.
+# A terminal is too narrow for the confusion matrix of more classes.
 MOST_PRINTED_CLASSES = 20
 OUTPUTS = (".csv", ".npz")
 
@@ -30,14 +30,14 @@ OUTPUTS = (".csv", ".npz")
 def open_model(
     path: Path, *, weights: str, backend: str, device: str | None
 ) -> tuple[Engine, Preprocessor, dict[str, Any]]:
-    """The engine, the preprocessor and the configuration of a run."""
+    """Return the engine, the preprocessor and the configuration of a run."""
     run, config = open_run(path)
     engine = load_checkpoint(weights_path(run, weights), backend=backend, device=device)
     return engine, Preprocessor.from_config(config["preprocessor"]), config
 
 
 def evaluate(path: Path, data: str | None, *, weights: str, backend: str, device: str | None, as_json: bool) -> None:
-    """Print the figures of a run's model on its own test rows, or on the labelled ``data``."""
+    """Print the scores of a run's model on its own test rows, or on the labelled ``data``."""
     engine, preprocessor, config = open_model(path, weights=weights, backend=backend, device=device)
     if data is None:
         X, labels, weight = _own_test_rows(config)
@@ -57,7 +57,7 @@ def evaluate(path: Path, data: str | None, *, weights: str, backend: str, device
 
 
 def _own_test_rows(config: dict[str, Any]) -> tuple[Array, Array, Array | None]:
-    """The rows that the run held out, which follow from the data and the seed."""
+    """Return the run's test rows, computed again from the data and the seed."""
     source = config["data"]["source"]
     prepared = prepare(TrainOptions(**{**config["options"], "data": source}))
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
@@ -100,7 +100,7 @@ def predict(
 
 
 def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:
-    """ArgumentError unless a file of this name may be written: before any work is done for it."""
+    """Raise ArgumentError unless a file of this name may be written; call it before the work."""
     if path.suffix.lower() not in suffixes:
         raise ArgumentError(f"{argument}: expected a file name ending in {' or '.join(suffixes)}, got {str(path)!r}")
     if path.is_dir() or (path.exists() and not force):
@@ -110,7 +110,7 @@ def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force:
 
 
 def write_output(argument: str, path: Path, content: bytes) -> None:
-    """Write a file as a whole; ArgumentError if the place cannot be written to."""
+    """Write a file atomically; ArgumentError if it cannot be written."""
     try:
         write_atomically(path, content)
     except OSError as error:

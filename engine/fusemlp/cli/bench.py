@@ -1,4 +1,4 @@
-"""``fusemlp bench``: the benchmark of a checkout; it is not part of what is installed."""
+"""``fusemlp bench``: run the benchmark of a checkout; the installed package does not contain it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ NOT_HERE = (
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run ``python -m bench`` with these arguments; returns its exit code, or 2 outside a checkout."""
+    """Run ``python -m bench`` with these arguments; return its exit code, or 2 outside a checkout."""
     package = Path(__file__).resolve().parents[1]
     root = package.parents[1]
     if not (root / "bench" / "__main__.py").is_file():
         print(NOT_HERE.format(place=package), file=sys.stderr)
         return 2
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    # -P: a folder "bench" in the working directory is not meant
+    # -P ignores a folder "bench" in the working directory.
     command = [sys.executable, "-P", "-m", "bench", *arguments]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     while True:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            # Ctrl-C has reached the benchmark too, which ends in its own way
+            # Ctrl-C reached the benchmark too; wait for its own end.
             continue

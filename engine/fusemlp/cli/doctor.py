@@ -1,4 +1,4 @@
-"""``fusemlp doctor``: what works on this machine, found by training a step with it."""
+"""``fusemlp doctor``: find the backends that work on this machine by training a step with each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 PLANS = ("eager", "graph", "resident")
-# What each library is for; the optional ones come with the extra in brackets.
+# The purpose of each library; optional ones name their extra in brackets.
 LIBRARIES = {
     "numpy": "arrays",
     "scipy": "BLAS",
@@ -65,7 +65,7 @@ def doctor(*, as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that ``doctor`` prints, JSON-able."""
+    """Return everything that ``doctor`` prints, JSON-able."""
     return {
         "fusemlp": __version__,
         "python": platform.python_version(),
@@ -83,7 +83,7 @@ def examine() -> dict[str, Any]:
 
 
 def _examine_backend(name: str, reason: str | None) -> dict[str, Any]:
-    """The device, and the precisions and plans that train a step of a small network."""
+    """Return the device, and the precisions and plans that train a step of a small network."""
     if reason is not None:
         return {"reason": reason, "device": None, "precisions": [], "plans": []}
     precisions = [precision for precision in PRECISIONS if _trains(name, precision, "auto")]
@@ -99,7 +99,7 @@ def _trains(name: str, precision: str, plan: str) -> bool:
         return False
     x, y = np.eye(2, 4), np.array([0, 1])
     if plan == "resident":
-        # what ``step`` runs is the eager plan
+        # ``step`` always runs the eager plan, so call ``fit``.
         return math.isfinite(engine.fit(x, y, epochs=1).history["loss"][0])
     return math.isfinite(float(engine.step(x, y)))
 
@@ -112,7 +112,7 @@ def _version(library: str) -> str | None:
 
 
 def _blas() -> list[dict[str, Any]]:
-    """The BLAS libraries that are loaded, as threadpoolctl, which comes with scikit-learn, sees them."""
+    """Return the loaded BLAS libraries, from threadpoolctl, which comes with scikit-learn."""
     from threadpoolctl import threadpool_info
 
     return [

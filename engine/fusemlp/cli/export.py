@@ -25,7 +25,7 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write the files that are asked for, and say what goes into the models that they hold."""
+    """Write the requested files, and print the inputs and outputs of their models."""
     wanted = {"onnx": onnx, "safetensors": safetensors}
     if not any(wanted.values()):
         raise ArgumentError("onnx: say what to write: --onnx FILE, --safetensors FILE, or both")
@@ -38,7 +38,7 @@ def export(
     preprocessor = Preprocessor.from_config(config["preprocessor"])
     if onnx is not None and not bare:
         _check_features(preprocessor)
-    # Any machine can export: the parameters of the 16-bit precisions are float32 too.
+    # Any machine can export: 16-bit precisions have float32 parameters too.
     precision = "fp64" if config["precision"] == "fp64" else "fp32"
     engine = load(weights_path(run, weights), backend="numpy", precision=precision)
     about = {"preprocessor": preprocessor.to_json()}
@@ -46,7 +46,7 @@ def export(
         "onnx": lambda: onnx_bytes(engine, None, about) if bare else onnx_bytes(engine, preprocessor),
         "safetensors": lambda: model_bytes(engine, about),
     }
-    # Both are made before either is written.
+    # Make both before writing either.
     made = [(argument, file, contents[argument]()) for argument, file in wanted.items() if file is not None]
     for argument, file, content in made:
         write_output(argument, file, content)
@@ -71,7 +71,7 @@ def _check_features(preprocessor: Preprocessor) -> None:
 
 
 def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
-    """One line on what the exported model takes and gives."""
+    """Return one line on the inputs and outputs of the exported model."""
     width = engine.network.sizes[0]
     answers = "values" if preprocessor.classes is None else "labels"
     if not scaled:

@@ -1,4 +1,4 @@
-"""The end of a training: the model's checkpoint, ``report.json`` and ``curves.png``."""
+"""Finish a training: write the model's checkpoint, ``report.json`` and ``curves.png``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from fusemlp_kernels.errors import DivergenceError
 def finish(
     run: Run, engine: Engine, prepared: Prepared, *, interrupted: bool, failure: DivergenceError | None
 ) -> dict[str, Any]:
-    """Write what a training ends with, and return the report.
+    """Write the final files of a training, and return the report.
 
-    A training that diverged has no model and no test: its engine is back at the last good epoch, whose checkpoint is
-    ``last``.
+    A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
     history = engine.history or History()
     if failure is None:
@@ -65,13 +64,13 @@ def finish(
             overfitting=overfitting,
         )
         write_atomically(run.curves, picture)
-    # The last of all: a run that has a report needs nothing more.
+    # Write the report last: it marks a finished run.
     write_json(run.report, finite(report))
     return report
 
 
 def finite(content: Any) -> Any:
-    """``content`` for JSON, which has no NaN and no infinities: None in their place."""
+    """Return ``content`` for JSON, with None for NaN and infinities."""
     if isinstance(content, Mapping):
         return {name: finite(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):

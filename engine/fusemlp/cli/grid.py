@@ -1,4 +1,4 @@
-"""``--vary``: from ``lr=0.001:0.1:log:16`` to values, from several of them to the models of a sweep."""
+"""Parse ``--vary``, such as ``lr=0.001:0.1:log:16``, into values, and combine them into the models of a sweep."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fusemlp.describe.checks import as_count
 from fusemlp.fleet.vary import MOST_MODELS, check_name
 from fusemlp_kernels.errors import ArgumentError
 
-# Of whole numbers, and what the least of them is.
+# Parameters with whole numbers, and their minimum.
 WHOLE = {"hidden": 1, "batch_size": 1, "seed": 0}
 PAIRS = ("betas",)
-# What a value of may be several numbers, joined by x.
+# Parameters with values of several numbers, joined by x.
 JOINED = ("hidden", *PAIRS)
-# Of one parameter: far beyond what anybody waits for, and soon listed.
+# The limit for one parameter: more than a sweep can train, and still fast to list.
 MOST_VALUES = 100_000
-# Of what lies inside a range; so the command that trains a model again stays readable.
+# The digits of values inside a range; they keep the command that repeats a model readable.
 DIGITS = 6
 FORMS = "lr=0.001,0.01 or lr=0.001:0.1:log:16 or hidden=32,64x32 or seed=0:20"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A parameter and the values that it takes; ``scale`` is "log" or "linear" for a range, "" for a list."""
+    """A parameter and its values; ``scale`` is "log" or "linear" for a range, "" for a list."""
 
     name: str
     values: tuple[Any, ...]
@@ -38,14 +38,14 @@ class Axis:
 
 
 def spelled(value: Any) -> str:
-    """A value as ``--vary`` takes it."""
+    """Return a value in the syntax of ``--vary``."""
     if isinstance(value, tuple):
         return "x".join(map(repr, value)) or "none"
     return repr(value)
 
 
 def axes(given: Sequence[str]) -> tuple[Axis, ...]:
-    """What each ``--vary`` says. Raises ArgumentError for what cannot be read, unknown names and names given twice."""
+    """Parse each ``--vary``. Raises ArgumentError for bad syntax, unknown names and names given twice."""
     if not given:
         raise ArgumentError(f"vary: say what the models differ in: --vary {FORMS}")
     found: dict[str, Axis] = {}
@@ -58,9 +58,9 @@ def axes(given: Sequence[str]) -> tuple[Axis, ...]:
 
 
 def points(among: Sequence[Axis], *, sample: int | None, seed: int) -> list[dict[str, Any]]:
-    """All combinations, the last parameter varying quickest, or ``sample`` of them, drawn by ``seed``, in that order.
+    """Return all combinations, the last parameter varying fastest, or ``sample`` of them, drawn by ``seed``, in order.
 
-    Raises ArgumentError where there are more than ``MOST_MODELS``.
+    Raises ArgumentError for more than ``MOST_MODELS``.
     """
     shape = tuple(len(axis) for axis in among)
     total = math.prod(shape)
@@ -158,12 +158,12 @@ def _range(name: str, text: str) -> Axis:
         inner: list[Any] = [round(value) for value in spaced[1:-1]]
     else:
         inner = [float(f"{value:.{DIGITS}g}") for value in spaced[1:-1]]
-    # what rounding has made equal is one value
+    # Values that rounding makes equal count once.
     return Axis(name, tuple(dict.fromkeys([low, *inner, high])), scale)
 
 
 def _whole_range(name: str, text: str, parts: Sequence[str]) -> Axis:
-    """``first:end``, which ends before ``end`` as Python's range does."""
+    """Return the values of ``first:end``, which excludes ``end`` as Python's range does."""
     if name not in WHOLE:
         raise ArgumentError(
             f"vary: {name}: {text!r} is a range of whole numbers; say how many values there are: {name}={text}:lin:5"

@@ -23,7 +23,7 @@ TABLE_ROWS = 20
 
 
 def lr_find(options: FindOptions) -> None:
-    """Sweep, print a table of rate and smoothed loss, and suggest the rate where the loss falls most steeply."""
+    """Sweep, print a table of rate and smoothed loss, and suggest the rate with the steepest fall of the loss."""
     start = as_number("from", options.start, low=0.0, low_open=True)
     end = as_number("to", options.end, low=start, low_open=True)
     as_count("steps", options.steps, minimum=FEWEST_STEPS)

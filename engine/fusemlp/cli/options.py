@@ -1,14 +1,21 @@
 """The options of the commands that make a network, each with its help; a dataclass is a command's signature.
 
-``None`` stands for a default that depends on something else: the task, the optimizer or the schedule.
+``None`` stands for a default that depends on the task, the optimizer or the schedule.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
+
+from fusemlp.describe.losses import LOSSES
+from fusemlp.describe.network import INITS
+from fusemlp.describe.optimizers import OPTIMIZERS
+from fusemlp.describe.schedules import SCHEDULES
+from fusemlp_kernels.contract import ACTIVATIONS
 
 DATA, NETWORK, LOSS = "Data", "Network", "Loss"
 OPTIMIZER, RATE, TRAINING = "Optimizer", "Learning rate schedule", "Training"
@@ -20,21 +27,27 @@ DATA_HELP = (
 )
 
 
+def one_of(names: Iterable[str]) -> str:
+    """Return the names as text: a, b or c."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
 @dataclass(frozen=True)
 class ModelOptions:
-    """Data, network, loss, optimizer and machine: what ``train``, ``sweep`` and ``lr-find`` share."""
+    """The options of ``train``, ``sweep`` and ``lr-find``: data, network, loss, optimizer and machine."""
 
     data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)] = None
 
     target: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="The column of a table that is to be predicted.", rich_help_panel=DATA),
+        typer.Option(metavar="COLUMN", help="The column of a table to predict.", rich_help_panel=DATA),
     ] = None
     task: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="classification or regression. Unless given: words and few different whole numbers are classes.",
+            help="classification or regression. The default: words and few distinct whole numbers are classes.",
             rich_help_panel=DATA,
         ),
     ] = None
@@ -57,7 +70,7 @@ class ModelOptions:
     split_seed: Annotated[
         int | None,
         typer.Option(
-            help="Decides which rows are for training, validation and test; --seed unless given.",
+            help="Seed of the split into training, validation and test rows; --seed unless given.",
             rich_help_panel=DATA,
         ),
     ] = None
@@ -75,8 +88,7 @@ class ModelOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="identity, relu, leaky_relu, prelu, sigmoid, tanh, gelu or silu; one, or one a hidden layer: "
-            "relu,tanh.",
+            help=f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.",
             rich_help_panel=NETWORK,
         ),
     ] = "relu"
@@ -99,7 +111,7 @@ class ModelOptions:
         str,
         typer.Option(
             metavar="RATE",
-            help="Probability that a hidden unit is left out of a training step; one, or one a hidden layer (0.2,0.5).",
+            help="Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).",
             rich_help_panel=NETWORK,
         ),
     ] = "0"
@@ -107,8 +119,7 @@ class ModelOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="Initial weights: auto (by activation), he_normal, he_uniform, glorot_normal, glorot_uniform, "
-            "lecun_normal, lecun_uniform, torch or zeros.",
+            help=f"Initial weights: {one_of(INITS)}; auto chooses by activation.",
             rich_help_panel=NETWORK,
         ),
     ] = "auto"
@@ -117,8 +128,8 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="cross_entropy (default for classes), binary_cross_entropy (two classes), mse (default for numbers), "
-            "mae, huber, poisson or quantile. mse, mae and huber train classes as one-hot rows.",
+            help=f"{one_of(LOSSES)}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is "
+            "for two classes; mse, mae and huber train classes as one-hot rows.",
             rich_help_panel=LOSS,
         ),
     ] = None
@@ -136,16 +147,16 @@ class ModelOptions:
         ),
     ] = None
     delta: Annotated[
-        float | None, typer.Option(help="For huber: errors beyond this count linearly (1).", rich_help_panel=LOSS)
+        float | None, typer.Option(help="For huber: errors above this count linearly (1).", rich_help_panel=LOSS)
     ] = None
     quantile: Annotated[
         float | None,
-        typer.Option(help="For the loss quantile: which one is learned (0.5).", rich_help_panel=LOSS),
+        typer.Option(help="For the loss quantile: the quantile to learn (0.5).", rich_help_panel=LOSS),
     ] = None
 
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help="sgd, adam or adamw.", rich_help_panel=OPTIMIZER)] = (
-        "adam"
-    )
+    optimizer: Annotated[
+        str, typer.Option(metavar="NAME", help=f"{one_of(OPTIMIZERS)}.", rich_help_panel=OPTIMIZER)
+    ] = "adam"
     lr: Annotated[
         float | None,
         typer.Option(
@@ -184,9 +195,7 @@ class ModelOptions:
     ] = None
     clip_norm: Annotated[
         float | None,
-        typer.Option(
-            help="Scale gradients down to this global norm where theirs is greater.", rich_help_panel=OPTIMIZER
-        ),
+        typer.Option(help="Scale gradients with a greater global norm down to this norm.", rich_help_panel=OPTIMIZER),
     ] = None
     accumulate: Annotated[
         int, typer.Option(help="Batches whose gradients are averaged for one update.", rich_help_panel=OPTIMIZER)
@@ -195,7 +204,7 @@ class ModelOptions:
     batch_size: Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=TRAINING)] = 32
     seed: Annotated[
         int,
-        typer.Option(help="Decides the split, the initial weights, dropout and row order.", rich_help_panel=TRAINING),
+        typer.Option(help="Seed of the split, the initial weights, dropout and row order.", rich_help_panel=TRAINING),
     ] = 0
 
     backend: Annotated[
@@ -219,13 +228,13 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class FitOptions(ModelOptions):
-    """What ``train`` and ``sweep`` share besides: the schedule, the training and where it is kept."""
+    """The further options of ``train`` and ``sweep``: the schedule, the training and its output."""
 
     schedule: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="constant, step, exponential, cosine, one_cycle or reduce_on_plateau.",
+            help=f"{one_of(SCHEDULES)}.",
             rich_help_panel=RATE,
         ),
     ] = "constant"
@@ -235,14 +244,14 @@ class FitOptions(ModelOptions):
     lr_gamma: Annotated[
         float | None,
         typer.Option(
-            help="What the rate is multiplied by: at each step (0.1), each epoch (exponential), on a plateau (0.1).",
+            help="Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1).",
             rich_help_panel=RATE,
         ),
     ] = None
     lr_final: Annotated[
         float | None,
         typer.Option(
-            help="Where cosine (0) and one_cycle (lr / 250000) end; the least rate of reduce_on_plateau (0).",
+            help="The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0).",
             rich_help_panel=RATE,
         ),
     ] = None
@@ -269,7 +278,7 @@ class FitOptions(ModelOptions):
         int | None,
         typer.Option(
             metavar="EPOCHS",
-            help="Stop after this many epochs without a better validation loss, and go back to the best weights.",
+            help="Stop after this many epochs without a better validation loss, and restore the best weights.",
             rich_help_panel=TRAINING,
         ),
     ] = None
@@ -296,13 +305,13 @@ class FitOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class TrainOptions(FitOptions):
-    """What ``train`` takes."""
+    """The options of ``train``."""
 
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with the run in this folder where its last checkpoint left it, exactly as if it had never "
+            help="Continue the run in this folder from its last checkpoint, exactly as if it had never "
             "stopped; --epochs may be raised.",
             rich_help_panel=OUTPUT,
         ),
@@ -314,7 +323,7 @@ class TrainOptions(FitOptions):
 
 @dataclass(frozen=True)
 class FindOptions(ModelOptions):
-    """What ``lr-find`` takes."""
+    """The options of ``lr-find``."""
 
     start: Annotated[float, typer.Option("--from", help="The first learning rate.", rich_help_panel=RATE)] = 1e-6
     end: Annotated[float, typer.Option("--to", help="The last learning rate.", rich_help_panel=RATE)] = 10.0

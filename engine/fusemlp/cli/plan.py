@@ -20,7 +20,7 @@ def plan(
     loss: str,
     optimizer: str,
 ) -> None:
-    """Print the program; no device and no library of the backend is needed for it."""
+    """Print the program; this needs no device and no library of the backend."""
     net = network(sizes, activation=activation, output_activation=output_activation, dropout=dropout)
     chosen = chosen_plan(net, batch_size=batch_size, backend=backend, precision=precision)
     print(plan_text(net, loss=loss, optimizer=optimizer, batch_size=batch_size, backend=backend, precision=precision))

@@ -28,7 +28,7 @@ def plot(paths: Sequence[Path], *, out: Path, force: bool, as_json: bool) -> Non
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """What to call the runs: the names of their folders, or the whole paths where those are not enough."""
+    """Return labels for the runs: the names of their folders, or whole paths if names repeat."""
     short = [path.resolve().name for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 

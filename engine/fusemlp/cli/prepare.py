@@ -1,4 +1,4 @@
-"""Data for a training: split into training, validation and test rows, scaled, encoded."""
+"""Prepare the data of a training: split into training, validation and test rows, scale, encode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEST_FRACTION = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows as the engine takes them: X (n, inputs), y what the loss is given; ``labels`` as they were in the data."""
+    """Rows for the engine: X (n, inputs), y for the loss, and ``labels`` as in the data."""
 
     X: Array
     y: Array
@@ -32,7 +32,7 @@ class Rows:
 
     @property
     def triple(self) -> tuple[Array, ...]:
-        """As ``fit`` takes validation data."""
+        """The validation data for ``fit``."""
         return (self.X, self.y) if self.weight is None else (self.X, self.y, self.weight)
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The three parts of a data set, and what belongs to them. ``validation`` is None where none was wanted."""
+    """The three parts of a data set, with network, loss and preprocessor; ``validation`` may be None."""
 
     dataset: Dataset
     preprocessor: Preprocessor
@@ -53,7 +53,7 @@ class Prepared:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What ``config.json`` says of the data."""
+        """The description of the data for ``config.json``."""
         return {
             "name": self.dataset.name,
             "fingerprint": fingerprint(self.dataset),
@@ -67,7 +67,7 @@ class Prepared:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 over the arrays of a data set: equal for equal content, whatever file it came from."""
+    """Return the SHA-256 of a data set's arrays: equal content has equal hashes, from any file."""
     digest = hashlib.sha256()
     for array in (dataset.X, dataset.y, *(dataset.test or ())):
         plain = array.astype(str) if array.dtype.kind == "O" else array
@@ -77,14 +77,14 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def class_codes(preprocessor: Preprocessor, labels: Array) -> Array:
-    """Class indices (n,), also where the loss is given one-hot rows."""
+    """Return class indices (n,), also for a loss of one-hot rows."""
     encoded = preprocessor.encode_targets(labels)
     codes: Array = encoded.argmax(axis=1) if encoded.ndim == 2 else encoded
     return codes
 
 
-def _held_out(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
-    """``split``, whose error says for what the rows would be held out."""
+def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
+    """Call ``split``; its error names the purpose of the rows."""
     try:
         return split(y, **options)
     except DataError as error:
@@ -92,9 +92,9 @@ def _held_out(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
 
 
 def prepare(options: ModelOptions) -> Prepared:
-    """Load the data of the options and make everything of it that a training needs; the same for the same options.
+    """Load the data of the options and prepare a training; equal options give equal results.
 
-    Everything that can be wrong with the options of data, network and loss is raised here.
+    Raises the errors for all options of data, network and loss.
     """
     seed = as_count("seed", options.seed, minimum=0)
     if options.split_seed is not None:
@@ -106,17 +106,17 @@ def prepare(options: ModelOptions) -> Prepared:
     assert options.data is not None, "checked where the options come in"
     dataset = load_data(options.data, target=options.target, task=options.task)
     classify = dataset.task == "classification"
-    # Which rows are held out depends on the whole data set and this seed alone.
+    # The held-out rows depend only on the whole data set and this seed.
     if dataset.test is None:
-        rest, held_out = _held_out("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
-        test_features, test_labels = dataset.X[held_out], dataset.y[held_out]
+        rest, tested = _split("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
+        test_features, test_labels = dataset.X[tested], dataset.y[tested]
     else:
         rest = np.arange(len(dataset.y), dtype=np.int64)
         test_features, test_labels = dataset.test
     training, validation = rest, rest[:0]
     if options.validation_fraction > 0:
         share = options.validation_fraction
-        kept, chosen = _held_out("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
+        kept, chosen = _split("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
         training, validation = rest[kept], rest[chosen]
 
     classes = len(_classes(dataset)) if classify else 0

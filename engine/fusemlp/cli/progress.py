@@ -1,4 +1,4 @@
-"""Progress of a training on stderr, or nothing."""
+"""Show the progress of a training on stderr, or nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusemlp.engine import Engine
 
 
 class _OnEpochEnd(Callback):
-    """Calls ``show`` with the number of epochs done and the figures of the last."""
+    """Call ``show`` with the number of finished epochs and the figures of the last one."""
 
     def __init__(self, show: Show) -> None:
         self.show = show
@@ -22,7 +22,7 @@ class _OnEpochEnd(Callback):
 
 @contextmanager
 def progress(epochs: int, *, done: int = 0, quiet: bool = False) -> Iterator[list[Callback]]:
-    """The callbacks that show a training of ``epochs`` epochs, ``done`` of which lie behind it."""
+    """Yield the callbacks that show a training of ``epochs`` epochs, ``done`` of them finished."""
     if quiet:
         yield []
         return

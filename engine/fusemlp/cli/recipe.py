@@ -1,15 +1,17 @@
-"""From options to descriptions: network, loss and optimizer, checked against the data they are for."""
+"""Turn options into descriptions of network, loss and optimizer, checked against the data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from fusemlp.cli.options import FitOptions, ModelOptions
 from fusemlp.describe.checks import as_count, as_number
-from fusemlp.describe.losses import LOSSES, CrossEntropy, Huber, Loss, Quantile, as_loss
+from fusemlp.describe.losses import LOSSES, Loss, as_loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.schedules import (
@@ -28,14 +30,10 @@ from fusemlp_kernels.errors import ArgumentError, unknown_name
 DEFAULT_WIDTH = 128
 # Losses that train classes as one-hot rows.
 ONE_HOT = frozenset({"mse", "mae", "huber"})
-_ONLY_FOR_LOSS = {"label_smoothing": "cross_entropy", "delta": "huber", "quantile": "quantile"}
-_ONLY_FOR_OPTIMIZER = {
-    "momentum": ("sgd",),
-    "nesterov": ("sgd",),
-    "beta1": ("adam", "adamw"),
-    "beta2": ("adam", "adamw"),
-    "eps": ("adam", "adamw"),
-}
+# Options that a description calls otherwise; two options make one field of the optimizer.
+_FIELDS = {"quantile": "q", "beta1": "betas", "beta2": "betas"}
+_LOSS_OPTIONS = ("label_smoothing", "delta", "quantile")
+_OPTIMIZER_OPTIONS = ("momentum", "nesterov", "weight_decay", "beta1", "beta2", "eps")
 _ONLY_FOR_SCHEDULE = {
     "lr_step": ("step",),
     "lr_gamma": ("step", "exponential", "reduce_on_plateau"),
@@ -44,8 +42,27 @@ _ONLY_FOR_SCHEDULE = {
 }
 
 
+def _chosen(
+    options: ModelOptions, names: Sequence[str], what: str, kind: str, known: Mapping[str, type]
+) -> dict[str, Any]:
+    """Return the given options among ``names``; refuse one without a field in the description ``known[kind]``."""
+    values = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    for name in given:
+        field = _FIELDS.get(name, name)
+        owners = [owner for owner, cls in known.items() if field in _names(cls)]
+        if kind not in owners:
+            have = "has" if len(owners) == 1 else "have"
+            raise ArgumentError(f"{name}: only {' and '.join(owners)} {have} it, and the {what} is {kind}")
+    return {_FIELDS.get(name, name): value for name, value in given.items()}
+
+
+def _names(description: type) -> set[str]:
+    return {field.name for field in fields(description)}
+
+
 def hidden_widths(given: Sequence[str] | None) -> tuple[int, ...]:
-    """The widths of the hidden layers: ``--hidden 128,64``, the same as ``--hidden 128 --hidden 64``."""
+    """Return the widths of the hidden layers; ``--hidden 128,64`` equals ``--hidden 128 --hidden 64``."""
     if given is None:
         return (DEFAULT_WIDTH,)
     words = [word.strip() for part in given for word in part.split(",")]
@@ -71,7 +88,7 @@ def _one_or_more(values: list[Any]) -> Any:
 
 
 def activations(names: str, slope: float | None) -> Activation | list[Activation]:
-    """One activation, or one a hidden layer; ``slope`` is for the leaky_relu and prelu among them."""
+    """Return one activation, or one a hidden layer; ``slope`` applies to leaky_relu and prelu."""
     chosen = [as_activation("activation", name.strip()) for name in names.split(",")]
     if slope is not None:
         if not any(one.slope for one in chosen):
@@ -90,7 +107,7 @@ def network(
     slope: float | None = None,
     init: str = "auto",
 ) -> MLP:
-    """The network of these widths; the other arguments as on the command line."""
+    """Return the network of these widths; the other arguments are the command line's."""
     return MLP(
         sizes,
         activation=activations(activation, slope),
@@ -101,7 +118,7 @@ def network(
 
 
 def loss_name(options: ModelOptions, task: str, classes: int) -> str:
-    """The loss asked for, or the task's own, if it suits the task; errors say which does.
+    """Return the given loss, or the task's default; an error for a wrong loss names the right ones.
 
     ``classes`` is 0 for a regression.
     """
@@ -118,16 +135,14 @@ def loss_name(options: ModelOptions, task: str, classes: int) -> str:
         )
     if name == "binary_cross_entropy" and classes != 2:
         raise ArgumentError(f"loss: {name!r} is for two classes, and the target has {classes}; use cross_entropy")
-    for option, owner in _ONLY_FOR_LOSS.items():
-        if getattr(options, option) is not None and name != owner:
-            raise ArgumentError(f"{option}: only the loss {owner} has it, and this one is {name}")
+    _chosen(options, _LOSS_OPTIONS, "loss", name, LOSSES)
     if options.class_weight is not None and not classify:
         raise ArgumentError("class_weight: only classes have weights, and this is a regression")
     return name
 
 
 def class_weights(given: str | None, codes: Array, classes: int) -> list[float] | None:
-    """A weight for each class: as given, or balanced: rows / (classes that occur * rows of the class)."""
+    """Return a weight for each class: as given, or balanced: rows / (present classes * rows of the class)."""
     if given is None:
         return None
     if given != "balanced":
@@ -143,53 +158,44 @@ def class_weights(given: str | None, codes: Array, classes: int) -> list[float] 
 
 
 def loss(options: ModelOptions, name: str, weights: list[float] | None) -> Loss:
-    """The loss ``name``; class weights belong to cross_entropy, with other losses they are weights of the rows."""
+    """Return the loss ``name``; cross_entropy takes class weights, other losses get weights of the rows instead."""
+    given = _chosen(options, _LOSS_OPTIONS, "loss", name, LOSSES)
     if name == "cross_entropy":
-        return CrossEntropy(label_smoothing=options.label_smoothing or 0.0, class_weight=weights)
-    if name == "huber":
-        return Huber(delta=1.0 if options.delta is None else options.delta)
-    if name == "quantile":
-        return Quantile(q=0.5 if options.quantile is None else options.quantile)
-    return LOSSES[name]()
+        given["class_weight"] = weights
+    return LOSSES[name](**given)
 
 
 def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimizer:
-    """The optimizer with ``schedule`` (None: the constant rate of the options)."""
+    """Return the optimizer with ``schedule`` (None: the constant rate of the options)."""
     name = options.optimizer
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
-    for option, owners in _ONLY_FOR_OPTIMIZER.items():
-        if getattr(options, option) not in (None, False) and name not in owners:
-            have = "has" if len(owners) == 1 else "have"
-            raise ArgumentError(f"{option}: only {' and '.join(owners)} {have} it, and the optimizer is {name}")
-    given: dict[str, Any] = {
-        "clip_norm": options.clip_norm,
-        "accumulate": options.accumulate,
-        "decay_biases": options.decay_biases,
-    }
-    optional = {"weight_decay": options.weight_decay, "momentum": options.momentum, "eps": options.eps}
-    given |= {option: value for option, value in optional.items() if value is not None}
-    if options.nesterov:
-        given["nesterov"] = True
-    if name != "sgd":
-        given["betas"] = (
-            0.9 if options.beta1 is None else options.beta1,
-            0.999 if options.beta2 is None else options.beta2,
-        )
+    given = _chosen(options, _OPTIMIZER_OPTIONS, "optimizer", name, OPTIMIZERS)
+    if "betas" in given:
+        usual = _default(OPTIMIZERS[name], "betas")
+        asked = (options.beta1, options.beta2)
+        given["betas"] = tuple(default if one is None else one for one, default in zip(asked, usual, strict=True))
+    given |= {"clip_norm": options.clip_norm, "accumulate": options.accumulate, "decay_biases": options.decay_biases}
     return OPTIMIZERS[name](learning_rate(options) if schedule is None else schedule, **given)
 
 
+def _default(description: type, argument: str) -> Any:
+    return inspect.signature(description).parameters[argument].default
+
+
 def learning_rate(options: ModelOptions) -> float:
-    """The rate asked for, or the optimizer's own."""
+    """Return the given rate, or the optimizer's default."""
     if options.lr is not None:
         return as_number("lr", options.lr, low=0.0)
-    return 0.01 if options.optimizer == "sgd" else 0.001
+    if options.optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", options.optimizer, OPTIMIZERS)
+    return float(_default(OPTIMIZERS[options.optimizer], "lr"))
 
 
 def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
-    """The schedule, its lengths turned from epochs into updates of a training with ``rows`` training rows.
+    """Return the schedule, with lengths converted from epochs into updates for ``rows`` training rows.
 
-    The length of cosine and one_cycle is fixed here, so that a run whose epochs are raised later keeps its rates.
+    It fixes the length of cosine and one_cycle, so a run keeps its rates when its epochs are raised later.
     """
     kind, rate = options.schedule, learning_rate(options)
     if kind not in SCHEDULES:

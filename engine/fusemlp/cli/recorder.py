@@ -1,4 +1,4 @@
-"""Keeps a run folder up to date while ``fit`` trains: metrics and checkpoints, an epoch at a time."""
+"""Keep a run folder up to date during ``fit``: metrics and checkpoints, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fusemlp.report.runs import Run, append_metrics
 
 
 class Recorder(Callback):
-    """Writes a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
+    """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
 
-    The checkpoint ``best`` is the one with the lowest validation loss; ``best_loss`` is what a resumed run had. The row
-    is written before the checkpoint: whatever moment a run is killed at, each epoch of its checkpoint has a row.
+    The checkpoint ``best`` has the lowest validation loss; ``best_loss`` is that of a resumed run. The row is written
+    before the checkpoint, so a killed run has a row for each epoch of its checkpoint.
     """
 
     def __init__(self, run: Run, *, every: int, best_loss: float = math.inf) -> None:
@@ -39,11 +39,11 @@ class Recorder(Callback):
             self._save_best(engine, linked=due)
 
     def _save_best(self, engine: Engine, *, linked: bool) -> None:
-        """The checkpoint ``last`` if it was just written, under a second name; else a file of its own."""
+        """Link the checkpoint ``last`` to ``best`` if it was just written, else write ``best``."""
         best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
         if linked:
             temporary = best.with_name(f".{best.name}.tmp")
-            # A file system without hard links takes a second file.
+            # Without hard links, write a second file.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
                 os.link(last, temporary)

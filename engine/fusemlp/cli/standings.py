@@ -1,4 +1,4 @@
-"""The models of a sweep as rows of words, best first; and on a terminal, while it goes on, the best of them so far."""
+"""Show the models of a sweep as rows of text, best first; during the sweep, the best so far on a terminal."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Show = Callable[[Collection[Member]], None]
 
 
 class Seldom:
-    """Says when something is due again: every so many seconds, and never for more than a twentieth of the time."""
+    """Run an action every few seconds, but for at most a twentieth of the time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.next = 0.0
 
     def do(self, action: Callable[[], object]) -> None:
-        """``action``, if it is due."""
+        """Run ``action`` if it is due."""
         began = time.monotonic()
         if began >= self.next:
             action()
@@ -38,7 +38,7 @@ class Seldom:
 
 
 def table(members: Collection[Member], points: Sequence[Point], metric: str, *, limit: int | None) -> list[list[str]]:
-    """A header and a row for each model: its parameters, scores, epochs and status."""
+    """Return a header and a row for each model: its parameters, scores, epochs and status."""
     ranked = FleetResults(tuple(members)).ranked(metric)[:limit]
     scores = list(dict.fromkeys(name for member in ranked for name in member.scores))
     scores.sort(key=lambda name: (name != metric, not name.startswith("val_")))
@@ -55,7 +55,7 @@ def _short(value: Any) -> str:
 
 
 def counts(members: Collection[Member], total: int) -> str:
-    """``412 of 640 models: 380 trained, 30 stopped early, 2 diverged``."""
+    """Return a text such as ``412 of 640 models: 380 trained, 30 stopped early, 2 diverged``."""
     said = {"trained": "trained", "stopped": "stopped early", "diverged": "diverged"}
     parts = []
     for status, words in said.items():
@@ -68,7 +68,7 @@ def counts(members: Collection[Member], total: int) -> str:
 
 @contextmanager
 def standings(points: Sequence[Point], metric: str, *, quiet: bool) -> Iterator[Show]:
-    """A function of the models that have ended, which shows the best on a terminal, and elsewhere nothing."""
+    """Yield a function that shows the best of the finished models on a terminal, and nothing elsewhere."""
     if quiet or not sys.stderr.isatty():
         yield lambda members: None
         return
@@ -82,7 +82,7 @@ def standings(points: Sequence[Point], metric: str, *, quiet: bool) -> Iterator[
             title = f"{counts(members, len(points))}; {time.perf_counter() - began:.0f} s"
             rows = table(members, points, metric, limit=BEST)
             shown = _drawn(rows, title)
-            # measured where there is room for everything
+            # Measure on a console that is wide enough for everything.
             roomy = live.console.options.update(width=10_000)
             for name in _dispensable(rows[0], points[0], metric):
                 if live.console.measure(shown, options=roomy).maximum <= live.console.width:
@@ -97,7 +97,7 @@ def standings(points: Sequence[Point], metric: str, *, quiet: bool) -> Iterator[
 
 
 def _dispensable(header: Sequence[str], parameters: Iterable[str], metric: str) -> list[str]:
-    """The columns without which the others say enough, in the order in which a narrow terminal loses them."""
+    """Return the dispensable columns, in the order in which a narrow terminal drops them."""
     scores = [name for name in header if name not in {*parameters, metric, "model", "epochs", "status"}]
     of_training = [name for name in scores if not name.startswith("val_")]
     return [*of_training, "status", *(name for name in scores if name not in of_training), "epochs", "model"]

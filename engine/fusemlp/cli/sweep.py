@@ -31,18 +31,18 @@ from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, 
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
-# The options of ``train`` that a parameter is.
+# The options of ``train`` for each varied parameter.
 OPTIONS = {"betas": ("beta1", "beta2")}
-# Seconds between two writings of what has come so far.
+# Seconds between two writes of the results so far.
 WRITE = 5.0
 SHOWN = 5  # models in the table at the end
-# A list of no more values than these is drawn as words beside each other.
+# A list of up to this many values is drawn as words side by side.
 MOST_WORDS = 12
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A sweep that is about to begin: ``points`` and ``trained_by`` have an entry for each model."""
+    """A prepared sweep: ``points`` and ``trained_by`` have an entry for each model."""
 
     options: SweepOptions
     axes: tuple[grid.Axis, ...]
@@ -59,7 +59,7 @@ class Plan:
 
 
 def sweep(options: SweepOptions) -> None:
-    """Train all models, keep the results and the best; raises DivergenceError if every model diverged."""
+    """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
     started = datetime.now()
     if options.data is None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}")
@@ -73,7 +73,7 @@ def sweep(options: SweepOptions) -> None:
     try:
         members, interrupted = trained(plan, run)
     except BaseException:
-        # the same call again must not find its folder taken by nothing
+        # Remove the empty folder, so that the same command works again.
         discard_if_empty(run, itself=not was_there)
         raise
     seconds = time.perf_counter() - began
@@ -97,7 +97,7 @@ def sweep(options: SweepOptions) -> None:
 
 
 def planned(options: SweepOptions) -> Plan:
-    """Everything that can be wrong is raised here, before there is a folder."""
+    """Check all options, and raise their errors before the folder exists."""
     axes = grid.axes(options.vary or ())
     default = SweepOptions()
     for axis in axes:
@@ -139,7 +139,7 @@ def planned(options: SweepOptions) -> Plan:
 
 
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
-    """The options that ``train`` trains this model with."""
+    """Return the options of ``train`` for this model."""
     common = {field.name: getattr(options, field.name) for field in fields(FitOptions)}
     one = TrainOptions(**{**common, "out": None, "as_json": False, "quiet": False})
     changes: dict[str, Any] = {}
@@ -152,14 +152,14 @@ def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
         else:
             changes[name] = repr(value) if name == "dropout" else value
     if "seed" in point and options.split_seed is None:
-        # the models share their rows
+        # The models share their rows.
         changes["split_seed"] = options.seed
     return replace(one, **changes)
 
 
 @contextmanager
 def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
-    """An error about a parameter that is varied is one about ``--vary``."""
+    """Rename an error about a varied parameter to ``--vary``."""
     try:
         yield
     except (ArgumentError, ArgumentTypeError) as error:
@@ -168,7 +168,7 @@ def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
         if name in options:
             raise type(error)(f"vary: {error}") from None
         if name.startswith("vary, model "):
-            # the numbers of the models are not known before they are trained
+            # The user does not know the models' numbers yet.
             raise type(error)(f"vary: {rest}") from None
         raise
 
@@ -185,10 +185,10 @@ def _metric(options: SweepOptions, prepared: Prepared) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """Two lines on what is trained, on what."""
+    """Return two lines on the models and the data."""
     engine = plan.fleet.first
-    if engine.backend != "numpy":
-        # models that train in one launch know their plan when all of them are there; on a CPU there may be no room
+    if not engine.memory.backend.traits.on_host:
+        # On a GPU the plan depends on all models of a launch. On a CPU memory may not suffice for all engines.
         engine = plan.fleet.engines[0]
     total = len(plan.points)
     product = " x ".join(f"{len(axis)} {axis.name}" for axis in plan.axes)
@@ -201,7 +201,7 @@ def describe(plan: Plan) -> str:
 
 
 def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
-    """The models that ended, in the order of the points; True if Ctrl-C came before all of them had."""
+    """Return the finished models in the order of the points, and True if Ctrl-C came before the end."""
     rows, options = plan.prepared.train, plan.options
     members: dict[int, Member] = {}
     seldom = Seldom(WRITE)
@@ -239,7 +239,7 @@ def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
 
 
 def write_results(plan: Plan, run: Run, members: Sequence[Member]) -> None:
-    """``results.csv``: a row for each model that ended, the best first; floats in their shortest exact form."""
+    """Write ``results.csv``: a row for each finished model, the best first; floats in their shortest exact form."""
     scores = list(dict.fromkeys(name for member in members for name in member.scores))
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\n")
@@ -264,7 +264,7 @@ def write_results(plan: Plan, run: Run, members: Sequence[Member]) -> None:
 
 
 def draw(plan: Plan, run: Run, results: FleetResults) -> str:
-    """Write ``scores.png``, or say why there is none."""
+    """Write ``scores.png``; return its line for the report, or the reason for its absence."""
     if not can_plot():
         return f"no plot: it needs matplotlib: {HINT}"
     members = results.members
@@ -294,7 +294,7 @@ def draw(plan: Plan, run: Run, results: FleetResults) -> str:
 def best_config(
     plan: Plan, best: Member, started: datetime, ended: int, *, interrupted: bool, seconds: float
 ) -> dict[str, Any]:
-    """The configuration of the best model, as of a run that ``train`` made, and what the sweep was."""
+    """Return the configuration of the best model, as for a run of ``train``, and that of the sweep."""
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
     return config | {
         "started": started.astimezone().isoformat(timespec="seconds"),
@@ -311,7 +311,7 @@ def best_config(
 
 
 def show(plan: Plan, run: Run, best: Member, report: dict[str, Any], config: dict[str, Any]) -> None:
-    """The best model on stdout."""
+    """Print the best model."""
     parameters = plan.points[best.index]
     if plan.options.as_json:
         plot = run.path / "scores.png"

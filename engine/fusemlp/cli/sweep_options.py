@@ -1,4 +1,4 @@
-"""The options of ``sweep``: those of ``train``, and what the models differ in."""
+"""The options of ``sweep``: those of ``train``, and the varied parameters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SWEEP = "Sweep"
 
 @dataclass(frozen=True)
 class SweepOptions(FitOptions):
-    """What ``sweep`` takes."""
+    """The options of ``sweep``."""
 
     vary: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUES",
-            help="What the models differ in, once for each: lr, momentum, betas, weight_decay, dropout, hidden, "
+            help="A varied parameter, one an option: lr, momentum, betas, weight_decay, dropout, hidden, "
             "label_smoothing, seed or batch_size. VALUES: a list 0.1,0.2 (layers and betas joined by x: "
             "hidden=32,64x32, betas=0.9x0.999); LOW:HIGH:log:COUNT or LOW:HIGH:lin:COUNT (LOW:HIGH:COUNT), ends "
             "included; whole numbers FIRST:END as Python's range, END left out: seed=0:20.",
@@ -31,7 +31,7 @@ class SweepOptions(FitOptions):
         int | None,
         typer.Option(
             metavar="COUNT",
-            help="Train so many of all combinations, drawn at random by the seed of the split.",
+            help="Train this many of all combinations, drawn at random by the seed of the split.",
             rich_help_panel=SWEEP,
         ),
     ] = None
@@ -39,12 +39,12 @@ class SweepOptions(FitOptions):
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What makes a model the best: val_loss (unless given), val_accuracy, loss or accuracy. The test rows "
-            "have no say: on them the best model alone is judged.",
+            help="The score that ranks the models: val_loss (default), val_accuracy, loss or accuracy. The test rows "
+            "score only the best model.",
             rich_help_panel=SWEEP,
         ),
     ] = None
     jobs: Annotated[
         int | None,
-        typer.Option(help="How many models train at once; one a core unless given.", rich_help_panel=SWEEP),
+        typer.Option(help="The number of models that train at once; one a core unless given.", rich_help_panel=SWEEP),
     ] = None

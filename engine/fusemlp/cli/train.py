@@ -30,13 +30,13 @@ from fusemlp.report.runs import FORMAT, Run, choose_folder, create_run, keep_met
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
 DEFAULT_EPOCHS = 60
-# What a resumed run may be given besides --resume; everything else stays as the run began.
+# The options that --resume accepts; all others keep the values of the run.
 _FREE = frozenset({"resume", "epochs", "backend", "device", "checkpoint_every", "as_json", "quiet"})
 
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """A training that is about to begin or to go on."""
+    """A prepared training, new or resumed."""
 
     run: Run
     options: TrainOptions
@@ -48,7 +48,7 @@ class Session:
 
 
 def train(options: TrainOptions) -> None:
-    """Train, keep the run folder, print the results; raises DivergenceError when all that can be kept is kept."""
+    """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
     session = new_session(options) if options.resume is None else resumed_session(options)
     if not options.quiet:
@@ -85,7 +85,7 @@ def new_session(options: TrainOptions) -> Session:
 
 
 def checked_epochs(options: FitOptions) -> int:
-    """How many epochs to train for, once this and the early stopping are sound."""
+    """Check epochs and early stopping, and return the number of epochs."""
     epochs = as_count("epochs", DEFAULT_EPOCHS if options.epochs is None else options.epochs)
     if options.early_stopping is not None:
         as_count("early_stopping", options.early_stopping)
@@ -95,7 +95,7 @@ def checked_epochs(options: FitOptions) -> int:
 
 
 def resumed_session(given: TrainOptions) -> Session:
-    """The run as its last checkpoint left it; refuses options that would make it another run, and other data."""
+    """Return the run at its last checkpoint; refuse other data and options that would change the run."""
     default = TrainOptions()
     for option in fields(given):
         if option.name not in _FREE and getattr(given, option.name) != getattr(default, option.name):
@@ -152,7 +152,7 @@ def resumed_session(given: TrainOptions) -> Session:
 
 
 def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
-    """Refuse to go on with a run that has nothing left to do."""
+    """Refuse to resume a run with nothing left to do."""
     if report["diverged"]:
         raise ArgumentError("resume: the run diverged, and would again; start a new one with a lower --lr")
     if report["stopped"] and not report["interrupted"]:
@@ -162,7 +162,7 @@ def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
 
 
 def arguments(options: FitOptions) -> list[str]:
-    """The words of the command line that give these options."""
+    """Return the words of the command line for these options."""
     default = type(options)()
     words = [options.data or ""]
     for option in fields(options):
@@ -178,7 +178,7 @@ def arguments(options: FitOptions) -> list[str]:
 
 
 def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epochs: int) -> dict[str, Any]:
-    """Everything that is needed to repeat a run."""
+    """Return everything that is needed to repeat a run."""
     assert options.data is not None
     source = options.data if options.data in NAMES else str(Path(options.data).absolute())
     libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
@@ -209,10 +209,10 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
 
 
 def describe(session: Session) -> str:
-    """Two or three lines on what is trained, with what, on what."""
+    """Return two or three lines on network, optimizer and data."""
     engine, net = session.engine, session.engine.network
     rate = engine.optimizer.schedule
-    interpreted = engine.backend == "triton" and engine.device == "cpu"
+    interpreted = engine.device == "cpu" and not engine.memory.backend.traits.on_host
     note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
     return (
         f"{describe_data(session.prepared)}\n"
@@ -224,7 +224,7 @@ def describe(session: Session) -> str:
 
 
 def describe_data(prepared: Prepared) -> str:
-    """One line on the rows."""
+    """Return one line on the rows."""
     about, classes = prepared.summary, prepared.preprocessor.classes
     target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
     return (
@@ -234,7 +234,7 @@ def describe_data(prepared: Prepared) -> str:
 
 
 def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
-    """Train to the end, to Ctrl-C (True), or to a loss that is not finite: that error is handed back."""
+    """Train to the end, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
     engine, prepared, options = session.engine, session.prepared, session.options
     rows = prepared.train
     history = engine.history
@@ -256,7 +256,7 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:
             raise
-        # Ctrl-C came between two updates: the position inside the epoch is kept too.
+        # Ctrl-C came between two updates: save the position inside the epoch too.
         engine.save_checkpoint(session.run.checkpoint("last"))
         return True, None
     except DivergenceError as error:
@@ -265,7 +265,7 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
 
 
 def show(run: Run, report: dict[str, Any], *, as_json: bool) -> None:
-    """The results on stdout."""
+    """Print the results."""
     plot = str(run.curves) if run.curves.exists() else None
     if as_json:
         print(json.dumps(finite({**report, "run": str(run.path), "plot": plot})))
@@ -278,7 +278,7 @@ def show(run: Run, report: dict[str, Any], *, as_json: bool) -> None:
         print(line)
     for finding in report["diagnosis"]:
         if finding["name"] == "divergence":
-            continue  # the error says it
+            continue  # The error message has it.
         helps = f"; what helps: {', '.join(finding['remedies'])}" if finding["remedies"] else ""
         print(f"{finding['name']}: {finding['message']}{helps}")
     print(f"run folder {run.path}")

@@ -1,6 +1,6 @@
 """Readers of arrays in files: NumPy's npz and MNIST's IDX format.
 
-Every error is a DataError with the file's name, what was expected of it and what was found.
+Every error is a DataError with the file's name, the expectation and the content found.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusemlp_kernels.errors import DataError
 
 Array = npt.NDArray[Any]
 
-# What numpy, zipfile and zlib raise for damaged archives; RuntimeError stands for encryption and unknown versions.
+# numpy, zipfile and zlib raise these for damaged archives; RuntimeError stands for encryption and unknown versions.
 _UNREADABLE_ARCHIVE = (
     ValueError,
     EOFError,
@@ -36,14 +36,14 @@ _UNREADABLE_ARCHIVE = (
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """All arrays of an npz file by name. Pickled objects are never loaded."""
+    """Return all arrays of an npz file by name; pickled objects are never loaded."""
     try:
         with path.open("rb") as stream:
             archive = np.load(stream, allow_pickle=False)
             if isinstance(archive, np.lib.npyio.NpzFile):
                 with archive:
                     arrays = {name: archive[name] for name in archive.files}
-                # what does not begin like an array comes back as bytes
+                # numpy returns bytes for an entry without an array header.
                 foreign = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
                 if foreign:
                     raise ValueError(f"{foreign[0]!r} is no array")
@@ -57,9 +57,9 @@ def read_npz(path: Path) -> dict[str, Array]:
 
 
 def read_idx(path: Path) -> Array:
-    """The array of one IDX file, plain or compressed by gzip (``.gz``).
+    """Return the array of one IDX file, plain or compressed by gzip (``.gz``).
 
-    The format is the one that the MNIST distribution describes: two zero bytes, a type code, the number of
+    The MNIST distribution describes the format: two zero bytes, a type code, the number of
     dimensions, a 32-bit length for each, then the elements in row-major order; all big-endian.
     """
     types = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -83,7 +83,7 @@ def read_idx(path: Path) -> Array:
 
 
 def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
-    """Images and labels of a folder in MNIST's layout, None if it has neither; ``prefix`` is "train" or
+    """Return images and labels of a folder in MNIST's layout, None if it has neither; ``prefix`` is "train" or
     "t10k".
 
     The file names are ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, with "-" or "." before

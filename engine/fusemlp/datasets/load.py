@@ -1,6 +1,6 @@
 """Data sets by name or path, as arrays of features and labels.
 
-A categorical column of a table is held as indices into its sorted categories; ``preprocessing.Preprocessor``
+A categorical column of a table becomes indices into its sorted categories; ``preprocessing.Preprocessor``
 turns it into one column a category.
 """
 
@@ -27,7 +27,7 @@ Categories = tuple[tuple[str, ...] | None, ...]
 
 TASKS = ("classification", "regression")
 NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
-# Whole-number targets with more different values than this are taken for measurements.
+# Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
 
 
@@ -60,16 +60,16 @@ class Dataset:
 
 
 def load_data(source: str | Path, *, target: str | None = None, task: str | None = None) -> Dataset:
-    """A data set by name (``NAMES``) or path.
+    """Load a data set by name (``NAMES``) or path.
 
     Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` or ``.parquet``
     with the name of the ``target`` column; a folder of IDX files in MNIST's layout, plain or ``.gz``.
 
     ``task`` None infers: words and truth values are classes; numbers with decimals are measurements; whole numbers
-    are classes if there are at most ``MOST_CLASSES`` different ones and at least twice as many rows as those. That
-    is a guess for small whole numbers such as counts and ages: say ``task="regression"`` there.
+    are classes if there are at most ``MOST_CLASSES`` distinct ones and at least twice as many rows. Small whole
+    numbers such as counts and ages are ambiguous: pass ``task="regression"`` for them.
 
-    Raises ArgumentError for an unknown name, DataError for everything that is wrong with the files.
+    Raises ArgumentError for an unknown name, DataError for any problem with the files.
     """
     if task is not None and task not in TASKS:
         raise unknown_name("task", task, TASKS)
@@ -83,10 +83,10 @@ def load_data(source: str | Path, *, target: str | None = None, task: str | None
 
 
 def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
-    """The features of new data, as ``preprocessor.transform_features`` takes them.
+    """Load the features of new data, for ``preprocessor.transform_features``.
 
-    From an npz file the array X; from a table the columns that the network was trained on, by name, in any
-    order, among any others. Raises DataError, with the missing columns and those there are.
+    An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
+    among any others. Raises DataError that lists missing and present columns.
     """
     if isinstance(path, str) and path in NAMES:
         return _matching(Path(path), _named(path).X, preprocessor)
@@ -104,9 +104,9 @@ def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
 
 
 def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Features, Array]:
-    """Features and labels of new data for an evaluation, read as ``load_features`` reads them.
+    """Load features and labels of new data for an evaluation, as ``load_features`` does.
 
-    Where the data come with a test set of their own, that one is taken.
+    If the data bring a test set, the test set is returned.
     """
     named = isinstance(source, str) and source in NAMES
     path = Path(source) if named else _existing(source)
@@ -121,7 +121,7 @@ def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Featu
 
 
 def infer_task(y: Array) -> str:
-    """The rule of ``load_data`` for ``task=None``."""
+    """Return the task that ``load_data`` infers for ``task=None``."""
     if y.ndim == 2:
         return "regression"
     if y.dtype.kind not in "iuf":
@@ -257,7 +257,7 @@ def _from_idx_folder(path: Path) -> Dataset:
 def _coded(
     path: Path, table: dict[str, Array], names: tuple[str, ...], known: Categories | None
 ) -> tuple[Features, Categories]:
-    """The columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
+    """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
     X = np.empty((len(table[names[0]]), len(names)))
     categories: list[tuple[str, ...] | None] = []
     for index, name in enumerate(names):
@@ -285,7 +285,7 @@ def _categories(path: Path, name: str, column: Array) -> tuple[str, ...] | None:
     if column.dtype.kind in "biuf":
         return None
     words = tuple(sorted(set(column)))
-    # Words that hardly repeat are names or serial numbers: an input for each would only be learned by heart.
+    # Words that hardly repeat are names or serial numbers: the network would memorise an input for each.
     if len(words) > 20 and 2 * len(words) > len(column):
         raise DataError(
             f"{path}, column {name!r}: {len(words)} different words in {len(column)} rows, such as "

@@ -1,4 +1,4 @@
-"""What happens to data between file and network, kept with the run so that it can be repeated and undone."""
+"""The preprocessing between file and network; a run stores it, to repeat and to invert it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Label = str | int | float | bool
 
 
 def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tuple[Rows, Rows]:
-    """Indices of the training rows and of the held-out rows; the same for the same ``seed``.
+    """Return the indices of the training rows and of the held-out rows; the same for the same ``seed``.
 
     A shuffled ``fraction`` of all rows, rounded up, is held out. ``stratify`` keeps the shares of the classes;
     a class with a single row stays in the training rows, with a warning. Raises DataError if a side would be
@@ -42,22 +42,22 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
             names = ", ".join(repr(label) for label in classes[counts == 1].tolist()[:10])
             warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
         rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
-    held_out = int(np.ceil(fraction * len(rows)))
+    tested = int(np.ceil(fraction * len(rows)))
     needed = 1 if labels is None else max(1, len(np.unique(labels)))
-    if min(held_out, len(rows) - held_out) < needed:
+    if min(tested, len(rows) - tested) < needed:
         raise DataError(
-            f"fraction: {fraction} of {len(rows)} rows leaves {len(rows) - held_out} rows to train on and "
-            f"{held_out} held out; each side needs at least {needed}"
+            f"fraction: {fraction} of {len(rows)} rows leaves {len(rows) - tested} rows to train on and "
+            f"{tested} held out; each side needs at least {needed}"
             + (", one for each class" if stratify else "")
             + "; choose another fraction or give more rows"
         )
-    train, test = train_test_split(rows, test_size=held_out, random_state=seed % 2**32, stratify=labels)
+    train, test = train_test_split(rows, test_size=tested, random_state=seed % 2**32, stratify=labels)
     return np.concatenate([train, kept]), test
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Scaling of features, one column a category, encoding of labels or scaling of targets; made by ``fit``.
+    """Scaling of features, one column a category, and encoding of labels or scaling of targets; ``fit`` makes one.
 
     A column c of numbers becomes (c - shift) / scale; a column of words becomes one 0/1 column for each of
     its categories. ``classes`` are the labels in sorted order (None for a regression), whose targets become
@@ -87,12 +87,11 @@ class Preprocessor:
         one_hot_targets: bool = False,
         scale_targets: bool = True,
     ) -> Preprocessor:
-        """Statistics of the training ``rows`` of a data set.
+        """Return a Preprocessor with the statistics of the training ``rows`` of a data set.
 
         ``scale``: "standard" (mean 0, variance 1), "minmax" (0 to 1) or "none"; the targets of a regression
-        are scaled alike unless ``scale_targets`` is False (a Poisson loss needs its counts). Constant
-        columns are only shifted. The classes are those of the whole data set, so that every output has its
-        class whatever the split.
+        are scaled in the same way unless ``scale_targets`` is False (a Poisson loss needs its counts). Constant
+        columns are only shifted. The classes are those of the whole data set, so every split has the same outputs.
         """
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
@@ -134,16 +133,16 @@ class Preprocessor:
 
     @property
     def outputs(self) -> int:
-        """One for each class, or for each target of a regression."""
+        """The number of classes, or of a regression's targets."""
         return len(self.target_shift) if self.classes is None else len(self.classes)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes in words, for reports; empty for a regression."""
+        """The names of the classes, for reports; empty for a regression."""
         return self.class_names or tuple(str(label) for label in self.classes or ())
 
     def transform_features(self, X: Any) -> Features:
-        """Rows as ``load_data`` and ``load_features`` return them become (n, ``width``) float64."""
+        """Transform rows from ``load_data`` or ``load_features`` into (n, ``width``) float64."""
         given = as_features("X", X, width=len(self.feature_names), dtype=np.float64)
         scaled: Features = given - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
@@ -166,10 +165,10 @@ class Preprocessor:
         return np.hstack(parts)
 
     def encode_targets(self, y: Any) -> Array:
-        """What the loss is given: class indices (n,) int64, or float64 rows: one-hot or scaled targets.
+        """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled).
 
-        A label is looked up as it is, then by its text, since the labels of one file can be read as numbers and
-        those of another as words. Raises DataError for a label that is not among the classes.
+        A label is looked up by its value, then by its text, because one file may store labels as numbers and another as
+        words. Raises DataError for an unknown label.
         """
         if self.classes is None:
             values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64)
@@ -197,7 +196,7 @@ class Preprocessor:
         return np.eye(len(self.classes))[encoded] if self.one_hot_targets else encoded
 
     def decode_predictions(self, predictions: Any) -> Array:
-        """Class indices (n,) become original labels, values (n,) or (n, targets) original units."""
+        """Transform class indices (n,) into labels, and values (n,) or (n, targets) into their original units."""
         if self.classes is not None:
             codes = as_class_labels("predictions", predictions, classes=len(self.classes), rows=None)
             labels: Array = np.array(self.classes)[codes]
@@ -208,12 +207,12 @@ class Preprocessor:
         return values[:, 0] if self.outputs == 1 else values
 
     def to_config(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings and tuples; ``from_config`` gives an equal Preprocessor."""
+        """Return plain numbers, strings and tuples; ``from_config`` gives an equal Preprocessor."""
         return asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Preprocessor:
-        """The inverse of ``to_config``, before and after JSON; CheckpointError if the entries do not fit."""
+        """Invert ``to_config``, before or after JSON; CheckpointError if the entries do not fit."""
         try:
             stored = cls(**{name: _tuples(value) for name, value in config.items()})
             columns = {len(stored.feature_names), len(stored.categories)}
@@ -225,12 +224,12 @@ class Preprocessor:
         return stored
 
     def to_json(self) -> str:
-        """``to_config`` as JSON: floats by their shortest exact decimal form, labels with their types."""
+        """Return ``to_config`` as JSON: floats in their shortest exact decimal form, labels with their types."""
         return json.dumps(self.to_config(), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessor:
-        """The inverse of ``to_json``; CheckpointError if the text is not such JSON."""
+        """Invert ``to_json``; CheckpointError for other text."""
         try:
             config = json.loads(text)
         except json.JSONDecodeError as error:
@@ -243,7 +242,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _statistics(values: Features, scale: str, names: Sequence[str]) -> tuple[Features, Features]:
-    """Shift and scale of each column."""
+    """Return shift and scale of each column."""
     count = values.shape[1]
     if scale == "none":
         return np.zeros(count), np.ones(count)

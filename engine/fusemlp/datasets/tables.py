@@ -1,8 +1,7 @@
 """Tables: csv, tsv and parquet files as columns.
 
-Numbers become float64 arrays, words object arrays of str. CSV is read with the standard library alone, so
-that a file means the same on every installation. Every error is a DataError that names the file and the
-place in it.
+Numbers become float64 arrays, words object arrays of str. The standard library alone reads CSV, so a file means
+the same on every installation. Every error is a DataError that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -24,18 +23,17 @@ from fusemlp_kernels.errors import DataError
 TABLES = (".csv", ".tsv", ".parquet")
 MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"})
 _WHOLE = re.compile(r"[+-]?[0-9]+")
-# Rows of a csv file that are held as text at a time.
+# The number of rows of a csv file in memory as text.
 _CHUNK = 4096
 
 
 def read_table(
     path: Path, *, features: Sequence[str] | None = None, target: str | None = None, words: bool = False
 ) -> dict[str, Array]:
-    """Columns of a csv, tsv or parquet file by name, in the file's order.
+    """Return columns of a csv, tsv or parquet file by name, in the file's order.
 
-    ``features`` chooses the feature columns (None: all but the target); the others are not looked at. The
-    column ``target`` becomes int64, float64, bool or str, whichever its values are; with ``words`` it stays
-    as str.
+    ``features`` chooses the feature columns (None: all but the target); the others are ignored. The column
+    ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str.
     """
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path, features, target, words)
@@ -43,7 +41,7 @@ def read_table(
 
 
 def choose_columns(path: Path, names: Sequence[str], features: Sequence[str] | None, target: str | None) -> list[str]:
-    """The columns to read; DataError with the columns there are if one is missing or named twice."""
+    """Return the columns to read; DataError, with a list of the columns, if one is missing or named twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{path}: several columns are called {_listed(twice)}; give each its own name")
@@ -58,7 +56,7 @@ def choose_columns(path: Path, names: Sequence[str], features: Sequence[str] | N
 
 
 def read_names(path: Path) -> list[str]:
-    """The names of the columns of a table, in order."""
+    """Return the names of a table's columns, in order."""
     if path.suffix.lower() == ".parquet":
         return list(_frame(path).columns)
     with _csv_rows(path) as (names, _, _):
@@ -67,11 +65,11 @@ def read_names(path: Path) -> list[str]:
 
 @contextmanager
 def _csv_rows(path: Path) -> Iterator[tuple[list[str], str, Any]]:
-    """Column names, delimiter, and the reader of the rows below; what reading raises becomes DataError."""
+    """Yield column names, delimiter and the reader of the rows; errors of the reader become DataError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             first = stream.readline()
-            # Spreadsheets write ";" where "," is the decimal sign.
+            # Spreadsheets write ";" if "," is the decimal sign.
             delimiter = max(",;\t", key=first.count)
             stream.seek(0)
             reader = csv.reader(stream, delimiter=delimiter, strict=True)

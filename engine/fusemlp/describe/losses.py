@@ -1,7 +1,7 @@
-"""Losses as frozen descriptions; what each computes is in ``fusemlp_kernels.reference.loss_grad``.
+"""Losses as frozen descriptions; ``fusemlp_kernels.reference.loss_grad`` has the formulas.
 
-``reduction="mean"`` is the mean over rows for cross_entropy and over all elements for the others, weighted
-where there are weights; "sum" is the sum. ``M`` rows, ``N`` outputs.
+``reduction="mean"`` is the (weighted) mean over rows for cross_entropy, and over all elements for the others;
+"sum" is the sum. ``M`` rows, ``N`` outputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NAMES_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Loss:
-    """What all losses share; use one of the classes below."""
+    """The base class of all losses."""
 
     kind: ClassVar[str]
     takes_logits: ClassVar[str] = ""
@@ -46,22 +46,22 @@ class Loss:
 
     @property
     def is_classification(self) -> bool:
-        """Whether targets are classes, so that ``predict`` answers with classes."""
+        """True if targets are classes; ``predict`` then returns classes."""
         return self.kind in ("cross_entropy", "binary_cross_entropy")
 
     @property
     def class_weight(self) -> tuple[float, ...] | None:
-        """A weight for each class; only cross_entropy can have them."""
+        """A weight for each class; only cross_entropy has them."""
         return None
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
-        """The loss for the kernels: ``accuracy`` counts hits, ``soft`` is for rows of probabilities."""
+        """Return the loss for the kernels: ``accuracy`` counts hits, ``soft`` is for rows of probabilities."""
         if soft and self.kind != "cross_entropy":
             raise ArgumentError(f"soft: only cross_entropy takes probabilities as targets, not {self.kind}")
         return LossSpec(self.kind, reduction=self.reduction, soft=soft, accuracy=accuracy, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        """What the loss sets of ``LossSpec`` besides the common fields."""
+        """Return the fields of ``LossSpec`` that only this loss sets."""
         return {}
 
     def check_network(self, net: MLP) -> None:
@@ -73,7 +73,7 @@ class Loss:
             )
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able; ``loss_from_config`` is its inverse."""
+        """Return a JSON-able description; ``loss_from_config`` inverts it."""
         config = {"kind": self.kind, **asdict(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
@@ -203,7 +203,7 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def _label(value: object) -> int:
-    """Any whole number: torch's habit is -100, and one of the classes may be left out, too."""
+    """Return the index as an int. Any whole number is valid: torch's default -100, or one of the classes."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentTypeError(f"ignore_index: expected a whole number or None, got {value!r}")
     return int(value)
@@ -225,7 +225,7 @@ def _class_weights(given: object) -> tuple[float, ...]:
 
 
 def as_loss(value: str | Loss) -> Loss:
-    """The loss that a name or an object stands for; by name, every option has its default."""
+    """Return the loss for a name or an object; a name stands for the default options."""
     if isinstance(value, Loss):
         return value
     if not isinstance(value, str):
@@ -238,7 +238,7 @@ def as_loss(value: str | Loss) -> Loss:
 
 
 def loss_from_config(config: Mapping[str, Any]) -> Loss:
-    """The inverse of ``to_config``."""
+    """Invert ``to_config``."""
     cls = LOSSES[check_choice("loss", config.get("kind"), LOSSES)]
     check_keys("loss", config, ("kind", *(option.name for option in fields(cls))))
     return cls(**{name: value for name, value in config.items() if name != "kind"})

@@ -31,7 +31,7 @@ INITS = (
     "torch",
     "zeros",
 )
-# Activations that keep about half of a symmetric input, for which He et al. derived their variance.
+# Activations that keep about half of a symmetric input; He et al. derived their variance for these.
 _RECTIFIERS = frozenset({"relu", "leaky_relu", "prelu", "gelu", "silu"})
 _DEFAULT_SLOPES = {"leaky_relu": 0.01, "prelu": 0.25}
 _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmoid", "swish": "silu"}
@@ -41,7 +41,7 @@ _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmo
 class Activation:
     """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, or prelu's initial one.
 
-    leaky_relu needs ``slope >= 0``: its derivative is read off the sign of its output.
+    leaky_relu needs ``slope >= 0``, because its derivative follows from the sign of its output.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Activation:
         return f"Activation({self.name!r})"
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able; ``activation_from_config`` is its inverse."""
+        """Return a JSON-able description; ``activation_from_config`` inverts it."""
         return {"name": self.name, "slope": self.slope}
 
 
@@ -80,13 +80,13 @@ def PReLU(init: float = 0.25) -> Activation:
 
 
 def activation_from_config(config: Mapping[str, Any]) -> Activation:
-    """The inverse of ``Activation.to_config``."""
+    """Invert ``Activation.to_config``."""
     check_keys("activation", config, ("name", "slope"))
     return Activation(config["name"], config["slope"])
 
 
 def as_activation(argument: str, value: str | Activation) -> Activation:
-    """The activation that a name or an object stands for; ``argument`` is what an error calls it.
+    """Return the activation for a name or an object; errors call it ``argument``.
 
     By name, leaky_relu has the slope 0.01 and prelu starts at 0.25.
     """
@@ -109,7 +109,7 @@ def as_activation(argument: str, value: str | Activation) -> Activation:
 
 
 def _one_per_hidden_layer(argument: str, value: Any, hidden: int, check: Callable[[Any], Checked]) -> list[Checked]:
-    """The checked ``value`` once for each hidden layer: one is repeated, several must be as many as the layers."""
+    """Return one checked value for each hidden layer: repeat a single one, or check the number of several."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         return [check(value)] * hidden
     values = list(value)
@@ -180,16 +180,16 @@ class MLP:
 
     @property
     def layers(self) -> int:
-        """How many layers of weights there are."""
+        """The number of layers with weights."""
         return len(self.sizes) - 1
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers are learned: weights, biases and PReLU slopes."""
+        """The number of learned values: weights, biases and PReLU slopes."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter by its name, in the order of ``state_dict``."""
+        """Return the shape of each parameter by its name, in the order of ``state_dict``."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
             shapes[f"{2 * layer}.weight"] = (outputs, inputs)
@@ -199,9 +199,9 @@ class MLP:
         return shapes
 
     def initial_parameters(self, seed: int) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-        """Initial parameters in float64, named and ordered as in ``state_dict``; ``seed >= 0`` decides them.
+        """Return initial parameters in float64, named and ordered as in ``state_dict``, drawn with ``seed >= 0``.
 
-        Each layer draws from a random stream of its own: no layer's numbers depend on another's width.
+        Each layer draws from its own random stream, so its numbers do not depend on another layer's width.
         """
         streams = np.random.SeedSequence(as_count("seed", seed, minimum=0)).spawn(self.layers)
         parameters: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
@@ -217,7 +217,7 @@ class MLP:
         return parameters
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able; ``MLP.from_config`` is its inverse."""
+        """Return a JSON-able description; ``MLP.from_config`` inverts it."""
         return {
             "sizes": list(self.sizes),
             "activations": [activation.to_config() for activation in self.activations],
@@ -227,7 +227,7 @@ class MLP:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:
-        """The network that ``to_config`` wrote down."""
+        """Return the network of a description from ``to_config``."""
         check_keys("network", config, ("sizes", "activations", "dropouts", "init"))
         *hidden, output = (activation_from_config(one) for one in config["activations"])
         return cls(
@@ -249,7 +249,7 @@ class MLP:
 
 
 def _compact(values: Iterable[object]) -> str:
-    """The one value that all are, or the list of them."""
+    """Return the common value if all are equal, else the list."""
     several = list(values)
     return repr(several[0] if len(set(several)) == 1 else several)
 
@@ -257,7 +257,7 @@ def _compact(values: Iterable[object]) -> str:
 def _draw(
     generator: np.random.Generator, init: str, activation: Activation, fan_in: int, fan_out: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """A layer's weight (fan_out, fan_in) and bias (fan_out,); the meaning of ``init`` is in ``MLP``."""
+    """Draw a layer's weight (fan_out, fan_in) and bias (fan_out,); ``MLP`` explains ``init``."""
     shape = (fan_out, fan_in)
     if init == "zeros":
         return np.zeros(shape), np.zeros(fan_out)
@@ -267,7 +267,7 @@ def _draw(
     if init == "auto":
         init = "he_normal" if activation.name in _RECTIFIERS else "glorot_uniform"
     family, distribution = init.split("_")
-    # slope is zero for all but leaky_relu and prelu
+    # Only leaky_relu and prelu have a nonzero slope.
     variance = {
         "he": 2.0 / ((1.0 + activation.slope**2) * fan_in),
         "glorot": 2.0 / (fan_in + fan_out),
@@ -275,6 +275,6 @@ def _draw(
     }[family]
     if distribution == "normal":
         return generator.normal(0.0, math.sqrt(variance), shape), np.zeros(fan_out)
-    # U(-b, b) has the variance b**2 / 3
+    # U(-b, b) has the variance b**2 / 3.
     bound = math.sqrt(3.0 * variance)
     return generator.uniform(-bound, bound, shape), np.zeros(fan_out)

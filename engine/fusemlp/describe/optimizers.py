@@ -1,4 +1,4 @@
-"""Optimizers as frozen descriptions; the arithmetic is in ``fusemlp_kernels.reference.update``.
+"""Optimizers as frozen descriptions; ``fusemlp_kernels.reference.update`` has the arithmetic.
 
 The meaning of every option is torch's. ``convention="scikit-learn"`` keeps the learning rate inside SGD's
 velocity and adds Adam's epsilon before the bias correction, as scikit-learn's networks do.
@@ -7,8 +7,8 @@ Options of all of them, by keyword:
 
 - ``lr``: a learning rate >= 0, or a schedule
 - ``weight_decay``: coupled (an L2 penalty in the gradient) for SGD and Adam, decoupled for AdamW
-- ``clip_norm``: gradients are scaled down to this global norm where theirs is greater
-- ``accumulate``: an update is applied once every so many batches
+- ``clip_norm``: gradients with a greater global norm are scaled down to this norm
+- ``accumulate``: the number of batches whose mean gradient makes one update
 - ``decay_biases``: False excludes the biases, and the PReLU slopes, from weight decay
 - ``per_parameter``: a mapping of patterns (as in file names: ``0.*``, ``*.bias``) to ``ParameterOptions``;
   the first pattern that matches a parameter's name decides
@@ -34,10 +34,10 @@ CONVENTIONS = ("torch", "scikit-learn")
 
 @dataclass(frozen=True)
 class ParameterOptions:
-    """What some parameters change of the optimizer's rule.
+    """Options of some parameters that override the optimizer's.
 
     ``trainable=False`` freezes them; ``lr_factor`` multiplies the learning rate; ``weight_decay``, unless None,
-    takes the place of the optimizer's, whatever ``decay_biases`` says.
+    replaces the optimizer's and overrides ``decay_biases``.
     """
 
     trainable: bool = True
@@ -54,7 +54,7 @@ class ParameterOptions:
             freeze(self, weight_decay=as_number("weight_decay", self.weight_decay, low=0.0))
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able; ``ParameterOptions(**config)`` is its inverse."""
+        """Return a JSON-able description; ``ParameterOptions(**config)`` inverts it."""
         return asdict(self)
 
 
@@ -63,7 +63,7 @@ PerParameter = Mapping[str, ParameterOptions] | Iterable[tuple[str, ParameterOpt
 
 @dataclass(frozen=True, init=False)
 class Optimizer(ABC):
-    """What all optimizers share; use SGD, Adam or AdamW."""
+    """The base class of all optimizers."""
 
     kind: ClassVar[str]
     lr: float | Schedule
@@ -113,10 +113,10 @@ class Optimizer(ABC):
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
-        """What the optimizer sets of ``UpdateRule`` besides the common fields."""
+        """Return the fields of ``UpdateRule`` that only this optimizer sets."""
 
     def options_for(self, name: str) -> tuple[bool, TensorRule]:
-        """Whether the parameter ``name`` is trained, and what it changes of the rule."""
+        """Return whether the parameter ``name`` is trained, and its own part of the rule."""
         decays = self.decay_biases or not _is_bias_or_slope(name)
         weight_decay = self.weight_decay if decays else 0.0
         for pattern, options in self.per_parameter:
@@ -136,7 +136,7 @@ class Optimizer(ABC):
                 )
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able; ``optimizer_from_config`` is its inverse."""
+        """Return a JSON-able description; ``optimizer_from_config`` inverts it."""
         config: dict[str, Any] = {"kind": self.kind}
         for option in fields(self):
             value = getattr(self, option.name)
@@ -310,13 +310,13 @@ def _patterns(given: object) -> tuple[tuple[str, ParameterOptions], ...]:
 
 
 def _is_bias_or_slope(name: str) -> bool:
-    """Layer l's tensors bear the number 2l, the slope behind it the number 2l + 1."""
+    """Return the short name: layer l's tensors have the number 2l, its PReLU slope 2l + 1."""
     number, _, tensor = name.partition(".")
     return tensor == "bias" or int(number) % 2 == 1
 
 
 def as_optimizer(value: str | Optimizer) -> Optimizer:
-    """The optimizer that a name (sgd, adam, adamw) or an object stands for; by name, with its defaults."""
+    """Return the optimizer for a name (sgd, adam, adamw) or an object; a name stands for the defaults."""
     if isinstance(value, Optimizer):
         return value
     if not isinstance(value, str):
@@ -329,7 +329,7 @@ def as_optimizer(value: str | Optimizer) -> Optimizer:
 
 
 def optimizer_from_config(config: Mapping[str, Any]) -> Optimizer:
-    """The inverse of ``to_config``."""
+    """Invert ``to_config``."""
     cls = OPTIMIZERS[check_choice("optimizer", config.get("kind"), OPTIMIZERS)]
     check_keys("optimizer", config, ("kind", *(option.name for option in fields(cls))))
     options = {name: value for name, value in config.items() if name != "kind"}

@@ -100,16 +100,17 @@ def run_side_by_side(
     waiting = iter(trainings)
     failed = False
 
-    def told(number: int, error: DivergenceError | None) -> None:
-        if not failed:
-            ended(number, error)
-
-    threads = LaunchThreads(workers, told)
     with deferred_interrupt() as interrupted:
 
         def stop() -> bool:
             return failed or interrupted()
 
+        def told(number: int, error: DivergenceError | None) -> None:
+            # a training that was stopped has not come to its end
+            if not stop():
+                ended(number, error)
+
+        threads = LaunchThreads(workers, told)
         try:
             while True:
                 while threads.active < threads.most and not stop():

@@ -1,8 +1,8 @@
-"""Checks of arrays and numbers where the user meets the library, before anything is allocated or written.
+"""Check the user's arrays and numbers, before anything is allocated or written.
 
 Arrays may be NumPy arrays (of any memory order, read-only too), lists, or anything with ``__array__`` or
-``__dlpack__`` in host memory, such as pandas frames and torch tensors. What was given is never written to; an
-array of the wanted dtype in C order is returned as it is, without a copy.
+``__dlpack__`` in host memory, such as pandas frames and torch tensors. The checks never write to an argument. They
+return an array of the wanted dtype in C order without a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def as_features(
     check_finite: bool = True,
     minimum_rows: int = 1,
 ) -> Array:
-    """The input matrix as a C-contiguous ``(n, width)`` array of ``dtype``.
+    """Return the input matrix as a C-contiguous ``(n, width)`` array of ``dtype``.
 
     Raises ShapeError (not two-dimensional, wrong width), DTypeError (not real numbers) and DataError (too few
     rows; with ``check_finite`` also NaN, infinities and values that ``dtype`` cannot hold).
@@ -52,7 +52,7 @@ def as_features(
 def as_class_labels(
     argument: str, value: Any, *, classes: int, rows: int | None, ignore_index: int | None = None
 ) -> npt.NDArray[np.int64]:
-    """Class indices 0 to ``classes`` - 1 (or ``ignore_index``) as an ``(n,)`` int64 array.
+    """Return class indices 0 to ``classes`` - 1 (or ``ignore_index``) as an ``(n,)`` int64 array.
 
     Accepted: every integer type, bool, and floats with whole values; shape (n,) or one column (n, 1). Raises
     ShapeError (more columns, or not ``rows`` rows), DTypeError (strings, objects, complex) and DataError
@@ -90,7 +90,7 @@ def as_class_labels(
 
 
 def as_values(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
-    """Real targets as a C-contiguous ``(n, width)`` array; a vector counts as one column if ``width`` is 1.
+    """Return real targets as a C-contiguous ``(n, width)`` array; a vector counts as one column if ``width`` is 1.
 
     Raises ShapeError, DTypeError, and DataError for NaN, infinities and values that ``dtype`` cannot hold.
     """
@@ -107,7 +107,7 @@ def as_values(argument: str, value: Any, *, width: int, rows: int | None, dtype:
 
 
 def as_binary_targets(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
-    """Targets of the binary cross-entropy, 0 to 1, as an ``(n, width)`` array; errors as ``as_values``."""
+    """Return targets of the binary cross-entropy, 0 to 1, as an ``(n, width)`` array; errors as ``as_values``."""
     array = as_values(argument, value, width=width, rows=rows, dtype=dtype)
     mend = f"for labels -1 and 1 give ({argument} + 1) / 2; for more than two classes use loss 'cross_entropy'"
     _check_range(argument, array, 0.0, 1.0, "binary cross-entropy takes targets from 0 to 1", mend)
@@ -115,7 +115,7 @@ def as_binary_targets(argument: str, value: Any, *, width: int, rows: int | None
 
 
 def as_counts(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
-    """Targets of the Poisson loss, each at least 0 and not necessarily whole; errors as ``as_values``."""
+    """Return targets of the Poisson loss, each at least 0, whole or not; errors as ``as_values``."""
     array = as_values(argument, value, width=width, rows=rows, dtype=dtype)
     mend = "use loss 'mse' or 'huber' for targets that may be negative"
     _check_range(argument, array, 0.0, math.inf, "the Poisson loss takes counts of at least 0", mend)
@@ -123,7 +123,7 @@ def as_counts(argument: str, value: Any, *, width: int, rows: int | None, dtype:
 
 
 def as_probability_rows(argument: str, value: Any, *, classes: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
-    """Soft targets as an ``(n, classes)`` array: every row at least 0 and with sum 1.
+    """Return soft targets as an ``(n, classes)`` array: every row at least 0 and with sum 1.
 
     A row that was normalised in arithmetic of unit roundoff u = eps / 2 has a computed normaliser within
     (classes - 1) u, and each quotient and its storage round once more: its sum lies within (classes + 1) u of
@@ -148,7 +148,7 @@ def as_probability_rows(argument: str, value: Any, *, classes: int, rows: int | 
 
 
 def as_weights(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeLike) -> Array:
-    """Row weights as an ``(n,)`` array: finite, at least 0, not all zero; one column (n, 1) is accepted."""
+    """Return row weights as an ``(n,)`` array: finite, at least 0, not all zero; accept one column (n, 1)."""
     array = _single_column(argument, _real(argument, to_array(argument, value)), "weights")
     _check_rows(argument, array, rows)
     array = _converted(argument, array, dtype, check_finite=True)
@@ -166,7 +166,7 @@ def as_weights(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeL
 
 
 def same_rows(**named: Any) -> None:
-    """ShapeError unless the arrays given by name (``None`` is passed over) have the same number of rows."""
+    """Raise ShapeError unless the named arrays (``None`` is skipped) have the same number of rows."""
     counts = {}
     for argument, value in named.items():
         if value is not None:
@@ -180,7 +180,7 @@ def same_rows(**named: Any) -> None:
 
 
 def to_array(argument: str, value: Any) -> Array:
-    """What the user gave as a plain ndarray of whatever shape and dtype, without a copy where possible."""
+    """Return the user's argument as a plain ndarray of any shape and dtype, without a copy if possible."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray) and value.mask is not np.ma.nomask and value.mask.any():
@@ -189,7 +189,7 @@ def to_array(argument: str, value: Any) -> Array:
         raise ArgumentTypeError(f"{argument}: sparse matrices are not supported; give {argument}.toarray()")
     try:
         if getattr(value, "requires_grad", None) is True:
-            # a torch tensor; the values are read, and nothing flows back
+            # A torch tensor: only its values are read, without autograd.
             value = value.detach()
         if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
             return np.from_dlpack(value)
@@ -228,7 +228,7 @@ def _converted(argument: str, array: Array, dtype: npt.DTypeLike, *, check_finit
 
 
 def _check_finite(argument: str, given: Array, result: Array) -> None:
-    # A sum is quick. It is not finite if an element is not, or if it overflows: then the elements are looked at.
+    # A sum is fast. Only if it is not finite, by an element or by overflow, check every element.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(result.sum()):
             return
@@ -253,7 +253,7 @@ def _check_range(argument: str, array: Array, low: float, high: float, rule: str
 
 
 def _first(bad: Array) -> tuple[tuple[int, ...], str]:
-    """The index of the first True, and in words its place and the number of the others."""
+    """Return the index of the first True, and its place in words with the number of the others."""
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
     place = ", ".join(f"{name} {i}" for name, i in zip(("row", "column"), index, strict=False))
     others = int(np.count_nonzero(bad)) - 1

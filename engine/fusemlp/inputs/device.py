@@ -1,7 +1,7 @@
-"""Checks of arrays that already lie on the engine's device: they are looked at there, and go in without a copy.
+"""Check arrays on the engine's device, and use them there without a copy.
 
-What is right is returned as the backend's own array over the same memory. What is not, or needs a look at every row, is
-read to the host once and given to the checks of ``validation``: they say what is wrong, in the same words for all
+A valid array returns as the backend's own array over the same memory. An invalid one, or one that needs a check of
+every row, is copied to the host once and passed to the checks of ``arrays``. They raise the same errors as for host
 arrays, or return the converted host array.
 """
 
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 
 def features(backend: Backend, argument: str, value: Any, *, width: int, dtype: Any, check_finite: bool = True) -> Any:
-    """``as_features`` of an array on the device: (n, width), on the device if nothing is wrong with it."""
+    """Return ``as_features`` of a device array: (n, width), on the device if it is valid."""
     native = backend.adopt(value)
     if native is None:
         return as_features(argument, value, width=width, dtype=dtype, check_finite=check_finite)
@@ -30,8 +30,8 @@ def features(backend: Backend, argument: str, value: Any, *, width: int, dtype: 
 
 
 def targets(backend: Backend, argument: str, value: Any, loss: Loss, *, outputs: int, rows: int, dtype: Any) -> Targets:
-    """``as_targets`` of an array on the device. Rows of probabilities, and labels that may be ignored, come from the
-    host: their checks look at every row."""
+    """Return ``as_targets`` of a device array. Rows of probabilities and labels with an ignored index go to the host,
+    because their checks read every row."""
     native = backend.adopt(value)
     if native is None:
         return as_targets(argument, value, loss, outputs=outputs, rows=rows, dtype=dtype)
@@ -54,26 +54,26 @@ def targets(backend: Backend, argument: str, value: Any, loss: Loss, *, outputs:
 
 
 def weights(backend: Backend, argument: str, value: Any, *, rows: int, dtype: Any) -> Any:
-    """``as_weights`` of an array on the device, (n,)."""
+    """Return ``as_weights`` of a device array, (n,)."""
     native = backend.adopt(value)
     if native is None:
         return as_weights(argument, value, rows=rows, dtype=dtype)
     column = _column(native)
     if column is not None and len(column) == rows and not backend.is_integer(column):
         low, high = backend.extent(column)
-        # the bound keeps the sum of the rows below the largest number
+        # The bound keeps the sum of the rows finite.
         if low >= 0.0 and 0.0 < high <= np.finfo(dtype).max / rows:
             return column
     return as_weights(argument, backend.to_host(native), rows=rows, dtype=dtype)
 
 
 def on_host(backend: Backend, array: Any) -> Array:
-    """The array in host memory: itself, where it is there."""
+    """Return the array in host memory, without a copy if it is there."""
     return array if isinstance(array, np.ndarray) else backend.to_host(array)
 
 
 def largest(backend: Backend, array: Any) -> float:
-    """The greatest absolute value."""
+    """Return the greatest absolute value."""
     if isinstance(array, np.ndarray):
         return float(np.abs(array).max())
     return max(abs(bound) for bound in backend.extent(array))
@@ -91,7 +91,7 @@ def _column(native: Any) -> Any | None:
 
 
 def _fits(backend: Backend, native: Any, dtype: Any, lowest: float = -np.inf, highest: float = np.inf) -> bool:
-    """Whether all elements are numbers that ``dtype`` holds, from ``lowest`` to ``highest``."""
+    """Return whether all elements are from ``lowest`` to ``highest`` and finite in ``dtype``."""
     low, high = backend.extent(native)
     most = float(np.finfo(dtype).max)
     return max(lowest, -most) <= low and high <= min(highest, most)

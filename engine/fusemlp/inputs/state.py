@@ -1,4 +1,4 @@
-"""Parameters given from outside, by the names that torch gives them."""
+"""Check parameters from the user, by torch's names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 
 def checked_state(net: MLP, state: Mapping[str, Any], real: np.dtype[Any]) -> dict[str, Array]:
-    """``state`` as arrays of the engine's type, if it has exactly the keys and shapes of the network."""
+    """Return ``state`` as arrays of the engine's type; it must have exactly the network's keys and shapes."""
     if not isinstance(state, Mapping):
         raise ArgumentTypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
     shapes = net.parameter_shapes()

@@ -1,4 +1,4 @@
-"""Targets as the kernels want them, from what the user gives for a loss."""
+"""Convert the user's targets of a loss for the kernels."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ Array = np.ndarray[Any, Any]
 
 
 class Targets(NamedTuple):
-    """``values``: (n,) classes, or (n, N) reals, in host memory or on the device; ``soft``: they are rows of
-    probabilities."""
+    """``values``: (n,) classes or (n, N) reals, on host or device; ``soft``: True for rows of probabilities."""
 
     values: Any
     soft: bool
 
 
 def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | None, dtype: Any) -> Targets:
-    """Check ``y`` for a loss and a network with ``outputs`` outputs; ``rows``: how many there must be.
+    """Check ``y`` for a loss and a network with ``outputs`` outputs; ``rows``: the number of rows it must have.
 
     cross_entropy takes (n,) integers, or (n, N) probabilities; binary_cross_entropy (n, N) values from 0 to 1; poisson
     counts; the others (n, N) reals. (n,) stands for (n, 1). Raises ShapeError, DTypeError or DataError.
@@ -44,7 +43,7 @@ def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | N
 
 
 def are_one_hot(values: Array) -> bool:
-    """Whether every row is a class: one 1 and zeros elsewhere, in at least two columns."""
+    """Return whether every row is one-hot: one 1 and zeros elsewhere, in at least two columns."""
     if values.ndim != 2 or values.shape[1] < 2 or not len(values):
         return False
     return bool(np.all((values == 0.0) | (values == 1.0)) and np.all(values.sum(axis=1) == 1.0))

@@ -1,7 +1,7 @@
-"""Where the values of a program lie: planned and verified once for all programs that differ in numbers alone.
+"""Plan and verify the workspace of a program once for all programs that differ only in numbers.
 
-Thousands of models may be trained on one structure, each with a learning rate, a dropout or a seed of its own: neither
-the plan of the workspace nor what the verifier looks at depends on these.
+Thousands of models may have one structure, each with its own learning rate, dropout or seed. The plan of the workspace
+and the verifier's checks do not depend on these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fusemlp.program.verifier import Places, verify
 
 @dataclass(frozen=True)
 class Placement:
-    """Of the values of kind "work" the dtype and place by name, and the size of the arena of each dtype."""
+    """The dtype and place of each value of kind "work", and the size of the arena of each dtype."""
 
     places: Mapping[str, tuple[str, Place]]
     sizes: Mapping[str, int]
@@ -29,7 +29,7 @@ _lock = threading.Lock()
 
 
 def placement(program: Program, layout: Layout, *, row_multiple: int) -> Placement:
-    """The workspace of a verified program whose parameters lie in ``layout``. Raises ProgramError: see ``verify``."""
+    """Return the workspace of a verified program with parameters in ``layout``. Raises ProgramError: see ``verify``."""
     key = (program.structure, layout, row_multiple)
     with _lock:
         known = _placements.get(key)
@@ -47,7 +47,7 @@ def placement(program: Program, layout: Layout, *, row_multiple: int) -> Placeme
 
 
 def persistent_places(program: Program, layout: Layout) -> Places:
-    """The memory of parameters, gradients and optimizer state, for the verifier."""
+    """Return the memory of parameters, gradients and optimizer state, for the verifier."""
     ranges = {}
     for name, value in program.values.items():
         if value.kind not in ("parameter", "gradient", "state", "shadow"):

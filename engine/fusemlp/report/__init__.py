@@ -1,1 +1,1 @@
-"""What a training leaves for people: run folders, metrics, plots, ONNX."""
+"""The reports of a training: run folders, metrics, plots, ONNX."""

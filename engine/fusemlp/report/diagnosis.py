@@ -1,4 +1,4 @@
-"""What tends to go wrong with a training, read off its history and its units, and what helps."""
+"""Find common problems of a training in its history and its units, and suggest remedies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# The validation loss has risen by this share above its best while the training loss fell.
+# Overfitting: the validation loss rises by this share above its best while the training loss falls.
 RISE = 0.05
-# Right answers in training minus those in validation.
+# Overfitting: training accuracy minus validation accuracy.
 ACCURACY_GAP = 0.1
 DEAD_FRACTION = 0.3
 OVERFITTING_REMEDIES = ("early stopping (--early-stopping 10)", "--dropout 0.2", "more --weight-decay", "more data")
@@ -17,7 +17,7 @@ DEAD_REMEDIES = ("--activation leaky_relu or prelu", "a lower learning rate (--l
 
 @dataclass(frozen=True)
 class Finding:
-    """Something found: its name, what was seen, what helps. ``epoch`` (from 1) is when it began, if it did."""
+    """A finding: its name, the evidence and the remedies. ``epoch`` (from 1): its start, if known."""
 
     name: str
     message: str
@@ -26,7 +26,7 @@ class Finding:
     figures: dict[str, float] = field(default_factory=dict)
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return a JSON-able description."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -35,26 +35,26 @@ class Finding:
 
 
 def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = False) -> Finding | None:
-    """Training that goes on getting better while validation does not.
+    """Find overfitting: training improves and validation does not.
 
-    Found where the validation loss at the end is more than ``RISE`` above its lowest while the training loss fell since
-    then, or where the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were put back.
+    The criterion: the last validation loss is more than ``RISE`` above its minimum while the training loss fell since
+    then, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were restored.
     """
-    training, held_out = history.get("loss", ()), history.get("val_loss", ())
-    if not held_out:
+    training, validation = history.get("loss", ()), history.get("val_loss", ())
+    if not validation:
         return None
-    best = min(range(len(held_out)), key=held_out.__getitem__)
-    lowest, last = held_out[best], held_out[-1]
+    best = min(range(len(validation)), key=validation.__getitem__)
+    lowest, last = validation[best], validation[-1]
     rising = last > lowest + RISE * abs(lowest) and training[-1] < training[best]
-    right, right_held_out = history.get("accuracy", ()), history.get("val_accuracy", ())
-    gap = right[-1] - right_held_out[-1] if right and right_held_out else 0.0
+    right, right_validation = history.get("accuracy", ()), history.get("val_accuracy", ())
+    gap = right[-1] - right_validation[-1] if right and right_validation else 0.0
     if not rising and not gap > ACCURACY_GAP:
         return None
     figures = {"loss_gap": last - training[-1], "best_val_loss": lowest, "last_val_loss": last}
-    if right and right_held_out:
+    if right and right_validation:
         figures["accuracy_gap"] = gap
     if not rising:
-        message = f"{right[-1]:.1%} of the training rows are right, but only {right_held_out[-1]:.1%} in validation"
+        message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
         return Finding("overfitting", message, OVERFITTING_REMEDIES, None, figures)
     message = (
         f"after epoch {best + 1} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
@@ -69,9 +69,9 @@ def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = Fals
 
 
 def dead_units(fractions: Mapping[str, float]) -> Finding | None:
-    """ReLU units that are zero for every row, so that nothing in them is learned any more.
+    """Find dead ReLU units: they are zero for every row and learn nothing.
 
-    ``fractions``: for each layer the share of such units; found where one is above ``DEAD_FRACTION``.
+    ``fractions``: for each layer the share of such units; a finding needs one above ``DEAD_FRACTION``.
     """
     high = {layer: share for layer, share in fractions.items() if share > DEAD_FRACTION}
     if not high:
@@ -82,5 +82,5 @@ def dead_units(fractions: Mapping[str, float]) -> Finding | None:
 
 
 def divergence(message: str) -> Finding:
-    """A loss that stopped being a finite number; ``message`` is the error's."""
+    """Return the finding of a loss that is no longer finite; ``message`` is the error's."""
     return Finding("divergence", message)

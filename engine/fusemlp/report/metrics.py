@@ -1,4 +1,4 @@
-"""Figures of a model on labelled rows, in original labels and units, through ``sklearn.metrics``."""
+"""Scores of a model on labelled rows, in original labels and units, from ``sklearn.metrics``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
-    """The class index of each row: of one-hot training the largest output."""
+    """Return the class index of each row; after one-hot training, that of the largest output."""
     outputs = engine.predict(X)
     codes: Array = outputs.argmax(axis=1) if preprocessor.one_hot_targets else outputs
     return codes
 
 
 def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
-    """Labels (n,), or values (n,) or (n, targets) in original units; X as ``transform_features`` returns it."""
+    """Return labels (n,), or values (n,) or (n, targets) in original units; X is ``transform_features``'s result."""
     if preprocessor.classes is None:
         return preprocessor.decode_predictions(engine.predict(X))
     return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
 
 
 def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
-    """Loss and figures of the model on rows: X as the network takes it, labels as they are in the data."""
+    """Return loss and scores of the model on rows: X is the network's input, labels are those of the data."""
     y = preprocessor.encode_targets(labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.evaluate(X, y, weight)["loss"]}
     if preprocessor.classes is None:
@@ -40,9 +40,9 @@ def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, 
 
 
 def classification_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, figures of each class, and the confusion matrix: a row for each true class, a column a predicted one.
+    """Return accuracy, scores of each class, and the confusion matrix: a row a true class, a column a predicted one.
 
-    A class that was never predicted has precision 0, one that does not occur has recall 0.
+    A class without predictions has precision 0, a class without rows recall 0.
     """
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
@@ -59,7 +59,7 @@ def classification_figures(codes: Array, predicted: Array, names: Sequence[str])
 
 
 def regression_figures(values: Array, predicted: Array) -> dict[str, Any]:
-    """Root mean squared error, mean absolute error and R2 of (n, targets) values; R2 is None for a single row."""
+    """Return root mean squared error, mean absolute error and R2 of (n, targets) values; R2 is None for one row."""
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
     return {
@@ -70,7 +70,7 @@ def regression_figures(values: Array, predicted: Array) -> dict[str, Any]:
 
 
 def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
-    """The figures that are single numbers, a line each: ``test accuracy 0.9722``."""
+    """Yield a line for each scalar score: ``test accuracy 0.9722``."""
     for figure in ("loss", "accuracy", "rmse", "mae", "r2"):
         value = report.get(figure)
         if value is not None:
@@ -78,7 +78,7 @@ def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
 
 
 def class_table(report: Mapping[str, Any]) -> list[list[str]]:
-    """The figures of each class as rows of words, below a header."""
+    """Return the scores of each class as rows of text, below a header."""
     rows = [["class", "precision", "recall", "f1", "rows"]]
     for name, figures in report["classes"].items():
         shown = [f"{figures[key]:.4f}" for key in ("precision", "recall", "f1")]
@@ -87,14 +87,14 @@ def class_table(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def confusion_table(report: Mapping[str, Any]) -> list[list[str]]:
-    """The confusion matrix as rows of words, below a header: true classes down, predicted ones across."""
+    """Return the confusion matrix as rows of text, below a header: true classes down, predicted ones across."""
     names = list(report["classes"])
     body = [[name, *map(str, counts)] for name, counts in zip(names, report["confusion_matrix"], strict=True)]
     return [["true \\ predicted", *names], *body]
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows of words as text, the first ``left`` columns to the left, the others to the right."""
+    """Return rows as aligned text, the first ``left`` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,17 +1,17 @@
-"""ONNX: the network as a graph that other runtimes execute.
+"""Export the network as an ONNX graph for other runtimes.
 
 Input ``x`` (rows, K), any number of rows, float32 (double from an engine of precision fp64). Outputs, in this order:
 
-- ``logits`` (rows, N) of the cross-entropies, ``output`` (rows, N) of the other losses: what the network itself says,
-  behind its output activation
-- ``prediction``: what ``engine.predict`` says, shapes included
-- ``probabilities``: what ``engine.predict_proba`` says; only of the cross-entropies
+- ``logits`` (rows, N) for the cross-entropies, ``output`` (rows, N) for the other losses: the output layer, after its
+  activation
+- ``prediction``: the result of ``engine.predict``, shapes included
+- ``probabilities``: the result of ``engine.predict_proba``; only for the cross-entropies
 
 With a ``Preprocessor`` the graph takes the features as they are in the data, scales them itself, and ``prediction``
-holds labels, or values in original units. Dropout is for training and left out.
+holds labels, or values in original units. Dropout is left out.
 
-The graph keeps to operators of opset 17 (ONNX 1.12, onnxruntime 1.12): older runtimes than today's read it too.
-Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling in the graph.
+The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), so older runtimes read it too. Its metadata entry
+``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling in the graph.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Array = np.ndarray[Any, Any]
 HINT = "pip install 'fusemlp[onnx]'"
 OPSET, IR_VERSION = 17, 8
 INPUT = "x"
-# A protobuf message cannot be longer; the graph takes the rest.
+# The limit of a protobuf message, less room for the graph.
 MOST_BYTES = 2**31 - 2**20
-# Features are scaled in float32: a mean of so many standard deviations costs them 2**-24 of it each, 6e-4.
+# Features are scaled in float32: a mean of this many standard deviations costs 2**-24 of it, 6e-4.
 FARTHEST = 1e4
-# Activations that are one operator; the others are spelled out in ``_Graph.activation``.
+# Activations that are one operator; ``_Graph.activation`` composes the others.
 OPERATORS = {"relu": "Relu", "leaky_relu": "LeakyRelu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
@@ -53,7 +53,7 @@ def to_onnx(
     preprocessor: Preprocessor | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the graph of ``engine`` to ``path``, which holds a whole file at any moment.
+    """Write the graph of ``engine`` to ``path`` atomically.
 
     ``metadata`` are entries of your own beside those of the file.
 
@@ -68,7 +68,7 @@ def to_onnx(
 def onnx_bytes(
     engine: Session, preprocessor: Preprocessor | None = None, metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """What ``to_onnx`` writes."""
+    """Return the content of the file of ``to_onnx``."""
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     try:
         importlib.import_module("onnx")
@@ -132,13 +132,13 @@ class _Graph:
         self.outputs: list[Any] = []
 
     def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Append a node; returns the name of its output."""
+        """Append a node and return the name of its output."""
         name = output or f"{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(self.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
 
     def constant(self, value: Any, name: str | None = None) -> str:
-        """Append a constant: real numbers in the graph's type, whole numbers and words as they are."""
+        """Append a constant: real numbers in the graph's type, integers and strings unchanged."""
         from onnx import numpy_helper
 
         array = np.asarray(value)
@@ -160,7 +160,7 @@ class _Graph:
         self.outputs.append(self.helper.make_tensor_value_info(name, element, ["rows", *shape]))
 
     def scaled(self, name: str, preprocessor: Preprocessor) -> str:
-        """``(x - shift) / scale`` of each feature."""
+        """Append ``(x - shift) / scale`` of each feature."""
         shift = self.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
         scale = self.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
         return self.add("Div", self.add("Sub", name, shift), scale)
@@ -179,7 +179,7 @@ class _Graph:
         return self.add(OPERATORS[activation.name], z)
 
     def _gelu(self, z: str) -> str:
-        """``z * (1 + erf(z / sqrt(2))) / 2``; Erf in float32, since onnxruntime has none of doubles."""
+        """Append ``z * (1 + erf(z / sqrt(2))) / 2``, with Erf in float32, because onnxruntime has no double Erf."""
         scaled = self.add("Mul", z, self.constant(math.sqrt(0.5)))
         if self.real == np.float64:
             erf = self.cast(self.add("Erf", self.cast(scaled, np.float32)), np.float64)
@@ -207,7 +207,7 @@ class _Graph:
 
 
 def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Preprocessor | None) -> None:
-    """The outputs that the module's docstring lists; ``name`` is what the last layer left."""
+    """Append the outputs of the module's docstring; ``name`` is the output of the last layer."""
     width, loss = engine.network.sizes[-1], engine.loss
     raw = graph.add("Identity", name, output="logits" if loss.is_classification else "output")
     graph.output(raw, graph.real, width)

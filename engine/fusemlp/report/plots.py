@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 HINT = "pip install 'fusemlp[plot]'"
 Array = np.ndarray[Any, Any]
 
-# Okabe and Ito's colours, which those who do not see all colours can tell apart.
+# Okabe and Ito's palette for colour-blind readers.
 TRAINING, VALIDATION, GAP = "#0072B2", "#D55E00", "#E69F00"
 COLOURS = (TRAINING, VALIDATION, "#009E73", "#CC79A7", GAP, "#56B4E9", "#000000")
 FORMATS = (".png", ".svg", ".pdf")
 ACCURACY_LABEL = "accuracy (share of right answers)"
 # A loss that spans more than this factor is drawn on a logarithmic axis.
 LOG_SPAN = 50.0
-# Of the scores of many models the best matter, which a few bad ones would press together.
+# The best of many scores matter; a few bad ones would compress them.
 SCORES_LOG_SPAN = 5.0
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
-    """The figure that ``make`` makes, written to ``path`` unless that is None; what is wrong is raised before.
+    """Return the figure of ``make``, and write it to ``path`` unless that is None; check ``path`` first.
 
     Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
     """
@@ -65,7 +65,7 @@ def curves_png(
     best_epoch: int | None = None,
     overfitting: Finding | None = None,
 ) -> bytes:
-    """``curves_figure`` as the content of a PNG file."""
+    """Return ``curves_figure`` as the content of a PNG file."""
     return _png(curves_figure(history, loss=loss, title=title, best_epoch=best_epoch, overfitting=overfitting))
 
 
@@ -77,10 +77,10 @@ def curves_figure(
     best_epoch: int | None = None,
     overfitting: Finding | None = None,
 ) -> Figure:
-    """Loss and, where there is one, accuracy over the epochs.
+    """Draw loss and, if there is one, accuracy over the epochs.
 
-    ``history`` has a list for each quantity, an entry an epoch, as ``History.history``; ``best_epoch`` counts from 1.
-    The gap between training and validation is shaded from where ``overfitting`` says that it began.
+    ``history`` has a list for each quantity, one entry an epoch, as ``History.history``; ``best_epoch`` counts from 1.
+    The gap between training and validation is shaded from the start of ``overfitting``.
     """
     metrics = ["loss", *(["accuracy"] if "accuracy" in history else [])]
     figure = _figure(width=5.6 * len(metrics))
@@ -96,7 +96,7 @@ def curves_figure(
 
 @dataclass(frozen=True)
 class Curves:
-    """What one of several trainings is compared by: its name, its history and the kind of its loss."""
+    """One of several trainings in a comparison: its name, its history and the kind of its loss."""
 
     name: str
     history: Mapping[str, Sequence[float]]
@@ -104,7 +104,7 @@ class Curves:
 
 
 def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
-    """Several trainings in one picture: a colour each, training dashed, validation drawn through."""
+    """Draw several trainings in one picture: a colour each, training dashed, validation solid."""
     from matplotlib.lines import Line2D
 
     metrics = ["loss", *(["accuracy"] if any("accuracy" in run.history for run in runs) else [])]
@@ -146,18 +146,18 @@ def _loss_label(kind: str | None) -> str:
 
 
 def sweep_png(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> bytes:
-    """``sweep_figure`` as the content of a PNG file."""
+    """Return ``sweep_figure`` as the content of a PNG file."""
     return _png(sweep_figure(rates, losses, suggested, title))
 
 
 def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> Figure:
-    """The smoothed loss over the learning rate, the suggested rate marked."""
+    """Draw the smoothed loss over the learning rate, and mark the suggested rate."""
     figure = _figure(width=6.4)
     axes = figure.add_subplot(1, 1, 1)
     axes.plot(rates, losses, color=TRAINING, linewidth=1.6)
     axes.axvline(suggested, color="#444444", linestyle="--", linewidth=1.0, label=f"suggested: {suggested:.2g}")
     axes.set_xscale("log")
-    # The blow-up at the end would press the descent flat.
+    # The blow-up at the end would compress the descent.
     low, first = min(losses), losses[0]
     axes.set_ylim(low - 0.1 * (first - low + 1e-12), first + 0.5 * (first - low + 1e-12))
     axes.set_xlabel("learning rate")
@@ -172,8 +172,8 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
 class Varied:
     """A parameter that several models differ in: ``values`` has one for each.
 
-    ``scale`` is "log" or "linear". With ``words`` the values are indices of these, which stand beside each other.
-    ``ordered``: whether a line through the values says anything.
+    ``scale`` is "log" or "linear". With ``words`` the values are indices into these, drawn side by side. ``ordered``:
+    True if a line through the values is meaningful.
     """
 
     name: str
@@ -186,9 +186,9 @@ class Varied:
 def scores_figure(
     parameters: Sequence[Varied], scores: Sequence[float], *, metric: str, best: int | None, title: str
 ) -> Figure:
-    """The score of each model over each parameter, a panel a parameter.
+    """Draw the score of each model over each parameter, a panel a parameter.
 
-    The score of a model that diverged is NaN: it is a cross at the edge. ``best`` is the index of a model, marked.
+    A diverged model has the score NaN and is a cross at the edge. ``best``: the index of the model to mark.
     """
     columns = min(len(parameters), 3)
     lines = -(-len(parameters) // columns)
@@ -212,7 +212,7 @@ def scores_figure(
 
 
 def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, rising: bool) -> None:
-    """A panel of ``scores_figure``."""
+    """Draw a panel of ``scores_figure``."""
     from matplotlib.ticker import MaxNLocator
 
     at, words = np.asarray(parameter.values, np.float64), parameter.words
@@ -224,7 +224,7 @@ def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, r
         axes.set_xticks(range(len(words)), words, rotation=0 if len(words) < 7 else 45)
         axes.set_xlim(-0.6, len(words) - 0.4)
         if several:
-            # models of one word lie beside each other, spread by the golden ratio
+            # Spread models of one word by the golden ratio.
             spread = 0.5 * ((np.arange(len(at)) * 0.618034) % 1.0 - 0.5)
     else:
         axes.set_xscale(parameter.scale)
@@ -252,7 +252,7 @@ def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, r
             label=f"diverged: {len(edge)}",
             transform=axes.get_xaxis_transform(),
         )
-        # crosses alone do not widen the axis
+        # Crosses do not widen the axis.
         low = scores[~failed].min() if len(places) else 1.0
         axes.update_datalim(np.column_stack([at, np.full(len(at), low)]))
         axes.autoscale_view()
@@ -270,19 +270,19 @@ def _curves(
     best_epoch: int | None,
     overfitting: Finding | None,
 ) -> None:
-    training, held_out = history[metric], history.get(f"val_{metric}")
+    training, validation = history[metric], history.get(f"val_{metric}")
     epochs = np.arange(1, len(training) + 1)
     marker = "o" if len(training) < 3 else None
     axes.plot(epochs, training, color=TRAINING, linewidth=1.6, marker=marker, label="training")
-    if held_out is not None:
-        axes.plot(epochs, held_out, color=VALIDATION, linewidth=1.6, marker=marker, label="validation")
+    if validation is not None:
+        axes.plot(epochs, validation, color=VALIDATION, linewidth=1.6, marker=marker, label="validation")
         if overfitting is not None:
             start = (overfitting.epoch or 1) - 1
-            gap = abs(held_out[-1] - training[-1])
+            gap = abs(validation[-1] - training[-1])
             axes.fill_between(
                 epochs[start:],
                 training[start:],
-                held_out[start:],
+                validation[start:],
                 color=GAP,
                 alpha=0.25,
                 linewidth=0,
@@ -292,13 +292,13 @@ def _curves(
         label = f"best epoch: {best_epoch}"
         axes.axvline(best_epoch, color="#444444", linestyle="--", linewidth=1.0, label=label)
     if metric == "loss":
-        _scale_loss(axes, [*training, *(held_out or ())])
+        _scale_loss(axes, [*training, *(validation or ())])
     _finish_axes(axes, len(training))
     axes.legend(edgecolor="none", framealpha=0.85)
 
 
 def _scale_loss(axes: Axes, values: Sequence[float], span: float = LOG_SPAN) -> None:
-    """A logarithmic axis where the losses span more than a factor; a loss of 0 lies below all others, on its edge."""
+    """Use a logarithmic axis if the losses span a large factor; draw a loss of 0 at its lower edge."""
     finite = [value for value in values if math.isfinite(value)]
     positive = [value for value in finite if value > 0.0]
     if not positive or min(finite) < 0.0 or max(positive) / min(positive) <= span:
@@ -325,7 +325,7 @@ def _figure(width: float, height: float = 4.2) -> Figure:
 
 
 def picture(figure: Figure, kind: str) -> bytes:
-    """A figure as the content of a file: ``kind`` is "png", "svg" or "pdf"."""
+    """Return a figure as the content of a file: ``kind`` is "png", "svg" or "pdf"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A run folder: what a training leaves on disk, and how it is read again.
+"""Write and read a run folder.
 
 ``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json`` and ``curves.png``.
 """
@@ -45,14 +45,14 @@ class Run:
         return self.path / "curves.png"
 
     def checkpoint(self, name: str) -> Path:
-        """One of ``WEIGHTS``; the file need not exist."""
+        """Return the path of one of ``WEIGHTS``; the file need not exist."""
         return self.path / "checkpoints" / f"{name}.safetensors"
 
 
 def choose_folder(out: str | None, data: str, now: datetime, *, resumes: bool = True) -> Path:
-    """The folder of a new run, checked but not made: ``out``, or one under ``runs/`` with the data's name and the time.
+    """Return the folder of a new run, checked but not made: ``out``, or ``runs/`` with the data's name and the time.
 
-    Raises ArgumentError if ``out`` is a file or holds anything; ``resumes``: whether the command could go on with it.
+    Raises ArgumentError if ``out`` is a file or not empty; ``resumes``: True if the command has --resume.
     """
     if out is None:
         stem = f"{Path(data).stem or 'data'}-{now:%Y%m%d-%H%M%S}"
@@ -74,7 +74,7 @@ def choose_folder(out: str | None, data: str, now: datetime, *, resumes: bool = 
 
 
 def create_run(path: Path) -> Run:
-    """Make the folder of a run; ArgumentError if the place cannot be written to."""
+    """Make the folder of a run; ArgumentError if it cannot be written."""
     run = Run(path)
     try:
         run.checkpoint("last").parent.mkdir(parents=True)
@@ -84,7 +84,7 @@ def create_run(path: Path) -> Run:
 
 
 def discard_if_empty(run: Run, *, itself: bool) -> None:
-    """Take away what ``create_run`` made, if nothing was written into it; ``itself``: the run's own folder too."""
+    """Remove the empty folders of ``create_run``; ``itself``: the run's own folder too."""
     with suppress(OSError):
         run.checkpoint("last").parent.rmdir()
         if itself:
@@ -92,7 +92,7 @@ def discard_if_empty(run: Run, *, itself: bool) -> None:
 
 
 def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
-    """A run folder that exists, and its configuration; CheckpointError if it is none."""
+    """Return an existing run folder and its configuration; CheckpointError for any other folder."""
     run = Run(Path(path))
     if not run.config.is_file():
         there = "there is no such folder" if not run.path.is_dir() else "it has no config.json"
@@ -108,7 +108,7 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
 
 
 def weights_path(run: Run, name: str) -> Path:
-    """The checkpoint ``name``; a run that did not end has no model yet, its last checkpoint stands in.
+    """Return the checkpoint ``name``; an unfinished run has no model, so its last checkpoint replaces it.
 
     Raises ArgumentError for an unknown name, CheckpointError if the run has no such checkpoint.
     """
@@ -129,7 +129,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:
-    """Add a row to ``metrics.csv``, behind a header if it is the first; floats in their shortest exact form."""
+    """Append a row to ``metrics.csv``, after a header if it is the first; floats in their shortest exact form."""
     with run.metrics.open("a", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         if stream.tell() == 0:
@@ -138,7 +138,7 @@ def append_metrics(run: Run, row: Mapping[str, float]) -> None:
 
 
 def read_metrics(run: Run) -> list[dict[str, float]]:
-    """The whole rows of ``metrics.csv``; one that was cut off while it was written is left out."""
+    """Return the rows of ``metrics.csv`` without one that was cut off during its write."""
     if not run.metrics.exists():
         return []
     text = run.metrics.read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
 
 
 def keep_metrics(run: Run, epochs: int) -> list[dict[str, float]]:
-    """Drop the rows of ``metrics.csv`` behind ``epochs``, which a resumed training writes anew; gives the others."""
+    """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again; return the others."""
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
     stream = io.StringIO(newline="")
     if kept:

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, and safetensors files whose content a SHA-256 guards."""
+"""Write files atomically, and check safetensors files by a SHA-256 of their content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointE
 
 Array = np.ndarray[Any, Any]
 
-# Metadata of a file: the configuration of a checkpoint or of a model (``saving``), and the SHA-256 over all of it.
+# Metadata of a file: the configuration of a checkpoint or of a model (``saving``), and the SHA-256 of the content.
 CONFIG, MODEL, DIGEST = "fusemlp", "fusemlp_model", "sha256"
 MEND = {
     "checkpoint": "use another checkpoint of the run, or train again",
@@ -26,7 +26,7 @@ MEND = {
 
 
 def target_file(path: str | Path) -> Path:
-    """The file to write, behind any symbolic links."""
+    """Return the file to write, with symbolic links resolved."""
     check_path(path)
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -49,7 +49,7 @@ def what_it_is(path: str | os.PathLike[str]) -> str:
 
 
 def check_finite(parameters: Mapping[str, Array], kind: str) -> None:
-    """DivergenceError if a ``kind`` of file would hold parameters that are no numbers."""
+    """Raise DivergenceError if a ``kind`` of file would hold NaN or infinite parameters."""
     for name, tensor in parameters.items():
         if not np.isfinite(tensor).all():
             raise DivergenceError(
@@ -59,11 +59,11 @@ def check_finite(parameters: Mapping[str, Array], kind: str) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that ``path`` is at any moment the whole old file or the whole new one. Raises OSError.
+    """Write a file atomically: ``path`` is always the whole old file or the whole new one. Raises OSError.
 
-    The data go to a file ``.{name}.*.tmp`` beside it first; one that is left over (after a SIGKILL) disturbs nobody.
+    The data go to a file ``.{name}.*.tmp`` beside it first. Such a file left over from a SIGKILL is harmless.
     """
-    # not tempfile: its files are for their owner only, these get the mode of any new file
+    # Not tempfile: only the owner could read its files. These get the mode of a new file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -76,7 +76,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.unlink(temporary)
         raise
     if os.name == "posix":
-        # the rename itself has to reach the disk
+        # The rename itself must reach the disk.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -85,7 +85,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def digest_of(config: str, tensors: Mapping[str, Array]) -> str:
-    """SHA-256 over the configuration and every tensor's name, type, shape and bytes."""
+    """Return the SHA-256 of the configuration and of every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(config.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -95,7 +95,7 @@ def digest_of(config: str, tensors: Mapping[str, Array]) -> str:
 
 
 def read_file(path: str | Path, kind: str, writer: str) -> tuple[dict[str, str], dict[str, Array]]:
-    """Metadata and tensors of a safetensors file that is to be a ``kind`` of file, made by ``writer``.
+    """Return metadata and tensors of a safetensors file that should be a ``kind`` of file from ``writer``.
 
     Raises CheckpointError.
     """
@@ -119,7 +119,7 @@ def read_file(path: str | Path, kind: str, writer: str) -> tuple[dict[str, str],
 def checked_config(
     path: str | Path, metadata: Mapping[str, str], tensors: Mapping[str, Array], *, kind: str, version: int
 ) -> dict[str, Any]:
-    """The configuration in ``metadata``, if it and the tensors are what was written; CheckpointError if not."""
+    """Return the configuration in ``metadata``; CheckpointError if it or the tensors were altered."""
     text = metadata[CONFIG if kind == "checkpoint" else MODEL]
     if digest_of(text, tensors) != metadata.get(DIGEST):
         raise CheckpointError(f"path: {str(path)!r} is corrupted: its SHA-256 does not match; {MEND[kind]}")
@@ -133,7 +133,7 @@ def checked_config(
 
 
 def checked_metadata(given: Mapping[str, str] | None, reserved: Collection[str]) -> dict[str, str]:
-    """A user's own entries, none of which has a ``reserved`` name."""
+    """Check the user's own entries, which must not have a ``reserved`` name."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):

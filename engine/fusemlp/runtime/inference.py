@@ -30,26 +30,26 @@ SMALLEST_ROWS = 16
 
 
 class Inference:
-    """Forward programs of one network, in a few sizes, each made when it is first needed."""
+    """Forward programs of one network, in a few sizes, each made on first use."""
 
     def __init__(self, net: MLP, memory: Memory, *, real_bytes: int, compute_bytes: int | None = None) -> None:
         self.net = net
         self.memory = memory
         self.real_bytes, self.compute_bytes = real_bytes, compute_bytes
         self.real = np.dtype(f"f{real_bytes}")
-        # a workspace of its own: predictions must not disturb a step, nor hold the large training buffers
+        # A separate workspace: predictions must not disturb a step or keep the large training buffers alive.
         self.workspace = Workspace(memory.backend)
         self.counters = memory.backend.allocate(COUNTERS, "int64")
         self.stats = memory.backend.allocate(STATS, "float64")
         self._bound: dict[tuple[int, LossSpec | None, bool, bool], BoundProgram] = {}
 
     def release(self) -> None:
-        """Give back the programs and their memory."""
+        """Release the programs and their memory."""
         self._bound.clear()
         self.workspace = Workspace(self.memory.backend)
 
     def _rows_for(self, n: int) -> int:
-        """The batch size for ``n`` rows: a power of two, so that few programs are needed."""
+        """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
         most = max(SMALLEST_ROWS, (1 << (LARGEST // max(self.net.sizes)).bit_length()) >> 1)
         return min(most, max(SMALLEST_ROWS, 1 << (n - 1).bit_length()))
 
@@ -91,11 +91,11 @@ class Inference:
         for name, array in arrays.items():
             copy(bound.arrays[name][:count], array[start:stop])
             if count < rows and len(arrays) > 1:
-                # what an earlier batch left behind the last row must not reach the sums, where there are any
+                # Rows left from an earlier batch must not reach the sums, if there are any.
                 bound.arrays[name][count:] = 0
 
     def outputs(self, X: Any) -> Array:
-        """The network's outputs (n, N) for X (n, K)."""
+        """Return the network's outputs (n, N) for X (n, K)."""
         rows = self._rows_for(len(X))
         bound = self._program(rows, None, None, False)
         y = np.empty((len(X), self.net.sizes[-1]), self.real)
@@ -106,7 +106,7 @@ class Inference:
     def evaluate(
         self, X: Any, target: Any, weight: Any | None, spec: LossSpec, class_weight: Any | None
     ) -> dict[str, float]:
-        """The mean loss (or its sum, where the reduction is "sum") and, where ``spec`` counts hits, the accuracy."""
+        """Return the mean loss (its sum for the reduction "sum") and, if ``spec`` counts hits, the accuracy."""
         rows = self._rows_for(len(X))
         bound = self._program(rows, spec, class_weight, weight is not None)
         self.stats[:] = 0.0
@@ -116,7 +116,7 @@ class Inference:
         return metrics_of(self.memory.backend.to_host(self.stats), spec)
 
     def silent_units(self, X: Any) -> list[Array]:
-        """For each hidden layer, bool (width,): units whose output is zero for every row of X."""
+        """Return for each hidden layer, bool (width,), the units with a zero output for every row of X."""
         rows = self._rows_for(len(X))
         found = []
         for layer in range(self.net.layers - 1):
@@ -144,10 +144,9 @@ class Inference:
 
 
 class Evaluation:
-    """The loss of the same rows again and again: X (n, K), their targets and perhaps weights (n,).
+    """The loss of fixed rows, to evaluate repeatedly: X (n, K), their targets and perhaps weights (n,).
 
-    They are brought to the device once, and where one batch holds them, once into the program. ``inference`` belongs to
-    nobody else.
+    They go to the device once, and if they fit one batch, into the program once. ``inference`` must not be shared.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class Evaluation:
         self._size = inference._rows_for(len(X))
         self._bound = inference._program(self._size, spec, class_weight, weight is not None)
         arrays = {"x": X, "target": target} | ({} if weight is None else {"weight": weight})
-        # what is brought into the program batch by batch, each time
+        # The arrays that every evaluation copies into the program, batch by batch.
         self._left: dict[str, Any] = {}
         if len(X) <= self._size:
             inference._bring(self._bound, self._size, arrays, 0, len(X))
@@ -167,7 +166,7 @@ class Evaluation:
             self._left["X"] = to_device(X, "compute")
 
     def of(self, memory: Memory) -> dict[str, float]:
-        """What ``Inference.evaluate`` says of the parameters in ``memory``."""
+        """Return ``Inference.evaluate`` of the parameters in ``memory``."""
         inference, bound = self._inference, self._bound
         own = inference.memory
         if memory is not own:
@@ -185,7 +184,7 @@ class Evaluation:
 
 
 def metrics_of(stats: Array, spec: LossSpec) -> dict[str, float]:
-    """Loss and accuracy from the sums that the kernels keep."""
+    """Return loss and accuracy from the kernels' sums."""
     if spec.reduction == "sum":
         loss = float(stats[LOSS_SUM])
     else:

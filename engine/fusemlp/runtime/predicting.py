@@ -1,4 +1,4 @@
-"""What a network says of data: predictions, losses, accuracies, for the engine that it belongs to."""
+"""Predictions, losses and accuracies of an engine's network on data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Predicting:
     _class_weight: Any | None
 
     def predict(self, X: Any) -> Array:
-        """What the network says of X (n, K).
+        """Predict the targets of X (n, K).
 
         cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N). Other
         losses: values (n, N), or (n,) for one output; for poisson the expected counts.
@@ -44,7 +44,7 @@ class Predicting:
         return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
     def predict_proba(self, X: Any) -> Array:
-        """Probabilities (n, N) of X (n, K): of the classes, or of each label; one logit gives (n, 2).
+        """Return probabilities (n, N) for X (n, K): of the classes, or of each label; one logit gives (n, 2).
 
         Raises ArgumentError if the loss is no cross-entropy.
         """
@@ -57,7 +57,7 @@ class Predicting:
 
         outputs = self._outputs(X)
         if self.loss.kind == "cross_entropy":
-            # in place; SciPy's softmax takes longer to find out what kind of array it has than to compute
+            # In place: SciPy's softmax takes longer to identify the kind of array than to compute.
             with np.errstate(invalid="ignore"):
                 outputs -= outputs.max(axis=1, keepdims=True)
             np.exp(outputs, out=outputs)
@@ -71,7 +71,7 @@ class Predicting:
         return self._inference.outputs(self.features("X", X))
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
-        """The loss of X (n, K) and y, without dropout, and the accuracy where there are classes.
+        """Return the loss of X (n, K) and y, without dropout, and for classes the accuracy.
 
         Returns {"loss": ...} or {"loss": ..., "accuracy": ...}. Hits are not weighted. One-hot targets of mse, mae
         and huber count as classes.
@@ -82,13 +82,13 @@ class Predicting:
         return self.evaluate_checked(features, targets, weight)
 
     def evaluate_checked(self, X: Any, targets: Targets, weight: Any | None) -> dict[str, float]:
-        """``evaluate`` of arrays that have been checked."""
+        """Return ``evaluate`` of checked arrays."""
         spec = self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
         return self._inference.evaluate(X, targets.values, weight, spec, self._class_weight)
 
     def evaluation(self, X: Any, targets: Targets, weight: Any | None, *, apart: bool) -> Evaluation:
-        """``evaluate_checked`` of the same arrays, to be asked for often. With ``apart`` the parameters are copied
-        before: it serves all engines of these layers and this loss, and holds on to nothing of this one."""
+        """Return a repeatable ``evaluate_checked`` of the same arrays. With ``apart`` the parameters are copied first:
+        the result serves all engines with these layers and this loss, and keeps no reference to this one."""
         mine = self._inference
         memory = mine.memory
         if apart:
@@ -99,7 +99,7 @@ class Predicting:
         return Evaluation(inference, X, targets.values, weight, spec, self._class_weight)
 
     def dead_units(self, X: Any) -> dict[str, float]:
-        """For each hidden relu layer ("layer 1", ...), the fraction of units that are zero for every row of X."""
+        """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X."""
         silent = self._inference.silent_units(self.features("X", X))
         return {
             f"layer {index + 1}": float(units.mean())
@@ -108,19 +108,19 @@ class Predicting:
         }
 
     def features(self, argument: str, X: Any, *, check_finite: bool = True) -> Any:
-        """X as a checked (n, K) array of the engine's type, or where it lies on the device, of its own."""
+        """Return X as a checked (n, K) array of the engine's type; on the device, of the device's array type."""
         return device_data.features(
             self._backend, argument, X, width=self.network.sizes[0], dtype=self._real, check_finite=check_finite
         )
 
     def targets(self, argument: str, y: Any, *, rows: int) -> Targets:
-        """y as checked targets."""
+        """Return y as checked targets."""
         return device_data.targets(
             self._backend, argument, y, self.loss, outputs=self.network.sizes[-1], rows=rows, dtype=self._real
         )
 
     def weights(self, argument: str, weight: Any, *, rows: int) -> Any | None:
-        """Sample weights (n,), or None."""
+        """Return sample weights (n,), or None."""
         return (
             None
             if weight is None
@@ -128,15 +128,15 @@ class Predicting:
         )
 
     def on_host(self, array: Any) -> Array:
-        """What ``features``, ``targets`` or ``weights`` returned, in host memory."""
+        """Return a result of ``features``, ``targets`` or ``weights`` in host memory."""
         return device_data.on_host(self._backend, array)
 
     def largest(self, array: Any) -> float:
-        """The greatest absolute value in one of those."""
+        """Return the greatest absolute value in one of those."""
         return device_data.largest(self._backend, array)
 
     def counts_hits(self, targets: Targets) -> bool:
-        """Whether an accuracy can be told of these targets."""
+        """Return whether these targets have an accuracy."""
         if self.loss.is_classification:
             return True
         return self.loss.kind in ("mse", "mae", "huber") and are_one_hot(self.on_host(targets.values))

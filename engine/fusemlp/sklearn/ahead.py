@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import numpy as np
 
-from fusemlp.fleet.launches import GROUP_ROWS, Group, Places, bind_fleet, fleet_rows, kin, run_together
+from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
 from fusemlp.fleet.threads import LaunchThreads, Training
 from fusemlp.program.lowering import Inputs
-from fusemlp.runtime.plans import choose_plan, resident_chunk
-from fusemlp.sklearn.resident import ResidentBatches
+from fusemlp.runtime.plans import choose_plan
+from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.settings import STOCHASTIC
-from fusemlp_kernels.contract import step_flops
+from fusemlp.sklearn.stochastic import Ready, epoch_loop
 
 if TYPE_CHECKING:
-    from fusemlp.sklearn.base import BaseMLP, Ready
+    from fusemlp.sklearn.base import BaseMLP
 
 Array = np.ndarray[Any, Any]
 # The estimator that is to be fitted, and its fit, perhaps as the last step of a pipeline's.
@@ -71,7 +71,7 @@ class Entry:
     def training(self) -> Training:
         """Yield the launches of the model."""
         try:
-            self.epochs = self.estimator._epoch_loop(self.ready)
+            self.epochs = epoch_loop(self.estimator, self.ready)
             self.epochs.begin()
             for steps in self.epochs.training(lambda: False):
                 yield partial(self.batches.steps.run_many, steps)
@@ -80,12 +80,12 @@ class Entry:
             self.error = error
         self.ended = True
 
-    def kin(self) -> tuple[Any, ...]:
+    def signature(self) -> tuple[Any, ...]:
         """Return what models have in common that can train in one launch."""
         model, batches = self.ready.model, self.batches
         spec, engine = model.loop_loss, model.engine
         shapes = tuple((name, array.shape[1:], array.dtype.str) for name, array in sorted(batches.data.items()))
-        return kin(engine), batches.batch_size, spec.kind, spec.soft, spec.ignore_index, engine.precision, shapes
+        return signature(engine), batches.batch_size, spec.kind, spec.soft, spec.ignore_index, engine.precision, shapes
 
 
 class TrainedAhead:
@@ -176,11 +176,11 @@ class TrainedAhead:
                 self._expected = None
         finally:
             self._filling = False
-        kins: dict[Any, list[Entry]] = {}
+        by_signature: dict[Any, list[Entry]] = {}
         for entry in self._waiting:
-            kins.setdefault(entry.kin(), []).append(entry)
+            by_signature.setdefault(entry.signature(), []).append(entry)
         self._waiting = []
-        for entries in kins.values():
+        for entries in by_signature.values():
             try:
                 if not _train_together(entries):
                     self._entries = deque(entry for entry in self._entries if entry not in entries)
@@ -190,31 +190,29 @@ class TrainedAhead:
 
 
 def _train_together(entries: Sequence[Entry]) -> bool:
-    """Train models of one kin in one launch; False where their plan is another."""
+    """Train models of one signature in one launch; False where their plan is another."""
     engines, batches = [entry.ready.model.engine for entry in entries], [entry.batches for entry in entries]
     first, models, size = engines[0], len(entries), batches[0].batch_size
     traits, sizes = first.memory.backend.traits, first.network.sizes
     if choose_plan("auto", traits, sizes, size, first.precision, models=models)[0] != "resident":
         return False
     group = Group(engines)
-    data, begins = _joined([one.data for one in batches])
+    data, firsts = _joined([one.data for one in batches])
     for one in batches:
         one.at_once = max(1, min(one.at_once, GROUP_ROWS // (models * one.n)))
-    rows, history = fleet_rows(group, size, [one.n for one in batches], [one.at_once for one in batches])
-    chunk = resident_chunk(traits, step_flops(sizes, size))
+    places = group.places(size, [one.n for one in batches], [one.at_once for one in batches], firsts)
     inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     programs = []
-    for index, (entry, one) in enumerate(zip(entries, batches, strict=True)):
-        model, own = entry.ready.model, None if history is None else history[index]
-        one.steps = Places(model.engine.memory, rows[index], own, chunk, first=begins[index])
+    for entry, one, bound in zip(entries, batches, places, strict=True):
+        model, one.steps = entry.ready.model, bound
         options: dict[str, Any] = {"epochs": one.at_once, "ridge": one.ridge}
         programs.append(
             model.engine.resident_program(inputs, model.loop_loss, model.rule, size, one.batches, **options)
         )
-        entry.epochs = entry.estimator._epoch_loop(entry.ready)
+        entry.epochs = epoch_loop(entry.estimator, entry.ready)
     to_device = first.memory.backend.from_host
     given = {name: to_device(array, "compute" if name == "x" else None) for name, array in data.items()}
-    launch = bind_fleet(group, programs, given, rows, history)
+    launch = group.bind(programs, given)
     run_together([entry.epochs for entry in entries], launch, lambda: False, lambda index, error: None)
     for entry in entries:
         entry.ended = True

@@ -20,7 +20,7 @@ from fusemlp_kernels.contract import LossSpec, Ridge, UpdateRule
 
 Array = np.ndarray[Any, Any]
 
-# What a forward pass of sparse rows makes dense at once, in elements: 32 MiB in float64.
+# Most elements of sparse rows that a prediction makes dense at once: 32 MiB in float64.
 DENSE_ELEMENTS = 1 << 22
 
 
@@ -38,10 +38,10 @@ class Rates:
 
 
 class Model:
-    """``network`` with ``loss`` and ``optimizer`` on a backend; ``rule`` is what the clock follows.
+    """``network`` with ``loss`` and ``optimizer`` on a backend; the clock follows ``rule``.
 
-    It can be pickled: the optimizer's memory goes along, the parameters are the estimator's ``coefs_`` and come back
-    with ``load``. Where the backend is missing then, NumPy takes its place.
+    A pickle holds the optimizer's state; the parameters are the estimator's ``coefs_`` and come back with ``load``. If
+    the backend is missing then, NumPy takes its place.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class Model:
         self.engine = Engine(network, loss, optimizer, **self.options)
         self.engine.use_rule(self.rule, 1.0)
         self._staged: tuple[Any, BoundProgram] | None = None
-        # whoever loads parameters and then predicts must not be disturbed: the memory is the same for all threads
+        # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
 
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
-        """Whether ``partial_fit`` can go on with this model."""
+        """Return whether ``partial_fit`` can go on with this model."""
         mine = (*self.arguments[:2], self.options["backend"], self.options["precision"])
         return self.rates.kind != "none" and mine == (network, loss, backend, precision)
 
@@ -112,7 +112,7 @@ class Model:
 
     @property
     def loops(self) -> bool:
-        """Whether whole epochs may be one launch."""
+        """True if a launch may take whole epochs."""
         return self.engine.plan == "resident"
 
     @property

@@ -14,7 +14,6 @@ from fusemlp.callbacks import deferred_interrupt
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.model import Model
-from fusemlp.sklearn.resident import ResidentBatches
 from fusemlp.training import loop
 from fusemlp.training.history import FitState, History
 
@@ -39,30 +38,34 @@ class ValidationScore:
         return float(estimator._score_of(model.predict(self.X), self.truth, self.weight))
 
 
-def epoch_loop(
-    estimator: Any,
-    model: Model,
-    batches: Batches | ResidentBatches,
-    validation: ValidationScore | None,
-    random_state: np.random.RandomState,
-    callbacks: list[Any],
-    *,
-    incremental: bool,
-) -> loop.EpochLoop[SklearnPolicy]:
-    """Return the loop of ``max_iter`` epochs, or of one if ``incremental``, which ends before if nothing improves.
+@dataclass(frozen=True)
+class Ready:
+    """A fit whose arguments have been checked, before its first update."""
+
+    stochastic: bool
+    model: Model
+    batches: Batches
+    validation: ValidationScore | None
+    random_state: np.random.RandomState
+    callbacks: list[Any]
+
+
+def epoch_loop(estimator: Any, ready: Ready, *, incremental: bool = False) -> loop.EpochLoop[SklearnPolicy]:
+    """Return the loop of ``max_iter`` epochs, or of one if ``incremental``; it ends early when nothing improves.
 
     The estimator's ``n_iter_``, ``t_``, ``loss_`` and the other accounts follow.
     """
+    batches = ready.batches
     state = FitState(0, 0, 1 if incremental else estimator.max_iter, total_updates=0, history=History())
     return loop.EpochLoop(
-        model.engine,
+        ready.model.engine,
         batches.steps,
-        SklearnPolicy(estimator, model, batches, validation, random_state, state),
+        SklearnPolicy(estimator, ready, state),
         state,
-        batch_size=batches.batch_size,
-        batches=batches.batches,
-        at_once=batches.at_once,
-        callbacks=callbacks,
+        batches.batch_size,
+        batches.batches,
+        batches.at_once,
+        ready.callbacks,
     )
 
 
@@ -107,26 +110,19 @@ def logged(validated: bool) -> list[str]:
     return ["loss", "learning_rate", *(["val_score"] if validated else [])]
 
 
-class SklearnPolicy:
+class SklearnPolicy(loop.Policy):
     """Decides for an estimator as scikit-learn does, and keeps its accounts.
 
     Training ends when more than ``n_iter_no_change`` epochs in a row do not improve the loss, or the validation score
     with ``early_stopping``, by ``tol``. The order of the rows comes from ``random_state``.
     """
 
-    def __init__(
-        self,
-        estimator: Any,
-        model: Model,
-        batches: Batches | ResidentBatches,
-        validation: ValidationScore | None,
-        random_state: np.random.RandomState,
-        state: FitState,
-    ) -> None:
-        self.estimator, self.model, self.batches = estimator, model, batches
-        self.validation, self.random_state, self.state = validation, random_state, state
+    def __init__(self, estimator: Any, ready: Ready, state: FitState) -> None:
+        self.estimator, self.state = estimator, state
+        self.model, self.batches, self.validation = ready.model, ready.batches, ready.validation
+        self.random_state = ready.random_state
         self.converged = False
-        self._order = np.arange(batches.n)
+        self._order = np.arange(self.batches.n)
         # of the epochs that have not ended
         self._orders: deque[Array] = deque()
         self._before: Any = None
@@ -190,9 +186,6 @@ class SklearnPolicy:
         if validation is not None:
             logs["val_score"] = estimator.validation_scores_[-1]
         return logs
-
-    def finish(self, *, interrupted: bool) -> None:
-        """Do nothing: the estimator takes its parameters from the model."""
 
     def _count(self, stalled: bool) -> None:
         self.estimator._stalled_epochs = self.estimator._stalled_epochs + 1 if stalled else 0

@@ -1,4 +1,4 @@
-"""Tying a module and its optimizer to an engine's arenas: the torch tensors become views of them."""
+"""Tie a module and its optimizer to an engine's arenas: the torch tensors become views of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A backend's array as a tensor over the same memory."""
+    """Return a backend's array as a tensor over the same memory."""
     return array if isinstance(array, Tensor) else torch.from_numpy(array)
 
 
 class Tie:
     """The parameters of a module and the moments of its optimizer, as views of ``memory``.
 
-    ``parameters`` and ``slots`` are by the program's short names. A frozen or biasless tensor's moments are never
-    shown to the optimizer.
+    ``parameters`` and ``slots`` are by the program's short names. The optimizer never gets moments of frozen or absent
+    tensors.
     """
 
     def __init__(self, reading: Reading, optimizer: Optimizer, kind: str, memory: Memory) -> None:
@@ -40,7 +40,7 @@ class Tie:
         }
         self.has_state = bool(memory.states)
         double = torch.get_default_dtype() == torch.float64
-        # Adam's count of updates, in torch's own type, one element a parameter
+        # Adam's count of updates in torch's own type, one element a parameter.
         self.steps = np.zeros(len(self.slots), np.float64 if double else np.float32)
         self._step_views = {
             short: torch.from_numpy(self.steps[index : index + 1])[0] for index, short in enumerate(self.slots)
@@ -48,7 +48,7 @@ class Tie:
         self.position = {short: index for index, short in enumerate(self.slots)}
 
     def move_parameters(self) -> None:
-        """Copy the parameters into the arena and put them there."""
+        """Copy the parameters into the arena and make them views of it."""
         for short, parameter in self.parameters.items():
             view = self.views[short]
             view.copy_(parameter.detach())
@@ -57,11 +57,11 @@ class Tie:
         self.pointers = [(parameter, parameter.data_ptr()) for parameter in self.parameters.values()]
 
     def holds(self) -> bool:
-        """Whether every parameter still lies where ``move_parameters`` has put it."""
+        """Return whether every parameter is still the view from ``move_parameters``."""
         return all(parameter.data_ptr() == pointer for parameter, pointer in self.pointers)
 
     def check_parameters(self, reading: Reading) -> None:
-        """Raise ArgumentError, naming the parameter, unless all are the fused ones in their place in the arena."""
+        """Raise ArgumentError, with the parameter's name, unless all are the fused ones in their place in the arena."""
         for short, slot in reading.slots.items():
             if short not in self.parameters or slot.parameter is not self.parameters[short]:
                 raise ArgumentError(f"module: {slot.path} is not the parameter that was fused; call fuse again")
@@ -75,7 +75,7 @@ class Tie:
                 )
 
     def check_state(self, shorts: Collection[str]) -> None:
-        """Raise ShapeError for a moment in ``optimizer.state`` that cannot be taken over."""
+        """Raise ShapeError for a moment in ``optimizer.state`` with a wrong shape."""
         for short in shorts:
             state = self.optimizer.state.get(self.parameters[short], {})
             for name, view in zip(MOMENTS[self.kind], self.moments[short], strict=False):
@@ -87,7 +87,7 @@ class Tie:
                     )
 
     def adopt_state(self, shorts: Collection[str]) -> None:
-        """Bring the optimizer's state of these parameters into the arenas and show it the views of them."""
+        """Copy the optimizer's state of these parameters into the arenas and replace it with views."""
         if not self.has_state:
             return
         for short in shorts:
@@ -109,7 +109,7 @@ class Tie:
                     state["step"] = count
 
     def watched_state(self, shorts: Collection[str]) -> list[tuple[Any, Any, Any]]:
-        """Triples (mapping, key, value): while they hold the optimizer has the views of the arenas as its state."""
+        """Return triples (mapping, key, value); while they hold, the optimizer's state is the views of the arenas."""
         entries: list[tuple[Any, Any, Any]] = []
         if self.has_state:
             for short in shorts:
@@ -121,5 +121,5 @@ class Tie:
         return entries
 
     def count(self, short: str) -> int:
-        """How many updates the parameter has had, as far as its optimizer counts them."""
+        """Return the number of updates of a parameter by its optimizer's count."""
         return int(self.steps[self.position[short]])

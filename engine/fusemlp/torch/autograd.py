@@ -1,7 +1,7 @@
 """Fused layers with autograd, for use inside a larger network: forward and backward are the contract's ops.
 
-The ops are bound to the tensors' own memory at every call, so that nothing is copied in or out and any number of
-calls may wait for their backward pass.
+Every call binds the ops to the tensors' own memory, so nothing is copied in or out, and any number of calls may wait
+for their backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusemlp.describe.network import Activation
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.backends import open_backend, torch_backend
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     COUNTERS,
@@ -29,13 +29,13 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import DTypeError
 
 PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
-# grad_weight asks only how many batches are accumulated.
+# grad_weight uses only the rule's accumulation.
 ONE_BATCH = UpdateRule("sgd", ScheduleSpec("constant", 1.0))
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What a stack of layers computes: one activation and dropout rate a layer, and which layers have a bias."""
+    """A stack of layers: the activation, the dropout rate and the presence of a bias of each."""
 
     activations: tuple[Activation, ...]
     rates: tuple[float, ...]
@@ -44,7 +44,7 @@ class Chain:
     batch_index: int = 0
 
     def dropout(self, layer: int) -> Dropout | None:
-        """The layer's dropout for the kernels."""
+        """Return the layer's dropout for the kernels."""
         rate = self.rates[layer]
         return Dropout(rate, layer, self.seed) if rate else None
 
@@ -58,30 +58,28 @@ def _backend_for(x: Tensor) -> Backend:
     precision = PRECISIONS.get(x.dtype)
     if precision is None:
         raise DTypeError(f"x: expected torch.float32 or torch.float64, got {x.dtype}")
-    if x.device.type == "cpu":
-        return _opened("numpy", None, precision)
-    return _opened("triton", str(x.device), precision)
+    return _opened(torch_backend(x.device.type), str(x.device), precision)
 
 
 class _Memory:
-    """Tensors as a backend sees them, and new ones."""
+    """Convert tensors to a backend's arrays, and make new ones."""
 
     def __init__(self, backend: Backend, like: Tensor) -> None:
         self.backend = backend
         self._like = like
-        self._host = backend.traits.name == "numpy"
+        self._host = backend.traits.on_host
 
     def see(self, tensor: Tensor) -> Any:
-        """The backend's array over the tensor's memory."""
+        """Return the backend's array over the tensor's memory."""
         tensor = tensor.detach()
         return tensor.numpy() if self._host else tensor
 
     def new(self, *shape: int) -> Tensor:
-        """An uninitialised tensor of the element type of the computation."""
+        """Return an uninitialised tensor of the computation's element type."""
         return torch.empty(shape, dtype=self._like.dtype, device=self._like.device)
 
     def counters(self, batch_index: int) -> Any:
-        """The control array that tells the dropout masks of one call from those of another."""
+        """Return the control array that gives each call its own dropout masks."""
         counters = self.backend.allocate(COUNTERS, "int64")
         counters[BATCH_INDEX] = batch_index
         return counters
@@ -150,7 +148,7 @@ class ChainFunction(torch.autograd.Function):
         slopes: list[Tensor | None] = [*[None] * (count - 1), last_slope]
         gradients: list[Tensor | None] = []
         dx = None
-        # below the first layer whose gradient is asked for nothing is needed, unless x's is
+        # Stop below the first layer that needs a gradient, unless x needs one.
         wanted = _layers(chain, needs)
         first = 0 if ctx.needs_input_grad[1] else next(i for i, layer in enumerate(wanted) if any(layer))
         for index in reversed(range(count)):
@@ -194,7 +192,7 @@ class ChainFunction(torch.autograd.Function):
 
 
 def _layers(chain: Chain, values: Any) -> list[tuple[Any, Any, Any]]:
-    """Flat values as (weight, bias or None, slope or None) for each layer."""
+    """Group flat values as (weight, bias or None, slope or None) for each layer."""
     rest = list(values)
     layers = []
     for activation, biased in zip(chain.activations, chain.biased, strict=True):
@@ -204,7 +202,7 @@ def _layers(chain: Chain, values: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def _describe(activation: Activation, slope: Tensor | None) -> dict[str, Any]:
-    """The operands of an activation."""
+    """Return the operands of an activation."""
     described: dict[str, Any] = {"activation": activation.name}
     if activation.name == "leaky_relu":
         described["slope"] = activation.slope
@@ -216,7 +214,7 @@ def _describe(activation: Activation, slope: Tensor | None) -> dict[str, Any]:
 def _through_activation(
     activation: Activation, dy: Tensor, y: Tensor, z: Tensor | None, slope: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """dz of the last layer, and its slope's gradient: no op of the contract has a gradient given from outside."""
+    """Return dz of the last layer and its slope's gradient; no op of the contract takes an external gradient."""
     name, aten = activation.name, torch.ops.aten
     dy = dy.contiguous()
     if name == "identity":

@@ -1,4 +1,4 @@
-"""The batch of a fused step: its checks, once for each shape, and the way of its values to the kernels."""
+"""Check the batch of a fused step, once for each shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, 
 
 
 def check_tensors(x: Any, y: Any, device: torch.device) -> None:
-    """x and y are tensors on the module's device; raises ArgumentTypeError or ArgumentError."""
+    """Check that x and y are tensors on the module's device; raises ArgumentTypeError or ArgumentError."""
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
@@ -30,9 +30,9 @@ def check_tensors(x: Any, y: Any, device: torch.device) -> None:
 
 
 def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss, dtype: torch.dtype) -> str:
-    """What the targets are: "labels", "soft" or "values". Raises ShapeError or DTypeError.
+    """Return the kind of the targets: "labels", "soft" or "values". Raises ShapeError or DTypeError.
 
-    x (m, K), or with a Flatten in front any (m, ...) of K elements a row. y (m,) int64 or (m, N) for cross-entropy,
+    x (m, K), or after a leading Flatten any (m, ...) with K elements a row. y (m,) int64 or (m, N) for cross-entropy,
     else the output's shape.
     """
     width, outputs = reading.network.sizes[0], reading.network.sizes[-1]
@@ -65,7 +65,7 @@ def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss, dtype: torc
 
 
 def bad_label(labels: Any, classes: int, ignore_index: int) -> DataError:
-    """The error for class indices (m,) of which one is neither a class nor ignored."""
+    """Return the error for class indices (m,) with a value that is no class and not ignored."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     row = int(np.flatnonzero(bad)[0])
     return DataError(

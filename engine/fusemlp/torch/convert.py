@@ -1,4 +1,4 @@
-"""Engines from torch modules and torch modules from engines; the values are copied."""
+"""Convert torch modules to engines and back, by copying the values."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MODULES = {
 
 
 def to_torch(engine: Engine) -> nn.Sequential:
-    """The engine's network as an ``nn.Sequential`` on the CPU with copies of its parameters, in train mode.
+    """Return the engine's network as an ``nn.Sequential`` on the CPU with copies of its parameters, in train mode.
 
-    The keys of its ``state_dict`` are those of ``engine.state_dict()``; dropout stands under names of its own
-    (``1_dropout``), so that the numbers of the layers stay. The loss is not part of it: a classifier gives logits.
+    Its ``state_dict`` has the keys of ``engine.state_dict()``. Dropout layers have names such as ``1_dropout``, so the
+    numbers of the other layers do not change. The loss is not included: a classifier returns logits.
     """
     if not isinstance(engine, Engine):
         raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
@@ -54,11 +54,11 @@ def to_torch(engine: Engine) -> nn.Sequential:
 def from_torch(
     module: nn.Module, loss_fn: Any = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
 ) -> Engine:
-    """An ``Engine`` that goes on where the torch objects are: network, parameters, loss, optimizer and its moments.
+    """Return an ``Engine`` that continues from the torch objects: network, parameters, loss, optimizer and its moments.
 
     ``loss_fn`` and ``optimizer`` default to the engine's own. ``options`` are the engine's: batch_size, seed, backend,
     device, plan; ``precision`` is the module's. Frozen parameters, and those in no group, stay frozen. Dropout rates
-    are taken over in train and eval mode alike. Raises ArgumentError for what cannot be converted.
+    are those of train mode, also for a module in eval mode. Raises ArgumentError for anything that cannot be converted.
     """
     reading = modules.read_module(module, always_drops=True)
     dtype, _ = modules.check_tensors(reading)
@@ -98,7 +98,7 @@ def from_torch(
 
 
 def _optimizer(optimizer: torch.optim.Optimizer, groups: dict[str, int], frozen: list[str]) -> Optimizer:
-    """The description of a torch optimizer; ``groups`` has the group of each trained parameter, by its name here."""
+    """Return the description of a torch optimizer; ``groups`` maps each trained parameter's name here to its group."""
     kind = optimizers.optimizer_kind(optimizer)
     rules = [optimizers.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
     rates = [optimizers.read_rate(group["lr"], index) for index, group in enumerate(optimizer.param_groups)]
@@ -128,7 +128,7 @@ def _optimizer(optimizer: torch.optim.Optimizer, groups: dict[str, int], frozen:
 
 
 def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, slots: dict[str, Any]) -> None:
-    """Take over the optimizer's moments and the number of its updates; ``slots``: where trained parameters hang."""
+    """Copy the optimizer's moments and the number of its updates; ``slots``: the places of the trained parameters."""
     kind = optimizers.optimizer_kind(optimizer)
     states = {name: optimizer.state.get(slot.parameter, {}) for name, slot in slots.items()}
     for index in range(len(engine.memory.states)):

@@ -16,7 +16,7 @@ from fusemlp_kernels.errors import DTypeError, ShapeError
 
 
 def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int) -> Tensor:
-    """The chain over x (..., K), any number of rows."""
+    """Apply the chain to x (..., K), any number of rows."""
     if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != width:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ShapeError(f"x: expected a tensor of shape (..., {width}), got {given}")
@@ -70,7 +70,7 @@ class FusedLinear(nn.Module):
                 self.slope.fill_(self.activation.slope)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) to (..., out_features)."""
+        """Map x (..., in_features) to (..., out_features)."""
         parameters = [self.weight, *([] if self.bias is None else [self.bias])]
         if self.activation.name == "prelu":
             parameters.append(self.slope)
@@ -78,7 +78,7 @@ class FusedLinear(nn.Module):
         return apply(chain, x, parameters, self.in_features)
 
     def extra_repr(self) -> str:
-        """What stands between the brackets of the printed module."""
+        """Return the options for the printed module."""
         biased, name = self.bias is not None, self.activation.name
         return f"{self.in_features}, {self.out_features}, bias={biased}, activation={name!r}"
 
@@ -115,7 +115,7 @@ class FusedMLP(nn.Module):
                 self.add_module(str(2 * layer + 1), nn.PReLU(init=chosen.slope, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., sizes[0]) to (..., sizes[-1])."""
+        """Map x (..., sizes[0]) to (..., sizes[-1])."""
         net = self.network
         rates = net.dropouts if self.training else (0.0,) * net.layers
         if any(rates):
@@ -126,5 +126,5 @@ class FusedMLP(nn.Module):
         return apply(chain, x, [self.get_parameter(name) for name in net.parameter_shapes()], net.sizes[0])
 
     def extra_repr(self) -> str:
-        """What stands between the brackets of the printed module."""
+        """Return the options for the printed module."""
         return repr(self.network)

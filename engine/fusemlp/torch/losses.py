@@ -1,4 +1,4 @@
-"""Reading a torch loss."""
+"""Read a torch loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
-# Functions with their defaults, as modules.
+# Functions with default options, as modules.
 FUNCTIONS: dict[Any, type[nn.Module]] = {
     functional.cross_entropy: nn.CrossEntropyLoss,
     functional.mse_loss: nn.MSELoss,
@@ -31,7 +31,7 @@ INSTEAD = {
 
 
 def read_loss(loss_fn: Any) -> Loss:
-    """The loss that ``loss_fn`` computes of (output, target); raises ArgumentError for what cannot be fused."""
+    """Return the loss that ``loss_fn`` computes of (output, target); raises ArgumentError if it cannot be fused."""
     if not isinstance(loss_fn, nn.Module):
         try:
             made = FUNCTIONS.get(loss_fn)
@@ -97,7 +97,7 @@ KNOWN = frozenset(
 
 
 def watched(loss_fn: Any) -> list[tuple[Any, str, Any]]:
-    """Triples (mapping, key, value): while every mapping has that very value, the loss reads as it did."""
+    """Return triples (mapping, key, value); while every mapping holds its value, the loss has not changed."""
     if not isinstance(loss_fn, nn.Module):
         return []
     names = ("reduction", "label_smoothing", "ignore_index", "delta", "beta", "log_input", "full")
@@ -108,6 +108,6 @@ def watched(loss_fn: Any) -> list[tuple[Any, str, Any]]:
 
 
 def class_weight(loss_fn: Any) -> Tensor | None:
-    """The tensor of class weights, whose version tells whether its values were changed in place."""
+    """Return the tensor of class weights; its version reveals changes in place."""
     found = getattr(loss_fn, "weight", None) if isinstance(loss_fn, nn.CrossEntropyLoss) else None
     return found if isinstance(found, Tensor) else None

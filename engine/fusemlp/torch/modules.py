@@ -1,4 +1,4 @@
-"""Reading a torch module: the multi-layer perceptron in it, or what in it is none."""
+"""Read a torch module as a multi-layer perceptron, or report the part that cannot be fused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusemlp.describe.network import MLP, Activation
 from fusemlp.torch.tracing import Part, trace_parts
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
 
-# With f(a z) = a f(z) for a >= 0, dropout may stand in front of the activation as well as behind it.
+# With f(a z) = a f(z) for a >= 0, dropout before the activation equals dropout after it.
 HOMOGENEOUS = ("identity", "relu", "leaky_relu", "prelu")
 SUPPORTED = (
     "Linear, ReLU, LeakyReLU, PReLU, Sigmoid, Tanh, GELU, SiLU, Identity, Dropout and Flatten, in nn.Sequential or in "
@@ -36,7 +36,7 @@ INSTEAD = {
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Where a parameter hangs: ``path`` as in ``named_parameters``, in ``owner`` under ``name``."""
+    """The place of a parameter: ``path`` as in ``named_parameters``; the attribute ``name`` of ``owner``."""
 
     path: str
     owner: nn.Module
@@ -44,7 +44,7 @@ class Slot:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that hangs there now."""
+        """The parameter that is there now."""
         found = self.owner._parameters[self.name]
         assert found is not None
         return found
@@ -52,7 +52,7 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A module as a network. ``slots`` has a parameter for each short name (w0, b0, s0 of the layers that have it).
+    """A module as a network. ``slots`` maps short names (w0, b0, s0, as far as present) to the places of parameters.
 
     ``flattens``: x may have more than two dimensions. ``squeezes``: one output comes out as (m,), not (m, 1).
     """
@@ -64,7 +64,7 @@ class Reading:
 
 
 class _Layer:
-    """A Linear and what follows it, while the module is read."""
+    """A Linear and the parts after it, during the reading."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -73,11 +73,11 @@ class _Layer:
 
 
 def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
-    """The network that ``module`` computes in its present mode: in eval mode its dropout does nothing.
+    """Return the network of ``module`` in its present mode: eval mode turns dropout off.
 
-    With ``always_drops`` the rates are those of train mode.
+    ``always_drops`` keeps the rates of train mode.
 
-    Raises ArgumentError with the path of what cannot be fused.
+    Raises ArgumentError with the path of a part that cannot be fused.
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module: expected a torch.nn.Module such as nn.Sequential(...), got {module!r}")
@@ -113,7 +113,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
 
 
 def _parts(module: nn.Module, path: str) -> Iterator[Part]:
-    """What the module does to its input, in order."""
+    """Yield the parts of the module in order."""
     if type(module).forward is nn.Sequential.forward:
         for name, child in module.named_children():
             yield from _parts(child, f"{path}.{name}" if path else name)
@@ -132,9 +132,9 @@ def _parts(module: nn.Module, path: str) -> Iterator[Part]:
 
 
 def part_of(module: nn.Module, path: str) -> Part | None:
-    """A module of torch's own that the kernels know, as a part; None for others.
+    """Return a module of torch's own as a part if the kernels have it, else None.
 
-    Raises ArgumentError for one of these with options that the kernels lack.
+    Raises ArgumentError for options that the kernels lack.
     """
     kind = type(module)
     options: Any = module
@@ -176,7 +176,7 @@ def part_of(module: nn.Module, path: str) -> Part | None:
 
 
 def refused(module: nn.Module, path: str) -> ArgumentError:
-    """The error for a module that cannot be fused."""
+    """Return the error for a module that cannot be fused."""
     kind = type(module).__name__
     where = f"{path}: {kind}" if path else kind
     advice = INSTEAD.get(kind, "remove it, or keep the model eager and use FusedLinear or FusedMLP within it")
@@ -257,7 +257,7 @@ def _join(path: str, name: str) -> str:
 
 
 def check_tensors(reading: Reading) -> tuple[torch.dtype, torch.device]:
-    """The one element type and device of all parameters; raises ArgumentError or DTypeError if there are several."""
+    """Return the element type and device of all parameters; raises ArgumentError or DTypeError if they differ."""
     slots = list(reading.slots.values())
     first = slots[0].parameter
     for slot in slots:
@@ -279,7 +279,7 @@ def check_tensors(reading: Reading) -> tuple[torch.dtype, torch.device]:
 
 
 def watched(module: nn.Module) -> list[tuple[Any, str, Any]]:
-    """Triples (mapping, key, value): while every mapping has that very value, the module reads as it did."""
+    """Return triples (mapping, key, value); while every mapping holds its value, the module has not changed."""
     entries: list[tuple[Any, str, Any]] = []
     for one in module.modules():
         entries.extend((one._modules, name, child) for name, child in one._modules.items())
@@ -287,14 +287,14 @@ def watched(module: nn.Module) -> list[tuple[Any, str, Any]]:
         names = {nn.Dropout: ("p", "training"), nn.LeakyReLU: ("negative_slope",), nn.GELU: ("approximate",)}
         entries.extend((one.__dict__, name, one.__dict__[name]) for name in names.get(type(one), ()))
         if not type(one).__module__.startswith("torch."):
-            # a traced forward may depend on the attributes of its module; on the mode it does not
+            # A traced forward may depend on its module's attributes, but not on the mode.
             own = (name for name in one.__dict__ if not name.startswith("_") and name != "training")
             entries.extend((one.__dict__, name, one.__dict__[name]) for name in own)
     return entries
 
 
 def containers(module: nn.Module) -> list[tuple[Any, int]]:
-    """Pairs (children or hooks of a module, how many there are), to notice one that was added."""
+    """Return pairs (children or hooks of a module, their number), to detect additions."""
     entries: list[tuple[Any, int]] = []
     for one in module.modules():
         if one._modules:

@@ -1,4 +1,4 @@
-"""Reading a torch optimizer: the update rule of each parameter group, and the names of its moments."""
+"""Read a torch optimizer: the update rule of each parameter group, and the names of its moments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fusemlp_kernels.contract import ScheduleSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
-# The options that decide a group's rule; "lr" is read apart, because schedulers change it all the time.
+# The options of a group's rule; "lr" is read separately, because schedulers change it often.
 OPTIONS = {
     "sgd": ("momentum", "weight_decay", "nesterov", "dampening", "maximize", "differentiable"),
     "adam": (
@@ -28,22 +28,22 @@ OPTIONS = {
     ),
 }
 VALUES = {kind: itemgetter(*names) for kind, names in OPTIONS.items()}
-# What torch calls the arenas of state.
+# torch's names of the state arenas.
 MOMENTS = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
-# The group's own learning rate reaches the kernels as the factor that the clock applies.
+# The kernels get the group's learning rate as the clock's factor.
 UNIT_RATE = ScheduleSpec("constant", 1.0)
 
 
 @dataclass(frozen=True)
 class GroupRule:
-    """What a parameter group does to its tensors, but for the learning rate."""
+    """The rule of a parameter group without its learning rate."""
 
     rule: UpdateRule
     weight_decay: float
 
 
 def optimizer_kind(optimizer: Any) -> str:
-    """ "sgd" or "adam"; raises ArgumentTypeError for other optimizers and ArgumentError for hooks."""
+    """Return "sgd" or "adam"; raises ArgumentTypeError for other optimizers and ArgumentError for hooks."""
     kind = type(optimizer)
     if kind is SGD:
         found = "sgd"
@@ -62,13 +62,13 @@ def optimizer_kind(optimizer: Any) -> str:
 
 
 def group_values(kind: str, group: dict[str, Any]) -> tuple[Any, ...]:
-    """The options of a group that decide its rule, to be compared with those of the step before."""
+    """Return the options of a group's rule, for the comparison with the previous step."""
     values: tuple[Any, ...] = VALUES[kind](group)
     return values
 
 
 def read_rate(value: Any, index: int) -> float:
-    """A group's learning rate."""
+    """Return a group's learning rate."""
     rate = float(value)
     if not (rate >= 0.0 and math.isfinite(rate)):
         raise ArgumentError(f"optimizer.param_groups[{index}]['lr']: expected a finite number >= 0, got {value!r}")
@@ -76,7 +76,7 @@ def read_rate(value: Any, index: int) -> float:
 
 
 def read_group(kind: str, group: dict[str, Any], index: int) -> GroupRule:
-    """The rule of a parameter group; raises ArgumentError with the group and option that cannot be fused."""
+    """Return the rule of a parameter group; raises ArgumentError with the group and option that cannot be fused."""
     options = dict(zip(OPTIONS[kind], group_values(kind, group), strict=True))
     where = f"optimizer.param_groups[{index}]"
     for name in ("amsgrad", "maximize", "differentiable", "capturable"):
@@ -112,7 +112,7 @@ def read_group(kind: str, group: dict[str, Any], index: int) -> GroupRule:
 
 
 def group_of_parameter(optimizer: Optimizer) -> dict[int, int]:
-    """Which group each parameter is in, by its id."""
+    """Return the group of each parameter, by the parameter's id."""
     return {id(parameter): index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]}
 
 

@@ -23,12 +23,12 @@ from fusemlp.torch.updates import UpdateSet, bind_updates
 from fusemlp_kernels.contract import TensorRule
 from fusemlp_kernels.errors import ArgumentError
 
-# So many batch sizes get programs of exactly their size; batches of others are padded to a power of two.
+# This many batch sizes get programs of exactly their size; other batches are padded to a power of two.
 EXACT_SIZES = 8
 
 
 class Runnable:
-    """A bound program, with the updates of the rules that were valid at ``version``."""
+    """A bound program, with the updates of the rules at ``version``."""
 
     def __init__(self, bound: BoundProgram) -> None:
         self.bound = bound
@@ -42,7 +42,7 @@ class Runnable:
 
 
 class Batch:
-    """The way of batches of one shape: ``rows`` of them into the arrays that the program reads."""
+    """Copies batches of one shape, with ``rows`` rows, into the arrays that the program reads."""
 
     def __init__(self, programs: Programs, rows: int, capacity: int, kind: str) -> None:
         self.rows = rows
@@ -55,14 +55,14 @@ class Batch:
         self._columns = programs.reading.network.sizes[0]
         self._squeezed = programs.reading.squeezes
         self._host = isinstance(self._x, np.ndarray)
-        # seen as unsigned, a negative label is too large as well
+        # As an unsigned number, a negative label is too large as well.
         self._unsigned = self._rows_of_y.view(np.uint64) if self._host and kind == "labels" else None
         self._classes = programs.reading.network.sizes[-1]
         self._plain = programs.runnable(capacity, kind, kind == "labels" and programs.always_ignores)
         self.nothing_scored = False
 
     def stage(self, x: Tensor, y: Tensor) -> Runnable:
-        """Copy the batch in, and return the program for it; raises DataError for a label that is no class."""
+        """Copy the batch and return its program; raises DataError for a label that is no class."""
         if self._flat and x.dim() != 2:
             x = x.reshape(self.rows, self._columns)
         if self._squeezed:
@@ -84,7 +84,7 @@ class Batch:
         return self._plain
 
     def _checked(self, labels: Tensor) -> Runnable:
-        """The program for labels of which some may be ignored. A GPU is not waited for: its kernels check."""
+        """Return the program for labels that may be ignored. On a GPU the kernels check, without a synchronisation."""
         ignore_index = self._programs.ignore_index
         if labels.is_cpu:
             values = labels.numpy()
@@ -96,7 +96,7 @@ class Batch:
 
 
 class Programs:
-    """Makes the programs of one network, loss and partition of its parameters, each when it is first needed."""
+    """Makes the programs of one network, loss and partition of its parameters, each on first use."""
 
     def __init__(
         self, memory: Memory, reading: Reading, loss: Loss, sets: list[UpdateSet], seed: int, item_bytes: int
@@ -120,7 +120,7 @@ class Programs:
             ("soft", False): replace(never, soft=loss.kind == "cross_entropy"),
         }
         self.ignore_index = -100 if spec.ignore_index is None else spec.ignore_index
-        # where labels lie on a GPU nobody looks whether one of them is ignored
+        # Labels on a GPU are not read back, so any of them may be the ignored index.
         on_host = isinstance(memory.params, np.ndarray)
         self.always_ignores = not on_host or 0 <= self.ignore_index < reading.network.sizes[-1]
         self._class_weight: Any = None
@@ -129,7 +129,7 @@ class Programs:
             self._class_weight = memory.backend.from_host(np.asarray(loss.class_weight, real))
 
     def batch(self, x: Any, y: Any, dtype: torch.dtype, device: torch.device) -> Batch:
-        """Check a batch of a shape that is new, and find its way."""
+        """Check a batch of a new shape, and return the object that copies it."""
         check_tensors(x, y, device)
         kind = check_shapes(x, y, self.reading, self.loss, dtype)
         if kind == "soft" and self.ignore_index >= 0:
@@ -149,7 +149,7 @@ class Programs:
         self.runnable(rows, kind, kind == "labels" and self.always_ignores)
 
     def runnable(self, capacity: int, kind: str, ignores: bool) -> Runnable:
-        """The program for batches of ``capacity`` rows."""
+        """Return the program for batches of ``capacity`` rows."""
         key = (capacity, kind, ignores)
         if key not in self._runnables:
             given = {"x": self.input(capacity, "x"), "target": self.input(capacity, kind)}
@@ -160,7 +160,7 @@ class Programs:
         return self._runnables[key]
 
     def input(self, capacity: int, kind: str) -> Any:
-        """The array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind."""
+        """Return the array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind."""
         key = (capacity, kind)
         if key not in self._inputs:
             sizes, backend = self.reading.network.sizes, self._memory.backend
@@ -173,7 +173,7 @@ class Programs:
         return self._inputs[key]
 
     def lower(self, capacity: int, kind: str, ignores: bool) -> Program:
-        """The step as data."""
+        """Return the step as data."""
         decays = {short: decay for one in self._sets for short, decay in one.decays.items()}
         options = {
             name: (short in decays, TensorRule(1.0, decays.get(short, 0.0)))
@@ -195,7 +195,7 @@ class Programs:
 
 
 def program_key(reading: Reading, loss: Loss, sets: Sequence[UpdateSet]) -> tuple[Any, ...]:
-    """While this is the same, programs can be used again, with their updates bound anew."""
+    """Return a key; equal keys can share programs, with their updates bound again."""
     partition = frozenset(short for one in sets for short in one.decays)
     states = max(one.rule.state_count for one in sets)
     kinds = {one.rule.kind for one in sets}

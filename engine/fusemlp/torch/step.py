@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fusemlp.describe.checks import as_count
 from fusemlp.program.program import Program
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp.runtime.memory import Memory
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp.torch.arena import Tie
@@ -22,11 +22,11 @@ from fusemlp.torch.programs import Batch, Programs, program_key
 from fusemlp.torch.updates import Clocks, UpdateSet
 from fusemlp.torch.watch import Watch
 from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend
-from fusemlp_kernels.errors import ArgumentError, DTypeError
+from fusemlp_kernels.errors import ArgumentError, DTypeError, unknown_name
 
 
 class FusedStep:
-    """A training step that was fused; see ``fuse``."""
+    """A fused training step; see ``fuse``."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class FusedStep:
         self._tie.check_state(trained)
         self._clocks = Clocks(opened, memory.hyper, memory.counters)
         self._on_host = isinstance(memory.params, np.ndarray)
-        # one item is read or written twice as quickly through a memoryview
+        # A memoryview reads or writes one item in half the time.
         self._stats: Any = memory.stats.data if self._on_host else memory.stats
         self._counters: Any = memory.counters.data if self._on_host else memory.counters
         self._row_count = 0
@@ -76,10 +76,10 @@ class FusedStep:
         _follow_loading(optimizer, weakref.ref(self))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """One update from x (m, K) and y; returns the loss before it, a 0-d tensor without a graph.
+        """Update once from x (m, K) and y; return the loss before the update, a 0-d tensor without a graph.
 
-        y is what the loss takes: class indices (m,) int64, or values shaped like the module's output. Raises
-        ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
+        y has the form of the loss's targets: class indices (m,) int64, or values shaped like the module's output.
+        Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
         if not self._watch.unchanged():
             self._refresh()
@@ -104,18 +104,18 @@ class FusedStep:
         return self._after_step(batch)
 
     def _after_step(self, batch: Batch) -> Tensor:
-        """Tell torch what has happened, and return the loss."""
+        """Report the update to torch, and return the loss."""
         if self._kind == "adam":
             steps = self._tie.steps
             np.add(steps, self._increments, steps)
             for one in self._sets:
                 one.count += 1
-        # what torch's own step does, by which schedulers know that they come after it
+        # As torch's own step: schedulers check that they are called after it.
         self.optimizer.__dict__["_opt_called"] = True
-        # a graph over the old parameters cannot be differentiated any more, as after torch's own step
+        # As torch's own step: a graph over the old parameters can no longer be differentiated.
         torch.autograd.graph.increment_version(self._updated)
         if batch.nothing_scored:
-            # the mean over no rows: the kernels say 0, torch does not
+            # The mean over no rows: the kernels return 0, torch NaN.
             return torch.full((), self._no_rows, dtype=self._dtype, device=self._device)
         if self._on_host:
             return torch.from_numpy(np.array(self._stats[LAST_LOSS], self._real))
@@ -124,7 +124,7 @@ class FusedStep:
 
     @property
     def program(self) -> Program:
-        """The kernel calls of a step of the batch size used last (32 rows before the first), as data that prints."""
+        """The kernel calls of a step with the last batch size (32 rows before the first), as printable data."""
         rows = next(reversed(self._batches.values())).rows if self._batches else 32
         kind = "labels" if self._loss.kind == "cross_entropy" else "values"
         return self._programs.lower(rows, kind, kind == "labels" and self._programs.always_ignores)
@@ -135,10 +135,10 @@ class FusedStep:
             f"backend={self.backend!r})"
         )
 
-    # what the step is made of
+    # The parts of the step.
 
     def _trained_of(self, reading: modules.Reading) -> dict[str, int]:
-        """The group of each parameter that is trained, by short name; raises ArgumentError if none is."""
+        """Return the group of each trained parameter, by short name; raises ArgumentError if there is none."""
         optimizers.check_parameters(self.optimizer, {id(parameter) for parameter in self.module.parameters()})
         group_of = optimizers.group_of_parameter(self.optimizer)
         trained = {
@@ -153,7 +153,7 @@ class FusedStep:
         return trained
 
     def _read_groups(self) -> tuple[list[GroupRule], list[float]]:
-        """Rule and learning rate of each parameter group."""
+        """Return rule and learning rate of each parameter group."""
         groups = self.optimizer.param_groups
         rules = [optimizers.read_group(self._kind, group, index) for index, group in enumerate(groups)]
         return rules, [optimizers.read_rate(group["lr"], index) for index, group in enumerate(groups)]
@@ -167,7 +167,7 @@ class FusedStep:
                 )
 
     def _refresh(self) -> None:
-        """Read module, loss and optimizer again and follow what has changed, or raise and change nothing."""
+        """Read module, loss and optimizer again and follow their changes, or raise and change nothing."""
         reading = modules.read_module(self.module)
         self._tie.check_parameters(reading)
         loss = losses.read_loss(self.loss_fn)
@@ -188,7 +188,7 @@ class FusedStep:
         self._watch = Watch(self.module, self.loss_fn, self.optimizer, self._tie, trained)
 
     def _partition(self, rules: list[GroupRule], rates: list[float]) -> None:
-        """Sets of parameters that are updated alike, from the groups and from how often each was updated."""
+        """Group the parameters into sets with equal rules, rates and numbers of updates."""
         members: dict[Any, dict[str, float]] = {}
         for short, group in self._trained.items():
             key = (rules[group].rule, rates[group], self._tie.count(short))
@@ -212,7 +212,7 @@ class FusedStep:
             )
 
     def _follow_groups(self) -> None:
-        """Take over what has changed in ``param_groups``, or was done by the optimizer's own ``step``."""
+        """Follow changes in ``param_groups`` and updates by the optimizer's own ``step``."""
         rates = []
         for group in self.optimizer.param_groups:
             rate = group["lr"]
@@ -236,7 +236,7 @@ class FusedStep:
                 return
 
     def before_loading(self, state: dict[str, Any]) -> None:
-        """Refuse a state of ``load_state_dict`` that cannot be fused, before it is loaded."""
+        """Refuse a state of ``load_state_dict`` that cannot be fused, before the load."""
         if self._tie.holds():
             groups = state["param_groups"]
             self._check_state_count(
@@ -244,31 +244,36 @@ class FusedStep:
             )
 
     def after_loading(self) -> None:
-        """Bring what ``load_state_dict`` has loaded into the arenas."""
+        """Copy the state from ``load_state_dict`` into the arenas."""
         if self._tie.holds():
             self._refresh()
 
 
 def _open(dtype: torch.dtype, device: torch.device, name: str, precision: str) -> Backend:
-    """The backend for a module of that element type and device; raises ArgumentError for what does not fit."""
+    """Return the backend for a module's element type and device; raises ArgumentError if none fits."""
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"module: is on {device}, expected 'cpu' or 'cuda'; use module.to('cpu')")
     if name == "auto":
-        name = "numpy" if device.type == "cpu" else "triton"
-    if name == "numpy" and device.type != "cpu":
-        raise ArgumentError(f"backend: 'numpy' runs on the CPU, the module is on {device}; use module.to('cpu')")
+        name = torch_backend(device.type)
+    traits = TRAITS.get(name)
+    if traits is None:
+        raise unknown_name("backend", name, ["auto", *TRAITS])
+    if traits.on_host and device.type != "cpu":
+        raise ArgumentError(f"backend: {name!r} runs on the CPU, the module is on {device}; use module.to('cpu')")
     fitting = ("fp64",) if dtype == torch.float64 else ("fp32", "tf32")
     if precision == "auto":
         precision = fitting[0]
     if precision not in fitting:
         raise ArgumentError(f"precision: a module in {dtype} can have {' or '.join(fitting)}, got {precision!r}")
-    if precision == "fp64" and name != "numpy":
-        raise DTypeError(f"module: torch.float64 needs the numpy backend, got {name!r}; use module.float()")
-    return open_backend(name, None if name == "numpy" else str(device), precision)
+    if precision == "fp64" and precision not in traits.precisions:
+        raise DTypeError(
+            f"module: torch.float64 needs fp64, which the {name} backend does not have; use module.float()"
+        )
+    return open_backend(name, str(device), precision)
 
 
 def _follow_loading(optimizer: Optimizer, reference: weakref.ref[FusedStep]) -> None:
-    """Tell a step of every ``load_state_dict`` of its optimizer, as long as somebody else holds the step."""
+    """Notify a step of every ``load_state_dict`` of its optimizer; hold the step by a weak reference."""
 
     def before(optimizer: Optimizer, state: dict[str, Any]) -> None:
         step = reference()
@@ -294,23 +299,23 @@ def fuse(
     precision: str = "auto",
     seed: int | None = None,
 ) -> FusedStep:
-    """``step = fuse(module, loss_fn, optimizer)``; then ``loss = step(x, y)`` is a whole training step.
+    """Fuse a training step: ``step = fuse(module, loss_fn, optimizer)``, then ``loss = step(x, y)``.
 
     It replaces ``optimizer.zero_grad(); loss = loss_fn(module(x), y); loss.backward(); optimizer.step()``. From this
     call on the module's parameters and the optimizer's moments are views of the kernels' memory: ``module(x)``,
-    ``state_dict()``, ``load_state_dict()``, learning-rate schedulers and ``optimizer.step()`` itself go on working.
-    What changes between two steps (train and eval mode, ``requires_grad``, the options of ``param_groups``, loaded
-    states) is noticed by the next. Gradients are not stored: ``grad`` is None after a step.
+    ``state_dict()``, ``load_state_dict()``, learning-rate schedulers and ``optimizer.step()`` itself keep working. The
+    next step follows every change: train and eval mode, ``requires_grad``, the options of ``param_groups``, loaded
+    states. Gradients are not stored: ``grad`` is None after a step.
 
     - module: Linear, activations, Dropout and Flatten in ``nn.Sequential`` (nested too), or a module whose ``forward``
       torch.fx can trace to such a chain; float32, or float64 on the CPU
     - loss_fn: CrossEntropyLoss, BCEWithLogitsLoss, MSELoss, L1Loss, HuberLoss or PoissonNLLLoss; mean or sum
     - optimizer: SGD, Adam or AdamW; parameters that are frozen or in no group are not updated
-    - batch_size: the usual number of rows, for which the step is made ready at once; any other number is taken too
+    - batch_size: the usual number of rows, to prepare the step at once; batches of any other size work too
     - backend: "auto" (numpy for a module on the CPU, triton on a GPU) or a name
     - precision: "auto" (the module's type), or "tf32" for one TF32 pass in the matrix products of a GPU
     - seed: of the dropout masks, which are not torch's; None draws one from torch's generator
 
-    Raises ArgumentError or ArgumentTypeError, with the path of what cannot be fused, before anything has changed.
+    Raises ArgumentError or ArgumentTypeError, with the path of the part that cannot be fused, before any change.
     """
     return FusedStep(module, loss_fn, optimizer, batch_size=batch_size, backend=backend, precision=precision, seed=seed)

@@ -1,7 +1,7 @@
-"""A module's ``forward`` as a chain of parts, by ``torch.fx``.
+"""Trace a module's ``forward`` into a chain of parts with ``torch.fx``.
 
-The traced graph must be a chain: one input, each result used once. A forward that asks for ``self.training`` gives
-two graphs, one a mode; only what both agree on can be fused.
+The traced graph must be a chain: one input, each result used once. A forward that reads ``self.training`` gives two
+graphs, one a mode, and they must be equal.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fusemlp_kernels.errors import ArgumentError
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One thing that a module does: kind "linear", "activation", "dropout", "flatten" or "squeeze".
+    """One operation of a module: kind "linear", "activation", "dropout", "flatten" or "squeeze".
 
-    ``module`` is the one with the parameters or the rate; ``activation`` what an activation is in the kernels.
+    ``module`` has the parameters or the rate; ``activation`` is the kernels' activation.
     """
 
     kind: str
@@ -52,9 +52,9 @@ NOTHING = ("contiguous", "clone")
 
 
 def trace_parts(module: nn.Module, path: str) -> Iterator[Part | tuple[nn.Module, str]]:
-    """The parts of ``module.forward`` in order; modules in it as (module, path).
+    """Return the parts of ``module.forward`` in order; modules in it as (module, path).
 
-    Raises ArgumentError, naming the operation, for what is no chain or cannot be fused.
+    Raises ArgumentError, with the operation's name, if it is no chain or cannot be fused.
     """
     flags = [(one, one.training) for one in module.modules()]
     try:
@@ -124,7 +124,7 @@ def _chain(graph: fx.Graph, module: nn.Module, path: str) -> Iterator[Part | tup
 
 
 def _is_shape(node: fx.Node) -> bool:
-    """Whether the node is a size: ``x.size(0)``, ``x.shape``, ``len(x)``, or an item of one."""
+    """Return whether the node is a size: ``x.size(0)``, ``x.shape``, ``len(x)``, or an item of one."""
     if node.op == "call_method" and node.target == "size":
         return True
     if node.op != "call_function":
@@ -137,7 +137,7 @@ def _is_shape(node: fx.Node) -> bool:
 
 
 def _operation(node: fx.Node, where: str) -> Part | None:
-    """A function or method as a part; None where it does nothing to a chain of matrices."""
+    """Return a function or method as a part, None if it does not change a matrix."""
     if node.op == "call_method":
         label = f"{where}: Tensor.{node.target}"
         name = METHODS.get(str(node.target))
@@ -184,6 +184,6 @@ def _only_rows(rest: tuple[Any, ...], options: dict[str, Any]) -> bool:
 
 
 def _keeps_rows(rest: tuple[Any, ...]) -> bool:
-    """``x.view(x.size(0), -1)``: the rows stay, the others become one dimension."""
+    """Return whether a call flattens all but the rows: ``x.view(x.size(0), -1)``."""
     shape = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
     return len(shape) == 2 and isinstance(shape[0], fx.Node) and _is_shape(shape[0]) and shape[1] == -1

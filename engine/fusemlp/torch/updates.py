@@ -1,7 +1,7 @@
-"""The update at the end of a fused step: parameters that share a rule, a learning rate and a clock go together.
+"""The update at the end of a fused step, for sets of parameters that share a rule, a learning rate and a clock.
 
-One set of parameters takes the update that the lowering chose. Several sets take one ``update`` each, over the same
-arenas, with segments, hyper and counters of their own.
+A single set uses the update that the lowering chose. Several sets use one ``update`` each, over the same arenas, with
+their own segments, hyper and counters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fusemlp_kernels.contract import (
 
 
 class UpdateSet:
-    """Parameters that are updated alike: ``decays`` is the weight decay of each, ``count`` the updates so far."""
+    """Parameters with a common update: ``decays`` is the weight decay of each, ``count`` the updates so far."""
 
     def __init__(
         self, rule: UpdateRule, rate: float, count: int, decays: Mapping[str, float], hyper: Any, counters: Any
@@ -45,21 +45,21 @@ class UpdateSet:
             self.hyper[BIAS_CORRECTION_2] = 1.0 - self.rule.beta2 ** (self.count + 1)
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate from the next update on: the clock multiplies the rule's, which is 1, by it."""
+        """Set the learning rate from the next update on: the clock's factor on the rule's rate of 1."""
         self.rate = rate
         self.hyper[RATE_SCALE] = rate
         self.hyper[LEARNING_RATE] = rate
 
 
 class Clocks:
-    """Arrays ``hyper`` and ``counters`` for any number of sets; the first are the engine's own."""
+    """Arrays ``hyper`` and ``counters`` for any number of sets; the first set has the engine's own."""
 
     def __init__(self, backend: Backend, hyper: Any, counters: Any) -> None:
         self._backend = backend
         self._arrays = [(hyper, counters)]
 
     def get(self, index: int) -> tuple[Any, Any]:
-        """The arrays of set ``index``."""
+        """Return the arrays of set ``index``."""
         while len(self._arrays) <= index:
             hyper, counters = self._backend.allocate(HYPER, "float64"), self._backend.allocate(COUNTERS, "int64")
             self._arrays.append((hyper, counters))
@@ -67,7 +67,7 @@ class Clocks:
 
 
 def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> list[Callable[[], object]]:
-    """What takes the place of the last call of ``bound``, for the present rules of ``sets``."""
+    """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``."""
     last = bound.program.calls[-1]
     if last.op == "grad_weight_update":
         (only,) = sets
@@ -96,7 +96,7 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> 
 
 
 def _with_rule(call: Call, one: UpdateSet) -> dict[str, Any]:
-    """The operands of a ``grad_weight_update`` under the rule of ``one``."""
+    """Return the operands of a ``grad_weight_update`` under the rule of ``one``."""
 
     def tensor(layer: Mapping[str, Any], kind: str) -> dict[str, Any]:
         if layer[kind] is None:

@@ -1,4 +1,4 @@
-"""Noticing that a module, its loss or its optimizer is no longer what was fused, at the price of a microsecond."""
+"""Detect a change of the fused module, its loss or its optimizer, in about a microsecond."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusemlp.torch.arena import Tie
 
 
 class Watch:
-    """Remembers how everything is that a fused step depends on, but for the options of the parameter groups."""
+    """Remembers everything that a fused step depends on, except the options of the parameter groups."""
 
     def __init__(
         self, module: nn.Module, loss_fn: Any, optimizer: Optimizer, tie: Tie, trained: Collection[str]
@@ -29,7 +29,7 @@ class Watch:
         self._state = optimizer.state
 
     def unchanged(self) -> bool:
-        """Whether all is as it was."""
+        """Return whether nothing has changed."""
         for mapping, key, value in self._values:
             if mapping.get(key) is not value:
                 return False

@@ -1,7 +1,7 @@
-"""Checkpoints: everything that training needs to go on bit for bit, in one safetensors file.
+"""Checkpoints: everything that training needs to continue bit for bit, in one safetensors file.
 
-The file is written beside its final name, synchronised to the disk and renamed: whatever happens in between, the name
-holds a whole checkpoint, the old or the new one. Its content is guarded by a SHA-256.
+The file is written beside its final name, synchronised to the disk and renamed. So the name always holds a whole
+checkpoint, the old or the new one. A SHA-256 protects its content.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FORMAT = 2
 
 
 def engine_content(engine: Session, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a checkpoint holds: "config", JSON-able, and "tensors", NumPy arrays by name.
+    """Return the content of a checkpoint: "config", JSON-able, and "tensors", NumPy arrays by name.
 
-    Tensors go by the parameters' names, without the padding of a backend, so that another backend can go on.
+    Tensors have the parameters' names and no padding of a backend, so that another backend can continue.
     """
     memory = engine.memory
     tensors = _prefixed("parameter", engine.state_dict())
@@ -70,11 +70,11 @@ def _of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str, device: str | None) -> None:
-    """Make ``engine``, whose constructor has not run, what ``content`` was taken from."""
+    """Restore ``engine``, whose constructor has not run, from ``content``."""
     config, tensors = content["config"], content["tensors"]
     engine.start_from(config, backend=backend, device=device)
     if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
-        # the bits that follow are those of the plan
+        # The bits of later steps depend on the plan.
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
     engine.write_tensors(_of_kind("parameter", tensors), "")
     memory = engine.memory
@@ -84,7 +84,7 @@ def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str,
     if gradients:
         engine.write_tensors(gradients, "", "d")
     for name in ("counters", "hyper", "stats"):
-        # older checkpoints have fewer statistics
+        # Older checkpoints have fewer statistics.
         memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
     engine.best_parameters = _of_kind("best", tensors) or None
     engine.epochs_trained = config["epochs_trained"]
@@ -94,14 +94,14 @@ def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str,
 
 
 def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-    """Write the engine's state to ``path``, which holds a whole checkpoint at any moment.
+    """Write the engine's state to ``path`` atomically.
 
-    ``extra`` is what JSON can hold and comes back from ``read_extra``. Inside a callback of ``fit`` the position in
-    the epoch is saved too: ``load_checkpoint(path).fit(..., resume=True)`` goes on from there. A symbolic link stays,
-    and the file it points to is replaced.
+    ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the epoch
+    is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays, and its
+    target is replaced.
 
-    Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError where parameters are no
-    longer finite, OSError from the disk; a checkpoint that was at ``path`` is then still there, whole.
+    Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
+    longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
     """
     from safetensors.numpy import save
 
@@ -127,7 +127,7 @@ def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
-    """The checked content of a checkpoint, as ``engine_content`` made it. Raises CheckpointError."""
+    """Return the checked content of a checkpoint, as from ``engine_content``. Raises CheckpointError."""
     metadata, tensors = read_file(path, "checkpoint", "save_checkpoint")
     if MODEL in metadata:
         raise CheckpointError(
@@ -146,6 +146,6 @@ def read_content(path: str | Path) -> dict[str, Any]:
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:
-    """The ``extra`` that was saved with a checkpoint. Raises CheckpointError."""
+    """Return the ``extra`` of a checkpoint. Raises CheckpointError."""
     extra: dict[str, Any] = read_content(path)["config"]["extra"]
     return extra

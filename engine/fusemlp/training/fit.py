@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from fusemlp.inputs.arrays import to_array
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.training.batches import CopiedBatches
-from fusemlp.training.divergence import Rewind
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
@@ -81,7 +80,7 @@ def fit(
         )
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
-    loop = _loop(
+    loop = fit_checked(
         engine,
         features,
         targets,
@@ -89,13 +88,12 @@ def fit(
         epochs=epochs,
         validation=validation,
         patience=patience,
-        callbacks=listeners,
-        order=_order(engine, len(features), shuffle, row_order, first_epoch),
-        rows=len(features),
         drop_last=drop_last,
-        resume=resume,
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None else 1,
+        callbacks=listeners,
+        order=_order(len(features), shuffle, row_order, first_epoch),
+        resume=resume,
     )
     _warn(engine, features, targets, epochs * loop.batches)
     with exits(listeners, engine):
@@ -123,118 +121,58 @@ def fit_checked(
     drop_last: bool = False,
     bound: Steps | None = None,
     at_once: int | None = None,
+    callbacks: Sequence[Any] = (),
+    order: Callable[[int], Array] | None = None,
+    resume: bool = False,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of arrays that have been checked, on ``rows`` (m,) int64 of X if given.
 
-    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps.
+    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. ``order`` is a function from the
+    epoch to the rows; by default their order depends on the seed.
     """
     count = len(X) if rows is None else len(rows)
+    batch_size = min(engine.batch_size, count)
+    whole, rest = divmod(count, batch_size)
+    batches = whole + (1 if rest and not drop_last else 0)
+    state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
 
-    def order(epoch: int) -> Array:
+    def by_seed(epoch: int) -> Array:
         shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
         return shuffled_rows if rows is None else rows[shuffled_rows]
 
-    return _loop(
-        engine,
-        X,
-        targets,
-        weight,
-        epochs=epochs,
-        validation=validation,
-        patience=patience,
-        callbacks=[],
-        order=order,
-        rows=count,
-        drop_last=drop_last,
-        resume=False,
-        bound=bound,
-        at_once=at_once,
-    )
-
-
-def _loop(
-    engine: Session,
-    X: Any,
-    targets: Targets,
-    weight: Any | None,
-    *,
-    epochs: int,
-    validation: Validation | None,
-    patience: int | None,
-    callbacks: list[Any],
-    order: Callable[[int], Array],
-    rows: int,
-    drop_last: bool,
-    resume: bool,
-    bound: Steps | None = None,
-    at_once: int | None = None,
-) -> EpochLoop[FitPolicy]:
-    batch_size = min(engine.batch_size, rows)
-    whole, rest = divmod(rows, batch_size)
-    batches = whole + (1 if rest and not drop_last else 0)
-    spec = engine.loss.spec(accuracy=engine.counts_hits(targets), soft=targets.soft)
-    state = resumed_state(engine, epochs, batches, rows) if resume else fresh_state(engine, epochs, batches)
     policy = FitPolicy(
         engine,
+        X,
         state,
-        spec,
-        order,
+        engine.loss.spec(accuracy=engine.counts_hits(targets), soft=targets.soft),
+        by_seed if order is None else order,
         last_epoch=(state.history.epochs[0] if state.history.epochs else state.epoch) + epochs,
         validation=validation,
         patience=patience,
         best=engine.best_parameters if resume else None,
     )
-    if at_once is None:
-        asked = validation is not None or bool(callbacks) or engine.plan != "resident"
-        at_once = epochs_at_once(engine, epochs, rows, asked=asked)
-    if bound is None:
-        bound = _bind(engine, X, targets, weight, policy, batch_size, batches, at_once)
-    return EpochLoop(
-        engine,
-        bound,
-        policy,
-        state,
-        batch_size=batch_size,
-        batches=batches,
-        at_once=at_once,
-        callbacks=callbacks,
-        rewind=Rewind(engine, X),
-    )
-
-
-def _bind(
-    engine: Session,
-    X: Any,
-    targets: Targets,
-    weight: Any | None,
-    policy: FitPolicy,
-    batch_size: int,
-    batches: int,
-    at_once: int,
-) -> Steps:
-    backend = engine.memory.backend
-    inputs = Inputs(
-        len(X),
-        indexed=True,
-        weighted=weight is not None,
-        class_weighted=engine.loss.class_weight is not None,
-    )
-    given = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
     resident = engine.plan == "resident"
-    if resident or backend.traits.walks_rows:
-        given["rows"] = backend.allocate(at_once * batches * batch_size, "int64")
-    if weight is not None:
-        given["weight"] = backend.from_host(weight)
-    bound = engine.bind(
-        inputs,
-        policy.spec,
-        policy.rule,
-        batch_size,
-        given,
-        resident_batches=batches if resident else None,
-        epochs=at_once,
-    )
-    return bound if bound.walks_rows else CopiedBatches(bound)
+    if at_once is None:
+        at_once = epochs_at_once(engine, epochs, count, asked=validation is not None or bool(callbacks) or not resident)
+    if bound is None:
+        backend = engine.memory.backend
+        given = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
+        if resident or backend.traits.walks_rows:
+            given["rows"] = backend.allocate(at_once * batches * batch_size, "int64")
+        if weight is not None:
+            given["weight"] = backend.from_host(weight)
+        classes = engine.loss.class_weight is not None
+        program = engine.bind(
+            Inputs(len(X), indexed=True, weighted=weight is not None, class_weighted=classes),
+            policy.spec,
+            policy.rule,
+            batch_size,
+            given,
+            resident_batches=batches if resident else None,
+            epochs=at_once,
+        )
+        bound = program if program.walks_rows else CopiedBatches(program)
+    return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
 
 
 def checked_validation(engine: Session, given: Any, *, common: bool = False) -> Validation | None:
@@ -256,30 +194,28 @@ def _described(given: Any) -> str:
     return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
 
 
-def _order(engine: Session, n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array]:
-    if given is not None:
-        if not callable(given):
-            raise ArgumentTypeError(
-                f"row_order: expected a function from the epoch to the order of the rows, got {type(given).__name__}; "
-                "for one fixed order give lambda epoch: rows"
-            )
-
-        def checked(epoch: int) -> Array:
-            rows = to_array(f"row_order({epoch})", given(epoch))
-            if rows.shape != (n,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(n)):
-                raise ArgumentError(
-                    f"row_order: expected a permutation of range({n}) for epoch {epoch}, got "
-                    f"{np.array2string(rows, threshold=8)}"
-                )
-            return rows
-
-        # the first is checked before anything has changed, and asked for only once
-        ahead = {first_epoch: checked(first_epoch)}
-        return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
-    if not shuffle:
+def _order(n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array] | None:
+    if given is None:
         identity = np.arange(n)
-        return lambda epoch: identity
-    return lambda epoch: shuffled(engine.backend, engine.plan, n, engine.seed, epoch)
+        return None if shuffle else lambda epoch: identity
+    if not callable(given):
+        raise ArgumentTypeError(
+            f"row_order: expected a function from the epoch to the order of the rows, got {type(given).__name__}; "
+            "for one fixed order give lambda epoch: rows"
+        )
+
+    def checked(epoch: int) -> Array:
+        rows = to_array(f"row_order({epoch})", given(epoch))
+        if rows.shape != (n,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(n)):
+            raise ArgumentError(
+                f"row_order: expected a permutation of range({n}) for epoch {epoch}, got "
+                f"{np.array2string(rows, threshold=8)}"
+            )
+        return rows
+
+    # the first is checked before anything has changed, and asked for only once
+    ahead = {first_epoch: checked(first_epoch)}
+    return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
 
 
 def _warn(engine: Session, X: Any, targets: Targets, batches: int) -> None:

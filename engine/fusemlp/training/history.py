@@ -1,4 +1,4 @@
-"""What training has recorded, and where it stands."""
+"""The record of a training, and its position."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """The record of a ``fit``: ``history`` has a list for each quantity with an entry per epoch, as in Keras.
+    """The record of ``fit``: ``history`` has a list for each quantity, one entry an epoch, as in Keras.
 
-    ``epochs`` are the numbers of the epochs, ``seconds`` how long each took. ``best_epoch`` is the one with the lowest
-    val_loss. ``stopped`` says why training ended early, or is empty.
+    ``epochs``: the numbers of the epochs; ``seconds``: the time of each; ``best_epoch``: the one with the lowest
+    val_loss; ``stopped``: the reason for an early end, or empty.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class History:
 
 @dataclass
 class FitState:
-    """The position of a ``fit``; with the parameters and counters, all that it needs to go on.
+    """The position of a call of ``fit``; together with parameters and counters it is enough to continue.
 
     ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
     """
@@ -67,12 +67,12 @@ class FitState:
     plateau: PlateauState = PLATEAU_START
 
     def to_config(self) -> dict[str, Any]:
-        """Return the state as JSON can hold it, infinities apart; ``FitState.from_config`` is the inverse."""
+        """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""
         return asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FitState:
-        """Return the state that ``to_config`` described."""
+        """Return the state of a description from ``to_config``."""
         history = History(**config["history"])
         return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
 

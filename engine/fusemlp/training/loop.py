@@ -1,24 +1,26 @@
 """The epoch loop: launches of several epochs, callbacks, Ctrl-C, and the way back from a divergence.
 
-``Engine.fit``, the models of a fleet and scikit-learn's estimators train in this loop. What differs between them is a
-``Policy``: the order of the rows, how an epoch's loss is accounted, what ends training, what changes the learning rate.
+``Engine.fit``, the models of a fleet and scikit-learn's estimators train in this loop. A ``Policy`` decides what
+differs: the order of the rows, the account of an epoch's loss, the end of training, changes of the learning rate.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau
-from fusemlp_kernels.contract import BATCH_INDEX, ROW_OFFSET, ROW_TOTAL
+from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL
+from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
-    from fusemlp.training.divergence import Rewind
     from fusemlp.training.history import FitState, History
 
 Array = np.ndarray[Any, Any]
@@ -38,23 +40,33 @@ class Steps(Protocol):
         """Take the rows of ``epochs`` epochs, stored contiguously, from batch ``first_batch`` of the first on."""
 
 
-class Policy(Protocol):
-    """Decides for the epoch loop what differs from one kind of training to another."""
+class Policy:
+    """Decides what differs from one kind of training to another."""
+
+    # whether the engine goes back to the last good epoch when a loss is not finite
+    rewinds: ClassVar[bool] = False
 
     def begin(self) -> None:
         """Get ready for the first step; callbacks hear of the training after that."""
 
     def wanted(self) -> int:
         """Return how many epochs to train whatever their losses are; 0 ends training."""
+        raise NotImplementedError
 
     def order(self, epoch: int) -> Array:
         """Return the rows (n,) of an epoch in their order; asked for each epoch of a launch before it starts."""
+        raise NotImplementedError
 
     def cut_off(self, begun: int) -> None:
         """Learn that a launch ended early, when ``begun`` of its epochs had begun."""
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Account for an epoch with these statistics (STATS,), ``rate`` being the next update's; return its logs."""
+        raise NotImplementedError
+
+    def divergence(self, rate: float) -> DivergenceError:
+        """Return the error for an epoch whose loss is not finite, ``rate`` being its last learning rate."""
+        raise NotImplementedError
 
     def finish(self, *, interrupted: bool) -> None:
         """Clean up after the last step; callbacks hear of the end after that."""
@@ -63,43 +75,37 @@ class Policy(Protocol):
 PolicyT = TypeVar("PolicyT", bound=Policy)
 
 
-def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool, room: int | None = None) -> int:
-    """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most.
+def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool) -> int:
+    """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most; 1 if something runs after each.
 
-    ``asked``: something runs after each epoch, such as a callback. ``room``: the most rows of a launch.
+    ``asked``: a callback or a validation does.
     """
     if asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
         return 1
-    return max(1, min(epochs, (ROWS_AT_ONCE if room is None else room) // rows))
+    return max(1, min(epochs, ROWS_AT_ONCE // rows))
 
 
+@dataclass(eq=False)
 class EpochLoop(Generic[PolicyT]):
     """Trains ``engine`` epoch by epoch, ``batches`` of ``batch_size`` rows each, as ``policy`` decides.
 
     ``bound`` runs the steps; where another launch runs them, ``training`` says how many. ``state`` is where training
-    stands. A launch takes ``at_once`` epochs at most. ``rewind`` goes back where a loss is not finite; without it the
-    loss is not checked.
+    stands. A launch takes ``at_once`` epochs at most.
     """
 
-    def __init__(
-        self,
-        engine: Session,
-        bound: Steps,
-        policy: PolicyT,
-        state: FitState,
-        *,
-        batch_size: int,
-        batches: int,
-        at_once: int,
-        callbacks: list[Any],
-        rewind: Rewind | None = None,
-    ) -> None:
-        self.engine, self.policy, self.state = engine, policy, state
-        self.bound: Any = bound
-        self.batch_size, self.batches, self.at_once = batch_size, batches, at_once
-        self.callbacks, self.rewind = callbacks, rewind
-        # a launch of several epochs leaves the statistics of each here
-        self._epoch_stats = bound.arrays.get("history")
+    engine: Session
+    bound: Any
+    policy: PolicyT
+    state: FitState
+    batch_size: int
+    batches: int
+    at_once: int
+    callbacks: Sequence[Any]
+
+    @property
+    def _epoch_stats(self) -> Any | None:
+        # where a launch of several epochs leaves the statistics of each
+        return self.bound.arrays.get("history")
 
     def run(self) -> History:
         """Train; the engine's ``history`` follows. Raises KeyboardInterrupt at the end after Ctrl-C."""
@@ -132,7 +138,8 @@ class EpochLoop(Generic[PolicyT]):
         ``interrupted`` tells whether training shall end after the batch. Raises DivergenceError, with the engine back
         at the last good epoch.
         """
-        engine, state, policy, rewind = self.engine, self.state, self.policy, self.rewind
+        engine, state, policy = self.engine, self.state, self.policy
+        good: dict[str, Array] = {}
         # ``again``: epochs to train once more after a divergence, all of them to their end
         at_once, again = self.at_once, 0
 
@@ -144,8 +151,8 @@ class EpochLoop(Generic[PolicyT]):
             first_epoch, first_batch = state.epoch, state.batch
             # a fit that is resumed ends its epoch first
             epochs = 1 if first_batch else min(at_once, wanted)
-            if rewind is not None:
-                rewind.keep()
+            if policy.rewinds:
+                good = engine.snapshot(good)
             began = time.perf_counter()
             if first_batch == 0:
                 self._call("on_epoch_begin", first_epoch)
@@ -156,12 +163,13 @@ class EpochLoop(Generic[PolicyT]):
                 policy.cut_off(ended + (1 if left else 0))
             accounts = self._accounts(ended, ran=first_batch < self.batches)
             state.epoch = first_epoch
-            if rewind is not None and ended and not rewind.is_finite(accounts):
+            if policy.rewinds and ended and not self._is_finite(accounts):
+                rate = engine.learning_rate
+                engine.restore(good)
                 state.batch = first_batch
                 if ended == 1 and not left:
-                    raise rewind.diverged(state)
+                    raise policy.divergence(rate)
                 # one by one they show which epoch it was
-                rewind.go_back()
                 at_once, again = 1, ended
                 continue
             again = max(0, again - 1)
@@ -212,6 +220,12 @@ class EpochLoop(Generic[PolicyT]):
         if self._epoch_stats is None or not ran:
             return memory.backend.to_host(memory.stats)[None][:epochs]
         return memory.backend.to_host(self._epoch_stats[:epochs])
+
+    def _is_finite(self, accounts: Array) -> bool:
+        """Return whether the losses of these epochs, and the parameters after the last, are finite."""
+        memory = self.engine.memory
+        self.engine.check_scaling()
+        return all(map(math.isfinite, (*accounts[:, LOSS_SUM].tolist(), *memory.backend.extent(memory.params))))
 
     def _rates(self, epochs: int, left: int) -> list[float]:
         """Return the learning rate at the end of each of the last ``epochs`` epochs, ``left`` batches before now."""

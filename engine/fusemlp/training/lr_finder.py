@@ -1,4 +1,4 @@
-"""Which learning rate to start with: a sweep (Smith, Cyclical learning rates for training neural networks, 2017)."""
+"""Find an initial learning rate by a sweep (Smith, Cyclical learning rates for training neural networks, 2017)."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMOOTHING = 0.95
-# The sweep ends where the smoothed loss is this many times the first loss above its lowest.
+# The sweep ends when the smoothed loss exceeds its minimum by this many times the first loss.
 BLOWN_UP = 3.0
 FEWEST_STEPS = 20
 FEWEST = 8
-# The average of the first losses is still rough: no slope is read off them.
+# The average of the first losses is noisy, so no slope is taken from them.
 SETTLING = 20
 
 
 @dataclass(frozen=True)
 class LearningRateSweep:
-    """The curve of a sweep: ``rates`` and the smoothed ``losses``, one of each an update; and the suggested rate.
+    """The curve of a sweep: ``rates`` and smoothed ``losses``, one of each an update, and the suggested rate.
 
-    ``suggestion`` is the rate in the middle of the decade over which the loss falls most. ``complete`` is False where
-    the loss blew up and the rest of the rates was left out.
+    ``suggestion`` is the rate in the middle of the decade over which the loss falls most. ``complete`` is False if the
+    loss blew up and the remaining rates were skipped.
     """
 
     rates: tuple[float, ...]
@@ -65,12 +65,12 @@ def lr_find(
 ) -> LearningRateSweep:
     """Raise the learning rate from ``start`` to ``end`` over ``steps`` updates and watch the loss.
 
-    X (n, K), y and sample_weight are as in ``fit``. A copy of the engine with its parameters and a fresh optimizer is
-    trained: the engine itself stays as it is, and the suggested rate is not applied. The curve is that of a network yet
-    to be trained, or to be trained on: of one whose loss falls no more it says little.
+    X (n, K), y and sample_weight are as in ``fit``. The sweep trains a copy of the engine with a fresh optimizer: the
+    engine itself does not change, and the suggested rate is not applied. The curve is informative only for a network
+    with a loss that still falls.
 
-    Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError for what cannot be trained on, and
-    DivergenceError where the loss blows up at once.
+    Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError for invalid data, and DivergenceError if
+    the loss blows up at once.
     """
     if not isinstance(engine, Session):
         raise ArgumentTypeError(f"engine: expected an Engine, got {type(engine).__name__}")
@@ -99,16 +99,16 @@ def lr_find(
 
 
 def with_rate(optimizer: Optimizer, schedule: Exponential) -> Optimizer:
-    """The optimizer with another learning rate."""
+    """Return the optimizer with another learning rate."""
     return optimizer_from_config({**optimizer.to_config(), "lr": schedule.to_config()})
 
 
 def sweep(
     engine: Session, X: Array, targets: Targets, weight: Array | None, *, steps: int
 ) -> tuple[list[float], list[float]]:
-    """The rate and the smoothed loss of each update, to the last or to where the loss blows up.
+    """Return the rate and the smoothed loss of each update, until the end or until the loss blows up.
 
-    Raises DivergenceError if that happens at once.
+    Raises DivergenceError if it blows up at once.
     """
     rates: list[float] = []
     losses: list[float] = []
@@ -118,11 +118,11 @@ def sweep(
     for step in range(steps):
         rate = engine.learning_rate
         loss = 0.0
-        # an update may take several batches
+        # An update may take several batches.
         for rows in itertools.islice(batches, accumulate):
             found = engine.step(X[rows], targets.values[rows], None if weight is None else weight[rows])
             loss += float(found) / accumulate
-        # The average is corrected for its start from zero, as Adam's are.
+        # Correct the average for its start from zero, as in Adam.
         average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
         smoothed = average / (1.0 - SMOOTHING ** (step + 1))
         if not math.isfinite(smoothed) or (losses and smoothed - min(losses) > BLOWN_UP * abs(losses[0])):
@@ -138,9 +138,9 @@ def sweep(
 
 
 def steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """The rate in the middle of the decade over which the loss falls most.
+    """Return the rate in the middle of the decade over which the loss falls most.
 
-    Batches differ, and so does the loss from step to step: the slope from one to the next says little.
+    A decade averages the noise between batches, which hides the slope between neighbouring steps.
     """
     decades = math.log10(rates[-1] / rates[0])
     half = max(1, min(len(rates) // 4, round((len(rates) - 1) / decades / 2)))
@@ -150,7 +150,7 @@ def steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def _batches(n: int, size: int, seed: int) -> Iterator[Array]:
-    """Whole batches of row indices, in a new order each time round, without end."""
+    """Yield whole batches of row indices forever, in a new order each pass."""
     generator = np.random.default_rng(seed)
     while True:
         order = generator.permutation(n)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.runtime.inference import metrics_of
+from fusemlp.training.loop import Policy
+from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
@@ -18,30 +21,33 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+# Larger features are not standardised, and then the loss of most networks overflows.
+LARGE_FEATURE = 100.0
 
-class FitPolicy:
-    """Decides for ``engine`` as ``fit`` documents it, up to epoch ``last_epoch``.
 
-    ``order`` is a function from the epoch to its rows. ``best`` are the best parameters so far of a resumed fit.
+@dataclass(eq=False)
+class FitPolicy(Policy):
+    """Decides as ``fit`` documents it for ``engine``, which trains on X (n, K) up to epoch ``last_epoch``.
+
+    ``rows`` is a function from the epoch to its rows. ``best`` are the best parameters so far.
     """
 
-    def __init__(
-        self,
-        engine: Session,
-        state: FitState,
-        spec: LossSpec,
-        order: Callable[[int], Array],
-        *,
-        last_epoch: int,
-        validation: Validation | None,
-        patience: int | None,
-        best: dict[str, Array] | None,
-    ) -> None:
-        self.engine, self.state, self.spec, self.order = engine, state, spec, order
-        self.last_epoch, self.patience, self.best = last_epoch, patience, best
-        self.rule = engine.optimizer.rule(total_updates=state.total_updates)
-        self.schedule = engine.optimizer.schedule
-        self._validate = None if validation is None else validation.of(engine)
+    rewinds: ClassVar[bool] = True
+
+    engine: Session
+    X: Any
+    state: FitState
+    spec: LossSpec
+    rows: Callable[[int], Array]
+    last_epoch: int
+    validation: Validation | None
+    patience: int | None
+    best: dict[str, Array] | None
+
+    def __post_init__(self) -> None:
+        self.rule = self.engine.optimizer.rule(total_updates=self.state.total_updates)
+        self.schedule = self.engine.optimizer.schedule
+        self._validate = None if self.validation is None else self.validation.of(self.engine)
 
     def begin(self) -> None:
         """Bind the state of the fit to the engine, and set the learning rate."""
@@ -63,8 +69,9 @@ class FitPolicy:
             return 0
         return max(0, state.last_epoch - state.epoch)
 
-    def cut_off(self, begun: int) -> None:
-        """Do nothing: an epoch's order depends on its number alone."""
+    def order(self, epoch: int) -> Array:
+        """Return the rows of an epoch in their order."""
+        return self.rows(epoch)
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Validate, keep the best weights, and lower the learning rate on a plateau."""
@@ -88,6 +95,20 @@ class FitPolicy:
         engine.epochs_trained = state.epoch + 1
         engine.best_parameters = self.best
         return logs
+
+    def divergence(self, rate: float) -> DivergenceError:
+        """Return an error that names the likely cause."""
+        largest, epoch = self.engine.largest(self.X), self.state.epoch + 1
+        if largest > LARGE_FEATURE:
+            cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
+        else:
+            lower = min(rate / 10, 0.1)
+            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"
+        self.state.history.stopped = f"the loss became NaN or infinite in epoch {epoch}"
+        return DivergenceError(
+            f"loss: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is back at the state "
+            "before that epoch"
+        )
 
     def finish(self, *, interrupted: bool) -> None:
         """Say why training ended early, and go back to the best weights unless Ctrl-C ended it."""

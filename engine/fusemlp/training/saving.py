@@ -1,9 +1,9 @@
-"""A model in one safetensors file: the parameters by torch's names, the architecture as JSON beside them.
+"""Save a model as one safetensors file: the parameters by torch's names, and the architecture as JSON.
 
-Any reader of safetensors gets the parameters, as they are in the plain ``nn.Sequential`` of Linear layers and
-activations: ``0.weight`` (out, in), ``0.bias``, ``2.weight``, ..., and ``1.weight`` (1,) for the slope of a PReLU. The
-metadata entry ``fusemlp_model`` describes network, loss and optimizer, so that ``load`` makes an engine of the file.
-What training has left behind besides the parameters (moments, counters, history) is a checkpoint's to keep.
+Any reader of safetensors gets the parameters of the same ``nn.Sequential`` of Linear layers and activations:
+``0.weight`` (out, in), ``0.bias``, ``2.weight``, ..., and ``1.weight`` (1,) for the slope of a PReLU. The metadata
+entry ``fusemlp_model`` describes network, loss and optimizer, for ``load``. The state of the training (moments,
+counters, history) is in a checkpoint only.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from fusemlp.runtime.files import (
 from fusemlp.runtime.session import Session
 
 FORMAT = 1
-# "format" says to other readers that names and layouts are torch's.
+# "format" tells other readers that names and layouts are torch's.
 RESERVED = {MODEL, DIGEST, CONFIG, "format"}
 
 
 def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write parameters and description to ``path``, which holds a whole file at any moment.
+    """Write parameters and description to ``path`` atomically.
 
     ``metadata`` are entries of your own, from str to str, for ``safetensors.safe_open(path).metadata()``.
 
     Raises ArgumentError or ArgumentTypeError for an impossible path or metadata, DivergenceError where parameters are
-    no longer finite, OSError from the disk; a file that was at ``path`` is then still there, whole.
+    no longer finite, OSError from the disk; an older file at ``path`` then stays intact.
     """
     target = target_file(path)
     write_atomically(target, model_bytes(engine, metadata))
 
 
 def model_bytes(engine: Session, metadata: Mapping[str, str] | None = None) -> bytes:
-    """What ``save`` writes."""
+    """Return the content of the file of ``save``."""
     from safetensors.numpy import save as to_bytes
 
     own = checked_metadata(metadata, RESERVED)

@@ -1,4 +1,4 @@
-// What the compiler's checks (-fsanitize) call, in place of its own library: they end the launch, not the process.
+// The handlers of the compiler's checks (-fsanitize) replace its library: they end the launch, not the process.
 
 #include <cstdint>
 
@@ -8,7 +8,7 @@ using cuda_on_cpu::fault;
 
 namespace {
 
-// How the data of every check begins.
+// The common head of every check's data.
 struct Check {
     const char* file;
     std::uint32_t line, column;

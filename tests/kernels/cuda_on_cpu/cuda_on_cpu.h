@@ -1,9 +1,8 @@
-// CUDA C as C++17 for a CPU: read in front of a .cu file, it gives the words of CUDA their meaning. Test code.
+// CUDA C as C++17 for a CPU: included before a .cu file, it defines CUDA's keywords and functions. Test code.
 //
-// The blocks of a launch run one after another, the threads of a block as fibers (fibers.cpp): a thread runs until it
-// waits, so barriers and shuffles are the real ones, and the order of threads between them is scrambled. What this
-// cannot show: a race within a stretch without barriers that no order of the threads brings out, a missing fence (there
-// is one memory), blocks that wait for one another, and speed.
+// The blocks of a launch run one after another, the threads of a block as fibers (fibers.cpp). A thread runs until it
+// waits, so barriers and shuffles are real, and the order of threads between them is random. It cannot show races that
+// no order of the threads reveals, missing fences (there is one memory), blocks that wait for one another, and speed.
 
 #pragma once
 
@@ -21,7 +20,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __constant__ static const
-// In a section of its own, which is full of NaN when a block starts. What is `extern` is rewritten by library.py.
+// A separate section, filled with NaN when a block starts. library.py rewrites `extern` arrays.
 #define __shared__ static __attribute__((section("cuda_shared")))
 
 struct uint3 {
@@ -38,7 +37,7 @@ enum Operation { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, BALLOT };
 
 constexpr unsigned LANES = 32;
 
-// What the thread that runs sees of itself.
+// The identity of the running thread.
 struct Place {
     uint3 thread, block;
     dim3 threads, blocks;
@@ -68,7 +67,7 @@ T shuffle(int line, unsigned mask, T value, unsigned source) {
     return value;
 }
 
-// What a launch has to know of a kernel. Kinds: p pointer, f floating, i signed, u unsigned, b bool, s structure.
+// The signature of a kernel, for a launch. Kinds: p pointer, f floating, i signed, u unsigned, b bool, s structure.
 struct Parameter {
     int size;
     char kind;

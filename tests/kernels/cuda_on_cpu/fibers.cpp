@@ -198,7 +198,7 @@ void open_barrier() {
     is_open = true;
 }
 
-// Nobody can go on: say who waits for whom.
+// A deadlock: report which threads wait for which.
 [[noreturn]] void explain_standstill() {
     const Thread *waiting = nullptr, *other = nullptr;
     for (unsigned i = 0; i < count; i++) {
@@ -220,8 +220,8 @@ void open_barrier() {
         who, where, number(*other), elsewhere, other->line);
 }
 
-// A warp runs until all of its lanes have ended or wait for the block: as far ahead of the others as it can get, so
-// that what it writes too early is seen by those who come too late. Whoever opens the barrier does not go on first.
+// A warp runs until all of its lanes have ended or wait for the block. It gets as far ahead as possible, so that the
+// other warps see values that it writes too early. The warp that opens a barrier does not continue first.
 bool run_warp(unsigned warp) {
     bool moved = false;
     for (bool moves = true; moves && !is_open;) {

@@ -1,4 +1,4 @@
-// Whether subnormal numbers become zero, as what is read and as results: NVRTC's -ftz=true. Here for double too.
+// Flush subnormal operands and results to zero: NVRTC's -ftz=true. Here for double too.
 
 #pragma once
 

@@ -1,8 +1,8 @@
-"""CUDA C compiled as C++ for this machine and called through ctypes: the numbers of kernels without a GPU.
+"""Compile CUDA C as C++ for this machine and call it through ctypes: the results of kernels without a GPU.
 
-``build`` puts ``cuda_on_cpu.h`` in front of a source and compiles both with the system's C++ compiler, else with
-``ziglang`` from the test extra; a library is kept in ``build/cuda_on_cpu`` under the hash of all that goes into it.
-``Library`` lists the kernels in it and launches them. What this can show and what not says the header.
+``build`` includes ``cuda_on_cpu.h`` before a source and compiles both with the system's C++ compiler, else with
+``ziglang`` from the test extra. ``build/cuda_on_cpu`` caches a library by the hash of its inputs. ``Library`` lists its
+kernels and launches them. The header describes the limits of this method.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CACHE = Path(__file__).resolve().parents[3] / "build/cuda_on_cpu"
-# No fast-math: NaN, infinities and the order of sums are what is tested. No contraction: NVRTC fuses a * b + c where it
-# likes and this compiler only where the machine has such an instruction; unfused, the sums round more often, and the
-# same on every machine. A call of fmaf is fused everywhere.
+# No fast-math: the tests depend on NaN, infinities and the order of sums. No contraction: NVRTC fuses a * b + c freely,
+# this compiler only if the machine has the instruction. Unfused, the sums round more often, and equally on every
+# machine. A call of fmaf is fused everywhere.
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
     "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror",
 )  # fmt: skip
-# A GPU stops at a misaligned address; indices outside of an array, and shifts by more than there is, it lets pass.
+# A GPU stops at a misaligned address, but not at indices outside an array or at excessive shifts.
 CHECKS = (
     "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero", "-fno-sanitize-recover=all",
 )  # fmt: skip
@@ -40,19 +40,19 @@ KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?P<most>[^()]*)\)\s*)?(?P<name>\w+)\s*\('
 )
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+|alignas\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];")
-# Subnormal numbers are zero: the mode of the processor while a kernel runs.
+# Flush subnormal numbers to zero while a kernel runs.
 FLUSHES = "-ftz=true"
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 
 
 class KernelFault(AssertionError):
-    """A kernel broke a rule of CUDA: a barrier that some threads never reach, a shuffle from a lane that is not there,
-    a misaligned address, an index outside of its array."""
+    """A kernel broke a rule of CUDA: a barrier that some threads never reach, a shuffle from an absent lane, a
+    misaligned address, an index outside its array."""
 
 
 @functools.cache
 def compiler() -> tuple[str, ...]:
-    """The command of a C++ compiler: $CXX, g++ or clang++, or that of the ziglang package."""
+    """Return the command of a C++ compiler: $CXX, g++ or clang++, or that of the ziglang package."""
     named = os.environ.get("CXX")
     if named:
         return tuple(shlex.split(named))
@@ -80,9 +80,9 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 def as_cpp(code: str) -> str:
-    """The C++ source: in a namespace without a name, so that nothing of it leaves the library; then its kernels.
+    """Return the C++ source, in an anonymous namespace that keeps its symbols inside the library, and its kernels.
 
-    Lines keep their numbers. Dynamic shared memory is the one declaration that no macro can translate.
+    Lines keep their numbers. Dynamic shared memory is the only declaration that no macro can translate.
     """
     kernels = KERNEL.findall(code)
     if not kernels:
@@ -103,9 +103,9 @@ def as_cpp(code: str) -> str:
 
 
 def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
-    """The shared library of a source; ``options``: -D, -std and -ftz=true, as for NVRTC.
+    """Return the shared library of a source; ``options``: -D, -std and -ftz=true, as for NVRTC.
 
-    Compiled once, whoever asks first; others wait. Raises RuntimeError with what the compiler said.
+    The first process compiles it; others wait. Raises RuntimeError with the compiler's message.
     """
     for option in options:
         if not option.startswith("-D") and option not in ("-std=c++17", FLUSHES):
@@ -123,7 +123,7 @@ def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path):
-    # not on Windows, where no kernel is compiled for the CPU and all tests import this module
+    # Windows lacks this module; no kernel is compiled for the CPU there.
     import fcntl
 
     with path.open("w") as file:
@@ -141,7 +141,7 @@ def _compile(code: str, options: Sequence[str], library: Path) -> None:
     for name in RUNTIME:
         parts.append(library.with_suffix(f".{name}.o"))
         _run([*common, HERE / name, "-o", parts[-1]])
-    # as C: the library of C++ is not needed, and ziglang would build it first
+    # Link as C: the C++ library is not needed, and ziglang would build it first.
     linker = [*compiler()[:-1], "cc"] if compiler()[1:3] == ("-m", "ziglang") else compiler()
     _run([*linker, "-shared", *parts, "-lm", "-o", made])
     made.replace(library)
@@ -169,7 +169,7 @@ class _Kernel(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel; ``parameters``: (kind, bytes) of each, kinds as in the header; ``most_threads``: 0 if not said."""
+    """A kernel; ``parameters``: (kind, bytes) of each, kinds as in the header; ``most_threads``: 0 if unspecified."""
 
     name: str
     parameters: tuple[tuple[str, int], ...]
@@ -205,7 +205,7 @@ class Library:
     ) -> None:
         """Run a kernel on arguments as bytes; ``order``: of blocks and of threads between barriers.
 
-        Raises ValueError where a launch would fail or read arguments that are not there, KernelFault while it runs.
+        Raises ValueError if a launch would fail or read missing arguments, KernelFault during the run.
         """
         kernel = self.kernels[name]
         sizes, wanted = [len(value) for value in arguments], [size for _, size in kernel.parameters]

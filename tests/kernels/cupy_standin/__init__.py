@@ -1,9 +1,8 @@
-"""What stands in for CuPy where there is no card: NumPy memory, and the kernels of the CuPy backend as C++ on the CPU.
+"""A stand-in for CuPy without a card: NumPy memory, and the kernels of the CuPy backend as C++ on the CPU.
 
-Test code. It has the few names of CuPy that the backend uses and refuses all others, so that nothing passes because
-something else was there. It shows that the backend's Python calls them as they want to be called, that addresses lie
-in memory that is still there, and what the kernels compute. It cannot show: streams that run side by side, the capture
-of a real graph, cuBLAS itself (NumPy's product of float32 is in its place), the driver, and how long anything takes.
+Test code. It has the few names of CuPy that the backend uses, and refuses all others. It shows that the backend calls
+them correctly, that addresses lie in live memory, and the results of the kernels. It cannot show concurrent streams,
+the capture of a real graph, cuBLAS itself (NumPy's float32 product replaces it), the driver, or any speed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from cuda_on_cpu import library
 
 
 def why_not() -> str | None:
-    """Why the backend cannot be run over this; None if it can."""
+    """Return the reason if the backend cannot run on this stand-in, else None."""
     if sys.platform != "linux":
         return f"the kernels are compiled for the CPU on Linux only, this is {sys.platform}"
     try:
@@ -26,9 +25,9 @@ def why_not() -> str | None:
 
 
 def load() -> None:
-    """Import ``fusemlp_kernels.cupy`` with this in the place of CuPy.
+    """Import ``fusemlp_kernels.cupy`` with this stand-in for CuPy.
 
-    For that long only: other libraries look whether there is a module of that name, and would take it for CuPy.
+    The stand-in is in ``sys.modules`` only during the import: other libraries would mistake it for CuPy.
     """
     if "fusemlp_kernels.cupy.device" in sys.modules:
         return

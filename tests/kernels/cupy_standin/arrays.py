@@ -1,4 +1,4 @@
-"""``cupy.ndarray`` and the functions that make one, as far as the backend uses them."""
+"""``cupy.ndarray`` and its constructors, as far as the backend uses them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cupy_standin.memory import Memory, MemoryPointer, Misuse, at_address
 
 
 class Flags:
-    """Of an array: how it lies in memory."""
+    """The memory layout flags of an array."""
 
     def __init__(self, c_contiguous: bool) -> None:
         self.c_contiguous = c_contiguous
@@ -102,7 +102,7 @@ class ndarray:
         for part in parts:
             if not isinstance(part, (int, np.integer, slice, type(...))):
                 raise Misuse(f"cupy.ndarray: the stand-in takes numbers, slices and ... as an index, got {part!r}")
-        # where an element would be, an array of no dimensions, as CuPy has it
+        # As in CuPy, a single element is an array without dimensions.
         part = host_of(self)[parts if ... in parts else (*parts, ...)]
         offset = part.__array_interface__["data"][0] - self.data.ptr if part.size else 0
         return ndarray(part.shape, self.dtype, self.data + offset, part.strides)
@@ -129,7 +129,7 @@ class ndarray:
         return out
 
     def reshape(self, *shape: Any) -> ndarray:
-        """A view where the strides allow one, else a copy, as CuPy has it."""
+        """Return a view if the strides allow one, else a copy, as CuPy does."""
         host = host_of(self)
         wanted = host.reshape(*shape)
         if self.size and np.shares_memory(wanted, host):
@@ -161,7 +161,7 @@ def _value(operand: Any) -> Any:
 
 
 def _computed(function: np.ufunc, array: ndarray, other: Any) -> ndarray:
-    """A new array, of the array's shape and type."""
+    """Return a new array with this shape and type."""
     if isinstance(other, ndarray) and (other.shape, other.dtype) != (array.shape, array.dtype):
         raise Misuse("cupy.ndarray: the stand-in reckons with arrays of one shape and type")
     out = ndarray(array.shape, array.dtype)
@@ -181,7 +181,7 @@ def zeros(shape: Any, dtype: Any = float) -> ndarray:
 
 
 def asarray(a: Any) -> ndarray:
-    """A copy of a NumPy array on the card; what has ``__cuda_array_interface__`` without a copy."""
+    """Copy a NumPy array to the card; use an object with ``__cuda_array_interface__`` without a copy."""
     if isinstance(a, ndarray):
         return a
     if hasattr(a, "__cuda_array_interface__"):
@@ -196,13 +196,13 @@ def asarray(a: Any) -> ndarray:
 
 
 def from_dlpack(array: Any) -> ndarray:
-    """An array that shares the memory of another library's, which here lies on the host."""
+    """Return an array that shares the memory of another library's array, which is on the host here."""
     host = np.from_dlpack(array)
     return ndarray(host.shape, host.dtype, _foreign(host.__array_interface__, array), host.strides)
 
 
 def _foreign(interface: dict[str, Any], owner: Any) -> MemoryPointer:
-    """Memory that somebody else holds, from an array's lowest address to its highest."""
+    """Memory of another owner, from an array's lowest address to its highest."""
     address, shape = interface["data"][0], interface["shape"]
     item = np.dtype(interface["typestr"]).itemsize
     strides = interface.get("strides")

@@ -15,7 +15,7 @@ from cupy_standin import streams
 from cupy_standin.arrays import ndarray
 from cupy_standin.memory import LIVE, Misuse
 
-# What CuPy compiles everything with, whatever is asked for (cupy.cuda.compiler).
+# CuPy always compiles with these options (cupy.cuda.compiler).
 ADDED = ("-ftz=true",)
 ARGUMENT = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(\s*const\s+(\w+)\s+\w+\s*\)"
@@ -25,7 +25,7 @@ MEMBER = re.compile(r"(?:const\s+)?([\w ]+?)(\s*\*)?\s*\b(\w+);")
 
 
 def members(code: str) -> dict[str, list[tuple[str, str]]]:
-    """Of each kernel with one structure: (name, kind) of the members, kinds as the header's."""
+    """Return, for each kernel with one structure, (name, kind) of its members, kinds as in the header."""
     bodies = {name: re.sub(r"//[^\n]*", "", body) for name, body in STRUCT.findall(code)}
     found = {}
     for kernel, struct in ARGUMENT.findall(code):
@@ -40,7 +40,7 @@ _launches = itertools.count(1)
 
 
 class RawModule:
-    """As CuPy's: a source is compiled when its first kernel is asked for, once per source and options."""
+    """As CuPy's: compile a source at the first use of a kernel, once per source and options."""
 
     def __init__(self, code: str, *, options: tuple[str, ...] = ()) -> None:
         if not isinstance(options, tuple):
@@ -55,7 +55,7 @@ class RawModule:
 
 
 class Kernel:
-    """A kernel that can be launched; its arguments are compared with what it takes in C."""
+    """A launchable kernel; its arguments are checked against the C parameters."""
 
     def __init__(self, library: Library, name: str, fields: list[tuple[str, str]] | None) -> None:
         if name not in library.kernels:
@@ -66,7 +66,7 @@ class Kernel:
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_mem: int = 0) -> None:
         if len(args) != len(self._parameters):
             raise Misuse(f"{self._name}: takes {len(self._parameters)} arguments, got {len(args)}")
-        # as they are now: on a card too they are copied when the kernel is started
+        # Copy them now: a card also copies arguments at the launch.
         values = [self._value(*pair) for pair in zip(args, self._parameters, strict=True)]
         pointers = [p for arg in args for p in self._addresses(arg)]
 
@@ -81,7 +81,7 @@ class Kernel:
         streams.start(run)
 
     def _value(self, argument: Any, parameter: tuple[str, int]) -> bytes:
-        """The bytes of an argument, in the type that CuPy gives it."""
+        """Return the bytes of an argument, in CuPy's type for it."""
         kind, size = parameter
         if isinstance(argument, ndarray):
             given, value = "p", np.int64(argument.data.ptr).tobytes()

@@ -1,7 +1,7 @@
-"""The memory of the card: NumPy's, with guard bands, and a list of what is there.
+"""The memory of the card: NumPy's, with guard bands, and a list of the live pieces.
 
-An address that a kernel or cuBLAS gets has to lie in memory that is still held by an array: on a card another one's
-memory would be read or written, without a word.
+Every address for a kernel or cuBLAS must lie in memory that an array still holds. A card would silently read or write
+other memory.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-# As CuPy's pool aligns what it hands out.
+# The alignment of CuPy's memory pool.
 ALIGNMENT = 512
 GUARD, GUARD_BYTE = 64, 0xA5
 
 
 class Misuse(AssertionError):
-    """What would go wrong on a card: with an error of CUDA, or without a word."""
+    """A mistake that fails on a card, with an error of CUDA or silently."""
 
 
 class CUDARuntimeError(RuntimeError):
@@ -26,7 +26,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 class Memory:
-    """A stretch of memory; ``owner``: what holds it where it was not allocated here."""
+    """A piece of memory; ``owner``: the object that holds it if it was not allocated here."""
 
     def __init__(self, size: int, address: int | None = None, owner: Any = None) -> None:
         self.size, self.owner = size, owner
@@ -43,18 +43,18 @@ class Memory:
 
     @property
     def is_intact(self) -> bool:
-        """Whether nobody wrote just in front of or behind it."""
+        """Return whether the guard bands before and after it are intact."""
         if self.bytes is None:
             return True
         return bool((self.guarded[:GUARD] == GUARD_BYTE).all() and (self.guarded[-GUARD:] == GUARD_BYTE).all())
 
 
 class Live:
-    """The memory that is there, by address."""
+    """The live memory, by address."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
-        # sizes of what begins there: the same foreign memory may be held several times
+        # Sizes of the pieces at an address: foreign memory may be held several times.
         self._sizes: dict[int, list[int]] = {}
         self._allocated: weakref.WeakSet[Memory] = weakref.WeakSet()
 
@@ -75,12 +75,12 @@ class Live:
             del self._starts[bisect.bisect_left(self._starts, start)]
 
     def holds(self, address: int, size: int = 0) -> bool:
-        """Whether so many bytes from ``address`` on lie in one piece of memory."""
+        """Return whether this many bytes from ``address`` on lie in one piece of memory."""
         at = bisect.bisect_right(self._starts, address) - 1
         return at >= 0 and address + size <= self._starts[at] + max(self._sizes[self._starts[at]])
 
     def check_guards(self) -> None:
-        """Raises Misuse where something was written outside of the memory that it belongs to."""
+        """Raise Misuse if a guard band was overwritten."""
         for memory in list(self._allocated):
             if not memory.is_intact:
                 raise Misuse(f"something wrote in front of or behind {memory.size} bytes of memory of the card")
@@ -90,7 +90,7 @@ LIVE = Live()
 
 
 class MemoryPointer:
-    """As CuPy's: an address, and what keeps the memory there."""
+    """As CuPy's: an address, and the object that keeps the memory alive."""
 
     mem: Memory
     ptr: int
@@ -103,9 +103,9 @@ class MemoryPointer:
 
 
 def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """What lies there, as a NumPy array; strides in bytes, from the first element on.
+    """Return the memory there as a NumPy array; strides in bytes, from the first element on.
 
-    Raises Misuse where not all of it is memory of the card.
+    Raises Misuse unless all of it is memory of the card.
     """
     kind = np.dtype(dtype)
     if 0 in shape:
@@ -121,7 +121,7 @@ def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[
 
 
 class _Place:
-    """What NumPy makes an array of."""
+    """An object that NumPy converts to an array."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface

@@ -1,4 +1,4 @@
-"""Devices, streams and graphs: everything runs at once, or is written down while a stream is captured."""
+"""Devices, streams and graphs: work runs at once, or is recorded during a capture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SILENT = "the stand-in has no such name"
 
 
 class _Captured:
-    """The stream that is captured, if one is, and what has been started on it."""
+    """The stream in capture, if any, and its recorded work."""
 
     def __init__(self) -> None:
         self.stream: Stream | None = None
@@ -23,7 +23,7 @@ _captured = _Captured()
 
 
 def start(work: Work) -> None:
-    """What is started on the current stream: done, or a node of the graph that is captured."""
+    """Run work on the current stream, or record it as a node of the graph in capture."""
     if _captured.stream is None:
         work()
     elif _captured.stream is _stack[-1]:
@@ -38,7 +38,7 @@ def refuse_in_capture(what: str) -> None:
 
 
 class Graph:
-    """What was started while a stream was captured. As on a card, it holds addresses and no arrays."""
+    """The work that a capture recorded. As on a card, it holds addresses and no arrays."""
 
     def __init__(self, nodes: list[Work]) -> None:
         self._nodes = nodes
@@ -87,7 +87,7 @@ class Stream:
         LIVE.check_guards()
 
 
-# The current stream is the last; under all of them lies the default stream.
+# The current stream is the last; the default stream is the first.
 _stack = [Stream(null=True)]
 
 

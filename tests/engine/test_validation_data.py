@@ -1,4 +1,4 @@
-"""Held-out rows that a fit keeps for all its epochs: what it says of them is what ``evaluate`` says."""
+"""Validation rows that a fit binds once give the same scores as ``evaluate``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(loss="cross_entropy", seed=3, hidden=8):
 
 
 class Asking:
-    """After each epoch: what the engine says of the held-out rows, with other rows before and behind."""
+    """A callback that scores the held-out rows after each epoch, with other rows before and after."""
 
     def __init__(self, target, weight):
         self.target, self.weight, self.said = target, weight, []
@@ -69,7 +69,7 @@ def test_a_fit_says_what_evaluate_says(loss, weighted):
 
 @pytest.fixture
 def made(monkeypatch):
-    """The evaluations that are made."""
+    """Record the evaluations."""
     found = []
     begin = inference_module.Evaluation.__init__
 
