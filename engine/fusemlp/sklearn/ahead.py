@@ -50,7 +50,7 @@ class Entry:
     estimator: BaseMLP
     given: tuple[Any, Any, Any]
     ready: Ready
-    # the random state as it was before it was drawn from
+    # the random state before the model drew from it
     seed: Any
     epochs: Any = None
     error: Exception | None = None
@@ -101,7 +101,7 @@ class TrainedAhead:
         self._most, self._together = self._threads.most, False
         self._entries: deque[Entry] = deque()
         self._waiting: list[Entry] = []
-        # tasks that were set up, and fits that came
+        # tasks that were set up, and fits that were asked for
         self._begun, self._arrived = 0, 0
         self._expected: Any = None
         self._filling = False
@@ -147,7 +147,7 @@ class TrainedAhead:
         entry = next((one for one in self._entries if one.is_for(estimator, (X, y, sample_weight))), None)
         if entry is None:
             return None
-        # fits come in order: those before it will not come any more
+        # fits come in order: none of the earlier ones will come any more
         while self._entries.popleft() is not entry:
             pass
         while not entry.ended:
@@ -171,7 +171,7 @@ class TrainedAhead:
                     self._expected, fit = task()
                     fit()
                 except Exception:
-                    # it fails again when it is asked for; where the pipeline fails before, the model never is
+                    # the fit itself fails again; if an earlier step of the pipeline does, it is not asked for
                     self._arrived += self._expected is not None
                 self._expected = None
         finally:
@@ -238,7 +238,7 @@ def _joined(data: Sequence[Mapping[str, Array]]) -> tuple[dict[str, Array], list
 
 
 def _seed(estimator: BaseMLP) -> Any:
-    """Return the random state, of one that is drawn from its hash."""
+    """Return the seed, or the hash of a random state, which changes with every draw."""
     seed = estimator.random_state
     return joblib.hash(seed) if isinstance(seed, np.random.RandomState) else seed
 

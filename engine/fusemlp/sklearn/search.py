@@ -1,4 +1,4 @@
-"""Searches for parameters: scikit-learn's own, whose candidates and folds train side by side."""
+"""scikit-learn's searches for parameters, whose candidates and folds train side by side."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
-# The most models that train in common launches: about two for each multiprocessor of a large card.
+# The most models of one launch: about two for each multiprocessor of a large card.
 MOST_AT_ONCE = 256
 
 
 class _Folds:
-    """A splitter that keeps the folds that it has made, and the rows that they are of."""
+    """Wraps a splitter, and keeps its folds and the rows that they split."""
 
     def __init__(self, splitter: Any) -> None:
         self.splitter = splitter
@@ -56,9 +56,9 @@ class _Folds:
 
 
 class _FleetSearch(BaseSearchCV):
-    """Trains models ahead of their fits; all else is scikit-learn's search."""
+    """Trains models ahead of their fits; the rest is scikit-learn's search."""
 
-    # the argument with the values of the parameters, and scikit-learn's search
+    # the argument with the values of the parameters, and the search's name in scikit-learn
     _space: str
     _plain: str
     estimator: Any
@@ -86,7 +86,7 @@ class _FleetSearch(BaseSearchCV):
             del self._params
             folds.forget()
             if sharing is not None:
-                # the default scorer keeps it
+                # the default scorer keeps the pipeline
                 sharing.memory = None
         if sharing is not None and self.refit:
             self.best_estimator_.memory = None
@@ -111,7 +111,7 @@ class _FleetSearch(BaseSearchCV):
             super()._run_search(evaluate, **context)
 
     def _tasks(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[Task]:
-        """The fits of scikit-learn's search, in its order."""
+        """Yield the fits of scikit-learn's search, in its order."""
         X, y, fitted = self.cv.X, self.cv.y, self._params
         if get_config()["enable_metadata_routing"]:
             fitted = process_routing(self, "fit", **fitted).estimator.fit
@@ -158,26 +158,27 @@ class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
 
 
 def _spaces(given: Any) -> list[Mapping[str, Any]]:
-    """The mappings of a space; what is none is left to scikit-learn, which refuses it in its own words."""
+    """Return the mappings of a space; scikit-learn refuses anything else."""
     several = [given] if isinstance(given, Mapping) else given
     return [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
 
 
 def _last_step(estimator: Any) -> Any:
+    """Return the estimator that a pipeline, or a pipeline in it, ends in."""
     while isinstance(estimator, Pipeline) and estimator.steps:
         estimator = estimator.steps[-1][1]
     return estimator
 
 
 def _values(name: str, spaces: list[Mapping[str, Any]]) -> list[Any]:
-    """The values of a parameter; of a distribution there is no list."""
+    """Return the listed values of a parameter; a distribution lists none."""
     values = [space[name] for space in spaces if name in space]
     kinds = (Sequence, np.ndarray)
     return [one for listed in values if isinstance(listed, kinds) and not isinstance(listed, str) for one in listed]
 
 
 def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -> list[Any]:
-    """The estimator that the pipeline ends in, and those that the space puts in its place."""
+    """Return the estimator that the pipeline ends in, and those that the space puts in its place."""
     if not isinstance(estimator, Pipeline) or not estimator.steps:
         return [estimator]
     name, last = estimator.steps[-1]
@@ -190,7 +191,7 @@ def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -
 
 
 def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
-    """Refuse what could not be trained, before anything is; ``plain`` is scikit-learn's own search."""
+    """Refuse estimators and names that cannot be trained, before any fit; ``plain`` is scikit-learn's own search."""
     spaces = _spaces(given)
     for model in _models(estimator, spaces):
         if not isinstance(model, BaseMLP):
@@ -208,15 +209,15 @@ def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
         for name in mapping:
             if not isinstance(name, str):
                 raise ArgumentTypeError(f"{space}: expected the names of parameters, got {name!r}")
-            # a step that is replaced may have other parameters, which its own set_params knows
+            # a step that is replaced may have other parameters, which its own set_params checks
             replaced = any(name.startswith(f"{step}__") for step in mapping)
             if name not in known and not replaced:
                 raise unknown_name(space, name, sorted(known))
 
 
 def _at_once(X: Any) -> int:
-    """How many models train in common launches: each task holds rows of its own."""
-    # of an array, a table, or rows that are sparse and become dense; a list is never large
+    """Return how many models may share a launch: each holds rows of its own."""
+    # X is an array, a table, or sparse rows that become dense; a list is never large
     shape = getattr(X, "shape", ())
     size = math.prod(shape) * getattr(getattr(X, "dtype", None), "itemsize", 8) if shape else 0
     available = available_memory()
@@ -227,6 +228,6 @@ def _at_once(X: Any) -> int:
 
 
 def _shares(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
-    """Whether there are steps that candidates may have in common, and no memory of the user's."""
+    """Return whether candidates may share steps of a pipeline without a ``memory`` of the user's."""
     chosen = any("memory" in space for space in spaces)
     return isinstance(estimator, Pipeline) and estimator.memory is None and not chosen
