@@ -54,7 +54,7 @@ def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
         backend="numpy",
         plan="eager",
     )
-    rule = engine.optimizer.rule(total_updates=None)
+    rule = engine.optimizer.rule()
     bound = engine.bind(
         Inputs(case.rows, indexed=True),
         engine.loss.spec(accuracy=True),
@@ -62,7 +62,7 @@ def measure_calls(case: Case, data: Data, steps: int) -> Breakdown:
         case.batch_size,
         {"x": data.X, "target": data.y},
     )
-    engine.use_rule(rule)
+    engine.rates.follow(engine.optimizer.schedule.over(None))
     bound.set_row_count(case.batch_size)
     program, find = bound.program, bound.arrays.__getitem__
     calls = [bound.backend.bind(call.op, **resolve(call.operands, find)) for call in program.calls]

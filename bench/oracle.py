@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.cases import Array, Case, Data, Parameters, checked_rows, model_of
 from fusemlp_kernels import reference
-from fusemlp_kernels.contract import LossSpec, ScheduleSpec, TensorRule, UpdateRule
+from fusemlp_kernels.contract import LossSpec, TensorRule, UpdateRule
 
 STEPS = 20
 RUNS = 4
@@ -96,7 +96,7 @@ def train(
         )
         for index, (weight, bias) in enumerate(parameters)
     ]
-    rule = UpdateRule(case.optimizer, ScheduleSpec("constant", case.learning_rate), convention=rules.convention)
+    rule = UpdateRule(case.optimizer, convention=rules.convention)
     state = reference.initial_state(rule, layers)
     batches = checked_rows(case, steps).reshape(steps, case.batch_size)
     losses = np.empty(steps + 1)

@@ -61,9 +61,9 @@ def bound_step(engine: Engine, case: Case) -> BoundProgram:
     given: dict[str, Any] = {"x": backend.from_host(data.X, "compute"), "target": backend.from_host(data.y)}
     if walks:
         given["rows"] = backend.allocate(case.rows, "int64")
-    rule = engine.optimizer.rule(total_updates=None)
+    rule = engine.optimizer.rule()
     bound = engine.bind(Inputs(case.rows, indexed=True), engine.loss.spec(accuracy=True), rule, case.batch_size, given)
-    engine.use_rule(rule)
+    engine.rates.follow(engine.optimizer.schedule.over(None))
     if walks:
         bound.set_rows(data.order, 0, case.batch_size)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.vendor import Run, Vendor, in_order
+from fusemlp_kernels.clock import rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
@@ -15,7 +16,6 @@ from fusemlp_kernels.contract import (
     ROW_COUNT,
     STATS,
     LossSpec,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -118,15 +118,16 @@ def _updates(vendor: Vendor, x: Any, dz: Any, k: int, n: int, counters: Any) -> 
     hyper = vendor.backend.allocate(HYPER, "float64")
     hyper[:] = 1.0
     hyper[LEARNING_RATE] = RATE
+    rates = vendor.backend.from_host(rate_table(UpdateRule("sgd"), [RATE]))
     item, real = x.itemsize, w.itemsize
     flops, reads = 2 * m * n * k, item * (m * n + m * k)
     # The library's products have the type of their operands.
     their_dw, their_db = vendor.matrix(n, k), vendor.vector(n, "compute")
     product, gradients = vendor.product(dz.T, x, their_dw), vendor.grad_weight(dz, x, their_dw, their_db)
-    sgd = UpdateRule("sgd", ScheduleSpec("constant", RATE))
-    adam = UpdateRule("adam", ScheduleSpec("constant", RATE))
+    sgd = UpdateRule("sgd")
+    adam = UpdateRule("adam")
     layer = {"dz": dz, "x": x, "w": w, "b": b, "w_rule": TensorRule(), "b_rule": TensorRule()}
-    clock = {"hyper": hyper, "counters": counters}
+    clock = {"hyper": hyper, "rates": rates, "counters": counters}
     found = [
         Trial(
             "grad_weight",

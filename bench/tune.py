@@ -136,7 +136,7 @@ def calls(
     family: str,
 ) -> list[Callable[[], object]]:
     """Return bound calls with this tile, one for each result of (rows, columns) over a reduction."""
-    from fusemlp_kernels.contract import COUNTERS, HYPER, ScheduleSpec, TensorRule, UpdateRule
+    from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, TensorRule, UpdateRule
 
     def matrix(rows: int, columns: int, dtype: str) -> Any:
         pitch = -(-columns // 8) * 8
@@ -155,8 +155,11 @@ def calls(
                 "w": matrix(rows, columns, "real"), "b": None, "w_rule": TensorRule(),
                 "w_state": tuple(matrix(rows, columns, "real") for _ in range(2)),
             }  # fmt: skip
-            clock = {"hyper": backend.allocate(HYPER, "float64"), "counters": backend.allocate(COUNTERS, "int64")}
-            rule = UpdateRule("adam", ScheduleSpec("constant", 0.001))
+            clock = {
+                "hyper": backend.allocate(HYPER, "float64"), "counters": backend.allocate(COUNTERS, "int64"),
+                "rates": backend.allocate(2 * RATE_COLUMNS, "float64").reshape(2, RATE_COLUMNS),
+            }  # fmt: skip
+            rule = UpdateRule("adam")
             made.append(backend.bind("grad_weight_update", layers=[layer], rule=rule, **clock))
     return made
 

@@ -250,11 +250,7 @@ CUDA_MUTATIONS = (
         "clock.cuh",
         ("epoch one batch too long", "if (offset >= total)", "if (offset > total)", ADVANCE),
         ("scale doubles too late", "good >= rule->growth_interval", "good > rule->growth_interval", GROWTH),
-        (
-            "warm-up starts at zero",
-            "static_cast<double>(count + 1) / static_cast<double>(rule->warmup)",
-            "static_cast<double>(count) / static_cast<double>(rule->warmup)",
-            ADVANCE,
-        ),
+        ("rates of the update before", "long long place = count - ", "long long place = count - 1 - ", ADVANCE),
+        ("rates past the rows that are filled", "if (place > last) place", "if (place > last + 1) place", ADVANCE),
     ),
 )

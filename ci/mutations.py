@@ -353,14 +353,14 @@ MUTATIONS = (
             LINEAR_LOSS,
         ),
         ("betas swapped", "rule.beta1, rule.beta2, rule.eps", "rule.beta2, rule.beta1, rule.eps", UPDATE),
+        ("rates of the update before", "place = count - ", "place = count - 1 - ", ADVANCE),
+        ("rates past the rows that are filled", "tl.minimum(place, last)", "place", ADVANCE),
         (
-            "bias corrections of the update before",
-            "t = (count + 1).to(tl.float64)",
-            "t = count.to(tl.float64)",
+            "one bias correction for both",
+            "tl.load(row + BIAS_CORRECTION_2)",
+            "tl.load(row + BIAS_CORRECTION_1)",
             ADVANCE,
         ),
-        ("schedule a step behind", "scheduled_rate(rule, count)", "scheduled_rate(rule, count - 1)", ADVANCE),
-        ("warm-up starts at zero", "(count + 1.0) / tl.where(warmup", "count / tl.where(warmup", ADVANCE),
         ("rate scale forgotten", " * tl.load(hyper + RATE_SCALE)", "", ADVANCE),
         (
             "epoch one batch too long",
@@ -431,6 +431,7 @@ MUTATIONS = (
     ),
     *_bugs(
         "resident_update.py",
+        ("rates of the first model", "rates + model * rates_size", "rates", FLEET),
         (
             "clock read while it is written",
             "    tl.debug_barrier()\n    advance_clock(",

@@ -1,7 +1,10 @@
-"""What the contract's clock writes: the learning rate and bias corrections of the update that comes next."""
+"""What the host computes for the contract's clock: bias corrections, and the table of learning rates."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -9,26 +12,54 @@ import numpy as np
 from fusemlp_kernels.contract import (
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,
+    FIRST_UPDATE,
     GOOD_UPDATES,
     HYPER,
     LEARNING_RATE,
+    RATE_COLUMNS,
     RATE_SCALE,
+    ROWS_FILLED,
     UpdateRule,
 )
-from fusemlp_kernels.reference import learning_rate
+
+Array = np.ndarray[Any, Any]
+
+# 1 - x is 1 for an x up to this, half of the distance from 1 to the next smaller number.
+_VANISHES = 2.0**-54
 
 
-def hyper_at(rule: UpdateRule, update_count: int, rate_scale: float = 1.0) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The ``hyper`` array, (HYPER,) float64, after ``update_count`` updates; ``rate_scale`` multiplies the rate."""
+def corrections(beta: float, first: int, count: int) -> Array:
+    """1 - beta ** (t + 1) for t from ``first`` on, (count,) float64: Adam's bias correction after t updates.
+
+    The powers are Python's, one by one, so that a number does not depend on the table that it stands in.
+    """
+    found = np.ones(count)
+    # from this exponent on the correction is exactly 1
+    ends = math.log(_VANISHES) / math.log(beta) + 1.0 if beta > 0.0 else 1.0
+    below = max(0, min(count, math.ceil(ends) - first))
+    exponents = range(first + 1, first + 1 + below)
+    found[:below] -= np.fromiter(map(math.pow, repeat(beta), exponents), np.float64, below)
+    return found
+
+
+def rate_table(rule: UpdateRule, rates: Array | Sequence[float], first: int = 0) -> Array:
+    """The contract's ``rates``, (1 + R, RATE_COLUMNS) float64, of the updates that follow ``first``, ``first`` + 1, ...
+    others: ``rates`` (R,) are their learning rates."""
+    count = len(rates)
+    table = np.zeros((1 + count, RATE_COLUMNS))
+    table[0, FIRST_UPDATE], table[0, ROWS_FILLED] = first, count
+    table[1:, LEARNING_RATE] = rates
+    adam = rule.kind == "adam"
+    table[1:, BIAS_CORRECTION_1] = corrections(rule.beta1, first, count) if adam else 1.0
+    table[1:, BIAS_CORRECTION_2] = corrections(rule.beta2, first, count) if adam else 1.0
+    return table
+
+
+def hyper_at(rule: UpdateRule, rate: float, update_count: int = 0, rate_scale: float = 1.0) -> Array:
+    """The ``hyper`` array, (HYPER,) float64, after ``update_count`` updates, of which the next has this rate times
+    ``rate_scale``."""
     hyper = np.ones(HYPER)
     hyper[RATE_SCALE], hyper[GOOD_UPDATES] = rate_scale, 0.0
-    write_hyper(rule, update_count, hyper)
+    hyper[:RATE_COLUMNS] = rate_table(rule, [rate], update_count)[1]
+    hyper[LEARNING_RATE] *= rate_scale
     return hyper
-
-
-def write_hyper(rule: UpdateRule, update_count: int, hyper: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-    """Write ``hyper`` for the update after ``update_count`` others; its RATE_SCALE is read and kept."""
-    hyper[LEARNING_RATE] = learning_rate(rule.schedule, update_count) * hyper[RATE_SCALE]
-    if rule.kind == "adam":
-        hyper[BIAS_CORRECTION_1] = 1.0 - rule.beta1 ** (update_count + 1)
-        hyper[BIAS_CORRECTION_2] = 1.0 - rule.beta2 ** (update_count + 1)

@@ -50,11 +50,11 @@ Operands, by op (``None`` is allowed where it says "optional"):
     layers: as for ``grad_weight`` with w, b in place of dw, db, and w_state, b_state: tuples of arrays shaped like the
     parameter, w_rule, b_rule: ``TensorRule``, w_shadow: like w, compute, optional, written: w rounded; slopes: a
     sequence of mappings dslope, param, state, rule; rule: ``UpdateRule`` without clipping and accumulation; hyper
-    (``HYPER``,) float64; counters. The last to finish advances the clock.
+    (``HYPER``,) float64; rates (1 + R, ``RATE_COLUMNS``) float64; counters. The last to finish advances the clock.
 
 ``update``: the optimizer over the flat arenas
     params, grads (size,) real, both written; states: tuple of (size,) real; segments: tuple of ``Segment``, by
-    offset, whose gaps are alignment padding (zeros) or frozen tensors; rule, hyper, counters.
+    offset, whose gaps are alignment padding (zeros) or frozen tensors; rule, hyper, rates, counters.
     Applied when counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate, to the mean of the accumulated gradients;
     clips by their global norm, which it takes from norm (1,) float64 where that is given; shadow (size,) compute,
     optional, written: the parameters rounded; advances the clock. With scaled (True: the gradients carry
@@ -62,11 +62,11 @@ Operands, by op (``None`` is allowed where it says "optional"):
     skipped, and the scale halved; after ``GROWTH_INTERVAL`` updates without one it is doubled. parts, part: the
     gradient is the sum of so many arenas, part elements apart, in order.
 
-``advance``: the clock alone, for a network with nothing to train: rule, hyper, counters.
+``advance``: the clock alone, for a network with nothing to train: rule, hyper, rates, counters.
 
 ``train_resident``: many whole steps: what the calls of a step's program compute, again and again
     x (n, K) compute; target, weight, class_weight, loss, stats as in ``loss_grad``; rows as below; batch: M, the rows
-    of a step; layers: a sequence of ``ResidentLayer``; params, states, segments, rule, hyper, counters as in
+    of a step; layers: a sequence of ``ResidentLayer``; params, states, segments, rule, hyper, rates, counters as in
     ``update``; gradients (size,) real, written: what is accumulated between two updates lies there, and with
     rule.accumulate 1 nothing that matters; shadow as in ``update``, where compute is not real: what the products read.
     The bound callable takes the number of steps. Rows are walked as below, whatever the traits say. The output layer
@@ -78,16 +78,21 @@ Operands, by op (``None`` is allowed where it says "optional"):
 
 ``train_fleet``: ``train_resident`` for several models of one shape at once, on one data set; Triton's alone
     x, target, weight, class_weight, batch as there; the other arrays with an axis of models in front: params, shadow,
-    gradients and each of states (models, size), counters (models, ``COUNTERS``), hyper (models, ``HYPER``), stats
-    (models, ``STATS``), history (models, E, ``STATS``), rows (models, any); layers, segments, rules, losses, ridges
-    (optional): a sequence with one for each model. Models may differ in every number: dropout's rate and seed, slopes,
-    the rules of optimizer and tensors, the loss's smoothing, ridges; not in widths, activations, places, the number of
-    states, the loss's kind, soft, ignore_index. The bound callable takes a sequence with the number of steps of each
-    model: those with 0 are not part of the launch.
+    gradients and each of states (models, size), counters (models, ``COUNTERS``), hyper (models, ``HYPER``), rates
+    (models, 1 + R, ``RATE_COLUMNS``), stats (models, ``STATS``), history (models, E, ``STATS``), rows (models, any);
+    layers, segments, rules, losses, ridges (optional): a sequence with one for each model. Models may differ in every
+    number: dropout's rate and seed, slopes, the rules of optimizer and tensors, the loss's smoothing, ridges; not in
+    widths, activations, places, the number of states, the loss's kind, soft, ignore_index. The bound callable takes a
+    sequence with the number of steps of each model: those with 0 are not part of the launch.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
-the learning rate and the bias corrections of the next update (``clock.hyper_at``); if one was skipped, SKIPPED and
-SKIPPED_IN_A_ROW grow by one.
+the learning rate and the bias corrections of the next update; if one was skipped, SKIPPED and SKIPPED_IN_A_ROW grow by
+one.
+
+The host computes the rates ahead of the launches that read them (``clock.rate_table``). rates[0] holds FIRST_UPDATE and
+ROWS_FILLED, at most R; row 1 + i holds the learning rate and the two bias corrections of the update that follows
+FIRST_UPDATE + i others. The clock copies the row of UPDATE_COUNT into hyper, the learning rate times hyper[RATE_SCALE].
+The last filled row stands for all updates after it, so a constant rate needs one row.
 
 A backend with ``Traits.walks_rows`` also takes ``rows`` of several batches, one behind the other: the batch is the M
 rows from counters[ROW_OFFSET] on. If counters[ROW_STEP] is not 0, the clock moves ROW_OFFSET on by it, back to 0 where
@@ -113,7 +118,6 @@ ACTIVATIONS = ("identity", "relu", "leaky_relu", "prelu", "sigmoid", "tanh", "ge
 # act' of the others can be read off the output.
 NEEDS_Z = frozenset({"prelu", "gelu", "silu"})
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poisson", "quantile")
-SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
 OPS = (
     "linear",
     "linear_loss_grad",
@@ -149,6 +153,10 @@ OPS = (
     GOOD_UPDATES,
     HYPER,
 ) = range(7)
+# rates, float64: the first row says which update the second row is of, and how many rows are filled after the first
+FIRST_UPDATE, ROWS_FILLED = range(2)
+# ... which have the columns LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2
+RATE_COLUMNS = 3
 # Dynamic loss scaling (Micikevicius et al., "Mixed precision training", 2018): where it starts, and how long it waits.
 FIRST_LOSS_SCALE = 65536.0
 GROWTH_INTERVAL = 2000
@@ -190,17 +198,8 @@ class LossSpec:
     accuracy: bool = False
 
 
-@dataclass(frozen=True)
 class ScheduleSpec:
-    """The learning rate as a function of the update count; the formulas are in ``reference.learning_rate``."""
-
-    kind: str
-    base: float
-    steps: int = 1
-    gamma: float = 1.0
-    final: float = 0.0
-    peak_fraction: float = 0.3
-    warmup: int = 0
+    """A schedule as pickles of release 0.1 hold it inside an ``UpdateRule``; read where they are loaded."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,6 @@ class UpdateRule:
     """An optimizer: ``kind`` "sgd" or "adam"; ``convention`` "torch" or "scikit-learn" (see ``reference.update``)."""
 
     kind: str
-    schedule: ScheduleSpec
     momentum: float = 0.0
     nesterov: bool = False
     beta1: float = 0.9

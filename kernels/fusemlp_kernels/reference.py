@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fusemlp_kernels.contract import LossSpec, ScheduleSpec, TensorRule, UpdateRule
+from fusemlp_kernels.contract import LossSpec, TensorRule, UpdateRule
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 # The optimizer's arrays, for each layer and each of its parameters.
@@ -196,40 +196,6 @@ def grad_weight(dz: Array, x: Array) -> tuple[Array, Array]:
     return dz.T @ x, dz.sum(axis=0)
 
 
-def learning_rate(spec: ScheduleSpec, t: int) -> float:
-    """The learning rate of the update that comes after ``t`` updates.
-
-    Warm-up of w updates: (t + 1) / w of the base rate, and the schedule behind starts when it is over. one_cycle is
-    torch's OneCycleLR in two cosine phases (Smith and Topin, 2017): from base / 25 to base at
-    t = peak_fraction * steps - 1, from there to ``final`` at t = steps - 1. cosine and one_cycle stay at ``final``.
-    """
-    warm = (t + 1) / spec.warmup if t < spec.warmup else 1.0
-    return warm * _scheduled(spec, max(t - spec.warmup, 0))
-
-
-def _scheduled(spec: ScheduleSpec, t: int) -> float:
-    match spec.kind:
-        case "constant":
-            return spec.base
-        case "step":
-            return float(spec.base * spec.gamma ** (t // spec.steps))
-        case "exponential":
-            return float(spec.base * spec.gamma**t)
-        case "cosine":
-            return _anneal(spec.base, spec.final, min(t / spec.steps, 1.0))
-        case "one_cycle":
-            peak, last = spec.peak_fraction * spec.steps - 1.0, spec.steps - 1.0
-            if t <= peak and peak > 0:
-                return _anneal(spec.base / 25.0, spec.base, t / peak)
-            return _anneal(spec.base, spec.final, min((t - peak) / (last - peak), 1.0) if t < last else 1.0)
-    raise KeyError(spec.kind)
-
-
-def _anneal(start: float, end: float, done: float) -> float:
-    """Half a cosine wave from start (done = 0) to end (done = 1)."""
-    return end + (start - end) * (1.0 + math.cos(math.pi * done)) / 2.0
-
-
 def clip_factor(grads: Iterable[Array], max_norm: float | None) -> float:
     """What scales all gradients so that their common norm is at most max_norm, as torch's clip_grad_norm_."""
     if max_norm is None:
@@ -243,8 +209,8 @@ def update(
 ) -> tuple[Array, tuple[Array, ...]]:
     """One tensor's new value and new optimizer state, from its gradient g; all shaped like p.
 
-    t counts the updates before this one; lr is ``learning_rate(rule.schedule, t)``. state: () for plain SGD,
-    (velocity,) with momentum, (first moment, second moment) for Adam; all start at zero.
+    t counts the updates before this one; lr is the learning rate. state: () for plain SGD, (velocity,) with momentum,
+    (first moment, second moment) for Adam; all start at zero.
 
     Weight decay is added to the gradient, or, ``decoupled`` (Loshchilov and Hutter, 2019), shrinks p by itself.
     scikit-learn's convention differs from torch's in two places: the learning rate is kept inside the velocity, and
@@ -328,16 +294,17 @@ def train_step(
     spec: LossSpec,
     rule: UpdateRule,
     t: int,
+    lr: float,
     batch: Batch,
     tensors: Sequence[Sequence[TensorRule]] | None = None,
 ) -> tuple[float, list[Layer], State]:
-    """One step of training after ``t`` others: the loss before it, the new layers and optimizer state.
+    """One step of training at the learning rate ``lr`` after ``t`` others: the loss before it, the new layers and
+    optimizer state.
 
     tensors: for each layer the rules of its ``parameters``; by default they are all trained alike.
     """
     loss, grads = gradients(layers, spec, batch)
     factor = clip_factor((g for layer in grads for g in layer), rule.clip_norm)
-    lr = learning_rate(rule.schedule, t)
     new_layers, new_state = [], []
     for i, layer in enumerate(layers):
         rules = tensors[i] if tensors else [TensorRule()] * len(layer.parameters)

@@ -53,7 +53,7 @@ def test_a_step_is_within_the_bound(name, activation, description, make, record_
     module = network(activation)
     optimizer = make(module.parameters())
     step = fuse(module, nn.CrossEntropyLoss(), optimizer)
-    spec, rule = LossSpec("cross_entropy"), description.rule(total_updates=None)
+    spec, rule = LossSpec("cross_entropy"), description.rule()
     moments = (MOMENTS[torch.optim.SGD] if rule.kind == "sgd" else MOMENTS[torch.optim.Adam])[: rule.state_count]
     for t in range(8):
         X, y = batch(t)
@@ -70,7 +70,7 @@ def test_a_step_is_within_the_bound(name, activation, description, make, record_
         step(torch.from_numpy(X), torch.from_numpy(y))
         grads = [g for layer in trace.grads for g in layer]
         errors = [e for layer in trace.bounds for e in layer]
-        lr = reference.learning_rate(rule.schedule, t)
+        lr = description.schedule.at(t)
         tensor = TensorRule(1.0, description.weight_decay)
         for (key, parameter), g, g_error in zip(module.named_parameters(), grads, errors, strict=True):
             expected, new_state = reference.update(rule, tensor, before[key], g, states[key], t, lr)

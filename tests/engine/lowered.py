@@ -42,7 +42,7 @@ def training_program(
     return lower_training(
         net,
         loss.spec(accuracy=loss.is_classification, soft=soft),
-        optimizer.rule(total_updates=100),
+        optimizer.rule(),
         optimizer.options_for,
         batch_size,
         TRAITS[backend],

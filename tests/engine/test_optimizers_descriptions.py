@@ -20,7 +20,7 @@ from fusemlp.describe.optimizers import (
     optimizer_from_config,
 )
 from fusemlp.describe.schedules import Constant, Cosine, StepDecay
-from fusemlp_kernels.contract import ScheduleSpec, TensorRule, UpdateRule
+from fusemlp_kernels.contract import TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 EXAMPLES = [
@@ -44,37 +44,30 @@ def test_names_stand_for_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
-        (SGD(0.1), UpdateRule("sgd", ScheduleSpec("constant", 0.1))),
+        (SGD(0.1), UpdateRule("sgd")),
         (
             SGD(0.1, momentum=0.9, nesterov=True, convention="scikit-learn"),
-            UpdateRule("sgd", ScheduleSpec("constant", 0.1), momentum=0.9, nesterov=True, convention="scikit-learn"),
+            UpdateRule("sgd", momentum=0.9, nesterov=True, convention="scikit-learn"),
         ),
         (
             SGD(1, clip_norm=2, accumulate=3),
-            UpdateRule("sgd", ScheduleSpec("constant", 1.0), clip_norm=2.0, accumulate=3),
+            UpdateRule("sgd", clip_norm=2.0, accumulate=3),
         ),
         (
             Adam(betas=(0.8, 0.9), eps=1e-6),
-            UpdateRule("adam", ScheduleSpec("constant", 1e-3), beta1=0.8, beta2=0.9, eps=1e-6),
+            UpdateRule("adam", beta1=0.8, beta2=0.9, eps=1e-6),
         ),
-        (AdamW(), UpdateRule("adam", ScheduleSpec("constant", 1e-3), decoupled=True)),
+        (AdamW(), UpdateRule("adam", decoupled=True)),
     ],
     ids=repr,
 )
 def test_options_reach_the_kernels(optimizer: Optimizer, expected: UpdateRule) -> None:
-    assert optimizer.rule(total_updates=None) == expected
-
-
-def test_a_schedule_is_resolved_with_the_length_of_the_training() -> None:
-    rule = SGD(Cosine(0.1, warmup=10)).rule(total_updates=100)
-    assert rule.schedule == ScheduleSpec("cosine", 0.1, steps=90, warmup=10)
-    with pytest.raises(ArgumentError, match="steps: "):
-        SGD(Cosine(0.1)).rule(total_updates=None)
+    assert optimizer.rule() == expected
 
 
 def test_a_learning_rate_is_a_constant_schedule() -> None:
     assert SGD(0.5).schedule == Constant(0.5)
-    assert SGD(Constant(0.5)).rule(total_updates=None) == SGD(0.5).rule(total_updates=None)
+    assert SGD(Constant(0.5)).rule() == SGD(0.5).rule()
 
 
 def test_weight_decay_applies_to_every_parameter_unless_told_otherwise() -> None:

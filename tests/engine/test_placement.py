@@ -29,7 +29,7 @@ def resident(net=NET, loss="cross_entropy", optimizer="adam", batch=8, batches=3
     return lower_resident(
         net,
         loss.spec(accuracy=options.pop("accuracy", True), soft=options.pop("soft", False)),
-        optimizer.rule(total_updates=100),
+        optimizer.rule(),
         optimizer.options_for,
         batch,
         batches,
@@ -70,7 +70,6 @@ RESIDENT = {
 }
 # Each differs from the base in numbers alone.
 NUMBERS = {
-    "learning rate": {"optimizer": Adam(0.5)},
     "betas": {"optimizer": Adam(betas=(0.5, 0.6))},
     "weight decay": {"optimizer": AdamW(weight_decay=0.3)},
     "clipping": {"optimizer": Adam(clip_norm=2.0)},
@@ -100,6 +99,10 @@ def test_no_two_structures_that_differ_in_one_field_are_the_same() -> None:
         found[f"step, {name}"] = training_program(NET, **given)
     for one, other in itertools.combinations(found, 2):
         assert found[one].structure != found[other].structure, f"{one} is taken for {other}"
+
+
+def test_the_learning_rate_is_no_part_of_the_program() -> None:
+    assert resident().calls == resident(optimizer=Adam(0.5)).calls
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -13,7 +13,7 @@ from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
 from fusemlp.program.program import Call, Program, Ref, Value, resolve, scaled
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.plans import plan_text
-from fusemlp_kernels.contract import COUNTERS, HYPER, STATS
+from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS
 
 TUTORIAL = MLP([784, 128, 10])
 COLUMNS = ("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")
@@ -62,7 +62,9 @@ def test_bytes_are_those_of_what_is_read_and_written():
     assert program.traffic(program.calls[0]) == x + w0 + rows + counters + h1
     assert program.traffic(program.calls[1]) == h1 + w1 + rows + 128 * integer + counters + 2 * stats + dz
     assert program.traffic(program.calls[2]) == dz + w1 - 10 * real + 2 * h1
-    update = x + h1 + dz + h1 + rows + 2 * (w0 + w1 + counters + hyper)
+    # of the table of rates two rows, whatever it holds
+    rates = 2 * RATE_COLUMNS * 8
+    update = x + h1 + dz + h1 + rows + rates + 2 * (w0 + w1 + counters + hyper)
     assert program.traffic(program.calls[3]) == update
 
 

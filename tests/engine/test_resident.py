@@ -318,7 +318,7 @@ def test_the_resident_program_is_one_verified_call() -> None:
 
     net, optimizer = MLP(SIZES, activation="prelu"), Adam()
     layout = parameter_layout(net, row_multiple=1, item_bytes=4)
-    spec, rule = CrossEntropy().spec(accuracy=True), optimizer.rule(total_updates=1)
+    spec, rule = CrossEntropy().spec(accuracy=True), optimizer.rule()
     program = lower_resident(
         net, spec, rule, optimizer.options_for, BATCH, 6, layout, Inputs(ROWS, indexed=True), seed=0, real_bytes=4
     )

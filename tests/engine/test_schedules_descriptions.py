@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,7 @@ from fusemlp.describe.schedules import (
     plateau_step,
     schedule_from_config,
 )
-from fusemlp_kernels import contract
-from fusemlp_kernels.contract import ScheduleSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
-from fusemlp_kernels.reference import learning_rate
 
 EXAMPLES = [
     Constant(0.1),
@@ -42,17 +40,13 @@ EXAMPLES = [
 
 
 def rates(schedule: Schedule, total: int, updates: int | None = None) -> list[float]:
-    spec = schedule.spec(total)
-    return [learning_rate(spec, t) for t in range(total if updates is None else updates)]
+    found: list[float] = schedule.over(total).rates(0, total if updates is None else updates).tolist()
+    return found
 
 
 def close(actual: list[float], expected: Any) -> None:
     """A handful of float64 operations apart."""
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
-
-
-def test_the_kinds_are_those_of_the_contract_and_the_plateau() -> None:
-    assert tuple(SCHEDULES) == (*contract.SCHEDULES, "reduce_on_plateau")
 
 
 def test_rates_by_hand() -> None:
@@ -69,47 +63,119 @@ def test_a_cosine_ends_with_the_training() -> None:
 def test_warmup_stands_in_front_of_any_schedule() -> None:
     close(rates(Constant(1.0, warmup=4), 6), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     close(rates(Exponential(1.0, gamma=0.5, warmup=2), 5), [0.5, 1.0, 1.0, 0.5, 0.25])
-    assert Cosine(1.0, warmup=10).spec(100) == ScheduleSpec("cosine", 1.0, steps=90, warmup=10)
-    assert Cosine(1.0, warmup=10, steps=70).spec(100) == ScheduleSpec("cosine", 1.0, steps=70, warmup=10)
+    assert Cosine(1.0, warmup=10).over(100) == Cosine(1.0, steps=90, warmup=10)
+    assert Cosine(1.0, warmup=10, steps=70).over(100) == Cosine(1.0, steps=70, warmup=10)
 
 
 def test_warmup_may_be_a_share_of_the_training() -> None:
-    assert Constant(1.0, warmup=0.1).spec(200).warmup == 20
-    assert Cosine(1.0, warmup=0.1).spec(200) == ScheduleSpec("cosine", 1.0, steps=180, warmup=20)
-    assert Constant(1.0, warmup=0.0).spec(None).warmup == 0
+    assert Constant(1.0, warmup=0.1).over(200).warmup == 20
+    assert Cosine(1.0, warmup=0.1).over(200) == Cosine(1.0, steps=180, warmup=20)
+    assert Constant(1.0, warmup=0.0).over(None).warmup == 0
 
 
 def test_a_training_shorter_than_its_warmup_only_warms_up() -> None:
-    assert Cosine(1.0, warmup=10).spec(5).steps == 1
+    assert Cosine(1.0, warmup=10).over(5).steps == 1
     close(rates(Cosine(1.0, warmup=10), 5), [0.1, 0.2, 0.3, 0.4, 0.5])
 
 
-def test_schedules_equal_those_of_torch() -> None:
+def torch_rates(make: Any, updates: int) -> list[float]:
     import torch
-    from torch.optim import lr_scheduler
 
-    def torch_rates(make: Any, updates: int) -> list[float]:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-        scheduler = make(optimizer)
-        seen = []
-        for update in range(updates):
-            seen.append(float(optimizer.param_groups[0]["lr"]))
-            optimizer.step()
-            if update < updates - 1:
-                scheduler.step()
-        return seen
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = make(torch.optim.lr_scheduler, optimizer)
+    seen = []
+    for update in range(updates):
+        seen.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        if update < updates - 1:
+            scheduler.step()
+    return seen
 
-    def same(schedule: Schedule, make: Any) -> None:
-        np.testing.assert_allclose(rates(schedule, 40), torch_rates(make, 40), rtol=1e-9, atol=1e-12)
 
-    same(StepDecay(0.3, every=7, gamma=0.2), lambda o: lr_scheduler.StepLR(o, step_size=7, gamma=0.2))
-    same(Exponential(0.3, gamma=0.95), lambda o: lr_scheduler.ExponentialLR(o, gamma=0.95))
-    same(Cosine(0.3, final=0.01), lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=40, eta_min=0.01))
-    same(OneCycle(0.3), lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=40))
-    same(
-        OneCycle(0.3, peak_fraction=0.5),
-        lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=40, pct_start=0.5),
-    )
+LENGTH = 40
+PEERS: dict[str, tuple[Schedule, Any]] = {
+    "constant": (Constant(0.3), lambda torch, o: torch.LambdaLR(o, lambda t: 1.0)),
+    "step": (StepDecay(0.3, every=7, gamma=0.2), lambda torch, o: torch.StepLR(o, step_size=7, gamma=0.2)),
+    "exponential": (Exponential(0.3, gamma=0.95), lambda torch, o: torch.ExponentialLR(o, gamma=0.95)),
+    "cosine": (Cosine(0.3, final=0.01), lambda torch, o: torch.CosineAnnealingLR(o, T_max=LENGTH, eta_min=0.01)),
+    **{
+        f"one_cycle {share}": (
+            OneCycle(0.3, peak_fraction=share),
+            lambda torch, o, share=share: torch.OneCycleLR(
+                o, max_lr=0.3, total_steps=LENGTH, pct_start=share, cycle_momentum=False
+            ),
+        )
+        for share in (0.3, 0.33, 0.5, 0.01, 0.99)
+    },
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_schedules_equal_those_of_torch(name: str) -> None:
+    schedule, make = PEERS[name]
+    np.testing.assert_allclose(rates(schedule, LENGTH), torch_rates(make, LENGTH), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_warm_up_rises_linearly_and_delays_the_schedule(name: str) -> None:
+    schedule = PEERS[name][0].over(LENGTH)
+    warm = replace(schedule, warmup=5)
+    close(warm.rates(0, 5).tolist(), [schedule.at(0) * (t + 1) / 5 for t in range(5)])
+    assert warm.rates(5, 60).tobytes() == schedule.rates(0, 60).tobytes()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_annealed_rates_stay_at_the_final_value(steps: int) -> None:
+    """Past the end too, where a table is filled ahead."""
+    for share in (0.01, 0.3, 0.5, 0.99):
+        for schedule in (
+            Cosine(0.3, final=0.01, steps=steps),
+            OneCycle(0.3, steps=steps, peak_fraction=share, final=0.01),
+        ):
+            assert (schedule.rates(0, steps) > 0.0).all() and (schedule.rates(0, steps) <= 0.3).all()
+            close(schedule.rates(steps, 5).tolist(), [0.01] * 5)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_rate_does_not_depend_on_the_table_that_it_stands_in(name: str) -> None:
+    schedule = replace(PEERS[name][0], warmup=3).over(LENGTH)
+    whole = schedule.rates(0, 100)
+    for first, count in ((0, 1), (2, 3), (7, 41), (99, 1)):
+        assert schedule.rates(first, count).tobytes() == whole[first : first + count].tobytes()
+    assert [schedule.at(t) for t in range(100)] == whole.tolist()
+
+
+def test_rates_too_large_for_a_float_are_no_error_ahead_of_the_training() -> None:
+    assert Exponential(0.5, gamma=10.0).rates(300, 50)[-1] > 1e307
+    assert (Exponential(0.0, gamma=10.0).rates(300, 50) == 0.0).all()
+
+
+@dataclass(frozen=True)
+class InverseRoot(Schedule):
+    """A schedule of a user's own."""
+
+    kind = "inverse_root"
+    lr: float
+    shift: int = 1
+
+    def after_warmup(self, t: Any) -> Any:
+        return self.lr / np.sqrt(self.shift + t)
+
+
+def test_a_function_of_ones_own_is_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = InverseRoot(0.5, warmup=2)
+    close(rates(schedule, 5), [0.25, 0.5, 0.5, 0.5 / math.sqrt(2.0), 0.5 / math.sqrt(3.0)])
+    with pytest.raises(ArgumentError, match="'inverse_root'"):
+        schedule_from_config(schedule.to_config())
+    monkeypatch.setitem(SCHEDULES, "inverse_root", InverseRoot)
+    assert schedule_from_config(schedule.to_config()) == schedule
+
+
+@pytest.mark.parametrize(("shift", "update"), [(-3, 0), (0, 0)])
+def test_a_rate_that_is_no_rate_names_its_update(shift: int, update: int) -> None:
+    schedule = InverseRoot(0.0 if shift == 0 else 0.5, shift=shift)
+    with pytest.raises(ArgumentError, match=rf"lr: InverseRoot.* gave the rate nan after {update} updates"):
+        schedule.rates(0, 8)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +188,12 @@ def test_schedules_equal_those_of_torch() -> None:
 )
 def test_a_length_that_nobody_knows_is_refused(schedule: Schedule, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
-        schedule.spec(None)
+        schedule.over(None)
 
 
 def test_lengths_that_are_given_need_no_fit() -> None:
-    assert Cosine(0.1, steps=5, warmup=2).spec(None) == ScheduleSpec("cosine", 0.1, steps=5, warmup=2)
-    assert StepDecay(0.1, every=5).spec(None) == ScheduleSpec("step", 0.1, steps=5, gamma=0.1)
-    assert ReduceOnPlateau(0.1, warmup=3).spec(None) == ScheduleSpec("constant", 0.1, warmup=3)
+    for schedule in (Cosine(0.1, steps=5, warmup=2), StepDecay(0.1, every=5), ReduceOnPlateau(0.1, warmup=3)):
+        assert schedule.over(None) == schedule
 
 
 def follow(schedule: ReduceOnPlateau, values: list[float]) -> list[float]:

@@ -399,7 +399,7 @@ FP32_NETWORKS = {
 def test_a_step_in_single_precision_is_within_the_bound(net, optimizer):
     rng = np.random.default_rng(2)
     engine = Engine(net, optimizer=optimizer, batch_size=64, seed=SEED, backend="numpy")
-    spec, rule = engine.loss.spec(accuracy=False), optimizer.rule(total_updates=None)
+    spec, rule = engine.loss.spec(accuracy=False), optimizer.rule()
     for _ in range(12):
         X = rng.standard_normal((50, 20)).astype(np.float32)
         y = rng.integers(0, OUTPUTS, 50)
@@ -427,7 +427,7 @@ def test_a_step_in_single_precision_is_within_the_bound(net, optimizer):
             for gs, es, os in zip(trace.grads, trace.bounds, oracle, strict=True)
             for g, e, o in zip(gs, es, os, strict=True)
         ]
-        lr = reference.learning_rate(rule.schedule, t)
+        lr = optimizer.schedule.at(t)
         for (g, g_error, from_oracle), name in zip(flat, short_names(net).values(), strict=True):
             np.testing.assert_allclose(g, from_oracle, rtol=1e-12, atol=1e-15)
             _, tensor = optimizer.options_for(name)

@@ -12,7 +12,7 @@ import numpy as np
 from fleet_oracle import Oracle
 from memory import place
 
-from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
     ROW_COUNT,
@@ -23,20 +23,21 @@ from fusemlp_kernels.contract import (
     LossSpec,
     ResidentLayer,
     Ridge,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
 )
 
 GAP_VALUE = 77.0
-# What a tensor begins at a multiple of, in elements, so that there are gaps.
+# Tensors begin at multiples of this many elements, which leaves gaps.
 STEP = 64
+# Updates that the tables of rates have rows for.
+UPDATES = 64
 
 
 @dataclass(frozen=True)
 class Model:
-    """What one model of a fleet has of its own."""
+    """The numbers of one model of a fleet."""
 
     rule: UpdateRule
     loss: LossSpec
@@ -47,6 +48,12 @@ class Model:
     slope: float = 0.1
     rows: int = 13
     ridge: Ridge | None = None
+    # the learning rates of its updates; the last stands for those after it
+    rates: tuple[float, ...] = (0.05,)
+
+    def rate_at(self, updates: int) -> float:
+        """Return the learning rate after this many updates."""
+        return self.rates[min(updates, len(self.rates) - 1)]
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,10 @@ class Fleet:
         length = max(_up(self.epochs * model.rows, shape.batch) for model in models)
         self.rows = place(np.full((count, length), -1), "plain", np.int64)
         self.counters = place(np.zeros((count, COUNTERS)), "plain", np.int64)
-        self.hyper = place(np.stack([hyper_at(model.rule, 0) for model in models]), "plain")
+        self.hyper = place(np.stack([hyper_at(model.rule, model.rates[0]) for model in models]), "plain")
+        rates = [[model.rate_at(updates) for updates in range(UPDATES)] for model in models]
+        tables = [rate_table(model.rule, own) for model, own in zip(models, rates, strict=True)]
+        self.rates = place(np.stack(tables), "plain")
         self.stats = place(np.zeros((count, STATS)), "plain")
         accounts = None if epochs is None else np.full((count, epochs, STATS), GAP_VALUE)
         self.history = None if accounts is None else place(accounts, "plain")
@@ -186,8 +196,8 @@ class Fleet:
             "params": self.params, "gradients": self.gradients, "states": self.states, **shadowed,
             "segments": [self.segments(model) for model in self.models],
             "rules": [model.rule for model in self.models], "losses": [model.loss for model in self.models],
-            "counters": self.counters, "hyper": self.hyper, "stats": self.stats, "history": self.history,
-            **self.ridges(),
+            "counters": self.counters, "hyper": self.hyper, "rates": self.rates, "stats": self.stats,
+            "history": self.history, **self.ridges(),
         }  # fmt: skip
 
     def ridges(self) -> dict[str, Any]:
@@ -202,7 +212,7 @@ class Fleet:
         one |= {"rule": given.pop("rules")[index], "loss": given.pop("losses")[index]}
         if "ridges" in given:
             one["ridge"] = given.pop("ridges")[index]
-        for name in ("rows", "params", "gradients", "counters", "hyper", "stats", "history", "shadow"):
+        for name in ("rows", "params", "gradients", "counters", "hyper", "rates", "stats", "history", "shadow"):
             if given.get(name) is not None:
                 one[name] = given[name][index]
         return {**given, **one, "states": tuple(state[index] for state in self.states)}
@@ -234,12 +244,12 @@ class Fleet:
 
 
 def varied(model: Model, count: int) -> list[Model]:
-    """So many models like ``model``, no two with the same numbers."""
+    """Return ``count`` models like ``model``, no two with the same numbers."""
     models = []
     for index in range(count):
         rule = model.rule
-        schedule = replace(rule.schedule, base=rule.schedule.base * (1.0 + 0.3 * index))
-        rule = replace(rule, schedule=schedule, beta1=rule.beta1 * 0.99**index, beta2=rule.beta2 * 0.999**index)
+        rates = tuple(rate * (1.0 + 0.3 * index) for rate in model.rates)
+        rule = replace(rule, beta1=rule.beta1 * 0.99**index, beta2=rule.beta2 * 0.999**index)
         rule = replace(rule, momentum=rule.momentum * 0.95**index)
         loss = model.loss
         if loss.kind == "cross_entropy":
@@ -248,10 +258,10 @@ def varied(model: Model, count: int) -> list[Model]:
             replace(
                 model, rule=rule, loss=loss, seed=model.seed + index, rate=model.rate * (1.0 - index / (2.0 * count)),
                 decay=model.decay * (1.0 + index), slope=model.slope * (1.0 + 0.1 * index), rows=model.rows - index % 3,
+                rates=rates,
             )
         )  # fmt: skip
     return models
 
 
-CONSTANT = ScheduleSpec("constant", 0.05)
-__all__ = ["CONSTANT", "Fleet", "Model", "Oracle", "Shape", "varied"]
+__all__ = ["Fleet", "Model", "Oracle", "Shape", "varied"]

@@ -9,7 +9,6 @@ from step_bounds import TwoBytes, traced
 from tolerance import U32, assert_within, update_bound
 
 from fusemlp_kernels import reference
-from fusemlp_kernels.clock import hyper_at
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     BATCH_LOSSES,
@@ -137,7 +136,7 @@ class Oracle:
                 assert_within(fleet.tensor(fleet.gradients[self.index], name), grads[name], errors[name])
         factor, relative = _clipping(rule, [grads[n] / every for n in trained], [errors[n] / every for n in trained])
         updates = int(self.counters[UPDATE_COUNT])
-        rate = reference.learning_rate(rule.schedule, updates)
+        rate = self.model.rate_at(updates)
         for name in names:
             now = fleet.tensor(fleet.params[self.index], name)
             if name not in trained or (batch_index + 1) % every:
@@ -152,8 +151,8 @@ class Oracle:
             assert_within(now, new, limit)
             for arena, wanted, allowed in zip(fleet.states, new_states, state_limits, strict=True):
                 assert_within(fleet.tensor(arena[self.index], name), wanted, allowed)
-        following = hyper_at(rule, int(fleet.counters[self.index, UPDATE_COUNT]))
-        assert_within(fleet.hyper[self.index, LEARNING_RATE], following[LEARNING_RATE], 1e-12 * rule.schedule.base)
+        following = self.model.rate_at(int(fleet.counters[self.index, UPDATE_COUNT]))
+        assert fleet.hyper[self.index, LEARNING_RATE] == following
 
 
 def _clipping(rule: UpdateRule, grads: list[Any], errors: list[Any]) -> tuple[float, float]:

@@ -118,7 +118,7 @@ class Step:
 
     def __init__(self, engine, short=None, products=IEEE):
         self.engine, self.short, self.products = engine, short, products
-        self.rule = engine.optimizer.rule(total_updates=None)
+        self.rule = engine.optimizer.rule()
         self.before = self._exact("")
         self.states = [self._exact(f".state{index}") for index in range(self.rule.state_count)]
         self.batch_index = int(_host(engine, "counters")[BATCH_INDEX])
@@ -161,7 +161,7 @@ class Step:
         options = {name: self.engine.optimizer.options_for(name) for name in names}
         trained = [name for name in names if options[name][0]]
         factor, relative = self._clipping([grads[n] for n in trained], [errors[n] for n in trained])
-        rate = reference.learning_rate(self.rule.schedule, self.updates)
+        rate = self.engine.optimizer.schedule.over(None).at(self.updates)
         for name in names:
             if name not in trained:
                 yield name, None, None, (), ()

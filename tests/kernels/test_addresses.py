@@ -9,7 +9,7 @@ import mmap
 
 import numpy as np
 import pytest
-from calls import CONSTANT, Clock
+from calls import Clock
 from devices import INTERPRETER, marks_of
 from strategies import Values, exact
 from tolerance import assert_within, bound, grad_input_bound, linear_bound
@@ -68,7 +68,7 @@ def test_rows_beyond_32_bits(variant, width):
     dw, db = far_apart(np.full((ROWS, width), np.nan, np.float32)), torch.full((ROWS,), torch.nan)
     layer = {"dz": far_apart(dz), "x": far_x, "dw": dw, "db": db}
     counters = torch.zeros(COUNTERS, dtype=torch.int64)
-    backend.bind("grad_weight", layers=[layer], rule=UpdateRule("sgd", CONSTANT), counters=counters)()
+    backend.bind("grad_weight", layers=[layer], rule=UpdateRule("sgd"), counters=counters)()
     expected, magnitude = exact(dz).T @ exact(x), np.abs(exact(dz)).T @ np.abs(exact(x))
     assert_within(dw.numpy(), expected, bound(ROWS, magnitude, u, output=expected))
 
@@ -82,7 +82,7 @@ def test_parts_beyond_32_bits(variant):
     # three stretches of a batch, a block each
     dz, x = values.factors(96, 3), values.factors(96, 8)
     grads = far_apart(np.full((3, 24), np.nan, np.float32))
-    dw, rule = grads[0].view(3, 8), UpdateRule("sgd", CONSTANT)
+    dw, rule = grads[0].view(3, 8), UpdateRule("sgd")
     layer = {"dz": torch.from_numpy(dz), "x": torch.from_numpy(x), "dw": dw, "db": None}
     counters = torch.zeros(COUNTERS, dtype=torch.int64)
     backend.bind("grad_weight", layers=[layer], rule=rule, counters=counters, parts=3, part=PITCH)()
@@ -91,8 +91,8 @@ def test_parts_beyond_32_bits(variant):
     limits = bound(32, magnitudes, variant.unit, output=products)
     assert_within(grads.numpy().reshape(3, 3, 8), products, limits)
 
-    clock = Clock(variant, rule, 0, 0, 1.0)
-    given = {name: torch.from_numpy(clock.operands[name]) for name in ("hyper", "counters")}
+    clock = Clock(rule)
+    given = {name: torch.from_numpy(clock.operands[name]) for name in ("hyper", "rates", "counters")}
     params, segments = torch.zeros(24), (Segment(0, 24, TensorRule()),)
     backend.bind(
         "update", params=params, grads=grads[0], states=(), segments=segments, rule=rule, parts=3, part=PITCH, **given

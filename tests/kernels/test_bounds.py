@@ -10,7 +10,7 @@ from strategies import Values, exact
 from tolerance import assert_within, linear_bound, loss_grad_bound, update_bound
 
 from fusemlp_kernels import reference
-from fusemlp_kernels.contract import LossSpec, ScheduleSpec, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import LossSpec, Segment, TensorRule, UpdateRule
 
 on_every_device = pytest.mark.parametrize(
     "variant", [parameter for parameter in VARIANT_PARAMETERS if parameter.values[0].precision == "fp32"]
@@ -78,12 +78,12 @@ def test_the_bound_tells_the_options_of_a_loss_apart(variant):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @on_every_device
 def test_the_bound_tells_an_optimizer_from_its_neighbours(variant, rule):
-    """A wrong momentum, convention, beta or decay is further away than rounding."""
+    """A wrong rate, momentum, convention, beta or decay is further away than rounding."""
     values = Values(8, variant)
     p, g, t = values.normal(200), values.normal(200), 3
     tensor, wrong_tensor = TensorRule(1.0, 0.01), TensorRule(1.0, 0.0101)
     wrong_rules = {
-        "sgd": {"schedule": ScheduleSpec("constant", 0.1001)},
+        "sgd": {"momentum": 0.0},
         "momentum": {"momentum": 0.901},
         "nesterov": {"nesterov": False},
         "scikit-learn's": {"convention": "torch"},
@@ -95,13 +95,18 @@ def test_the_bound_tells_an_optimizer_from_its_neighbours(variant, rule):
     args = exact(p), exact(g), tuple(exact(s) for s in state)
     expected = reference.update(rule, tensor, *args, t, 0.1)
     limits = update_bound(rule, tensor, *args, t, 0.1)
-    for other, other_tensor in ((rule, tensor), (wrong_rule, tensor), (rule, wrong_tensor)):
+    for other, other_tensor, rate in (
+        (rule, tensor, 0.1),
+        (wrong_rule, tensor, 0.1),
+        (rule, wrong_tensor, 0.1),
+        (rule, tensor, 0.1001),
+    ):
         params, states = p.copy(), tuple(s.copy() for s in state)
-        clock = Clock(variant, other, t, t, 1.0)
+        clock = Clock(other, t, t, rates=[rate])
         operands = {"params": params, "grads": g.copy(), "states": states}
         operands["segments"] = (Segment(0, 200, other_tensor),)
         variant.bind("update", **operands, **clock.operands)()
-        if other is rule and other_tensor is tensor:
+        if other == rule and other_tensor is tensor and rate == 0.1:
             assert_within(params, expected[0], limits[0])
         else:
             with pytest.raises(AssertionError, match="out of bound"):

@@ -19,14 +19,13 @@ from strategies import Values, exact
 from tolerance import assert_within, bound
 
 from fusemlp import MLP, SGD, AdamW, Engine, OneCycle
-from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
     ROW_COUNT,
     STATS,
     Dropout,
     LossSpec,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -102,8 +101,9 @@ def bound_ops(variant):
     target, slope = values.integers(N, M), np.full(1, 0.25, variant.real)
     loss = {"target": target, "counters": counters, "stats": stats, "loss": LossSpec("cross_entropy", accuracy=True)}
     dslope, out = poisoned(1, variant.real), poisoned((M, K), variant.compute, layout)
-    rule = UpdateRule("adam", ScheduleSpec("one_cycle", 0.1, steps=100))
-    clock = {"rule": rule, "hyper": hyper_at(rule, 0), "counters": counters}
+    rule = UpdateRule("adam")
+    rates = rate_table(rule, [0.1 * 0.9**updates for updates in range(60)])
+    clock = {"rule": rule, "hyper": hyper_at(rule, 0.1), "rates": rates, "counters": counters}
     p, s = place(values.normal(N, K), layout), [place(np.abs(values.normal(N, K)), layout) for _ in range(2)]
     pb, sb = values.normal(N), [np.abs(values.normal(N)) for _ in range(2)]
     layer = {"dz": dz, "x": x, "w": p, "b": pb, "w_state": tuple(s), "b_state": tuple(sb)}
@@ -114,7 +114,7 @@ def bound_ops(variant):
     flat = {"params": arenas[0], "grads": arenas[1], "states": tuple(arenas[2:])}
     clipped = UpdateRule(**{**vars(rule), "clip_norm": 0.1})
     dropped = {"dropout": Dropout(0.5, 1, 7), "counters": counters}
-    plain = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+    plain = UpdateRule("sgd")
     calls = {
         "linear": {"x": x, "w": w, "b": b, "y": y, "activation": "gelu", **dropped},
         "linear_loss_grad": {"x": x, "w": w, "b": b, "dz": y, **loss},
@@ -177,7 +177,7 @@ def test_addresses_past_two_to_the_31_elements(device):
     dw = backend.view(backend.allocate(n * k, "real"), 0, (n, k), k)
     db = backend.allocate(n, "real")
     layer = {"dz": backend.from_host(dz), "x": x, **by_row, "dw": dw, "db": db}
-    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+    rule = UpdateRule("sgd")
     backend.bind("grad_weight", layers=[layer], rule=rule, counters=counters)()
     expected = exact(dz).T @ exact(last)
     limit = bound(m, np.abs(dz).T @ np.abs(last), output=expected, products=variant.products)

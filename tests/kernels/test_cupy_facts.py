@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from calls import CONSTANT, Clock
+from calls import Clock
 from devices import CUPY_GPU, STAND_IN, Variant, marks_of, usable
 from memory import place, poisoned
 from strategies import Values, exact
@@ -22,7 +22,6 @@ from fusemlp_kernels.contract import (
     ROW_COUNT,
     STATS,
     LossSpec,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -83,8 +82,8 @@ def trained_layers(variant, sizes, m, rule):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_under_plain_descent_the_products_are_the_update(variant, started):
     """A product for each weight, and one kernel: biases, factors of the products, clock."""
-    names, rule = started(variant), UpdateRule("sgd", CONSTANT)
-    layers, clock = trained_layers(variant, (5, 9, 4), 16, rule), Clock(variant, rule, 0, 0, 1.0)
+    names, rule = started(variant), UpdateRule("sgd")
+    layers, clock = trained_layers(variant, (5, 9, 4), 16, rule), Clock(rule)
     before = [(exact(layer["w"]), exact(layer["b"])) for layer in layers]
     run = variant.bind("grad_weight_update", layers=layers, **clock.operands)
     run()
@@ -125,7 +124,7 @@ def test_the_sums_of_a_long_batch_are_added_up_from_parts(variant):
     dz, x = place(values.factors(m, n), "owned"), place(values.factors(m, k), "owned")
     layer = {"dz": dz, "x": x, "dw": poisoned((n, k), variant.real), "db": poisoned(n, variant.real)}
     counters = np.zeros(COUNTERS, np.int64)
-    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1), accumulate=2)
+    rule = UpdateRule("sgd", accumulate=2)
     run = variant.bind("grad_weight", layers=[layer], rule=rule, counters=counters)
     for index in range(4):
         counters[BATCH_INDEX] = index
@@ -183,12 +182,12 @@ def test_numbers_become_float16_as_numpy_has_it(device):
     random = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
     numbers = np.concatenate([halves.astype(np.float32), between.astype(np.float32), steps, random])
     variant = Variant(device, "fp16")
-    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.0))
+    rule = UpdateRule("sgd")
     shadow, params = np.zeros(numbers.size, np.float16), numbers.copy()
     operands = {"params": params, "grads": np.zeros_like(params), "states": (), "shadow": shadow}
     operands["segments"] = (Segment(0, params.size, TensorRule()),)
     with np.errstate(all="ignore"):
-        variant.bind("update", **operands, **Clock(variant, rule, 0, 0, 1.0).operands)()
+        variant.bind("update", **operands, **Clock(rule, rates=[0.0]).operands)()
         np.testing.assert_array_equal(shadow, numbers.astype(np.float16))
     # and back: every number of 16 bits goes through a layer that does nothing
     x, y = halves.reshape(-1, 1), np.zeros((2**16, 1), np.float16)

@@ -14,7 +14,7 @@ from strategies import Values, exact
 from tolerance import Products, assert_within, bound, largest_partial_sum
 
 from fusemlp import MLP, Adam, Engine
-from fusemlp_kernels.contract import LossSpec, ScheduleSpec, UpdateRule
+from fusemlp_kernels.contract import LossSpec, UpdateRule
 
 pytestmark = marks_of(GPU)
 
@@ -76,9 +76,12 @@ def fleet_of(models, data=2048):
     """A fleet of 64-32-10 on the device: the call, and what it trains."""
     from devices import TorchMemory, _converted
 
-    rule = UpdateRule("adam", ScheduleSpec("constant", 1e-3))
+    rule = UpdateRule("adam")
     shape = Shape((64, 32, 10), ("relu", "identity"), batch=32, data=data)
-    each = [Model(rule, LossSpec("cross_entropy", accuracy=True), seed=seed, rows=data) for seed in range(models)]
+    each = [
+        Model(rule, LossSpec("cross_entropy", accuracy=True), seed=seed, rows=data, rates=(1e-3,))
+        for seed in range(models)
+    ]
     backend = FP32.backend()
     there = TorchMemory(backend, "train_fleet")
     call = backend.bind("train_fleet", **_converted(Fleet(FP32, shape, each).operands(), there.view))

@@ -21,7 +21,6 @@ from fusemlp_kernels.contract import (
     NEEDS_Z,
     ROW_COUNT,
     Dropout,
-    ScheduleSpec,
     UpdateRule,
 )
 from fusemlp_kernels.philox import dropout_keep
@@ -261,7 +260,7 @@ def test_grad_weight(layers, m, by_row, accumulate, slope_count, wants_norm, var
         outputs += [(out, e, g) for out, e, g in zip((dw, db), exacts, magnitudes, strict=True) if out is not None]
     slopes_given = [{"dslope": values.normal(1), "grad": poisoned(1, variant.real)} for _ in range(slope_count)]
     outputs += [(s["grad"], exact(s["dslope"]), np.abs(exact(s["dslope"]))) for s in slopes_given]
-    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1), accumulate=accumulate)
+    rule = UpdateRule("sgd", accumulate=accumulate)
     norm_given = {}
     if wants_norm and variant.traits.norms_gradients:
         norm_given["norm"] = poisoned(1, np.float64)
@@ -302,7 +301,7 @@ def test_gradients_of_a_batch_in_parts(m, n, k, parts, variant, by_row, placed, 
     arenas[:, weights].reshape(parts, n, pitch)[:, :, k:] = 0.0
     backend_call = {**given_arrays, "dw": arena[weights].reshape(n, pitch)[:, :k], "db": arena[biases]}
     slope = {"dslope": values.normal(1), "grad": arena[place_of_slope : place_of_slope + 1]}
-    rule = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+    rule = UpdateRule("sgd")
     variant.bind(
         "grad_weight", writes=[arena], layers=[backend_call], slopes=[slope], rule=rule, counters=counters, parts=parts,
         part=room,
@@ -383,7 +382,7 @@ def test_every_operand_may_lie_in_its_own_way(variant, ways):
     assert_output(variant, dz_prev, reference.grad_input(*given), grad_input_bound(*given, u=u, products=products))
 
     x, dw, db = place(z, ways[1]), poisoned((n, k), variant.real, ways[2]), poisoned(n, variant.real, ways[3])
-    rule, counters = UpdateRule("sgd", ScheduleSpec("constant", 0.1)), np.zeros(COUNTERS, np.int64)
+    rule, counters = UpdateRule("sgd"), np.zeros(COUNTERS, np.int64)
     variant.bind("grad_weight", layers=[{"dz": dz, "x": x, "dw": dw, "db": db}], rule=rule, counters=counters)()
     expected, magnitudes = (reference.grad_weight(f(exact(dz)), f(exact(x))) for f in (np.array, np.abs))
     for found, wanted, magnitude in zip((dw, db), expected, magnitudes, strict=True):

@@ -34,7 +34,7 @@ class Arena:
 
     def __init__(self, variant, rule, scale):
         values = Values(3, variant)
-        self.rule, self.clock = rule, Clock(variant, rule, 4 * rule.accumulate, 4, 1.0)
+        self.rule, self.clock = rule, Clock(rule, 4 * rule.accumulate, 4, 1.0)
         self.clock.hyper[LOSS_SCALE] = scale
         self.params, self.grads = values.normal(SIZE), values.normal(SIZE)
         self.states = tuple(np.abs(values.normal(SIZE)) for _ in range(rule.state_count))

@@ -20,7 +20,6 @@ from fusemlp_kernels.contract import (
     STATS,
     Dropout,
     LossSpec,
-    ScheduleSpec,
     TensorRule,
     UpdateRule,
 )
@@ -129,7 +128,7 @@ def test_nan_goes_through_a_fused_update(variant, rule):
     w_state, b_state = (tuple(np.zeros_like(p) for _ in range(rule.state_count)) for p in (w, b))
     layer = {"dz": dz, "x": x, "w": w, "b": b, "w_state": w_state, "b_state": b_state}
     layer |= {"w_rule": TensorRule(), "b_rule": TensorRule()}
-    variant.bind("grad_weight_update", layers=[layer], **Clock(variant, rule, 0, 0, 1.0).operands)()
+    variant.bind("grad_weight_update", layers=[layer], **Clock(rule).operands)()
     np.testing.assert_array_equal(np.isnan(b), [False, True, False])
     np.testing.assert_array_equal(np.isnan(w), np.isnan(b)[:, None] & np.ones((3, 4), np.bool_))
 
@@ -168,7 +167,7 @@ def test_logits_of_any_size_overflow_nowhere(variant):
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_the_norm_of_large_gradients_does_not_overflow(variant):
     params, grads = np.zeros(4, variant.real), np.full(4, 1e30, variant.real)
-    update_arena(variant, UpdateRule("sgd", ScheduleSpec("constant", 1.0), clip_norm=1.0), params, grads)
+    update_arena(variant, UpdateRule("sgd", clip_norm=1.0), params, grads, 1.0)
     np.testing.assert_allclose(params, -0.5, rtol=4 * 2.0**-23)
 
 
@@ -185,7 +184,7 @@ def test_nan_stays_out_of_the_padding_of_weights(variant, op):
     else:
         layer |= {"w": place(np.ones((3, 4), variant.real), "owned"), "b": np.ones(3, variant.real)}
         layer |= {"w_state": (), "b_state": (), "w_rule": TensorRule(), "b_rule": TensorRule()}
-        operands = Clock(variant, RULES["sgd"], 0, 0, 1.0).operands
+        operands = Clock(RULES["sgd"], 0, 0, 1.0).operands
     # that nothing in the padding changes, the call itself checks
     variant.bind(op, layers=[layer], **operands)()
     assert np.isnan(layer["dw" if op == "grad_weight" else "w"][1]).all()

@@ -16,7 +16,7 @@ from memory import place
 from strategies import Values
 
 import fusemlp_kernels
-from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
     COUNTERS,
@@ -26,7 +26,6 @@ from fusemlp_kernels.contract import (
     STATS,
     Dropout,
     LossSpec,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -39,7 +38,7 @@ M, K, N = 200, 300, 250
 # are Python's own objects and NumPy's views.
 LIMIT = 4096
 BUFFER = 64
-ONE_CYCLE = ScheduleSpec("one_cycle", 0.1, steps=100, warmup=3)
+RATES = [0.1 * 0.9**updates for updates in range(100)]
 
 
 @pytest.fixture(autouse=True)
@@ -142,13 +141,13 @@ def test_losses(kind, options, layout):
 
 
 RULES = {
-    "sgd": UpdateRule("sgd", ONE_CYCLE),
-    "momentum": UpdateRule("sgd", ONE_CYCLE, momentum=0.9),
-    "nesterov": UpdateRule("sgd", ONE_CYCLE, momentum=0.9, nesterov=True),
-    "scikit-learn's": UpdateRule("sgd", ONE_CYCLE, momentum=0.9, convention="scikit-learn"),
-    "decoupled": UpdateRule("sgd", ONE_CYCLE, momentum=0.9, decoupled=True),
-    "adam": UpdateRule("adam", ONE_CYCLE),
-    "adamw": UpdateRule("adam", ONE_CYCLE, decoupled=True),
+    "sgd": UpdateRule("sgd"),
+    "momentum": UpdateRule("sgd", momentum=0.9),
+    "nesterov": UpdateRule("sgd", momentum=0.9, nesterov=True),
+    "scikit-learn's": UpdateRule("sgd", momentum=0.9, convention="scikit-learn"),
+    "decoupled": UpdateRule("sgd", momentum=0.9, decoupled=True),
+    "adam": UpdateRule("adam"),
+    "adamw": UpdateRule("adam", decoupled=True),
 }
 
 
@@ -162,9 +161,9 @@ def test_gradients_and_fused_updates(rule, layout):
     operands = {"dz": dz, "x": x, "w": w, "b": b, "w_rule": tensor, "b_rule": tensor, "dw": w.copy(), "db": b.copy()}
     operands["w_state"] = tuple(place(np.zeros_like(w), layout) for _ in range(rule.state_count))
     operands["b_state"] = tuple(place(np.zeros_like(b), layout) for _ in range(rule.state_count))
-    clock = {"hyper": hyper_at(rule, 0), "counters": counters()}
+    clock = {"hyper": hyper_at(rule, 0.1), "rates": rate_table(rule, RATES), "counters": counters()}
     assert peak(bind("grad_weight_update", layers=[operands], rule=rule, **clock)) < LIMIT
-    accumulating = UpdateRule("sgd", ONE_CYCLE, accumulate=3)
+    accumulating = UpdateRule("sgd", accumulate=3)
     assert peak(bind("grad_weight", layers=[operands], rule=accumulating, counters=counters())) < LIMIT
 
 
@@ -175,7 +174,8 @@ def test_update_and_advance(rule, change):
     size = 100_000
     arrays = [np.zeros(size, np.float32) for _ in range(2 + rule.state_count)]
     segments = (Segment(0, 60_000, TensorRule(1.0, 0.01)), Segment(60_032, 39_968, TensorRule()))
-    clock = {"rule": rule, "hyper": hyper_at(rule, 0), "counters": counters()}
+    clock = {"hyper": hyper_at(rule, 0.1), "rates": rate_table(rule, RATES), "counters": counters()}
+    clock |= {"rule": rule}
     operands = {"params": arrays[0], "grads": arrays[1], "states": tuple(arrays[2:]), "segments": segments}
     assert peak(bind("update", **operands, **clock)) < LIMIT
     assert peak(bind("advance", **clock)) < LIMIT

@@ -18,7 +18,7 @@ from torch_oracle import (
 )
 
 from fusemlp_kernels import contract, reference
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, LossSpec, ScheduleSpec
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, LossSpec
 from fusemlp_kernels.reference import Batch, Layer
 
 
@@ -183,5 +183,3 @@ def test_every_name_of_the_contract_is_known():
     one = np.ones((1, 2))
     for name in contract.ACTIVATIONS:
         assert reference.activation(name, one).shape == (1, 2)
-    for kind in contract.SCHEDULES:
-        assert reference.learning_rate(ScheduleSpec(kind, 1.0), 0) >= 0.0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fusemlp_kernels
-from fusemlp_kernels.contract import OPS, ScheduleSpec, UpdateRule
+from fusemlp_kernels.contract import OPS, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 
 
@@ -46,9 +46,7 @@ def test_what_does_not_exist_is_refused_by_name():
     with pytest.raises(ArgumentError, match="did you mean 'linear'"):
         numpy.bind("liner")
     with pytest.raises(ArgumentTypeError, match=r"advance: .*missing"):
-        fusemlp_kernels.backend("numpy", None, "fp32").bind(
-            "advance", rule=UpdateRule("sgd", ScheduleSpec("constant", 0.1))
-        )
+        fusemlp_kernels.backend("numpy", None, "fp32").bind("advance", rule=UpdateRule("sgd"))
 
 
 def test_the_registry_says_what_works():

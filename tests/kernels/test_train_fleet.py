@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from devices import GPU, INTERPRETER, NUMPY, Variant, marks_of
-from fleet_cases import CONSTANT, Fleet, Model, Oracle, Shape, varied
+from fleet_cases import Fleet, Model, Oracle, Shape, varied
 
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
@@ -19,7 +19,6 @@ from fusemlp_kernels.contract import (
     ROW_OFFSET,
     LossSpec,
     Ridge,
-    ScheduleSpec,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError
@@ -44,20 +43,27 @@ FIRST = parameters(PRECISIONS, {device: ("fp32",) for device in PRECISIONS})
 # where the models of a fleet share launches
 TOGETHER = parameters([INTERPRETER, GPU], {INTERPRETER: ("fp32",), GPU: ("fp32",)})
 EVERY = parameters(PRECISIONS, PRECISIONS)
-ADAM, MOMENTUM = UpdateRule("adam", CONSTANT), UpdateRule("sgd", CONSTANT, momentum=0.9)
+ADAM, MOMENTUM = UpdateRule("adam"), UpdateRule("sgd", momentum=0.9)
 RULES = {
-    "sgd": UpdateRule("sgd", CONSTANT),
+    "sgd": UpdateRule("sgd"),
     "momentum": MOMENTUM,
-    "nesterov": replace(MOMENTUM, nesterov=True, schedule=ScheduleSpec("exponential", 0.05, gamma=0.9)),
+    "nesterov": replace(MOMENTUM, nesterov=True),
     "scikit-learn momentum": replace(MOMENTUM, convention="scikit-learn"),
-    "adam": replace(ADAM, schedule=ScheduleSpec("cosine", 0.02, steps=5, warmup=2)),
-    "adamw": replace(ADAM, decoupled=True, schedule=ScheduleSpec("one_cycle", 0.02, steps=6)),
+    "adam": ADAM,
+    "adamw": replace(ADAM, decoupled=True),
     "scikit-learn adam": replace(ADAM, convention="scikit-learn", eps=1e-3),
-    "clipped": UpdateRule("sgd", ScheduleSpec("step", 0.1, steps=1, gamma=0.5), clip_norm=0.2),
+    "clipped": UpdateRule("sgd", clip_norm=0.2),
     "accumulated": replace(ADAM, accumulate=2, clip_norm=0.5),
 }
+# the learning rates of those that have another one at every update
+RATES = {
+    "nesterov": (0.05, 0.045, 0.0405, 0.03645),
+    "adam": (0.01, 0.02, 0.0181, 0.0131, 0.0069, 0.0),
+    "adamw": (0.0008, 0.02, 0.0167, 0.0086),
+    "clipped": (0.1, 0.05, 0.025, 0.0125),
+}
 ENTROPY = LossSpec("cross_entropy", accuracy=True)
-# Every loss, optimizer, activation, schedule and kind of weights: loss, rule, activations, and the rest of the shape.
+# Every loss, optimizer, activation and kind of weights: loss, rule, activations, and the rest of the shape.
 CASES = [
     (ENTROPY, "sgd", ("identity", "identity"), {}),
     (replace(ENTROPY, label_smoothing=0.1), "momentum", ("relu", "identity"), {"weighted": True}),
@@ -82,11 +88,11 @@ CASES = [
 
 def case(number, **changes):
     loss, rule, activations, shape = CASES[number]
-    model = Model(RULES[rule], loss, seed=3, rate=0.3, decay=0.05, lr_factor=0.5)
+    model = Model(RULES[rule], loss, seed=3, rate=0.3, decay=0.05, lr_factor=0.5, rates=RATES.get(rule, (0.05,)))
     return Shape(**{"activations": activations, **shape, **changes}), model
 
 
-def test_the_cases_have_every_loss_optimizer_activation_and_schedule():
+def test_the_cases_have_every_loss_optimizer_and_activation():
     shapes = [case(number)[0] for number in range(len(CASES))]
     assert {name for shape in shapes for name in shape.activations[:-1]} == set(ACTIVATIONS)
     assert {loss.kind for loss, *_ in CASES} == set(LOSSES)
@@ -127,7 +133,7 @@ def test_a_number_changes_its_own_model_alone(variant):
     shape, model = case(1)
     rule = model.rule
     changed = [
-        replace(model, rule=replace(rule, schedule=replace(rule.schedule, base=0.07))),
+        replace(model, rates=(0.07,)),
         replace(model, rule=replace(rule, momentum=0.5)),
         replace(model, decay=0.2),
         replace(model, rate=0.6),

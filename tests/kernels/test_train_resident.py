@@ -11,7 +11,7 @@ from devices import NUMPY, Variant
 from tolerance import assert_within
 
 from fusemlp_kernels import reference
-from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     BATCH_LOSSES,
@@ -32,7 +32,6 @@ from fusemlp_kernels.contract import (
     LossSpec,
     ResidentLayer,
     Ridge,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -44,11 +43,13 @@ GAP = 3
 DOUBLE, SINGLE = Variant(NUMPY, "fp64"), Variant(NUMPY, "fp32")
 LOSS = LossSpec("cross_entropy", accuracy=True)
 RULES = {
-    "sgd": UpdateRule("sgd", ScheduleSpec("exponential", 0.1, gamma=0.9)),
-    "momentum": UpdateRule("sgd", ScheduleSpec("constant", 0.1), momentum=0.9),
-    "adam": UpdateRule("adam", ScheduleSpec("cosine", 0.02, steps=9)),
-    "clipped": UpdateRule("sgd", ScheduleSpec("constant", 0.1), clip_norm=0.1),
+    "sgd": UpdateRule("sgd"),
+    "momentum": UpdateRule("sgd", momentum=0.9),
+    "adam": UpdateRule("adam"),
+    "clipped": UpdateRule("sgd", clip_norm=0.1),
 }
+# another learning rate at every update
+RATES = [0.05 * 0.9**updates for updates in range(30)]
 
 
 class Run:
@@ -79,7 +80,8 @@ class Run:
         self.rows = np.full(epochs * ROWS + 2, -1, np.int64)
         self.rows[: epochs * ROWS] = np.concatenate([generator.permutation(ROWS) for _ in range(epochs)])
         self.history = np.full((epochs, STATS), 77.0)
-        self.counters, self.hyper, self.stats = np.zeros(COUNTERS, np.int64), hyper_at(rule, 0), np.zeros(STATS)
+        self.counters, self.stats = np.zeros(COUNTERS, np.int64), np.zeros(STATS)
+        self.hyper, self.rates = hyper_at(rule, RATES[0]), rate_table(rule, RATES)
         self.counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = BATCH, ROWS, BATCH
         rate = RATE if dropout else 0.0
         self.rate = rate
@@ -109,6 +111,7 @@ class Run:
             loss=loss,
             counters=self.counters,
             hyper=self.hyper,
+            rates=self.rates,
             stats=self.stats,
             weight=self.weight,
             history=self.history if epochs > 1 else None,
@@ -150,7 +153,7 @@ class Run:
             batch = reference.Batch(self.x[rows].astype(np.float64), self.target[rows], weight, keeps=[keep, None])
             hidden = reference.dropout(reference.linear(batch.x, layers[0].w, layers[0].b, self.activation), keep, RATE)
             hits = reference.correct(self.loss, reference.linear(hidden, layers[1].w, layers[1].b), batch.target)
-            loss, new, state = reference.train_step(layers, state, spec, self.rule, step, batch, tensors)
+            loss, new, state = reference.train_step(layers, state, spec, self.rule, step, RATES[step], batch, tensors)
             stats[LAST_LOSS] = loss
             stats[[LOSS_SUM, NORM_SUM, CORRECT, SCORED]] += loss * norm, norm, hits.sum(), len(rows)
             stats[BATCH_LOSSES] += loss * len(rows)
@@ -179,7 +182,7 @@ def test_steps_are_the_oracles(rule, frozen, weighted):
     wanted[[BATCH_INDEX, UPDATE_COUNT, ROW_STEP, ROW_TOTAL]] = 7, 7, BATCH, ROWS
     wanted[[ROW_OFFSET, ROW_COUNT]] = BATCH, BATCH
     np.testing.assert_array_equal(run.counters, wanted)
-    np.testing.assert_array_equal(run.hyper, hyper_at(rule, 7))
+    np.testing.assert_array_equal(run.hyper, hyper_at(rule, RATES[7], 7))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -204,7 +207,7 @@ def test_a_ridge_is_clipped_with_the_gradients():
     run.run(1)
     for index, weight in enumerate(weights):
         own = run.rules[f"w{index}"]
-        moved = weight * (1.0 - 0.1 * own.lr_factor * (rule.clip_norm / norm + own.weight_decay))
+        moved = weight * (1.0 - RATES[0] * own.lr_factor * (rule.clip_norm / norm + own.weight_decay))
         np.testing.assert_allclose(run.tensor(f"w{index}"), moved, rtol=1e-6)
 
 

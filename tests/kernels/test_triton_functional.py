@@ -7,7 +7,7 @@ import pytest
 from tolerance import assert_within, bound, linear_bound
 
 from fusemlp_kernels import availability, reference
-from fusemlp_kernels.contract import Dropout, LossSpec, ScheduleSpec, UpdateRule
+from fusemlp_kernels.contract import Dropout, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, DTypeError, ShapeError
 from fusemlp_kernels.philox import dropout_keep
 
@@ -21,7 +21,7 @@ from fusemlp_kernels.triton import launch
 
 DEVICE = "cpu" if launch.is_interpreted() else "cuda"
 M, K, H, N = 9, 7, 11, 5
-SGD = UpdateRule("sgd", ScheduleSpec("constant", 0.1))
+SGD = UpdateRule("sgd")
 
 
 def tensors(*shapes, seed=0):
@@ -46,7 +46,7 @@ def test_a_training_step_by_hand_is_autograds():
     dz0 = F.grad_input(dz1, w1, h, "gelu", z=z)
     dw1, db1 = F.grad_weight(dz1, h)
     before = host(w0), host(b0)
-    F.grad_weight_update(dz0, x, w0, b0, SGD)
+    F.grad_weight_update(dz0, x, w0, b0, SGD, 0.1)
     assert loss.shape == () and loss.dtype == torch.float64
     # a chain of a few products of length 11 at most, each within some ten roundings of numbers of the order of one
     limit = 200 * 2.0**-24
@@ -87,10 +87,10 @@ def test_columns_that_begin_at_any_vector(first):
 
 def test_an_arena_is_updated():
     params, grads, first, second = tensors((40,), (40,), (40,), (40,))
-    rule, second = UpdateRule("adam", ScheduleSpec("constant", 0.1)), second.abs()
+    rule, second = UpdateRule("adam"), second.abs()
     state = host(first), host(second)
     expected, _ = reference.update(rule, F.TensorRule(), host(params), host(grads), state, 3, 0.1)
-    F.update(params, grads, rule, states=(first, second), update_count=3)
+    F.update(params, grads, rule, 0.1, states=(first, second), update_count=3)
     assert_within(host(params), expected, bound(40, np.abs(expected) + 1.0))
 
 
@@ -104,7 +104,7 @@ def test_a_tensor_may_begin_anywhere_in_its_memory(moved, start):
     given[moved] = memory[start : start + given[moved].numel()].view(given[moved].shape).copy_(given[moved])
     exact = {name: host(tensor) for name, tensor in given.items()}
     dw, db = exact["dz"].T @ exact["x"], exact["dz"].sum(axis=0)
-    F.grad_weight_update(given["dz"], given["x"], given["w"], given["b"], SGD)
+    F.grad_weight_update(given["dz"], given["x"], given["w"], given["b"], SGD, 0.1)
     magnitude = np.abs(exact["dz"]).T @ np.abs(exact["x"])
     # the gradient's bound, times the rate; and the roundings of rate * gradient and of the difference
     limit = 0.1 * bound(M, magnitude) + 4 * 2.0**-24 * (np.abs(exact["w"]) + magnitude)
@@ -143,21 +143,21 @@ X, W, B, Y = (9, 7), (11, 7), (11,), (9, 11)
             "300 outputs are more than the 256",
         ),
         (
-            lambda x, w, b, y: F.grad_weight_update(y, x, w, b, UpdateRule("adam", SGD.schedule)),
+            lambda x, w, b, y: F.grad_weight_update(y, x, w, b, UpdateRule("adam"), 0.1),
             ArgumentError,
             "adam keeps 2 arrays of state, got 0",
         ),
         (
-            lambda x, w, b, y: F.grad_weight_update(y, x, w, b, UpdateRule("sgd", SGD.schedule, clip_norm=1.0)),
+            lambda x, w, b, y: F.grad_weight_update(y, x, w, b, UpdateRule("sgd", clip_norm=1.0), 0.1),
             ArgumentError,
             "clipping and accumulation need the gradients in memory",
         ),
         (
-            lambda x, w, b, y: F.grad_weight_update(y, x, w[:1].expand(11, 7), b, SGD),
+            lambda x, w, b, y: F.grad_weight_update(y, x, w[:1].expand(11, 7), b, SGD, 0.1),
             ArgumentError,
             r"w: is expanded \(stride 0\)",
         ),
-        (lambda x, w, b, y: F.update(w.T.reshape(7, 11)[0][::2], w[0], SGD), ShapeError, "grads: expected shape"),
+        (lambda x, w, b, y: F.update(w.T.reshape(7, 11)[0][::2], w[0], SGD, 0.1), ShapeError, "grads: expected shape"),
         (
             lambda x, w, b, y: F.linear(x, torch.zeros(2**31, 0, device=DEVICE), b),
             ShapeError,

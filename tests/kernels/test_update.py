@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from calls import CONSTANT, RULES, Clock, gathering, state_arrays, update_arena
+from calls import RATE, RULES, Clock, gathering, state_arrays, update_arena
 from devices import VARIANT_PARAMETERS
 from hypothesis import strategies as st
 from memory import place, poisoned
@@ -18,8 +18,6 @@ from fusemlp_kernels.contract import (
     ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
-    SCHEDULES,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -30,26 +28,12 @@ ALIGNMENT_BYTES = 256
 
 
 @st.composite
-def schedules(draw):
-    return ScheduleSpec(
-        draw(st.sampled_from(SCHEDULES)),
-        base=draw(st.sampled_from((0.1, 1e-3))),
-        steps=draw(st.integers(1, 20)),
-        gamma=draw(st.sampled_from((0.5, 0.99, 1.0))),
-        final=draw(st.sampled_from((0.0, 1e-5))),
-        peak_fraction=draw(st.sampled_from((0.3, 0.5))),
-        warmup=draw(st.sampled_from((0, 0, 3))),
-    )
-
-
-@st.composite
 def update_rules(draw):
     kind = draw(st.sampled_from(("sgd", "adam")))
     momentum = draw(st.sampled_from((0.0, 0.5, 0.9))) if kind == "sgd" else 0.0
     betas = draw(st.sampled_from(((0.9, 0.999), (0.5, 0.9), (0.0, 0.0))))
     return UpdateRule(
         kind,
-        draw(schedules()),
         momentum=momentum,
         nesterov=bool(momentum) and draw(st.booleans()),
         beta1=betas[0],
@@ -65,6 +49,11 @@ tensor_rules = st.builds(
 )
 
 
+def learning_rates(least):
+    """Those of a table; ``least``: how many it has at least."""
+    return st.lists(st.just(0.0) | st.floats(1e-9, 0.1), min_size=least, max_size=5)
+
+
 rate_scales = st.sampled_from((1.0, 0.1))
 counts = st.sampled_from((0, 1, 7, 1000))
 
@@ -74,12 +63,15 @@ counts = st.sampled_from((0, 1, 7, 1000))
     rule=update_rules(),
     accumulate=st.integers(1, 4),
     updates=counts,
+    rates=learning_rates(1),
+    ahead=st.integers(0, 4),
     scale=rate_scales,
     walk=st.sampled_from((None, (0, 10, 4), (4, 8, 4), (0, 3, 5))),
 )
-def test_advance(variant, rule, accumulate, updates, scale, walk):
+def test_advance(variant, rule, accumulate, updates, rates, ahead, scale, walk):
+    """``ahead``: how many updates were made since the table was filled; it may end before the next."""
     rule = UpdateRule(**{**vars(rule), "accumulate": accumulate})
-    clock = Clock(variant, rule, updates * accumulate, updates, scale)
+    clock = Clock(rule, updates * accumulate, updates, scale, rates, max(0, updates - ahead))
     if walk is not None and variant.traits.walks_rows:
         clock.walk = walk
         clock.counters[[ROW_OFFSET, ROW_TOTAL, ROW_STEP]] = walk
@@ -101,12 +93,13 @@ def arena_tensors(device):
     clip_norm=st.sampled_from((None, None, 0.5, 1e4)),
     accumulate=st.sampled_from((1, 1, 2, 3)),
     updates=counts,
+    rates=learning_rates(3),
     rate_scale=rate_scales,
     norm_given=st.booleans(),
     variant=variants,
     seed=seeds,
 )
-def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, norm_given, variant, seed):
+def test_update(tensors, rule, clip_norm, accumulate, updates, rates, rate_scale, norm_given, variant, seed):
     """Tensors of all kinds in one arena; those without a rule are frozen, and their gradient is zero."""
     rule = UpdateRule(**{**vars(rule), "clip_norm": clip_norm, "accumulate": accumulate})
     values, dtype, u = Values(seed, variant), variant.real, variant.unit
@@ -123,7 +116,7 @@ def test_update(tensors, rule, clip_norm, accumulate, updates, rate_scale, norm_
             trained[offset : offset + length] = True
     states = tuple(np.where(trained, state, 0).astype(dtype) for state in state_arrays(rule, values, size))
     grads = np.zeros(size, dtype)
-    clock = Clock(variant, rule, updates * accumulate, updates, rate_scale)
+    clock = Clock(rule, updates * accumulate, updates, rate_scale, rates)
     operands = {"params": params, "grads": grads, "states": states, "segments": tuple(segments)}
     norm, shadow = np.zeros(1), variant.rounded(params)
     operands |= {"norm": norm} if norm_given and variant.traits.norms_gradients else {}
@@ -169,13 +162,14 @@ def trained_layers(draw, device):
     by_row=st.booleans(),
     rule=update_rules(),
     updates=counts,
+    rates=learning_rates(3),
     rate_scale=rate_scales,
     variant=variants,
     seed=seeds,
 )
-def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_scale, variant, seed):
+def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rates, rate_scale, variant, seed):
     values, u = Values(seed, variant), variant.unit
-    clock = Clock(variant, rule, updates + 2, updates, rate_scale)
+    clock = Clock(rule, updates + 2, updates, rate_scale, rates)
     # (parameter, its states, its rule, its gradient, the error that the gradient may have)
     operands, tensors, shadows = [], [], []
     for index, (n, k, frozen, w_rule, b_rule, (layouts, output_layout)) in enumerate(layers):
@@ -226,9 +220,9 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rate_
 @pytest.mark.parametrize("change", [{"clip_norm": 1.0}, {"accumulate": 2}])
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_a_fused_update_neither_clips_nor_accumulates(variant, change):
-    rule = UpdateRule("sgd", CONSTANT, **change)
+    rule = UpdateRule("sgd", **change)
     with pytest.raises(ArgumentError, match="use grad_weight and update"):
-        variant.bind("grad_weight_update", layers=[], **Clock(variant, rule, 0, 0, 1.0).operands)
+        variant.bind("grad_weight_update", layers=[], **Clock(rule).operands)
 
 
 @pytest.mark.parametrize("parts", [2, 5])
@@ -240,7 +234,7 @@ def test_update_sums_the_parts_of_a_gradient(variant, rule, parts):
     # The memory after a part's elements belongs to no tensor.
     arena = np.full((parts, room), np.nan, variant.real)
     arena[:, :size] = values.normal(parts, size)
-    clock, tensor = Clock(variant, rule, 3, 3, 1.0), TensorRule(0.5, 0.01)
+    clock, tensor = Clock(rule, 3, 3, 1.0), TensorRule(0.5, 0.01)
     given = exact(params), exact(arena[:, :size]).sum(axis=0), tuple(exact(s) for s in states)
     run = variant.bind(
         "update", params=params, grads=arena.reshape(-1)[:size], states=states, segments=(Segment(0, size, tensor),),
@@ -259,9 +253,9 @@ def test_update_sums_the_parts_of_a_gradient(variant, rule, parts):
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_eps_lies_where_the_convention_has_it(variant, convention):
     """It tells where gradients are small, of which the moments know nothing yet."""
-    rule = UpdateRule("adam", CONSTANT, eps=1e-3, convention=convention)
+    rule = UpdateRule("adam", eps=1e-3, convention=convention)
     params, grads = np.zeros(50, variant.real), Values(16, variant).normal(50, scale=1e-4)
-    given = exact(params), exact(grads), (np.zeros(50), np.zeros(50)), 0, CONSTANT.base
+    given = exact(params), exact(grads), (np.zeros(50), np.zeros(50)), 0, RATE
     update_arena(variant, rule, params, grads)
     limits = update_bound(rule, TensorRule(), *given, u=variant.unit)
     assert_within(params, reference.update(rule, TensorRule(), *given)[0], limits[0])
@@ -272,7 +266,7 @@ def test_adam_without_eps_leaves_zero_gradients_alone(variant):
     """Among them the padding: 0 / 0 would be NaN there."""
     params, grads = np.ones(100, variant.real), np.zeros(100, variant.real)
     grads[:3] = 1.0
-    update_arena(variant, UpdateRule("adam", CONSTANT, eps=0.0), params, grads)
+    update_arena(variant, UpdateRule("adam", eps=0.0), params, grads)
     np.testing.assert_array_equal(params[3:], 1.0)
     np.testing.assert_allclose(params[:3], 0.9, rtol=8 * variant.unit)
 
@@ -282,7 +276,7 @@ def test_a_long_arena_is_updated_to_its_last_element(variant):
     """Longer than a block of the sweep, and not a multiple of one."""
     size = (1 << 15) * 2 + 17
     params, grads = np.zeros(size, variant.real), np.arange(size, dtype=variant.real)
-    update_arena(variant, UpdateRule("sgd", ScheduleSpec("constant", 0.5)), params, grads)
+    update_arena(variant, UpdateRule("sgd"), params, grads, 0.5)
     np.testing.assert_array_equal(params, -0.5 * np.arange(size))
     assert math.isclose(params[-1], -0.5 * (size - 1))
 
@@ -294,7 +288,7 @@ def test_small_gradients_of_many_rows_are_summed_before_they_meet_the_parameter(
     w, b = np.ones((3, 2), np.float32), np.ones(3, np.float32)
     layer = {"dz": dz, "x": x, "w": w, "b": b, "w_state": (), "b_state": ()}
     layer |= {"w_rule": TensorRule(), "b_rule": TensorRule()}
-    rule = UpdateRule("sgd", ScheduleSpec("constant", 2.0**-10))
-    variant.bind("grad_weight_update", layers=[layer], **Clock(variant, rule, 0, 0, 1.0).operands)()
+    clock = Clock(UpdateRule("sgd"), rates=[2.0**-10])
+    variant.bind("grad_weight_update", layers=[layer], **clock.operands)()
     np.testing.assert_array_equal(w, 1.0 - 2.0**-18)
     np.testing.assert_array_equal(b, 1.0 - 2.0**-18)

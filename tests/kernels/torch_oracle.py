@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tolerance import UNIT, assert_within
 
-from fusemlp_kernels.contract import LOSSES, LossSpec, ScheduleSpec, UpdateRule
+from fusemlp_kernels.contract import LOSSES, LossSpec, UpdateRule
 
 # Two ways of computing the same double with at most some thousand operations on numbers of order one.
 CLOSE = 4096 * UNIT["float64"]
@@ -96,17 +96,18 @@ ELEMENTWISE = [
 ]
 
 
-CONSTANT = ScheduleSpec("constant", 0.05)
+# the learning rate of all of them
+RATE = 0.05
 SGDS = [
-    UpdateRule("sgd", CONSTANT),
-    UpdateRule("sgd", CONSTANT, momentum=0.9),
-    UpdateRule("sgd", CONSTANT, momentum=0.8, nesterov=True),
+    UpdateRule("sgd"),
+    UpdateRule("sgd", momentum=0.9),
+    UpdateRule("sgd", momentum=0.8, nesterov=True),
 ]
 ADAMS = [
-    UpdateRule("adam", CONSTANT),
-    UpdateRule("adam", CONSTANT, beta1=0.8, beta2=0.95, eps=1e-3),
-    UpdateRule("adam", CONSTANT, decoupled=True),
-    UpdateRule("adam", CONSTANT, beta1=0.0, eps=1e-4, decoupled=True),
+    UpdateRule("adam"),
+    UpdateRule("adam", beta1=0.8, beta2=0.95, eps=1e-3),
+    UpdateRule("adam", decoupled=True),
+    UpdateRule("adam", beta1=0.0, eps=1e-4, decoupled=True),
 ]
 
 

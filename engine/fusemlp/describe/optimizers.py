@@ -99,17 +99,9 @@ class Optimizer(ABC):
         """The learning rate as a schedule."""
         return as_schedule("lr", self.lr)
 
-    def rule(self, *, total_updates: int | None) -> UpdateRule:
-        """The optimizer for the kernels, in a training of ``total_updates`` updates (None: not known).
-
-        Raises ArgumentError where the schedule depends on that number and it is not known.
-        """
-        return UpdateRule(
-            schedule=self.schedule.spec(total_updates),
-            clip_norm=self.clip_norm,
-            accumulate=self.accumulate,
-            **self._options(),
-        )
+    def rule(self) -> UpdateRule:
+        """The optimizer for the kernels."""
+        return UpdateRule(clip_norm=self.clip_norm, accumulate=self.accumulate, **self._options())
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:

@@ -1,24 +1,39 @@
-"""Learning rate schedules as frozen descriptions; the formulas are in ``reference.learning_rate``.
+"""Learning rate schedules as frozen descriptions; each formula stands here and nowhere else.
 
 A schedule gives the rate as a function of ``t``, the number of updates applied so far. All lengths are in
 updates, not epochs. ``warmup`` stands in front of any schedule: over that many updates the rate grows
 linearly to the first rate of the schedule, which then begins. An int is a number of updates, a float below 1
 a share of the whole training. ``steps=None`` is what remains of it after the warm-up: ``fit`` knows.
+
+The host computes a table of rates ahead of the updates that read them, so any Python function is a schedule:
+
+    @dataclass(frozen=True)
+    class InverseRoot(Schedule):
+        kind = "inverse_root"
+        lr: float
+
+        def after_warmup(self, t):
+            return self.lr / np.sqrt(1 + t)
+
+To load a checkpoint with it, enter the class first: ``SCHEDULES["inverse_root"] = InverseRoot``.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
-from fusemlp_kernels.contract import ScheduleSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
+Array = np.ndarray[Any, Any]
 PlateauState = tuple[float, int, float]
 """Best value so far, epochs without an improvement, factor on the learning rate."""
 
@@ -30,9 +45,11 @@ _ONE_CYCLE_END = 1.0 / 25.0 / 1e4
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """What all schedules share."""
+    """What all schedules share; a subclass is a frozen dataclass with ``kind`` and ``after_warmup``."""
 
     kind: ClassVar[str]
+    # whether the rate stays the same after the warm-up
+    constant: ClassVar[bool] = False
     warmup: int | float = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -47,11 +64,48 @@ class Schedule(ABC):
             ) from None
 
     @abstractmethod
-    def spec(self, total_updates: int | None) -> ScheduleSpec:
-        """The schedule for a training of ``total_updates`` updates; None where that is not known.
+    def after_warmup(self, t: Array) -> Any:
+        """The rates after ``t`` (n,) int64 updates since the warm-up: (n,), or one for all. At least 0.
 
-        Raises ArgumentError where a length depends on it and it is not known.
+        ``t`` may go past the end of the training: tables are filled ahead.
         """
+
+    def over(self, total_updates: int | None) -> Self:
+        """The schedule with its lengths as numbers of updates, for a training of ``total_updates`` (None: not known).
+
+        Raises ArgumentError where a length depends on that number and it is not known.
+        """
+        return replace(self, **self._lengths(total_updates))
+
+    def _lengths(self, total_updates: int | None) -> dict[str, int]:
+        return {"warmup": self.warmup_updates(total_updates)}
+
+    def rates(self, first: int, count: int) -> Array:
+        """The learning rates of ``count`` updates, of which the first follows ``first`` others: (count,) float64.
+
+        For schedules whose lengths are numbers of updates (``over``). Raises ArgumentError where a rate is negative
+        or NaN.
+        """
+        assert isinstance(self.warmup, int) or self.warmup == 0.0
+        warmup = int(self.warmup)
+        t = np.arange(first, first + count)
+        rates = np.empty(count)
+        # what lies past the end of the training may overflow
+        with np.errstate(all="ignore"):
+            rates[:] = self.after_warmup(np.maximum(t - warmup, 0))
+        if first < warmup:
+            rates *= np.minimum((t + 1) / warmup, 1.0)
+        # in this form a NaN is refused too
+        if not rates.min() >= 0.0:
+            worst = int(np.argmin(rates >= 0.0))
+            raise ArgumentError(
+                f"lr: {self!r} gave the rate {rates[worst]} after {first + worst} updates; a rate is at least 0"
+            )
+        return rates
+
+    def at(self, t: int) -> float:
+        """The learning rate of the update that follows ``t`` others."""
+        return float(self.rates(t, 1)[0])
 
     def warmup_updates(self, total_updates: int | None) -> int:
         """The length of the warm-up in updates."""
@@ -76,10 +130,33 @@ def _known(argument: str, value: object, total_updates: int | None) -> int:
 
 
 def _steps(schedule: Cosine | OneCycle, total_updates: int | None) -> int:
-    """The length of the part behind the warm-up, at least 1."""
+    """The length of the part after the warm-up, at least 1."""
     if schedule.steps is not None:
         return schedule.steps
     return max(1, _known("steps", None, total_updates) - schedule.warmup_updates(total_updates))
+
+
+def _each(function: Callable[[float], float], values: Array) -> Array:
+    """A function of Python's of each value: its results do not depend on the table, as those of SIMD code may."""
+    return np.fromiter(map(function, values.tolist()), np.float64, len(values))
+
+
+def _powers(base: float, exponents: Array) -> Array:
+    """``base`` to each of the exponents, the largest float where that is too large for one."""
+
+    def power(exponent: float) -> float:
+        try:
+            return math.pow(base, exponent)
+        except OverflowError:
+            return sys.float_info.max
+
+    return _each(power, exponents)
+
+
+def _half_cosine(start: Any, end: Any, done: Array) -> Array:
+    """Half a cosine wave from ``start`` (done = 0) to ``end`` (done = 1)."""
+    rates: Array = end + (start - end) * (1.0 + _each(math.cos, math.pi * done)) / 2.0
+    return rates
 
 
 def _check_rate(argument: str, value: object) -> float:
@@ -91,14 +168,15 @@ class Constant(Schedule):
     """The same rate ``lr`` throughout."""
 
     kind = "constant"
+    constant = True
     lr: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
         freeze(self, lr=_check_rate("lr", self.lr))
 
-    def spec(self, total_updates: int | None) -> ScheduleSpec:
-        return ScheduleSpec("constant", self.lr, warmup=self.warmup_updates(total_updates))
+    def after_warmup(self, t: Array) -> float:
+        return self.lr
 
 
 @dataclass(frozen=True)
@@ -119,10 +197,8 @@ class StepDecay(Schedule):
             gamma=as_number("gamma", self.gamma, low=0.0, low_open=True),
         )
 
-    def spec(self, total_updates: int | None) -> ScheduleSpec:
-        return ScheduleSpec(
-            "step", self.lr, steps=self.every, gamma=self.gamma, warmup=self.warmup_updates(total_updates)
-        )
+    def after_warmup(self, t: Array) -> Array:
+        return self.lr * _powers(self.gamma, t // self.every)
 
 
 @dataclass(frozen=True)
@@ -141,8 +217,8 @@ class Exponential(Schedule):
             gamma=as_number("gamma", self.gamma, low=0.0, low_open=True),
         )
 
-    def spec(self, total_updates: int | None) -> ScheduleSpec:
-        return ScheduleSpec("exponential", self.lr, gamma=self.gamma, warmup=self.warmup_updates(total_updates))
+    def after_warmup(self, t: Array) -> Array:
+        return self.lr * _powers(self.gamma, t)
 
 
 @dataclass(frozen=True)
@@ -160,14 +236,12 @@ class Cosine(Schedule):
         if self.steps is not None:
             freeze(self, steps=as_count("steps", self.steps, minimum=1))
 
-    def spec(self, total_updates: int | None) -> ScheduleSpec:
-        return ScheduleSpec(
-            "cosine",
-            self.lr,
-            steps=_steps(self, total_updates),
-            final=self.final,
-            warmup=self.warmup_updates(total_updates),
-        )
+    def _lengths(self, total_updates: int | None) -> dict[str, int]:
+        return {**super()._lengths(total_updates), "steps": _steps(self, total_updates)}
+
+    def after_warmup(self, t: Array) -> Array:
+        assert self.steps is not None
+        return _half_cosine(self.lr, self.final, np.minimum(t / self.steps, 1.0))
 
 
 @dataclass(frozen=True)
@@ -197,15 +271,18 @@ class OneCycle(Schedule):
         if self.final is not None:
             freeze(self, final=_check_rate("final", self.final))
 
-    def spec(self, total_updates: int | None) -> ScheduleSpec:
-        return ScheduleSpec(
-            "one_cycle",
-            self.peak,
-            steps=_steps(self, total_updates),
-            final=self.peak * _ONE_CYCLE_END if self.final is None else self.final,
-            peak_fraction=self.peak_fraction,
-            warmup=self.warmup_updates(total_updates),
-        )
+    def _lengths(self, total_updates: int | None) -> dict[str, int]:
+        return {**super()._lengths(total_updates), "steps": _steps(self, total_updates)}
+
+    def after_warmup(self, t: Array) -> Array:
+        """torch's OneCycleLR: the peak at ``peak_fraction * steps - 1``, ``final`` from ``steps - 1`` on."""
+        assert self.steps is not None
+        top, last = self.peak_fraction * self.steps - 1.0, self.steps - 1.0
+        final = self.peak * _ONE_CYCLE_END if self.final is None else self.final
+        rising = (t <= top) & (top > 0)
+        falls = np.where(t < last, np.minimum((t - top) / (last - top), 1.0), 1.0)
+        start, end = np.where(rising, self.peak / 25.0, self.peak), np.where(rising, self.peak, final)
+        return _half_cosine(start, end, np.where(rising, t / top, falls))
 
 
 @dataclass(frozen=True)
@@ -218,6 +295,7 @@ class ReduceOnPlateau(Schedule):
     """
 
     kind = "reduce_on_plateau"
+    constant = True
     lr: float
     factor: float = field(default=0.1, kw_only=True)
     patience: int = field(default=10, kw_only=True)
@@ -237,8 +315,8 @@ class ReduceOnPlateau(Schedule):
         if self.min_lr > self.lr:
             raise ArgumentError(f"min_lr: expected at most lr = {self.lr!r}, got {self.min_lr!r}")
 
-    def spec(self, total_updates: int | None) -> ScheduleSpec:
-        return ScheduleSpec("constant", self.lr, warmup=self.warmup_updates(total_updates))
+    def after_warmup(self, t: Array) -> float:
+        return self.lr
 
 
 def plateau_step(schedule: ReduceOnPlateau, state: PlateauState, value: float) -> PlateauState:

@@ -16,7 +16,7 @@ from fusemlp.runtime.memory import Memory, new_arenas
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
 from fusemlp.training.loop import EpochLoop
 from fusemlp.training.policy import FitPolicy
-from fusemlp_kernels.contract import STATS, step_flops
+from fusemlp_kernels.contract import RATE_COLUMNS, STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
-    states = engine.optimizer.rule(total_updates=1).state_count
+    states = engine.optimizer.rule().state_count
     return net.sizes, activations, trained, states, engine.batch_size
 
 
@@ -136,6 +136,7 @@ class Group:
         each = [program.calls[0].operands for program in programs]
         names = ("shadow", "counters", "hyper", "stats", "params")
         operands: dict[str, Any] = {name: self._stacked(name) for name in names if name in self.arenas}
+        operands["rates"] = self.arenas["rates"].reshape(len(self.engines), -1, RATE_COLUMNS)
         if self._epoch_stats is not None:
             operands["history"] = self._epoch_stats
         if "ridge" in each[0]:

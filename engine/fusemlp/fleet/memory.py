@@ -99,11 +99,11 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def engine_bytes(engine: Engine) -> int:
-    """Estimate the bytes of an engine: its arenas, the best weights of early stopping, its objects."""
+    """Estimate the bytes of an engine: arenas, table of rates, the best weights of early stopping, its objects."""
     memory = engine.memory
     arenas = memory.gradient_parts + 2 + len(memory.states)
     shadow = 0 if memory.shadow is None else memory.shadow.nbytes
-    return int(arenas * memory.params.nbytes + shadow + ENGINE_OBJECTS)
+    return int(arenas * memory.params.nbytes + shadow + memory.rates.nbytes + ENGINE_OBJECTS)
 
 
 def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:

@@ -19,6 +19,8 @@ from fusemlp_kernels.contract import Backend
 ALIGNMENT_BYTES = 256
 # So many layouts, plans and programs are remembered of each kind; those that were used longest ago are made again.
 REMEMBERED = 256
+# Updates whose learning rates the table on the device holds: 24 KiB of them.
+RATE_ROWS = 1024
 
 
 def short_names(net: MLP) -> dict[str, str]:

@@ -13,12 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 from fusemlp.describe.network import MLP
-from fusemlp.program.layout import REMEMBERED, Layout, short_names
+from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
     NEEDS_Z,
+    RATE_COLUMNS,
     STATS,
     Dropout,
     LossSpec,
@@ -232,6 +233,7 @@ def lower_training(
             dropout=Dropout(rate, layer, seed) if rate else None,
         )
     hyper = build.add("hyper", (HYPER,), "float64", "control")
+    build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
     build.loss(spec, with_gradient=first < net.layers, hyper=hyper if scaled and trained else None)
     for layer in range(net.layers - 1, first, -1):
         _grad_input(build, layer, seed)
@@ -289,7 +291,7 @@ def _weights(
     """The gradients by the parameters and the update."""
     clock: dict[str, Any] = {"rule": rule, "counters": build.counters}
     if not trained:
-        build.calls.append(Call("advance", {**clock, "hyper": hyper}))
+        build.calls.append(Call("advance", {**clock, "hyper": hyper, "rates": Ref("rates")}))
         return
     whole = keep_gradients or scaled or rule.clip_norm is not None or rule.accumulate > 1
     weights = sum(build.layout.places[short].size for short in trained)
@@ -336,7 +338,7 @@ def _weights(
             slopes.append(given)
     operands = {"layers": tuple(layers), "slopes": tuple(slopes), **clock}
     if fused:
-        operands["hyper"] = hyper
+        operands |= {"hyper": hyper, "rates": Ref("rates")}
         build.calls.append(Call("grad_weight_update", operands, rule.kind, tuple(products)))
         return
     # gradients that are changed before the update have another norm
@@ -356,6 +358,7 @@ def _weights(
         "states": tuple(Ref(f"state{index}") for index in range(rule.state_count)),
         "segments": segments,
         "hyper": hyper,
+        "rates": Ref("rates"),
         **clock,
         **norm,
         **split,

@@ -61,7 +61,7 @@ UPDATED = frozenset(
 )
 # The step reads x and the targets through the rows of the batch; the printed program says so.
 THROUGH_ROWS = frozenset({"x", "target", "weight"})
-UNPRINTED = frozenset({"rows", "counters", "hyper", "class_weight", "norm", "history"})
+UNPRINTED = frozenset({"rows", "counters", "hyper", "rates", "class_weight", "norm", "history"})
 # Operands, and parts of them, that are no matter of a program's structure, and the descriptions that these are in.
 NUMBERS = (float, UpdateRule, TensorRule, Dropout, Ridge)
 DESCRIPTIONS = (LossSpec, ResidentLayer, Segment)
@@ -233,7 +233,7 @@ class Program:
     def traffic(self, call: Call) -> int:
         """Bytes that the call reads and writes, each value once in each direction.
 
-        Of x, targets and weights that are read through ``rows``, the rows of a batch count.
+        Of x, targets and weights that are read through ``rows``, the rows of a batch count; of the table of rates, two.
         """
         batch = self.values["rows"].shape[0] if "rows" in self.values else None
         total = 0
@@ -241,6 +241,9 @@ class Program:
             size = self.bytes_of(name)
             if batch is not None and name in THROUGH_ROWS and self.values[name].shape[0]:
                 size = size // self.values[name].shape[0] * batch
+            if name == "rates":
+                # the first row and that of the next update
+                size = size // self.values[name].shape[0] * 2
             total += size
         return total + sum(self.bytes_of(name) for name in call.writes)
 

@@ -7,18 +7,18 @@ from functools import lru_cache
 from typing import Any
 
 from fusemlp.describe.network import MLP
-from fusemlp.program.layout import REMEMBERED, Layout, short_names
+from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.lowering import Inputs, OptionsFor
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
+    RATE_COLUMNS,
     STATS,
     Dropout,
     LossSpec,
     ResidentLayer,
     Ridge,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -108,7 +108,7 @@ def _structure(
     Those of the loss and the network are compared as numbers are, and two zeros of different signs are one: here
     nothing may depend on them.
     """
-    rule, own = UpdateRule(rule_kind, ScheduleSpec("constant", 0.0)), TensorRule()
+    rule, own = UpdateRule(rule_kind), TensorRule()
     mixed = compute_bytes is not None
     states = tuple(f"state{index}" for index in range(state_count))
     outputs = net.sizes[-1]
@@ -124,9 +124,12 @@ def _structure(
         Value("rows", (epochs * batches * batch_size,), "int64", "control"),
         Value("counters", (COUNTERS,), "int64", "control"),
         Value("hyper", (HYPER,), "float64", "control"),
+        Value("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control"),
         Value("stats", (STATS,), "float64", "control"),
     ]
-    operands: dict[str, Any] = {name: Ref(name) for name in ("x", "target", "rows", "counters", "hyper", "stats")}
+    operands: dict[str, Any] = {
+        name: Ref(name) for name in ("x", "target", "rows", "counters", "hyper", "rates", "stats")
+    }
     if epochs > 1:
         values.append(Value("history", (epochs, STATS), "float64", "control"))
         operands["history"] = Ref("history")

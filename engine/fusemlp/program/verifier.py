@@ -49,12 +49,12 @@ _NEEDED = {
     "loss_grad": ("z", "target", "counters", "stats", "loss"),
     "grad_input": ("dz", "w", "y", "dz_prev"),
     "grad_weight": ("layers", "rule", "counters"),
-    "grad_weight_update": ("layers", "rule", "hyper", "counters"),
-    "update": ("params", "grads", "states", "segments", "rule", "hyper", "counters"),
-    "advance": ("rule", "hyper", "counters"),
+    "grad_weight_update": ("layers", "rule", "hyper", "rates", "counters"),
+    "update": ("params", "grads", "states", "segments", "rule", "hyper", "rates", "counters"),
+    "advance": ("rule", "hyper", "rates", "counters"),
     "train_resident": (
         *("x", "target", "rows", "batch", "layers", "loss", "stats"),
-        *("params", "gradients", "states", "segments", "rule", "hyper", "counters"),
+        *("params", "gradients", "states", "segments", "rule", "hyper", "rates", "counters"),
     ),
 }
 # The shapes of operands in the letters of the contract, in the order in which they are compared: M rows of a batch and

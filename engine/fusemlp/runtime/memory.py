@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusemlp.describe.network import MLP
-from fusemlp.program.layout import parameter_layout
-from fusemlp_kernels.contract import COUNTERS, HYPER, STATS, Backend
+from fusemlp.program import layout
+from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, Backend
 
 # Bytes of an element of the parameters, where they are not four.
 REAL_BYTES = {"fp64": 8}
@@ -23,6 +23,7 @@ def new_arenas(
     sizes = {"params": (size, "real"), "grads": (size * gradient_parts, "real")}
     sizes |= {f"state{index}": (size, "real") for index in range(state_count)}
     sizes |= {"counters": (COUNTERS, "int64"), "hyper": (HYPER, "float64"), "stats": (STATS, "float64")}
+    sizes["rates"] = (1 + layout.RATE_ROWS) * RATE_COLUMNS, "float64"
     if mixed:
         sizes["shadow"] = size, "compute"
     try:
@@ -53,7 +54,7 @@ class Memory:
         arenas: Mapping[str, Any] | None = None,
     ) -> None:
         self.backend = backend
-        self.layout = parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
+        self.layout = layout.parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
         # the parts of a batch have their gradients behind one another
         self.gradient_parts = gradient_parts
         given = arenas
@@ -65,12 +66,14 @@ class Memory:
         self.counters = given["counters"]
         self.hyper = given["hyper"]
         self.stats = given["stats"]
+        self.rates = given["rates"].reshape(-1, RATE_COLUMNS)
         self.arrays: dict[str, Any] = {
             "params": self.params,
             "grads": self.grads,
             "counters": self.counters,
             "hyper": self.hyper,
             "stats": self.stats,
+            "rates": self.rates,
             **self.layout.views(backend, self.params),
             **{f"d{name}": view for name, view in self.layout.views(backend, self.grads).items()},
         }

@@ -126,7 +126,7 @@ def plan_text(
     program = lower_training(
         net,
         chosen_loss.spec(accuracy=chosen_loss.is_classification),
-        chosen_optimizer.rule(total_updates=1),
+        chosen_optimizer.rule(),
         chosen_optimizer.options_for,
         batch_size,
         traits,

@@ -12,6 +12,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
+from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Inputs, lower_training
@@ -22,7 +23,7 @@ from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.runtime.predicting import Predicting
-from fusemlp_kernels.clock import hyper_at, write_hyper
+from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LAST_LOSS,
@@ -124,13 +125,12 @@ class Session(Predicting):
         self._compute_bytes = COMPUTE_BYTES.get(self.precision)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(np.float64 if self.precision == "fp64" else np.float32)
-        self._use_memory(None)
+        self._use_memory(None, None)
         self._memory.hyper[RATE_SCALE] = 1.0
         self._memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         self._unchecked_steps = 0
-        # the rule that the clock follows, and the one of ``step``, whose schedule knows of no end
-        self._rule: UpdateRule | None = None
-        self._step_rule: UpdateRule | None = None
+        # the schedule of ``step``, which knows of no end
+        self._step_schedule: Schedule | None = None
         self._class_weight: Any | None = None
         if self.loss.class_weight is not None:
             self._class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
@@ -140,16 +140,18 @@ class Session(Predicting):
         self.epochs_trained = 0
         self.stop_training = False
 
-    def _use_memory(self, arenas: Mapping[str, Any] | None) -> None:
-        self._memory = Memory(
+    def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None) -> None:
+        self._memory = memory = Memory(
             self.network,
             self._backend,
-            self.optimizer.rule(total_updates=1).state_count,
+            self.optimizer.rule().state_count,
             item_bytes=self._real_bytes,
             mixed=self._compute_bytes is not None,
             gradient_parts=batch_parts(self._backend.traits, self.batch_size, self.network.parameter_count),
             arenas=arenas,
         )
+        self._rates = RateTable(self._backend, self.optimizer.rule(), memory.hyper, memory.rates, memory.counters)
+        self._rates.schedule = schedule
         self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
         self._inference = Inference(
@@ -161,8 +163,10 @@ class Session(Predicting):
         """Keep what the engine keeps in these arrays from now on: flat ones like those of ``execution.new_arenas``."""
         before = self._memory.arrays
         for name, array in arenas.items():
-            array[:] = before[name]
-        self._use_memory(arenas)
+            # the table of rates is filled again
+            if name != "rates":
+                array[:] = before[name]
+        self._use_memory(arenas, self._rates.schedule)
 
     @property
     def program(self) -> Program:
@@ -170,7 +174,7 @@ class Session(Predicting):
         return self._lower(
             Inputs(self.batch_size, indexed=True, class_weighted=self._class_weight is not None),
             self.loss.spec(accuracy=self.loss.is_classification),
-            self.optimizer.rule(total_updates=1),
+            self.optimizer.rule(),
             self.batch_size,
         )
 
@@ -252,25 +256,17 @@ class Session(Predicting):
             ridge=ridge,
         )
 
-    def use_rule(self, rule: UpdateRule, rate_scale: float | None = None) -> None:
-        """Make the clock follow ``rule`` from the next update on; ``rate_scale`` multiplies its learning rate."""
-        memory = self._memory
-        if rate_scale is not None:
-            memory.hyper[RATE_SCALE] = rate_scale
-        write_hyper(rule, int(memory.counters[UPDATE_COUNT]), memory.hyper)
-        self._rule = rule
+    @property
+    def rates(self) -> RateTable:
+        """The learning rates of the updates to come, for those who launch steps."""
+        return self._rates
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
-        if self._rule is None:
-            self.use_rule(self.optimizer.rule(total_updates=None))
+        if self._rates.schedule is None:
+            self._rates.follow(self.optimizer.schedule.over(None))
         return float(self._memory.hyper[LEARNING_RATE])
-
-    def learning_rate_after(self, updates: int) -> float:
-        """The learning rate of the update that follows so many, by the rule that the clock follows."""
-        assert self._rule is not None
-        return float(hyper_at(self._rule, updates, float(self._memory.hyper[RATE_SCALE]))[LEARNING_RATE])
 
     @property
     def update_count(self) -> int:
@@ -305,11 +301,10 @@ class Session(Predicting):
             )
         targets = self.targets("y", y, rows=count)
         weight = self.weights("sample_weight", sample_weight, rows=count)
-        if self._step_rule is None:
-            self._step_rule = self.optimizer.rule(total_updates=None)
-        bound = self._staged_program(targets.soft, weight is not None, self._step_rule)
-        if self._rule is not self._step_rule:
-            self.use_rule(self._step_rule)
+        if self._step_schedule is None:
+            self._step_schedule = self.optimizer.schedule.over(None)
+        bound = self._staged_program(targets.soft, weight is not None)
+        self._rates.cover(self._step_schedule, 1)
         copy = self._backend.copy_into
         arrays = bound.arrays
         if self._backend.traits.walks_rows:
@@ -344,11 +339,12 @@ class Session(Predicting):
         """How many batches updated nothing, because their gradients overflowed in fp16."""
         return int(self._memory.counters[SKIPPED])
 
-    def _staged_program(self, soft: bool, weighted: bool, rule: UpdateRule) -> BoundProgram:
+    def _staged_program(self, soft: bool, weighted: bool) -> BoundProgram:
         key = (soft, weighted)
         if key not in self._staged:
             inputs = Inputs(self.batch_size, weighted=weighted, class_weighted=self._class_weight is not None)
-            self._staged[key] = self.bind(inputs, self.loss.spec(accuracy=False, soft=soft), rule, self.batch_size, {})
+            spec = self.loss.spec(accuracy=False, soft=soft)
+            self._staged[key] = self.bind(inputs, spec, self.optimizer.rule(), self.batch_size, {})
         return self._staged[key]
 
     def state_dict(self) -> dict[str, Array]:
@@ -379,6 +375,7 @@ class Session(Predicting):
         for name in self._changing():
             self._backend.copy_into(self._memory.arrays[name], snapshot[name])
         self._memory.refresh_shadow()
+        self._rates.forget()
 
     def _changing(self) -> list[str]:
         states = [f"state{index}" for index in range(len(self._memory.states))]

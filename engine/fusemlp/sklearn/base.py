@@ -321,7 +321,7 @@ class BaseMLP(BaseEstimator, ABC):
             network,
             loss,
             optimizer,
-            rule=optimizer.rule(total_updates=updates),
+            schedule=optimizer.schedule.over(updates),
             rates=Rates(kind, float(self.learning_rate_init), float(self.power_t)),
             seed=seed,
             backend=backend,

@@ -12,11 +12,11 @@ import numpy as np
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
-from fusemlp.describe.schedules import PLATEAU_START, PlateauState
+from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp_kernels.contract import LossSpec, Ridge, UpdateRule
+from fusemlp_kernels.contract import LossSpec, Ridge
 
 Array = np.ndarray[Any, Any]
 
@@ -38,7 +38,7 @@ class Rates:
 
 
 class Model:
-    """``network`` with ``loss`` and ``optimizer`` on a backend; the clock follows ``rule``.
+    """``network`` with ``loss`` and ``optimizer`` on a backend; its learning rates follow ``schedule``.
 
     A pickle holds the optimizer's state; the parameters are the estimator's ``coefs_`` and come back with ``load``. If
     the backend is missing then, NumPy takes its place.
@@ -50,14 +50,14 @@ class Model:
         loss: Loss,
         optimizer: Optimizer,
         *,
-        rule: UpdateRule,
+        schedule: Schedule,
         rates: Rates,
         seed: int,
         backend: str,
         precision: str,
     ) -> None:
         self.arguments = (network, loss, optimizer)
-        self.rule = rule
+        self.schedule, self.rule = schedule, optimizer.rule()
         self.rates = rates
         self.plateau: PlateauState = PLATEAU_START
         self.options: dict[str, Any] = {"seed": seed, "backend": backend, "precision": precision}
@@ -66,7 +66,7 @@ class Model:
     def _start(self) -> None:
         network, loss, optimizer = self.arguments
         self.engine = Engine(network, loss, optimizer, **self.options)
-        self.engine.use_rule(self.rule, 1.0)
+        self.engine.rates.follow(self.schedule, 1.0)
         self._staged: tuple[Any, BoundProgram] | None = None
         # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
@@ -87,8 +87,8 @@ class Model:
         return self.engine.learning_rate
 
     def scale_rate(self, scale: float) -> None:
-        """Make the learning rate ``scale`` times what the rule says."""
-        self.engine.use_rule(self.rule, scale)
+        """Make the learning rate ``scale`` times what the schedule says."""
+        self.engine.rates.rescale(scale)
 
     def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
         """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
@@ -177,7 +177,7 @@ class Model:
         memory = self.engine.memory
         return {
             "arguments": self.arguments,
-            "rule": self.rule,
+            "schedule": self.schedule,
             "rates": self.rates,
             "plateau": self.plateau,
             "options": self.options,
@@ -187,7 +187,10 @@ class Model:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.arguments, self.rule, self.rates = state["arguments"], state["rule"], state["rates"]
+        self.arguments, self.rates = state["arguments"], state["rates"]
+        optimizer = self.arguments[2]
+        self.rule = optimizer.rule()
+        self.schedule = state["schedule"] if "schedule" in state else _of_release_0_1(optimizer, state["rule"])
         self.plateau, self.options = state["plateau"], dict(state["options"])
         if availability().get(self.options["backend"]) is not None:
             exact = self.options["precision"] == "fp64"
@@ -198,6 +201,13 @@ class Model:
             self.engine.write_tensors(tensors, f".state{index}")
         memory.backend.copy_into(memory.counters, state["counters"])
         memory.backend.copy_into(memory.hyper, state["hyper"])
+        self.engine.rates.forget()
+
+
+def _of_release_0_1(optimizer: Optimizer, rule: Any) -> Schedule:
+    """The schedule of a model that release 0.1 pickled: its lengths in updates stood in the rule."""
+    lengths = {name: getattr(rule.schedule, name) for name in ("warmup", "steps") if hasattr(optimizer.schedule, name)}
+    return replace(optimizer.schedule, **lengths)
 
 
 def dense(X: Any, dtype: np.dtype[Any]) -> Array:

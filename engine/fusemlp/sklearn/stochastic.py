@@ -120,7 +120,7 @@ class SklearnPolicy(loop.Policy):
     def __init__(self, estimator: Any, ready: Ready, state: FitState) -> None:
         self.estimator, self.state = estimator, state
         self.model, self.batches, self.validation = ready.model, ready.batches, ready.validation
-        self.random_state = ready.random_state
+        self.random_state, self.schedule = ready.random_state, self.model.schedule
         self.converged = False
         self._order = np.arange(self.batches.n)
         # of the epochs that have not ended

@@ -23,14 +23,13 @@ from fusemlp_kernels.contract import (
     NEEDS_Z,
     Backend,
     Dropout,
-    ScheduleSpec,
     UpdateRule,
 )
 from fusemlp_kernels.errors import DTypeError
 
 PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
 # grad_weight uses only the rule's accumulation.
-ONE_BATCH = UpdateRule("sgd", ScheduleSpec("constant", 1.0))
+ONE_BATCH = UpdateRule("sgd")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fusemlp_kernels.contract import ScheduleSpec, UpdateRule
+from fusemlp_kernels.contract import UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 # The options of a group's rule; "lr" is read separately, because schedulers change it often.
@@ -30,8 +30,6 @@ OPTIONS = {
 VALUES = {kind: itemgetter(*names) for kind, names in OPTIONS.items()}
 # torch's names of the state arenas.
 MOMENTS = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
-# The kernels get the group's learning rate as the clock's factor.
-UNIT_RATE = ScheduleSpec("constant", 1.0)
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,12 @@ def read_group(kind: str, group: dict[str, Any], index: int) -> GroupRule:
         momentum, nesterov = float(options["momentum"]), bool(options["nesterov"])
         if nesterov and not momentum:
             raise ArgumentError(f"{where}: nesterov needs a momentum above 0, got {options['momentum']}")
-        return GroupRule(
-            UpdateRule("sgd", UNIT_RATE, momentum=momentum, nesterov=nesterov), float(options["weight_decay"])
-        )
+        return GroupRule(UpdateRule("sgd", momentum=momentum, nesterov=nesterov), float(options["weight_decay"]))
     betas = options["betas"]
     if any(isinstance(beta, Tensor) or not 0.0 <= beta < 1.0 for beta in betas):
         raise ArgumentError(f"{where}['betas']: expected two numbers in [0, 1), got {betas!r}")
     rule = UpdateRule(
         "adam",
-        UNIT_RATE,
         beta1=float(betas[0]),
         beta2=float(betas[1]),
         eps=float(options["eps"]),

@@ -58,7 +58,7 @@ class FusedStep:
         self._memory = memory
         self._tie = Tie(reading, optimizer, self._kind, memory)
         self._tie.check_state(trained)
-        self._clocks = Clocks(opened, memory.hyper, memory.counters)
+        self._clocks = Clocks(memory)
         self._on_host = isinstance(memory.params, np.ndarray)
         # A memoryview reads or writes one item in half the time.
         self._stats: Any = memory.stats.data if self._on_host else memory.stats
@@ -98,6 +98,8 @@ class FusedStep:
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad = None
+        for one in self._sets:
+            one.cover()
         with np.errstate(all="ignore"):
             for call in runnable.calls:
                 call()
@@ -195,8 +197,7 @@ class FusedStep:
             members.setdefault(key, {})[short] = rules[group].weight_decay
         sets = []
         for index, ((rule, rate, count), decays) in enumerate(members.items()):
-            hyper, counters = self._clocks.get(index)
-            sets.append(UpdateSet(rule, rate, count, decays, hyper, counters))
+            sets.append(UpdateSet(rule, rate, count, decays, self._clocks.get(index, rule)))
         if [(one.rule, one.decays) for one in sets] != [(one.rule, one.decays) for one in self._sets]:
             self._version += 1
         self._sets = sets

@@ -9,61 +9,73 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fusemlp.describe.schedules import Constant
 from fusemlp.program.layout import Layout
 from fusemlp.program.program import Call, Ref, resolve
 from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.memory import Memory
+from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels.contract import (
-    BIAS_CORRECTION_1,
-    BIAS_CORRECTION_2,
     COUNTERS,
     HYPER,
     LEARNING_RATE,
+    RATE_COLUMNS,
     RATE_SCALE,
     UPDATE_COUNT,
-    Backend,
     Segment,
     TensorRule,
     UpdateRule,
 )
+
+# A group's own learning rate is the factor that the clock applies to this one.
+UNIT_RATE = Constant(1.0)
 
 
 class UpdateSet:
     """Parameters with a common update: ``decays`` is the weight decay of each, ``count`` the updates so far."""
 
     def __init__(
-        self, rule: UpdateRule, rate: float, count: int, decays: Mapping[str, float], hyper: Any, counters: Any
+        self, rule: UpdateRule, rate: float, count: int, decays: Mapping[str, float], table: RateTable
     ) -> None:
         self.rule = rule
         self.decays = decays
         self.count = count
-        self.hyper = hyper
-        self.counters = counters
-        counters[UPDATE_COUNT] = count
-        self.set_rate(rate)
-        if self.rule.kind == "adam":
-            self.hyper[BIAS_CORRECTION_1] = 1.0 - self.rule.beta1 ** (self.count + 1)
-            self.hyper[BIAS_CORRECTION_2] = 1.0 - self.rule.beta2 ** (self.count + 1)
+        self.rate = rate
+        self.table = table
+        table.counters[UPDATE_COUNT] = count
+        table.follow(UNIT_RATE, rate, count=count)
 
     def set_rate(self, rate: float) -> None:
-        """Set the learning rate from the next update on: the clock's factor on the rule's rate of 1."""
+        """Set the learning rate from the next update on: the clock multiplies the table's, which is 1, by it."""
         self.rate = rate
-        self.hyper[RATE_SCALE] = rate
-        self.hyper[LEARNING_RATE] = rate
+        self.table.hyper[RATE_SCALE] = rate
+        self.table.hyper[LEARNING_RATE] = rate
+
+    def cover(self) -> None:
+        """Make the table ready for a step."""
+        self.table.cover(UNIT_RATE, 1)
 
 
 class Clocks:
-    """Arrays ``hyper`` and ``counters`` for any number of sets; the first set has the engine's own."""
+    """Tables of rates, with hyper and counters, for any number of sets; the arrays of the first are the engine's."""
 
-    def __init__(self, backend: Backend, hyper: Any, counters: Any) -> None:
-        self._backend = backend
-        self._arrays = [(hyper, counters)]
+    def __init__(self, memory: Memory) -> None:
+        self._backend = memory.backend
+        self._arrays = [(memory.hyper, memory.rates, memory.counters)]
+        self._tables: dict[tuple[int, UpdateRule], RateTable] = {}
 
-    def get(self, index: int) -> tuple[Any, Any]:
-        """Return the arrays of set ``index``."""
+    def get(self, index: int, rule: UpdateRule) -> RateTable:
+        """Return the table of set ``index`` under ``rule``."""
         while len(self._arrays) <= index:
-            hyper, counters = self._backend.allocate(HYPER, "float64"), self._backend.allocate(COUNTERS, "int64")
-            self._arrays.append((hyper, counters))
-        return self._arrays[index]
+            allocate, rows = self._backend.allocate, len(self._arrays[0][1])
+            rates = allocate(rows * RATE_COLUMNS, "float64").reshape(rows, RATE_COLUMNS)
+            self._arrays.append((allocate(HYPER, "float64"), rates, allocate(COUNTERS, "int64")))
+        key = (index, rule)
+        if key not in self._tables:
+            # the arrays no longer hold the table of another rule
+            self._tables = {known: table for known, table in self._tables.items() if known[0] != index}
+            self._tables[key] = RateTable(self._backend, rule, *self._arrays[index])
+        return self._tables[key]
 
 
 def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> list[Callable[[], object]]:
@@ -88,8 +100,9 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> 
                 states=tuple(bound.arrays[f"state{index}"] for index in range(one.rule.state_count)),
                 segments=segments,
                 rule=one.rule,
-                hyper=one.hyper,
-                counters=one.counters,
+                hyper=one.table.hyper,
+                rates=one.table.rates,
+                counters=one.table.counters,
             )
         )
     return runs

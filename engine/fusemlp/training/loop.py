@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt, overrides
-from fusemlp.describe.schedules import ReduceOnPlateau
+from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL
 from fusemlp_kernels.errors import DivergenceError
 
@@ -45,6 +45,8 @@ class Policy:
 
     # whether the engine goes back to the last good epoch when a loss is not finite
     rewinds: ClassVar[bool] = False
+    # of the learning rates, its lengths in updates
+    schedule: Schedule
 
     def begin(self) -> None:
         """Get ready for the first step; callbacks hear of the training after that."""
@@ -196,6 +198,7 @@ class EpochLoop(Generic[PolicyT]):
             count = 1 if starters or watchers else min(total - done, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
+            count = engine.rates.cover(self.policy.schedule, count)
             yield count
             done += count
             if epochs == 1:
@@ -235,7 +238,7 @@ class EpochLoop(Generic[PolicyT]):
         every, updates = engine.optimizer.accumulate, engine.update_count
         batches = int(engine.memory.counters[BATCH_INDEX])
         ends = [batches - left - ahead * self.batches for ahead in reversed(range(epochs))]
-        return [engine.learning_rate_after(updates - batches // every + end // every) for end in ends]
+        return [engine.rates.after(updates - batches // every + end // every) for end in ends]
 
     def _end_epoch(self, stats: Array, rate: float, seconds: float) -> None:
         state = self.state

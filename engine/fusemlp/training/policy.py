@@ -45,8 +45,8 @@ class FitPolicy(Policy):
     best: dict[str, Array] | None
 
     def __post_init__(self) -> None:
-        self.rule = self.engine.optimizer.rule(total_updates=self.state.total_updates)
-        self.schedule = self.engine.optimizer.schedule
+        self.rule = self.engine.optimizer.rule()
+        self.schedule = self.engine.optimizer.schedule.over(self.state.total_updates)
         self._validate = None if self.validation is None else self.validation.of(self.engine)
 
     def begin(self) -> None:
@@ -56,7 +56,7 @@ class FitPolicy(Policy):
         state.history.stopped = ""
         engine.fit_state = state
         engine.best_parameters = self.best
-        engine.use_rule(self.rule, state.plateau[2])
+        engine.rates.follow(self.schedule, state.plateau[2])
 
     def wanted(self) -> int:
         """Return the epochs that are left, or 0 after ``patience`` epochs without a better val_loss."""
@@ -91,7 +91,7 @@ class FitPolicy(Policy):
             state.waited += 1
         if isinstance(self.schedule, ReduceOnPlateau):
             state.plateau = plateau_step(self.schedule, state.plateau, watched)
-            engine.use_rule(self.rule, state.plateau[2])
+            engine.rates.rescale(state.plateau[2])
         engine.epochs_trained = state.epoch + 1
         engine.best_parameters = self.best
         return logs

@@ -1,5 +1,6 @@
-// Counters, hyper and stats by their places, as contract.py has them.
+// Counters, hyper, rates and stats by their places, as contract.py has them.
 
 enum Counter { BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, ROW_OFFSET, ROW_TOTAL, ROW_STEP, SKIPPED, SKIPPED_IN_A_ROW };
 enum Hyper { LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, LOSS_SCALE, GOOD_UPDATES };
+enum Rates { FIRST_UPDATE, ROWS_FILLED, RATE_COLUMNS = 3 };
 enum Stat { LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, BATCH_LOSSES, PENALTIES, STATS };

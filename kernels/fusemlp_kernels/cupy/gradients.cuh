@@ -39,6 +39,7 @@ struct Sums {
     float* scalars;  // (alpha, beta) of the weights, a pair each
     long long pair_count;
     double* hyper;
+    const double* rates;
     long long* counters;
     const Rule* rule;
     unsigned* ticket;
@@ -108,5 +109,7 @@ __device__ __forceinline__ void sums_of(const Sums& call) {
         }
     }
     if (!call.sgd) return;
-    if (is_last(call.ticket) && threadIdx.x == 0) advance_clock(call.counters, call.hyper, call.rule, true, false);
+    if (is_last(call.ticket) && threadIdx.x == 0) {
+        advance_clock(call.counters, call.hyper, call.rates, call.rule, true, false);
+    }
 }

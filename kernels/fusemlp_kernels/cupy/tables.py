@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import GROWTH_INTERVAL, HYPER, SCHEDULES, TensorRule, UpdateRule
+from fusemlp_kernels.contract import GROWTH_INTERVAL, HYPER, RATE_COLUMNS, TensorRule, UpdateRule
 from fusemlp_kernels.cupy import sources
 from fusemlp_kernels.cupy.device import FLOAT32, FLOAT64, THREADS, Array, Device, Run, in_sequence, strides_of
 from fusemlp_kernels.cupy.layers import checked_counters, places
@@ -21,9 +21,7 @@ PLAIN = TensorRule()
 def rule_table(rule: UpdateRule, *, scaled: bool = False) -> np.ndarray[Any, Any]:
     """A rule as the kernels read it, one row; ``scaled``: the gradients carry the loss scale."""
     table = np.zeros(1, sources.layout("update", "Rule"))
-    values = vars(rule.schedule) | vars(rule)
-    values |= {
-        "schedule": SCHEDULES.index(rule.schedule.kind),
+    values = vars(rule) | {
         "adam": rule.kind == "adam",
         "inside": rule.convention == "scikit-learn",
         "clip_norm": math.inf if rule.clip_norm is None else rule.clip_norm,
@@ -40,11 +38,19 @@ def rule_on(device: Device, rule: UpdateRule, *, scaled: bool = False) -> Array:
     return device.upload(rule_table(rule, scaled=scaled))
 
 
-def bind_advance(device: Device, *, rule: UpdateRule, hyper: Array, counters: Array) -> Run:
+def checked_clock(device: Device, op: str, hyper: Array, rates: Array, counters: Array) -> dict[str, Array]:
+    """What an update reads and the clock writes, checked."""
+    return {
+        "hyper": device.check(op, "hyper", hyper, (HYPER,), FLOAT64),
+        "rates": device.check(op, "rates", rates, (None, RATE_COLUMNS), FLOAT64),
+        "counters": checked_counters(device, op, counters),
+    }
+
+
+def bind_advance(device: Device, *, rule: UpdateRule, hyper: Array, rates: Array, counters: Array) -> Run:
     """The contract's ``advance``."""
-    hyper = device.check("advance", "hyper", hyper, (HYPER,), FLOAT64)
-    counters = checked_counters(device, "advance", counters)
-    return device.launch("update", "advance", "Advance", 1, hyper=hyper, counters=counters, rule=rule_on(device, rule))
+    clock = checked_clock(device, "advance", hyper, rates, counters)
+    return device.launch("update", "advance", "Advance", 1, rule=rule_on(device, rule), **clock)
 
 
 class Tensors:
@@ -92,17 +98,17 @@ class Tensors:
         )  # fmt: skip
 
     def bind_update(
-        self, rule: UpdateRule, hyper: Array, counters: Array, norm: Array | None = None, scaled: bool = False
+        self, rule: UpdateRule, clock: dict[str, Array], norm: Array | None = None, scaled: bool = False
     ) -> Run:
         """The optimizer over all of them, and the clock."""
         if not self.blocks:
-            return bind_advance(self.device, rule=rule, hyper=hyper, counters=counters)
+            return bind_advance(self.device, rule=rule, **clock)
         table, kept = self.device.rows_of("update", "Tensor", self.rows)
         return _holding(
             kept,
             self.device.launch(
-                "update", "update", "Update", self.blocks, tensors=table, count=len(self.rows), norm=norm, hyper=hyper,
-                counters=counters, rule=rule_on(self.device, rule, scaled=scaled),
+                "update", "update", "Update", self.blocks, tensors=table, count=len(self.rows), norm=norm, **clock,
+                rule=rule_on(self.device, rule, scaled=scaled),
                 ticket=self.device.zeros(1, "uint32"),
             ),
         )  # fmt: skip
@@ -150,10 +156,11 @@ class Sums:
         """Room for the factors of ``count`` products, (2 * count,) float32."""
         return self.device.zeros(2 * max(count, 1), FLOAT32)
 
-    def bind(
-        self, rule: UpdateRule, hyper: Array | None, counters: Array, m: int, scalars: Array | None, *, sgd: bool
-    ) -> Run:
-        """The launch; with ``sgd`` it is the update of the vectors, and advances the clock."""
+    def bind(self, rule: UpdateRule, clock: dict[str, Array], m: int, scalars: Array | None, *, sgd: bool) -> Run:
+        """The launch; with ``sgd`` it is the update of the vectors, and advances the clock.
+
+        ``clock`` has the counters and, with ``sgd``, hyper and rates.
+        """
         if not self.blocks and not self.pairs and not sgd:
             return in_sequence([])
         vectors, kept = self.device.rows_of("gradients", "Bias", self.vectors)
@@ -162,7 +169,7 @@ class Sums:
             kept,
             self.device.launch(
                 "gradients", "column_sums", "Sums", max(self.blocks, 1), vectors=vectors, count=len(self.vectors),
-                pairs=pairs, scalars=scalars, pair_count=len(self.pairs), hyper=hyper, counters=counters,
+                pairs=pairs, scalars=scalars, pair_count=len(self.pairs), **clock,
                 rule=rule_on(self.device, rule), ticket=self.device.zeros(1, "uint32"), rows=m, sgd=sgd,
             ),
         )  # fmt: skip

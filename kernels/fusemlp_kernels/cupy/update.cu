@@ -12,6 +12,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradient_norm(const Norm c
 
 struct Advance {
     double* hyper;
+    const double* rates;
     long long* counters;
     const Rule* rule;
 };
@@ -20,5 +21,5 @@ struct Advance {
 extern "C" __global__ void __launch_bounds__(THREADS) advance(const Advance call) {
     if (blockIdx.x != 0 || threadIdx.x != 0) return;
     bool due = (call.counters[BATCH_INDEX] + 1) % call.rule->accumulate == 0;
-    advance_clock(call.counters, call.hyper, call.rule, due, false);
+    advance_clock(call.counters, call.hyper, call.rates, call.rule, due, false);
 }

@@ -47,6 +47,7 @@ struct Update {
     long long count;
     const double* norm;  // of all gradients; null: neither clipped nor scaled
     double* hyper;
+    const double* rates;
     long long* counters;
     const Rule* rule;
     unsigned* ticket;
@@ -151,7 +152,7 @@ __device__ __forceinline__ void update_of(const Update& call) {
         }
     }
     if (is_last(call.ticket) && threadIdx.x == 0) {
-        advance_clock(call.counters, call.hyper, call.rule, applied, due && !sound);
+        advance_clock(call.counters, call.hyper, call.rates, call.rule, applied, due && !sound);
     }
 }
 

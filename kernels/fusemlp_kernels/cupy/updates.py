@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusemlp_kernels.contract import HYPER, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import Segment, TensorRule, UpdateRule
 from fusemlp_kernels.cupy.device import FLOAT32, FLOAT64, Array, Device, Run, in_sequence
 from fusemlp_kernels.cupy.layers import checked_counters
 from fusemlp_kernels.cupy.products import bind_product, matrix
-from fusemlp_kernels.cupy.tables import PLAIN, Sums, Tensors
+from fusemlp_kernels.cupy.tables import PLAIN, Sums, Tensors, checked_clock
 from fusemlp_kernels.errors import ArgumentError
 
 
@@ -79,7 +79,7 @@ def bind_grad_weight(
         sums.add(PLAIN, grad, given=dslope)
         tensors.add(PLAIN, grad)
     m = found[0].m if found else 0
-    runs = [sums.bind(rule, None, counters, m, scalars, sgd=False), *products]
+    runs = [sums.bind(rule, {"counters": counters}, m, scalars, sgd=False), *products]
     if norm is not None:
         runs.append(tensors.bind_norm(device.check_written(op, "norm", norm, (1,), FLOAT64)))
     return in_sequence(runs)
@@ -92,6 +92,7 @@ def bind_grad_weight_update(
     slopes: Sequence[Mapping[str, Any]] = (),
     rule: UpdateRule,
     hyper: Array,
+    rates: Array,
     counters: Array,
 ) -> Run:
     """The contract's ``grad_weight_update``.
@@ -100,8 +101,7 @@ def bind_grad_weight_update(
     the card. Otherwise, and where the weights have a rounded copy, the gradients pass through room of the call's own.
     """
     op = "grad_weight_update"
-    counters = checked_counters(device, op, counters)
-    hyper = device.check(op, "hyper", hyper, (HYPER,), FLOAT64)
+    clock = checked_clock(device, op, hyper, rates, counters)
     if rule.clip_norm is not None or rule.accumulate != 1:
         raise ArgumentError(
             f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"
@@ -148,8 +148,8 @@ def bind_grad_weight_update(
             states = _states(device, op, f"{where}state", param, slope["state"], rule)
             tensors.add(slope["rule"], dslope, param, states)
     m = found[0].m if found else 0
-    before = sums.bind(rule, hyper, counters, m, scalars, sgd=plain)
-    behind = [] if plain else [tensors.bind_update(rule, hyper, counters)]
+    before = sums.bind(rule, clock, m, scalars, sgd=plain)
+    behind = [] if plain else [tensors.bind_update(rule, clock)]
     return in_sequence([before, *products, *behind])
 
 
@@ -162,6 +162,7 @@ def bind_update(
     segments: Sequence[Segment],
     rule: UpdateRule,
     hyper: Array,
+    rates: Array,
     counters: Array,
     norm: Array | None = None,
     shadow: Array | None = None,
@@ -173,8 +174,7 @@ def bind_update(
     size = tuple(params.shape)
     grads = device.check(op, "grads", grads, size, FLOAT32)
     states = _states(device, op, "states", params, states, rule)
-    hyper = device.check(op, "hyper", hyper, (HYPER,), FLOAT64)
-    counters = checked_counters(device, op, counters)
+    clock = checked_clock(device, op, hyper, rates, counters)
     if shadow is not None:
         shadow = device.check_written(op, "shadow", shadow, size, device.compute)
     before: list[Run] = []
@@ -190,4 +190,4 @@ def bind_update(
         at = slice(segment.offset, segment.offset + segment.size)
         parts = tuple(state[at] for state in states)
         tensors.add(segment.rule, grads[at], params[at], parts, None if shadow is None else shadow[at])
-    return in_sequence([*before, tensors.bind_update(rule, hyper, counters, norm, scaled)])
+    return in_sequence([*before, tensors.bind_update(rule, clock, norm, scaled)])

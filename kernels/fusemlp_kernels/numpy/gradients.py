@@ -136,6 +136,7 @@ def bind_grad_weight_update(
     layers: Sequence[Mapping[str, Any]],
     rule: UpdateRule,
     hyper: Array,
+    rates: Array,
     counters: Array,
     slopes: Sequence[Mapping[str, Any]] = (),
 ) -> Run:
@@ -155,7 +156,7 @@ def bind_grad_weight_update(
     for slope in slopes:
         produce = _slope_into(slope["dslope"])
         runs.append(bind_tensor_update(slope["param"], slope["state"], produce, rule, slope["rule"], hyper))
-    return in_sequence([*runs, bind_clock(rule, hyper, counters)])
+    return in_sequence([*runs, bind_clock(hyper, rates, counters)])
 
 
 def _weight_product_into(layer: Mapping[str, Any]) -> Callable[[Array], Accumulate]:

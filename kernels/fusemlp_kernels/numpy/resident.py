@@ -15,7 +15,6 @@ from fusemlp_kernels.contract import (
     ACTIVATIONS,
     LOSSES,
     NEEDS_Z,
-    SCHEDULES,
     STATS,
     LossSpec,
     ResidentLayer,
@@ -87,6 +86,7 @@ def bind_train_resident(
     loss: LossSpec,
     counters: Array,
     hyper: Array,
+    rates: Array,
     stats: Array,
     weight: Array | None = None,
     class_weight: Array | None = None,
@@ -131,6 +131,7 @@ def bind_train_resident(
         rule_factors,
         counters,
         hyper,
+        rates,
         stats,
         np.zeros((0, STATS)) if history is None else history,
         np.zeros(6, np.int32),
@@ -218,14 +219,11 @@ def _loss_tables(
 
 
 def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
-    schedule = rule.schedule
     table = [0] * t.RULE_COLUMNS
     table[t.OPTIMIZER] = t.ADAM if rule.kind == "adam" else t.SGD
     table[t.NESTEROV], table[t.DECOUPLED] = rule.nesterov, rule.decoupled
     table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
     table[t.CLIPS] = rule.clip_norm is not None
-    table[t.SCHEDULE] = SCHEDULES.index(schedule.kind)
-    table[t.STEPS], table[t.WARMUP] = schedule.steps, schedule.warmup
     factors = [0.0] * t.RULE_FACTORS
     factors[t.MOMENTUM], factors[t.BETA1], factors[t.BETA2], factors[t.EPS] = (
         rule.momentum,
@@ -234,6 +232,4 @@ def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
         rule.eps,
     )
     factors[t.CLIP_NORM] = 0.0 if rule.clip_norm is None else rule.clip_norm
-    factors[t.BASE], factors[t.GAMMA] = schedule.base, schedule.gamma
-    factors[t.FINAL], factors[t.PEAK_FRACTION] = schedule.final, schedule.peak_fraction
     return np.array(table, np.int64), np.array(factors, np.float64)

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fusemlp_kernels.clock import write_hyper
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,
+    FIRST_UPDATE,
     LEARNING_RATE,
+    RATE_COLUMNS,
+    RATE_SCALE,
+    ROWS_FILLED,
     UPDATE_COUNT,
     Segment,
     TensorRule,
@@ -27,24 +30,26 @@ Accumulate = Callable[[float, float], None]
 ALIGNMENT_BYTES = 256
 
 
-def bind_clock(rule: UpdateRule, hyper: Array, counters: Array) -> Run:
+def bind_clock(hyper: Array, rates: Array, counters: Array) -> Run:
     """The contract's advancing of the clock after a batch with an update."""
-    # one item is read or written twice as quickly through a memoryview
-    counter = counters.data
-    changes = rule.kind != "sgd" or rule.schedule.kind != "constant" or rule.schedule.warmup > 0
+    # one item is read or written in half the time through a memoryview
+    counter, setting, table = counters.data, hyper.data, rates.reshape(-1).data
 
     def clock() -> None:
         counter[BATCH_INDEX] += 1
-        counter[UPDATE_COUNT] += 1
-        if changes:
-            write_hyper(rule, counter[UPDATE_COUNT], hyper)
+        count = counter[UPDATE_COUNT] + 1
+        counter[UPDATE_COUNT] = count
+        row = RATE_COLUMNS + RATE_COLUMNS * int(max(0.0, min(count - table[FIRST_UPDATE], table[ROWS_FILLED] - 1.0)))
+        setting[LEARNING_RATE] = table[row + LEARNING_RATE] * setting[RATE_SCALE]
+        setting[BIAS_CORRECTION_1] = table[row + BIAS_CORRECTION_1]
+        setting[BIAS_CORRECTION_2] = table[row + BIAS_CORRECTION_2]
 
     return clock
 
 
-def bind_advance(*, rule: UpdateRule, hyper: Array, counters: Array) -> Run:
+def bind_advance(*, rule: UpdateRule, hyper: Array, rates: Array, counters: Array) -> Run:
     """The contract's ``advance``."""
-    tick = bind_clock(rule, hyper, counters)
+    tick = bind_clock(hyper, rates, counters)
     every = rule.accumulate
 
     def advance() -> None:
@@ -209,6 +214,7 @@ def bind_update(
     segments: Sequence[Segment],
     rule: UpdateRule,
     hyper: Array,
+    rates: Array,
     counters: Array,
 ) -> Run:
     """The contract's ``update``."""
@@ -217,7 +223,7 @@ def bind_update(
         block = slice(start, stop)
         state = tuple(array[block] for array in states)
         runs.append(bind_elementwise(params[block], grads[block], state, rule, tensor, hyper))
-    tick = bind_clock(rule, hyper, counters)
+    tick = bind_clock(hyper, rates, counters)
     norm = blas.norm(grads)
     every, limit = rule.accumulate, rule.clip_norm
 

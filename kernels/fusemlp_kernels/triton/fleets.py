@@ -12,6 +12,7 @@ from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
     NEEDS_Z,
+    RATE_COLUMNS,
     STATS,
     LossSpec,
     ResidentLayer,
@@ -173,6 +174,7 @@ def bind_train_fleet(
     losses: Sequence[LossSpec],
     counters: Tensor,
     hyper: Tensor,
+    rates: Tensor,
     stats: Tensor,
     weight: Tensor | None = None,
     class_weight: Tensor | None = None,
@@ -208,6 +210,8 @@ def bind_train_fleet(
     ):  # fmt: skip
         device.check_written(op, name, array, (models, width), kind)
         arenas.append((name, array))
+    device.check(op, "rates", rates, (models, None, RATE_COLUMNS), FLOAT64)
+    arenas.append(("rates", rates))
     if history is not None:
         device.check_written(op, "history", history, (models, None, STATS), FLOAT64)
         arenas.append(("history", history))
@@ -261,10 +265,11 @@ def bind_train_fleet(
         "shares": tensor([shares for _, shares in tables], FLOAT32), "settings": tensor(settings, FLOAT32),
         "rules": tensor([clock.rule_values(rule) for rule in rules], FLOAT64),
         "tensors": tensor(factors, FLOAT64), "segments": tensor([*stretches] or [(0, 0)], INT64),
-        "counters": counters, "hyper": hyper, "stats": stats,
+        "counters": counters, "hyper": hyper, "rates": rates, "stats": stats,
         "history": device.zeros(1, FLOAT64) if history is None else history, "live": live,
         "M": batch, "depth": len(layers[0]), "lowest": lowest, "trained": trained, "work_size": work_size, "size": size,
-        "rows_size": rows.shape[1], "label_step": target.stride(0) if classes else 0,
+        "rows_size": rows.shape[1], "rates_size": rates.shape[1] * RATE_COLUMNS,
+        "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),
         "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "states": count,
@@ -305,6 +310,7 @@ def bind_train_resident(
     loss: LossSpec,
     counters: Tensor,
     hyper: Tensor,
+    rates: Tensor,
     stats: Tensor,
     shadow: Tensor | None = None,
     history: Tensor | None = None,
@@ -318,7 +324,7 @@ def bind_train_resident(
     run = bind_train_fleet(
         device, rows=rows[None], layers=[layers], params=params[None], gradients=gradients[None],
         states=[state[None] for state in states], segments=[segments], rules=[rule], losses=[loss],
-        counters=counters[None], hyper=hyper[None], stats=stats[None],
+        counters=counters[None], hyper=hyper[None], rates=rates[None], stats=stats[None],
         shadow=None if shadow is None else shadow[None], history=None if history is None else history[None],
         ridges=None if ridge is None else [ridge], op=op, **operands,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fusemlp_kernels.clock import hyper_at
+from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     COUNTERS,
@@ -31,7 +31,6 @@ from fusemlp_kernels.contract import (
     UPDATE_COUNT,
     Dropout,
     LossSpec,
-    ScheduleSpec,
     Segment,
     TensorRule,
     UpdateRule,
@@ -68,6 +67,13 @@ def _counters(device: Device, **values: int) -> Tensor:
     for name, value in values.items():
         counters[{"batch_index": BATCH_INDEX, "row_count": ROW_COUNT, "update_count": UPDATE_COUNT}[name]] = value
     return counters.to(device.device)
+
+
+def _clock(device: Device, rule: UpdateRule, lr: float, update_count: int, batch_index: int = 0) -> dict[str, Any]:
+    """hyper, rates and counters of one update at the learning rate ``lr`` after ``update_count`` others."""
+    host = {"hyper": hyper_at(rule, lr, update_count), "rates": rate_table(rule, [lr], update_count)}
+    counters = _counters(device, batch_index=batch_index, update_count=update_count)
+    return {**{name: torch.from_numpy(array).to(device.device) for name, array in host.items()}, "counters": counters}
 
 
 def _slope(slope: float | Tensor) -> dict[str, Any]:
@@ -219,7 +225,7 @@ def grad_weight(dz: Tensor, x: Tensor, *, rows: Tensor | None = None, tf32: bool
     dw = torch.empty(dz.shape[1], x.shape[1], device=device.device)
     db = torch.empty(dz.shape[1], device=device.device)
     layer = {"dz": dz, "x": x, "dw": dw, "db": db, "rows": rows}
-    rule = UpdateRule("sgd", ScheduleSpec("constant", 1.0))
+    rule = UpdateRule("sgd")
     grouped.bind_grad_weight(device, layers=[layer], rule=rule, counters=_counters(device))()
     return dw, db
 
@@ -230,6 +236,7 @@ def grad_weight_update(
     w: Tensor,
     b: Tensor,
     rule: UpdateRule,
+    lr: float,
     *,
     w_state: Sequence[Tensor] = (),
     b_state: Sequence[Tensor] = (),
@@ -240,8 +247,9 @@ def grad_weight_update(
 ) -> None:
     """``grad_weight`` and the optimizer in one kernel: w (N, K), b (N,) and their states are updated in place.
 
-    The gradients are never stored. ``rule`` is the optimizer (no clipping, no accumulation), ``update_count`` how many
-    updates were before; w_state and b_state hold none, one (momentum) or two (Adam) tensors like the parameter.
+    The gradients are never stored. ``rule`` is the optimizer (no clipping, no accumulation), ``lr`` the learning rate,
+    ``update_count`` how many updates were before; w_state and b_state hold none, one (momentum) or two (Adam) tensors
+    like the parameter.
     """
     op = "grad_weight_update"
     device = _device(op, "dz", dz, tf32)
@@ -250,28 +258,27 @@ def grad_weight_update(
         "dz": dz, "x": x, "w": w, "b": b, "rows": rows, "w_state": tuple(w_state), "b_state": tuple(b_state),
         "w_rule": own, "b_rule": own,
     }  # fmt: skip
-    hyper = torch.from_numpy(hyper_at(rule, update_count)).to(device.device)
-    counters = _counters(device, update_count=update_count)
-    grouped.bind_grad_weight_update(device, layers=[layer], rule=rule, hyper=hyper, counters=counters)()
+    clock = _clock(device, rule, lr, update_count)
+    grouped.bind_grad_weight_update(device, layers=[layer], rule=rule, **clock)()
 
 
 def update(
     params: Tensor,
     grads: Tensor,
     rule: UpdateRule,
+    lr: float,
     *,
     states: Sequence[Tensor] = (),
     tensor: TensorRule | None = None,
     update_count: int = 0,
 ) -> None:
     """The optimizer on a flat arena: params (size,) and ``states`` are updated in place by grads (size,), all float32
-    and contiguous. With ``rule.clip_norm`` the gradient's norm is taken first, by a kernel of its own."""
+    and contiguous, at the learning rate ``lr``. With ``rule.clip_norm`` a kernel of its own takes the gradient's norm
+    first."""
     device = _device("update", "params", params)
     segments = (Segment(0, params.numel(), TensorRule() if tensor is None else tensor),)
-    hyper = torch.from_numpy(hyper_at(rule, update_count)).to(device.device)
     # the batch that ends an accumulation, so that the update is applied
-    counters = _counters(device, batch_index=rule.accumulate - 1, update_count=update_count)
+    clock = _clock(device, rule, lr, update_count, batch_index=rule.accumulate - 1)
     grouped.bind_update(
-        device, params=params, grads=grads, states=tuple(states), segments=segments, rule=rule, hyper=hyper,
-        counters=counters,
+        device, params=params, grads=grads, states=tuple(states), segments=segments, rule=rule, **clock
     )()  # fmt: skip

@@ -206,7 +206,7 @@ def finished(
 
 @triton.jit(do_not_specialize=["M", "tasks", "programs", "splits", "part", "wants_norm"])
 def grad_weight_kernel(
-    compute, real, rows, table, tensors, hyper, rule, counters, partials, norm, ticket,
+    compute, real, rows, table, tensors, hyper, rates, rule, counters, partials, norm, ticket,
     M, tasks, programs, splits, part, wants_norm,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
     UPDATES: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr, PARTS: tl.constexpr,
@@ -309,7 +309,7 @@ def grad_weight_kernel(
         )  # fmt: skip
     if UPDATES:
         if is_last(ticket, programs):
-            advance_clock(counters, hyper, rule, True, False)
+            advance_clock(counters, hyper, rates, rule, True, False)
     else:
         if wants_norm != 0:
             tl.store(partials + program, squares)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from fusemlp_kernels.contract import COUNTERS, HYPER, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.triton import clock, configs, gradients, update
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned
-from fusemlp_kernels.triton.layers import checked_rows
+from fusemlp_kernels.triton.layers import bind_advance, checked_rows
 
 INT64, FLOAT32, FLOAT64 = torch.int64, torch.float32, torch.float64
 WEIGHT, BIAS, SLOPE = 0, 1, 2
@@ -155,6 +155,7 @@ def _launch(
     *,
     rule: UpdateRule,
     hyper: Tensor | None,
+    rates: Tensor | None,
     counters: Tensor,
     norm: Tensor | None,
     updates: bool,
@@ -174,6 +175,7 @@ def _launch(
         "real": device.far_base(tasks.base("real")),
         "rows": device.zeros(1, INT64) if rows is None else rows, "table": table, "tensors": tensors,
         "hyper": device.zeros(HYPER, FLOAT64) if hyper is None else hyper,
+        "rates": device.zeros(RATE_COLUMNS, FLOAT64) if rates is None else rates,
         "rule": device.floats(clock.rule_values(rule), FLOAT64), "counters": counters,
         "partials": device.zeros(programs, FLOAT64), "norm": device.zeros(1, FLOAT64) if norm is None else norm,
         "ticket": device.zeros(1, torch.int32),
@@ -216,7 +218,16 @@ def bind_grad_weight(
         device.check(op, "norm", norm, (1,), FLOAT64)
     found = _collect(device, op, layers, slopes, rule, counters, updates=False)
     run, programs = _launch(
-        device, *found, rule=rule, hyper=None, counters=counters, norm=norm, updates=False, parts=parts, part=part
+        device,
+        *found,
+        rule=rule,
+        hyper=None,
+        rates=None,
+        counters=counters,
+        norm=norm,
+        updates=False,
+        parts=parts,
+        part=part,
     )
     return norm.zero_ if programs == 0 and norm is not None else run
 
@@ -228,23 +239,26 @@ def bind_grad_weight_update(
     slopes: Sequence[Mapping[str, Any]] = (),
     rule: UpdateRule,
     hyper: Tensor,
+    rates: Tensor,
     counters: Tensor,
 ) -> Run:
     """The contract's ``grad_weight_update``."""
     op = "grad_weight_update"
     device.check(op, "counters", counters, (COUNTERS,), INT64)
     device.check(op, "hyper", hyper, (HYPER,), FLOAT64)
+    device.check(op, "rates", rates, (None, RATE_COLUMNS), FLOAT64)
     if rule.clip_norm is not None or rule.accumulate != 1:
         raise ArgumentError(
             f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"
         )
     found = _collect(device, op, layers, slopes, rule, counters, updates=True)
-    run, programs = _launch(device, *found, rule=rule, hyper=hyper, counters=counters, norm=None, updates=True)
+    run, programs = _launch(
+        device, *found, rule=rule, hyper=hyper, rates=rates, counters=counters, norm=None, updates=True
+    )
     if programs:
         return run
     # nothing to train, or no elements in it: the clock goes on all the same
-    arguments = {"counters": counters, "hyper": hyper, "rule": device.floats(clock.rule_values(rule), FLOAT64)}
-    return device.launch(clock.advance_kernel, 1, arguments, {}, configs.SMALL)
+    return bind_advance(device, rule=rule, hyper=hyper, rates=rates, counters=counters)
 
 
 def bind_update(
@@ -256,6 +270,7 @@ def bind_update(
     segments: Sequence[Segment],
     rule: UpdateRule,
     hyper: Tensor,
+    rates: Tensor,
     counters: Tensor,
     norm: Tensor | None = None,
     shadow: Tensor | None = None,
@@ -271,6 +286,7 @@ def bind_update(
     device.check(op, "grads", grads, size, FLOAT32)
     _states(device, op, "states", params, states, rule)
     device.check(op, "hyper", hyper, (HYPER,), FLOAT64)
+    device.check(op, "rates", rates, (None, RATE_COLUMNS), FLOAT64)
     device.check(op, "counters", counters, (COUNTERS,), INT64)
     for name, arena in (("params", params), ("grads", grads), *(("states", state) for state in states)):
         if not arena.is_contiguous():
@@ -292,7 +308,7 @@ def bind_update(
     rules = [[segment.rule.lr_factor, segment.rule.weight_decay] for segment in segments]
     values = device.floats(clock.rule_values(rule, scaled=scaled), FLOAT64)
     if first == 0:
-        clock_only = {"counters": counters, "hyper": hyper, "rule": values}
+        clock_only = {"counters": counters, "hyper": hyper, "rates": rates, "rule": values}
         return device.launch(clock.advance_kernel, 1, clock_only, {}, configs.SMALL)
     spare = states[0] if states else params
     arguments: dict[str, Any] = {
@@ -300,7 +316,7 @@ def bind_update(
         "shadow": params if shadow is None else shadow, "norm": hyper if norm is None else norm,
         "table": torch.tensor(table, dtype=INT64, device=device.device),
         "tensors": torch.tensor(rules, dtype=FLOAT64, device=device.device),
-        "hyper": hyper, "rule": values, "counters": counters, "ticket": device.zeros(1, torch.int32),
+        "hyper": hyper, "rates": rates, "rule": values, "counters": counters, "ticket": device.zeros(1, torch.int32),
         "tasks": len(table), "programs": first, "parts": parts, "part": part, "shadowed": int(shadow is not None),
     }  # fmt: skip
     constants = {

@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 
-from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    COUNTERS,
+    HYPER,
+    LOSSES,
+    NEEDS_Z,
+    RATE_COLUMNS,
+    STATS,
+    Dropout,
+    LossSpec,
+)
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.philox import seed_key, threshold
 from fusemlp_kernels.triton import activations, clock, configs, gradients, linear, loss
@@ -315,13 +325,15 @@ def bind_linear_loss_grad(
     return device.launch(loss.linear_loss_grad_kernel, programs, arguments, constants, tile)
 
 
-def bind_advance(device: Device, *, rule: Any, hyper: Tensor, counters: Tensor) -> Run:
+def bind_advance(device: Device, *, rule: Any, hyper: Tensor, rates: Tensor, counters: Tensor) -> Run:
     """The contract's ``advance``."""
     device.check("advance", "hyper", hyper, (HYPER,), FLOAT64)
+    device.check("advance", "rates", rates, (None, RATE_COLUMNS), FLOAT64)
     device.check("advance", "counters", counters, (COUNTERS,), INT64)
     arguments = {
         "counters": counters,
         "hyper": hyper,
+        "rates": rates,
         "rule": device.floats(clock.rule_values(rule), FLOAT64),
     }
     return device.launch(clock.advance_kernel, 1, arguments, {}, configs.SMALL)

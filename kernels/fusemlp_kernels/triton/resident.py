@@ -252,16 +252,16 @@ def backward(
 
 
 NUMBERS = [
-    "M", "depth", "lowest", "trained", "work_size", "size", "rows_size", "label_step", "target_row", "target_col",
-    "weight_step", "ignored_low", "ignored_high", "entropy", "states", "stored", "shadowed",
+    "M", "depth", "lowest", "trained", "work_size", "size", "rows_size", "rates_size", "label_step", "target_row",
+    "target_col", "weight_step", "ignored_low", "ignored_high", "entropy", "states", "stored", "shadowed",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def resident_kernel(
     compute, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, slopes, measured,
-    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, stats, history, live,
-    M, depth, lowest, trained, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
+    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, history, live,
+    M, depth, lowest, trained, work_size, size, rows_size, rates_size, label_step, target_row, target_col, weight_step,
     ignored_low, ignored_high, entropy, states, stored, shadowed,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
     BO: tl.constexpr, OUTPUTS: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
@@ -270,8 +270,8 @@ def resident_kernel(
 
     ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: what the products read as weights, the
     parameters themselves or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
-    ``rows_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients go through memory.
-    ``history``: the accounts of whole epochs, as many as ``live`` says.
+    ``rows_size``, ``rates`` ``rates_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients
+    go through memory. ``history``: the accounts of whole epochs, as many as ``live`` says.
     """
     for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, STEPS)):
         measure(
@@ -317,5 +317,5 @@ def resident_kernel(
                 size, states, shadowed,
             )  # fmt: skip
             tl.debug_barrier()
-        tick(counters, hyper, stats, history, rules, live, measured, M)
+        tick(counters, hyper, rates, stats, history, rules, live, measured, M, rates_size)
         tl.debug_barrier()

@@ -46,7 +46,7 @@ def clip_factor(norm, limit):
 
 @triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "shadowed"])
 def update_kernel(
-    parameters, grads, first, second, shadow, norm, table, tensors, hyper, rule, counters, ticket,
+    parameters, grads, first, second, shadow, norm, table, tensors, hyper, rates, rule, counters, ticket,
     tasks, programs, parts, part, shadowed,
     BLOCK: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
@@ -85,4 +85,4 @@ def update_kernel(
             tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, STATES,
         )  # fmt: skip
     if is_last(ticket, programs):
-        advance_clock(counters, hyper, rule, applied, due & (sound == 0))
+        advance_clock(counters, hyper, rates, rule, applied, due & (sound == 0))

@@ -1,11 +1,10 @@
-"""The clock of the contract: counters, learning rate, bias corrections; as ``fusemlp_kernels.clock``.
+"""The clock of the contract: counters, and the learning rate and bias corrections of the next update.
 
 Compiled without any relaxation, so that the rates are the very numbers of the other plans.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from numba.extending import register_jitable
@@ -14,6 +13,7 @@ from fusemlp_kernels.contract import (
     BATCH_INDEX,
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,
+    FIRST_UPDATE,
     LEARNING_RATE,
     LOSS_SUM,
     RATE_SCALE,
@@ -21,54 +21,10 @@ from fusemlp_kernels.contract import (
     ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
+    ROWS_FILLED,
     UPDATE_COUNT,
 )
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.tables import (
-    ADAM,
-    BASE,
-    BETA1,
-    BETA2,
-    COSINE,
-    EXPONENTIAL,
-    FINAL,
-    GAMMA,
-    ONE_CYCLE,
-    OPTIMIZER,
-    PEAK_FRACTION,
-    SCHEDULE,
-    STEP,
-    STEPS,
-    WARMUP,
-)
-
-
-@register_jitable(**EXACT)
-def _anneal(start: float, end: float, done: float) -> float:
-    return end + (start - end) * (1.0 + math.cos(math.pi * done)) / 2.0
-
-
-@register_jitable(**EXACT)
-def _learning_rate(rule: Any, factors: Any, count: int) -> float:
-    """``reference.learning_rate`` after ``count`` updates."""
-    warmup, steps, base, final = rule[WARMUP], rule[STEPS], factors[BASE], factors[FINAL]
-    warm = (count + 1) / warmup if count < warmup else 1.0
-    t = max(count - warmup, 0)
-    kind = rule[SCHEDULE]
-    rate = base
-    if kind == STEP:
-        rate = base * math.pow(factors[GAMMA], float(t // steps))
-    elif kind == EXPONENTIAL:
-        rate = base * math.pow(factors[GAMMA], float(t))
-    elif kind == COSINE:
-        rate = _anneal(base, final, min(t / steps, 1.0))
-    elif kind == ONE_CYCLE:
-        peak, last = factors[PEAK_FRACTION] * steps - 1.0, steps - 1.0
-        if t <= peak and peak > 0:
-            rate = _anneal(base / 25.0, base, t / peak)
-        else:
-            rate = _anneal(base, final, min((t - peak) / (last - peak), 1.0) if t < last else 1.0)
-    return warm * rate
 
 
 @register_jitable(**EXACT)
@@ -88,16 +44,15 @@ def _next_rows(counters: Any, stats: Any, history: Any) -> None:
 
 
 @register_jitable(**EXACT)
-def advance(rule: Any, factors: Any, counters: Any, hyper: Any, updated: bool, stats: Any, history: Any) -> None:
-    """Behind a batch: the next rows, and where an update was applied what the next one needs."""
+def advance(counters: Any, hyper: Any, rates: Any, updated: bool, stats: Any, history: Any) -> None:
+    """Go on to the next batch, and after an update to the next row of ``rates``."""
     counters[BATCH_INDEX] += 1
     if counters[ROW_STEP] != 0:
         _next_rows(counters, stats, history)
     if not updated:
         return
     counters[UPDATE_COUNT] += 1
-    count = counters[UPDATE_COUNT]
-    hyper[LEARNING_RATE] = _learning_rate(rule, factors, count) * hyper[RATE_SCALE]
-    if rule[OPTIMIZER] == ADAM:
-        hyper[BIAS_CORRECTION_1] = 1.0 - math.pow(factors[BETA1], float(count + 1))
-        hyper[BIAS_CORRECTION_2] = 1.0 - math.pow(factors[BETA2], float(count + 1))
+    row = 1 + max(0, min(counters[UPDATE_COUNT] - int(rates[0, FIRST_UPDATE]), int(rates[0, ROWS_FILLED]) - 1))
+    hyper[LEARNING_RATE] = rates[row, LEARNING_RATE] * hyper[RATE_SCALE]
+    hyper[BIAS_CORRECTION_1] = rates[row, BIAS_CORRECTION_1]
+    hyper[BIAS_CORRECTION_2] = rates[row, BIAS_CORRECTION_2]

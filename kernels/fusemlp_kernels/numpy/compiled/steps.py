@@ -111,6 +111,7 @@ def _make(version: int) -> Callable[..., int]:
         rule_factors: Any,
         counters: Any,
         hyper: Any,
+        rates: Any,
         stats: Any,
         history: Any,
         integers: Any,
@@ -225,7 +226,7 @@ def _make(version: int) -> Callable[..., int]:
                 if rule[CLIPS]:
                     scale *= clip_factor(grads, tensors, scale, rule_factors[CLIP_NORM])
                 update_all(params, grads, state0, state1, tensors, tensor_factors, rule, rule_factors, hyper, scale)
-            advance(rule, rule_factors, counters, hyper, updated, stats, history)
+            advance(counters, hyper, rates, updated, stats, history)
         restore(before)
         return version
 

@@ -1,0 +1,111 @@
+"""The table of learning rates that the clock on the device reads: the host fills it ahead of the launches."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from fusemlp.describe.schedules import Schedule
+from fusemlp_kernels.clock import rate_table
+from fusemlp_kernels.contract import (
+    BIAS_CORRECTION_1,
+    BIAS_CORRECTION_2,
+    LEARNING_RATE,
+    RATE_SCALE,
+    UPDATE_COUNT,
+    Backend,
+    UpdateRule,
+)
+
+Array = np.ndarray[Any, Any]
+
+
+class RateTable:
+    """Keeps ``rates`` ahead of the updates of one optimizer; the arrays are the contract's, on the device.
+
+    ``cover`` is called before each launch. After the counters were written from outside, ``forget`` makes the next
+    launch fill the table anew.
+    """
+
+    def __init__(self, backend: Backend, rule: UpdateRule, hyper: Any, rates: Any, counters: Any) -> None:
+        self.hyper, self.rates, self.counters = hyper, rates, counters
+        self.schedule: Schedule | None = None
+        self._backend = backend
+        self._rule = rule
+        # what the table was filled with, and of which update its first row is
+        self._filled: Array = np.empty((0, 0))
+        self._first = 0
+        # how many more batches it has rows for
+        self._batches = 0
+
+    def follow(self, schedule: Schedule, scale: float | None = None, *, count: int | None = None) -> None:
+        """Take the learning rates from ``schedule``, whose lengths are numbers of updates, from the next update on.
+
+        ``scale`` multiplies them. ``count``: how many updates were before, where the caller knows; else the device is
+        asked, and waited for.
+        """
+        hyper = self.hyper
+        first = int(self.counters[UPDATE_COUNT]) if count is None else count
+        known = schedule == self.schedule and 0 <= first - self._first < len(self._filled)
+        self.schedule = schedule
+        if known:
+            self._count_batches(first)
+        else:
+            self._fill(first)
+        if scale is None:
+            scale = float(hyper[RATE_SCALE])
+        else:
+            hyper[RATE_SCALE] = scale
+        row = self._filled[first - self._first]
+        hyper[LEARNING_RATE] = row[LEARNING_RATE] * scale
+        hyper[BIAS_CORRECTION_1], hyper[BIAS_CORRECTION_2] = row[BIAS_CORRECTION_1], row[BIAS_CORRECTION_2]
+
+    def rescale(self, scale: float) -> None:
+        """Multiply the rates of the schedule by ``scale`` from the next update on."""
+        assert self.schedule is not None
+        self.hyper[RATE_SCALE] = scale
+        self.hyper[LEARNING_RATE] = self.schedule.at(int(self.counters[UPDATE_COUNT])) * scale
+
+    def after(self, updates: int) -> float:
+        """The learning rate of the update that follows ``updates`` others."""
+        assert self.schedule is not None
+        return self.schedule.at(updates) * float(self.hyper[RATE_SCALE])
+
+    def forget(self) -> None:
+        """Fill the table again before the next launch."""
+        self._batches = 0
+
+    def cover(self, schedule: Schedule, batches: int) -> int:
+        """Make the table ready for a launch by ``schedule``; returns how many of ``batches`` it may go through."""
+        if schedule is not self.schedule:
+            self.follow(schedule)
+        if batches > self._batches:
+            # reading the counter waits for the device, once a table
+            self._fill(int(self.counters[UPDATE_COUNT]))
+        covered = min(batches, self._batches)
+        self._batches -= covered
+        return covered
+
+    def _fill(self, first: int) -> None:
+        assert self.schedule is not None
+        rows = len(self.rates) - 1
+        if self.schedule.constant and first >= self.schedule.warmup and self._rule.kind == "sgd":
+            rows = 1
+        table = rate_table(self._rule, self.schedule.rates(first, rows), first)
+        self._backend.copy_into(self.rates[: len(table)], table)
+        # on the host the table is kept once
+        self._first, self._filled = first, (self.rates if isinstance(self.rates, np.ndarray) else table)[1 : len(table)]
+        self._count_batches(first)
+
+    def _count_batches(self, first: int) -> None:
+        assert self.schedule is not None
+        ahead = first - self._first
+        row = self._filled[ahead]
+        settled = self.schedule.constant and first >= self.schedule.warmup
+        # with the bias corrections at 1, a constant rate's row stands for all that follow
+        if settled and row[BIAS_CORRECTION_1] == 1.0 and row[BIAS_CORRECTION_2] == 1.0:
+            self._batches = sys.maxsize
+        else:
+            self._batches = (len(self._filled) - 1 - ahead) * self._rule.accumulate

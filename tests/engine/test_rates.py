@@ -1,0 +1,261 @@
+"""The table of learning rates: any schedule on any plan, filled again wherever a launch or a graph comes to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusemlp import MLP, SGD, Adam, Callback, Cosine, Engine, Fleet, OneCycle, load_checkpoint
+from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
+from fusemlp.program import layout, lowering, resident
+from fusemlp.runtime.rates import RateTable
+from fusemlp_kernels import reference
+from fusemlp_kernels.clock import corrections
+from fusemlp_kernels.contract import HYPER, LEARNING_RATE, LOSS_SCALE, LossSpec
+from fusemlp_kernels.registry import TRAITS, availability, interprets_triton
+
+Array = np.ndarray[Any, Any]
+
+ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 22, 5, 3, 4, 3
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((ROWS, WIDTH)).astype(np.float32)
+Y = RNG.integers(0, CLASSES, ROWS)
+NET = MLP([WIDTH, 7, CLASSES], activation="tanh")
+
+without_interpreter = availability()["triton"] is not None or not interprets_triton()
+PLANS = [
+    ("numpy", "eager"),
+    pytest.param(
+        "numpy", "resident", marks=pytest.mark.skipif("resident" not in TRAITS["numpy"].plans, reason="numba")
+    ),
+    *(
+        pytest.param("triton", plan, marks=pytest.mark.skipif(without_interpreter, reason="TRITON_INTERPRET=1"))
+        for plan in ("eager", "graph", "resident")
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Zigzag(Schedule):
+    """A schedule of a user's own: no two neighbours are the same, and one in three is zero."""
+
+    kind = "zigzag"
+    lr: float
+
+    def after_warmup(self, t: Array) -> Array:
+        return self.lr * (t % 3) / (1.0 + 0.1 * t)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter a graph is its launches again."""
+    if without_interpreter:
+        return
+    from fusemlp_kernels.triton.backend import TritonBackend
+
+    build = TritonBackend.__init__
+
+    def with_graphs(self: Any, traits: Any, device: Any, precision: str) -> None:
+        build(self, traits, device, precision)
+        self.traits = dataclasses.replace(self.traits, plans=("eager", "graph", "resident"))
+
+    def capture(self: Any, run: Callable[[], object], times: int) -> Callable[[], object]:
+        return lambda: [run() for _ in range(times)]
+
+    monkeypatch.setattr(TritonBackend, "__init__", with_graphs)
+    monkeypatch.setattr(TritonBackend, "capture", capture)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set the rows of the tables of new engines."""
+
+    def rows(count: int) -> None:
+        for module in (layout, lowering, resident):
+            monkeypatch.setattr(module, "RATE_ROWS", count)
+
+    return rows
+
+
+def made(optimizer: Optimizer, backend: str = "numpy", plan: str = "eager", precision: str = "fp32") -> Engine:
+    return Engine(NET, optimizer=optimizer, batch_size=BATCH, backend=backend, plan=plan, precision=precision)
+
+
+def same(engine: Engine, other: Engine) -> None:
+    found, expected = engine.snapshot(), other.snapshot()
+    for name, array in expected.items():
+        assert array.tobytes() == found[name].tobytes(), name
+    assert engine.history is not None and other.history is not None
+    assert engine.history.history == other.history.history
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize(("backend", "plan"), PLANS)
+def test_a_schedule_of_ones_own_trains_on_every_plan(backend: str, plan: str, small: Callable[[int], None]) -> None:
+    """Against the oracle, with the rates written here once more."""
+    small(4)
+    engine = made(Adam(Zigzag(0.02, warmup=4)), backend, plan)
+    first = {name: array.astype(np.float64) for name, array in engine.state_dict().items()}
+    history = engine.fit(X, Y, epochs=EPOCHS, shuffle=False)
+    layers = [
+        reference.Layer(first[f"{2 * index}.weight"], first[f"{2 * index}.bias"], name)
+        for index, name in enumerate(("tanh", "identity"))
+    ]
+    rule, spec = engine.optimizer.rule(), LossSpec("cross_entropy")
+    state, batches = reference.initial_state(rule, layers), -(-ROWS // BATCH)
+
+    def rate(t: int) -> float:
+        s = max(t - 4, 0)
+        return min((t + 1) / 4, 1.0) * 0.02 * (s % 3) / (1.0 + 0.1 * s)
+
+    for t in range(EPOCHS * batches):
+        rows = slice(t % batches * BATCH, t % batches * BATCH + BATCH)
+        batch = reference.Batch(X[rows].astype(np.float64), Y[rows])
+        _, layers, state = reference.train_step(layers, state, spec, rule, t, rate(t), batch)
+    for index, layer in enumerate(layers):
+        # what some dozen steps in float32 leave; one rate that is another's is a hundred times as far away
+        np.testing.assert_allclose(engine.state_dict()[f"{2 * index}.weight"], layer.w, atol=2e-5)
+        np.testing.assert_allclose(engine.state_dict()[f"{2 * index}.bias"], layer.b, atol=2e-5)
+    assert history.history["learning_rate"] == [rate((epoch + 1) * batches) for epoch in range(EPOCHS)]
+
+
+OPTIMIZERS = {
+    "one cycle": Adam(OneCycle(0.05, warmup=3)),
+    "past its end": SGD(Cosine(0.1, final=0.01, steps=7), momentum=0.9),
+    "accumulated": Adam(Cosine(0.05), accumulate=3, clip_norm=0.5),
+    "constant after a warm-up": SGD(Constant(0.1, warmup=5)),
+    "constant, of adam": Adam(0.01),
+}
+
+
+@pytest.mark.parametrize(("backend", "plan"), PLANS[:2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_table_that_is_filled_again_changes_no_bit(
+    optimizer: Optimizer, rows: int, backend: str, plan: str, small: Callable[[int], None]
+) -> None:
+    whole = made(optimizer, backend, plan)
+    small(rows)
+    cut = made(optimizer, backend, plan)
+    for engine in (whole, cut):
+        engine.fit(X, Y, epochs=EPOCHS)
+    assert cut.memory.rates.shape[0] == rows + 1
+    same(cut, whole)
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize(("backend", "plan"), PLANS[2:])
+def test_a_table_filled_between_launches_and_graphs_changes_no_bit(
+    backend: str, plan: str, small: Callable[[int], None]
+) -> None:
+    whole = made(OPTIMIZERS["one cycle"], backend, plan)
+    small(2)
+    cut = made(OPTIMIZERS["one cycle"], backend, plan)
+    for engine in (whole, cut):
+        engine.fit(X, Y, epochs=1)
+    same(cut, whole)
+
+
+@pytest.mark.parametrize("rows", [2, 1024])
+def test_the_models_of_a_fleet_have_tables_of_their_own(rows: int, small: Callable[[int], None]) -> None:
+    small(rows)
+    vary = {"lr": [Zigzag(0.1), OneCycle(0.05), 0.1]}
+    fleet = Fleet(NET, optimizer=SGD(momentum=0.9), batch_size=BATCH, vary=vary, backend="numpy")
+    results = fleet.fit(X, Y, epochs=EPOCHS)
+    for index, rate in enumerate(vary["lr"]):
+        alone = Engine(NET, optimizer=SGD(rate, momentum=0.9), batch_size=BATCH, backend="numpy")
+        alone.fit(X, Y, epochs=EPOCHS)
+        same(results.engine(index), alone)
+
+
+@pytest.mark.skipif(without_interpreter, reason="TRITON_INTERPRET=1")
+def test_a_skipped_batch_keeps_its_rate(small: Callable[[int], None]) -> None:
+    """Twice the loss scale is so large that gradients overflow in fp16 until it has come down."""
+    small(3)
+    engine = made(Adam(Zigzag(0.01)), "triton", "eager", "fp16")
+    schedule, skipped = engine.optimizer.schedule, []
+    for step in range(16):
+        if step in (0, 9):
+            engine.memory.hyper[LOSS_SCALE] = 2.0**20
+        skipped.append(engine.skipped_batches)
+        assert engine.learning_rate == schedule.at(engine.update_count)
+        engine.step(X[:BATCH], Y[:BATCH])
+    assert 0 < skipped[8] == skipped[9] < skipped[15] < 12
+    assert engine.update_count == 16 - engine.skipped_batches
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fills"), [(SGD(0.1), 1), (SGD(Constant(0.1, warmup=4)), 3), (Adam(0.01), 7), (SGD(Zigzag(0.1)), 7)]
+)
+def test_a_table_is_filled_where_it_ends(
+    optimizer: Optimizer, fills: int, small: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A constant rate needs no other row; else four rows are enough for three updates, and the next one's rate."""
+    small(4)
+    filled, fill = [], RateTable._fill
+
+    def counted(self: RateTable, first: int) -> None:
+        filled.append(first)
+        fill(self, first)
+
+    monkeypatch.setattr(RateTable, "_fill", counted)
+    engine = made(optimizer)
+    for _ in range(20):
+        engine.step(X[:BATCH], Y[:BATCH])
+    assert filled == list(range(0, 3 * fills, 3))
+
+
+def test_a_table_that_fits_is_not_filled_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled, fill = [], RateTable._fill
+
+    def counted(self: RateTable, first: int) -> None:
+        filled.append(first)
+        fill(self, first)
+
+    monkeypatch.setattr(RateTable, "_fill", counted)
+    engine = made(Adam(0.01))
+    for _ in range(4):
+        engine.fit(X, Y, epochs=1)
+    assert filled == [0]
+
+
+class Stepping(Callback):
+    """Makes a step of its own in the middle of an epoch."""
+
+    def on_batch_end(self, engine: Any, batch: int) -> None:
+        if batch == 1:
+            engine.step(X[:BATCH], Y[:BATCH])
+
+
+def test_steps_of_a_callback_do_not_take_the_schedule_away() -> None:
+    engine = made(SGD(Cosine(0.1, steps=40)))
+    history = engine.fit(X, Y, epochs=2, callbacks=[Stepping()])
+    assert history.history["learning_rate"] == [engine.optimizer.schedule.at(7), engine.optimizer.schedule.at(14)]
+
+
+def test_a_checkpoint_goes_on_with_a_schedule_of_ones_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEDULES, "zigzag", Zigzag)
+    whole, begun = made(Adam(Zigzag(0.02))), made(Adam(Zigzag(0.02)))
+    begun.fit(X, Y, epochs=1)
+    begun.save_checkpoint(tmp_path / "begun")
+    loaded = load_checkpoint(tmp_path / "begun", backend="numpy")
+    for engine in (whole, loaded):
+        engine.fit(X, Y, epochs=1)
+    whole.fit(X, Y, epochs=1)
+    for name, array in whole.snapshot().items():
+        assert array.tobytes() == loaded.snapshot()[name].tobytes(), name
+    assert len(loaded.snapshot()["hyper"]) == HYPER
+    assert loaded.snapshot()["hyper"][LEARNING_RATE] == Zigzag(0.02).at(12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999])
+def test_bias_corrections_are_those_of_the_paper(beta: float) -> None:
+    for first, count in ((0, 50), (40, 60), (340, 40), (36_000, 1000), (10**7, 3)):
+        wanted = [1.0 - beta**t for t in range(first + 1, first + count + 1)]
+        assert corrections(beta, first, count).tolist() == wanted
