@@ -28,9 +28,8 @@ RECORD = ROOT / "ci/kernel_resources.json"
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
 
+import kernel_variants  # noqa: E402
 import triton  # noqa: E402
-
-from fusemlp_kernels.triton import aot  # noqa: E402
 
 Row = dict[str, Any]
 KEY = ("triton", "arch", "kernel", "variant")
@@ -58,7 +57,7 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row['spills']} spills")
     if row["stack"] and (row["arch"], row["kernel"]) not in STACK_REASONS:
         found.append(f"a stack of {row['stack']} bytes, for which no reason is recorded")
-    if row["kernel"] in aot.PRODUCTS and not row["tensor_core"]:
+    if row["kernel"] in kernel_variants.PRODUCTS and not row["tensor_core"]:
         found.append("no tensor-core instruction")
     arch = row["arch"]
     shared = row["shared_dynamic"] + max(row["shared_static"] - SYSTEM_SHARED.get(arch, 0), 0)
@@ -67,24 +66,24 @@ def problems(row: Row) -> list[str]:
     return [f"{arch} {row['kernel']} ({row['variant']}): {problem}" for problem in found]
 
 
-def systematic_part(variants: Sequence[aot.Variant]) -> list[aot.Variant]:
+def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_variants.Variant]:
     """Return, for each kernel and element type, the variant with the largest tile and the most registers.
 
     fp32 adds the general path, fp16 the weight gradients in memory. Kernels of whole steps compile slowly, so only
     their fp32 variants are included.
     """
 
-    def size(variant: aot.Variant) -> tuple[int, int]:
+    def size(variant: kernel_variants.Variant) -> tuple[int, int]:
         return variant.tile.rows * variant.tile.columns, variant.tile.columns
 
-    def path(variant: aot.Variant) -> tuple[str, str, bool]:
+    def path(variant: kernel_variants.Variant) -> tuple[str, str, bool]:
         return variant.kernel, variant.precision, variant.constants.get("ALIGNED", True)
 
     largest: dict[tuple[str, str, bool], tuple[int, int]] = {}
     for variant in variants:
         largest[path(variant)] = max(largest.get(path(variant), (0, 0)), size(variant))
 
-    def belongs(variant: aot.Variant) -> bool:
+    def belongs(variant: kernel_variants.Variant) -> bool:
         if size(variant) != largest[path(variant)] or variant.constants.get("TASKS", 16) != 16:
             return False
         if not variant.constants.get("ALIGNED", True) and variant.precision != "fp32":
@@ -98,25 +97,27 @@ def systematic_part(variants: Sequence[aot.Variant]) -> list[aot.Variant]:
     return [variant for variant in variants if belongs(variant)]
 
 
-def chosen(archs: Iterable[str], kernels: Iterable[str], everything: bool) -> Iterator[tuple[aot.Variant, str]]:
+def chosen(
+    archs: Iterable[str], kernels: Iterable[str], everything: bool
+) -> Iterator[tuple[kernel_variants.Variant, str]]:
     """Yield the variants to compile."""
     for arch in archs:
-        variants = aot.variants(arch)
+        variants = kernel_variants.variants(arch)
         for variant in variants if everything else systematic_part(variants):
             if variant.kernel in kernels:
                 yield variant, arch
 
 
-def compiled(work: tuple[aot.Variant, str]) -> Row | str:
+def compiled(work: tuple[kernel_variants.Variant, str]) -> Row | str:
     """Return the row of a variant, or its error."""
     variant, arch = work
     try:
-        return aot.compile_variant(variant, arch)
+        return kernel_variants.compile_variant(variant, arch)
     except Exception as error:  # The report lists every error of the compiler.
         return f"{arch} {variant.kernel} ({variant.name}): {type(error).__name__}: {error}"
 
 
-def compile_all(work: Sequence[tuple[aot.Variant, str]], jobs: int) -> tuple[list[Row], list[str]]:
+def compile_all(work: Sequence[tuple[kernel_variants.Variant, str]], jobs: int) -> tuple[list[Row], list[str]]:
     """Return the rows, and the errors of variants that do not compile; report progress on stderr."""
     rows, failures = [], []
     told = time.monotonic()
@@ -158,14 +159,14 @@ def read_record() -> list[Row]:
 
 def launched(everything: bool) -> set[tuple[str, str, str, str]]:
     """Return architecture, kernel, variant and source of every launched kernel, or of the systematic part."""
-    work = chosen(aot.TARGETS, tuple(aot.KERNELS), everything)
-    return {(arch, variant.kernel, variant.name, aot.source_hash(variant.kernel)) for variant, arch in work}
+    work = chosen(kernel_variants.TARGETS, tuple(kernel_variants.KERNELS), everything)
+    return {(arch, variant.kernel, variant.name, kernel_variants.source_hash(variant.kernel)) for variant, arch in work}
 
 
 def write_record(rows: Iterable[Row]) -> None:
     """Write the rows into the record, one a line; drop rows of other code and of unused kernels."""
     wanted = {key[:3] for key in launched(everything=True)}
-    sources = {kernel: aot.source_hash(kernel) for kernel in aot.KERNELS}
+    sources = {kernel: kernel_variants.source_hash(kernel) for kernel in kernel_variants.KERNELS}
     merged = {tuple(row[name] for name in KEY): row for row in [*read_record(), *rows]}
     kept = [row for key, row in sorted(merged.items()) if key[1:] in wanted and row["source"] == sources[row["kernel"]]]
     RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
@@ -204,9 +205,15 @@ def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
     made = argparse.ArgumentParser(prog="ci/compile_kernels.py", description=(__doc__ or "").split("\n\n")[0])
-    made.add_argument("--arch", nargs="+", choices=aot.TARGETS, default=aot.TARGETS, help="default: all")
     made.add_argument(
-        "--kernel", nargs="+", choices=tuple(aot.KERNELS), default=tuple(aot.KERNELS), help="default: all"
+        "--arch", nargs="+", choices=kernel_variants.TARGETS, default=kernel_variants.TARGETS, help="default: all"
+    )
+    made.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=tuple(kernel_variants.KERNELS),
+        default=tuple(kernel_variants.KERNELS),
+        help="default: all",
     )
     made.add_argument("--all", action="store_true", help="compile every variant, not only the systematic part")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+sys.path.append(str(Path(__file__).parents[1] / "ci"))
 
 COUNTED = "line: "
 

@@ -218,6 +218,8 @@ class Traits:
     precisions: tuple[str, ...]
     # from the slowest to the quickest
     plans: tuple[str, ...]
+    # its arrays are NumPy's
+    on_host: bool = False
     resident: ResidentLimits | None = None
 
 

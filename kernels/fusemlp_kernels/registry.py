@@ -71,6 +71,7 @@ TRAITS = {
         split_size=0,
         precisions=("fp32", "fp64"),
         plans=("eager", "resident"),
+        on_host=True,
     ),
 }
 

@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import fusemlp
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
-from fusemlp.sklearn.batches import Batches, Penalty
+from fusemlp.sklearn.batches import CalledBatches, Penalty
 
 RANDOM = np.random.RandomState(0)
 X = RANDOM.standard_normal((9, 4))
@@ -50,7 +50,7 @@ def bound(estimator, y, weight):
     encoded = estimator._validate_input(X, y, False, False)[1]
     encoded = encoded.reshape(len(X), -1)
     target, constants = estimator._targets(encoded, model.dtype)
-    batches = Batches(
+    batches = CalledBatches(
         model,
         estimator._objective(estimator.n_outputs_),
         X,

@@ -13,7 +13,7 @@ from fusemlp import Callback
 from fusemlp.describe.schedules import Cosine, ReduceOnPlateau
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
-from fusemlp.sklearn.loop import Loop
+from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -48,7 +48,7 @@ CLASSIFIERS = {
 
 
 def by_calls(monkeypatch, fit):
-    """What ``fit`` returns where no model has a loop."""
+    """Return the result of ``fit`` if no model has a loop."""
     with monkeypatch.context() as patch:
         patch.setattr(Model, "loops", False)
         return fit()
@@ -167,16 +167,16 @@ def test_ctrl_c_leaves_the_random_state_where_the_last_epoch_took_it(launch, mon
 
 
 def loops(weight=None, **options):
-    """Whether the epochs of a fit go through the loop."""
+    """Return whether a fit trains in launches of many steps."""
     used = []
-    original = Loop.epochs
+    original = ResidentBatches.loss
 
     def seen(self, *arguments):
         used.append(True)
         return original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "epochs", seen)
+        patch.setattr(ResidentBatches, "loss", seen)
         MLPClassifier(**COMMON | options).fit(*DIGITS, sample_weight=weight)
     return bool(used)
 

@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 import sklearn
-from fusemlp.sklearn.side_by_side import SideBySide
 from searches import assert_same, both
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.datasets import load_wine
@@ -247,25 +246,6 @@ def test_targets_that_no_fold_can_be_trained_on_are_marked():
         fleet, plain = both(FleetSearchCV, model, {"loss": ["poisson", "huber"]}, cv=folds, data=(SCALED, y))
     assert_same(fleet, plain)
     assert np.isnan(fleet.cv_results_["split1_test_score"]).tolist() == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("backends", "most"), [(["numpy"], 1), (["numpy", "triton"], 10), (["triton"], 5)], ids=["CPU", "both", "GPU"]
-)
-def test_how_many_models_a_launch_has(backends, most, monkeypatch):
-    """One a core, or all candidates and folds."""
-    seen = []
-
-    def configured(self, *arguments, **options):
-        monkeypatch.setattr("joblib.parallel.cpu_count", lambda *rest: 1)
-        monkeypatch.setattr("joblib._parallel_backends.cpu_count", lambda *rest: 1)
-        seen.extend(self.effective_n_jobs(asked) for asked in (4, -1))
-        raise KeyError("far enough")
-
-    monkeypatch.setattr(SideBySide, "configure", configured)
-    with pytest.raises(KeyError, match="far enough"):
-        FleetSearchCV(CLASSIFIER, {"backend": backends}, n_jobs=4).fit(SCALED, Y)
-    assert seen == [4, most]
 
 
 def test_an_error_that_is_raised_ends_the_other_fits_too():

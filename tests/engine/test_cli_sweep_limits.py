@@ -13,7 +13,7 @@ import pytest
 
 from fusemlp import Engine, cli
 from fusemlp.cli import standings
-from fusemlp.fleet import memory as waves
+from fusemlp.fleet import memory as module
 
 
 def run(*arguments: str | Path) -> int:
@@ -44,25 +44,25 @@ def test_a_sweep_larger_than_memory_is_never_built_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # of half of it 300 models of 35 parameters keep 1.9 MB when they have ended, and 40 engines of 21.5 kB find room
-    monkeypatch.setattr(waves, "available_memory", lambda: 5_500_000)
+    monkeypatch.setattr(module, "available_memory", lambda: 5_500_000)
     alive: weakref.WeakSet[Engine] = weakref.WeakSet()
     most = 0
-    build = waves.Machine.engine
+    build = module.Machine.engine
 
-    def built(self: waves.Machine, one: Any) -> Engine:
+    def built(self: module.Machine, one: Any) -> Engine:
         nonlocal most
         engine = build(self, one)
         alive.add(engine)
         most = max(most, len(alive))
         return engine
 
-    monkeypatch.setattr(waves.Machine, "engine", built)
+    monkeypatch.setattr(module.Machine, "engine", built)
     options = ["--vary", "seed=0:300", "--hidden", "4", "--epochs", "1", "--out", tmp_path / "run"]
     assert run("sweep", "iris", *options) == 0
-    assert "trained in waves" in caplog.text
+    assert "trained in parts" in caplog.text
     with (tmp_path / "run" / "results.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 300
-    # one wave beside the engines of the model before it and of the best
+    # one part beside the engines of the model before it and of the best
     assert most < 50
 
 

@@ -1,4 +1,4 @@
-"""Several epochs in one launch leave what the same epochs leave that somebody is told of one by one."""
+"""Several epochs in one launch leave the same state as epochs that a callback hears of one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, Adam, Callback, Cosine, DivergenceError, Engine, StepDecay, load_checkpoint
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.training.loop import Fit
+from fusemlp.training.loop import EpochLoop
 
 ROWS, EPOCHS = 45, 7
 random = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_the_epoch_that_diverged_is_found_and_those_before_it_are_kept() -> None
 
 
 class Key:
-    """Ctrl-C after so many launches."""
+    """Ctrl-C after this many launches."""
 
     def __init__(self, launches: int) -> None:
         self.left = launches
@@ -112,7 +112,7 @@ def test_an_epoch_that_diverged_is_found_where_the_training_is_ended_after_it(
         ends.left -= 1
         together.stop_training = key == "stop_training"
 
-    def trained(self: Fit) -> Any:
+    def trained(self: EpochLoop[Any]) -> Any:
         self.bound.chunk = steps
         self.begin()
         for count in self.training(ends if key == "Ctrl-C" else lambda: False):
@@ -122,7 +122,7 @@ def test_an_epoch_that_diverged_is_found_where_the_training_is_ended_after_it(
     texts = []
     with monkeypatch.context() as patch:
         patch.setattr(BoundProgram, "run_many", pressed)
-        patch.setattr(Fit, "run", trained)
+        patch.setattr(EpochLoop, "run", trained)
         with pytest.raises(DivergenceError) as caught:
             together.fit(X, X[:, :1] * 2.0, epochs=2000)
         texts.append(str(caught.value))
@@ -139,7 +139,7 @@ def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(
     whole, stopped = engine(), engine()
     whole.fit(X, Y, epochs=EPOCHS)
 
-    def run(self: Fit) -> Any:
+    def run(self: EpochLoop[Any]) -> Any:
         # a launch of ``steps``, behind which the key was pressed
         self.bound.chunk, key = steps, Key(1)
         self.begin()
@@ -150,7 +150,7 @@ def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(
         return self.state.history
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "run", run)
+        patch.setattr(EpochLoop, "run", run)
         history = stopped.fit(X, Y, epochs=EPOCHS)
     ended, left = divmod(steps, 6)
     assert len(history.epochs) == ended == stopped.epochs_trained

@@ -1,7 +1,7 @@
 """Record the launches of the Triton backend for whole training steps, without starting them.
 
 As a script, without Triton's interpreter, it compares each launch's types, as Triton's JIT finds them from the
-arguments, with those that ``aot`` compiles for, and prints the differences.
+arguments, with those that ``kernel_variants`` compiles for, and prints the differences.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
+import kernel_variants
 import numpy as np
 import torch
 
 from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine
-from fusemlp_kernels.triton import aot, backend, configs
+from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import Device
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -33,8 +34,8 @@ class Recorded:
 
     @property
     def name(self) -> str:
-        """The kernel's name in ``aot``."""
-        return next(name for name, kernel in aot.KERNELS.items() if kernel is self.kernel)
+        """The kernel's name in ``kernel_variants``."""
+        return next(name for name, kernel in kernel_variants.KERNELS.items() if kernel is self.kernel)
 
 
 class Recorder(Device):
@@ -78,7 +79,7 @@ def launches(target: str, precision: str) -> list[Recorded]:
             engine.step(x, y)
             if batch == 40:
                 engine.step(x, y, weights)
-        if precision in aot.RESIDENT_PRECISIONS:
+        if precision in kernel_variants.RESIDENT_PRECISIONS:
             for net in (MLP([6, 9, 4], dropout=0.2), MLP([6, 100, 90])):
                 options = {"backend": "triton", "precision": precision, "plan": "resident"}
                 Engine(net, batch_size=20, **options).fit(rng.standard_normal((40, 6)), labels, epochs=1)
@@ -86,11 +87,11 @@ def launches(target: str, precision: str) -> list[Recorded]:
 
 
 def different(target: str, precision: str) -> list[str]:
-    """Return the differences in types or properties of the arguments between Triton's JIT and ``aot``."""
+    """Return the differences in types or properties of the arguments between Triton's JIT and ``kernel_variants``."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    compiler = make_backend(aot.gpu_target(target))
+    compiler = make_backend(kernel_variants.gpu_target(target))
     found = []
     for launch in launches(target, precision):
         kernel = launch.kernel
@@ -99,8 +100,10 @@ def different(target: str, precision: str) -> list[str]:
         given = {**launch.arguments, **launch.constants, **options}
         bound, kinds, rest = binder(**given)
         _, signature, constants, attributes = kernel._pack_args(compiler, given, bound, kinds, rest)
-        kind = precision if launch.name in aot.PRODUCTS else aot.ELEMENTS[precision]
-        source = aot.source(aot.Variant(launch.name, kind, launch.tile, launch.constants), target)
+        kind = precision if launch.name in kernel_variants.PRODUCTS else kernel_variants.ELEMENTS[precision]
+        source = kernel_variants.source(
+            kernel_variants.Variant(launch.name, kind, launch.tile, launch.constants), target
+        )
         attributes = {place: value for place, value in attributes.items() if value}
         for what, launched, ahead in (
             ("signature", signature, source.signature),

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from fusemlp.callbacks.forms import Callback, checked_callbacks, exits, overrides, prepare
+from fusemlp.callbacks.forms import Callback, announce, checked_callbacks, exits, overrides
 from fusemlp.callbacks.interrupt import deferred_interrupt
 from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
 from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint
@@ -19,9 +19,9 @@ __all__ = [
     "ModelCheckpoint",
     "ProgressBar",
     "TensorBoard",
+    "announce",
     "checked_callbacks",
     "deferred_interrupt",
     "exits",
     "overrides",
-    "prepare",
 ]

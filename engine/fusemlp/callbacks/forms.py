@@ -154,7 +154,7 @@ def checked_callbacks(given: Any) -> list[Any]:
     return [_in_own_form(listener) for listener in given]
 
 
-def prepare(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
+def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
     """Pass the number of epochs to Keras's form, and let monitors check the ``names`` of the logs.
 
     Raises their errors before the training.

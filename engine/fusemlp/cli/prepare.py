@@ -83,8 +83,8 @@ def class_codes(preprocessor: Preprocessor, labels: Array) -> Array:
     return codes
 
 
-def _held_out(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
-    """Call ``split``; its error names the purpose of the held-out rows."""
+def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
+    """Call ``split``; its error names the purpose of the rows."""
     try:
         return split(y, **options)
     except DataError as error:
@@ -108,15 +108,15 @@ def prepare(options: ModelOptions) -> Prepared:
     classify = dataset.task == "classification"
     # The held-out rows depend only on the whole data set and this seed.
     if dataset.test is None:
-        rest, held_out = _held_out("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
-        test_features, test_labels = dataset.X[held_out], dataset.y[held_out]
+        rest, tested = _split("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
+        test_features, test_labels = dataset.X[tested], dataset.y[tested]
     else:
         rest = np.arange(len(dataset.y), dtype=np.int64)
         test_features, test_labels = dataset.test
     training, validation = rest, rest[:0]
     if options.validation_fraction > 0:
         share = options.validation_fraction
-        kept, chosen = _held_out("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
+        kept, chosen = _split("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
         training, validation = rest[kept], rest[chosen]
 
     classes = len(_classes(dataset)) if classify else 0

@@ -187,7 +187,7 @@ def _metric(options: SweepOptions, prepared: Prepared) -> str:
 def describe(plan: Plan) -> str:
     """Return two lines on the models and the data."""
     engine = plan.fleet.first
-    if engine.backend != "numpy":
+    if not engine.memory.backend.traits.on_host:
         # On a GPU the plan depends on all models of a launch. On a CPU memory may not suffice for all engines.
         engine = plan.fleet.engines[0]
     total = len(plan.points)

@@ -212,7 +212,7 @@ def describe(session: Session) -> str:
     """Return two or three lines on network, optimizer and data."""
     engine, net = session.engine, session.engine.network
     rate = engine.optimizer.schedule
-    interpreted = engine.backend == "triton" and engine.device == "cpu"
+    interpreted = engine.device == "cpu" and not engine.memory.backend.traits.on_host
     note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
     return (
         f"{describe_data(session.prepared)}\n"

@@ -42,16 +42,16 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
             names = ", ".join(repr(label) for label in classes[counts == 1].tolist()[:10])
             warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
         rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
-    held_out = int(np.ceil(fraction * len(rows)))
+    tested = int(np.ceil(fraction * len(rows)))
     needed = 1 if labels is None else max(1, len(np.unique(labels)))
-    if min(held_out, len(rows) - held_out) < needed:
+    if min(tested, len(rows) - tested) < needed:
         raise DataError(
-            f"fraction: {fraction} of {len(rows)} rows leaves {len(rows) - held_out} rows to train on and "
-            f"{held_out} held out; each side needs at least {needed}"
+            f"fraction: {fraction} of {len(rows)} rows leaves {len(rows) - tested} rows to train on and "
+            f"{tested} held out; each side needs at least {needed}"
             + (", one for each class" if stratify else "")
             + "; choose another fraction or give more rows"
         )
-    train, test = train_test_split(rows, test_size=held_out, random_state=seed % 2**32, stratify=labels)
+    train, test = train_test_split(rows, test_size=tested, random_state=seed % 2**32, stratify=labels)
     return np.concatenate([train, kept]), test
 
 

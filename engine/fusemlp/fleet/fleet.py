@@ -1,9 +1,9 @@
-"""Many models of one kind, trained on one data set: grids, folds, seeds, ensembles."""
+"""A fleet: many models of one kind, trained on one data set for grids, folds, seeds and ensembles."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,14 +16,15 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
-from fusemlp.fleet.memory import Kept, Machine, room, wave
+from fusemlp.fleet.memory import Kept, Machine, next_part, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
-from fusemlp.fleet.threads import Launch, Stop, Training, cores, run_side_by_side
+from fusemlp.fleet.threads import Stop, Training, cores, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import to_array
 from fusemlp.training.fit import checked_validation, fit_checked
 from fusemlp.training.history import History
-from fusemlp.training.loop import Fit
+from fusemlp.training.loop import EpochLoop, epochs_at_once
+from fusemlp.training.policy import FitPolicy
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
@@ -33,7 +34,7 @@ _log = logging.getLogger("fusemlp")
 
 
 class Fleet:
-    """Models that differ in what ``vary`` names, and otherwise are what ``Engine`` would make of the other arguments.
+    """Models that differ in the parameters of ``vary``; the other arguments are those of ``Engine``.
 
     ``vary``: a mapping of names to values, for all combinations of them, or a list of mappings, one a model. The names:
     lr, momentum, betas, weight_decay, dropout, hidden (the widths between input and output: a number or a sequence),
@@ -44,10 +45,10 @@ class Fleet:
     the Triton backend models of one shape train in one launch, a multiprocessor each: a model that has ended leaves it.
     ``plan_reason`` of an engine says whether it is one of those; all others train one after another.
 
-    ``memory``: the bytes that engines may take at once; half of what is free unless given, on a card all that there is.
-    Where all do not find room, they are built and trained in waves, and this is logged: then of each model that has
-    ended the parameters and the history are kept, ``results.engine(i)`` makes an engine of them, and another ``fit``
-    of this fleet is refused, since the optimizers' state is gone.
+    ``memory``: the most bytes of all engines at once; by default half of the free memory, on a card all of it. A fleet
+    that does not fit is built and trained in parts that do, and this is logged. Then the results keep parameters and
+    histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` of this fleet is refused, since
+    the optimizers' state is gone.
 
     Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
     """
@@ -75,10 +76,10 @@ class Fleet:
         )
         self._machine = Machine(backend, device, precision, plan)
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
-        # the first finds out whether there is such a machine, and what "auto" is here; the others need not
+        # the first engine checks the machine and resolves "auto" for all
         self._built = [self._machine.engine(self.candidates[0])]
         self._found = replace(self._machine, backend=self._built[0].backend, device=self._built[0].device)
-        self._in_waves = False
+        self._in_parts = False
         self.results: FleetResults | None = None
         self._groups: list[tuple[Group, list[int]]] | None = None
 
@@ -87,22 +88,22 @@ class Fleet:
 
     @property
     def first(self) -> Engine:
-        """An engine of the first model, for which no other is built; in waves a new one."""
+        """An engine of the first model, without building the others; a new one if the fleet trained in parts."""
         return self._built[0] if self._built else self._found.engine(self.candidates[0])
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """The engine of each model. Raises ArgumentError where they were trained in waves: see ``results.engine``."""
-        if self._in_waves:
-            raise ArgumentError("engines: the models were trained in waves; results.engine(i) makes the engine of one")
+        """The engine of each model. Raises ArgumentError if they were trained in parts: see ``results.engine``."""
+        if self._in_parts:
+            raise ArgumentError("engines: the models were trained in parts; results.engine(i) makes the engine of one")
         self._built += [self._found.engine(one) for one in self.candidates[len(self._built) :]]
         self._grouped(dict(enumerate(self._built)))
         return tuple(self._built)
 
     def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[Group, list[int]]]:
-        """Those of ``engines`` that train in one launch, with their places; of all engines it is found out once."""
-        if self._in_waves:
-            # kept, they would keep the engines of this wave while those of the next are built
+        """Return the groups of ``engines`` that train in one launch; found once unless the fleet trains in parts."""
+        if self._in_parts:
+            # they would keep the engines of this part while those of the next are built
             self._groups = None
             return grouped(engines, self._machine.plan)
         if self._groups is None:
@@ -126,15 +127,14 @@ class Fleet:
     ) -> FleetResults:
         """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
 
-        ``rows``: for each model the rows of X that it is trained on, such as folds or bootstraps, in place of all;
-        ``validation_rows``: for each model the rows of X that it is validated on, in place of ``validation_data``.
-        Each model has its own early stopping. A model whose loss is no longer finite is marked, at its last good epoch,
-        and the others go on. ``jobs``: how many train at once, by default one a core, where each trains by itself.
+        ``rows``: each model's training rows of X, such as folds or bootstraps, in place of all. ``validation_rows``:
+        each model's validation rows of X, in place of ``validation_data``. Each model has its own early stopping. A
+        model whose loss is no longer finite is marked, at its last good epoch, and the others go on. ``jobs``: the most
+        models at once if each trains by itself; by default one a core.
 
-        ``callback`` is called with the ``Member`` of each model when it has ended, in the order in which they end and
-        in the thread that called ``fit``; the others train on meanwhile. What it raises ends the training as Ctrl-C
-        does: all models stop after their batches, and it is raised from here. ``results`` is None then; ``engines``
-        have what was learned.
+        ``callback`` is called with the ``Member`` of each model when it has ended, in the thread that called ``fit``;
+        the others train on meanwhile. An error in it ends training like Ctrl-C: all models stop after their batches,
+        and ``fit`` raises it. ``results`` is None then, and ``engines`` have the parameters reached.
 
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
@@ -146,9 +146,9 @@ class Fleet:
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
-        if self._in_waves:
+        if self._in_parts:
             raise ArgumentError(
-                "fit: the models were trained in waves, and their optimizers' state is gone; make a new Fleet, or one "
+                "fit: the models were trained in parts, and their optimizers' state is gone; make a new Fleet, or one "
                 "with more memory="
             )
         first = self._built[0]
@@ -161,79 +161,70 @@ class Fleet:
         if validation_rows is not None:
             if validation is not None:
                 raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
-            held_out = self._rows("validation_rows", validation_rows, len(features))
-            # the rows of a fold are picked on the host
+            validated_on = self._rows("validation_rows", validation_rows, len(features))
+            # rows of a fold are indexed on the host
             whole = Validation(
                 first.on_host(features),
                 targets._replace(values=first.on_host(targets.values)),
                 None if weight is None else first.on_host(weight),
             )
             # models often have a fold in common
-            folds = {one.tobytes(): one for one in held_out if one is not None}
+            folds = {one.tobytes(): one for one in validated_on if one is not None}
             picked = {key: _picked(whole, one) for key, one in folds.items()}
-            validations = [None if one is None else picked[one.tobytes()] for one in held_out]
+            validations = [None if one is None else picked[one.tobytes()] for one in validated_on]
         if patience is not None and validations[0] is None:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
             )
+        counts = {index: len(features) if one is None else len(one) for index, one in enumerate(trained_on)}
         for index, one in enumerate(self.candidates):
-            # what the loss refuses must come out here
+            # the loss refuses here, before anything has changed
             one.loss.spec(accuracy=False, soft=targets.soft)
-            chosen = trained_on[index]
-            count = len(features) if chosen is None else len(chosen)
-            if drop_last and count < one.batch_size:
+            if drop_last and counts[index] < one.batch_size:
                 raise ArgumentError(
-                    f"drop_last: {count} rows do not fill one batch of {one.batch_size}, and model {index} would not "
-                    "be trained"
+                    f"drop_last: {counts[index]} rows do not fill one batch of {one.batch_size}, and model {index} "
+                    "would not be trained"
                 )
+        data = {"x": features, "target": targets.values} | ({} if weight is None else {"weight": weight})
 
         most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
-        # a GPU is for one at a time, and the calls of the eager plan are Python's
-        workers = workers if first.backend == "numpy" and first.plan == "resident" else 1
+        # one model at a time on a GPU; and the eager plan's calls hold Python's lock
+        workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
-        def training(index: int, engine: Engine) -> Training:
-            def launches(stop: Stop) -> Iterator[Launch]:
-                fit = fit_checked(
-                    engine,
-                    features,
-                    targets,
-                    weight,
-                    epochs=epochs,
-                    validation=validations[index],
-                    patience=patience,
-                    rows=trained_on[index],
-                    drop_last=drop_last,
-                )
-                return _launches(fit, stop)
-
-            return launches
+        def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
+            return fit_checked(
+                engines[index],
+                features,
+                targets,
+                weight,
+                epochs=epochs,
+                validation=validations[index],
+                patience=patience,
+                rows=trained_on[index],
+                drop_last=drop_last,
+                **options,
+            )
 
         def ended(index: int, error: DivergenceError | None) -> None:
             members[index] = self._member(index, engines[index], error, restores=patience is not None)
             if callback is not None:
                 callback(members[index])
 
-        self.results = None  # if this is cut off, those of an earlier training are no longer true
+        # earlier results are no longer true, even if this training is cut off
+        self.results = None
         while len(members) < len(self):
-            engines = self._wave(len(members), most)
+            engines = self._next_part(len(members), most)
             groups = self._grouped(engines)
             if groups:
-                train_together(
-                    groups,
-                    features,
-                    targets,
-                    weight,
-                    epochs=epochs,
-                    validations=validations,
-                    patience=patience,
-                    rows=trained_on,
-                    drop_last=drop_last,
-                    ended=ended,
-                )
+                at_once = {
+                    index: epochs_at_once(engine, epochs, counts[index], asked=validations[index] is not None)
+                    for index, engine in engines.items()
+                }
+                train_together(groups, fit, data, counts=counts, at_once=at_once, ended=ended)
             alone = [index for index in engines if index not in members]
             if alone:
-                trainings = ((index, training(index, engines[index])) for index in alone)
+                trainings = ((index, partial(_launches, fit, index)) for index in alone)
                 with threadpool_limits(1, user_api="blas"):
                     run_side_by_side(trainings, min(workers, len(alone)), ended)
                 del trainings
@@ -243,32 +234,35 @@ class Fleet:
         self.results = FleetResults(tuple(members[index] for index in range(len(self))))
         return self.results
 
-    def _wave(self, start: int, most: int | None) -> dict[int, Engine]:
-        """The engines from ``start`` on that are trained at once; those of a fleet in waves are kept by nobody else."""
-        engines = wave(start, self._built, len(self), lambda index: self._found.engine(self.candidates[index]), most)
+    def _build(self, index: int) -> Engine:
+        return self._found.engine(self.candidates[index])
+
+    def _next_part(self, start: int, most: int | None) -> dict[int, Engine]:
+        """Return the engines from ``start`` on that train at once; in parts the fleet keeps no reference to them."""
+        engines = next_part(start, self._built, len(self), self._build, most)
         if len(engines) < len(self):
-            if not self._in_waves:
+            if not self._in_parts:
                 _log.warning(
-                    "fleet: there is room for the engines of %d of %d models; they are trained in waves, and their "
+                    "fleet: there is room for the engines of %d of %d models; they are trained in parts, and their "
                     "parameters are kept",
                     len(engines),
                     len(self),
                 )
-            self._in_waves, self._built = True, []
+            self._in_parts, self._built = True, []
         else:
             self._built = engines
         return dict(enumerate(engines, start))
 
     def _member(self, index: int, engine: Engine, error: DivergenceError | None, *, restores: bool) -> Member:
-        """How a model ended; ``restores``: whether it went back to its best weights then."""
-        # what it worked in is far larger than a small network, and thousands may be kept
+        """Return the outcome of a model; ``restores``: it went back to its best weights."""
+        # a small network's workspace is far larger than its parameters, and thousands may be kept
         engine.release()
         history = engine.history if engine.history is not None else History()
         reason = str(error) if error is not None else history.stopped
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
         one = self.candidates[index]
-        held = Kept.of(engine, one, self._machine) if self._in_waves else engine
+        held = Kept.of(engine, one, self._machine) if self._in_parts else engine
         return Member(index, one.parameters, held, history, status, reason, scores)
 
     def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
@@ -294,10 +288,9 @@ class Fleet:
         return checked
 
     def predict(self, X: Any) -> Ensemble:
-        """What the models that did not diverge say of X (n, K) together.
+        """Return the joint prediction for X (n, K) of the models that did not diverge.
 
-        Raises ArgumentError before ``fit`` and where the models have different outputs, DivergenceError if none is
-        left.
+        Raises ArgumentError before ``fit`` or if the models have different outputs, DivergenceError if all diverged.
         """
         if self.results is None:
             raise ArgumentError("predict: the models are not trained, or not to the end; call fit first")
@@ -312,9 +305,10 @@ def _picked(whole: Validation, rows: Array) -> Validation:
     return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
 
 
-def _launches(fit: Fit, stop: Stop) -> Iterator[Launch]:
-    """The launches of a fit, which goes on when one has run."""
-    fit.begin()
-    for steps in fit.training(stop):
-        yield partial(fit.bound.run_many, steps)
-    fit.finish(interrupted=stop())
+def _launches(fit: Callable[[int], EpochLoop[FitPolicy]], index: int, stop: Stop) -> Training:
+    """Yield the launches of a fit, which goes on when one has run."""
+    loop = fit(index)
+    loop.begin()
+    for steps in loop.training(stop):
+        yield partial(loop.bound.run_many, steps)
+    loop.finish(interrupted=stop())

@@ -1,4 +1,4 @@
-"""Fleets on a backend that trains several models in one launch: their memory, and their steps side by side."""
+"""Models that train in one launch: their memory, their rows and their steps."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.bound import walk_rows
 from fusemlp.runtime.memory import Memory, new_arenas
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
-from fusemlp.training.fit import fit_checked
-from fusemlp.training.loop import ROWS_AT_ONCE, Fit, epochs_at_once
-from fusemlp.training.validation import Validation
+from fusemlp.training.loop import EpochLoop
+from fusemlp.training.policy import FitPolicy
 from fusemlp_kernels.contract import RATE_COLUMNS, STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.engine import Engine
-    from fusemlp.inputs.targets import Targets
 
 Array = np.ndarray[Any, Any]
+Launch = Callable[[Sequence[int]], object]
 
 # Most rows of all the models of one launch: 128 MiB.
 GROUP_ROWS = 1 << 24
 
 
-def kin(engine: Engine) -> tuple[Any, ...]:
-    """What engines have in common that can train in one launch."""
+def signature(engine: Engine) -> tuple[Any, ...]:
+    """Return what engines must have in common to train in one launch."""
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
@@ -41,17 +40,18 @@ def kin(engine: Engine) -> tuple[Any, ...]:
 
 
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[int]]]:
-    """On a backend that trains several models in one launch: those that can, and whose plan, as ``plan`` comes out for
-    them, is such launches; each group with its keys in ``engines``."""
-    first = next(iter(engines.values()))
-    traits = first.memory.backend.traits
+    """Set the plans of ``engines``, and return the groups that train in one launch, each with its keys in ``engines``.
+
+    There are none on a backend that does not train several models in one launch.
+    """
+    traits = next(iter(engines.values())).memory.backend.traits
     if not shares_launches(traits):
         return []
-    kins: dict[Any, list[int]] = {}
+    by_signature: dict[Any, list[int]] = {}
     for place, engine in engines.items():
-        kins.setdefault(kin(engine), []).append(place)
+        by_signature.setdefault(signature(engine), []).append(place)
     groups = []
-    for places in kins.values():
+    for places in by_signature.values():
         together = [engines[place] for place in places]
         first = together[0]
         chosen = choose_plan(plan, traits, first.network.sizes, first.batch_size, first.precision, models=len(together))
@@ -62,15 +62,30 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
     return groups
 
 
+class Places:
+    """Stands in for a bound program: knows where a model of a group finds its rows. The group's launch runs the steps.
+
+    The model's data starts at row ``first`` of the group's.
+    """
+
+    def __init__(self, memory: Memory, rows: Any, epoch_stats: Any | None, chunk: int, first: int) -> None:
+        self.arrays = {**memory.arrays, "rows": rows} | ({} if epoch_stats is None else {"history": epoch_stats})
+        self.backend, self.chunk, self.first = memory.backend, chunk, first
+
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
+        """See ``BoundProgram.set_rows``."""
+        walk_rows(self.backend, self.arrays, order + self.first, first_batch, size, epochs)
+
+
 class Group:
-    """Engines of one ``kin``, whose arenas lie behind one another."""
+    """Engines of one ``signature``, their arenas stored contiguously, model by model."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = tuple(engines)
-        first = engines[0].memory
-        backend, models = first.backend, len(engines)
-        mixed = first.shadow is not None
-        self.arenas = new_arenas(backend, first.layout.size, len(first.states), mixed=mixed, models=models)
+        memory = engines[0].memory
+        self._backend, states, models = memory.backend, len(memory.states), len(engines)
+        mixed = memory.shadow is not None
+        self.arenas = new_arenas(self._backend, memory.layout.size, states, mixed=mixed, models=models)
         for index, engine in enumerate(engines):
             own = {}
             for name, arena in self.arenas.items():
@@ -78,116 +93,109 @@ class Group:
                 own[name] = arena[index * size : (index + 1) * size]
             engine.move_into(own)
 
+    def places(
+        self, batch: int, counts: Sequence[int], at_once: Sequence[int], firsts: Sequence[int] | None = None
+    ) -> list[Places]:
+        """Allocate the rows of a launch, for each model ``counts`` rows in each of ``at_once`` epochs.
 
-class Places:
-    """In place of a bound program: where a model of a group finds its rows. Who asks for steps is given them by the
-    launch of the group."""
-
-    walks_rows = True
-
-    def __init__(self, memory: Memory, rows: Any, history: Any | None, chunk: int) -> None:
-        self.arrays = {**memory.arrays, "rows": rows} | ({} if history is None else {"history": history})
-        self.backend, self.chunk = memory.backend, chunk
-
-    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
-        """See ``BoundProgram.set_rows``."""
-        walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
-
-
-def fleet_rows(group: Group, batch: int, counts: Sequence[int], at_once: Sequence[int]) -> tuple[Any, Any | None]:
-    """Memory for the rows of a launch, of each model ``counts`` in each of ``at_once`` epochs, and for the statistics
-    of each epoch where there are several."""
-    backend, models, epochs = group.engines[0].memory.backend, len(group.engines), max(at_once)
-    # whole batches, of all rows where there are fewer than a batch has
-    sizes = [min(batch, count) for count in counts]
-    longest = max(-(-count // size) * size * own for count, size, own in zip(counts, sizes, at_once, strict=True))
-    lists = backend.view(backend.allocate(models * longest, "int64"), 0, (models, longest), longest)
-    if epochs == 1:
-        return lists, None
-    return lists, backend.allocate(models * epochs * STATS, "float64").reshape(models, epochs, STATS)
-
-
-def bind_fleet(
-    group: Group, programs: Sequence[Program], data: Mapping[str, Any], rows: Any, history: Any | None
-) -> Callable[[Sequence[int]], object]:
-    """The launch of a group for the steps of each model, from the resident programs of each; ``data`` has x, target and
-    perhaps weight and class_weight on the device."""
-    backend, models = group.engines[0].memory.backend, len(group.engines)
-    calls = []
-    workspaces: dict[str, tuple[int, Any]] = {}
-    for index, (engine, program) in enumerate(zip(group.engines, programs, strict=True)):
-        placed = placement(program, engine.memory.layout, row_multiple=backend.traits.row_multiple)
-        if not index:
-            # each model's begins at a multiple of the alignment
-            sizes = {dtype: -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for dtype, size in placed.sizes.items()}
-            workspaces = {dtype: (size, backend.allocate(models * size, dtype)) for dtype, size in sizes.items()}
-        arrays = {**engine.memory.arrays, **data, "rows": rows[index]}
-        for name, (dtype, place) in placed.places.items():
-            size, arena = workspaces[dtype]
-            arrays[name] = backend.view(arena, index * size + place.offset, place.shape, place.pitch)
-        calls.append([(call.op, resolve(call.operands, arrays.__getitem__)) for call in program.calls])
-    batch = programs[0].values["rows"].shape[0]
-    arenas = {}
-    for name, arena in group.arenas.items():
-        own = len(arena) // models
-        arenas[name] = backend.view(arena, 0, (models, own), own)
-    arenas["rates"] = group.arenas["rates"].reshape(models, -1, RATE_COLUMNS)
-    return backend.bind("train_fleet", calls=calls, rows=rows, batch=batch, arenas=arenas, history=history)
-
-
-class _Training:
-    """A group in a fit: one launch for what its models want of steps, again and again."""
-
-    def __init__(
-        self, group: Group, fits: Sequence[Fit], rows: Any, history: Any | None, data: Mapping[str, Any]
-    ) -> None:
-        self.fits = fits
-        first = group.engines[0]
-        classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
-        inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
-        programs = [
-            engine.lower(inputs, fit.spec, fit.rule, first.batch_size, resident=True)
-            for engine, fit in zip(group.engines, fits, strict=True)
+        Returns where each model finds its rows, and the statistics of its epochs; ``firsts``: see ``Places``.
+        """
+        models, epochs = len(self.engines), max(at_once)
+        # whole batches, of all rows if there are fewer than a batch
+        sizes = [min(batch, count) for count in counts]
+        longest = max(-(-count // size) * size * own for count, size, own in zip(counts, sizes, at_once, strict=True))
+        allocate = self._backend.allocate
+        self._rows = self._backend.view(allocate(models * longest, "int64"), 0, (models, longest), longest)
+        self._epoch_stats = None
+        if epochs > 1:
+            self._epoch_stats = allocate(models * epochs * STATS, "float64").reshape(models, epochs, STATS)
+        chunk = resident_chunk(self._backend.traits, step_flops(self.engines[0].network.sizes, batch))
+        return [
+            Places(
+                engine.memory,
+                self._rows[index],
+                None if self._epoch_stats is None else self._epoch_stats[index],
+                chunk,
+                0 if firsts is None else firsts[index],
+            )
+            for index, engine in enumerate(self.engines)
         ]
-        self._launch = bind_fleet(group, programs, {**data, **classes}, rows, history)
 
-    def run(self, interrupted: Callable[[], bool], ended: Callable[[int, DivergenceError | None], None]) -> None:
-        """All epochs of all models. Each goes on by itself: one that has ended, for whatever reason, asks for no more
-        steps and leaves the launch; ``ended`` is told its index and how it diverged, or None."""
-        for fit in self.fits:
-            fit.begin()
-        asking = {index: fit.training(interrupted) for index, fit in enumerate(self.fits)}
-        while asking:
-            wanted = [0] * len(self.fits)
-            for index, training in list(asking.items()):
-                outcome: DivergenceError | None = None
-                try:
-                    wanted[index] = next(training, 0)
-                except DivergenceError as error:
-                    outcome = error
-                if not wanted[index]:
-                    del asking[index]
-                    if outcome is None:
-                        self.fits[index].finish(interrupted=interrupted())
-                    ended(index, outcome)
-            self._launch(wanted)
+    def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> Launch:
+        """Return the launch, which takes each model's number of steps, from the models' resident programs.
+
+        ``data`` has x, target and perhaps weight and class_weight on the device.
+        """
+        backend, models = self._backend, len(self.engines)
+        calls = []
+        workspaces: dict[str, tuple[int, Any]] = {}
+        for index, (engine, program) in enumerate(zip(self.engines, programs, strict=True)):
+            placed = placement(program, engine.memory.layout, row_multiple=backend.traits.row_multiple)
+            if not index:
+                # each model's begins at a multiple of the alignment
+                sizes = {dtype: -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for dtype, size in placed.sizes.items()}
+                workspaces = {dtype: (size, backend.allocate(models * size, dtype)) for dtype, size in sizes.items()}
+            arrays = {**engine.memory.arrays, **data, "rows": self._rows[index]}
+            for name, (dtype, place) in placed.places.items():
+                size, arena = workspaces[dtype]
+                arrays[name] = backend.view(arena, index * size + place.offset, place.shape, place.pitch)
+            calls.append([(call.op, resolve(call.operands, arrays.__getitem__)) for call in program.calls])
+        arenas = {}
+        for name, arena in self.arenas.items():
+            own = len(arena) // models
+            arenas[name] = backend.view(arena, 0, (models, own), own)
+        arenas["rates"] = self.arenas["rates"].reshape(models, -1, RATE_COLUMNS)
+        batch = programs[0].values["rows"].shape[0]
+        return backend.bind(
+            "train_fleet", calls=calls, rows=self._rows, batch=batch, arenas=arenas, history=self._epoch_stats
+        )
+
+
+def run_together(
+    fits: Sequence[EpochLoop[Any]],
+    launch: Launch,
+    interrupted: Callable[[], bool],
+    ended: Callable[[int, DivergenceError | None], None],
+) -> None:
+    """Train all epochs of all models of a group, in one launch for the steps that the models ask for.
+
+    A model that has ended, for any reason, asks for no more steps and leaves the launch; ``ended`` is told its index
+    and how it diverged, or None.
+    """
+    for fit in fits:
+        fit.begin()
+    asking = {index: fit.training(interrupted) for index, fit in enumerate(fits)}
+    while asking:
+        wanted = [0] * len(fits)
+        for index, training in list(asking.items()):
+            outcome: DivergenceError | None = None
+            try:
+                wanted[index] = next(training, 0)
+            except DivergenceError as error:
+                outcome = error
+            if not wanted[index]:
+                del asking[index]
+                if outcome is None:
+                    fits[index].finish(interrupted=interrupted())
+                ended(index, outcome)
+        if asking:
+            launch(wanted)
 
 
 def train_together(
     groups: Sequence[tuple[Group, Sequence[int]]],
-    X: Any,
-    targets: Targets,
-    weight: Any | None,
+    fit: Callable[..., EpochLoop[FitPolicy]],
+    data: Mapping[str, Any],
     *,
-    epochs: int,
-    validations: Sequence[Validation | None],
-    patience: int | None,
-    rows: Sequence[Array | None],
-    drop_last: bool,
+    counts: Mapping[int, int],
+    at_once: Mapping[int, int],
     ended: Callable[[int, DivergenceError | None], None],
 ) -> None:
-    """Train the groups one after another, each given with its models' places in ``validations`` and ``rows``. When a
-    model has ended, ``ended`` is told its place and how it diverged, or None; what it raises ends the training.
+    """Train groups one after another, each given with its models' keys.
+
+    ``fit`` makes the loop of the model with a key, ``bound`` to its places; ``data`` has x, target and perhaps weight;
+    ``counts`` are the rows of each model, and ``at_once`` the most epochs of a launch. When a model has ended,
+    ``ended`` is told its key and how it diverged, or None; what it raises ends training.
 
     Ctrl-C ends the training of all models after their launch and raises KeyboardInterrupt.
     """
@@ -195,60 +203,24 @@ def train_together(
 
     backend = groups[0][0].engines[0].memory.backend
     # the data set is on the device once
-    data = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
-    if weight is not None:
-        data["weight"] = backend.from_host(weight)
-    # whatever computes on the host does so on one thread: the bits are those of engines that train so
+    given = {name: backend.from_host(array, "compute" if name == "x" else None) for name, array in data.items()}
+    # work on the host has one thread: the bits are those of engines that train so
     with threadpool_limits(1, user_api="blas"), deferred_interrupt() as interrupted:
-        for group, places in groups:
-            training = _prepared(group, places, X, targets, data, epochs, validations, patience, rows, drop_last)
+        for group, keys in groups:
+            first, most = group.engines[0], GROUP_ROWS // len(keys)
+            epochs = [max(1, min(at_once[key], most // counts[key])) for key in keys]
+            places = group.places(first.batch_size, [counts[key] for key in keys], epochs)
+            fits = [fit(key, bound=bound, at_once=own) for key, bound, own in zip(keys, places, epochs, strict=True)]
+            classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
+            inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
+            programs = [
+                one.engine.lower(inputs, one.policy.spec, one.policy.rule, first.batch_size, resident=True)
+                for one in fits
+            ]
 
-            def told(index: int, error: DivergenceError | None, places: Sequence[int] = places) -> None:
-                ended(places[index], error)
+            def told(index: int, error: DivergenceError | None, keys: Sequence[int] = keys) -> None:
+                ended(keys[index], error)
 
-            training.run(interrupted, told)
+            run_together(fits, group.bind(programs, {**given, **classes}), interrupted, told)
         if interrupted():
             raise KeyboardInterrupt
-
-
-def _prepared(
-    group: Group,
-    places: Sequence[int],
-    X: Array,
-    targets: Targets,
-    data: Mapping[str, Any],
-    epochs: int,
-    validations: Sequence[Validation | None],
-    patience: int | None,
-    rows: Sequence[Array | None],
-    drop_last: bool,
-) -> _Training:
-    first = group.engines[0]
-    backend, models = first.memory.backend, len(places)
-    own = [rows[place] for place in places]
-    counts = [len(X) if one is None else len(one) for one in own]
-    at_once = [
-        epochs_at_once(
-            engine, epochs, count, asked=validations[place] is not None, room=min(ROWS_AT_ONCE, GROUP_ROWS // models)
-        )
-        for engine, place, count in zip(group.engines, places, counts, strict=True)
-    ]
-    lists, history = fleet_rows(group, first.batch_size, counts, at_once)
-    chunk = resident_chunk(backend.traits, step_flops(first.network.sizes, first.batch_size))
-    fits = [
-        fit_checked(
-            engine,
-            X,
-            targets,
-            None,
-            epochs=epochs,
-            validation=validations[place],
-            patience=patience,
-            rows=rows[place],
-            drop_last=drop_last,
-            bound=Places(engine.memory, lists[index], None if history is None else history[index], chunk),
-            at_once=at_once[index],
-        )
-        for index, (engine, place) in enumerate(zip(group.engines, places, strict=True))
-    ]
-    return _Training(group, fits, lists, history, data)

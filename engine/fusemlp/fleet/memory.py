@@ -1,4 +1,4 @@
-"""A fleet larger than memory: how many engines there is room for at once, and what is kept of those that have ended."""
+"""A fleet larger than memory: how many engines fit at once, and what stays of those that have ended."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fusemlp_kernels.errors import ArgumentError
 
 Array = np.ndarray[Any, Any]
 
-# What the objects of an engine take beside its arrays, and those of a model that is kept, measured and rounded up; the
-# history, whose length nobody knows before, is not in it.
+# Bytes of an engine's Python objects beside its arrays, and of a model's that is kept; measured and rounded up. The
+# history is not included: its length is not known before.
 ENGINE_OBJECTS = 16 << 10
 KEPT_OBJECTS = 6 << 10
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the engines of a fleet run on, as ``Engine`` takes it."""
+    """The machine that a fleet's engines run on, in ``Engine``'s arguments."""
 
     backend: str
     device: str | None
@@ -34,7 +34,7 @@ class Machine:
     plan: str
 
     def engine(self, one: Candidate) -> Engine:
-        """The engine that ``one`` describes."""
+        """Return a new engine for ``one``."""
         return Engine(
             one.net,
             one.loss,
@@ -50,7 +50,7 @@ class Machine:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A model whose engine was given up: its parameters, by the names of ``state_dict``, and its history."""
+    """A model without its engine: its parameters, by the names of ``state_dict``, and its history."""
 
     candidate: Candidate
     machine: Machine
@@ -60,12 +60,12 @@ class Kept:
 
     @classmethod
     def of(cls, engine: Engine, candidate: Candidate, machine: Machine) -> Kept:
-        """What is kept of ``engine``."""
+        """Keep the parameters and the history of ``engine``."""
         history = engine.history if engine.history is not None else History()
         return cls(candidate, machine, engine.state_dict(), history, engine.epochs_trained)
 
     def engine(self) -> Engine:
-        """A new engine with these parameters, whose optimizer begins anew."""
+        """Return a new engine with these parameters; its optimizer starts afresh."""
         engine = self.machine.engine(self.candidate)
         engine.load_state_dict(self.parameters)
         engine.history, engine.epochs_trained = self.history, self.epochs_trained
@@ -73,13 +73,13 @@ class Kept:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """The bytes that this process can still have, by the system and by the control group it is in; None if unknown."""
+    """Return the bytes that the system and the control group still allow this process; None if unknown."""
     found = []
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     except OSError:
-        # not Linux: what is free there leaves out what the system could give up
+        # not Linux: free pages leave out the caches that the system could give up
         if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
             found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     group = root / "sys/fs/cgroup"
@@ -92,14 +92,14 @@ def available_memory(root: Path = Path("/")) -> int | None:
         return min(found, default=None)
     if most.strip() != "max":
         figures = dict(line.split() for line in stat.splitlines())
-        # files that were read count as used, and give way to what needs memory
+        # cached files count as used, and give way when memory is needed
         files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
         found.append(max(0, int(most) - int(used) + files))
     return min(found, default=None)
 
 
 def engine_bytes(engine: Engine) -> int:
-    """About what an engine holds: its arenas, table of rates, the best weights of an early stopping, its objects."""
+    """Estimate the bytes of an engine: arenas, table of rates, the best weights of early stopping, its objects."""
     memory = engine.memory
     arenas = memory.gradient_parts + 2 + len(memory.states)
     shadow = 0 if memory.shadow is None else memory.shadow.nbytes
@@ -107,7 +107,7 @@ def engine_bytes(engine: Engine) -> int:
 
 
 def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:
-    """About what is kept of all models when they have ended."""
+    """Estimate the bytes that stay of all models when they have ended."""
     shapes: dict[Any, int] = {}
     parameters = 0
     for one in candidates:
@@ -118,12 +118,12 @@ def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:
 
 
 def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, device: str) -> int | None:
-    """The bytes that engines may take at once; None: any number of them.
+    """Return the bytes that engines may take at once; None is no limit.
 
-    ``given`` is what the user allows, on the host for what is kept too. Otherwise it is half of what is available
-    there, and on a card there is no limit.
+    ``given`` is the user's limit; on the host it includes what stays of ended models. By default the limit is half of
+    the available memory on the host, and there is none on a card.
 
-    Raises ArgumentError if not even the parameters of all models find room.
+    Raises ArgumentError if not even the parameters of all models fit.
     """
     if device != "cpu":
         return given
@@ -140,10 +140,10 @@ def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, 
     return max(0, (available // 2 if given is None else available) - kept)
 
 
-def wave(
+def next_part(
     start: int, ready: Sequence[Engine], count: int, build: Callable[[int], Engine], most: int | None
 ) -> list[Engine]:
-    """The engines from ``start`` on for which there is room, at least one; ``ready`` are those that are there."""
+    """Return the engines from ``start`` on that fit in ``most`` bytes, at least one; ``ready`` are built already."""
     engines: list[Engine] = []
     taken = 0
     for index in range(start, count):

@@ -1,4 +1,4 @@
-"""What a fleet found: its models one by one, and what they say together."""
+"""The results of a fleet: its models, ranked, and their ensemble."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceE
 
 Array = np.ndarray[Any, Any]
 
-# Of these the largest is the best.
+# Larger is better.
 RISING = ("accuracy", "val_accuracy")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A model of a fleet: what it differs in, its engine and history, and how it ended.
+    """A model of a fleet: its parameters that vary, its engine and history, and how it ended.
 
-    ``held`` is the engine, or what was kept of it where the fleet was trained in waves.
+    ``held`` is the engine, or the parameters of it if the fleet was trained in parts.
     ``status`` is "trained", "stopped" (its own early stopping; the engine has the best weights) or "diverged" (the
-    engine is back at the last good epoch; ``reason`` says what happened). ``scores`` are the losses and accuracies of
-    the last epoch, or of that whose weights were restored.
+    engine is back at the last good epoch; ``reason`` is the error). ``scores`` are the losses and accuracies of
+    the last epoch, or of the epoch whose weights were restored.
     """
 
     index: int
@@ -41,11 +41,11 @@ class Member:
 
     @property
     def engine(self) -> Engine:
-        """The engine; made anew with each call where only the parameters were kept."""
+        """The engine; a new one with each call if only the parameters were kept."""
         return self.held.engine() if isinstance(self.held, Kept) else self.held
 
     def __repr__(self) -> str:
-        # the engine and every epoch's figures are what ``engine`` and ``history`` are for
+        # short: ``engine`` and ``history`` have the rest
         scores = ", ".join(f"{name}={value:.5g}" for name, value in self.scores.items())
         return (
             f"Member({self.index}: {self.parameters}, {self.status}, epochs={len(self.history.epochs)}"
@@ -54,7 +54,7 @@ class Member:
 
 
 def scores_of(history: History, *, restored: bool) -> dict[str, float]:
-    """The figures of the epoch whose weights the engine has."""
+    """Return the losses and accuracies of the epoch whose weights the engine has."""
     if not history.epochs:
         return {}
     at = history.epochs.index(history.best_epoch) if restored and history.best_epoch is not None else -1
@@ -74,7 +74,7 @@ class FleetResults:
         return f"FleetResults({counts}{best})"
 
     def engine(self, index: int) -> Engine:
-        """The engine of a model; after a training in waves a new one each time, whose optimizer begins anew."""
+        """Return the engine of a model; if the fleet was trained in parts a new one, whose optimizer starts afresh."""
         if isinstance(index, bool) or not isinstance(index, int | np.integer):
             raise ArgumentTypeError(f"index: expected the number of a model, got {index!r}")
         if not -len(self.members) <= index < len(self.members):
@@ -83,13 +83,13 @@ class FleetResults:
 
     @property
     def metric(self) -> str:
-        """What models are ranked by where nothing else is asked for: val_loss, or without validation data loss."""
+        """The score that ranks models by default: val_loss, or loss without validation data."""
         return "val_loss" if any("val_loss" in member.scores for member in self.members) else "loss"
 
     def ranked(self, metric: str | None = None) -> list[Member]:
-        """The models from best to worst by a score ("val_loss", "val_accuracy", ...), those that diverged last.
+        """Return the models from best to worst by a score ("val_loss", "val_accuracy", ...), those that diverged last.
 
-        Where the scores of models are equal, ``metric`` decides, and then the order of ``vary``.
+        The property ``metric`` breaks ties, then the order of ``vary``.
         """
         chosen = self.metric if metric is None else metric
         known = {name: None for member in self.members for name in member.scores}
@@ -107,14 +107,14 @@ class FleetResults:
         return sorted(self.members, key=place)
 
     def best(self, metric: str | None = None) -> Member:
-        """The best model by a score. Raises DivergenceError if every model diverged."""
+        """Return the best model by a score. Raises DivergenceError if every model diverged."""
         first = self.ranked(metric)[0]
         if first.status == "diverged":
             raise DivergenceError(f"loss: all {len(self.members)} models diverged; the first: {first.reason}")
         return first
 
     def records(self, metric: str | None = None) -> list[dict[str, Any]]:
-        """A mapping for each model, from best to worst: index, parameters, scores, epochs and status."""
+        """Return a mapping for each model, from best to worst: index, parameters, scores, epochs and status."""
         return [
             {
                 "model": member.index,
@@ -127,11 +127,11 @@ class FleetResults:
         ]
 
     def table(self, metric: str | None = None, *, limit: int | None = None) -> str:
-        """``records`` as aligned text, at most ``limit`` rows; a parameter that a model was not given is a dash."""
+        """Return ``records`` as aligned text, at most ``limit`` rows; a dash for a parameter that a model lacks."""
         if limit is not None:
             as_count("limit", limit, minimum=0)
         records = self.records(metric)
-        # what came of a model stands behind what it was, and models of a list need not all have the same parameters
+        # parameters before scores; models of a list need not all have the same parameters
         parameters = dict.fromkeys(name for member in self.members for name in member.parameters)
         scores = dict.fromkeys(name for member in self.ranked(metric) for name in member.scores)
         columns = ["model", *parameters, *scores, "epochs", "status"]
@@ -151,12 +151,12 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What several models say of the same rows together.
+    """The joint prediction of several models for n rows.
 
-    ``mean``: the mean over the models of what ``predict_proba`` says, (n, N), or without classes of ``predict``, (n,)
-    or (n, N). ``spread``: their standard deviation, of the same shape. ``votes`` (n, N) int64: how many models have
-    each class as their most probable one; None without classes. ``prediction``: the class of the largest mean, (n,);
-    for several labels 0 or 1 each, (n, N); without classes the mean.
+    ``mean``: the mean over the models of ``predict_proba``, (n, N), or without classes of ``predict``, (n,) or (n, N).
+    ``spread``: their standard deviation, of the same shape. ``votes`` (n, N) int64: how many models find each class the
+    most probable; None without classes. ``prediction``: the class of the largest mean, (n,); for several labels 0 or 1
+    each, (n, N); without classes the mean.
     """
 
     prediction: Array
@@ -166,7 +166,7 @@ class Ensemble:
 
 
 def together(engines: Iterable[Engine], X: Any) -> Ensemble:
-    """The ensemble of engines with one loss; one model after another, so that memory does not grow with the models."""
+    """Return the ensemble of engines with one loss; they predict one after another, so that memory does not grow."""
     classifies = labels = False
     count, mean, squares, votes = 0, np.zeros(0), np.zeros(0), None
     for engine in engines:

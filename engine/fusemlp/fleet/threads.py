@@ -6,98 +6,128 @@ Threads that worked in Python too would hand its lock to one another at each of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
 
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.runtime.backends import one_blas_thread
 from fusemlp_kernels.errors import DivergenceError
 
-# A training is told how to find out whether it shall stop, and yields its launches. It goes on when one has run.
-Stop = Callable[[], bool]
+# A training yields its launches, and goes on when one has run.
 Launch = Callable[[], object]
-Training = Callable[[Stop], Iterator[Launch]]
+Training = Generator[Launch, None, None]
+Stop = Callable[[], bool]
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_side_by_side(
-    trainings: Iterable[tuple[int, Training]], workers: int, ended: Callable[[int, DivergenceError | None], None]
-) -> None:
-    """Run the launches of numbered trainings on ``workers`` threads, BLAS on one thread in each.
+class LaunchThreads:
+    """Runs the launches of trainings on ``workers`` threads, BLAS on one thread in each.
 
-    With one worker they run in the calling thread, one training after another. When a training has ended, ``ended`` is
-    told its number and how it diverged, or None. After Ctrl-C, or an error, the trainings that have begun stop after
-    their launches, no other begins, and KeyboardInterrupt or the error is raised.
+    One worker is the calling thread.
+
+    ``ended`` is told the number of a training that has ended and how it diverged, or None.
     """
-    waiting = iter(trainings)
-    done: SimpleQueue[tuple[int, Iterator[Launch], BaseException | None]] = SimpleQueue()
-    failed = False
-    # a launch is ready for each thread while another is prepared
-    active, most = 0, 1 if workers == 1 else 2 * workers
 
-    def run(index: int, training: Iterator[Launch], launch: Launch) -> None:
+    def __init__(self, workers: int, ended: Callable[[int, DivergenceError | None], None]) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fusemlp") if workers > 1 else None
+        self._ended = ended
+        self._done: SimpleQueue[tuple[int, Training, BaseException | None]] = SimpleQueue()
+        # trainings to have under way: one launch waits for each thread while another is prepared
+        self.most = 2 * workers if workers > 1 else 1
+        self.active = 0
+
+    def start(self, number: int, training: Training) -> None:
+        """Begin a training."""
+        self._advance(number, training, None)
+
+    def wait(self) -> None:
+        """Wait until a launch has run, and go on with its training. Raises what went wrong in the launch."""
+        number, training, error = self._done.get()
+        self.active -= 1
+        self._advance(number, training, error)
+
+    def close(self) -> None:
+        """Wait for the launches that run, and drop all others."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _advance(self, number: int, training: Training, error: BaseException | None) -> None:
+        launch: Launch | None
+        outcome: DivergenceError | None = None
+        try:
+            launch = next(training) if error is None else training.throw(error)
+        except StopIteration:
+            launch = None
+        except DivergenceError as divergence:
+            launch, outcome = None, divergence
+        if launch is None:
+            self._ended(number, outcome)
+            return
+        self.active += 1
+        if self._pool is None:
+            self._run(number, training, launch)
+        else:
+            self._pool.submit(self._run, number, training, launch)
+
+    def _run(self, number: int, training: Training, launch: Launch) -> None:
         outcome: BaseException | None = None
         try:
             with one_blas_thread():
                 launch()
         except BaseException as error:
             outcome = error
-        done.put((index, training, outcome))
+        self._done.put((number, training, outcome))
         # an error leads to this frame, and the frame must not lead back
         del outcome
 
-    def advance(index: int, training: Iterator[Launch]) -> bool:
-        """Start the next launch; False where there is none."""
-        outcome: DivergenceError | None = None
-        try:
-            launch = next(training, None)
-        except DivergenceError as error:
-            launch, outcome = None, error
-        if launch is not None:
-            start(run, index, training, launch)
-            return True
-        if not failed:
-            ended(index, outcome)
-        return False
 
-    with ExitStack() as stack:
-        interrupted = stack.enter_context(deferred_interrupt())
-        start: Callable[..., Any] = lambda work, *arguments: work(*arguments)  # noqa: E731
-        if workers > 1:
-            start = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="fusemlp")).submit
+def run_side_by_side(
+    trainings: Iterable[tuple[int, Callable[[Stop], Training]]],
+    workers: int,
+    ended: Callable[[int, DivergenceError | None], None],
+) -> None:
+    """Run numbered trainings to their end; each is told how to find out whether it shall stop.
+
+    With one worker they run one after another. After Ctrl-C, or an error, the trainings that have begun stop after
+    their launches, no other begins, and KeyboardInterrupt or the error is raised.
+    """
+    waiting = iter(trainings)
+    failed = False
+
+    with deferred_interrupt() as interrupted:
 
         def stop() -> bool:
             return failed or interrupted()
 
+        def told(number: int, error: DivergenceError | None) -> None:
+            # a training that was stopped has not come to its end
+            if not stop():
+                ended(number, error)
+
+        threads = LaunchThreads(workers, told)
         try:
             while True:
-                while active < most and not stop():
+                while threads.active < threads.most and not stop():
                     following = next(waiting, None)
                     if following is None:
                         break
-                    active += advance(following[0], following[1](stop))
-                if not active:
+                    threads.start(following[0], following[1](stop))
+                if not threads.active:
                     break
-                index, training, error = done.get()
-                active -= 1
-                if error is not None:
-                    raise error
-                active += advance(index, training)
+                threads.wait()
         except BaseException:
             failed = True
-            while active:
-                index, training, error = done.get()
-                active -= 1
-                if error is None:
-                    with suppress(Exception):
-                        active += advance(index, training)
+            while threads.active:
+                with suppress(Exception):
+                    threads.wait()
             raise
+        finally:
+            threads.close()
         if interrupted():
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The models of a fleet: from one description and what varies to a description of each."""
+"""The models of a fleet: a description of each, made from one description and the parameters that vary."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
-# What a candidate may change, and where it is changed.
+# The parameters that may vary, by the description that has them.
 OF_OPTIMIZER = ("lr", "momentum", "betas", "weight_decay")
 OF_LOSS = ("label_smoothing",)
 OF_NETWORK = ("dropout", "hidden")
 OF_ENGINE = ("seed", "batch_size")
-# More models than this are a mistake: each has an engine, and is trained for a while.
+# More models than this are a mistake: each has an engine and takes time to train.
 MOST_MODELS = 100_000
 NAMES = (*OF_OPTIMIZER, *OF_NETWORK, *OF_LOSS, *OF_ENGINE)
-# What other libraries call them, where the spelling does not lead to the name.
+# Other libraries' names, where the spelling does not lead to ours.
 ELSEWHERE = {
     "learning_rate": "lr",
     "learning_rate_init": "lr",
@@ -44,7 +44,7 @@ Vary = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model of a fleet; ``parameters`` is what it was asked to differ in."""
+    """One model of a fleet; ``parameters`` are those that vary."""
 
     parameters: dict[str, Any]
     net: MLP
@@ -55,7 +55,7 @@ class Candidate:
 
 
 def combinations(vary: Vary) -> list[dict[str, Any]]:
-    """The parameters of each model: the product of a mapping's values, the last varying quickest, or a list's entries.
+    """Return each model's parameters: a list's entries, or the product of a mapping's values, the last varying fastest.
 
     Raises ArgumentError for an unknown name or where there is no model, ArgumentTypeError for anything else.
     """
@@ -63,7 +63,7 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
         _check_names("vary", vary)
         columns = []
         for name, values in vary.items():
-            # an array without a dimension says that it can be iterated over
+            # a 0-d array claims to be iterable
             if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
                 raise ArgumentTypeError(
                     f"vary[{name!r}]: expected a sequence of values, got {values!r}; give [{values!r}]"
@@ -98,7 +98,7 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
 
 
 def check_name(argument: str, name: str) -> None:
-    """Raises ArgumentError for what models cannot differ in; it says which name was meant."""
+    """Raise ArgumentError for a name that cannot vary; the message suggests the right one."""
     if name in NAMES:
         return
     if name in ELSEWHERE:
@@ -114,10 +114,10 @@ def _check_names(argument: str, given: Mapping[str, Any]) -> None:
 
 
 def candidate(base: Candidate, parameters: Mapping[str, Any], where: str) -> Candidate:
-    """``base`` with ``parameters``; ``where`` is what an error calls it.
+    """Return ``base`` with ``parameters``; error messages start with ``where``.
 
-    Raises ArgumentError or ArgumentTypeError for a value that is impossible, or for a parameter that the optimizer or
-    the loss does not have.
+    Raises ArgumentError or ArgumentTypeError for an impossible value, or for a parameter that the optimizer or the loss
+    does not have.
     """
     try:
         found = Candidate(
@@ -155,7 +155,7 @@ def _network(net: MLP, parameters: Mapping[str, Any]) -> MLP:
 
 
 def _repeated(argument: str, values: Sequence[Any], count: int, default: Any) -> Any:
-    """What hidden layers have, for another number of them: one value for all, or as many as there are."""
+    """Return the setting of ``count`` hidden layers: their one common value, or a value for each."""
     if len(set(values)) > 1:
         if len(values) != count:
             raise ArgumentError(
@@ -167,7 +167,7 @@ def _repeated(argument: str, values: Sequence[Any], count: int, default: Any) ->
 
 
 def _described(given: Any, changes: Mapping[str, Any]) -> Any:
-    """``given`` with some of its fields changed."""
+    """Return ``given`` with some fields changed."""
     if not changes:
         return given
     own = {field.name for field in fields(given)}
@@ -179,7 +179,7 @@ def _described(given: Any, changes: Mapping[str, Any]) -> Any:
 
 def _optimizer(optimizer: Optimizer, changes: dict[str, Any]) -> Optimizer:
     if "lr" in changes and isinstance(optimizer.lr, Schedule) and not isinstance(changes["lr"], Schedule):
-        # a number is the rate that the schedule begins from, or rises to
+        # a number is the rate that the schedule starts from or rises to
         name = "peak" if any(field.name == "peak" for field in fields(optimizer.lr)) else "lr"
         changes["lr"] = _described(optimizer.lr, {name: changes["lr"]})
     changed: Optimizer = _described(optimizer, changes)

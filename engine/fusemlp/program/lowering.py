@@ -326,7 +326,8 @@ def _weights(
     if not trained:
         build.calls.append(Call("advance", {**clock, "hyper": hyper, "rates": Ref("rates")}))
         return
-    penalised = ridge is not None and ridge.strength != 0.0
+    # models of one launch have the same calls, whatever their numbers
+    penalised = ridge is not None and (ridge.strength != 0.0 or build.traits.resident is not None)
     whole = keep_gradients or scaled or rule.clip_norm is not None or rule.accumulate > 1 or penalised
     weights = sum(build.layout.places[short].size for short in trained)
     parts = 1 if whole else min(most_parts, batch_parts(build.traits, build.batch, weights))

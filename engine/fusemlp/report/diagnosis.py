@@ -40,21 +40,21 @@ def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = Fals
     The criterion: the last validation loss is more than ``RISE`` above its minimum while the training loss fell since
     then, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were restored.
     """
-    training, held_out = history.get("loss", ()), history.get("val_loss", ())
-    if not held_out:
+    training, validation = history.get("loss", ()), history.get("val_loss", ())
+    if not validation:
         return None
-    best = min(range(len(held_out)), key=held_out.__getitem__)
-    lowest, last = held_out[best], held_out[-1]
+    best = min(range(len(validation)), key=validation.__getitem__)
+    lowest, last = validation[best], validation[-1]
     rising = last > lowest + RISE * abs(lowest) and training[-1] < training[best]
-    right, right_held_out = history.get("accuracy", ()), history.get("val_accuracy", ())
-    gap = right[-1] - right_held_out[-1] if right and right_held_out else 0.0
+    right, right_validation = history.get("accuracy", ()), history.get("val_accuracy", ())
+    gap = right[-1] - right_validation[-1] if right and right_validation else 0.0
     if not rising and not gap > ACCURACY_GAP:
         return None
     figures = {"loss_gap": last - training[-1], "best_val_loss": lowest, "last_val_loss": last}
-    if right and right_held_out:
+    if right and right_validation:
         figures["accuracy_gap"] = gap
     if not rising:
-        message = f"{right[-1]:.1%} of the training rows are right, but only {right_held_out[-1]:.1%} in validation"
+        message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
         return Finding("overfitting", message, OVERFITTING_REMEDIES, None, figures)
     message = (
         f"after epoch {best + 1} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "

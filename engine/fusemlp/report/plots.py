@@ -270,19 +270,19 @@ def _curves(
     best_epoch: int | None,
     overfitting: Finding | None,
 ) -> None:
-    training, held_out = history[metric], history.get(f"val_{metric}")
+    training, validation = history[metric], history.get(f"val_{metric}")
     epochs = np.arange(1, len(training) + 1)
     marker = "o" if len(training) < 3 else None
     axes.plot(epochs, training, color=TRAINING, linewidth=1.6, marker=marker, label="training")
-    if held_out is not None:
-        axes.plot(epochs, held_out, color=VALIDATION, linewidth=1.6, marker=marker, label="validation")
+    if validation is not None:
+        axes.plot(epochs, validation, color=VALIDATION, linewidth=1.6, marker=marker, label="validation")
         if overfitting is not None:
             start = (overfitting.epoch or 1) - 1
-            gap = abs(held_out[-1] - training[-1])
+            gap = abs(validation[-1] - training[-1])
             axes.fill_between(
                 epochs[start:],
                 training[start:],
-                held_out[start:],
+                validation[start:],
                 color=GAP,
                 alpha=0.25,
                 linewidth=0,
@@ -292,7 +292,7 @@ def _curves(
         label = f"best epoch: {best_epoch}"
         axes.axvline(best_epoch, color="#444444", linestyle="--", linewidth=1.0, label=label)
     if metric == "loss":
-        _scale_loss(axes, [*training, *(held_out or ())])
+        _scale_loss(axes, [*training, *(validation or ())])
     _finish_axes(axes, len(training))
     axes.legend(edgecolor="none", framealpha=0.85)
 

@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.philox import row_order as shuffled_rows
-from fusemlp_kernels.registry import TRAITS, availability, backend
+from fusemlp_kernels.registry import TRAITS, availability
+from fusemlp_kernels.registry import backend as open_backend
+from fusemlp_kernels.registry import choose as first_available
 
 Array = np.ndarray[Any, Any]
 
-__all__ = ["TRAITS", "availability", "one_blas_thread", "open_backend", "row_order"]
+__all__ = ["TRAITS", "availability", "first_available", "one_blas_thread", "open_backend", "row_order", "torch_backend"]
 
 
-def open_backend(name: str, device: str | None, precision: str) -> Backend:
-    """A backend for those above that may not know the registry; see ``fusemlp_kernels.registry.backend``."""
-    return backend(name, device, precision)
+def torch_backend(device_type: str) -> str:
+    """Return the name of the backend that computes on torch's tensors of a device, "cpu" or "cuda", in their memory."""
+    return "numpy" if device_type == "cpu" else "triton"
 
 
 def one_blas_thread() -> AbstractContextManager[None]:

@@ -94,11 +94,6 @@ def _traits(backend: str, precision: str) -> Traits:
     return traits
 
 
-def trains_together(backend: str) -> bool:
-    """Whether a backend, which need not be there, trains several models in one launch; of an unknown one: no."""
-    return backend in ("auto", *TRAITS) and shares_launches(_traits(backend, "fp32"))
-
-
 def chosen_plan(
     net: MLP, *, batch_size: int = 32, backend: str = "auto", precision: str = "fp32"
 ) -> tuple[str, str] | None:

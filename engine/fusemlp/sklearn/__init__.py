@@ -4,14 +4,14 @@
 ``FleetSearchCV`` and ``FleetRandomizedSearchCV`` are ``GridSearchCV`` and ``RandomizedSearchCV`` that train their
 candidates side by side.
 
-What differs, apart from what the estimators can do beyond scikit-learn's:
+Differences, apart from what the estimators add:
 
-- ``loss_`` is the cross-entropy itself, also of a probability that rounds to 0 or 1; scikit-learn stops at 36 a row.
-- L-BFGS enlarges roundings: after some dozens of iterations two implementations, like two BLAS libraries, may part.
+- ``loss_`` is the cross-entropy itself, even if a probability rounds to 0 or 1; scikit-learn stops at 36 a row.
+- L-BFGS magnifies rounding: after dozens of iterations two implementations, like two BLAS libraries, may differ.
 - Sparse rows are trained on as a dense copy, and predicted in dense blocks.
-- A batch whose sample weights are all zero is passed over, where scikit-learn ends with a ZeroDivisionError.
+- A batch whose sample weights are all zero updates nothing; scikit-learn ends with a ZeroDivisionError.
 - Negative targets of the Poisson loss are refused, and a call that is refused leaves a fitted model as it was.
-- ``partial_fit`` and warm starts with layers of other sizes are refused in words.
+- ``partial_fit`` and warm starts with layers of other sizes raise a ValueError that names the sizes.
 """
 
 from __future__ import annotations

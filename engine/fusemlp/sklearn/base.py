@@ -1,10 +1,9 @@
-"""What the classifier and the regressor have in common."""
+"""The common base of the classifier and the regressor."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,16 +13,25 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_array, check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from fusemlp.callbacks import checked_callbacks, exits, prepare
+from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
+from fusemlp.runtime.plans import shares_launches
 from fusemlp.sklearn import settings
-from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.ahead import trained_ahead
+from fusemlp.sklearn.batches import Batches, CalledBatches, ResidentBatches
 from fusemlp.sklearn.lbfgs import minimise
-from fusemlp.sklearn.loop import Loop
 from fusemlp.sklearn.model import Model, Rates, copies, dense
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import Validation, epochs_at_once, logged, train
+from fusemlp.sklearn.stochastic import (
+    Ready,
+    ValidationScore,
+    epoch_loop,
+    epochs_at_once,
+    logged,
+    train,
+    warn_unconverged,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -31,32 +39,26 @@ Array = np.ndarray[Any, Any]
 SEEDS = 2**31
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """A fit whose arguments have been checked, before its first update."""
-
-    stochastic: bool
-    model: Model
-    batches: Batches | Loop
-    held_out: Validation | None
-    random_state: np.random.RandomState
-    callbacks: list[Any]
+def keep_arguments(estimator: Any, arguments: dict[str, Any]) -> None:
+    """Make an attribute of each of the constructor's ``arguments``, its locals, as scikit-learn requires."""
+    own = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+    vars(estimator).update(own)
 
 
 class BaseMLP(BaseEstimator, ABC):
-    """Parameters are checked and data is prepared as scikit-learn does; an engine does the training."""
+    """Checks parameters and data as scikit-learn does, and trains with an engine."""
 
     _parameter_constraints: ClassVar[dict[str, Any]] = settings.CONSTRAINTS
 
-    # a search asks for them four times a model, and reading a signature takes long
+    # cached: a search asks four times a model, and reading a signature is slow
     @classmethod
     @functools.cache
     def _get_param_names(cls) -> list[str]:
         return list(super()._get_param_names())
 
-    # whether rows that are set aside have the proportions of the classes
+    # whether validation rows keep the proportions of the classes
     _stratifies: bool
-    # coefs, intercepts and slopes with the best score of held-out rows
+    # coefs, intercepts and slopes with the best validation score
     _best_parameters: tuple[list[Array], list[Array], list[Any]] | None
     loss: Any
     coefs_: list[Array]
@@ -68,59 +70,64 @@ class BaseMLP(BaseEstimator, ABC):
 
     @abstractmethod
     def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
-        """X and the targets, checked and as numbers."""
+        """Return X and the targets, checked and as numbers."""
 
     @abstractmethod
     def _validate_targets(self, y: Any) -> Array:
-        """Targets of held-out rows, (n,) or (n, N), as ``_validate_input`` returns them."""
+        """Return validation targets, (n,) or (n, N), in the form of ``_validate_input``."""
 
     @abstractmethod
     def _objective(self, outputs: int) -> Objective:
-        """What is minimised."""
+        """Return the objective to minimise."""
 
     @abstractmethod
     def _targets(self, y: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
-        """Targets (n, N) as the engine wants them, and the parts (n,) of the losses that the engine leaves out."""
+        """Return the engine's targets (n, N), and the parts (n,) of the losses that the engine leaves out."""
 
     @abstractmethod
     def _truth(self, y: Array) -> Array:
-        """Targets (n, N) as the model predicts them."""
+        """Return targets (n, N) in the form of the model's predictions."""
 
     @abstractmethod
     def _score_of(self, predicted: Array, truth: Array, weight: Array | None) -> float:
-        """The score of predictions of held-out rows."""
+        """Return the score of predictions of validation rows."""
 
     def _row_weights(self, y: Array, weight: Array | None, incremental: bool) -> Array | None:
-        """The weights in the loss; ``y`` as ``_validate_input`` returns it."""
+        """Return the rows' weights in the loss; ``y`` as ``_validate_input`` returns it."""
         return weight
 
     def _fit(
         self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any = None, y_val: Any = None
     ) -> BaseMLP:
+        ahead = None if incremental or X_val is not None else trained_ahead()
+        if ahead is not None and ahead.expects(self):
+            ahead.collect(X, y, sample_weight)
+            return self
+        found = None if ahead is None else ahead.take(self, X, y, sample_weight)
+        if found is not None:
+            self.__dict__.update(found.estimator.__dict__)
+            warn_unconverged(found.epochs)
+            return self._finish(found.ready)
         before = self.__dict__.copy()
         try:
-            ready = self._prepare(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
+            ready = self._set_up(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
         except BaseException:
-            # what was refused leaves a fitted model as it was
+            # a refused call leaves a fitted model unchanged
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
         if ready.stochastic:
             with exits(ready.callbacks, ready.model.engine):
-                train(
-                    self,
-                    ready.model,
-                    ready.batches,
-                    ready.held_out,
-                    ready.random_state,
-                    ready.callbacks,
-                    incremental=incremental,
-                )
+                train(epoch_loop(self, ready, incremental=incremental), incremental=incremental)
         else:
-            assert isinstance(ready.batches, Batches)
+            assert isinstance(ready.batches, CalledBatches)
             minimise(self, ready.model, ready.batches)
+        return self._finish(ready)
+
+    def _finish(self, ready: Ready) -> BaseMLP:
+        """Take over the parameters of the model."""
         self._model = ready.model
-        decided = ready.stochastic and self.early_stopping and ready.held_out is not None
+        decided = ready.stochastic and self.early_stopping and ready.validation is not None
         self._take((decided and self._best_parameters) or ready.model.parameters())
         self._best_parameters = None
         if not all(np.isfinite(values).all() for values in (*self.coefs_, *self.intercepts_)):
@@ -130,14 +137,27 @@ class BaseMLP(BaseEstimator, ABC):
             )
         return self
 
-    def _prepare(self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any, y_val: Any) -> _Ready:
-        """Check everything, draw the initial parameters, set rows aside, and bind the data to a model."""
+    def _set_up(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        *,
+        incremental: bool = False,
+        X_val: Any = None,
+        y_val: Any = None,
+        together: bool = False,
+    ) -> Ready:
+        """Check all arguments, draw the initial parameters, set rows aside, and bind the data to a model.
+
+        ``together``: a launch of several models may train it.
+        """
         widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
         self._refuse(stochastic, incremental, X_val, y_val)
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
         if stochastic:
-            prepare(callbacks, logged(self.early_stopping or X_val is not None), 1 if incremental else self.max_iter)
+            announce(callbacks, logged(self.early_stopping or X_val is not None), 1 if incremental else self.max_iter)
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         X, y = self._validate_input(X, y, incremental, first)
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
@@ -152,15 +172,15 @@ class BaseMLP(BaseEstimator, ABC):
         row_weights = self._row_weights(y, weight, incremental)
         if row_weights is not None and not row_weights.any():
             raise ValueError("Sample weights must contain at least one non-zero number.")
-        held_out = None if X_val is None else self._given_validation(X_val, y_val, y.shape[1])
+        validation = None if X_val is None else self._given_validation(X_val, y_val, y.shape[1])
 
         self.n_outputs_ = y.shape[1]
         random_state = check_random_state(self.random_state)
         if first:
             self._initialize(network, random_state, X.dtype)
-        self._start_accounts(first, stochastic, held_out is not None)
-        if stochastic and self.early_stopping and held_out is None:
-            X, y, row_weights, held_out = self._split(X, y, row_weights, weight, random_state)
+        self._start_accounts(first, stochastic, validation is not None)
+        if stochastic and self.early_stopping and validation is None:
+            X, y, row_weights, validation = self._split(X, y, row_weights, weight, random_state)
         n = X.shape[0]
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
         dtype = X.dtype if first else self.coefs_[0].dtype
@@ -168,22 +188,25 @@ class BaseMLP(BaseEstimator, ABC):
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         target, constants = self._targets(y, model.dtype)
         data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights)
-        # a batch in which no row counts is passed over, which is nothing for a launch of many
-        looped = stochastic and not incremental and model.loops and (row_weights is None or bool(row_weights.all()))
+        # a launch of many steps cannot leave out the update of a batch whose weights are all 0
+        together = together and shares_launches(model.engine.memory.backend.traits)
+        looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
+        looped = looped and (model.loops or together)
         rules: dict[str, Any] = {
             "alpha": 0.0 if self.solver == "adamw" else float(self.alpha),
             "batch_size": size,
             "constants": constants,
         }
-        batches: Batches | Loop
+        batches: Batches
         if looped:
-            batches = Loop(*data, **rules, at_once=epochs_at_once(self, model, n, held_out, callbacks))
+            at_once = epochs_at_once(self, model, n, validation, callbacks)
+            batches = ResidentBatches(*data, **rules, at_once=at_once, alone=not together)
         else:
-            batches = Batches(*data, **rules, keep=incremental)
-        return _Ready(stochastic, model, batches, held_out, random_state, callbacks)
+            batches = CalledBatches(*data, **rules, keep=incremental)
+        return Ready(stochastic, model, batches, validation, random_state, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
-        """Combinations of arguments that cannot be."""
+        """Raise ValueError for impossible combinations of arguments."""
         if incremental and self.early_stopping:
             raise ValueError("partial_fit does not support early_stopping=True")
         if (X_val is None) != (y_val is None):
@@ -198,19 +221,20 @@ class BaseMLP(BaseEstimator, ABC):
             raise ValueError(f"precision: lbfgs needs 'fp32' or 'fp64', got {self.precision!r}.")
 
     def _initialize(self, network: Any, random_state: np.random.RandomState, dtype: Any) -> None:
-        """Weights and biases uniform in +-sqrt(6 / (K + N)), before and behind a sigmoid +-sqrt(2 / (K + N)).
+        """Draw weights and biases in scikit-learn's order (Glorot and Bengio, 2010).
 
-        (Glorot and Bengio, 2010.) Drawn in scikit-learn's order. The output layer's bound is of the last hidden layer.
+        They are uniform in +-sqrt(6 / (K + N)), with a sigmoid in +-sqrt(2 / (K + N)). The output layer's bound is that
+        of the last hidden layer's activation.
         """
         hidden = network.activations[:-1]
-        behind = [*hidden, hidden[-1] if hidden else network.activations[-1]]
+        after = [*hidden, hidden[-1] if hidden else network.activations[-1]]
         if not hidden and not isinstance(self.activation, list | tuple):
-            behind = [Activation("sigmoid" if self.activation in ("logistic", "sigmoid") else "identity")]
+            after = [Activation("sigmoid" if self.activation in ("logistic", "sigmoid") else "identity")]
         self.n_iter_, self.t_ = 0, 0
         self.n_layers_ = network.layers + 1
         self.out_activation_ = self._objective(self.n_outputs_).out_activation
         self.coefs_, self.intercepts_ = [], []
-        for (fan_in, fan_out), activation in zip(pairwise(network.sizes), behind, strict=True):
+        for (fan_in, fan_out), activation in zip(pairwise(network.sizes), after, strict=True):
             bound = np.sqrt((2.0 if activation.name == "sigmoid" else 6.0) / (fan_in + fan_out))
             weight = random_state.uniform(-bound, bound, (fan_in, fan_out))
             bias = random_state.uniform(-bound, bound, fan_out)
@@ -219,15 +243,15 @@ class BaseMLP(BaseEstimator, ABC):
         self._set_slopes([np.full(1, one.slope, dtype) if one.name == "prelu" else None for one in network.activations])
 
     def _set_slopes(self, slopes: list[Any]) -> None:
-        """``slopes_`` is there only where a layer has one."""
+        """Set ``slopes_`` if a layer has one."""
         if any(slope is not None for slope in slopes):
             self.slopes_ = slopes
         elif hasattr(self, "slopes_"):
             del self.slopes_
 
     def _start_accounts(self, first: bool, stochastic: bool, validated: bool) -> None:
-        """What a stochastic solver writes down; a warm start goes on with it."""
-        # a warm start that never scores better than the fits before it keeps what it comes to, as in scikit-learn
+        """Start the records of a stochastic solver; a warm start continues them."""
+        # as in scikit-learn: a warm start that never scores better than before keeps its last parameters
         self._best_parameters = None
         if first:
             slopes = copies(getattr(self, "slopes_", [None] * len(self.coefs_)))
@@ -248,7 +272,7 @@ class BaseMLP(BaseEstimator, ABC):
 
     def _split(
         self, X: Any, y: Array, row_weights: Any, weight: Any, random_state: np.random.RandomState
-    ) -> tuple[Any, Array, Any, Validation]:
+    ) -> tuple[Any, Array, Any, ValidationScore]:
         """Set ``validation_fraction`` of the rows aside, as scikit-learn does: stratified for one column of classes."""
         stratify = y if self._stratifies and self.n_outputs_ == 1 else None
         trained, held = train_test_split(
@@ -259,10 +283,10 @@ class BaseMLP(BaseEstimator, ABC):
                 "The validation set is too small. Increase 'validation_fraction' or the size of your dataset."
             )
         score_weights = None if weight is None else weight[held]
-        validation = Validation(X[held], self._truth(y[held]), score_weights, True)
+        validation = ValidationScore(X[held], self._truth(y[held]), score_weights, True)
         return X[trained], y[trained], None if row_weights is None else row_weights[trained], validation
 
-    def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> Validation:
+    def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> ValidationScore:
         X_val = validate_data(self, X_val, accept_sparse=["csr", "csc"], reset=False)
         y_val = check_array(y_val, accept_sparse="csr", ensure_2d=False, dtype=None, input_name="y_val")
         check_consistent_length(X_val, y_val)
@@ -272,12 +296,12 @@ class BaseMLP(BaseEstimator, ABC):
         y_val = y_val.reshape(-1, 1) if y_val.ndim == 1 else y_val
         if y_val.shape[1] != outputs:
             raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {outputs}.")
-        return Validation(X_val, self._truth(y_val), None, bool(self.early_stopping))
+        return ValidationScore(X_val, self._truth(y_val), None, bool(self.early_stopping))
 
     def _model_for(
         self, network: Any, incremental: bool, random_state: np.random.RandomState, dtype: Any, n: int, size: int
     ) -> Model:
-        """A new model, or the one that ``partial_fit`` goes on with."""
+        """Return a new model, or the one that ``partial_fit`` goes on with."""
         backend = settings.chosen_backend(self.backend)
         precision = settings.chosen_precision(self.precision, backend, dtype, self.solver)
         loss = self._objective(self.n_outputs_).loss
@@ -291,7 +315,7 @@ class BaseMLP(BaseEstimator, ABC):
             kind = "none"
         elif self.solver != "sgd" and kind != "schedule":
             kind = "constant"
-        # masks need numbers of their own; without dropout the random state is consumed as scikit-learn consumes it
+        # only dropout draws a seed: without it the random state is consumed as in scikit-learn
         seed = int(random_state.randint(SEEDS)) if any(network.dropouts) else 0
         return Model(
             network,
@@ -309,7 +333,7 @@ class BaseMLP(BaseEstimator, ABC):
         self._set_slopes(list(parameters[2]))
 
     def _ask(self, question: str, X: Any) -> Array:
-        """What the model answers with the parameters in ``coefs_`` and ``intercepts_``, whoever has set them."""
+        """Return the model's answer with ``coefs_`` and ``intercepts_``, which the user may have changed."""
         check_is_fitted(self)
         X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
         model: Model | None = getattr(self, "_model", None)

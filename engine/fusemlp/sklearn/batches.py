@@ -1,14 +1,15 @@
-"""One pass over the data in batches, with scikit-learn's normalisation, L2 penalty and account of the loss.
+"""An estimator's data in batches, with scikit-learn's normalisation, L2 penalty and loss.
 
 scikit-learn divides both the loss of a batch and its penalty ``alpha / 2 * sum(w ** 2)`` by the batch's number of
-rows, or by the sum of their weights. So the strength of the penalty is another for a short last batch, and for each
-batch where there are weights. Here a row carries its share ``weight / (sum over its batch)`` as its weight in a sum,
-and the penalty's gradient is added between the two last calls of a step. ``loop`` has the epochs of a resident plan.
+rows, or by the sum of their weights. A short last batch therefore has a stronger penalty, and with weights each batch
+has its own. The kernels of the resident plan know all this (``Ridge`` of the contract). In the calls of any other plan
+a row's weight in a sum is its share ``weight / (sum over its batch)``, and the penalty's gradient is added between the
+two last calls of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,16 @@ import numpy as np
 from fusemlp.program.lowering import Inputs
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
-from fusemlp_kernels.contract import LAST_LOSS, LOSS_SUM, ROW_OFFSET, ROW_STEP, ROW_TOTAL
+from fusemlp_kernels.contract import (
+    BATCH_LOSSES,
+    LAST_LOSS,
+    LOSS_SUM,
+    PENALTIES,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    Ridge,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -38,7 +48,7 @@ class Penalty:
             self._scratch = [np.empty_like(weight) for weight in self._weights]
 
     def value(self) -> Any:
-        """A number, or a scalar on the device: reading it would wait."""
+        """Return a number, or a scalar on the device: reading that would wait."""
         if self._on_host:
             return 0.5 * self.alpha * sum(float(weight.dot(weight)) for weight in self._weights)
         return 0.5 * self.alpha * sum((weight * weight).sum() for weight in self._weights)
@@ -55,12 +65,15 @@ class Penalty:
             gradient += weight * factor
 
 
-class Batches:
-    """X (n, K), targets and perhaps weights (n,) bound to a model, to be gone through in batches.
+class Batches(ABC):
+    """X (n, K), targets and perhaps weights (n,) bound to a model; ``steps`` trains on them in the epoch loop.
 
-    ``constants`` (n,) are parts of the rows' losses that do not depend on the parameters. ``keep`` is for
-    ``partial_fit``: memory stays for the next call. A batch in which no row counts is passed over.
+    ``constants`` (n,) are parts of the rows' losses that do not depend on the parameters.
     """
+
+    # the most epochs of a launch
+    at_once = 1
+    steps: Any = None
 
     def __init__(
         self,
@@ -73,30 +86,87 @@ class Batches:
         alpha: float,
         batch_size: int,
         constants: Array | None = None,
-        keep: bool = False,
     ) -> None:
-        n = len(X)
-        self.n, self.batch_size = n, batch_size
         self.model, self.objective = model, objective
-        self.weight, self.constants = weight, constants
-        self.starts = np.arange(0, n, batch_size)
-        self.batches, self.at_once = len(self.starts), 1
-        self.lengths = np.minimum(batch_size, n - self.starts)
-        self.share = np.empty(n, model.dtype)
-        arrays = {"x": X, "target": target, "weight": self.share}
-        inputs = Inputs(n, indexed=True, weighted=True)
-        self.penalty = Penalty(model, alpha)
-        self.bound = model.bind(inputs, batch_size, arrays, keep=keep)
-        # a loop that was there before has walked over longer lists of rows, and may not have come to their end
+        self.weight, self.alpha, self.constants = weight, alpha, constants
+        self.n, self.batch_size = len(X), batch_size
+        self.starts = np.arange(0, self.n, batch_size)
+        self.batches = len(self.starts)
+        self.lengths = np.minimum(batch_size, self.n - self.starts)
+        self.data = {"x": X, "target": target}
+
+    def loss(self, stats: Array, order: Array) -> float:
+        """Return the loss, penalty included, of an epoch with these statistics over the rows in ``order``."""
+        with np.errstate(all="ignore"):
+            losses, penalties = self._sums(stats)
+            data = (losses + self._constant(order)) / self.objective.reported_by
+            return float((data + penalties) / self.n)
+
+    @abstractmethod
+    def _sums(self, stats: Array) -> tuple[float, float]:
+        """Return the losses of the epoch's batches, each times its rows, and their penalties."""
+
+    def _constant(self, order: Array) -> float:
+        """Return what ``constants`` add to the losses of an epoch's batches, each times its rows."""
+        if self.constants is None:
+            return 0.0
+        if self.weight is None:
+            return self.objective.factor * float(self.constants.sum())
+        weight = self.weight[order].astype(np.float64)
+        sums = self._divisors(np.add.reduceat(weight, self.starts))
+        shares = np.add.reduceat(weight * self.constants[order], self.starts) / sums
+        return self.objective.factor * float((shares * self.lengths).sum())
+
+    def _divisors(self, sums: Array) -> Array:
+        # a batch whose weights are all 0 has no loss
+        return np.where(sums == 0.0, np.inf, sums)
+
+
+class ResidentBatches(Batches):
+    """Batches of a model that has a resident plan: up to ``at_once`` epochs in a launch. No weight is 0.
+
+    Without ``alone`` a launch of several models trains them, which sets ``steps``.
+    """
+
+    def __init__(self, *data: Any, at_once: int = 1, alone: bool = True, **rules: Any) -> None:
+        super().__init__(*data, **rules)
+        self.at_once = at_once
+        if self.weight is not None:
+            self.data["weight"] = self.weight.astype(self.model.dtype, copy=False)
+        self.ridge = Ridge(self.alpha, 1.0 / self.objective.factor)
+        if alone:
+            self.steps = self.model.bind_loop(self.batch_size, self.data, epochs=at_once, ridge=self.ridge)
+
+    def _sums(self, stats: Array) -> tuple[float, float]:
+        return stats[BATCH_LOSSES], stats[PENALTIES]
+
+
+class CalledBatches(Batches):
+    """Batches of a model whose step is called from Python; a batch whose weights are all 0 updates nothing.
+
+    ``keep`` is for ``partial_fit``: memory stays for the next call.
+    """
+
+    chunk = 1
+
+    def __init__(self, *data: Any, keep: bool = False, **rules: Any) -> None:
+        super().__init__(*data, **rules)
+        model = self.model
+        self.steps = self
+        self.share = np.empty(self.n, model.dtype)
+        self.penalty = Penalty(model, self.alpha)
+        inputs = Inputs(self.n, indexed=True, weighted=True)
+        self.bound = model.bind(inputs, self.batch_size, {**self.data, "weight": self.share}, keep=keep)
+        self.arrays = self.bound.arrays
+        # an earlier resident program has walked over longer lists of rows, and may not have reached their end
         for counter in (ROW_OFFSET, ROW_TOTAL, ROW_STEP):
             model.engine.memory.counters[counter] = 0
         *self.gradient_calls, self.update = self.bound.calls
-        self._uneven = weight is not None or bool(n % batch_size)
         self.sums = self.lengths.astype(np.float64)
-        self._set_shares(np.arange(n))
+        self._set_shares(np.arange(self.n))
 
     def _set_shares(self, order: Array) -> None:
-        """For each row the factor of its loss in the batch that it is in, when they are taken in this order."""
+        """Set the factor of each row's loss in its batch when the rows are taken in this order."""
         factor = self.objective.factor
         if self.weight is None:
             # only the rows of a short last batch have another one
@@ -105,93 +175,58 @@ class Batches:
         else:
             weight = self.weight[order]
             self.sums = np.add.reduceat(weight, self.starts, dtype=np.float64)
-            # a batch in which no row counts is passed over
-            divisors = np.where(self.sums == 0.0, np.inf, self.sums)
-            self.share[order] = factor * weight / np.repeat(divisors, self.lengths)
-        self.model.engine.memory.backend.copy_into(self.bound.arrays["weight"], self.share)
+            self.share[order] = factor * weight / np.repeat(self._divisors(self.sums), self.lengths)
+        self.model.engine.memory.backend.copy_into(self.arrays["weight"], self.share)
 
-    def _constant(self, order: Array) -> float:
-        """What ``constants`` add to the loss of an epoch."""
-        if self.constants is None:
-            return 0.0
-        shares = self.share[order] * self.constants[order] * np.repeat(self.lengths, self.lengths)
-        return float(shares.sum())
-
-    def epochs(
-        self, orders: Sequence[Array], stop: Callable[[], bool], begin: Callable[[], None] | None = None
-    ) -> list[float]:
-        """Train on every batch of each of ``orders``: the losses of the epochs that came to their end before ``stop``
-        said so between two batches. ``begin`` is called before each batch, and ``stop`` asked after it."""
-        losses = []
-        for order in orders:
-            loss = self._epoch(order, stop, begin)
-            if loss is None:
-                break
-            losses.append(loss)
-        return losses
-
-    def _epoch(self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None) -> float | None:
-        if self._uneven:
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
+        """Take the rows of an epoch in their order."""
+        assert first_batch == 0 and epochs == 1
+        if self.weight is not None or self.n % size:
             self._set_shares(order)
-        self.model.engine.memory.stats[:] = 0.0
-        with np.errstate(all="ignore"):
-            sums = self._steps(order, stop, begin)
-            if sums is None:
-                return None
-            loss, short, penalties = sums
-            rest = self.n % self.batch_size
-            data = (
-                (loss - short) * self.batch_size + short * rest + self._constant(order)
-            ) / self.objective.reported_by
-            return (data + penalties) / self.n
+        self._order, self._batch = order, 0
+        # the loss of the short last batch, and the penalties of all
+        self._short, self._penalties = 0.0, 0.0
+        self.bound.set_row_count(size)
 
-    def _steps(
-        self, order: Array, stop: Callable[[], bool], begin: Callable[[], None] | None
-    ) -> tuple[float, float, float] | None:
-        """Train on every batch: the sum of their losses, that of a short one among them, and of their penalties."""
-        stats, copy = self.model.engine.memory.stats, self.model.engine.memory.backend.copy_into
-        bound, rows, size = self.bound, self.bound.arrays["rows"], self.batch_size
-        gradient, update, penalty = self.gradient_calls, self.update, self.penalty
-        cover = self.model.cover
-        penalised = penalty.alpha > 0.0
-        penalties: Any = 0.0
-        short = 0.0
-        bound.set_row_count(size)
-        for start, length, total in zip(self.starts.tolist(), self.lengths.tolist(), self.sums.tolist(), strict=True):
-            if total == 0.0:
-                continue
-            if begin is not None:
-                begin()
-            if length == size:
-                copy(rows, order[start : start + size])
-            else:
-                copy(rows[:length], order[start:])
-                rows[length:] = -1
-                bound.set_row_count(length)
-            if penalised:
-                penalties = penalties + penalty.value() * (length / total)
-            for call in gradient:
-                call()
-            if length != size:
-                short = float(stats[LAST_LOSS])
-            if penalised:
-                penalty.add_gradient(1.0 / total)
-            cover(1)
-            update()
-            if stop() and start != self.starts[-1]:
-                return None
-        return float(stats[LOSS_SUM]), short, float(penalties)
+    def run_many(self, count: int) -> None:
+        """Train on the next ``count`` batches of the epoch."""
+        with np.errstate(all="ignore"):
+            for _ in range(count):
+                self._step(int(self.lengths[self._batch]), float(self.sums[self._batch]))
+                self._batch += 1
+
+    def _step(self, length: int, total: float) -> None:
+        if total == 0.0:
+            return
+        memory, rows, penalty = self.model.engine.memory, self.arrays["rows"], self.penalty
+        start = self._batch * self.batch_size
+        memory.backend.copy_into(rows[:length], self._order[start : start + length])
+        if length < self.batch_size:
+            rows[length:] = -1
+            self.bound.set_row_count(length)
+        if penalty.alpha:
+            self._penalties = self._penalties + penalty.value() * (length / total)
+        for call in self.gradient_calls:
+            call()
+        if length < self.batch_size:
+            self._short = float(memory.stats[LAST_LOSS])
+        if penalty.alpha:
+            penalty.add_gradient(1.0 / total)
+        self.update()
+
+    def _sums(self, stats: Array) -> tuple[float, float]:
+        whole = float(stats[LOSS_SUM]) - self._short
+        return whole * self.batch_size + self._short * (self.n % self.batch_size), float(self._penalties)
 
     def loss_and_gradient(self) -> float:
-        """The loss of all rows as one batch; its gradient is left in memory."""
-        memory = self.model.engine.memory
-        total = float(self.sums[0])
+        """Return the loss of all rows as one batch, and leave its gradient in memory."""
+        memory, order, total = self.model.engine.memory, np.arange(self.n), float(self.sums[0])
         self.bound.set_row_count(self.n)
-        memory.backend.copy_into(self.bound.arrays["rows"], np.arange(self.n))
+        memory.backend.copy_into(self.arrays["rows"], order)
         with np.errstate(all="ignore"):
             penalty = float(self.penalty.value()) / total
             for call in self.gradient_calls:
                 call()
             self.penalty.add_gradient(1.0 / total)
-        data = float(memory.stats[LAST_LOSS]) + self._constant(np.arange(self.n)) / self.n
+        data = float(memory.stats[LAST_LOSS]) + self._constant(order) / self.n
         return data / self.objective.reported_by + penalty

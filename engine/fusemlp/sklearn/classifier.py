@@ -14,18 +14,18 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
 from sklearn.utils.validation import validate_data
 
-from fusemlp.sklearn.base import Array, BaseMLP
+from fusemlp.sklearn.base import Array, BaseMLP, keep_arguments
 from fusemlp.sklearn.settings import CONSTRAINTS, UNIT, Objective, classification_objective
 
 
 def _fitted_binarizer(y: Array) -> LabelBinarizer:
-    """What ``LabelBinarizer`` learns from y; the models of a search learn it once from the same integers.
+    """Return a ``LabelBinarizer`` fitted to y; models of a search that have the same integers share one.
 
-    It is not changed any more, and estimators may have it in common.
+    It is not changed any more.
     """
     if y.ndim == 1 and y.dtype.kind in "iub":
         classes = np.unique(y)
-        # of more classes scikit-learn says that the rows are few for them
+        # scikit-learn warns of few rows for more classes
         if 2 * len(classes) <= len(y):
             return _binarizer_of(classes.dtype, classes.tobytes())
     return LabelBinarizer().fit(y)
@@ -33,7 +33,7 @@ def _fitted_binarizer(y: Array) -> LabelBinarizer:
 
 @functools.lru_cache(maxsize=64)
 def _binarizer_of(dtype: np.dtype[Any], classes: bytes) -> LabelBinarizer:
-    # often enough not to be warned of
+    # three rows a class, or scikit-learn would warn
     return LabelBinarizer().fit(np.repeat(np.frombuffer(classes, dtype), 3))
 
 
@@ -44,8 +44,8 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     ("adam", "sgd", "lbfgs"), ``alpha``, ``batch_size``, ``learning_rate``, ``learning_rate_init``, ``power_t``,
     ``max_iter``, ``shuffle``, ``random_state``, ``tol``, ``verbose``, ``warm_start``, ``momentum``,
     ``nesterovs_momentum``, ``early_stopping``, ``validation_fraction``, ``beta_1``, ``beta_2``, ``epsilon``,
-    ``n_iter_no_change``, ``max_fun``. With the same ``random_state`` the initial parameters, the held-out rows and the
-    order of the batches are scikit-learn's, and on NumPy the fitted model is, to within rounding.
+    ``n_iter_no_change``, ``max_fun``. With the same ``random_state`` the initial parameters, the validation rows and
+    the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within rounding.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     clip_norm : float or None. The gradient, penalty included, is scaled down to this norm. Not with lbfgs.
     backend : "numpy", "auto" (the first that works of triton, cupy, numpy), or a name.
     precision : "auto" (on NumPy the type of X, or fp64 with lbfgs; elsewhere fp32), or one that the backend has.
-    callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, where rows are
-        held out, val_score. Not with lbfgs.
+    callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
+        data, val_score. Not with lbfgs.
 
     Attributes beside scikit-learn's: ``learning_rate_`` is the rate of the next update, ``slopes_`` the learned slopes
     of PReLU layers (only if there are any).
@@ -109,36 +109,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         precision: str = "auto",
         callbacks: Any = None,
     ) -> None:
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.dropout = dropout
-        self.class_weight = class_weight
-        self.label_smoothing = label_smoothing
-        self.clip_norm = clip_norm
-        self.backend = backend
-        self.precision = precision
-        self.callbacks = callbacks
+        keep_arguments(self, locals())
 
     def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
         X, y = validate_data(
@@ -152,7 +123,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         )
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
-        # fit learns the classes anew; partial_fit goes on with those it was told, a warm start with just the same
+        # fit finds the classes; partial_fit keeps those it was given, and a warm start needs the same ones
         if not hasattr(self, "classes_") or (not self.warm_start and not incremental):
             self._label_binarizer = _fitted_binarizer(y)
             self.classes_ = self._label_binarizer.classes_.copy()
@@ -177,17 +148,17 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
             )
 
     def _encoded(self, y: Any) -> Array:
-        """For each row and class, or label, whether it is that; of two classes one column."""
+        """Return for each row and class, or label, whether it applies; two classes make one column."""
         if y.ndim == 2:
             encoded = self._label_binarizer.transform(y)
             return np.asarray(encoded.toarray() if hasattr(encoded, "toarray") else encoded).astype(bool)
-        # what LabelBinarizer says of a vector, in a tenth of its time: of two classes one column
+        # LabelBinarizer's result for a vector, in a tenth of its time: two classes make one column
         position = np.searchsorted(self.classes_, y).reshape(-1, 1)
         return np.asarray(position == np.arange(len(self.classes_)) if len(self.classes_) > 2 else position == 1)
 
     @property
     def _picks_one(self) -> bool:
-        """Whether a row is of one of more than two classes."""
+        """True if a row has one of more than two classes."""
         return bool(self._label_binarizer.y_type_ == "multiclass")
 
     def _row_weights(self, y: Array, weight: Array | None, incremental: bool) -> Array | None:
@@ -215,7 +186,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         return y.argmax(axis=1) if self._picks_one else y
 
     def _score_of(self, predicted: Array, truth: Array, weight: Array | None) -> float:
-        """The accuracy: the share of rows in which everything is right."""
+        """Return the accuracy: the share of rows whose labels are all right."""
         right = predicted.reshape(len(truth), -1) == truth.reshape(len(truth), -1)
         return float(np.average(right.all(axis=1), weights=weight))
 
@@ -223,7 +194,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> MLPClassifier:
         """Fit to X (n, K), dense or sparse, and the classes y (n,) or the labels (n, N) of the rows.
 
-        sample_weight: (n,). X_val, y_val: held-out rows; their score is recorded in ``validation_scores_`` after each
+        sample_weight: (n,). X_val, y_val: validation data; its score is recorded in ``validation_scores_`` after each
         epoch and, with ``early_stopping``, decides in place of a part of X.
         """
         return self._fit(X, y, sample_weight, incremental=False, X_val=X_val, y_val=y_val)
@@ -231,35 +202,35 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     @available_if(lambda estimator: estimator._check_solver())
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> MLPClassifier:
-        """Train for one epoch more. ``classes``: all classes that will ever come, needed in the first call."""
+        """Train for one more epoch. ``classes``: all classes that will ever occur; the first call needs them."""
         if _check_partial_fit_first_call(self, classes):
             labels = y if type_of_target(y).startswith("multilabel") else classes
             self._label_binarizer = LabelBinarizer().fit(labels)
         return self._fit(X, y, sample_weight, incremental=True)
 
     def predict(self, X: Any) -> Any:
-        """The classes (n,), or the labels (n, N), of X (n, K)."""
+        """Return the classes (n,), or the labels (n, N), of X (n, K)."""
         predicted = self._ask("predict", X)
         if self._picks_one:
             return self.classes_[predicted]
         return self._label_binarizer.inverse_transform(predicted)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """The accuracy of the predictions for X (n, K): the share of rows in which everything is right."""
+        """Return the accuracy on X (n, K): the share of rows whose labels are all right."""
         quick = sample_weight is None and isinstance(y, np.ndarray) and y.ndim == 1 and y.dtype.kind in "iub"
         if quick and y.dtype == getattr(getattr(self, "classes_", None), "dtype", None):
-            # what accuracy_score says of labels like the model's own, in a tenth of its time
+            # accuracy_score's result for labels of the model's own type, in a tenth of its time
             predicted = self.predict(X)
             if predicted.shape == y.shape:
                 return float(np.average(predicted == y))
         return float(super().score(X, y, sample_weight))
 
     def predict_proba(self, X: Any) -> Array:
-        """The probabilities (n, N) of the classes, in the order of ``classes_``, or of each label."""
+        """Return the probabilities (n, N) of the classes, in the order of ``classes_``, or of each label."""
         return self._ask("predict_proba", X)
 
     def predict_log_proba(self, X: Any) -> Array:
-        """The logarithms of ``predict_proba``."""
+        """Return the logarithms of ``predict_proba``."""
         probabilities = self.predict_proba(X)
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(probabilities, out=probabilities))

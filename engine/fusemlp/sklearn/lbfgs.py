@@ -8,13 +8,13 @@ import numpy as np
 import scipy.optimize
 from sklearn.utils.optimize import _check_optimize_result
 
-from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.batches import CalledBatches
 from fusemlp.sklearn.model import Model
 
 Array = np.ndarray[Any, Any]
 
 
-def minimise(estimator: Any, model: Model, batches: Batches) -> None:
+def minimise(estimator: Any, model: Model, batches: CalledBatches) -> None:
     """Minimise the loss of all rows (Liu and Nocedal, 1989); sets ``n_iter_`` and ``loss_``.
 
     Arena elements between the tensors have gradient zero, and so stay zero. Warns (ConvergenceWarning) if ``max_iter``

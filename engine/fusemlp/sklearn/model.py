@@ -16,11 +16,11 @@ from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp_kernels.contract import Ridge
+from fusemlp_kernels.contract import LossSpec, Ridge
 
 Array = np.ndarray[Any, Any]
 
-# What a forward pass of sparse rows makes dense at once, in elements: 32 MiB in float64.
+# Most elements of sparse rows that a prediction makes dense at once: 32 MiB in float64.
 DENSE_ELEMENTS = 1 << 22
 
 
@@ -38,10 +38,10 @@ class Rates:
 
 
 class Model:
-    """``network`` with ``loss`` and ``optimizer`` on a backend; ``schedule`` is its, with lengths in updates.
+    """``network`` with ``loss`` and ``optimizer`` on a backend; its learning rates follow ``schedule``.
 
-    It can be pickled: the optimizer's memory goes along, the parameters are the estimator's ``coefs_`` and come back
-    with ``load``. Where the backend is missing then, NumPy takes its place.
+    A pickle holds the optimizer's state; the parameters are the estimator's ``coefs_`` and come back with ``load``. If
+    the backend is missing then, NumPy takes its place.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class Model:
         self.engine = Engine(network, loss, optimizer, **self.options)
         self.engine.rates.follow(self.schedule, 1.0)
         self._staged: tuple[Any, BoundProgram] | None = None
-        # whoever loads parameters and then predicts must not be disturbed: the memory is the same for all threads
+        # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
 
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
-        """Whether ``partial_fit`` can go on with this model."""
+        """Return whether ``partial_fit`` can go on with this model."""
         mine = (*self.arguments[:2], self.options["backend"], self.options["precision"])
         return self.rates.kind != "none" and mine == (network, loss, backend, precision)
 
@@ -89,10 +89,6 @@ class Model:
     def scale_rate(self, scale: float) -> None:
         """Make the learning rate ``scale`` times what the schedule says."""
         self.engine.rates.rescale(scale)
-
-    def cover(self, batches: int) -> int:
-        """See ``RateTable.cover``."""
-        return self.engine.rates.cover(self.schedule, batches)
 
     def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
         """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
@@ -116,22 +112,24 @@ class Model:
 
     @property
     def loops(self) -> bool:
-        """Whether whole epochs may be one launch."""
+        """True if a launch may take whole epochs."""
         return self.engine.plan == "resident"
 
-    def bind_loop(
-        self, batch_size: int, arrays: dict[str, Array], *, epochs: int, strength: float, divisor: float
-    ) -> BoundProgram:
+    @property
+    def loop_loss(self) -> LossSpec:
+        """The loss of a launch of whole epochs."""
+        return replace(self.engine.loss.spec(accuracy=False), reduction="mean")
+
+    def bind_loop(self, batch_size: int, arrays: dict[str, Array], *, epochs: int, ridge: Ridge) -> BoundProgram:
         """Up to ``epochs`` epochs over ``arrays`` (x, target, perhaps weight) as one program, where ``loops`` says that
-        there is one; for the others see ``Ridge`` of the contract."""
+        there is one."""
         engine = self.engine
-        spec, ridge = replace(engine.loss.spec(accuracy=False), reduction="mean"), Ridge(strength, divisor)
         to_device = engine.memory.backend.from_host
         inputs = Inputs(len(arrays["x"]), indexed=True, weighted="weight" in arrays)
         given = {name: to_device(array, "compute" if name == "x" else None) for name, array in arrays.items()}
         return engine.bind(
             inputs,
-            spec,
+            self.loop_loss,
             self.rule,
             batch_size,
             given,

@@ -14,7 +14,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import validate_data
 
 from fusemlp.describe.losses import Huber, Quantile
-from fusemlp.sklearn.base import Array, BaseMLP
+from fusemlp.sklearn.base import Array, BaseMLP, keep_arguments
 from fusemlp.sklearn.settings import CONSTRAINTS, REGRESSION_LOSSES, Objective, regression_objective
 
 
@@ -25,8 +25,8 @@ class MLPRegressor(RegressorMixin, BaseMLP):
     ("adam", "sgd", "lbfgs"), ``alpha``, ``batch_size``, ``learning_rate``, ``learning_rate_init``, ``power_t``,
     ``max_iter``, ``shuffle``, ``random_state``, ``tol``, ``verbose``, ``warm_start``, ``momentum``,
     ``nesterovs_momentum``, ``early_stopping``, ``validation_fraction``, ``beta_1``, ``beta_2``, ``epsilon``,
-    ``n_iter_no_change``, ``max_fun``. With the same ``random_state`` the initial parameters, the held-out rows and the
-    order of the batches are scikit-learn's, and on NumPy the fitted model is, to within rounding.
+    ``n_iter_no_change``, ``max_fun``. With the same ``random_state`` the initial parameters, the validation rows and
+    the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within rounding.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ class MLPRegressor(RegressorMixin, BaseMLP):
     clip_norm : float or None. The gradient, penalty included, is scaled down to this norm. Not with lbfgs.
     backend : "numpy", "auto" (the first that works of triton, cupy, numpy), or a name.
     precision : "auto" (on NumPy the type of X, or fp64 with lbfgs; elsewhere fp32), or one that the backend has.
-    callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, where rows are
-        held out, val_score. Not with lbfgs.
+    callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
+        data, val_score. Not with lbfgs.
 
     Attributes beside scikit-learn's: ``learning_rate_`` is the rate of the next update, ``slopes_`` the learned slopes
     of PReLU layers (only if there are any).
@@ -88,35 +88,7 @@ class MLPRegressor(RegressorMixin, BaseMLP):
         precision: str = "auto",
         callbacks: Any = None,
     ) -> None:
-        self.loss = loss
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.dropout = dropout
-        self.clip_norm = clip_norm
-        self.backend = backend
-        self.precision = precision
-        self.callbacks = callbacks
+        keep_arguments(self, locals())
 
     def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
         X, y = validate_data(
@@ -148,14 +120,14 @@ class MLPRegressor(RegressorMixin, BaseMLP):
         target = np.require(y, dtype, ["C", "A"])
         if self.loss != "poisson":
             return target, None
-        # what makes a deviance of the likelihood: a perfect prediction has loss 0
+        # turns the likelihood into the deviance: a perfect prediction has loss 0
         return target, (xlogy(y, y) - y).sum(axis=1)
 
     def _truth(self, y: Array) -> Array:
         return y
 
     def _score_of(self, predicted: Array, truth: Array, weight: Array | None) -> float:
-        """R squared; NaN where a prediction is no number."""
+        """Return R squared; NaN if a prediction is not finite."""
         if not np.isfinite(predicted).all():
             return float("nan")
         return float(r2_score(truth, predicted, sample_weight=weight))
@@ -164,7 +136,7 @@ class MLPRegressor(RegressorMixin, BaseMLP):
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> MLPRegressor:
         """Fit to X (n, K), dense or sparse, and the targets y (n,) or (n, N).
 
-        sample_weight: (n,). X_val, y_val: held-out rows; their score is recorded in ``validation_scores_`` after each
+        sample_weight: (n,). X_val, y_val: validation data; its score is recorded in ``validation_scores_`` after each
         epoch and, with ``early_stopping``, decides in place of a part of X.
         """
         return self._fit(X, y, sample_weight, incremental=False, X_val=X_val, y_val=y_val)
@@ -172,9 +144,9 @@ class MLPRegressor(RegressorMixin, BaseMLP):
     @available_if(lambda estimator: estimator._check_solver())
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
-        """Train for one epoch more."""
+        """Train for one more epoch."""
         return self._fit(X, y, sample_weight, incremental=True)
 
     def predict(self, X: Any) -> Array:
-        """The predicted targets of X (n, K): (n,), or (n, N) for several."""
+        """Return the predicted targets of X (n, K): (n,), or (n, N) for several."""
         return self._ask("predict", X)

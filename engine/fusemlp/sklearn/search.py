@@ -1,35 +1,64 @@
-"""Searches for parameters: scikit-learn's own, whose candidates and folds train side by side."""
+"""scikit-learn's searches for parameters, whose candidates and folds train side by side."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import joblib
 import numpy as np
-from sklearn.base import clone
-from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
+from sklearn import get_config
+from sklearn.base import clone, is_classifier
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
+from sklearn.utils import indexable
+from sklearn.utils.metadata_routing import process_routing
+from sklearn.utils.metaestimators import _safe_split
+from sklearn.utils.validation import _check_method_params
 from threadpoolctl import threadpool_limits
 
 from fusemlp.fleet.memory import available_memory
+from fusemlp.fleet.threads import cores
+from fusemlp.sklearn.ahead import Task, TrainedAhead
 from fusemlp.sklearn.base import BaseMLP
-from fusemlp.sklearn.settings import chosen_backend
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
-# The most models that train in common launches: about two for each multiprocessor of a large card.
+# The most models of one launch: about two for each multiprocessor of a large card.
 MOST_AT_ONCE = 256
 
 
-class _FleetSearch(BaseSearchCV):
-    """Trains candidates and folds on threads of this process; all else is scikit-learn's search."""
+class _Folds:
+    """Wraps a splitter, and keeps its folds and the rows that they split."""
 
-    # the argument with the values of the parameters, and scikit-learn's search
+    def __init__(self, splitter: Any) -> None:
+        self.splitter = splitter
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the rows: scikit-learn's search keeps its splitter."""
+        self.X, self.y = None, None
+        self.folds: list[Any] = []
+
+    def split(self, X: Any, y: Any = None, groups: Any = None) -> list[Any]:
+        """Return the indices (train, test) of each fold."""
+        self.X, self.y = X, y
+        self.folds = list(self.splitter.split(X, y, groups))
+        return self.folds
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "splitter":
+            raise AttributeError(name)
+        return getattr(self.splitter, name)
+
+
+class _FleetSearch(BaseSearchCV):
+    """Trains models ahead of their fits; the rest is scikit-learn's search."""
+
+    # the argument with the values of the parameters, and the search's name in scikit-learn
     _space: str
     _plain: str
     estimator: Any
@@ -42,41 +71,60 @@ class _FleetSearch(BaseSearchCV):
         Raises ArgumentTypeError for an estimator that is not fusemlp's, ArgumentError for a parameter that it does not
         have and for a search without candidates.
         """
-        given = self.estimator
+        estimator, cv = self.estimator, self.cv
         spaces = _spaces(getattr(self, self._space))
-        _check(self._space, getattr(self, self._space), given, self._plain)
-        sharing = clone(given).set_params(memory=SharedFits()) if _shares(given, spaces) else None
-        if sharing is not None:
-            self.estimator = sharing
+        _check(self._space, getattr(self, self._space), estimator, self._plain)
+        sharing = clone(estimator).set_params(memory=SharedFits()) if _shares(estimator, spaces) else None
+        folds = _Folds(check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator)))
+        self._params = params
         try:
+            self.estimator, self.cv = estimator if sharing is None else sharing, folds
             with joblib.parallel_config(backend="sequential"):
                 super().fit(X, y, **params)
         finally:
-            self.estimator = given
+            self.estimator, self.cv = estimator, cv
+            del self._params
+            folds.forget()
             if sharing is not None:
-                # the default scorer keeps it
+                # the default scorer keeps the pipeline
                 sharing.memory = None
         if sharing is not None and self.refit:
             self.best_estimator_.memory = None
         return self
 
-    def _at_once(self, X: Any) -> int:
-        """How many tasks there are at once if nobody says how many: no more threads than there are tasks."""
-        splits = 5 if self.cv is None else self.cv
-        if not isinstance(splits, Integral):
-            return _at_once(X)
-        return max(2, min(_at_once(X), self._candidates() * int(splits)))
-
-    @abstractmethod
-    def _candidates(self) -> int:
-        """How many there are."""
-
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
         # only newer releases have callbacks
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
+        asked = -1 if self.n_jobs is None else self.n_jobs
+        workers = asked if asked > 0 else max(1, cores() + 1 + asked)
+
+        def evaluate(candidates: Any, *others: Any, **named: Any) -> Any:
+            candidates = list(candidates)
+            if asked == 1:
+                return evaluate_candidates(candidates, *others, **named)
+            most = asked if asked > 0 else None
+            with TrainedAhead(self._tasks(candidates), workers, lambda: most or _at_once(self.cv.X)):
+                return evaluate_candidates(candidates, *others, **named)
+
         # the models have a core each; the refit, which comes later, has them all
         with threadpool_limits(1, user_api="blas"):
-            super()._run_search(evaluate_candidates, **context)
+            super()._run_search(evaluate, **context)
+
+    def _tasks(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[Task]:
+        """Yield the fits of scikit-learn's search, in its order."""
+        X, y, fitted = self.cv.X, self.cv.y, self._params
+        if get_config()["enable_metadata_routing"]:
+            fitted = process_routing(self, "fit", **fitted).estimator.fit
+        fitted = {name: value for name, value in fitted.items() if name != "groups"}
+
+        def task(candidate: Mapping[str, Any], train: Any) -> tuple[Any, Callable[[], object]]:
+            estimator = clone(self.estimator).set_params(**clone(candidate, safe=False))
+            params = _check_method_params(X, params=fitted, indices=train)
+            return _last_step(estimator), partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
+
+        for candidate in candidates:
+            for train, _ in self.cv.folds:
+                yield partial(task, candidate, train)
 
 
 class FleetSearchCV(_FleetSearch, GridSearchCV):
@@ -86,23 +134,18 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
     MLPClassifier or MLPRegressor of ``fusemlp.sklearn``, alone or as the last step of a ``Pipeline``; the steps before
     it are fitted once for each fold and each choice of their own parameters, unless the pipeline has a ``memory``.
     ``param_grid``: a mapping from names to values, or a list of mappings; an empty mapping is one candidate, the
-    estimator as it is. ``n_jobs``: how many models train at once; None for one a core, and where one launch trains many
-    (on a GPU, and on NumPy without numba) for as many as there is memory for, at most 256.
+    estimator as it is. ``n_jobs``: how many models train at once; None for one a core, and on Triton for as many as
+    there is memory for, at most 256.
 
-    One that cannot be fitted, or whose parameters are no longer finite, gets ``error_score`` with a FitFailedWarning. A
-    thread holds the rows of the fold that it is at and no others. On NumPy with numba each model trains in one compiled
-    loop, and ends with the same bits as one that is fitted alone with BLAS on one thread. Elsewhere models of one
+    A model that cannot be fitted, or whose parameters are no longer finite, gets ``error_score`` with a
+    FitFailedWarning. On NumPy each model trains in one compiled loop, and ends with the same bits as one that is fitted
+    alone with BLAS on one thread; there are rows of two folds a core in memory, and no more. On Triton models of one
     shape, from all candidates and folds, train in one launch, which one that has converged leaves; within rounding they
-    end where models end that are fitted alone.
+    end where models end that are fitted alone. On CuPy, with callbacks, ``verbose``, ``warm_start`` or L-BFGS they
+    train one after another.
     """
 
     _space, _plain = "param_grid", "GridSearchCV"
-
-    def _candidates(self) -> int:
-        sizes = [
-            [len(values) for values in one.values() if hasattr(values, "__len__")] for one in _spaces(self.param_grid)
-        ]
-        return sum(math.prod(size) for size in sizes)
 
 
 class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
@@ -113,34 +156,29 @@ class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
 
     _space, _plain = "param_distributions", "RandomizedSearchCV"
 
-    def _candidates(self) -> int:
-        return int(self.n_iter) if isinstance(self.n_iter, Integral) else MOST_AT_ONCE
-
 
 def _spaces(given: Any) -> list[Mapping[str, Any]]:
-    """The mappings of a space; what is none is left to scikit-learn, which refuses it in its own words."""
+    """Return the mappings of a space; scikit-learn refuses anything else."""
     several = [given] if isinstance(given, Mapping) else given
     return [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
 
 
-def _last_step(estimator: Any) -> tuple[str, Any]:
-    """The name that the parameters of a pipeline's last step begin with, such as "mlp__", and the step."""
-    prefix = ""
+def _last_step(estimator: Any) -> Any:
+    """Return the estimator that a pipeline, or a pipeline in it, ends in."""
     while isinstance(estimator, Pipeline) and estimator.steps:
-        name, estimator = estimator.steps[-1]
-        prefix += f"{name}__"
-    return prefix, estimator
+        estimator = estimator.steps[-1][1]
+    return estimator
 
 
 def _values(name: str, spaces: list[Mapping[str, Any]]) -> list[Any]:
-    """The values of a parameter; of a distribution there is no list."""
+    """Return the listed values of a parameter; a distribution lists none."""
     values = [space[name] for space in spaces if name in space]
     kinds = (Sequence, np.ndarray)
     return [one for listed in values if isinstance(listed, kinds) and not isinstance(listed, str) for one in listed]
 
 
 def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -> list[Any]:
-    """The estimator that the pipeline ends in, and those that the space puts in its place."""
+    """Return the estimator that the pipeline ends in, and those that the space puts in its place."""
     if not isinstance(estimator, Pipeline) or not estimator.steps:
         return [estimator]
     name, last = estimator.steps[-1]
@@ -153,7 +191,7 @@ def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -
 
 
 def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
-    """Refuse what could not be trained, before anything is; ``plain`` is scikit-learn's own search."""
+    """Refuse estimators and names that cannot be trained, before any fit; ``plain`` is scikit-learn's own search."""
     spaces = _spaces(given)
     for model in _models(estimator, spaces):
         if not isinstance(model, BaseMLP):
@@ -171,32 +209,25 @@ def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
         for name in mapping:
             if not isinstance(name, str):
                 raise ArgumentTypeError(f"{space}: expected the names of parameters, got {name!r}")
-            # a step that is replaced may have other parameters, which its own set_params knows
+            # a step that is replaced may have other parameters, which its own set_params checks
             replaced = any(name.startswith(f"{step}__") for step in mapping)
             if name not in known and not replaced:
                 raise unknown_name(space, name, sorted(known))
 
 
-def _backends(estimator: Any, spaces: list[Mapping[str, Any]]) -> set[str]:
-    """The names of the backends that are asked for."""
-    names = [model.backend for model in _models(estimator, spaces)]
-    names += _values(f"{_last_step(estimator)[0]}backend", spaces)
-    return {chosen_backend(name) for name in names if isinstance(name, str)}
-
-
 def _at_once(X: Any) -> int:
-    """How many models train in common launches: each task holds rows of its own."""
-    # of an array, a table, or rows that are sparse and become dense; a list is never large
+    """Return how many models may share a launch: each holds rows of its own."""
+    # X is an array, a table, or sparse rows that become dense; a list is never large
     shape = getattr(X, "shape", ())
     size = math.prod(shape) * getattr(getattr(X, "dtype", None), "itemsize", 8) if shape else 0
     available = available_memory()
     if not size or available is None:
         return MOST_AT_ONCE
-    # the rows of the fold, and those that are held out
+    # the rows of the fold, and a copy of them
     return max(2, min(MOST_AT_ONCE, available // 2 // (2 * size)))
 
 
 def _shares(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
-    """Whether there are steps that candidates may have in common, and no memory of the user's."""
+    """Return whether candidates may share steps of a pipeline without a ``memory`` of the user's."""
     chosen = any("memory" in space for space in spaces)
     return isinstance(estimator, Pipeline) and estimator.memory is None and not chosen

@@ -1,4 +1,4 @@
-"""What the estimators' parameters may be, and the network, loss and optimizer that they come to."""
+"""The estimators' parameters: their constraints, and the network, loss and optimizer that they describe."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, 
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.backends import TRAITS, first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")
 LOGISTIC = "logistic"
 REGRESSION_LOSSES = ("squared_error", "poisson", "absolute_error", "huber", "quantile")
-# scikit-learn admits a momentum of 1, and the optimizers here what is below it: the two differ by half a rounding.
+# scikit-learn allows a momentum of 1, the optimizers here only less: the two differ by half a rounding.
 LARGEST_MOMENTUM = float(np.nextafter(1.0, 0.0))
 
 _AT_LEAST_0 = Interval(Real, 0, None, closed="left")
@@ -64,7 +64,7 @@ CONSTRAINTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of the engine's, and how scikit-learn counts it.
+    """A loss of the engine, and how scikit-learn normalises it.
 
     A row's loss, a sum over the outputs, is multiplied by ``factor`` for the gradient; what is reported as the loss is
     the mean over rows of that, divided by ``reported_by``.
@@ -77,15 +77,16 @@ class Objective:
 
 
 def classification_objective(out_activation: str, label_smoothing: float) -> Objective:
-    """The cross-entropy of a softmax, or of one logistic output for two classes or for each label."""
+    """Return the cross-entropy of a softmax, or of one logistic output for two classes or for each label."""
     if out_activation == "softmax":
         return Objective(CrossEntropy(label_smoothing=label_smoothing, reduction="sum"), out_activation=out_activation)
     return Objective(BinaryCrossEntropy(reduction="sum"), out_activation=out_activation)
 
 
 def regression_objective(loss: str | Loss, outputs: int) -> Objective:
-    """squared_error is scikit-learn's: half the square; its gradient is of the sum over the outputs, its report a mean.
+    """Return the objective of a regression loss.
 
+    squared_error is scikit-learn's: half the square, summed over the outputs for the gradient, averaged in the report.
     poisson sums over the outputs. The others, which scikit-learn does not have, are means over the outputs.
     """
     if loss == "squared_error":
@@ -98,7 +99,7 @@ def regression_objective(loss: str | Loss, outputs: int) -> Objective:
 
 
 def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
-    """The widths of the hidden layers; raises ValueError for one that is not above 0."""
+    """Return the widths of the hidden layers. Raises ValueError for one that is not above 0."""
     several = isinstance(hidden_layer_sizes, Iterable)
     widths = list(hidden_layer_sizes) if several else [hidden_layer_sizes]
     if any(width <= 0 for width in widths):
@@ -107,7 +108,7 @@ def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
 
 
 def hidden_activations(activation: Any, hidden: int) -> list[Activation]:
-    """An activation for each of ``hidden`` layers; raises ValueError if several are given and not as many."""
+    """Return an activation for each of ``hidden`` layers. Raises ValueError for a list of another length."""
     several = isinstance(activation, list | tuple)
     given = list(activation) if several else [activation] * hidden
     if len(given) != hidden:
@@ -116,7 +117,7 @@ def hidden_activations(activation: Any, hidden: int) -> list[Activation]:
 
 
 def network(sizes: list[int], activation: Any, dropout: Any) -> MLP:
-    """The network of these widths; its initial parameters come from elsewhere."""
+    """Return the network of these widths; the estimator draws its initial parameters."""
     hidden = len(sizes) - 2
     rates = list(dropout) if isinstance(dropout, list | tuple) else [dropout] * hidden
     if len(rates) != hidden:
@@ -125,10 +126,10 @@ def network(sizes: list[int], activation: Any, dropout: Any) -> MLP:
 
 
 def optimizer(estimator: Any) -> Optimizer:
-    """The optimizer of an estimator, with scikit-learn's conventions where it has the same.
+    """Return the optimizer of an estimator, with scikit-learn's conventions where it has the same one.
 
-    The L2 penalty is no part of it: how strong it is depends on the batch. Only AdamW's decay, which scikit-learn does
-    not have, is a constant: ``alpha``.
+    The L2 penalty is not part of it: its strength depends on the batch. Only AdamW's decay, which scikit-learn does not
+    have, is a constant: ``alpha``.
     """
     schedule = estimator.learning_rate
     rate = schedule if isinstance(schedule, Schedule) else float(estimator.learning_rate_init)
@@ -155,23 +156,23 @@ def optimizer(estimator: Any) -> Optimizer:
 
 
 def chosen_backend(backend: str) -> str:
-    """The name of the backend, where "auto" was asked for the first that works here."""
-    if backend != "auto":
-        return backend
-    return open_backend("auto", None, "fp32").traits.name
+    """Return the name of the backend; "auto" is the first that works here."""
+    return first_available() if backend == "auto" else backend
 
 
 def chosen_precision(precision: str, backend: str, dtype: Any, solver: str) -> str:
-    """With "auto" on NumPy that of ``dtype``, and fp64 for lbfgs, whose line search lives on exact differences."""
+    """Return the precision; "auto" is that of ``dtype``, and fp64 for lbfgs, whose line search needs exact differences.
+
+    A backend without fp64 takes fp32.
+    """
     if precision != "auto":
         return precision
-    if backend != "numpy":
-        return "fp32"
-    return "fp64" if solver == "lbfgs" or dtype == np.float64 else "fp32"
+    exact = "fp64" in TRAITS[backend].precisions and (solver == "lbfgs" or dtype == np.float64)
+    return "fp64" if exact else "fp32"
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:
-    """The number of rows of a batch; "auto" is 200, or all of fewer. More than there are is warned of, and clipped."""
+    """Return the rows of a batch; "auto" is 200, or all of fewer. More than ``n`` are clipped with a warning."""
     if batch_size == "auto":
         return min(200, n)
     if batch_size > n:

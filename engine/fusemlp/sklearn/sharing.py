@@ -1,4 +1,4 @@
-"""The steps in front of a model, fitted once for all candidates that have them in common."""
+"""Fits the steps before a model once for all candidates that share them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import joblib
 
-# What transformed rows may take in all, in bytes; beyond it the ones that were used longest ago are computed again.
+# The most bytes of transformed rows; beyond it the least recently used ones are dropped.
 LIMIT = 1 << 30
 
 
 class SharedFits:
-    """A pipeline's ``memory`` that keeps fitted steps and their transformed rows in this process.
+    """Keeps fitted steps and their transformed rows in this process, as a pipeline's ``memory``.
 
-    Two calls are the same where the step, its parameters, the rows and the targets are. They have the fitted step in
-    common, and rows of their own, which a later step may change in place, as those with ``copy=False`` do.
+    Two calls are the same if the step, its parameters, the rows and the targets are. They share the fitted step and get
+    rows of their own, which a later step may change in place, as steps with ``copy=False`` do.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -26,7 +26,7 @@ class SharedFits:
         self._results: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
 
     def cache(self, function: Callable[..., Any], ignore: Iterable[str] = ()) -> Callable[..., Any]:
-        """``function``, called once for the same arguments; those named in ``ignore`` do not count."""
+        """Return ``function`` called once for the same arguments; those named in ``ignore`` do not count."""
         ignored = frozenset(ignore)
 
         def call(*arguments: Any, **named: Any) -> Any:
@@ -34,7 +34,7 @@ class SharedFits:
             try:
                 key = joblib.hash((function.__qualname__, arguments, counted))
             except (pickle.PicklingError, AttributeError, TypeError):
-                # a step that cannot be pickled, such as one with a lambda, cannot be told from another
+                # a step that cannot be pickled, such as one with a lambda, cannot be compared
                 return function(*arguments, **named)
             return self._result(key, lambda: function(*arguments, **named))
 
@@ -52,7 +52,7 @@ class SharedFits:
         return rows, step
 
     def __deepcopy__(self, memo: Any) -> SharedFits:
-        # a clone of the pipeline shares what there is
+        # clones of the pipeline share the results
         return self
 
     def __repr__(self) -> str:
@@ -60,9 +60,9 @@ class SharedFits:
 
 
 def _bytes(rows: Any) -> int:
-    """The size of transformed rows, dense, sparse or a table."""
+    """Return the size of transformed rows, dense, sparse or a table."""
     if hasattr(rows, "memory_usage"):
         return int(rows.memory_usage().sum())
-    # a sparse matrix has its numbers in an array
+    # a sparse matrix keeps its numbers in an array
     stored = rows if hasattr(rows, "nbytes") else getattr(rows, "data", None)
     return int(getattr(stored, "nbytes", 0))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusemlp.describe.network import Activation
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.backends import open_backend, torch_backend
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     COUNTERS,
@@ -57,9 +57,7 @@ def _backend_for(x: Tensor) -> Backend:
     precision = PRECISIONS.get(x.dtype)
     if precision is None:
         raise DTypeError(f"x: expected torch.float32 or torch.float64, got {x.dtype}")
-    if x.device.type == "cpu":
-        return _opened("numpy", None, precision)
-    return _opened("triton", str(x.device), precision)
+    return _opened(torch_backend(x.device.type), str(x.device), precision)
 
 
 class _Memory:
@@ -68,7 +66,7 @@ class _Memory:
     def __init__(self, backend: Backend, like: Tensor) -> None:
         self.backend = backend
         self._like = like
-        self._host = backend.traits.name == "numpy"
+        self._host = backend.traits.on_host
 
     def see(self, tensor: Tensor) -> Any:
         """Return the backend's array over the tensor's memory."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fusemlp.describe.checks import as_count
 from fusemlp.program.program import Program
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp.runtime.memory import Memory
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp.torch.arena import Tie
@@ -22,7 +22,7 @@ from fusemlp.torch.programs import Batch, Programs, program_key
 from fusemlp.torch.updates import Clocks, UpdateSet
 from fusemlp.torch.watch import Watch
 from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend
-from fusemlp_kernels.errors import ArgumentError, DTypeError
+from fusemlp_kernels.errors import ArgumentError, DTypeError, unknown_name
 
 
 class FusedStep:
@@ -255,17 +255,22 @@ def _open(dtype: torch.dtype, device: torch.device, name: str, precision: str) -
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"module: is on {device}, expected 'cpu' or 'cuda'; use module.to('cpu')")
     if name == "auto":
-        name = "numpy" if device.type == "cpu" else "triton"
-    if name == "numpy" and device.type != "cpu":
-        raise ArgumentError(f"backend: 'numpy' runs on the CPU, the module is on {device}; use module.to('cpu')")
+        name = torch_backend(device.type)
+    traits = TRAITS.get(name)
+    if traits is None:
+        raise unknown_name("backend", name, ["auto", *TRAITS])
+    if traits.on_host and device.type != "cpu":
+        raise ArgumentError(f"backend: {name!r} runs on the CPU, the module is on {device}; use module.to('cpu')")
     fitting = ("fp64",) if dtype == torch.float64 else ("fp32", "tf32")
     if precision == "auto":
         precision = fitting[0]
     if precision not in fitting:
         raise ArgumentError(f"precision: a module in {dtype} can have {' or '.join(fitting)}, got {precision!r}")
-    if precision == "fp64" and name != "numpy":
-        raise DTypeError(f"module: torch.float64 needs the numpy backend, got {name!r}; use module.float()")
-    return open_backend(name, None if name == "numpy" else str(device), precision)
+    if precision == "fp64" and precision not in traits.precisions:
+        raise DTypeError(
+            f"module: torch.float64 needs fp64, which the {name} backend does not have; use module.float()"
+        )
+    return open_backend(name, str(device), precision)
 
 
 def _follow_loading(optimizer: Optimizer, reference: weakref.ref[FusedStep]) -> None:

@@ -1,19 +1,22 @@
-"""``fit``: what it is given is checked and bound to the engine; the loop is in ``fitting``."""
+"""``fit``: checks its arguments, binds them to the engine and makes the epoch loop."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.callbacks import checked_callbacks, exits, prepare
+from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.inputs.arrays import to_array
+from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
-from fusemlp.training.history import History
-from fusemlp.training.loop import Fit, Walking
+from fusemlp.training.batches import CopiedBatches
+from fusemlp.training.history import History, fresh_state, resumed_state
+from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
+from fusemlp.training.policy import FitPolicy
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -42,20 +45,20 @@ def fit(
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes.
 
     y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
-    (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may lie in host memory
-    or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``):
-    there they are read in place, or copied once where their type or their rows do not suit the kernels.
+    (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host memory
+    or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``).
+    The kernels read device arrays in place, or copy them once if their type or strides do not suit.
 
-    validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch. early_stopping: end when val_loss has
-    not improved for so many epochs, and go back to the best weights. callbacks: objects like ``Callback``, or like
-    Keras's (``fusemlp.callbacks``).
+    validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch. early_stopping: after this many epochs
+    without a better val_loss, stop and restore the best weights. callbacks: objects like ``Callback``, or like Keras's
+    (``fusemlp.callbacks``).
 
-    The order of the rows is a function of seed and epoch; ``shuffle=False`` keeps the rows as they are, ``row_order``
+    The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are; ``row_order``
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
     the beginning of that call.
 
-    Ctrl-C ends training after the batch and raises KeyboardInterrupt; what was trained and recorded is kept. Raises
+    Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
     no longer finite, with the engine back at the last good epoch.
     """
@@ -70,15 +73,14 @@ def fit(
     if patience is not None and validation is None:
         raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
     listeners = checked_callbacks(callbacks)
-    prepare(listeners, _logged(engine, targets, validation), epochs)
+    announce(listeners, _logged(engine, targets, validation), epochs)
     if drop_last and len(features) < engine.batch_size:
         raise ArgumentError(
             f"drop_last: {len(features)} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
         )
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
-    order = _order(engine, len(features), shuffle, row_order, first_epoch)
-    loop = Fit(
+    loop = fit_checked(
         engine,
         features,
         targets,
@@ -86,12 +88,12 @@ def fit(
         epochs=epochs,
         validation=validation,
         patience=patience,
-        callbacks=listeners,
-        order=order,
         drop_last=drop_last,
-        resume=resume,
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None else 1,
+        callbacks=listeners,
+        order=_order(len(features), shuffle, row_order, first_epoch),
+        resume=resume,
     )
     _warn(engine, features, targets, epochs * loop.batches)
     with exits(listeners, engine):
@@ -99,7 +101,7 @@ def fit(
 
 
 def _logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
-    """The names of what is logged of an epoch, in their order."""
+    """Return the names of an epoch's logs, in their order."""
     names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
     if validation is not None:
         names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.targets) else [])]
@@ -117,37 +119,64 @@ def fit_checked(
     patience: int | None,
     rows: Array | None = None,
     drop_last: bool = False,
-    bound: Walking | None = None,
+    bound: Steps | None = None,
     at_once: int | None = None,
-) -> Fit:
-    """``fit`` of arrays that have been checked, ready to run, on the rows of X in ``rows`` (m,) int64 where that is
-    given; see ``Fit`` for ``bound`` and ``at_once``."""
-    count = len(X) if rows is None else len(rows)
+    callbacks: Sequence[Any] = (),
+    order: Callable[[int], Array] | None = None,
+    resume: bool = False,
+) -> EpochLoop[FitPolicy]:
+    """Return the loop of a ``fit`` of arrays that have been checked, on ``rows`` (m,) int64 of X if given.
 
-    def order(epoch: int) -> Array:
+    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. ``order`` is a function from the
+    epoch to the rows; by default their order depends on the seed.
+    """
+    count = len(X) if rows is None else len(rows)
+    batch_size = min(engine.batch_size, count)
+    whole, rest = divmod(count, batch_size)
+    batches = whole + (1 if rest and not drop_last else 0)
+    state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
+
+    def by_seed(epoch: int) -> Array:
         shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
         return shuffled_rows if rows is None else rows[shuffled_rows]
 
-    return Fit(
+    policy = FitPolicy(
         engine,
         X,
-        targets,
-        weight,
-        epochs=epochs,
+        state,
+        engine.loss.spec(accuracy=engine.counts_hits(targets), soft=targets.soft),
+        by_seed if order is None else order,
+        last_epoch=(state.history.epochs[0] if state.history.epochs else state.epoch) + epochs,
         validation=validation,
         patience=patience,
-        callbacks=[],
-        order=order,
-        drop_last=drop_last,
-        resume=False,
-        rows=count,
-        bound=bound,
-        at_once=at_once,
+        best=engine.best_parameters if resume else None,
     )
+    resident = engine.plan == "resident"
+    if at_once is None:
+        at_once = epochs_at_once(engine, epochs, count, asked=validation is not None or bool(callbacks) or not resident)
+    if bound is None:
+        backend = engine.memory.backend
+        given = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
+        if resident or backend.traits.walks_rows:
+            given["rows"] = backend.allocate(at_once * batches * batch_size, "int64")
+        if weight is not None:
+            given["weight"] = backend.from_host(weight)
+        classes = engine.loss.class_weight is not None
+        program = engine.bind(
+            Inputs(len(X), indexed=True, weighted=weight is not None, class_weighted=classes),
+            policy.spec,
+            policy.rule,
+            batch_size,
+            given,
+            resident_batches=batches if resident else None,
+            epochs=at_once,
+        )
+        bound = program if program.walks_rows else CopiedBatches(program)
+    return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
 
 
 def checked_validation(engine: Session, given: Any, *, common: bool = False) -> Validation | None:
-    """``validation_data`` as ``fit`` takes it, checked; ``common``: of several models."""
+    """Check ``validation_data`` as ``fit`` takes it; ``common``: several models share it."""
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
@@ -155,7 +184,7 @@ def checked_validation(engine: Session, given: Any, *, common: bool = False) -> 
     X = engine.features("validation_data[0]", given[0])
     targets = engine.targets("validation_data[1]", given[1], rows=len(X))
     weight = engine.weights("validation_data[2]", given[2] if len(given) == 3 else None, rows=len(X))
-    # what the loss refuses must come out here, not at the end of the first epoch
+    # the loss refuses here, not at the end of the first epoch
     engine.loss.spec(accuracy=False, soft=targets.soft)
     return Validation(X, targets, weight, common)
 
@@ -165,30 +194,28 @@ def _described(given: Any) -> str:
     return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
 
 
-def _order(engine: Session, n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array]:
-    if given is not None:
-        if not callable(given):
-            raise ArgumentTypeError(
-                f"row_order: expected a function from the epoch to the order of the rows, got {type(given).__name__}; "
-                "for one fixed order give lambda epoch: rows"
-            )
-
-        def checked(epoch: int) -> Array:
-            rows = to_array(f"row_order({epoch})", given(epoch))
-            if rows.shape != (n,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(n)):
-                raise ArgumentError(
-                    f"row_order: expected a permutation of range({n}) for epoch {epoch}, got "
-                    f"{np.array2string(rows, threshold=8)}"
-                )
-            return rows
-
-        # the first is checked before anything has changed, and asked for only once
-        ahead = {first_epoch: checked(first_epoch)}
-        return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
-    if not shuffle:
+def _order(n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array] | None:
+    if given is None:
         identity = np.arange(n)
-        return lambda epoch: identity
-    return lambda epoch: shuffled(engine.backend, engine.plan, n, engine.seed, epoch)
+        return None if shuffle else lambda epoch: identity
+    if not callable(given):
+        raise ArgumentTypeError(
+            f"row_order: expected a function from the epoch to the order of the rows, got {type(given).__name__}; "
+            "for one fixed order give lambda epoch: rows"
+        )
+
+    def checked(epoch: int) -> Array:
+        rows = to_array(f"row_order({epoch})", given(epoch))
+        if rows.shape != (n,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(n)):
+            raise ArgumentError(
+                f"row_order: expected a permutation of range({n}) for epoch {epoch}, got "
+                f"{np.array2string(rows, threshold=8)}"
+            )
+        return rows
+
+    # the first is checked before anything has changed, and asked for only once
+    ahead = {first_epoch: checked(first_epoch)}
+    return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
 
 
 def _warn(engine: Session, X: Any, targets: Targets, batches: int) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fusemlp.runtime.session import Session
 
 
 @dataclass
@@ -73,3 +75,40 @@ class FitState:
         """Return the state of a description from ``to_config``."""
         history = History(**config["history"])
         return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
+
+
+def fresh_state(engine: Session, epochs: int, batches: int) -> FitState:
+    """Return the position before a fit of ``epochs`` epochs with this many batches each."""
+    updates = epochs * batches // engine.optimizer.accumulate
+    return FitState(
+        epoch=engine.epochs_trained,
+        batch=0,
+        last_epoch=engine.epochs_trained + epochs,
+        total_updates=engine.update_count + updates,
+        history=History(),
+    )
+
+
+def resumed_state(engine: Session, epochs: int, batches: int, rows: int) -> FitState:
+    """Return the position of the fit that ``engine``'s checkpoint was written in.
+
+    Raises ArgumentError if there was none or it is past ``epochs``, ShapeError if the data has too few batches.
+    """
+    state = engine.fit_state
+    if state is None:
+        raise ArgumentError(
+            "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
+        )
+    first = state.history.epochs[0] if state.history.epochs else state.epoch
+    begun = state.epoch - first + (1 if state.batch else 0)
+    if epochs < begun:
+        raise ArgumentError(
+            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {epochs}; give {begun} or "
+            "more, or resume=False"
+        )
+    if state.batch > batches:
+        raise ShapeError(
+            f"X: the checkpoint stands at batch {state.batch} of its epoch, and {rows} rows make only {batches}; "
+            "resume with the data of the first call"
+        )
+    return state

@@ -1,224 +1,182 @@
-"""The loop of a fit: epochs, validation, early stopping, callbacks, and the way back from a divergence."""
+"""The epoch loop: launches of several epochs, callbacks, Ctrl-C, and the way back from a divergence.
+
+``Engine.fit``, the models of a fleet and scikit-learn's estimators train in this loop. A ``Policy`` decides what
+differs: the order of the rows, the account of an epoch's loss, the end of training, changes of the learning rate.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt, overrides
-from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
-from fusemlp.program.lowering import Inputs
-from fusemlp.runtime.inference import metrics_of
-from fusemlp.training.history import FitState, History
-from fusemlp.training.validation import Validation
-from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL, LossSpec, UpdateRule
-from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
+from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
+from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL
+from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
-    from fusemlp.inputs.targets import Targets
-    from fusemlp.runtime.bound import BoundProgram
     from fusemlp.runtime.session import Session
+    from fusemlp.training.history import FitState, History
 
 Array = np.ndarray[Any, Any]
-Snapshot = dict[str, Any]
 
-# Where nobody has to do with the epochs but to write them down, so many rows go into one launch of the resident plan.
+# Most rows in one launch of the resident plan when nothing runs between epochs.
 ROWS_AT_ONCE = 1 << 17
-# Features beyond this in size are not standardised, and then the loss of most networks overflows.
-LARGE_FEATURE = 100.0
 
 
-class Walking(Protocol):
-    """What ``Fit`` needs of a program whose steps somebody else runs."""
+class Steps(Protocol):
+    """Knows the rows of the next steps: a bound program, or something with the same methods."""
 
-    walks_rows: bool
+    # the most steps in one call
     chunk: int
     arrays: dict[str, Any]
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
-        """The rows of epochs one behind the other, from batch ``first_batch`` of the first on."""
+        """Take the rows of ``epochs`` epochs, stored contiguously, from batch ``first_batch`` of the first on."""
 
 
-def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool, room: int | None = None) -> int:
-    """Through how many epochs of so many rows a launch goes before somebody is asked or told something; ``asked``:
-    somebody is after each. ``room``: the most rows of all of them."""
+class Policy:
+    """Decides what differs from one kind of training to another."""
+
+    # whether the engine goes back to the last good epoch when a loss is not finite
+    rewinds: ClassVar[bool] = False
+    # of the learning rates, its lengths in updates
+    schedule: Schedule
+
+    def begin(self) -> None:
+        """Get ready for the first step; callbacks hear of the training after that."""
+
+    def wanted(self) -> int:
+        """Return how many epochs to train whatever their losses are; 0 ends training."""
+        raise NotImplementedError
+
+    def order(self, epoch: int) -> Array:
+        """Return the rows (n,) of an epoch in their order; asked for each epoch of a launch before it starts."""
+        raise NotImplementedError
+
+    def cut_off(self, begun: int) -> None:
+        """Learn that a launch ended early, when ``begun`` of its epochs had begun."""
+
+    def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
+        """Account for an epoch with these statistics (STATS,), ``rate`` being the next update's; return its logs."""
+        raise NotImplementedError
+
+    def divergence(self, rate: float) -> DivergenceError:
+        """Return the error for an epoch whose loss is not finite, ``rate`` being its last learning rate."""
+        raise NotImplementedError
+
+    def finish(self, *, interrupted: bool) -> None:
+        """Clean up after the last step; callbacks hear of the end after that."""
+
+
+PolicyT = TypeVar("PolicyT", bound=Policy)
+
+
+def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool) -> int:
+    """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most; 1 if something runs after each.
+
+    ``asked``: a callback or a validation does.
+    """
     if asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
         return 1
-    return max(1, min(epochs, (ROWS_AT_ONCE if room is None else room) // rows))
+    return max(1, min(epochs, ROWS_AT_ONCE // rows))
 
 
-class Fit:
-    """One call of ``fit``: its data bound to the engine, and the loop. With ``bound``, which has room for the rows of
-    ``at_once`` epochs, the steps that ``training`` asks for are run by whoever asks."""
+@dataclass(eq=False)
+class EpochLoop(Generic[PolicyT]):
+    """Trains ``engine`` epoch by epoch, ``batches`` of ``batch_size`` rows each, as ``policy`` decides.
 
-    def __init__(
-        self,
-        engine: Session,
-        X: Any,
-        targets: Targets,
-        weight: Any | None,
-        *,
-        epochs: int,
-        validation: Validation | None,
-        patience: int | None,
-        callbacks: list[Any],
-        order: Callable[[int], Array],
-        drop_last: bool,
-        resume: bool,
-        rows: int | None = None,
-        bound: Walking | None = None,
-        at_once: int | None = None,
-    ) -> None:
-        self.engine = engine
-        # of X, or of those that ``order`` picks
-        self.rows = len(X) if rows is None else rows
-        self.X = X
-        self.held_out = None if validation is None else validation.of(engine)
-        self.patience = patience
-        self.callbacks = callbacks
-        self.order = order
-        self.batch_size = min(engine.batch_size, self.rows)
-        whole, rest = divmod(self.rows, self.batch_size)
-        self.batches = whole + (1 if rest and not drop_last else 0)
-        self.spec: LossSpec = engine.loss.spec(accuracy=engine.counts_hits(targets), soft=targets.soft)
-        self.state = self._resumed(epochs) if resume else self._fresh(epochs)
-        first = self.state.history.epochs[0] if self.state.history.epochs else self.state.epoch
-        self.last_epoch = first + epochs
-        self.schedule = engine.optimizer.schedule.over(self.state.total_updates)
-        self.rule: UpdateRule = engine.optimizer.rule()
-        asked = validation is not None or bool(callbacks) or engine.plan != "resident"
-        self.at_once = epochs_at_once(engine, epochs, self.rows, asked=asked) if at_once is None else at_once
-        self.bound: Any = self._bind(X, targets, weight) if bound is None else bound
-        # where the statistics of epochs go that end inside a launch
-        self._history = self.bound.arrays.get("history")
-        self.best: Snapshot | None = engine.best_parameters if resume else None
+    ``bound`` runs the steps; where another launch runs them, ``training`` says how many. ``state`` is where training
+    stands. A launch takes ``at_once`` epochs at most.
+    """
 
-    def _fresh(self, epochs: int) -> FitState:
-        engine = self.engine
-        updates = epochs * self.batches // engine.optimizer.accumulate
-        return FitState(
-            epoch=engine.epochs_trained,
-            batch=0,
-            last_epoch=engine.epochs_trained + epochs,
-            total_updates=engine.update_count + updates,
-            history=History(),
-        )
+    engine: Session
+    bound: Any
+    policy: PolicyT
+    state: FitState
+    batch_size: int
+    batches: int
+    at_once: int
+    callbacks: Sequence[Any]
 
-    def _resumed(self, epochs: int) -> FitState:
-        state = self.engine.fit_state
-        if state is None:
-            raise ArgumentError(
-                "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
-            )
-        first = state.history.epochs[0] if state.history.epochs else state.epoch
-        begun = state.epoch - first + (1 if state.batch else 0)
-        if epochs < begun:
-            raise ArgumentError(
-                f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {epochs}; give {begun} or "
-                "more, or resume=False"
-            )
-        if state.batch > self.batches:
-            raise ShapeError(
-                f"X: the checkpoint stands at batch {state.batch} of its epoch, and {self.rows} rows make only "
-                f"{self.batches}; resume with the data of the first call"
-            )
-        return state
-
-    def _bind(self, X: Any, targets: Targets, weight: Any | None) -> BoundProgram:
-        engine = self.engine
-        to_device = engine.memory.backend.from_host
-        inputs = Inputs(
-            len(X),
-            indexed=True,
-            weighted=weight is not None,
-            class_weighted=engine.loss.class_weight is not None,
-        )
-        given = {"x": to_device(X, "compute"), "target": to_device(targets.values)}
-        resident = engine.plan == "resident"
-        if resident or engine.memory.backend.traits.walks_rows:
-            places = self.at_once * self.batches * self.batch_size
-            given["rows"] = engine.memory.backend.allocate(places, "int64")
-        if weight is not None:
-            given["weight"] = to_device(weight)
-        batches = self.batches if resident else None
-        return engine.bind(
-            inputs,
-            self.spec,
-            self.rule,
-            self.batch_size,
-            given,
-            resident_batches=batches,
-            epochs=self.at_once,
-        )
+    @property
+    def _epoch_stats(self) -> Any | None:
+        # where a launch of several epochs leaves the statistics of each
+        return self.bound.arrays.get("history")
 
     def run(self) -> History:
-        """Train; the engine's ``history`` and ``fit_state`` follow."""
+        """Train; the engine's ``history`` follows. Raises KeyboardInterrupt at the end after Ctrl-C."""
         self.begin()
         with deferred_interrupt() as interrupted:
-            for steps in self.training(interrupted):
-                self.bound.run_many(steps)
+            self.drive(interrupted)
         self.finish(interrupted=interrupted())
         if interrupted():
             raise KeyboardInterrupt
         return self.state.history
 
     def begin(self) -> None:
-        """What comes before the first step."""
+        """Get ready for the first step."""
         engine, state = self.engine, self.state
-        state.last_epoch = self.last_epoch
-        engine.fit_state = state
         engine.history = state.history
-        engine.best_parameters = self.best
         engine.stop_training = False
-        engine.rates.follow(self.schedule, state.plateau[2])
+        self.policy.begin()
         if state.batch == 0:
             engine.memory.stats[:] = 0.0
-        state.history.stopped = ""
         self._call("on_train_begin")
 
-    def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
-        """The epochs. Where the program walks over the rows by itself it yields numbers of steps, which whoever asks
-        for the next has run. ``interrupted`` tells whether training shall end after the batch.
+    def drive(self, interrupted: Callable[[], bool]) -> None:
+        """Run the steps that ``training`` asks for."""
+        for steps in self.training(interrupted):
+            self.bound.run_many(steps)
 
-        Raises DivergenceError, with the engine back at the last good epoch.
+    def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
+        """Yield numbers of steps; the caller runs them before it asks for the next number.
+
+        ``interrupted`` tells whether training shall end after the batch. Raises DivergenceError, with the engine back
+        at the last good epoch.
         """
-        engine, state = self.engine, self.state
-        good: Snapshot | None = None
-        # ``again``: epochs that are gone through once more, all of them to their end
+        engine, state, policy = self.engine, self.state, self.policy
+        good: dict[str, Array] = {}
+        # ``again``: epochs to train once more after a divergence, all of them to their end
         at_once, again = self.at_once, 0
 
         def ends() -> bool:
             return not again and (engine.stop_training or interrupted())
 
         # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
-        while not self._out_of_patience() and state.epoch < state.last_epoch and not ends():
-            good, first_batch, first_epoch = engine.snapshot(good), state.batch, state.epoch
+        while (wanted := policy.wanted()) and not ends():
+            first_epoch, first_batch = state.epoch, state.batch
             # a fit that is resumed ends its epoch first
-            epochs = 1 if first_batch else min(at_once, state.last_epoch - first_epoch)
+            epochs = 1 if first_batch else min(at_once, wanted)
+            if policy.rewinds:
+                good = engine.snapshot(good)
             began = time.perf_counter()
-            if state.batch == 0:
-                self._call("on_epoch_begin", state.epoch)
-            if self.bound.walks_rows:
-                yield from self._walk(ends, epochs)
-            else:
-                self._batches(ends)
+            if first_batch == 0:
+                self._call("on_epoch_begin", first_epoch)
+            yield from self._walk(ends, epochs)
             left = state.batch % self.batches
-            accounts = self._accounts(state.epoch - first_epoch + (0 if left else 1), ran=first_batch < self.batches)
+            ended = state.epoch - first_epoch + (0 if left else 1)
+            if ended < epochs:
+                policy.cut_off(ended + (1 if left else 0))
+            accounts = self._accounts(ended, ran=first_batch < self.batches)
             state.epoch = first_epoch
-            if len(accounts) and not self._all_finite(accounts):
-                if len(accounts) == 1 and not left:
-                    raise self._diverged(good, first_batch)
-                # which epoch it was shows when they are gone through one by one
+            if policy.rewinds and ended and not self._is_finite(accounts):
+                rate = engine.learning_rate
                 engine.restore(good)
-                state.batch, at_once, again = first_batch, 1, len(accounts)
+                state.batch = first_batch
+                if ended == 1 and not left:
+                    raise policy.divergence(rate)
+                # one by one they show which epoch it was
+                at_once, again = 1, ended
                 continue
             again = max(0, again - 1)
-            seconds = (time.perf_counter() - began) / max(1, len(accounts))
-            rates = self._rates(len(accounts), left)
+            seconds = (time.perf_counter() - began) / max(1, ended)
+            rates = self._rates(ended, left)
             if not left:
                 engine.memory.stats[:] = 0.0
             for stats, rate in zip(accounts, rates, strict=True):
@@ -226,61 +184,13 @@ class Fit:
             if left:
                 state.batch = left
                 break
-        if interrupted():
-            place = f"in epoch {state.epoch + 1}" if state.batch else f"after epoch {state.epoch}"
-            state.history.stopped = f"interrupted {place}"
-        elif engine.stop_training:
-            state.history.stopped = "a callback stopped the training"
-
-    def finish(self, *, interrupted: bool) -> None:
-        """What comes after the last step."""
-        engine = self.engine
-        if self.patience is not None and self.best is not None and not interrupted:
-            engine.write_tensors(self.best, "")
-        engine.best_parameters = self.best
-        self._call("on_train_end", self.state.history)
-
-    def _watching(self, stage: str) -> list[Any]:
-        return [callback for callback in self.callbacks if overrides(callback, stage)]
-
-    def _batches(self, ends: Callable[[], bool]) -> None:
-        """The batches that remain of the epoch, one after another."""
-        engine, state, bound = self.engine, self.state, self.bound
-        rows, size, n = bound.arrays["rows"], self.batch_size, self.rows
-        order = self.order(state.epoch)
-        copy, run, cover = engine.memory.backend.copy_into, bound.run, engine.rates.cover
-        starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
-        bound.set_row_count(size)
-        with np.errstate(all="ignore"):
-            while state.batch < self.batches:
-                if starters:
-                    with np.errstate(all="warn"):
-                        for starter in starters:
-                            starter.on_batch_begin(engine, state.batch)
-                start = state.batch * size
-                if start + size <= n:
-                    copy(rows, order[start : start + size])
-                else:
-                    count = n - start
-                    copy(rows[:count], order[start:])
-                    rows[count:] = -1
-                    bound.set_row_count(count)
-                cover(self.schedule, 1)
-                run()
-                state.batch += 1
-                if watchers:
-                    with np.errstate(all="warn"):
-                        for watcher in watchers:
-                            watcher.on_batch_end(engine, state.batch - 1)
-                if ends():
-                    break
 
     def _walk(self, ends: Callable[[], bool], epochs: int) -> Iterator[int]:
-        """The batches that remain of ``epochs`` epochs, of a program that moves from batch to batch by itself."""
+        """Ask for the steps of the batches that remain of ``epochs`` epochs."""
         engine, state, bound = self.engine, self.state, self.bound
         trained = self.batches * self.batch_size
-        orders = [self.order(state.epoch + ahead)[:trained] for ahead in range(epochs)]
-        starters, watchers = self._watching("on_batch_begin"), self._watching("on_batch_end")
+        orders = [self.policy.order(state.epoch + ahead)[:trained] for ahead in range(epochs)]
+        starters, watchers = self._overriding("on_batch_begin"), self._overriding("on_batch_end")
         bound.set_rows(orders[0] if epochs == 1 else np.concatenate(orders), state.batch, self.batch_size, epochs)
         done, total = state.batch, epochs * self.batches
         first = state.epoch
@@ -288,7 +198,7 @@ class Fit:
             count = 1 if starters or watchers else min(total - done, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
-            count = engine.rates.cover(self.schedule, count)
+            count = engine.rates.cover(self.policy.schedule, count)
             yield count
             done += count
             if epochs == 1:
@@ -297,92 +207,54 @@ class Fit:
                 watcher.on_batch_end(engine, state.batch - 1)
             if ends():
                 break
-        # not before: what is raised in a launch leaves the accounts of epochs that were closed. Behind the last batch
-        # of an epoch it is not yet the next
+        # Not before: an error in a launch leaves the position at the last recorded epoch. After the last batch of an
+        # epoch it is not the next epoch yet.
         state.epoch = first + (done - 1) // self.batches
         state.batch = done - (state.epoch - first) * self.batches
-        if self._history is not None:
+        if self._epoch_stats is not None:
             # as if each epoch had been given its rows
             counters = engine.memory.counters
             counters[ROW_OFFSET] = int(counters[ROW_OFFSET]) % int(counters[ROW_TOTAL])
 
     def _accounts(self, epochs: int, *, ran: bool) -> Array:
-        """The statistics of the epochs that have just ended, one a row; ``ran``: after steps of this fit."""
+        """Return the statistics (epochs, STATS) of the last epochs; ``ran``: this fit has run steps of them."""
         memory = self.engine.memory
-        # a checkpoint may have been written behind the last batch, before the epoch was closed
-        if self._history is None or not ran:
+        # a checkpoint may have been written after the last batch, before the epoch was closed
+        if self._epoch_stats is None or not ran:
             return memory.backend.to_host(memory.stats)[None][:epochs]
-        return memory.backend.to_host(self._history[:epochs])
+        return memory.backend.to_host(self._epoch_stats[:epochs])
+
+    def _is_finite(self, accounts: Array) -> bool:
+        """Return whether the losses of these epochs, and the parameters after the last, are finite."""
+        memory = self.engine.memory
+        self.engine.check_scaling()
+        return all(map(math.isfinite, (*accounts[:, LOSS_SUM].tolist(), *memory.backend.extent(memory.params))))
 
     def _rates(self, epochs: int, left: int) -> list[float]:
-        """The learning rate at the end of each of the epochs that have just ended, ``left`` batches before now."""
+        """Return the learning rate at the end of each of the last ``epochs`` epochs, ``left`` batches before now."""
         engine = self.engine
         if epochs == 1 and not left:
             return [engine.learning_rate]
-        every, updates = self.rule.accumulate, engine.update_count
+        every, updates = engine.optimizer.accumulate, engine.update_count
         batches = int(engine.memory.counters[BATCH_INDEX])
         ends = [batches - left - ahead * self.batches for ahead in reversed(range(epochs))]
         return [engine.rates.after(updates - batches // every + end // every) for end in ends]
 
     def _end_epoch(self, stats: Array, rate: float, seconds: float) -> None:
-        engine, state = self.engine, self.state
-        metrics = metrics_of(stats, self.spec)
-        logs = dict(metrics)
-        if self.held_out is not None:
-            logs |= {f"val_{name}": value for name, value in self.held_out().items()}
-        logs["learning_rate"] = rate
-        state.history.record(state.epoch, logs, seconds)
-        watched = logs.get("val_loss", logs["loss"])
-        if watched < state.best_loss:
-            state.best_loss, state.waited = watched, 0
-            if self.held_out is not None:
-                state.history.best_epoch = state.epoch
-                if self.patience is not None:
-                    self.best = engine.state_dict()
-        else:
-            state.waited += 1
-        if isinstance(self.schedule, ReduceOnPlateau):
-            state.plateau = plateau_step(self.schedule, state.plateau, watched)
-            engine.rates.rescale(state.plateau[2])
+        state = self.state
+        logs = self.policy.end_epoch(stats, rate)
         epoch = state.epoch
+        state.history.record(epoch, logs, seconds)
         state.epoch, state.batch = epoch + 1, 0
-        engine.epochs_trained = state.epoch
-        engine.best_parameters = self.best
         self._call("on_epoch_end", epoch, logs)
 
-    def _out_of_patience(self) -> bool:
-        state = self.state
-        if self.patience is None or state.waited < self.patience:
-            return False
-        state.history.stopped = (
-            f"val_loss has not improved for {state.waited} epochs; the weights of epoch "
-            f"{(state.history.best_epoch or 0) + 1} were restored"
-        )
-        return True
+    def finish(self, *, interrupted: bool) -> None:
+        """Clean up after the last step."""
+        self.policy.finish(interrupted=interrupted)
+        self._call("on_train_end", self.state.history)
 
-    def _all_finite(self, accounts: Array) -> bool:
-        """Whether the losses of the epochs and what their last update left are numbers."""
-        memory = self.engine.memory
-        self.engine.check_scaling()
-        return all(map(math.isfinite, (*accounts[:, LOSS_SUM].tolist(), *memory.backend.extent(memory.params))))
-
-    def _diverged(self, good: Snapshot, first_batch: int) -> DivergenceError:
-        """Go back to the last good state, and say what most likely went wrong."""
-        engine, epoch = self.engine, self.state.epoch
-        rate = engine.learning_rate
-        engine.restore(good)
-        self.state.batch = first_batch
-        largest = engine.largest(self.X)
-        if largest > LARGE_FEATURE:
-            cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
-        else:
-            lower = min(rate / 10, 0.1)
-            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"
-        self.state.history.stopped = f"the loss became NaN or infinite in epoch {epoch + 1}"
-        return DivergenceError(
-            f"loss: it became NaN or infinite in epoch {epoch + 1}. Likely cause: {cause}. "
-            "The engine is back at the state before that epoch"
-        )
+    def _overriding(self, stage: str) -> list[Any]:
+        return [callback for callback in self.callbacks if overrides(callback, stage)]
 
     def _call(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:

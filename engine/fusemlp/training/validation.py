@@ -1,4 +1,4 @@
-"""Rows that the epochs of a fit are validated on, brought to the device once."""
+"""Validation data, brought to the device once."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from fusemlp.inputs.targets import Targets
     from fusemlp.runtime.session import Session
 
-# So many kinds of models in a fleet have their held-out rows in common; those of the others last as long as they train.
+# This many kinds of models in a fleet share their validation data; the others keep theirs as long as they train.
 KINDS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """Checked rows that an epoch ends with; ``common``: for several models."""
+    """Checked rows that each epoch is validated on; ``common``: by several models."""
 
     X: Any
     targets: Targets
     weight: Any | None
     common: bool = False
-    # those that nobody uses at the moment, by what the models that they serve have in common
+    # evaluations not in use, by network and loss
     _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
 
     def of(self, engine: Session) -> Callable[[], dict[str, float]]:
-        """What is asked after each epoch for the loss of the rows by ``engine``."""
+        """Return a function that evaluates ``engine`` on the rows, for the end of each epoch."""
         net = engine.network
         kind = (net.sizes, net.activations, engine.loss)
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):

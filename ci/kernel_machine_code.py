@@ -1,4 +1,4 @@
-"""What compiled machine code takes of a GPU, read off the code itself: no GPU is needed."""
+"""Read from machine code, without a GPU, how many registers and how much memory a kernel takes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a thread: ``registers``, bytes of ``stack``, and ``spills``: the instructions that store to or load from local
-    memory; on AMD the vector registers that are kept there. (AMD's scalar registers are kept in lanes of vector
-    registers, which takes no memory.) Of a program: bytes of shared memory, and the tensor-core instruction, "" where
-    there is none."""
+    """A kernel's ``registers`` and bytes of ``stack`` for each thread, and bytes of shared memory for each program.
+
+    ``spills`` counts the instructions that store to or load from local memory; on AMD the vector registers kept there.
+    (AMD keeps scalar registers in lanes of vector registers, which takes no memory.) ``tensor_core`` is the tensor-core
+    instruction, or "".
+    """
 
     registers: int
     stack: int
@@ -35,20 +37,20 @@ class Resources:
 
 
 def of(asm: Mapping[str, Any], shared: int) -> Resources:
-    """The resources of a compiled kernel; ``shared`` is Triton's own account of the dynamic shared memory."""
+    """Return the resources of a compiled kernel; ``shared`` is Triton's own count of the dynamic shared memory."""
     if "cubin" in asm:
         return _nvidia(asm["cubin"], shared)
     return _amd(asm["amdgcn"], shared)
 
 
 def disassembly(cubin: bytes) -> tuple[str, str]:
-    """The account of resources and the instructions (SASS) of a cubin, by the tools that come with Triton."""
+    """Return the resource report and the instructions (SASS) of a cubin, by the tools that come with Triton."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _output(folder / "cuobjdump", "-res-usage", file.name)
-        # without the analysis of data flow, which nobody here reads
+        # without the analysis of data flow, which takes time and is not used
         return usage, _output(folder / "nvdisasm", "-c", "-ndf", file.name)
 
 
@@ -57,7 +59,7 @@ def _output(*command: str | Path) -> str:
 
 
 def operations(code: str) -> list[str]:
-    """The names of the instructions in SASS, with their modifiers."""
+    """Return the names of the instructions in SASS, with their modifiers."""
     return OPERATION.findall(code)
 
 

@@ -13,15 +13,17 @@ import pytest
 
 pytest.importorskip("triton")
 
+import kernel_machine_code
+import kernel_variants
 from recorded import PRECISIONS, launches
 
 from fusemlp_kernels.contract import resident_refusal
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
-from fusemlp_kernels.triton import aot, configs, resources
+from fusemlp_kernels.triton import configs
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = sorted({configs.family_of(target) for target in aot.TARGETS})
+FAMILIES = sorted({configs.family_of(target) for target in kernel_variants.TARGETS})
 GOOD = {
     "kernel": "linear", "variant": "fp32 64x64x32", "triton": "3.9.0", "arch": "sm_90", "registers": 128, "stack": 0,
     "spills": 0, "shared_static": 1024, "shared_dynamic": 227 << 10, "tensor_core": "HGMMA", "source": "0",
@@ -44,16 +46,16 @@ def command():
 
 def compiled_as(launch, precision):
     """Return the variant that a launch needs; the lengths of the task table are listed with one tile only."""
-    kind = precision if launch.name in aot.PRODUCTS else aot.ELEMENTS[precision]
+    kind = precision if launch.name in kernel_variants.PRODUCTS else kernel_variants.ELEMENTS[precision]
     kind = "fp32" if launch.name in ("norm", "advance") else kind
     constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}
-    return launch.name, aot.Variant(launch.name, kind, launch.tile, constants).name
+    return launch.name, kernel_variants.Variant(launch.name, kind, launch.tile, constants).name
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_launch_of_a_training_step_is_a_variant(target, precision):
-    known = {(variant.kernel, variant.name): variant for variant in aot.variants(target)}
+    known = {(variant.kernel, variant.name): variant for variant in kernel_variants.variants(target)}
     found = launches(target, precision)
     for launch in found:
         variant = known[compiled_as(launch, precision)]
@@ -61,13 +63,14 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
         assert (variant.tile, dict(variant.constants)) == (launch.tile, constants)
         assert launch.constants.get("TASKS", 16) in configs.TABLE_LENGTHS
     # The clock alone is for steps with nothing to train, the norm alone for external gradients.
-    alone = {"advance", "norm"} | (set() if precision in aot.RESIDENT_PRECISIONS else {"resident"})
-    assert {launch.name for launch in found} == set(aot.KERNELS) - alone
+    alone = {"advance", "norm"} | (set() if precision in kernel_variants.RESIDENT_PRECISIONS else {"resident"})
+    assert {launch.name for launch in found} == set(kernel_variants.KERNELS) - alone
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_triton_finds_the_types_that_are_compiled_ahead(target):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-W", "error", Path(__file__).with_name("recorded.py"), target],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
@@ -75,16 +78,16 @@ def test_triton_finds_the_types_that_are_compiled_ahead(target):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", kernel_variants.TARGETS)
 def test_variants_are_told_apart_by_their_names(target):
-    names = [(variant.kernel, variant.name) for variant in aot.variants(target)]
+    names = [(variant.kernel, variant.name) for variant in kernel_variants.variants(target)]
     assert len(set(names)) == len(names)
-    assert {kernel for kernel, _ in names} == set(aot.KERNELS)
+    assert {kernel for kernel, _ in names} == set(kernel_variants.KERNELS)
 
 
 def test_a_target_without_kernels():
     with pytest.raises(ArgumentError, match="sm_75"):
-        aot.variants("sm_75")
+        kernel_variants.variants("sm_75")
     with pytest.raises(BackendUnavailableError, match="sm_75"):
         configs.family_of("sm_75")
 
@@ -159,24 +162,24 @@ RESIDENT = (
 )
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", kernel_variants.TARGETS)
 @pytest.mark.parametrize(("sizes", "outputs"), RESIDENT)
 def test_networks_within_the_limits_have_a_compiled_kernel(target, sizes, outputs):
-    known = {variant.name for variant in aot.variants(target) if variant.kernel == "resident"}
+    known = {variant.name for variant in kernel_variants.variants(target) if variant.kernel == "resident"}
     arch = configs.Architecture(configs.family_of(target), 1)
-    for precision in aot.RESIDENT_PRECISIONS:
+    for precision in kernel_variants.RESIDENT_PRECISIONS:
         assert resident_refusal(TRAITS["triton"], sizes, 64, precision) is None
         tile = configs.resident_tile(arch, precision, sizes[1:])
         assert tile.outputs == outputs >= sizes[-1]
         constants = configs.resident_constants(tile, arch.product(precision))
-        assert aot.Variant("resident", precision, tile, constants).name in known
+        assert kernel_variants.Variant("resident", precision, tile, constants).name in known
 
 
 def test_the_limits_are_those_of_the_tiles():
     limits = TRAITS["triton"].resident
-    assert limits.precisions == aot.RESIDENT_PRECISIONS
+    assert limits.precisions == kernel_variants.RESIDENT_PRECISIONS
     for family in FAMILIES:
-        for precision in aot.RESIDENT_PRECISIONS:
+        for precision in kernel_variants.RESIDENT_PRECISIONS:
             assert configs.resident_tiles(family, precision)[-1].outputs == limits.outputs
 
 
@@ -191,10 +194,10 @@ def test_another_result_than_recorded_is_noticed(command):
 
 
 def test_the_systematic_part_is_large_enough(command):
-    parts = [command.systematic_part(aot.variants(target)) for target in aot.TARGETS]
+    parts = [command.systematic_part(kernel_variants.variants(target)) for target in kernel_variants.TARGETS]
     assert sum(map(len, parts)) >= 200
     for part in parts:
-        assert {variant.kernel for variant in part} == set(aot.KERNELS)
+        assert {variant.kernel for variant in part} == set(kernel_variants.KERNELS)
 
 
 def test_a_record_of_other_code_is_noticed(command):
@@ -224,9 +227,9 @@ def test_instructions_are_read_with_their_modifiers_and_predicates():
 .L_x_3:
         /*0050*/              @UP0 UIADD3 UR4, UR4, 0x1, URZ ;
     """
-    assert resources.operations(code) == ["MOV", "STL.64", "LDL", "HGMMA.64x64x8.F32.TF32", "UIADD3"]
+    assert kernel_machine_code.operations(code) == ["MOV", "STL.64", "LDL", "HGMMA.64x64x8.F32.TF32", "UIADD3"]
 
 
 def test_the_hash_of_a_kernel_is_that_of_all_it_calls():
-    hashes = {name: aot.source_hash(name) for name in aot.KERNELS}
+    hashes = {name: kernel_variants.source_hash(name) for name in kernel_variants.KERNELS}
     assert len(set(hashes.values())) == len(hashes)

@@ -1,8 +1,8 @@
-"""The kernels compiled ahead of time, on a machine without a GPU: what can be launched, and what it takes of a GPU.
+"""Compile the Triton kernels ahead of time, on a machine without a GPU.
 
 ``variants`` follows the binders (``layers``, ``grouped``): every kernel, element type, tile and constant that they can
-ask for. The length of the grouped kernels' task table changes nothing but one reduction before the work begins: the
-longer ones are listed with the largest tile and the most state only.
+launch. The length of the grouped kernels' task table changes only one reduction before the work begins, so the longer
+ones are listed with the largest tile and the most state only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import kernel_machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resident, resources, update
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resident, update
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -43,8 +44,8 @@ RESIDENT_PRECISIONS = ("fp32", "tf32", "bf16")
 ELEMENTS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 STATE_COUNTS = (0, 1, 2)
 
-# What the kernels' arguments are, by name; "compute" is the element type of the matrix products. A number that is not
-# named here is an integer.
+# The element types of the kernels' pointers, by name; "compute" is that of the matrix products. A number that is not
+# in FLOATS is an integer.
 POINTERS = {
     **dict.fromkeys(("x", "w", "y", "z", "dz", "out", "compute", "shadow", "weights"), "compute"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
@@ -55,7 +56,7 @@ POINTERS = {
     "ticket": "i32",
 }
 FLOATS = ("slope", "keep_scale", "kept_share")
-# What offsets reach beyond their own memory; see ``Device.far_base``.
+# Pointers whose offsets reach beyond their own memory; see ``Device.far_base``.
 BASES = ("compute", "real")
 
 
@@ -70,7 +71,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """All that tells it from the kernel's other variants."""
+        """Return a name that tells it from the kernel's other variants."""
         tile = self.tile
         size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
         flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "UPDATES": "updates"}
@@ -82,7 +83,7 @@ class Variant:
 
 
 def variants(target: str) -> tuple[Variant, ...]:
-    """All that the binders can launch on a target of ``TARGETS``; see above for what is left out."""
+    """Return the variants that the binders can launch on a target of ``TARGETS``."""
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
     arch = Architecture(configs.family_of(target), 1)
@@ -127,7 +128,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
 
 @functools.cache
 def source_hash(kernel: str) -> str:
-    """Of the kernel's code and all that it calls, without comments and docstrings: other code, another hash."""
+    """Return a hash of the kernel's code and all that it calls, without comments and docstrings."""
     texts: dict[str, str] = {}
     _collect(KERNELS[kernel].fn, texts)
     return hashlib.sha256("\n".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
@@ -153,14 +154,14 @@ def _collect(function: Any, texts: dict[str, str]) -> None:
 
 
 def gpu_target(target: str) -> GPUTarget:
-    """Triton's name of a target."""
+    """Return Triton's name of a target."""
     if target.startswith("sm_"):
         return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     return GPUTarget("hip", target, 64)
 
 
 def source(variant: Variant, target: str) -> ASTSource:
-    """The kernel with the types that a launch gives its arguments, and what Triton may know of them.
+    """Return the kernel with the types that a launch gives its arguments, and with the properties Triton may assume.
 
     The integers are ``do_not_specialize``, so 32 bits wide unless the kernel says otherwise; memory is aligned, and on
     AMD every tensor smaller than 2 GiB.
@@ -185,10 +186,10 @@ def source(variant: Variant, target: str) -> ASTSource:
 
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
-    """Compile for ``target``, without a GPU; what the machine code takes: see ``resources``."""
+    """Compile for ``target``, without a GPU; return the row of the record, see ``kernel_machine_code.Resources``."""
     options = configs.launch_options(configs.family_of(target), variant.tile)
     compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
-    found = resources.of(compiled.asm, compiled.metadata.shared)
+    found = kernel_machine_code.of(compiled.asm, compiled.metadata.shared)
     return {
         "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,
         **dataclasses.asdict(found), "source": source_hash(variant.kernel),

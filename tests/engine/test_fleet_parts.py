@@ -1,4 +1,4 @@
-"""A fleet with too many engines for memory trains in waves, with the same results."""
+"""A fleet with too many engines for memory trains in parts, with the same results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, ArgumentError, Engine, Fleet
-from fusemlp.fleet import memory as waves
+from fusemlp.fleet import memory as module
 from fusemlp.fleet.results import Member
 
 random = np.random.default_rng(1)
@@ -30,11 +30,11 @@ def fleet(vary: Any, **options: Any) -> Fleet:
 def memory_for(models: int, kept: int) -> int:
     """Return an argument ``memory`` with room for ``models`` engines while ``kept`` models are kept."""
     one = fleet([{}])
-    return models * waves.engine_bytes(one.engines[0]) + waves.kept_bytes(one.candidates * kept, "fp32")
+    return models * module.engine_bytes(one.engines[0]) + module.kept_bytes(one.candidates * kept, "fp32")
 
 
 @pytest.mark.parametrize("room", [1, 4, 10])
-def test_waves_change_nothing_but_what_is_kept(room: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_change_nothing_but_what_is_kept(room: int, caplog: pytest.LogCaptureFixture) -> None:
     vary = [{"seed": seed} for seed in range(6)] + [{"lr": 1e30}, {"dropout": 0.5}, {"hidden": [5, 4]}, {}]
     whole = fleet(vary, optimizer=SGD(0.1, momentum=0.9))
     expected = whole.fit(X, y, epochs=5, **DATA)
@@ -75,19 +75,19 @@ def test_an_engine_that_is_made_again_can_do_what_the_first_could(tmp_path: Path
     assert np.array_equal(again.engine(4).predict_proba(X), alone.predict_proba(X))
 
 
-def test_engines_of_a_wave_are_gone_when_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_of_a_part_are_gone_when_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Engine]] = []
     most = 0
 
-    def built(self: waves.Machine, one: Any) -> Engine:
+    def built(self: module.Machine, one: Any) -> Engine:
         nonlocal most
         engine = made(self, one)
         alive.append(weakref.ref(engine))
         most = max(most, sum(reference() is not None for reference in alive))
         return engine
 
-    made = waves.Machine.engine
-    monkeypatch.setattr(waves.Machine, "engine", built)
+    made = module.Machine.engine
+    monkeypatch.setattr(module.Machine, "engine", built)
     gc.disable()
     try:
         fleet({"seed": range(20)}, memory=memory_for(4, 20)).fit(X, y, epochs=1)
@@ -97,12 +97,12 @@ def test_engines_of_a_wave_are_gone_when_the_next_is_built(monkeypatch: pytest.M
     assert most <= 6
 
 
-def test_a_fleet_in_waves_keeps_no_engines_and_is_not_trained_on() -> None:
+def test_a_fleet_in_parts_keeps_no_engines_and_is_not_trained_on() -> None:
     made = fleet({"seed": range(5)}, memory=memory_for(2, 5))
     made.fit(X, y, epochs=1)
-    with pytest.raises(ArgumentError, match=r"^engines: the models were trained in waves; results.engine\(i\)"):
+    with pytest.raises(ArgumentError, match=r"^engines: the models were trained in parts; results.engine\(i\)"):
         _ = made.engines
-    with pytest.raises(ArgumentError, match=r"^fit: the models were trained in waves"):
+    with pytest.raises(ArgumentError, match=r"^fit: the models were trained in parts"):
         made.fit(X, y, epochs=1)
 
 
@@ -117,7 +117,7 @@ def test_what_never_finds_room_is_said_before_anything_is_trained() -> None:
         fleet([{}], memory=0)
 
 
-def test_all_is_checked_before_the_first_wave() -> None:
+def test_all_is_checked_before_the_first_part() -> None:
     made = fleet({"batch_size": [8, 8, 8, 8, 64]}, memory=memory_for(2, 5))
     with pytest.raises(ArgumentError, match=r"^drop_last: 60 rows do not fill one batch of 64, and model 4"):
         made.fit(X, y, epochs=1, drop_last=True)
@@ -148,7 +148,7 @@ def test_the_estimate_of_an_engine_is_about_what_it_takes() -> None:
         taken = tracemalloc.get_traced_memory()[0] / 40
     finally:
         tracemalloc.stop()
-    estimated = waves.engine_bytes(made.engines[0])
+    estimated = module.engine_bytes(made.engines[0])
     assert 0.7 * estimated < taken <= estimated
 
 
@@ -170,32 +170,32 @@ USED = {"current": "500000\n", "stat": "anon 100000\nactive_file 30000\ninactive
 
 
 def test_what_is_free_is_what_system_and_control_group_leave(tmp_path: Path) -> None:
-    assert waves.available_memory(system(tmp_path / "a", meminfo=MEMINFO)) == 1000 << 10
-    assert waves.available_memory(system(tmp_path / "b", meminfo=MEMINFO, max="max\n", **USED)) == 1000 << 10
+    assert module.available_memory(system(tmp_path / "a", meminfo=MEMINFO)) == 1000 << 10
+    assert module.available_memory(system(tmp_path / "b", meminfo=MEMINFO, max="max\n", **USED)) == 1000 << 10
     # Cached files can be freed.
-    assert waves.available_memory(system(tmp_path / "c", meminfo=MEMINFO, max="700000\n", **USED)) == 250_000
-    assert waves.available_memory(system(tmp_path / "d", meminfo=MEMINFO, max="9000000\n", **USED)) == 1000 << 10
-    assert waves.available_memory(system(tmp_path / "e", meminfo=MEMINFO, max="1\n", **USED)) == 0
-    unknown = waves.available_memory(tmp_path)
+    assert module.available_memory(system(tmp_path / "c", meminfo=MEMINFO, max="700000\n", **USED)) == 250_000
+    assert module.available_memory(system(tmp_path / "d", meminfo=MEMINFO, max="9000000\n", **USED)) == 1000 << 10
+    assert module.available_memory(system(tmp_path / "e", meminfo=MEMINFO, max="1\n", **USED)) == 0
+    unknown = module.available_memory(tmp_path)
     assert unknown is None or unknown > 1 << 20
 
 
 def test_half_of_what_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = fleet({"seed": range(10)}).candidates
-    kept = waves.kept_bytes(candidates, "fp32")
-    monkeypatch.setattr(waves, "available_memory", lambda: 4 * kept)
-    assert waves.room(None, candidates, "fp32", device="cpu") == kept
-    assert waves.room(3 * kept, candidates, "fp32", device="cpu") == 2 * kept
+    kept = module.kept_bytes(candidates, "fp32")
+    monkeypatch.setattr(module, "available_memory", lambda: 4 * kept)
+    assert module.room(None, candidates, "fp32", device="cpu") == kept
+    assert module.room(3 * kept, candidates, "fp32", device="cpu") == 2 * kept
     # A guess too small for more than one engine is no reason to refuse.
-    monkeypatch.setattr(waves, "available_memory", lambda: kept + 1)
-    assert waves.room(None, candidates, "fp32", device="cpu") == 0
-    monkeypatch.setattr(waves, "available_memory", lambda: kept)
+    monkeypatch.setattr(module, "available_memory", lambda: kept + 1)
+    assert module.room(None, candidates, "fp32", device="cpu") == 0
+    monkeypatch.setattr(module, "available_memory", lambda: kept)
     with pytest.raises(ArgumentError, match=r"^memory: 10 models leave .* MiB free; train fewer models at once"):
-        waves.room(None, candidates, "fp32", device="cpu")
-    monkeypatch.setattr(waves, "available_memory", lambda: None)
-    assert waves.room(None, candidates, "fp32", device="cpu") is None
-    assert waves.room(None, candidates, "fp32", device="cuda:0") is None
-    assert waves.room(5, candidates, "fp32", device="cuda:0") == 5
+        module.room(None, candidates, "fp32", device="cpu")
+    monkeypatch.setattr(module, "available_memory", lambda: None)
+    assert module.room(None, candidates, "fp32", device="cpu") is None
+    assert module.room(None, candidates, "fp32", device="cuda:0") is None
+    assert module.room(5, candidates, "fp32", device="cuda:0") == 5
 
 
 def test_engines_give_back_what_they_worked_in() -> None:

@@ -1,0 +1,123 @@
+"""The policy of ``Engine.fit``: validation, early stopping, the learning rate on a plateau, the best weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.runtime.inference import metrics_of
+from fusemlp.training.loop import Policy
+from fusemlp_kernels.errors import DivergenceError
+
+if TYPE_CHECKING:
+    from fusemlp.runtime.session import Session
+    from fusemlp.training.history import FitState
+    from fusemlp.training.validation import Validation
+    from fusemlp_kernels.contract import LossSpec
+
+Array = np.ndarray[Any, Any]
+
+# Larger features are not standardised, and then the loss of most networks overflows.
+LARGE_FEATURE = 100.0
+
+
+@dataclass(eq=False)
+class FitPolicy(Policy):
+    """Decides as ``fit`` documents it for ``engine``, which trains on X (n, K) up to epoch ``last_epoch``.
+
+    ``rows`` is a function from the epoch to its rows. ``best`` are the best parameters so far.
+    """
+
+    rewinds: ClassVar[bool] = True
+
+    engine: Session
+    X: Any
+    state: FitState
+    spec: LossSpec
+    rows: Callable[[int], Array]
+    last_epoch: int
+    validation: Validation | None
+    patience: int | None
+    best: dict[str, Array] | None
+
+    def __post_init__(self) -> None:
+        self.rule = self.engine.optimizer.rule()
+        self.schedule = self.engine.optimizer.schedule.over(self.state.total_updates)
+        self._validate = None if self.validation is None else self.validation.of(self.engine)
+
+    def begin(self) -> None:
+        """Bind the state of the fit to the engine, and set the learning rate."""
+        engine, state = self.engine, self.state
+        state.last_epoch = self.last_epoch
+        state.history.stopped = ""
+        engine.fit_state = state
+        engine.best_parameters = self.best
+        engine.rates.follow(self.schedule, state.plateau[2])
+
+    def wanted(self) -> int:
+        """Return the epochs that are left, or 0 after ``patience`` epochs without a better val_loss."""
+        state = self.state
+        if self.patience is not None and state.waited >= self.patience:
+            state.history.stopped = (
+                f"val_loss has not improved for {state.waited} epochs; the weights of epoch "
+                f"{(state.history.best_epoch or 0) + 1} were restored"
+            )
+            return 0
+        return max(0, state.last_epoch - state.epoch)
+
+    def order(self, epoch: int) -> Array:
+        """Return the rows of an epoch in their order."""
+        return self.rows(epoch)
+
+    def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
+        """Validate, keep the best weights, and lower the learning rate on a plateau."""
+        engine, state = self.engine, self.state
+        logs = dict(metrics_of(stats, self.spec))
+        if self._validate is not None:
+            logs |= {f"val_{name}": value for name, value in self._validate().items()}
+        logs["learning_rate"] = rate
+        watched = logs.get("val_loss", logs["loss"])
+        if watched < state.best_loss:
+            state.best_loss, state.waited = watched, 0
+            if self._validate is not None:
+                state.history.best_epoch = state.epoch
+                if self.patience is not None:
+                    self.best = engine.state_dict()
+        else:
+            state.waited += 1
+        if isinstance(self.schedule, ReduceOnPlateau):
+            state.plateau = plateau_step(self.schedule, state.plateau, watched)
+            engine.rates.rescale(state.plateau[2])
+        engine.epochs_trained = state.epoch + 1
+        engine.best_parameters = self.best
+        return logs
+
+    def divergence(self, rate: float) -> DivergenceError:
+        """Return an error that names the likely cause."""
+        largest, epoch = self.engine.largest(self.X), self.state.epoch + 1
+        if largest > LARGE_FEATURE:
+            cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
+        else:
+            lower = min(rate / 10, 0.1)
+            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"
+        self.state.history.stopped = f"the loss became NaN or infinite in epoch {epoch}"
+        return DivergenceError(
+            f"loss: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is back at the state "
+            "before that epoch"
+        )
+
+    def finish(self, *, interrupted: bool) -> None:
+        """Say why training ended early, and go back to the best weights unless Ctrl-C ended it."""
+        engine, state = self.engine, self.state
+        if interrupted:
+            place = f"in epoch {state.epoch + 1}" if state.batch else f"after epoch {state.epoch}"
+            state.history.stopped = f"interrupted {place}"
+        elif engine.stop_training:
+            state.history.stopped = "a callback stopped the training"
+        if self.patience is not None and self.best is not None and not interrupted:
+            engine.write_tensors(self.best, "")
+        engine.best_parameters = self.best

@@ -1,0 +1,331 @@
+"""Models of a search that train before their fits: which do, in which launches, and that each is the one fitted alone.
+
+Launches of several models run in Triton's interpreter on a machine without a card.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from devices import GPU, INTERPRETER, marks_of, usable
+from sklearn.datasets import load_wine
+from sklearn.exceptions import FitFailedWarning
+from sklearn.feature_selection import SelectFromModel
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+from fusemlp import Callback
+from fusemlp.fleet.launches import Group
+from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
+from fusemlp.sklearn.ahead import TrainedAhead
+
+X, Y = load_wine(return_X_y=True)
+# few steps, since one of a model takes the interpreter a tenth of a second
+ROWS = np.random.default_rng(0).permutation(len(X))[:24]
+X, Y = ((X - X.mean(axis=0)) / X.std(axis=0))[ROWS].astype(np.float32), Y[ROWS]
+MODEL = MLPClassifier(4, batch_size=12, max_iter=2, learning_rate_init=0.02, random_state=0)
+# After some dozens of steps of sums of at most 16 products of order one: a thousand roundings of float32.
+NEAR = 1000 * 2.0**-24
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+
+@pytest.fixture(params=[pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, GPU)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    # the interpreter's plan "auto" is not the resident one, which is the slowest there
+    monkeypatch.setattr("fusemlp.sklearn.ahead.choose_plan", lambda *_, **__: ("resident", ""))
+    with usable(request.param):
+        yield request.param.backend
+
+
+class Launches:
+    """The models of each common launch that was bound, and the steps of each launch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self.steps: list[list[int]] = []
+        bind = Group.bind
+
+        def seen(group, *rest):
+            self.sizes.append(len(group.engines))
+            run = bind(group, *rest)
+
+            def counted(steps):
+                self.steps.append(list(steps))
+                return run(steps)
+
+            return counted
+
+        monkeypatch.setattr(Group, "bind", seen)
+
+
+class Taken:
+    """The fits that came, and how many of them took a trained model over."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fits = self.taken = 0
+        take = TrainedAhead.take
+
+        def counted(ahead, *given):
+            entry = take(ahead, *given)
+            self.fits += 1
+            self.taken += entry is not None
+            return entry
+
+        monkeypatch.setattr(TrainedAhead, "take", counted)
+
+
+class Kept:
+    """A scorer that keeps the fitted models, by what makes them different."""
+
+    def __init__(self) -> None:
+        self.models: dict[tuple, object] = {}
+
+    def __call__(self, model, X, y):
+        last = model[-1] if isinstance(model, Pipeline) else model
+        plain = (int, float, str, tuple, type(None))
+        options = {
+            name: repr(value)
+            for name, value in model.get_params().items()
+            if isinstance(value, plain) and not name.endswith(("backend", "memory"))
+        }
+        key = (float(np.asarray(X).sum()), *sorted(options.items()))
+        self.models[key] = (last.coefs_, getattr(last, "loss_curve_", []), last.n_iter_)
+        return model.score(X, y)
+
+
+def searched(backend: str, model, grid, data=(X, Y), **options):
+    kept = Kept()
+    estimator = model.set_params(**{"mlp__backend" if isinstance(model, Pipeline) else "backend": backend})
+    search = FleetSearchCV(estimator, grid, cv=2, scoring=kept, refit=False, **options).fit(*data)
+    return search, kept.models
+
+
+def assert_near(mine, its) -> None:
+    assert mine.keys() == its.keys() and mine
+    for key, (coefs, losses, count) in mine.items():
+        assert count == its[key][2], key
+        np.testing.assert_allclose(losses, its[key][1], rtol=NEAR)
+        for one, other in zip(coefs, its[key][0], strict=True):
+            np.testing.assert_allclose(one, other, atol=NEAR)
+
+
+class Quiet(Callback):
+    """Does nothing."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "taken"),
+    [
+        ({}, {"alpha": [0.0, 0.1]}, 6),
+        ({"random_state": np.random.RandomState(3)}, {"alpha": [0.0, 0.1]}, 6),
+        ({"early_stopping": True, "validation_fraction": 0.4}, {"hidden_layer_sizes": [3, (4, 3)]}, 6),
+        # these fits train when they are asked for
+        ({}, {"solver": ["adam", "lbfgs"]}, 3),
+        ({"callbacks": [Quiet()]}, {"alpha": [0.0, 0.1]}, 0),
+        ({"verbose": True}, {"alpha": [0.0, 0.1]}, 0),
+        ({"warm_start": True}, {"alpha": [0.0, 0.1]}, 0),
+        ({"learning_rate_init": np.float32(0.01)}, {"backend": ["numpy"], "activation": ["nonsense", "tanh"]}, 3),
+    ],
+    ids=["plain", "a random state", "early stopping", "L-BFGS", "callbacks", "verbose", "warm start", "one that fails"],
+)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning", "ignore:One or more of the test scores")
+def test_which_fits_take_a_trained_model_over(changes, grid, taken, monkeypatch):
+    counted = Taken(monkeypatch)
+    model = MLPClassifier(4, batch_size=8, max_iter=2, backend="numpy").set_params(**{"random_state": 0, **changes})
+    FleetSearchCV(model, grid, cv=3, n_jobs=2, refit=False).fit(X, Y)
+    assert counted.taken == taken
+    alone = Taken(monkeypatch)
+    FleetSearchCV(model, grid, cv=3, n_jobs=1, refit=False).fit(X, Y)
+    assert alone.fits == 0
+
+
+def test_steps_and_weights_are_compared_too(monkeypatch):
+    counted = Taken(monkeypatch)
+    pipeline = Pipeline([("scale", StandardScaler()), ("mlp", MODEL.set_params(backend="numpy"))])
+    weight = np.linspace(0.5, 1.5, len(X))
+    FleetSearchCV(pipeline, {"mlp__alpha": [0.0, 0.1]}, cv=3, n_jobs=2, refit=False).fit(
+        X, Y, mlp__sample_weight=weight
+    )
+    assert (counted.fits, counted.taken) == (6, 6)
+
+
+def test_a_fit_of_other_rows_is_not_given_the_model():
+    """A step that gives other rows each time."""
+    random = np.random.default_rng(0)
+    pipeline = Pipeline(
+        [("noise", FunctionTransformer(lambda rows: rows + random.normal(size=rows.shape))), ("mlp", MODEL)]
+    )
+    kept = Kept()
+    search = FleetSearchCV(pipeline, {"mlp__alpha": [0.0]}, cv=2, n_jobs=2, scoring=kept, refit=False).fit(X, Y)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all() and len(kept.models) == 2
+
+
+@pytest.mark.parametrize("n_jobs", [2, 3, None, -1])
+def test_few_models_are_set_up_at_once(n_jobs, monkeypatch):
+    """Each holds the rows of its fold."""
+    most, collect = 0, TrainedAhead.collect
+
+    def counted(ahead, *given):
+        nonlocal most
+        collect(ahead, *given)
+        most = max(most, len(ahead._entries))
+
+    monkeypatch.setattr(TrainedAhead, "collect", counted)
+    monkeypatch.setattr("fusemlp.sklearn.search.cores", lambda: 4)
+    FleetSearchCV(MODEL.set_params(backend="numpy"), {"alpha": np.linspace(0, 1, 9)}, cv=3, n_jobs=n_jobs).fit(X, Y)
+    assert most == 2 * {None: 4, -1: 4}.get(n_jobs, n_jobs)
+
+
+@pytest.mark.parametrize(
+    ("grid", "sizes"),
+    [
+        ([{"alpha": [0.0]}, {"alpha": [0.1], "learning_rate_init": [0.03]}], [4]),
+        ({"hidden_layer_sizes": [4, (6, 5)], "alpha": [0.1]}, [2, 2]),
+        ({"batch_size": [12, 8], "solver": ["sgd"], "learning_rate": ["invscaling"]}, [2, 2]),
+        ({"learning_rate": ["adaptive"], "solver": ["sgd"], "n_iter_no_change": [1], "tol": [0.0, 10.0]}, [4]),
+        ({"early_stopping": [True], "validation_fraction": [0.3], "batch_size": [4], "n_iter_no_change": [1, 9]}, [4]),
+        # another optimizer has other states; L-BFGS has no launch at all
+        ({"solver": ["adam", "sgd", "lbfgs"]}, [2, 2]),
+    ],
+    ids=["numbers", "widths", "batches", "adaptive", "early stopping", "solvers"],
+)
+def test_models_of_one_shape_share_launches(backend, grid, sizes, monkeypatch):
+    launches = Launches(monkeypatch)
+    _, found = searched(backend, MODEL, grid)
+    assert sorted(launches.sizes) == sizes
+    assert_near(found, searched("numpy", MODEL, grid)[1])
+
+
+def test_a_whole_search_is_one_launch(backend, monkeypatch):
+    """Nothing runs between the epochs: 2 epochs of 2 batches."""
+    launches = Launches(monkeypatch)
+    searched(backend, MODEL, {"alpha": [0.0, 0.1], "batch_size": [8]})
+    assert launches.steps == [[4] * 4]
+
+
+def test_who_has_converged_leaves_the_launch(backend, monkeypatch):
+    launches = Launches(monkeypatch)
+    searched(backend, MODEL, {"tol": [1e-4, 10.0], "n_iter_no_change": [1], "max_iter": [5]})
+    assert launches.sizes == [4]
+    # nothing gets better by 10: two epochs more than the first
+    assert [sum(count > 0 for count in steps) for steps in launches.steps] == [4, 4, 2]
+
+
+def test_a_pipeline_and_regressors(backend, monkeypatch):
+    launches = Launches(monkeypatch)
+    model = MLPRegressor(hidden_layer_sizes=5, batch_size=12, max_iter=2, random_state=0)
+    pipeline = Pipeline([("scale", StandardScaler()), ("mlp", model)])
+    values = np.stack([Y - 1.0, X[:, 0]], axis=1).astype(np.float32)
+    grid = {"mlp__alpha": [0.1], "scale__with_std": [True, False]}
+    _, found = searched(backend, pipeline, grid, (X, values))
+    assert launches.sizes == [4]
+    assert_near(found, searched("numpy", pipeline, grid, (X, values))[1])
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2, None])
+def test_as_many_at_once_as_are_asked_for(backend, n_jobs, monkeypatch):
+    launches = Launches(monkeypatch)
+    search, _ = searched(backend, MODEL, {"alpha": [0.0, 0.1], "max_iter": [1]}, n_jobs=n_jobs)
+    assert launches.sizes == {1: [], 2: [2] * 2, None: [4]}[n_jobs]
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+
+
+def test_both_kinds_of_backends_in_one_search(backend, monkeypatch):
+    launches, counted = Launches(monkeypatch), Taken(monkeypatch)
+    search = FleetSearchCV(MODEL, {"backend": ["numpy", backend]}, cv=2, refit=False).fit(X, Y)
+    assert launches.sizes == [2] and (counted.fits, counted.taken) == (4, 4)
+    first, second = search.cv_results_["mean_test_score"]
+    assert first == second
+
+
+def test_a_model_that_cannot_be_fitted_harms_no_other(backend):
+    grid = {"learning_rate_init": [0.02, 1e30], "solver": ["sgd"], "activation": ["relu", "nonsense"]}
+    with pytest.warns(FitFailedWarning):
+        search, _ = searched(backend, MODEL, grid, error_score=-7.0)
+    scores = dict(zip(map(repr, search.cv_results_["params"]), search.cv_results_["mean_test_score"], strict=True))
+    sound = [score for name, score in scores.items() if "nonsense" not in name and "1e+30" not in name]
+    assert len(sound) == 1 and sound[0] >= 0.0
+    assert sum(score == -7.0 for score in scores.values()) == 3
+
+
+def test_a_launch_that_fails_is_the_error_of_its_models(backend, monkeypatch):
+    def broken(*_):
+        raise MemoryError("no room for the fleet")
+
+    monkeypatch.setattr(Group, "bind", broken)
+    with pytest.raises(MemoryError, match="no room for the fleet"):
+        searched(backend, MODEL, {"alpha": [0.0, 0.1]}, error_score="raise")
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores")
+def test_a_launch_on_a_thread_that_fails_is_the_error_of_its_model(monkeypatch):
+    from fusemlp.runtime.bound import BoundProgram
+
+    run, count = BoundProgram.run_many, 0
+
+    def broken(bound: Any, steps: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise MemoryError("no room for this one")
+        run(bound, steps)
+
+    monkeypatch.setattr(BoundProgram, "run_many", broken)
+    search = FleetSearchCV(MODEL.set_params(backend="numpy"), {"alpha": [0.0, 0.1]}, cv=3, n_jobs=2, refit=False)
+    with pytest.warns(FitFailedWarning, match="1 fits failed out of a total of 6"):
+        search.fit(X, Y)
+    assert sum(np.isnan(search.cv_results_[f"split{fold}_test_score"]).sum() for fold in range(3)) == 1
+
+
+def test_a_step_before_the_model_that_is_a_model(monkeypatch):
+    counted = Taken(monkeypatch)
+    chooser = SelectFromModel(
+        MLPClassifier(4, batch_size=8, max_iter=2, random_state=0, backend="numpy"),
+        importance_getter=lambda model: np.abs(model.coefs_[0]).sum(axis=1),
+    )
+    pipeline = Pipeline([("choose", chooser), ("mlp", MODEL)])
+    search, _ = searched("numpy", pipeline, {"mlp__alpha": [0.0, 0.1]}, n_jobs=2)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert counted.taken == 4
+
+
+@pytest.mark.parametrize("device", [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRETER))])
+@pytest.mark.parametrize("last", [None, 2], ids=["to the end", "cut off in an epoch"])
+def test_calls_that_follow_a_loop_have_rows_of_their_own(device, last, monkeypatch):
+    """The loop has walked over the rows of whole epochs; the calls of ``partial_fit`` are given those of a batch."""
+
+    class Cut(Callback):
+        def on_batch_end(self, engine, batch):
+            engine.stop_training = batch + 1 == last
+
+    def fitted(backend):
+        model = MLPClassifier(4, batch_size=12, max_iter=2, random_state=0, backend=backend, callbacks=[Cut()])
+        model.fit(X, Y)
+        assert backend == "numpy" or model._model.engine.plan == "resident"
+        return model.set_params(callbacks=None).partial_fit(X, Y)
+
+    expected = fitted("numpy")
+    monkeypatch.setattr("fusemlp.runtime.session.choose_plan", lambda *_, **__: ("resident", ""))
+    for mine, its in zip(fitted(device.backend).coefs_, expected.coefs_, strict=True):
+        np.testing.assert_allclose(mine, its, atol=NEAR)
+
+
+def test_no_thread_is_left_and_none_computes_in_python(monkeypatch):
+    """Epochs, scores and set-ups are the main thread's."""
+    from fusemlp.sklearn.stochastic import SklearnPolicy
+
+    before, seen, end = set(threading.enumerate()), set(), SklearnPolicy.end_epoch
+
+    def watched(policy, *given):
+        seen.add(threading.current_thread())
+        return end(policy, *given)
+
+    monkeypatch.setattr(SklearnPolicy, "end_epoch", watched)
+    FleetSearchCV(MODEL.set_params(backend="numpy"), {"alpha": [0.0, 0.1]}, cv=3, n_jobs=3).fit(X, Y)
+    assert seen == {threading.main_thread()}
+    assert set(threading.enumerate()) <= before
