@@ -169,200 +169,148 @@ _ARENAS = Operand(
     "counters, hyper, rates, stats",
 )
 
-OPS = {
-    op.name: op
-    for op in (
-        Op(
-            "linear",
-            "y = dropout(act(x @ w.T + b))",
-            (
-                _ROWS,
-                Operand("w", "NK", "compute"),
-                Operand("x", "MK", "compute", rows="rows", note="row i of the batch is x[rows[i]]"),
-                Operand("b", "N"),
-                Operand("y", "MN", "compute", WRITTEN),
-                *_ACTIVATION,
-                Operand("z", "MN", "compute", WRITTEN, optional=True, note="pre-activation, for NEEDS_Z"),
-                _DROPOUT,
-                replace(_COUNTERS, optional=True),
-                Operand(
-                    "keep", "MN", "bool", WRITTEN, optional=True, note="dropout's mask, for backends that store it"
-                ),
-                _GATHERED,
-            ),
+# fmt: off
+OPS = {op.name: op for op in (
+    Op("linear", "y = dropout(act(x @ w.T + b))", (
+        _ROWS,
+        Operand("w", "NK", "compute"),
+        Operand("x", "MK", "compute", rows="rows", note="row i of the batch is x[rows[i]]"),
+        Operand("b", "N"),
+        Operand("y", "MN", "compute", WRITTEN),
+        *_ACTIVATION,
+        Operand("z", "MN", "compute", WRITTEN, optional=True, note="pre-activation, for NEEDS_Z"),
+        _DROPOUT,
+        replace(_COUNTERS, optional=True),
+        Operand("keep", "MN", "bool", WRITTEN, optional=True, note="dropout's mask, for backends that store it"),
+        _GATHERED,
+    )),
+    Op("loss_grad",
+        "the loss, and dz from the output layer's pre-activation; padding (rows from counters[ROW_COUNT] on) "
+        "weighs nothing and its dz is zero", (
+        _ROWS,
+        Operand("z", "MN", "compute"),
+        Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone, or z itself"),
+        *_LOSS,
+    )),
+    Op("linear_loss_grad",
+        "linear without dropout, then loss_grad; where dz is given, the logits may pass through it", (
+        _ROWS,
+        Operand("w", "NK", "compute"),
+        Operand(
+            "x_rows", "M", "int64", optional=True, hidden=True,
+            note="row numbers of x; where the output layer is the first, the array rows",
         ),
-        Op(
-            "loss_grad",
-            "the loss, and dz from the output layer's pre-activation; padding (rows from counters[ROW_COUNT] on) "
-            "weighs nothing and its dz is zero",
-            (
-                _ROWS,
-                Operand("z", "MN", "compute"),
-                Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone, or z itself"),
-                *_LOSS,
-            ),
+        Operand("x", "MK", "compute", rows="x_rows"),
+        Operand("b", "N"),
+        Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone"),
+        _GATHERED,
+        *_LOSS,
+    )),
+    Op("grad_input",
+        "dz_prev = (dz @ w) * act'(y) * keep / (1 - p); y is the output, after dropout, of the layer before", (
+        Operand("dz", "MN", "compute"),
+        Operand("w", "NK", "compute"),
+        Operand("y", "MK", "compute"),
+        Operand("z", "MK", "compute", optional=True, note="pre-activation of y, for NEEDS_Z"),
+        Operand("dz_prev", "MK", "compute", WRITTEN, note="aliases nothing"),
+        *_ACTIVATION,
+        _DSLOPE,
+        _DROPOUT,
+        replace(_COUNTERS, optional=True),
+        Operand("keep", "MK", "bool", optional=True, note="what linear has written"),
+    )),
+    Op("grad_weight",
+        "dw = dz.T @ x, db = sum over rows of dz, for all layers; with rule.accumulate k > 1 added to what is "
+        "there, unless counters[BATCH_INDEX] is a multiple of k", (
+        Operand("layers", fields=(
+            *_LAYER,
+            Operand("dw", "NK", use=WRITTEN, kind="gradient", note="None where it is frozen"),
+            Operand("db", "N", use=WRITTEN, kind="gradient", note="None where it is frozen"),
+        )),
+        Operand("slopes", optional=True, fields=(
+            Operand("dslope", "1"), Operand("grad", "1", use=WRITTEN, kind="gradient"),
+        )),
+        _RULE,
+        _COUNTERS,
+        Operand(
+            "norm", "1", "float64", WRITTEN, optional=True, hidden=True,
+            note="the Euclidean norm of all gradients, for backends with Traits.norms_gradients",
         ),
-        Op(
-            "linear_loss_grad",
-            "linear without dropout, then loss_grad; where dz is given, the logits may pass through it",
-            (
-                _ROWS,
-                Operand("w", "NK", "compute"),
-                Operand(
-                    "x_rows", "M", "int64", optional=True, hidden=True,
-                    note="row numbers of x; where the output layer is the first, the array rows",
-                ),
-                Operand("x", "MK", "compute", rows="x_rows"),
-                Operand("b", "N"),
-                Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone"),
-                _GATHERED,
-                *_LOSS,
-            ),
+        *_PARTS,
+    )),
+    Op("grad_weight_update",
+        "grad_weight and update in one, gradients never stored; advances the clock; without clipping and "
+        "accumulation", (
+        Operand("layers", fields=(
+            *_LAYER,
+            Operand("w", "NK", use=UPDATED, kind="parameter", note="None where it is frozen"),
+            Operand("b", "N", use=UPDATED, kind="parameter", note="None where it is frozen"),
+            Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True),
+            Operand("b_state", "N", use=UPDATED, kind="state", several=True, optional=True),
+            Operand("w_rule", optional=True, note="TensorRule"),
+            Operand("b_rule", optional=True, note="TensorRule"),
+            Operand("w_shadow", "NK", "compute", WRITTEN, kind="shadow", optional=True, note="w, rounded"),
+        )),
+        Operand("slopes", optional=True, fields=(
+            Operand("dslope", "1"),
+            Operand("param", "1", use=UPDATED, kind="parameter"),
+            Operand("state", "1", use=UPDATED, kind="state", several=True),
+            Operand("rule", note="TensorRule"),
+        )),
+        *_CLOCK,
+    )),
+    Op("update",
+        "the optimizer over the flat arenas, by the mean of the accumulated gradients, where "
+        "counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate; clips by the global norm; advances the clock", (
+        Operand("params", use=UPDATED, kind="parameter"),
+        Operand("grads", use=UPDATED, kind="gradient"),
+        Operand("states", use=UPDATED, kind="state", several=True),
+        Operand("segments", note="Segments by offset; between them lie zeros (alignment) and frozen tensors"),
+        *_CLOCK,
+        Operand("norm", "1", "float64", optional=True, hidden=True, note="what grad_weight has written"),
+        Operand("shadow", dtype="compute", use=WRITTEN, kind="shadow", optional=True, note="params, rounded"),
+        Operand(
+            "scaled",
+            optional=True,
+            note="True: the gradients carry hyper[LOSS_SCALE]. Where they overflow nothing is updated, the "
+            "batch is skipped and the scale halved; after GROWTH_INTERVAL updates without one it is doubled",
         ),
-        Op(
-            "grad_input",
-            "dz_prev = (dz @ w) * act'(y) * keep / (1 - p); y is the output, after dropout, of the layer before",
-            (
-                Operand("dz", "MN", "compute"),
-                Operand("w", "NK", "compute"),
-                Operand("y", "MK", "compute"),
-                Operand("z", "MK", "compute", optional=True, note="pre-activation of y, for NEEDS_Z"),
-                Operand("dz_prev", "MK", "compute", WRITTEN, note="aliases nothing"),
-                *_ACTIVATION,
-                _DSLOPE,
-                _DROPOUT,
-                replace(_COUNTERS, optional=True),
-                Operand("keep", "MK", "bool", optional=True, note="what linear has written"),
-            ),
+        *_PARTS,
+    )),
+    Op("advance", "the clock alone, for a network with nothing to train", _CLOCK),
+    Op("penalty",
+        "dw += ridge.strength / shares * w for all layers, before dw is clipped; its loss is added to "
+        "stats[PENALTIES], times the rows of the batch; nothing where shares is 0", (
+        Operand("layers", fields=(Operand("w", "NK"), Operand("dw", "NK", use=UPDATED, kind="gradient"))),
+        Operand("ridge", note="Ridge"),
+        Operand("shares", "1", "float64", hidden=True, note="what the loss has written"),
+        _COUNTERS,
+        Operand("stats", "S", "float64", UPDATED, kind="control"),
+    )),
+    Op("train_resident",
+        "the calls of a training step, as many times as the bound callable is told; walks rows", (
+        Operand("calls", note="(op, operands) of each call of a step; the output layer has no dropout"),
+        Operand("rows", dtype="int64", note="(R,): those of the calls, of all batches and epochs"),
+        Operand("batch", note="M, the rows of a step"),
+        _ARENAS,
+        _HISTORY,
+    )),
+    Op("train_fleet",
+        "train_resident of several models in one launch; the bound callable is told the steps of each model, and "
+        "models with 0 are no part of the launch", (
+        Operand(
+            "calls",
+            note="the calls of each model: the same ops over one data set, arrays of the same shapes. Model "
+            "m's array lies m times as far from that of model 0 as model 1's, and every number may differ: "
+            "seeds, rates, slopes, rules, the loss's smoothing, ridges",
         ),
-        Op(
-            "grad_weight",
-            "dw = dz.T @ x, db = sum over rows of dz, for all layers; with rule.accumulate k > 1 added to what is "
-            "there, unless counters[BATCH_INDEX] is a multiple of k",
-            (
-                Operand(
-                    "layers",
-                    fields=(
-                        *_LAYER,
-                        Operand("dw", "NK", use=WRITTEN, kind="gradient", note="None where it is frozen"),
-                        Operand("db", "N", use=WRITTEN, kind="gradient", note="None where it is frozen"),
-                    ),
-                ),
-                Operand(
-                    "slopes",
-                    optional=True,
-                    fields=(Operand("dslope", "1"), Operand("grad", "1", use=WRITTEN, kind="gradient")),
-                ),
-                _RULE,
-                _COUNTERS,
-                Operand(
-                    "norm", "1", "float64", WRITTEN, optional=True, hidden=True,
-                    note="the Euclidean norm of all gradients, for backends with Traits.norms_gradients",
-                ),
-                *_PARTS,
-            ),
-        ),
-        Op(
-            "grad_weight_update",
-            "grad_weight and update in one, gradients never stored; advances the clock; without clipping and "
-            "accumulation",
-            (
-                Operand(
-                    "layers",
-                    fields=(
-                        *_LAYER,
-                        Operand("w", "NK", use=UPDATED, kind="parameter", note="None where it is frozen"),
-                        Operand("b", "N", use=UPDATED, kind="parameter", note="None where it is frozen"),
-                        Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True),
-                        Operand("b_state", "N", use=UPDATED, kind="state", several=True, optional=True),
-                        Operand("w_rule", optional=True, note="TensorRule"),
-                        Operand("b_rule", optional=True, note="TensorRule"),
-                        Operand("w_shadow", "NK", "compute", WRITTEN, kind="shadow", optional=True, note="w, rounded"),
-                    ),
-                ),
-                Operand(
-                    "slopes",
-                    optional=True,
-                    fields=(
-                        Operand("dslope", "1"),
-                        Operand("param", "1", use=UPDATED, kind="parameter"),
-                        Operand("state", "1", use=UPDATED, kind="state", several=True),
-                        Operand("rule", note="TensorRule"),
-                    ),
-                ),
-                *_CLOCK,
-            ),
-        ),
-        Op(
-            "update",
-            "the optimizer over the flat arenas, by the mean of the accumulated gradients, where "
-            "counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate; clips by the global norm; advances the clock",
-            (
-                Operand("params", use=UPDATED, kind="parameter"),
-                Operand("grads", use=UPDATED, kind="gradient"),
-                Operand("states", use=UPDATED, kind="state", several=True),
-                Operand(
-                    "segments",
-                    note="Segments by offset; between them lie zeros (alignment) and frozen tensors",
-                ),
-                *_CLOCK,
-                Operand("norm", "1", "float64", optional=True, hidden=True, note="what grad_weight has written"),
-                Operand("shadow", dtype="compute", use=WRITTEN, kind="shadow", optional=True, note="params, rounded"),
-                Operand(
-                    "scaled",
-                    optional=True,
-                    note="True: the gradients carry hyper[LOSS_SCALE]. Where they overflow nothing is updated, the "
-                    "batch is skipped and the scale halved; after GROWTH_INTERVAL updates without one it is doubled",
-                ),
-                *_PARTS,
-            ),
-        ),
-        Op("advance", "the clock alone, for a network with nothing to train", _CLOCK),
-        Op(
-            "penalty",
-            "dw += ridge.strength / shares * w for all layers, before dw is clipped; its loss is added to "
-            "stats[PENALTIES], times the rows of the batch; nothing where shares is 0",
-            (
-                Operand(
-                    "layers",
-                    fields=(Operand("w", "NK"), Operand("dw", "NK", use=UPDATED, kind="gradient")),
-                ),
-                Operand("ridge", note="Ridge"),
-                Operand("shares", "1", "float64", hidden=True, note="what the loss has written"),
-                _COUNTERS,
-                Operand("stats", "S", "float64", UPDATED, kind="control"),
-            ),
-        ),
-        Op(
-            "train_resident",
-            "the calls of a training step, as many times as the bound callable is told; walks rows",
-            (
-                Operand("calls", note="(op, operands) of each call of a step; the output layer has no dropout"),
-                Operand("rows", dtype="int64", note="(R,): those of the calls, of all batches and epochs"),
-                Operand("batch", note="M, the rows of a step"),
-                _ARENAS,
-                _HISTORY,
-            ),
-        ),
-        Op(
-            "train_fleet",
-            "train_resident of several models in one launch; the bound callable is told the steps of each model, and "
-            "models with 0 are no part of the launch",
-            (
-                Operand(
-                    "calls",
-                    note="the calls of each model: the same ops over one data set, arrays of the same shapes. Model "
-                    "m's array lies m times as far from that of model 0 as model 1's, and every number may differ: "
-                    "seeds, rates, slopes, rules, the loss's smoothing, ridges",
-                ),
-                Operand("rows", dtype="int64", note="(models, R)"),
-                Operand("batch", note="M"),
-                replace(_ARENAS, note="as in train_resident, with an axis of models in front"),
-                replace(_HISTORY, note="(models, E, STATS), as in train_resident"),
-            ),
-        ),
-    )
-}  # fmt: skip
+        Operand("rows", dtype="int64", note="(models, R)"),
+        Operand("batch", note="M"),
+        replace(_ARENAS, note="as in train_resident, with an axis of models in front"),
+        replace(_HISTORY, note="(models, E, STATS), as in train_resident"),
+    )),
+)}
+# fmt: on
 
 
 def refusal(backend: str, op: str) -> str | None:
