@@ -25,6 +25,8 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ACTIVATION,
     BACKWARD,
     BIAS,
+    CALL_COLUMNS,
+    CALL_FACTORS,
     CLIP_NORM,
     CLIPS,
     CLOCK,
@@ -220,7 +222,9 @@ def run(
         begins, updated = batch_index % every == 0, (batch_index + 1) % every == 0
         shares = 0.0
         for at in range(len(calls)):
-            call, numbers = calls[at], call_factors[at]
+            # by address: rows of the arrays would be counted as references, atomically
+            call = _array(calls, calls.ctypes.data + at * 8 * CALL_COLUMNS, CALL_COLUMNS)
+            numbers = _array(call_factors, call_factors.ctypes.data + at * 8 * CALL_FACTORS, CALL_FACTORS)
             kind = call[KIND_OF_ROW]
             if kind == GATHER:
                 _gather(call, reals, x, picked, count)
