@@ -108,11 +108,13 @@ NaN goes through every op as NaN. A zero normaliser (all weights zero) gives los
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+from fusemlp_kernels.errors import BackendUnavailableError, FusemlpError, unknown_name
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "prelu", "sigmoid", "tanh", "gelu", "silu")
 # act' of the others can be read off the output.
@@ -355,6 +357,13 @@ def batch_parts(traits: Traits, rows: int, weights: int) -> int:
     if not traits.split_rows or not weights:
         return 1
     return max(1, min(rows // traits.split_rows, traits.split_size // weights, MOST_PARTS))
+
+
+def missing_op(backend: str, op: str, bound: Iterable[str]) -> FusemlpError:
+    """Return the error for an op that is not among those ``bound`` on a backend."""
+    if op not in OPS:
+        return unknown_name("op", op, OPS)
+    return BackendUnavailableError(f"op: the {backend} backend has no {op!r}; it has {', '.join(bound)}")
 
 
 class Backend(Protocol):

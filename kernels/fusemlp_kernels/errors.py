@@ -46,12 +46,6 @@ class DivergenceError(FusemlpError, ArithmeticError):
     """The loss stopped being a finite number."""
 
 
-def missing_op(backend: str, op: str, known: Iterable[str]) -> ArgumentError:
-    """The error for an op of the contract, or for another name, that ``backend`` does not have."""
-    names = list(known)
-    return ArgumentError(f"op: the {backend} backend has no {op!r}. Expected one of: {', '.join(names)}")
-
-
 def unknown_name(argument: str, given: object, known: Iterable[str]) -> ArgumentError:
     """The error for a name that is not one of ``known``; it says which valid name lies nearest."""
     names = list(known)

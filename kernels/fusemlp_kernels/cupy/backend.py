@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import Traits
+from fusemlp_kernels.contract import Traits, missing_op
 from fusemlp_kernels.cupy.device import FLOAT32, Array, Run, open_device, strides_of
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.tables import bind_advance
 from fusemlp_kernels.cupy.updates import bind_grad_weight, bind_grad_weight_update, bind_update
-from fusemlp_kernels.errors import ArgumentTypeError, missing_op
+from fusemlp_kernels.errors import ArgumentTypeError
 
 _log = logging.getLogger("fusemlp.kernels")
 

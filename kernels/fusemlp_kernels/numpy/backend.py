@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, missing_op
+from fusemlp_kernels.contract import Traits, missing_op
+from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError
 from fusemlp_kernels.numpy.activations import Array, Run
 from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, bind_grad_weight_update
 from fusemlp_kernels.numpy.libraries import mkl

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, missing_op
+from fusemlp_kernels.contract import Traits, missing_op
+from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
