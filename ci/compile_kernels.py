@@ -93,7 +93,7 @@ def systematic_part(variants: Sequence[aot.Variant]) -> list[aot.Variant]:
             return False
         if variant.constants.get("UPDATES") is False:
             return variant.precision == "fp16"
-        return variant.constants.get("STATES", 2) == 2
+        return aot.RULES[variant.constants.get("RULE", aot.RULES.index(aot.HEAVIEST))] == aot.HEAVIEST
 
     return [variant for variant in variants if belongs(variant)]
 

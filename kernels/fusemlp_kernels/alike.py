@@ -26,7 +26,7 @@ def check_alike(
     shapes = [tuple((one.inputs, one.outputs, one.w, one.b, one.activation, one.slope_at) for one in m) for m in layers]
     _same(op, "layers", shapes)
     _same(op, "segments", [tuple((one.offset, one.size) for one in own) for own in segments])
-    _same(op, "rules: state_count", [rule.state_count for rule in rules])
+    _same(op, "rules: states", [rule.states for rule in rules])
     _same(op, "losses: kind, soft, ignore_index", [(loss.kind, loss.soft, loss.ignore_index) for loss in losses])
     _check_layers(op, layers[0], losses[0])
 

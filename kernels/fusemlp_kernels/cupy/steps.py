@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import NEEDS_Z, LossSpec, ResidentLayer, Ridge, Segment, UpdateRule
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, LossSpec, ResidentLayer, Ridge, Segment, UpdateRule
 from fusemlp_kernels.cupy.device import FLOAT32, FLOAT64, Array, Device, strides_of
-from fusemlp_kernels.cupy.layers import CODES, FIXED_SLOPES, dropout_fields, places
-from fusemlp_kernels.cupy.losses import CODES as LOSS_CODES
+from fusemlp_kernels.cupy.layers import dropout_fields, places
 from fusemlp_kernels.cupy.losses import LONG_ROW, ROWS_A_BLOCK, SHORT_BATCH, usual_divisor
 from fusemlp_kernels.cupy.models import Each, Launches
 from fusemlp_kernels.cupy.products import lane_blocks
@@ -102,8 +101,8 @@ class Step:
     def _activation(self, index: int) -> dict[str, Any]:
         one = self.layers[0][index]
         return {
-            "activation": CODES[one.activation],
-            "slope": np.array([FIXED_SLOPES.get(one.activation, own[index].slope) for own in self.layers]),
+            "activation": ACTIVATIONS.index(one.activation),
+            "slope": np.array([own[index].slope for own in self.layers]),
             "slope_param": None if one.slope_at is None else self._from("params", one.slope_at),
         }
 
@@ -141,12 +140,11 @@ class Step:
             "weight": weight, "weight_step": 0 if weight is None else strides_of(weight)[0],
             "class_weight": class_weight, "class_step": 0 if class_weight is None else strides_of(class_weight)[0],
             "dslope": Each(self.slopes[:, self.depth - 1 :]), "shares": Each(self.shares), "rows": m, "columns": n,
-            "kind": LOSS_CODES[spec.kind], "mean": np.array([loss.reduction == "mean" for loss in losses]),
+            "kind": LOSSES.index(spec.kind), "mean": np.array([loss.reduction == "mean" for loss in losses]),
             "soft": spec.soft, "accuracy": np.array([loss.accuracy for loss in losses]), "by_rows": 1,
             "ignores": spec.ignore_index is not None, "ignored": spec.ignore_index, "divisor": np.array(divisors),
             "smoothing": np.array([loss.label_smoothing for loss in losses]),
-            "delta": np.array([loss.delta for loss in losses]),
-            "quantile": np.array([loss.quantile for loss in losses]),
+            "option": np.array([loss.option for loss in losses]),
             **self._activation(self.depth - 1), **self._sums(blocks, 4),
         }  # fmt: skip
         if m > SHORT_BATCH:

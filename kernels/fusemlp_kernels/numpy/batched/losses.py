@@ -245,9 +245,9 @@ def _bind_elementwise(
     elements, values = [], []
     for places in stretches([(loss.delta, loss.quantile) for loss in losses]):
         rows = rows_of(places, height)
-        bound = bind_values(losses[places.start], y[rows], z[rows], target[rows])
-        values.append(bound.run)
-        elements += list(bound.elements.reshape(-1, height, columns))
+        losses_of, evaluate_of = bind_values(losses[places.start], y[rows], z[rows], target[rows])
+        values.append(evaluate_of)
+        elements += list(losses_of.reshape(-1, height, columns))
     evaluate = in_sequence(values)
     sums, factors = np.empty((count, height), z.dtype), np.empty((count, height), z.dtype)
     sum_rows = [blas.row_sums(into, each) for into, each in zip(sums, elements, strict=True)]
