@@ -207,7 +207,7 @@ def test_rows_are_walked_and_the_short_batch_is_walked_over(variant):
 
 WRONG = {
     "layers": lambda given: {"layers": [given["layers"][0], [replace(given["layers"][0][0], outputs=6)]]},
-    "rules: state_count": lambda given: {"rules": [given["rules"][0], RULES["sgd"]]},
+    "rules: states": lambda given: {"rules": [given["rules"][0], RULES["sgd"]]},
     "losses: kind": lambda given: {"losses": [given["losses"][0], LossSpec("mse")]},
     "rules: expected one": lambda given: {"rules": given["rules"][:1]},
     "states: adam keeps 2": lambda given: {"states": given["states"][:1]},

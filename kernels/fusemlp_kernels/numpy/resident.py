@@ -210,7 +210,7 @@ def _loss_tables(
     table[t.IGNORED] = 0 if loss.ignore_index is None else loss.ignore_index
     table[t.ACCURACY], table[t.WEIGHTED], table[t.CLASS_WEIGHTED] = loss.accuracy, weighted, by_class
     factors = [0.0] * t.LOSS_FACTORS
-    factors[t.SMOOTHING], factors[t.DELTA], factors[t.QUANTILE] = loss.label_smoothing, loss.delta, loss.quantile
+    factors[t.SMOOTHING], factors[t.OPTION] = loss.label_smoothing, loss.option
     ridge = Ridge() if ridge is None else ridge
     usual = 1.0 if loss.kind == "cross_entropy" else float(outputs)
     factors[t.DIVISOR] = usual if ridge.divisor is None else ridge.divisor
@@ -220,8 +220,7 @@ def _loss_tables(
 
 def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
     table = [0] * t.RULE_COLUMNS
-    table[t.OPTIMIZER] = t.ADAM if rule.kind == "adam" else t.SGD
-    table[t.NESTEROV], table[t.DECOUPLED] = rule.nesterov, rule.decoupled
+    table[t.OPTIMIZER], table[t.DECOUPLED] = rule.code, rule.decoupled
     table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
     table[t.CLIPS] = rule.clip_norm is not None
     factors = [0.0] * t.RULE_FACTORS

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusemlp_kernels.contract import (
+    ACTIVATIONS,
     COUNTERS,
     HYPER,
     NEEDS_Z,
@@ -21,7 +22,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError
-from fusemlp_kernels.triton import activations, clock, configs, resident, resident_tables
+from fusemlp_kernels.triton import clock, configs, resident, resident_tables
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, signed
 from fusemlp_kernels.triton.layers import dropout_numbers, loss_setting_values
 
@@ -50,7 +51,7 @@ def _check_common(
     shapes = [tuple((one.inputs, one.outputs, one.w, one.b, one.activation, one.slope_at) for one in m) for m in layers]
     _same(op, "layers", shapes)
     _same(op, "segments", [tuple((one.offset, one.size) for one in own) for own in segments])
-    _same(op, "rules: state_count", [rule.state_count for rule in rules])
+    _same(op, "rules: states", [rule.states for rule in rules])
     _same(op, "losses: kind, soft, ignore_index", [(loss.kind, loss.soft, loss.ignore_index) for loss in losses])
     _check_chain(op, layers[0], losses[0])
 
@@ -126,7 +127,7 @@ def _layer_table(
             "N": layer.outputs, "K": layer.inputs, "x": source, "x_row": source_row, "w": layer.w,
             "w_row": _round_up(layer.inputs, 8), "b": layer.b, **tasks,
             "slope": -1 if layer.slope_at is None else layer.slope_at,
-            "activation": activations.CODES[layer.activation], "y": y, "z": z, "dz": dz, "pitch": pitch,
+            "activation": ACTIVATIONS.index(layer.activation), "y": y, "z": z, "dz": dz, "pitch": pitch,
         }  # fmt: skip
         rows.append([fields[name] for name in resident_tables.LAYER_FIELDS])
         source, source_row = y, pitch
@@ -140,7 +141,7 @@ def _model_tables(op: str, layers: Sequence[ResidentLayer]) -> tuple[list[list[i
         numbers = dropout_numbers(layer.dropout)
         draws.append([int(numbers[name]) for name in resident_tables.DRAW_FIELDS])
         kept = 1.0 if layer.dropout is None else 1.0 - layer.dropout.rate
-        slope = float(activations.FIXED_SLOPES.get(layer.activation, layer.slope))
+        slope = float(layer.slope)
         fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept, "slope": slope}
         shares.append([float(fields[name]) for name in resident_tables.SHARE_FIELDS])
     return draws, shares
@@ -272,7 +273,7 @@ def bind_train_fleet(
         "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),
-        "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "states": count,
+        "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32),
         "entropy": int(first_loss.kind == "cross_entropy"),
         "stored": int(any(_is_stored(*one) for one in zip(rules, ridges, strict=True))),
         "shadowed": int(shadow is not None),

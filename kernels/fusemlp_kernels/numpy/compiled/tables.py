@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
+from fusemlp_kernels.pointwise import OPTIMIZERS
 
 # Elements between the starts of values in the workspace.
 ALIGNMENT = 64
@@ -41,12 +42,12 @@ LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
 # The loss, int64 and float64; what a mean divides by beside the row weights, and the strength of the ridge
 KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
-SMOOTHING, DELTA, QUANTILE, DIVISOR, STRENGTH, LOSS_FACTORS = range(6)
+SMOOTHING, OPTION, DIVISOR, STRENGTH, LOSS_FACTORS = range(5)
 
 # The optimizer, int64 and float64
-OPTIMIZER, NESTEROV, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(7)
+OPTIMIZER, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(6)
 MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, RULE_FACTORS = range(6)
-SGD, ADAM = range(2)
+SGD = list(OPTIMIZERS).index("sgd")
 
-IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = range(len(ACTIVATIONS))
-CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE_LOSS = range(len(LOSSES))
+IDENTITY = ACTIVATIONS.index("identity")
+CROSS_ENTROPY = LOSSES.index("cross_entropy")
