@@ -83,6 +83,8 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
     for variant in variants:
         largest[path(variant)] = max(largest.get(path(variant), (0, 0)), size(variant))
 
+    heaviest = kernel_variants.RULES.index(kernel_variants.HEAVIEST)
+
     def belongs(variant: kernel_variants.Variant) -> bool:
         if size(variant) != largest[path(variant)] or variant.constants.get("TASKS", 16) != 16:
             return False
@@ -92,7 +94,7 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
             return False
         if variant.constants.get("UPDATES") is False:
             return variant.precision == "fp16"
-        return variant.constants.get("STATES", 2) == 2
+        return variant.constants.get("RULE", heaviest) == heaviest
 
     return [variant for variant in variants if belongs(variant)]
 

@@ -119,18 +119,22 @@ CUDA_MUTATIONS = (
         ("half words of the mask swapped", "kept |= 2u << (2 * i)", "kept |= 2u << (2 * i) >> 1", LINEAR),
     ),
     *_bugs(
-        "activations.cuh",
-        (
-            "relu swallows NaN",
-            "return z <= 0.0f && slope == 0.0f ? 0.0f : z * slope;",
-            "return slope == 0.0f ? 0.0f : z * slope;",
-            NAN_LAYER,
-        ),
+        "functions.cuh",
+        ("relu swallows NaN", "return z < other ? other : z;", "return z > other ? z : other;", NAN_LAYER),
+    ),
+    *_bugs(
+        "pointwise.cuh",
         (
             "derivative of silu without its product",
             "s * (1.0f + v * (1.0f - s))",
             "s * (1.0f + (1.0f - s))",
             GRAD_INPUT,
+        ),
+        (
+            "nesterov without its look ahead",
+            "(change + scalars.momentum * velocity)",
+            "(change + velocity)",
+            UPDATE,
         ),
     ),
     *_bugs(
@@ -235,12 +239,6 @@ CUDA_MUTATIONS = (
             "tensor of the block before",
             "tensors[low + half].first_block <= blockIdx.x",
             "tensors[low + half].first_block < blockIdx.x",
-            UPDATE,
-        ),
-        (
-            "nesterov without its look ahead",
-            "step.nesterov ? change + step.momentum * velocity",
-            "step.nesterov ? change + velocity",
             UPDATE,
         ),
         ("gradients not divided by the loss scale", "            factor /= call.hyper[LOSS_SCALE];\n", "", SCALED),

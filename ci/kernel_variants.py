@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
+from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resident, update
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
@@ -42,7 +43,9 @@ PRODUCTS = ("linear", "grad_input", "grad_weight", "linear_loss_grad", "resident
 # train_resident scales no loss
 RESIDENT_PRECISIONS = ("fp32", "tf32", "bf16")
 ELEMENTS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
-STATE_COUNTS = (0, 1, 2)
+RULES = tuple(OPTIMIZERS)
+# Of these the kernels keep the most states.
+HEAVIEST = "adam"
 
 # The element types of the kernels' pointers, by name; "compute" is that of the matrix products. A number that is not
 # in FLOATS is an integer.
@@ -76,8 +79,11 @@ class Variant:
         size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
         flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "UPDATES": "updates"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
-        numbers = {"STATES": "states", "TASKS": "tasks", "OUTPUTS": "outputs"}
+        numbers = {"TASKS": "tasks", "OUTPUTS": "outputs"}
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
+        words += (
+            [RULES[self.constants["RULE"]]] if self.constants.get("UPDATES", True) and "RULE" in self.constants else []
+        )
         words += [f"{word}={self.constants[name]}" for name, word in numbers.items() if name in self.constants]
         return " ".join([self.precision, size, f"warps={tile.warps} stages={tile.stages}", *words])
 
@@ -101,10 +107,16 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     paths = [(tile, True) for tile in configs.weight_tiles(arch.family, precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
         sides = {"BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": product, "ALIGNED": aligned}
-        for updates, states in [(False, 0), *((True, count) for count in STATE_COUNTS)]:
-            heaviest = tile == paths[0][0] and states == max(STATE_COUNTS)
+        for updates, rule in [(False, RULES[0]), *((True, rule) for rule in RULES)]:
+            heaviest = tile == paths[0][0] and rule == HEAVIEST
             for tasks in configs.TABLE_LENGTHS if heaviest else configs.TABLE_LENGTHS[:1]:
-                constants = {**sides, "UPDATES": updates, "STATES": states, "TASKS": tasks, "PARTS": tile.parts}
+                constants = {
+                    **sides,
+                    "UPDATES": updates,
+                    "RULE": RULES.index(rule),
+                    "TASKS": tasks,
+                    "PARTS": tile.parts,
+                }
                 yield Variant("grad_weight", precision, tile, constants)
     for entropy in (False, True):
         for aligned in (True, False):
@@ -114,9 +126,9 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
                 yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
             tile = configs.loss_tile(arch, 1)
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
-    for states in STATE_COUNTS:
-        for tasks in configs.TABLE_LENGTHS if states == max(STATE_COUNTS) else configs.TABLE_LENGTHS[:1]:
-            constants = {"BLOCK": configs.SWEEP.columns, "STATES": states, "TASKS": tasks}
+    for rule in RULES:
+        for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
+            constants = {"BLOCK": configs.SWEEP.columns, "RULE": RULES.index(rule), "TASKS": tasks}
             yield Variant("update", ELEMENTS[precision], configs.SWEEP, constants)
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):

@@ -36,7 +36,13 @@ LAYERS = (
 )
 # The room of fusemlp that knows the backends; the others see only shared descriptions, definitions and errors.
 BACKEND_USERS = ("runtime",)
-SHARED = ("fusemlp_kernels.contract", "fusemlp_kernels.errors", "fusemlp_kernels.ops", "fusemlp_kernels.philox")
+SHARED = (
+    "fusemlp_kernels.contract",
+    "fusemlp_kernels.errors",
+    "fusemlp_kernels.ops",
+    "fusemlp_kernels.philox",
+    "fusemlp_kernels.pointwise",
+)
 # Libraries that only these modules, and those inside them, may import.
 OWNERS = {
     "cupy": ("fusemlp_kernels.cupy",),

@@ -42,7 +42,6 @@ LEFT: dict[str, int] = {
     "engine/fusemlp/engine.py": 1,
     "engine/fusemlp/program/": 15,
     "engine/fusemlp/runtime/": 22,
-    "engine/fusemlp/sklearn/": 3,
     "kernels/": 162,
     "tests/": 18,
 }

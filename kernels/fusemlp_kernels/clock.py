@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import (
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,
@@ -49,9 +50,9 @@ def rate_table(rule: UpdateRule, rates: Array | Sequence[float], first: int = 0)
     table = np.zeros((1 + count, RATE_COLUMNS))
     table[0, FIRST_UPDATE], table[0, ROWS_FILLED] = first, count
     table[1:, LEARNING_RATE] = rates
-    adam = rule.kind == "adam"
-    table[1:, BIAS_CORRECTION_1] = corrections(rule.beta1, first, count) if adam else 1.0
-    table[1:, BIAS_CORRECTION_2] = corrections(rule.beta2, first, count) if adam else 1.0
+    read = pointwise.named(pointwise.lines(list(pointwise.OPTIMIZERS.values())[rule.code].scalars))
+    table[1:, BIAS_CORRECTION_1] = corrections(rule.beta1, first, count) if "bias_correction_1" in read else 1.0
+    table[1:, BIAS_CORRECTION_2] = corrections(rule.beta2, first, count) if "bias_correction_2" in read else 1.0
     return table
 
 

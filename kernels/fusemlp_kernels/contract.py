@@ -45,10 +45,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "prelu", "sigmoid", "tanh", "gelu", "silu")
-# act' of the others can be read off the output.
-NEEDS_Z = frozenset({"prelu", "gelu", "silu"})
-LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poisson", "quantile")
+from fusemlp_kernels import pointwise
+from fusemlp_kernels.errors import unknown_name
+
+ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
+# The derivatives of the others are computed from the output.
+NEEDS_Z = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.needs_z)
+LOSSES = pointwise.LOSS_NAMES
 
 # counters, int64
 (
@@ -116,6 +119,12 @@ class LossSpec:
     quantile: float = 0.5
     accuracy: bool = False
 
+    @property
+    def option(self) -> float:
+        """The number that the formula of the loss names; 0 where there is none."""
+        row = pointwise.LOSSES.get(self.kind)
+        return 0.0 if row is None or row.option is None else float(getattr(self, row.option))
+
 
 class ScheduleSpec:
     """A schedule as pickles of release 0.1 hold it inside an ``UpdateRule``; read where they are loaded."""
@@ -123,7 +132,8 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """An optimizer: ``kind`` "sgd" or "adam"; ``convention`` "torch" or "scikit-learn" (see ``reference.update``)."""
+    """An optimizer: ``kind`` "sgd" or a name of ``pointwise.OPTIMIZERS``; ``convention`` "torch" or "scikit-learn" (see
+    ``reference.update``)."""
 
     kind: str
     momentum: float = 0.0
@@ -137,11 +147,28 @@ class UpdateRule:
     accumulate: int = 1
 
     @property
+    def name(self) -> str:
+        """The optimizer's name in ``pointwise.OPTIMIZERS``."""
+        if self.kind != "sgd" or not self.momentum:
+            return self.kind
+        return "nesterov" if self.nesterov else "momentum"
+
+    @property
+    def code(self) -> int:
+        """The optimizer's number for the kernels; raises ArgumentError where there is no such optimizer."""
+        if self.name not in pointwise.OPTIMIZERS:
+            raise unknown_name("rule: kind", self.kind, pointwise.OPTIMIZERS)
+        return list(pointwise.OPTIMIZERS).index(self.name)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the arrays shaped like the parameters that the optimizer keeps."""
+        return list(pointwise.OPTIMIZERS.values())[self.code].states
+
+    @property
     def state_count(self) -> int:
         """How many arrays shaped like the parameters the optimizer keeps."""
-        if self.kind == "adam":
-            return 2
-        return 1 if self.momentum else 0
+        return len(self.states)
 
 
 @dataclass(frozen=True)

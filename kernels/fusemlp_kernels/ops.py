@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
 
 # Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
 FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS, "3": RATE_COLUMNS}
@@ -319,11 +319,11 @@ def refusal(backend: str, op: str) -> str | None:
 
 
 def check_names(backend: str, binders: Binders, op: str, given: Mapping[str, Any]) -> None:
-    """Raise ArgumentError for an op that the backend does not bind, ArgumentTypeError for operands that are missing,
-    unknown or not taken."""
+    """Raise BackendUnavailableError for an op that the backend does not bind, ArgumentError for an unknown op,
+    ArgumentTypeError for operands that are missing, unknown or not taken."""
     reason = refusal(backend, op)
     if reason is not None:
-        raise ArgumentError(f"op: the {backend} backend has no {op!r}: {reason}")
+        raise BackendUnavailableError(f"op: the {backend} backend has no {op!r}: {reason}")
     if op not in binders:
         raise unknown_name("op", op, binders)
     _check_fields(op, OPS[op].operands, given)

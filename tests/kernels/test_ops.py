@@ -10,7 +10,7 @@ import cupy_standin
 import pytest
 from devices import DEVICE_PARAMETERS, usable
 
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from fusemlp_kernels.ops import FIXED, OPS, UPDATED, operands_of, refusal
 from fusemlp_kernels.registry import TRAITS
 
@@ -68,7 +68,7 @@ def test_ops_that_a_backend_does_not_have_are_refused_with_a_reason(device):
     refused = [op for op in OPS if refusal(device.backend, op)]
     assert refused
     for op in refused:
-        with pytest.raises(ArgumentError, match=f"op: the {device.backend} backend has no '{op}': it"):
+        with pytest.raises(BackendUnavailableError, match=f"op: the {device.backend} backend has no '{op}': it"):
             bind(op)
 
 

@@ -226,7 +226,7 @@ def frozen(given):
 
 WRONG = {
     "layers: models of one launch": lambda given: changed(given, "linear", activation="relu"),
-    "rules: state_count": lambda given: changed(given, "grad_weight_update", rule=RULES["sgd"]),
+    "rules: states": lambda given: changed(given, "grad_weight_update", rule=RULES["sgd"]),
     "losses: kind": lambda given: changed(given, "linear_loss_grad", loss=LossSpec("mse")),
     "target: models of one launch": lambda given: changed(
         given, "linear_loss_grad", target=np.array(given["calls"][0][1][1]["target"])

@@ -32,6 +32,8 @@ CURVATURE = {
     "identity": 0.0, "relu": 0.0, "leaky_relu": 0.0, "prelu": 0.0, "sigmoid": 0.1, "tanh": 0.77, "gelu": 0.8,
     "silu": 0.5,
 }  # fmt: skip
+# z g(z): an error of g' counts |z| times.
+GATED = {"gelu", "silu"}
 FUNCTION_ULPS = 4
 
 
@@ -98,7 +100,7 @@ def activation_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
 def activation_grad_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
     """Return the error of f'(z), from z or from an f(z) rounded once. A kink within z_bound may go either way."""
     error = CURVATURE[name] * z_bound + 2.0 * ULPS[name] * u * np.maximum(1.0, np.abs(slope))
-    if name in ("gelu", "silu"):
+    if name in GATED:
         error = error + 2.0 * ULPS[name] * u * np.abs(z)
     if name in ("relu", "leaky_relu", "prelu"):
         error = error + np.where(np.abs(z) <= z_bound, np.abs(1.0 - slope), 0.0) * (np.asarray(z_bound) > 0)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
+from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
@@ -32,7 +33,7 @@ INITS = (
     "zeros",
 )
 # Activations that keep about half of a symmetric input; He et al. derived their variance for these.
-_RECTIFIERS = frozenset({"relu", "leaky_relu", "prelu", "gelu", "silu"})
+_RECTIFIERS = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.rectifier)
 _DEFAULT_SLOPES = {"leaky_relu": 0.01, "prelu": 0.25}
 _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmoid", "swish": "silu"}
 

@@ -16,6 +16,7 @@ The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), so older run
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import math
@@ -32,6 +33,8 @@ from fusemlp.describe.network import Activation
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
+from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
+from fusemlp_kernels.pointwise import lines
 
 Array = np.ndarray[Any, Any]
 
@@ -42,8 +45,12 @@ INPUT = "x"
 MOST_BYTES = 2**31 - 2**20
 # Features are scaled in float32: a mean of this many standard deviations costs 2**-24 of it, 6e-4.
 FARTHEST = 1e4
-# Activations that are one operator; ``_Graph.activation`` composes the others.
-OPERATORS = {"relu": "Relu", "leaky_relu": "LeakyRelu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
+# Operators for the arithmetic and the functions of the kernels' formulas.
+ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div"}
+FUNCTIONS = {
+    "abs": "Abs", "exp": "Exp", "maximum": "Max", "minimum": "Min", "sigmoid": "Sigmoid", "sign": "Sign",
+    "sqrt": "Sqrt", "tanh": "Tanh",
+}  # fmt: skip
 
 
 def to_onnx(
@@ -172,21 +179,40 @@ class _Graph:
             return self.add("LeakyRelu", z, alpha=activation.slope)
         if activation.name == "prelu":
             return self.add("PRelu", z, self.constant(slope))
-        if activation.name == "silu":
-            return self.add("Mul", z, self.add("Sigmoid", z))
-        if activation.name == "gelu":
-            return self._gelu(z)
-        return self.add(OPERATORS[activation.name], z)
+        if activation.name == "relu":
+            return self.add("Relu", z)
+        known = {"z": z}
+        for name, value in lines(ROWS[activation.name].value, "y"):
+            known[name] = self._expression(value, known)
+        return known["y"]
 
-    def _gelu(self, z: str) -> str:
-        """Append ``z * (1 + erf(z / sqrt(2))) / 2``, with Erf in float32, because onnxruntime has no double Erf."""
+    def _expression(self, node: ast.expr, known: Mapping[str, str]) -> str:
+        """Append the operators of a formula's expression over ``known`` outputs; returns the name of its output."""
+        match node:
+            case ast.Name(id=name):
+                return known[name]
+            case ast.Constant(value=float() | int() as value):
+                return self.constant(float(value))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return self.add("Neg", self._expression(operand, known))
+            case ast.BinOp(left=left, op=op, right=right):
+                return self.add(ARITHMETIC[type(op)], self._expression(left, known), self._expression(right, known))
+            case ast.Call(func=ast.Name(id="normal_cdf"), args=[argument]):
+                return self._normal_cdf(self._expression(argument, known))
+            case ast.Call(func=ast.Name(id="log1p"), args=[argument]):
+                return self.add("Log", self.add("Add", self._expression(argument, known), self.constant(1.0)))
+            case ast.Call(func=ast.Name(id=name), args=arguments) if name in FUNCTIONS:
+                return self.add(FUNCTIONS[name], *(self._expression(argument, known) for argument in arguments))
+        raise ArgumentError(f"engine: ONNX has no operator for {ast.unparse(node)!r} in the formula of its activation")
+
+    def _normal_cdf(self, z: str) -> str:
+        """Append ``(1 + erf(z / sqrt(2))) / 2``, with Erf in float32, because onnxruntime has no double Erf."""
         scaled = self.add("Mul", z, self.constant(math.sqrt(0.5)))
         if self.real == np.float64:
             erf = self.cast(self.add("Erf", self.cast(scaled, np.float32)), np.float64)
         else:
             erf = self.add("Erf", scaled)
-        half = self.add("Mul", z, self.constant(0.5))
-        return self.add("Mul", half, self.add("Add", erf, self.constant(1.0)))
+        return self.add("Mul", self.add("Add", erf, self.constant(1.0)), self.constant(0.5))
 
     def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper

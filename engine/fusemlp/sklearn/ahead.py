@@ -91,8 +91,8 @@ class Entry:
 class TrainedAhead:
     """Trains the models of ``tasks``, which are the fits that follow, in their order.
 
-    ``workers``: threads for models on the host. Where several models share launches, as many as ``at_once`` returns are
-    set up before the first trains.
+    ``workers``: threads for models on the host. If models share launches, ``at_once`` returns how many to set up before
+    the first trains.
     """
 
     def __init__(self, tasks: Iterator[Task], workers: int, at_once: Callable[[], int]) -> None:

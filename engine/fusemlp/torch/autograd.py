@@ -230,4 +230,4 @@ def _through_activation(
         return aten.sigmoid_backward(dy, y), None
     if name == "tanh":
         return aten.tanh_backward(dy, y), None
-    return (aten.gelu_backward if name == "gelu" else aten.silu_backward)(dy, z), None
+    return getattr(aten, f"{name}_backward")(dy, z), None

@@ -15,13 +15,7 @@ from fusemlp.torch import losses, modules, optimizers
 from fusemlp_kernels.contract import UPDATE_COUNT
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
-MODULES = {
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-}
+MODULES = {name: kind for kind, name in modules.PLAIN.items()}
 
 
 def to_torch(engine: Engine) -> nn.Sequential:

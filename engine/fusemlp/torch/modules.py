@@ -12,13 +12,18 @@ from torch import nn
 from fusemlp.describe.network import MLP, Activation
 from fusemlp.torch.tracing import Part, trace_parts
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
+from fusemlp_kernels.pointwise import ACTIVATIONS
 
 # With f(a z) = a f(z) for a >= 0, dropout before the activation equals dropout after it.
 HOMOGENEOUS = ("identity", "relu", "leaky_relu", "prelu")
-SUPPORTED = (
-    "Linear, ReLU, LeakyReLU, PReLU, Sigmoid, Tanh, GELU, SiLU, Identity, Dropout and Flatten, in nn.Sequential or in "
-    "a forward that torch.fx can trace"
-)
+# Classes of torch.nn without options that the kernels have as activations.
+PLAIN: dict[type[nn.Module], str] = {
+    getattr(nn, row.torch): name
+    for name, row in ACTIVATIONS.items()
+    if row.torch and name not in ("identity", "leaky_relu", "prelu")
+}
+_NAMED = ", ".join(row.torch for name, row in ACTIVATIONS.items() if row.torch and name != "identity")
+SUPPORTED = f"Linear, {_NAMED}, Identity, Dropout and Flatten, in nn.Sequential or in a forward that torch.fx can trace"
 INSTEAD = {
     "Softmax": "leave it out: CrossEntropyLoss takes logits and applies the softmax itself",
     "LogSoftmax": "leave it out and use CrossEntropyLoss, which takes logits",
@@ -167,9 +172,8 @@ def part_of(module: nn.Module, path: str) -> Part | None:
         raise ArgumentError(
             f"module: {path}: GELU(approximate={options.approximate!r}): only the exact GELU() can be fused"
         )
-    names = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.GELU: "gelu", nn.SiLU: "silu"}
-    if kind in names:
-        return Part("activation", path, kind.__name__, activation=Activation(names[kind]))
+    if kind in PLAIN:
+        return Part("activation", path, kind.__name__, activation=Activation(PLAIN[kind]))
     if kind is nn.Identity:
         return Part("activation", path, "Identity", activation=Activation("identity"))
     return None

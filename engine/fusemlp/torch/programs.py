@@ -142,7 +142,7 @@ class Programs:
             return Batch(self, rows, rows, kind)
         return Batch(self, rows, 1 << (rows - 1).bit_length(), kind)
 
-    def prepare(self, rows: int) -> None:
+    def build(self, rows: int) -> None:
         """Make the program for batches of ``rows`` rows."""
         self._sizes.add(rows)
         kind = "labels" if self.loss.kind == "cross_entropy" else "values"

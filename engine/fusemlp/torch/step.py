@@ -72,7 +72,7 @@ class FusedStep:
         self._tie.move_parameters()
         self._refresh()
         if rows is not None:
-            self._programs.prepare(rows)
+            self._programs.build(rows)
         _follow_loading(optimizer, weakref.ref(self))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fusemlp.describe.network import Activation
 from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.pointwise import ACTIVATIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +39,13 @@ class Part:
 
 FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu",
-    functional.relu: "relu",
     torch.sigmoid: "sigmoid",
-    functional.sigmoid: "sigmoid",
     torch.tanh: "tanh",
-    functional.tanh: "tanh",
-    functional.gelu: "gelu",
-    functional.silu: "silu",
-    functional.leaky_relu: "leaky_relu",
+    **{
+        getattr(functional, name): name
+        for name, row in ACTIVATIONS.items()
+        if row.torch and row.by_slope is None and hasattr(functional, name)
+    },
 }
 METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 NOTHING = ("contiguous", "clone")

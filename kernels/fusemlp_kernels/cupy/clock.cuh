@@ -7,9 +7,8 @@
 
 // An optimizer's rule.
 struct Rule {
-    long long adam;
+    long long code;  // which of RuleCode
     double momentum;
-    long long nesterov;
     double beta1;
     double beta2;
     double eps;

@@ -5,7 +5,7 @@
 #include "counters.cuh"
 #include "lanes.cuh"
 #include "philox.cuh"
-#include "activations.cuh"
+#include "pointwise.cuh"
 
 struct Gather {
     const Compute* x;
@@ -145,7 +145,7 @@ __device__ __forceinline__ void backward_of(const Backward& call) {
         float share = needs_z(code) ? 1.0f : static_cast<float>(call.kept_share);
         for (int i = 0; i < LANES; i++) {
             float v = from[i] * share;
-            if (code == PRELU && i < place.count) below += values[i] * (v > 0.0f ? 0.0f : v);
+            if (code == PRELU && i < place.count) below += values[i] * by_slope_prelu(v);
             values[i] *= derivative(v, code, slope);
         }
         store_lanes(call.out + row * call.out_row + column * call.out_col, call.out_col, place.count, values);

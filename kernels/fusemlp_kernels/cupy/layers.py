@@ -10,10 +10,6 @@ from fusemlp_kernels.cupy.products import bind_copy, bind_product, lane_blocks, 
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.philox import seed_key, threshold
 
-CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-# What the kernels take as the slope of an activation that has none of its own.
-FIXED_SLOPES = {"identity": 1.0, "relu": 0.0}
-
 
 def activation_fields(device: Device, op: str, name: str, slope: float, slope_param: Array | None) -> dict[str, Any]:
     """The kernels' fields for an activation."""
@@ -24,8 +20,8 @@ def activation_fields(device: Device, op: str, name: str, slope: float, slope_pa
             raise ArgumentError(f"{op}: slope_param: prelu needs its slope, an array of shape (1,); got None")
         slope_param = device.check(op, "slope_param", slope_param, (1,), FLOAT32)
     return {
-        "activation": CODES[name],
-        "slope": FIXED_SLOPES.get(name, slope),
+        "activation": ACTIVATIONS.index(name),
+        "slope": slope,
         "slope_param": slope_param if name == "prelu" else None,
     }
 

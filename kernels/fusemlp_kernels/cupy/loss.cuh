@@ -6,7 +6,7 @@
 
 #include "common.cuh"
 #include "counters.cuh"
-#include "activations.cuh"
+#include "pointwise.cuh"
 #include "rows.cuh"
 #include "teams.cuh"
 
@@ -80,48 +80,13 @@ __device__ inline RowSums entropy_row(
     return sums;
 }
 
-// The loss of one output and its derivative by it.
-__device__ __forceinline__ float element_loss(const Loss& call, float y, float t, float* slope) {
-    float r = y - t;
-    switch (call.kind) {
-    case BINARY: {
-        *slope = sigmoid(y) - t;
-        float above = y > 0.0f ? y : y <= 0.0f ? 0.0f : y;
-        return above + log1pf(expf(-fabsf(y))) - t * y;
-    }
-    case MSE:
-        *slope = 2.0f * r;
-        return r * r;
-    case MAE:
-        *slope = r > 0.0f ? 1.0f : r < 0.0f ? -1.0f : r;
-        return fabsf(r);
-    case HUBER: {
-        // with c = r clipped to [-delta, delta], the loss is c (r - c / 2) and its derivative is c
-        float delta = static_cast<float>(call.delta);
-        float c = r > delta ? delta : r < -delta ? -delta : r;
-        *slope = c;
-        return c * (r - 0.5f * c);
-    }
-    case POISSON: {
-        float e = expf(y);
-        *slope = e - t;
-        return e - t * y;
-    }
-    default: {
-        float quantile = static_cast<float>(call.quantile);
-        float side = r > 0.0f ? 1.0f - quantile : quantile;
-        *slope = r > 0.0f ? side : r < 0.0f ? -side : r;
-        return side * fabsf(r);
-    }
-    }
-}
-
 template <int SIZE, typename Z>
 __device__ inline RowSums element_row(
     const Loss& call, const Row& row, const Z* z, const float* target, Compute* dz, float scale) {
     int lane = threadIdx.x % SIZE;
     int code = static_cast<int>(call.activation);
     float slope = call.slope_param ? *call.slope_param : static_cast<float>(call.slope);
+    float option = static_cast<float>(call.option);
     Best largest = {-infinity(), call.columns};
     Best meant = {-infinity(), call.columns};
     float loss = 0.0f;
@@ -132,9 +97,9 @@ __device__ inline RowSums element_row(
         float t = target[column * call.target_col];
         float y = activate(v, code, slope);
         float by_y;
-        loss += element_loss(call, y, t, &by_y) * row.weight;
+        loss += element_loss(y, t, call.kind, option, &by_y) * row.weight;
         by_y *= row.weight * scale;
-        if (code == PRELU) below += by_y * (v > 0.0f ? 0.0f : v);
+        if (code == PRELU) below += by_y * by_slope_prelu(v);
         if (dz) store(dz + column * call.dz_col, by_y * derivative(needs_z(code) ? v : y, code, slope));
         largest.take(y, column);
         meant.take(t, column);
@@ -142,7 +107,7 @@ __device__ inline RowSums element_row(
     }
     RowSums sums = {Team<SIZE>::sum(loss), 0.0f, 0, 1};
     if (code == PRELU) sums.below = Team<SIZE>::sum(below);
-    if (call.accuracy && call.kind == BINARY) {
+    if (call.accuracy && call.kind == BINARY_CROSS_ENTROPY) {
         sums.right = Team<SIZE>::sum(hits);
         sums.scored = call.columns;
     } else if (call.accuracy) {

@@ -18,7 +18,6 @@ from fusemlp_kernels.cupy.products import bind_product, matrix
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.ops import hands_on
 
-CODES = {name: code for code, name in enumerate(LOSSES)}
 # Rows longer than this have a block each, others a warp.
 LONG_ROW = 1024
 ROWS_A_BLOCK = 8
@@ -75,10 +74,9 @@ def _loss_fields(
         "weight": weight, "weight_step": 0 if weight is None else strides_of(weight)[0],
         "class_weight": class_weight, "class_step": 0 if class_weight is None else strides_of(class_weight)[0],
         "dslope": dslope, "hyper": hyper, "rows": m, "columns": n,
-        "kind": CODES[loss.kind], "mean": loss.reduction == "mean", "soft": loss.soft, "accuracy": loss.accuracy,
+        "kind": LOSSES.index(loss.kind), "mean": loss.reduction == "mean", "soft": loss.soft, "accuracy": loss.accuracy,
         "ignores": loss.ignore_index is not None, "ignored": loss.ignore_index,
-        "divisor": 1.0 if entropy else float(n), "smoothing": loss.label_smoothing, "delta": loss.delta,
-        "quantile": loss.quantile,
+        "divisor": 1.0 if entropy else float(n), "smoothing": loss.label_smoothing, "option": loss.option,
         **activation_fields(device, op, activation, slope, slope_param),
     }  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 #include "common.cuh"
 #include "counters.cuh"
+#include "pointwise.cuh"
 
-enum Kind { CROSS_ENTROPY, BINARY, MSE, MAE, HUBER, POISSON, QUANTILE };
 // What each block leaves for the sums: loss, right answers, answers asked for, prelu's gradient.
 constexpr int PARTIALS = 4;
 
@@ -45,8 +45,7 @@ struct Loss {
     long long activation;
     double divisor;  // of the loss for each unit of the shares
     double smoothing;
-    double delta;
-    double quantile;
+    double option;  // of the element-wise loss, as delta
     double slope;
 };
 

@@ -22,7 +22,7 @@ def rule_table(rule: UpdateRule, *, scaled: bool = False) -> np.ndarray[Any, Any
     """A rule as the kernels read it, one row; ``scaled``: the gradients carry the loss scale."""
     table = np.zeros(1, sources.layout("update", "Rule"))
     values = vars(rule) | {
-        "adam": rule.kind == "adam",
+        "code": rule.code,
         "inside": rule.convention == "scikit-learn",
         "clip_norm": math.inf if rule.clip_norm is None else rule.clip_norm,
         "scaled": scaled,

@@ -1,7 +1,8 @@
-// The optimizer in one launch for a whole network, and the norm of its gradients; the formulas are in reference.update.
+// The optimizer in one launch for a whole network, and the norm of its gradients; the formulas are in pointwise.cuh.
 
 #include "common.cuh"
 #include "clock.cuh"
+#include "pointwise.cuh"
 
 // Elements of a tensor that a block updates.
 constexpr int ELEMENTS = 4 * THREADS;
@@ -53,65 +54,6 @@ struct Update {
     unsigned* ticket;
 };
 
-// The rule in the arithmetic of the parameters, once a thread.
-struct Step {
-    float rate;
-    float kept;  // what decoupled decay leaves of a parameter
-    float decay;  // what coupled decay adds to a gradient
-    float momentum;
-    float beta1;
-    float rest1;
-    float beta2;
-    float rest2;
-    float scale;
-    float eps;
-    float gradient;  // what every gradient is multiplied by
-    bool inside;
-    bool nesterov;
-};
-
-__device__ inline Step step_of(const Update& call, const Tensor& tensor, double gradient) {
-    const Rule& rule = *call.rule;
-    double rate = call.hyper[LEARNING_RATE] * tensor.factor;
-    Step step;
-    step.rate = static_cast<float>(rate);
-    step.kept = rule.decoupled ? static_cast<float>(1.0 - rate * tensor.decay) : 1.0f;
-    step.decay = rule.decoupled ? 0.0f : static_cast<float>(tensor.decay);
-    step.momentum = static_cast<float>(rule.momentum);
-    step.beta1 = static_cast<float>(rule.beta1);
-    step.rest1 = static_cast<float>(1.0 - rule.beta1);
-    step.beta2 = static_cast<float>(rule.beta2);
-    step.rest2 = static_cast<float>(1.0 - rule.beta2);
-    // with root = sqrt(bc2) multiplied through, m / bc1 / (sqrt(v / bc2) + eps) = m root / bc1 / (sqrt(v) + eps root)
-    double root = rule.adam ? sqrt(call.hyper[BIAS_CORRECTION_2]) : 1.0;
-    step.scale = rule.adam ? static_cast<float>(rate * root / call.hyper[BIAS_CORRECTION_1]) : 0.0f;
-    step.eps = static_cast<float>(rule.inside ? rule.eps : rule.eps * root);
-    step.gradient = static_cast<float>(gradient);
-    step.inside = rule.inside != 0;
-    step.nesterov = rule.nesterov != 0;
-    return step;
-}
-
-// One parameter: its new value, with its states in place.
-__device__ __forceinline__ float updated(float p, float g, float* s0, float* s1, const Step& step) {
-    p *= step.kept;
-    if (step.decay != 0.0f) g += step.decay * p;
-    if (s1) {
-        float first = step.beta1 * *s0 + step.rest1 * g;
-        float second = step.beta2 * *s1 + step.rest2 * (g * g);
-        *s0 = first;
-        *s1 = second;
-        // a parameter that never had a gradient stays as it is, whatever eps is
-        return first == 0.0f ? p : p - step.scale * (first / (sqrtf(second) + step.eps));
-    }
-    if (!s0) return p - step.rate * g;
-    float change = step.inside ? -step.rate * g : g;
-    float velocity = step.momentum * *s0 + change;
-    *s0 = velocity;
-    float move = step.nesterov ? change + step.momentum * velocity : velocity;
-    return step.inside ? p + move : p - step.rate * move;
-}
-
 // Updates every tensor to the mean of the accumulated gradients, clipped by their global norm. Under loss scaling a
 // norm that is not finite skips the update: nothing but the counters and the scale changes.
 __device__ __forceinline__ void update_of(const Update& call) {
@@ -135,7 +77,8 @@ __device__ __forceinline__ void update_of(const Update& call) {
     bool applied = due && sound;
     if (applied && call.count > 0) {
         const Tensor tensor = call.tensors[tensor_of_block(call.tensors, call.count)];
-        Step step = step_of(call, tensor, factor);
+        double rate = call.hyper[LEARNING_RATE] * tensor.factor;
+        Scalars scalars = scalars_of(rule, rule.code, rate, tensor.decay, call.hyper);
         long long begin = (blockIdx.x - tensor.first_block) * ELEMENTS + threadIdx.x;
         for (int i = 0; i < ELEMENTS / THREADS; i++) {
             long long at = begin + i * THREADS;
@@ -143,10 +86,10 @@ __device__ __forceinline__ void update_of(const Update& call) {
             long long row = tensor.rows == 1 ? 0 : at / tensor.columns;
             long long column = at - row * tensor.columns;
             float* p = tensor.p + row * tensor.p_row + column * tensor.p_col;
-            float g = tensor.g[row * tensor.g_row + column * tensor.g_col] * step.gradient;
+            float g = tensor.g[row * tensor.g_row + column * tensor.g_col] * static_cast<float>(factor);
             float* s0 = tensor.s0 ? tensor.s0 + row * tensor.s0_row + column * tensor.s0_col : nullptr;
             float* s1 = tensor.s1 ? tensor.s1 + row * tensor.s1_row + column * tensor.s1_col : nullptr;
-            float value = updated(*p, g, s0, s1, step);
+            float value = updated(*p, g, s0, s1, rule.code, scalars);
             *p = value;
             if (tensor.shadow) store(tensor.shadow + row * tensor.shadow_row + column * tensor.shadow_col, value);
         }

@@ -107,7 +107,7 @@ def bind_grad_weight_update(
             f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"
         )
     found, sums, tensors = _layers(device, op, layers), Sums(device), Tensors(device)
-    plain = rule.state_count == 0 and all(layer.get("w_shadow") is None for layer in layers)
+    plain = rule.name == "sgd" and all(layer.get("w_shadow") is None for layer in layers)
     scalars = sums.scalars(len(layers)) if plain else None
     products: list[Run] = []
 

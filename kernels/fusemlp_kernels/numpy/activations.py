@@ -1,15 +1,21 @@
-"""Activations and their derivatives, in place, in row blocks that stay in the cache between the passes.
+"""Activations and their derivatives in row blocks that stay in the cache between the passes of ``pointwise_numpy``.
 
 Every function binds: it returns a callable without arguments that allocates nothing.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from fusemlp_kernels import pointwise
+from fusemlp_kernels.errors import unknown_name
+from fusemlp_kernels.numpy import pointwise_numpy
 
 Array = np.ndarray[Any, Any]
 # What a bound call returns is not looked at: NumPy functions with ``out`` return their output.
@@ -45,86 +51,38 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
+def formula(kind: str, name: str) -> tuple[Callable[..., None], int]:
+    """The printed function ``kind_name``, and the number of scratch arrays that are its last arguments.
+
+    Raises ArgumentError for a name without a formula.
+    """
+    function = getattr(pointwise_numpy, f"{kind}_{name}", None)
+    if function is None:
+        known = [one.removeprefix(f"{kind}_") for one in vars(pointwise_numpy) if one.startswith(f"{kind}_")]
+        raise unknown_name(kind, name, known)
+    return function, len([one for one in inspect.signature(function).parameters if re.fullmatch(r"s\d+", one)])
+
+
 def activate(name: str, y: Array, z: Array | None, slope: float, slope_param: Array | None) -> Run:
     """Bind ``y = act(y)``, or ``y = act(z)`` for the activations that are given ``z`` (M, N); ``y`` (M, N)."""
-    if name == "identity":
-        if z is None or z is y:
-            return nothing
-        return lambda: np.copyto(y, z)
-    if name == "relu":
-        source = y if z is None else z
-        zero = np.zeros((), y.dtype)
-        return lambda: np.maximum(source, zero, out=y)
-    scratch = np.empty(_block_shape(y), y.dtype)
-    runs = []
-    for block in row_blocks(*y.shape):
-        part = y[block]
-        source = part if z is None else z[block]
-        runs.append(_activate_block(name, part, source, scratch[: len(part)], slope, slope_param))
-    return in_sequence(runs)
+    source = y if z is None else z
+    if name == "identity" and source is y:
+        return nothing
+    function, count = formula("activate", name)
+    factor = slope if slope_param is None else slope_param
+    scratch = _scratch(count, y)
+    return in_sequence(
+        [
+            functools.partial(function, y[block], source[block], factor, *scratch[:, : len(y[block])])
+            for block in row_blocks(*y.shape)
+        ]
+    )
 
 
-def _block_shape(y: Array) -> tuple[int, int]:
-    """The shape of the largest block of ``y``."""
-    return (min(y.shape[0], max(1, BLOCK // max(y.shape[1], 1))), y.shape[1])
-
-
-def _activate_block(name: str, y: Array, z: Array, s: Array, slope: float, slope_param: Array | None) -> Run:
-    half = y.dtype.type(0.5)
-    one = y.dtype.type(1.0)
-
-    if name == "leaky_relu":
-        factor = y.dtype.type(slope)
-        pick = np.maximum if slope <= 1.0 else np.minimum
-
-        def leaky_relu() -> None:
-            np.multiply(z, factor, out=s)
-            pick(z, s, out=y)
-
-        return leaky_relu
-    if name == "prelu":
-        assert slope_param is not None
-
-        def prelu() -> None:
-            np.multiply(z, slope_param, out=s)
-            (np.maximum if slope_param[0] <= 1.0 else np.minimum)(z, s, out=y)
-
-        return prelu
-    if name == "sigmoid":
-        # sigmoid(z) = (1 + tanh(z / 2)) / 2 cannot overflow, and NumPy's tanh is vectorised.
-        def sigmoid() -> None:
-            np.multiply(z, half, out=y)
-            np.tanh(y, out=y)
-            np.multiply(y, half, out=y)
-            np.add(y, half, out=y)
-
-        return sigmoid
-    if name == "tanh":
-        return lambda: np.tanh(z, out=y)
-    if name == "gelu":
-        # loads half of SciPy, for which nobody else should wait
-        from scipy.special import erf
-
-        root = y.dtype.type(math.sqrt(0.5))
-
-        def gelu() -> None:
-            np.multiply(z, root, out=s)
-            erf(s, out=s)
-            np.add(s, one, out=s)
-            np.multiply(s, half, out=s)
-            np.multiply(z, s, out=y)
-
-        return gelu
-    assert name == "silu", name
-
-    def silu() -> None:
-        np.multiply(z, half, out=s)
-        np.tanh(s, out=s)
-        np.multiply(s, half, out=s)
-        np.add(s, half, out=s)
-        np.multiply(z, s, out=y)
-
-    return silu
+def _scratch(count: int, like: Array) -> Array:
+    """``count`` arrays shaped like the largest block of ``like``."""
+    rows, columns = like.shape
+    return np.empty((count, min(rows, max(1, BLOCK // max(columns, 1))), columns), like.dtype)
 
 
 def multiply_by_derivative(
@@ -147,149 +105,40 @@ def multiply_by_derivative(
     """
     if name == "identity" and keep is None:
         return nothing
-    scratch = np.empty((2, *_block_shape(y)), y.dtype)
+    function, count = formula("derive", name)
+    factor = slope if slope_param is None else slope_param
+    learns = pointwise.ACTIVATIONS[name].by_slope is not None
+    scratch = _scratch(count, y)
     runs: list[Run] = []
-    if name == "prelu":
-        assert dslope is not None
-        gradient = dslope
-        runs.append(lambda: gradient.fill(0.0))
+    if learns:
+        assert dslope is not None and z is not None
+        runs.append(functools.partial(dslope.fill, 0.0))
     for block in row_blocks(*y.shape):
         part = dz[block]
         rows = len(part)
+        # relu's derivative is zero where its output was dropped
         if keep is not None and name != "relu":
             runs.append(drop(part, keep[block]))
-        source = y[block] if z is None else z[block]
-        runs.append(
-            _derivative_block(
-                name,
-                part,
-                source,
-                scratch[0, :rows],
-                scratch[1, :rows],
-                slope,
-                slope_param,
-                dslope,
-                rate,
-            )
-        )
+        source = None if z is None else z[block]
+        if learns:
+            runs.append(_add_slope_gradient(name, part, source, scratch[0, :rows], dslope))
+        runs.append(functools.partial(function, part, y[block], source, factor, 1.0 - rate, *scratch[:, :rows]))
     return in_sequence(runs)
+
+
+def _add_slope_gradient(name: str, dz: Array, z: Any, s: Array, dslope: Any) -> Run:
+    """Bind ``dslope += sum(dz * derivative by the slope)``."""
+    function, _ = formula("by_slope", name)
+
+    def run() -> None:
+        function(s, z)
+        np.multiply(s, dz, out=s)
+        np.add(dslope, s.sum(), out=dslope)
+
+    return run
 
 
 def drop(a: Array, keep: Array) -> Run:
     """Bind ``a = a where keep, else 0``, in place. As integers, because a dropped NaN or infinity is zero too."""
     bits = a.view(np.uint32 if a.itemsize == 4 else np.uint64)
     return lambda: np.multiply(bits, keep, out=bits)
-
-
-def _derivative_block(
-    name: str,
-    dz: Array,
-    source: Array,
-    s: Array,
-    t: Array,
-    slope: float,
-    slope_param: Array | None,
-    dslope: Array | None,
-    rate: float,
-) -> Run:
-    zero = dz.dtype.type(0.0)
-    half = dz.dtype.type(0.5)
-    one = dz.dtype.type(1.0)
-    undo_scale = dz.dtype.type(1.0 - rate)
-
-    def step() -> None:
-        # 1 above zero, 0 elsewhere, and NaN for NaN
-        np.maximum(source, zero, out=s)
-        np.minimum(s, one, out=s)
-        np.ceil(s, out=s)
-
-    if name == "identity":
-        return nothing
-    if name == "relu":
-
-        def relu() -> None:
-            # an output is not negative: this is 1 above zero, 0 at zero, and NaN for NaN
-            np.minimum(source, one, out=s)
-            np.ceil(s, out=s)
-            np.multiply(dz, s, out=dz)
-
-        return relu
-    if name == "leaky_relu":
-        factor = dz.dtype.type(slope)
-        rest = dz.dtype.type(1.0 - slope)
-
-        def leaky_relu() -> None:
-            step()
-            np.multiply(s, rest, out=s)
-            np.add(s, factor, out=s)
-            np.multiply(dz, s, out=dz)
-
-        return leaky_relu
-    if name == "prelu":
-        assert slope_param is not None and dslope is not None
-
-        def prelu() -> None:
-            np.minimum(source, zero, out=s)
-            np.multiply(s, dz, out=s)
-            np.add(dslope, s.sum(), out=dslope)
-            step()
-            np.multiply(s, one - slope_param[0], out=s)
-            np.add(s, slope_param, out=s)
-            np.multiply(dz, s, out=dz)
-
-        return prelu
-    if name == "sigmoid":
-
-        def sigmoid() -> None:
-            np.multiply(source, undo_scale, out=s)
-            np.subtract(one, s, out=t)
-            np.multiply(s, t, out=s)
-            np.multiply(dz, s, out=dz)
-
-        return sigmoid
-    if name == "tanh":
-
-        def tanh() -> None:
-            np.multiply(source, undo_scale, out=s)
-            np.multiply(s, s, out=s)
-            np.subtract(one, s, out=s)
-            np.multiply(dz, s, out=dz)
-
-        return tanh
-    if name == "gelu":
-        from scipy.special import erf
-
-        root = dz.dtype.type(math.sqrt(0.5))
-        minus_half = dz.dtype.type(-0.5)
-        density = dz.dtype.type(1.0 / math.sqrt(2.0 * math.pi))
-
-        def gelu() -> None:
-            # Phi(z) + z phi(z), the normal distribution and its density
-            np.multiply(source, source, out=s)
-            np.multiply(s, minus_half, out=s)
-            np.exp(s, out=s)
-            np.multiply(s, density, out=s)
-            np.multiply(s, source, out=s)
-            np.multiply(source, root, out=t)
-            erf(t, out=t)
-            np.add(t, one, out=t)
-            np.multiply(t, half, out=t)
-            np.add(s, t, out=s)
-            np.multiply(dz, s, out=dz)
-
-        return gelu
-    assert name == "silu", name
-
-    def silu() -> None:
-        # s (1 + z (1 - s)), s the sigmoid
-        np.multiply(source, half, out=s)
-        np.tanh(s, out=s)
-        np.multiply(s, half, out=s)
-        np.add(s, half, out=s)
-        np.subtract(one, s, out=t)
-        np.multiply(t, source, out=t)
-        np.add(t, one, out=t)
-        np.multiply(s, t, out=s)
-        np.multiply(dz, s, out=dz)
-
-    return silu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy import blas
-from fusemlp_kernels.numpy.activations import Array, Run, activate, in_sequence, multiply_by_derivative
+from fusemlp_kernels.numpy.activations import Array, Run, activate, formula, in_sequence, multiply_by_derivative
 from fusemlp_kernels.numpy.cross_entropy import bind_cross_entropy
 from fusemlp_kernels.numpy.linear import bind_affine, bind_gather, bind_take
 from fusemlp_kernels.ops import hands_on
@@ -164,9 +165,9 @@ def _bind_elementwise(
     """The losses that are sums over elements; y, d, target (M, N), d written, may be y itself. Unless they are to
     ``differentiate``, d is scratch."""
     rows, columns = y.shape
-    values = bind_values(loss, y, d, target, differentiate=differentiate)
+    values, evaluate = bind_values(loss, y, d, target, differentiate=differentiate)
     sums = np.empty(rows, y.dtype)
-    sum_rows = blas.row_sums(sums, values.elements)
+    sum_rows = blas.row_sums(sums, values)
     mean = loss.reduction == "mean"
     hits = bind_hits(loss, y, target) if loss.accuracy else None
     factors = np.empty(rows, y.dtype)
@@ -181,7 +182,7 @@ def _bind_elementwise(
             correct, scored = hits(count)
             statistic[CORRECT] += correct
             statistic[SCORED] += scored
-        values.run()
+        evaluate()
         if weight is None:
             factors.fill(1.0)
             normaliser = float(count * columns)
@@ -190,7 +191,7 @@ def _bind_elementwise(
             normaliser = float(factors[:count].sum()) * columns
         if count < rows:
             factors[count:] = 0.0
-            values.elements[count:] = 0.0
+            values[count:] = 0.0
             if differentiate:
                 d[count:] = 0.0
         sum_rows()
@@ -211,100 +212,12 @@ def _bind_elementwise(
     return run
 
 
-class Values:
-    """What a loss computes of each element: ``elements`` (M, N) receives the losses, ``d`` their derivatives."""
-
-    def __init__(self, elements: Array, run: Run) -> None:
-        self.elements = elements
-        self.run = run
-
-
-def bind_values(loss: LossSpec, y: Array, d: Array, target: Array, *, differentiate: bool = True) -> Values:
-    """The losses of the elements, with their derivatives or with nothing in particular in d."""
-    e = np.empty(y.shape, y.dtype)
-    real = y.dtype.type
-    zero, half, one, two = real(0.0), real(0.5), real(1.0), real(2.0)
-
-    if loss.kind == "mse":
-
-        def mse() -> None:
-            np.subtract(y, target, out=d)
-            np.multiply(d, d, out=e)
-            np.multiply(d, two, out=d)
-
-        return Values(e, mse)
-    if loss.kind == "mae":
-
-        def mae() -> None:
-            np.subtract(y, target, out=d)
-            np.abs(d, out=e)
-            np.sign(d, out=d)
-
-        return Values(e, mae)
-    if loss.kind == "huber":
-        delta = real(loss.delta)
-
-        def huber() -> None:
-            # with c = r clipped to [-delta, delta], the loss is c (r - c / 2) and its derivative is c
-            np.subtract(y, target, out=e)
-            np.clip(e, -delta, delta, out=d)
-            np.multiply(d, half, out=s)
-            np.subtract(e, s, out=e)
-            np.multiply(e, d, out=e)
-
-        s = np.empty(y.shape, y.dtype)
-        return Values(e, huber)
-    if loss.kind == "poisson":
-
-        def poisson() -> None:
-            np.exp(y, out=s)
-            np.multiply(y, target, out=e)
-            np.subtract(s, e, out=e)
-            np.subtract(s, target, out=d)
-
-        s = np.empty(y.shape, y.dtype)
-        return Values(e, poisson)
-    if loss.kind == "quantile":
-        above, below = real(loss.quantile), real(loss.quantile - 1.0)
-        mask = np.empty(y.shape, np.bool_)
-
-        def quantile() -> None:
-            # r = target - y: the loss is q r where r > 0 and (q - 1) r elsewhere; at r = 0 the derivative is 0
-            np.subtract(target, y, out=s)
-            np.multiply(s, above, out=e)
-            np.multiply(s, below, out=d)
-            np.maximum(e, d, out=e)
-            np.sign(s, out=s)
-            np.greater(s, zero, out=mask)
-            np.add(mask, below, out=d)
-            np.abs(d, out=d)
-            np.multiply(d, s, out=d)
-            np.negative(d, out=d)
-
-        s = np.empty(y.shape, y.dtype)
-        return Values(e, quantile)
-    assert loss.kind == "binary_cross_entropy", loss.kind
-
-    def binary_cross_entropy() -> None:
-        # max(z, 0) + log(1 + exp(-|z|)) - t z cannot overflow; sigmoid(z) = (1 + tanh(z / 2)) / 2
-        np.abs(y, out=e)
-        np.negative(e, out=e)
-        np.exp(e, out=e)
-        np.log1p(e, out=e)
-        np.maximum(y, zero, out=s)
-        np.add(e, s, out=e)
-        np.multiply(y, target, out=s)
-        np.subtract(e, s, out=e)
-        if not differentiate:
-            return
-        np.multiply(y, half, out=s)
-        np.tanh(s, out=s)
-        np.add(s, one, out=s)
-        np.multiply(s, half, out=s)
-        np.subtract(s, target, out=d)
-
-    s = np.empty(y.shape, y.dtype)
-    return Values(e, binary_cross_entropy)
+def bind_values(loss: LossSpec, y: Array, d: Array, target: Array, *, differentiate: bool = True) -> tuple[Array, Run]:
+    """The losses of the elements (M, N), and what computes them and their derivatives; d is scratch unless those are
+    wanted."""
+    function, count = formula("loss", loss.kind)
+    values, scratch = np.empty(y.shape, y.dtype), np.empty((count, *y.shape), y.dtype)
+    return values, functools.partial(function, y, target, values, d, differentiate, loss.option, *scratch)
 
 
 def bind_hits(loss: LossSpec, y: Array, target: Array) -> Callable[[int], tuple[int, int]]:

@@ -18,15 +18,16 @@ from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.philox import LANES, radix, seed_key, threshold
+from fusemlp_kernels.pointwise import OPTIMIZERS
 
 Operands = Mapping[str, Any]
 
-# Names of ``tables`` that a program may do without, so that no code is compiled for them.
+# Names of ``tables`` and of the printed formulas that a program may do without, so that no code is compiled for them.
 _ACTIVATIONS = tuple(name.upper() for name in ACTIVATIONS)
 _ROWS = ("GATHER", "FORWARD", "ENTROPY", "ELEMENTWISE", "BACKWARD", "WEIGHT", "BIAS", "SLOPES", "PENALTY", "UPDATE")
-_LOSSES = ("CROSS_ENTROPY", "BINARY_CROSS_ENTROPY", "MSE", "MAE", "HUBER", "POISSON", "QUANTILE_LOSS")
-_OPTIMIZERS = ("SGD", "ADAM")
-_FLAGS = ("KEEP", "CLIPS", "MOMENTUM", "SOFT", "WEIGHTED", "CLASS_WEIGHTED")
+_LOSSES = tuple(name.upper() for name in LOSSES)
+_OPTIMIZERS = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
+_FLAGS = ("KEEP", "CLIPS", "SOFT", "WEIGHTED", "CLASS_WEIGHTED")
 
 
 # Set, one loop for all programs is compiled, once; unset, each kind of program compiles what it uses, in less time.
@@ -189,7 +190,7 @@ def _grad_weight(table: _Table, operands: Operands) -> None:
 def _grad_weight_update(table: _Table, operands: Operands) -> None:
     rule = operands["rule"]
     # with nothing else to do with the gradient the product lands in the parameter
-    direct = rule.kind == "sgd" and not rule.momentum
+    direct = rule.code == t.SGD
 
     def descend(param: Array, state: Sequence[Array], own: TensorRule, gradient: Callable[..., None]) -> None:
         if direct:
@@ -317,10 +318,9 @@ def _absent(table: _Table, rule: UpdateRule, output: Operands) -> frozenset[str]
     """The names of ``tables`` that the program does without."""
     if os.environ.get(WHOLE_LOOP):
         return frozenset()
-    present = table.names | {rule.kind.upper()}
+    present = table.names | {_OPTIMIZERS[rule.code]}
     given = {
         "CLIPS": rule.clip_norm is not None,
-        "MOMENTUM": rule.momentum,
         "SOFT": output["loss"].soft,
         "WEIGHTED": output.get("weight") is not None,
         "CLASS_WEIGHTED": output.get("class_weight") is not None,
@@ -352,7 +352,7 @@ def _loss_tables(output: Operands, columns: int) -> tuple[Array, Array]:
     table[t.ACCURACY] = loss.accuracy
     table[t.WEIGHTED], table[t.CLASS_WEIGHTED] = (output.get(n) is not None for n in ("weight", "class_weight"))
     factors = [0.0] * t.LOSS_FACTORS
-    factors[t.SMOOTHING], factors[t.DELTA], factors[t.QUANTILE] = loss.label_smoothing, loss.delta, loss.quantile
+    factors[t.SMOOTHING], factors[t.OPTION] = loss.label_smoothing, loss.option
     ridge = output.get("ridge")
     usual = 1.0 if loss.kind == "cross_entropy" else float(columns)
     factors[t.DIVISOR] = usual if ridge is None or ridge.divisor is None else ridge.divisor
@@ -361,8 +361,7 @@ def _loss_tables(output: Operands, columns: int) -> tuple[Array, Array]:
 
 def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
     table = [0] * t.RULE_COLUMNS
-    table[t.OPTIMIZER] = t.ADAM if rule.kind == "adam" else t.SGD
-    table[t.NESTEROV], table[t.DECOUPLED] = rule.nesterov, rule.decoupled
+    table[t.OPTIMIZER], table[t.DECOUPLED] = rule.code, rule.decoupled
     table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
     table[t.CLIPS] = rule.clip_norm is not None
     factors = [0.0] * t.RULE_FACTORS

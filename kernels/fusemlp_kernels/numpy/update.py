@@ -1,8 +1,7 @@
-"""The optimizers, as passes over blocks that stay in the cache; the formulas are in ``reference.update``."""
+"""The optimizers, as passes over blocks that stay in the cache; ``pointwise_numpy`` has the passes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,7 +21,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.numpy import blas
-from fusemlp_kernels.numpy.activations import BLOCK, Array, Run, in_sequence
+from fusemlp_kernels.numpy.activations import BLOCK, Array, Run, formula, in_sequence
 
 Accumulate = Callable[[float, float], None]
 
@@ -76,7 +75,7 @@ def bind_tensor_update(
     """
     factor, decay = tensor.lr_factor, tensor.weight_decay
     setting = hyper.data
-    if rule.kind == "sgd" and not rule.momentum:
+    if rule.name == "sgd":
         into_param = produce(param)
 
         def sgd() -> None:
@@ -84,7 +83,7 @@ def bind_tensor_update(
             into_param(-rate, 1.0 - rate * decay)
 
         return sgd
-    if rule.kind == "sgd" and not rule.nesterov and not rule.decoupled:
+    if rule.name == "momentum" and not rule.decoupled:
         (velocity,) = state
         into_velocity = produce(velocity)
         add_decay, add_velocity = blas.axpy(param, velocity), blas.axpy(velocity, param)
@@ -135,75 +134,18 @@ def _bind_block(
 ) -> Run:
     factor, decay = tensor.lr_factor, tensor.weight_decay
     setting = hyper.data
-    s = np.empty(p.shape, p.dtype)
-    multiply, add, subtract = np.multiply, np.add, np.subtract
-    own = rule.convention == "scikit-learn"
+    function, count = formula("update", rule.name)
+    decayed, most = formula("update", "decay")
+    scratch = tuple(np.empty(p.shape, p.dtype) for _ in range(max(count, most)))
+    own, shared = scratch[:count], scratch[:most]
 
-    def apply_decay(rate: float) -> None:
-        if not decay:
-            return
-        if rule.decoupled:
-            multiply(p, 1.0 - rate * decay, p)
-        else:
-            multiply(p, decay, s)
-            add(g, s, g)
-
-    if rule.kind == "adam":
-        m, v = state
-        beta1, beta2 = rule.beta1, rule.beta2
-
-        def adam() -> None:
-            rate = setting[LEARNING_RATE] * factor
-            root = math.sqrt(setting[BIAS_CORRECTION_2])
-            # With root multiplied through, sqrt(v / bc2) + eps = (sqrt(v) + eps * root) / root.
-            scale = rate * root / setting[BIAS_CORRECTION_1]
-            eps = rule.eps if own else rule.eps * root
-            apply_decay(rate)
-            multiply(m, beta1, m)
-            multiply(g, 1.0 - beta1, s)
-            add(m, s, m)
-            multiply(v, beta2, v)
-            multiply(g, g, s)
-            multiply(s, 1.0 - beta2, s)
-            add(v, s, v)
-            np.sqrt(v, s)
-            add(s, eps, s)
-            np.divide(m, s, s)
-            multiply(s, scale, s)
-            subtract(p, s, p)
-
-        return adam
-    if not rule.momentum:
-
-        def sgd() -> None:
-            rate = setting[LEARNING_RATE] * factor
-            apply_decay(rate)
-            multiply(g, rate, s)
-            subtract(p, s, p)
-
-        return sgd
-    (velocity,) = state
-    momentum = rule.momentum
-
-    def momentum_sgd() -> None:
+    def run() -> None:
         rate = setting[LEARNING_RATE] * factor
-        apply_decay(rate)
-        if own:
-            multiply(g, rate, g)
-        multiply(velocity, momentum, velocity)
-        (subtract if own else add)(velocity, g, velocity)
-        if rule.nesterov:
-            multiply(velocity, momentum, s)
-            (subtract if own else add)(s, g, s)
-        else:
-            np.copyto(s, velocity)
-        if own:
-            add(p, s, p)
-        else:
-            multiply(s, rate, s)
-            subtract(p, s, p)
+        if decay:
+            decayed(p, g, rate, decay, rule, setting, *shared)
+        function(p, g, *state, rate, decay, rule, setting, *own)
 
-    return momentum_sgd
+    return run
 
 
 def bind_update(

@@ -37,17 +37,17 @@ GROWTH_INTERVAL: tl.constexpr = tl.constexpr(contract.GROWTH_INTERVAL)
 
 # An optimizer's rule on the device: float64, read at these places.
 RULE_FIELDS = (
-    "adam", "momentum", "nesterov", "beta1", "beta2", "eps", "decoupled", "inside", "clip_norm", "accumulate", "scaled",
+    "code", "momentum", "beta1", "beta2", "eps", "decoupled", "inside", "clip_norm", "accumulate", "scaled",
 )  # fmt: skip
 (
-    ADAM, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECOUPLED, INSIDE, CLIP_NORM, ACCUMULATE, SCALED,
+    CODE, MOMENTUM, BETA1, BETA2, EPS, DECOUPLED, INSIDE, CLIP_NORM, ACCUMULATE, SCALED,
 ) = (tl.constexpr(place) for place in range(len(RULE_FIELDS)))  # fmt: skip
 
 
 def rule_values(rule: UpdateRule, *, scaled: bool = False) -> list[float]:
     """``RULE_FIELDS`` of a rule; ``scaled``: the gradients carry the loss scale."""
     return [
-        float(rule.kind == "adam"), rule.momentum, float(rule.nesterov), rule.beta1, rule.beta2, rule.eps,
+        float(rule.code), rule.momentum, rule.beta1, rule.beta2, rule.eps,
         float(rule.decoupled), float(rule.convention == "scikit-learn"),
         math.inf if rule.clip_norm is None else rule.clip_norm, float(rule.accumulate), float(scaled),
     ]  # fmt: skip

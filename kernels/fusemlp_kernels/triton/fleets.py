@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fusemlp_kernels.contract import (
+    ACTIVATIONS,
     COUNTERS,
     HYPER,
     NEEDS_Z,
@@ -25,7 +26,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError
-from fusemlp_kernels.triton import activations, clock, configs, resident, resident_tables
+from fusemlp_kernels.triton import clock, configs, resident, resident_tables
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, signed
 from fusemlp_kernels.triton.layers import dropout_numbers, loss_setting_values
 
@@ -150,7 +151,7 @@ def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[_Step], weigh
         )  # fmt: skip
     _same(op, "layers", layers)
     _same(op, "segments", [[(one.offset, one.size) for one in step.segments] for step in steps])
-    _same(op, "rules: state_count", [step.rule.state_count for step in steps])
+    _same(op, "rules: states", [step.rule.states for step in steps])
     losses = [step.loss for step in steps]
     _same(op, "losses: kind, soft, ignore_index", [(loss.kind, loss.soft, loss.ignore_index) for loss in losses])
     for name in ("x", "target", "weight", "class_weight"):
@@ -219,7 +220,7 @@ def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, para
             "w_row": _round_up(w.shape[1], 8), "b": _place(one["b"], params),
             "w_task": task_at.get(_place(w, weights), -1), "b_task": task_at.get(_place(one["b"], params), -1),
             "slope_task": -1 if slope is None else task_at.get(slope_at, -1), "slope": slope_at,
-            "activation": activations.CODES[name], "y": y_at, "z": z_at, "dz": dz_at, "pitch": pitch,
+            "activation": ACTIVATIONS.index(name), "y": y_at, "z": z_at, "dz": dz_at, "pitch": pitch,
         }  # fmt: skip
         rows.append([fields[name] for name in resident_tables.LAYER_FIELDS])
         source, source_row = y_at, pitch
@@ -233,10 +234,8 @@ def _model_tables(step: _Step) -> tuple[list[list[int]], list[list[float]]]:
         dropout = one.get("dropout")
         numbers = dropout_numbers(dropout)
         draws.append([int(numbers[name]) for name in resident_tables.DRAW_FIELDS])
-        slope = activations.FIXED_SLOPES.get(one.get("activation", "identity"))
         kept = 1.0 if dropout is None else 1.0 - dropout.rate
-        fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept}
-        fields["slope"] = float(one.get("slope", 0.0) if slope is None else slope)
+        fields = {"keep_scale": numbers["keep_scale"], "kept_share": kept, "slope": float(one.get("slope", 0.0))}
         shares.append([float(fields[name]) for name in resident_tables.SHARE_FIELDS])
     return draws, shares
 
@@ -379,7 +378,7 @@ def _bind(
         "label_step": target.stride(0) if classes else 0,
         "target_row": 0 if classes else target.stride(0), "target_col": 0 if classes else target.stride(1),
         "weight_step": 0 if weight is None else weight.stride(0),
-        "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32), "states": count,
+        "ignored_low": signed(ignored), "ignored_high": signed(ignored >> 32),
         "entropy": int(loss.kind == "cross_entropy"),
         "stored": int(any(_is_stored(step.rule, step.ridge) for step in steps)),
         "shadowed": int(shadow is not None),

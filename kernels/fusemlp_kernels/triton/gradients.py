@@ -5,10 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.activations import PRELU, derivative, needs_z
 from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, advance_clock, is_last, sum_of
 from fusemlp_kernels.triton.dropout import keep_mask
-from fusemlp_kernels.triton.optimizer import stored_update
+from fusemlp_kernels.triton.pointwise_triton import PRELU, by_slope_prelu, derivative, needs_z, stored_update
 from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, part_of, row_pitch, this_batch, tile_of
 
 GRAD_INPUT_NUMBERS = [
@@ -61,7 +60,7 @@ def input_gradient(
         tl.store(out_rows + near[None, :] * out_step, result.to(out.dtype.element_ty), mask=stored)
         if activation == PRELU:
             inside = inside_m[:, None] & (near < K)[None, :]
-            below += tl.sum(tl.where(inside, g * tl.where(v > 0, 0.0, v), 0.0))
+            below += tl.sum(tl.where(inside, g * by_slope_prelu(v), 0.0))
     return below
 
 
@@ -186,7 +185,7 @@ def square_sum(g):
 @triton.jit
 def finished(
     g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, tensors, task, counters, wants_norm, shadowed,
-    UPDATES: tl.constexpr, STATES: tl.constexpr,
+    UPDATES: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """What becomes of a gradient: the update of its parameter, or its place in memory. Returns the sum of the squares
     of what is stored, float64, where ``wants_norm``."""
@@ -195,7 +194,7 @@ def finished(
         factor = tl.load(tensors + task * TENSOR_FIELDS)
         decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
         stored_update(
-            g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, STATES
+            g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE
         )  # fmt: skip
     else:
         g = stored_gradient(tl.where(mask, g, 0.0), p_at, mask, counters, rule)
@@ -209,11 +208,11 @@ def grad_weight_kernel(
     compute, real, rows, table, tensors, hyper, rates, rule, counters, partials, norm, ticket,
     M, tasks, programs, splits, part, wants_norm,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    UPDATES: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr, PARTS: tl.constexpr,
+    UPDATES: tl.constexpr, RULE: tl.constexpr, TASKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all layers, dw (N, K) = dz.T @ x and db (N,) = sums of dz's columns, in one launch.
 
-    ``UPDATES``: each tile updates its parameters by the optimizer with ``STATES`` arrays of state, and the gradient is
+    ``UPDATES``: each tile updates its parameters by the optimizer of the code ``RULE``, and the gradient is
     never stored; the last program advances the clock. Else the gradients are stored, or added to what is stored while
     batches accumulate, and ``norm`` (1,) float64 receives their global norm where ``wants_norm``. With ``splits`` > 1
     the batch is cut: split s of a tile sums its stretch of the batch and stores it ``s * part`` elements further on.
@@ -289,7 +288,7 @@ def grad_weight_kernel(
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             squares += finished(
                 g, p + at_p, s0 + at_s0, s1 + at_s1, shadow + at_shadow, stored,
-                hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, STATES,
+                hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, RULE,
             )  # fmt: skip
     else:
         at_n = tile * BN + tl.arange(0, BN)
@@ -305,7 +304,7 @@ def grad_weight_kernel(
         squares += finished(
             sums, p + element * tl.load(row + P_ROW), s0 + element * tl.load(row + S0_ROW),
             s1 + element * tl.load(row + S1_ROW), shadow + element * tl.load(row + SHADOW_ROW), inside_n,
-            hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, STATES,
+            hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, RULE,
         )  # fmt: skip
     if UPDATES:
         if is_last(ticket, programs):

@@ -184,7 +184,7 @@ def _launch(
     }  # fmt: skip
     constants = {
         "BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": device.product, "ALIGNED": tasks.aligned,
-        "UPDATES": updates, "STATES": rule.state_count if updates else 0,
+        "UPDATES": updates, "RULE": rule.code if updates else 0,
         "TASKS": configs.table_length(len(tasks.rows)), "PARTS": tile.parts,
     }  # fmt: skip
     return device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile), programs
@@ -321,7 +321,7 @@ def bind_update(
     }  # fmt: skip
     constants = {
         "BLOCK": tile.columns,
-        "STATES": rule.state_count,
+        "RULE": rule.code,
         "TASKS": configs.table_length(len(table)),
     }
     return in_sequence([*before, device.launch(update.update_kernel, first, arguments, constants, tile)])

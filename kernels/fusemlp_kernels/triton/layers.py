@@ -20,7 +20,7 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.ops import hands_on
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import activations, clock, configs, gradients, linear, loss
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned, signed
 
 INT64, FLOAT32, FLOAT64 = torch.int64, torch.float32, torch.float64
@@ -39,8 +39,8 @@ def _activation(device: Device, op: str, name: str, slope: float, slope_param: T
             raise ArgumentError(f"{op}: slope_param: prelu needs its slope, a tensor of shape (1,); got None")
         device.check(op, "slope_param", slope_param, (1,), FLOAT32)
     return {
-        "activation": activations.CODES[name],
-        "slope": float(activations.FIXED_SLOPES.get(name, slope)),
+        "activation": ACTIVATIONS.index(name),
+        "slope": float(slope),
         "slope_param": slope_param if name == "prelu" else spare,
     }
 
@@ -241,8 +241,8 @@ def _loss(
 def loss_setting_values(spec: LossSpec, *, weighted: bool, classes: bool) -> list[float]:
     """``loss.SETTING_FIELDS`` of a loss."""
     settings = {
-        "kind": loss.CODES[spec.kind], "mean": spec.reduction == "mean", "smoothing": spec.label_smoothing,
-        "soft": spec.soft, "delta": spec.delta, "quantile": spec.quantile, "accuracy": spec.accuracy,
+        "kind": LOSSES.index(spec.kind), "mean": spec.reduction == "mean", "smoothing": spec.label_smoothing,
+        "soft": spec.soft, "option": spec.option, "accuracy": spec.accuracy,
         "ignores": spec.ignore_index is not None, "weighted": weighted, "classes": classes,
     }  # fmt: skip
     return [float(settings[name]) for name in loss.SETTING_FIELDS]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.activations import PRELU, activate
 from fusemlp_kernels.triton.clock import BATCH_INDEX
 from fusemlp_kernels.triton.dropout import keep_mask
+from fusemlp_kernels.triton.pointwise_triton import PRELU, activate
 from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, part_of, row_pitch, this_batch, tile_of
 
 

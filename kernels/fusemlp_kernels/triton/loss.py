@@ -11,18 +11,19 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels import contract
-from fusemlp_kernels.contract import LOSSES
-from fusemlp_kernels.triton.activations import PRELU, activate, derivative, needs_z, sigmoid
 from fusemlp_kernels.triton.clock import LOSS_SCALE, ROW_COUNT, is_last, sum_of
 from fusemlp_kernels.triton.linear import affine_tile
+from fusemlp_kernels.triton.pointwise_triton import (
+    BINARY_CROSS_ENTROPY,
+    PRELU,
+    activate,
+    by_slope_prelu,
+    derivative,
+    element_loss,
+    needs_z,
+)
 from fusemlp_kernels.triton.tiles import column_step, masked_width, row_pitch, this_batch
 
-CODES = {name: code for code, name in enumerate(LOSSES)}
-BINARY: tl.constexpr = tl.constexpr(CODES["binary_cross_entropy"])
-MSE: tl.constexpr = tl.constexpr(CODES["mse"])
-MAE: tl.constexpr = tl.constexpr(CODES["mae"])
-HUBER: tl.constexpr = tl.constexpr(CODES["huber"])
-POISSON: tl.constexpr = tl.constexpr(CODES["poisson"])
 LAST_LOSS: tl.constexpr = tl.constexpr(contract.LAST_LOSS)
 LOSS_SUM: tl.constexpr = tl.constexpr(contract.LOSS_SUM)
 NORM_SUM: tl.constexpr = tl.constexpr(contract.NORM_SUM)
@@ -35,9 +36,9 @@ CHUNK: tl.constexpr = tl.constexpr(256)
 
 # Settings of a loss on the device: float32, read at these places.
 SETTING_FIELDS = (
-    "kind", "mean", "smoothing", "soft", "delta", "quantile", "accuracy", "ignores", "weighted", "classes",
+    "kind", "mean", "smoothing", "soft", "option", "accuracy", "ignores", "weighted", "classes",
 )  # fmt: skip
-KIND, MEAN, SMOOTHING, SOFT, DELTA, QUANTILE, ACCURACY, IGNORES, WEIGHTED, CLASSES = (
+KIND, MEAN, SMOOTHING, SOFT, OPTION, ACCURACY, IGNORES, WEIGHTED, CLASSES = (
     tl.constexpr(place) for place in range(len(SETTING_FIELDS))
 )
 
@@ -93,40 +94,10 @@ def normaliser_of(
 
 
 @triton.jit
-def elementwise(y, t, settings):
-    """The losses that look at one output at a time, and their derivatives by y."""
-    kind = tl.load(settings + KIND)
-    r = y - t
-    if kind == BINARY:
-        value = tl.where(y > 0, y, tl.where(y <= 0, 0.0, y)) + tl.log(1.0 + tl.exp(-tl.abs(y))) - t * y
-        slope = sigmoid(y) - t
-    elif kind == MSE:
-        value = r * r
-        slope = 2.0 * r
-    elif kind == MAE:
-        value = tl.abs(r)
-        slope = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))
-    elif kind == HUBER:
-        delta = tl.load(settings + DELTA)
-        # with c = r clipped to [-delta, delta], the loss is c (r - c / 2) and its derivative is c
-        slope = tl.where(r > delta, delta, tl.where(r < -delta, -delta, r))
-        value = slope * (r - 0.5 * slope)
-    elif kind == POISSON:
-        e = tl.exp(y)
-        value = e - t * y
-        slope = e - t
-    else:
-        side = tl.where(r > 0, 1.0 - tl.load(settings + QUANTILE), tl.load(settings + QUANTILE))
-        value = side * tl.abs(r)
-        slope = tl.where(r > 0, side, tl.where(r < 0, -side, r))
-    return value, slope
-
-
-@triton.jit
 def elementwise_tile(z, t, weights, scale, inside, activation, slope, settings):
     """Of a tile of pre-activations z: the outputs y, the loss, dz, and prelu's gradient."""
     y = activate(z, activation, slope)
-    value, by_y = elementwise(y, t, settings)
+    value, by_y = element_loss(y, t, tl.load(settings + KIND), tl.load(settings + OPTION))
     loss = tl.sum(tl.where(inside, value * weights[:, None], 0.0))
     by_y = tl.where(inside, by_y * (weights * scale)[:, None], 0.0)
     v = y
@@ -134,7 +105,7 @@ def elementwise_tile(z, t, weights, scale, inside, activation, slope, settings):
         v = z
     below = 0.0
     if activation == PRELU:
-        below = tl.sum(by_y * tl.where(z > 0, 0.0, z))
+        below = tl.sum(by_y * by_slope_prelu(z))
     return y, loss, tl.where(inside, by_y * derivative(v, activation, slope), 0.0), below
 
 
@@ -254,7 +225,7 @@ def loss_of_rows(
     else:
         y, loss, result, below = elementwise_tile(z, t, weights, scale, inside, activation, slope, settings)
         if tl.load(settings + ACCURACY) != 0.0:
-            if tl.load(settings + KIND) == BINARY:
+            if tl.load(settings + KIND) == BINARY_CROSS_ENTROPY:
                 hit = inside & ((y > 0) == (t > 0.5))
                 right = tl.sum(tl.where(hit, 1, 0), axis=1)
                 scored = tl.sum(tl.where(inside, 1, 0), axis=1)
@@ -397,7 +368,7 @@ def loss_grad_kernel(
     if CROSS_ENTROPY:
         loss = tl.sum(mass * tl.log(total) - losses)
     else:
-        if tl.load(settings + KIND) == BINARY:
+        if tl.load(settings + KIND) == BINARY_CROSS_ENTROPY:
             right = hits
             scored = tl.where(valid, N, 0)
     finish_loss(

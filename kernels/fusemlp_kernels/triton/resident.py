@@ -14,11 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.activations import PRELU, needs_z
 from fusemlp_kernels.triton.clock import BATCH_INDEX
 from fusemlp_kernels.triton.gradients import input_gradient, whole
 from fusemlp_kernels.triton.linear import affine_tile, store_outputs
 from fusemlp_kernels.triton.loss import gradient_scale, ignored_label, loss_of_rows, normaliser_of, record_loss
+from fusemlp_kernels.triton.pointwise_triton import PRELU, needs_z
 from fusemlp_kernels.triton.resident_tables import (
     ACTIVATION,
     COUNTERS,
@@ -253,7 +253,7 @@ def backward(
 
 NUMBERS = [
     "M", "depth", "lowest", "trained", "work_size", "size", "rows_size", "rates_size", "label_step", "target_row",
-    "target_col", "weight_step", "ignored_low", "ignored_high", "entropy", "states", "stored", "shadowed",
+    "target_col", "weight_step", "ignored_low", "ignored_high", "entropy", "stored", "shadowed",
 ]  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def resident_kernel(
     compute, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, slopes, measured,
     layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, history, live,
     M, depth, lowest, trained, work_size, size, rows_size, rates_size, label_step, target_row, target_col, weight_step,
-    ignored_low, ignored_high, entropy, states, stored, shadowed,
+    ignored_low, ignored_high, entropy, stored, shadowed,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
     BO: tl.constexpr, OUTPUTS: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -307,14 +307,14 @@ def resident_kernel(
         for index in range(lowest, depth):
             gradients_of_layer(
                 compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
-                tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
+                tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
                 WN, WK, BM, PRODUCT, PARTS,
             )  # fmt: skip
         tl.debug_barrier()
         if stored != 0:
             update_from_memory(
                 weights, parameters, grads, first, second, segments, counters, hyper, rules, tensors, live, trained,
-                size, states, shadowed,
+                size, shadowed,
             )  # fmt: skip
             tl.debug_barrier()
         tick(counters, hyper, rates, stats, history, rules, live, measured, M, rates_size)

@@ -9,6 +9,7 @@ from fusemlp_kernels.triton.clock import (
     ACCUMULATE,
     BATCH_INDEX,
     CLIP_NORM,
+    CODE,
     ROW_COUNT,
     ROW_OFFSET,
     ROW_STEP,
@@ -24,7 +25,7 @@ from fusemlp_kernels.triton.gradients import (
     whole,
 )
 from fusemlp_kernels.triton.loss import LAST_LOSS, LOSS_SUM
-from fusemlp_kernels.triton.optimizer import stored_update
+from fusemlp_kernels.triton.pointwise_triton import RULES, stored_update
 from fusemlp_kernels.triton.resident_tables import (
     B_TASK,
     BATCH_LOSSES,
@@ -65,24 +66,23 @@ from fusemlp_kernels.triton.update import clip_factor
 
 @triton.jit
 def update_elements(
-    g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, states, shadowed
+    g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, code, shadowed
 ):  # fmt: skip
     """The optimizer on the elements ``at`` of the arenas. A ridge pulls as a coupled weight decay does; with another
     the gradients have it already."""
     factor = tl.load(tensors + task * TENSOR_FIELDS)
     decay = tl.load(tensors + task * TENSOR_FIELDS + 1) + pull
     p, s0, s1, shadow = params + at, first + at, second + at, weights + at
-    if states == 0:
-        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 0)
-    elif states == 1:
-        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 1)
-    else:
-        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, 2)
+    for each in tl.static_range(RULES):
+        if code == each:
+            stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, each)
+    if (code < 0) | (code >= RULES):
+        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, -1)
 
 
 @triton.jit
 def finish_gradient(
-    g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, states, stored,
+    g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, code, stored,
     shadowed,
 ):  # fmt: skip
     """The update of the elements ``at`` by their gradient, or with ``stored`` the gradient's place in memory; to which
@@ -93,13 +93,13 @@ def finish_gradient(
             g += pull.to(tl.float32) * tl.load(params + at, mask=mask, other=0.0)
         stored_gradient(g, grads + at, mask, counters, rule)
     else:
-        update_elements(g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, states, shadowed)
+        update_elements(g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, code, shadowed)
 
 
 @triton.jit(noinline=True)
 def gradients_of_layer(
     compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
-    measured, M, depth, trained, work_size, size, rows_size, index, states, stored, shadowed,
+    measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The gradients by a layer's weights, bias and slope, and what becomes of them."""
@@ -117,6 +117,7 @@ def gradients_of_layer(
     hyper += model * HYPER
     rule = rules + model * RULE_COLUMNS
     tensors += model * trained * TENSOR_FIELDS
+    code = number(rule, CODE)
     row = layers + index * LAYER_COLUMNS
     N, K, dz_row = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH) // 8 * 8
     x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW) // 8 * 8, number(row, W_ROW) // 8 * 8
@@ -141,7 +142,7 @@ def gradients_of_layer(
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             finish_gradient(
                 g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first, second,
-                counters, hyper, rule, tensors, task, states, stored, shadowed,
+                counters, hyper, rule, tensors, task, code, stored, shadowed,
             )  # fmt: skip
     # the bias, then the slope
     for vector in range(2):
@@ -157,7 +158,7 @@ def gradients_of_layer(
                 g = tl.load(slopes + index + at, mask=mask, other=0.0)
             finish_gradient(
                 g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
-                states, stored, 0,
+                code, stored, 0,
             )  # fmt: skip
 
 
@@ -169,8 +170,7 @@ def is_due(counters, rule):
 
 @triton.jit(noinline=True)
 def update_from_memory(
-    weights, params, grads, first, second, segments, counters, hyper, rules, tensors, live, trained, size, states,
-    shadowed,
+    weights, params, grads, first, second, segments, counters, hyper, rules, tensors, live, trained, size, shadowed,
 ):  # fmt: skip
     """The optimizer on all tensors, by the mean of the accumulated gradients, clipped by their global norm; where this
     batch is the last that they are accumulated of."""
@@ -184,6 +184,7 @@ def update_from_memory(
     hyper += model * HYPER
     rule = rules + model * RULE_COLUMNS
     tensors += model * trained * TENSOR_FIELDS
+    code = number(rule, CODE)
     factor = 1.0 / tl.load(rule + ACCUMULATE)
     limit = tl.load(rule + CLIP_NORM)
     updated = tl.where(is_due(counters + model * COUNTERS, rule), trained, 0)
@@ -215,7 +216,7 @@ def update_from_memory(
                 rule,
                 tensors,
                 task,
-                states,
+                code,
                 shadowed,
             )
 

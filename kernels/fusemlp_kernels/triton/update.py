@@ -24,7 +24,7 @@ from fusemlp_kernels.triton.gradients import (
     square_sum,
     task_of,
 )
-from fusemlp_kernels.triton.optimizer import stored_update
+from fusemlp_kernels.triton.pointwise_triton import stored_update
 
 
 @triton.jit(do_not_specialize=["size", "programs"])
@@ -48,7 +48,7 @@ def clip_factor(norm, limit):
 def update_kernel(
     parameters, grads, first, second, shadow, norm, table, tensors, hyper, rates, rule, counters, ticket,
     tasks, programs, parts, part, shadowed,
-    BLOCK: tl.constexpr, STATES: tl.constexpr, TASKS: tl.constexpr,
+    BLOCK: tl.constexpr, RULE: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
     """Update each segment of the arenas by its rule, to the mean of the accumulated gradients, clipped.
 
@@ -82,7 +82,7 @@ def update_kernel(
         g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
         stored_update(
             g, parameters + at, first + at, second + at, shadow + at, mask, hyper, rule,
-            tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, STATES,
+            tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, RULE,
         )  # fmt: skip
     if is_last(ticket, programs):
         advance_clock(counters, hyper, rates, rule, applied, due & (sound == 0))

@@ -1,4 +1,4 @@
-"""exp, tanh, sigmoid and log1p as a few products, sums and shifts, which the compiler turns into vector code.
+"""Functions of ``pointwise.FUNCTIONS`` as a few products, sums and shifts, which the compiler turns into vector code.
 
 Argument reduction by the logarithm of two in two parts (Cody and Waite, "Software manual for the elementary functions",
 1980), then a polynomial for exp(r) - 1, abs(r) <= log(2) / 2, whose first term is r and whose other coefficients were
@@ -134,15 +134,21 @@ def _series(v: Any) -> Any:
 
 
 def _logarithm(real: Any, terms: int) -> Any:
-    """``_series`` for one type: 2 atanh(s), s = v / (2 + v) <= 1/3, as a series in s squared."""
+    """``_series`` for one type: 2 atanh(s), s = v / (2 + v) <= 1/3, as a series in s squared.
+
+    The high terms and the low ones are two loops: one of them all is too long for the compiler to unroll.
+    """
     factors = tuple(real(2.0 / (2 * power + 1)) for power in range(terms - 1, -1, -1))
+    high, low = factors[: terms // 2], factors[terms // 2 :]
     two, zero = real(2.0), real(0.0)
 
     def series(v: Any) -> Any:
         s = v / (two + v)
         square = s * s
         p = zero
-        for factor in factors:
+        for factor in high:
+            p = p * square + factor
+        for factor in low:
             p = p * square + factor
         return p * s
 
@@ -158,3 +164,29 @@ def _series_of(v: Any) -> Any:
 def log1p(v: Any) -> Any:
     """log(1 + v) for 0 <= v <= 1, in the type of v."""
     return _series(v)
+
+
+@register_jitable(**ELEMENT)
+def maximum(v: Any, other: Any) -> Any:
+    """The larger one; NaN where v is."""
+    return other if v < other else v
+
+
+@register_jitable(**ELEMENT)
+def minimum(v: Any, other: Any) -> Any:
+    """The smaller one; NaN where v is."""
+    return other if v > other else v
+
+
+@register_jitable(**ELEMENT)
+def sign(v: Any) -> Any:
+    """1, 0, -1 or NaN, in the type of v."""
+    zero, one = type(v)(0.0), type(v)(1.0)
+    return one if v > zero else (-one if v < zero else v)
+
+
+@register_jitable(**ELEMENT)
+def step(v: Any, below: Any) -> Any:
+    """1 above zero, ``below`` elsewhere, and NaN for NaN, in the type of v."""
+    zero, one = type(v)(0.0), type(v)(1.0)
+    return one if v > zero else (below if v <= zero else v)

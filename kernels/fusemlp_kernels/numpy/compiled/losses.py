@@ -12,23 +12,18 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_LOSSES, CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, SCORED
-from fusemlp_kernels.numpy.compiled.functions import exp, log1p, sigmoid
+from fusemlp_kernels.numpy.compiled.functions import exp
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
+from fusemlp_kernels.numpy.compiled.pointwise_numba import BINARY_CROSS_ENTROPY, element_losses
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCURACY,
-    BINARY_CROSS_ENTROPY,
     CLASS_WEIGHTED,
-    DELTA,
     DIVISOR,
-    HUBER,
     IGNORED,
     IGNORES,
     KIND,
-    MAE,
     MEAN,
-    MSE,
-    POISSON,
-    QUANTILE,
+    OPTION,
     SMOOTHING,
     SOFT,
     WEIGHTED,
@@ -220,96 +215,6 @@ def cross_entropy(
     return shares
 
 
-# The loss of one output and its derivative by it; ``option`` is huber's delta or the quantile.
-
-
-@register_jitable(**ELEMENTWISE)
-def _mse(y: Any, t: Any, option: Any) -> Any:
-    r = y - t
-    return r * r, r + r
-
-
-@register_jitable(**ELEMENTWISE)
-def _mae(y: Any, t: Any, option: Any) -> Any:
-    r = y - t
-    zero, one = type(r)(0.0), type(r)(1.0)
-    return abs(r), one if r > zero else (-one if r < zero else r)
-
-
-@register_jitable(**ELEMENTWISE)
-def _huber(y: Any, t: Any, option: Any) -> Any:
-    r = y - t
-    c = option if r > option else (-option if r < -option else r)
-    return c * (r - type(r)(0.5) * c), c
-
-
-@register_jitable(**ELEMENTWISE)
-def _poisson(y: Any, t: Any, option: Any) -> Any:
-    e = exp(y)
-    return e - t * y, e - t
-
-
-@register_jitable(**ELEMENTWISE)
-def _quantile(y: Any, t: Any, option: Any) -> Any:
-    r = y - t
-    zero, one = type(r)(0.0), type(r)(1.0)
-    side = one - option if r > zero else option
-    return side * abs(r), side if r > zero else (-side if r < zero else r)
-
-
-def _loop_of(element: Any) -> Any:
-    """A function for outputs y: their loss, and in d, where the targets stand, the gradient times ``factor``."""
-
-    @register_jitable(**REDUCTION)
-    def loop(y: Any, d: Any, start: int, stop: int, factor: Any, option: Any) -> float:
-        total = 0.0
-        for at in range(np.uintp(start), np.uintp(stop)):
-            value, slope = element(y[at], d[at], option)
-            total += value
-            d[at] = slope * factor
-        return total
-
-    return loop
-
-
-# A loop for each loss: in one loop for all, the choice between them would keep it out of the vector registers.
-_mse_loop, _mae_loop, _huber_loop = _loop_of(_mse), _loop_of(_mae), _loop_of(_huber)
-_poisson_loop, _quantile_loop = _loop_of(_poisson), _loop_of(_quantile)
-
-
-@register_jitable(**REDUCTION)
-def _binary_cross_entropy_loop(y: Any, d: Any, start: int, stop: int, factor: Any, scratch: Any) -> float:
-    """As ``_loop_of``, with some scratch; in several loops, since of one the compiler makes no vector code."""
-    zero = y.dtype.type(0.0)
-    total = 0.0
-    for begin in range(start, stop, scratch.size):
-        first, length = np.uintp(begin), np.uintp(min(stop - begin, scratch.size))
-        for j in range(length):
-            v, t = y[first + j], d[first + j]
-            total += (v if v > zero else (zero if v <= zero else v)) - t * v
-            d[first + j] = (sigmoid(v) - t) * factor
-        for j in range(length):
-            scratch[j] = exp(-abs(y[first + j]))
-        for j in range(length):
-            total += log1p(scratch[j])
-    return total
-
-
-@register_jitable(**EXACT)
-def _loop(kind: int, y: Any, d: Any, start: int, stop: int, factor: Any, option: Any, scratch: Any) -> float:
-    if kind == MSE:
-        return _mse_loop(y, d, start, stop, factor, option)
-    if kind == MAE:
-        return _mae_loop(y, d, start, stop, factor, option)
-    if kind == HUBER:
-        return _huber_loop(y, d, start, stop, factor, option)
-    if kind == POISSON:
-        return _poisson_loop(y, d, start, stop, factor, option)
-    if kind == BINARY_CROSS_ENTROPY:
-        return _binary_cross_entropy_loop(y, d, start, stop, factor, scratch)
-    return _quantile_loop(y, d, start, stop, factor, option)
-
-
 @register_jitable(**ELEMENTWISE)
 def elementwise(
     y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, loss: Any, factors: Any,
@@ -317,11 +222,11 @@ def elementwise(
 ) -> float:  # fmt: skip
     """The gradient by the outputs y into d, flat (count, columns); target (n, columns) is picked by ``rows``.
 
-    scratch: memory of any contents, the longer the better. Returns the sum of the row weights.
+    Returns the sum of the row weights.
     """
     real = y.dtype.type
     kind, weighted, mean = loss[KIND], loss[WEIGHTED] != 0, loss[MEAN] != 0
-    option = real(factors[DELTA] if kind == HUBER else factors[QUANTILE])
+    option = real(factors[OPTION])
     normaliser = 0.0
     for i in range(count):
         normaliser += float(weight[rows[i]]) if weighted else 1.0
@@ -343,9 +248,9 @@ def elementwise(
             d[start + j] = target[row, j]
         if weighted:
             share = float(weight[row])
-            total += share * _loop(kind, y, d, start, start + columns, real(share * scale), option, scratch)
+            total += share * element_losses(kind, y, d, start, start + columns, real(share * scale), option)
     if not weighted:
-        total = _loop(kind, y, d, 0, count * columns, real(scale), option, scratch)
+        total = element_losses(kind, y, d, 0, count * columns, real(scale), option)
     if loss[ACCURACY]:
         stats[CORRECT] += correct
         stats[SCORED] += count * columns if kind == BINARY_CROSS_ENTROPY else count

@@ -97,8 +97,7 @@ def normal_cdf(v: Any) -> Any:
 
 
 @register_jitable(**ELEMENT)
-def normal_slope(v: Any) -> Any:
-    """Phi(v) + v Phi'(v), the derivative of v Phi(v)."""
-    real = type(v)
-    tail, e = _halves(v)
-    return (real(1.0) - tail if v > real(0.0) else tail) + v * (real(_DENSITY) * e)
+def normal_pdf(v: Any) -> Any:
+    """The normal density, in the type of v."""
+    _, e = _halves(v)
+    return type(v)(_DENSITY) * e

@@ -2,8 +2,8 @@
 
 Numba compiles every branch that it sees, and the time that takes is most of the first ``fit`` on a machine. So this
 module cuts the branches that a program never takes from the source before: ``if kind == NAME``, ``if flags[NAME]`` and
-``if flag`` after ``flag = flags[NAME] != 0``, for each NAME of ``tables`` that is absent from the program's tables. A
-name that is assigned so is assigned once. The rest computes the same.
+``if flag`` after ``flag = flags[NAME] != 0``, for each NAME of ``tables`` or the printed formulas that the program does
+without. A name that is assigned so is assigned once. The rest computes the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from fusemlp_kernels.numpy.compiled import activations, losses, steps, updates
+from fusemlp_kernels.numpy.compiled import losses, pointwise_numba, steps, updates
 from fusemlp_kernels.numpy.compiled.options import kept
 
 # Where there are branches to cut, each before those that import from it.
-_MODULES = (activations, losses, updates, steps)
+_MODULES = (pointwise_numba, losses, updates, steps)
 
 
 class _Cutter(ast.NodeTransformer):

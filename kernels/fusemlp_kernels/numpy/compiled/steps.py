@@ -13,12 +13,12 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET
-from fusemlp_kernels.numpy.compiled.activations import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.denormals import denormals_as_zero, restore
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.products import backward, by_weights, column_sums, forward
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,

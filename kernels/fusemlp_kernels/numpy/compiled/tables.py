@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
+from fusemlp_kernels.pointwise import OPTIMIZERS
 
 # What a row of the table of calls does; a call of the program is one row or several. GATHER: x[rows]; ENTROPY and
 # ELEMENTWISE: the last layer and its loss, cross-entropy or one of the others; WEIGHT, BIAS, SLOPES: a gradient.
@@ -45,12 +46,12 @@ LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
 # The loss, int64 and float64; DIVISOR: what a mean divides by beside the row weights
 KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
-SMOOTHING, DELTA, QUANTILE, DIVISOR, LOSS_FACTORS = range(5)
+SMOOTHING, OPTION, DIVISOR, LOSS_FACTORS = range(4)
 
 # The optimizer, int64 and float64
-OPTIMIZER, NESTEROV, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(7)
+OPTIMIZER, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(6)
 MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, RULE_FACTORS = range(6)
-SGD, ADAM = range(2)
+SGD = list(OPTIMIZERS).index("sgd")
 
-IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = range(len(ACTIVATIONS))
-CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE_LOSS = range(len(LOSSES))
+IDENTITY = ACTIVATIONS.index("identity")
+CROSS_ENTROPY = LOSSES.index("cross_entropy")

@@ -1,0 +1,388 @@
+# Printed from pointwise.py by `python -m fusemlp_kernels.printers`; do not edit.
+# mypy: disallow-untyped-defs=False
+"""The formulas as loops over flat arrays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba.extending import register_jitable
+
+from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
+from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
+from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
+from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
+from fusemlp_kernels.numpy.compiled.tables import BETA1, BETA2, DECOUPLED, EPS, MOMENTUM, OPTIMIZER, SKLEARN
+
+IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = range(8)
+CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = range(7)
+RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = range(4)
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_identity(ys, zs, slope):
+    pass
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_identity(ds, ys, zs, slope, undo):
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_relu(ys, zs, slope):
+    real = ys.dtype.type
+    for i in range(ys.size):
+        z = ys[i]
+        ys[i] = maximum(z, real(0.0))
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_relu(ds, ys, zs, slope, undo):
+    real = ds.dtype.type
+    for i in range(ds.size):
+        y = ys[i]
+        ds[i] *= step(y, real(0.0))
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_leaky_relu(ys, zs, slope):
+    real = ys.dtype.type
+    for i in range(ys.size):
+        z = ys[i]
+        ys[i] = maximum(z, real(0.0)) + real(slope) * minimum(z, real(0.0))
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_leaky_relu(ds, ys, zs, slope, undo):
+    real = ds.dtype.type
+    for i in range(ds.size):
+        y = ys[i]
+        ds[i] *= step(y, real(slope))
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_prelu(ys, zs, slope):
+    real = ys.dtype.type
+    for i in range(ys.size):
+        z = zs[i]
+        ys[i] = maximum(z, real(0.0)) + real(slope) * minimum(z, real(0.0))
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_prelu(ds, ys, zs, slope, undo):
+    real = ds.dtype.type
+    by_slope = 0.0
+    for i in range(ds.size):
+        z = zs[i]
+        by_slope += ds[i] * minimum(z, real(0.0))
+        ds[i] *= step(z, real(slope))
+    return by_slope
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_sigmoid(ys, zs, slope):
+    for i in range(ys.size):
+        z = ys[i]
+        ys[i] = sigmoid(z)
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_sigmoid(ds, ys, zs, slope, undo):
+    real = ds.dtype.type
+    for i in range(ds.size):
+        y = ys[i]
+        y = y * real(undo)
+        ds[i] *= y * (real(1.0) - y)
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_tanh(ys, zs, slope):
+    for i in range(ys.size):
+        z = ys[i]
+        ys[i] = tanh(z)
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_tanh(ds, ys, zs, slope, undo):
+    real = ds.dtype.type
+    for i in range(ds.size):
+        y = ys[i]
+        y = y * real(undo)
+        ds[i] *= real(1.0) - y * y
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_gelu(ys, zs, slope):
+    for i in range(ys.size):
+        z = zs[i]
+        ys[i] = z * normal_cdf(z)
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_gelu(ds, ys, zs, slope, undo):
+    for i in range(ds.size):
+        z = zs[i]
+        ds[i] *= normal_cdf(z) + z * normal_pdf(z)
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_silu(ys, zs, slope):
+    for i in range(ys.size):
+        z = zs[i]
+        ys[i] = z * sigmoid(z)
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_silu(ds, ys, zs, slope, undo):
+    real = ds.dtype.type
+    for i in range(ds.size):
+        z = zs[i]
+        s = sigmoid(z)
+        ds[i] *= s * (real(1.0) + z * (real(1.0) - s))
+    return 0.0
+
+
+@register_jitable(**REDUCTION)
+def loss_binary_cross_entropy(ys, ds, start, stop, factor, option):
+    real = ys.dtype.type
+    total = 0.0
+    for i in range(np.uintp(start), np.uintp(stop)):
+        y, t = ys[i], ds[i]
+        e = exp(-abs(y))
+        loss = maximum(y, real(0.0)) + log1p(e) - t * y
+        gradient = sigmoid(y) - t
+        total += loss
+        ds[i] = gradient * factor
+    return total
+
+
+@register_jitable(**REDUCTION)
+def loss_mse(ys, ds, start, stop, factor, option):
+    real = ys.dtype.type
+    total = 0.0
+    for i in range(np.uintp(start), np.uintp(stop)):
+        y, t = ys[i], ds[i]
+        r = y - t
+        loss = r * r
+        gradient = real(2.0) * r
+        total += loss
+        ds[i] = gradient * factor
+    return total
+
+
+@register_jitable(**REDUCTION)
+def loss_mae(ys, ds, start, stop, factor, option):
+    total = 0.0
+    for i in range(np.uintp(start), np.uintp(stop)):
+        y, t = ys[i], ds[i]
+        r = y - t
+        loss = abs(r)
+        gradient = sign(r)
+        total += loss
+        ds[i] = gradient * factor
+    return total
+
+
+@register_jitable(**REDUCTION)
+def loss_huber(ys, ds, start, stop, factor, delta):
+    real = ys.dtype.type
+    total = 0.0
+    for i in range(np.uintp(start), np.uintp(stop)):
+        y, t = ys[i], ds[i]
+        r = y - t
+        c = minimum(maximum(r, -delta), delta)
+        loss = c * (r - real(0.5) * c)
+        gradient = c
+        total += loss
+        ds[i] = gradient * factor
+    return total
+
+
+@register_jitable(**REDUCTION)
+def loss_poisson(ys, ds, start, stop, factor, option):
+    total = 0.0
+    for i in range(np.uintp(start), np.uintp(stop)):
+        y, t = ys[i], ds[i]
+        e = exp(y)
+        loss = e - t * y
+        gradient = e - t
+        total += loss
+        ds[i] = gradient * factor
+    return total
+
+
+@register_jitable(**REDUCTION)
+def loss_quantile(ys, ds, start, stop, factor, quantile):
+    real = ys.dtype.type
+    total = 0.0
+    for i in range(np.uintp(start), np.uintp(stop)):
+        y, t = ys[i], ds[i]
+        r = y - t
+        s = sign(r)
+        slope = maximum((real(1.0) - quantile) * s, -quantile * s)
+        loss = slope * abs(r)
+        gradient = slope * s
+        total += loss
+        ds[i] = gradient * factor
+    return total
+
+
+@register_jitable(**ELEMENTWISE)
+def update_sgd(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+    real = ps.dtype.type
+    for i in range(ps.size):
+        p, g = ps[i], gs[i]
+        p = real(kept) * p
+        g = g + real(coupled) * p
+        p = p - real(rate) * g
+        ps[i] = p
+
+
+@register_jitable(**ELEMENTWISE)
+def update_momentum(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+    real = ps.dtype.type
+    rate_inside = rule[SKLEARN] != 0
+    momentum = factors[MOMENTUM]
+    inner = -rate if rate_inside else 1.0
+    outer = 1.0 if rate_inside else -rate
+    for i in range(ps.size):
+        p, g, velocity = ps[i], gs[i], states0[i]
+        p = real(kept) * p
+        g = g + real(coupled) * p
+        velocity = real(momentum) * velocity + real(inner) * g
+        p = p + real(outer) * velocity
+        ps[i], states0[i] = p, velocity
+
+
+@register_jitable(**ELEMENTWISE)
+def update_adam(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+    real = ps.dtype.type
+    bias_correction_2 = hyper[BIAS_CORRECTION_2]
+    bias_correction_1 = hyper[BIAS_CORRECTION_1]
+    rate_inside = rule[SKLEARN] != 0
+    eps = factors[EPS]
+    beta1 = factors[BETA1]
+    beta2 = factors[BETA2]
+    root = math.sqrt(bias_correction_2)
+    size = rate * root / bias_correction_1
+    least = max(eps if rate_inside else eps * root, 1.1754943508222875e-38)
+    rest1 = 1.0 - beta1
+    rest2 = 1.0 - beta2
+    for i in range(ps.size):
+        p, g, first_moment, second_moment = ps[i], gs[i], states0[i], states1[i]
+        p = real(kept) * p
+        g = g + real(coupled) * p
+        first_moment = real(beta1) * first_moment + real(rest1) * g
+        second_moment = real(beta2) * second_moment + real(rest2) * (g * g)
+        p = p - real(size) * (first_moment / (math.sqrt(second_moment) + real(least)))
+        ps[i], states0[i], states1[i] = p, first_moment, second_moment
+
+
+@register_jitable(**ELEMENTWISE)
+def update_nesterov(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+    real = ps.dtype.type
+    rate_inside = rule[SKLEARN] != 0
+    momentum = factors[MOMENTUM]
+    inner = -rate if rate_inside else 1.0
+    outer = 1.0 if rate_inside else -rate
+    for i in range(ps.size):
+        p, g, velocity = ps[i], gs[i], states0[i]
+        p = real(kept) * p
+        g = g + real(coupled) * p
+        change = real(inner) * g
+        velocity = real(momentum) * velocity + change
+        p = p + real(outer) * (change + real(momentum) * velocity)
+        ps[i], states0[i] = p, velocity
+
+
+@register_jitable(**ELEMENTWISE)
+def activate(kind, ys, zs, slope):
+    """``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."""
+    if kind == IDENTITY:
+        return activate_identity(ys, zs, slope)
+    elif kind == RELU:
+        return activate_relu(ys, zs, slope)
+    elif kind == LEAKY_RELU:
+        return activate_leaky_relu(ys, zs, slope)
+    elif kind == PRELU:
+        return activate_prelu(ys, zs, slope)
+    elif kind == SIGMOID:
+        return activate_sigmoid(ys, zs, slope)
+    elif kind == TANH:
+        return activate_tanh(ys, zs, slope)
+    elif kind == GELU:
+        return activate_gelu(ys, zs, slope)
+    elif kind == SILU:
+        return activate_silu(ys, zs, slope)
+    else:
+        ys[:] = np.nan
+
+
+@register_jitable(**ELEMENTWISE)
+def multiply_by_derivative(kind, ds, ys, zs, slope, undo):
+    """``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."""
+    if kind == IDENTITY:
+        return derive_identity(ds, ys, zs, slope, undo)
+    elif kind == RELU:
+        return derive_relu(ds, ys, zs, slope, undo)
+    elif kind == LEAKY_RELU:
+        return derive_leaky_relu(ds, ys, zs, slope, undo)
+    elif kind == PRELU:
+        return derive_prelu(ds, ys, zs, slope, undo)
+    elif kind == SIGMOID:
+        return derive_sigmoid(ds, ys, zs, slope, undo)
+    elif kind == TANH:
+        return derive_tanh(ds, ys, zs, slope, undo)
+    elif kind == GELU:
+        return derive_gelu(ds, ys, zs, slope, undo)
+    elif kind == SILU:
+        return derive_silu(ds, ys, zs, slope, undo)
+    else:
+        ds[:] = np.nan
+        return np.nan
+
+
+@register_jitable(**ELEMENTWISE)
+def element_losses(kind, ys, ds, start, stop, factor, option):
+    """The sum of the losses; in ds, where the targets are, the gradients times ``factor``."""
+    if kind == BINARY_CROSS_ENTROPY:
+        return loss_binary_cross_entropy(ys, ds, start, stop, factor, option)
+    elif kind == MSE:
+        return loss_mse(ys, ds, start, stop, factor, option)
+    elif kind == MAE:
+        return loss_mae(ys, ds, start, stop, factor, option)
+    elif kind == HUBER:
+        return loss_huber(ys, ds, start, stop, factor, option)
+    elif kind == POISSON:
+        return loss_poisson(ys, ds, start, stop, factor, option)
+    elif kind == QUANTILE:
+        return loss_quantile(ys, ds, start, stop, factor, option)
+    else:
+        ds[start:stop] = np.nan
+        return np.nan
+
+
+@register_jitable(**ELEMENTWISE)
+def update_tensor(ps, gs, states0, states1, rate, decay, rule, factors, hyper):
+    """The parameters and their states, from the gradients."""
+    code = rule[OPTIMIZER]
+    decoupled = rule[DECOUPLED] != 0
+    kept = 1.0 - rate * decay if decoupled else 1.0
+    coupled = 0.0 if decoupled else decay
+    if code == RULE_SGD:
+        update_sgd(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+    elif code == RULE_MOMENTUM:
+        update_momentum(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+    elif code == RULE_ADAM:
+        update_adam(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+    elif code == RULE_NESTEROV:
+        update_nesterov(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+    else:
+        ps[:] = np.nan

@@ -1,0 +1,615 @@
+"""Print the formulas of ``pointwise`` for NumPy, numba, Triton and CUDA C.
+
+``python -m fusemlp_kernels.printers`` writes the files of ``FILES``. They are committed, and a test compares them with
+what is printed. Every backend numbers functions by their place in the table; a number that is not in it gives NaN.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fusemlp_kernels.pointwise import (
+    ACTIVATIONS,
+    DECAY,
+    FUNCTIONS,
+    LOSS_NAMES,
+    LOSSES,
+    OPTIMIZERS,
+    Activation,
+    Line,
+    Optimizer,
+    lines,
+    named,
+)
+
+AGAIN = "Printed from pointwise.py by `python -m fusemlp_kernels.printers`; do not edit."
+WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Text of expressions in a language. ``name`` is asked for every name, ``number`` for every number; ``quotient``
+    names a function that divides, ``choice`` is what ``b if a else c`` becomes; empty: what they are in Python."""
+
+    name: Callable[[str], str] = str
+    number: Callable[[float], str] = repr
+    functions: Mapping[str, str] = field(default_factory=dict)
+    quotient: str = ""
+    choice: str = ""
+
+    def __call__(self, expression: ast.expr) -> str:
+        return ast.unparse(_Translated(self).visit(copy.deepcopy(expression)))
+
+
+class _Translated(ast.NodeTransformer):
+    """An expression whose names are text of another language."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        assert isinstance(node.value, int | float)
+        return ast.Name(self.dialect.number(float(node.value)))
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Name(self.dialect.name(node.id))
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
+            raise ValueError(f"formula: expected a function of {', '.join(FUNCTIONS)}; got {ast.unparse(node)!r}")
+        function = ast.Name(self.dialect.functions.get(node.func.id, node.func.id))
+        return ast.Call(function, [self.visit(argument) for argument in node.args], [])
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        left, right = self.visit(node.left), self.visit(node.right)
+        if self.dialect.quotient and isinstance(node.op, ast.Div):
+            return ast.Call(ast.Name(self.dialect.quotient), [left, right], [])
+        return ast.BinOp(left, node.op, right)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        test, body, otherwise = (self.visit(part) for part in (node.test, node.body, node.orelse))
+        if not self.dialect.choice:
+            return ast.IfExp(test, body, otherwise)
+        return ast.Name(self.dialect.choice.format(*map(ast.unparse, (test, body, otherwise))))
+
+
+@dataclass(frozen=True)
+class Loads:
+    """How a language reads the numbers of a rule: fields of ``UpdateRule``, and bias corrections."""
+
+    field: str
+    correction: str
+    flags: Mapping[str, str]
+
+    def __call__(self, name: str) -> str:
+        if name in self.flags:
+            return self.flags[name]
+        return (self.correction if name.startswith("bias_") else self.field).format(name, name.upper())
+
+
+class Update:
+    """The lines of one optimizer or of several, one after another."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.states = [state for part in parts for state in part.states]
+        self.element = [line for part in parts for line in lines(part.element)]
+        self.scalars = [line for part in parts for line in lines(part.scalars)]
+        local = {"p", "g", *self.states, *(name for name, _ in self.element)}
+        # read in the type of the parameters
+        self.real = [name for name in named(self.element) if name not in local]
+        known = {*local, "rate", "decay", *(name for name, _ in self.scalars)}
+        self.loaded = [name for name in named(self.scalars + self.element) if name not in known]
+
+    def scalar_lines(self, loads: Loads, dialect: Dialect, form: str = "{} = {}") -> list[str]:
+        """Reading the numbers of the rule, and the scalars."""
+        read = [form.format(name, loads(name)) for name in self.loaded]
+        return read + [form.format(name, dialect(value)) for name, value in self.scalars]
+
+
+def derivative_lines(row: Activation) -> list[Line]:
+    """The lines of a derivative ``d``, with the scale that dropout has put on y undone where that matters."""
+    undone = [] if row.needs_z or row.scale_free else lines("y = y * undo")
+    return undone + lines(row.derivative, "d")
+
+
+def loss_lines(name: str) -> list[Line]:
+    """The lines of a loss, which end with ``loss`` and ``gradient``."""
+    found = lines(LOSSES[name].formula)
+    if [line for line, _ in found][-2:] != ["loss", "gradient"]:
+        raise ValueError(f"{name}: expected a formula that ends with `loss = ...` and `gradient = ...`")
+    return found
+
+
+def indented(found: Iterable[str]) -> list[str]:
+    return [f"    {line}" for line in found]
+
+
+def text(*parts: str | Iterable[str]) -> str:
+    """Parts of a file, each a text or its lines, with two empty lines between them."""
+    return "\n\n\n".join(part.strip() if isinstance(part, str) else "\n".join(part) for part in parts) + "\n"
+
+
+def defined(name: str, arguments: str, body: Iterable[str], told: str = "", above: str = "") -> list[str]:
+    """A Python function; its arguments have a line of their own where the first is too short."""
+    head = f"def {name}({arguments}):"
+    lines = [head] if len(head) <= WIDTH else [f"def {name}(", f"    {arguments}", "):"]
+    return [*filter(None, [above]), *lines, *indented([*([f'"""{told}"""'] if told else []), *body] or ["pass"])]
+
+
+def imported(module: str, names: Iterable[str]) -> str:
+    """An import of ``names``, a line for each where they do not fit into one."""
+    line = f"from {module} import {', '.join(sorted(names))}"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([f"from {module} import (", *(f"    {name}," for name in sorted(names)), ")"])
+
+
+def read_of_rules() -> set[str]:
+    """The fields of rules and of the hyper array that the optimizers read, in capitals."""
+    return {name.upper() for rule in OPTIMIZERS.values() for name in Update(rule).loaded} - {"RATE_INSIDE"}
+
+
+def groups() -> list[list[str]]:
+    """The names of all activations, losses and optimizers, in capitals and in order."""
+    tables = (("", ACTIVATIONS), ("", LOSS_NAMES), ("RULE_", OPTIMIZERS))
+    return [[prefix + name.upper() for name in names] for prefix, names in tables]
+
+
+def codes(form: str) -> list[str]:
+    """Lines that make the names numbers; ``form`` makes the numbers of a count."""
+    found = [(", ".join(group), form.format(len(group))) for group in groups()]
+    short = max(len(f"{names} = {values}") for names, values in found) <= WIDTH
+    return [f"{n} = {v}" if short else f"(\n    {n},\n) = {v}  # fmt: skip" for n, v in found]
+
+
+def alike(cases: Mapping[str, Sequence[str]]) -> dict[tuple[str, ...], list[str]]:
+    """The names of the cases that have the same lines, by their lines."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, body in cases.items():
+        found.setdefault(tuple(body), []).append(name)
+    return found
+
+
+def chain(code: str, cases: Mapping[str, Sequence[str]], otherwise: Sequence[str], prefix: str = "") -> list[str]:
+    """``if code == NAME`` with its lines for each case, in Python; cases with the same lines are one."""
+    found: list[str] = []
+    for body, names in alike(cases).items():
+        tests = [f"{code} == {prefix}{name.upper()}" for name in names]
+        test = tests[0] if len(tests) == 1 else " | ".join(f"({one})" for one in tests)
+        found += [f"{'elif' if found else 'if'} {test}:", *indented(body)]
+    return [*found, "else:", *indented(otherwise)]
+
+
+def wrapped(form: str, names: Iterable[str]) -> Callable[[str], str]:
+    """The names as they are, but ``names`` in ``form``."""
+    chosen = frozenset(names)
+    return lambda name: form.format(name) if name in chosen else name
+
+
+def assigned(found: Iterable[Line], dialect: Dialect) -> list[str]:
+    return [f"{name} = {dialect(value)}" for name, value in found]
+
+
+# NumPy: each operation is a pass over arrays that writes into a given one.
+
+OPERATORS = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
+
+
+class Passes:
+    """Lines as calls of NumPy functions, and the number of scratch arrays that they take.
+
+    ``elements`` are the arrays that are there. ``outputs`` are written by the lines of their names, and may be the same
+    memory as the arrays given for them. Before its own line an output serves as scratch.
+    """
+
+    def __init__(self, found: Sequence[Line], elements: Iterable[str], outputs: Mapping[str, Sequence[str]]) -> None:
+        self.found = found
+        self.place = {name: name for name in elements}
+        self.memory = {name: {name, *others} for name, others in outputs.items()}
+        self.scratch = 0
+        self.free: list[str] = []
+        self.calls: list[list[str]] = []
+        for at, (name, value) in enumerate(found):
+            self.calls.append([])
+            out = name if name in outputs else self._room(at)
+            result = self._pass(value, out)
+            if result != out:
+                self.calls[-1].append(f"copyto({out}, {result})")
+            self.place[name] = out
+            needed = self._places(found[at + 1 :])
+            self.free = [one for one in (f"s{i}" for i in range(self.scratch)) if one not in needed]
+
+    def _places(self, found: Iterable[Line]) -> set[str]:
+        return {self.place[name] for name in named(found) if name in self.place}
+
+    def _room(self, at: int) -> str:
+        """The array for a line's value: an output that nothing else needs until its own line, or scratch."""
+        needed = self._places(self.found[at + 1 :])
+        reads = [i for i in range(at + 1, len(self.found)) if self.found[at][0] in named(self.found[i : i + 1])]
+        for own, (output, _) in enumerate(self.found):
+            if output in self.memory and max(reads, default=at) <= own and not self.memory[output] & needed:
+                return output
+        return self._scratch()
+
+    def _scratch(self) -> str:
+        if self.free:
+            return self.free.pop(0)
+        self.scratch += 1
+        return f"s{self.scratch - 1}"
+
+    def _pass(self, node: ast.expr, out: str | None) -> str:
+        """The array or number that ``node`` is; where a pass is needed for it, in ``out`` if that is given."""
+        if not self._places([("", node)]):
+            return Dialect()(node)
+        match node:
+            case ast.Name(id=name):
+                return self.place[name]
+            case ast.BinOp(left=left, op=op, right=right):
+                function, operands = OPERATORS[type(op)], [left, right]
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                function, operands = "negative", [operand]
+            case ast.Call(func=ast.Name(id=name), args=operands) if name in FUNCTIONS:
+                function = name
+            case _:
+                raise ValueError(f"formula: NumPy has no pass for {ast.unparse(node)!r}")
+        given: list[str] = []
+        for at, operand in enumerate(operands):
+            # in ``out`` only what is not read there any more
+            read = self._places(("", other) for other in operands[at + 1 :]) | set(given)
+            shared = out is not None and self.memory.get(out, {out}) & read
+            given.append(self._pass(operand, None if shared else out))
+        lent = {one for one in given if one[:1] == "s" and one[1:].isdigit()} - set(self.place.values())
+        target = out or min(lent, default="") or self._scratch()
+        self.calls[-1].append(f"{function}({', '.join([*given, f'out={target}'])})")
+        self.free = sorted({*self.free, *lent} - {target})
+        return target
+
+
+def flat(calls: Iterable[list[str]]) -> list[str]:
+    return [call for line in calls for call in line]
+
+
+def numpy_file() -> str:
+    """``numpy/pointwise_numpy.py``."""
+    parts: list[str | list[str]] = [NUMPY_HEAD]
+
+    def function(name: str, arguments: str, passes: Passes, body: Iterable[str]) -> None:
+        parts.append(defined(name, arguments + "".join(f", s{i}" for i in range(passes.scratch)), body))
+
+    for name, row in ACTIVATIONS.items():
+        passes = Passes(lines(row.value, "y"), ["z"], {"y": ["z"]})
+        function(f"activate_{name}", "y, z, slope", passes, flat(passes.calls))
+        *before, (target, value) = derivative_lines(row)
+        product = ast.BinOp(ast.Name(target), ast.Mult(), value)
+        passes = Passes([*before, (target, product)], ["d", "y", "z"], {"d": []})
+        function(f"derive_{name}", "d, y, z, slope, undo", passes, [] if row.derivative == "1" else flat(passes.calls))
+        if row.by_slope is not None:
+            passes = Passes(lines(row.by_slope, "out"), ["z"], {"out": []})
+            function(f"by_slope_{name}", "out, z", passes, flat(passes.calls))
+    for name, loss in LOSSES.items():
+        passes = Passes(loss_lines(name), ["y", "t"], {"loss": [], "gradient": ["y"]})
+        *before_last, last = passes.calls
+        body = [*flat(before_last), *(["if differentiate:", *indented(last)] if last else [])]
+        function(f"loss_{name}", f"y, t, loss, gradient, differentiate, {loss.option or 'option'}", passes, body)
+    flags = {"rate_inside": 'rule.convention == "scikit-learn"', "decoupled": "rule.decoupled"}
+    loads, scalars = Loads("rule.{0}", "hyper[{1}]", flags), Dialect(functions={"maximum": "max", "sqrt": "math.sqrt"})
+    for name, rule in {"decay": DECAY, **OPTIMIZERS}.items():
+        update = Update(rule)
+        arrays: dict[str, list[str]] = {array: [] for array in ("p", "g", *rule.states)}
+        passes = Passes(update.element, arrays, arrays)
+        body = flat(passes.calls)
+        if rule is DECAY:
+            # most have one kind of decay or none
+            body = []
+            for (_, value), calls in zip(update.element, passes.calls, strict=True):
+                (test,) = (f"{one} != {NEUTRAL[one]!r}" for one in named([("", value)]) if one in NEUTRAL)
+                body += [f"if {test}:", *indented(calls)]
+        arguments = ", ".join([*arrays, "rate", "decay", "rule", "hyper"])
+        function(f"update_{name}", arguments, passes, [*update.scalar_lines(loads, scalars), *body])
+    return text(*parts)
+
+
+# The scalars of DECAY that change nothing.
+NEUTRAL = {"kept": 1.0, "coupled": 0.0}
+NUMPY_HEAD = f'''
+# {AGAIN}
+# mypy: disallow-untyped-defs=False
+"""The formulas as passes over arrays; ``s0``, ``s1``, ... are scratch, shaped like the other arrays."""
+
+from __future__ import annotations
+
+import math
+
+from numpy import abs, add, copyto, divide, exp, log1p, multiply, negative, sign, sqrt, subtract, tanh
+
+from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
+from fusemlp_kernels.numpy.functions import maximum, minimum, normal_cdf, normal_pdf, sigmoid, step
+'''
+
+# numba: a loop for each function. In one loop for all, the choice between them would keep it from vector registers.
+
+
+def numba_file() -> str:
+    """``numpy/compiled/pointwise_numba.py``."""
+    read = {name for name in read_of_rules() if not name.startswith("BIAS_")} | {"DECOUPLED", "OPTIMIZER", "SKLEARN"}
+    head = NUMBA_HEAD.strip().replace("PLACES", imported("fusemlp_kernels.numpy.compiled.tables", read))
+    parts: list[str | list[str]] = [head + "\n\n" + "\n".join(codes("range({})"))]
+
+    def function(name: str, arguments: str, body: Sequence[str], told: str = "", options: str = "ELEMENTWISE") -> None:
+        if any("real(" in line for line in body):
+            body = [f"real = {arguments.split(', ')[0]}.dtype.type", *body]
+        parts.append(defined(name, arguments, body, told, f"@register_jitable(**{options})"))
+
+    def choice(name: str, of: str, names: Iterable[str], arguments: str, told: str, otherwise: Sequence[str]) -> None:
+        cases = {one: [f"return {of}_{one}({arguments})"] for one in names}
+        function(name, f"kind, {arguments}", chain("kind", cases, otherwise), told)
+
+    def number(value: float) -> str:
+        return f"real({value!r})"
+
+    def loop(indices: str, body: Iterable[str]) -> list[str]:
+        return [f"for i in range({indices}):", *indented(body)]
+
+    real = Dialect(wrapped("real({})", ["slope", "undo"]), number)
+    for name, row in ACTIVATIONS.items():
+        body = loop("ys.size", [f"z = {'zs' if row.needs_z else 'ys'}[i]", *assigned(lines(row.value, "ys[i]"), real)])
+        function(f"activate_{name}", "ys, zs, slope", body if row.value != "z" else [])
+        *before, (_, value) = derivative_lines(row)
+        body, result = ["z = zs[i]" if row.needs_z else "y = ys[i]", *assigned(before, real)], "0.0"
+        if row.by_slope is not None:
+            body.append(f"by_slope += ds[i] * {real(lines(row.by_slope, 'by_slope')[-1][1])}")
+            result = "by_slope"
+        body = loop("ds.size", [*body, f"ds[i] *= {real(value)}"]) if row.derivative != "1" else []
+        start = ["by_slope = 0.0"] if row.by_slope is not None else []
+        function(f"derive_{name}", "ds, ys, zs, slope, undo", [*start, *body, f"return {result}"])
+    for name, loss in LOSSES.items():
+        body = assigned(loss_lines(name), Dialect(number=number))
+        body = ["y, t = ys[i], ds[i]", *body, "total += loss", "ds[i] = gradient * factor"]
+        body = ["total = 0.0", *loop("np.uintp(start), np.uintp(stop)", body), "return total"]
+        function(f"loss_{name}", f"ys, ds, start, stop, factor, {loss.option or 'option'}", body, "", "REDUCTION")
+    flags = {"rate_inside": "rule[SKLEARN] != 0", "decoupled": "rule[DECOUPLED] != 0"}
+    loads = Loads("factors[{1}]", "hyper[{1}]", flags)
+    scalars = Dialect(functions={"maximum": "max", "sqrt": "math.sqrt"})
+    decay, given = Update(DECAY), "ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper"
+    for name, rule in OPTIMIZERS.items():
+        update = Update(rule)
+        element = Dialect(wrapped("real({})", decay.real + update.real), number, {"sqrt": "math.sqrt"})
+        arrays = [f"states{at}[i]" for at in range(len(rule.states))]
+        body = [f"{', '.join(['p', 'g', *rule.states])} = {', '.join(['ps[i]', 'gs[i]', *arrays])}"]
+        body += assigned(decay.element + update.element, element)
+        body.append(f"{', '.join(['ps[i]', *arrays])} = {', '.join(['p', *rule.states])}")
+        function(f"update_{name}", given, [*update.scalar_lines(loads, scalars), *loop("ps.size", body)])
+    told = "``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."
+    choice("activate", "activate", ACTIVATIONS, "ys, zs, slope", told, ["ys[:] = np.nan"])
+    told = "``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."
+    nan = ["ds[:] = np.nan", "return np.nan"]
+    choice("multiply_by_derivative", "derive", ACTIVATIONS, "ds, ys, zs, slope, undo", told, nan)
+    told = "The sum of the losses; in ds, where the targets are, the gradients times ``factor``."
+    nan = ["ds[start:stop] = np.nan", "return np.nan"]
+    choice("element_losses", "loss", LOSSES, "ys, ds, start, stop, factor, option", told, nan)
+    cases = {name: [f"update_{name}({given})"] for name in OPTIMIZERS}
+    body = ["code = rule[OPTIMIZER]", *decay.scalar_lines(loads, scalars)]
+    body += chain("code", cases, ["ps[:] = np.nan"], "RULE_")
+    arguments = "ps, gs, states0, states1, rate, decay, rule, factors, hyper"
+    function("update_tensor", arguments, body, "The parameters and their states, from the gradients.")
+    return text(*parts)
+
+
+NUMBA_HEAD = f'''
+# {AGAIN}
+# mypy: disallow-untyped-defs=False
+"""The formulas as loops over flat arrays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba.extending import register_jitable
+
+from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
+from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
+from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
+from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
+PLACES
+'''
+
+# Triton: branches on a number that all threads have in common.
+
+
+def triton_file() -> str:
+    """``triton/pointwise_triton.py``."""
+    clock = imported("fusemlp_kernels.triton.clock", {*read_of_rules(), "DECOUPLED", "INSIDE", "LEARNING_RATE"})
+    head = [TRITON_HEAD.strip().replace("PLACES", clock), "", *codes("(tl.constexpr(code) for code in range({}))")]
+    parts: list[str | list[str]] = [[*head, f"RULES: tl.constexpr = tl.constexpr({len(OPTIMIZERS)})"]]
+
+    def function(name: str, arguments: str, told: str, body: Sequence[str]) -> None:
+        parts.append(defined(name, arguments, body, told, "@triton.jit"))
+
+    def spelled(name: Callable[[str], str] = str) -> Dialect:
+        functions = {"abs": "tl.abs", "exp": "tl.exp", "sqrt": "tl.sqrt_rn"}
+        return Dialect(name, functions=functions, quotient="tl.div_rn")
+
+    nan = 'float("nan")'
+    values = {name: assigned(lines(row.value, "y"), spelled()) for name, row in ACTIVATIONS.items()}
+    body = [*chain("code", values, [f"y = z + {nan}"]), "return y"]
+    function("activate", "z, code, slope", "f(z), elementwise, float32.", body)
+    needing = " | ".join(f"(code == {name.upper()})" for name, row in ACTIVATIONS.items() if row.needs_z)
+    told = "True where the derivative is computed from z; the others read it off y."
+    function("needs_z", "code", told, [f"return {needing}"])
+    derived = {}
+    for name, row in ACTIVATIONS.items():
+        found = lines(row.derivative, "d")
+        constant = [f"d = tl.zeros_like(v) + {float(row.derivative)!r}"] if not named(found) else []
+        derived[name] = constant or assigned(found, spelled(wrapped("v", ["y", "z"])))
+    told = "f'(z), elementwise, from ``v``: z where ``needs_z``, else y = f(z)."
+    function("derivative", "v, code, slope", told, [*chain("code", derived, [f"d = v + {nan}"]), "return d"])
+    for name, row in ACTIVATIONS.items():
+        if row.by_slope is not None:
+            *before, (_, value) = lines(row.by_slope, "d")
+            body = [*assigned(before, spelled()), f"return {spelled()(value)}"]
+            function(f"by_slope_{name}", "z", f"The derivative of {name} by its slope.", body)
+    losses = {
+        name: assigned(loss_lines(name), spelled(wrapped("option", [loss.option or ""])))
+        for name, loss in LOSSES.items()
+    }
+    body = [*chain("kind", losses, [f"loss = y + {nan}", "gradient = loss"]), "return loss, gradient"]
+    function("element_loss", "y, t, kind, option", "The loss of one output, and its derivative by y.", body)
+    flags = {"rate_inside": "tl.load(rule + INSIDE) != 0.0", "decoupled": "tl.load(rule + DECOUPLED) != 0.0"}
+    loads = Loads("tl.load(rule + {1})", "tl.load(hyper + {1})", flags)
+    scalars = Dialect(functions={"maximum": "tl.maximum", "sqrt": "tl.sqrt"}, choice="tl.where({0}, {1}, {2})")
+    stored: dict[str, list[str]] = {}
+    for name, rule in {"decay": DECAY, **OPTIMIZERS}.items():
+        update, places = Update(rule), list(zip(rule.states, ("first_at", "second_at"), strict=False))
+        real = spelled(wrapped("{}.to(tl.float32)", update.real))
+        stored[name] = update.scalar_lines(loads, scalars)
+        stored[name] += [f"{state} = tl.load({place}, mask=mask, other=0.0)" for state, place in places]
+        stored[name] += assigned(update.element, real)
+        stored[name] += [f"tl.store({place}, {state}, mask=mask)" for state, place in places]
+    body = ["rate = tl.load(hyper + LEARNING_RATE) * factor", "p = tl.load(p_at, mask=mask, other=0.0)"]
+    body += [*stored.pop("decay"), *chain("RULE", stored, [f"p += {nan}"], "RULE_")]
+    body += ["tl.store(p_at, p, mask=mask)", "if shadowed != 0:"]
+    body.append("    tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)")
+    arguments = (
+        "g, p_at, first_at, second_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE: tl.constexpr"
+    )
+    function("stored_update", arguments, TRITON_STORED, body)
+    return text(*parts)
+
+
+TRITON_STORED = """Update the parameters at ``p_at`` and their states by the gradient ``g``, where ``mask`` is set;
+    ``shadow_at`` receives the parameter rounded, where ``shadowed``."""
+TRITON_HEAD = f'''
+# {AGAIN}
+"""The formulas inside kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PLACES
+from fusemlp_kernels.triton.functions import log1p, maximum, minimum, normal_cdf, normal_pdf, sigmoid, sign, step, tanh
+'''
+
+# CUDA C: the same, with the scalars of an optimizer in a structure, computed once a thread.
+
+DEVICE = "__device__ __forceinline__"
+
+
+def cuda_file() -> str:
+    """``cupy/pointwise.cuh``."""
+    parts = [CUDA_HEAD.strip()]
+    for enum, listed in zip(("Activation", "Kind", "RuleCode"), groups(), strict=True):
+        parts.append(f"enum {enum} {{ {', '.join(listed)} }};")
+
+    def function(told: str, head: str, body: Iterable[str]) -> None:
+        parts.append("\n".join([f"// {told}", f"{head} {{", *indented(body), "}"]))
+
+    def switch(cases: Mapping[str, Sequence[str]], otherwise: str, prefix: str = "") -> list[str]:
+        found = ["switch (code) {"]
+        for body, names in alike(cases).items():
+            braces = len(body) > 1
+            found += [f"case {prefix}{name.upper()}:" for name in names]
+            found[-1] += " {" * braces
+            found += [*indented(body), *["}"] * braces]
+        return [*found, "default:", f"    {otherwise};", "}"]
+
+    def spelled(name: Callable[[str], str] = str) -> Dialect:
+        functions = {"abs": "fabsf", "exp": "expf", "log1p": "log1pf", "sqrt": "sqrtf", "tanh": "tanhf"}
+        return Dialect(name, lambda value: f"{value!r}f", functions)
+
+    def declared(found: Iterable[Line], dialect: Dialect, known: Iterable[str] = ()) -> list[str]:
+        """Statements; a name has its type where it is not ``known``."""
+        seen, body = set(known), []
+        for name, value in found:
+            body.append(f"{'' if name in seen else 'float '}{name} = {dialect(value)};")
+            seen.add(name)
+        return body
+
+    def returned(found: Sequence[Line], dialect: Dialect) -> list[str]:
+        return [*declared(found[:-1], dialect), f"return {dialect(found[-1][1])};"]
+
+    values = {name: returned(lines(row.value, "y"), spelled()) for name, row in ACTIVATIONS.items()}
+    head = f"{DEVICE} float activate(float z, int code, float slope)"
+    function("f(z).", head, switch(values, "return not_a_number()"))
+    needing = " || ".join(f"code == {name.upper()}" for name, row in ACTIVATIONS.items() if row.needs_z)
+    told = "True where f' is computed from z; the others read it off y = f(z)."
+    function(told, f"{DEVICE} bool needs_z(int code)", [f"return {needing};"])
+    from_v = spelled(wrapped("v", ["y", "z"]))
+    derived = {name: returned(lines(row.derivative, "d"), from_v) for name, row in ACTIVATIONS.items()}
+    head = f"{DEVICE} float derivative(float v, int code, float slope)"
+    function("f'(z) from `v`: z where needs_z, else y = f(z).", head, switch(derived, "return not_a_number()"))
+    for name, row in ACTIVATIONS.items():
+        if row.by_slope is not None:
+            head = f"{DEVICE} float by_slope_{name}(float z)"
+            function(f"The derivative of {name} by its slope.", head, returned(lines(row.by_slope, "d"), spelled()))
+    losses = {}
+    for name, loss in LOSSES.items():
+        own, found = spelled(wrapped("option", [loss.option or ""])), loss_lines(name)
+        losses[name] = [*declared(found[:-1], own), f"*gradient = {own(found[-1][1])};", "return loss;"]
+    head = f"{DEVICE} float element_loss(float y, float t, long long code, float option, float* gradient)"
+    body = switch(losses, "return *gradient = not_a_number()")
+    function("The loss of one output, and its derivative by y.", head, body)
+
+    loads = Loads("rule.{0}", "hyper[{1}]", {"rate_inside": "rule.inside != 0", "decoupled": "rule.decoupled != 0"})
+    doubles = Dialect(choice="({0} ? {1} : {2})")
+    decay, updates = Update(DECAY), {name: Update(rule) for name, rule in OPTIMIZERS.items()}
+    members = list(dict.fromkeys(name for update in (decay, *updates.values()) for name in update.real))
+    fields = "\n".join(indented(f"float {name};" for name in members))
+    parts.append(f"// Numbers of the optimizers, in the type of the parameters.\nstruct Scalars {{\n{fields}\n}};")
+
+    def prepared(update: Update) -> list[str]:
+        read = update.scalar_lines(loads, doubles, "auto {} = {};")
+        return read + [f"scalars.{name} = static_cast<float>({name});" for name in update.real]
+
+    cases = {name: [*prepared(update), "return scalars;"] for name, update in updates.items()}
+    head = "const R& rule, long long code, double rate, double decay, const double* hyper)"
+    head = f"template <typename R>\n{DEVICE} Scalars scalars_of(\n    {head}"
+    body = ["Scalars scalars = {};", *prepared(decay), *switch(cases, "return scalars", "RULE_")]
+    function("The scalars of a rule, once a thread.", head, body)
+    element = spelled(wrapped("scalars.{}", members))
+    for name, update in updates.items():
+        states = list(zip(update.states, ("s0", "s1"), strict=False))
+        cases[name] = [
+            *(f"float {state} = *{place};" for state, place in states),
+            *declared(update.element, element, ["p", "g", *update.states]),
+            *(f"*{place} = {state};" for state, place in states),
+            "return p;",
+        ]
+    head = "float p, float g, float* s0, float* s1, long long code, const Scalars& scalars)"
+    head = f"{DEVICE} float updated(\n    {head}"
+    body = declared(decay.element, element, ["p", "g"]) + switch(cases, "return not_a_number()", "RULE_")
+    function("One parameter: its new value, with its states in place.", head, body)
+    return "\n\n".join(parts) + "\n"
+
+
+CUDA_HEAD = f"""
+// The formulas. {AGAIN}
+
+#include "common.cuh"
+#include "counters.cuh"
+#include "functions.cuh"
+"""
+
+FOLDER = Path(__file__).parent
+FILES: dict[str, Callable[[], str]] = {
+    "numpy/pointwise_numpy.py": numpy_file,
+    "numpy/compiled/pointwise_numba.py": numba_file,
+    "triton/pointwise_triton.py": triton_file,
+    "cupy/pointwise.cuh": cuda_file,
+}
+
+
+def main() -> None:
+    """Write all files."""
+    for name, printed in FILES.items():
+        (FOLDER / name).write_text(printed(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
