@@ -1,7 +1,7 @@
 """Every activation, element-wise loss and optimizer: each formula once, as a line of text.
 
-``printers`` turns these tables into NumPy, numba, Triton and CUDA C, so a new row here is a new function on every
-backend: add the row, run ``python -m fusemlp_kernels.printers``, and add the formula to the oracle, ``reference``.
+``ci/print_formulas.py`` turns these tables into NumPy, numba, Triton and CUDA C, so a new row here is a new function on
+every backend: add the row, run that script, and add the formula to the oracle, ``reference``.
 
 A formula is Python arithmetic (``+ - * /``) over names, numbers and the functions of ``FUNCTIONS``; a line
 ``name = ...`` gives a part of it a name. NaN has to come out where NaN goes in, so no formula compares elements:

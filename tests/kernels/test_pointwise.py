@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import print_formulas
 import pytest
 from calls import Clock, run_loss
 from devices import VARIANT_PARAMETERS
 from strategies import Values
 
 import fusemlp_kernels
-from fusemlp_kernels import pointwise, printers
+from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS, HYPER, LOSSES, LossSpec, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.pointwise import OPTIMIZERS, lines
@@ -24,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(fusemlp_kernels.__file__).parent
 
 
-@pytest.mark.parametrize("name", printers.FILES)
+@pytest.mark.parametrize("name", print_formulas.FILES)
 def test_printed_files_are_fresh(name):
-    assert (PACKAGE / name).read_text("utf-8") == printers.FILES[name](), (
-        f"{name} is not what pointwise.py says; print it again: python -m fusemlp_kernels.printers"
+    assert (PACKAGE / name).read_text("utf-8") == print_formulas.FILES[name](), (
+        f"{name} is not what pointwise.py says; print it again: python ci/print_formulas.py"
     )
 
 
@@ -36,16 +37,16 @@ def test_a_formula_that_no_backend_understands_says_so(monkeypatch):
         lines("x += 1")
     monkeypatch.setitem(pointwise.ACTIVATIONS, "own", pointwise.Activation("z if z else 0", "1"))
     with pytest.raises(ValueError, match="NumPy has no pass for 'z if z else 0'"):
-        printers.numpy_file()
+        print_formulas.numpy_file()
     monkeypatch.setitem(pointwise.ACTIVATIONS, "own", pointwise.Activation("gamma(z)", "1"))
-    for name, said in zip(printers.FILES, ("no pass for", *["a function of abs, .* got"] * 3), strict=True):
+    for name, said in zip(print_formulas.FILES, ("no pass for", *["a function of abs, .* got"] * 3), strict=True):
         with pytest.raises(ValueError, match=rf"{said} 'gamma\(z\)'"):
-            printers.FILES[name]()
+            print_formulas.FILES[name]()
     monkeypatch.setitem(pointwise.LOSSES, "own", pointwise.Loss("loss = y - t"))
     with pytest.raises(
         ValueError, match=r"own: expected a formula that ends with `loss = \.\.\.` and `gradient = \.\.\.`"
     ):
-        printers.loss_lines("own")
+        print_formulas.loss_lines("own")
 
 
 # A name without a row, as if someone had added no more than that.
@@ -247,7 +248,7 @@ def test_one_row_adds_an_activation_or_an_optimizer_on_every_backend(tmp_path):
     (tmp_path / "test_added.py").write_text(TESTS, "utf-8")
     paths = [tmp_path, ROOT / "engine", ROOT / "tests/kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
     given = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
-    command = [sys.executable, "-m", "fusemlp_kernels.printers"]
+    command = [sys.executable, ROOT / "ci/print_formulas.py"]
     subprocess.run(command, env=given, check=True, cwd=tmp_path)
     style = subprocess.run([sys.executable, "-m", "ruff", "format", "--check", tmp_path / PACKAGE.name], cwd=ROOT)
     assert style.returncode == 0

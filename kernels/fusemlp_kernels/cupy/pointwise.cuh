@@ -1,4 +1,4 @@
-// The formulas. Printed from pointwise.py by `python -m fusemlp_kernels.printers`; do not edit.
+// The formulas. Printed from pointwise.py by `python ci/print_formulas.py`; do not edit.
 
 #include "common.cuh"
 #include "counters.cuh"

@@ -1,4 +1,4 @@
-# Printed from pointwise.py by `python -m fusemlp_kernels.printers`; do not edit.
+# Printed from pointwise.py by `python ci/print_formulas.py`; do not edit.
 """The formulas inside kernels."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Printed from pointwise.py by `python -m fusemlp_kernels.printers`; do not edit.
+# Printed from pointwise.py by `python ci/print_formulas.py`; do not edit.
 # mypy: disallow-untyped-defs=False
 """The formulas as loops over flat arrays."""
 

@@ -1,6 +1,6 @@
 """Print the formulas of ``pointwise`` for NumPy, numba, Triton and CUDA C.
 
-``python -m fusemlp_kernels.printers`` writes the files of ``FILES``. They are committed, and a test compares them with
+``python ci/print_formulas.py`` writes the files of ``FILES``. They are committed, and a test compares them with
 what is printed. Every backend numbers functions by their place in the table; a number that is not in it gives NaN.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusemlp_kernels import pointwise
 from fusemlp_kernels.pointwise import (
     ACTIVATIONS,
     DECAY,
@@ -26,7 +27,7 @@ from fusemlp_kernels.pointwise import (
     named,
 )
 
-AGAIN = "Printed from pointwise.py by `python -m fusemlp_kernels.printers`; do not edit."
+AGAIN = "Printed from pointwise.py by `python ci/print_formulas.py`; do not edit."
 WIDTH = 120
 
 
@@ -596,7 +597,8 @@ CUDA_HEAD = f"""
 #include "functions.cuh"
 """
 
-FOLDER = Path(__file__).parent
+# of the package that is imported, which may be a copy
+FOLDER = Path(pointwise.__file__).parent
 FILES: dict[str, Callable[[], str]] = {
     "numpy/pointwise_numpy.py": numpy_file,
     "numpy/compiled/pointwise_numba.py": numba_file,
