@@ -6,6 +6,7 @@ Threads that worked in Python too would hand its lock to one another at each of 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +36,9 @@ class LaunchThreads:
     """
 
     def __init__(self, workers: int, ended: Callable[[int, DivergenceError | None], None]) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fusemlp") if workers > 1 else None
+        # one launch runs in the calling thread while it waits: a thread more than cores would keep its Python waiting
+        self._pool = ThreadPoolExecutor(workers - 1, thread_name_prefix="fusemlp") if workers > 1 else None
+        self._ready: deque[tuple[int, Training, Launch]] = deque()
         self._ended = ended
         self._done: SimpleQueue[tuple[int, Training, BaseException | None]] = SimpleQueue()
         # trainings to have under way: one launch waits for each thread while another is prepared
@@ -48,6 +51,8 @@ class LaunchThreads:
 
     def wait(self) -> None:
         """Wait until a launch has run, and go on with its training. Raises what went wrong in the launch."""
+        if self._done.empty():
+            self._run_next()
         number, training, error = self._done.get()
         self.active -= 1
         self._advance(number, training, error)
@@ -70,12 +75,16 @@ class LaunchThreads:
             self._ended(number, outcome)
             return
         self.active += 1
-        if self._pool is None:
-            self._run(number, training, launch)
-        else:
-            self._pool.submit(self._run, number, training, launch)
+        self._ready.append((number, training, launch))
+        if self._pool is not None:
+            self._pool.submit(self._run_next)
 
-    def _run(self, number: int, training: Training, launch: Launch) -> None:
+    def _run_next(self) -> None:
+        """Run the launch that has waited longest, if any has."""
+        try:
+            number, training, launch = self._ready.popleft()
+        except IndexError:
+            return
         outcome: BaseException | None = None
         try:
             with one_blas_thread():
