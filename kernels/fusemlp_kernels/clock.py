@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from itertools import repeat
 from typing import Any
 
@@ -29,8 +30,9 @@ Array = np.ndarray[Any, Any]
 _VANISHES = 2.0**-54
 
 
+@lru_cache(maxsize=16)
 def corrections(beta: float, first: int, count: int) -> Array:
-    """1 - beta ** (t + 1) for t from ``first`` on, (count,) float64: Adam's bias correction after t updates.
+    """1 - beta ** (t + 1) for t from ``first`` on, (count,) float64, read-only: Adam's bias correction after t updates.
 
     The powers are Python's, one by one, so that a number does not depend on the table that it stands in.
     """
@@ -40,7 +42,15 @@ def corrections(beta: float, first: int, count: int) -> Array:
     below = max(0, min(count, math.ceil(ends) - first))
     exponents = range(first + 1, first + 1 + below)
     found[:below] -= np.fromiter(map(math.pow, repeat(beta), exponents), np.float64, below)
+    # remembered: the models of a fleet have most of them in common
+    found.flags.writeable = False
     return found
+
+
+@cache
+def _read(formula: str) -> frozenset[str]:
+    """The names that a formula reads."""
+    return frozenset(pointwise.named(pointwise.lines(formula)))
 
 
 def rate_table(rule: UpdateRule, rates: Array | Sequence[float], first: int = 0) -> Array:
@@ -50,7 +60,7 @@ def rate_table(rule: UpdateRule, rates: Array | Sequence[float], first: int = 0)
     table = np.zeros((1 + count, RATE_COLUMNS))
     table[0, FIRST_UPDATE], table[0, ROWS_FILLED] = first, count
     table[1:, LEARNING_RATE] = rates
-    read = pointwise.named(pointwise.lines(list(pointwise.OPTIMIZERS.values())[rule.code].scalars))
+    read = _read(list(pointwise.OPTIMIZERS.values())[rule.code].scalars)
     table[1:, BIAS_CORRECTION_1] = corrections(rule.beta1, first, count) if "bias_correction_1" in read else 1.0
     table[1:, BIAS_CORRECTION_2] = corrections(rule.beta2, first, count) if "bias_correction_2" in read else 1.0
     return table

@@ -232,9 +232,52 @@ def lower_training(
     With ``keep_gradients`` its last two calls are ``grad_weight`` and ``update``, on every backend and for every
     optimizer: between them the gradients can be read and changed.
     """
+    options = tuple((short, *options_for(name)) for short, name in short_names(net).items())
+    return _training(
+        net,
+        spec,
+        rule,
+        options,
+        batch_size,
+        traits,
+        layout,
+        inputs,
+        # without dropout no call has the seed, and models that differ in it alone have one program
+        seed=seed if any(net.dropouts) else 0,
+        real_bytes=real_bytes,
+        compute_bytes=compute_bytes,
+        scaled=scaled,
+        keep_gradients=keep_gradients,
+        most_parts=most_parts,
+        resident=resident,
+        ridge=ridge,
+    )
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _training(
+    net: MLP,
+    spec: LossSpec,
+    rule: UpdateRule,
+    tensors: tuple[tuple[str, bool, TensorRule], ...],
+    batch_size: int,
+    traits: Traits,
+    layout: Layout,
+    inputs: Inputs,
+    *,
+    seed: int,
+    real_bytes: int,
+    compute_bytes: int | None,
+    scaled: bool,
+    keep_gradients: bool,
+    most_parts: int,
+    resident: bool,
+    ridge: Ridge | None,
+) -> Program:
+    """``lower_training``, remembered: a fleet asks for the same program for each of its models."""
     build = _Builder(net, batch_size, traits, layout, inputs, mixed=compute_bytes is not None)
-    options = {short: options_for(name) for short, name in short_names(net).items()}
-    trained = {short for short, (trainable, _) in options.items() if trainable}
+    options = {short: (trainable, changes) for short, trainable, changes in tensors}
+    trained = {short for short, trainable, _ in tensors if trainable}
     layers = range(net.layers)
     # Below the first layer with something to train no gradient is needed.
     first = next((layer for layer in layers if trained & {f"{kind}{layer}" for kind in "wbs"}), net.layers)

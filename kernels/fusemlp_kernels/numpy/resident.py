@@ -98,7 +98,7 @@ class _Table:
                 f"strides {array.strides}"
             )
         self.kept.append(array)
-        return int(array.ctypes.data)
+        return int(array.__array_interface__["data"][0])
 
     def scratch(self, columns: int) -> Array:
         """Memory for a value of a batch."""
