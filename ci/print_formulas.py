@@ -80,7 +80,7 @@ class _Translated(ast.NodeTransformer):
 
 @dataclass(frozen=True)
 class Loads:
-    """How a language reads the numbers of a rule: fields of ``UpdateRule``, and bias corrections."""
+    """The way a language reads the numbers of a rule: fields of ``UpdateRule``, and bias corrections."""
 
     field: str
     correction: str

@@ -26,9 +26,9 @@ class Engine(Session):
     number of rows of an update. ``seed`` decides the initial parameters, the order of the rows and the dropout masks:
     with the same seed, machine and versions a run repeats bit for bit. ``backend`` is "auto" (the first of triton,
     cupy, numpy that works) or a name; ``device`` the backend's device; ``precision`` "fp32"; "fp64" on NumPy; "tf32",
-    "bf16" or "fp16" (with dynamic loss scaling) on a GPU; ``plan`` "auto", or how the step is executed. What was chosen
-    is in the attributes ``backend``, ``plan`` and ``plan_reason``; with "resident" ``fit`` runs many steps in one call,
-    and ``step`` is eager. ``print(engine.program)`` shows the kernel calls of a step.
+    "bf16" or "fp16" (with dynamic loss scaling) on a GPU; ``plan`` "auto", "eager", "graph" or
+    "resident". The attributes ``backend``, ``plan`` and ``plan_reason`` hold the choice; with "resident" ``fit`` runs
+    many steps in one call, and ``step`` is eager. ``print(engine.program)`` shows the kernel calls of a step.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.

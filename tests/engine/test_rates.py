@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ import pytest
 from fusemlp import MLP, SGD, Adam, Callback, Cosine, Engine, Fleet, OneCycle, load_checkpoint
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
-from fusemlp.program import layout, lowering, resident
+from fusemlp.program import layout, lowering
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels import reference
 from fusemlp_kernels.clock import corrections
 from fusemlp_kernels.contract import HYPER, LEARNING_RATE, LOSS_SCALE, LossSpec
-from fusemlp_kernels.registry import TRAITS, availability, interprets_triton
+from fusemlp_kernels.registry import availability, interprets_triton
 
 Array = np.ndarray[Any, Any]
 
@@ -31,9 +31,7 @@ NET = MLP([WIDTH, 7, CLASSES], activation="tanh")
 without_interpreter = availability()["triton"] is not None or not interprets_triton()
 PLANS = [
     ("numpy", "eager"),
-    pytest.param(
-        "numpy", "resident", marks=pytest.mark.skipif("resident" not in TRAITS["numpy"].plans, reason="numba")
-    ),
+    ("numpy", "resident"),
     *(
         pytest.param("triton", plan, marks=pytest.mark.skipif(without_interpreter, reason="TRITON_INTERPRET=1"))
         for plan in ("eager", "graph", "resident")
@@ -73,14 +71,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Set the rows of the tables of new engines."""
 
     def rows(count: int) -> None:
-        for module in (layout, lowering, resident):
+        for module in (layout, lowering):
             monkeypatch.setattr(module, "RATE_ROWS", count)
+        # programs that are remembered have tables of another size
+        lowering._training.cache_clear()
 
-    return rows
+    yield rows
+    lowering._training.cache_clear()
 
 
 def made(optimizer: Optimizer, backend: str = "numpy", plan: str = "eager", precision: str = "fp32") -> Engine:

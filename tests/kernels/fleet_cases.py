@@ -60,7 +60,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the models of a fleet have in common."""
+    """The common properties of the models of a fleet."""
 
     sizes: tuple[int, ...] = (5, 7, 3)
     activations: tuple[str, ...] = ("tanh", "identity")
@@ -77,7 +77,7 @@ def _up(number: int, step: int) -> int:
 
 class Fleet:
     """Arrays of a fleet on the host, bound to a backend; ``run`` takes the steps of each model. With ``epochs`` there
-    are rows for so many, and accounts of them. On Triton a run is one launch of ``train_fleet``."""
+    are rows for this many, and accounts of them. On Triton a run is one launch of ``train_fleet``."""
 
     def __init__(
         self, variant: Any, shape: Shape, models: list[Model], op: str = "train_fleet", epochs: int | None = None
@@ -261,7 +261,7 @@ class Fleet:
         return {name: np.array(array) for name, array in arrays.items()}
 
     def check_gaps(self) -> None:
-        """What lies between the tensors holds what it held, and the padding between their rows zeros."""
+        """Assert that the gaps between tensors are unchanged, and the padding between their rows is zero."""
         for index in range(len(self.models)):
             for arena in (self.params, *self.states):
                 gaps = np.ones(self.size, bool)

@@ -70,7 +70,7 @@ class Oracle:
         self._check_update(grads, errors, batch_index)
 
     def _divided(self) -> float:
-        """What the loss is divided by beyond what the oracle divides it by."""
+        """Return the divisor of the loss on top of the oracle's."""
         ridge, loss = self.model.ridge, self.model.loss
         if ridge is None or ridge.divisor is None or loss.reduction == "sum":
             return 1.0
@@ -99,11 +99,11 @@ class Oracle:
             # the pull, its product with a weight, and the sum are rounded
             errors[name] = errors[name] + U32 * (2.0 * np.abs(pull * w) + np.abs(grads[name]))
             squares, longest = squares + float(np.square(w).sum()), max(longest, w.size)
-        # each square and each sum of up to so many is rounded
+        # each square and each partial sum is rounded
         return 0.5 * pull * squares, 0.5 * pull * squares * (longest + 2.0) * U32
 
     def _check_account(self, batch: Any, count: int, penalty: tuple[float, float]) -> None:
-        """What the batch has added to the sums, which lie in the history where it was the last of an epoch."""
+        """Check the batch's share of the sums; at the end of an epoch they are in its row of the statistics."""
         fleet, index = self.fleet, self.index
         total = int(self.counters[ROW_TOTAL])
         epoch, inside = divmod(int(self.counters[ROW_OFFSET]), total)

@@ -45,7 +45,7 @@ _ONE_CYCLE_END = 1.0 / 25.0 / 1e4
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """What all schedules share; a subclass is a frozen dataclass with ``kind`` and ``after_warmup``."""
+    """The base of all schedules; a subclass is a frozen dataclass with ``kind`` and ``after_warmup``."""
 
     kind: ClassVar[str]
     # whether the rate stays the same after the warm-up

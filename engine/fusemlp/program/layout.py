@@ -17,14 +17,14 @@ from fusemlp.program.verifier import Places, lifetimes
 from fusemlp_kernels.contract import Backend
 
 ALIGNMENT_BYTES = 256
-# So many layouts, plans and programs are remembered of each kind; those that were used longest ago are made again.
+# Layouts, plans and programs that are remembered, of each kind; the least recently used are dropped.
 REMEMBERED = 256
 # Updates whose learning rates the table on the device holds: 24 KiB of them.
 RATE_ROWS = 1024
 
 
 def short_names(net: MLP) -> dict[str, str]:
-    """What the program calls each parameter (w0, b0, s0 for a slope) and its name in the state_dict."""
+    """Return the parameters' names in the state_dict by those in the program (w0, b0, s0 for a slope)."""
     kinds = {(0, "weight"): "w", (0, "bias"): "b", (1, "weight"): "s"}
     names = {}
     for name in net.parameter_shapes():
@@ -36,7 +36,7 @@ def short_names(net: MLP) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a flat arena, in elements: rows are ``pitch`` elements apart."""
+    """The place of a tensor in a flat arena, in elements: rows are ``pitch`` elements apart."""
 
     offset: int
     shape: tuple[int, ...]

@@ -31,13 +31,13 @@ from fusemlp_kernels.contract import (
     batch_parts,
 )
 
-# Whether a parameter (by its state_dict name) is trained, and what it changes of the optimizer's rule.
+# Return, for a parameter's state_dict name, if it is trained, and its changes to the optimizer's rule.
 OptionsFor = Callable[[str], tuple[bool, TensorRule]]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a program is given of the data.
+    """The data that a program is given.
 
     ``rows`` examples; with ``indexed`` a batch is picked from them by row index, else they are the batch.
     ``weighted``: there is a weight for each row. ``class_weighted``: the loss has class weights.
@@ -87,7 +87,7 @@ class _Builder:
         return Ref(f"w{layer}.shadow" if self.mixed else f"w{layer}")
 
     def from_rows(self) -> dict[str, Any]:
-        """How the first layer finds its batch."""
+        """Return the operands by which the first layer finds its batch."""
         found: dict[str, Any] = {}
         if self.rows is not None:
             found["rows"] = self.rows
@@ -224,7 +224,7 @@ def lower_training(
 
     ``resident``: the calls run in one loop over many steps; ``ridge``: a penalty beside the loss, for such a loop.
 
-    ``compute_bytes``: what the matrix products read has elements of so many bytes, apart from the parameters.
+    ``compute_bytes``: bytes of an element that the matrix products read, if they do not read the parameters.
     ``scaled``: the gradients carry the loss scale, and a batch in which they overflow is skipped.
 
     ``most_parts``: into how many parts the gradients may cut the batch (``contract.batch_parts``).

@@ -14,7 +14,7 @@ from typing import Any
 from fusemlp_kernels.contract import Dropout, LossSpec, Ridge, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.ops import OPS
 
-# How a value comes to be: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
+# The origin of a value: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
 # arena of that name; "data": given by the caller; "control": counters and the like, there before the first call;
 # "work": written by one call, read by others.
 KINDS = ("parameter", "gradient", "state", "shadow", "data", "control", "work")
@@ -213,12 +213,12 @@ class Program:
 
     @cached_property
     def structure(self) -> Structure:
-        """What is left of the program without its numbers."""
+        """The program without its numbers."""
         return Structure(self)
 
     @property
     def launches(self) -> int:
-        """How many kernels a step starts; a loop over steps is one, for many."""
+        """The number of kernels that a step starts; a loop over many steps is one."""
         return 1 if self.resident else len(self.calls)
 
     def __str__(self) -> str:
@@ -252,7 +252,7 @@ class Program:
 
 
 def _shown(call: Call, names: Iterable[str]) -> Iterator[str]:
-    """What the printed program says of values that a call reads or writes."""
+    """Yield the printed names of values that a call reads or writes."""
     through_rows = "rows" in call.reads
     for name in names:
         if name not in UNPRINTED:

@@ -16,7 +16,7 @@ from fusemlp_kernels.contract import ROW_COUNT, ROW_OFFSET, ROW_STEP, ROW_TOTAL,
 
 Array = np.ndarray[Any, Any]
 
-# Steps that are unrolled in one graph: one launch of the graph for so many steps.
+# Steps that are unrolled in one graph.
 STEPS_A_GRAPH = 8
 
 
@@ -103,7 +103,7 @@ class BoundProgram:
         walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
 
     def set_row_count(self, count: int) -> None:
-        """How many rows of the batch are valid; the others are padding."""
+        """Set the number of valid rows in the batch; the others are padding."""
         self.arrays["counters"][ROW_COUNT] = count
 
 

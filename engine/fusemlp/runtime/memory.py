@@ -1,4 +1,4 @@
-"""What an engine keeps between steps, and the scratch memory that its programs share."""
+"""The memory that an engine keeps between steps, and the scratch memory that its programs share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def new_arenas(
 
 
 class Memory:
-    """What an engine keeps between steps: parameters, gradients, optimizer state, counters, all on the device.
+    """The memory between steps: parameters, gradients, optimizer state, counters, all on the device.
 
     ``arenas``: its arrays, those of ``new_arenas`` by default.
     """

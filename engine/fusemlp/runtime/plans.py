@@ -16,8 +16,8 @@ from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 from fusemlp_kernels.registry import PLANS
 
-# Steps after which it is asked whether somebody pressed Ctrl-C; where the steps run on the host, no more than about a
-# tenth of a second of them, taken as so many floating-point operations.
+# Steps between two checks for Ctrl-C. Steps on the host take a tenth of a second at most, estimated by their
+# floating-point operations.
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 2e9
@@ -58,7 +58,7 @@ def _quickest(traits: Traits, refusal: str | None, flops: int, models: int) -> t
     if traits.name == "numpy":
         return best, "fit runs its steps in a loop that numba has compiled"
     if best != "resident" or traits.resident is None:
-        return best, f"the quickest plan of the {traits.name} backend"
+        return best, f"the fastest plan of the {traits.name} backend"
     if refusal is not None:
         return traits.plans[-2], refusal
     together = "" if models == 1 else f" and {models} models"
@@ -71,15 +71,17 @@ def _quickest(traits: Traits, refusal: str | None, flops: int, models: int) -> t
 
 
 def resident_chunk(traits: Traits, flops: int) -> int:
-    """How many steps of so many operations the resident plan takes at a time: a launch of a tenth of a second or less,
-    that neither the display nor Ctrl-C waits for."""
+    """Return the steps of one launch of the resident plan, a step having ``flops`` operations.
+
+    A launch takes a tenth of a second or less, so that the display and Ctrl-C need not wait.
+    """
     if traits.name == "numpy":
         return max(1, min(COMPILED_UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
     return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
 
 
 def shares_launches(traits: Traits) -> bool:
-    """Whether the resident plan of several models is one launch."""
+    """Return True if the resident plan of several models is one launch."""
     return traits.resident is not None and "resident" in traits.plans
 
 
@@ -97,7 +99,7 @@ def _traits(backend: str, precision: str) -> Traits:
 def chosen_plan(
     net: MLP, *, batch_size: int = 32, backend: str = "auto", precision: str = "fp32"
 ) -> tuple[str, str] | None:
-    """What ``plan="auto"`` comes to in ``fit``, and why; None where that is not a matter of the network."""
+    """Return the plan that ``plan="auto"`` means in ``fit``, and why; None if it does not depend on the network."""
     traits = _traits(backend, precision)
     if traits.resident is None:
         return None

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-# How often ``step`` asks whether loss scaling still works: asking waits for the device.
+# Steps between two checks of the loss scaling in ``step``: a check waits for the device.
 SCALING_CHECKS = 32
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
@@ -89,7 +89,7 @@ class Session(Predicting):
         self.load_state_dict(net.initial_parameters(self.seed))
 
     def description(self) -> dict[str, Any]:
-        """What the session was made with, JSON-able; ``start_from`` is its inverse."""
+        """Return the arguments of the session, JSON-able; ``start_from`` is its inverse."""
         return {
             "version": __version__,
             "network": self.network.to_config(),
@@ -259,7 +259,7 @@ class Session(Predicting):
 
     @property
     def update_count(self) -> int:
-        """How many updates were applied so far."""
+        """The number of updates applied so far."""
         return int(self._memory.counters[UPDATE_COUNT])
 
     @property
@@ -275,7 +275,7 @@ class Session(Predicting):
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
 
-        What lies on the device is taken from there; checking the labels then waits for it (``fit`` checks them once).
+        Arrays on the device are read in place; checking their labels waits for it (``fit`` checks them once).
 
         Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
         waits for the device.
@@ -325,7 +325,7 @@ class Session(Predicting):
 
     @property
     def skipped_batches(self) -> int:
-        """How many batches updated nothing, because their gradients overflowed in fp16."""
+        """The number of batches that updated nothing, because their gradients overflowed in fp16."""
         return int(self._memory.counters[SKIPPED])
 
     def _staged_program(self, soft: bool, weighted: bool) -> BoundProgram:
