@@ -1,7 +1,7 @@
 """cuBLAS through the names of ``cupy_backends.cuda.libs.cublas``: NumPy's product of float32 in its place.
 
-Matrices are column-major, as cuBLAS has them. A call that cuBLAS would refuse is an error, and so is a product that would read or
-write outside of the memory.
+Matrices are column-major, as cuBLAS has them. A call that cuBLAS would refuse is an error, and so is a product that
+would read or write outside of the memory.
 """
 
 from __future__ import annotations
