@@ -584,7 +584,9 @@ def cuda_file() -> str:
         ]
     head = "float p, float g, float* s0, float* s1, long long code, const Scalars& scalars)"
     head = f"{DEVICE} float updated(\n    {head}"
-    body = declared(decay.element, element, ["p", "g"]) + switch(cases, "return not_a_number()", "RULE_")
+    shrink, pull = declared(decay.element, element, ["p", "g"])
+    # without decay an infinite parameter must not make the gradient NaN
+    body = [shrink, f"if (scalars.coupled != 0.0f) {pull}", *switch(cases, "return not_a_number()", "RULE_")]
     function("One parameter: its new value, with its states in place.", head, body)
     return "\n\n".join(parts) + "\n"
 

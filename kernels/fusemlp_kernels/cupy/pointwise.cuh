@@ -195,7 +195,7 @@ __device__ __forceinline__ Scalars scalars_of(
 __device__ __forceinline__ float updated(
     float p, float g, float* s0, float* s1, long long code, const Scalars& scalars) {
     p = scalars.kept * p;
-    g = g + scalars.coupled * p;
+    if (scalars.coupled != 0.0f) g = g + scalars.coupled * p;
     switch (code) {
     case RULE_SGD: {
         p = p - scalars.rate * g;
