@@ -54,7 +54,7 @@ POINTERS = {
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "slopes", "shares"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
-    **dict.fromkeys(("measured", "history"), "fp64"),
+    **dict.fromkeys(("measured", "epoch_stats"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     "ticket": "i32",
 }

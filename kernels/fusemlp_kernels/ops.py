@@ -158,10 +158,10 @@ _LAYER = (
 )
 
 _HISTORY = Operand(
-    "history", dtype="float64", use=WRITTEN, kind="control", optional=True, hidden=True,
+    "epoch_stats", dtype="float64", use=WRITTEN, kind="control", optional=True, hidden=True,
     note="(E, STATS): rows has those of E epochs, each counters[ROW_TOTAL] long, one after another. ROW_OFFSET goes on "
-    "through all of them and comes back to 0 after the last; after epoch e stats is copied to history[e], and its sums "
-    "begin again at 0",
+    "through all of them and comes back to 0 after the last; after epoch e stats is copied to epoch_stats[e], and its "
+    "sums begin again at 0",
 )  # fmt: skip
 _ARENAS = Operand(
     "arenas",

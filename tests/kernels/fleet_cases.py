@@ -138,7 +138,7 @@ class Fleet:
         self.rates = place(np.stack(tables), "plain")
         self.stats = place(np.zeros((count, STATS)), "plain")
         accounts = None if epochs is None else np.full((count, epochs, STATS), GAP_VALUE)
-        self.history = None if accounts is None else place(accounts, "plain")
+        self.epoch_stats = None if accounts is None else place(accounts, "plain")
         for index, model in enumerate(models):
             total = self.epochs * model.rows
             self.rows[index, :total] = np.random.default_rng(model.seed).integers(0, shape.data, total)
@@ -198,7 +198,7 @@ class Fleet:
     def operands(self) -> dict[str, Any]:
         calls = [self.calls(index) for index in range(len(self.models))]
         return {
-            "calls": calls, "rows": self.rows, "batch": self.shape.batch, "history": self.history,
+            "calls": calls, "rows": self.rows, "batch": self.shape.batch, "epoch_stats": self.epoch_stats,
             "arenas": self.arenas(),
         }  # fmt: skip
 
@@ -250,13 +250,13 @@ class Fleet:
         given = self.operands()
         one = {"calls": given["calls"][index], "rows": self.rows[index]}
         one["arenas"] = {name: arena[index] for name, arena in given["arenas"].items()}
-        return {**given, **one, "history": None if self.history is None else self.history[index]}
+        return {**given, **one, "epoch_stats": None if self.epoch_stats is None else self.epoch_stats[index]}
 
     def everything(self) -> dict[str, Any]:
         """Copies of all that a step may change."""
         arrays = {"params": self.params, "gradients": self.gradients, "counters": self.counters, "hyper": self.hyper}
         arrays |= {"stats": self.stats, "shadow": self.shadow}
-        arrays |= {} if self.history is None else {"history": self.history}
+        arrays |= {} if self.epoch_stats is None else {"epoch_stats": self.epoch_stats}
         arrays |= {f"state{index}": state for index, state in enumerate(self.states)}
         return {name: np.array(array) for name, array in arrays.items()}
 

@@ -108,10 +108,10 @@ class Oracle:
         total = int(self.counters[ROW_TOTAL])
         epoch, inside = divmod(int(self.counters[ROW_OFFSET]), total)
         account = fleet.stats[index]
-        if fleet.history is not None and inside + self.counters[ROW_STEP] >= total:
+        if fleet.epoch_stats is not None and inside + self.counters[ROW_STEP] >= total:
             assert not account[LAST_LOSS + 1 :].any()
-            assert fleet.history[index, epoch, LAST_LOSS] == account[LAST_LOSS]
-            account = fleet.history[index, epoch]
+            assert fleet.epoch_stats[index, epoch, LAST_LOSS] == account[LAST_LOSS]
+            account = fleet.epoch_stats[index, epoch]
         loss, size = account[LAST_LOSS] * count, 8.0 * 2.0**-53 * np.abs(account)
         assert_within(account[BATCH_LOSSES], self.stats[BATCH_LOSSES] + loss, size[BATCH_LOSSES])
         assert_within(

@@ -47,12 +47,12 @@ def test_steps_through_three_epochs_are_the_oracles_and_each_has_its_account(var
         for one in steps:
             one.check()
         # the epochs that have not ended have no account yet
-        assert (fleet.history[:, (step + 1) // BATCHES :] == GAP_VALUE).all()
+        assert (fleet.epoch_stats[:, (step + 1) // BATCHES :] == GAP_VALUE).all()
     # behind the last comes the first
     assert fleet.counters[:, [ROW_OFFSET, ROW_COUNT]].tolist() == [[0, 5], [0, 5]]
-    first = np.array(fleet.history)
+    first = np.array(fleet.epoch_stats)
     fleet.run([BATCHES + 1] * 2)
-    changed = (fleet.history != first).any(axis=2)
+    changed = (fleet.epoch_stats != first).any(axis=2)
     assert changed.tolist() == [[True, False, False]] * 2
 
 
@@ -72,15 +72,15 @@ def test_launches_of_any_length_give_the_bits_of_launches_of_an_epoch(variant, n
         assert array.tobytes() == found[name].tobytes(), name
     alone = Fleet(variant, shape, models[1:2], "train_resident", EPOCHS)
     alone.run(steps)
-    for name in ("params", "stats", "hyper", "history"):
+    for name in ("params", "stats", "hyper", "epoch_stats"):
         assert found[name][1].tobytes() == alone.everything()[name][0].tobytes(), name
     single = Fleet(variant, shape, models, epochs=accounts)
     for epoch in range(EPOCHS):
         for index, one in enumerate(models):
             single.rows[index, : one.rows] = whole.rows[index, epoch * one.rows :][: one.rows]
         single.run([BATCHES] * 2)
-        account = single.stats if accounts is None else single.history[:, 0]
-        assert account.tobytes() == found["history"][:, epoch].tobytes()
+        account = single.stats if accounts is None else single.epoch_stats[:, 0]
+        assert account.tobytes() == found["epoch_stats"][:, epoch].tobytes()
         single.stats[:, LOSS_SUM:] = 0.0
     for name in ("params", "stats", "hyper", "counters"):
         assert single.everything()[name].tobytes() == found[name].tobytes(), name

@@ -237,7 +237,7 @@ WRONG = {
     "arenas: state1 is missing": lambda given: {
         **given, "arenas": {name: arena for name, arena in given["arenas"].items() if name != "state1"}
     },
-    "history: expected shape": lambda given: {**given, "history": np.zeros((3, 1, STATS))},
+    "epoch_stats: expected shape": lambda given: {**given, "epoch_stats": np.zeros((3, 1, STATS))},
 }  # fmt: skip
 
 

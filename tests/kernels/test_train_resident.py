@@ -79,7 +79,7 @@ class Run:
         # by epoch three batches, the last of six rows
         self.rows = np.full(epochs * ROWS + 2, -1, np.int64)
         self.rows[: epochs * ROWS] = np.concatenate([generator.permutation(ROWS) for _ in range(epochs)])
-        self.history = np.full((epochs, STATS), 77.0)
+        self.epoch_stats = np.full((epochs, STATS), 77.0)
         self.counters, self.stats = np.zeros(COUNTERS, np.int64), np.zeros(STATS)
         self.hyper, self.rates = hyper_at(rule, RATES[0]), rate_table(rule, RATES)
         self.counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = BATCH, ROWS, BATCH
@@ -95,7 +95,7 @@ class Run:
             rows=self.rows,
             batch=BATCH,
             arenas={},
-            history=self.history if epochs > 1 else None,
+            epoch_stats=self.epoch_stats if epochs > 1 else None,
         )
 
     def calls(self, variant):
@@ -231,8 +231,8 @@ def test_a_launch_goes_through_several_epochs(rule, steps):
     for name, wanted in expected.items():
         assert_within(run.tensor(name), wanted, TOLERANCE)
     ended = steps // 3
-    np.testing.assert_allclose(run.history[:ended], accounts[:ended], rtol=TOLERANCE)
-    assert (run.history[ended:] == 77.0).all()
+    np.testing.assert_allclose(run.epoch_stats[:ended], accounts[:ended], rtol=TOLERANCE)
+    assert (run.epoch_stats[ended:] == 77.0).all()
     left = accounts[ended] if steps % 3 else np.zeros(STATS)
     np.testing.assert_allclose(run.stats[LOSS_SUM:], left[LOSS_SUM:], rtol=TOLERANCE)
     # behind the last epoch come the rows of the first again
@@ -240,7 +240,7 @@ def test_a_launch_goes_through_several_epochs(rule, steps):
     assert run.counters[ROW_OFFSET] == place and run.counters[ROW_COUNT] == min(BATCH, ROWS - steps % 3 * BATCH)
     for part in (2, 3, steps - 5):
         cut.run(part)
-    for name in ("params", "counters", "hyper", "stats", "history"):
+    for name in ("params", "counters", "hyper", "stats", "epoch_stats"):
         assert getattr(run, name).tobytes() == getattr(cut, name).tobytes(), name
 
 

@@ -69,7 +69,7 @@ class Places:
     """
 
     def __init__(self, memory: Memory, rows: Any, epoch_stats: Any | None, chunk: int, first: int) -> None:
-        self.arrays = {**memory.arrays, "rows": rows} | ({} if epoch_stats is None else {"history": epoch_stats})
+        self.arrays = {**memory.arrays, "rows": rows} | ({} if epoch_stats is None else {"epoch_stats": epoch_stats})
         self.backend, self.chunk, self.first = memory.backend, chunk, first
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
@@ -147,7 +147,7 @@ class Group:
         arenas["rates"] = self.arenas["rates"].reshape(models, -1, RATE_COLUMNS)
         batch = programs[0].values["rows"].shape[0]
         return backend.bind(
-            "train_fleet", calls=calls, rows=self._rows, batch=batch, arenas=arenas, history=self._epoch_stats
+            "train_fleet", calls=calls, rows=self._rows, batch=batch, arenas=arenas, epoch_stats=self._epoch_stats
         )
 
 

@@ -56,8 +56,14 @@ class BoundProgram:
         self.calls: tuple[Callable[..., object], ...]
         if self._resident:
             batch = program.values["rows"].shape[0]
-            rows, history = self.arrays["rows"], self.arrays.get("history")
-            loop = {"calls": resolved, "rows": rows, "batch": batch, "arenas": memory.arenas, "history": history}
+            rows, epoch_stats = self.arrays["rows"], self.arrays.get("epoch_stats")
+            loop = {
+                "calls": resolved,
+                "rows": rows,
+                "batch": batch,
+                "arenas": memory.arenas,
+                "epoch_stats": epoch_stats,
+            }
             self.calls = (backend.bind("train_resident", **loop),)
             self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
         else:

@@ -238,8 +238,8 @@ class Session(Predicting):
             if "rows" not in arrays:
                 arrays["rows"] = allocate(epochs * resident_batches * batch_size, "int64")
             if epochs > 1:
-                history = allocate(epochs * STATS, "float64")
-                arrays["history"] = self._backend.view(history, 0, (epochs, STATS), STATS)
+                epoch_stats = allocate(epochs * STATS, "float64")
+                arrays["epoch_stats"] = self._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
         program = self.lower(
             inputs, spec, rule, batch_size, keep_gradients=keep_gradients, resident=resident, ridge=ridge
         )

@@ -107,7 +107,7 @@ class EpochLoop(Generic[PolicyT]):
     @property
     def _epoch_stats(self) -> Any | None:
         # where a launch of several epochs leaves the statistics of each
-        return self.bound.arrays.get("history")
+        return self.bound.arrays.get("epoch_stats")
 
     def run(self) -> History:
         """Train; the engine's ``history`` follows. Raises KeyboardInterrupt at the end after Ctrl-C."""

@@ -261,7 +261,7 @@ def bind_train_resident(
     rows: Array,
     batch: int,
     arenas: Mapping[str, Array],
-    history: Array | None = None,
+    epoch_stats: Array | None = None,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``; the calls have the addresses of all that lies in ``arenas``."""
     del arenas
@@ -298,7 +298,7 @@ def bind_train_resident(
         clock["hyper"],
         clock["rates"],
         output["stats"],
-        np.zeros((0, STATS)) if history is None else history,
+        np.zeros((0, STATS)) if epoch_stats is None else epoch_stats,
         np.zeros(table.widest, real),
         # what philox draws for a row, eight columns to two words
         np.zeros(2 * (-(-table.widest // LANES)), np.uint64),

@@ -282,10 +282,10 @@ def bind_train_fleet(
     rows: Tensor,
     batch: int,
     arenas: Mapping[str, Tensor],
-    history: Tensor | None = None,
+    epoch_stats: Tensor | None = None,
 ) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``."""
-    return _bind(device, "train_fleet", calls, rows, batch, arenas, history)
+    return _bind(device, "train_fleet", calls, rows, batch, arenas, epoch_stats)
 
 
 def _bind(
@@ -295,7 +295,7 @@ def _bind(
     rows: Tensor,
     batch: int,
     arenas: Mapping[str, Tensor],
-    history: Tensor | None,
+    epoch_stats: Tensor | None,
 ) -> Callable[[Sequence[int]], object]:
     models, params = len(calls), arenas["params"]
     device.check(op, "rows", rows, (models, None), INT64)
@@ -327,8 +327,8 @@ def _bind(
     classes = loss.kind == "cross_entropy" and not loss.soft
     length = len(device.check(op, "x", x, (None, inputs), device.compute))
     device.check(op, "target", target, (length,) if classes else (length, outputs), INT64 if classes else FLOAT32)
-    if history is not None:
-        device.check_written(op, "history", history, (models, None, STATS), FLOAT64)
+    if epoch_stats is not None:
+        device.check_written(op, "epoch_stats", epoch_stats, (models, None, STATS), FLOAT64)
     if weight is not None:
         device.check(op, "weight", weight, (length,), FLOAT32)
     if class_weight is not None:
@@ -348,7 +348,7 @@ def _bind(
         loss_setting_values(step.loss, weighted=weight is not None, classes=class_weight is not None) for step in steps
     ]
     ignored = 0 if loss.ignore_index is None else loss.ignore_index
-    epochs = 0 if history is None else history.shape[1]
+    epochs = 0 if epoch_stats is None else epoch_stats.shape[1]
     spare, number = device.zeros(1, FLOAT32), device.zeros(1, INT64)
     live = torch.zeros((models, len(resident_tables.LIVE_FIELDS)), dtype=INT64, device=device.device)
     states = [arenas[f"state{index}"] for index in range(count)]
@@ -371,7 +371,7 @@ def _bind(
         "tensors": tensor(factors, FLOAT64),
         "segments": tensor([(one.offset, one.size) for one in first.segments] or [(0, 0)], INT64),
         "counters": arenas["counters"], "hyper": arenas["hyper"], "rates": arenas["rates"], "stats": arenas["stats"],
-        "history": device.zeros(1, FLOAT64) if history is None else history, "live": live,
+        "epoch_stats": device.zeros(1, FLOAT64) if epoch_stats is None else epoch_stats, "live": live,
         "M": batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments),
         "work_size": work.stride, "size": params.shape[1],
         "rows_size": rows.shape[1], "rates_size": arenas["rates"].shape[1] * RATE_COLUMNS,
@@ -411,10 +411,10 @@ def bind_train_resident(
     rows: Tensor,
     batch: int,
     arenas: Mapping[str, Tensor],
-    history: Tensor | None = None,
+    epoch_stats: Tensor | None = None,
 ) -> Callable[[int], object]:
     """The contract's ``train_resident``: a fleet of one."""
     stacked = {name: arena[None] for name, arena in arenas.items()}
-    accounts = None if history is None else history[None]
+    accounts = None if epoch_stats is None else epoch_stats[None]
     run = _bind(device, "train_resident", [calls], rows[None], batch, stacked, accounts)
     return lambda steps: run((steps,))

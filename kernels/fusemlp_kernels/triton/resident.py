@@ -260,7 +260,7 @@ NUMBERS = [
 @triton.jit(do_not_specialize=NUMBERS)
 def resident_kernel(
     compute, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, slopes, measured,
-    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, history, live,
+    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, epoch_stats, live,
     M, depth, lowest, trained, work_size, size, rows_size, rates_size, label_step, target_row, target_col, weight_step,
     ignored_low, ignored_high, entropy, stored, shadowed,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
@@ -271,7 +271,7 @@ def resident_kernel(
     ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: what the products read as weights, the
     parameters themselves or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
     ``rows_size``, ``rates`` ``rates_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients
-    go through memory. ``history``: the accounts of whole epochs, as many as ``live`` says.
+    go through memory. ``epoch_stats``: the accounts of whole epochs, as many as ``live`` says.
     """
     for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, STEPS)):
         measure(
@@ -317,5 +317,5 @@ def resident_kernel(
                 size, shadowed,
             )  # fmt: skip
             tl.debug_barrier()
-        tick(counters, hyper, rates, stats, history, rules, live, measured, M, rates_size)
+        tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size)
         tl.debug_barrier()

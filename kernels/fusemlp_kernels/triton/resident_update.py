@@ -222,7 +222,7 @@ def update_from_memory(
 
 
 @triton.jit(noinline=True)
-def tick(counters, hyper, rates, stats, history, rules, live, measured, M, rates_size):
+def tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size):
     """The account of the batch, and the clock of the model, go on; behind an epoch its account is closed.
 
     ``advance_clock`` knows of one epoch: where there are more, what it
@@ -247,7 +247,7 @@ def tick(counters, hyper, rates, stats, history, rules, live, measured, M, rates
     # all threads have to see the batch that was, before one of them writes the next
     tl.debug_barrier()
     advance_clock(counters, hyper + model * HYPER, rates + model * rates_size, rule, due, False)
-    tl.store(history + (model * epochs + epoch) * STATS + at, account, mask=tl.where(closes, at < STATS, False))
+    tl.store(epoch_stats + (model * epochs + epoch) * STATS + at, account, mask=tl.where(closes, at < STATS, False))
     tl.store(stats + at, tl.where(closes, 0.0, account), mask=(at >= LOSS_SUM) & (at < STATS))
     if (epochs > 1) & (step != 0):
         epoch = tl.where(ends, tl.where(epoch + 1 < epochs, epoch + 1, 0), epoch)

@@ -29,30 +29,30 @@ from fusemlp_kernels.numpy.compiled.options import EXACT
 
 
 @register_jitable(**EXACT)
-def _next_rows(counters: Any, stats: Any, history: Any) -> None:
+def _next_rows(counters: Any, stats: Any, epoch_stats: Any) -> None:
     """The rows of the next batch; behind the last of an epoch its account is closed."""
     total, step = counters[ROW_TOTAL], counters[ROW_STEP]
     epoch = counters[ROW_OFFSET] // total if total > 0 else 0
     inside = counters[ROW_OFFSET] - epoch * total + step
     if inside >= total:
-        if epoch < len(history):
+        if epoch < len(epoch_stats):
             # element by element: what numba compiles for a slice takes seconds to compile
             for i in range(STATS):
-                history[epoch, i] = stats[i]
+                epoch_stats[epoch, i] = stats[i]
                 if i >= LOSS_SUM:
                     stats[i] = 0.0
-        epoch = epoch + 1 if epoch + 1 < len(history) else 0
+        epoch = epoch + 1 if epoch + 1 < len(epoch_stats) else 0
         inside = 0
     counters[ROW_OFFSET] = epoch * total + inside
     counters[ROW_COUNT] = min(total - inside, step)
 
 
 @register_jitable(**EXACT)
-def advance(counters: Any, hyper: Any, rates: Any, updated: bool, stats: Any, history: Any) -> None:
+def advance(counters: Any, hyper: Any, rates: Any, updated: bool, stats: Any, epoch_stats: Any) -> None:
     """Go on to the next batch, and after an update to the next row of ``rates``."""
     counters[BATCH_INDEX] += 1
     if counters[ROW_STEP] != 0:
-        _next_rows(counters, stats, history)
+        _next_rows(counters, stats, epoch_stats)
     if not updated:
         return
     counters[UPDATE_COUNT] += 1

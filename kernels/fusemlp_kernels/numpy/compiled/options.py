@@ -13,7 +13,7 @@ import numba
 _log = logging.getLogger("fusemlp")
 
 # A division by zero gives an infinity or NaN, as in NumPy.
-EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 # Products and sums may be contracted into one rounding; the order of a sum stays, so that an argument reduction keeps
 # what its second part is for.
 ELEMENTWISE = EXACT | {"fastmath": {"contract"}}

@@ -206,7 +206,7 @@ def run(
     hyper: Any,
     rates: Any,
     stats: Any,
-    history: Any,
+    epoch_stats: Any,
     spare: Any,
     lanes: Any,
     integers: Any,
@@ -262,7 +262,7 @@ def run(
                     squares = penalise(_array(reals, call[W], size), _array(reals, call[OUT], size), pull)
                     stats[PENALTIES] += 0.5 * pull * squares * count
             elif kind == CLOCK:
-                advance(counters, hyper, rates, updated, stats, history)
+                advance(counters, hyper, rates, updated, stats, epoch_stats)
             else:
                 _gradient(call, reals, count, begins, tensor_factors, hyper, spare, integers, letters)
     restore(before)
