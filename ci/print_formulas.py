@@ -1,4 +1,4 @@
-"""Print the formulas of ``pointwise`` for NumPy, numba, Triton and CUDA C.
+"""Print the formulas of ``pointwise`` for numba, Triton and CUDA C.
 
 ``python ci/print_formulas.py`` writes the files of ``FILES``. They are committed, and a test compares them with
 what is printed. Every backend numbers functions by their place in the table; a number that is not in it gives NaN.
@@ -194,142 +194,6 @@ def wrapped(form: str, names: Iterable[str]) -> Callable[[str], str]:
 def assigned(found: Iterable[Line], dialect: Dialect) -> list[str]:
     return [f"{name} = {dialect(value)}" for name, value in found]
 
-
-# NumPy: each operation is a pass over arrays that writes into a given one.
-
-OPERATORS = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
-
-
-class Passes:
-    """Lines as calls of NumPy functions, and the number of scratch arrays that they take.
-
-    ``elements`` are the arrays that are there. ``outputs`` are written by the lines of their names, and may be the same
-    memory as the arrays given for them. Before its own line an output serves as scratch.
-    """
-
-    def __init__(self, found: Sequence[Line], elements: Iterable[str], outputs: Mapping[str, Sequence[str]]) -> None:
-        self.found = found
-        self.place = {name: name for name in elements}
-        self.memory = {name: {name, *others} for name, others in outputs.items()}
-        self.scratch = 0
-        self.free: list[str] = []
-        self.calls: list[list[str]] = []
-        for at, (name, value) in enumerate(found):
-            self.calls.append([])
-            out = name if name in outputs else self._room(at)
-            result = self._pass(value, out)
-            if result != out:
-                self.calls[-1].append(f"copyto({out}, {result})")
-            self.place[name] = out
-            needed = self._places(found[at + 1 :])
-            self.free = [one for one in (f"s{i}" for i in range(self.scratch)) if one not in needed]
-
-    def _places(self, found: Iterable[Line]) -> set[str]:
-        return {self.place[name] for name in named(found) if name in self.place}
-
-    def _room(self, at: int) -> str:
-        """The array for a line's value: an output that nothing else needs until its own line, or scratch."""
-        needed = self._places(self.found[at + 1 :])
-        reads = [i for i in range(at + 1, len(self.found)) if self.found[at][0] in named(self.found[i : i + 1])]
-        for own, (output, _) in enumerate(self.found):
-            if output in self.memory and max(reads, default=at) <= own and not self.memory[output] & needed:
-                return output
-        return self._scratch()
-
-    def _scratch(self) -> str:
-        if self.free:
-            return self.free.pop(0)
-        self.scratch += 1
-        return f"s{self.scratch - 1}"
-
-    def _pass(self, node: ast.expr, out: str | None) -> str:
-        """The array or number that ``node`` is; where a pass is needed for it, in ``out`` if that is given."""
-        if not self._places([("", node)]):
-            return Dialect()(node)
-        match node:
-            case ast.Name(id=name):
-                return self.place[name]
-            case ast.BinOp(left=left, op=op, right=right):
-                function, operands = OPERATORS[type(op)], [left, right]
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                function, operands = "negative", [operand]
-            case ast.Call(func=ast.Name(id=name), args=operands) if name in FUNCTIONS:
-                function = name
-            case _:
-                raise ValueError(f"formula: NumPy has no pass for {ast.unparse(node)!r}")
-        given: list[str] = []
-        for at, operand in enumerate(operands):
-            # in ``out`` only what is not read there any more
-            read = self._places(("", other) for other in operands[at + 1 :]) | set(given)
-            shared = out is not None and self.memory.get(out, {out}) & read
-            given.append(self._pass(operand, None if shared else out))
-        lent = {one for one in given if one[:1] == "s" and one[1:].isdigit()} - set(self.place.values())
-        target = out or min(lent, default="") or self._scratch()
-        self.calls[-1].append(f"{function}({', '.join([*given, f'out={target}'])})")
-        self.free = sorted({*self.free, *lent} - {target})
-        return target
-
-
-def flat(calls: Iterable[list[str]]) -> list[str]:
-    return [call for line in calls for call in line]
-
-
-def numpy_file() -> str:
-    """``numpy/pointwise_numpy.py``."""
-    parts: list[str | list[str]] = [NUMPY_HEAD]
-
-    def function(name: str, arguments: str, passes: Passes, body: Iterable[str]) -> None:
-        parts.append(defined(name, arguments + "".join(f", s{i}" for i in range(passes.scratch)), body))
-
-    for name, row in ACTIVATIONS.items():
-        passes = Passes(lines(row.value, "y"), ["z"], {"y": ["z"]})
-        function(f"activate_{name}", "y, z, slope", passes, flat(passes.calls))
-        *before, (target, value) = derivative_lines(row)
-        product = ast.BinOp(ast.Name(target), ast.Mult(), value)
-        passes = Passes([*before, (target, product)], ["d", "y", "z"], {"d": []})
-        function(f"derive_{name}", "d, y, z, slope, undo", passes, [] if row.derivative == "1" else flat(passes.calls))
-        if row.by_slope is not None:
-            passes = Passes(lines(row.by_slope, "out"), ["z"], {"out": []})
-            function(f"by_slope_{name}", "out, z", passes, flat(passes.calls))
-    for name, loss in LOSSES.items():
-        passes = Passes(loss_lines(name), ["y", "t"], {"loss": [], "gradient": ["y"]})
-        *before_last, last = passes.calls
-        body = [*flat(before_last), *(["if differentiate:", *indented(last)] if last else [])]
-        function(f"loss_{name}", f"y, t, loss, gradient, differentiate, {loss.option or 'option'}", passes, body)
-    flags = {"rate_inside": 'rule.convention == "scikit-learn"', "decoupled": "rule.decoupled"}
-    loads, scalars = Loads("rule.{0}", "hyper[{1}]", flags), Dialect(functions={"maximum": "max", "sqrt": "math.sqrt"})
-    for name, rule in {"decay": DECAY, **OPTIMIZERS}.items():
-        update = Update(rule)
-        arrays: dict[str, list[str]] = {array: [] for array in ("p", "g", *rule.states)}
-        passes = Passes(update.element, arrays, arrays)
-        body = flat(passes.calls)
-        if rule is DECAY:
-            # most have one kind of decay or none
-            body = []
-            for (_, value), calls in zip(update.element, passes.calls, strict=True):
-                (test,) = (f"{one} != {NEUTRAL[one]!r}" for one in named([("", value)]) if one in NEUTRAL)
-                body += [f"if {test}:", *indented(calls)]
-        arguments = ", ".join([*arrays, "rate", "decay", "rule", "hyper"])
-        function(f"update_{name}", arguments, passes, [*update.scalar_lines(loads, scalars), *body])
-    return text(*parts)
-
-
-# The scalars of DECAY that change nothing.
-NEUTRAL = {"kept": 1.0, "coupled": 0.0}
-NUMPY_HEAD = f'''
-# {AGAIN}
-# mypy: disallow-untyped-defs=False
-"""The formulas as passes over arrays; ``s0``, ``s1``, ... are scratch, shaped like the other arrays."""
-
-from __future__ import annotations
-
-import math
-
-from numpy import abs, add, copyto, divide, exp, log1p, multiply, negative, sign, sqrt, subtract, tanh
-
-from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
-from fusemlp_kernels.numpy.functions import maximum, minimum, normal_cdf, normal_pdf, sigmoid, step
-'''
 
 # numba: a loop for each function. In one loop for all, the choice between them would keep it from vector registers.
 
@@ -602,7 +466,6 @@ CUDA_HEAD = f"""
 # of the package that is imported, which may be a copy
 FOLDER = Path(pointwise.__file__).parent
 FILES: dict[str, Callable[[], str]] = {
-    "numpy/pointwise_numpy.py": numpy_file,
     "numpy/compiled/pointwise_numba.py": numba_file,
     "triton/pointwise_triton.py": triton_file,
     "cupy/pointwise.cuh": cuda_file,

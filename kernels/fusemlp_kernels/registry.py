@@ -66,7 +66,7 @@ TRAITS = {
         # Adam is quicker in one sweep over the arena than tensor by tensor
         fused_updates=("sgd",),
         norms_gradients=False,
-        walks_rows=False,
+        walks_rows=True,
         split_rows=0,
         split_size=0,
         precisions=("fp32", "fp64"),

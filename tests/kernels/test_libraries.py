@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -34,7 +33,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The library that computes all products, small ones too."""
     monkeypatch.setenv(libraries.VARIABLE, request.param)
     monkeypatch.setattr(blas, "LARGE", 0)
-    monkeypatch.setattr(blas, "LARGE_VECTOR", 0)
     libraries.mkl.cache_clear()
     yield request.param
     libraries.mkl.cache_clear()
@@ -50,56 +48,13 @@ def _bound(terms: Array, length: int, dtype: Any) -> Array:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("transpose_a, transpose_b", list(itertools.product((False, True), (False, True))))
 @pytest.mark.parametrize("m, n, k", [(1, 1, 1), (3, 5, 2), (33, 17, 70), (1, 40, 9), (128, 10, 64)])
-def test_products(library: str, m: int, n: int, k: int, transpose_a: bool, transpose_b: bool, dtype: Any) -> None:
+def test_the_product_of_a_layer(library: str, m: int, n: int, k: int, dtype: Any) -> None:
     rng = np.random.default_rng(m + 10 * n + 100 * k)
-    a = rng.standard_normal((k, m) if transpose_a else (m, k)).astype(dtype)
-    b = rng.standard_normal((n, k) if transpose_b else (k, n)).astype(dtype)
-    before = rng.standard_normal((m, n)).astype(dtype)
-    left, right = (a.T if transpose_a else a).astype(np.longdouble), (b.T if transpose_b else b).astype(np.longdouble)
-    for alpha, beta in ((1.0, 0.0), (-0.5, 1.0), (0.25, 0.5)):
-        # what is not to be read is not a number
-        out = np.full((m, n), np.nan, dtype) if beta == 0.0 else before.copy()
-        blas.product(out, a, b, transpose_a=transpose_a, transpose_b=transpose_b)(alpha, beta)
-        exact = alpha * (left @ right) + beta * before.astype(np.longdouble)
-        terms = abs(alpha) * (np.abs(left) @ np.abs(right)) + beta * np.abs(before)
-        assert (np.abs(out - exact) <= _bound(terms, k + 2, dtype)).all()
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("m, n", [(1, 1), (7, 3), (130, 65)])
-def test_sums(library: str, m: int, n: int, dtype: Any) -> None:
-    rng = np.random.default_rng(m + n)
-    a = rng.standard_normal((m, n)).astype(dtype)
-    exact, size = a.astype(np.longdouble), np.abs(a).astype(np.longdouble)
-    rows = np.full(m, np.nan, dtype)
-    blas.row_sums(rows, a)()
-    assert (np.abs(rows - exact.sum(1)) <= _bound(size.sum(1), n, dtype)).all()
-    before = rng.standard_normal(n).astype(dtype)
-    for alpha, beta in ((1.0, 0.0), (-0.5, 1.0), (0.25, 0.5)):
-        columns = np.full(n, np.nan, dtype) if beta == 0.0 else before.copy()
-        blas.column_sums(columns, a)(alpha, beta)
-        terms = abs(alpha) * size.sum(0) + beta * np.abs(before)
-        assert (np.abs(columns - (alpha * exact.sum(0) + beta * before)) <= _bound(terms, m + 2, dtype)).all()
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("n", [1, 5, 1000])
-def test_vectors(library: str, n: int, dtype: Any) -> None:
-    rng = np.random.default_rng(n)
-    x, y = rng.standard_normal((2, n)).astype(dtype)
-    exact_x, exact_y = x.astype(np.longdouble), y.astype(np.longdouble)
-    terms = np.abs(exact_x * exact_y)
-    assert abs(blas.dot(x, y)() - (exact_x * exact_y).sum()) <= _bound(terms.sum(), n, dtype)
-    length = np.sqrt((exact_x**2).sum())
-    assert abs(blas.norm(x)() - length) <= _bound(length, n, dtype)
-    into = y.copy()
-    add = blas.axpy(x, into)
-    for alpha in (2.0, -0.25):
-        into[:] = y
-        add(alpha)
-        assert (np.abs(into - (alpha * exact_x + exact_y)) <= _bound(np.abs(alpha * x) + np.abs(y), 2, dtype)).all()
+    x, w, y = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (n, k), (m, n)))
+    exact, terms = (op(y) + op(x) @ op(w).T for op in (np.longdouble, lambda a: np.abs(a).astype(np.longdouble)))
+    blas.bind_product(y, x, w)()
+    assert (np.abs(y - exact) <= _bound(terms, k + 1, dtype)).all()
 
 
 # Trains on an array that begins ``argv[1]`` bytes behind a cache line, and says what came of it and what was loaded.

@@ -9,26 +9,15 @@ import numpy as np
 
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.numpy.activations import Array, Run
-from fusemlp_kernels.numpy.gradients import bind_grad_input, bind_grad_weight, bind_grad_weight_update
+from fusemlp_kernels.numpy.calls import ENTRIES, bind_call, bind_train_resident
 from fusemlp_kernels.numpy.libraries import mkl
 from fusemlp_kernels.numpy.linear import bind_linear
-from fusemlp_kernels.numpy.loss import bind_linear_loss_grad, bind_loss_grad
-from fusemlp_kernels.numpy.resident import bind_train_resident
-from fusemlp_kernels.numpy.update import ALIGNMENT_BYTES, bind_advance, bind_update
+from fusemlp_kernels.numpy.tables import Array, Run, Table, copied
 from fusemlp_kernels.ops import check_names
 
-BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
-    "linear": bind_linear,
-    "linear_loss_grad": bind_linear_loss_grad,
-    "loss_grad": bind_loss_grad,
-    "grad_input": bind_grad_input,
-    "grad_weight": bind_grad_weight,
-    "grad_weight_update": bind_grad_weight_update,
-    "update": bind_update,
-    "advance": bind_advance,
-    "train_resident": bind_train_resident,
-}
+BINDERS: dict[str, Callable[..., Any]] = {**ENTRIES, "train_resident": bind_train_resident}
+# Arrays start at multiples of this.
+ALIGNMENT_BYTES = 256
 REAL = {"fp32": np.float32, "fp64": np.float64}
 
 
@@ -106,7 +95,13 @@ class NumpyBackend:
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""
         check_names(self.traits.name, BINDERS, op, operands)
-        return BINDERS[op](**operands)
+        real = self._dtypes["real"]
+        if op == "train_resident":
+            return bind_train_resident(real, **operands)
+        if op != "linear" or operands.get("dropout") is not None:
+            return bind_call(real, op, operands)
+        table = Table(real)
+        return copied(bind_linear(**table.operands(op, operands)), table.before, table.after)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""

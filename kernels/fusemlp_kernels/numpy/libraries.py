@@ -17,11 +17,10 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Any
 
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 
@@ -31,8 +30,6 @@ VARIABLE = "FUSEMLP_BLAS"
 CHOICES = ("auto", "scipy", "mkl")
 # Multiplications (m * n * k) up to which OpenBLAS stays on one thread: GEMM_MULTITHREAD_THRESHOLD (4) * 65536.
 LARGE = 262_144
-# The same for its vector routines, in elements.
-LARGE_VECTOR = 10_000
 
 _PATTERN, _FOLDER = ("mkl_rt*.dll", "Library/bin") if sys.platform == "win32" else ("libmkl_rt.so*", "lib")
 # mkl_service.h and mkl_types.h
@@ -99,26 +96,6 @@ def routine_address(name: str) -> int | None:
     """Where MKL's ``name`` ("sgemm", ...) is, with Fortran's calling convention; None without MKL."""
     library = mkl()
     return None if library is None else ctypes.cast(getattr(library, f"{name}_"), ctypes.c_void_p).value
-
-
-def prepared(name: str, *arguments: Any, result: Any = None) -> Callable[[], Any]:
-    """``run()`` that calls MKL's ``name`` with these arguments; arrays by their memory, all others as ctypes objects.
-
-    The ctypes objects may be changed between two calls. The result is a Python number of the ctypes type ``result``.
-    """
-    library = mkl()
-    if library is None:
-        raise AssertionError(f"{name}: MKL is not in use")
-    routine = ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * len(arguments))((f"{name}_", library))
-    addresses = [
-        argument.ctypes.data if hasattr(argument, "ctypes") else ctypes.addressof(argument) for argument in arguments
-    ]
-
-    # ``kept`` holds the memory behind the addresses
-    def run(kept: Any = arguments) -> Any:
-        return routine(*addresses)
-
-    return run
 
 
 def _is_intel() -> bool:

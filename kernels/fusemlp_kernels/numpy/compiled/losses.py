@@ -105,14 +105,15 @@ def _smoothed(
     """The weight of column j in a row of targets, but for that of the class itself where the targets are classes."""
     q = smoothing / columns
     if is_soft:
-        q += soft[row, j] * (1.0 - smoothing)
+        q += soft[row * columns + j] * (1.0 - smoothing)
     return q * class_weight[j] if by_class else q
 
 
 @register_jitable(**EXACT)
 def _record(stats: Any, value: float, normaliser: float, scale: float, mean: bool, count: int) -> None:
     """``value`` is the sum over the rows, not yet divided."""
-    stats[LOSS_SUM] += value
+    # rows without weight may have targets with one
+    stats[LOSS_SUM] += value if scale != 0.0 else value * scale
     if mean:
         stats[NORM_SUM] += normaliser
     stats[LAST_LOSS] = value * scale
@@ -122,16 +123,16 @@ def _record(stats: Any, value: float, normaliser: float, scale: float, mean: boo
 @register_jitable(**ELEMENTWISE)
 def cross_entropy(
     z: Any, d: Any, labels: Any, soft: Any, weight: Any, class_weight: Any, rows: Any, count: int, columns: int,
-    loss: Any, factors: Any, stats: Any,
+    call: Any, numbers: Any, stats: Any,
 ) -> float:  # fmt: skip
     """dz of softmax cross-entropy into d, flat (count, columns) like z; the targets are picked by ``rows``.
 
-    labels (n,) int64, or with loss[SOFT] soft (n, columns); weight (n,) and class_weight (columns,) where the loss
-    says so. d may be z. Returns the sum of the row weights.
+    labels (n,) int64, or with call[SOFT] soft, flat (n, columns); weight (n,) and class_weight (columns,) where the
+    call has them. d may be z. Returns the sum of the row weights.
     """
     real = z.dtype.type
-    is_soft, weighted, by_class = loss[SOFT] != 0, loss[WEIGHTED] != 0, loss[CLASS_WEIGHTED] != 0
-    smoothing = factors[SMOOTHING]
+    is_soft, weighted, by_class = call[SOFT] != 0, call[WEIGHTED] != 0, call[CLASS_WEIGHTED] != 0
+    smoothing = numbers[SMOOTHING]
     normaliser, scored = 0.0, 0
     smooth_mass = 0.0
     for j in range(columns):
@@ -140,15 +141,15 @@ def cross_entropy(
         share = float(weight[rows[i]]) if weighted else 1.0
         if not is_soft:
             label = labels[rows[i]]
-            if loss[IGNORES] and label == loss[IGNORED]:
+            if call[IGNORES] and label == call[IGNORED]:
                 continue
             if by_class:
                 share *= class_weight[label]
         normaliser += share
         scored += 1
     shares = normaliser
-    normaliser *= factors[DIVISOR]
-    mean = loss[MEAN] != 0
+    normaliser *= numbers[DIVISOR]
+    mean = call[MEAN] != 0
     scale = 1.0
     if mean:
         scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
@@ -169,11 +170,11 @@ def cross_entropy(
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 picked += q * d[start + j]
         if is_soft:
-            if loss[ACCURACY]:
-                correct += chosen == _largest(soft[row], 0, columns)
+            if call[ACCURACY]:
+                correct += chosen == _largest(soft, row * columns, columns)
         else:
             label = labels[row]
-            if loss[IGNORES] and label == loss[IGNORED]:
+            if call[IGNORES] and label == call[IGNORED]:
                 continue
             correct += chosen == label
             picked += (class_weight[label] if by_class else 1.0) * (1.0 - smoothing) * d[start + label]
@@ -193,7 +194,7 @@ def cross_entropy(
                 mass += _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
         else:
             label = labels[row]
-            if loss[IGNORES] and label == loss[IGNORED]:
+            if call[IGNORES] and label == call[IGNORED]:
                 label, share = 0, 0.0
             own = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
             mass += own
@@ -208,7 +209,7 @@ def cross_entropy(
                 d[start + j] -= real(weighed * q)
         if not is_soft:
             d[start + label] -= real(weighed * own)
-    if loss[ACCURACY]:
+    if call[ACCURACY]:
         stats[CORRECT] += correct
         stats[SCORED] += scored
     _record(stats, total, normaliser, scale, mean, count)
@@ -217,41 +218,40 @@ def cross_entropy(
 
 @register_jitable(**ELEMENTWISE)
 def elementwise(
-    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, loss: Any, factors: Any,
-    stats: Any, scratch: Any,
+    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, call: Any, numbers: Any, stats: Any
 ) -> float:  # fmt: skip
-    """The gradient by the outputs y into d, flat (count, columns); target (n, columns) is picked by ``rows``.
+    """The gradient by the outputs y into d, flat (count, columns); target, flat (n, columns), is picked by ``rows``.
 
     Returns the sum of the row weights.
     """
     real = y.dtype.type
-    kind, weighted, mean = loss[KIND], loss[WEIGHTED] != 0, loss[MEAN] != 0
-    option = real(factors[OPTION])
+    kind, weighted, mean = call[KIND], call[WEIGHTED] != 0, call[MEAN] != 0
+    option = real(numbers[OPTION])
     normaliser = 0.0
     for i in range(count):
         normaliser += float(weight[rows[i]]) if weighted else 1.0
     shares = normaliser
-    normaliser *= factors[DIVISOR]
+    normaliser *= numbers[DIVISOR]
     scale = 1.0
     if mean:
         scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
-        if loss[ACCURACY]:
+        if call[ACCURACY]:
             if kind == BINARY_CROSS_ENTROPY:
                 for j in range(columns):
-                    correct += (y[start + j] > 0) == (target[row, j] > 0.5)
+                    correct += (y[start + j] > 0) == (target[row * columns + j] > 0.5)
             else:
-                correct += _largest(target[row], 0, columns) == _largest(y, start, columns)
+                correct += _largest(target, row * columns, columns) == _largest(y, start, columns)
         for j in range(columns):
-            d[start + j] = target[row, j]
+            d[start + j] = target[row * columns + j]
         if weighted:
             share = float(weight[row])
             total += share * element_losses(kind, y, d, start, start + columns, real(share * scale), option)
     if not weighted:
         total = element_losses(kind, y, d, 0, count * columns, real(scale), option)
-    if loss[ACCURACY]:
+    if call[ACCURACY]:
         stats[CORRECT] += correct
         stats[SCORED] += count * columns if kind == BINARY_CROSS_ENTROPY else count
     _record(stats, total, normaliser, scale, mean, count)

@@ -44,7 +44,7 @@ def drop(
 ) -> None:  # fmt: skip
     """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns).
 
-    scratch: memory of any contents, of 16 bytes or more for each 8 columns begun.
+    scratch: uint64 memory of any contents, of two elements or more for each 8 columns begun.
     """
     real = y.dtype.type
     factor, zero = real(scale), real(0.0)
@@ -53,7 +53,7 @@ def drop(
     c2, c3 = np.uint64(layer) & _WORD, np.uint64(batch_index) & _WORD
     blocks = (columns + LANES - 1) // LANES
     # the first lane is in a number's lowest bits, which are the first in memory (all that numba compiles for)
-    pairs, lanes = scratch.view(np.uint64), scratch.view(np.uint16)
+    pairs, lanes = scratch, scratch.view(np.uint16)
     for i in range(rows):
         _draw(pairs, blocks, np.uint64(i) & _WORD, c2, c3, k0, k1)
         start = i * columns

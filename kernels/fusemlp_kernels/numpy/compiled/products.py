@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import get_cython_function_address, register_jitable
 
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.tables import INTEGERS
 from fusemlp_kernels.numpy.libraries import LARGE, routine_address
 
 _POINTERS = 13
@@ -25,9 +26,6 @@ _sgemm: Any = types.ExternalFunction("fusemlp_sgemm", _ROUTINE)
 _dgemm: Any = types.ExternalFunction("fusemlp_dgemm", _ROUTINE)
 _large_sgemm: Any = types.ExternalFunction("fusemlp_large_sgemm", _ROUTINE)
 _large_dgemm: Any = types.ExternalFunction("fusemlp_large_dgemm", _ROUTINE)
-
-# Elements of the arrays that arguments are passed in: BLAS takes the address of each.
-INTEGERS, REALS = 6, 2
 
 
 @register_jitable(**EXACT)
@@ -45,75 +43,56 @@ def _gemm(
     beta: float,
     c: int,
     ldc: int,
-    integers: Any,
+    words: Any,
     reals: Any,
-    letters: Any,
 ) -> None:
     """Column-major ``C = alpha * op(A) @ op(B) + beta * C``; a, b, c are addresses, a flag 1 transposes."""
-    integers[0], integers[1], integers[2] = m, n, k
-    integers[3], integers[4], integers[5] = lda, ldb, ldc
+    words[0], words[1], words[2] = m, n, k
+    # BLAS refuses the pitch of a matrix without columns
+    words[3], words[4], words[5] = max(lda, 1), max(ldb, 1), max(ldc, 1)
     reals[0], reals[1] = alpha, beta
-    at, real, letter = integers.ctypes.data, reals.ctypes.data, letters.ctypes.data
+    at, real = words.ctypes.data, reals.ctypes.data
+    first, second = at + 4 * (INTEGERS + first_flag), at + 4 * (INTEGERS + second_flag)
     if reals.itemsize == 4:
         if m * n * k > LARGE:
             _large_sgemm(
-                letter + first_flag, letter + second_flag, at, at + 4, at + 8, real, a, at + 12, b, at + 16,
-                real + 4, c, at + 20,
+                first, second, at, at + 4, at + 8, real, a, at + 12, b, at + 16, real + 4, c, at + 20
             )  # fmt: skip
         else:
-            _sgemm(
-                letter + first_flag, letter + second_flag, at, at + 4, at + 8, real, a, at + 12, b, at + 16,
-                real + 4, c, at + 20,
-            )  # fmt: skip
+            _sgemm(first, second, at, at + 4, at + 8, real, a, at + 12, b, at + 16, real + 4, c, at + 20)
     elif m * n * k > LARGE:
-        _large_dgemm(
-            letter + first_flag, letter + second_flag, at, at + 4, at + 8, real, a, at + 12, b, at + 16,
-            real + 8, c, at + 20,
-        )  # fmt: skip
+        _large_dgemm(first, second, at, at + 4, at + 8, real, a, at + 12, b, at + 16, real + 8, c, at + 20)
     else:
-        _dgemm(
-            letter + first_flag, letter + second_flag, at, at + 4, at + 8, real, a, at + 12, b, at + 16,
-            real + 8, c, at + 20,
-        )  # fmt: skip
+        _dgemm(first, second, at, at + 4, at + 8, real, a, at + 12, b, at + 16, real + 8, c, at + 20)
 
 
 @register_jitable(**EXACT)
-def forward(
-    y: Any, x: Any, w: Any, b: Any, rows: int, inputs: int, outputs: int, integers: Any, reals: Any, letters: Any
-) -> None:
-    """``y = x @ w.T + b``, all flat: y (rows, outputs), x (rows, inputs), w (outputs, inputs), b (outputs,)."""
+def forward(y: Any, x: int, w: int, b: Any, rows: int, inputs: int, outputs: int, words: Any, reals: Any) -> None:
+    """``y = x @ w.T + b``, all flat: y (rows, outputs), x (rows, inputs), w (outputs, inputs), b (outputs,).
+
+    Here and below what is only multiplied is given by its address.
+    """
     for i in range(rows):
         start = i * outputs
         for j in range(outputs):
             y[start + j] = b[j]
-    _gemm(
-        1, 0, outputs, rows, inputs, 1.0, w.ctypes.data, inputs, x.ctypes.data, inputs, 1.0, y.ctypes.data, outputs,
-        integers, reals, letters,
-    )  # fmt: skip
+    _gemm(1, 0, outputs, rows, inputs, 1.0, w, inputs, x, inputs, 1.0, y.ctypes.data, outputs, words, reals)
 
 
 @register_jitable(**EXACT)
 def backward(
-    out: Any, dz: Any, w: Any, scale: float, rows: int, inputs: int, outputs: int, integers: Any, reals: Any,
-    letters: Any,
+    out: int, dz: int, w: int, scale: float, rows: int, inputs: int, outputs: int, words: Any, reals: Any
 ) -> None:  # fmt: skip
     """``out = scale * dz @ w``, flat: out (rows, inputs), dz (rows, outputs), w (outputs, inputs)."""
-    _gemm(
-        0, 0, inputs, rows, outputs, scale, w.ctypes.data, inputs, dz.ctypes.data, outputs, 0.0, out.ctypes.data,
-        inputs, integers, reals, letters,
-    )  # fmt: skip
+    _gemm(0, 0, inputs, rows, outputs, scale, w, inputs, dz, outputs, 0.0, out, inputs, words, reals)
 
 
 @register_jitable(**EXACT)
 def by_weights(
-    out: Any, dz: Any, x: Any, alpha: float, beta: float, rows: int, inputs: int, outputs: int, integers: Any,
-    reals: Any, letters: Any,
+    out: int, dz: int, x: int, alpha: float, beta: float, rows: int, inputs: int, outputs: int, words: Any, reals: Any
 ) -> None:  # fmt: skip
     """``out = alpha * dz.T @ x + beta * out``, flat: out (outputs, inputs), dz (rows, outputs), x (rows, inputs)."""
-    _gemm(
-        0, 1, inputs, outputs, rows, alpha, x.ctypes.data, inputs, dz.ctypes.data, outputs, beta, out.ctypes.data,
-        inputs, integers, reals, letters,
-    )  # fmt: skip
+    _gemm(0, 1, inputs, outputs, rows, alpha, x, inputs, dz, outputs, beta, out, inputs, words, reals)
 
 
 @register_jitable(**EXACT)

@@ -96,7 +96,6 @@ def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str,
     return names
 
 
-@functools.cache
 def compiled_loop(absent: frozenset[str]) -> Callable[..., object]:
     """``steps.run`` for programs in whose tables the names in ``absent`` do not occur."""
     made: dict[str, dict[str, Any]] = {}

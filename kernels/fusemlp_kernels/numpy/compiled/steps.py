@@ -1,6 +1,7 @@
 """The loop over training steps: the calls of a step's program, row by row of their table, again and again.
 
-The order of backpropagation is the table's, which ``resident`` fills from the program.
+The order of backpropagation is the table's, which ``calls`` fills from the program. A call by itself is a table of its
+own rows, run once.
 """
 
 from __future__ import annotations
@@ -22,14 +23,26 @@ from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by
 from fusemlp_kernels.numpy.compiled.products import backward, by_weights, column_sums, forward
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
+    ACTIVATE,
     ACTIVATION,
+    AFFINE,
+    AT_COUNTERS,
+    AT_EPOCH_STATS,
+    AT_HYPER,
+    AT_LANES,
+    AT_RATES,
+    AT_STATS,
     BACKWARD,
+    BATCH,
     BIAS,
     CALL_COLUMNS,
     CALL_FACTORS,
+    CALLS,
+    CLASS_WEIGHTED,
     CLIP_NORM,
     CLIPS,
     CLOCK,
+    COUNTED,
     DECAY,
     DESCENDS,
     DSLOPE,
@@ -37,10 +50,12 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ELEMENTWISE,
     END,
     ENTROPY,
+    EPOCHS,
     FIRST,
     FIXED_SLOPE,
-    FORWARD,
     GATHER,
+    HEAD_COLUMNS,
+    HEAD_FACTORS,
     IDENTITY,
     KEEP,
     KEY_HIGH,
@@ -49,14 +64,21 @@ from fusemlp_kernels.numpy.compiled.tables import (
     LR_FACTOR,
     MASK_LAYER,
     OUT,
+    PADDING,
     PENALTY,
     RATE,
+    REALS,
+    ROWS,
     SLOPE,
     SLOPES,
     STRENGTH,
+    TARGET,
+    TENSOR_FACTORS,
     THRESHOLD,
     UPDATE,
+    WALKS,
     WEIGHT,
+    WEIGHTED,
     B,
     K,
     N,
@@ -66,6 +88,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     Z,
 )
 from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, update_all
+from fusemlp_kernels.philox import LANES
 
 
 def _casts(typingctx: Any, address: Any) -> Any:
@@ -87,14 +110,19 @@ def _array(like: Any, address: int, size: int) -> Any:
 
 
 @register_jitable(**EXACT)
-def _gather(call: Any, like: Any, x: Any, rows: Any, count: int) -> None:
-    """``batch = x[rows]``, flat (count, K)."""
-    columns = x.shape[1]
-    batch = _array(like, call[OUT], count * columns)
+def _gather(call: Any, like: Any, rows: Any, count: int) -> None:
+    """``out = x[rows]``, flat (count, K); zeros where a row is -1."""
+    columns = call[K]
+    # of a size that no row number passes: nothing looks at it
+    x, out = _array(like, call[X], 1), _array(like, call[OUT], count * columns)
     for i in range(count):
         row, start = rows[i], i * columns
-        for j in range(columns):
-            batch[start + j] = x[row, j]
+        if row < 0:
+            for j in range(columns):
+                out[start + j] = 0
+        else:
+            for j in range(columns):
+                out[start + j] = x[row * columns + j]
 
 
 @register_jitable(**EXACT)
@@ -105,17 +133,8 @@ def _slope(call: Any, numbers: Any, like: Any) -> float:
 
 
 @register_jitable(**EXACT)
-def _affine(call: Any, like: Any, count: int, integers: Any, letters: Any) -> None:
-    """The pre-activation, into Z."""
-    inputs, outputs = call[K], call[N]
-    z, x = _array(like, call[Z], count * outputs), _array(like, call[X], count * inputs)
-    w, b = _array(like, call[W], outputs * inputs), _array(like, call[B], outputs)
-    forward(z, x, w, b, count, inputs, outputs, integers, like, letters)
-
-
-@register_jitable(**EXACT)
-def _forward(call: Any, numbers: Any, like: Any, count: int, batch_index: int, lanes: Any) -> None:
-    """The output of a layer from its pre-activation."""
+def _activate(call: Any, numbers: Any, like: Any, count: int, batch_index: int, lanes: int) -> None:
+    """The output of a layer from its pre-activation; lanes is an address."""
     outputs = call[N]
     y, z = _array(like, call[Y], count * outputs), _array(like, call[Z], count * outputs)
     if call[ACTIVATION] != IDENTITY:
@@ -123,8 +142,8 @@ def _forward(call: Any, numbers: Any, like: Any, count: int, batch_index: int, l
     if call[KEEP]:
         keep = carray(_pointer(call[KEEP]), (count * outputs,), np.bool_)
         drop(
-            y, keep, lanes, count, outputs, 1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW],
-            call[KEY_HIGH], call[MASK_LAYER], batch_index,
+            y, keep, carray(_pointer(lanes), (2 * ((outputs + LANES - 1) // LANES),), np.uint64), count, outputs,
+            1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
         )  # fmt: skip
 
 
@@ -137,12 +156,13 @@ def _derivative(call: Any, numbers: Any, like: Any, y: Any, z: Any, dz: Any, und
 
 
 @register_jitable(**EXACT)
-def _backward(call: Any, numbers: Any, like: Any, count: int, integers: Any, letters: Any) -> None:
+def _backward(call: Any, numbers: Any, like: Any, count: int, words: Any) -> None:
     """dz of the layer before."""
     inputs, outputs = call[K], call[N]
-    out, dz = _array(like, call[OUT], count * inputs), _array(like, call[DZ], count * outputs)
-    w = _array(like, call[W], outputs * inputs)
-    backward(out, dz, w, 1.0 / (1.0 - numbers[RATE]), count, inputs, outputs, integers, like, letters)
+    backward(
+        call[OUT], call[DZ], call[W], 1.0 / (1.0 - numbers[RATE]), count, inputs, outputs, words, like
+    )  # fmt: skip
+    out = _array(like, call[OUT], count * inputs)
     if call[KEEP]:
         mask(out, carray(_pointer(call[KEEP]), (count * inputs,), np.bool_))
     y, z = _array(like, call[Y], count * inputs), _array(like, call[Z], count * inputs)
@@ -164,105 +184,98 @@ def _into(out: Any, values: Any, size: int, alpha: float, beta: float) -> None:
 
 @register_jitable(**EXACT)
 def _gradient(
-    call: Any, like: Any, count: int, begins: bool, tensor_factors: Any, hyper: Any, spare: Any, integers: Any,
-    letters: Any,
+    call: Any, like: Any, count: int, begins: bool, tensor_factors: Any, hyper: Any, words: Any
 ) -> None:  # fmt: skip
     """The gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
     alpha, beta = 1.0, 0.0 if begins else 1.0
     if call[DESCENDS]:
-        factors = tensor_factors[call[FIRST]]
-        alpha = -hyper[LEARNING_RATE] * factors[LR_FACTOR]
-        beta = 1.0 + alpha * factors[DECAY]
+        start = call[FIRST] * TENSOR_FACTORS
+        alpha = -hyper[LEARNING_RATE] * tensor_factors[start + LR_FACTOR]
+        beta = 1.0 + alpha * tensor_factors[start + DECAY]
     outputs = call[N]
     if call[KIND_OF_ROW] == WEIGHT:
-        inputs = call[K]
-        out, dz = _array(like, call[OUT], outputs * inputs), _array(like, call[DZ], count * outputs)
-        x = _array(like, call[X], count * inputs)
-        by_weights(out, dz, x, alpha, beta, count, inputs, outputs, integers, like, letters)
+        by_weights(call[OUT], call[DZ], call[X], alpha, beta, count, call[K], outputs, words, like)
     elif call[KIND_OF_ROW] == BIAS:
+        spare = like[REALS:]
         column_sums(spare, _array(like, call[DZ], count * outputs), count, outputs)
         _into(_array(like, call[OUT], outputs), spare, outputs, alpha, beta)
     elif call[KIND_OF_ROW] == SLOPES:
         _into(_array(like, call[OUT], 1), _array(like, call[DZ], 1), 1, alpha, beta)
 
 
-def run(
-    steps: int,
-    calls: Any,
-    call_factors: Any,
-    x: Any,
-    labels: Any,
-    target: Any,
-    weight: Any,
-    class_weight: Any,
-    rows: Any,
-    tensors: Any,
-    tensor_factors: Any,
-    loss: Any,
-    loss_factors: Any,
-    rule: Any,
-    rule_factors: Any,
-    counters: Any,
-    hyper: Any,
-    rates: Any,
-    stats: Any,
-    epoch_stats: Any,
-    spare: Any,
-    lanes: Any,
-    integers: Any,
-    reals: Any,
-    letters: Any,
-) -> None:
-    """``steps`` steps. ``spare``: as many reals as the widest layer; ``lanes``: the random numbers of its row."""
+def run(steps: int, integers: Any, factors: Any, reals: Any, words: Any) -> None:
+    """``steps`` times the calls of the tables; see ``tables`` for integers and factors.
+
+    reals has the type of the parameters: two elements for ``products``, then as many as the widest layer. words are
+    those of ``products``.
+    """
     before = denormals_as_zero()
-    every = rule[ACCUMULATE]
+    every, calls = integers[ACCUMULATE], integers[CALLS]
+    # a size is given where something looks at it
+    counters, epoch_stats = _array(integers, integers[AT_COUNTERS], 1), _array(factors, integers[AT_EPOCH_STATS], 1)
+    hyper, rates = _array(factors, integers[AT_HYPER], 1), _array(factors, integers[AT_RATES], 1)
+    stats = _array(factors, integers[AT_STATS], 1)
+    first_call = integers.ctypes.data + 8 * HEAD_COLUMNS
+    first_factors = factors.ctypes.data + 8 * HEAD_FACTORS
+    tensors = _array(integers, first_call + 8 * CALL_COLUMNS * calls, 1)
+    tensor_factors = _array(factors, first_factors + 8 * CALL_FACTORS * calls, 1)
     for _ in range(steps):
-        count, offset, batch_index = counters[ROW_COUNT], counters[ROW_OFFSET], counters[BATCH_INDEX]
-        picked = rows[offset : offset + count]
+        count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+        offset, batch_index = counters[ROW_OFFSET], counters[BATCH_INDEX]
         begins, updated = batch_index % every == 0, (batch_index + 1) % every == 0
         shares = 0.0
-        for at in range(len(calls)):
-            # by address: rows of the arrays would be counted as references, atomically
-            call = _array(calls, calls.ctypes.data + at * 8 * CALL_COLUMNS, CALL_COLUMNS)
-            numbers = _array(call_factors, call_factors.ctypes.data + at * 8 * CALL_FACTORS, CALL_FACTORS)
-            kind = call[KIND_OF_ROW]
+        for at in range(calls):
+            call = _array(integers, first_call + 8 * CALL_COLUMNS * at, CALL_COLUMNS)
+            numbers = _array(factors, first_factors + 8 * CALL_FACTORS * at, CALL_FACTORS)
+            rows = _array(integers, call[ROWS] + 8 * call[WALKS] * offset, 1)
+            size, kind = count * call[N], call[KIND_OF_ROW]
             if kind == GATHER:
-                _gather(call, reals, x, picked, count)
-            elif kind == FORWARD:
-                _affine(call, reals, count, integers, letters)
-                _forward(call, numbers, reals, count, batch_index, lanes)
+                _gather(call, reals, rows, count)
+            elif kind == AFFINE:
+                z, b = _array(reals, call[Z], size), _array(reals, call[B], call[N])
+                forward(z, call[X], call[W], b, count, call[K], call[N], words, reals)
+            elif kind == ACTIVATE:
+                _activate(call, numbers, reals, count, batch_index, integers[AT_LANES])
             elif kind == ENTROPY:
-                _affine(call, reals, count, integers, letters)
-                z, dz = _array(reals, call[Z], count * call[N]), _array(reals, call[DZ], count * call[N])
+                labels, target = _array(integers, call[TARGET], 1), _array(reals, call[TARGET], 1)
+                weight, class_weight = _array(reals, call[WEIGHTED], 1), _array(reals, call[CLASS_WEIGHTED], 1)
                 shares = cross_entropy(
-                    z, dz, labels, target, weight, class_weight, picked, count, call[N], loss, loss_factors, stats
-                )
+                    _array(reals, call[Z], size), _array(reals, call[DZ], size), labels, target, weight, class_weight,
+                    rows, count if size else 0, call[N], call, numbers, stats,
+                )  # fmt: skip
             elif kind == ELEMENTWISE:
-                _affine(call, reals, count, integers, letters)
-                _forward(call, numbers, reals, count, batch_index, lanes)
-                y, z = _array(reals, call[Y], count * call[N]), _array(reals, call[Z], count * call[N])
-                dz = _array(reals, call[DZ], count * call[N])
-                shares = elementwise(y, dz, target, weight, picked, count, call[N], loss, loss_factors, stats, spare)
+                target, weight = _array(reals, call[TARGET], 1), _array(reals, call[WEIGHTED], 1)
+                y, z = _array(reals, call[Y], size), _array(reals, call[Z], size)
+                dz = _array(reals, call[DZ], size)
+                shares = elementwise(
+                    y, dz, target, weight, rows, count if size else 0, call[N], call, numbers, stats
+                )  # fmt: skip
                 _derivative(call, numbers, reals, y, z, dz, 1.0)
+            elif kind == PADDING:
+                dz = _array(reals, call[DZ], call[K] * call[N])
+                for i in range(size, dz.size):
+                    dz[i] = 0
             elif kind == BACKWARD:
-                _backward(call, numbers, reals, count, integers, letters)
+                _backward(call, numbers, reals, count, words)
             elif kind == UPDATE:
                 if updated:
                     params, grads = _array(reals, call[OUT], call[N]), _array(reals, call[DZ], call[N])
-                    first, second = _array(reals, call[Y], call[N]), _array(reals, call[Z], call[N])
-                    own, own_factors = tensors[call[FIRST] : call[END]], tensor_factors[call[FIRST] : call[END]]
+                    states0, states1 = _array(reals, call[Y], call[N]), _array(reals, call[Z], call[N])
                     scale = 1.0 / every
-                    if rule[CLIPS]:
-                        scale *= clip_factor(grads, own, scale, rule_factors[CLIP_NORM])
-                    update_all(params, grads, first, second, own, own_factors, rule, rule_factors, hyper, scale)
+                    if integers[CLIPS]:
+                        scale *= clip_factor(grads, tensors, call[FIRST], call[END], scale, factors[CLIP_NORM])
+                    update_all(
+                        params, grads, states0, states1, tensors, tensor_factors, call[FIRST], call[END], integers,
+                        factors, hyper, scale,
+                    )  # fmt: skip
             elif kind == PENALTY:
                 if shares != 0.0:
-                    size = call[N] * call[K]
                     pull = numbers[STRENGTH] / shares
-                    squares = penalise(_array(reals, call[W], size), _array(reals, call[OUT], size), pull)
+                    weights = call[N] * call[K]
+                    squares = penalise(_array(reals, call[W], weights), _array(reals, call[OUT], weights), pull)
                     stats[PENALTIES] += 0.5 * pull * squares * count
             elif kind == CLOCK:
-                advance(counters, hyper, rates, updated, stats, epoch_stats)
+                advance(counters, hyper, rates, updated, stats, epoch_stats, integers[EPOCHS])
             else:
-                _gradient(call, reals, count, begins, tensor_factors, hyper, spare, integers, letters)
+                _gradient(call, reals, count, begins, tensor_factors, hyper, words)
     restore(before)

@@ -1,22 +1,65 @@
-"""The columns of the tables that describe a step's calls, its loss and its optimizer to the compiled loop."""
+"""The columns of the tables that describe calls, their loss and their optimizer to the compiled loop."""
 
 from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
 from fusemlp_kernels.pointwise import OPTIMIZERS
 
-# What a row of the table of calls does; a call of the program is one row or several. GATHER: x[rows]; ENTROPY and
-# ELEMENTWISE: the last layer and its loss, cross-entropy or one of the others; WEIGHT, BIAS, SLOPES: a gradient.
-GATHER, FORWARD, ENTROPY, ELEMENTWISE, BACKWARD, WEIGHT, BIAS, SLOPES, PENALTY, UPDATE, CLOCK = range(11)
+# The integers are one int64 array: a head, a row of CALL_COLUMNS for each row of calls, a row of TENSOR_COLUMNS for
+# each trained tensor. The factors are one float64 array of the same order. An array is entered by its address.
 
-# A row, int64. Arrays are addresses, 0 where there is none: input, weights, bias, output, pre-activation, gradient by
-# it, what else is written; prelu's slope, the gradient by it, dropout's mask. Dropout: key, layer and threshold of its
-# random numbers. The rows of the table of tensors from FIRST to before END that an update is of; a product with
-# DESCENDS lands in the parameter, by the rate of tensor FIRST.
+# The head: the optimizer; how many rows of calls there are, and rows in the batch (COUNTED: ask the counters); the
+# control arrays, how many epochs the statistics are of, and memory for the random numbers of a row.
+(
+    OPTIMIZER,
+    DECOUPLED,
+    SKLEARN,
+    ACCUMULATE,
+    CLIPS,
+    CALLS,
+    BATCH,
+    AT_COUNTERS,
+    AT_HYPER,
+    AT_RATES,
+    AT_STATS,
+    AT_EPOCH_STATS,
+    EPOCHS,
+    AT_LANES,
+    HEAD_COLUMNS,
+) = range(15)
+MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, HEAD_FACTORS = range(6)
+COUNTED = -1
+
+# What a row of calls does; a call of the program is one row or several. GATHER: x[rows]; AFFINE and ACTIVATE: a layer;
+# ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last row; WEIGHT, BIAS, SLOPES: a
+# gradient.
+(
+    GATHER,
+    AFFINE,
+    ACTIVATE,
+    ENTROPY,
+    ELEMENTWISE,
+    PADDING,
+    BACKWARD,
+    WEIGHT,
+    BIAS,
+    SLOPES,
+    PENALTY,
+    UPDATE,
+    CLOCK,
+) = range(13)
+
+# A row. Arrays, 0 where there is none: row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
+# bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by it, dropout's mask.
+# Dropout: key, layer and threshold of its random numbers. The rows of the table of tensors from FIRST to before END
+# that an update is of; a product with DESCENDS lands in the parameter, by the rate of tensor FIRST. The loss: targets,
+# row weights, class weights (arrays), and its options.
 (
     KIND_OF_ROW,
     N,
     K,
+    ROWS,
+    WALKS,
     X,
     W,
     B,
@@ -35,23 +78,30 @@ GATHER, FORWARD, ENTROPY, ELEMENTWISE, BACKWARD, WEIGHT, BIAS, SLOPES, PENALTY, 
     FIRST,
     END,
     DESCENDS,
+    TARGET,
+    WEIGHTED,
+    CLASS_WEIGHTED,
+    KIND,
+    MEAN,
+    SOFT,
+    IGNORES,
+    IGNORED,
+    ACCURACY,
     CALL_COLUMNS,
-) = range(22)
-# ... and float64: the slope of leaky_relu, the dropout rate, the strength of a penalty
-FIXED_SLOPE, RATE, STRENGTH, CALL_FACTORS = range(4)
+) = range(33)
+# The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
+# by beside the row weights.
+FIXED_SLOPE, RATE, STRENGTH, SMOOTHING, OPTION, DIVISOR, CALL_FACTORS = range(7)
 
-# A row a trained tensor, int64 and float64
+# A row a trained tensor
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
 LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
-# The loss, int64 and float64; DIVISOR: what a mean divides by beside the row weights
-KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
-SMOOTHING, OPTION, DIVISOR, LOSS_FACTORS = range(4)
+# BLAS takes the address of every argument. Its numbers are written into the first two elements of an array of the
+# parameters' type, its integers into the first six of an int32 array; after them stand the letters that say whether a
+# factor is transposed.
+REALS, INTEGERS, LETTERS = 2, 6, [ord("N"), ord("T")]
 
-# The optimizer, int64 and float64
-OPTIMIZER, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(6)
-MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, RULE_FACTORS = range(6)
 SGD = list(OPTIMIZERS).index("sgd")
-
 IDENTITY = ACTIVATIONS.index("identity")
 CROSS_ENTROPY = LOSSES.index("cross_entropy")

@@ -10,7 +10,7 @@ from numba.extending import register_jitable
 from fusemlp_kernels.contract import LEARNING_RATE
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.pointwise_numba import update_tensor
-from fusemlp_kernels.numpy.compiled.tables import DECAY, LR_FACTOR, OFFSET, SIZE
+from fusemlp_kernels.numpy.compiled.tables import DECAY, LR_FACTOR, OFFSET, SIZE, TENSOR_COLUMNS, TENSOR_FACTORS
 
 
 @register_jitable(**REDUCTION)
@@ -34,25 +34,26 @@ def penalise(p: Any, g: Any, strength: float) -> float:
 
 
 @register_jitable(**EXACT)
-def clip_factor(grads: Any, tensors: Any, scale: float, limit: float) -> float:
-    """What clipping multiplies the gradients by, which ``scale`` multiplies already; NaN where one is NaN."""
+def clip_factor(grads: Any, tensors: Any, first: int, end: int, scale: float, limit: float) -> float:
+    """What clipping multiplies the gradients of tensors ``first`` to before ``end`` by, which ``scale`` multiplies
+    already; NaN where one is NaN."""
     total = 0.0
-    for t in range(len(tensors)):
-        start = tensors[t, OFFSET]
-        total += _squares(grads[start : start + tensors[t, SIZE]], 1.0)
+    for t in range(first, end):
+        start, size = tensors[t * TENSOR_COLUMNS + OFFSET], tensors[t * TENSOR_COLUMNS + SIZE]
+        total += _squares(grads[start : start + size], 1.0)
     norm = math.sqrt(total)
     if math.isinf(norm):
         # the squares overflowed, perhaps not the norm
         largest = 0.0
-        for t in range(len(tensors)):
-            start = tensors[t, OFFSET]
-            for i in range(start, start + tensors[t, SIZE]):
+        for t in range(first, end):
+            start, size = tensors[t * TENSOR_COLUMNS + OFFSET], tensors[t * TENSOR_COLUMNS + SIZE]
+            for i in range(start, start + size):
                 largest = max(largest, abs(grads[i]))
         if not math.isinf(largest):
             total = 0.0
-            for t in range(len(tensors)):
-                start = tensors[t, OFFSET]
-                total += _squares(grads[start : start + tensors[t, SIZE]], largest)
+            for t in range(first, end):
+                start, size = tensors[t * TENSOR_COLUMNS + OFFSET], tensors[t * TENSOR_COLUMNS + SIZE]
+                total += _squares(grads[start : start + size], largest)
             norm = largest * math.sqrt(total)
     factor = limit / (norm * scale + 1e-6)
     return 1.0 if factor > 1.0 else factor
@@ -60,19 +61,19 @@ def clip_factor(grads: Any, tensors: Any, scale: float, limit: float) -> float:
 
 @register_jitable(**ELEMENTWISE)
 def update_all(
-    params: Any, grads: Any, first: Any, second: Any, tensors: Any, tensor_factors: Any, rule: Any, factors: Any,
-    hyper: Any, scale: float,
+    params: Any, grads: Any, states0: Any, states1: Any, tensors: Any, tensor_factors: Any, first: int, end: int,
+    rule: Any, factors: Any, hyper: Any, scale: float,
 ) -> None:  # fmt: skip
-    """Every trained tensor from its gradient times ``scale``; grads is written to."""
+    """Tensors ``first`` to before ``end`` from their gradients times ``scale``; grads is written to."""
     real = params.dtype.type
-    for t in range(len(tensors)):
-        start = tensors[t, OFFSET]
-        stop = start + tensors[t, SIZE]
+    for t in range(first, end):
+        start = tensors[t * TENSOR_COLUMNS + OFFSET]
+        stop = start + tensors[t * TENSOR_COLUMNS + SIZE]
         p, g = params[start:stop], grads[start:stop]
-        rate = hyper[LEARNING_RATE] * tensor_factors[t, LR_FACTOR]
-        decay = tensor_factors[t, DECAY]
+        rate = hyper[LEARNING_RATE] * tensor_factors[t * TENSOR_FACTORS + LR_FACTOR]
+        decay = tensor_factors[t * TENSOR_FACTORS + DECAY]
         if scale != 1.0:
             times = real(scale)
             for i in range(g.size):
                 g[i] *= times
-        update_tensor(p, g, first[start:stop], second[start:stop], rate, decay, rule, factors, hyper)
+        update_tensor(p, g, states0[start:stop], states1[start:stop], rate, decay, rule, factors, hyper)

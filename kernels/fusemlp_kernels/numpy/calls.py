@@ -1,0 +1,352 @@
+"""The calls of the contract as rows of a table for the compiled loop: one call by itself, or those of a training step.
+
+Every function enters the operands of an op and returns the number of rows in the batch, COUNTED where counters has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusemlp_kernels.contract import (
+    ACTIVATIONS,
+    LOSSES,
+    NEEDS_Z,
+    Dropout,
+    LossSpec,
+    Ridge,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.errors import ArgumentError, unknown_name
+from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.tables import Array, Run, Table
+from fusemlp_kernels.ops import hands_on
+from fusemlp_kernels.philox import seed_key, threshold
+
+Operands = Mapping[str, Any]
+
+
+def _code(what: str, name: str, known: Sequence[str]) -> int:
+    if name not in known:
+        raise unknown_name(what, name, known)
+    return known.index(name)
+
+
+def _activation(
+    table: Table, activation: str, slope: float, slope_param: Array | None, dslope: Array | None
+) -> tuple[dict[str, Any], dict[int, float]]:
+    """The columns and numbers of an activation."""
+    code = _code("activation", activation, ACTIVATIONS)
+    table.names.add(activation.upper())
+    return {"ACTIVATION": code, "SLOPE": slope_param, "DSLOPE": dslope}, {t.FIXED_SLOPE: float(slope)}
+
+
+def _dropout(table: Table, dropout: Dropout | None, keep: Array | None) -> tuple[dict[str, Any], dict[int, float]]:
+    """The columns and numbers of dropout."""
+    if dropout is None:
+        return {}, {}
+    table.names.add("KEEP")
+    low, high = seed_key(dropout.seed)
+    columns = {"KEEP": keep, "KEY_LOW": low, "KEY_HIGH": high, "MASK_LAYER": dropout.layer}
+    return columns | {"THRESHOLD": threshold(dropout.rate)}, {t.RATE: dropout.rate}
+
+
+def _rows(rows: Array | None, count: int) -> dict[str, Any]:
+    """The columns of row numbers: those given, of which the counters know the first, or all in order."""
+    return {"ROWS": np.arange(count) if rows is None else rows, "WALKS": rows is not None}
+
+
+def _linear(
+    table: Table,
+    *,
+    x: Array,
+    w: Array,
+    b: Array,
+    y: Array,
+    activation: str,
+    slope: float = 0.0,
+    slope_param: Array | None = None,
+    z: Array | None = None,
+    rows: Array | None = None,
+    gathered: Array | None = None,
+    dropout: Dropout | None = None,
+    counters: Array | None = None,
+    keep: Array | None = None,
+) -> int:
+    columns, numbers = _activation(table, activation, slope, slope_param, None)
+    dropped, rates = _dropout(table, dropout, keep)
+    if activation not in NEEDS_Z:
+        z = y
+    elif z is None:
+        z = table.scratch(*y.shape)
+    if rows is not None:
+        table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **_rows(rows, len(y)))
+        x = gathered
+    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, W=w, B=b, Z=z)
+    if activation != "identity" or dropout is not None:
+        table.add("ACTIVATE", numbers | rates, N=len(w), Y=y, Z=z, **columns, **dropped)
+    table.control(counters)
+    return len(y)
+
+
+def _loss_grad(
+    table: Table,
+    fresh: bool = False,
+    *,
+    z: Array,
+    dz: Array | None,
+    target: Array,
+    counters: Array,
+    stats: Array,
+    loss: LossSpec,
+    activation: str = "identity",
+    slope: float = 0.0,
+    slope_param: Array | None = None,
+    dslope: Array | None = None,
+    weight: Array | None = None,
+    class_weight: Array | None = None,
+    rows: Array | None = None,
+    target_rows: Array | None = None,
+    weight_rows: Array | None = None,
+    ridge: Ridge | None = None,
+    shares: Array | None = None,
+) -> int:
+    """``fresh``: z is neither dz nor read later."""
+    # targets and weights are read through the rows, and the shares stay in a register
+    del target_rows, weight_rows, shares
+    kind = _code("loss: kind", loss.kind, LOSSES)
+    entropy = loss.kind == "cross_entropy"
+    if entropy and activation != "identity":
+        raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
+    table.control(counters, stats)
+    count, outputs = z.shape
+    columns, numbers = _activation(table, activation, slope, slope_param, dslope)
+    y = z
+    if not entropy:
+        if not fresh:
+            # dz is written before z has been read
+            own = table.scratch(count, outputs)
+            table.add("GATHER", X=z, OUT=own, K=outputs, **_rows(None, count))
+            y = z = own
+        if activation in NEEDS_Z:
+            y = table.scratch(count, outputs)
+        if activation != "identity":
+            table.add("ACTIVATE", numbers, N=outputs, Y=y, Z=z, **columns)
+    table.names |= {loss.kind.upper(), "SOFT" if loss.soft else "", "WEIGHTED" if weight is not None else ""}
+    table.names.add("CLASS_WEIGHTED" if class_weight is not None else "")
+    divisor = (1.0 if entropy else float(outputs)) if ridge is None or ridge.divisor is None else ridge.divisor
+    numbers |= {t.SMOOTHING: loss.label_smoothing, t.OPTION: loss.option, t.DIVISOR: divisor}
+    table.add(
+        "ENTROPY" if entropy else "ELEMENTWISE", numbers, N=outputs, Y=y, Z=z,
+        DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=loss.reduction == "mean",
+        SOFT=loss.soft, IGNORES=loss.ignore_index is not None, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
+        TARGET=target, WEIGHTED=weight, CLASS_WEIGHTED=class_weight, **columns, **_rows(rows, count),
+    )  # fmt: skip
+    if dz is not None:
+        table.add("PADDING", N=outputs, K=count, DZ=dz)
+    return t.COUNTED
+
+
+@hands_on(_loss_grad)
+def _linear_loss_grad(
+    table: Table,
+    *,
+    x: Array,
+    w: Array,
+    b: Array,
+    dz: Array | None,
+    x_rows: Array | None = None,
+    gathered: Array | None = None,
+    **loss_operands: Any,
+) -> int:
+    count = len(x) if gathered is None else len(gathered)
+    if x_rows is not None:
+        table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **_rows(x_rows, count))
+        x = gathered
+    z = table.scratch(count, len(w))
+    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, W=w, B=b, Z=z)
+    return _loss_grad(table, True, z=z, dz=dz, **loss_operands)
+
+
+def _grad_input(
+    table: Table,
+    *,
+    dz: Array,
+    w: Array,
+    y: Array,
+    dz_prev: Array,
+    activation: str,
+    slope: float = 0.0,
+    slope_param: Array | None = None,
+    z: Array | None = None,
+    dslope: Array | None = None,
+    dropout: Dropout | None = None,
+    counters: Array | None = None,
+    keep: Array | None = None,
+) -> int:
+    columns, numbers = _activation(table, activation, slope, slope_param, dslope)
+    dropped, rates = _dropout(table, dropout, keep)
+    table.add(
+        "BACKWARD", numbers | rates, N=len(w), K=w.shape[1], DZ=dz, W=w, Y=y, Z=y if z is None else z, OUT=dz_prev,
+        **columns, **dropped,
+    )  # fmt: skip
+    table.control(counters)
+    return len(dz_prev)
+
+
+def _gradients(table: Table, layer: Operands, w: Array | None, b: Array | None, **columns: Any) -> None:
+    """The gradients by a layer's weights and bias into w and b; None is left out."""
+    # ``linear`` has gathered what is read by row number
+    x = layer["x"] if layer.get("rows") is None else layer["gathered"]
+    if w is not None:
+        table.add("WEIGHT", N=len(w), K=w.shape[1], X=x, DZ=layer["dz"], OUT=w, **columns)
+    if b is not None:
+        table.add("BIAS", N=len(b), DZ=layer["dz"], OUT=b, **columns)
+
+
+def _batch(layers: Sequence[Operands]) -> int:
+    return max((len(layer["dz"]) for layer in layers), default=0)
+
+
+def _grad_weight(
+    table: Table, *, layers: Sequence[Operands], rule: UpdateRule, counters: Array, slopes: Sequence[Operands] = ()
+) -> int:
+    for layer in layers:
+        _gradients(table, layer, layer["dw"], layer["db"])
+    for slope in slopes:
+        table.add("SLOPES", N=1, DZ=slope["dslope"], OUT=slope["grad"])
+    table.accumulate(rule, counters)
+    return _batch(layers)
+
+
+def _grad_weight_update(
+    table: Table,
+    *,
+    layers: Sequence[Operands],
+    rule: UpdateRule,
+    hyper: Array,
+    rates: Array,
+    counters: Array,
+    slopes: Sequence[Operands] = (),
+) -> int:
+    if rule.clip_norm is not None or rule.accumulate != 1:
+        raise ArgumentError(
+            "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
+        )
+    # with nothing else to do with the gradient the product lands in the parameter
+    direct = rule.code == t.SGD
+
+    def descend(param: Array, state: Sequence[Array], own: TensorRule, gradient: Callable[..., None]) -> None:
+        if direct:
+            gradient(param, FIRST=table.tensor(own), DESCENDS=True)
+            return
+        grad = table.scratch(*param.shape)
+        gradient(grad)
+        at = table.tensor(own, 0, param.size)
+        _add_update(table, param, grad, state, at, at + 1)
+
+    for layer in layers:
+        for name in "wb":
+            if layer[name] is not None:
+
+                def gradient(out: Array, layer: Operands = layer, name: str = name, **columns: Any) -> None:
+                    _gradients(table, layer, *((out, None) if name == "w" else (None, out)), **columns)
+
+                descend(layer[name], layer[f"{name}_state"], layer[f"{name}_rule"], gradient)
+    for slope in slopes:
+
+        def by_slope(out: Array, slope: Operands = slope, **columns: Any) -> None:
+            table.add("SLOPES", N=1, DZ=slope["dslope"], OUT=out, **columns)
+
+        descend(slope["param"], slope["state"], slope["rule"], by_slope)
+    _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
+    return _batch(layers)
+
+
+def _add_update(table: Table, params: Array, grads: Array, states: Sequence[Array], first: int, end: int) -> None:
+    # an optimizer without state reads none
+    one, two = (*states, params, params)[:2]
+    table.add("UPDATE", N=params.size, OUT=params, DZ=grads, Y=one, Z=two, FIRST=first, END=end)
+
+
+def _update(
+    table: Table,
+    *,
+    params: Array,
+    grads: Array,
+    states: Sequence[Array],
+    segments: Sequence[Segment],
+    rule: UpdateRule,
+    hyper: Array,
+    rates: Array,
+    counters: Array,
+) -> int:
+    first = end = 0
+    for index, segment in enumerate(segments):
+        end = table.tensor(segment.rule, segment.offset, segment.size) + 1
+        first = first if index else end - 1
+    _add_update(table, params, grads, states, first, end)
+    return _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
+
+
+def _penalty(
+    table: Table, *, layers: Sequence[Operands], ridge: Ridge, shares: Array, counters: Array, stats: Array
+) -> int:
+    del shares, counters, stats
+    for layer in layers:
+        w = layer["w"]
+        table.add("PENALTY", {t.STRENGTH: ridge.strength}, N=len(w), K=w.shape[1], W=w, OUT=layer["dw"])
+    return t.COUNTED
+
+
+def _advance(table: Table, *, rule: UpdateRule, hyper: Array, rates: Array, counters: Array) -> int:
+    table.clock(rule, hyper, rates, counters)
+    table.add("CLOCK")
+    return 0
+
+
+ENTRIES: dict[str, Callable[..., int]] = {
+    "linear": _linear,
+    "loss_grad": _loss_grad,
+    "linear_loss_grad": _linear_loss_grad,
+    "grad_input": _grad_input,
+    "grad_weight": _grad_weight,
+    "grad_weight_update": _grad_weight_update,
+    "update": _update,
+    "advance": _advance,
+}
+
+
+def bind_call(real: Any, op: str, operands: Operands) -> Run:
+    """A call by itself."""
+    table = Table(real)
+    return table.bind(ENTRIES[op](table, **table.operands(op, operands)))
+
+
+def bind_train_resident(
+    real: Any,
+    *,
+    calls: Sequence[tuple[str, Operands]],
+    rows: Array | None,
+    batch: int,
+    arenas: Mapping[str, Array],
+    epoch_stats: Array | None = None,
+) -> Run:
+    """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
+    del arenas, rows, batch
+    output = next((operands for op, operands in calls if op == "linear_loss_grad"), None)
+    if output is None or "rule" not in calls[-1][1]:
+        raise ArgumentError(
+            "train_resident: calls: expected those of a training step, with linear_loss_grad and last what advances "
+            f"the clock, got {', '.join(op for op, _ in calls)}"
+        )
+    table = Table(real)
+    for op, operands in calls:
+        enter = _penalty if op == "penalty" else ENTRIES[op]
+        enter(table, **table.operands(op, operands))
+    table.control(output["counters"], output["stats"], epoch_stats)
+    return table.bind(t.COUNTED, exactly=True)
