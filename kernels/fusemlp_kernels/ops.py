@@ -294,6 +294,12 @@ OPS = {op.name: op for op in (
         Operand("batch", note="M, the rows of a step"),
         _ARENAS,
         _HISTORY,
+        Operand("arrays", optional=True, note="those of the calls by name, for backends on the host"),
+        Operand(
+            "memo", optional=True,
+            note="a dict that stays with calls which differ in nothing but their arrays: what is kept in it makes "
+            "binding them again cheap",
+        ),
     )),
     Op("train_fleet",
         "train_resident of several models in one launch; the bound callable is told the steps of each model, and "

@@ -177,6 +177,11 @@ class Program:
     compute_bytes: int | None = None
     resident: bool = False
 
+    @cached_property
+    def memo(self) -> dict[str, Any]:
+        """What a backend keeps to bind the program faster to the arrays of another model."""
+        return {}
+
     def item_bytes(self, dtype: str) -> int:
         """Bytes of an element."""
         if dtype == "compute" and self.compute_bytes is not None:

@@ -55,15 +55,16 @@ class BoundProgram:
         self.chunk = UNINTERRUPTED
         self.calls: tuple[Callable[..., object], ...]
         if self._resident:
-            batch = program.values["rows"].shape[0]
-            rows, epoch_stats = self.arrays["rows"], self.arrays.get("epoch_stats")
             loop = {
                 "calls": resolved,
-                "rows": rows,
-                "batch": batch,
+                "rows": self.arrays.get("rows"),
+                # without row numbers the data is the batch
+                "batch": program.values["rows" if "rows" in program.values else "x"].shape[0],
                 "arenas": memory.arenas,
-                "epoch_stats": epoch_stats,
+                "epoch_stats": self.arrays.get("epoch_stats"),
             }
+            if backend.traits.on_host:
+                loop |= {"arrays": self.arrays, "memo": program.memo}
             self.calls = (backend.bind("train_resident", **loop),)
             self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
         else:

@@ -227,7 +227,7 @@ class Session(Predicting):
 
         With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
         gradients in the engine's memory. With ``resident_batches`` the steps run in one loop, over rows of ``epochs``
-        epochs of this many batches, with ``ridge`` as a penalty beside the loss.
+        epochs of this many batches, or over the data as the batch, with ``ridge`` as a penalty beside the loss.
         """
         arrays = dict(given)
         if self._class_weight is not None:
@@ -235,7 +235,7 @@ class Session(Predicting):
         resident = resident_batches is not None
         if resident_batches is not None:
             allocate = self._backend.allocate
-            if "rows" not in arrays:
+            if inputs.indexed and "rows" not in arrays:
                 arrays["rows"] = allocate(epochs * resident_batches * batch_size, "int64")
             if epochs > 1:
                 epoch_stats = allocate(epochs * STATS, "float64")
@@ -296,8 +296,7 @@ class Session(Predicting):
         self._rates.cover(self._step_schedule, 1)
         copy = self._backend.copy_into
         arrays = bound.arrays
-        if self._backend.traits.walks_rows:
-            arrays["counters"][ROW_STEP] = 0
+        arrays["counters"][ROW_STEP] = 0
         for name, array in (("x", x), ("target", targets.values), ("weight", weight)):
             if array is not None:
                 copy(arrays[name][:count], array)
@@ -333,7 +332,10 @@ class Session(Predicting):
         if key not in self._staged:
             inputs = Inputs(self.batch_size, weighted=weighted, class_weighted=self._class_weight is not None)
             spec = self.loss.spec(accuracy=False, soft=soft)
-            self._staged[key] = self.bind(inputs, spec, self.optimizer.rule(), self.batch_size, {})
+            # on a GPU the resident kernel is for many steps
+            batches = 1 if self.plan == "resident" and self._backend.traits.on_host else None
+            rule = self.optimizer.rule()
+            self._staged[key] = self.bind(inputs, spec, rule, self.batch_size, {}, resident_batches=batches)
         return self._staged[key]
 
     def state_dict(self) -> dict[str, Array]:

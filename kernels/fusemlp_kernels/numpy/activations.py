@@ -26,16 +26,16 @@ def activate(name: str, y: Array, z: Array, slope: Any) -> list[Callable[[], obj
     """
     if name not in pointwise.ACTIVATIONS:
         raise unknown_name("activation", name, pointwise.ACTIVATIONS)
+    lines = pointwise.lines(pointwise.ACTIVATIONS[name].value, "y")
     rows, columns = y.shape
     height = max(1, BLOCK // max(columns, 1))
     scratch: list[Array] = []
     passes: list[Callable[[], object]] = []
     for start in range(0, rows if columns else 0, height):
-        block = slice(start, start + height)
-        bound = _Passes({"z": z[block], "slope": slope}, scratch)
-        lines = pointwise.lines(pointwise.ACTIVATIONS[name].value, "y")
+        out = y[start : start + height]
+        bound = _Passes({"z": out if z is y else z[start : start + height], "slope": slope}, scratch)
         for line, value in lines:
-            bound.values[line] = bound.of(value, y[block] if line == "y" else None)
+            bound.values[line] = bound.of(value, out if line == "y" else None)
         passes += bound.runs
     return passes
 

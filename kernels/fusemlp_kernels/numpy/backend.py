@@ -13,7 +13,7 @@ from fusemlp_kernels.numpy.calls import ENTRIES, bind_call, bind_train_resident
 from fusemlp_kernels.numpy.libraries import mkl
 from fusemlp_kernels.numpy.linear import bind_linear
 from fusemlp_kernels.numpy.tables import Array, Run, Table, copied
-from fusemlp_kernels.ops import check_names
+from fusemlp_kernels.ops import OPS, check_names
 
 BINDERS: dict[str, Callable[..., Any]] = {**ENTRIES, "train_resident": bind_train_resident}
 # Arrays start at multiples of this.
@@ -101,7 +101,7 @@ class NumpyBackend:
         if op != "linear" or operands.get("dropout") is not None:
             return bind_call(real, op, operands)
         table = Table(real)
-        return copied(bind_linear(**table.operands(op, operands)), table.before, table.after)
+        return copied(bind_linear(**table.operands(operands, OPS[op].by_name)), table.before, table.after)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""

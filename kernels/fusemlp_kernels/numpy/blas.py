@@ -11,6 +11,7 @@ threads for.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,7 @@ def bind_product(y: Array, x: Array, w: Array) -> Callable[[], object]:
     kind, (rows, outputs), inputs = y.dtype.char, y.shape, w.shape[1]
     library = mkl() if y.size * inputs > LARGE else None
     if library is None:
-        gemm, first, second, into = _GEMM[kind], w.T, x.T, y.T
-        return lambda: gemm(1.0, first, second, 1.0, into, 1, 0, 1)
+        return functools.partial(_GEMM[kind], 1.0, w.T, x.T, 1.0, y.T, 1, 0, 1)
     name, number = _ROUTINES[kind]
     integers, one = (ctypes.c_int * 3)(outputs, rows, inputs), number(1.0)
     n, m, k = (ctypes.addressof(integers) + 4 * at for at in range(3))

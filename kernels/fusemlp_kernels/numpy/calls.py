@@ -23,8 +23,8 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.tables import Array, Run, Table
-from fusemlp_kernels.ops import hands_on
+from fusemlp_kernels.numpy.tables import Array, Form, Run, Table
+from fusemlp_kernels.ops import OPS, hands_on
 from fusemlp_kernels.philox import seed_key, threshold
 
 Operands = Mapping[str, Any]
@@ -324,7 +324,7 @@ ENTRIES: dict[str, Callable[..., int]] = {
 def bind_call(real: Any, op: str, operands: Operands) -> Run:
     """A call by itself."""
     table = Table(real)
-    return table.bind(ENTRIES[op](table, **table.operands(op, operands)))
+    return table.bind(ENTRIES[op](table, **table.operands(operands, OPS[op].by_name)))
 
 
 def bind_train_resident(
@@ -335,9 +335,15 @@ def bind_train_resident(
     batch: int,
     arenas: Mapping[str, Array],
     epoch_stats: Array | None = None,
+    arrays: Mapping[str, Array] | None = None,
+    memo: dict[str, Any] | None = None,
 ) -> Run:
     """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
     del arenas, rows, batch
+    if memo and arrays is not None:
+        run = memo["form"].bind(arrays, epoch_stats)
+        if run is not None:
+            return run
     output = next((operands for op, operands in calls if op == "linear_loss_grad"), None)
     if output is None or "rule" not in calls[-1][1]:
         raise ArgumentError(
@@ -347,6 +353,12 @@ def bind_train_resident(
     table = Table(real)
     for op, operands in calls:
         enter = _penalty if op == "penalty" else ENTRIES[op]
-        enter(table, **table.operands(op, operands))
-    table.control(output["counters"], output["stats"], epoch_stats)
-    return table.bind(t.COUNTED, exactly=True)
+        enter(table, **table.operands(operands, OPS[op].by_name))
+    table.control(output["counters"], output["stats"])
+    if epoch_stats is not None:
+        table.enter(t.AT_EPOCH_STATS, epoch_stats)
+        table.integers[t.EPOCHS] = len(epoch_stats)
+    run = table.bind(t.COUNTED, exactly=True)
+    if memo is not None and arrays is not None and not table.converts:
+        memo["form"] = Form(table, arrays)
+    return run

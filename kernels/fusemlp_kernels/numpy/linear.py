@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -34,32 +35,31 @@ def bind_linear(
         z = y
     elif z is None:
         z = np.empty_like(y)
-    passes = activate(activation, y, z, slope if slope_param is None else slope_param)
-    batch, source, into = len(y), x, gathered
-    if rows is not None:
-        assert into is not None
-        x = into
-    multiply = bind_product(z, x, w) if z.size and x.shape[1] else None
+    runs: list[Callable[[], object]] = []
+    if rows is not None and len(y):
+        assert gathered is not None
+        runs.append(functools.partial(_gather, x, rows, counters, gathered))
+        x = gathered
+    runs.append(functools.partial(np.copyto, z, b))
+    if z.size and x.shape[1]:
+        runs.append(bind_product(z, x, w))
+    runs += activate(activation, y, z, slope if slope_param is None else slope_param)
 
     def linear() -> None:
-        if rows is not None and batch:
-            offset = 0 if counters is None else int(counters[ROW_OFFSET])
-            _take(source, rows[offset : offset + batch], x)
-        np.copyto(z, b)
-        if multiply is not None:
-            multiply()
-        for one in passes:
-            one()
+        for run in runs:
+            run()
 
     return linear
 
 
-def _take(source: Array, rows: Array, out: Array) -> None:
-    """``out = source[rows]``, zeros in the rows that are padding (-1, and last)."""
-    if not len(source):
+def _gather(x: Array, rows: Array, counters: Array | None, out: Array) -> None:
+    """The rows of the batch, zeros for those that are padding (-1, and last)."""
+    if not len(x):
         out.fill(0)
         return
+    start = 0 if counters is None else int(counters[ROW_OFFSET])
+    rows = rows[start : start + len(out)]
     # mode "clip": with "raise" NumPy would buffer the output; the rows are checked where they are made
-    np.take(source, rows, 0, out, "clip")
+    np.take(x, rows, 0, out, "clip")
     if rows[-1] < 0:
         out[int(rows.argmin()) :] = 0

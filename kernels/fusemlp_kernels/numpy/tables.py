@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, LOSSES, TensorRule, UpdateRule
 from fusemlp_kernels.errors import MissingLibraryError
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.ops import OPS, READ, Operand
+from fusemlp_kernels.ops import READ, Operand
 from fusemlp_kernels.philox import LANES, radix, seed_key
 from fusemlp_kernels.pointwise import OPTIMIZERS
 
@@ -35,6 +36,9 @@ NAMES = frozenset(
         *OPTIMIZER_NAMES,
     }
 )
+
+# Where the columns of a row are.
+COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, int)}
 
 # Set, one loop for all tables is compiled, once; unset, each kind of table compiles what it uses, in less time.
 WHOLE_LOOP = "FUSEMLP_WHOLE_LOOP"
@@ -90,49 +94,48 @@ class Table:
 
     def __init__(self, real: Any) -> None:
         self.real = np.dtype(real)
-        self.types = {"real": self.real, "compute": self.real}
-        self.head, self.head_factors = [0] * t.HEAD_COLUMNS, [0.0] * t.HEAD_FACTORS
-        self.head[t.ACCUMULATE] = 1
-        self.rows: list[list[int]] = []
-        self.factors: list[list[float]] = []
+        # the head, then the rows of calls
+        self.integers, self.factors = [0] * t.HEAD_COLUMNS, [0.0] * t.HEAD_FACTORS
+        self.integers[t.ACCUMULATE] = 1
         self.tensors: list[int] = []
         self.tensor_factors: list[float] = []
-        # holds on to the arrays whose addresses are in the tables
-        self.kept: list[Array] = []
+        # by their identity the arrays that are entered, their addresses, and where these stand; scratch among them
+        self.kept: dict[int, tuple[Array, int, list[int]]] = {}
+        self.made: dict[int, Array] = {}
         self.widest = 1
         self.names: set[str] = set()
+        # whether arrays are copied; copies that follow an operand, and (destination, source) before and after a run
+        self.converts = False
         self.copies: dict[Any, Array] = {}
-        # (destination, source)
         self.before: list[tuple[Array, Array]] = []
         self.after: list[tuple[Array, Array]] = []
 
-    def operands(self, op: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def operands(self, given: Mapping[str, Any], records: Mapping[str, Operand]) -> dict[str, Any]:
         """The operands of a call as contiguous arrays of the types that its record says."""
-        return self._fields(OPS[op].operands, given, given.get("loss"))
-
-    def _fields(self, records: Sequence[Operand], given: Mapping[str, Any], loss: Any = None) -> dict[str, Any]:
         found = dict(given)
-        for record in records:
-            value = given.get(record.name)
-            if value is None:
-                continue
-            if record.fields:
-                found[record.name] = [self._fields(record.fields, one) for one in value]
-            elif record.several:
-                found[record.name] = tuple([self._array(record, array) for array in value])
-            elif isinstance(value, np.ndarray):
-                classes = record.shape == "target" and loss.kind == "cross_entropy" and not loss.soft
-                once = bool(record.rows) and given.get(record.rows) is not None
-                found[record.name] = self._array(record, value, "int64" if classes else record.dtype, once=once)
+        for name, value in given.items():
+            if isinstance(value, np.ndarray):
+                found[name] = self._array(records[name], value, given)
+            elif isinstance(value, list | tuple):
+                if records[name].several:
+                    found[name] = tuple([self._array(records[name], array, given) for array in value])
+                elif records[name].fields:
+                    fields = {field.name: field for field in records[name].fields}
+                    found[name] = [self.operands(one, fields) for one in value]
         return found
 
-    def _array(self, record: Operand, array: Array, dtype: str = "", *, once: bool = False) -> Array:
-        """The array, or a copy that follows it; ``once``: data, which does not change."""
-        wanted = self.types.get(dtype or record.dtype) or np.dtype(dtype or record.dtype)
-        flags = array.flags
+    def _array(self, record: Operand, array: Array, given: Mapping[str, Any]) -> Array:
+        """The array, or a copy that follows it."""
+        wanted, flags = self.real, array.flags
+        if record.dtype not in ("real", "compute"):
+            wanted = np.dtype(record.dtype)
+        elif record.shape == "target" and given["loss"].kind == "cross_entropy" and not given["loss"].soft:
+            wanted = np.dtype(np.int64)
         if array.dtype == wanted and flags.c_contiguous and flags.aligned:
             return array
-        if once:
+        self.converts = True
+        if record.rows and given.get(record.rows) is not None:
+            # data, which does not change
             return np.require(array, wanted, ("C", "A"))
         # operands may be one array
         key = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
@@ -145,26 +148,34 @@ class Table:
         return copy
 
     def add(self, kind: str, numbers: Mapping[int, float] | None = None, **columns: Any) -> None:
-        """A row; arrays among its columns are entered by their address."""
-        row, factors = [0] * t.CALL_COLUMNS, [0.0] * t.CALL_FACTORS
+        """A row of calls; arrays among its columns are entered by their address."""
+        start, first = len(self.integers), len(self.factors)
+        self.integers += [0] * t.CALL_COLUMNS
+        self.factors += [0.0] * t.CALL_FACTORS
         self.names.add(kind)
-        row[t.KIND_OF_ROW] = getattr(t, kind)
+        self.integers[start + t.KIND_OF_ROW] = COLUMNS[kind]
         for name, value in columns.items():
-            row[getattr(t, name)] = self.address(value) if isinstance(value, np.ndarray) else int(value or 0)
+            if isinstance(value, np.ndarray):
+                self.enter(start + COLUMNS[name], value)
+            elif value is not None:
+                self.integers[start + COLUMNS[name]] = int(value)
         for column, number in (numbers or {}).items():
-            factors[column] = number
-        self.widest = max(self.widest, row[t.N])
-        self.rows.append(row)
-        self.factors.append(factors)
+            self.factors[first + column] = number
+        self.widest = max(self.widest, self.integers[start + t.N])
 
-    def address(self, array: Array) -> int:
-        """The address of a contiguous array."""
-        self.kept.append(array)
-        return int(array.__array_interface__["data"][0])
+    def enter(self, place: int, array: Array) -> None:
+        """Enter the address of a contiguous array, which is kept from now on."""
+        key = id(array)
+        if key not in self.kept:
+            self.kept[key] = array, array.__array_interface__["data"][0], []
+        _, self.integers[place], places = self.kept[key]
+        places.append(place)
 
-    def scratch(self, *shape: int) -> Array:
-        """Memory for a value of a batch."""
-        return np.empty(shape, self.real)
+    def scratch(self, *shape: int, dtype: Any = None) -> Array:
+        """Memory for a value of a batch, of the type of the parameters by default."""
+        made = np.empty(shape, self.real if dtype is None else dtype)
+        self.made[id(made)] = made
+        return made
 
     def tensor(self, rule: TensorRule, offset: int = 0, size: int = 0) -> int:
         """The row of a trained tensor."""
@@ -172,59 +183,114 @@ class Table:
         self.tensor_factors += (rule.lr_factor, rule.weight_decay)
         return len(self.tensors) // t.TENSOR_COLUMNS - 1
 
-    def control(self, counters: Array | None, stats: Array | None = None, epoch_stats: Array | None = None) -> None:
+    def control(self, counters: Array | None, stats: Array | None = None) -> None:
         """Enter the control arrays of a call."""
-        self.head[t.AT_COUNTERS] = self.address(np.zeros(COUNTERS, np.int64) if counters is None else counters)
+        if counters is not None or not self.integers[t.AT_COUNTERS]:
+            self.enter(t.AT_COUNTERS, np.zeros(COUNTERS, np.int64) if counters is None else counters)
         if stats is not None:
-            self.head[t.AT_STATS] = self.address(stats)
-        if epoch_stats is not None:
-            self.head[t.AT_EPOCH_STATS], self.head[t.EPOCHS] = self.address(epoch_stats), len(epoch_stats)
+            self.enter(t.AT_STATS, stats)
+
+    def accumulate(self, rule: UpdateRule, counters: Array) -> None:
+        """Enter how many batches the gradients are summed over."""
+        self.integers[t.ACCUMULATE] = rule.accumulate
+        self.control(counters)
 
     def clock(self, rule: UpdateRule, hyper: Array, rates: Array, counters: Array) -> None:
         """Enter an optimizer and the clock."""
-        head, factors = self.head, self.head_factors
+        head, factors, code = self.integers, self.factors, rule.code
         self.accumulate(rule, counters)
-        self.names.add(OPTIMIZER_NAMES[rule.code] if rule.code < len(OPTIMIZER_NAMES) else "")
-        head[t.OPTIMIZER], head[t.DECOUPLED] = rule.code, int(rule.decoupled)
-        head[t.SKLEARN], head[t.CLIPS] = int(rule.convention == "scikit-learn"), int(rule.clip_norm is not None)
+        self.names.update(OPTIMIZER_NAMES[code : code + 1])
+        head[t.OPTIMIZER], head[t.DECOUPLED], head[t.SKLEARN] = code, rule.decoupled, rule.convention == "scikit-learn"
         factors[t.MOMENTUM], factors[t.BETA1], factors[t.BETA2] = rule.momentum, rule.beta1, rule.beta2
         factors[t.EPS] = rule.eps
         if rule.clip_norm is not None:
             self.names.add("CLIPS")
-            factors[t.CLIP_NORM] = rule.clip_norm
-        head[t.AT_HYPER], head[t.AT_RATES] = self.address(hyper), self.address(rates)
-
-    def accumulate(self, rule: UpdateRule, counters: Array) -> None:
-        """Enter how many batches the gradients are summed over."""
-        self.head[t.ACCUMULATE] = rule.accumulate
-        self.control(counters)
+            head[t.CLIPS], factors[t.CLIP_NORM] = 1, rule.clip_norm
+        self.enter(t.AT_HYPER, hyper)
+        self.enter(t.AT_RATES, rates)
 
     def bind(self, batch: int, *, exactly: bool = False) -> Run:
         """``run(steps=1)`` for batches of this many rows; COUNTED: as many as the counters say.
 
         The loop is chosen now with ``exactly``, else at the first run.
         """
-        # what philox draws for a row, eight columns to two words
-        lanes = np.empty(2 * (-(-self.widest // LANES)) if "KEEP" in self.names else 0, np.uint64)
-        self.head[t.CALLS], self.head[t.BATCH], self.head[t.AT_LANES] = len(self.rows), batch, self.address(lanes)
-        arguments = (
-            np.array([*self.head, *(i for row in self.rows for i in row), *self.tensors], np.int64),
-            np.array([*self.head_factors, *(f for row in self.factors for f in row), *self.tensor_factors]),
-            np.zeros(t.REALS + self.widest, self.real),
-            np.array([0] * t.INTEGERS + t.LETTERS, np.int32),
-        )
-        names, kept = frozenset(self.names & NAMES), self.kept
-        loop = loop_for(names, exactly=True) if exactly else None
-        if not exactly:
-            _waiting.update(names)
+        self.integers[t.CALLS] = (len(self.integers) - t.HEAD_COLUMNS) // t.CALL_COLUMNS
+        self.integers[t.BATCH] = batch
+        if "KEEP" in self.names:
+            # what philox draws for a row, eight columns to two words
+            self.enter(t.AT_LANES, self.scratch(2 * (-(-self.widest // LANES)), dtype=np.uint64))
+        names = frozenset(self.names & NAMES)
+        loop = loop_for(names, exactly=True) if exactly else _later(names)
+        integers = np.frombuffer(array("q", self.integers + self.tensors), np.int64)
+        factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
+        self.bound = integers, factors, loop
+        return copied(_launch(*self.bound, self.real, self.widest, self.kept), self.before, self.after)
 
-        def run(steps: int = 1, _arrays: Sequence[Array] = kept) -> None:
-            nonlocal loop
-            if loop is None:
-                loop = loop_for(names, exactly=False)
-            loop(steps, *arguments)
 
-        return copied(run, self.before, self.after)
+def _later(names: frozenset[str]) -> Run:
+    """A loop that is chosen at its first run."""
+    _waiting.update(names)
+    loop: Run | None = None
+
+    def run(*arguments: Any) -> None:
+        nonlocal loop
+        loop = loop or loop_for(names, exactly=False)
+        loop(*arguments)
+
+    return run
+
+
+def _launch(integers: Array, factors: Array, loop: Run, real: Any, widest: int, kept: Any) -> Run:
+    reals, words = np.zeros(t.REALS + widest, real), np.array([0] * t.INTEGERS + t.LETTERS, np.int32)
+
+    # ``kept`` holds on to the arrays
+    def run(steps: int = 1, _arrays: Any = kept) -> None:
+        loop(steps, integers, factors, reals, words)
+
+    return run
+
+
+class Form:
+    """A bound table but for its arrays: those of ``arrays``, by name, are others in each model of a fleet."""
+
+    def __init__(self, table: Table, arrays: Mapping[str, Array]) -> None:
+        self._integers, self._factors, self._loop = table.bound
+        self._real, self._widest = table.real, table.widest
+        names = {id(array): name for name, array in arrays.items()}
+        # (name, type, places), (None, shape and type of scratch, places); what is left is the same for all
+        self._named: list[tuple[str, Any, list[int]]] = []
+        self._made: list[tuple[Any, list[int]]] = []
+        self._common: list[Array] = []
+        for key, (found, _, places) in table.kept.items():
+            if t.AT_EPOCH_STATS in places:
+                continue
+            if key in names:
+                self._named.append((names[key], found.dtype, places))
+            elif key in table.made:
+                self._made.append(((found.shape, found.dtype), places))
+            else:
+                self._common.append(found)
+
+    def bind(self, arrays: Mapping[str, Array], epoch_stats: Array | None) -> Run | None:
+        """What ``Table.bind`` would return for other arrays; None where the loop cannot read them in place."""
+        own = []
+        for name, dtype, places in self._named:
+            given = arrays[name]
+            if given.dtype != dtype or not given.flags.c_contiguous or not given.flags.aligned:
+                return None
+            own.append((given, places))
+        own += [(np.empty(*form), places) for form, places in self._made]
+        integers = self._integers.copy()
+        numbers = integers.data
+        numbers[t.EPOCHS] = 0
+        if epoch_stats is not None:
+            numbers[t.EPOCHS] = len(epoch_stats)
+            own.append((epoch_stats, [t.AT_EPOCH_STATS]))
+        for given, places in own:
+            address = given.__array_interface__["data"][0]
+            for place in places:
+                numbers[place] = address
+        return _launch(integers, self._factors, self._loop, self._real, self._widest, (own, self._common))
 
 
 def copied(run: Run, before: list[tuple[Array, Array]], after: list[tuple[Array, Array]]) -> Run:
