@@ -29,6 +29,9 @@ from fusemlp_kernels.philox import seed_key, threshold
 
 Operands = Mapping[str, Any]
 
+# Below this many classes the exponentials of all rows are taken in one go: a row does not fill the vector registers.
+WIDE = 64
+
 
 def _code(what: str, name: str, known: Sequence[str]) -> int:
     if name not in known:
@@ -41,7 +44,8 @@ def _activation(
 ) -> tuple[dict[str, Any], dict[int, float]]:
     """The columns and numbers of an activation."""
     code = _code("activation", activation, ACTIVATIONS)
-    table.names.add(activation.upper())
+    # the loop passes over the identity without a call
+    table.names.update({activation.upper()} - {"IDENTITY"})
     return {"ACTIVATION": code, "SLOPE": slope_param, "DSLOPE": dslope}, {t.FIXED_SLOPE: float(slope)}
 
 
@@ -49,7 +53,6 @@ def _dropout(table: Table, dropout: Dropout | None, keep: Array | None) -> tuple
     """The columns and numbers of dropout."""
     if dropout is None:
         return {}, {}
-    table.names.add("KEEP")
     low, high = seed_key(dropout.seed)
     columns = {"KEEP": keep, "KEY_LOW": low, "KEY_HIGH": high, "MASK_LAYER": dropout.layer}
     return columns | {"THRESHOLD": threshold(dropout.rate)}, {t.RATE: dropout.rate}
@@ -136,15 +139,16 @@ def _loss_grad(
             y = table.scratch(count, outputs)
         if activation != "identity":
             table.add("ACTIVATE", numbers, N=outputs, Y=y, Z=z, **columns)
-    table.names |= {loss.kind.upper(), "SOFT" if loss.soft else "", "WEIGHTED" if weight is not None else ""}
-    table.names.add("CLASS_WEIGHTED" if class_weight is not None else "")
+    table.names.add(loss.kind.upper())
     divisor = (1.0 if entropy else float(outputs)) if ridge is None or ridge.divisor is None else ridge.divisor
     numbers |= {t.SMOOTHING: loss.label_smoothing, t.OPTION: loss.option, t.DIVISOR: divisor}
+    smoothed, ignores = loss.soft or loss.label_smoothing != 0.0, loss.ignore_index is not None
     table.add(
         "ENTROPY" if entropy else "ELEMENTWISE", numbers, N=outputs, Y=y, Z=z,
         DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=loss.reduction == "mean",
-        SOFT=loss.soft, IGNORES=loss.ignore_index is not None, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
-        TARGET=target, WEIGHTED=weight, CLASS_WEIGHTED=class_weight, **columns, **_rows(rows, count),
+        SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
+        WIDE=outputs >= WIDE, TARGET=target, WEIGHTED=weight, CLASS_WEIGHTED=class_weight, **columns,
+        **_rows(rows, count),
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", N=outputs, K=count, DZ=dz)

@@ -18,7 +18,7 @@ from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, LOSSES, TensorRule, 
 from fusemlp_kernels.errors import MissingLibraryError
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.ops import READ, Operand
-from fusemlp_kernels.philox import LANES, radix, seed_key
+from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, radix, seed_key
 from fusemlp_kernels.pointwise import OPTIMIZERS
 
 Array = np.ndarray[Any, Any]
@@ -31,7 +31,8 @@ NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "PENALTY", "UPDATE"),
-        *("KEEP", "CLIPS", "SOFT", "WEIGHTED", "CLASS_WEIGHTED"),
+        *("KEEP", "CLIPS", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
+        *("DESCENDS", "SLOPE", "DSLOPE"),
         *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),
         *OPTIMIZER_NAMES,
     }
@@ -63,9 +64,9 @@ def row_order(n: int, seed: int, epoch: int) -> Array:
     """``philox.row_order``, compiled: the order of the rows in an epoch, (n,) int64."""
     with _loading:
         permute = _compiled("rows").compiled_row_order()
-    order = np.empty(n, np.int64)
+    order, a = np.empty(n, np.int64), radix(n)
     low, high = seed_key(seed)
-    permute(order, radix(n), low, high, epoch)
+    permute(order, np.empty((FEISTEL_ROUNDS, a), np.int64), np.empty((2, a), np.int64), low, high, epoch)
     return order
 
 
@@ -157,8 +158,11 @@ class Table:
         for name, value in columns.items():
             if isinstance(value, np.ndarray):
                 self.enter(start + COLUMNS[name], value)
-            elif value is not None:
+            elif value:
                 self.integers[start + COLUMNS[name]] = int(value)
+            else:
+                continue
+            self.names.add(name)
         for column, number in (numbers or {}).items():
             self.factors[first + column] = number
         self.widest = max(self.widest, self.integers[start + t.N])

@@ -8,6 +8,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.views import part
 from fusemlp_kernels.philox import KEY_STEPS, LANES, MULTIPLIERS, ROUNDS, WORD
 
 # Mixed with a signed integer, an unsigned one would become a float.
@@ -39,25 +40,24 @@ def _draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any)
 
 @register_jitable(**EXACT)
 def drop(
-    y: Any, keep: Any, scratch: Any, rows: int, columns: int, scale: float, threshold: int, low: int, high: int,
-    layer: int, batch_index: int,
+    y: Any, keep: Any, pairs: Any, lanes: Any, rows: int, columns: int, scale: float, threshold: int, low: int,
+    high: int, layer: int, batch_index: int,
 ) -> None:  # fmt: skip
     """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns).
 
-    scratch: uint64 memory of any contents, of two elements or more for each 8 columns begun.
+    pairs: memory of any contents, two uint64 for each 8 columns begun; lanes: the same memory as uint16.
     """
     real = y.dtype.type
     factor, zero = real(scale), real(0.0)
     least = np.uint32(threshold)
     k0, k1 = np.uint64(low), np.uint64(high)
     c2, c3 = np.uint64(layer) & _WORD, np.uint64(batch_index) & _WORD
-    blocks = (columns + LANES - 1) // LANES
     # the first lane is in a number's lowest bits, which are the first in memory (all that numba compiles for)
-    pairs, lanes = scratch, scratch.view(np.uint16)
+    blocks = (columns + LANES - 1) // LANES
     for i in range(rows):
         _draw(pairs, blocks, np.uint64(i) & _WORD, c2, c3, k0, k1)
         start = i * columns
-        outputs, kept_row = y[start : start + columns], keep[start : start + columns]
+        outputs, kept_row = part(y, start, columns), part(keep, start, columns)
         for j in range(np.uintp(columns)):
             kept = np.uint32(lanes[j]) >= least
             kept_row[j] = kept

@@ -9,18 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic, register_jitable
+from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET
 from fusemlp_kernels.numpy.compiled.clock import advance
-from fusemlp_kernels.numpy.compiled.denormals import denormals_as_zero, restore
+from fusemlp_kernels.numpy.compiled.denormals import AS_ZERO, read_control, write_control
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
-from fusemlp_kernels.numpy.compiled.products import backward, by_weights, column_sums, forward
+from fusemlp_kernels.numpy.compiled.products import column_sums, gemm
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
     ACTIVATE,
@@ -88,25 +86,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     Z,
 )
 from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, update_all
-from fusemlp_kernels.philox import LANES
-
-
-def _casts(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), code
-
-
-_pointer: Any = intrinsic(_casts)
-
-
-@register_jitable(**EXACT)
-def _array(like: Any, address: int, size: int) -> Any:
-    """The elements at an address, of the type of ``like``'s."""
-    return carray(_pointer(address), (size,), like.dtype)
+from fusemlp_kernels.numpy.compiled.views import elements, part
 
 
 @register_jitable(**EXACT)
@@ -114,7 +94,7 @@ def _gather(call: Any, like: Any, rows: Any, count: int) -> None:
     """``out = x[rows]``, flat (count, K); zeros where a row is -1."""
     columns = call[K]
     # of a size that no row number passes: nothing looks at it
-    x, out = _array(like, call[X], 1), _array(like, call[OUT], count * columns)
+    x, out = elements(like, call[X], 1), elements(like, call[OUT], count * columns)
     for i in range(count):
         row, start = rows[i], i * columns
         if row < 0:
@@ -126,9 +106,21 @@ def _gather(call: Any, like: Any, rows: Any, count: int) -> None:
 
 
 @register_jitable(**EXACT)
+def _affine(call: Any, like: Any, count: int, words: Any) -> None:
+    """The pre-activation, into Z."""
+    inputs, outputs = call[K], call[N]
+    z, b = elements(like, call[Z], count * outputs), elements(like, call[B], outputs)
+    for i in range(count):
+        start = i * outputs
+        for j in range(outputs):
+            z[start + j] = b[j]
+    gemm(1, 0, outputs, count, inputs, 1.0, call[W], inputs, call[X], inputs, 1.0, call[Z], outputs, words, like)
+
+
+@register_jitable(**EXACT)
 def _slope(call: Any, numbers: Any, like: Any) -> float:
     if call[SLOPE]:
-        return float(_array(like, call[SLOPE], 1)[0])
+        return float(elements(like, call[SLOPE], 1)[0])
     return numbers[FIXED_SLOPE]
 
 
@@ -136,13 +128,13 @@ def _slope(call: Any, numbers: Any, like: Any) -> float:
 def _activate(call: Any, numbers: Any, like: Any, count: int, batch_index: int, lanes: int) -> None:
     """The output of a layer from its pre-activation; lanes is an address."""
     outputs = call[N]
-    y, z = _array(like, call[Y], count * outputs), _array(like, call[Z], count * outputs)
+    y, z = elements(like, call[Y], count * outputs), elements(like, call[Z], count * outputs)
     if call[ACTIVATION] != IDENTITY:
         activate(call[ACTIVATION], y, z, _slope(call, numbers, like))
     if call[KEEP]:
-        keep = carray(_pointer(call[KEEP]), (count * outputs,), np.bool_)
+        keep = elements(np.bool_, call[KEEP], count * outputs)
         drop(
-            y, keep, carray(_pointer(lanes), (2 * ((outputs + LANES - 1) // LANES),), np.uint64), count, outputs,
+            y, keep, elements(np.uint64, lanes, 1), elements(np.uint16, lanes, 1), count, outputs,
             1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
         )  # fmt: skip
 
@@ -152,20 +144,19 @@ def _derivative(call: Any, numbers: Any, like: Any, y: Any, z: Any, dz: Any, und
     if call[ACTIVATION] != IDENTITY:
         dslope = multiply_by_derivative(call[ACTIVATION], dz, y, z, _slope(call, numbers, like), undo_scale)
         if call[DSLOPE]:
-            _array(like, call[DSLOPE], 1)[0] = dslope
+            elements(like, call[DSLOPE], 1)[0] = dslope
 
 
 @register_jitable(**EXACT)
 def _backward(call: Any, numbers: Any, like: Any, count: int, words: Any) -> None:
     """dz of the layer before."""
     inputs, outputs = call[K], call[N]
-    backward(
-        call[OUT], call[DZ], call[W], 1.0 / (1.0 - numbers[RATE]), count, inputs, outputs, words, like
-    )  # fmt: skip
-    out = _array(like, call[OUT], count * inputs)
+    scale = 1.0 / (1.0 - numbers[RATE])
+    gemm(0, 0, inputs, count, outputs, scale, call[W], inputs, call[DZ], outputs, 0.0, call[OUT], inputs, words, like)
+    out = elements(like, call[OUT], count * inputs)
     if call[KEEP]:
-        mask(out, carray(_pointer(call[KEEP]), (count * inputs,), np.bool_))
-    y, z = _array(like, call[Y], count * inputs), _array(like, call[Z], count * inputs)
+        mask(out, elements(np.bool_, call[KEEP], count * inputs))
+    y, z = elements(like, call[Y], count * inputs), elements(like, call[Z], count * inputs)
     _derivative(call, numbers, like, y, z, out, 1.0 - numbers[RATE])
 
 
@@ -183,9 +174,7 @@ def _into(out: Any, values: Any, size: int, alpha: float, beta: float) -> None:
 
 
 @register_jitable(**EXACT)
-def _gradient(
-    call: Any, like: Any, count: int, begins: bool, tensor_factors: Any, hyper: Any, words: Any
-) -> None:  # fmt: skip
+def _gradient(call: Any, like: Any, count: int, begins: bool, tensor_factors: Any, hyper: Any, words: Any) -> None:
     """The gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
     alpha, beta = 1.0, 0.0 if begins else 1.0
     if call[DESCENDS]:
@@ -194,13 +183,15 @@ def _gradient(
         beta = 1.0 + alpha * tensor_factors[start + DECAY]
     outputs = call[N]
     if call[KIND_OF_ROW] == WEIGHT:
-        by_weights(call[OUT], call[DZ], call[X], alpha, beta, count, call[K], outputs, words, like)
+        inputs = call[K]
+        out, dz, x = call[OUT], call[DZ], call[X]
+        gemm(0, 1, inputs, outputs, count, alpha, x, inputs, dz, outputs, beta, out, inputs, words, like)
     elif call[KIND_OF_ROW] == BIAS:
-        spare = like[REALS:]
-        column_sums(spare, _array(like, call[DZ], count * outputs), count, outputs)
-        _into(_array(like, call[OUT], outputs), spare, outputs, alpha, beta)
+        spare = part(like, REALS, outputs)
+        column_sums(spare, elements(like, call[DZ], count * outputs), count, outputs)
+        _into(elements(like, call[OUT], outputs), spare, outputs, alpha, beta)
     elif call[KIND_OF_ROW] == SLOPES:
-        _into(_array(like, call[OUT], 1), _array(like, call[DZ], 1), 1, alpha, beta)
+        _into(elements(like, call[OUT], 1), elements(like, call[DZ], 1), 1, alpha, beta)
 
 
 def run(steps: int, integers: Any, factors: Any, reals: Any, words: Any) -> None:
@@ -209,58 +200,59 @@ def run(steps: int, integers: Any, factors: Any, reals: Any, words: Any) -> None
     reals has the type of the parameters: two elements for ``products``, then as many as the widest layer. words are
     those of ``products``.
     """
-    before = denormals_as_zero()
+    before = read_control()
+    write_control(before | AS_ZERO)
     every, calls = integers[ACCUMULATE], integers[CALLS]
     # a size is given where something looks at it
-    counters, epoch_stats = _array(integers, integers[AT_COUNTERS], 1), _array(factors, integers[AT_EPOCH_STATS], 1)
-    hyper, rates = _array(factors, integers[AT_HYPER], 1), _array(factors, integers[AT_RATES], 1)
-    stats = _array(factors, integers[AT_STATS], 1)
+    counters, epoch_stats = elements(integers, integers[AT_COUNTERS], 1), elements(factors, integers[AT_EPOCH_STATS], 1)
+    hyper, rates = elements(factors, integers[AT_HYPER], 1), elements(factors, integers[AT_RATES], 1)
+    stats = elements(factors, integers[AT_STATS], 1)
     first_call = integers.ctypes.data + 8 * HEAD_COLUMNS
     first_factors = factors.ctypes.data + 8 * HEAD_FACTORS
-    tensors = _array(integers, first_call + 8 * CALL_COLUMNS * calls, 1)
-    tensor_factors = _array(factors, first_factors + 8 * CALL_FACTORS * calls, 1)
+    tensors = elements(integers, first_call + 8 * CALL_COLUMNS * calls, 1)
+    tensor_factors = elements(factors, first_factors + 8 * CALL_FACTORS * calls, 1)
     for _ in range(steps):
         count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
         offset, batch_index = counters[ROW_OFFSET], counters[BATCH_INDEX]
         begins, updated = batch_index % every == 0, (batch_index + 1) % every == 0
         shares = 0.0
         for at in range(calls):
-            call = _array(integers, first_call + 8 * CALL_COLUMNS * at, CALL_COLUMNS)
-            numbers = _array(factors, first_factors + 8 * CALL_FACTORS * at, CALL_FACTORS)
-            rows = _array(integers, call[ROWS] + 8 * call[WALKS] * offset, 1)
+            call = elements(integers, first_call + 8 * CALL_COLUMNS * at, CALL_COLUMNS)
+            numbers = elements(factors, first_factors + 8 * CALL_FACTORS * at, CALL_FACTORS)
+            rows = elements(integers, call[ROWS] + 8 * call[WALKS] * offset, 1)
             size, kind = count * call[N], call[KIND_OF_ROW]
             if kind == GATHER:
                 _gather(call, reals, rows, count)
             elif kind == AFFINE:
-                z, b = _array(reals, call[Z], size), _array(reals, call[B], call[N])
-                forward(z, call[X], call[W], b, count, call[K], call[N], words, reals)
+                _affine(call, reals, count, words)
             elif kind == ACTIVATE:
                 _activate(call, numbers, reals, count, batch_index, integers[AT_LANES])
             elif kind == ENTROPY:
-                labels, target = _array(integers, call[TARGET], 1), _array(reals, call[TARGET], 1)
-                weight, class_weight = _array(reals, call[WEIGHTED], 1), _array(reals, call[CLASS_WEIGHTED], 1)
+                labels, target = elements(integers, call[TARGET], 1), elements(reals, call[TARGET], 1)
+                weight, class_weight = elements(reals, call[WEIGHTED], 1), elements(reals, call[CLASS_WEIGHTED], 1)
+                z, dz = elements(reals, call[Z], size), elements(reals, call[DZ], size)
                 shares = cross_entropy(
-                    _array(reals, call[Z], size), _array(reals, call[DZ], size), labels, target, weight, class_weight,
-                    rows, count if size else 0, call[N], call, numbers, stats,
+                    z, dz, labels, target, weight, class_weight, rows, count if size else 0, call[N], call, numbers,
+                    stats,
                 )  # fmt: skip
             elif kind == ELEMENTWISE:
-                target, weight = _array(reals, call[TARGET], 1), _array(reals, call[WEIGHTED], 1)
-                y, z = _array(reals, call[Y], size), _array(reals, call[Z], size)
-                dz = _array(reals, call[DZ], size)
+                target, weight = elements(reals, call[TARGET], 1), elements(reals, call[WEIGHTED], 1)
+                y, z = elements(reals, call[Y], size), elements(reals, call[Z], size)
+                dz = elements(reals, call[DZ], size)
                 shares = elementwise(
                     y, dz, target, weight, rows, count if size else 0, call[N], call, numbers, stats
                 )  # fmt: skip
                 _derivative(call, numbers, reals, y, z, dz, 1.0)
             elif kind == PADDING:
-                dz = _array(reals, call[DZ], call[K] * call[N])
+                dz = elements(reals, call[DZ], call[K] * call[N])
                 for i in range(size, dz.size):
                     dz[i] = 0
             elif kind == BACKWARD:
                 _backward(call, numbers, reals, count, words)
             elif kind == UPDATE:
                 if updated:
-                    params, grads = _array(reals, call[OUT], call[N]), _array(reals, call[DZ], call[N])
-                    states0, states1 = _array(reals, call[Y], call[N]), _array(reals, call[Z], call[N])
+                    params, grads = elements(reals, call[OUT], call[N]), elements(reals, call[DZ], call[N])
+                    states0, states1 = elements(reals, call[Y], call[N]), elements(reals, call[Z], call[N])
                     scale = 1.0 / every
                     if integers[CLIPS]:
                         scale *= clip_factor(grads, tensors, call[FIRST], call[END], scale, factors[CLIP_NORM])
@@ -272,10 +264,10 @@ def run(steps: int, integers: Any, factors: Any, reals: Any, words: Any) -> None
                 if shares != 0.0:
                     pull = numbers[STRENGTH] / shares
                     weights = call[N] * call[K]
-                    squares = penalise(_array(reals, call[W], weights), _array(reals, call[OUT], weights), pull)
+                    squares = penalise(elements(reals, call[W], weights), elements(reals, call[OUT], weights), pull)
                     stats[PENALTIES] += 0.5 * pull * squares * count
             elif kind == CLOCK:
                 advance(counters, hyper, rates, updated, stats, epoch_stats, integers[EPOCHS])
             else:
                 _gradient(call, reals, count, begins, tensor_factors, hyper, words)
-    restore(before)
+    write_control(before)

@@ -53,7 +53,8 @@ COUNTED = -1
 # bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by it, dropout's mask.
 # Dropout: key, layer and threshold of its random numbers. The rows of the table of tensors from FIRST to before END
 # that an update is of; a product with DESCENDS lands in the parameter, by the rate of tensor FIRST. The loss: targets,
-# row weights, class weights (arrays), and its options.
+# row weights, class weights (arrays), and its options; SMOOTHED: every class of a row has a target; WIDE: a row of
+# classes fills the vector registers.
 (
     KIND_OF_ROW,
     N,
@@ -84,11 +85,13 @@ COUNTED = -1
     KIND,
     MEAN,
     SOFT,
+    SMOOTHED,
     IGNORES,
     IGNORED,
     ACCURACY,
+    WIDE,
     CALL_COLUMNS,
-) = range(33)
+) = range(35)
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
 # by beside the row weights.
 FIXED_SLOPE, RATE, STRENGTH, SMOOTHING, OPTION, DIVISOR, CALL_FACTORS = range(7)
