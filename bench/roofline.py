@@ -57,18 +57,12 @@ def bound_step(engine: Engine, case: Case) -> BoundProgram:
 
     data = make_data(case)
     backend = engine.memory.backend
-    walks = backend.traits.walks_rows
     given: dict[str, Any] = {"x": backend.from_host(data.X, "compute"), "target": backend.from_host(data.y)}
-    if walks:
-        given["rows"] = backend.allocate(case.rows, "int64")
+    given["rows"] = backend.allocate(case.rows, "int64")
     rule = engine.optimizer.rule()
     bound = engine.bind(Inputs(case.rows, indexed=True), engine.loss.spec(accuracy=True), rule, case.batch_size, given)
     engine.rates.follow(engine.optimizer.schedule.over(None))
-    if walks:
-        bound.set_rows(data.order, 0, case.batch_size)
-    else:
-        bound.arrays["rows"][:] = data.order[: case.batch_size]
-        bound.set_row_count(case.batch_size)
+    bound.set_rows(data.order, 0, case.batch_size)
     return bound
 
 

@@ -12,9 +12,8 @@ allocate scratch memory; running may not. The same callables serve the engine's 
 ``ops`` lists the operands of every op, their shapes and what is read and written. ``None`` stands for an operand that
 is left out.
 
-``train_resident`` runs the calls of a step as many times as its callable is told, and walks rows as below whatever the
-traits say; ``train_fleet``, of Triton alone, does so for several models in one launch. Besides what the calls do, stats
-sums BATCH_LOSSES and PENALTIES.
+``train_resident`` runs the calls of a step as many times as its callable is told; ``train_fleet``, of Triton alone,
+does so for several models in one launch. There stats sums BATCH_LOSSES and PENALTIES too.
 
 Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
 the learning rate and the bias corrections of the next update; if one was skipped, SKIPPED and SKIPPED_IN_A_ROW grow by
@@ -25,10 +24,9 @@ ROWS_FILLED, at most R; row 1 + i holds the learning rate and the two bias corre
 FIRST_UPDATE + i others. The clock copies the row of UPDATE_COUNT into hyper, the learning rate times hyper[RATE_SCALE].
 The last filled row stands for all updates after it, so a constant rate needs one row.
 
-A backend with ``Traits.walks_rows`` also takes ``rows`` of several batches, one behind the other: the batch is the M
-rows from counters[ROW_OFFSET] on. If counters[ROW_STEP] is not 0, the clock moves ROW_OFFSET on by it, back to 0 where
-ROW_TOTAL is reached, and sets ROW_COUNT to what is left of ROW_TOTAL, at most ROW_STEP: an epoch needs nothing from
-the host.
+``rows`` may be those of several batches, one after another: the batch is the M rows from counters[ROW_OFFSET] on. If
+counters[ROW_STEP] is not 0, the clock moves ROW_OFFSET on by it, back to 0 where ROW_TOTAL is reached, and sets
+ROW_COUNT to what is left of ROW_TOTAL, at most ROW_STEP: an epoch needs nothing from the host.
 
 Where ``rows`` has entries of -1 (padding), they come last. Labels are classes in range(N) or the ignored index: who
 binds a call checks them, a backend need not.
@@ -87,8 +85,8 @@ SKIPPED_LIMIT = 25
 # The most parts that the gradients cut a batch into.
 MOST_PARTS = 16
 # stats, float64: the last step's loss; then sums since they were last cleared: loss times normaliser (the loss itself
-# where the reduction is "sum"), normalisers, right answers and how many were asked for; by ``train_resident`` alone:
-# of each batch its loss times its rows, and its ridge times its rows
+# where the reduction is "sum"), normalisers, right answers and how many were asked for; in ``train_resident``, and
+# elsewhere perhaps: of each batch its loss times its rows, and its ridge times its rows
 LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, BATCH_LOSSES, PENALTIES, STATS = range(8)
 
 
@@ -228,8 +226,8 @@ class Traits:
     ``gathers_in_load``: x[rows] needs no workspace. ``stores_masks``: dropout masks are kept from forward to backward.
     ``widest_fused_output``: the largest N for which ``linear_loss_grad`` exists; wider outputs take two calls.
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
-    ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
-    ``split_rows``, ``split_size``: see ``batch_parts``. ``resident``: None where any network may be resident.
+    ``grad_weight`` knows the norm of what it writes. ``split_rows``, ``split_size``: see ``batch_parts``.
+    ``resident``: None where any network may be resident.
     """
 
     name: str
@@ -239,7 +237,6 @@ class Traits:
     widest_fused_output: int
     fused_updates: tuple[str, ...]
     norms_gradients: bool
-    walks_rows: bool
     split_rows: int
     split_size: int
     precisions: tuple[str, ...]

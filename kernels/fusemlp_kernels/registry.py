@@ -26,7 +26,6 @@ TRAITS = {
         widest_fused_output=256,
         fused_updates=("sgd", "adam"),
         norms_gradients=True,
-        walks_rows=True,
         split_rows=1024,
         # 128 multiprocessors with a tile of 64 x 64 each
         split_size=1 << 19,
@@ -49,7 +48,6 @@ TRAITS = {
         # plain gradient descent: the product is the update
         fused_updates=("sgd",),
         norms_gradients=True,
-        walks_rows=True,
         # cuBLAS cuts a long batch by itself
         split_rows=0,
         split_size=0,
@@ -66,7 +64,6 @@ TRAITS = {
         # Adam is quicker in one sweep over the arena than tensor by tensor
         fused_updates=("sgd",),
         norms_gradients=False,
-        walks_rows=True,
         split_rows=0,
         split_size=0,
         precisions=("fp32", "fp64"),

@@ -102,8 +102,6 @@ def exact(array):
 
 def walked(values, rows, counters):
     """Return the operand for ``rows`` (M,), and ``rows`` as a view of it; other batches may surround it."""
-    if not values.variant.traits.walks_rows:
-        return rows, rows
     operand = np.zeros(3 * len(rows), np.int64)
     counters[ROW_OFFSET] = offset = int(values.rng.integers(0, 2 * len(rows) + 1))
     operand[offset : offset + len(rows)] = rows

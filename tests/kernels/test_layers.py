@@ -125,7 +125,7 @@ def test_linear(case, by_row, short, counted, keep_z):
     counters = np.zeros(COUNTERS, np.int64)
     if case.dropout is not None:
         operands |= {"dropout": case.dropout} | kept(variant, poisoned((m, n), np.bool_, case.output_layout))
-    if counted or case.dropout is not None or (by_row and variant.traits.walks_rows):
+    if counted or case.dropout is not None or by_row:
         operands["counters"] = counters
     rows = padded_rows(values.rng, m, m, source_rows)
     if by_row:

@@ -72,7 +72,7 @@ def test_advance(variant, rule, accumulate, updates, rates, ahead, scale, walk):
     """``ahead``: how many updates were made since the table was filled; it may end before the next."""
     rule = UpdateRule(**{**vars(rule), "accumulate": accumulate})
     clock = Clock(rule, updates * accumulate, updates, scale, rates, max(0, updates - ahead))
-    if walk is not None and variant.traits.walks_rows:
+    if walk is not None:
         clock.walk = walk
         clock.counters[[ROW_OFFSET, ROW_TOTAL, ROW_STEP]] = walk
     run = variant.bind("advance", **clock.operands)

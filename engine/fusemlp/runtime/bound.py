@@ -50,9 +50,10 @@ class BoundProgram:
                 self.arrays[name] = allocate(backend, value)
         resolved = [(call.op, resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
         self._resident = program.resident
-        # whether it moves from batch to batch by itself, and how many steps it is left alone for
-        self.walks_rows = self._resident or backend.traits.walks_rows
+        # how many steps it is left alone for
         self.chunk = UNINTERRUPTED
+        if self._resident or backend.traits.on_host:
+            self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
         self.calls: tuple[Callable[..., object], ...]
         if self._resident:
             loop = {
@@ -66,10 +67,9 @@ class BoundProgram:
             if backend.traits.on_host:
                 loop |= {"arrays": self.arrays, "memo": program.memo}
             self.calls = (backend.bind("train_resident", **loop),)
-            self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
         else:
             self.calls = tuple(backend.bind(op, **operands) for op, operands in resolved)
-        self._eager = _in_order(self.calls)
+        self._eager = _in_order(self.calls, backend.traits.on_host)
         self._captures = plan == "graph"
         # graphs by the number of steps in them; none before the first step has loaded the kernels
         self._graphs: dict[int, Callable[[], object]] = {}
@@ -84,7 +84,7 @@ class BoundProgram:
         self.run_many(1)
 
     def run_many(self, count: int) -> None:
-        """``count`` steps one after another, where the rows are walked."""
+        """``count`` steps one after another."""
         if self._resident:
             self.calls[0](count)
             return
@@ -130,9 +130,10 @@ def walk_rows(
     counters[ROW_COUNT] = min(size, count - offset)
 
 
-def _in_order(steps: tuple[Callable[..., object], ...]) -> Callable[[], None]:
+def _in_order(steps: tuple[Callable[..., object], ...], on_host: bool) -> Callable[[], None]:
     def run() -> None:
         for step in steps:
             step()
 
-    return run
+    # NumPy would warn of what overflows
+    return np.errstate(all="ignore")(run) if on_host else run

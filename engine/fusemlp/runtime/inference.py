@@ -80,8 +80,7 @@ class Inference:
         for start in range(0, len(X), rows):
             stop = min(start + rows, len(X))
             self._bring(bound, rows, arrays, start, stop)
-            with np.errstate(all="ignore"):
-                bound.run()
+            bound.run()
             yield start, stop
 
     def _bring(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any], start: int, stop: int) -> None:
@@ -178,8 +177,7 @@ class Evaluation:
             for _ in inference._batches(bound, self._size, **self._left):
                 pass
         else:
-            with np.errstate(all="ignore"):
-                bound.run()
+            bound.run()
         return metrics_of(own.backend.to_host(inference.stats), self._spec)
 
 

@@ -303,8 +303,7 @@ class Session(Predicting):
                 if count < self.batch_size:
                     arrays[name][count:] = 0
         bound.set_row_count(count)
-        with np.errstate(all="ignore"):
-            bound.run()
+        bound.run()
         if self._scaled:
             self._unchecked_steps += 1
             if self._unchecked_steps == SCALING_CHECKS:

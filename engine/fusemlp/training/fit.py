@@ -13,7 +13,6 @@ from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.inputs.arrays import to_array
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
-from fusemlp.training.batches import CopiedBatches
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
@@ -157,12 +156,11 @@ def fit_checked(
     if bound is None:
         backend = engine.memory.backend
         given = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
-        if resident or backend.traits.walks_rows:
-            given["rows"] = backend.allocate(at_once * batches * batch_size, "int64")
+        given["rows"] = backend.allocate(at_once * batches * batch_size, "int64")
         if weight is not None:
             given["weight"] = backend.from_host(weight)
         classes = engine.loss.class_weight is not None
-        program = engine.bind(
+        bound = engine.bind(
             Inputs(len(X), indexed=True, weighted=weight is not None, class_weighted=classes),
             policy.spec,
             policy.rule,
@@ -171,7 +169,6 @@ def fit_checked(
             resident_batches=batches if resident else None,
             epochs=at_once,
         )
-        bound = program if program.walks_rows else CopiedBatches(program)
     return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
 
 
