@@ -352,13 +352,14 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
     made: list[frozenset[str]] = []
     loop = tables.loop_for
 
-    def watched(names: frozenset[str], *, exactly: bool) -> Any:
+    def watched(names: frozenset[str], *, alone: bool) -> Any:
         made.append(names)
-        return loop(names, exactly=exactly)
+        return loop(names, alone=alone)
 
     monkeypatch.setattr(tables, "loop_for", watched)
-    # a program remembers its loop
+    # a program remembers its loop, and the one for all programs would serve
     lowering._training.cache_clear()
+    monkeypatch.setattr(tables, "_loops", {})
     assert_same_state(trained("resident", **options), whole)
     assert {"GATHER", "AFFINE"} < made[0] and not {"MAE", "POISSON", "SIGMOID"} & made[0]
     assert tables.OPTIMIZER_NAMES[optimizer.rule().code] in made[0]

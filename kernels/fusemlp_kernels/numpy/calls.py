@@ -362,7 +362,7 @@ def bind_train_resident(
     if epoch_stats is not None:
         table.enter(t.AT_EPOCH_STATS, epoch_stats)
         table.integers[t.EPOCHS] = len(epoch_stats)
-    run = table.bind(t.COUNTED, exactly=True)
+    run = table.bind(t.COUNTED, alone=True)
     if memo is not None and arrays is not None and not table.converts:
         memo["form"] = Form(table, arrays)
     return run

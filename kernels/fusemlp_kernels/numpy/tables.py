@@ -70,23 +70,21 @@ def row_order(n: int, seed: int, epoch: int) -> Array:
     return order
 
 
-def loop_for(names: frozenset[str], *, exactly: bool) -> Run:
-    """A loop that has code for ``names``, one for all threads, so that none compiles it again.
+def loop_for(names: frozenset[str], *, alone: bool) -> Run:
+    """A loop that has code for ``names``: one of this process, or a new one, that all threads share.
 
-    ``exactly``: for no others. Otherwise one that is there may have more, and one that is compiled is for all calls
-    that wait for theirs: those of a step are compiled together.
+    Without ``alone`` a new one is for all the single calls that wait for theirs: those of a step are compiled together.
     """
     with _loading:
         if os.environ.get(WHOLE_LOOP):
             names = NAMES
-        elif not exactly:
-            found = next((loop for known, loop in _loops.items() if names <= known), None)
-            if found is not None:
-                return found
+        for known, loop in _loops.items():
+            if names <= known:
+                return loop
+        if not alone:
             names |= _waiting
             _waiting.clear()
-        if names not in _loops:
-            _loops[names] = _compiled("pruning").compiled_loop(NAMES - names)
+        _loops[names] = _compiled("pruning").compiled_loop(NAMES - names)
         return _loops[names]
 
 
@@ -213,10 +211,10 @@ class Table:
         self.enter(t.AT_HYPER, hyper)
         self.enter(t.AT_RATES, rates)
 
-    def bind(self, batch: int, *, exactly: bool = False) -> Run:
+    def bind(self, batch: int, *, alone: bool = False) -> Run:
         """``run(steps=1)`` for batches of this many rows; COUNTED: as many as the counters say.
 
-        The loop is chosen now with ``exactly``, else at the first run.
+        The loop is chosen now with ``alone``, else at the first run.
         """
         self.integers[t.CALLS] = (len(self.integers) - t.HEAD_COLUMNS) // t.CALL_COLUMNS
         self.integers[t.BATCH] = batch
@@ -224,7 +222,7 @@ class Table:
             # what philox draws for a row, eight columns to two words
             self.enter(t.AT_LANES, self.scratch(2 * (-(-self.widest // LANES)), dtype=np.uint64))
         names = frozenset(self.names & NAMES)
-        loop = loop_for(names, exactly=True) if exactly else _later(names)
+        loop = loop_for(names, alone=True) if alone else _later(names)
         integers = np.frombuffer(array("q", self.integers + self.tensors), np.int64)
         factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
         self.bound = integers, factors, loop
@@ -238,7 +236,7 @@ def _later(names: frozenset[str]) -> Run:
 
     def run(*arguments: Any) -> None:
         nonlocal loop
-        loop = loop or loop_for(names, exactly=False)
+        loop = loop or loop_for(names, alone=False)
         loop(*arguments)
 
     return run
