@@ -179,7 +179,7 @@ class Program:
 
     @cached_property
     def memo(self) -> dict[str, Any]:
-        """What a backend keeps to bind the program faster to the arrays of another model."""
+        """Notes of a backend, with which it binds the program faster to the arrays of another model."""
         return {}
 
     def item_bytes(self, dtype: str) -> int:

@@ -49,6 +49,8 @@ class _Passes:
 
     def of(self, node: ast.expr, out: Array | None = None) -> Any:
         """The array, or number, that an expression is after the passes; in ``out`` if that is given."""
+        function: Callable[..., object]
+        operands: list[ast.expr]
         match node:
             case ast.Constant(value=value):
                 return float(value)  # type: ignore[arg-type]

@@ -63,6 +63,15 @@ def _rows(rows: Array | None, count: int) -> dict[str, Any]:
     return {"ROWS": np.arange(count) if rows is None else rows, "WALKS": rows is not None}
 
 
+def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None, count: int) -> Array:
+    """The batch, with the row that gathers it where it is picked by row number."""
+    if rows is None:
+        return x
+    assert gathered is not None
+    table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **_rows(rows, count))
+    return gathered
+
+
 def _linear(
     table: Table,
     *,
@@ -86,9 +95,7 @@ def _linear(
         z = y
     elif z is None:
         z = table.scratch(*y.shape)
-    if rows is not None:
-        table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **_rows(rows, len(y)))
-        x = gathered
+    x = _gathered(table, x, rows, gathered, len(y))
     table.add("AFFINE", N=len(w), K=w.shape[1], X=x, W=w, B=b, Z=z)
     if activation != "identity" or dropout is not None:
         table.add("ACTIVATE", numbers | rates, N=len(w), Y=y, Z=z, **columns, **dropped)
@@ -167,10 +174,8 @@ def _linear_loss_grad(
     gathered: Array | None = None,
     **loss_operands: Any,
 ) -> int:
-    count = len(x) if gathered is None else len(gathered)
-    if x_rows is not None:
-        table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **_rows(x_rows, count))
-        x = gathered
+    count = len(x) if x_rows is None or gathered is None else len(gathered)
+    x = _gathered(table, x, x_rows, gathered, count)
     z = table.scratch(count, len(w))
     table.add("AFFINE", N=len(w), K=w.shape[1], X=x, W=w, B=b, Z=z)
     return _loss_grad(table, True, z=z, dz=dz, **loss_operands)
@@ -344,6 +349,7 @@ def bind_train_resident(
 ) -> Run:
     """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
     del arenas, rows, batch
+    run: Run | None
     if memo and arrays is not None:
         run = memo["form"].bind(arrays, epoch_stats)
         if run is not None:

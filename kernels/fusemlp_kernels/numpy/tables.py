@@ -274,7 +274,7 @@ class Form:
                 self._common.append(found)
 
     def bind(self, arrays: Mapping[str, Array], epoch_stats: Array | None) -> Run | None:
-        """What ``Table.bind`` would return for other arrays; None where the loop cannot read them in place."""
+        """The same as ``Table.bind``, for other arrays; None where the loop cannot read them in place."""
         own = []
         for name, dtype, places in self._named:
             given = arrays[name]
