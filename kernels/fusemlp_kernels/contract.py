@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -102,7 +102,7 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class LossSpec:
+class LossSpec(pointwise.LossOptions):
     """A loss and its options; the meaning of each is in ``reference.loss_grad``.
 
     ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
@@ -115,8 +115,7 @@ class LossSpec:
     label_smoothing: float = 0.0
     ignore_index: int | None = None
     soft: bool = False
-    delta: float = 1.0
-    quantile: float = 0.5
+    _: KW_ONLY
     accuracy: bool = False
 
     @property
@@ -131,16 +130,13 @@ class ScheduleSpec:
 
 
 @dataclass(frozen=True)
-class UpdateRule:
+class UpdateRule(pointwise.Hyperparameters):
     """An optimizer: ``kind`` "sgd" or a name of ``pointwise.OPTIMIZERS``; ``convention`` "torch" or "scikit-learn" (see
     ``reference.update``)."""
 
     kind: str
-    momentum: float = 0.0
+    _: KW_ONLY
     nesterov: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
     decoupled: bool = False
     convention: str = "torch"
     clip_norm: float | None = None
