@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,23 @@ def check_flag(argument: str, value: object) -> bool:
     return bool(value)
 
 
-def check_choice(argument: str, value: object, choices: Collection[str]) -> str:
-    """``value`` if it is one of the names in ``choices``; the error says which lies nearest."""
+def check_choice(
+    argument: str,
+    value: object,
+    choices: Collection[str],
+    *,
+    expected: str = "",
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Return ``value`` if it is one of the names in ``choices``; the error says which is nearest.
+
+    ``expected`` tells of a value that is no string at all. ``elsewhere`` has names of other libraries, and their name
+    here.
+    """
     if not isinstance(value, str):
-        raise ArgumentTypeError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ArgumentTypeError(f"{argument}: expected {expected or 'one of ' + ', '.join(choices)}, got {value!r}")
+    if value in elsewhere:
+        raise ArgumentError(f"{argument}: unknown name {value!r}; it is called {elsewhere[value]!r} here")
     if value not in choices:
         raise unknown_name(argument, value, choices)
     return value
