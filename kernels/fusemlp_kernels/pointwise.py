@@ -26,11 +26,11 @@ FUNCTIONS = (
 
 @dataclass(frozen=True)
 class Activation:
-    """y = f(z), and f' from z, or from y where the formula names y.
+    """y = f(z), and f' from z, or from y if the formula names y.
 
     ``by_slope``: the derivative of y by ``slope``, for an activation that learns it. ``scale_free``: the derivative at
-    2 y is that at y, so nothing has to undo the scale that dropout has put on y. ``rectifier``: about half of a
-    symmetric input is kept, as He et al. (2015) assume. ``torch``: the class in ``torch.nn``.
+    2 y is that at y, so dropout's scale on y changes nothing. ``rectifier``: about half of a symmetric input is kept,
+    as He et al. (2015) assume. ``torch``: the class in ``torch.nn``.
     """
 
     value: str
@@ -42,7 +42,7 @@ class Activation:
 
     @property
     def needs_z(self) -> bool:
-        """True where the derivative is computed from z."""
+        """True if the derivative is computed from z."""
         return "z" in named(lines(self.derivative, "d"))
 
 
@@ -228,7 +228,7 @@ Line = tuple[str, ast.expr]
 
 
 def lines(formula: str, result: str = "") -> list[Line]:
-    """The (name, expression) of each line of a formula; an expression without a name is called ``result``."""
+    """Return name and expression of each line of a formula; an expression without a name is called ``result``."""
     text = "\n".join(line.strip() for line in formula.strip().splitlines())
     found: list[Line] = []
     for statement in ast.parse(text).body:
@@ -243,6 +243,6 @@ def lines(formula: str, result: str = "") -> list[Line]:
 
 
 def named(found: Iterable[Line]) -> list[str]:
-    """The names that lines read, in order, those of functions excluded."""
+    """Return the names that lines read, in order, without those of functions."""
     read = [node.id for _, value in found for node in ast.walk(value) if isinstance(node, ast.Name)]
     return [name for name in dict.fromkeys(read) if name not in FUNCTIONS]

@@ -6,7 +6,6 @@ import math
 import numbers
 import operator
 from collections.abc import Collection, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_nam
 
 
 def check_flag(argument: str, value: object) -> bool:
-    """``value`` as a bool; anything but True and False is refused."""
+    """Return ``value`` as a bool; refuse anything but True and False."""
     if not isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(f"{argument}: expected True or False, got {value!r}")
     return bool(value)
@@ -25,18 +24,16 @@ def check_choice(
     argument: str,
     value: object,
     choices: Collection[str],
-    *,
     expected: str = "",
-    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    elsewhere: Mapping[str, str] | None = None,
 ) -> str:
     """Return ``value`` if it is one of the names in ``choices``; the error says which is nearest.
 
-    ``expected`` tells of a value that is no string at all. ``elsewhere`` has names of other libraries, and their name
-    here.
+    ``expected`` is for the error of a value that is not a string. ``elsewhere`` maps other libraries' names to ours.
     """
     if not isinstance(value, str):
         raise ArgumentTypeError(f"{argument}: expected {expected or 'one of ' + ', '.join(choices)}, got {value!r}")
-    if value in elsewhere:
+    if elsewhere and value in elsewhere:
         raise ArgumentError(f"{argument}: unknown name {value!r}; it is called {elsewhere[value]!r} here")
     if value not in choices:
         raise unknown_name(argument, value, choices)
@@ -61,7 +58,7 @@ def freeze(description: object, **values: object) -> None:
 
 
 def as_count(argument: str, value: Any, *, minimum: int = 1) -> int:
-    """A whole number of at least ``minimum``. bool and floats are refused, NumPy's integers accepted."""
+    """Return a whole number of at least ``minimum``; accept NumPy's integers, refuse bool and floats."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError("a truth value is no count")
@@ -85,7 +82,7 @@ def as_number(
     low_open: bool = False,
     high_open: bool = False,
 ) -> float:
-    """A finite real number between ``low`` and ``high``; an open end does not include its bound."""
+    """Return a finite real number between ``low`` and ``high``; an open end does not include its bound."""
     wanted = "a finite number" + _interval(low, high, low_open, high_open)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"{argument}: expected {wanted}, got {value!r} ({type(value).__name__})")
@@ -102,9 +99,6 @@ def as_number(
 
 
 def _interval(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
-    parts = []
-    if low is not None:
-        parts.append(f"above {low:g}" if low_open else f"of at least {low:g}")
-    if high is not None:
-        parts.append(f"below {high:g}" if high_open else f"at most {high:g}")
-    return " " + " and ".join(parts) if parts else ""
+    above = "" if low is None else f" above {low:g}" if low_open else f" of at least {low:g}"
+    below = "" if high is None else f" below {high:g}" if high_open else f" at most {high:g}"
+    return above + " and" * bool(above and below) + below

@@ -185,14 +185,13 @@ class MLP(Description):
         Each layer draws from its own random stream, so its numbers do not depend on another layer's width.
         """
         streams = np.random.SeedSequence(as_count("seed", seed, minimum=0)).spawn(self.layers)
-        parameters: dict[str, Array] = {}
+        arrays: list[Array] = []
         for layer, (stream, activation) in enumerate(zip(streams, self.activations, strict=True)):
             generator = np.random.Generator(np.random.PCG64(stream))
-            drawn = _draw(generator, self.init, activation, *self.sizes[layer : layer + 2])
-            parameters[f"{2 * layer}.weight"], parameters[f"{2 * layer}.bias"] = drawn
+            arrays += _draw(generator, self.init, activation, *self.sizes[layer : layer + 2])
             if activation.name == "prelu":
-                parameters[f"{2 * layer + 1}.weight"] = np.full(1, activation.slope)
-        return parameters
+                arrays.append(np.full(1, activation.slope))
+        return dict(zip(self.parameter_shapes(), arrays, strict=True))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:

@@ -90,7 +90,7 @@ LearningRate = Annotated[float | Schedule, _check_rate]
 class Optimizer(Description):
     """The base class of all optimizers."""
 
-    lr: LearningRate
+    lr: LearningRate = 0.01
     _: KW_ONLY
     weight_decay: NonNegative = 0.0
     clip_norm: Positive | None = None
@@ -137,7 +137,6 @@ class SGD(Optimizer):
     """Stochastic gradient descent with ``momentum`` in [0, 1) (Polyak, 1964), or Nesterov's (1983)."""
 
     kind = "sgd"
-    lr: LearningRate = 0.01
     _: KW_ONLY
     momentum: Fraction = 0.0
     nesterov: Flag = False
@@ -184,11 +183,11 @@ class AdamW(_Adam):
         return {**super()._options(), "decoupled": True}
 
 
-OPTIMIZERS: dict[str, type[SGD] | type[Adam] | type[AdamW]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+OPTIMIZERS: dict[str, type[Optimizer]] = {cls.kind: cls for cls in (SGD, Adam, AdamW)}
 
 
 def _is_bias_or_slope(name: str) -> bool:
-    """Return the short name: layer l's tensors have the number 2l, its PReLU slope 2l + 1."""
+    """Tell by a name: layer l's weight and bias have the number 2l, its PReLU slope 2l + 1."""
     number, _, tensor = name.partition(".")
     return tensor == "bias" or int(number) % 2 == 1
 
