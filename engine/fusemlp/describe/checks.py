@@ -83,22 +83,17 @@ def as_number(
     high_open: bool = False,
 ) -> float:
     """Return a finite real number between ``low`` and ``high``; an open end does not include its bound."""
-    wanted = "a finite number" + _interval(low, high, low_open, high_open)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise ArgumentTypeError(f"{argument}: expected {wanted}, got {value!r} ({type(value).__name__})")
+    real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
     try:
-        number = float(value)
+        number = float(value) if real else math.nan
     except OverflowError:
         number = math.inf
-    below = low is not None and (number < low or (low_open and number == low))
-    above = high is not None and (number > high or (high_open and number == high))
-    if below or above or not math.isfinite(number):
-        raise ArgumentError(f"{argument}: expected {wanted}, got {value!r}")
-    # of two zeros one: descriptions that are equal compute the same, bit for bit
-    return number + 0.0
-
-
-def _interval(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
-    above = "" if low is None else f" above {low:g}" if low_open else f" of at least {low:g}"
-    below = "" if high is None else f" below {high:g}" if high_open else f" at most {high:g}"
-    return above + " and" * bool(above and below) + below
+    above = low is None or number > low or (number == low and not low_open)
+    below = high is None or number < high or (number == high and not high_open)
+    if above and below and math.isfinite(number):
+        # of two zeros one: descriptions that are equal compute the same, bit for bit
+        return number + 0.0
+    least = "" if low is None else f" above {low:g}" if low_open else f" of at least {low:g}"
+    most = "" if high is None else f" below {high:g}" if high_open else f" at most {high:g}"
+    wanted = f"{argument}: expected a finite number{least}{' and' * bool(least and most)}{most}, got {value!r}"
+    raise ArgumentError(wanted) if real else ArgumentTypeError(f"{wanted} ({type(value).__name__})")
