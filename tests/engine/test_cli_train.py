@@ -188,7 +188,6 @@ def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
         checkpoint.unlink()
     config = read(folder / "config.json")
     prepared = prepare(TrainOptions(**config["options"]))
-    assert prepared.validation is not None
 
     class Stop(Recorder):
         def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
@@ -205,10 +204,8 @@ def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
         plan=config["plan"],
     )
     engine.fit(
-        prepared.train.X,
-        prepared.train.y,
+        **prepared.fit_data,
         epochs=config["epochs"],
-        validation_data=prepared.validation.triple,
         drop_last=config["options"]["drop_last"],
         callbacks=[Stop(Run(folder), every=1)],
     )

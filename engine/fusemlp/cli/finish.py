@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
+from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
 from fusemlp.engine import Engine
 from fusemlp.report import diagnosis
 from fusemlp.report.metrics import score
-from fusemlp.report.plots import HINT, can_plot, curves_png
+from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
@@ -49,30 +48,21 @@ def finish(
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
     if not can_plot():
-        report["no_plot"] = f"it needs matplotlib: {HINT}"
+        report["no_plot"] = HINT
     elif not history.epochs:
         report["no_plot"] = "no epoch was completed"
     else:
         test_figures = report.get("test", {})
         figure = next((name for name in ("accuracy", "rmse") if name in test_figures), None)
         result = f", test {figure} {test_figures[figure]:.4g}" if figure else ""
-        picture = curves_png(
+        drawn = curves_figure(
             history.history,
             loss=engine.loss.kind,
             title=f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}{result}",
             best_epoch=best,
             overfitting=overfitting,
         )
-        write_atomically(run.curves, picture)
+        write_atomically(run.curves, picture(drawn))
     # Write the report last: it marks a finished run.
     write_json(run.report, finite(report))
     return report
-
-
-def finite(content: Any) -> Any:
-    """Return ``content`` for JSON, with None for NaN and infinities."""
-    if isinstance(content, Mapping):
-        return {name: finite(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

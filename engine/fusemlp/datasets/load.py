@@ -55,6 +55,11 @@ class Dataset:
         if not self.categories:
             object.__setattr__(self, "categories", (None,) * self.X.shape[1])
 
+    @property
+    def classes(self) -> Array:
+        """The distinct labels, sorted, those of the test set among them: every split has the same."""
+        return np.unique(self.y if self.test is None else np.concatenate([self.y, self.test[1]]))
+
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
 
@@ -75,11 +80,10 @@ def load_data(source: str | Path, *, target: str | None = None, task: str | None
         raise unknown_name("task", task, TASKS)
     if not isinstance(source, (str, Path)):
         raise ArgumentTypeError(f"data: expected a name or a path, got {type(source).__name__}")
-    named = isinstance(source, str) and source in NAMES
-    path = Path(source) if named else _existing(source)
-    if target is not None and (named or path.is_dir() or path.suffix.lower() == ".npz"):
+    path = _existing(source)
+    if target is not None and (source in NAMES or path.is_dir() or path.suffix.lower() == ".npz"):
         raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
-    return _with_task(_named(str(source)) if named else _from_path(path, target), task)
+    return _with_task(_read(source, target), task)
 
 
 def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
@@ -88,9 +92,7 @@ def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
     among any others. Raises DataError that lists missing and present columns.
     """
-    if isinstance(path, str) and path in NAMES:
-        return _matching(Path(path), _named(path).X, preprocessor)
-    path = _existing(path)
+    source, path = path, _existing(path)
     if path.suffix.lower() in TABLES:
         names = preprocessor.feature_names
         table = read_table(path, features=names)
@@ -100,7 +102,7 @@ def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
         if "x" not in arrays:
             raise DataError(f"{path}: expected an array X; the arrays are {_names(arrays)}")
         return _matching(path, _flat(path, "X", arrays["x"]), preprocessor)
-    return _matching(path, _from_path(path, None).X, preprocessor)
+    return _matching(path, _read(source, None).X, preprocessor)
 
 
 def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Features, Array]:
@@ -108,14 +110,13 @@ def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Featu
 
     If the data bring a test set, the test set is returned.
     """
-    named = isinstance(source, str) and source in NAMES
-    path = Path(source) if named else _existing(source)
+    path = _existing(source)
     if path.suffix.lower() in TABLES:
         names, target = preprocessor.feature_names, preprocessor.target_name
         words = preprocessor.classes is not None and isinstance(preprocessor.classes[0], str)
         table = read_table(path, features=names, target=target, words=words)
         return _coded(path, table, names, preprocessor.categories)[0], table[target]
-    dataset = _named(str(source)) if named else _from_path(path, None)
+    dataset = _read(source, None)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, preprocessor), y
 
@@ -152,6 +153,10 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     return replace(dataset, task=chosen)
 
 
+def _read(source: str | Path, target: str | None) -> Dataset:
+    return _named(str(source)) if source in NAMES else _from_path(Path(source), target)
+
+
 def _named(name: str) -> Dataset:
     if name == "mnist5k":
         try:
@@ -177,9 +182,10 @@ def _named(name: str) -> Dataset:
 
 
 def _existing(source: str | Path) -> Path:
+    """Return the path of a file or folder that exists; a name of ``NAMES`` needs none."""
     path = Path(source)
     try:
-        found = path.exists()
+        found = source in NAMES or path.exists()
     except OSError as error:
         raise DataError(f"data: {str(source)!r} cannot be read ({error})") from error
     if found:

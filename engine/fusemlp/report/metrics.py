@@ -35,8 +35,8 @@ def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, 
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         return report | regression_figures(values, predictions(engine, preprocessor, X).reshape(len(X), -1))
-    codes = y.argmax(axis=1) if y.ndim == 2 else y
-    return report | classification_figures(codes, predicted_codes(engine, preprocessor, X), preprocessor.labels)
+    codes, predicted = preprocessor.class_codes(labels), predicted_codes(engine, preprocessor, X)
+    return report | classification_figures(codes, predicted, preprocessor.labels)
 
 
 def classification_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
