@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fusemlp import MLP, Engine, cli, load_checkpoint
+from fusemlp import MLP, Engine, ProgressBar, cli, load_checkpoint
 from fusemlp.cli import finish
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
-from fusemlp.cli.progress import progress
 from fusemlp.cli.recorder import Recorder
 from fusemlp.describe.optimizers import optimizer_from_config
 from fusemlp.report.runs import Run
@@ -318,12 +317,15 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
 def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     logs = dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"), 0.123456)
-    engine, epochs = Engine(MLP([2, 2])), 20_000
-    with progress(epochs) as (callback,):
-        began = time.perf_counter()
-        for epoch in range(epochs):
-            callback.on_epoch_end(engine, epoch, logs)
-        seconds = time.perf_counter() - began
+    bar, epochs = ProgressBar(), 20_000
+    bar.set_model(Engine(MLP([2, 2])))
+    bar.set_params({"epochs": epochs})
+    bar.on_train_begin()
+    began = time.perf_counter()
+    for epoch in range(epochs):
+        bar.on_epoch_end(epoch, logs)
+    seconds = time.perf_counter() - began
+    bar.on_exit()
     # A redraw takes about a millisecond, a call without a redraw one comparison: 2 % of an epoch of 2 ms.
     assert seconds / epochs < 40e-6
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp._version import __version__
+from fusemlp.callbacks import ProgressBar
 from fusemlp.cli import recipe
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.prepare import Prepared, prepare
-from fusemlp.cli.progress import progress
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.preprocessing import Preprocessor
@@ -223,15 +223,14 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     engine, options = session.engine, session.options
     recorder = Recorder(session.run, every=options.checkpoint_every)
     try:
-        with progress(session.epochs, done=engine.epochs_trained, quiet=options.quiet) as shown:
-            engine.fit(
-                **session.prepared.fit_data,
-                epochs=session.epochs,
-                early_stopping=options.early_stopping,
-                callbacks=[recorder, *shown],
-                drop_last=options.drop_last,
-                resume=engine.fit_state is not None,
-            )
+        engine.fit(
+            **session.prepared.fit_data,
+            epochs=session.epochs,
+            early_stopping=options.early_stopping,
+            callbacks=[recorder] if options.quiet else [recorder, ProgressBar()],
+            drop_last=options.drop_last,
+            resume=engine.fit_state is not None,
+        )
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:
             raise
