@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -84,7 +84,6 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
         if field.default is False and not names:
             # A flag that is off needs no --no-flag.
             names = (f"--{field.name.replace('_', '-')}",)
-        panel = None if panel == options.OPTIONS else panel
         info = typer.Option(*names, metavar=metavar or METAVARS.get(hint), help=text, rich_help_panel=panel)
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -129,21 +128,10 @@ def _options_of_all() -> set[str]:
     return {option for command in commands for parameter in command.params for option in parameter.opts} - {"--data"}
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; what fusemlp raises on purpose becomes one line on stderr."""
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             app(arguments, prog_name="fusemlp")
         except FusemlpError as error:

@@ -113,13 +113,6 @@ def _blas() -> list[dict[str, Any]]:
     """Return the loaded BLAS libraries, from threadpoolctl, which comes with scikit-learn."""
     from threadpoolctl import threadpool_info
 
-    return [
-        {
-            "name": pool["internal_api"],
-            "version": pool["version"],
-            "architecture": pool.get("architecture"),
-            "threads": pool["num_threads"],
-        }
-        for pool in threadpool_info()
-        if pool["user_api"] == "blas"
-    ]
+    loaded = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    names = {"name": "internal_api", "version": "version", "architecture": "architecture", "threads": "num_threads"}
+    return [{name: pool.get(theirs) for name, theirs in names.items()} for pool in loaded]

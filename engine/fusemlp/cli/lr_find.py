@@ -9,10 +9,9 @@ import numpy as np
 from fusemlp.cli.options import FindOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.cli.prepare import prepare
-from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.checks import as_number
 from fusemlp.report.metrics import aligned
 from fusemlp.report.plots import HINT, can_plot, picture, sweep_figure
-from fusemlp.training.lr_finder import FEWEST_STEPS
 from fusemlp_kernels.errors import ArgumentError
 
 TABLE_ROWS = 20
@@ -22,7 +21,6 @@ def lr_find(options: FindOptions) -> None:
     """Sweep, print a table of rate and smoothed loss, and suggest the rate with the steepest fall of the loss."""
     start = as_number("from", options.start, low=0.0, low_open=True)
     end = as_number("to", options.end, low=start, low_open=True)
-    as_count("steps", options.steps, minimum=FEWEST_STEPS)
     if options.lr is not None:
         raise ArgumentError("lr: lr-find goes through the rates itself; say which with --from and --to")
     if options.data is None:

@@ -9,25 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.network import INITS
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
 from fusemlp_kernels.contract import ACTIVATIONS
-
-OPTIONS, DATA, NETWORK, LOSS = "Options", "Data", "Network", "Loss"
-OPTIMIZER, RATE, TRAINING = "Optimizer", "Learning rate schedule", "Training"
-MACHINE, OUTPUT, SWEEP = "Machine", "Output", "Sweep"
-# The order of the panels in --help.
-PANELS = (OPTIONS, DATA, NETWORK, LOSS, OPTIMIZER, RATE, TRAINING, MACHINE, OUTPUT, SWEEP)
-
-DATA_HELP = (
-    "A data set by name (digits, breast_cancer, wine, diabetes, iris, mnist5k) or a path: .npz with X and y, .csv, "
-    ".tsv or .parquet with --target, or a folder of IDX files."
-)
 
 
 def one_of(names: Iterable[str], word: str = "or") -> str:
@@ -36,150 +27,153 @@ def one_of(names: Iterable[str], word: str = "or") -> str:
     return f"{', '.join(others)} {word} {last}" if others else last
 
 
-def option(default: Any, panel: str, help: str, metavar: str | None = None, names: tuple[str, ...] = ()) -> Any:
-    """Return the field of an option; ``names`` replaces the field's name, ``metavar`` the usual word for its type."""
+def field_of(
+    panel: str, default: Any, help: str, metavar: str | None = None, names: tuple[str, ...] | None = ()
+) -> Any:
+    """Return the field of an option.
+
+    ``metavar`` replaces the usual word for its type, ``names`` the field's name; an argument has None.
+    """
     return field(default=default, metadata={"panel": panel, "help": help, "metavar": metavar, "names": names})
 
 
-def argument(default: Any, help: str, metavar: str) -> Any:
-    """Return the field of an argument without a name."""
-    return field(default=default, metadata={"panel": OPTIONS, "help": help, "metavar": metavar, "names": None})
+# The panels of --help, in their order.
+PANELS = ("Options", "Data", "Network", "Loss", "Optimizer", "Learning rate schedule", "Training", "Machine", "Output")
+_option, _data, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
+    partial(field_of, panel) for panel in PANELS
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonOption:
-    as_json: bool = option(False, OUTPUT, "Print the results as one JSON object.", names=("--json",))
+    as_json: bool = _output(False, "Print the results as one JSON object.", names=("--json",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForceOption:
-    force: bool = option(False, OUTPUT, "Overwrite a file that exists.")
+    force: bool = _output(False, "Overwrite a file that exists.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    backend: str = option("auto", MACHINE, "auto, triton, cupy or numpy; fusemlp doctor says which work here.")
-    device: str | None = option(None, MACHINE, "Which card, such as cuda:1.")
+    backend: str = _machine("auto", "auto, triton, cupy or numpy; fusemlp doctor says which work here.")
+    device: str | None = _machine(None, "Which card, such as cuda:1.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """The options of a training step, as ``plan`` prints it."""
 
-    activation: str = option("relu", NETWORK, f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.")
-    slope: float | None = option(None, NETWORK, "Slope of leaky_relu (0.01 unless given); where prelu's starts (0.25).")
-    output_activation: str = option(
-        "identity", NETWORK, "Activation of the output layer; the cross-entropies and poisson need identity."
+    activation: str = _network("relu", f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.")
+    slope: float | None = _network(None, "Slope of leaky_relu (0.01 unless given); where prelu's starts (0.25).")
+    output_activation: str = _network(
+        "identity", "Activation of the output layer; the cross-entropies and poisson need identity."
     )
-    dropout: str = option(
+    dropout: str = _network(
         "0",
-        NETWORK,
         "Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).",
         "RATE",
     )
-    batch_size: int = option(32, TRAINING, "Rows a step.")
-    precision: str = option("fp32", MACHINE, "fp32, tf32, bf16, fp16 or fp64.")
+    batch_size: int = _training(32, "Rows a step.")
+    precision: str = _machine("fp32", "fp32, tf32, bf16, fp16 or fp64.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(MachineOptions, StepOptions, JsonOption):
     """The options of ``train``, ``sweep`` and ``lr-find``: data, network, loss, optimizer and machine."""
 
-    data: str | None = argument(None, DATA_HELP, "DATA")
-
-    target: str | None = option(None, DATA, "The column of a table to predict.", "COLUMN")
-    task: str | None = option(
-        None, DATA, "classification or regression. The default: words and few distinct whole numbers are classes."
+    data: str | None = _option(
+        None,
+        f"A data set by name ({', '.join(NAMES)}) or a path: .npz with X and y, .csv, .tsv or .parquet with --target, "
+        "or a folder of IDX files.",
+        "DATA",
+        None,
     )
-    scale: str = option(
+
+    target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
+    task: str | None = _data(
+        None, "classification or regression. The default: words and few distinct whole numbers are classes."
+    )
+    scale: str = _data(
         "standard",
-        DATA,
         "Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, variance 1), "
         "minmax (0 to 1) or none.",
     )
-    validation_fraction: float = option(
-        0.1, DATA, "Share of the rows left beside the test fifth that is for validation; 0 for none."
+    validation_fraction: float = _data(
+        0.1, "Share of the rows left beside the test fifth that is for validation; 0 for none."
     )
-    split_seed: int | None = option(
-        None, DATA, "Seed of the split into training, validation and test rows; --seed unless given."
+    split_seed: int | None = _data(
+        None, "Seed of the split into training, validation and test rows; --seed unless given."
     )
 
-    hidden: list[str] | None = option(
+    hidden: list[str] | None = _network(
         None,
-        NETWORK,
         "Widths of the hidden layers, such as 128,64 (or the option once for each); none for no hidden layer. Unless "
         "given: one layer of 128.",
         "WIDTHS",
     )
-    init: str = option("auto", NETWORK, f"Initial weights: {one_of(INITS)}; auto chooses by activation.")
+    init: str = _network("auto", f"Initial weights: {one_of(INITS)}; auto chooses by activation.")
 
-    loss: str | None = option(
+    loss: str | None = _loss(
         None,
-        LOSS,
         f"{one_of(LOSSES)}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
         "classes; mse, mae and huber train classes as one-hot rows.",
     )
-    label_smoothing: float | None = option(
-        None, LOSS, "For cross_entropy: weight of the uniform distribution in the target."
-    )
-    class_weight: str | None = option(
+    label_smoothing: float | None = _loss(None, "For cross_entropy: weight of the uniform distribution in the target.")
+    class_weight: str | None = _loss(
         None,
-        LOSS,
         "balanced (inversely to how often each class occurs in the training rows), or a number for each class: "
         "1,2.5,1.",
         "WEIGHTS",
     )
-    delta: float | None = option(None, LOSS, "For huber: errors above this count linearly (1).")
-    quantile: float | None = option(None, LOSS, "For the loss quantile: the quantile to learn (0.5).")
+    delta: float | None = _loss(None, "For huber: errors above this count linearly (1).")
+    quantile: float | None = _loss(None, "For the loss quantile: the quantile to learn (0.5).")
 
-    optimizer: str = option("adam", OPTIMIZER, f"{one_of(OPTIMIZERS)}.")
-    lr: float | None = option(None, OPTIMIZER, "Learning rate; 0.01 for sgd, 0.001 for adam and adamw unless given.")
-    momentum: float | None = option(None, OPTIMIZER, "For sgd, 0 or more and less than 1 (0).")
-    nesterov: bool = option(False, OPTIMIZER, "For sgd: Nesterov's momentum.")
-    weight_decay: float | None = option(
-        None, OPTIMIZER, "L2 penalty for sgd and adam (0), decoupled decay for adamw (0.01)."
-    )
-    decay_biases: bool = option(True, OPTIMIZER, "Whether weight decay acts on biases.")
-    beta1: float | None = option(None, OPTIMIZER, "For adam and adamw: average of gradients (0.9).")
-    beta2: float | None = option(None, OPTIMIZER, "For adam and adamw: average of their squares (0.999).")
-    eps: float | None = option(None, OPTIMIZER, "For adam and adamw: epsilon (1e-8).")
-    clip_norm: float | None = option(None, OPTIMIZER, "Scale gradients with a greater global norm down to this norm.")
-    accumulate: int = option(1, OPTIMIZER, "Batches whose gradients are averaged for one update.")
+    optimizer: str = _optimizer("adam", f"{one_of(OPTIMIZERS)}.")
+    lr: float | None = _optimizer(None, "Learning rate; 0.01 for sgd, 0.001 for adam and adamw unless given.")
+    momentum: float | None = _optimizer(None, "For sgd, 0 or more and less than 1 (0).")
+    nesterov: bool = _optimizer(False, "For sgd: Nesterov's momentum.")
+    weight_decay: float | None = _optimizer(None, "L2 penalty for sgd and adam (0), decoupled decay for adamw (0.01).")
+    decay_biases: bool = _optimizer(True, "Whether weight decay acts on biases.")
+    beta1: float | None = _optimizer(None, "For adam and adamw: average of gradients (0.9).")
+    beta2: float | None = _optimizer(None, "For adam and adamw: average of their squares (0.999).")
+    eps: float | None = _optimizer(None, "For adam and adamw: epsilon (1e-8).")
+    clip_norm: float | None = _optimizer(None, "Scale gradients with a greater global norm down to this norm.")
+    accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
-    seed: int = option(0, TRAINING, "Seed of the split, the initial weights, dropout and row order.")
-    plan: str = option("auto", MACHINE, "auto, eager, graph or resident.")
+    seed: int = _training(0, "Seed of the split, the initial weights, dropout and row order.")
+    plan: str = _machine("auto", "auto, eager, graph or resident.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(ModelOptions):
     """The further options of ``train`` and ``sweep``: the schedule, the training and its output."""
 
-    schedule: str = option("constant", RATE, f"{one_of(SCHEDULES)}.")
-    lr_step: float | None = option(None, RATE, "For step: epochs between two reductions.")
-    lr_gamma: float | None = option(
-        None, RATE, "Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1)."
+    schedule: str = _rate("constant", f"{one_of(SCHEDULES)}.")
+    lr_step: float | None = _rate(None, "For step: epochs between two reductions.")
+    lr_gamma: float | None = _rate(
+        None, "Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1)."
     )
-    lr_final: float | None = option(
-        None, RATE, "The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0)."
+    lr_final: float | None = _rate(
+        None, "The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0)."
     )
-    lr_patience: int | None = option(
-        None, RATE, "For reduce_on_plateau: epochs without a better validation loss before a reduction (10)."
+    lr_patience: int | None = _rate(
+        None, "For reduce_on_plateau: epochs without a better validation loss before a reduction (10)."
     )
-    warmup: float = option(
-        0.0, RATE, "Epochs, 0.5 for half of one, over which the rate first grows linearly to the schedule's start."
+    warmup: float = _rate(
+        0.0, "Epochs, 0.5 for half of one, over which the rate first grows linearly to the schedule's start."
     )
 
-    epochs: int | None = option(None, TRAINING, "Passes over the training rows; 60 unless given.")
-    early_stopping: int | None = option(
+    epochs: int | None = _training(None, "Passes over the training rows; 60 unless given.")
+    early_stopping: int | None = _training(
         None,
-        TRAINING,
         "Stop after this many epochs without a better validation loss, and restore the best weights.",
         "EPOCHS",
     )
-    drop_last: bool = option(False, TRAINING, "Leave out the last batch of an epoch if it is short.")
+    drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
 
-    out: str | None = option(None, OUTPUT, "The run folder, new or empty; runs/DATA-DATE-TIME unless given.", "DIR")
-    quiet: bool = option(False, OUTPUT, "Show no progress.", names=("--quiet", "-q"))
+    out: str | None = _output(None, "The run folder, new or empty; runs/DATA-DATE-TIME unless given.", "DIR")
+    quiet: bool = _output(False, "Show no progress.", names=("--quiet", "-q"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +185,13 @@ class TrainOptions(FitOptions):
     Ctrl-C ends the training cleanly and keeps the model.
     """
 
-    resume: str | None = option(
+    resume: str | None = _output(
         None,
-        OUTPUT,
         "Continue the run in this folder from its last checkpoint, exactly as if it had never stopped; --epochs may be "
         "raised.",
         "RUN",
     )
-    checkpoint_every: int = option(1, OUTPUT, "Epochs between two checkpoints.", "EPOCHS")
+    checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,25 +209,23 @@ class SweepOptions(FitOptions):
     Ctrl-C ends the sweep and keeps the results of the finished models.
     """
 
-    vary: list[str] | None = option(
+    vary: list[str] | None = _option(
         None,
-        SWEEP,
         "A varied parameter, one an option: lr, momentum, betas, weight_decay, dropout, hidden, label_smoothing, seed "
         "or batch_size. VALUES: a list 0.1,0.2 (layers and betas joined by x: hidden=32,64x32, betas=0.9x0.999); "
         "LOW:HIGH:log:COUNT or LOW:HIGH:lin:COUNT (LOW:HIGH:COUNT), ends included; whole numbers FIRST:END as Python's "
         "range, END left out: seed=0:20.",
         "NAME=VALUES",
     )
-    sample: int | None = option(
-        None, SWEEP, "Train this many of all combinations, drawn at random by the seed of the split.", "COUNT"
+    sample: int | None = _option(
+        None, "Train this many of all combinations, drawn at random by the seed of the split.", "COUNT"
     )
-    metric: str | None = option(
+    metric: str | None = _option(
         None,
-        SWEEP,
         "The score that ranks the models: val_loss (default), val_accuracy, loss or accuracy. The test rows score only "
         "the best model.",
     )
-    jobs: int | None = option(None, SWEEP, "The number of models that train at once; one a core unless given.")
+    jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,20 +235,19 @@ class FindOptions(ModelOptions, ForceOption):
     Nothing is kept of the network that is trained for it.
     """
 
-    start: float = option(1e-6, RATE, "The first learning rate.", names=("--from",))
-    end: float = option(10.0, RATE, "The last learning rate.", names=("--to",))
-    steps: int = option(200, RATE, "Updates of the sweep.")
-    plot: Path | None = option(None, OUTPUT, "Draw loss over learning rate into this PNG file.")
+    start: float = _rate(1e-6, "The first learning rate.", names=("--from",))
+    end: float = _rate(10.0, "The last learning rate.", names=("--to",))
+    steps: int = _rate(200, "Updates of the sweep.")
+    plot: Path | None = _output(None, "Draw loss over learning rate into this PNG file.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(JsonOption):
     """The options of the commands that use the model of a run."""
 
-    run: Path = argument(MISSING, "A run folder from train.", "RUN")
-    weights: str = option(
+    run: Path = _option(MISSING, "A run folder from train.", "RUN", None)
+    weights: str = _option(
         "model",
-        OPTIONS,
         "The weights of the run: model (at the end of training), best (least validation loss) or last (last "
         "checkpoint).",
     )
@@ -267,18 +257,16 @@ class RunOptions(JsonOption):
 class EvaluateOptions(RunOptions, MachineOptions):
     """Score the model of a run on its test rows, or on other labelled data."""
 
-    data: str | None = option(
-        None, OPTIONS, "Labelled data by name or path; the run's own test rows unless given.", "DATA"
-    )
+    data: str | None = _option(None, "Labelled data by name or path; the run's own test rows unless given.", "DATA")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(RunOptions, MachineOptions, ForceOption):
     """Predict labels, or values in original units, for new rows."""
 
-    data: str = option(MISSING, OPTIONS, "Features: .npz with X, .csv, .tsv, .parquet, IDX folder.", "FILE")
-    out: Path = option(MISSING, OPTIONS, "File for the predictions: .csv or .npz.")
-    proba: bool = option(False, OPTIONS, "Also write the probability of each class.")
+    data: str = _option(MISSING, "Features: .npz with X, .csv, .tsv, .parquet, IDX folder.", "FILE")
+    out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
+    proba: bool = _option(False, "Also write the probability of each class.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,28 +276,24 @@ class ExportOptions(RunOptions, ForceOption):
     Example: fusemlp export runs/digits-... --onnx digits.onnx
     """
 
-    onnx: Path | None = option(
+    onnx: Path | None = _option(
         None,
-        OPTIONS,
         "An ONNX graph (.onnx): features as they are in the data go in, labels or values in original units come out.",
     )
-    safetensors: Path | None = option(
+    safetensors: Path | None = _option(
         None,
-        OPTIONS,
         "The network's parameters by torch's names and its architecture (.safetensors), for fusemlp.load; its inputs "
         "are the scaled features.",
     )
-    bare: bool = option(
-        False, OPTIONS, "Leave the scaling of the features, and of a regression's targets, out of the graph."
-    )
+    bare: bool = _option(False, "Leave the scaling of the features, and of a regression's targets, out of the graph.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions(JsonOption, ForceOption):
     """Draw the curves of several runs into one picture, to compare them."""
 
-    runs: list[Path] = argument(MISSING, "Run folders from train.", "RUN...")
-    out: Path = option(Path("comparison.png"), OPTIONS, "File for the picture: .png, .svg or .pdf.")
+    runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None)
+    out: Path = _option(Path("comparison.png"), "File for the picture: .png, .svg or .pdf.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,10 +303,10 @@ class PlanOptions(StepOptions):
     Example: fusemlp plan 784 128 10 --batch-size 128 --backend triton
     """
 
-    sizes: list[int] = argument(MISSING, "Widths from the input to the output.", "SIZES...")
-    loss: str = option("cross_entropy", LOSS, f"{one_of(LOSSES)}.")
-    optimizer: str = option("sgd", OPTIMIZER, f"{one_of(OPTIMIZERS)}.")
-    backend: str = option("auto", MACHINE, "triton, cupy or numpy; it need not work on this machine.")
+    sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
+    loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.")
+    optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.")
+    backend: str = _machine("auto", "triton, cupy or numpy; it need not work on this machine.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,6 +92,11 @@ def sweep(options: SweepOptions) -> None:
         "seconds": seconds,
         "best": best.index,
     }
+    keep(plan, run, best, about, started, no_plot=bool(no_plot))
+
+
+def keep(plan: Plan, run: Run, best: Member, about: dict[str, Any], started: datetime, *, no_plot: bool) -> None:
+    """Write the best model as a run of ``train``, and print it."""
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
     begun = started.astimezone().isoformat(timespec="seconds")
     write_json(run.config, {**config, "started": begun, "sweep": about})
@@ -116,7 +121,7 @@ def sweep(options: SweepOptions) -> None:
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
     ]
-    show(content, lines, as_json=options.as_json)
+    show(content, lines, as_json=plan.options.as_json)
 
 
 def planned(options: SweepOptions) -> Plan:
@@ -141,11 +146,10 @@ def planned(options: SweepOptions) -> Plan:
         rows = len(prepared.train)
         rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
         optimizer = recipe.optimizer(trained_by[0], rates[0])
-    most = max(one.batch_size for one in trained_by)
-    if options.drop_last and most > rows:
-        raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
-    metric = _metric(options, prepared)
-    with _named_as_varied(axes):
+        most = max(one.batch_size for one in trained_by)
+        if options.drop_last and most > rows:
+            raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
+        metric = _metric(options, prepared)
         fleet = Fleet(
             prepared.network,
             prepared.loss,

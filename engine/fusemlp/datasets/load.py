@@ -98,10 +98,11 @@ def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
         table = read_table(path, features=names)
         return _coded(path, table, names, preprocessor.categories)[0]
     if path.suffix.lower() == ".npz":
-        arrays = _by_lower_name(read_npz(path))
-        if "x" not in arrays:
+        arrays = read_npz(path)
+        name = _by_lower_name(arrays).get("x")
+        if name is None:
             raise DataError(f"{path}: expected an array X; the arrays are {_names(arrays)}")
-        return _matching(path, _flat(path, "X", arrays["x"]), preprocessor)
+        return _matching(path, _flat(path, name, arrays[name]), preprocessor)
     return _matching(path, _read(source, None).X, preprocessor)
 
 
@@ -224,21 +225,25 @@ def _from_path(path: Path, target: str | None) -> Dataset:
 
 
 def _from_npz(path: Path) -> Dataset:
-    given = read_npz(path)
-    arrays = _by_lower_name(given)
-    x_name, y_name = ("x", "y") if "x" in arrays or "y" in arrays else ("x_train", "y_train")
-    if x_name not in arrays or y_name not in arrays:
+    arrays = read_npz(path)
+    names = _by_lower_name(arrays)
+    x_name, y_name = ("x", "y") if "x" in names or "y" in names else ("x_train", "y_train")
+    if x_name not in names or y_name not in names:
         raise DataError(
-            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {_names(given)}; save "
+            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {_names(arrays)}; save "
             "them with numpy.savez(path, X=X, y=y)"
         )
-    X, y = _flat(path, "X", arrays[x_name]), _labels(path, "y", arrays[y_name])
-    _same_rows(path, X, y)
-    test = None
-    if "x_test" in arrays and "y_test" in arrays:
-        test = _flat(path, "x_test", arrays["x_test"]), _labels(path, "y_test", arrays["y_test"])
-        _same_rows(path, *test)
+    X, y = _pair(path, arrays, names[x_name], names[y_name])
+    has_test = {"x_test", "y_test"} <= names.keys()
+    test = _pair(path, arrays, names["x_test"], names["y_test"]) if has_test else None
     return Dataset(path.name, X, y, "", _numbered(X.shape[1]), test=test)
+
+
+def _pair(path: Path, arrays: dict[str, Array], x_name: str, y_name: str) -> tuple[Features, Array]:
+    X, y = _flat(path, x_name, arrays[x_name]), _labels(path, y_name, arrays[y_name])
+    if len(X) != len(y):
+        raise DataError(f"{path}: {x_name} has {len(X)} rows, {y_name} has {len(y)}; each row needs its label")
+    return X, y
 
 
 def _from_idx_folder(path: Path) -> Dataset:
@@ -252,12 +257,10 @@ def _from_idx_folder(path: Path) -> Dataset:
     images, labels = train
     shape = images.shape[1:]
     names = _pixels(*shape) if len(shape) == 2 else _numbered(math.prod(shape))
+    X, y = _flat(path, "images", images), labels.astype(np.int64)
     official = read_idx_pair(path, "t10k")
-    test = None
-    if official is not None:
-        test = _flat(path, "test images", official[0]), official[1].astype(np.int64)
-    X = _flat(path, "images", images)
-    return Dataset(path.name, X, labels.astype(np.int64), "classification", names, "label", test=test)
+    test = None if official is None else (_flat(path, "test images", official[0]), official[1].astype(np.int64))
+    return Dataset(path.name, X, y, "classification", names, "label", test=test)
 
 
 def _coded(
@@ -324,11 +327,6 @@ def _labels(path: Path, name: str, array: Array) -> Array:
     return array.astype(np.float64)
 
 
-def _same_rows(path: Path, X: Array, y: Array) -> None:
-    if len(X) != len(y):
-        raise DataError(f"{path}: X has {len(X)} rows, y has {len(y)}; each row needs its label")
-
-
 def _matching(path: Path, X: Features, preprocessor: Preprocessor) -> Features:
     width = len(preprocessor.feature_names)
     if X.shape[1] != width:
@@ -338,8 +336,8 @@ def _matching(path: Path, X: Features, preprocessor: Preprocessor) -> Features:
     return X
 
 
-def _by_lower_name(arrays: dict[str, Array]) -> dict[str, Array]:
-    return {name.lower(): array for name, array in arrays.items()}
+def _by_lower_name(arrays: dict[str, Array]) -> dict[str, str]:
+    return {name.lower(): name for name in arrays}
 
 
 def _pixels(height: int, width: int) -> tuple[str, ...]:
