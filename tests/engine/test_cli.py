@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 
 import fusemlp
 from fusemlp import cli
@@ -26,16 +27,6 @@ from fusemlp_kernels.errors import (
     MissingLibraryError,
     ShapeError,
 )
-
-
-def run(*arguments: str) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
-
 
 COMMANDS = ("train", "sweep", "evaluate", "predict", "export", "plot", "plan", "lr-find", "doctor")
 

@@ -96,10 +96,8 @@ def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as stream:
-                return stream.read()
-        return path.read_bytes()
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: expected an IDX file{' compressed by gzip' if path.suffix == '.gz' else ''}, but it "

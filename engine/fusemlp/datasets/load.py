@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
-from fusemlp.datasets.tables import TABLES, read_names, read_table
+from fusemlp.datasets.tables import TABLES, listed, read_names, read_table
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
 
@@ -101,7 +101,7 @@ def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
         arrays = read_npz(path)
         name = _by_lower_name(arrays).get("x")
         if name is None:
-            raise DataError(f"{path}: expected an array X; the arrays are {_names(arrays)}")
+            raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
         return _matching(path, _flat(path, name, arrays[name]), preprocessor)
     return _matching(path, _read(source, None).X, preprocessor)
 
@@ -214,7 +214,7 @@ def _from_path(path: Path, target: str | None) -> Dataset:
             "the data, for example with numpy.savez(path, X=X, y=y)"
         )
     if target is None:
-        raise DataError(f"{path}: say which column is the target; the columns are {_names(read_names(path))}")
+        raise DataError(f"{path}: say which column is the target; the columns are {listed(read_names(path))}")
     table = read_table(path, target=target)
     y = table.pop(target)
     if not table:
@@ -230,7 +230,7 @@ def _from_npz(path: Path) -> Dataset:
     x_name, y_name = ("x", "y") if "x" in names or "y" in names else ("x_train", "y_train")
     if x_name not in names or y_name not in names:
         raise DataError(
-            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {_names(arrays)}; save "
+            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {listed(arrays)}; save "
             "them with numpy.savez(path, X=X, y=y)"
         )
     X, y = _pair(path, arrays, names[x_name], names[y_name])
@@ -252,7 +252,7 @@ def _from_idx_folder(path: Path) -> Dataset:
         raise DataError(
             f"{path}: expected a folder with MNIST's files train-images-idx3-ubyte and "
             "train-labels-idx1-ubyte (plain or .gz), found "
-            f"{_names(sorted(entry.name for entry in path.iterdir())[:10]) or 'nothing'}"
+            f"{listed(sorted(entry.name for entry in path.iterdir())[:10]) or 'nothing'}"
         )
     images, labels = train
     shape = images.shape[1:]
@@ -283,7 +283,7 @@ def _coded(
             if strange:
                 raise DataError(
                     f"{path}, column {name!r}: {strange[0]!r} did not occur in the training data; known are "
-                    f"{_names(words)}; correct the value or train again"
+                    f"{listed(words)}; correct the value or train again"
                 )
             X[:, index] = [codes[word] for word in column]
         categories.append(words)
@@ -346,7 +346,3 @@ def _pixels(height: int, width: int) -> tuple[str, ...]:
 
 def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"x{index}" for index in range(count))
-
-
-def _names(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)

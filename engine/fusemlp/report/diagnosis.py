@@ -56,16 +56,14 @@ def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = Fals
     if not rising:
         message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
         return Finding("overfitting", message, OVERFITTING_REMEDIES, None, figures)
+    epoch, remedies = best + 1, OVERFITTING_REMEDIES[1:]
     message = (
-        f"after epoch {best + 1} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
+        f"after epoch {epoch} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
         f"to {training[-1]:.4g}"
     )
     if restored:
-        return Finding(
-            "overfitting", f"{message}; the weights of epoch {best + 1} were restored", (), best + 1, figures
-        )
-    remedies = (f"early stopping (here: --epochs {best + 1})", *OVERFITTING_REMEDIES[1:])
-    return Finding("overfitting", message, remedies, best + 1, figures)
+        return Finding("overfitting", f"{message}; the weights of epoch {epoch} were restored", (), epoch, figures)
+    return Finding("overfitting", message, (f"early stopping (here: --epochs {epoch})", *remedies), epoch, figures)
 
 
 def dead_units(fractions: Mapping[str, float]) -> Finding | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
-    """Return the class index of each row; after one-hot training, that of the largest output."""
+    """Return ``engine.predict``; after one-hot training, the class index of the largest output of each row."""
     outputs = engine.predict(X)
     codes: Array = outputs.argmax(axis=1) if preprocessor.one_hot_targets else outputs
     return codes
@@ -23,8 +23,6 @@ def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Ar
 
 def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """Return labels (n,), or values (n,) or (n, targets) in original units; X is ``transform_features``'s result."""
-    if preprocessor.classes is None:
-        return preprocessor.decode_predictions(engine.predict(X))
     return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
 
 
