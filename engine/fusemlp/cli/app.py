@@ -94,9 +94,7 @@ for _name, _options in COMMANDS.items():
     app.command(_name.replace("_", "-"), help=inspect.getdoc(_options))(_command(_name, _options))
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Time training steps beside PyTorch, JAX and scikit-learn: [bold]fusemlp bench --quick[/bold], in a checkout.
 
@@ -135,11 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments, prog_name="fusemlp")
         except FusemlpError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            sys.exit(exit_code(error))
+            message, code = one_line(error), exit_code(error)
         except MemoryError as error:
-            print(
-                f"error: there is not enough memory: {error}; narrower layers or smaller batches need less",
-                file=sys.stderr,
-            )
-            sys.exit(1)
+            message, code = f"there is not enough memory: {error}; narrower layers or smaller batches need less", 1
+        else:
+            return
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fusemlp.cli.output import finite
@@ -29,7 +30,7 @@ def finish(
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
     overfitting = diagnosis.overfitting(history.history, restored=restored)
-    found = [diagnosis.divergence(str(failure))] if failure is not None else []
+    found = [diagnosis.Finding("divergence", str(failure))] if failure is not None else []
     dead = engine.dead_units(prepared.train.X)
     found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
     report: dict[str, Any] = {
@@ -42,7 +43,7 @@ def finish(
         "seconds": sum(history.seconds),
         "final": {name: values[-1] for name, values in history.history.items()},
         "dead_units": dead,
-        "diagnosis": [finding.to_config() for finding in found],
+        "diagnosis": [asdict(finding) for finding in found],
     }
     if failure is None:
         test = prepared.test

@@ -66,13 +66,9 @@ class StepOptions:
 
     activation: str = _network("relu", f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.")
     slope: float | None = _network(None, "Slope of leaky_relu (0.01 unless given); where prelu's starts (0.25).")
-    output_activation: str = _network(
-        "identity", "Activation of the output layer; the cross-entropies and poisson need identity."
-    )
+    output_activation: str = _network("identity", "Of the output layer; the cross-entropies and poisson need identity.")
     dropout: str = _network(
-        "0",
-        "Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).",
-        "RATE",
+        "0", "Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).", "RATE"
     )
     batch_size: int = _training(32, "Rows a step.")
     precision: str = _machine("fp32", "fp32, tf32, bf16, fp16 or fp64.")
@@ -99,12 +95,8 @@ class ModelOptions(MachineOptions, StepOptions, JsonOption):
         "Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, variance 1), "
         "minmax (0 to 1) or none.",
     )
-    validation_fraction: float = _data(
-        0.1, "Share of the rows left beside the test fifth that is for validation; 0 for none."
-    )
-    split_seed: int | None = _data(
-        None, "Seed of the split into training, validation and test rows; --seed unless given."
-    )
+    validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test fifth; 0 for none.")
+    split_seed: int | None = _data(None, "Seed of the split into training, validation, test rows; --seed unless given.")
 
     hidden: list[str] | None = _network(
         None,
@@ -160,15 +152,11 @@ class FitOptions(ModelOptions):
     lr_patience: int | None = _rate(
         None, "For reduce_on_plateau: epochs without a better validation loss before a reduction (10)."
     )
-    warmup: float = _rate(
-        0.0, "Epochs, 0.5 for half of one, over which the rate first grows linearly to the schedule's start."
-    )
+    warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
 
     epochs: int | None = _training(None, "Passes over the training rows; 60 unless given.")
     early_stopping: int | None = _training(
-        None,
-        "Stop after this many epochs without a better validation loss, and restore the best weights.",
-        "EPOCHS",
+        None, "Stop after this many epochs without a better validation loss, and restore the best weights.", "EPOCHS"
     )
     drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
 
@@ -218,13 +206,9 @@ class SweepOptions(FitOptions):
         "NAME=VALUES",
     )
     sample: int | None = _option(
-        None, "Train this many of all combinations, drawn at random by the seed of the split.", "COUNT"
+        None, "Train only this many combinations, drawn at random by the split's seed.", "COUNT"
     )
-    metric: str | None = _option(
-        None,
-        "The score that ranks the models: val_loss (default), val_accuracy, loss or accuracy. The test rows score only "
-        "the best model.",
-    )
+    metric: str | None = _option(None, "Score that ranks models: val_loss (default), val_accuracy, loss or accuracy.")
     jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
 
 
@@ -247,9 +231,7 @@ class RunOptions(JsonOption):
 
     run: Path = _option(MISSING, "A run folder from train.", "RUN", None)
     weights: str = _option(
-        "model",
-        "The weights of the run: model (at the end of training), best (least validation loss) or last (last "
-        "checkpoint).",
+        "model", "The run's weights: model (end of training), best (least validation loss) or last (last checkpoint)."
     )
 
 

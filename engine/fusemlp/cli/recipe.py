@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError
+
+Described = TypeVar("Described")
 
 DEFAULT_WIDTH = 128
 # Losses that train classes as one-hot rows.
@@ -52,7 +54,7 @@ def _chosen(options: ModelOptions, what: str, kind: str, known: Mapping[str, typ
     return chosen
 
 
-def _made(what: str, described: Any, *rate: float | Schedule, **given: Any) -> Any:
+def _made(what: str, described: Callable[..., Described], *rate: float | Schedule, **given: Any) -> Described:
     """Return a description; its errors name the option in place of the field."""
     try:
         return described(*rate, **given)
@@ -142,21 +144,20 @@ def loss(options: ModelOptions, name: str, weights: list[float] | None) -> Loss:
     given = _chosen(options, "loss", name, LOSSES)
     if name == "cross_entropy":
         given["class_weight"] = weights
-    made: Loss = _made("loss", LOSSES[name], **given)
-    return made
+    return _made("loss", LOSSES[name], **given)
 
 
 def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimizer:
     """Return the optimizer with ``schedule`` (None: the constant rate of the options)."""
     given = _chosen(options, "optimizer", options.optimizer, OPTIMIZERS)
-    described: Any = OPTIMIZERS[options.optimizer]
+    described = OPTIMIZERS[options.optimizer]
     if "betas" in given:
-        asked = zip((options.beta1, options.beta2), described().betas, strict=True)
+        usual: Any = described()
+        asked = zip((options.beta1, options.beta2), usual.betas, strict=True)
         given["betas"] = tuple(default if one is None else one for one, default in asked)
     given |= {"clip_norm": options.clip_norm, "accumulate": options.accumulate, "decay_biases": options.decay_biases}
     rate = learning_rate(options) if schedule is None else schedule
-    made: Optimizer = _made("optimizer", described, rate, **given)
-    return made
+    return _made("optimizer", described, rate, **given)
 
 
 def learning_rate(options: ModelOptions) -> float:
@@ -174,7 +175,7 @@ def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
     """
     kind, rate = options.schedule, learning_rate(options)
     given = _chosen(options, "schedule", kind, SCHEDULES)
-    described: Any = SCHEDULES[kind]
+    described = SCHEDULES[kind]
     batch_size = min(as_count("batch_size", options.batch_size), rows)
     batches = rows // batch_size if options.drop_last else -(-rows // batch_size)
     each = batches / as_count("accumulate", options.accumulate)
@@ -190,5 +191,4 @@ def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
         if options.lr_gamma is None:
             raise ArgumentError("lr_gamma: the schedule exponential needs it: --lr-gamma 0.95 for 5 % less each epoch")
         given["gamma"] = as_number("lr_gamma", options.lr_gamma, low=0.0, low_open=True) ** (1.0 / each)
-    made: Schedule = _made("schedule", described, rate, **given)
-    return made
+    return _made("schedule", described, rate, **given)

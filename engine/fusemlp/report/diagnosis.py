@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 # Overfitting: the validation loss rises by this share above its best while the training loss falls.
 RISE = 0.05
@@ -24,10 +23,6 @@ class Finding:
     remedies: tuple[str, ...] = ()
     epoch: int | None = None
     figures: dict[str, float] = field(default_factory=dict)
-
-    def to_config(self) -> dict[str, Any]:
-        """Return a JSON-able description."""
-        return asdict(self)
 
     def __str__(self) -> str:
         helps = f"; what helps: {', '.join(self.remedies)}" if self.remedies else ""
@@ -77,8 +72,3 @@ def dead_units(fractions: Mapping[str, float]) -> Finding | None:
     listed = ", ".join(f"{share:.0%} of {layer}" for layer, share in high.items())
     message = f"relu units that are zero for every training row: {listed}"
     return Finding("dead units", message, DEAD_REMEDIES, None, dict(fractions))
-
-
-def divergence(message: str) -> Finding:
-    """Return the finding of a loss that is no longer finite; ``message`` is the error's."""
-    return Finding("divergence", message)
