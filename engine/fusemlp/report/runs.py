@@ -137,8 +137,9 @@ def csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
 
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:
     """Append a row to ``metrics.csv``, after a header if it is the first; floats in their shortest exact form."""
+    header, values = _table([row])
     with run.metrics.open("ab") as stream:
-        stream.write(csv_bytes(_table([row])[stream.tell() > 0 :]))
+        stream.write(csv_bytes([values] if stream.tell() else [header, values]))
 
 
 def _table(rows: Sequence[Mapping[str, float]]) -> list[list[str]]:
