@@ -24,7 +24,7 @@ class Check(Protocol):
     """
 
     def __call__(
-        self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str, *, written: bool, flat: bool
+        self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str, /, *, written: bool, flat: bool
     ) -> Any: ...
 
 
@@ -76,7 +76,7 @@ def _checked(
     common: dict[str, int],
     check: Check,
 ) -> SimpleNamespace:
-    values = {record.name: given.get(record.name) for record in records}
+    values: dict[str, Any] = {record.name: given.get(record.name) for record in records}
     values |= {record.name: record.default for record in records if values[record.name] is None}
     _check_together(op, values)
     selectors = {record.rows for record in records}
@@ -106,7 +106,7 @@ def _checked(
         if picks:
             _check_rows(op, name, len(value), sizes.get("M", 0))
     common |= {letter: sizes[letter] for letter in "M" if letter in sizes}
-    return SimpleNamespace(**{"M": 0, "N": 0, "K": 0, **sizes, **values})
+    return SimpleNamespace(**{"M": 0, "N": 0, "K": 0, **sizes, **common, **values})
 
 
 def _check_rows(op: str, name: str, given: int, batch: int) -> None:

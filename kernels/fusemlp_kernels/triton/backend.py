@@ -40,16 +40,11 @@ ADOPTED = frozenset(
     }
 )
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
-    "linear": bind_linear,
-    "linear_loss_grad": bind_linear_loss_grad,
-    "loss_grad": bind_loss_grad,
-    "grad_input": bind_grad_input,
-    "grad_weight": bind_grad_weight,
-    "grad_weight_update": bind_grad_weight_update,
-    "update": bind_update,
-    "advance": bind_advance,
-    "train_resident": bind_train_resident,
-    "train_fleet": bind_train_fleet,
+    bind.__name__.removeprefix("bind_"): bind
+    for bind in (
+        *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_grad_weight),
+        *(bind_grad_weight_update, bind_update, bind_advance, bind_train_resident, bind_train_fleet),
+    )
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,17 +99,10 @@ class TritonBackend:
         # under the interpreter nothing is quick, and eager is what it is mostly used for
         self.traits = dataclasses.replace(traits, plans=("resident", "eager")) if self._device.interpreted else traits
         self.device = str(self._device.device)
-        self._dtypes = {
-            "real": torch.float32,
-            "compute": self._device.compute,
-            "float64": torch.float64,
-            "int64": torch.int64,
-            "bool": torch.bool,
-        }
 
     def allocate(self, size: int, dtype: str) -> Tensor:
         """See ``contract.Backend``."""
-        kind = self._dtypes[dtype]
+        kind = self._device.dtype(dtype)
         spare = ALIGNMENT_BYTES // kind.itemsize
         flat = torch.zeros(size + spare, dtype=kind, device=self._device.device)
         start = -flat.data_ptr() % ALIGNMENT_BYTES // kind.itemsize
@@ -154,22 +142,20 @@ class TritonBackend:
         """See ``contract.Backend``. Matrices of numbers get rows that start at multiples of 16 bytes."""
         if isinstance(array, Tensor):
             kind = {True: "int64", False: "real"}[self.is_integer(array)] if dtype is None else dtype
-            if array.dtype == self._dtypes[kind] and (array.ndim != 2 or is_aligned(array)):
+            if array.dtype == self._device.dtype(kind) and (array.ndim != 2 or is_aligned(array)):
                 return array
             _log.info(
                 "an array %s of %s on the device is copied once: the kernels read %s in rows that start at multiples "
                 "of 16 bytes",
-                *(tuple(array.shape), array.dtype, self._dtypes[kind]),
+                *(tuple(array.shape), array.dtype, self._device.dtype(kind)),
             )
         else:
             kind = {"f": "real", "i": "int64", "b": "bool"}[array.dtype.kind] if dtype is None else dtype
-        if array.ndim != 2:
+        if array.ndim == 2:
+            pitch = -(-array.shape[1] // self.traits.row_multiple) * self.traits.row_multiple
+            tensor = self.view(self.allocate(len(array) * pitch, kind), 0, tuple(array.shape), pitch)
+        else:
             tensor = self.allocate(math.prod(array.shape), kind)
-            self.copy_into(tensor, array)
-            return tensor
-        rows, columns = array.shape
-        pitch = -(-columns // self.traits.row_multiple) * self.traits.row_multiple
-        tensor = self.view(self.allocate(rows * pitch, kind), 0, (rows, columns), pitch)
         self.copy_into(tensor, array)
         return tensor
 
