@@ -15,12 +15,13 @@ BackendUnavailableError without a GPU for it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fusemlp_kernels.checks import sizes_of
+from fusemlp_kernels.checks import checked
 from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
@@ -36,7 +37,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
-from fusemlp_kernels.ops import OPS, UPDATED, Operand, expected
+from fusemlp_kernels.ops import FIXED, OPS, UPDATED
 from fusemlp_kernels.triton.backend import BINDERS, open_device
 from fusemlp_kernels.triton.launch import Device, Tensor, is_interpreted
 
@@ -75,38 +76,25 @@ def _clock(device: Device, rule: UpdateRule, lr: float, update_count: int, batch
     return {**{name: torch.from_numpy(array).to(device.device) for name, array in host.items()}, "counters": counters}
 
 
-def _made(
-    device: Device, op: str, records: Sequence[Operand], given: Mapping[str, Any], names: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The operands ``names``, allocated in the sizes of the given ones; and these sizes."""
-    for record in records:
-        tensor = given.get(record.name)
-        if record.name in given and record.shape is not None and not (record.optional and tensor is None):
-            device.check(op, record.name, tensor, (None,) * len(expected(record, given)[1]))
-    sizes, made = sizes_of(records, given), {}
-    for record in records:
-        if record.name in names and record.shape is not None:
-            make = torch.zeros if record.use == UPDATED else torch.empty
-            shape = [sizes[letter] for letter in record.shape]
-            made[record.name] = make(shape, dtype=device.dtype(record.dtype), device=device.device)
-    return made, sizes
-
-
 def _call(op: str, names: Sequence[str], arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Start ``op`` on the device of the first of the arguments of a function below; returns the outputs ``names``."""
-    records, first = OPS[op].by_name, next(iter(arguments))
+    known, first = OPS[op].by_name, next(iter(arguments))
     device = _device(op, first, arguments[first], arguments.get("tf32", False))
-    given = {name: value for name, value in arguments.items() if name in records}
+    given = {name: value for name, value in arguments.items() if name in known}
     if isinstance(given["slope"], Tensor):
         given["slope_param"] = given.pop("slope")
     if isinstance(given.get("loss"), str):
         given["loss"] = LossSpec(given["loss"])
-    if "x_rows" in records:
+    if "x_rows" in known:
         given["x_rows"] = given["rows"]
-    made, sizes = _made(device, op, OPS[op].operands, given, names)
-    counters = _counters(device, batch_index=arguments.get("batch_index", 0), row_count=sizes["M"])
-    BINDERS[op](device, **given, **made, counters=counters)()
-    return tuple(made[name] for name in names)
+    call = checked(op, given, device.check, (*names, "counters"))
+    for name in names:
+        make = torch.zeros if known[name].use == UPDATED else torch.empty
+        shape = [FIXED.get(letter) or getattr(call, letter) for letter in known[name].shape or ""]
+        setattr(call, name, make(shape, dtype=device.dtype(known[name].dtype), device=device.device))
+    call.counters = _counters(device, batch_index=arguments.get("batch_index", 0), row_count=call.M)
+    inspect.unwrap(BINDERS[op])(device, call)()
+    return tuple(getattr(call, name) for name in names)
 
 
 def linear(
@@ -203,11 +191,15 @@ def grad_weight(dz: Tensor, x: Tensor, *, rows: Tensor | None = None, tf32: bool
 
     dz (M, N); x (M, K), or with ``rows`` (M,) x[rows] of x (n, K), zeros where a row is -1.
     """
-    op, layer = "grad_weight", {"dz": dz, "x": x, "rows": rows}
+    op = "grad_weight"
     device = _device(op, "dz", dz, tf32)
-    made, _ = _made(device, op, OPS[op].by_name["layers"].fields, layer, ("dw", "db"))
-    BINDERS[op](device, layers=[layer | made], rule=UpdateRule("sgd"), counters=_counters(device))()
-    return made["dw"], made["db"]
+    given = {"layers": [{"dz": dz, "x": x, "rows": rows}], "rule": UpdateRule("sgd"), "counters": _counters(device)}
+    call = checked(op, given, device.check, ("dw", "db"))
+    (layer,) = call.layers
+    layer.dw = torch.empty(layer.N, layer.K, device=device.device)
+    layer.db = torch.empty(layer.N, device=device.device)
+    inspect.unwrap(BINDERS[op])(device, call)()
+    return layer.dw, layer.db
 
 
 def grad_weight_update(

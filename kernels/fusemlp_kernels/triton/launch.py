@@ -116,17 +116,23 @@ class Device:
         dtype = tensor.dtype if kind is None else self.dtype(kind)
         if tensor.dtype != dtype:
             raise DTypeError(f"{op}: {name}: expected {dtype}, got {tensor.dtype}; convert it with {name}.to({dtype})")
-        if len(tensor.shape) != len(shape) or any(w not in (None, n) for n, w in zip(tensor.shape, shape, strict=True)):
-            wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ShapeError(f"{op}: {name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
-        if any(size > LARGEST_INDEX for size in tensor.shape):
+        size = tuple(tensor.shape)
+        if size != shape and (
+            len(size) != len(shape) or any(w not in (None, n) for n, w in zip(size, shape, strict=True))
+        ):
+            wanted = ", ".join("any" if side is None else str(side) for side in shape)
+            raise ShapeError(f"{op}: {name}: expected shape ({wanted}), got {size}")
+        if max(size, default=0) > LARGEST_INDEX:
             raise ShapeError(
-                f"{op}: {name}: a dimension of {tuple(tensor.shape)} is more than the {LARGEST_INDEX} that a 32-bit "
-                "index counts; cut the tensor into parts"
+                f"{op}: {name}: a dimension of {size} is more than the {LARGEST_INDEX} that a 32-bit index counts; cut "
+                "the tensor into parts"
             )
-        repeats = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        if written and repeats and tensor.numel():
-            raise ArgumentError(f"{op}: {name}: is expanded (stride 0), so it cannot be written; use {name}.clone()")
+        # a stride of 0 is harmless where nothing is repeated
+        if written and 0 in tensor.stride() and tensor.numel():
+            if any(side > 1 and stride == 0 for side, stride in zip(size, tensor.stride(), strict=True)):
+                raise ArgumentError(
+                    f"{op}: {name}: is expanded (stride 0), so it cannot be written; use {name}.clone()"
+                )
         if flat and not tensor.is_contiguous():
             raise ArgumentError(f"{op}: {name}: expected a contiguous tensor, got strides {tensor.stride()}")
         return tensor
