@@ -111,24 +111,20 @@ def _checked(
         if not operand.several:
             values[operand.name] = check(op, name, value, shape, dtype, written=written, flat=flat)
         elif values[OF_STATES.get(operand.name, operand.name.removesuffix("_state"))] is not None:
-            _check_states(op, name, value, rule)
+            if rule is not None and len(value) != rule.state_count:
+                raise ArgumentError(
+                    f"{op}: {name}: {rule.kind} keeps {rule.state_count} arrays of state, got {len(value)}"
+                )
             checks = [check(op, name, one, shape, dtype, written=written, flat=flat) for one in value]
             values[operand.name] = tuple(checks)
-        if picks:
-            _check_rows(op, name, len(value), sizes.get("M", 0))
+        batch = sizes.get("M", 0)
+        if picks and (len(value) % batch if batch else len(value)):
+            raise ShapeError(
+                f"{op}: {name}: expected {batch} row numbers, or several batches of {batch}; got {len(value)}"
+            )
     if "M" in sizes:
         common["M"] = sizes["M"]
     return SimpleNamespace(**{"M": 0, "N": 0, "K": 0, **sizes, **values})
-
-
-def _check_rows(op: str, name: str, given: int, batch: int) -> None:
-    if given % batch if batch else given:
-        raise ShapeError(f"{op}: {name}: expected {batch} row numbers, or several batches of {batch}; got {given}")
-
-
-def _check_states(op: str, name: str, states: Sequence[Any], rule: UpdateRule | None) -> None:
-    if rule is not None and len(states) != rule.state_count:
-        raise ArgumentError(f"{op}: {name}: {rule.kind} keeps {rule.state_count} arrays of state, got {len(states)}")
 
 
 def _check_together(op: str, given: Mapping[str, Any]) -> None:

@@ -72,12 +72,10 @@ class Architecture:
 
     def product(self, precision: str) -> str:
         """Return ``tl.dot``'s input precision."""
-        if precision == "tf32":
-            return "ieee" if self.family in ("gfx942", "interpreter") else "tf32"
-        if precision == "fp32" and self.family not in ("gfx942", "interpreter"):
-            # three TF32 products give the accuracy of float32 (the "3xTF32" of CUTLASS)
-            return "tf32x3"
-        return "ieee"
+        if self.family in ("gfx942", "interpreter"):
+            return "ieee"
+        # three TF32 products give the accuracy of float32 (the "3xTF32" of CUTLASS)
+        return {"tf32": "tf32", "fp32": "tf32x3"}.get(precision, "ieee")
 
 
 # Compute capabilities and AMD targets by table.

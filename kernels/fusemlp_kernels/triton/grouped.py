@@ -124,9 +124,7 @@ def _bind_gradients(
 def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``grad_weight``."""
     norm = given.norm
-    run, programs = _bind_gradients(
-        device, given, updates=False, norm=norm, parts=given.parts, part=given.part
-    )  # fmt: skip
+    run, programs = _bind_gradients(device, given, updates=False, norm=norm, parts=given.parts, part=given.part)
     return norm.zero_ if programs == 0 and norm is not None else run
 
 
@@ -148,7 +146,7 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
     before: list[Run] = []
     if norm is None and (rule.clip_norm is not None or given.scaled):
         norm = device.zeros(1, "float64")
-        before.append(_bind_norm(device, grads, norm, tile))
+        before.append(_bind_norm(device, grads, norm))
     tasks = _Tasks(device)
     for segment in given.segments:
         tasks.add(segment.rule, kind=SEGMENT, N=segment.size, K=1, p=segment.offset)
@@ -168,8 +166,9 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
     return in_sequence([*before, device.launch(update.update_kernel, programs, arguments, constants, tile)])
 
 
-def _bind_norm(device: Device, grads: Tensor, norm: Tensor, tile: configs.Tile) -> Run:
-    programs = -(-grads.numel() // tile.columns)
+def _bind_norm(device: Device, grads: Tensor, norm: Tensor) -> Run:
+    tile = configs.SWEEP
+    programs = tile.count(1, grads.numel())
     arguments = {
         "grads": grads, "norm": norm, "partials": device.zeros(programs, "float64"),
         "ticket": device.zeros(1, "int32"), "size": grads.numel(), "programs": programs,
