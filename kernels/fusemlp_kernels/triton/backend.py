@@ -53,7 +53,7 @@ COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 def open_device(name: str | None, precision: str) -> Device:
     """The device ``name`` ("cuda", "cuda:1"; None: the current one), for kernels of that precision.
 
-    Raises BackendUnavailableError where it is not there or has no kernels.
+    Raises BackendUnavailableError for a device that is missing or has no kernels.
     """
     if precision not in COMPUTE:
         raise BackendUnavailableError(
@@ -96,7 +96,7 @@ class TritonBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         self._device = open_device(device, precision)
-        # under the interpreter nothing is quick, and eager is what it is mostly used for
+        # the interpreter is slow on every plan, and most of its users want eager steps
         self.traits = dataclasses.replace(traits, plans=("resident", "eager")) if self._device.interpreted else traits
         self.device = str(self._device.device)
 
@@ -174,7 +174,7 @@ class TritonBackend:
             destination.copy_(source.reshape(destination.shape))
             return
         contiguous = np.ascontiguousarray(source)
-        # torch warns of memory that it must not write
+        # torch warns of read-only memory
         tensor = torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
         destination.copy_(tensor.reshape(destination.shape))
 
@@ -183,8 +183,8 @@ class TritonBackend:
         return array[index].to(torch.float32)
 
     def capture(self, run: Run, times: int) -> Run:
-        """See ``contract.Backend``: one CUDA graph. Every address in it stays what it is, since the bound calls hold
-        on to their tensors."""
+        """See ``contract.Backend``: one CUDA graph. Its addresses stay valid, since the bound calls keep their tensors
+        alive."""
         if self._device.interpreted:
             raise BackendUnavailableError("plan: Triton's interpreter has no graphs; use plan='eager'")
         graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,7 @@
 """Binding the calls of many whole steps: ``train_resident`` and ``train_fleet``.
 
-The kernel has an order of its own, which is that of every step program; calls in another order are refused. Its tables
-are filled from the operands of the calls.
+The kernel runs the calls in the order of a step program and refuses any other. The operands of the calls fill its
+tables.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Step:
 
 
 def _read(op: str, calls: Calls, params: Tensor) -> _Step:
-    """The calls, if they are in the kernel's order; ``params``: the model's arena."""
+    """Read the calls, which must be in the kernel's order; ``params``: the model's arena."""
     names = [name for name, _ in calls]
     forward = [operands for name, operands in calls if name in ("linear", "linear_loss_grad")]
     backward = [operands for name, operands in calls if name == "grad_input"]
@@ -111,7 +111,7 @@ def _same(op: str, name: str, values: Sequence[Any]) -> None:
     for index, value in enumerate(values):
         if value != values[0]:
             raise ArgumentError(
-                f"{op}: {name}: models of one launch have it in common, got {values[0]!r} for model 0 and {value!r} "
+                f"{op}: {name}: models of one launch must agree in it, got {values[0]!r} for model 0 and {value!r} "
                 f"for model {index}; bind them apart"
             )
 
@@ -187,7 +187,7 @@ def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, para
             dz = step.backward[last - 1 - index]["dz_prev"]
         pitch = _round_up(len(w), 8)
         y_at = 0 if y is None else work.place(y)
-        # what the derivative is read from
+        # the values that give the derivative
         z_at = y_at
         if name in NEEDS_Z and index < last:
             z_at = work.spare(pitch) if z is None else work.place(z)
@@ -218,7 +218,7 @@ def _model_tables(step: _Step) -> tuple[list[list[int]], list[list[float]]]:
 
 
 def _measures(ridge: Ridge, loss: LossSpec, outputs: int) -> list[float]:
-    """A model's row of measures; those of a batch are written when there is one."""
+    """A model's row of measures; the kernel writes those of a batch."""
     usual = 1.0 if loss.kind == "cross_entropy" else float(outputs)
     fields = {"ratio": 1.0 if ridge.divisor is None else ridge.divisor / usual, "strength": ridge.strength * usual}
     return [fields.get(name, 0.0) for name in resident_tables.MEASURE_FIELDS]
@@ -277,7 +277,7 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
         device.check(op, "epoch_stats", epoch_stats, (models, None, STATS), "float64", written=True)
     tile = configs.resident_tile(device.arch, device.precision, tuple(len(one["w"]) for one in first.forward))
     work = _Workspace(op, device, steps, given.batch)
-    # where the data lies is counted from the workspace
+    # the offset of the data counts from the workspace
     if not is_aligned(x) or (x.data_ptr() - work.base.data_ptr()) % (8 * x.element_size()):
         raise ArgumentError(
             f"{op}: x: expected rows that start at multiples of 32 bytes, with zeros between them; got strides "
@@ -313,7 +313,7 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
     launches: dict[int, Run] = {}
     listed: list[list[int]] = []
 
-    # the kernel is told only how far x and the values lie from one of them: nothing else holds on to them
+    # the kernel has only the distances between x and the values: this keeps their memory alive
     def run(times: Sequence[int], _kept: Any = (calls, work)) -> None:
         if len(times) != models:
             raise ArgumentError(f"{op}: expected the steps of each of {models} models, got {len(times)} numbers")
