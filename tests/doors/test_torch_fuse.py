@@ -201,7 +201,7 @@ def test_a_failed_step_changes_nothing():
     pair.steps(1)
     x, y = batch()
     y[3] = 3
-    with pytest.raises(fusemlp.DataError, match="target 3 in row 3 is out of bounds"):
+    with pytest.raises(fusemlp.DataError, match="label 3 at row 3 is not one of the 3 classes"):
         pair.step(x, y)
     pair.same()
     pair.steps()
