@@ -73,12 +73,14 @@ class Clocks:
 
 def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> list[Callable[[], object]]:
     """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``."""
-    last = bound.program.calls[-1]
+    last, arrays = bound.program.calls[-1], bound.arrays
     runs = []
     for one in sets:
         if last.op == "update":
-            own = {
-                "states": last.operands["states"][: one.rule.state_count],
+            operands = {
+                "params": arrays["params"],
+                "grads": arrays["grads"],
+                "states": tuple(arrays[f"state{index}"] for index in range(one.rule.state_count)),
                 "segments": tuple(
                     Segment(place.offset, place.size, _own_rule(one, short))
                     for short, place in layout.places.items()
@@ -86,9 +88,8 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> 
                 ),
             }
         else:
-            own = _with_rules(last.operands, one)
+            operands = resolve({**last.operands, **_with_rules(last.operands, one)}, arrays.__getitem__)
         clock = {"hyper": one.table.hyper, "rates": one.table.rates, "counters": one.table.counters, "rule": one.rule}
-        operands = resolve({**last.operands, **own}, bound.arrays.__getitem__)
         runs.append(bound.backend.bind(last.op, **{**operands, **clock}))
     return runs
 
