@@ -118,6 +118,10 @@ MODULES = {
     "functional dropout": (lambda: Forward(functional_dropout), "different things in train and eval mode"),
     "branch": (lambda: Forward(branching), "torch.fx cannot trace"),
     "softplus": (lambda: Forward(lambda m, x: m.b(nn.functional.softplus(m.a(x)))), "softplus cannot be fused"),
+    "tanh gelu": (
+        lambda: Forward(lambda m, x: m.b(nn.functional.gelu(m.a(x), approximate="tanh"))),
+        r"Forward: gelu: GELU\(approximate='tanh'\): only the exact",
+    ),
     "scaled": (lambda: Forward(lambda m, x: m.b(m.a(x) * 2.0)), "mul cannot be fused"),
     "a half result": (lambda: Forward(lambda m, x: (m.b(m.a(x)), x)), "must return the one result"),
     "squeeze": (lambda: Forward(lambda m, x: m.b(m.a(x)).squeeze(-1)), "squeezes 3 outputs"),

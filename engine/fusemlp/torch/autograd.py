@@ -18,14 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fusemlp.describe.network import Activation
 from fusemlp.runtime.backends import open_backend, torch_backend
-from fusemlp_kernels.contract import (
-    BATCH_INDEX,
-    COUNTERS,
-    NEEDS_Z,
-    Backend,
-    Dropout,
-    UpdateRule,
-)
+from fusemlp_kernels.contract import BATCH_INDEX, COUNTERS, NEEDS_Z, Backend, Dropout, UpdateRule
 from fusemlp_kernels.errors import DTypeError
 
 PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}

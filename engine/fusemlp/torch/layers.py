@@ -36,6 +36,8 @@ class FusedLinear(nn.Linear):
     Gradients of the first order only.
     """
 
+    slope: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,

@@ -61,22 +61,15 @@ class Reading:
     """A module as a network. ``slots`` are its parameters by short names (w0, b0, s0), as far as present.
 
     ``flattens``: x may have more than two dimensions. ``squeezes``: one output comes out as (m,), not (m, 1).
+    ``dtype`` and ``device`` are those of all parameters.
     """
 
     network: MLP
     slots: dict[str, Slot]
     flattens: bool
     squeezes: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The element type of all parameters."""
-        return self.slots["w0"].parameter.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all parameters."""
-        return self.slots["w0"].parameter.device
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass
@@ -142,7 +135,9 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
     network = _network(layers, always_drops)
     if squeezes and network.sizes[-1] != 1:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
-    return Reading(network, _slots(layers), flattens, squeezes)
+    slots = _slots(layers)
+    first = slots["w0"].parameter
+    return Reading(network, slots, flattens, squeezes, first.dtype, first.device)
 
 
 def _parts(part: Part) -> Iterator[Part]:

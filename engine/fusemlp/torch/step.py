@@ -66,14 +66,14 @@ class FusedStep:
         self.optimizer = optimizer
         reading = modules.read_module(module)
         self._kind = optimizers.optimizer_kind(optimizer)
-        loss, trained = self._read(reading)
-        rules, rates = self._read_groups(optimizer.param_groups)
+        self._most_states: float = math.inf
+        loss, trained, rules, rates = self._read(reading)
         rows = None if batch_size is None else as_count("batch_size", batch_size, minimum=1)
         self._seed = None if seed is None else as_count("seed", seed, minimum=0)
         opened = _open(reading, backend, precision)
         self.backend = opened.traits.name
-        self._most_states = max(rule.state_count for rule, _ in rules)
-        memory = Memory(reading.network, opened, self._most_states, item_bytes=reading.dtype.itemsize)
+        state_count = self._most_states = max(rule.state_count for rule, _ in rules)
+        memory = Memory(reading.network, opened, state_count, item_bytes=reading.dtype.itemsize)
         self._memory = memory
         self._tie = Tie(reading, optimizer, self._kind, memory)
         self._tie.check_state(trained)
@@ -137,10 +137,10 @@ class FusedStep:
         torch.autograd.graph.increment_version(self._updated)
         if batch.nothing_scored:
             # The mean over no rows: the kernels return 0, torch NaN.
-            return torch.full((), self._no_rows, dtype=self._dtype, device=self._reading.device)
+            return torch.full((), self._no_rows, dtype=self._reading.dtype, device=self._reading.device)
         if self._on_host:
             return torch.from_numpy(np.array(self._stats[LAST_LOSS], self._real))
-        loss: Tensor = self._stats[LAST_LOSS].to(self._dtype)
+        loss: Tensor = self._stats[LAST_LOSS].to(self._reading.dtype)
         return loss
 
     @property
@@ -157,8 +157,8 @@ class FusedStep:
 
     # The parts of the step.
 
-    def _read(self, reading: Reading) -> tuple[Loss, dict[str, int]]:
-        """Return the loss, and the group of each trained parameter by short name; raises ArgumentError."""
+    def _read(self, reading: Reading) -> tuple[Loss, dict[str, int], list[GroupRule], list[float]]:
+        """Return the loss, the group of each trained parameter by short name, and the groups' rules and rates."""
         loss = losses.read_loss(self.loss_fn)
         loss.check_network(reading.network)
         group_of = optimizers.groups_of(self.optimizer, self.module)
@@ -171,13 +171,13 @@ class FusedStep:
             raise ArgumentError(
                 "module: no parameter requires grad and is in a group of the optimizer; there is nothing to train"
             )
-        return loss, trained
+        return loss, trained, *self._read_groups(self.optimizer.param_groups)
 
     def _read_groups(self, groups: Sequence[dict[str, Any]]) -> tuple[list[GroupRule], list[float]]:
         """Return rule and learning rate of each parameter group."""
         rules = [optimizers.read_group(self._kind, group, index) for index, group in enumerate(groups)]
         for index, (rule, _) in enumerate(rules):
-            if rule.state_count > getattr(self, "_most_states", math.inf):
+            if rule.state_count > self._most_states:
                 raise ArgumentError(
                     f"optimizer.param_groups[{index}]['momentum']: is {rule.momentum}, and was 0 in all groups when "
                     "the step was fused; call fuse again"
@@ -188,8 +188,7 @@ class FusedStep:
         """Read module, loss and optimizer again and follow their changes, or raise and change nothing."""
         reading = modules.read_module(self.module)
         self._tie.check_parameters(reading)
-        loss, trained = self._read(reading)
-        rules, rates = self._read_groups(self.optimizer.param_groups)
+        loss, trained, rules, rates = self._read(reading)
         self._tie.check_state(trained)
         self._follow(reading, loss, trained, rules, rates)
 
@@ -199,7 +198,6 @@ class FusedStep:
         if any(reading.network.dropouts) and self._seed is None:
             self._seed = int(torch.randint(0, 1 << 62, ()))
         self._reading, self._loss, self._trained = reading, loss, trained
-        self._dtype = reading.dtype
         self._real = np.dtype(f"f{reading.dtype.itemsize}")
         self._no_rows = math.nan if loss.reduction == "mean" else 0.0
         self._tie.adopt_state(trained)
