@@ -247,7 +247,8 @@ class FusedStep:
         elif rates != self._rates:
             rates = [optimizers.read_rate(rate, index) for index, rate in enumerate(rates)]
             if len(rates) == 1:
-                self._sets[0].set_rate(rates[0])
+                for one in self._sets:
+                    one.set_rate(rates[0])
                 self._rates = rates
             else:
                 self._partition(self._rules, rates)
