@@ -19,7 +19,7 @@ from fusemlp_kernels.pointwise import ACTIVATIONS
 NAMES: dict[type[nn.Module], str] = {getattr(nn, row.torch): name for name, row in ACTIVATIONS.items() if row.torch}
 # With f(a z) = a f(z) for a >= 0, dropout before the activation equals dropout after it.
 HOMOGENEOUS = ("identity", "relu", "leaky_relu", "prelu")
-# What holds for the options that the kernels have, and the error where it does not.
+# Modules with options: a test for those that the kernels have, and the error for the others.
 LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
     nn.Dropout: (lambda one: 0.0 <= one.p < 1.0, "drops everything; expected 0 <= p < 1"),
     nn.Flatten: (
