@@ -271,8 +271,8 @@ MUTATIONS = (
         ),
         (
             "segments of whole blocks alone",
-            "first += -(-segment.size // tile.columns)",
-            "first += max(segment.size // tile.columns, 1)",
+            '-(-row["N"] // rows)',
+            'max(row["N"] // rows, 1)',
             "test_update.py::test_a_long_arena_is_updated_to_its_last_element",
         ),
     ),
@@ -358,7 +358,12 @@ MUTATIONS = (
             "taken == tl.maximum(programs - 2, 0)",
             LINEAR_LOSS,
         ),
-        ("betas swapped", "rule.beta1, rule.beta2, rule.eps", "rule.beta2, rule.beta1, rule.eps", UPDATE),
+        (
+            "hyperparameters in reverse",
+            "name) for name in HYPERPARAMETERS",
+            "name) for name in HYPERPARAMETERS[::-1]",
+            UPDATE,
+        ),
         ("rates of the update before", "place = count - ", "place = count - 1 - ", ADVANCE),
         ("rates past the rows that are filled", "tl.minimum(place, last)", "place", ADVANCE),
         (

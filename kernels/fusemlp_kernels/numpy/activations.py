@@ -69,7 +69,7 @@ class _Passes:
         given = [self.values[one.id] if isinstance(one, ast.Name) else self.of(one) for one in operands]
         if not any(isinstance(one, np.ndarray) for one in given):
             result = function(*given)
-            return float(result)
+            return float(result)  # type: ignore[arg-type]
         if out is None:
             out = self._scratch()
         self.runs.append(functools.partial(function, *given, out=out))

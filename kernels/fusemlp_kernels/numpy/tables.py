@@ -19,7 +19,7 @@ from fusemlp_kernels.errors import MissingLibraryError
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.ops import READ, Operand
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, radix, seed_key
-from fusemlp_kernels.pointwise import OPTIMIZERS
+from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., object]
@@ -203,8 +203,7 @@ class Table:
         self.accumulate(rule, counters)
         self.names.update(OPTIMIZER_NAMES[code : code + 1])
         head[t.OPTIMIZER], head[t.DECOUPLED], head[t.SKLEARN] = code, rule.decoupled, rule.convention == "scikit-learn"
-        factors[t.MOMENTUM], factors[t.BETA1], factors[t.BETA2] = rule.momentum, rule.beta1, rule.beta2
-        factors[t.EPS] = rule.eps
+        factors[: t.CLIP_NORM] = [getattr(rule, name) for name in HYPERPARAMETERS]
         if rule.clip_norm is not None:
             self.names.add("CLIPS")
             head[t.CLIPS], factors[t.CLIP_NORM] = 1, rule.clip_norm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
-from fusemlp_kernels.pointwise import OPTIMIZERS
+from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 # The integers are one int64 array: a head, a row of CALL_COLUMNS for each row of calls, a row of TENSOR_COLUMNS for
 # each trained tensor. The factors are one float64 array of the same order. An array is entered by its address.
@@ -27,7 +27,8 @@ from fusemlp_kernels.pointwise import OPTIMIZERS
     AT_LANES,
     HEAD_COLUMNS,
 ) = range(15)
-MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, HEAD_FACTORS = range(6)
+# The factors before those of the calls: the hyperparameters in their order, then the largest norm.
+CLIP_NORM, HEAD_FACTORS = len(HYPERPARAMETERS), len(HYPERPARAMETERS) + 1
 COUNTED = -1
 
 # What a row of calls does; a call of the program is one row or several. GATHER: x[rows]; AFFINE and ACTIVATE: a layer;
