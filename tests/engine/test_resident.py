@@ -360,7 +360,12 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
     # a program remembers its loop, and the one for all programs would serve
     lowering._training.cache_clear()
     monkeypatch.setattr(tables, "_loops", {})
-    assert_same_state(trained("resident", **options), whole)
+    engine = trained("resident", **options)
+    assert_same_state(engine, whole)
+    # it has code for all that comes after the training
+    engine.evaluate(X, targets)
+    engine.step(X[:BATCH], targets[:BATCH])
+    assert len(tables._loops) == 1
     assert {"GATHER", "AFFINE"} < made[0] and not {"MAE", "POISSON", "SIGMOID"} & made[0]
     assert tables.OPTIMIZER_NAMES[optimizer.rule().code] in made[0]
 

@@ -26,7 +26,7 @@ def activate(name: str, y: Array, z: Array, slope: Any) -> list[Callable[[], obj
     """
     if name not in pointwise.ACTIVATIONS:
         raise unknown_name("activation", name, pointwise.ACTIVATIONS)
-    lines = pointwise.lines(pointwise.ACTIVATIONS[name].value, "y")
+    lines = _lines(pointwise.ACTIVATIONS[name].value)
     rows, columns = y.shape
     height = max(1, BLOCK // max(columns, 1))
     scratch: list[Array] = []
@@ -38,6 +38,11 @@ def activate(name: str, y: Array, z: Array, slope: Any) -> list[Callable[[], obj
             bound.values[line] = bound.of(value, out if line == "y" else None)
         passes += bound.runs
     return passes
+
+
+@functools.cache
+def _lines(formula: str) -> list[pointwise.Line]:
+    return pointwise.lines(formula, "y")
 
 
 class _Passes:
