@@ -53,6 +53,7 @@ def _dropout(table: Table, dropout: Dropout | None, keep: Array | None) -> tuple
     """The columns and numbers of dropout."""
     if dropout is None:
         return {}, {}
+    assert keep is not None
     low, high = seed_key(dropout.seed)
     columns = {"KEEP": keep, "KEY_LOW": low, "KEY_HIGH": high, "MASK_LAYER": dropout.layer}
     return columns | {"THRESHOLD": threshold(dropout.rate)}, {t.RATE: dropout.rate}

@@ -76,16 +76,19 @@ def loop_for(names: frozenset[str], *, alone: bool) -> Run:
     Without ``alone`` a new one is for all the single calls that wait for theirs: those of a step are compiled together.
     """
     with _loading:
-        if os.environ.get(WHOLE_LOOP):
-            names = NAMES
-        for known, loop in _loops.items():
-            if names <= known:
-                return loop
-        if not alone:
-            names |= _waiting
-            _waiting.clear()
-        _loops[names] = _compiled("pruning").compiled_loop(NAMES - names)
-        return _loops[names]
+        found = _loaded(names)
+        if found is None:
+            if not alone:
+                names |= _waiting
+                _waiting.clear()
+            if os.environ.get(WHOLE_LOOP):
+                names = NAMES
+            _loops[names] = found = _compiled("pruning").compiled_loop(NAMES - names)
+        return found
+
+
+def _loaded(names: frozenset[str]) -> Run | None:
+    return next((loop for known, loop in tuple(_loops.items()) if names <= known), None)
 
 
 class Table:
@@ -221,7 +224,7 @@ class Table:
             # what philox draws for a row, eight columns to two words
             self.enter(t.AT_LANES, self.scratch(2 * (-(-self.widest // LANES)), dtype=np.uint64))
         names = frozenset(self.names & NAMES)
-        loop = loop_for(names, alone=True) if alone else _later(names)
+        loop = loop_for(names, alone=True) if alone else _loaded(names) or _later(names)
         integers = np.frombuffer(array("q", self.integers + self.tensors), np.int64)
         factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
         self.bound = integers, factors, loop

@@ -1,6 +1,6 @@
-"""The training loop of the CPU, compiled with numba: importing a module of this package imports numba.
+"""The kernels of the CPU, compiled with numba: importing any module of this package but ``tables`` imports numba.
 
-The loop (``steps``) walks a table of the program's calls (``tables``). Widths and places are numbers in it, so one
+A loop (``steps``) walks a table of calls (``tables``): those of a program, step by step, or one by itself. Widths and places are numbers in it, so one
 compilation, kept on disk, serves all networks with these activations, loss and kind of optimizer; ``pruning`` cuts the
 code that they do not use.
 
