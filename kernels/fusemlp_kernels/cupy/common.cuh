@@ -1,4 +1,4 @@
-// What all kernels share: 16-bit numbers, sums in a fixed order, and which block is the last.
+// Shared by all kernels: arrays, 16-bit numbers, sums in a fixed order, and a test for the last block.
 //
 // The sources are plain C++17 for NVRTC and for any other compiler: no header is included.
 
@@ -21,6 +21,24 @@ using Compute = Half;
 #else
 using Compute = float;
 #endif
+
+// Arrays of any strides, in elements; `data` is null where an operand is left out. `sources.py` describes them to NumPy.
+template <typename T>
+struct Vector {
+    T* data;
+    long long step;
+
+    __device__ __forceinline__ T& operator[](long long i) const { return data[i * step]; }
+};
+
+template <typename T>
+struct Matrix {
+    T* data;
+    long long row;
+    long long col;
+
+    __device__ __forceinline__ T* at(long long i, long long j) const { return data + i * row + j * col; }
+};
 
 union FloatBits {
     unsigned bits;
@@ -83,6 +101,12 @@ __device__ __forceinline__ Half to_half(float value) {
     return half;
 }
 
+// The slope of an activation: learned, or a number.
+template <typename Call>
+__device__ __forceinline__ float slope_of(const Call& call) {
+    return call.slope_param ? *call.slope_param : static_cast<float>(call.slope);
+}
+
 __device__ __forceinline__ float load(const float* at) {
     return *at;
 }
@@ -119,9 +143,9 @@ __device__ __forceinline__ T block_sum(T value) {
     return total;
 }
 
-// Whether this block is the last of `count` to come here: what the others wrote before is then visible. All threads
-// come here. The ticket is ready for the next launch.
-__device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count) {
+// True in the last of `count` blocks that come here: it sees what the others wrote before. All threads come here. The
+// ticket is ready for the next launch.
+__device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count = gridDim.x) {
     __shared__ bool last;
     __threadfence();
     __syncthreads();
@@ -134,11 +158,6 @@ __device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count) {
     return last;
 }
 
-// The same for all blocks of the launch.
-__device__ __forceinline__ bool is_last(unsigned* ticket) {
-    return is_last(ticket, gridDim.x);
-}
-
 // The sum of `count` partial results of other blocks, in an order that depends on nothing else, in every thread.
 __device__ __forceinline__ double sum_of(const double* partials, long long count, int stride) {
     // what other blocks wrote during this launch is not in this multiprocessor's cache
@@ -146,4 +165,14 @@ __device__ __forceinline__ double sum_of(const double* partials, long long count
     double total = 0.0;
     for (long long i = threadIdx.x; i < count; i += THREADS) total += fresh[i * stride];
     return block_sum(total);
+}
+
+// The last of `count` entries that starts at this block or before it: each works for some of a launch's blocks.
+template <typename Entry>
+__device__ __forceinline__ const Entry& entry_of_block(const Entry* entries, long long count) {
+    int low = 0;
+    for (int left = static_cast<int>(count); left > 1; left -= left / 2) {
+        if (entries[low + left / 2].first_block <= blockIdx.x) low += left / 2;
+    }
+    return entries[low];
 }

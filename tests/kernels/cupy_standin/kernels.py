@@ -21,7 +21,9 @@ ARGUMENT = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(\s*const\s+(\w+)\s+\w+\s*\)"
 )
 STRUCT = re.compile(r"struct\s+(\w+)\s*\{(.*?)\n\};", re.DOTALL)
-MEMBER = re.compile(r"(?:const\s+)?([\w ]+?)(\s*\*)?\s*\b(\w+);")
+MEMBER = re.compile(r"(?:const\s+)?([\w ]+?)(<[\w ]+>)?(\s*\*)?\s*\b(\w+);")
+# The fields that follow a pointer in the backend's templates.
+STRIDES = {"Vector": ("_step",), "Matrix": ("_row", "_col")}
 
 
 def members(code: str) -> dict[str, list[tuple[str, str]]]:
@@ -29,9 +31,10 @@ def members(code: str) -> dict[str, list[tuple[str, str]]]:
     bodies = {name: re.sub(r"//[^\n]*", "", body) for name, body in STRUCT.findall(code)}
     found = {}
     for kernel, struct in ARGUMENT.findall(code):
-        fields = MEMBER.findall(bodies[struct])
-        kinds = ("p" if star else "f" if kind.strip() == "double" else "i" for kind, star, _ in fields)
-        found[kernel] = list(zip((name for _, _, name in fields), kinds, strict=True))
+        found[kernel] = fields = []
+        for kind, strided, star, name in MEMBER.findall(bodies[struct]):
+            fields.append((name, "p" if star or strided else "f" if kind.strip() == "double" else "i"))
+            fields += [(name + stride, "i") for stride in STRIDES.get(kind, ())]
     return found
 
 
