@@ -25,6 +25,7 @@ struct Bias {
 };
 
 struct Pair {
+    float* factors;  // alpha, beta of a product of weights
     double factor;
     double decay;
 };
@@ -33,7 +34,6 @@ struct Sums {
     const Bias* vectors;
     long long count;
     const Pair* pairs;
-    float* scalars;  // (alpha, beta) of the weights, a pair each
     long long pair_count;
     double* hyper;
     const double* rates;
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums cal
     if (blockIdx.x == 0) {
         for (long long i = threadIdx.x; i < call.pair_count; i += THREADS) {
             Pair pair = call.pairs[i];
-            factors_of(call, pair.factor, pair.decay, call.scalars + 2 * i, call.scalars + 2 * i + 1);
+            factors_of(call, pair.factor, pair.decay, pair.factors, pair.factors + 1);
         }
     }
     if (call.count > 0) {

@@ -1,8 +1,8 @@
 """The CUDA C sources as text, and the structures in them as NumPy types: nothing here needs CuPy or a card.
 
 A kernel takes one argument, a structure by value. All its members are eight bytes wide: pointers, ``long long`` and
-``double``, and pointers with strides (``Vector``, ``Matrix``). So there is no padding, and a structured NumPy array with
-the same fields is the same bytes.
+``double``, and pointers with strides (``Vector``, ``Matrix``). So there is no padding, and a structured NumPy array
+with the same fields is the same bytes.
 """
 
 from __future__ import annotations
@@ -61,3 +61,11 @@ def layout(module: str, struct: str) -> np.dtype[Any]:
         fields.append((name, "<f8" if kind == "double" and not array else "<i8"))
         fields += [(name + stride, "<i8") for stride in STRIDES.get(kind, ())]
     return np.dtype(fields)
+
+
+@functools.cache
+def argument(module: str, kernel: str) -> str:
+    """Return the name of the structure that a kernel takes."""
+    found = re.search(rf"\b{kernel}\(const (\w+) call\)", text(module))
+    assert found is not None
+    return found[1]

@@ -21,7 +21,7 @@ ARGUMENT = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(\s*const\s+(\w+)\s+\w+\s*\)"
 )
 STRUCT = re.compile(r"struct\s+(\w+)\s*\{(.*?)\n\};", re.DOTALL)
-MEMBER = re.compile(r"(?:const\s+)?([\w ]+?)(<[\w ]+>)?(\s*\*)?\s*\b(\w+);")
+MEMBER = re.compile(r"(?:const\s+)?(\w[\w ]*?)(<[\w ]+>)?(\s*\*)?\s*\b(\w+);")
 # The fields that follow a pointer in the backend's templates.
 STRIDES = {"Vector": ("_step",), "Matrix": ("_row", "_col")}
 
@@ -33,7 +33,7 @@ def members(code: str) -> dict[str, list[tuple[str, str]]]:
     for kernel, struct in ARGUMENT.findall(code):
         found[kernel] = fields = []
         for kind, strided, star, name in MEMBER.findall(bodies[struct]):
-            fields.append((name, "p" if star or strided else "f" if kind.strip() == "double" else "i"))
+            fields.append((name, "p" if star or strided else "f" if kind == "double" else "i"))
             fields += [(name + stride, "i") for stride in STRIDES.get(kind, ())]
     return found
 
