@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +37,7 @@ class CupyBackend(Device):
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         super().__init__(device, precision)
-        self.traits = traits if self.captures else dataclasses.replace(traits, plans=("eager",))
+        self.traits = traits
 
     def extent(self, array: Array) -> tuple[float, float]:
         return float(array.min()), float(array.max())

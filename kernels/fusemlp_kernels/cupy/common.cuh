@@ -1,6 +1,6 @@
 // Shared by all kernels: arrays, 16-bit numbers, sums in a fixed order, and a test for the last block.
 //
-// The sources are plain C++17 for NVRTC and for any other compiler: no header is included.
+// The sources are plain C++17 for NVRTC and for any other compiler, without headers.
 
 #ifndef COMPUTE_IS_HALF
 #error "COMPUTE_IS_HALF: 1 where matrix products read float16, else 0"
@@ -71,7 +71,7 @@ __device__ __forceinline__ float to_float(Half half) {
     unsigned exponent = (half.bits >> 10) & 31u;
     unsigned fraction = half.bits & 0x3ffu;
     if (exponent == 31u) return float_of(sign | 0x7f800000u | fraction << 13);
-    // a subnormal number is its fraction times 2**-24, which a float holds
+    // a float holds a subnormal number: its fraction times 2**-24
     if (exponent == 0u) return float_of(sign | bits_of(static_cast<float>(fraction) * 5.9604644775390625e-8f));
     return float_of(sign | (exponent + 112u) << 23 | fraction << 13);
 #endif
@@ -91,7 +91,7 @@ __device__ __forceinline__ Half to_half(float value) {
     } else if (size >= 0x477ff000u) {
         size = 0x7c00u;
     } else if (size < 0x38800000u) {
-        // next to one half, neighbouring floats lie 2**-24 apart: the addition rounds as wanted
+        // near one half, floats are 2**-24 apart: the addition rounds to that
         size = bits_of(float_of(size) + 0.5f) - 0x3f000000u;
     } else {
         size = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
@@ -158,16 +158,16 @@ __device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count = gridD
     return last;
 }
 
-// The sum of `count` partial results of other blocks, in an order that depends on nothing else, in every thread.
+// The sum of `count` partial results of other blocks, in a fixed order, in every thread.
 __device__ __forceinline__ double sum_of(const double* partials, long long count, int stride) {
-    // what other blocks wrote during this launch is not in this multiprocessor's cache
+    // this multiprocessor's cache may not have the numbers that other blocks have just written
     const volatile double* fresh = partials;
     double total = 0.0;
     for (long long i = threadIdx.x; i < count; i += THREADS) total += fresh[i * stride];
     return block_sum(total);
 }
 
-// The last of `count` entries that starts at this block or before it: each works for some of a launch's blocks.
+// The entry of this block, in a table of `count` entries: each has the blocks from its first to the next entry's.
 template <typename Entry>
 __device__ __forceinline__ const Entry& entry_of_block(const Entry* entries, long long count) {
     int low = 0;

@@ -53,16 +53,10 @@ def card_of(name: str | None, precision: str) -> tuple[int, int]:
             f"precision: the cupy backend offers {', '.join(COMPUTE)}, got {precision!r}; bf16 is the triton "
             "backend's, fp64 the numpy backend's"
         )
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise BackendUnavailableError(
-            f"backend: CuPy {cupy.__version__} finds no card ({error}); `fusemlp doctor` says what is missing"
-        ) from error
     kind, colon, number = (name or "cuda").partition(":")
     if kind != "cuda" or (colon and not number.isdecimal()):
         raise BackendUnavailableError(f"device: expected a name such as 'cuda' or 'cuda:0', got {name!r}")
-    current = int(cupy.cuda.runtime.getDevice())
+    count, current = cupy.cuda.runtime.getDeviceCount(), int(cupy.cuda.runtime.getDevice())
     index = int(number) if number else current
     if index >= count:
         raise BackendUnavailableError(
@@ -286,11 +280,6 @@ class Device:
     def clear(self, array: Array) -> Run:
         """Return a run that fills an array with zeros."""
         return self.on_card(functools.partial(array.fill, 0))
-
-    @property
-    def captures(self) -> bool:
-        """True if this CuPy captures a stream."""
-        return hasattr(cupy.cuda.Stream, "begin_capture")
 
     def capture(self, run: Run, times: int) -> Run:
         """See ``contract.Backend``: one CUDA graph. Its addresses stay valid: the bound calls keep their arrays."""

@@ -10,7 +10,7 @@ constexpr int COLUMNS = 32;
 constexpr int STRETCHES = THREADS / COLUMNS;
 constexpr int PART_ROWS = 256;
 
-// A vector that becomes alpha * (sums of dz's columns) + beta * itself.
+// A vector `out` = alpha * (sums of dz's columns) + beta * out.
 struct Bias {
     long long first_block;
     Matrix<const Compute> dz;  // null: `given` is the sum
@@ -41,10 +41,10 @@ struct Sums {
     const Rule* rule;
     unsigned* ticket;
     long long rows;
-    long long sgd;  // alpha, beta are those of an update by plain gradient descent, and the clock goes on
+    long long sgd;  // the launch is an update by plain gradient descent, and advances the clock
 };
 
-// p - rate * (g + decay * p) as factors of g and p; or what stores or accumulates a gradient.
+// The factors of g and p in p - rate * (g + decay * p), or those that store or accumulate a gradient.
 __device__ inline void factors_of(const Sums& call, double factor, double decay, float* alpha, float* beta) {
     if (call.sgd) {
         double rate = call.hyper[LEARNING_RATE] * factor;

@@ -7,7 +7,7 @@ neither rows nor columns of a matrix are contiguous, a kernel copies it first, i
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -56,6 +56,24 @@ def bind_copy(
     )  # fmt: skip
 
 
+class Factor(NamedTuple):
+    """A factor as cuBLAS reads it by columns: its array, operation and pitch, and the run that copies it there."""
+
+    array: Array
+    operation: int
+    pitch: int
+    copy: Run
+
+
+def _factor(device: Device, array: Array) -> Factor:
+    for there, operation in ((array, cublas.CUBLAS_OP_N), (transposed(array), cublas.CUBLAS_OP_T)):
+        pitch = pitch_of(there)
+        if pitch is not None:
+            return Factor(array, operation, pitch, nothing)
+    room = device.matrix(*array.shape, dtype="compute")
+    return Factor(room, cublas.CUBLAS_OP_N, max(array.shape[1], 1), bind_copy(device, array, room))
+
+
 def bind_product(device: Device, out: Array, a: Array, b: Array, scalars: Array | None = None) -> Run:
     """Return the run of ``out (R, C) = alpha * a (R, I) @ b (I, C) + beta * out``, out float32.
 
@@ -71,38 +89,28 @@ def bind_product(device: Device, out: Array, a: Array, b: Array, scalars: Array 
     if pitch is None:
         room = device.matrix(*out.shape)
         return in_sequence([bind_product(device, room, a, b), bind_combine(device, out, room, scalars)])
-    before = []
-    factors: list[Any] = []
-    for factor in (b, a):
-        read = factor
-        if not usable(factor):
-            read = device.matrix(*factor.shape, "compute")
-            before.append(bind_copy(device, factor, read))
-        rows = pitch_of(read)
-        factors.append((read, rows is None, pitch_of(transposed(read)) if rows is None else rows))
-    return in_sequence([*before, _gemm(device, out, pitch, *factors, a.shape[1], scalars)])
+    left, right = _factor(device, b), _factor(device, a)
+    return in_sequence([left.copy, right.copy, _gemm(device, out, pitch, left, right, scalars)])
 
 
-def _gemm(
-    device: Device, out: Array, pitch: int, left: tuple[Array, bool, int], right: tuple[Array, bool, int], inner: int,
-    scalars: Array | None,
-) -> Run:  # fmt: skip
-    """Return the product of column-major matrices; a factor: the array, whether it is transposed, its pitch."""
-    largest = max(*out.shape, inner, pitch, left[2], right[2])
+def _gemm(device: Device, out: Array, pitch: int, left: Factor, right: Factor, scalars: Array | None) -> Run:
+    """Return cuBLAS's product of column-major matrices: ``left`` and ``right`` are b.T and a.T of ``bind_product``."""
+    rows, columns = out.shape
+    inner = right.array.shape[1]
+    largest = max(rows, columns, inner, pitch, left.pitch, right.pitch)
     if largest > LARGEST:
         raise ShapeError(f"product: a size or a pitch of {largest} is more than the {LARGEST} that cuBLAS counts")
-    operations = [cublas.CUBLAS_OP_T if factor[1] else cublas.CUBLAS_OP_N for factor in (left, right)]
     factors = _FACTORS.ctypes.data if scalars is None else scalars.data.ptr
     tf32 = device.precision == "tf32"
     multiply = functools.partial(
         cublas.gemmEx,
-        device.handle, *operations, out.shape[1], out.shape[0], inner,
-        factors, left[0].data.ptr, _KINDS[left[0].dtype.name], left[2],
-        right[0].data.ptr, _KINDS[right[0].dtype.name], right[2],
+        device.handle, left.operation, right.operation, columns, rows, inner,
+        factors, left.array.data.ptr, _KINDS[left.array.dtype.name], left.pitch,
+        right.array.data.ptr, _KINDS[right.array.dtype.name], right.pitch,
         factors + 4, out.data.ptr, _KINDS[out.dtype.name], pitch,
         cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip
-    kept = (device, out, left[0], right[0], scalars)
+    kept = (device, out, left, right, scalars)
 
     def product(kept: Any = kept) -> None:
         multiply()
