@@ -28,7 +28,6 @@ from mutations import (
 FIRST = "test_loss.py::test_the_first_of_equal_logits_is_the_answer"
 LONG_ARENA = "test_update.py::test_a_long_arena_is_updated_to_its_last_element"
 LONG_BATCH = "test_cupy_facts.py::test_the_sums_of_a_long_batch_are_added_up_from_parts"
-HALF = "test_cupy_facts.py::test_numbers_become_float16_as_numpy_has_it"
 
 
 def _bugs(file: str, *entries: tuple[str, str, str, str]) -> list[Mutation]:
@@ -81,7 +80,6 @@ CUDA_MUTATIONS = (
             "    }\n    __threadfence();\n    return last;",
             LINEAR_LOSS,
         ),
-        ("ties of float16 rounded up", "0xfffu + ((size >> 13) & 1u)", "0x1000u", HALF),
         (
             "tensor of the block before",
             "entries[low + left / 2].first_block <= blockIdx.x",

@@ -1,6 +1,6 @@
 // Shared by all kernels: arrays, 16-bit numbers, sums in a fixed order, and a test for the last block.
 //
-// The sources are plain C++17 for NVRTC and for any other compiler, without headers.
+// The sources are C++17 without headers, for NVRTC.
 
 #ifndef COMPUTE_IS_HALF
 #error "COMPUTE_IS_HALF: 1 where matrix products read float16, else 0"
@@ -40,66 +40,24 @@ struct Matrix {
     __device__ __forceinline__ T* at(long long i, long long j) const { return data + i * row + j * col; }
 };
 
-union FloatBits {
-    unsigned bits;
-    float value;
-};
-
-__device__ __forceinline__ float float_of(unsigned bits) {
-    FloatBits word;
-    word.bits = bits;
-    return word.value;
-}
-
-__device__ __forceinline__ unsigned bits_of(float value) {
-    FloatBits word;
-    word.value = value;
-    return word.bits;
-}
-
 __device__ __forceinline__ float infinity() {
-    return float_of(0x7f800000u);
+    return __uint_as_float(0x7f800000u);
 }
 
-__device__ __forceinline__ float to_float(Half half) {
+// A compiler for a host has to define these conversions.
 #ifdef __CUDA_ARCH__
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
     float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half.bits));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
-#else
-    unsigned sign = (half.bits & 0x8000u) << 16;
-    unsigned exponent = (half.bits >> 10) & 31u;
-    unsigned fraction = half.bits & 0x3ffu;
-    if (exponent == 31u) return float_of(sign | 0x7f800000u | fraction << 13);
-    // a float holds a subnormal number: its fraction times 2**-24
-    if (exponent == 0u) return float_of(sign | bits_of(static_cast<float>(fraction) * 5.9604644775390625e-8f));
-    return float_of(sign | (exponent + 112u) << 23 | fraction << 13);
-#endif
 }
 
-// Rounded to the nearest, ties to even.
-__device__ __forceinline__ Half to_half(float value) {
-    Half half;
-#ifdef __CUDA_ARCH__
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
-#else
-    unsigned bits = bits_of(value);
-    unsigned sign = (bits >> 16) & 0x8000u;
-    unsigned size = bits & 0x7fffffffu;
-    if (size > 0x7f800000u) {
-        size = 0x7fffu;
-    } else if (size >= 0x477ff000u) {
-        size = 0x7c00u;
-    } else if (size < 0x38800000u) {
-        // near one half, floats are 2**-24 apart: the addition rounds to that
-        size = bits_of(float_of(size) + 0.5f) - 0x3f000000u;
-    } else {
-        size = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
-    }
-    half.bits = static_cast<unsigned short>(sign | size);
-#endif
-    return half;
+__device__ __forceinline__ unsigned short float_to_half(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
 }
+#endif
 
 // The slope of an activation: learned, or a number.
 template <typename Call>
@@ -112,7 +70,7 @@ __device__ __forceinline__ float load(const float* at) {
 }
 
 __device__ __forceinline__ float load(const Half* at) {
-    return to_float(*at);
+    return half_to_float(at->bits);
 }
 
 __device__ __forceinline__ void store(float* at, float value) {
@@ -120,7 +78,7 @@ __device__ __forceinline__ void store(float* at, float value) {
 }
 
 __device__ __forceinline__ void store(Half* at, float value) {
-    *at = to_half(value);
+    at->bits = float_to_half(value);
 }
 
 // The sum over a warp, in every lane.

@@ -3,7 +3,7 @@
 #include "common.cuh"
 
 __device__ __forceinline__ float not_a_number() {
-    return float_of(0x7fc00000u);
+    return __uint_as_float(0x7fc00000u);
 }
 
 // 1 / (1 + exp(-z)), without overflow.

@@ -239,6 +239,34 @@ inline unsigned __float_as_uint(float value) { return cuda_on_cpu::same_bits<uns
 inline float __int_as_float(int bits) { return cuda_on_cpu::same_bits<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return cuda_on_cpu::same_bits<float>(bits); }
 
+// The conversions of PTX, cvt.f32.f16 and cvt.rn.f16.f32 (to the nearest, ties to even), for the kernels of the backend.
+inline float half_to_float(unsigned short bits) {
+    unsigned sign = (bits & 0x8000u) << 16;
+    unsigned exponent = (bits >> 10) & 31u;
+    unsigned fraction = bits & 0x3ffu;
+    if (exponent == 31u) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
+    // A float holds a subnormal number: its fraction times 2**-24.
+    if (exponent == 0u) return std::copysign(fraction * 0x1p-24f, sign ? -1.0f : 1.0f);
+    return __uint_as_float(sign | (exponent + 112u) << 23 | fraction << 13);
+}
+
+inline unsigned short float_to_half(float value) {
+    unsigned bits = __float_as_uint(value);
+    unsigned sign = (bits >> 16) & 0x8000u;
+    unsigned size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) {
+        size = 0x7fffu;
+    } else if (size >= 0x477ff000u) {
+        size = 0x7c00u;
+    } else if (size < 0x38800000u) {
+        // Near one half, floats are 2**-24 apart: the addition rounds to that.
+        size = __float_as_uint(__uint_as_float(size) + 0.5f) - 0x3f000000u;
+    } else {
+        size = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
+    }
+    return static_cast<unsigned short>(sign | size);
+}
+
 using std::isfinite;
 using std::isinf;
 using std::isnan;
