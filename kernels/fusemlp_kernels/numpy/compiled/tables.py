@@ -44,8 +44,9 @@ FIXED_SLOPE, RATE, STRENGTH, CALL_FACTORS = range(4)
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
 LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
-# The loss, int64 and float64; DIVISOR: what a mean divides by beside the row weights
-KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
+# The loss, int64 and float64. SMOOTHED: every class of a row has a target; WIDE: a row of classes fills the vector
+# registers; DIVISOR: what a mean divides by beside the row weights
+KIND, MEAN, SOFT, SMOOTHED, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, WIDE, LOSS_COLUMNS = range(11)
 SMOOTHING, OPTION, DIVISOR, LOSS_FACTORS = range(4)
 
 # The optimizer, int64 and float64
