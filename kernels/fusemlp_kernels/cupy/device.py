@@ -158,9 +158,9 @@ class Device:
         start = -flat.data.ptr % ALIGNMENT_BYTES // kind.itemsize
         return flat[start : start + size]
 
-    def matrix(self, rows: int, columns: int, dtype: str = "real") -> Array:
+    def matrix(self, shape: tuple[int, int], dtype: str = "real") -> Array:
         """Return a zeroed matrix without gaps."""
-        return self.view(self.allocate(rows * columns, dtype), 0, (rows, columns), columns)
+        return self.view(self.allocate(shape[0] * shape[1], dtype), 0, shape, shape[1])
 
     def view(self, flat: Array, offset: int, shape: tuple[int, ...], pitch: int) -> Array:
         return self.strided(flat, offset, shape, (pitch, 1)[-len(shape) :])

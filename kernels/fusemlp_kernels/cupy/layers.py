@@ -39,7 +39,7 @@ def bind_batch(device: Device, given: SimpleNamespace, rows: Array | None) -> tu
     """Return the batch (M, K) as an array, and the run that copies x[rows] there."""
     if rows is None:
         return given.x, nothing
-    gathered = device.matrix(given.M, given.K, "compute") if given.gathered is None else given.gathered
+    gathered = device.matrix((given.M, given.K), "compute") if given.gathered is None else given.gathered
     return gathered, bind_copy(device, given.x, gathered, rows, given.counters)
 
 

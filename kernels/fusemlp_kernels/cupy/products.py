@@ -70,7 +70,7 @@ def _factor(device: Device, array: Array) -> Factor:
         pitch = pitch_of(there)
         if pitch is not None:
             return Factor(array, operation, pitch, nothing)
-    room = device.matrix(*array.shape, dtype="compute")
+    room = device.matrix(array.shape, "compute")
     return Factor(room, cublas.CUBLAS_OP_N, max(array.shape[1], 1), bind_copy(device, array, room))
 
 
@@ -87,7 +87,7 @@ def bind_product(device: Device, out: Array, a: Array, b: Array, scalars: Array 
     if pitch is None and usable(out):
         return bind_product(device, transposed(out), transposed(b), transposed(a), scalars)
     if pitch is None:
-        room = device.matrix(*out.shape)
+        room = device.matrix(out.shape)
         return in_sequence([bind_product(device, room, a, b), bind_combine(device, out, room, scalars)])
     left, right = _factor(device, b), _factor(device, a)
     return in_sequence([left.copy, right.copy, _gemm(device, out, pitch, left, right, scalars)])

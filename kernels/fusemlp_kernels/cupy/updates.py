@@ -60,7 +60,7 @@ def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
             if plain:
                 scalars = sums.pair(layer.w_rule)
             else:
-                out = device.matrix(layer.N, layer.K)
+                out = device.matrix((layer.N, layer.K))
                 tensors.add(layer.w_rule, out, layer.w, layer.w_state, layer.w_shadow)
             products.append(_bind_weight(device, "grad_weight_update", index, layer, out, scalars))
         if layer.b is not None and plain:
