@@ -13,6 +13,8 @@ from fusemlp_kernels.ops import FIXED, OPS, READ, Operand, expected
 
 # The parameters of states that are not named after them.
 OF_STATES = {"states": "params", "state": "param"}
+# Stands for an operand that is not there yet.
+LATER = object()
 
 
 class Check(Protocol):
@@ -24,7 +26,7 @@ class Check(Protocol):
     """
 
     def __call__(
-        self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str, *, written: bool, flat: bool
+        self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str, /, *, written: bool, flat: bool
     ) -> Any: ...
 
 
@@ -45,78 +47,84 @@ def binds(op: str, *, without: Sequence[str] = ()) -> Callable[[Callable[..., An
     return decorate
 
 
-def checked(op: str, given: Mapping[str, Any], check: Check) -> SimpleNamespace:
+class Group:
+    """The operands of an op, or the fields of one operand, sorted once for the checks of many calls.
+
+    ``arrays`` have a shape, and whether other operands pick rows by them; these come last.
+    """
+
+    def __init__(self, operands: Sequence[Operand]) -> None:
+        selectors = {operand.rows for operand in operands}
+        arrays = [(operand, operand.name in selectors) for operand in operands if operand.shape is not None]
+        self.arrays = sorted(arrays, key=lambda entry: entry[1])
+        self.fields = {operand.name: Group(operand.fields) for operand in operands if operand.fields}
+        self.defaults = {operand.name: operand.default for operand in operands}
+
+
+GROUPS = {op.name: Group(op.operands) for op in OPS.values()}
+
+
+def checked(op: str, given: Mapping[str, Any], check: Check, later: Sequence[str] = ()) -> SimpleNamespace:
     """Return the operands of an op as attributes, and the sizes M, N and K where a shape has them.
 
     An operand that is left out is its record's default. Every array passes ``check``. Fields of a sequence of mappings
-    are checked likewise, each mapping for itself; M is one size in all.
+    are checked likewise, each mapping for itself; M is one size in all. ``later`` names operands that the caller sets
+    afterwards, by these sizes.
     """
-    return _checked(op, "", OPS[op].operands, given, given.get("rule"), {}, check)
-
-
-def sizes_of(records: Sequence[Operand], given: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of each letter of the shapes, as the first array that has it says; row numbers come last."""
-    selectors = {record.rows for record in records}
-    sizes = dict(FIXED)
-    for record in sorted(records, key=lambda record: record.name in selectors):
-        letters = expected(record, given)[1]
-        shape = getattr(given.get(record.name), "shape", ())
-        if len(shape) == len(letters):
-            for letter, size in zip(letters, shape, strict=True):
-                sizes.setdefault(letter, size)
-    return sizes
+    return _checked(op, "", GROUPS[op], given, given.get("rule"), {}, check, later)
 
 
 def _checked(
     op: str,
     place: str,
-    records: Sequence[Operand],
+    group: Group,
     given: Mapping[str, Any],
     rule: UpdateRule | None,
     common: dict[str, int],
     check: Check,
+    later: Sequence[str],
 ) -> SimpleNamespace:
-    values = {record.name: given.get(record.name) for record in records}
-    values |= {record.name: record.default for record in records if values[record.name] is None}
+    values = group.defaults | {name: value for name, value in given.items() if value is not None}
+    values |= {name: LATER for name in later if name in values}
     _check_together(op, values)
-    selectors = {record.rows for record in records}
-    sizes = sizes_of(records, values) | common
-    for record in records:
-        name, value = f"{place}{record.name}", values[record.name]
-        if record.fields:
-            parts = [
-                _checked(op, f"{name}[{index}]: ", record.fields, fields, rule, common, check)
-                for index, fields in enumerate(value)
-            ]
-            values[record.name] = parts
+    for name, fields in group.fields.items():
+        values[name] = [
+            _checked(op, f"{place}{name}[{index}]: ", fields, one, rule, common, check, later)
+            for index, one in enumerate(values[name])
+        ]
+    # the first array with a letter in its shape says its size
+    sizes, found = FIXED | common, []
+    for operand, picks in group.arrays:
+        value = values[operand.name]
+        if value is LATER or (value is None and (operand.optional or operand.nullable)):
             continue
-        if record.shape is None or (value is None and (record.optional or record.nullable)):
-            continue
-        if record.several:
-            parameter = OF_STATES.get(record.name, record.name.removesuffix("_state"))
-            _check_states(op, name, value if values[parameter] is not None else None, rule)
-        dtype, letters = expected(record, values)
-        picks = record.name in selectors
-        shape = (None,) if picks else tuple(sizes.get(letter) for letter in letters)
-        arrays = tuple(
-            check(op, name, array, shape, dtype, written=record.use != READ, flat=picks or letters == "A")
-            for array in (value if record.several else (value,))
-        )
-        values[record.name] = arrays if record.several else arrays[0]
-        if picks:
-            _check_rows(op, name, len(value), sizes.get("M", 0))
-    common |= {letter: sizes[letter] for letter in "M" if letter in sizes}
+        dtype, letters = expected(operand, values)
+        found.append((operand, picks, value, dtype, letters))
+        shape = getattr(value, "shape", ())
+        if len(shape) == len(letters):
+            for letter, size in zip(letters, shape, strict=True):
+                sizes.setdefault(letter, size)
+    for operand, picks, value, dtype, letters in found:
+        name = place + operand.name
+        shape = (None,) if picks else tuple(map(sizes.get, letters))
+        written, flat = operand.use != READ, picks or letters == "A"
+        if not operand.several:
+            values[operand.name] = check(op, name, value, shape, dtype, written=written, flat=flat)
+        elif values[OF_STATES.get(operand.name, operand.name.removesuffix("_state"))] is not None:
+            if rule is not None and len(value) != rule.state_count:
+                raise ArgumentError(
+                    f"{op}: {name}: {rule.kind} keeps {rule.state_count} arrays of state, got {len(value)}"
+                )
+            checks = [check(op, name, one, shape, dtype, written=written, flat=flat) for one in value]
+            values[operand.name] = tuple(checks)
+        batch = sizes.get("M", 0)
+        if picks and (len(value) % batch if batch else len(value)):
+            raise ShapeError(
+                f"{op}: {name}: expected {batch} row numbers, or several batches of {batch}; got {len(value)}"
+            )
+    if "M" in sizes:
+        common["M"] = sizes["M"]
     return SimpleNamespace(**{"M": 0, "N": 0, "K": 0, **sizes, **values})
-
-
-def _check_rows(op: str, name: str, given: int, batch: int) -> None:
-    if given % batch if batch else given:
-        raise ShapeError(f"{op}: {name}: expected {batch} row numbers, or several batches of {batch}; got {given}")
-
-
-def _check_states(op: str, name: str, states: Sequence[Any] | None, rule: UpdateRule | None) -> None:
-    if states is not None and rule is not None and len(states) != rule.state_count:
-        raise ArgumentError(f"{op}: {name}: {rule.kind} keeps {rule.state_count} arrays of state, got {len(states)}")
 
 
 def _check_together(op: str, given: Mapping[str, Any]) -> None:

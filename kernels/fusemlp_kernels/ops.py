@@ -21,7 +21,7 @@ FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS, "3": RATE_COLUMNS}
 COMMON = "Mn"
 READ, WRITTEN, UPDATED = "read", "written", "updated"
 
-# How a backend binds each op that it has.
+# The function that binds each op of a backend.
 Binders = Mapping[str, Callable[..., Callable[..., object]]]
 Bind = TypeVar("Bind", bound=Callable[..., object])
 
