@@ -66,7 +66,7 @@ class Kernel:
         self._library, self._name, self._fields = library, name, fields
         self._parameters = library.kernels[name].parameters
 
-    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_mem: int = 0) -> None:
+    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any]) -> None:
         if len(args) != len(self._parameters):
             raise Misuse(f"{self._name}: takes {len(self._parameters)} arguments, got {len(args)}")
         # Copy them now: a card also copies arguments at the launch.
@@ -79,7 +79,7 @@ class Kernel:
                     raise Misuse(
                         f"{self._name}: {field} is at {address:#x}, which is not (any more) memory of the card"
                     )
-            self._library.launch(self._name, grid, block, values, shared=shared_mem, seed=next(_launches))
+            self._library.launch(self._name, grid, block, values, seed=next(_launches))
 
         streams.start(run)
 
