@@ -18,7 +18,7 @@ from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, radix, seed_key, threshold
-from fusemlp_kernels.pointwise import OPTIMIZERS
+from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 Operands = Mapping[str, Any]
 
@@ -390,12 +390,5 @@ def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
     table[t.OPTIMIZER], table[t.DECOUPLED] = rule.code, rule.decoupled
     table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
     table[t.CLIPS] = rule.clip_norm is not None
-    factors = [0.0] * t.RULE_FACTORS
-    factors[t.MOMENTUM], factors[t.BETA1], factors[t.BETA2], factors[t.EPS] = (
-        rule.momentum,
-        rule.beta1,
-        rule.beta2,
-        rule.eps,
-    )
-    factors[t.CLIP_NORM] = 0.0 if rule.clip_norm is None else rule.clip_norm
+    factors = [*(getattr(rule, name) for name in HYPERPARAMETERS), rule.clip_norm or 0.0]
     return np.array(table, np.int64), np.array(factors, np.float64)

@@ -15,12 +15,13 @@ from numba.extending import get_cython_function_address, overload, register_jita
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.libraries import LARGE, routine_address
 
+_OPTIONS: Any = EXACT
 _POINTERS = 13
 for _name in ("sgemm", "dgemm"):
     _address = get_cython_function_address("scipy.linalg.cython_blas", _name)
     llvmlite.binding.add_symbol(f"fusemlp_{_name}", _address)
     llvmlite.binding.add_symbol(f"fusemlp_large_{_name}", routine_address(_name) or _address)
-_ROUTINE = types.void(*[types.intp] * _POINTERS)
+_ROUTINE: Any = types.void(*[types.intp] * _POINTERS)
 
 # Elements of the arrays that arguments are passed in: BLAS takes the address of each.
 INTEGERS, REALS = 6, 2
@@ -34,14 +35,14 @@ def gemm(
     raise AssertionError("compiled code only")
 
 
-@overload(gemm, jit_options=EXACT)
+@overload(gemm, jit_options=_OPTIONS)
 def _of_type(
     first_flag: int, second_flag: int, m: int, n: int, k: int, alpha: float, a: int, lda: int, b: int, ldb: int,
     beta: float, c: int, ldc: int, integers: Any, reals: Any, letters: Any,
 ) -> Any:  # fmt: skip
     letter, size = ("s", 4) if reals.dtype == types.float32 else ("d", 8)
-    small = types.ExternalFunction(f"fusemlp_{letter}gemm", _ROUTINE)
-    large = types.ExternalFunction(f"fusemlp_large_{letter}gemm", _ROUTINE)
+    small: Any = types.ExternalFunction(f"fusemlp_{letter}gemm", _ROUTINE)
+    large: Any = types.ExternalFunction(f"fusemlp_large_{letter}gemm", _ROUTINE)
 
     def gemm(
         first_flag: int, second_flag: int, m: int, n: int, k: int, alpha: float, a: int, lda: int, b: int, ldb: int,

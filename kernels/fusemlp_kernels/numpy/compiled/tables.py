@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
-from fusemlp_kernels.pointwise import OPTIMIZERS
+from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 # What a row of the table of calls does; a call of the program is one row or several. GATHER: x[rows]; ENTROPY and
 # ELEMENTWISE: the last layer and its loss, cross-entropy or one of the others; WEIGHT, BIAS, SLOPES: a gradient.
@@ -49,9 +49,9 @@ LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 KIND, MEAN, SOFT, SMOOTHED, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, WIDE, LOSS_COLUMNS = range(11)
 SMOOTHING, OPTION, DIVISOR, LOSS_FACTORS = range(4)
 
-# The optimizer, int64 and float64
+# The optimizer, int64 and float64: after the hyperparameters, in their order
 OPTIMIZER, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(6)
-MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, RULE_FACTORS = range(6)
+CLIP_NORM, RULE_FACTORS = len(HYPERPARAMETERS), len(HYPERPARAMETERS) + 1
 SGD = list(OPTIMIZERS).index("sgd")
 
 IDENTITY = ACTIVATIONS.index("identity")
