@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.program.lowering import Inputs
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
+from fusemlp.training.batches import CopiedBatches
 from fusemlp_kernels.contract import (
     BATCH_LOSSES,
     LAST_LOSS,
@@ -40,27 +40,15 @@ class Penalty:
         self.alpha = alpha
         self._weights = [memory.arrays[f"w{layer}"] for layer in layers] if alpha else []
         self._gradients = [memory.arrays[f"dw{layer}"] for layer in layers] if alpha else []
-        self._on_host = isinstance(memory.params, np.ndarray)
-        if self._on_host:
-            # the host's matrices have no gaps between their rows; scratch memory saves an allocation a step
-            self._weights = [weight.reshape(-1) for weight in self._weights]
-            self._gradients = [gradient.reshape(-1) for gradient in self._gradients]
-            self._scratch = [np.empty_like(weight) for weight in self._weights]
 
     def value(self) -> Any:
         """Return a number, or a scalar on the device: reading that would wait."""
-        if self._on_host:
-            return 0.5 * self.alpha * sum(float(weight.dot(weight)) for weight in self._weights)
-        return 0.5 * self.alpha * sum((weight * weight).sum() for weight in self._weights)
+        squares = (weight.dot(weight) for weight in (weight.reshape(-1) for weight in self._weights))
+        return 0.5 * self.alpha * sum(float(one) if isinstance(one, np.floating) else one for one in squares)
 
     def add_gradient(self, scale: float) -> None:
         """Add ``scale * alpha * w`` to the gradients in memory."""
         factor = scale * self.alpha
-        if self._on_host:
-            for weight, gradient, scratch in zip(self._weights, self._gradients, self._scratch, strict=True):
-                np.multiply(weight, factor, scratch)
-                np.add(gradient, scratch, gradient)
-            return
         for weight, gradient in zip(self._weights, self._gradients, strict=True):
             gradient += weight * factor
 
@@ -82,13 +70,12 @@ class Batches(ABC):
         X: Array,
         target: Array,
         weight: Array | None,
-        *,
+        constants: Array | None,
         alpha: float,
         batch_size: int,
-        constants: Array | None = None,
     ) -> None:
         self.model, self.objective = model, objective
-        self.weight, self.alpha, self.constants = weight, alpha, constants
+        self.weight, self.constants, self.alpha = weight, constants, alpha
         self.n, self.batch_size = len(X), batch_size
         self.starts = np.arange(0, self.n, batch_size)
         self.batches = len(self.starts)
@@ -128,8 +115,8 @@ class ResidentBatches(Batches):
     Without ``alone`` a launch of several models trains them, which sets ``steps``.
     """
 
-    def __init__(self, *data: Any, at_once: int = 1, alone: bool = True, **rules: Any) -> None:
-        super().__init__(*data, **rules)
+    def __init__(self, *data: Any, at_once: int, alone: bool) -> None:
+        super().__init__(*data)
         self.at_once = at_once
         if self.weight is not None:
             self.data["weight"] = self.weight.astype(self.model.dtype, copy=False)
@@ -141,13 +128,11 @@ class ResidentBatches(Batches):
         return stats[BATCH_LOSSES], stats[PENALTIES]
 
 
-class CalledBatches(Batches):
+class CalledBatches(Batches, CopiedBatches):
     """Batches of a model whose step is called from Python; a batch whose weights are all 0 updates nothing.
 
     ``keep`` is for ``partial_fit``: memory stays for the next call.
     """
-
-    chunk = 1
 
     def __init__(self, *data: Any, keep: bool = False, **rules: Any) -> None:
         super().__init__(*data, **rules)
@@ -155,9 +140,7 @@ class CalledBatches(Batches):
         self.steps = self
         self.share = np.empty(self.n, model.dtype)
         self.penalty = Penalty(model, self.alpha)
-        inputs = Inputs(self.n, indexed=True, weighted=True)
-        self.bound = model.bind(inputs, self.batch_size, {**self.data, "weight": self.share}, keep=keep)
-        self.arrays = self.bound.arrays
+        CopiedBatches.__init__(self, model.bind(self.batch_size, {**self.data, "weight": self.share}, keep=keep))
         # an earlier resident program has walked over longer lists of rows, and may not have reached their end
         for counter in (ROW_OFFSET, ROW_TOTAL, ROW_STEP):
             model.engine.memory.counters[counter] = 0
@@ -180,38 +163,24 @@ class CalledBatches(Batches):
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """Take the rows of an epoch in their order."""
-        assert first_batch == 0 and epochs == 1
+        super().set_rows(order, first_batch, size, epochs)
         if self.weight is not None or self.n % size:
             self._set_shares(order)
-        self._order, self._batch = order, 0
         # the loss of the short last batch, and the penalties of all
         self._short, self._penalties = 0.0, 0.0
-        self.bound.set_row_count(size)
 
-    def run_many(self, count: int) -> None:
-        """Train on the next ``count`` batches of the epoch."""
-        with np.errstate(all="ignore"):
-            for _ in range(count):
-                self._step(int(self.lengths[self._batch]), float(self.sums[self._batch]))
-                self._batch += 1
-
-    def _step(self, length: int, total: float) -> None:
+    def step(self, batch: Array) -> None:
+        """Train on these rows, unless their weights are all 0."""
+        count, total = len(batch), float(self.sums[self._start // self.batch_size])
         if total == 0.0:
             return
-        memory, rows, penalty = self.model.engine.memory, self.arrays["rows"], self.penalty
-        start = self._batch * self.batch_size
-        memory.backend.copy_into(rows[:length], self._order[start : start + length])
-        if length < self.batch_size:
-            rows[length:] = -1
-            self.bound.set_row_count(length)
-        if penalty.alpha:
-            self._penalties = self._penalties + penalty.value() * (length / total)
+        self.copy(batch)
+        self._penalties = self._penalties + self.penalty.value() * (count / total)
         for call in self.gradient_calls:
             call()
-        if length < self.batch_size:
-            self._short = float(memory.stats[LAST_LOSS])
-        if penalty.alpha:
-            penalty.add_gradient(1.0 / total)
+        if count < self.batch_size:
+            self._short = float(self.model.engine.memory.stats[LAST_LOSS])
+        self.penalty.add_gradient(1.0 / total)
         self.update()
 
     def _sums(self, stats: Array) -> tuple[float, float]:
@@ -220,13 +189,13 @@ class CalledBatches(Batches):
 
     def loss_and_gradient(self) -> float:
         """Return the loss of all rows as one batch, and leave its gradient in memory."""
-        memory, order, total = self.model.engine.memory, np.arange(self.n), float(self.sums[0])
+        order, total = np.arange(self.n), float(self.sums[0])
         self.bound.set_row_count(self.n)
-        memory.backend.copy_into(self.arrays["rows"], order)
+        self.copy(order)
         with np.errstate(all="ignore"):
             penalty = float(self.penalty.value()) / total
             for call in self.gradient_calls:
                 call()
             self.penalty.add_gradient(1.0 / total)
-        data = float(memory.stats[LAST_LOSS]) + self._constant(order) / self.n
+        data = float(self.model.engine.memory.stats[LAST_LOSS]) + self._constant(order) / self.n
         return data / self.objective.reported_by + penalty

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,15 +81,6 @@ class Model:
         """The type of the parameters on the host."""
         return np.dtype(np.float64 if self.engine.precision == "fp64" else np.float32)
 
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the next update."""
-        return self.engine.learning_rate
-
-    def scale_rate(self, scale: float) -> None:
-        """Make the learning rate ``scale`` times what the schedule says."""
-        self.engine.rates.rescale(scale)
-
     def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
         """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
         tensors = {}
@@ -120,58 +111,45 @@ class Model:
         """The loss of a launch of whole epochs."""
         return replace(self.engine.loss.spec(accuracy=False), reduction="mean")
 
-    def bind_loop(self, batch_size: int, arrays: dict[str, Array], *, epochs: int, ridge: Ridge) -> BoundProgram:
+    def on_device(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """Return the arrays (x, target, perhaps weight) on the backend's device."""
+        from_host = self.engine.memory.backend.from_host
+        return {name: from_host(array, "compute" if name == "x" else None) for name, array in arrays.items()}
+
+    def bind_loop(self, batch_size: int, arrays: Mapping[str, Array], *, epochs: int, ridge: Ridge) -> BoundProgram:
         """Up to ``epochs`` epochs over ``arrays`` (x, target, perhaps weight) as one program, where ``loops`` says that
         there is one."""
-        engine = self.engine
-        to_device = engine.memory.backend.from_host
         inputs = Inputs(len(arrays["x"]), indexed=True, weighted="weight" in arrays)
-        given = {name: to_device(array, "compute" if name == "x" else None) for name, array in arrays.items()}
-        return engine.bind(
-            inputs,
-            self.loop_loss,
-            self.rule,
-            batch_size,
-            given,
-            resident_batches=-(-inputs.rows // batch_size),
-            epochs=epochs,
-            ridge=ridge,
-        )
+        loop = {"resident_batches": -(-inputs.rows // batch_size), "epochs": epochs, "ridge": ridge}
+        return self.engine.bind(inputs, self.loop_loss, self.rule, batch_size, self.on_device(arrays), **loop)
 
-    def bind(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, keep: bool) -> BoundProgram:
+    def bind(self, batch_size: int, arrays: Mapping[str, Array], *, keep: bool) -> BoundProgram:
         """A step of ``batch_size`` rows picked from ``arrays`` (x, target, weight), its gradients left to be read.
 
         With ``keep`` the arrays are copied into memory of the program's, which stays for the next call of this form.
         """
-        engine = self.engine
-        backend = engine.memory.backend
-        spec = engine.loss.spec(accuracy=False)
-        if not keep:
-            others = {name: backend.from_host(array) for name, array in arrays.items() if name != "x"}
-            given = {"x": backend.from_host(arrays["x"], "compute"), **others}
-            return engine.bind(inputs, spec, self.rule, batch_size, given, keep_gradients=True)
+        inputs = Inputs(len(arrays["x"]), indexed=True, weighted=True)
         key = (inputs, batch_size)
-        if self._staged is None or self._staged[0] != key:
-            self._staged = (key, engine.bind(inputs, spec, self.rule, batch_size, {}, keep_gradients=True))
+        if not keep or self._staged is None or self._staged[0] != key:
+            given = {} if keep else self.on_device(arrays)
+            spec = self.engine.loss.spec(accuracy=False)
+            bound = self.engine.bind(inputs, spec, self.rule, batch_size, given, keep_gradients=True)
+            if not keep:
+                return bound
+            self._staged = (key, bound)
         bound = self._staged[1]
         for name, array in arrays.items():
-            backend.copy_into(bound.arrays[name], array)
+            self.engine.memory.backend.copy_into(bound.arrays[name], array)
         return bound
 
-    def predict(self, X: Any) -> Array:
-        """``Engine.predict`` of dense or sparse rows: classes, or 0 and 1 for each label, or values."""
-        return self._by_blocks(self.engine.predict, X)
-
-    def predict_proba(self, X: Any) -> Array:
-        """``Engine.predict_proba`` of dense or sparse rows."""
-        return self._by_blocks(self.engine.predict_proba, X)
-
-    def _by_blocks(self, function: Any, X: Any) -> Array:
+    def ask(self, question: str, X: Any) -> Array:
+        """Return the engine's ``predict`` or ``predict_proba`` of dense or sparse rows."""
+        answer = getattr(self.engine, question)
         if not hasattr(X, "toarray"):
-            return np.asarray(function(X))
+            return np.asarray(answer(X))
         rows = max(1, DENSE_ELEMENTS // max(1, X.shape[1]))
         X = X.tocsr()
-        return np.concatenate([function(X[start : start + rows].toarray()) for start in range(0, X.shape[0], rows)])
+        return np.concatenate([answer(X[start : start + rows].toarray()) for start in range(0, X.shape[0], rows)])
 
     def __getstate__(self) -> dict[str, Any]:
         memory = self.engine.memory
@@ -213,8 +191,3 @@ def _of_release_0_1(optimizer: Optimizer, rule: Any) -> Schedule:
 def dense(X: Any, dtype: np.dtype[Any]) -> Array:
     """X (n, K), sparse or not, as the kernels want it."""
     return np.require(X.toarray() if hasattr(X, "toarray") else X, dtype, ["C", "A"])
-
-
-def copies(arrays: Iterable[Any]) -> list[Any]:
-    """Copies of arrays; None stays None."""
-    return [None if array is None else array.copy() for array in arrays]

@@ -33,21 +33,18 @@ class ValidationScore:
     weight: Array | None
     decides: bool
 
-    def of(self, estimator: Any, model: Model) -> float:
-        """Return the score of the model's predictions."""
-        return float(estimator._score_of(model.predict(self.X), self.truth, self.weight))
 
-
-@dataclass(frozen=True)
+@dataclass
 class Ready:
     """A fit whose arguments have been checked, before its first update."""
 
-    stochastic: bool
     model: Model
     batches: Batches
     validation: ValidationScore | None
     random_state: np.random.RandomState
     callbacks: list[Any]
+    # coefs, intercepts and slopes with the best validation score
+    best: tuple[list[Array], list[Array], list[Any]] | None
 
 
 def epoch_loop(estimator: Any, ready: Ready, *, incremental: bool = False) -> loop.EpochLoop[SklearnPolicy]:
@@ -118,7 +115,7 @@ class SklearnPolicy(loop.Policy):
     """
 
     def __init__(self, estimator: Any, ready: Ready, state: FitState) -> None:
-        self.estimator, self.state = estimator, state
+        self.estimator, self.ready, self.state = estimator, ready, state
         self.model, self.batches, self.validation = ready.model, ready.batches, ready.validation
         self.random_state, self.schedule = ready.random_state, self.model.schedule
         self.converged = False
@@ -130,7 +127,7 @@ class SklearnPolicy(loop.Policy):
     def begin(self) -> None:
         """Start the accounts of this call."""
         self.estimator.n_iter_ = 0
-        self.estimator.learning_rate_ = self.model.learning_rate
+        self.estimator.learning_rate_ = self.model.engine.learning_rate
 
     def wanted(self) -> int:
         """Return the epochs after which training may have converged, or 0 when it has."""
@@ -193,7 +190,8 @@ class SklearnPolicy(loop.Policy):
     def _score(self, validation: ValidationScore) -> None:
         """Record the validation score; if it decides, keep the best parameters so far."""
         estimator = self.estimator
-        score = validation.of(estimator, self.model)
+        predicted = self.model.ask("predict", validation.X)
+        score = float(estimator._score_of(predicted, validation.truth, validation.weight))
         estimator.validation_scores_.append(score)
         if estimator.verbose:
             print(f"Validation score: {score:f}")
@@ -203,7 +201,7 @@ class SklearnPolicy(loop.Policy):
         if score > best:
             estimator.best_validation_score_ = score
             if validation.decides:
-                estimator._best_parameters = self.model.parameters()
+                self.ready.best = self.model.parameters()
 
     def _follow_rates(self, loss: float) -> None:
         """Set the next epoch's learning rate where it depends on the epoch."""
@@ -217,12 +215,12 @@ class SklearnPolicy(loop.Policy):
             self._scale_rate(model.plateau[2])
 
     def _scale_rate(self, scale: float) -> None:
-        self.model.scale_rate(scale)
-        self.estimator.learning_rate_ = self.model.learning_rate
+        self.model.engine.rates.rescale(scale)
+        self.estimator.learning_rate_ = self.model.engine.learning_rate
 
     def _stall(self, watched: str) -> None:
         """End training that has not improved for too long, or with "adaptive" lower the learning rate."""
-        estimator, rates, rate = self.estimator, self.model.rates, self.model.learning_rate
+        estimator, rates, rate = self.estimator, self.model.rates, self.model.engine.learning_rate
         said = (
             f"{watched} did not improve more than tol={estimator.tol:f} for {estimator.n_iter_no_change:d} "
             "consecutive epochs."
