@@ -28,7 +28,8 @@ from fusemlp.runtime.plans import choose_plan
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.settings import STOCHASTIC
 from fusemlp.sklearn.sharing import UNPICKLABLE
-from fusemlp.sklearn.stochastic import Ready, epoch_loop, warn_unconverged
+from fusemlp.sklearn.stochastic import SklearnPolicy, warn_unconverged
+from fusemlp.training.loop import EpochLoop
 
 if TYPE_CHECKING:
     from fusemlp.sklearn.base import BaseMLP
@@ -45,12 +46,11 @@ current: ContextVar[TrainedAhead | None] = ContextVar("trained_ahead", default=N
 class Entry:
     """A model that trains ahead of its fit."""
 
-    estimator: BaseMLP
+    epochs: EpochLoop[SklearnPolicy]
+    # rows, targets and weights
     given: tuple[Any, Any, Any]
-    ready: Ready
     # before the model drew from its random state
     parameters: bytes
-    epochs: Any = None
     error: Exception | None = None
     ended: bool = False
 
@@ -58,7 +58,7 @@ class Entry:
         """Return whether a fit of these rows, targets and weights would train this model."""
         try:
             return (
-                type(self.estimator) is type(estimator)
+                type(self.epochs.policy.estimator) is type(estimator)
                 and self.parameters == _parameters(estimator)
                 and all(map(_same, self.given, given))
             )
@@ -69,15 +69,14 @@ class Entry:
     def training(self) -> Training:
         """Yield the launches of the model."""
         with _ending([self]):
-            self.epochs = epoch_loop(self.estimator, self.ready)
             self.epochs.begin()
             for steps in self.epochs.training(lambda: False):
-                yield partial(self.ready.batches.steps.run_many, steps)
+                yield partial(self.epochs.bound.run_many, steps)
             self.epochs.finish(interrupted=False)
 
     def signature(self) -> tuple[Any, ...]:
         """Return what models have in common that can train in one launch."""
-        model, batches = self.ready.model, self.ready.batches
+        model, batches = self.epochs.policy.model, self.epochs.policy.batches
         spec, engine = model.loop_loss, model.engine
         shapes = tuple((name, array.shape[1:], array.dtype.str) for name, array in sorted(batches.data.items()))
         return signature(engine), batches.batch_size, spec.kind, spec.soft, spec.ignore_index, engine.precision, shapes
@@ -131,9 +130,10 @@ class TrainedAhead:
         entry = None if self._expected is not None else self.take(estimator, X, y, sample_weight)
         if entry is None:
             return False
-        vars(estimator).update(vars(entry.estimator))
+        policy = entry.epochs.policy
+        vars(estimator).update(vars(policy.estimator))
         warn_unconverged(entry.epochs)
-        estimator._finish(entry.ready)
+        estimator._finish(policy)
         return True
 
     def collect(self, estimator: BaseMLP, X: Any, y: Any, sample_weight: Any) -> None:
@@ -143,12 +143,12 @@ class TrainedAhead:
         parameters = _parameters(estimator)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ready = estimator._set_up(X, y, sample_weight, together=True)
-        if not isinstance(ready.batches, ResidentBatches):
+            epochs = estimator._set_up(X, y, sample_weight, together=True)
+        if not isinstance(epochs.policy.batches, ResidentBatches):
             return
-        entry = Entry(estimator, (X, y, sample_weight), ready, parameters)
+        entry = Entry(epochs, (X, y, sample_weight), parameters)
         self._entries.append(entry)
-        if ready.batches.steps is not None:
+        if epochs.bound is not None:
             self._threads.start(0, entry.training())
             return
         if not self._together:
@@ -193,25 +193,24 @@ class TrainedAhead:
 
 def _train_together(entries: Sequence[Entry]) -> bool:
     """Train models of one signature in one launch; False where their plan is another."""
-    models = [entry.ready.model for entry in entries]
-    batches: list[Any] = [entry.ready.batches for entry in entries]
+    loops = [entry.epochs for entry in entries]
+    models = [one.policy.model for one in loops]
+    batches: list[Any] = [one.policy.batches for one in loops]
     first, size = models[0].engine, batches[0].batch_size
     traits, sizes = first.memory.backend.traits, first.network.sizes
     if choose_plan("auto", traits, sizes, size, first.precision, models=len(models))[0] != "resident":
         return False
     group = Group([model.engine for model in models])
     data, firsts = _joined([one.data for one in batches])
-    for one in batches:
-        one.at_once = max(1, min(one.at_once, GROUP_ROWS // (len(models) * one.n)))
+    for epochs, one in zip(loops, batches, strict=True):
+        epochs.at_once = one.at_once = max(1, min(one.at_once, GROUP_ROWS // (len(models) * one.n)))
     places = group.places(size, [one.n for one in batches], [one.at_once for one in batches], firsts)
     inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     programs = []
-    for entry, model, one, bound in zip(entries, models, batches, places, strict=True):
-        one.steps = bound
+    for epochs, model, one, bound in zip(loops, models, batches, places, strict=True):
+        epochs.bound = bound
         programs.append(model.engine.lower(inputs, model.loop_loss, model.rule, size, resident=True, ridge=one.ridge))
-        entry.epochs = epoch_loop(entry.estimator, entry.ready)
-    launch = group.bind(programs, models[0].on_device(data))
-    run_together([entry.epochs for entry in entries], launch, lambda: False, lambda index, error: None)
+    run_together(loops, group.bind(programs, models[0].on_device(data)), lambda: False, lambda index, error: None)
     return True
 
 

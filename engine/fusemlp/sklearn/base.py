@@ -24,7 +24,9 @@ from fusemlp.sklearn.batches import CalledBatches, ResidentBatches
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates, dense
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import Ready, ValidationScore, epoch_loop, epochs_at_once, logged, train
+from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
+from fusemlp.training.history import FitState, History
+from fusemlp.training.loop import EpochLoop, epochs_at_once
 
 Array = np.ndarray[Any, Any]
 
@@ -123,23 +125,23 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             return self
         before = self.__dict__.copy()
         try:
-            ready = self._set_up(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
+            epochs = self._set_up(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
         except BaseException:
             # a refused call leaves a fitted model unchanged
             self.__dict__ = before
             raise
-        if isinstance(ready.batches, CalledBatches) and self.solver == "lbfgs":
-            minimise(self, ready.model, ready.batches)
+        if self.solver in settings.STOCHASTIC:
+            with exits(epochs.callbacks, epochs.engine):
+                train(epochs, incremental=incremental)
         else:
-            with exits(ready.callbacks, ready.model.engine):
-                train(epoch_loop(self, ready, incremental=incremental), incremental=incremental)
-        return self._finish(ready)
+            minimise(epochs.policy)
+        return self._finish(epochs.policy)
 
-    def _finish(self, ready: Ready) -> Self:
+    def _finish(self, policy: SklearnPolicy) -> Self:
         """Take over the parameters of the model."""
-        self._model = ready.model
-        decided = ready.validation is not None and ready.validation.decides
-        self._take(*((decided and ready.best) or ready.model.parameters()))
+        self._model = policy.model
+        decided = policy.validation is not None and policy.validation.decides
+        self._take(*((decided and policy.best) or policy.model.parameters()))
         if not all(np.isfinite(values).all() for values in (*self.coefs_, *self.intercepts_)):
             raise ValueError(
                 "Solver produced non-finite parameter weights. The input data may contain large values and need to be "
@@ -157,7 +159,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         X_val: Any = None,
         y_val: Any = None,
         together: bool = False,
-    ) -> Ready:
+    ) -> EpochLoop[SklearnPolicy]:
         """Check all arguments, draw the initial parameters, set rows aside, and bind the data to a model.
 
         ``together``: a launch of several models may train it.
@@ -166,8 +168,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         stochastic = self.solver in settings.STOCHASTIC
         self._refuse(stochastic, incremental, X_val, y_val)
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
+        last_epoch = 1 if incremental else self.max_iter
         if stochastic:
-            announce(callbacks, logged(self.early_stopping or X_val is not None), 1 if incremental else self.max_iter)
+            scores = ["val_score"] if self.early_stopping or X_val is not None else []
+            announce(callbacks, ["loss", "learning_rate", *scores], last_epoch)
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         X, y = self._validate_input(X, y, incremental, first)
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
@@ -205,13 +209,18 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
         batches: ResidentBatches | CalledBatches
         if looped and (model.loops or together):
-            at_once = epochs_at_once(self, model, n, validation, callbacks)
+            asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
+            epochs = int(min(self.max_iter, self.n_iter_no_change + 1))
+            at_once = epochs_at_once(model.engine, epochs, n, asked=asked)
             batches = ResidentBatches(*data, alpha, size, at_once=at_once, alone=not together)
         else:
             batches = CalledBatches(*data, alpha, size, keep=incremental)
         # as in scikit-learn: a warm start that never scores better than before keeps its last parameters
         best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if first and stochastic else None
-        return Ready(model, batches, validation, random_state, callbacks, best)
+        state = FitState(0, 0, last_epoch, total_updates=0, history=History())
+        policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
+        bound, at_once = batches.steps, batches.at_once
+        return EpochLoop(model.engine, bound, policy, state, size, batches.batches, at_once, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Raise ValueError for impossible combinations of arguments."""

@@ -9,19 +9,21 @@ import scipy.optimize
 from sklearn.utils.optimize import _check_optimize_result
 
 from fusemlp.sklearn.batches import CalledBatches
-from fusemlp.sklearn.model import Model
+from fusemlp.sklearn.stochastic import SklearnPolicy
 
 Array = np.ndarray[Any, Any]
 
 
-def minimise(estimator: Any, model: Model, batches: CalledBatches) -> None:
+def minimise(policy: SklearnPolicy) -> None:
     """Minimise the loss of all rows (Liu and Nocedal, 1989); sets ``n_iter_`` and ``loss_``.
 
     Arena elements between the tensors have gradient zero, and so stay zero. Warns (ConvergenceWarning) if ``max_iter``
     or ``max_fun`` ended it.
     """
+    estimator, model, batches = policy.estimator, policy.model, policy.batches
     memory = model.engine.memory
     backend = memory.backend
+    assert isinstance(batches, CalledBatches)
 
     def objective(theta: Array) -> tuple[float, Array]:
         backend.copy_into(memory.params, theta.astype(model.dtype, copy=False))

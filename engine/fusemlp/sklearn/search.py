@@ -66,7 +66,9 @@ class _FleetSearch(BaseSearchCV):
             self.best_estimator_.memory = None
         return self
 
-    def _run_search(self, evaluate_candidates: Any, **context: Any) -> None:
+    def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
+        # only newer releases have callbacks, and look for this name
+        context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
         asked = -1 if self.n_jobs is None else self.n_jobs
         workers = asked if asked > 0 else max(1, cores() + 1 + asked)
 
