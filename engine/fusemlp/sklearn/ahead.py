@@ -131,7 +131,7 @@ class TrainedAhead:
         if entry is None:
             return False
         policy = entry.epochs.policy
-        vars(estimator).update(vars(policy.estimator))
+        estimator.__dict__.update(policy.estimator.__dict__)
         warn_unconverged(entry.epochs)
         estimator._finish(policy)
         return True
@@ -143,7 +143,7 @@ class TrainedAhead:
         parameters = _parameters(estimator)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            epochs = estimator._set_up(X, y, sample_weight, together=True)
+            epochs = estimator._set_up(X, y, sample_weight, (None, None), together=True)
         if not isinstance(epochs.policy.batches, ResidentBatches):
             return
         entry = Entry(epochs, (X, y, sample_weight), parameters)
@@ -218,13 +218,12 @@ def _joined(data: Sequence[Mapping[str, Array]]) -> tuple[dict[str, Array], list
     """Return the arrays of all models, stored contiguously and each once, and the row where each model's begin."""
     begins: dict[str, int] = {}
     parts: list[Mapping[str, Array]] = []
-    places, end = [], 0
+    places = []
     for own in data:
         key = joblib.hash(own)
         if key not in begins:
-            begins[key] = end
+            begins[key] = sum(len(part["x"]) for part in parts)
             parts.append(own)
-            end += len(own["x"])
         places.append(begins[key])
     return {name: np.concatenate([part[name] for part in parts]) for name in data[0]}, places
 

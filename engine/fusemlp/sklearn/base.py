@@ -16,13 +16,13 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
-from fusemlp.runtime.backends import first_available
+from fusemlp.runtime.backends import TRAITS, first_available
 from fusemlp.runtime.plans import shares_launches
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.ahead import current
 from fusemlp.sklearn.batches import CalledBatches, ResidentBatches
 from fusemlp.sklearn.lbfgs import minimise
-from fusemlp.sklearn.model import Model, Rates, dense
+from fusemlp.sklearn.model import Model, Rates
 from fusemlp.sklearn.settings import Objective
 from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
 from fusemlp.training.history import FitState, History
@@ -55,14 +55,6 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
     @functools.cache
     def _get_param_names(cls) -> list[str]:
         return list(super()._get_param_names())
-
-    loss: Any
-    coefs_: list[Array]
-    intercepts_: list[Array]
-    loss_curve_: list[float]
-    best_loss_: float | None
-    validation_scores_: list[float] | None
-    best_validation_score_: float | None
 
     @abstractmethod
     def _validate_targets(self, y: Any) -> Array:
@@ -115,17 +107,15 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         sample_weight: (n,). X_val, y_val: validation data; its score is recorded in ``validation_scores_`` after each
         epoch and, with ``early_stopping``, decides in place of a part of X.
         """
-        return self._fit(X, y, sample_weight, incremental=False, X_val=X_val, y_val=y_val)
+        return self._fit(X, y, sample_weight, (X_val, y_val))
 
-    def _fit(
-        self, X: Any, y: Any, sample_weight: Any, *, incremental: bool, X_val: Any = None, y_val: Any = None
-    ) -> Self:
-        ahead = None if incremental or X_val is not None else current.get()
+    def _fit(self, X: Any, y: Any, sample_weight: Any, held: Any = (None, None), *, incremental: bool = False) -> Self:
+        ahead = None if incremental or held[0] is not None else current.get()
         if ahead is not None and ahead.fits(self, X, y, sample_weight):
             return self
         before = self.__dict__.copy()
         try:
-            epochs = self._set_up(X, y, sample_weight, incremental=incremental, X_val=X_val, y_val=y_val)
+            epochs = self._set_up(X, y, sample_weight, held, incremental=incremental)
         except BaseException:
             # a refused call leaves a fitted model unchanged
             self.__dict__ = before
@@ -150,22 +140,15 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         return self
 
     def _set_up(
-        self,
-        X: Any,
-        y: Any,
-        sample_weight: Any,
-        *,
-        incremental: bool = False,
-        X_val: Any = None,
-        y_val: Any = None,
-        together: bool = False,
+        self, X: Any, y: Any, sample_weight: Any, held: Any, *, incremental: bool = False, together: bool = False
     ) -> EpochLoop[SklearnPolicy]:
         """Check all arguments, draw the initial parameters, set rows aside, and bind the data to a model.
 
-        ``together``: a launch of several models may train it.
+        ``held``: X_val and y_val. ``together``: a launch of several models may train it.
         """
         widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
+        X_val, y_val = held
         self._refuse(stochastic, incremental, X_val, y_val)
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
         last_epoch = 1 if incremental else self.max_iter
@@ -202,8 +185,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         model = self._model_for(network, incremental, random_state, dtype, n, size)
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         target, constants = self._targets(y, model.dtype)
-        data = (model, self._objective(self.n_outputs_), dense(X, model.dtype), target, row_weights, constants)
+        rows = np.require(X.toarray() if hasattr(X, "toarray") else X, model.dtype, ["C", "A"])
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
+        data = {"x": rows, "target": target}
+        rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size)
         # a launch of many steps cannot leave out the update of a batch whose weights are all 0
         together = together and shares_launches(model.engine.memory.backend.traits)
         looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
@@ -212,15 +197,15 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
             epochs = int(min(self.max_iter, self.n_iter_no_change + 1))
             at_once = epochs_at_once(model.engine, epochs, n, asked=asked)
-            batches = ResidentBatches(*data, alpha, size, at_once=at_once, alone=not together)
+            batches = ResidentBatches(*rules, at_once=at_once, alone=not together)
         else:
-            batches = CalledBatches(*data, alpha, size, keep=incremental)
+            batches = CalledBatches(*rules, keep=incremental)
         # as in scikit-learn: a warm start that never scores better than before keeps its last parameters
         best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if first and stochastic else None
         state = FitState(0, 0, last_epoch, total_updates=0, history=History())
         policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
-        bound, at_once = batches.steps, batches.at_once
-        return EpochLoop(model.engine, bound, policy, state, size, batches.batches, at_once, callbacks)
+        count = len(batches.starts)
+        return EpochLoop(model.engine, batches.steps, policy, state, size, count, batches.at_once, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Raise ValueError for impossible combinations of arguments."""
@@ -277,7 +262,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             self.best_loss_ = np.inf
         self.validation_scores_ = kept.get("validation_scores_")
         if self.validation_scores_ is None:
-            self.validation_scores_, self.best_validation_score_ = ([], -np.inf) if scored else (None, None)
+            self.validation_scores_ = [] if scored else None
+            self.best_validation_score_ = -np.inf if scored else None
 
     def _split(
         self, X: Any, y: Array, row_weights: Any, weight: Any, random_state: np.random.RandomState
@@ -313,7 +299,11 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
     ) -> Model:
         """Return a new model, or the one that ``partial_fit`` goes on with."""
         backend = first_available() if self.backend == "auto" else self.backend
-        precision = settings.chosen_precision(self.precision, backend, dtype, self.solver)
+        precision = self.precision
+        if precision == "auto":
+            # lbfgs's line search needs exact differences
+            exact = "fp64" in TRAITS[backend].precisions and (self.solver == "lbfgs" or dtype == np.float64)
+            precision = "fp64" if exact else "fp32"
         loss = self._objective(self.n_outputs_).loss
         model: Model | None = getattr(self, "_model", None)
         if incremental and model is not None and model.serves(network, loss, backend, precision):
@@ -327,16 +317,9 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             kind = "constant"
         # only dropout draws a seed: without it the random state is consumed as in scikit-learn
         seed = int(random_state.randint(2**31)) if any(network.dropouts) else 0
-        return Model(
-            network,
-            loss,
-            optimizer,
-            schedule=optimizer.schedule.over(updates),
-            rates=Rates(kind, float(self.learning_rate_init), float(self.power_t)),
-            seed=seed,
-            backend=backend,
-            precision=precision,
-        )
+        rates = Rates(kind, float(self.learning_rate_init), float(self.power_t))
+        schedule = optimizer.schedule.over(updates)
+        return Model(network, loss, optimizer, schedule, rates, seed=seed, backend=backend, precision=precision)
 
     def _ask(self, question: str, X: Any) -> Array:
         """Return the model's answer with ``coefs_`` and ``intercepts_``, which the user may have changed."""

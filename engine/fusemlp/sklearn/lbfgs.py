@@ -8,7 +8,6 @@ import numpy as np
 import scipy.optimize
 from sklearn.utils.optimize import _check_optimize_result
 
-from fusemlp.sklearn.batches import CalledBatches
 from fusemlp.sklearn.stochastic import SklearnPolicy
 
 Array = np.ndarray[Any, Any]
@@ -20,10 +19,10 @@ def minimise(policy: SklearnPolicy) -> None:
     Arena elements between the tensors have gradient zero, and so stay zero. Warns (ConvergenceWarning) if ``max_iter``
     or ``max_fun`` ended it.
     """
-    estimator, model, batches = policy.estimator, policy.model, policy.batches
+    estimator, model = policy.estimator, policy.model
+    batches: Any = policy.batches
     memory = model.engine.memory
     backend = memory.backend
-    assert isinstance(batches, CalledBatches)
 
     def objective(theta: Array) -> tuple[float, Array]:
         backend.copy_into(memory.params, theta.astype(model.dtype, copy=False))

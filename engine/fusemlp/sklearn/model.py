@@ -14,9 +14,8 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
-from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp_kernels.contract import LossSpec, Ridge
+from fusemlp_kernels.contract import LossSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -45,29 +44,20 @@ class Model:
     """
 
     def __init__(
-        self,
-        network: MLP,
-        loss: Loss,
-        optimizer: Optimizer,
-        *,
-        schedule: Schedule,
-        rates: Rates,
-        seed: int,
-        backend: str,
-        precision: str,
+        self, network: MLP, loss: Loss, optimizer: Optimizer, schedule: Schedule, rates: Rates, **options: Any
     ) -> None:
         self.arguments = (network, loss, optimizer)
-        self.schedule, self.rule = schedule, optimizer.rule()
-        self.rates = rates
+        self.schedule, self.rates, self.options = schedule, rates, options
         self.plateau: PlateauState = PLATEAU_START
-        self.options: dict[str, Any] = {"seed": seed, "backend": backend, "precision": precision}
         self._start()
 
     def _start(self) -> None:
         network, loss, optimizer = self.arguments
+        self.rule = optimizer.rule()
         self.engine = Engine(network, loss, optimizer, **self.options)
         self.engine.rates.follow(self.schedule, 1.0)
-        self._staged: tuple[Any, BoundProgram] | None = None
+        # the program of ``partial_fit``, with its inputs and batch size
+        self.staged: tuple[Any, BoundProgram] | None = None
         # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
 
@@ -116,32 +106,6 @@ class Model:
         from_host = self.engine.memory.backend.from_host
         return {name: from_host(array, "compute" if name == "x" else None) for name, array in arrays.items()}
 
-    def bind_loop(self, batch_size: int, arrays: Mapping[str, Array], *, epochs: int, ridge: Ridge) -> BoundProgram:
-        """Up to ``epochs`` epochs over ``arrays`` (x, target, perhaps weight) as one program, where ``loops`` says that
-        there is one."""
-        inputs = Inputs(len(arrays["x"]), indexed=True, weighted="weight" in arrays)
-        loop = {"resident_batches": -(-inputs.rows // batch_size), "epochs": epochs, "ridge": ridge}
-        return self.engine.bind(inputs, self.loop_loss, self.rule, batch_size, self.on_device(arrays), **loop)
-
-    def bind(self, batch_size: int, arrays: Mapping[str, Array], *, keep: bool) -> BoundProgram:
-        """A step of ``batch_size`` rows picked from ``arrays`` (x, target, weight), its gradients left to be read.
-
-        With ``keep`` the arrays are copied into memory of the program's, which stays for the next call of this form.
-        """
-        inputs = Inputs(len(arrays["x"]), indexed=True, weighted=True)
-        key = (inputs, batch_size)
-        if not keep or self._staged is None or self._staged[0] != key:
-            given = {} if keep else self.on_device(arrays)
-            spec = self.engine.loss.spec(accuracy=False)
-            bound = self.engine.bind(inputs, spec, self.rule, batch_size, given, keep_gradients=True)
-            if not keep:
-                return bound
-            self._staged = (key, bound)
-        bound = self._staged[1]
-        for name, array in arrays.items():
-            self.engine.memory.backend.copy_into(bound.arrays[name], array)
-        return bound
-
     def ask(self, question: str, X: Any) -> Array:
         """Return the engine's ``predict`` or ``predict_proba`` of dense or sparse rows."""
         answer = getattr(self.engine, question)
@@ -153,12 +117,8 @@ class Model:
 
     def __getstate__(self) -> dict[str, Any]:
         memory = self.engine.memory
-        return {
-            "arguments": self.arguments,
-            "schedule": self.schedule,
-            "rates": self.rates,
-            "plateau": self.plateau,
-            "options": self.options,
+        names = ("arguments", "schedule", "rates", "plateau", "options")
+        return {name: getattr(self, name) for name in names} | {
             "states": [self.engine.tensors(f".state{index}") for index in range(len(memory.states))],
             "counters": memory.backend.to_host(memory.counters),
             "hyper": memory.backend.to_host(memory.hyper),
@@ -166,9 +126,13 @@ class Model:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.arguments, self.rates = state["arguments"], state["rates"]
-        optimizer = self.arguments[2]
-        self.rule = optimizer.rule()
-        self.schedule = state["schedule"] if "schedule" in state else _of_release_0_1(optimizer, state["rule"])
+        if "schedule" in state:
+            self.schedule = state["schedule"]
+        else:
+            # release 0.1 pickled the schedule's lengths, in updates, with the rule
+            schedule = self.arguments[2].schedule
+            lengths = [name for name in ("warmup", "steps") if hasattr(schedule, name)]
+            self.schedule = replace(schedule, **{name: getattr(state["rule"].schedule, name) for name in lengths})
         self.plateau, self.options = state["plateau"], dict(state["options"])
         if availability().get(self.options["backend"]) is not None:
             exact = self.options["precision"] == "fp64"
@@ -180,14 +144,3 @@ class Model:
         memory.backend.copy_into(memory.counters, state["counters"])
         memory.backend.copy_into(memory.hyper, state["hyper"])
         self.engine.rates.forget()
-
-
-def _of_release_0_1(optimizer: Optimizer, rule: Any) -> Schedule:
-    """The schedule of a model that release 0.1 pickled: its lengths in updates stood in the rule."""
-    lengths = {name: getattr(rule.schedule, name) for name in ("warmup", "steps") if hasattr(optimizer.schedule, name)}
-    return replace(optimizer.schedule, **lengths)
-
-
-def dense(X: Any, dtype: np.dtype[Any]) -> Array:
-    """X (n, K), sparse or not, as the kernels want it."""
-    return np.require(X.toarray() if hasattr(X, "toarray") else X, dtype, ["C", "A"])

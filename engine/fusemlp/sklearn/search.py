@@ -46,9 +46,10 @@ class _FleetSearch(BaseSearchCV):
         have and for a search without candidates.
         """
         estimator, cv = self.estimator, self.cv
-        spaces = _spaces(getattr(self, self._space))
-        _check(self._space, getattr(self, self._space), estimator, self._plain)
-        sharing = clone(estimator).set_params(memory=SharedFits()) if _shares(estimator, spaces) else None
+        spaces = _checked(self._space, getattr(self, self._space), estimator, self._plain)
+        sharing = None
+        if isinstance(estimator, Pipeline) and estimator.memory is None and not any("memory" in one for one in spaces):
+            sharing = clone(estimator).set_params(memory=SharedFits())
         # splits may be given as an iterator, which can be read once
         self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator))
         self._given = X, y, params
@@ -83,7 +84,7 @@ class _FleetSearch(BaseSearchCV):
             def task(candidate: Mapping[str, Any], train: Any) -> tuple[Any, Callable[[], object]]:
                 estimator = clone(self.estimator).set_params(**clone(candidate, safe=False))
                 params = _check_method_params(X, params=routed.estimator.fit, indices=train)
-                return _last_step(estimator), partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
+                return _models(estimator, [])[0], partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
 
             # scikit-learn's fits, in its order
             tasks = (partial(task, candidate, train) for candidate in candidates for train, _ in folds)
@@ -125,19 +126,6 @@ class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
     _space, _plain = "param_distributions", "RandomizedSearchCV"
 
 
-def _spaces(given: Any) -> list[Mapping[str, Any]]:
-    """Return the mappings of a space; scikit-learn refuses anything else."""
-    several = [given] if isinstance(given, Mapping) else given
-    return [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
-
-
-def _last_step(estimator: Any) -> Any:
-    """Return the estimator that a pipeline, or a pipeline in it, ends in."""
-    while isinstance(estimator, Pipeline) and estimator.steps:
-        estimator = estimator.steps[-1][1]
-    return estimator
-
-
 def _values(name: str, spaces: list[Mapping[str, Any]]) -> list[Any]:
     """Return the listed values of a parameter; a distribution lists none."""
     values = [space[name] for space in spaces if name in space]
@@ -158,9 +146,13 @@ def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -
     return found
 
 
-def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
-    """Refuse estimators and names that cannot be trained, before any fit; ``plain`` is scikit-learn's own search."""
-    spaces = _spaces(given)
+def _checked(space: str, given: Any, estimator: Any, plain: str) -> list[Mapping[str, Any]]:
+    """Return the mappings of a space. Refuses estimators and names that cannot be trained, before any fit.
+
+    ``plain`` is scikit-learn's own search, which refuses a space that is no mapping or list of mappings.
+    """
+    several = [given] if isinstance(given, Mapping) else given
+    spaces = [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
     for model in _models(estimator, spaces):
         if not isinstance(model, BaseMLP):
             raise ArgumentTypeError(
@@ -181,6 +173,7 @@ def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
             replaced = any(name.startswith(f"{step}__") for step in mapping)
             if name not in known and not replaced:
                 raise unknown_name(space, name, sorted(known))
+    return spaces
 
 
 def _at_once(X: Any) -> int:
@@ -193,9 +186,3 @@ def _at_once(X: Any) -> int:
         return MOST_AT_ONCE
     # the rows of the fold, and a copy of them
     return max(2, min(MOST_AT_ONCE, available // 2 // (2 * size)))
-
-
-def _shares(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
-    """Return whether candidates may share steps of a pipeline without a ``memory`` of the user's."""
-    chosen = any("memory" in space for space in spaces)
-    return isinstance(estimator, Pipeline) and estimator.memory is None and not chosen

@@ -16,7 +16,6 @@ from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
-from fusemlp.runtime.backends import TRAITS
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")
@@ -24,7 +23,6 @@ LOGISTIC = "logistic"
 # scikit-learn allows a momentum of 1, the optimizers here only less: the two differ by half a rounding.
 LARGEST_MOMENTUM = float(np.nextafter(1.0, 0.0))
 
-_ABOVE_0 = Interval(Real, 0, None, closed="neither")
 UNIT = Interval(Real, 0, 1, closed="left")
 
 CONSTRAINTS: dict[str, Any] = {
@@ -33,7 +31,7 @@ CONSTRAINTS: dict[str, Any] = {
     "solver": [StrOptions({"lbfgs", *STOCHASTIC})],
     "learning_rate": [*MLPClassifier._parameter_constraints["learning_rate"], Schedule],
     "dropout": [UNIT, list, tuple],
-    "clip_norm": [_ABOVE_0, None],
+    "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
     "backend": [StrOptions({"auto", "numpy", "triton", "cupy"})],
     # fp16 keeps its gradients scaled, and the penalty is added to gradients
     "precision": [StrOptions({"auto", "fp32", "fp64", "tf32", "bf16"})],
@@ -156,17 +154,6 @@ def optimizer(estimator: Any) -> Optimizer:
     if estimator.solver == "adam":
         return Adam(rate, **options, convention="scikit-learn", clip_norm=clip_norm)
     return AdamW(rate, **options, weight_decay=float(estimator.alpha), decay_biases=False, clip_norm=clip_norm)
-
-
-def chosen_precision(precision: str, backend: str, dtype: Any, solver: str) -> str:
-    """Return the precision; "auto" is that of ``dtype``, and fp64 for lbfgs, whose line search needs exact differences.
-
-    A backend without fp64 takes fp32.
-    """
-    if precision != "auto":
-        return precision
-    exact = "fp64" in TRAITS[backend].precisions and (solver == "lbfgs" or dtype == np.float64)
-    return "fp64" if exact else "fp32"
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:

@@ -54,9 +54,6 @@ class SharedFits:
         # clones of the pipeline share the results
         return self
 
-    def __repr__(self) -> str:
-        return "SharedFits()"
-
 
 def _bytes(rows: Any) -> int:
     """Return the size of transformed rows, dense, sparse or a table."""
