@@ -182,9 +182,9 @@ class CalledBatches(Batches, CopiedBatches):
 
     def penalty(self) -> Any:
         """Return ``alpha / 2`` times the sum of the squared weights, on a device as a scalar there: reading waits."""
-        flat = (weight.reshape(-1) for weight in self._weights)
-        squares = (weight.dot(weight) for weight in flat)
-        return 0.5 * self.alpha * sum(float(one) if isinstance(one, np.floating) else one for one in squares)
+        if isinstance(self.arrays["weight"], np.ndarray):
+            return 0.5 * self.alpha * sum(float(np.vdot(weight, weight)) for weight in self._weights)
+        return 0.5 * self.alpha * sum((weight * weight).sum() for weight in self._weights)
 
     def add_penalty_gradient(self, scale: float) -> None:
         """Add ``scale`` times the penalty's gradient to the gradients in memory."""
