@@ -57,14 +57,11 @@ class Entry:
     def is_for(self, estimator: BaseMLP, given: tuple[Any, Any, Any]) -> bool:
         """Return whether a fit of these rows, targets and weights would train this model."""
         try:
-            return (
-                type(self.epochs.policy.estimator) is type(estimator)
-                and self.parameters == _parameters(estimator)
-                and all(map(_same, self.given, given))
-            )
+            same = self.parameters == _parameters(estimator) and all(map(_same, self.given, given))
         except UNPICKLABLE:
             # this cannot be told
             return False
+        return same and type(self.epochs.policy.estimator) is type(estimator)
 
     def training(self) -> Training:
         """Yield the launches of the model."""

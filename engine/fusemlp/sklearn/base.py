@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator, _fit_context, is_classifier
+from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_array, check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -47,8 +47,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        # Python's -OO leaves no documentation
         shared = (settings.Parameters.__doc__ or "").partition("\n\n")[2]
-        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{shared}"
+        if BaseMLP in cls.__bases__:
+            cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{shared}"
 
     # cached: a search asks four times a model, and reading a signature is slow
     @classmethod
@@ -88,7 +90,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             y,
             accept_sparse=["csr", "csc"],
             multi_output=True,
-            y_numeric=not is_classifier(self),
+            y_numeric=not isinstance(self, ClassifierMixin),
             dtype=(np.float64, np.float32),
             reset=reset,
         )
@@ -269,7 +271,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         self, X: Any, y: Array, row_weights: Any, weight: Any, random_state: np.random.RandomState
     ) -> tuple[Any, Array, Any, ValidationScore]:
         """Set ``validation_fraction`` of the rows aside, as scikit-learn does: stratified for one column of classes."""
-        stratify = y if is_classifier(self) and self.n_outputs_ == 1 else None
+        stratify = y if isinstance(self, ClassifierMixin) and self.n_outputs_ == 1 else None
         trained, held = train_test_split(
             np.arange(len(y)), random_state=random_state, test_size=self.validation_fraction, stratify=stratify
         )
@@ -283,7 +285,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
     def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> ValidationScore:
         X_val = validate_data(self, X_val, accept_sparse=["csr", "csc"], reset=False)
-        dtype = None if is_classifier(self) else "numeric"
+        dtype = None if isinstance(self, ClassifierMixin) else "numeric"
         y_val = check_array(y_val, accept_sparse="csr", ensure_2d=False, dtype=dtype, input_name="y_val")
         check_consistent_length(X_val, y_val)
         if y_val.ndim == 2 and y_val.shape[1] == 1:
@@ -309,7 +311,6 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if incremental and model is not None and model.serves(network, loss, backend, precision):
             return model
         optimizer = settings.optimizer(self)
-        updates = None if incremental else self.max_iter * -(-n // size)
         kind = "schedule" if isinstance(self.learning_rate, Schedule) else self.learning_rate
         if self.solver == "lbfgs":
             kind = "none"
@@ -318,7 +319,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         # only dropout draws a seed: without it the random state is consumed as in scikit-learn
         seed = int(random_state.randint(2**31)) if any(network.dropouts) else 0
         rates = Rates(kind, float(self.learning_rate_init), float(self.power_t))
-        schedule = optimizer.schedule.over(updates)
+        schedule = optimizer.schedule.over(None if incremental else self.max_iter * -(-n // size))
         return Model(network, loss, optimizer, schedule, rates, seed=seed, backend=backend, precision=precision)
 
     def _ask(self, question: str, X: Any) -> Array:

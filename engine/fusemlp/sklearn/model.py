@@ -15,7 +15,6 @@ from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp_kernels.contract import LossSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -56,6 +55,10 @@ class Model:
         self.rule = optimizer.rule()
         self.engine = Engine(network, loss, optimizer, **self.options)
         self.engine.rates.follow(self.schedule, 1.0)
+        # the type of the parameters on the host
+        self.dtype = np.dtype(np.float64 if self.engine.precision == "fp64" else np.float32)
+        # the loss of a launch of whole epochs
+        self.loop_loss = replace(loss.spec(accuracy=False), reduction="mean")
         # the program of ``partial_fit``, with its inputs and batch size
         self.staged: tuple[Any, BoundProgram] | None = None
         # held between loading parameters and predicting with them: threads share the memory
@@ -65,11 +68,6 @@ class Model:
         """Return whether ``partial_fit`` can go on with this model."""
         mine = (*self.arguments[:2], self.options["backend"], self.options["precision"])
         return self.rates.kind != "none" and mine == (network, loss, backend, precision)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The type of the parameters on the host."""
-        return np.dtype(np.float64 if self.engine.precision == "fp64" else np.float32)
 
     def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
         """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
@@ -95,11 +93,6 @@ class Model:
     def loops(self) -> bool:
         """True if a launch may take whole epochs."""
         return self.engine.plan == "resident"
-
-    @property
-    def loop_loss(self) -> LossSpec:
-        """The loss of a launch of whole epochs."""
-        return replace(self.engine.loss.spec(accuracy=False), reduction="mean")
 
     def on_device(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
         """Return the arrays (x, target, perhaps weight) on the backend's device."""
