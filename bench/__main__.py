@@ -14,9 +14,9 @@ from bench.cases import CASES, QUICK, Case
 from bench.hardware import card
 from bench.measure import TURN_SECONDS, measure, started
 from bench.options import COMMANDS, parser
-from bench.peers import PEERS, REFERENCE, absent, unsuited
+from bench.peers import PEERS, absent, unsuited
 from bench.report import absences, circumstances, default_path, markdown, newest, read, records, where, write
-from bench.worker import Worker, WorkerError, openblas_settings
+from bench.worker import WorkerError, openblas_settings
 from fusemlp_kernels.errors import unknown_name
 
 QUICK_TURN_SECONDS = 0.1
@@ -45,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.markdown is not None:
             return print_table(options.markdown)
-        if options.breakdown:
-            return print_breakdown([CASES[name] for name in options.cases or CASES])
         plan = planned(options)
         if options.list:
             return print_list(plan)
@@ -160,19 +158,6 @@ def print_table(path: Path) -> int:
         say(f"error: no measurement {'in bench/results' if chosen is None else chosen}; run python -m bench first")
         return 2
     print(markdown(read(chosen)))
-    return 0
-
-
-def print_breakdown(cases: Sequence[Case]) -> int:
-    """Time every call of fusemlp's step."""
-    from bench.breakdown import breakdown_text
-
-    with Worker(REFERENCE) as worker:
-        for case in cases:
-            if case.models is not None or case.gpu_only:
-                continue
-            steps = max(10, min(2000, int(2e10 / case.flops)))
-            print(breakdown_text(worker.ask("breakdown", case, steps)), end="\n\n", flush=True)
     return 0
 
 

@@ -83,11 +83,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="measure nothing: print the tables of FILE (default: the newest in bench/results)",
     )
-    other.add_argument(
-        "--breakdown",
-        action="store_true",
-        help="time every call of fusemlp's step by itself; no peers, no file",
-    )
     return made
 
 

@@ -91,12 +91,6 @@ class _Served:
         ]
         return {"version": version_of(PEERS[self.peer].package), "pools": pools}
 
-    def breakdown(self, case: Case, steps: int) -> Any:
-        """See ``bench.breakdown``."""
-        from bench.breakdown import measure_calls
-
-        return measure_calls(case, make_data(case), steps)
-
 
 def _serve(connection: Connection, peer: str) -> None:
     served = _Served(peer)

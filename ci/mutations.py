@@ -358,7 +358,12 @@ MUTATIONS = (
             "taken == tl.maximum(programs - 2, 0)",
             LINEAR_LOSS,
         ),
-        ("betas swapped", "rule.beta1, rule.beta2, rule.eps", "rule.beta2, rule.beta1, rule.eps", UPDATE),
+        (
+            "hyperparameters in reverse",
+            "name) for name in HYPERPARAMETERS",
+            "name) for name in HYPERPARAMETERS[::-1]",
+            UPDATE,
+        ),
         ("rates of the update before", "place = count - ", "place = count - 1 - ", ADVANCE),
         ("rates past the rows that are filled", "tl.minimum(place, last)", "place", ADVANCE),
         (

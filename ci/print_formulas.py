@@ -17,6 +17,7 @@ from fusemlp_kernels.pointwise import (
     ACTIVATIONS,
     DECAY,
     FUNCTIONS,
+    HYPERPARAMETERS,
     LOSS_NAMES,
     LOSSES,
     OPTIMIZERS,
@@ -78,9 +79,12 @@ class _Translated(ast.NodeTransformer):
         return ast.Name(self.dialect.choice.format(*map(ast.unparse, (test, body, otherwise))))
 
 
+CORRECTIONS = ("bias_correction_1", "bias_correction_2")
+
+
 @dataclass(frozen=True)
 class Loads:
-    """The way a language reads the numbers of a rule: fields of ``UpdateRule``, and bias corrections."""
+    """The way a language reads the numbers of a rule: hyperparameters and bias corrections."""
 
     field: str
     correction: str
@@ -89,7 +93,9 @@ class Loads:
     def __call__(self, name: str) -> str:
         if name in self.flags:
             return self.flags[name]
-        return (self.correction if name.startswith("bias_") else self.field).format(name, name.upper())
+        if name not in (*HYPERPARAMETERS, *CORRECTIONS):
+            raise ValueError(f"formula: {name!r} is not a line of it and not a field of Hyperparameters")
+        return (self.correction if name in CORRECTIONS else self.field).format(name, name.upper())
 
 
 class Update:
@@ -141,19 +147,6 @@ def defined(name: str, arguments: str, body: Iterable[str], told: str = "", abov
     return [*filter(None, [above]), *lines, *indented([*([f'"""{told}"""'] if told else []), *body] or ["pass"])]
 
 
-def imported(module: str, names: Iterable[str]) -> str:
-    """An import of ``names``, a line for each where they do not fit into one."""
-    line = f"from {module} import {', '.join(sorted(names))}"
-    if len(line) <= WIDTH:
-        return line
-    return "\n".join([f"from {module} import (", *(f"    {name}," for name in sorted(names)), ")"])
-
-
-def read_of_rules() -> set[str]:
-    """The fields of rules and of the hyper array that the optimizers read, in capitals."""
-    return {name.upper() for rule in OPTIMIZERS.values() for name in Update(rule).loaded} - {"RATE_INSIDE"}
-
-
 def groups() -> list[list[str]]:
     """The names of all activations, losses and optimizers, in capitals and in order."""
     tables = (("", ACTIVATIONS), ("", LOSS_NAMES), ("RULE_", OPTIMIZERS))
@@ -165,6 +158,13 @@ def codes(form: str) -> list[str]:
     found = [(", ".join(group), form.format(len(group))) for group in groups()]
     short = max(len(f"{names} = {values}") for names, values in found) <= WIDTH
     return [f"{n} = {v}" if short else f"(\n    {n},\n) = {v}  # fmt: skip" for n, v in found]
+
+
+def numbered(form: str, first: int) -> list[str]:
+    """A comment, and the line that gives each hyperparameter its place in a rule, of which the first is given."""
+    numbers = f"range({first}, {first + len(HYPERPARAMETERS)})" if first else f"range({len(HYPERPARAMETERS)})"
+    names = ", ".join(name.upper() for name in HYPERPARAMETERS)
+    return ["# places of the hyperparameters in a rule", f"{names} = {form.format(numbers)}"]
 
 
 def alike(cases: Mapping[str, Sequence[str]]) -> dict[tuple[str, ...], list[str]]:
@@ -336,9 +336,7 @@ from fusemlp_kernels.numpy.functions import maximum, minimum, normal_cdf, normal
 
 def numba_file() -> str:
     """``numpy/compiled/pointwise_numba.py``."""
-    read = {name for name in read_of_rules() if not name.startswith("BIAS_")} | {"DECOUPLED", "OPTIMIZER", "SKLEARN"}
-    head = NUMBA_HEAD.strip().replace("PLACES", imported("fusemlp_kernels.numpy.compiled.tables", read))
-    parts: list[str | list[str]] = [head + "\n\n" + "\n".join(codes("range({})"))]
+    parts: list[str | list[str]] = [[NUMBA_HEAD.strip(), "", *codes("range({})"), *numbered("{}", 0)]]
 
     def function(name: str, arguments: str, body: Sequence[str], told: str = "", options: str = "ELEMENTWISE") -> None:
         if any("real(" in line for line in body):
@@ -416,7 +414,7 @@ from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
 from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
 from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
-PLACES
+from fusemlp_kernels.numpy.compiled.tables import DECOUPLED, OPTIMIZER, SKLEARN
 '''
 
 # Triton: branches on a number that all threads have in common.
@@ -424,8 +422,8 @@ PLACES
 
 def triton_file() -> str:
     """``triton/pointwise_triton.py``."""
-    clock = imported("fusemlp_kernels.triton.clock", {*read_of_rules(), "DECOUPLED", "INSIDE", "LEARNING_RATE"})
-    head = [TRITON_HEAD.strip().replace("PLACES", clock), "", *codes("(tl.constexpr(code) for code in range({}))")]
+    head = [TRITON_HEAD.strip(), "", *codes("(tl.constexpr(code) for code in range({}))")]
+    head += numbered("(tl.constexpr(place) for place in {})", 1)
     parts: list[str | list[str]] = [[*head, f"RULES: tl.constexpr = tl.constexpr({len(OPTIMIZERS)})"]]
 
     def function(name: str, arguments: str, told: str, body: Sequence[str]) -> None:
@@ -493,7 +491,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PLACES
+from fusemlp_kernels.triton.clock import BIAS_CORRECTION_1, BIAS_CORRECTION_2, DECOUPLED, INSIDE, LEARNING_RATE
 from fusemlp_kernels.triton.functions import log1p, maximum, minimum, normal_cdf, normal_pdf, sigmoid, sign, step, tanh
 '''
 
@@ -507,6 +505,7 @@ def cuda_file() -> str:
     parts = [CUDA_HEAD.strip()]
     for enum, listed in zip(("Activation", "Kind", "RuleCode"), groups(), strict=True):
         parts.append(f"enum {enum} {{ {', '.join(listed)} }};")
+    parts.append(CUDA_RULE.replace("HYPERPARAMETERS", "\n    ".join(f"double {name};" for name in HYPERPARAMETERS)))
 
     def function(told: str, head: str, body: Iterable[str]) -> None:
         parts.append("\n".join([f"// {told}", f"{head} {{", *indented(body), "}"]))
@@ -569,8 +568,8 @@ def cuda_file() -> str:
         return read + [f"scalars.{name} = static_cast<float>({name});" for name in update.real]
 
     cases = {name: [*prepared(update), "return scalars;"] for name, update in updates.items()}
-    head = "const R& rule, long long code, double rate, double decay, const double* hyper)"
-    head = f"template <typename R>\n{DEVICE} Scalars scalars_of(\n    {head}"
+    head = "const Rule& rule, long long code, double rate, double decay, const double* hyper)"
+    head = f"{DEVICE} Scalars scalars_of(\n    {head}"
     body = ["Scalars scalars = {};", *prepared(decay), *switch(cases, "return scalars", "RULE_")]
     function("The scalars of a rule, once a thread.", head, body)
     element = spelled(wrapped("scalars.{}", members))
@@ -591,6 +590,17 @@ def cuda_file() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+CUDA_RULE = """// An optimizer's rule.
+struct Rule {
+    long long code;  // which of RuleCode
+    HYPERPARAMETERS
+    long long decoupled;
+    long long inside;  // scikit-learn's convention
+    double clip_norm;  // infinite: no clipping
+    long long accumulate;
+    long long scaled;  // the gradients carry the loss scale
+    double growth_interval;
+};"""
 CUDA_HEAD = f"""
 // The formulas. {AGAIN}
 

@@ -136,22 +136,6 @@ def test_a_worker_reports_what_was_raised_inside_it() -> None:
         one.ask("turn", 1)
 
 
-def test_the_breakdown_names_every_call_of_the_step() -> None:
-    from bench.breakdown import breakdown_text, measure_calls
-
-    found = measure_calls(TINY, cases.make_data(TINY), 12)
-    assert [call.label.split()[0] for call in found.calls] == [
-        "linear",
-        "linear",
-        "linear_loss_grad",
-        "grad_input",
-        "grad_input",
-        "grad_weight_update",
-    ]
-    assert sum(2 * m * n * k for call in found.calls for m, n, k in call.shapes) == TINY.flops
-    assert "a step inside fit" in breakdown_text(found)
-
-
 def test_what_is_not_installed_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,7 +178,7 @@ def test_what_cannot_be_measured_is_said(arguments: list[str], said: str, capsys
 def test_the_command_explains_itself_and_lists_what_there_is() -> None:
     shown = run("--help")
     assert shown.returncode == 0
-    for option in ("--case", "--peer", "--quick", "--repeats", "--out", "--json", "--markdown", "--breakdown"):
+    for option in ("--case", "--peer", "--quick", "--repeats", "--out", "--json", "--markdown"):
         assert option in shown.stdout
     assert "examples:" in shown.stdout
     listed = run("--list")

@@ -1,37 +1,31 @@
-"""The kernel contract: what every backend computes, over which arrays, and who may alias whom.
+"""The kernel contract: the descriptions, arrays and rules that every backend shares.
 
 Notation: ``M`` batch rows, ``K`` inputs, ``N`` outputs of a layer; arrays are row-major; weights are ``(N, K)``;
 ``real`` is the type of parameters, gradients and optimizer state (float32, or float64 where the backend offers it);
-``compute`` is the type of what the matrix products read: float16 or bfloat16 in those precisions, else ``real``. ``dz``
-is the gradient of the step's loss with respect to a layer's pre-activation ``z = x @ w.T + b``.
+``compute`` is the type that the matrix products read: float16 or bfloat16 in those precisions, else ``real``. ``dz`` is
+the gradient of the step's loss with respect to a layer's pre-activation ``z = x @ w.T + b``.
 
-A backend turns a call of the step program into something that can be run again and again without looking anything
-up: ``bind(op, **operands)`` checks and resolves everything once and returns a callable without arguments. Binding may
-allocate scratch memory; running may not. The same callables serve the engine's plans and the public launchers.
+``ops`` lists the operands of every op: shapes, and which are read and written. None stands for an operand left out.
+``bind(op, **operands)`` checks and resolves a call of the step program once, and returns a callable without arguments.
+Binding may allocate scratch memory; running may not. The engine's plans and the public launchers run these callables.
 
-``ops`` lists the operands of every op, their shapes and what is read and written. ``None`` stands for an operand that
-is left out.
+``train_resident`` runs the calls of a step several times, and walks rows as below for any traits; ``train_fleet``, of
+Triton alone, does so for several models in one launch. They also add up BATCH_LOSSES and PENALTIES in stats.
 
-``train_resident`` runs the calls of a step as many times as its callable is told, and walks rows as below whatever the
-traits say; ``train_fleet``, of Triton alone, does so for several models in one launch. Besides what the calls do, stats
-sums BATCH_LOSSES and PENALTIES.
-
-Advancing the clock: BATCH_INDEX grows by one; if an update was applied UPDATE_COUNT grows by one and hyper receives
-the learning rate and the bias corrections of the next update; if one was skipped, SKIPPED and SKIPPED_IN_A_ROW grow by
-one.
+Advancing the clock: BATCH_INDEX grows by one; after an applied update UPDATE_COUNT grows by one and hyper receives the
+learning rate and the bias corrections of the next update; after a skipped one SKIPPED and SKIPPED_IN_A_ROW grow by one.
 
 The host computes the rates ahead of the launches that read them (``clock.rate_table``). rates[0] holds FIRST_UPDATE and
-ROWS_FILLED, at most R; row 1 + i holds the learning rate and the two bias corrections of the update that follows
-FIRST_UPDATE + i others. The clock copies the row of UPDATE_COUNT into hyper, the learning rate times hyper[RATE_SCALE].
-The last filled row stands for all updates after it, so a constant rate needs one row.
+ROWS_FILLED, at most R; row 1 + i holds the learning rate and the two bias corrections of update FIRST_UPDATE + i,
+counted from 0. The clock copies the row of UPDATE_COUNT into hyper, the learning rate times hyper[RATE_SCALE]. The last
+filled row serves all later updates, so a constant rate needs one row.
 
-A backend with ``Traits.walks_rows`` also takes ``rows`` of several batches, one behind the other: the batch is the M
-rows from counters[ROW_OFFSET] on. If counters[ROW_STEP] is not 0, the clock moves ROW_OFFSET on by it, back to 0 where
-ROW_TOTAL is reached, and sets ROW_COUNT to what is left of ROW_TOTAL, at most ROW_STEP: an epoch needs nothing from
-the host.
+A backend with ``Traits.walks_rows`` also takes ``rows`` of several batches, one after another: the batch is the M rows
+from counters[ROW_OFFSET] on. If counters[ROW_STEP] is not 0, the clock adds it to ROW_OFFSET, goes back to 0 at
+ROW_TOTAL, and sets ROW_COUNT to the rows left of ROW_TOTAL, at most ROW_STEP: an epoch needs nothing from the host.
 
-Where ``rows`` has entries of -1 (padding), they come last. Labels are classes in range(N) or the ignored index: who
-binds a call checks them, a backend need not.
+Entries of -1 in ``rows`` (padding) come last. Labels are classes in range(N) or the ignored index; the caller of
+``bind`` checks them.
 
 NaN goes through every op as NaN. A zero normaliser (all weights zero) gives loss 0 and dz 0.
 """
@@ -40,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,41 +48,22 @@ NEEDS_Z = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.n
 LOSSES = pointwise.LOSS_NAMES
 
 # counters, int64
-(
-    BATCH_INDEX,
-    UPDATE_COUNT,
-    ROW_COUNT,
-    ROW_OFFSET,
-    ROW_TOTAL,
-    ROW_STEP,
-    SKIPPED,
-    SKIPPED_IN_A_ROW,
-    COUNTERS,
-) = range(9)
-# hyper, float64: of the update that comes next; the loss scale, and how many updates it has stood
-(
-    LEARNING_RATE,
-    BIAS_CORRECTION_1,
-    BIAS_CORRECTION_2,
-    RATE_SCALE,
-    LOSS_SCALE,
-    GOOD_UPDATES,
-    HYPER,
-) = range(7)
-# rates, float64: the first row says which update the second row is of, and how many rows are filled after the first
+BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, ROW_OFFSET, ROW_TOTAL, ROW_STEP, SKIPPED, SKIPPED_IN_A_ROW, COUNTERS = range(9)
+# hyper, float64: of the next update; the loss scale, and the number of updates since it last changed
+LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, LOSS_SCALE, GOOD_UPDATES, HYPER = range(7)
+# rates, float64: the first row; the others have the columns LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2
 FIRST_UPDATE, ROWS_FILLED = range(2)
-# ... which have the columns LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2
 RATE_COLUMNS = 3
-# Dynamic loss scaling (Micikevicius et al., "Mixed precision training", 2018): where it starts, and how long it waits.
+# Dynamic loss scaling (Micikevicius et al., "Mixed precision training", 2018): first scale, and updates until it grows.
 FIRST_LOSS_SCALE = 65536.0
 GROWTH_INTERVAL = 2000
-# So many skipped batches in a row are no accident of the scale any more.
+# After this many consecutive skips the loss scale is not to blame.
 SKIPPED_LIMIT = 25
 # The most parts that the gradients cut a batch into.
 MOST_PARTS = 16
-# stats, float64: the last step's loss; then sums since they were last cleared: loss times normaliser (the loss itself
-# where the reduction is "sum"), normalisers, right answers and how many were asked for; by ``train_resident`` alone:
-# of each batch its loss times its rows, and its ridge times its rows
+# stats, float64: the last step's loss; then sums since the last clearing: loss times normaliser (the loss itself with
+# the reduction "sum"), normalisers, right answers, answers; by ``train_resident`` alone: each batch's loss times its
+# rows, and its ridge times its rows
 LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, BATCH_LOSSES, PENALTIES, STATS = range(8)
 
 
@@ -102,12 +77,11 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class LossSpec:
+class LossSpec(pointwise.LossOptions):
     """A loss and its options; the meaning of each is in ``reference.loss_grad``.
 
     ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
-    divide. ``soft`` says that a cross-entropy's targets are rows of probabilities. ``accuracy`` says that hits are
-    counted into ``stats``.
+    divide. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats`` counts hits.
     """
 
     kind: str
@@ -115,32 +89,28 @@ class LossSpec:
     label_smoothing: float = 0.0
     ignore_index: int | None = None
     soft: bool = False
-    delta: float = 1.0
-    quantile: float = 0.5
+    _: KW_ONLY
     accuracy: bool = False
 
     @property
     def option(self) -> float:
-        """The number that the formula of the loss names; 0 where there is none."""
+        """The number that the formula of the loss reads; 0 if it reads none."""
         row = pointwise.LOSSES.get(self.kind)
         return 0.0 if row is None or row.option is None else float(getattr(self, row.option))
 
 
 class ScheduleSpec:
-    """A schedule as pickles of release 0.1 hold it inside an ``UpdateRule``; read where they are loaded."""
+    """A schedule inside an ``UpdateRule``, for loading pickles of release 0.1."""
 
 
 @dataclass(frozen=True)
-class UpdateRule:
+class UpdateRule(pointwise.Hyperparameters):
     """An optimizer: ``kind`` "sgd" or a name of ``pointwise.OPTIMIZERS``; ``convention`` "torch" or "scikit-learn" (see
     ``reference.update``)."""
 
     kind: str
-    momentum: float = 0.0
+    _: KW_ONLY
     nesterov: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
     decoupled: bool = False
     convention: str = "torch"
     clip_norm: float | None = None
@@ -155,25 +125,25 @@ class UpdateRule:
 
     @property
     def code(self) -> int:
-        """The optimizer's number for the kernels; raises ArgumentError where there is no such optimizer."""
+        """The optimizer's number for the kernels; raises ArgumentError if there is no such optimizer."""
         if self.name not in pointwise.OPTIMIZERS:
             raise unknown_name("rule: kind", self.kind, pointwise.OPTIMIZERS)
         return list(pointwise.OPTIMIZERS).index(self.name)
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The names of the arrays shaped like the parameters that the optimizer keeps."""
+        """The names of the arrays, shaped like the parameters, that the optimizer keeps."""
         return list(pointwise.OPTIMIZERS.values())[self.code].states
 
     @property
     def state_count(self) -> int:
-        """How many arrays shaped like the parameters the optimizer keeps."""
+        """The number of ``states``."""
         return len(self.states)
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """What one parameter tensor changes of the optimizer's rule."""
+    """One parameter tensor's own part of the optimizer's rule."""
 
     lr_factor: float = 1.0
     weight_decay: float = 0.0
@@ -190,12 +160,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Ridge:
-    """The penalty of scikit-learn's MLPs, and what they divide by, for ``train_resident`` with the reduction "mean".
+    """The penalty and the divisor of scikit-learn's MLPs, for ``train_resident`` with the reduction "mean".
 
-    To the loss of a batch is added ``strength`` / 2 times the squares of the trained weights, biases and slopes
-    excluded, over the sum of its row weights: 1 each without weights, times their classes' for the cross-entropy of
-    integer targets. ``divisor``: the loss is divided by that sum times this, None for N with the element-wise losses
-    and 1 with cross-entropy. Where the sum is zero there is no penalty.
+    The penalty of a batch is ``strength`` / 2 times the squares of the trained weights, without biases and slopes, over
+    the sum of the batch's row weights: 1 each without weights, times their classes' for the cross-entropy of integer
+    targets. A zero sum gives no penalty. The loss is divided by that sum times ``divisor``; None stands for N with the
+    element-wise losses, for 1 with cross-entropy.
     """
 
     strength: float = 0.0
@@ -204,11 +174,11 @@ class Ridge:
 
 @dataclass(frozen=True)
 class ResidentLimits:
-    """For which networks a backend has ``train_resident``, and for which it pays.
+    """The largest network that a backend's ``train_resident`` takes, and the largest for which it pays.
 
-    At most ``layers`` layers, ``inputs``, ``width`` of the hidden layers, ``outputs``, ``batch`` rows. A model has one
-    multiprocessor to itself: up to ``flops`` floating-point operations a step and model that trains at once, it is
-    taken to be quicker than launching the step's calls one after another on the whole card.
+    ``width`` is that of the hidden layers, ``batch`` the rows of a batch. A model has one multiprocessor to itself: up
+    to ``flops`` floating-point operations, for each step and each model trained at once, it is taken to be faster than
+    launching the step's calls one after another on the whole card.
     """
 
     layers: int
@@ -222,14 +192,15 @@ class ResidentLimits:
 
 @dataclass(frozen=True)
 class Traits:
-    """What the lowering has to know of a backend; plain data, so that a plan can be printed without the backend.
+    """The facts about a backend that the lowering reads; plain data, so a plan can be printed without the backend.
 
     ``row_multiple``: the row pitch of the engine's matrices is a multiple of this many elements.
     ``gathers_in_load``: x[rows] needs no workspace. ``stores_masks``: dropout masks are kept from forward to backward.
     ``widest_fused_output``: the largest N for which ``linear_loss_grad`` exists; wider outputs take two calls.
-    ``fused_updates``: the optimizers for which ``grad_weight_update`` is the quickest way. ``norms_gradients``:
-    ``grad_weight`` knows the norm of what it writes. ``walks_rows``: an epoch's rows are given at once.
-    ``split_rows``, ``split_size``: see ``batch_parts``. ``resident``: None where any network may be resident.
+    ``fused_updates``: the optimizers for which ``grad_weight_update`` is the fastest. ``norms_gradients``:
+    ``grad_weight`` knows the norm of the gradients. ``walks_rows``: an epoch's rows are given at once. ``split_rows``,
+    ``split_size``: see ``batch_parts``. ``plans``: from the slowest to the fastest. ``on_host``: arrays are NumPy's.
+    ``resident``: None if any network may be resident.
     """
 
     name: str
@@ -243,23 +214,20 @@ class Traits:
     split_rows: int
     split_size: int
     precisions: tuple[str, ...]
-    # from the slowest to the quickest
     plans: tuple[str, ...]
-    # its arrays are NumPy's
     on_host: bool = False
     resident: ResidentLimits | None = None
 
 
 def resident_refusal(traits: Traits, sizes: Sequence[int], batch: int, precision: str) -> str | None:
-    """Why a network with these widths, inputs first, has no ``train_resident`` on a backend; None if it has."""
+    """Return why a backend has no ``train_resident`` for a network of these widths, inputs first; None if it has."""
     limits = traits.resident
     if limits is None:
         return None
-    hidden = max(sizes[1:-1], default=0)
     for what, given, most in (
         ("layers", len(sizes) - 1, limits.layers),
         ("inputs", sizes[0], limits.inputs),
-        ("units in a hidden layer", hidden, limits.width),
+        ("units in a hidden layer", max(sizes[1:-1], default=0), limits.width),
         ("outputs", sizes[-1], limits.outputs),
         ("rows in a batch", batch, limits.batch),
     ):
@@ -271,17 +239,17 @@ def resident_refusal(traits: Traits, sizes: Sequence[int], batch: int, precision
 
 
 def step_flops(sizes: Sequence[int], batch: int) -> int:
-    """Floating-point operations of a training step's matrix products, a multiplication and an addition being two."""
+    """Return the floating-point operations of a step's matrix products; a multiplication and an addition are two."""
     products = [2 * batch * inputs * outputs for inputs, outputs in itertools.pairwise(sizes)]
-    # nobody needs the gradient by the data
+    # a step has no gradient by the data
     return 3 * sum(products) - products[0]
 
 
 def batch_parts(traits: Traits, rows: int, weights: int) -> int:
-    """Into how many parts the gradients by ``weights`` parameters cut a batch of ``rows``.
+    """Return the number of parts into which the gradients by ``weights`` parameters cut a batch of ``rows``.
 
-    Where the batch is long and the weights are few, tiles of the weights alone do not keep a GPU busy: there are
-    ``split_size`` weights or more in the tiles that do. A part has at least ``split_rows`` rows; 0: never cut.
+    With a long batch and few weights, tiles of the weights alone do not keep a GPU busy; ``split_size`` weights do. A
+    part has at least ``split_rows`` rows; 0: never cut.
     """
     if not traits.split_rows or not weights:
         return 1
@@ -295,47 +263,46 @@ class Backend(Protocol):
     device: str
 
     def allocate(self, size: int, dtype: str) -> Any:
-        """A flat, zeroed, 256-byte aligned array; dtype is "real", "compute", "float64", "int64" or "bool"."""
+        """Return a flat, zeroed, 256-byte aligned array of "real", "compute", "float64", "int64" or "bool"."""
 
     def view(self, flat: Any, offset: int, shape: tuple[int, ...], pitch: int) -> Any:
-        """A (rows, columns) or (columns,) view of ``flat`` from element ``offset``, rows ``pitch`` elements apart."""
+        """Return a (rows, columns) or (columns,) view of ``flat`` from ``offset`` on, rows ``pitch`` elements apart."""
 
     def adopt(self, array: Any) -> Any | None:
-        """``array`` as the backend's own type over the same memory, where that is the device's; None for all others.
+        """Return ``array`` as the backend's own type over the same memory; None if that is not the device's.
 
-        Understood are the device's own arrays and what has ``__cuda_array_interface__`` or ``__dlpack__``.
+        ``array`` may have ``__cuda_array_interface__`` or ``__dlpack__``.
         """
 
     def extent(self, array: Any) -> tuple[float, float]:
-        """The least and the greatest element of an array that is not empty, NaN if one is; waits for the device."""
+        """Return the least and the greatest element, NaN if one is; waits for the device. The array is not empty."""
 
     def is_integer(self, array: Any) -> bool:
-        """Whether the elements are integers; bool counts as one."""
+        """Return True if the elements are integers or bool."""
 
     def from_host(self, array: Any, dtype: str | None = None) -> Any:
-        """The array on the device (itself, where it is there), as ``dtype`` ("compute") where given.
+        """Return a host array, or an adopted one, on the device, as ``dtype`` ("compute") if given.
 
-        ``array`` is a host's, or one that was adopted: that is copied only where its type or its rows do not suit the
-        kernels.
+        An adopted array is copied only if its type or its rows do not suit the kernels.
         """
 
     def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-        """A contiguous NumPy copy, in ``out`` where that is given."""
+        """Return a contiguous NumPy copy, in ``out`` if given."""
 
     def copy_into(self, destination: Any, source: Any) -> None:
         """Write a host array, or an adopted one, into a device array of the same shape."""
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
-        """The call, ready to be run any number of times; those of ``train_resident`` and ``train_fleet`` take steps."""
+        """Return the call, to be run any number of times; ``train_resident`` and ``train_fleet`` take the steps."""
 
     def scalar(self, array: Any, index: int) -> Any:
-        """One element of a "float64" array as a 0-d "real" array of its own; does not wait for the device."""
+        """Return a copy of one element of a "float64" array as a 0-d "real" array; does not wait for the device."""
 
     def capture(self, run: Callable[[], object], times: int) -> Callable[[], object]:
-        """What ``times`` runs start, to be started by one call, for backends with the plan "graph".
+        """Return a call that starts the work of ``times`` runs at once, for backends with the plan "graph".
 
-        ``run`` has run before and is not run by this.
+        ``run`` has run before; capturing does not run it.
         """
 
     def synchronize(self) -> None:
-        """Wait until everything that was started has ended; raises what went wrong on the device."""
+        """Wait until all started work has ended; raises the device's errors."""

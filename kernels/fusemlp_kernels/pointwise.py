@@ -1,7 +1,8 @@
 """Every activation, element-wise loss and optimizer: each formula once, as a line of text.
 
 ``ci/print_formulas.py`` turns these tables into NumPy, numba, Triton and CUDA C, so a new row here is a new function on
-every backend: add the row, run that script, and add the formula to the oracle, ``reference``.
+every backend: add the row, run that script, and add the formula to the oracle, ``reference``. A new number that a
+formula reads is a field of ``Hyperparameters`` or ``LossOptions``.
 
 A formula is Python arithmetic (``+ - * /``) over names, numbers and the functions of ``FUNCTIONS``; a line
 ``name = ...`` gives a part of it a name. NaN has to come out where NaN goes in, so no formula compares elements:
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 # Functions of one element that each backend writes by hand. ``step(x, below)`` is 1 above zero, ``below`` elsewhere;
 # ``log1p`` is for arguments from 0 to 1. All give NaN where their first argument is NaN; only there may the second one
@@ -24,11 +26,11 @@ FUNCTIONS = (
 
 @dataclass(frozen=True)
 class Activation:
-    """y = f(z), and f' from z, or from y where the formula names y.
+    """y = f(z), and f' from z, or from y if the formula names y.
 
     ``by_slope``: the derivative of y by ``slope``, for an activation that learns it. ``scale_free``: the derivative at
-    2 y is that at y, so nothing has to undo the scale that dropout has put on y. ``rectifier``: about half of a
-    symmetric input is kept, as He et al. (2015) assume. ``torch``: the class in ``torch.nn``.
+    2 y is that at y, so dropout's scale on y changes nothing. ``rectifier``: about half of a symmetric input is kept,
+    as He et al. (2015) assume. ``torch``: the class in ``torch.nn``.
     """
 
     value: str
@@ -40,26 +42,52 @@ class Activation:
 
     @property
     def needs_z(self) -> bool:
-        """True where the derivative is computed from z."""
+        """True if the derivative is computed from z."""
         return "z" in named(lines(self.derivative, "d"))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """``loss`` of one output y and its target t, and its ``gradient`` by y.
-
-    ``option``: the field of ``LossSpec`` that the formula names.
-    """
+    """``loss`` of one output y and its target t, and its ``gradient`` by y; it may read one of ``LossOptions``."""
 
     formula: str
-    option: str | None = None
+
+    @cached_property
+    def option(self) -> str | None:
+        """The field of ``LossOptions`` that the formula reads."""
+        read = named(lines(self.formula))
+        return next((option.name for option in fields(LossOptions) if option.name in read), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Numbers that formulas of losses read, with their defaults; ``LossSpec`` has them too."""
+
+    delta: float = 1.0
+    quantile: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Numbers that formulas of optimizers read, with their defaults; ``UpdateRule`` has them too.
+
+    Every backend gives all of them to its kernels, in this order. ``beta1`` and ``beta2`` have bias corrections.
+    """
+
+    momentum: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+HYPERPARAMETERS = tuple(one.name for one in fields(Hyperparameters))
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """The new value of a parameter p, from its gradient g and its named ``states``.
 
-    ``scalars`` are computed once a launch in float64, from ``rate``, ``decay``, the fields of ``UpdateRule``, the bias
+    ``scalars`` are computed once a launch in float64, from ``rate``, ``decay``, ``Hyperparameters``, the bias
     corrections of the hyper array, and ``rate_inside``: whether the convention is scikit-learn's. The lines of
     ``element`` read them in the type of the parameters.
     """
@@ -112,31 +140,25 @@ LOSSES: dict[str, Loss] = {
         gradient = sign(r)
     """),
     # with r clipped to c
-    "huber": Loss(
-        """
+    "huber": Loss("""
         r = y - t
         c = minimum(maximum(r, -delta), delta)
         loss = c * (r - 0.5 * c)
         gradient = c
-        """,
-        option="delta",
-    ),
+    """),
     "poisson": Loss("""
         e = exp(y)
         loss = e - t * y
         gradient = e - t
     """),
     # the slope is quantile below the target, 1 - quantile above it
-    "quantile": Loss(
-        """
+    "quantile": Loss("""
         r = y - t
         s = sign(r)
         slope = maximum((1 - quantile) * s, -quantile * s)
         loss = slope * abs(r)
         gradient = slope * s
-        """,
-        option="quantile",
-    ),
+    """),
 }
 
 # The lines that come before those of every optimizer: decoupled decay shrinks the parameter, coupled decay is added to
@@ -206,7 +228,7 @@ Line = tuple[str, ast.expr]
 
 
 def lines(formula: str, result: str = "") -> list[Line]:
-    """The (name, expression) of each line of a formula; an expression without a name is called ``result``."""
+    """Return name and expression of each line of a formula; an expression without a name is called ``result``."""
     text = "\n".join(line.strip() for line in formula.strip().splitlines())
     found: list[Line] = []
     for statement in ast.parse(text).body:
@@ -221,6 +243,6 @@ def lines(formula: str, result: str = "") -> list[Line]:
 
 
 def named(found: Iterable[Line]) -> list[str]:
-    """The names that lines read, in order, those of functions excluded."""
+    """Return the names that lines read, in order, without those of functions."""
     read = [node.id for _, value in found for node in ast.walk(value) if isinstance(node, ast.Name)]
     return [name for name in dict.fromkeys(read) if name not in FUNCTIONS]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 
 import fusemlp
 from fusemlp import cli
@@ -26,16 +27,6 @@ from fusemlp_kernels.errors import (
     MissingLibraryError,
     ShapeError,
 )
-
-
-def run(*arguments: str) -> int:
-    """The exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
-
 
 COMMANDS = ("train", "sweep", "evaluate", "predict", "export", "plot", "plan", "lr-find", "doctor")
 
@@ -146,7 +137,7 @@ WRONG = {
     "weights": (["iris", "--class-weight", "1,2"], 2, "--class-weight: expected balanced, or 3 numbers"),
     "weights of numbers": (["diabetes", "--class-weight", "balanced"], 2, "--class-weight: only classes"),
     "schedule": (["digits", "--schedule", "cosin"], 2, "--schedule: unknown name 'cosin'; did you mean 'cosine'"),
-    "schedule's option": (["digits", "--lr-step", "3"], 2, "--lr-step: only for the schedules step"),
+    "schedule's option": (["digits", "--lr-step", "3"], 2, "--lr-step: only step has it, and the schedule is constant"),
     "step missing": (["digits", "--schedule", "step"], 2, "--lr-step: the schedule step needs it"),
     "gamma missing": (["digits", "--schedule", "exponential"], 2, "--lr-gamma: the schedule exponential needs it"),
     "backend": (["digits", "--backend", "nump"], 2, "--backend: unknown name 'nump'; did you mean 'numpy'"),

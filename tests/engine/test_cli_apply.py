@@ -9,19 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run
 
-from fusemlp import cli
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
-
-
-def run(*arguments: str | Path) -> int:
-    """Return the exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def trained(folder: Path, *options: str | Path) -> Path:

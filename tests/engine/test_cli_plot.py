@@ -6,19 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import run
 
-from fusemlp import cli
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
-
-
-def run(*arguments: str | Path) -> int:
-    """Return the exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def made(path: Path, metrics: str, loss: str = "cross_entropy") -> Path:

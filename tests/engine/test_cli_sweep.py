@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 import signal
@@ -16,29 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import read, rows, run
 from safetensors.numpy import load_file
 
-from fusemlp import cli
 from fusemlp.cli import standings
 from fusemlp.cli import sweep as command
-
-
-def run(*arguments: str | Path) -> int:
-    """Return the exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

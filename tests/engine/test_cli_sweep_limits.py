@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 import weakref
@@ -10,19 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import rows, run
 
-from fusemlp import Engine, cli
+from fusemlp import Engine
 from fusemlp.cli import standings
 from fusemlp.fleet import memory as module
-
-
-def run(*arguments: str | Path) -> int:
-    """Return the exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def test_a_narrow_terminal_has_fewer_columns_and_whole_words(
@@ -60,8 +51,7 @@ def test_a_sweep_larger_than_memory_is_never_built_at_once(
     options = ["--vary", "seed=0:300", "--hidden", "4", "--epochs", "1", "--out", tmp_path / "run"]
     assert run("sweep", "iris", *options) == 0
     assert "trained in parts" in caplog.text
-    with (tmp_path / "run" / "results.csv").open(newline="") as stream:
-        assert len(list(csv.DictReader(stream))) == 300
+    assert len(rows(tmp_path / "run" / "results.csv")) == 300
     # one part beside the engines of the model before it and of the best
     assert most < 50
 
@@ -74,11 +64,11 @@ def test_layers_larger_than_memory_are_one_line(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("count", "words"),
     [(4, "error: test rows: 0.2 of 4 rows leaves"), (12, "error: --validation-fraction: 0.1 of 9 rows leaves")],
 )
-def test_tables_of_a_few_rows(rows: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [f"{index},{'xy'[index % 2]}" for index in range(rows)]
+def test_tables_of_a_few_rows(count: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{index},{'xy'[index % 2]}" for index in range(count)]
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["a,label", *lines]) + "\n")
     assert run("sweep", table, "--target", "label", "--vary", "lr=0.1,0.2", "--out", tmp_path / "run") == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -12,38 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from commands import read, rows, run
 from safetensors.numpy import load_file
 
-from fusemlp import MLP, Engine, cli, load_checkpoint
+from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
 from fusemlp.cli import finish
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
-from fusemlp.cli.progress import progress
 from fusemlp.cli.recorder import Recorder
-from fusemlp.describe.optimizers import optimizer_from_config
+from fusemlp.cli.train import new_engine
 from fusemlp.report.runs import Run
-
-
-def run(*arguments: str | Path) -> int:
-    """Return the exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def rows(run_folder: Path) -> list[dict[str, str]]:
-    with (run_folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -70,7 +50,9 @@ def test_digits_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "checkpoints",
     }
     # Progress goes to stderr, a line an epoch without a terminal.
-    assert len(re.findall(r"^epoch \d+/\d+  loss ", shown.err, re.MULTILINE)) == len(rows(Path(folder[1])))
+    assert len(re.findall(r"^epoch \d+/\d+  loss ", shown.err, re.MULTILINE)) == len(
+        rows(Path(folder[1], "metrics.csv"))
+    )
 
 
 def test_the_classic_tutorial_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +77,7 @@ def test_what_a_run_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert config["preprocessor"]["classes"] == [0, 1, 2]
     assert config["versions"].keys() >= {"fusemlp", "numpy", "scipy", "scikit-learn", "python"}
 
-    table = rows(folder)
+    table = rows(folder / "metrics.csv")
     assert list(table[0]) == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
     assert [row["epoch"] for row in table] == ["1", "2", "3", "4"]
 
@@ -119,7 +101,7 @@ def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path: Path) -> None:
     for every in ("1", "7"):
         folder = tmp_path / every
         assert run("train", "wine", *options, "--checkpoint-every", every, "--out", folder) == 0
-        losses = [float(row["val_loss"]) for row in rows(folder)]
+        losses = [float(row["val_loss"]) for row in rows(folder / "metrics.csv")]
         best = load_checkpoint(folder / "checkpoints/best.safetensors")
         assert best.epochs_trained == 1 + int(np.argmin(losses))
         assert read(folder / "report.json")["best_epoch"] == best.epochs_trained
@@ -187,28 +169,18 @@ def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
     for checkpoint in (folder / "checkpoints").iterdir():
         checkpoint.unlink()
     config = read(folder / "config.json")
-    prepared = prepare(TrainOptions(**config["options"]))
-    assert prepared.validation is not None
+    options = TrainOptions(**config["options"])
+    prepared = prepare(options)
 
     class Stop(Recorder):
         def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
             super().on_epoch_end(engine, epoch, logs)
             engine.stop_training = epoch + 1 == epochs
 
-    engine = Engine(
-        prepared.network,
-        loss=prepared.loss,
-        optimizer=optimizer_from_config(config["optimizer"]),
-        batch_size=config["batch_size"],
-        seed=config["seed"],
-        precision=config["precision"],
-        plan=config["plan"],
-    )
+    engine = new_engine(options, prepared, config["epochs"])
     engine.fit(
-        prepared.train.X,
-        prepared.train.y,
+        **prepared.fit_data,
         epochs=config["epochs"],
-        validation_data=prepared.validation.triple,
         drop_last=config["options"]["drop_last"],
         callbacks=[Stop(Run(folder), every=1)],
     )
@@ -308,7 +280,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
     done = int(found[1])
     assert done >= 3
     assert "test accuracy" in out
-    assert len(rows(folder)) == done
+    assert len(rows(folder / "metrics.csv")) == done
     assert read(folder / "report.json")["interrupted"]
     assert (folder / "curves.png").exists()
     model = load_checkpoint(folder / "checkpoints/model.safetensors")
@@ -321,12 +293,15 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
 def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     logs = dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"), 0.123456)
-    engine, epochs = Engine(MLP([2, 2])), 20_000
-    with progress(epochs) as (callback,):
-        began = time.perf_counter()
-        for epoch in range(epochs):
-            callback.on_epoch_end(engine, epoch, logs)
-        seconds = time.perf_counter() - began
+    bar, epochs = ProgressBar(), 20_000
+    bar.set_model(Engine(MLP([2, 2])))
+    bar.set_params({"epochs": epochs})
+    bar.on_train_begin()
+    began = time.perf_counter()
+    for epoch in range(epochs):
+        bar.on_epoch_end(epoch, logs)
+    seconds = time.perf_counter() - began
+    bar.on_exit()
     # A redraw takes about a millisecond, a call without a redraw one comparison: 2 % of an epoch of 2 ms.
     assert seconds / epochs < 40e-6
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from commands import run
 
-from fusemlp.cli import main
 from fusemlp_kernels import availability
 
 if availability()["triton"] is not None:
@@ -16,12 +16,6 @@ from fusemlp_kernels.triton import launch
 
 if not launch.is_interpreted():
     pytest.skip("triton: a GPU needs no interpreter", allow_module_level=True)
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return ended.value.code
 
 
 def final_loss(backend, folder, capsys):

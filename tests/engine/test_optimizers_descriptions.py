@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.network import MLP, PReLU
 from fusemlp.describe.optimizers import (
+    OPTIMIZERS,
     SGD,
     Adam,
     AdamW,
@@ -19,7 +22,7 @@ from fusemlp.describe.optimizers import (
     as_optimizer,
     optimizer_from_config,
 )
-from fusemlp.describe.schedules import Constant, Cosine, StepDecay
+from fusemlp.describe.schedules import SCHEDULES, Constant, Cosine, StepDecay
 from fusemlp_kernels.contract import TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -33,6 +36,12 @@ EXAMPLES = [
         per_parameter={"0.*": ParameterOptions(trainable=False), "*": ParameterOptions(lr_factor=0.5)},
     ),
 ]
+
+
+@pytest.mark.parametrize("cls", [ParameterOptions, *OPTIMIZERS.values(), *LOSSES.values(), *SCHEDULES.values()])
+def test_types_of_options_are_no_text(cls: Any) -> None:
+    """Postponed annotations would turn the checks in the types into text."""
+    assert not any(isinstance(field.type, str) for field in fields(cls))
 
 
 def test_names_stand_for_the_defaults() -> None:

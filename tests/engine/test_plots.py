@@ -25,20 +25,6 @@ RISING = {
 }
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Record the figures that become PNG files."""
-    figures: list[Figure] = []
-    to_png = plots._png
-
-    def keep(figure: Figure) -> bytes:
-        figures.append(figure)
-        return to_png(figure)
-
-    monkeypatch.setattr(plots, "_png", keep)
-    return figures
-
-
 def pixels(png: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     return np.asarray(matplotlib.image.imread(io.BytesIO(png)))
 
@@ -49,11 +35,10 @@ def labels(figure: Figure, axes: int) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
-def test_loss_and_accuracy_side_by_side(drawn: list[Figure]) -> None:
+def test_loss_and_accuracy_side_by_side() -> None:
     found = overfitting(RISING)
-    png = plots.curves_png(RISING, loss="cross_entropy", title="digits", best_epoch=2, overfitting=found)
-    assert pixels(png).std() > 0.0
-    (figure,) = drawn
+    figure = plots.curves_figure(RISING, loss="cross_entropy", title="digits", best_epoch=2, overfitting=found)
+    assert pixels(plots.picture(figure)).std() > 0.0
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "loss (cross_entropy)",
@@ -67,25 +52,25 @@ def test_loss_and_accuracy_side_by_side(drawn: list[Figure]) -> None:
     assert np.asarray(best.get_xdata()).tolist() == [2, 2]
 
 
-def test_a_regression_without_validation_has_one_curve(drawn: list[Figure]) -> None:
-    plots.curves_png({"loss": [100.0, 1.0, 0.5], "learning_rate": [0.1] * 3}, loss="mse", title="diabetes")
-    (axes,) = drawn[0].axes
-    assert labels(drawn[0], 0) == ["training"]
+def test_a_regression_without_validation_has_one_curve() -> None:
+    figure = plots.curves_figure({"loss": [100.0, 1.0, 0.5], "learning_rate": [0.1] * 3}, loss="mse")
+    (axes,) = figure.axes
+    assert labels(figure, 0) == ["training"]
     assert axes.get_yscale() == "log"
 
 
 @pytest.mark.parametrize("losses", [[0.5], [0.5, float("inf")], [-1.0, -2.0], [0.0, 0.0]])
 def test_odd_histories_can_be_drawn(losses: list[float]) -> None:
-    png = plots.curves_png({"loss": losses, "val_loss": losses}, loss="poisson", title="one", best_epoch=1)
-    assert png.startswith(b"\x89PNG")
+    figure = plots.curves_figure({"loss": losses, "val_loss": losses}, loss="poisson", title="one", best_epoch=1)
+    assert plots.picture(figure).startswith(b"\x89PNG")
 
 
-def test_the_sweep_marks_the_suggested_rate(drawn: list[Figure]) -> None:
-    png = plots.sweep_png([1e-3, 1e-2, 1e-1], [1.0, 0.5, 4.0], 1e-2, "digits")
-    assert png.startswith(b"\x89PNG")
-    (axes,) = drawn[0].axes
+def test_the_sweep_marks_the_suggested_rate() -> None:
+    figure = plots.sweep_figure([1e-3, 1e-2, 1e-1], [1.0, 0.5, 4.0], 1e-2, "digits")
+    assert plots.picture(figure).startswith(b"\x89PNG")
+    (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "smoothed loss")
-    assert labels(drawn[0], 0) == ["suggested: 0.01"]
+    assert labels(figure, 0) == ["suggested: 0.01"]
 
 
 def test_scores_over_what_varies() -> None:
@@ -113,15 +98,15 @@ def test_scores_over_what_varies() -> None:
     assert rates.get_xlim()[1] > 10.0
     assert [label.get_text() for label in hidden.get_xticklabels()] == ["none", "8x4"]
     assert not seeds.get_lines()
-    assert pixels(plots.picture(figure, "png")).std() > 0.0
+    assert pixels(plots.picture(figure)).std() > 0.0
 
 
 def test_scores_where_every_model_diverged_or_there_is_one() -> None:
     varied = [plots.Varied("lr", [0.1, 1.0], "log")]
     lost = plots.scores_figure(varied, [float("nan")] * 2, metric="val_accuracy", best=None, title="iris")
-    assert plots.picture(lost, "png").startswith(b"\x89PNG")
+    assert plots.picture(lost).startswith(b"\x89PNG")
     one = plots.scores_figure([plots.Varied("lr", [0], words=("0.1",))], [0.5], metric="loss", best=0, title="iris")
-    assert plots.picture(one, "png").startswith(b"\x89PNG")
+    assert plots.picture(one).startswith(b"\x89PNG")
 
 
 def recorded(**options: Any) -> History:
@@ -158,7 +143,7 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     import subprocess
 
     script = (
-        "import sys; from fusemlp.report import plots; plots.curves_png({'loss': [1.0, 0.5]}, loss='mse', title='t'); "
+        "import sys; from fusemlp.report import plots; plots.picture(plots.curves_figure({'loss': [1.0, 0.5]})); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -177,4 +162,4 @@ def test_whether_matplotlib_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_losses_over_many_decades_can_be_told_apart(scores: list[float], scale: str) -> None:
     figure = plots.scores_figure([plots.Varied("lr", [1.0, 2.0, 3.0])], scores, metric="val_loss", best=0, title="")
     assert figure.axes[0].get_yscale() == scale
-    plots.picture(figure, "png")
+    plots.picture(figure)

@@ -34,9 +34,8 @@ def test_hidden_widths(given: list[str] | None, widths: tuple[int, ...]) -> None
 
 
 def test_activations_and_their_slopes() -> None:
-    net = recipe.network(
-        [4, 3, 3, 2], activation="prelu, leaky_relu", output_activation="tanh", dropout="0.1,0", slope=0.3
-    )
+    asked = replace(PLAIN, activation="prelu, leaky_relu", output_activation="tanh", dropout="0.1,0", slope=0.3)
+    net = recipe.network([4, 3, 3, 2], asked)
     assert net.activations[:2] == (PReLU(0.3), LeakyReLU(0.3))
     assert net.activations[2].name == "tanh"
     assert net.dropouts == (0.1, 0.0, 0.0)

@@ -47,6 +47,12 @@ def test_a_formula_that_no_backend_understands_says_so(monkeypatch):
         ValueError, match=r"own: expected a formula that ends with `loss = \.\.\.` and `gradient = \.\.\.`"
     ):
         print_formulas.loss_lines("own")
+    monkeypatch.setitem(pointwise.OPTIMIZERS, "own", pointwise.Optimizer((), "", "p = p - rho * g"))
+    monkeypatch.delitem(pointwise.ACTIVATIONS, "own")
+    monkeypatch.delitem(pointwise.LOSSES, "own")
+    for printed in print_formulas.FILES.values():
+        with pytest.raises(ValueError, match="'rho' is not a line of it and not a field of Hyperparameters"):
+            printed()
 
 
 # A name without a row, as if someone had added no more than that.
@@ -129,7 +135,8 @@ def test_numbers_without_a_formula_give_nan_in_the_compiled_loop():
         assert all(np.isnan(array).all() for array in (y, d, e, p, *sums))
 
 
-# One row for mish (Misra, 2019), one for RMSprop (Tieleman and Hinton, 2012): that is all that the package gets.
+# One row for mish (Misra, 2019), one for RMSprop (Tieleman and Hinton, 2012) and a line for the number that it reads:
+# the package gets no more.
 ACTIVATION_ROW = """
     "mish": Activation(
         "z * tanh(maximum(z, 0) + log1p(exp(-abs(z))))",
@@ -139,9 +146,12 @@ ACTIVATION_ROW = """
 OPTIMIZER_ROW = """
     "rmsprop": Optimizer(
         ("mean_square",),
-        "rest = 1 - beta2",
-        "mean_square = beta2 * mean_square + rest * (g * g); p = p - rate * (g / (sqrt(mean_square) + eps))",
+        "rest = 1 - alpha",
+        "mean_square = alpha * mean_square + rest * (g * g); p = p - rate * (g / (sqrt(mean_square) + eps))",
     ),
+"""
+HYPERPARAMETER = """
+    alpha: float = 0.99
 """
 # The oracle's formulas for them, and how large the errors may be: a plugin of the pytest that tests the copy.
 PLUGIN = """
@@ -164,7 +174,7 @@ def mish_grad(z, a):
 reference._ACTIVATIONS["mish"] = mish, mish_grad
 tolerance.ULPS["mish"], tolerance.LIPSCHITZ["mish"], tolerance.CURVATURE["mish"] = 12, 1.1, 0.7
 tolerance.GATED.add("mish")
-calls.RULES["rmsprop"] = UpdateRule("rmsprop", beta2=0.9, eps=1e-3)
+calls.RULES["rmsprop"] = UpdateRule("rmsprop", alpha=0.9, eps=1e-3)
 update, update_bound = reference.update, tolerance.update_bound
 
 
@@ -172,7 +182,7 @@ def own_update(rule, tensor, p, g, state, t, lr):
     if rule.kind != "rmsprop":
         return update(rule, tensor, p, g, state, t, lr)
     lr, g = lr * tensor.lr_factor, g + tensor.weight_decay * p
-    mean_square = rule.beta2 * state[0] + (1.0 - rule.beta2) * g**2
+    mean_square = rule.alpha * state[0] + (1.0 - rule.alpha) * g**2
     return p - lr * g / (np.sqrt(mean_square) + rule.eps), (mean_square,)
 
 
@@ -181,8 +191,8 @@ def own_bound(rule, tensor, p, g, state, t, lr, g_bound=0.0, u=tolerance.U32):
         return update_bound(rule, tensor, p, g, state, t, lr, g_bound, u)
     g_error = g_bound + 3.0 * u * (np.abs(g) + tensor.weight_decay * np.abs(p))
     g = np.abs(g + tensor.weight_decay * p)
-    square = rule.beta2 * state[0] + (1.0 - rule.beta2) * g**2
-    error = (1.0 - rule.beta2) * (2.0 * g * g_error + g_error**2) + 6.0 * u * square + tolerance.TINY
+    square = rule.alpha * state[0] + (1.0 - rule.alpha) * g**2
+    error = (1.0 - rule.alpha) * (2.0 * g * g_error + g_error**2) + 6.0 * u * square + tolerance.TINY
     low, high = np.sqrt(np.maximum(square - error, 0.0)) + rule.eps, np.sqrt(square + error) + rule.eps
     change = (g + g_error) / low - g / high + 6.0 * u * (g + g_error) / low
     return lr * tensor.lr_factor * change + 4.0 * u * np.abs(p) + tolerance.TINY, (error,)
@@ -240,8 +250,12 @@ def test_one_row_adds_an_activation_or_an_optimizer_on_every_backend(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     table = tmp_path / PACKAGE.name / "pointwise.py"
     text = table.read_text("utf-8")
-    for start, row in (("ACTIVATIONS: dict", ACTIVATION_ROW), ("OPTIMIZERS: dict", OPTIMIZER_ROW)):
-        end = text.index("\n}", text.index(start))
+    for start, stop, row in (
+        ("ACTIVATIONS: dict", "\n}", ACTIVATION_ROW),
+        ("OPTIMIZERS: dict", "\n}", OPTIMIZER_ROW),
+        ("class Hyperparameters", "\n\n\n", HYPERPARAMETER),
+    ):
+        end = text.index(stop, text.index(start))
         text = text[:end] + row.rstrip() + text[end:]
     table.write_text(text, "utf-8")
     (tmp_path / "added_formulas.py").write_text(PLUGIN, "utf-8")

@@ -56,7 +56,7 @@ def test_scikit_learns_convention_is_scikit_learns_optimizer():
             rule = UpdateRule("adam", eps=1e-3, convention="scikit-learn")
             optimizer = AdamOptimizer(theirs, 0.05, 0.9, 0.999, 1e-3)
         else:
-            rule = UpdateRule("sgd", momentum, nesterov, convention="scikit-learn")
+            rule = UpdateRule("sgd", momentum=momentum, nesterov=nesterov, convention="scikit-learn")
             optimizer = SGDOptimizer(theirs, 0.05, momentum=momentum, nesterov=nesterov)
         state = tuple(np.zeros_like(p) for _ in range(rule.state_count))
         for t in range(10):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusemlp_kernels.errors import ArgumentTypeError
@@ -22,30 +22,6 @@ if TYPE_CHECKING:
     from fusemlp.engine import Engine
     from fusemlp.runtime.session import Session
     from fusemlp.training.history import History
-
-# The parameters of each method in the library's form and in Keras's.
-OWN: dict[str, tuple[str, ...]] = {
-    "on_train_begin": ("engine",),
-    "on_epoch_begin": ("engine", "epoch"),
-    "on_batch_begin": ("engine", "batch"),
-    "on_batch_end": ("engine", "batch"),
-    "on_epoch_end": ("engine", "epoch", "logs"),
-    "on_train_end": ("engine", "history"),
-    "on_exit": ("engine",),
-}
-KERAS: dict[str, tuple[str, ...]] = {
-    "on_train_begin": ("logs",),
-    "on_epoch_begin": ("epoch", "logs"),
-    "on_batch_begin": ("batch", "logs"),
-    "on_train_batch_begin": ("batch", "logs"),
-    "on_batch_end": ("batch", "logs"),
-    "on_train_batch_end": ("batch", "logs"),
-    "on_epoch_end": ("epoch", "logs"),
-    "on_train_end": ("logs",),
-    "on_exit": (),
-}
-# Keras has two names for these.
-TWINS = {"on_batch_begin": "on_train_batch_begin", "on_batch_end": "on_train_batch_end"}
 
 
 class Callback:
@@ -76,19 +52,50 @@ class Callback:
         """Called at the very end of ``fit``, also after an error: the place to close files."""
 
 
-class KerasForm(Callback):
-    """Adapt an object of Keras's form to the library's."""
+# The parameters of each method in the library's form and in Keras's, which has two names for those around a batch.
+OWN: dict[str, tuple[str, ...]] = {
+    stage: tuple(inspect.signature(method).parameters)[1:]
+    for stage, method in vars(Callback).items()
+    if stage.startswith("on_")
+}
+KERAS: dict[str, tuple[str, ...]] = {
+    name: (*(parameter for parameter in OWN[stage] if parameter in ("epoch", "batch")), "logs")
+    for stage in OWN
+    for name in (stage, stage.replace("on_batch", "on_train_batch"))
+}
+KERAS["on_exit"] = ()
+
+
+class KerasForm:
+    """Adapt an object of Keras's form to the library's; it has all methods of ``Callback``."""
 
     def __init__(self, listener: Any) -> None:
         self.listener = listener
         self.epochs: int | None = None
 
-    def _tell(self, stage: str, *arguments: Any) -> None:
-        method = _method(self.listener, stage)
-        if method is not None:
-            method(*arguments)
+    def methods(self, stage: str) -> list[Any]:
+        """Return the object's methods for a stage."""
+        names = dict.fromkeys((stage, stage.replace("on_batch", "on_train_batch")))
+        return [method for name in names if (method := _method(self.listener, name)) is not None]
 
-    def on_train_begin(self, engine: Engine) -> None:
+    def __getattr__(self, stage: str) -> Callable[..., None]:
+        if stage not in OWN:
+            raise AttributeError(stage)
+
+        def call(engine: Engine, *given: Any) -> None:
+            if stage == "on_train_begin":
+                self._begin(engine)
+            if stage == "on_train_end":
+                given = ({name: values[-1] for name, values in given[0].history.items()},)
+            elif stage not in ("on_epoch_end", "on_exit"):
+                # Keras passes logs to every stage.
+                given = (*given, {})
+            for method in self.methods(stage):
+                method(*given)
+
+        return call
+
+    def _begin(self, engine: Engine) -> None:
         if hasattr(self.listener, "set_params"):
             self.listener.set_params({"epochs": self.epochs, "steps": None, "verbose": 0})
         if hasattr(self.listener, "set_model"):
@@ -97,27 +104,6 @@ class KerasForm(Callback):
             # An object with slots may refuse the attribute; it works without.
             with contextlib.suppress(AttributeError):
                 self.listener.model = engine
-        self._tell("on_train_begin", {})
-
-    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
-        self._tell("on_epoch_begin", epoch, {})
-
-    def on_batch_begin(self, engine: Engine, batch: int) -> None:
-        self._tell("on_batch_begin", batch, {})
-        self._tell("on_train_batch_begin", batch, {})
-
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
-        self._tell("on_batch_end", batch, {})
-        self._tell("on_train_batch_end", batch, {})
-
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        self._tell("on_epoch_end", epoch, logs)
-
-    def on_train_end(self, engine: Engine, history: History) -> None:
-        self._tell("on_train_end", {name: values[-1] for name, values in history.history.items()})
-
-    def on_exit(self, engine: Engine) -> None:
-        self._tell("on_exit")
 
 
 def first_epoch(engine: Session) -> int:
@@ -142,8 +128,7 @@ def _method(listener: Any, stage: str) -> Any:
 def overrides(callback: Any, stage: str) -> bool:
     """Return whether a callback has a method for a stage."""
     if isinstance(callback, KerasForm):
-        names = [stage, TWINS.get(stage, stage)]
-        return any(_method(callback.listener, name) is not None for name in names)
+        return bool(callback.methods(stage))
     return _method(callback, stage) is not None
 
 
@@ -190,7 +175,7 @@ class Watching:
 
 
 def _in_own_form(listener: Any) -> Any:
-    own = {stage: method for stage in OWN | KERAS if (method := _method(listener, stage)) is not None}
+    own = {stage: method for stage in KERAS if (method := _method(listener, stage)) is not None}
     if isinstance(listener, type) or not (own or isinstance(listener, Callback | Watching)):
         mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
         raise ArgumentTypeError(
@@ -198,12 +183,8 @@ def _in_own_form(listener: Any) -> Any:
         )
     if isinstance(listener, KerasForm):
         return listener
-    if hasattr(listener, "set_model") or hasattr(listener, "set_params"):
-        for stage, method in own.items():
-            if stage in KERAS and not _takes(method, KERAS[stage]):
-                raise _wrong_signature(listener, stage, method)
-        return KerasForm(listener)
-    forms = {stage: _form(listener, stage, method) for stage, method in own.items()}
+    keras_only = hasattr(listener, "set_model") or hasattr(listener, "set_params")
+    forms = {stage: _form(listener, stage, method, keras_only) for stage, method in own.items()}
     of_keras = [stage for stage, form in forms.items() if form == "keras"]
     of_library = [stage for stage, form in forms.items() if form == "own"]
     if of_keras and of_library:
@@ -211,22 +192,26 @@ def _in_own_form(listener: Any) -> Any:
             f"callbacks: {type(listener).__name__}.{_written(of_keras[0], KERAS)} has Keras's form and "
             f"{_written(of_library[0], OWN)} the library's; use one of them for all methods"
         )
-    return KerasForm(listener) if of_keras else listener
+    return KerasForm(listener) if of_keras or keras_only else listener
 
 
-def _form(listener: Any, stage: str, method: Any) -> str | None:
+def _form(listener: Any, stage: str, method: Any, keras_only: bool) -> str | None:
     """Return "own" or "keras", by the number of parameters, then by their names; None if both forms fit."""
-    fits_own = stage in OWN and _takes(method, OWN[stage])
-    fits_keras = stage in KERAS and _takes(method, KERAS[stage])
+    fits_own = not keras_only and stage in OWN and _takes(method, OWN[stage])
+    fits_keras = _takes(method, KERAS[stage])
     if not fits_own and not fits_keras:
-        raise _wrong_signature(listener, stage, method)
+        expected = [_written(stage, OWN)] if stage in OWN else []
+        raise ArgumentTypeError(
+            f"callbacks: {type(listener).__name__}.{stage}{inspect.signature(method)} cannot be called; expected "
+            f"{' or '.join([*expected, _written(stage, KERAS)])} as in Keras"
+        )
     if fits_own != fits_keras:
         return "own" if fits_own else "keras"
     names = _parameters(method)
     if names[:1] == ["engine"]:
         return "own"
-    position = KERAS[stage].index("logs") if "logs" in KERAS[stage] else -1
-    return "keras" if names[position : position + 1] == ["logs"] else None
+    last = len(KERAS[stage]) - 1
+    return "keras" if names[last : last + 1] == ["logs"] else None
 
 
 def _takes(method: Any, parameters: Sequence[str]) -> bool:
@@ -249,12 +234,3 @@ def _parameters(method: Any) -> list[str]:
 
 def _written(stage: str, form: dict[str, tuple[str, ...]]) -> str:
     return f"{stage}({', '.join(form[stage])})"
-
-
-def _wrong_signature(listener: Any, stage: str, method: Any) -> ArgumentTypeError:
-    expected = [_written(stage, OWN)] if stage in OWN else []
-    expected += [f"{_written(stage, KERAS)} as in Keras"] if stage in KERAS else []
-    return ArgumentTypeError(
-        f"callbacks: {type(listener).__name__}.{stage}{inspect.signature(method)} cannot be called; expected "
-        f"{' or '.join(expected)}"
-    )

@@ -132,12 +132,12 @@ class EarlyStopping(Monitor):
         """Restore the best weights if wanted, and add a note to the history."""
         history = self.model.history
         interrupted = history is not None and history.stopped.startswith("interrupted")
-        restored = self.restore_best_weights and self.best_weights is not None and not interrupted
-        if restored and self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
+        weights = None if interrupted else self.best_weights
+        if weights is not None:
+            self.model.load_state_dict(weights)
         if self.stopped_epoch is not None:
             reason = f"{self.monitor} has not improved for {self.wait} epochs"
-            if restored and self.best_epoch is not None:
+            if weights is not None and self.best_epoch is not None:
                 reason += f"; the weights of epoch {self.best_epoch + 1} were restored"
             if history is not None and not interrupted:
                 history.stopped = reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp._version import __version__
+from fusemlp.cli.options import DoctorOptions
+from fusemlp.cli.output import show
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, availability
 from fusemlp.report.metrics import aligned
@@ -37,31 +38,28 @@ LIBRARIES = {
 }
 
 
-def doctor(*, as_json: bool) -> None:
+def doctor(options: DoctorOptions) -> None:
     """Print the backends, libraries and BLAS of this machine."""
     report = examine()
-    if as_json:
-        print(json.dumps(report))
-        return
-    print(f"fusemlp {report['fusemlp']}, Python {report['python']}, {report['machine']}, {report['cpus']} CPUs\n")
-    rows = [["backend", "works", "device", "precisions", "plans"]]
+    backends = [["backend", "works", "device", "precisions", "plans"]]
     for name, found in report["backends"].items():
         works = found["reason"] is None
         listed = [", ".join(found[key]) or "-" for key in ("precisions", "plans")]
-        rows.append([name, "yes" if works else "no", found["device"] or "-", *listed])
-    print(f"{aligned(rows, left=5)}\n")
-    for name, found in report["backends"].items():
-        if found["reason"] is not None:
-            print(f"{name}: {found['reason']}")
-    print()
-    libraries = [
-        [name, installed or "not installed", LIBRARIES[name]] for name, installed in report["libraries"].items()
+        backends.append([name, "yes" if works else "no", found["device"] or "-", *listed])
+    libraries = [["library", "version", "for"]]
+    libraries += [[name, found or "not installed", LIBRARIES[name]] for name, found in report["libraries"].items()]
+    lines = [
+        f"fusemlp {report['fusemlp']}, Python {report['python']}, {report['machine']}, {report['cpus']} CPUs\n",
+        f"{aligned(backends, left=5)}\n",
+        *(f"{name}: {found['reason']}" for name, found in report["backends"].items() if found["reason"] is not None),
+        f"\n{aligned(libraries, left=3)}\n",
+        *(
+            f"BLAS: {blas['name']} {blas['version']} ({blas['architecture']}), {blas['threads']} threads"
+            for blas in report["blas"]
+        ),
+        *(f"set in the environment: {name}={value}" for name, value in report["environment"].items()),
     ]
-    print(f"{aligned([['library', 'version', 'for'], *libraries], left=3)}\n")
-    for blas in report["blas"]:
-        print(f"BLAS: {blas['name']} {blas['version']} ({blas['architecture']}), {blas['threads']} threads")
-    for name, value in report["environment"].items():
-        print(f"set in the environment: {name}={value}")
+    show(report, lines, as_json=options.as_json)
 
 
 def examine() -> dict[str, Any]:
@@ -115,13 +113,6 @@ def _blas() -> list[dict[str, Any]]:
     """Return the loaded BLAS libraries, from threadpoolctl, which comes with scikit-learn."""
     from threadpoolctl import threadpool_info
 
-    return [
-        {
-            "name": pool["internal_api"],
-            "version": pool["version"],
-            "architecture": pool.get("architecture"),
-            "threads": pool["num_threads"],
-        }
-        for pool in threadpool_info()
-        if pool["user_api"] == "blas"
-    ]
+    loaded = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    names = {"name": "internal_api", "version": "version", "architecture": "architecture", "threads": "num_threads"}
+    return [{name: pool.get(theirs) for name, theirs in names.items()} for pool in loaded]

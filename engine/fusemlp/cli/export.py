@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
-from fusemlp.cli.apply import check_output, write_output
+from fusemlp.cli.options import ExportOptions
+from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load
 from fusemlp.report.onnx import onnx_bytes
@@ -15,49 +14,42 @@ from fusemlp.training.saving import model_bytes
 from fusemlp_kernels.errors import ArgumentError
 
 
-def export(
-    path: Path,
-    *,
-    onnx: Path | None,
-    safetensors: Path | None,
-    bare: bool,
-    weights: str,
-    force: bool,
-    as_json: bool,
-) -> None:
+def export(options: ExportOptions) -> None:
     """Write the requested files, and print the inputs and outputs of their models."""
-    wanted = {"onnx": onnx, "safetensors": safetensors}
-    if not any(wanted.values()):
+    bare = options.bare
+    files = {"onnx": options.onnx, "safetensors": options.safetensors}
+    wanted = {argument: file for argument, file in files.items() if file is not None}
+    if not wanted:
         raise ArgumentError("onnx: say what to write: --onnx FILE, --safetensors FILE, or both")
-    if bare and onnx is None:
+    if bare and "onnx" not in wanted:
         raise ArgumentError("bare: it is for --onnx FILE; a safetensors file never holds the scaling of the features")
     for argument, file in wanted.items():
-        if file is not None:
-            check_output(argument, file, (f".{argument}",), force=force)
-    run, config = open_run(path)
+        check_output(argument, file, (f".{argument}",), force=options.force)
+    run, config = open_run(options.run)
     preprocessor = Preprocessor.from_config(config["preprocessor"])
-    if onnx is not None and not bare:
+    if "onnx" in wanted and not bare:
         _check_features(preprocessor)
     # Any machine can export: 16-bit precisions have float32 parameters too.
     precision = "fp64" if config["precision"] == "fp64" else "fp32"
-    engine = load(weights_path(run, weights), backend="numpy", precision=precision)
+    engine = load(weights_path(run, options.weights), backend="numpy", precision=precision)
     about = {"preprocessor": preprocessor.to_json()}
     contents: dict[str, Callable[[], bytes]] = {
         "onnx": lambda: onnx_bytes(engine, None, about) if bare else onnx_bytes(engine, preprocessor),
         "safetensors": lambda: model_bytes(engine, about),
     }
     # Make both before writing either.
-    made = [(argument, file, contents[argument]()) for argument, file in wanted.items() if file is not None]
-    for argument, file, content in made:
-        write_output(argument, file, content)
-    if as_json:
-        named = {argument: None if file is None else str(file) for argument, file in wanted.items()}
-        inputs = None if onnx is None else "scaled columns" if bare else "features"
-        print(json.dumps({"run": str(path), "weights": weights, **named, "onnx_input": inputs}))
-        return
-    for argument, file, _ in made:
-        print(f"{argument} {file}")
-        print(f"  {_inputs(engine, preprocessor, scaled=bare or argument == 'safetensors')}")
+    made = {argument: contents[argument]() for argument in wanted}
+    lines = []
+    for argument, file in wanted.items():
+        write_output(argument, file, made[argument])
+        lines += [f"{argument} {file}", f"  {_inputs(engine, preprocessor, scaled=bare or argument == 'safetensors')}"]
+    shown = {
+        "run": str(options.run),
+        "weights": options.weights,
+        **{argument: None if file is None else str(file) for argument, file in files.items()},
+        "onnx_input": None if "onnx" not in wanted else "scaled columns" if bare else "features",
+    }
+    show(shown, lines, as_json=options.as_json)
 
 
 def _check_features(preprocessor: Preprocessor) -> None:

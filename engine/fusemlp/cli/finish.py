@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
 from fusemlp.engine import Engine
 from fusemlp.report import diagnosis
 from fusemlp.report.metrics import score
-from fusemlp.report.plots import HINT, can_plot, curves_png
+from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
@@ -30,7 +30,7 @@ def finish(
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
     overfitting = diagnosis.overfitting(history.history, restored=restored)
-    found = [diagnosis.divergence(str(failure))] if failure is not None else []
+    found = [diagnosis.Finding("divergence", str(failure))] if failure is not None else []
     dead = engine.dead_units(prepared.train.X)
     found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
     report: dict[str, Any] = {
@@ -43,36 +43,27 @@ def finish(
         "seconds": sum(history.seconds),
         "final": {name: values[-1] for name, values in history.history.items()},
         "dead_units": dead,
-        "diagnosis": [finding.to_config() for finding in found],
+        "diagnosis": [asdict(finding) for finding in found],
     }
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
     if not can_plot():
-        report["no_plot"] = f"it needs matplotlib: {HINT}"
+        report["no_plot"] = HINT
     elif not history.epochs:
         report["no_plot"] = "no epoch was completed"
     else:
         test_figures = report.get("test", {})
         figure = next((name for name in ("accuracy", "rmse") if name in test_figures), None)
         result = f", test {figure} {test_figures[figure]:.4g}" if figure else ""
-        picture = curves_png(
+        drawn = curves_figure(
             history.history,
             loss=engine.loss.kind,
             title=f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}{result}",
             best_epoch=best,
             overfitting=overfitting,
         )
-        write_atomically(run.curves, picture)
+        write_atomically(run.curves, picture(drawn))
     # Write the report last: it marks a finished run.
     write_json(run.report, finite(report))
     return report
-
-
-def finite(content: Any) -> Any:
-    """Return ``content`` for JSON, with None for NaN and infinities."""
-    if isinstance(content, Mapping):
-        return {name: finite(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -137,7 +137,19 @@ def _range(name: str, text: str) -> Axis:
         forms = "a list" if name in PAIRS else "a list, low:high:log:count, low:high:lin:count, or first:end"
         raise ArgumentError(f"vary: {name}: expected {forms}, got {text!r}")
     if len(parts) == 2:
-        return _whole_range(name, text, parts)
+        # As Python's range it leaves the end out.
+        if name not in WHOLE:
+            raise ArgumentError(
+                f"vary: {name}: {text!r} is a range of whole numbers; say how many values there are: "
+                f"{name}={text}:lin:5"
+            )
+        numbers = range(_whole(name, parts[0]), _whole(name, parts[1]))
+        if not 1 <= len(numbers) <= MOST_VALUES:
+            raise ArgumentError(
+                f"vary: {name}: expected a range of 1 to {MOST_VALUES} whole numbers, the last one left out, got "
+                f"{text!r}"
+            )
+        return Axis(name, tuple(numbers), "linear")
     read = _whole if name in WHOLE else _number
     low, high = read(name, parts[0]), read(name, parts[1])
     try:
@@ -160,17 +172,3 @@ def _range(name: str, text: str) -> Axis:
         inner = [float(f"{value:.{DIGITS}g}") for value in spaced[1:-1]]
     # Values that rounding makes equal count once.
     return Axis(name, tuple(dict.fromkeys([low, *inner, high])), scale)
-
-
-def _whole_range(name: str, text: str, parts: Sequence[str]) -> Axis:
-    """Return the values of ``first:end``, which excludes ``end`` as Python's range does."""
-    if name not in WHOLE:
-        raise ArgumentError(
-            f"vary: {name}: {text!r} is a range of whole numbers; say how many values there are: {name}={text}:lin:5"
-        )
-    numbers = range(_whole(name, parts[0]), _whole(name, parts[1]))
-    if not 1 <= len(numbers) <= MOST_VALUES:
-        raise ArgumentError(
-            f"vary: {name}: expected a range of 1 to {MOST_VALUES} whole numbers, the last one left out, got {text!r}"
-        )
-    return Axis(name, tuple(numbers), "linear")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from fusemlp.cli import recipe
-from fusemlp.cli.apply import check_output, write_output
 from fusemlp.cli.options import FindOptions
+from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.cli.prepare import prepare
-from fusemlp.describe.checks import as_count, as_number
-from fusemlp.engine import Engine
+from fusemlp.describe.checks import as_number
 from fusemlp.report.metrics import aligned
-from fusemlp.report.plots import HINT, can_plot, sweep_png
-from fusemlp.training.lr_finder import FEWEST_STEPS
+from fusemlp.report.plots import HINT, can_plot, picture, sweep_figure
 from fusemlp_kernels.errors import ArgumentError
 
 TABLE_ROWS = 20
@@ -26,45 +21,30 @@ def lr_find(options: FindOptions) -> None:
     """Sweep, print a table of rate and smoothed loss, and suggest the rate with the steepest fall of the loss."""
     start = as_number("from", options.start, low=0.0, low_open=True)
     end = as_number("to", options.end, low=start, low_open=True)
-    as_count("steps", options.steps, minimum=FEWEST_STEPS)
     if options.lr is not None:
         raise ArgumentError("lr: lr-find goes through the rates itself; say which with --from and --to")
     if options.data is None:
         raise ArgumentError("DATA: say which data the learning rate is for, such as digits")
-    if options.plot is not None:
-        check_output("plot", Path(options.plot), (".png",), force=options.force)
+    plot = options.plot
+    if plot is not None:
+        check_output("plot", plot, (".png",), force=options.force)
         if not can_plot():
-            raise ArgumentError(f"plot: it needs matplotlib: {HINT}")
+            raise ArgumentError(f"plot: {HINT}")
     prepared = prepare(options)
-    rows = prepared.train
-    engine = Engine(
-        prepared.network,
-        loss=prepared.loss,
-        optimizer=recipe.optimizer(options),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        backend=options.backend,
-        device=options.device,
-        precision=options.precision,
-        plan=options.plan,
-    )
+    rows, engine = prepared.train, prepared.engine(options)
     found = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
-    if options.plot is not None:
+    if plot is not None:
         title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
-        write_output("plot", Path(options.plot), sweep_png(found.rates, found.losses, found.suggestion, title))
-    if options.as_json:
-        content = {
-            "suggested": found.suggestion,
-            "rates": found.rates,
-            "losses": found.losses,
-            "plot": options.plot,
-        }
-        print(json.dumps(content))
-        return
-    if not found.complete:
+        write_output("plot", plot, picture(sweep_figure(found.rates, found.losses, found.suggestion, title)))
+    if not found.complete and not options.as_json:
         print(f"the loss blew up after {len(found.rates)} of {options.steps} updates", file=sys.stderr)
     shown = np.unique(np.linspace(0, len(found.rates) - 1, TABLE_ROWS).round().astype(int))
-    print(aligned([["rate", "loss"], *([f"{found.rates[i]:.2e}", f"{found.losses[i]:.4g}"] for i in shown)]))
-    print(f"suggested learning rate {found.suggestion:.2g}")
-    if options.plot is not None:
-        print(f"plot {options.plot}")
+    lines = [
+        aligned([["rate", "loss"], *([f"{found.rates[i]:.2e}", f"{found.losses[i]:.4g}"] for i in shown)]),
+        f"suggested learning rate {found.suggestion:.2g}",
+    ]
+    content = {"suggested": found.suggestion, "rates": found.rates, "losses": found.losses, "plot": None}
+    if plot is not None:
+        lines.append(f"plot {plot}")
+        content["plot"] = str(plot)
+    show(content, lines, as_json=options.as_json)

@@ -1,338 +1,296 @@
-"""The options of the commands that make a network, each with its help; a dataclass is a command's signature.
+"""The options of each command, with their help; a dataclass is a command's signature, its docstring the command's help.
 
 ``None`` stands for a default that depends on the task, the optimizer or the schedule.
 """
 
+# ruff: noqa: RUF009 - the defaults are fields of dataclasses, made by `option` and `argument`.
+
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import MISSING, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import typer
-
+from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.network import INITS
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
 from fusemlp_kernels.contract import ACTIVATIONS
 
-DATA, NETWORK, LOSS = "Data", "Network", "Loss"
-OPTIMIZER, RATE, TRAINING = "Optimizer", "Learning rate schedule", "Training"
-MACHINE, OUTPUT = "Machine", "Output"
 
-DATA_HELP = (
-    "A data set by name (digits, breast_cancer, wine, diabetes, iris, mnist5k) or a path: .npz with X and y, .csv, "
-    ".tsv or .parquet with --target, or a folder of IDX files."
+def one_of(names: Iterable[str], word: str = "or") -> str:
+    """Return the names as text: a, b or c."""
+    *others, last = names
+    return f"{', '.join(others)} {word} {last}" if others else last
+
+
+def field_of(
+    panel: str, default: Any, help: str, metavar: str | None = None, names: tuple[str, ...] | None = ()
+) -> Any:
+    """Return the field of an option.
+
+    ``metavar`` replaces the usual word for its type, ``names`` the field's name; an argument has None.
+    """
+    return field(default=default, metadata={"panel": panel, "help": help, "metavar": metavar, "names": names})
+
+
+# The panels of --help, in their order.
+PANELS = ("Options", "Data", "Network", "Loss", "Optimizer", "Learning rate schedule", "Training", "Machine", "Output")
+_option, _data, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
+    partial(field_of, panel) for panel in PANELS
 )
 
 
-def one_of(names: Iterable[str]) -> str:
-    """Return the names as text: a, b or c."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}"
+@dataclass(frozen=True, kw_only=True)
+class JsonOption:
+    as_json: bool = _output(False, "Print the results as one JSON object.", names=("--json",))
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+@dataclass(frozen=True, kw_only=True)
+class ForceOption:
+    force: bool = _output(False, "Overwrite a file that exists.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    backend: str = _machine("auto", "auto, triton, cupy or numpy; fusemlp doctor says which work here.")
+    device: str | None = _machine(None, "Which card, such as cuda:1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The options of a training step, as ``plan`` prints it."""
+
+    activation: str = _network("relu", f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.")
+    slope: float | None = _network(None, "Slope of leaky_relu (0.01 unless given); where prelu's starts (0.25).")
+    output_activation: str = _network("identity", "Of the output layer; the cross-entropies and poisson need identity.")
+    dropout: str = _network(
+        "0", "Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).", "RATE"
+    )
+    batch_size: int = _training(32, "Rows a step.")
+    precision: str = _machine("fp32", "fp32, tf32, bf16, fp16 or fp64.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(MachineOptions, StepOptions, JsonOption):
     """The options of ``train``, ``sweep`` and ``lr-find``: data, network, loss, optimizer and machine."""
 
-    data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)] = None
+    data: str | None = _option(
+        None,
+        f"A data set by name ({', '.join(NAMES)}) or a path: .npz with X and y, .csv, .tsv or .parquet with --target, "
+        "or a folder of IDX files.",
+        "DATA",
+        None,
+    )
 
-    target: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="The column of a table to predict.", rich_help_panel=DATA),
-    ] = None
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="classification or regression. The default: words and few distinct whole numbers are classes.",
-            rich_help_panel=DATA,
-        ),
-    ] = None
-    scale: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, "
-            "variance 1), minmax (0 to 1) or none.",
-            rich_help_panel=DATA,
-        ),
-    ] = "standard"
-    validation_fraction: Annotated[
-        float,
-        typer.Option(
-            help="Share of the rows left beside the test fifth that is for validation; 0 for none.",
-            rich_help_panel=DATA,
-        ),
-    ] = 0.1
-    split_seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Seed of the split into training, validation and test rows; --seed unless given.",
-            rich_help_panel=DATA,
-        ),
-    ] = None
+    target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
+    task: str | None = _data(
+        None, "classification or regression. The default: words and few distinct whole numbers are classes."
+    )
+    scale: str = _data(
+        "standard",
+        "Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, variance 1), "
+        "minmax (0 to 1) or none.",
+    )
+    validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test fifth; 0 for none.")
+    split_seed: int | None = _data(None, "Seed of the split into training, validation, test rows; --seed unless given.")
 
-    hidden: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="WIDTHS",
-            help="Widths of the hidden layers, such as 128,64 (or the option once for each); none for no hidden "
-            "layer. Unless given: one layer of 128.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = None
-    activation: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = "relu"
-    slope: Annotated[
-        float | None,
-        typer.Option(
-            help="Slope of leaky_relu (0.01 unless given); where prelu's starts (0.25).",
-            rich_help_panel=NETWORK,
-        ),
-    ] = None
-    output_activation: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Activation of the output layer; the cross-entropies and poisson need identity.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = "identity"
-    dropout: Annotated[
-        str,
-        typer.Option(
-            metavar="RATE",
-            help="Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).",
-            rich_help_panel=NETWORK,
-        ),
-    ] = "0"
-    init: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"Initial weights: {one_of(INITS)}; auto chooses by activation.",
-            rich_help_panel=NETWORK,
-        ),
-    ] = "auto"
+    hidden: list[str] | None = _network(
+        None,
+        "Widths of the hidden layers, such as 128,64 (or the option once for each); none for no hidden layer. Unless "
+        "given: one layer of 128.",
+        "WIDTHS",
+    )
+    init: str = _network("auto", f"Initial weights: {one_of(INITS)}; auto chooses by activation.")
 
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"{one_of(LOSSES)}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is "
-            "for two classes; mse, mae and huber train classes as one-hot rows.",
-            rich_help_panel=LOSS,
-        ),
-    ] = None
-    label_smoothing: Annotated[
-        float | None,
-        typer.Option(help="For cross_entropy: weight of the uniform distribution in the target.", rich_help_panel=LOSS),
-    ] = None
-    class_weight: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WEIGHTS",
-            help="balanced (inversely to how often each class occurs in the training rows), or a number for each "
-            "class: 1,2.5,1.",
-            rich_help_panel=LOSS,
-        ),
-    ] = None
-    delta: Annotated[
-        float | None, typer.Option(help="For huber: errors above this count linearly (1).", rich_help_panel=LOSS)
-    ] = None
-    quantile: Annotated[
-        float | None,
-        typer.Option(help="For the loss quantile: the quantile to learn (0.5).", rich_help_panel=LOSS),
-    ] = None
+    loss: str | None = _loss(
+        None,
+        f"{one_of(LOSSES)}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
+        "classes; mse, mae and huber train classes as one-hot rows.",
+    )
+    label_smoothing: float | None = _loss(None, "For cross_entropy: weight of the uniform distribution in the target.")
+    class_weight: str | None = _loss(
+        None,
+        "balanced (inversely to how often each class occurs in the training rows), or a number for each class: "
+        "1,2.5,1.",
+        "WEIGHTS",
+    )
+    delta: float | None = _loss(None, "For huber: errors above this count linearly (1).")
+    quantile: float | None = _loss(None, "For the loss quantile: the quantile to learn (0.5).")
 
-    optimizer: Annotated[
-        str, typer.Option(metavar="NAME", help=f"{one_of(OPTIMIZERS)}.", rich_help_panel=OPTIMIZER)
-    ] = "adam"
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            "--lr",
-            help="Learning rate; 0.01 for sgd, 0.001 for adam and adamw unless given.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = None
-    momentum: Annotated[
-        float | None, typer.Option(help="For sgd, 0 or more and less than 1 (0).", rich_help_panel=OPTIMIZER)
-    ] = None
-    nesterov: Annotated[
-        bool, typer.Option("--nesterov", help="For sgd: Nesterov's momentum.", rich_help_panel=OPTIMIZER)
-    ] = False
-    weight_decay: Annotated[
-        float | None,
-        typer.Option(
-            help="L2 penalty for sgd and adam (0), decoupled decay for adamw (0.01).", rich_help_panel=OPTIMIZER
-        ),
-    ] = None
-    decay_biases: Annotated[
-        bool,
-        typer.Option(
-            "--decay-biases/--no-decay-biases", help="Whether weight decay acts on biases.", rich_help_panel=OPTIMIZER
-        ),
-    ] = True
-    beta1: Annotated[
-        float | None, typer.Option(help="For adam and adamw: average of gradients (0.9).", rich_help_panel=OPTIMIZER)
-    ] = None
-    beta2: Annotated[
-        float | None,
-        typer.Option(help="For adam and adamw: average of their squares (0.999).", rich_help_panel=OPTIMIZER),
-    ] = None
-    eps: Annotated[
-        float | None, typer.Option(help="For adam and adamw: epsilon (1e-8).", rich_help_panel=OPTIMIZER)
-    ] = None
-    clip_norm: Annotated[
-        float | None,
-        typer.Option(help="Scale gradients with a greater global norm down to this norm.", rich_help_panel=OPTIMIZER),
-    ] = None
-    accumulate: Annotated[
-        int, typer.Option(help="Batches whose gradients are averaged for one update.", rich_help_panel=OPTIMIZER)
-    ] = 1
+    optimizer: str = _optimizer("adam", f"{one_of(OPTIMIZERS)}.")
+    lr: float | None = _optimizer(None, "Learning rate; 0.01 for sgd, 0.001 for adam and adamw unless given.")
+    momentum: float | None = _optimizer(None, "For sgd, 0 or more and less than 1 (0).")
+    nesterov: bool = _optimizer(False, "For sgd: Nesterov's momentum.")
+    weight_decay: float | None = _optimizer(None, "L2 penalty for sgd and adam (0), decoupled decay for adamw (0.01).")
+    decay_biases: bool = _optimizer(True, "Whether weight decay acts on biases.")
+    beta1: float | None = _optimizer(None, "For adam and adamw: average of gradients (0.9).")
+    beta2: float | None = _optimizer(None, "For adam and adamw: average of their squares (0.999).")
+    eps: float | None = _optimizer(None, "For adam and adamw: epsilon (1e-8).")
+    clip_norm: float | None = _optimizer(None, "Scale gradients with a greater global norm down to this norm.")
+    accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
-    batch_size: Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=TRAINING)] = 32
-    seed: Annotated[
-        int,
-        typer.Option(help="Seed of the split, the initial weights, dropout and row order.", rich_help_panel=TRAINING),
-    ] = 0
-
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="auto, triton, cupy or numpy; fusemlp doctor says which work here.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto"
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which card, such as cuda:1.", rich_help_panel=MACHINE)
-    ] = None
-    precision: Annotated[
-        str, typer.Option(metavar="NAME", help="fp32, tf32, bf16, fp16 or fp64.", rich_help_panel=MACHINE)
-    ] = "fp32"
-    plan: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, eager, graph or resident.", rich_help_panel=MACHINE)
-    ] = "auto"
+    seed: int = _training(0, "Seed of the split, the initial weights, dropout and row order.")
+    plan: str = _machine("auto", "auto, eager, graph or resident.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitOptions(ModelOptions):
     """The further options of ``train`` and ``sweep``: the schedule, the training and its output."""
 
-    schedule: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"{one_of(SCHEDULES)}.",
-            rich_help_panel=RATE,
-        ),
-    ] = "constant"
-    lr_step: Annotated[
-        float | None, typer.Option(help="For step: epochs between two reductions.", rich_help_panel=RATE)
-    ] = None
-    lr_gamma: Annotated[
-        float | None,
-        typer.Option(
-            help="Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1).",
-            rich_help_panel=RATE,
-        ),
-    ] = None
-    lr_final: Annotated[
-        float | None,
-        typer.Option(
-            help="The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0).",
-            rich_help_panel=RATE,
-        ),
-    ] = None
-    lr_patience: Annotated[
-        int | None,
-        typer.Option(
-            help="For reduce_on_plateau: epochs without a better validation loss before a reduction (10).",
-            rich_help_panel=RATE,
-        ),
-    ] = None
-    warmup: Annotated[
-        float,
-        typer.Option(
-            help="Epochs, 0.5 for half of one, over which the rate first grows linearly to the schedule's start.",
-            rich_help_panel=RATE,
-        ),
-    ] = 0.0
+    schedule: str = _rate("constant", f"{one_of(SCHEDULES)}.")
+    lr_step: float | None = _rate(None, "For step: epochs between two reductions.")
+    lr_gamma: float | None = _rate(
+        None, "Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1)."
+    )
+    lr_final: float | None = _rate(
+        None, "The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0)."
+    )
+    lr_patience: int | None = _rate(
+        None, "For reduce_on_plateau: epochs without a better validation loss before a reduction (10)."
+    )
+    warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
 
-    epochs: Annotated[
-        int | None,
-        typer.Option(help="Passes over the training rows; 60 unless given.", rich_help_panel=TRAINING),
-    ] = None
-    early_stopping: Annotated[
-        int | None,
-        typer.Option(
-            metavar="EPOCHS",
-            help="Stop after this many epochs without a better validation loss, and restore the best weights.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None
-    drop_last: Annotated[
-        bool,
-        typer.Option(
-            "--drop-last", help="Leave out the last batch of an epoch if it is short.", rich_help_panel=TRAINING
-        ),
-    ] = False
+    epochs: int | None = _training(None, "Passes over the training rows; 60 unless given.")
+    early_stopping: int | None = _training(
+        None, "Stop after this many epochs without a better validation loss, and restore the best weights.", "EPOCHS"
+    )
+    drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
 
-    out: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="The run folder, new or empty; runs/DATA-DATE-TIME unless given.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as one JSON object.", rich_help_panel=OUTPUT)
-    ] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=OUTPUT)] = False
+    out: str | None = _output(None, "The run folder, new or empty; runs/DATA-DATE-TIME unless given.", "DIR")
+    quiet: bool = _output(False, "Show no progress.", names=("--quiet", "-q"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions(FitOptions):
-    """The options of ``train``."""
+    """Train a network on DATA and write a run folder.
 
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN",
-            help="Continue the run in this folder from its last checkpoint, exactly as if it had never "
-            "stopped; --epochs may be raised.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None
-    checkpoint_every: Annotated[
-        int, typer.Option(metavar="EPOCHS", help="Epochs between two checkpoints.", rich_help_panel=OUTPUT)
-    ] = 1
+    A fifth of the rows is held out for the test at the end, unless the data bring a test set.
+
+    Ctrl-C ends the training cleanly and keeps the model.
+    """
+
+    resume: str | None = _output(
+        None,
+        "Continue the run in this folder from its last checkpoint, exactly as if it had never stopped; --epochs may be "
+        "raised.",
+        "RUN",
+    )
+    checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
 
 
-@dataclass(frozen=True)
-class FindOptions(ModelOptions):
-    """The options of ``lr-find``."""
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(FitOptions):
+    """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
 
-    start: Annotated[float, typer.Option("--from", help="The first learning rate.", rich_help_panel=RATE)] = 1e-6
-    end: Annotated[float, typer.Option("--to", help="The last learning rate.", rich_help_panel=RATE)] = 10.0
-    steps: Annotated[int, typer.Option(help="Updates of the sweep.", rich_help_panel=RATE)] = 200
-    plot: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Draw loss over learning rate into this PNG file.", rich_help_panel=OUTPUT),
-    ] = None
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the plot.", rich_help_panel=OUTPUT)] = False
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as one JSON object.", rich_help_panel=OUTPUT)
-    ] = False
+    The validation rows choose the best model; the test rows score only that one, at the end.
+
+    The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
+
+    Example: fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64 --vary seed=0:20
+
+    Example: fusemlp sweep iris --vary hidden=none,8,16x8 --vary dropout=0:0.5:6 --sample 10 --early-stopping 5
+
+    Ctrl-C ends the sweep and keeps the results of the finished models.
+    """
+
+    vary: list[str] | None = _option(
+        None,
+        "A varied parameter, one an option: lr, momentum, betas, weight_decay, dropout, hidden, label_smoothing, seed "
+        "or batch_size. VALUES: a list 0.1,0.2 (layers and betas joined by x: hidden=32,64x32, betas=0.9x0.999); "
+        "LOW:HIGH:log:COUNT or LOW:HIGH:lin:COUNT (LOW:HIGH:COUNT), ends included; whole numbers FIRST:END as Python's "
+        "range, END left out: seed=0:20.",
+        "NAME=VALUES",
+    )
+    sample: int | None = _option(
+        None, "Train only this many combinations, drawn at random by the split's seed.", "COUNT"
+    )
+    metric: str | None = _option(None, "Score that ranks models: val_loss (default), val_accuracy, loss or accuracy.")
+    jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindOptions(ModelOptions, ForceOption):
+    """Raise the learning rate from step to step, watch the loss, and suggest a rate for DATA.
+
+    Nothing is kept of the network that is trained for it.
+    """
+
+    start: float = _rate(1e-6, "The first learning rate.", names=("--from",))
+    end: float = _rate(10.0, "The last learning rate.", names=("--to",))
+    steps: int = _rate(200, "Updates of the sweep.")
+    plot: Path | None = _output(None, "Draw loss over learning rate into this PNG file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(JsonOption):
+    """The options of the commands that use the model of a run."""
+
+    run: Path = _option(MISSING, "A run folder from train.", "RUN", None)
+    weights: str = _option(
+        "model", "The run's weights: model (end of training), best (least validation loss) or last (last checkpoint)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions, MachineOptions):
+    """Score the model of a run on its test rows, or on other labelled data."""
+
+    data: str | None = _option(None, "Labelled data by name or path; the run's own test rows unless given.", "DATA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(RunOptions, MachineOptions, ForceOption):
+    """Predict labels, or values in original units, for new rows."""
+
+    data: str = _option(MISSING, "Features: .npz with X, .csv, .tsv, .parquet, IDX folder.", "FILE")
+    out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
+    proba: bool = _option(False, "Also write the probability of each class.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(RunOptions, ForceOption):
+    """Write the model of a run as a file for other programs.
+
+    Example: fusemlp export runs/digits-... --onnx digits.onnx
+    """
+
+    onnx: Path | None = _option(
+        None,
+        "An ONNX graph (.onnx): features as they are in the data go in, labels or values in original units come out.",
+    )
+    safetensors: Path | None = _option(
+        None,
+        "The network's parameters by torch's names and its architecture (.safetensors), for fusemlp.load; its inputs "
+        "are the scaled features.",
+    )
+    bare: bool = _option(False, "Leave the scaling of the features, and of a regression's targets, out of the graph.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(JsonOption, ForceOption):
+    """Draw the curves of several runs into one picture, to compare them."""
+
+    runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None)
+    out: Path = _option(Path("comparison.png"), "File for the picture: .png, .svg or .pdf.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(StepOptions):
+    """Print the kernel calls of a training step, with what each reads, writes and costs.
+
+    Example: fusemlp plan 784 128 10 --batch-size 128 --backend triton
+    """
+
+    sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
+    loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.")
+    optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.")
+    backend: str = _machine("auto", "triton, cupy or numpy; it need not work on this machine.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(JsonOption):
+    """Say which backends work here, and for each that does not, why and how to get it."""

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
+from fusemlp.cli.options import PlanOptions
 from fusemlp.cli.recipe import network
 from fusemlp.runtime.plans import chosen_plan, plan_text
 
 
-def plan(
-    sizes: Sequence[int],
-    *,
-    batch_size: int,
-    backend: str,
-    precision: str,
-    activation: str,
-    output_activation: str,
-    dropout: str,
-    loss: str,
-    optimizer: str,
-) -> None:
+def plan(options: PlanOptions) -> None:
     """Print the program; this needs no device and no library of the backend."""
-    net = network(sizes, activation=activation, output_activation=output_activation, dropout=dropout)
-    chosen = chosen_plan(net, batch_size=batch_size, backend=backend, precision=precision)
-    print(plan_text(net, loss=loss, optimizer=optimizer, batch_size=batch_size, backend=backend, precision=precision))
+    net = network(options.sizes, options)
+    told: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "backend": options.backend,
+        "precision": options.precision,
+    }
+    chosen = chosen_plan(net, **told)
+    print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **told))
     if chosen is not None:
         print(f"plan {chosen[0]}: {chosen[1]}")

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusemlp.cli.apply import check_output, write_output
+from fusemlp.cli.options import PlotOptions
+from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.report.plots import FORMATS, HINT, Curves, can_plot, comparison_figure, picture
 from fusemlp.report.runs import open_run, read_metrics
 from fusemlp_kernels.errors import CheckpointError, MissingLibraryError
 
 
-def plot(paths: Sequence[Path], *, out: Path, force: bool, as_json: bool) -> None:
+def plot(options: PlotOptions) -> None:
     """Draw loss and accuracy of the runs over their epochs."""
-    check_output("out", out, FORMATS, force=force)
+    paths, out = options.runs, options.out
+    check_output("out", out, FORMATS, force=options.force)
     if not can_plot():
-        raise MissingLibraryError(f"plot: it needs matplotlib: {HINT}")
+        raise MissingLibraryError(f"plot: {HINT}")
     runs = [_curves(path, name) for path, name in zip(paths, names(paths), strict=True)]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figure = comparison_figure(runs, title=title)
     write_output("out", out, picture(figure, out.suffix.lower().removeprefix(".")))
-    if as_json:
-        print(json.dumps({"runs": [str(path) for path in paths], "plot": str(out)}))
-    else:
-        print(f"plot {out}")
+    show({"runs": [str(path) for path in paths], "plot": str(out)}, [f"plot {out}"], as_json=options.as_json)
 
 
 def names(paths: Sequence[Path]) -> list[str]:

@@ -12,11 +12,13 @@ from fusemlp.cli import recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Dataset, load_data
 from fusemlp.datasets.preprocessing import SCALES, Preprocessor, split
-from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
+from fusemlp.describe.schedules import Schedule
+from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import DataError, unknown_name
+from fusemlp_kernels.errors import DataError
 
 TEST_FRACTION = 0.2
 
@@ -29,11 +31,6 @@ class Rows:
     y: Array
     labels: Array
     weight: Array | None = None
-
-    @property
-    def triple(self) -> tuple[Array, ...]:
-        """The validation data for ``fit``."""
-        return (self.X, self.y) if self.weight is None else (self.X, self.y, self.weight)
 
     def __len__(self) -> int:
         return len(self.X)
@@ -65,6 +62,31 @@ class Prepared:
             "test": "held-out fifth" if self.dataset.test is None else "the data's own test set",
         }
 
+    @property
+    def fit_data(self) -> dict[str, Any]:
+        """The arguments of ``fit`` that hold training and validation rows."""
+        train, held_out = self.train, self.validation
+        return {
+            "X": train.X,
+            "y": train.y,
+            "sample_weight": train.weight,
+            "validation_data": None if held_out is None else (held_out.X, held_out.y, held_out.weight),
+        }
+
+    def engine(self, options: ModelOptions, schedule: Schedule | None = None) -> Engine:
+        """Return a new engine; ``schedule`` None is the constant rate of the options."""
+        return Engine(
+            self.network,
+            loss=self.loss,
+            optimizer=recipe.optimizer(options, schedule),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            backend=options.backend,
+            device=options.device,
+            precision=options.precision,
+            plan=options.plan,
+        )
+
 
 def fingerprint(dataset: Dataset) -> str:
     """Return the SHA-256 of a data set's arrays: equal content has equal hashes, from any file."""
@@ -74,13 +96,6 @@ def fingerprint(dataset: Dataset) -> str:
         digest.update(f"{plain.dtype.str}{plain.shape}".encode())
         digest.update(np.ascontiguousarray(plain).tobytes())
     return digest.hexdigest()
-
-
-def class_codes(preprocessor: Preprocessor, labels: Array) -> Array:
-    """Return class indices (n,), also for a loss of one-hot rows."""
-    encoded = preprocessor.encode_targets(labels)
-    codes: Array = encoded.argmax(axis=1) if encoded.ndim == 2 else encoded
-    return codes
 
 
 def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
@@ -100,8 +115,7 @@ def prepare(options: ModelOptions) -> Prepared:
     if options.split_seed is not None:
         seed = as_count("split_seed", options.split_seed, minimum=0)
     as_number("validation_fraction", options.validation_fraction, low=0.0, high=1.0, high_open=True)
-    if options.scale not in SCALES:
-        raise unknown_name("scale", options.scale, SCALES)
+    check_choice("scale", options.scale, SCALES)
     widths = recipe.hidden_widths(options.hidden)
     assert options.data is not None, "checked where the options come in"
     dataset = load_data(options.data, target=options.target, task=options.task)
@@ -119,7 +133,7 @@ def prepare(options: ModelOptions) -> Prepared:
         kept, chosen = _split("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
         training, validation = rest[kept], rest[chosen]
 
-    classes = len(_classes(dataset)) if classify else 0
+    classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
     preprocessor = Preprocessor.fit(
         dataset,
@@ -129,26 +143,17 @@ def prepare(options: ModelOptions) -> Prepared:
         scale_targets=name != "poisson",
     )
     outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
-    net = recipe.network(
-        (preprocessor.width, *widths, outputs),
-        activation=options.activation,
-        output_activation=options.output_activation,
-        dropout=options.dropout,
-        slope=options.slope,
-        init=options.init,
-    )
+    net = recipe.network((preprocessor.width, *widths, outputs), options, init=options.init)
     weights = None
     if classify:
-        codes = class_codes(preprocessor, dataset.y[training])
-        weights = recipe.class_weights(options.class_weight, codes, classes)
+        weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)
     loss = recipe.loss(options, name, weights)
     loss.check_network(net)
-    row_weights = None if weights is None or name == "cross_entropy" else np.array(weights)
 
     def rows(X: Array, labels: Array) -> Rows:
         weight = None
-        if row_weights is not None:
-            weight = row_weights[class_codes(preprocessor, labels)]
+        if weights is not None and name != "cross_entropy":
+            weight = np.array(weights)[preprocessor.class_codes(labels)]
         return Rows(preprocessor.transform_features(X), preprocessor.encode_targets(labels), labels, weight)
 
     return Prepared(
@@ -160,8 +165,3 @@ def prepare(options: ModelOptions) -> Prepared:
         rows(dataset.X[validation], dataset.y[validation]) if len(validation) else None,
         rows(test_features, test_labels),
     )
-
-
-def _classes(dataset: Dataset) -> Array:
-    labels = dataset.y if dataset.test is None else np.concatenate([dataset.y, dataset.test[1]])
-    return np.unique(labels)

@@ -14,16 +14,17 @@ from fusemlp.report.runs import Run, append_metrics
 class Recorder(Callback):
     """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
 
-    The checkpoint ``best`` has the lowest validation loss; ``best_loss`` is that of a resumed run. The row is written
-    before the checkpoint, so a killed run has a row for each epoch of its checkpoint.
+    The checkpoint ``best`` has the lowest validation loss, also of a resumed run. The row is written before the
+    checkpoint, so a killed run has a row for each epoch of its checkpoint.
     """
 
-    def __init__(self, run: Run, *, every: int, best_loss: float = math.inf) -> None:
+    def __init__(self, run: Run, *, every: int) -> None:
         self.run = run
         self.every = every
-        self.best_loss = best_loss
 
     def on_train_begin(self, engine: Engine) -> None:
+        recorded = {} if engine.history is None else engine.history.history
+        self.best_loss = min(recorded.get("val_loss", ()), default=math.inf)
         if not self.run.checkpoint("last").exists():
             engine.save_checkpoint(self.run.checkpoint("last"))
 

@@ -57,11 +57,8 @@ def _short(value: Any) -> str:
 def counts(members: Collection[Member], total: int) -> str:
     """Return a text such as ``412 of 640 models: 380 trained, 30 stopped early, 2 diverged``."""
     said = {"trained": "trained", "stopped": "stopped early", "diverged": "diverged"}
-    parts = []
-    for status, words in said.items():
-        number = sum(member.status == status for member in members)
-        if number:
-            parts.append(f"{number} {words}")
+    statuses = [member.status for member in members]
+    parts = [f"{statuses.count(status)} {words}" for status, words in said.items() if status in statuses]
     of = f"{len(members)} of {total}" if len(members) < total else f"{total}"
     return f"{of} model{'' if total == 1 else 's'}: {', '.join(parts) or 'none has ended yet'}"
 

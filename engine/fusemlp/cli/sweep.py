@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
 from fusemlp.cli import grid, recipe
-from fusemlp.cli.finish import finish, finite
-from fusemlp.cli.options import FitOptions, TrainOptions
+from fusemlp.cli.finish import finish
+from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
+from fusemlp.cli.output import show
 from fusemlp.cli.prepare import Prepared, prepare
-from fusemlp.cli.standings import Point, Seldom, Show, counts, standings, table
-from fusemlp.cli.sweep_options import SweepOptions
-from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data
+from fusemlp.cli.standings import Point, Seldom, counts, standings, table
+from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data, given_options
 from fusemlp.datasets.load import NAMES
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import RISING, FleetResults, Member
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
-from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, discard_if_empty, write_json
+from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
+# The files of a sweep, beside those of a run.
+RESULTS, PICTURE = "results.csv", "scores.png"
 # The options of ``train`` for each varied parameter.
 OPTIONS = {"betas": ("beta1", "beta2")}
 # Seconds between two writes of the results so far.
@@ -52,10 +51,6 @@ class Plan:
     fleet: Fleet
     epochs: int
     metric: str
-
-    @property
-    def results(self) -> str:
-        return "results.csv"
 
 
 def sweep(options: SweepOptions) -> None:
@@ -85,24 +80,57 @@ def sweep(options: SweepOptions) -> None:
             print(f"interrupted: kept are the {len(members)} models that had ended, of {len(plan.points)}")
         print(f"{counts(members, len(plan.points))}; {seconds:.1f} s\n")
         print(f"{aligned(table(members, plan.points, plan.metric, limit=SHOWN))}\n")
-        print(f"results {run.path / plan.results}")
-        print(no_plot or f"plot {run.path / 'scores.png'}")
+        print(f"results {run.path / RESULTS}")
+        print(no_plot or f"plot {run.path / PICTURE}")
     best = results.best(plan.metric)
-    config = best_config(plan, best, started, len(members), interrupted=interrupted, seconds=seconds)
-    write_json(run.config, config)
+    about = {
+        "command": shlex.join(["fusemlp", "sweep", *arguments(options)]),
+        "metric": plan.metric,
+        "models": len(plan.points),
+        "ended": len(members),
+        "interrupted": interrupted,
+        "seconds": seconds,
+        "best": best.index,
+    }
+    keep(plan, run, best, about, started, no_plot=bool(no_plot))
+
+
+def keep(plan: Plan, run: Run, best: Member, about: dict[str, Any], started: datetime, *, no_plot: bool) -> None:
+    """Write the best model as a run of ``train``, and print it."""
+    config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
+    begun = started.astimezone().isoformat(timespec="seconds")
+    write_json(run.config, {**config, "started": begun, "sweep": about})
     for at, epoch in enumerate(best.history.epochs):
         append_metrics(run, {"epoch": epoch + 1, **{k: v[at] for k, v in best.history.history.items()}})
     report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
-    show(plan, run, best, report, config)
+    parameters = plan.points[best.index]
+    content = {
+        **about,
+        "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
+        "train": config["command"],
+        "test": report["test"],
+        "run": str(run.path),
+        "results": str(run.path / RESULTS),
+        "plot": None if no_plot else str(run.path / PICTURE),
+    }
+    spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
+    least = "largest" if plan.metric in RISING else "least"
+    lines = [
+        f"\nbest: model {best.index}, the {least} {plan.metric}: {spelled}",
+        *headline(report["test"]),
+        f"run folder {run.path}",
+        f"to train it again: {config['command']}",
+    ]
+    show(content, lines, as_json=plan.options.as_json)
 
 
 def planned(options: SweepOptions) -> Plan:
     """Check all options, and raise their errors before the folder exists."""
     axes = grid.axes(options.vary or ())
-    default = SweepOptions()
+    given = given_options(options)
     for axis in axes:
         for option in OPTIONS.get(axis.name, (axis.name,)):
-            if getattr(options, option) != getattr(default, option):
+            if option in given:
                 instead = "; --split-seed decides the rows" if option == "seed" else ""
                 raise ArgumentError(
                     f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
@@ -118,11 +146,10 @@ def planned(options: SweepOptions) -> Plan:
         rows = len(prepared.train)
         rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
         optimizer = recipe.optimizer(trained_by[0], rates[0])
-    most = max(one.batch_size for one in trained_by)
-    if options.drop_last and most > rows:
-        raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
-    metric = _metric(options, prepared)
-    with _named_as_varied(axes):
+        most = max(one.batch_size for one in trained_by)
+        if options.drop_last and most > rows:
+            raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
+        metric = _metric(options, prepared)
         fleet = Fleet(
             prepared.network,
             prepared.loss,
@@ -140,9 +167,7 @@ def planned(options: SweepOptions) -> Plan:
 
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     """Return the options of ``train`` for this model."""
-    common = {field.name: getattr(options, field.name) for field in fields(FitOptions)}
-    one = TrainOptions(**{**common, "out": None, "as_json": False, "quiet": False})
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False}
     for name, value in point.items():
         if name == "betas":
             changes["beta1"], changes["beta2"] = value
@@ -154,7 +179,7 @@ def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     if "seed" in point and options.split_seed is None:
         # The models share their rows.
         changes["split_seed"] = options.seed
-    return replace(one, **changes)
+    return TrainOptions(**{field.name: getattr(options, field.name) for field in fields(FitOptions)} | changes)
 
 
 @contextmanager
@@ -177,11 +202,7 @@ def _metric(options: SweepOptions, prepared: Prepared) -> str:
     names = ["loss", *(["accuracy"] if prepared.dataset.task == "classification" else [])]
     if prepared.validation is not None:
         names = [f"val_{name}" for name in names] + names
-    if options.metric is None:
-        return names[0]
-    if options.metric not in names:
-        raise unknown_name("metric", options.metric, names)
-    return options.metric
+    return names[0] if options.metric is None else check_choice("metric", options.metric, names)
 
 
 def describe(plan: Plan) -> str:
@@ -202,80 +223,59 @@ def describe(plan: Plan) -> str:
 
 def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
     """Return the finished models in the order of the points, and True if Ctrl-C came before the end."""
-    rows, options = plan.prepared.train, plan.options
+    options = plan.options
     members: dict[int, Member] = {}
-    seldom = Seldom(WRITE)
-
-    def in_order() -> list[Member]:
-        return [members[index] for index in sorted(members)]
-
-    def listener(show: Show) -> Callable[[Member], None]:
-        def ended(member: Member) -> None:
-            members[member.index] = member
-            show(members.values())
-            seldom.do(lambda: write_results(plan, run, in_order()))
-
-        return ended
-
+    seldom, interrupted = Seldom(WRITE), False
     try:
-        with standings(plan.points, plan.metric, quiet=options.quiet) as show:
+        with standings(plan.points, plan.metric, quiet=options.quiet) as update:
+
+            def ended(member: Member) -> None:
+                members[member.index] = member
+                update(members.values())
+                seldom.do(lambda: write_results(plan, run, members.values()))
+
             plan.fleet.fit(
-                rows.X,
-                rows.y,
+                **plan.prepared.fit_data,
                 epochs=plan.epochs,
-                sample_weight=rows.weight,
-                validation_data=None if plan.prepared.validation is None else plan.prepared.validation.triple,
                 early_stopping=options.early_stopping,
                 drop_last=options.drop_last,
                 jobs=options.jobs,
-                callback=listener(show),
+                callback=ended,
             )
     except KeyboardInterrupt:
         if not members:
             print("interrupted before a model had ended: nothing is kept", file=sys.stderr)
             raise
-        return in_order(), True
-    return in_order(), False
+        interrupted = True
+    return [members[index] for index in sorted(members)], interrupted
 
 
-def write_results(plan: Plan, run: Run, members: Sequence[Member]) -> None:
+def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
     """Write ``results.csv``: a row for each finished model, the best first; floats in their shortest exact form."""
-    scores = list(dict.fromkeys(name for member in members for name in member.scores))
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
+    ranked = FleetResults(tuple(members)).ranked(plan.metric)
+    scores = list(dict.fromkeys(name for member in ranked for name in member.scores))
     names = [axis.name for axis in plan.axes]
-    writer.writerow(["model", *names, "status", *scores, "epochs", "best_epoch", "seconds", "reason"])
-    for member in FleetResults(tuple(members)).ranked(plan.metric):
+    rows: list[list[Any]] = [["model", *names, "status", *scores, "epochs", "best_epoch", "seconds", "reason"]]
+    for member in ranked:
+        parameters = map(grid.spelled, plan.points[member.index].values())
+        figures = (repr(member.scores[name]) if name in member.scores else "" for name in scores)
         history = member.history
         best = "" if history.best_epoch is None else history.best_epoch + 1
-        writer.writerow(
-            [
-                member.index,
-                *(grid.spelled(value) for value in plan.points[member.index].values()),
-                member.status,
-                *(repr(member.scores[name]) if name in member.scores else "" for name in scores),
-                len(history.epochs),
-                best,
-                f"{sum(history.seconds):.4f}",
-                member.reason,
-            ]
-        )
-    write_atomically(run.path / plan.results, stream.getvalue().encode())
+        seconds = f"{sum(history.seconds):.4f}"
+        row = [member.index, *parameters, member.status, *figures, len(history.epochs), best, seconds, member.reason]
+        rows.append(row)
+    write_atomically(run.path / RESULTS, csv_bytes(rows))
 
 
 def draw(plan: Plan, run: Run, results: FleetResults) -> str:
-    """Write ``scores.png``; return its line for the report, or the reason for its absence."""
+    """Write ``scores.png``; return the reason for its absence, or nothing."""
     if not can_plot():
-        return f"no plot: it needs matplotlib: {HINT}"
-    members = results.members
-    diverged = [member.status == "diverged" for member in members]
-    scores = [
-        float("nan") if failed else member.scores.get(plan.metric, float("nan"))
-        for member, failed in zip(members, diverged, strict=True)
-    ]
+        return f"no plot: {HINT}"
+    members, nan = results.members, float("nan")
+    scores = [nan if one.status == "diverged" else one.scores.get(plan.metric, nan) for one in members]
+    first = results.ranked(plan.metric)[0]
     best, found = None, ""
-    if not all(diverged):
-        first = results.ranked(plan.metric)[0]
+    if first.status != "diverged":
         best, found = members.index(first), f"; best {plan.metric} {first.scores[plan.metric]:.4g}"
     varied = []
     for axis in plan.axes:
@@ -287,49 +287,5 @@ def draw(plan: Plan, run: Run, results: FleetResults) -> str:
             varied.append(Varied(axis.name, values, axis.scale or "linear", ordered=axis.name != "seed"))
     title = f"{plan.prepared.dataset.name}: {len(members)} models{found}"
     figure = scores_figure(varied, scores, metric=plan.metric, best=best, title=title)
-    write_atomically(run.path / "scores.png", picture(figure, "png"))
+    write_atomically(run.path / PICTURE, picture(figure))
     return ""
-
-
-def best_config(
-    plan: Plan, best: Member, started: datetime, ended: int, *, interrupted: bool, seconds: float
-) -> dict[str, Any]:
-    """Return the configuration of the best model, as for a run of ``train``, and that of the sweep."""
-    config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
-    return config | {
-        "started": started.astimezone().isoformat(timespec="seconds"),
-        "sweep": {
-            "command": shlex.join(["fusemlp", "sweep", *arguments(plan.options)]),
-            "metric": plan.metric,
-            "models": len(plan.points),
-            "ended": ended,
-            "interrupted": interrupted,
-            "seconds": seconds,
-            "best": best.index,
-        },
-    }
-
-
-def show(plan: Plan, run: Run, best: Member, report: dict[str, Any], config: dict[str, Any]) -> None:
-    """Print the best model."""
-    parameters = plan.points[best.index]
-    if plan.options.as_json:
-        plot = run.path / "scores.png"
-        content = {
-            **config["sweep"],
-            "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
-            "train": config["command"],
-            "test": report["test"],
-            "run": str(run.path),
-            "results": str(run.path / plan.results),
-            "plot": str(plot) if plot.exists() else None,
-        }
-        print(json.dumps(finite(content)))
-        return
-    spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
-    least = "largest" if plan.metric in RISING else "least"
-    print(f"\nbest: model {best.index}, the {least} {plan.metric}: {spelled}")
-    for line in headline(report["test"]):
-        print(line)
-    print(f"run folder {run.path}")
-    print(f"to train it again: {config['command']}")

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp._version import __version__
+from fusemlp.callbacks import ProgressBar
 from fusemlp.cli import recipe
-from fusemlp.cli.finish import finish, finite
+from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
+from fusemlp.cli.output import show
 from fusemlp.cli.prepare import Prepared, prepare
-from fusemlp.cli.progress import progress
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count
-from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import optimizer_from_config
 from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline
 from fusemlp.report.runs import FORMAT, Run, choose_folder, create_run, keep_metrics, open_run, write_json
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
@@ -43,19 +43,20 @@ class Session:
     prepared: Prepared
     engine: Engine
     epochs: int
-    done: int = 0
-    resume: bool = False
 
 
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
-    session = new_session(options) if options.resume is None else resumed_session(options)
+    session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
     if not options.quiet:
         print(describe(session), file=sys.stderr)
     interrupted, failure = run_session(session)
-    report = finish(session.run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
-    show(session.run, report, as_json=options.as_json)
+    run = session.run
+    report = finish(run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
+    plot = str(run.curves) if run.curves.exists() else None
+    lines = [*outcome(report), f"run folder {run.path}", f"plot {plot}" if plot else f"no plot: {report['no_plot']}"]
+    show({**report, "run": str(run.path), "plot": plot}, lines, as_json=options.as_json)
     if failure is not None:
         raise failure
 
@@ -67,21 +68,14 @@ def new_session(options: TrainOptions) -> Session:
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, options.data, datetime.now())
     prepared = prepare(options)
-    schedule = recipe.schedule(options, rows=len(prepared.train), epochs=epochs)
-    engine = Engine(
-        prepared.network,
-        loss=prepared.loss,
-        optimizer=recipe.optimizer(options, schedule),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        backend=options.backend,
-        device=options.device,
-        precision=options.precision,
-        plan=options.plan,
-    )
+    engine = new_engine(options, prepared, epochs)
     run = create_run(folder)
     write_json(run.config, configuration(options, prepared, engine, epochs))
     return Session(run, options, prepared, engine, epochs)
+
+
+def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine:
+    return prepared.engine(options, recipe.schedule(options, rows=len(prepared.train), epochs=epochs))
 
 
 def checked_epochs(options: FitOptions) -> int:
@@ -94,31 +88,36 @@ def checked_epochs(options: FitOptions) -> int:
     return epochs
 
 
-def resumed_session(given: TrainOptions) -> Session:
+def given_options(options: FitOptions) -> dict[str, Any]:
+    """Return the options that differ from their defaults."""
+    default = type(options)()
+    values = {option.name: getattr(options, option.name) for option in fields(options)}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def resumed_session(options: TrainOptions, folder: str) -> Session:
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
-    default = TrainOptions()
-    for option in fields(given):
-        if option.name not in _FREE and getattr(given, option.name) != getattr(default, option.name):
+    given = given_options(options)
+    for name in given:
+        if name not in _FREE:
             raise ArgumentError(
-                f"{option.name}: a resumed run keeps its own; leave it out, or start a new run without --resume"
+                f"{name}: a resumed run keeps its own; leave it out, or start a new run without --resume"
             )
-    assert given.resume is not None
-    run, config = open_run(given.resume)
+    run, config = open_run(folder)
     if "sweep" in config:
         raise ArgumentError(
             f"resume: {str(run.path)!r} holds the best model of a sweep, which is at its end; to train it anew: "
             f"{config['command']}"
         )
     source = config["data"]["source"]
-    options = replace(TrainOptions(**config["options"]), data=source, quiet=given.quiet, as_json=given.as_json)
-    backend = given.backend if given.backend != default.backend else options.backend
-    device = given.device or options.device
-    epochs = config["epochs"] if given.epochs is None else as_count("epochs", given.epochs)
+    stored = TrainOptions(**{**config["options"], "data": source})
+    options = replace(stored, **{"as_json": options.as_json, "quiet": options.quiet, **given})
+    epochs = as_count("epochs", given.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
     prepared = prepare(options)
-    stored = Preprocessor.from_config(config["preprocessor"])
-    if prepared.summary["fingerprint"] != config["data"]["fingerprint"] or prepared.preprocessor != stored:
+    fitted = Preprocessor.from_config(config["preprocessor"])
+    if prepared.summary["fingerprint"] != config["data"]["fingerprint"] or prepared.preprocessor != fitted:
         raise CheckpointError(
             f"run: the data {source!r} are not those that the run was started with; put the old ones back, or start a "
             "new run"
@@ -127,28 +126,15 @@ def resumed_session(given: TrainOptions) -> Session:
     for left_over in run.path.rglob(".*.tmp"):
         left_over.unlink(missing_ok=True)
     if last.exists():
-        engine = load_checkpoint(last, backend=backend, device=device, network=prepared.network)
+        engine = load_checkpoint(last, backend=options.backend, device=options.device, network=prepared.network)
     else:
-        engine = Engine(
-            MLP.from_config(config["network"]),
-            loss=prepared.loss,
-            optimizer=optimizer_from_config(config["optimizer"]),
-            batch_size=config["batch_size"],
-            seed=options.seed,
-            backend=backend,
-            device=device,
-            precision=options.precision,
-            plan=options.plan,
-        )
-    done = engine.epochs_trained
+        engine = new_engine(options, prepared, checked_epochs(stored))
     if run.report.exists():
-        _check_unfinished(json.loads(run.report.read_text(encoding="utf-8")), done, epochs)
-    keep_metrics(run, done)
+        _check_unfinished(json.loads(run.report.read_text(encoding="utf-8")), engine.epochs_trained, epochs)
+    keep_metrics(run, engine.epochs_trained)
     if epochs > config["epochs"]:
         write_json(run.config, config | {"epochs": epochs})
-    every = given.checkpoint_every if given.checkpoint_every != default.checkpoint_every else options.checkpoint_every
-    options = replace(options, checkpoint_every=every)
-    return Session(run, options, prepared, engine, epochs, done, resume=last.exists())
+    return Session(run, options, prepared, engine, epochs)
 
 
 def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
@@ -163,11 +149,10 @@ def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
 
 def arguments(options: FitOptions) -> list[str]:
     """Return the words of the command line for these options."""
-    default = type(options)()
     words = [options.data or ""]
-    for option in fields(options):
-        value, name = getattr(options, option.name), option.name.removeprefix("as_").replace("_", "-")
-        if option.name == "data" or value == getattr(default, option.name):
+    for option, value in given_options(options).items():
+        name = option.removeprefix("as_").replace("_", "-")
+        if option == "data":
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -235,24 +220,17 @@ def describe_data(prepared: Prepared) -> str:
 
 def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     """Train to the end, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
-    engine, prepared, options = session.engine, session.prepared, session.options
-    rows = prepared.train
-    history = engine.history
-    best = min(history.history.get("val_loss", ()), default=float("inf")) if history else float("inf")
-    recorder = Recorder(session.run, every=options.checkpoint_every, best_loss=best)
+    engine, options = session.engine, session.options
+    recorder = Recorder(session.run, every=options.checkpoint_every)
     try:
-        with progress(session.epochs, done=session.done, quiet=options.quiet) as shown:
-            engine.fit(
-                rows.X,
-                rows.y,
-                epochs=session.epochs,
-                sample_weight=rows.weight,
-                validation_data=None if prepared.validation is None else prepared.validation.triple,
-                early_stopping=options.early_stopping,
-                callbacks=[recorder, *shown],
-                drop_last=options.drop_last,
-                resume=session.resume,
-            )
+        engine.fit(
+            **session.prepared.fit_data,
+            epochs=session.epochs,
+            early_stopping=options.early_stopping,
+            callbacks=[recorder] if options.quiet else [recorder, ProgressBar()],
+            drop_last=options.drop_last,
+            resume=engine.fit_state is not None,
+        )
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:
             raise
@@ -264,22 +242,16 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     return False, None
 
 
-def show(run: Run, report: dict[str, Any], *, as_json: bool) -> None:
-    """Print the results."""
-    plot = str(run.curves) if run.curves.exists() else None
-    if as_json:
-        print(json.dumps(finite({**report, "run": str(run.path), "plot": plot})))
-        return
+def outcome(report: dict[str, Any]) -> list[str]:
+    """Return lines on the end of the training, the scores and the diagnosis."""
+    lines = []
     if report["interrupted"]:
-        print(f"interrupted after epoch {report['epochs']}")
+        lines.append(f"interrupted after epoch {report['epochs']}")
     elif report["stopped"]:
-        print(f"stopped after epoch {report['epochs']}: {report['stopped']}")
-    for line in headline(report.get("test", {})):
-        print(line)
+        lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
+    lines += headline(report.get("test", {}))
     for finding in report["diagnosis"]:
-        if finding["name"] == "divergence":
-            continue  # The error message has it.
-        helps = f"; what helps: {', '.join(finding['remedies'])}" if finding["remedies"] else ""
-        print(f"{finding['name']}: {finding['message']}{helps}")
-    print(f"run folder {run.path}")
-    print(f"plot {plot}" if plot else f"no plot: {report['no_plot']}")
+        # The error message has a divergence.
+        if finding["name"] != "divergence":
+            lines.append(str(Finding(**finding)))
+    return lines

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import struct
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,20 +17,6 @@ import numpy.typing as npt
 from fusemlp_kernels.errors import DataError
 
 Array = npt.NDArray[Any]
-
-# numpy, zipfile and zlib raise these for damaged archives; RuntimeError stands for encryption and unknown versions.
-_UNREADABLE_ARCHIVE = (
-    ValueError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def read_npz(path: Path) -> dict[str, Array]:
@@ -48,7 +32,7 @@ def read_npz(path: Path) -> dict[str, Array]:
                 if foreign:
                     raise ValueError(f"{foreign[0]!r} is no array")
                 return arrays
-    except _UNREADABLE_ARCHIVE as error:
+    except Exception as error:  # numpy, zipfile and zlib raise ten kinds of errors for damaged archives
         raise DataError(
             f"{path}: expected an npz file with plain arrays X and y, as numpy.savez writes it, but it "
             f"cannot be read ({reason(error)}); it may be damaged or incomplete, or hold Python objects"
@@ -89,17 +73,17 @@ def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
     The file names are ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, with "-" or "." before
     "idx", plain or with ``.gz``.
     """
-    names = {"images": f"{prefix}-images-idx3-ubyte", "labels": f"{prefix}-labels-idx1-ubyte"}
-    found = {}
-    for part, name in names.items():
+    names = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+    found = []
+    for name in names:
         spellings = (name, name.replace("-idx", ".idx"))
         candidates = (folder / (spelling + end) for spelling in spellings for end in ("", ".gz"))
-        found[part] = next((path for path in candidates if path.is_file()), None)
-    images_path, labels_path = found["images"], found["labels"]
+        found.append(next((path for path in candidates if path.is_file()), None))
+    images_path, labels_path = found
     if images_path is None and labels_path is None:
         return None
     if images_path is None or labels_path is None:
-        lacking = names["images"] if images_path is None else names["labels"]
+        lacking = names[found.index(None)]
         raise DataError(f"{folder}: there is no {lacking}[.gz] beside {images_path or labels_path}")
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
@@ -112,10 +96,8 @@ def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as stream:
-                return stream.read()
-        return path.read_bytes()
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: expected an IDX file{' compressed by gzip' if path.suffix == '.gz' else ''}, but it "

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
-from fusemlp.datasets.tables import TABLES, read_names, read_table
+from fusemlp.datasets.tables import TABLES, listed, read_names, read_table
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
 
@@ -55,6 +55,11 @@ class Dataset:
         if not self.categories:
             object.__setattr__(self, "categories", (None,) * self.X.shape[1])
 
+    @property
+    def classes(self) -> Array:
+        """The distinct labels, sorted, those of the test set among them: every split has the same."""
+        return np.unique(self.y if self.test is None else np.concatenate([self.y, self.test[1]]))
+
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
 
@@ -75,11 +80,10 @@ def load_data(source: str | Path, *, target: str | None = None, task: str | None
         raise unknown_name("task", task, TASKS)
     if not isinstance(source, (str, Path)):
         raise ArgumentTypeError(f"data: expected a name or a path, got {type(source).__name__}")
-    named = isinstance(source, str) and source in NAMES
-    path = Path(source) if named else _existing(source)
-    if target is not None and (named or path.is_dir() or path.suffix.lower() == ".npz"):
+    path = _existing(source)
+    if target is not None and (source in NAMES or path.is_dir() or path.suffix.lower() == ".npz"):
         raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
-    return _with_task(_named(str(source)) if named else _from_path(path, target), task)
+    return _with_task(_read(source, target), task)
 
 
 def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
@@ -88,19 +92,18 @@ def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
     among any others. Raises DataError that lists missing and present columns.
     """
-    if isinstance(path, str) and path in NAMES:
-        return _matching(Path(path), _named(path).X, preprocessor)
-    path = _existing(path)
+    source, path = path, _existing(path)
     if path.suffix.lower() in TABLES:
         names = preprocessor.feature_names
         table = read_table(path, features=names)
         return _coded(path, table, names, preprocessor.categories)[0]
     if path.suffix.lower() == ".npz":
-        arrays = _by_lower_name(read_npz(path))
-        if "x" not in arrays:
-            raise DataError(f"{path}: expected an array X; the arrays are {_names(arrays)}")
-        return _matching(path, _flat(path, "X", arrays["x"]), preprocessor)
-    return _matching(path, _from_path(path, None).X, preprocessor)
+        arrays = read_npz(path)
+        name = _by_lower_name(arrays).get("x")
+        if name is None:
+            raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
+        return _matching(path, _flat(path, name, arrays[name]), preprocessor)
+    return _matching(path, _read(source, None).X, preprocessor)
 
 
 def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Features, Array]:
@@ -108,14 +111,13 @@ def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Featu
 
     If the data bring a test set, the test set is returned.
     """
-    named = isinstance(source, str) and source in NAMES
-    path = Path(source) if named else _existing(source)
+    path = _existing(source)
     if path.suffix.lower() in TABLES:
         names, target = preprocessor.feature_names, preprocessor.target_name
         words = preprocessor.classes is not None and isinstance(preprocessor.classes[0], str)
         table = read_table(path, features=names, target=target, words=words)
         return _coded(path, table, names, preprocessor.categories)[0], table[target]
-    dataset = _named(str(source)) if named else _from_path(path, None)
+    dataset = _read(source, None)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, preprocessor), y
 
@@ -152,6 +154,10 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     return replace(dataset, task=chosen)
 
 
+def _read(source: str | Path, target: str | None) -> Dataset:
+    return _named(str(source)) if source in NAMES else _from_path(Path(source), target)
+
+
 def _named(name: str) -> Dataset:
     if name == "mnist5k":
         try:
@@ -177,9 +183,10 @@ def _named(name: str) -> Dataset:
 
 
 def _existing(source: str | Path) -> Path:
+    """Return the path of a file or folder that exists; a name of ``NAMES`` needs none."""
     path = Path(source)
     try:
-        found = path.exists()
+        found = source in NAMES or path.exists()
     except OSError as error:
         raise DataError(f"data: {str(source)!r} cannot be read ({error})") from error
     if found:
@@ -207,7 +214,7 @@ def _from_path(path: Path, target: str | None) -> Dataset:
             "the data, for example with numpy.savez(path, X=X, y=y)"
         )
     if target is None:
-        raise DataError(f"{path}: say which column is the target; the columns are {_names(read_names(path))}")
+        raise DataError(f"{path}: say which column is the target; the columns are {listed(read_names(path))}")
     table = read_table(path, target=target)
     y = table.pop(target)
     if not table:
@@ -218,21 +225,25 @@ def _from_path(path: Path, target: str | None) -> Dataset:
 
 
 def _from_npz(path: Path) -> Dataset:
-    given = read_npz(path)
-    arrays = _by_lower_name(given)
-    x_name, y_name = ("x", "y") if "x" in arrays or "y" in arrays else ("x_train", "y_train")
-    if x_name not in arrays or y_name not in arrays:
+    arrays = read_npz(path)
+    names = _by_lower_name(arrays)
+    x_name, y_name = ("x", "y") if "x" in names or "y" in names else ("x_train", "y_train")
+    if x_name not in names or y_name not in names:
         raise DataError(
-            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {_names(given)}; save "
+            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {listed(arrays)}; save "
             "them with numpy.savez(path, X=X, y=y)"
         )
-    X, y = _flat(path, "X", arrays[x_name]), _labels(path, "y", arrays[y_name])
-    _same_rows(path, X, y)
-    test = None
-    if "x_test" in arrays and "y_test" in arrays:
-        test = _flat(path, "x_test", arrays["x_test"]), _labels(path, "y_test", arrays["y_test"])
-        _same_rows(path, *test)
+    X, y = _pair(path, arrays, names[x_name], names[y_name])
+    has_test = {"x_test", "y_test"} <= names.keys()
+    test = _pair(path, arrays, names["x_test"], names["y_test"]) if has_test else None
     return Dataset(path.name, X, y, "", _numbered(X.shape[1]), test=test)
+
+
+def _pair(path: Path, arrays: dict[str, Array], x_name: str, y_name: str) -> tuple[Features, Array]:
+    X, y = _flat(path, x_name, arrays[x_name]), _labels(path, y_name, arrays[y_name])
+    if len(X) != len(y):
+        raise DataError(f"{path}: {x_name} has {len(X)} rows, {y_name} has {len(y)}; each row needs its label")
+    return X, y
 
 
 def _from_idx_folder(path: Path) -> Dataset:
@@ -241,17 +252,15 @@ def _from_idx_folder(path: Path) -> Dataset:
         raise DataError(
             f"{path}: expected a folder with MNIST's files train-images-idx3-ubyte and "
             "train-labels-idx1-ubyte (plain or .gz), found "
-            f"{_names(sorted(entry.name for entry in path.iterdir())[:10]) or 'nothing'}"
+            f"{listed(sorted(entry.name for entry in path.iterdir())[:10]) or 'nothing'}"
         )
     images, labels = train
     shape = images.shape[1:]
     names = _pixels(*shape) if len(shape) == 2 else _numbered(math.prod(shape))
+    X, y = _flat(path, "images", images), labels.astype(np.int64)
     official = read_idx_pair(path, "t10k")
-    test = None
-    if official is not None:
-        test = _flat(path, "test images", official[0]), official[1].astype(np.int64)
-    X = _flat(path, "images", images)
-    return Dataset(path.name, X, labels.astype(np.int64), "classification", names, "label", test=test)
+    test = None if official is None else (_flat(path, "test images", official[0]), official[1].astype(np.int64))
+    return Dataset(path.name, X, y, "classification", names, "label", test=test)
 
 
 def _coded(
@@ -274,7 +283,7 @@ def _coded(
             if strange:
                 raise DataError(
                     f"{path}, column {name!r}: {strange[0]!r} did not occur in the training data; known are "
-                    f"{_names(words)}; correct the value or train again"
+                    f"{listed(words)}; correct the value or train again"
                 )
             X[:, index] = [codes[word] for word in column]
         categories.append(words)
@@ -318,11 +327,6 @@ def _labels(path: Path, name: str, array: Array) -> Array:
     return array.astype(np.float64)
 
 
-def _same_rows(path: Path, X: Array, y: Array) -> None:
-    if len(X) != len(y):
-        raise DataError(f"{path}: X has {len(X)} rows, y has {len(y)}; each row needs its label")
-
-
 def _matching(path: Path, X: Features, preprocessor: Preprocessor) -> Features:
     width = len(preprocessor.feature_names)
     if X.shape[1] != width:
@@ -332,8 +336,8 @@ def _matching(path: Path, X: Features, preprocessor: Preprocessor) -> Features:
     return X
 
 
-def _by_lower_name(arrays: dict[str, Array]) -> dict[str, Array]:
-    return {name.lower(): array for name, array in arrays.items()}
+def _by_lower_name(arrays: dict[str, Array]) -> dict[str, str]:
+    return {name.lower(): name for name in arrays}
 
 
 def _pixels(height: int, width: int) -> tuple[str, ...]:
@@ -342,7 +346,3 @@ def _pixels(height: int, width: int) -> tuple[str, ...]:
 
 def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"x{index}" for index in range(count))
-
-
-def _names(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)

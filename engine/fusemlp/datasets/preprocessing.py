@@ -91,7 +91,7 @@ class Preprocessor:
 
         ``scale``: "standard" (mean 0, variance 1), "minmax" (0 to 1) or "none"; the targets of a regression
         are scaled in the same way unless ``scale_targets`` is False (a Poisson loss needs its counts). Constant
-        columns are only shifted. The classes are those of the whole data set, so every split has the same outputs.
+        columns are only shifted. The classes are those of the whole data set.
         """
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
@@ -105,8 +105,7 @@ class Preprocessor:
         classes = None
         target_shift, target_factor = np.empty(0), np.empty(0)
         if dataset.task == "classification":
-            labels = dataset.y if dataset.test is None else np.concatenate([dataset.y, dataset.test[1]])
-            classes = tuple(np.unique(labels).tolist())
+            classes = tuple(dataset.classes.tolist())
         else:
             targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[chosen]
             names = (dataset.target_name,) * targets.shape[1]
@@ -165,35 +164,41 @@ class Preprocessor:
         return np.hstack(parts)
 
     def encode_targets(self, y: Any) -> Array:
-        """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled).
-
-        A label is looked up by its value, then by its text, because one file may store labels as numbers and another as
-        words. Raises DataError for an unknown label.
-        """
+        """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled)."""
         if self.classes is None:
             values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64)
             scaled: Array = (values - np.array(self.target_shift)) / np.array(self.target_scale)
             return scaled
+        codes = self.class_codes(y)
+        return np.eye(len(self.classes))[codes] if self.one_hot_targets else codes
+
+    def class_codes(self, y: Any) -> Array:
+        """Return class indices (n,) int64.
+
+        A label is looked up by its value, then by its text, because one file may store labels as numbers and another as
+        words. Raises DataError for an unknown label.
+        """
+        classes = self.classes or ()
         labels = to_array("y", y)
         if labels.ndim != 1:
             raise ShapeError(f"y: expected shape (n,), one label a row, got shape {labels.shape}")
         if labels.dtype.kind == "O":
             labels = labels.astype(str)
         different, codes = np.unique(labels, return_inverse=True)
-        index = {label: code for code, label in enumerate(self.classes)}
-        by_text = {str(label): code for code, label in enumerate(self.classes)}
+        index = {label: code for code, label in enumerate(classes)}
+        by_text = {str(label): code for code, label in enumerate(classes)}
         table = np.empty(len(different), np.int64)
         for position, label in enumerate(different.tolist()):
             code = index.get(label, by_text.get(str(label)))
             if code is None:
                 row = int(np.argmax(codes == position))
                 raise DataError(
-                    f"y: the label {label!r} in row {row} is not one of the {len(self.classes)} classes of "
-                    f"the training data: {', '.join(map(repr, self.classes[:20]))}; correct it or train again"
+                    f"y: the label {label!r} in row {row} is not one of the {len(classes)} classes of "
+                    f"the training data: {', '.join(map(repr, classes[:20]))}; correct it or train again"
                 )
             table[position] = code
         encoded: Array = table[codes]
-        return np.eye(len(self.classes))[encoded] if self.one_hot_targets else encoded
+        return encoded
 
     def decode_predictions(self, predictions: Any) -> Array:
         """Transform class indices (n,) into labels, and values (n,) or (n, targets) into their original units."""

@@ -35,23 +35,25 @@ def read_table(
     ``features`` chooses the feature columns (None: all but the target); the others are ignored. The column
     ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str.
     """
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, features, target, words)
-    return _read_csv(path, features, target, words)
+    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
+    columns = read(path, features, target, words)
+    if not columns or not len(next(iter(columns.values()))):
+        raise DataError(f"{path}: there are no rows below the header")
+    return columns
 
 
 def choose_columns(path: Path, names: Sequence[str], features: Sequence[str] | None, target: str | None) -> list[str]:
     """Return the columns to read; DataError, with a list of the columns, if one is missing or named twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: several columns are called {_listed(twice)}; give each its own name")
+        raise DataError(f"{path}: several columns are called {listed(twice)}; give each its own name")
     present = set(names)
     wanted = present if features is None else set(features)
     missing = [name for name in features or () if name not in present]
     if target is not None and target not in present:
-        raise DataError(f"{path}: there is no target column {target!r}; the columns are {_listed(names)}")
+        raise DataError(f"{path}: there is no target column {target!r}; the columns are {listed(names)}")
     if missing:
-        raise DataError(f"{path}: no feature columns {_listed(missing)}; the columns are {_listed(names)}")
+        raise DataError(f"{path}: no feature columns {listed(missing)}; the columns are {listed(names)}")
     return [name for name in names if name in wanted or name == target]
 
 
@@ -100,9 +102,7 @@ def _read_csv(path: Path, features: Sequence[str] | None, target: str | None, wo
                 _append(columns, rows, lines)
                 rows, lines = [], []
         _append(columns, rows, lines)
-    result = {column.name: column.finish(words) for column in columns.values()}
-    _check_rows(path, result)
-    return result
+    return {column.name: column.finish(words) for column in columns.values()}
 
 
 class _Column:
@@ -199,11 +199,8 @@ def _frame(path: Path) -> Any:
 
 def _read_parquet(path: Path, features: Sequence[str] | None, target: str | None, words: bool) -> dict[str, Array]:
     frame = _frame(path)
-    result = {}
-    for name in choose_columns(path, list(frame.columns), features, target):
-        result[name] = _frame_column(path, frame[name], is_target=name == target, words=words)
-    _check_rows(path, result)
-    return result
+    chosen = choose_columns(path, list(frame.columns), features, target)
+    return {name: _frame_column(path, frame[name], is_target=name == target, words=words) for name in chosen}
 
 
 def _frame_column(path: Path, series: Any, *, is_target: bool, words: bool) -> Array:
@@ -249,13 +246,8 @@ def _check_header(path: Path, names: list[str]) -> None:
     numbered = [str(index) for index in range(len(names))]
     if names != numbered and all(_number(name) is not None for name in names):
         raise DataError(
-            f"{path}: the first line must hold the names of the columns, found the numbers {_listed(names[:5])}"
+            f"{path}: the first line must hold the names of the columns, found the numbers {listed(names[:5])}"
         )
-
-
-def _check_rows(path: Path, columns: dict[str, Array]) -> None:
-    if not columns or not len(next(iter(columns.values()))):
-        raise DataError(f"{path}: there are no rows below the header")
 
 
 def _number(text: str) -> float | None:
@@ -265,6 +257,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[object]) -> str:
+    """Return names as text, at most thirty of them."""
     shown = [repr(name) for name in names]
     return ", ".join(shown) if len(shown) <= 30 else ", ".join(shown[:30]) + f" and {len(shown) - 30} more"

@@ -14,16 +14,27 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_nam
 
 
 def check_flag(argument: str, value: object) -> bool:
-    """``value`` as a bool; anything but True and False is refused."""
+    """Return ``value`` as a bool; refuse anything but True and False."""
     if not isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(f"{argument}: expected True or False, got {value!r}")
     return bool(value)
 
 
-def check_choice(argument: str, value: object, choices: Collection[str]) -> str:
-    """``value`` if it is one of the names in ``choices``; the error says which lies nearest."""
+def check_choice(
+    argument: str,
+    value: object,
+    choices: Collection[str],
+    expected: str = "",
+    elsewhere: Mapping[str, str] | None = None,
+) -> str:
+    """Return ``value`` if it is one of the names in ``choices``; the error says which is nearest.
+
+    ``expected`` is for the error of a value that is not a string. ``elsewhere`` maps other libraries' names to ours.
+    """
     if not isinstance(value, str):
-        raise ArgumentTypeError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ArgumentTypeError(f"{argument}: expected {expected or 'one of ' + ', '.join(choices)}, got {value!r}")
+    if elsewhere and value in elsewhere:
+        raise ArgumentError(f"{argument}: unknown name {value!r}; it is called {elsewhere[value]!r} here")
     if value not in choices:
         raise unknown_name(argument, value, choices)
     return value
@@ -47,7 +58,7 @@ def freeze(description: object, **values: object) -> None:
 
 
 def as_count(argument: str, value: Any, *, minimum: int = 1) -> int:
-    """A whole number of at least ``minimum``. bool and floats are refused, NumPy's integers accepted."""
+    """Return a whole number of at least ``minimum``; accept NumPy's integers, refuse bool and floats."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError("a truth value is no count")
@@ -71,26 +82,18 @@ def as_number(
     low_open: bool = False,
     high_open: bool = False,
 ) -> float:
-    """A finite real number between ``low`` and ``high``; an open end does not include its bound."""
-    wanted = "a finite number" + _interval(low, high, low_open, high_open)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise ArgumentTypeError(f"{argument}: expected {wanted}, got {value!r} ({type(value).__name__})")
+    """Return a finite real number between ``low`` and ``high``; an open end does not include its bound."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
     try:
-        number = float(value)
+        number = float(value) if real else math.nan
     except OverflowError:
         number = math.inf
-    below = low is not None and (number < low or (low_open and number == low))
-    above = high is not None and (number > high or (high_open and number == high))
-    if below or above or not math.isfinite(number):
-        raise ArgumentError(f"{argument}: expected {wanted}, got {value!r}")
-    # of two zeros one: descriptions that are equal compute the same, bit for bit
-    return number + 0.0
-
-
-def _interval(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
-    parts = []
-    if low is not None:
-        parts.append(f"above {low:g}" if low_open else f"of at least {low:g}")
-    if high is not None:
-        parts.append(f"below {high:g}" if high_open else f"at most {high:g}")
-    return " " + " and ".join(parts) if parts else ""
+    above = low is None or number > low or (number == low and not low_open)
+    below = high is None or number < high or (number == high and not high_open)
+    if above and below and math.isfinite(number):
+        # of two zeros one: descriptions that are equal compute the same, bit for bit
+        return number + 0.0
+    least = "" if low is None else f" above {low:g}" if low_open else f" of at least {low:g}"
+    most = "" if high is None else f" below {high:g}" if high_open else f" at most {high:g}"
+    wanted = f"{argument}: expected a finite number{least}{' and' * bool(least and most)}{most}, got {value!r}"
+    raise ArgumentError(wanted) if real else ArgumentTypeError(f"{wanted} ({type(value).__name__})")

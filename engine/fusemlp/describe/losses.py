@@ -4,17 +4,20 @@
 "sum" is the sum. ``M`` rows, ``N`` outputs.
 """
 
-from __future__ import annotations
-
 import numbers
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
-from fusemlp.describe.checks import as_number, check_choice, check_keys, freeze
+from fusemlp.describe.checks import as_number, check_choice
+from fusemlp.describe.description import Description, OpenFraction, Positive, from_config
 from fusemlp.describe.network import MLP
 from fusemlp_kernels.contract import LossSpec
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
+
+ClassWeights = Collection[float] | Mapping[int, float]
+"""A weight for each class; descriptions hold a tuple."""
 
 REDUCTIONS = ("mean", "sum")
 _NAMES_ELSEWHERE = {
@@ -34,15 +37,12 @@ _NAMES_ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(Description):
     """The base class of all losses."""
 
-    kind: ClassVar[str]
     takes_logits: ClassVar[str] = ""
-    reduction: str = field(default="mean", kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_choice("reduction", self.reduction, REDUCTIONS)
+    _: KW_ONLY
+    reduction: Annotated[str, partial(check_choice, choices=REDUCTIONS)] = "mean"
 
     @property
     def is_classification(self) -> bool:
@@ -50,7 +50,7 @@ class Loss:
         return self.kind in ("cross_entropy", "binary_cross_entropy")
 
     @property
-    def class_weight(self) -> tuple[float, ...] | None:
+    def class_weight(self) -> ClassWeights | None:
         """A weight for each class; only cross_entropy has them."""
         return None
 
@@ -58,11 +58,7 @@ class Loss:
         """Return the loss for the kernels: ``accuracy`` counts hits, ``soft`` is for rows of probabilities."""
         if soft and self.kind != "cross_entropy":
             raise ArgumentError(f"soft: only cross_entropy takes probabilities as targets, not {self.kind}")
-        return LossSpec(self.kind, reduction=self.reduction, soft=soft, accuracy=accuracy, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        """Return the fields of ``LossSpec`` that only this loss sets."""
-        return {}
+        return LossSpec(self.kind, soft=soft, accuracy=accuracy, **self.shared(LossSpec))
 
     def check_network(self, net: MLP) -> None:
         """Refuse a network whose outputs this loss cannot take; raises ArgumentError or ShapeError."""
@@ -72,13 +68,30 @@ class Loss:
                 f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {given!r}"
             )
 
-    def to_config(self) -> dict[str, Any]:
-        """Return a JSON-able description; ``loss_from_config`` inverts it."""
-        config = {"kind": self.kind, **asdict(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+
+def _check_label(argument: str, value: object) -> int:
+    """Return the index as an int. Any whole number is valid: torch's default -100, or one of the classes."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ArgumentTypeError(f"{argument}: expected a whole number or None, got {value!r}")
+    return int(value)
 
 
-@dataclass(frozen=True, init=False)
+def _check_weights(argument: str, given: object) -> tuple[float, ...]:
+    if isinstance(given, Mapping):
+        if set(given) != set(range(len(given))):
+            raise ArgumentError(
+                f"{argument}: a mapping needs every class index from 0 on as its keys, got {list(given)!r}"
+            )
+        given = [given[index] for index in range(len(given))]
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ArgumentTypeError(f"{argument}: expected one number for each class, got {given!r}")
+    weights = tuple(as_number(f"{argument}[{i}]", one, low=0.0) for i, one in enumerate(given))
+    if not any(weights):
+        raise ArgumentError(f"{argument}: expected at least one weight above 0, got {list(weights)!r}")
+    return weights
+
+
+@dataclass(frozen=True)
 class CrossEntropy(Loss):
     """Softmax cross-entropy of logits (M, N >= 2) with class indices (M,) or rows of probabilities (M, N).
 
@@ -89,25 +102,10 @@ class CrossEntropy(Loss):
 
     kind = "cross_entropy"
     takes_logits = "logits and applies the softmax itself (predict_proba does too)"
-    label_smoothing: float = 0.0
-    class_weight: tuple[float, ...] | None = None
-    ignore_index: int | None = None
-
-    def __init__(
-        self,
-        *,
-        label_smoothing: float = 0.0,
-        class_weight: Iterable[float] | Mapping[int, float] | None = None,
-        ignore_index: int | None = None,
-        reduction: str = "mean",
-    ) -> None:
-        freeze(
-            self,
-            label_smoothing=as_number("label_smoothing", label_smoothing, low=0.0, high=1.0),
-            class_weight=None if class_weight is None else _class_weights(class_weight),
-            ignore_index=None if ignore_index is None else _label(ignore_index),
-            reduction=check_choice("reduction", reduction, REDUCTIONS),
-        )
+    _: KW_ONLY
+    label_smoothing: Annotated[float, partial(as_number, low=0.0, high=1.0)] = 0.0
+    class_weight: Annotated[ClassWeights, _check_weights] | None = None
+    ignore_index: Annotated[int, _check_label] | None = None
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         if soft and self.ignore_index is not None:
@@ -116,9 +114,6 @@ class CrossEntropy(Loss):
                 "probabilities; leave it None, or give class indices as targets"
             )
         return super().spec(accuracy=accuracy, soft=soft)
-
-    def _options(self) -> dict[str, Any]:
-        return {"label_smoothing": self.label_smoothing, "ignore_index": self.ignore_index}
 
     def check_network(self, net: MLP) -> None:
         super().check_network(net)
@@ -161,14 +156,7 @@ class Huber(Loss):
     """``e**2 / 2`` where the error ``|e| <= delta``, ``delta * (|e| - delta / 2)`` beyond (Huber, 1964)."""
 
     kind = "huber"
-    delta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        freeze(self, delta=as_number("delta", self.delta, low=0.0, low_open=True))
-
-    def _options(self) -> dict[str, Any]:
-        return {"delta": self.delta}
+    delta: Positive = 1.0
 
 
 @dataclass(frozen=True)
@@ -187,14 +175,10 @@ class Quantile(Loss):
     """
 
     kind = "quantile"
-    q: float = 0.5
+    q: OpenFraction = 0.5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        freeze(self, q=as_number("q", self.q, low=0.0, high=1.0, low_open=True, high_open=True))
-
-    def _options(self) -> dict[str, Any]:
-        return {"quantile": self.q}
+    def shared(self, other: Any) -> dict[str, Any]:
+        return {**super().shared(other), "quantile": self.q}
 
 
 LOSSES: dict[str, type[Loss]] = {
@@ -202,43 +186,14 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def _label(value: object) -> int:
-    """Return the index as an int. Any whole number is valid: torch's default -100, or one of the classes."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ArgumentTypeError(f"ignore_index: expected a whole number or None, got {value!r}")
-    return int(value)
-
-
-def _class_weights(given: object) -> tuple[float, ...]:
-    if isinstance(given, Mapping):
-        if set(given) != set(range(len(given))):
-            raise ArgumentError(
-                f"class_weight: a mapping needs every class index from 0 on as its keys, got {list(given)!r}"
-            )
-        given = [given[index] for index in range(len(given))]
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ArgumentTypeError(f"class_weight: expected one number for each class, got {given!r}")
-    weights = tuple(as_number(f"class_weight[{i}]", one, low=0.0) for i, one in enumerate(given))
-    if not any(weights):
-        raise ArgumentError(f"class_weight: expected at least one weight above 0, got {list(weights)!r}")
-    return weights
-
-
 def as_loss(value: str | Loss) -> Loss:
     """Return the loss for a name or an object; a name stands for the default options."""
     if isinstance(value, Loss):
         return value
-    if not isinstance(value, str):
-        raise ArgumentTypeError(f"loss: expected a name such as 'mse' or an object such as MSE(), got {value!r}")
-    if value in _NAMES_ELSEWHERE:
-        raise ArgumentError(f"loss: unknown name {value!r}; it is called {_NAMES_ELSEWHERE[value]!r} here")
-    if value not in LOSSES:
-        raise unknown_name("loss", value, LOSSES)
-    return LOSSES[value]()
+    expected = "a name such as 'mse' or an object such as MSE()"
+    return LOSSES[check_choice("loss", value, LOSSES, expected=expected, elsewhere=_NAMES_ELSEWHERE)]()
 
 
 def loss_from_config(config: Mapping[str, Any]) -> Loss:
     """Invert ``to_config``."""
-    cls = LOSSES[check_choice("loss", config.get("kind"), LOSSES)]
-    check_keys("loss", config, ("kind", *(option.name for option in fields(cls))))
-    return cls(**{name: value for name, value in config.items() if name != "kind"})
+    return from_config("loss", LOSSES, config)

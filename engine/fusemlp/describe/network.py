@@ -10,28 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
+from fusemlp.describe.description import Description
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Checked = TypeVar("Checked")
 
-INITS = (
-    "auto",
-    "he_normal",
-    "he_uniform",
-    "glorot_normal",
-    "glorot_uniform",
-    "lecun_normal",
-    "lecun_uniform",
-    "torch",
-    "zeros",
-)
+_FAMILIES = ("he", "glorot", "lecun")
+INITS = ("auto", *(f"{family}_{shape}" for family in _FAMILIES for shape in ("normal", "uniform")), "torch", "zeros")
 # Activations that keep about half of a symmetric input; He et al. derived their variance for these.
 _RECTIFIERS = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.rectifier)
 _DEFAULT_SLOPES = {"leaky_relu": 0.01, "prelu": 0.25}
@@ -39,7 +33,7 @@ _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmo
 
 
 @dataclass(frozen=True, repr=False)
-class Activation:
+class Activation(Description):
     """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, or prelu's initial one.
 
     leaky_relu needs ``slope >= 0``, because its derivative follows from the sign of its output.
@@ -59,15 +53,9 @@ class Activation:
         freeze(self, slope=slope)
 
     def __repr__(self) -> str:
-        if self.name == "leaky_relu":
-            return f"LeakyReLU({self.slope!r})"
-        if self.name == "prelu":
-            return f"PReLU({self.slope!r})"
+        if self.name in _DEFAULT_SLOPES:
+            return f"{pointwise.ACTIVATIONS[self.name].torch}({self.slope!r})"
         return f"Activation({self.name!r})"
-
-    def to_config(self) -> dict[str, Any]:
-        """Return a JSON-able description; ``activation_from_config`` inverts it."""
-        return {"name": self.name, "slope": self.slope}
 
 
 def LeakyReLU(negative_slope: float = 0.01) -> Activation:
@@ -93,36 +81,32 @@ def as_activation(argument: str, value: str | Activation) -> Activation:
     """
     if isinstance(value, Activation):
         return value
-    if not isinstance(value, str):
-        raise ArgumentTypeError(
-            f"{argument}: expected a name such as 'relu', or LeakyReLU(0.01) or PReLU(0.25), got {value!r}"
-        )
     if value == "softmax":
         raise ArgumentError(
             f"{argument}: 'softmax' is part of the loss: cross_entropy takes logits, so use 'identity' here; "
             "predict_proba applies the softmax"
         )
-    if value in _NAMES_ELSEWHERE:
-        raise ArgumentError(f"{argument}: unknown name {value!r}; it is called {_NAMES_ELSEWHERE[value]!r} here")
-    if value not in ACTIVATIONS:
-        raise unknown_name(argument, value, ACTIVATIONS)
-    return Activation(value, _DEFAULT_SLOPES.get(value, 0.0))
+    expected = "a name such as 'relu', or LeakyReLU(0.01) or PReLU(0.25)"
+    name = check_choice(argument, value, ACTIVATIONS, expected=expected, elsewhere=_NAMES_ELSEWHERE)
+    return Activation(name, _DEFAULT_SLOPES.get(name, 0.0))
 
 
-def _one_per_hidden_layer(argument: str, value: Any, hidden: int, check: Callable[[Any], Checked]) -> list[Checked]:
+def _one_per_hidden_layer(
+    argument: str, value: Any, hidden: int, check: Callable[[str, Any], Checked]
+) -> list[Checked]:
     """Return one checked value for each hidden layer: repeat a single one, or check the number of several."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        return [check(value)] * hidden
+        return [check(argument, value)] * hidden
     values = list(value)
     if len(values) != hidden:
         raise ArgumentError(
             f"{argument}: expected one value, or {hidden} (one per hidden layer), got {len(values)}: {values!r}"
         )
-    return [check(one) for one in values]
+    return [check(argument, one) for one in values]
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class MLP:
+class MLP(Description):
     """A fully connected network of L layers; ``sizes`` are its L + 1 widths, from the input to the output.
 
     ``activation`` and ``dropout`` are one for all hidden layers or one per hidden layer. ``dropout`` is the
@@ -164,13 +148,9 @@ class MLP:
             raise ArgumentError(
                 f"sizes: expected at least 2 widths (inputs and outputs, such as [784, 10]), got {given!r}"
             )
-        hidden = len(widths) - 2
-        activations = _one_per_hidden_layer(
-            "activation", activation, hidden, lambda one: as_activation("activation", one)
-        )
-        dropouts = _one_per_hidden_layer(
-            "dropout", dropout, hidden, lambda one: as_number("dropout", one, low=0.0, high=1.0, high_open=True)
-        )
+        check_dropout = partial(as_number, low=0.0, high=1.0, high_open=True)
+        activations = _one_per_hidden_layer("activation", activation, len(widths) - 2, as_activation)
+        dropouts = _one_per_hidden_layer("dropout", dropout, len(widths) - 2, check_dropout)
         freeze(
             self,
             sizes=widths,
@@ -199,32 +179,19 @@ class MLP:
                 shapes[f"{2 * layer + 1}.weight"] = (1,)
         return shapes
 
-    def initial_parameters(self, seed: int) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    def initial_parameters(self, seed: int) -> dict[str, Array]:
         """Return initial parameters in float64, named and ordered as in ``state_dict``, drawn with ``seed >= 0``.
 
         Each layer draws from its own random stream, so its numbers do not depend on another layer's width.
         """
         streams = np.random.SeedSequence(as_count("seed", seed, minimum=0)).spawn(self.layers)
-        parameters: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
-        for layer, stream in enumerate(streams):
-            fan_in, fan_out = self.sizes[layer], self.sizes[layer + 1]
-            activation = self.activations[layer]
+        arrays: list[Array] = []
+        for layer, (stream, activation) in enumerate(zip(streams, self.activations, strict=True)):
             generator = np.random.Generator(np.random.PCG64(stream))
-            weight, bias = _draw(generator, self.init, activation, fan_in, fan_out)
-            parameters[f"{2 * layer}.weight"] = weight
-            parameters[f"{2 * layer}.bias"] = bias
+            arrays += _draw(generator, self.init, activation, *self.sizes[layer : layer + 2])
             if activation.name == "prelu":
-                parameters[f"{2 * layer + 1}.weight"] = np.full(1, activation.slope)
-        return parameters
-
-    def to_config(self) -> dict[str, Any]:
-        """Return a JSON-able description; ``MLP.from_config`` inverts it."""
-        return {
-            "sizes": list(self.sizes),
-            "activations": [activation.to_config() for activation in self.activations],
-            "dropouts": list(self.dropouts),
-            "init": self.init,
-        }
+                arrays.append(np.full(1, activation.slope))
+        return dict(zip(self.parameter_shapes(), arrays, strict=True))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:
@@ -257,7 +224,7 @@ def _compact(values: Iterable[object]) -> str:
 
 def _draw(
     generator: np.random.Generator, init: str, activation: Activation, fan_in: int, fan_out: int
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
+) -> tuple[Array, Array]:
     """Draw a layer's weight (fan_out, fan_in) and bias (fan_out,); ``MLP`` explains ``init``."""
     shape = (fan_out, fan_in)
     if init == "zeros":

@@ -18,19 +18,18 @@ The host computes a table of rates ahead of the updates that read them, so any P
 To load a checkpoint with it, enter the class first: ``SCHEDULES["inverse_root"] = InverseRoot``.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 
-from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
+from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.description import Count, Description, NonNegative, OpenFraction, Positive, from_config
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Array = np.ndarray[Any, Any]
@@ -43,25 +42,25 @@ PLATEAU_START: PlateauState = (math.inf, 0, 1.0)
 _ONE_CYCLE_END = 1.0 / 25.0 / 1e4
 
 
+def _check_warmup(argument: str, value: Any) -> int | float:
+    if isinstance(value, numbers.Integral):
+        return as_count(argument, value, minimum=0)
+    try:
+        return as_number(argument, value, low=0.0, high=1.0, high_open=True)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"{error}; give an int for a number of updates, a float for a share of the training"
+        ) from None
+
+
 @dataclass(frozen=True)
-class Schedule(ABC):
+class Schedule(Description, ABC):
     """The base of all schedules; a subclass is a frozen dataclass with ``kind`` and ``after_warmup``."""
 
-    kind: ClassVar[str]
     # whether the rate stays the same after the warm-up
     constant: ClassVar[bool] = False
-    warmup: int | float = field(default=0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.warmup, numbers.Integral):
-            freeze(self, warmup=as_count("warmup", self.warmup, minimum=0))
-            return
-        try:
-            freeze(self, warmup=as_number("warmup", self.warmup, low=0.0, high=1.0, high_open=True))
-        except ArgumentError as error:
-            raise ArgumentError(
-                f"{error}; give an int for a number of updates, a float for a share of the training"
-            ) from None
+    _: KW_ONLY
+    warmup: Annotated[int | float, _check_warmup] = 0
 
     @abstractmethod
     def after_warmup(self, t: Array) -> Any:
@@ -71,20 +70,19 @@ class Schedule(ABC):
         """
 
     def over(self, total_updates: int | None) -> Self:
-        """The schedule with its lengths as numbers of updates, for a training of ``total_updates`` (None: not known).
+        """Return the schedule with lengths in updates, for a training of ``total_updates`` (None: not known).
 
-        Raises ArgumentError where a length depends on that number and it is not known.
+        Raises ArgumentError if a length depends on that number and it is not known.
         """
-        return replace(self, **self._lengths(total_updates))
-
-    def _lengths(self, total_updates: int | None) -> dict[str, int]:
-        return {"warmup": self.warmup_updates(total_updates)}
+        lengths: dict[str, Any] = {"warmup": self.warmup_updates(total_updates)}
+        if getattr(self, "steps", 0) is None:
+            lengths["steps"] = max(1, _known("steps", None, total_updates) - lengths["warmup"])
+        return replace(self, **lengths)
 
     def rates(self, first: int, count: int) -> Array:
-        """The learning rates of ``count`` updates, of which the first follows ``first`` others: (count,) float64.
+        """Return the learning rates of ``count`` updates, the first after ``first`` others: (count,) float64.
 
-        For schedules whose lengths are numbers of updates (``over``). Raises ArgumentError where a rate is negative
-        or NaN.
+        Lengths must be numbers of updates (``over``). Raises ArgumentError if a rate is negative or NaN.
         """
         assert isinstance(self.warmup, int) or self.warmup == 0.0
         warmup = int(self.warmup)
@@ -104,20 +102,14 @@ class Schedule(ABC):
         return rates
 
     def at(self, t: int) -> float:
-        """The learning rate of the update that follows ``t`` others."""
+        """Return the learning rate of the update after ``t`` others."""
         return float(self.rates(t, 1)[0])
 
     def warmup_updates(self, total_updates: int | None) -> int:
-        """The length of the warm-up in updates."""
-        if isinstance(self.warmup, int):
-            return self.warmup
-        if self.warmup == 0.0:
-            return 0
+        """Return the length of the warm-up in updates."""
+        if isinstance(self.warmup, int) or self.warmup == 0.0:
+            return int(self.warmup)
         return round(self.warmup * _known("warmup", self.warmup, total_updates))
-
-    def to_config(self) -> dict[str, Any]:
-        """JSON-able; ``schedule_from_config`` is its inverse."""
-        return {"kind": self.kind, **asdict(self)}
 
 
 def _known(argument: str, value: object, total_updates: int | None) -> int:
@@ -129,20 +121,13 @@ def _known(argument: str, value: object, total_updates: int | None) -> int:
     return total_updates
 
 
-def _steps(schedule: Cosine | OneCycle, total_updates: int | None) -> int:
-    """The length of the part after the warm-up, at least 1."""
-    if schedule.steps is not None:
-        return schedule.steps
-    return max(1, _known("steps", None, total_updates) - schedule.warmup_updates(total_updates))
-
-
 def _each(function: Callable[[float], float], values: Array) -> Array:
-    """A function of Python's of each value: its results do not depend on the table, as those of SIMD code may."""
+    """Apply a Python function to each value; unlike SIMD code, it gives a value the same result in every table."""
     return np.fromiter(map(function, values.tolist()), np.float64, len(values))
 
 
 def _powers(base: float, exponents: Array) -> Array:
-    """``base`` to each of the exponents, the largest float where that is too large for one."""
+    """Return ``base`` to each of the exponents, and the largest float in place of an overflow."""
 
     def power(exponent: float) -> float:
         try:
@@ -154,13 +139,9 @@ def _powers(base: float, exponents: Array) -> Array:
 
 
 def _half_cosine(start: Any, end: Any, done: Array) -> Array:
-    """Half a cosine wave from ``start`` (done = 0) to ``end`` (done = 1)."""
+    """Return half a cosine wave from ``start`` (done = 0) to ``end`` (done = 1)."""
     rates: Array = end + (start - end) * (1.0 + _each(math.cos, math.pi * done)) / 2.0
     return rates
-
-
-def _check_rate(argument: str, value: object) -> float:
-    return as_number(argument, value, low=0.0)
 
 
 @dataclass(frozen=True)
@@ -169,11 +150,7 @@ class Constant(Schedule):
 
     kind = "constant"
     constant = True
-    lr: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        freeze(self, lr=_check_rate("lr", self.lr))
+    lr: NonNegative
 
     def after_warmup(self, t: Array) -> float:
         return self.lr
@@ -184,18 +161,10 @@ class StepDecay(Schedule):
     """``lr * gamma ** (t // every)``: the rate falls by ``gamma`` after every ``every`` updates."""
 
     kind = "step"
-    lr: float
-    every: int = field(kw_only=True)
-    gamma: float = field(default=0.1, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        freeze(
-            self,
-            lr=_check_rate("lr", self.lr),
-            every=as_count("every", self.every, minimum=1),
-            gamma=as_number("gamma", self.gamma, low=0.0, low_open=True),
-        )
+    lr: NonNegative
+    _: KW_ONLY
+    every: Count
+    gamma: Positive = 0.1
 
     def after_warmup(self, t: Array) -> Array:
         return self.lr * _powers(self.gamma, t // self.every)
@@ -206,16 +175,9 @@ class Exponential(Schedule):
     """``lr * gamma ** t``: the rate is multiplied by ``gamma`` after each update."""
 
     kind = "exponential"
-    lr: float
-    gamma: float = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        freeze(
-            self,
-            lr=_check_rate("lr", self.lr),
-            gamma=as_number("gamma", self.gamma, low=0.0, low_open=True),
-        )
+    lr: NonNegative
+    _: KW_ONLY
+    gamma: Positive
 
     def after_warmup(self, t: Array) -> Array:
         return self.lr * _powers(self.gamma, t)
@@ -226,18 +188,10 @@ class Cosine(Schedule):
     """Half a cosine from ``lr`` to ``final`` over ``steps`` updates (Loshchilov and Hutter, 2017)."""
 
     kind = "cosine"
-    lr: float
-    final: float = field(default=0.0, kw_only=True)
-    steps: int | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        freeze(self, lr=_check_rate("lr", self.lr), final=_check_rate("final", self.final))
-        if self.steps is not None:
-            freeze(self, steps=as_count("steps", self.steps, minimum=1))
-
-    def _lengths(self, total_updates: int | None) -> dict[str, int]:
-        return {**super()._lengths(total_updates), "steps": _steps(self, total_updates)}
+    lr: NonNegative
+    _: KW_ONLY
+    final: NonNegative = 0.0
+    steps: Count | None = None
 
     def after_warmup(self, t: Array) -> Array:
         assert self.steps is not None
@@ -252,27 +206,11 @@ class OneCycle(Schedule):
     """
 
     kind = "one_cycle"
-    peak: float
-    steps: int | None = field(default=None, kw_only=True)
-    peak_fraction: float = field(default=0.3, kw_only=True)
-    final: float | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        freeze(
-            self,
-            peak=_check_rate("peak", self.peak),
-            peak_fraction=as_number(
-                "peak_fraction", self.peak_fraction, low=0.0, high=1.0, low_open=True, high_open=True
-            ),
-        )
-        if self.steps is not None:
-            freeze(self, steps=as_count("steps", self.steps, minimum=1))
-        if self.final is not None:
-            freeze(self, final=_check_rate("final", self.final))
-
-    def _lengths(self, total_updates: int | None) -> dict[str, int]:
-        return {**super()._lengths(total_updates), "steps": _steps(self, total_updates)}
+    peak: NonNegative
+    _: KW_ONLY
+    steps: Count | None = None
+    peak_fraction: OpenFraction = 0.3
+    final: NonNegative | None = None
 
     def after_warmup(self, t: Array) -> Array:
         """torch's OneCycleLR: the peak at ``peak_fraction * steps - 1``, ``final`` from ``steps - 1`` on."""
@@ -296,22 +234,15 @@ class ReduceOnPlateau(Schedule):
 
     kind = "reduce_on_plateau"
     constant = True
-    lr: float
-    factor: float = field(default=0.1, kw_only=True)
-    patience: int = field(default=10, kw_only=True)
-    min_lr: float = field(default=0.0, kw_only=True)
-    min_delta: float = field(default=1e-4, kw_only=True)
+    lr: NonNegative
+    _: KW_ONLY
+    factor: OpenFraction = 0.1
+    patience: Count = 10
+    min_lr: NonNegative = 0.0
+    min_delta: NonNegative = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        freeze(
-            self,
-            lr=_check_rate("lr", self.lr),
-            factor=as_number("factor", self.factor, low=0.0, high=1.0, low_open=True, high_open=True),
-            patience=as_count("patience", self.patience, minimum=1),
-            min_lr=_check_rate("min_lr", self.min_lr),
-            min_delta=as_number("min_delta", self.min_delta, low=0.0),
-        )
         if self.min_lr > self.lr:
             raise ArgumentError(f"min_lr: expected at most lr = {self.lr!r}, got {self.min_lr!r}")
 
@@ -320,7 +251,7 @@ class ReduceOnPlateau(Schedule):
 
 
 def plateau_step(schedule: ReduceOnPlateau, state: PlateauState, value: float) -> PlateauState:
-    """The state after an epoch that ended with the loss ``value``; NaN is no improvement."""
+    """Return the state after an epoch that ended with the loss ``value``; NaN is no improvement."""
     best, wait, scale = state
     if value < best - schedule.min_delta:
         return value, 0, scale
@@ -337,18 +268,16 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """The inverse of ``to_config``."""
-    cls = SCHEDULES[check_choice("schedule", config.get("kind"), SCHEDULES)]
-    check_keys("schedule", config, ("kind", *(option.name for option in fields(cls))))
-    return cls(**{name: value for name, value in config.items() if name != "kind"})
+    """Invert ``to_config``."""
+    return from_config("schedule", SCHEDULES, config)
 
 
 def as_schedule(argument: str, value: float | Schedule) -> Schedule:
-    """The schedule that a learning rate or an object stands for; ``argument`` is what an error calls it."""
+    """Return the schedule for a learning rate or an object; errors call it ``argument``."""
     if isinstance(value, Schedule):
         return value
     if isinstance(value, numbers.Real):
-        return Constant(_check_rate(argument, value))
+        return Constant(as_number(argument, value, low=0.0))
     raise ArgumentTypeError(
         f"{argument}: expected a learning rate such as 0.1 or a schedule such as Cosine(0.1), got {value!r}"
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 # Overfitting: the validation loss rises by this share above its best while the training loss falls.
 RISE = 0.05
@@ -24,10 +23,6 @@ class Finding:
     remedies: tuple[str, ...] = ()
     epoch: int | None = None
     figures: dict[str, float] = field(default_factory=dict)
-
-    def to_config(self) -> dict[str, Any]:
-        """Return a JSON-able description."""
-        return asdict(self)
 
     def __str__(self) -> str:
         helps = f"; what helps: {', '.join(self.remedies)}" if self.remedies else ""
@@ -56,16 +51,14 @@ def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = Fals
     if not rising:
         message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
         return Finding("overfitting", message, OVERFITTING_REMEDIES, None, figures)
+    epoch, remedies = best + 1, OVERFITTING_REMEDIES[1:]
     message = (
-        f"after epoch {best + 1} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
+        f"after epoch {epoch} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
         f"to {training[-1]:.4g}"
     )
     if restored:
-        return Finding(
-            "overfitting", f"{message}; the weights of epoch {best + 1} were restored", (), best + 1, figures
-        )
-    remedies = (f"early stopping (here: --epochs {best + 1})", *OVERFITTING_REMEDIES[1:])
-    return Finding("overfitting", message, remedies, best + 1, figures)
+        return Finding("overfitting", f"{message}; the weights of epoch {epoch} were restored", (), epoch, figures)
+    return Finding("overfitting", message, (f"early stopping (here: --epochs {epoch})", *remedies), epoch, figures)
 
 
 def dead_units(fractions: Mapping[str, float]) -> Finding | None:
@@ -79,8 +72,3 @@ def dead_units(fractions: Mapping[str, float]) -> Finding | None:
     listed = ", ".join(f"{share:.0%} of {layer}" for layer, share in high.items())
     message = f"relu units that are zero for every training row: {listed}"
     return Finding("dead units", message, DEAD_REMEDIES, None, dict(fractions))
-
-
-def divergence(message: str) -> Finding:
-    """Return the finding of a loss that is no longer finite; ``message`` is the error's."""
-    return Finding("divergence", message)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
-    """Return the class index of each row; after one-hot training, that of the largest output."""
+    """Return ``engine.predict``; after one-hot training, the class index of the largest output of each row."""
     outputs = engine.predict(X)
     codes: Array = outputs.argmax(axis=1) if preprocessor.one_hot_targets else outputs
     return codes
@@ -23,8 +23,6 @@ def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Ar
 
 def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """Return labels (n,), or values (n,) or (n, targets) in original units; X is ``transform_features``'s result."""
-    if preprocessor.classes is None:
-        return preprocessor.decode_predictions(engine.predict(X))
     return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
 
 
@@ -35,8 +33,8 @@ def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, 
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         return report | regression_figures(values, predictions(engine, preprocessor, X).reshape(len(X), -1))
-    codes = y.argmax(axis=1) if y.ndim == 2 else y
-    return report | classification_figures(codes, predicted_codes(engine, preprocessor, X), preprocessor.labels)
+    codes, predicted = preprocessor.class_codes(labels), predicted_codes(engine, preprocessor, X)
+    return report | classification_figures(codes, predicted, preprocessor.labels)
 
 
 def classification_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:

@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HINT = "pip install 'fusemlp[plot]'"
+HINT = "it needs matplotlib: pip install 'fusemlp[plot]'"
 Array = np.ndarray[Any, Any]
 
 # Okabe and Ito's palette for colour-blind readers.
-TRAINING, VALIDATION, GAP = "#0072B2", "#D55E00", "#E69F00"
+TRAINING, VALIDATION, GAP, GREY = "#0072B2", "#D55E00", "#E69F00", "#444444"
 COLOURS = (TRAINING, VALIDATION, "#009E73", "#CC79A7", GAP, "#56B4E9", "#000000")
 FORMATS = (".png", ".svg", ".pdf")
-ACCURACY_LABEL = "accuracy (share of right answers)"
+# A vertical line, and the lines of a comparison.
+MARK: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.0}
+STYLES: dict[str, dict[str, Any]] = {
+    "training": {"linestyle": "--", "linewidth": 1.0},
+    "validation": {"linestyle": "-", "linewidth": 1.6},
+}
 # A loss that spans more than this factor is drawn on a logarithmic axis.
 LOG_SPAN = 50.0
 # The best of many scores matter; a few bad ones would compress them.
@@ -46,7 +51,7 @@ def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
     Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
     """
     if not can_plot():
-        raise MissingLibraryError(f"plot: it needs matplotlib: {HINT}")
+        raise MissingLibraryError(f"plot: {HINT}")
     if path is None:
         return make()
     target, suffix = target_file(path), Path(path).suffix.lower()
@@ -55,18 +60,6 @@ def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
     figure = make()
     write_atomically(target, picture(figure, suffix.removeprefix(".")))
     return figure
-
-
-def curves_png(
-    history: Mapping[str, Sequence[float]],
-    *,
-    loss: str,
-    title: str,
-    best_epoch: int | None = None,
-    overfitting: Finding | None = None,
-) -> bytes:
-    """Return ``curves_figure`` as the content of a PNG file."""
-    return _png(curves_figure(history, loss=loss, title=title, best_epoch=best_epoch, overfitting=overfitting))
 
 
 def curves_figure(
@@ -82,15 +75,21 @@ def curves_figure(
     ``history`` has a list for each quantity, one entry an epoch, as ``History.history``; ``best_epoch`` counts from 1.
     The gap between training and validation is shaded from the start of ``overfitting``.
     """
-    metrics = ["loss", *(["accuracy"] if "accuracy" in history else [])]
-    figure = _figure(width=5.6 * len(metrics))
-    labels = {"loss": _loss_label(loss), "accuracy": ACCURACY_LABEL}
-    for index, metric in enumerate(metrics):
-        axes = figure.add_subplot(1, len(metrics), index + 1)
-        _curves(axes, history, metric, best_epoch, overfitting)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(labels[metric])
-    figure.suptitle(title, fontsize=11)
+    figure, panels = _over_epochs([history], loss, title)
+    for metric, axes in panels.items():
+        training, validation = history[metric], history.get(f"val_{metric}")
+        _line(axes, training, color=TRAINING, linewidth=1.6, label="training")
+        if validation is not None:
+            _line(axes, validation, color=VALIDATION, linewidth=1.6, label="validation")
+        if validation is not None and overfitting is not None:
+            start = (overfitting.epoch or 1) - 1
+            epochs = np.arange(start + 1, len(training) + 1)
+            label = f"overfitting: gap {abs(validation[-1] - training[-1]):.3g}"
+            gap = training[start:], validation[start:]
+            axes.fill_between(epochs, *gap, color=GAP, alpha=0.25, linewidth=0, label=label)
+        if best_epoch is not None:
+            axes.axvline(best_epoch, label=f"best epoch: {best_epoch}", **MARK)
+        axes.legend(edgecolor="none", framealpha=0.85)
     return figure
 
 
@@ -107,55 +106,61 @@ def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
     """Draw several trainings in one picture: a colour each, training dashed, validation solid."""
     from matplotlib.lines import Line2D
 
-    metrics = ["loss", *(["accuracy"] if any("accuracy" in run.history for run in runs) else [])]
     losses = {run.loss for run in runs}
-    labels = {"loss": _loss_label(losses.pop() if len(losses) == 1 else None), "accuracy": ACCURACY_LABEL}
-    figure = _figure(width=5.6 * len(metrics), height=4.2 + 0.22 * len(runs))
-    for index, metric in enumerate(metrics):
-        axes = figure.add_subplot(1, len(metrics), index + 1)
-        longest = 1
-        for number, run in enumerate(runs):
-            for name, style, width in ((metric, "--", 1.0), (f"val_{metric}", "-", 1.6)):
-                values = run.history.get(name, ())
-                if values:
-                    longest = max(longest, len(values))
-                    marker = "o" if len(values) < 3 else None
-                    epochs = np.arange(1, len(values) + 1)
-                    axes.plot(epochs, values, style, color=_colour(number), linewidth=width, marker=marker)
-        _finish_axes(axes, longest)
-        if metric == "loss":
-            _scale_loss(axes, [v for run in runs for name in ("loss", "val_loss") for v in run.history.get(name, ())])
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(labels[metric])
-    names = [run.name if len({one.loss for one in runs}) == 1 else f"{run.name} ({run.loss})" for run in runs]
-    lines = [Line2D([], [], color=_colour(number), linewidth=1.6, label=name) for number, name in enumerate(names)]
-    styles = [Line2D([], [], color="#444444", linewidth=1.0, linestyle="--", label="training")]
-    if any("val_loss" in run.history for run in runs):
-        styles.append(Line2D([], [], color="#444444", linewidth=1.6, linestyle="-", label="validation"))
-    figure.legend(handles=[*lines, *styles], loc="outside lower center", ncols=len(metrics), frameon=False)
-    figure.suptitle(title, fontsize=11)
+    loss = runs[0].loss if len(losses) == 1 else None
+    figure, panels = _over_epochs([run.history for run in runs], loss, title, height=4.2 + 0.22 * len(runs))
+    handles = []
+    for number, run in enumerate(runs):
+        colour = COLOURS[number % len(COLOURS)]
+        for metric, axes in panels.items():
+            _line(axes, run.history.get(metric, ()), color=colour, **STYLES["training"])
+            _line(axes, run.history.get(f"val_{metric}", ()), color=colour, **STYLES["validation"])
+        name = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
+        handles.append(Line2D([], [], color=colour, linewidth=1.6, label=name))
+    for part, style in STYLES.items():
+        if part == "training" or any("val_loss" in run.history for run in runs):
+            handles.append(Line2D([], [], color=GREY, label=part, **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(panels), frameon=False)
     return figure
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+def _over_epochs(
+    histories: Sequence[Mapping[str, Sequence[float]]], loss: str | None, title: str, height: float = 4.2
+) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with axes for the loss and, if a history has one, the accuracy."""
+    from matplotlib.ticker import MaxNLocator
+
+    metrics = ["loss", *(["accuracy"] if any("accuracy" in history for history in histories) else [])]
+    labels = {"loss": "loss" if loss is None else f"loss ({loss})", "accuracy": "accuracy (share of right answers)"}
+    figure = _figure(5.6 * len(metrics), height, title)
+    panels = {}
+    for index, metric in enumerate(metrics):
+        panels[metric] = axes = figure.add_subplot(1, len(metrics), index + 1)
+        curves = [history.get(name, ()) for history in histories for name in (metric, f"val_{metric}")]
+        epochs = max(map(len, curves))
+        margin = 0.02 * epochs if epochs > 1 else 0.5
+        axes.set_xlim(1 - margin, epochs + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(alpha=0.25)
+        if metric == "loss":
+            _scale_loss(axes, [value for curve in curves for value in curve])
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(labels[metric])
+    return figure, panels
 
 
-def _loss_label(kind: str | None) -> str:
-    return "loss" if kind is None else f"loss ({kind})"
-
-
-def sweep_png(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> bytes:
-    """Return ``sweep_figure`` as the content of a PNG file."""
-    return _png(sweep_figure(rates, losses, suggested, title))
+def _line(axes: Axes, values: Sequence[float], **style: Any) -> None:
+    """Draw a quantity over the epochs from 1 on."""
+    if values:
+        axes.plot(np.arange(1, len(values) + 1), values, marker="o" if len(values) < 3 else None, **style)
 
 
 def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> Figure:
     """Draw the smoothed loss over the learning rate, and mark the suggested rate."""
-    figure = _figure(width=6.4)
+    figure = _figure(6.4, 4.2, title)
     axes = figure.add_subplot(1, 1, 1)
     axes.plot(rates, losses, color=TRAINING, linewidth=1.6)
-    axes.axvline(suggested, color="#444444", linestyle="--", linewidth=1.0, label=f"suggested: {suggested:.2g}")
+    axes.axvline(suggested, label=f"suggested: {suggested:.2g}", **MARK)
     axes.set_xscale("log")
     # The blow-up at the end would compress the descent.
     low, first = min(losses), losses[0]
@@ -164,7 +169,6 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
     axes.set_ylabel("smoothed loss")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -192,7 +196,7 @@ def scores_figure(
     """
     columns = min(len(parameters), 3)
     lines = -(-len(parameters) // columns)
-    figure = _figure(width=max(6.4, 4.4 * columns), height=3.6 * lines + 0.9)
+    figure = _figure(max(6.4, 4.4 * columns), 3.6 * lines + 0.9, title)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes, parameter in zip(panels.flat, parameters, strict=False):
         _scores(axes, parameter, np.asarray(scores, np.float64), best, rising="accuracy" in metric)
@@ -207,7 +211,6 @@ def scores_figure(
         handles, labels = axes.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
-    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -263,40 +266,6 @@ def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, r
     axes.grid(alpha=0.25)
 
 
-def _curves(
-    axes: Axes,
-    history: Mapping[str, Sequence[float]],
-    metric: str,
-    best_epoch: int | None,
-    overfitting: Finding | None,
-) -> None:
-    training, validation = history[metric], history.get(f"val_{metric}")
-    epochs = np.arange(1, len(training) + 1)
-    marker = "o" if len(training) < 3 else None
-    axes.plot(epochs, training, color=TRAINING, linewidth=1.6, marker=marker, label="training")
-    if validation is not None:
-        axes.plot(epochs, validation, color=VALIDATION, linewidth=1.6, marker=marker, label="validation")
-        if overfitting is not None:
-            start = (overfitting.epoch or 1) - 1
-            gap = abs(validation[-1] - training[-1])
-            axes.fill_between(
-                epochs[start:],
-                training[start:],
-                validation[start:],
-                color=GAP,
-                alpha=0.25,
-                linewidth=0,
-                label=f"overfitting: gap {gap:.3g}",
-            )
-    if best_epoch is not None:
-        label = f"best epoch: {best_epoch}"
-        axes.axvline(best_epoch, color="#444444", linestyle="--", linewidth=1.0, label=label)
-    if metric == "loss":
-        _scale_loss(axes, [*training, *(validation or ())])
-    _finish_axes(axes, len(training))
-    axes.legend(edgecolor="none", framealpha=0.85)
-
-
 def _scale_loss(axes: Axes, values: Sequence[float], span: float = LOG_SPAN) -> None:
     """Use a logarithmic axis if the losses span a large factor; draw a loss of 0 at its lower edge."""
     finite = [value for value in values if math.isfinite(value)]
@@ -309,22 +278,15 @@ def _scale_loss(axes: Axes, values: Sequence[float], span: float = LOG_SPAN) -> 
         axes.set_yscale("symlog", linthresh=min(positive))
 
 
-def _finish_axes(axes: Axes, epochs: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    margin = 0.02 * epochs if epochs > 1 else 0.5
-    axes.set_xlim(1 - margin, epochs + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.grid(alpha=0.25)
-
-
-def _figure(width: float, height: float = 4.2) -> Figure:
+def _figure(width: float, height: float, title: str) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
-def picture(figure: Figure, kind: str) -> bytes:
+def picture(figure: Figure, kind: str = "png") -> bytes:
     """Return a figure as the content of a file: ``kind`` is "png", "svg" or "pdf"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -332,7 +294,3 @@ def picture(figure: Figure, kind: str) -> bytes:
     FigureCanvasAgg(figure)
     figure.savefig(stream, format=kind)
     return stream.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    return picture(figure, "png")

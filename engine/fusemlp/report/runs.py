@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -128,13 +128,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
+    """Return rows as the content of a CSV file."""
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue().encode()
+
+
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:
     """Append a row to ``metrics.csv``, after a header if it is the first; floats in their shortest exact form."""
-    with run.metrics.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        if stream.tell() == 0:
-            writer.writerow(row)
-        writer.writerow([repr(value) for value in row.values()])
+    header, values = _table([row])
+    with run.metrics.open("ab") as stream:
+        stream.write(csv_bytes([values] if stream.tell() else [header, values]))
+
+
+def _table(rows: Sequence[Mapping[str, float]]) -> list[list[str]]:
+    return [list(rows[0]), *([repr(value) for value in row.values()] for row in rows)] if rows else []
 
 
 def read_metrics(run: Run) -> list[dict[str, float]]:
@@ -152,10 +161,5 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
 def keep_metrics(run: Run, epochs: int) -> list[dict[str, float]]:
     """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again; return the others."""
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
-    stream = io.StringIO(newline="")
-    if kept:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(kept[0])
-        writer.writerows([repr(value) for value in row.values()] for row in kept)
-    write_atomically(run.metrics, stream.getvalue().encode())
+    write_atomically(run.metrics, csv_bytes(_table(kept)))
     return kept

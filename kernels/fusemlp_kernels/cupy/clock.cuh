@@ -4,21 +4,7 @@
 
 #include "common.cuh"
 #include "counters.cuh"
-
-// An optimizer's rule.
-struct Rule {
-    long long code;  // which of RuleCode
-    double momentum;
-    double beta1;
-    double beta2;
-    double eps;
-    long long decoupled;
-    long long inside;  // scikit-learn's convention
-    double clip_norm;  // infinite: no clipping
-    long long accumulate;
-    long long scaled;  // the gradients carry the loss scale
-    double growth_interval;
-};
+#include "pointwise.cuh"
 
 // The rows of the next batch: after the last of an epoch come the first again.
 __device__ inline void next_rows(long long* counters) {

@@ -10,6 +10,21 @@ enum Kind { CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANT
 
 enum RuleCode { RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV };
 
+// An optimizer's rule.
+struct Rule {
+    long long code;  // which of RuleCode
+    double momentum;
+    double beta1;
+    double beta2;
+    double eps;
+    long long decoupled;
+    long long inside;  // scikit-learn's convention
+    double clip_norm;  // infinite: no clipping
+    long long accumulate;
+    long long scaled;  // the gradients carry the loss scale
+    double growth_interval;
+};
+
 // f(z).
 __device__ __forceinline__ float activate(float z, int code, float slope) {
     switch (code) {
@@ -132,9 +147,8 @@ struct Scalars {
 };
 
 // The scalars of a rule, once a thread.
-template <typename R>
 __device__ __forceinline__ Scalars scalars_of(
-    const R& rule, long long code, double rate, double decay, const double* hyper) {
+    const Rule& rule, long long code, double rate, double decay, const double* hyper) {
     Scalars scalars = {};
     auto decoupled = rule.decoupled != 0;
     auto kept = (decoupled ? 1.0 - rate * decay : 1.0);

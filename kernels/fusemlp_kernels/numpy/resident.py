@@ -17,8 +17,8 @@ from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, STATS, LossSp
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.numpy.activations import Array
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.philox import LANES, radix, seed_key, threshold
-from fusemlp_kernels.pointwise import OPTIMIZERS
+from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, radix, seed_key, threshold
+from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 Operands = Mapping[str, Any]
 
@@ -27,7 +27,21 @@ _ACTIVATIONS = tuple(name.upper() for name in ACTIVATIONS)
 _ROWS = ("GATHER", "FORWARD", "ENTROPY", "ELEMENTWISE", "BACKWARD", "WEIGHT", "BIAS", "SLOPES", "PENALTY", "UPDATE")
 _LOSSES = tuple(name.upper() for name in LOSSES)
 _OPTIMIZERS = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
-_FLAGS = ("KEEP", "CLIPS", "SOFT", "WEIGHTED", "CLASS_WEIGHTED")
+_FLAGS = (
+    "KEEP",
+    "CLIPS",
+    "SOFT",
+    "SMOOTHED",
+    "IGNORES",
+    "WEIGHTED",
+    "CLASS_WEIGHTED",
+    "WIDE",
+    "DESCENDS",
+    "SLOPE",
+    "DSLOPE",
+)
+# Below this many classes the exponentials of all rows are taken in one go: a row does not fill the vector registers.
+_WIDE = 64
 
 
 # Set, one loop for all programs is compiled, once; unset, each kind of program compiles what it uses, in less time.
@@ -50,9 +64,9 @@ def row_order(n: int, seed: int, epoch: int) -> Array:
     """``philox.row_order``, compiled: the order of the rows in an epoch, (n,) int64."""
     with _loading:
         permute = _compiled("rows").compiled_row_order()
-    order = np.empty(n, np.int64)
+    order, a = np.empty(n, np.int64), radix(n)
     low, high = seed_key(seed)
-    permute(order, radix(n), low, high, epoch)
+    permute(order, np.empty((FEISTEL_ROUNDS, a), np.int64), np.empty((2, a), np.int64), low, high, epoch)
     return order
 
 
@@ -113,12 +127,14 @@ class _Table:
     def activation(self, operands: Operands) -> tuple[dict[str, Any], dict[int, float]]:
         """The columns and numbers of an activation and of the dropout after it."""
         name = operands.get("activation", "identity")
-        self.names.add(name.upper())
+        # the loop passes over the identity without a call
+        self.names |= {name.upper()} - {"IDENTITY"}
         columns = {
             "ACTIVATION": ACTIVATIONS.index(name),
             "SLOPE": operands.get("slope_param"),
             "DSLOPE": operands.get("dslope"),
         }
+        self.names |= {column for column in ("SLOPE", "DSLOPE") if columns[column] is not None}
         numbers = {t.FIXED_SLOPE: float(operands.get("slope", 0.0))}
         dropout = operands.get("dropout")
         if dropout is not None:
@@ -318,10 +334,14 @@ def _absent(table: _Table, rule: UpdateRule, output: Operands) -> frozenset[str]
     """The names of ``tables`` that the program does without."""
     if os.environ.get(WHOLE_LOOP):
         return frozenset()
-    present = table.names | {_OPTIMIZERS[rule.code]}
+    present, loss = table.names | {_OPTIMIZERS[rule.code]}, output["loss"]
     given = {
         "CLIPS": rule.clip_norm is not None,
-        "SOFT": output["loss"].soft,
+        "DESCENDS": _OPTIMIZERS[rule.code] == "RULE_SGD",
+        "IGNORES": loss.ignore_index is not None,
+        "SMOOTHED": _smoothed(loss),
+        "SOFT": loss.soft,
+        "WIDE": len(output["w"]) >= _WIDE,
         "WEIGHTED": output.get("weight") is not None,
         "CLASS_WEIGHTED": output.get("class_weight") is not None,
     }
@@ -343,10 +363,16 @@ def _plain(array: Array) -> Array:
     return array if array.flags.writeable else np.asarray(_Writable(array))
 
 
+def _smoothed(loss: LossSpec) -> bool:
+    """Whether a row's target is spread over the classes."""
+    return loss.soft or loss.label_smoothing != 0.0
+
+
 def _loss_tables(output: Operands, columns: int) -> tuple[Array, Array]:
     loss: LossSpec = output["loss"]
     table = [0] * t.LOSS_COLUMNS
     table[t.KIND], table[t.MEAN], table[t.SOFT] = LOSSES.index(loss.kind), loss.reduction == "mean", loss.soft
+    table[t.SMOOTHED], table[t.WIDE] = _smoothed(loss), columns >= _WIDE
     table[t.IGNORES] = loss.ignore_index is not None
     table[t.IGNORED] = 0 if loss.ignore_index is None else loss.ignore_index
     table[t.ACCURACY] = loss.accuracy
@@ -364,12 +390,5 @@ def _rule_tables(rule: UpdateRule) -> tuple[Array, Array]:
     table[t.OPTIMIZER], table[t.DECOUPLED] = rule.code, rule.decoupled
     table[t.SKLEARN], table[t.ACCUMULATE] = rule.convention == "scikit-learn", rule.accumulate
     table[t.CLIPS] = rule.clip_norm is not None
-    factors = [0.0] * t.RULE_FACTORS
-    factors[t.MOMENTUM], factors[t.BETA1], factors[t.BETA2], factors[t.EPS] = (
-        rule.momentum,
-        rule.beta1,
-        rule.beta2,
-        rule.eps,
-    )
-    factors[t.CLIP_NORM] = 0.0 if rule.clip_norm is None else rule.clip_norm
+    factors = [*(getattr(rule, name) for name in HYPERPARAMETERS), rule.clip_norm or 0.0]
     return np.array(table, np.int64), np.array(factors, np.float64)

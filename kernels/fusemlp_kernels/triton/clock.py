@@ -14,6 +14,7 @@ import triton.language as tl
 
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import UpdateRule
+from fusemlp_kernels.pointwise import HYPERPARAMETERS
 
 # counters, hyper and rates, by their places in the contract
 BATCH_INDEX: tl.constexpr = tl.constexpr(contract.BATCH_INDEX)
@@ -36,18 +37,16 @@ RATE_COLUMNS: tl.constexpr = tl.constexpr(contract.RATE_COLUMNS)
 GROWTH_INTERVAL: tl.constexpr = tl.constexpr(contract.GROWTH_INTERVAL)
 
 # An optimizer's rule on the device: float64, read at these places.
-RULE_FIELDS = (
-    "code", "momentum", "beta1", "beta2", "eps", "decoupled", "inside", "clip_norm", "accumulate", "scaled",
-)  # fmt: skip
-(
-    CODE, MOMENTUM, BETA1, BETA2, EPS, DECOUPLED, INSIDE, CLIP_NORM, ACCUMULATE, SCALED,
-) = (tl.constexpr(place) for place in range(len(RULE_FIELDS)))  # fmt: skip
+RULE_FIELDS = ("code", *HYPERPARAMETERS, "decoupled", "inside", "clip_norm", "accumulate", "scaled")
+CODE, DECOUPLED, INSIDE, CLIP_NORM, ACCUMULATE, SCALED = (
+    tl.constexpr(place) for place, name in enumerate(RULE_FIELDS) if name not in HYPERPARAMETERS
+)
 
 
 def rule_values(rule: UpdateRule, *, scaled: bool = False) -> list[float]:
     """``RULE_FIELDS`` of a rule; ``scaled``: the gradients carry the loss scale."""
     return [
-        float(rule.code), rule.momentum, rule.beta1, rule.beta2, rule.eps,
+        float(rule.code), *(getattr(rule, name) for name in HYPERPARAMETERS),
         float(rule.decoupled), float(rule.convention == "scikit-learn"),
         math.inf if rule.clip_norm is None else rule.clip_norm, float(rule.accumulate), float(scaled),
     ]  # fmt: skip

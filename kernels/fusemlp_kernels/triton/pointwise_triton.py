@@ -6,22 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.clock import (
-    BETA1,
-    BETA2,
-    BIAS_CORRECTION_1,
-    BIAS_CORRECTION_2,
-    DECOUPLED,
-    EPS,
-    INSIDE,
-    LEARNING_RATE,
-    MOMENTUM,
-)
+from fusemlp_kernels.triton.clock import BIAS_CORRECTION_1, BIAS_CORRECTION_2, DECOUPLED, INSIDE, LEARNING_RATE
 from fusemlp_kernels.triton.functions import log1p, maximum, minimum, normal_cdf, normal_pdf, sigmoid, sign, step, tanh
 
 IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = (tl.constexpr(code) for code in range(8))
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = (tl.constexpr(code) for code in range(7))
 RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = (tl.constexpr(code) for code in range(4))
+# places of the hyperparameters in a rule
+MOMENTUM, BETA1, BETA2, EPS = (tl.constexpr(place) for place in range(1, 5))
 RULES: tl.constexpr = tl.constexpr(4)
 
 

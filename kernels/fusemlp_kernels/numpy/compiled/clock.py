@@ -29,34 +29,33 @@ from fusemlp_kernels.numpy.compiled.options import EXACT
 
 
 @register_jitable(**EXACT)
-def _next_rows(counters: Any, stats: Any, epoch_stats: Any) -> None:
-    """The rows of the next batch; behind the last of an epoch its account is closed."""
-    total, step = counters[ROW_TOTAL], counters[ROW_STEP]
-    epoch = counters[ROW_OFFSET] // total if total > 0 else 0
-    inside = counters[ROW_OFFSET] - epoch * total + step
-    if inside >= total:
-        if epoch < len(epoch_stats):
-            # element by element: what numba compiles for a slice takes seconds to compile
-            for i in range(STATS):
-                epoch_stats[epoch, i] = stats[i]
-                if i >= LOSS_SUM:
-                    stats[i] = 0.0
-        epoch = epoch + 1 if epoch + 1 < len(epoch_stats) else 0
-        inside = 0
-    counters[ROW_OFFSET] = epoch * total + inside
-    counters[ROW_COUNT] = min(total - inside, step)
-
-
-@register_jitable(**EXACT)
 def advance(counters: Any, hyper: Any, rates: Any, updated: bool, stats: Any, epoch_stats: Any) -> None:
-    """Go on to the next batch, and after an update to the next row of ``rates``."""
+    """Go on to the next batch, and after an update to the next row of ``rates``.
+
+    The statistics of an epoch go into ``epoch_stats`` after its last batch.
+    """
     counters[BATCH_INDEX] += 1
-    if counters[ROW_STEP] != 0:
-        _next_rows(counters, stats, epoch_stats)
+    step, total, epochs = counters[ROW_STEP], counters[ROW_TOTAL], epoch_stats.shape[0]
+    if step != 0:
+        epoch = counters[ROW_OFFSET] // total if total > 0 else 0
+        inside = counters[ROW_OFFSET] - epoch * total + step
+        if inside >= total:
+            if epoch < epochs:
+                # element by element: what numba compiles for a slice takes seconds to compile
+                for i in range(STATS):
+                    epoch_stats[epoch, i] = stats[i]
+                    if i >= LOSS_SUM:
+                        stats[i] = 0.0
+            epoch = epoch + 1 if epoch + 1 < epochs else 0
+            inside = 0
+        counters[ROW_OFFSET] = epoch * total + inside
+        counters[ROW_COUNT] = step if step < total - inside else total - inside
     if not updated:
         return
     counters[UPDATE_COUNT] += 1
-    row = 1 + max(0, min(counters[UPDATE_COUNT] - int(rates[0, FIRST_UPDATE]), int(rates[0, ROWS_FILLED]) - 1))
+    # the first row for updates before the table's, the last for those after it
+    at, last = counters[UPDATE_COUNT] - int(rates[0, FIRST_UPDATE]), int(rates[0, ROWS_FILLED]) - 1
+    row = 1 + (0 if at < 0 else (at if at < last else last))
     hyper[LEARNING_RATE] = rates[row, LEARNING_RATE] * hyper[RATE_SCALE]
     hyper[BIAS_CORRECTION_1] = rates[row, BIAS_CORRECTION_1]
     hyper[BIAS_CORRECTION_2] = rates[row, BIAS_CORRECTION_2]

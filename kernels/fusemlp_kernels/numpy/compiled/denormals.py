@@ -15,14 +15,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
-
-from fusemlp_kernels.numpy.compiled.options import EXACT
+from numba.extending import intrinsic
 
 _WORD = ir.IntType(32)
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
-# flush to zero, denormals are zero
-_AS_ZERO = (1 << 15) | (1 << 6)
+# The bits for: flush to zero, denormals are zero
+AS_ZERO = (1 << 15) | (1 << 6)
 
 
 def _register(builder: Any, name: str, slot: Any) -> None:
@@ -59,19 +57,5 @@ def _writes(typingctx: Any, value: Any) -> Any:
     return types.void(types.uint32), code
 
 
-_read: Any = intrinsic(_reads)
-_write: Any = intrinsic(_writes)
-
-
-@register_jitable(**EXACT)
-def denormals_as_zero() -> Any:
-    """From here on; what the register held before, for ``restore``."""
-    before = _read()
-    _write(before | _AS_ZERO)
-    return before
-
-
-@register_jitable(**EXACT)
-def restore(before: Any) -> None:
-    """As it was."""
-    _write(before)
+read_control: Any = intrinsic(_reads)
+write_control: Any = intrinsic(_writes)

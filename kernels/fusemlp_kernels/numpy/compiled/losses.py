@@ -1,6 +1,7 @@
 """The losses and their gradients; the formulas are in ``reference.loss_of_output``.
 
-Sums over rows are taken in float64, in whatever type the elements are.
+Sums over rows are taken in float64, in whatever type the elements are. No product and sum of them become one rounding:
+the value of a loss would depend on what else a program compiles.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from fusemlp_kernels.numpy.compiled.tables import (
     KIND,
     MEAN,
     OPTION,
+    SMOOTHED,
     SMOOTHING,
     SOFT,
     WEIGHTED,
+    WIDE,
 )
-
-# Below so many classes the exponentials of all rows are taken in one go: a row does not fill the vector registers.
-NARROW = 64
 
 
 @register_jitable(**EXACT)
@@ -119,7 +119,7 @@ def _record(stats: Any, value: float, normaliser: float, scale: float, mean: boo
     stats[BATCH_LOSSES] += value * scale * count
 
 
-@register_jitable(**ELEMENTWISE)
+@register_jitable(**EXACT)
 def cross_entropy(
     z: Any, d: Any, labels: Any, soft: Any, weight: Any, class_weight: Any, rows: Any, count: int, columns: int,
     loss: Any, factors: Any, stats: Any,
@@ -131,6 +131,7 @@ def cross_entropy(
     """
     real = z.dtype.type
     is_soft, weighted, by_class = loss[SOFT] != 0, loss[WEIGHTED] != 0, loss[CLASS_WEIGHTED] != 0
+    smoothed, wide = loss[SMOOTHED] != 0, loss[WIDE] != 0
     smoothing = factors[SMOOTHING]
     normaliser, scored = 0.0, 0
     smooth_mass = 0.0
@@ -152,19 +153,17 @@ def cross_entropy(
     scale = 1.0
     if mean:
         scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
-    spread = is_soft or smoothing != 0.0
-    narrow = columns < NARROW
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
-        chosen = -1 if narrow else _largest_of_many(z, np.uintp(start), np.uintp(columns))
+        chosen = _largest_of_many(z, np.uintp(start), np.uintp(columns)) if wide else -1
         if chosen < 0:
             chosen = _largest(z, start, columns)
         shift = z[start + chosen]
         share = float(weight[row]) if weighted else 1.0
         _subtract(d, z, start, start + columns, shift)
         picked = 0.0
-        if spread:
+        if smoothed:
             for j in range(columns):
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 picked += q * d[start + j]
@@ -178,12 +177,12 @@ def cross_entropy(
             correct += chosen == label
             picked += (class_weight[label] if by_class else 1.0) * (1.0 - smoothing) * d[start + label]
         total -= share * picked
-    if narrow:
+    if not wide:
         _exponentials(d, 0, count * columns)
     for i in range(count):
         row, start = rows[i], i * columns
         stop = start + columns
-        if not narrow:
+        if wide:
             _exponentials(d, start, stop)
         share = float(weight[row]) if weighted else 1.0
         label, own, mass = 0, 0.0, smooth_mass
@@ -202,7 +201,7 @@ def cross_entropy(
         weighed = share * scale
         factor = real(weighed * mass / sums)
         _multiply(d, start, stop, factor)
-        if spread:
+        if smoothed:
             for j in range(columns):
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 d[start + j] -= real(weighed * q)
@@ -215,7 +214,7 @@ def cross_entropy(
     return shares
 
 
-@register_jitable(**ELEMENTWISE)
+@register_jitable(**EXACT)
 def elementwise(
     y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, loss: Any, factors: Any,
     stats: Any, scratch: Any,

@@ -8,6 +8,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.views import part
 from fusemlp_kernels.philox import KEY_STEPS, LANES, MULTIPLIERS, ROUNDS, WORD
 
 # Mixed with a signed integer, an unsigned one would become a float.
@@ -57,7 +58,7 @@ def drop(
     for i in range(rows):
         _draw(pairs, blocks, np.uint64(i) & _WORD, c2, c3, k0, k1)
         start = i * columns
-        outputs, kept_row = y[start : start + columns], keep[start : start + columns]
+        outputs, kept_row = part(y, start, columns), part(keep, start, columns)
         for j in range(np.uintp(columns)):
             kept = np.uint32(lanes[j]) >= least
             kept_row[j] = kept

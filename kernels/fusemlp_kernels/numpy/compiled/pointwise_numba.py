@@ -13,11 +13,13 @@ from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
 from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
 from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
-from fusemlp_kernels.numpy.compiled.tables import BETA1, BETA2, DECOUPLED, EPS, MOMENTUM, OPTIMIZER, SKLEARN
+from fusemlp_kernels.numpy.compiled.tables import DECOUPLED, OPTIMIZER, SKLEARN
 
 IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = range(8)
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = range(7)
 RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = range(4)
+# places of the hyperparameters in a rule
+MOMENTUM, BETA1, BETA2, EPS = range(4)
 
 
 @register_jitable(**ELEMENTWISE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
-from fusemlp_kernels.pointwise import OPTIMIZERS
+from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 # What a row of the table of calls does; a call of the program is one row or several. GATHER: x[rows]; ENTROPY and
 # ELEMENTWISE: the last layer and its loss, cross-entropy or one of the others; WEIGHT, BIAS, SLOPES: a gradient.
@@ -44,13 +44,14 @@ FIXED_SLOPE, RATE, STRENGTH, CALL_FACTORS = range(4)
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
 LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
-# The loss, int64 and float64; DIVISOR: what a mean divides by beside the row weights
-KIND, MEAN, SOFT, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, LOSS_COLUMNS = range(9)
+# The loss, int64 and float64. SMOOTHED: every class of a row has a target; WIDE: a row of classes fills the vector
+# registers; DIVISOR: what a mean divides by beside the row weights
+KIND, MEAN, SOFT, SMOOTHED, IGNORES, IGNORED, ACCURACY, WEIGHTED, CLASS_WEIGHTED, WIDE, LOSS_COLUMNS = range(11)
 SMOOTHING, OPTION, DIVISOR, LOSS_FACTORS = range(4)
 
-# The optimizer, int64 and float64
+# The optimizer, int64 and float64: after the hyperparameters, in their order
 OPTIMIZER, DECOUPLED, SKLEARN, ACCUMULATE, CLIPS, RULE_COLUMNS = range(6)
-MOMENTUM, BETA1, BETA2, EPS, CLIP_NORM, RULE_FACTORS = range(6)
+CLIP_NORM, RULE_FACTORS = len(HYPERPARAMETERS), len(HYPERPARAMETERS) + 1
 SGD = list(OPTIMIZERS).index("sgd")
 
 IDENTITY = ACTIVATIONS.index("identity")

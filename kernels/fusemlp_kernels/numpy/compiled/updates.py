@@ -11,6 +11,7 @@ from fusemlp_kernels.contract import LEARNING_RATE
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.pointwise_numba import update_tensor
 from fusemlp_kernels.numpy.compiled.tables import DECAY, LR_FACTOR, OFFSET, SIZE
+from fusemlp_kernels.numpy.compiled.views import part
 
 
 @register_jitable(**REDUCTION)
@@ -34,25 +35,28 @@ def penalise(p: Any, g: Any, strength: float) -> float:
 
 
 @register_jitable(**EXACT)
-def clip_factor(grads: Any, tensors: Any, scale: float, limit: float) -> float:
-    """What clipping multiplies the gradients by, which ``scale`` multiplies already; NaN where one is NaN."""
+def clip_factor(grads: Any, tensors: Any, first: int, end: int, scale: float, limit: float) -> float:
+    """The factor of clipping for the gradients of tensors first to before end, which ``scale`` multiplies already.
+
+    It is NaN where a gradient is NaN.
+    """
     total = 0.0
-    for t in range(len(tensors)):
+    for t in range(first, end):
         start = tensors[t, OFFSET]
-        total += _squares(grads[start : start + tensors[t, SIZE]], 1.0)
+        total += _squares(part(grads, start, tensors[t, SIZE]), 1.0)
     norm = math.sqrt(total)
     if math.isinf(norm):
         # the squares overflowed, perhaps not the norm
         largest = 0.0
-        for t in range(len(tensors)):
+        for t in range(first, end):
             start = tensors[t, OFFSET]
             for i in range(start, start + tensors[t, SIZE]):
                 largest = max(largest, abs(grads[i]))
         if not math.isinf(largest):
             total = 0.0
-            for t in range(len(tensors)):
+            for t in range(first, end):
                 start = tensors[t, OFFSET]
-                total += _squares(grads[start : start + tensors[t, SIZE]], largest)
+                total += _squares(part(grads, start, tensors[t, SIZE]), largest)
             norm = largest * math.sqrt(total)
     factor = limit / (norm * scale + 1e-6)
     return 1.0 if factor > 1.0 else factor
@@ -60,19 +64,20 @@ def clip_factor(grads: Any, tensors: Any, scale: float, limit: float) -> float:
 
 @register_jitable(**ELEMENTWISE)
 def update_all(
-    params: Any, grads: Any, first: Any, second: Any, tensors: Any, tensor_factors: Any, rule: Any, factors: Any,
-    hyper: Any, scale: float,
+    params: Any, grads: Any, states0: Any, states1: Any, tensors: Any, tensor_factors: Any, first: int, end: int,
+    rule: Any, factors: Any, hyper: Any, scale: float,
 ) -> None:  # fmt: skip
-    """Every trained tensor from its gradient times ``scale``; grads is written to."""
+    """Update tensors first to before end, each from its gradient times ``scale``; grads is written to."""
     real = params.dtype.type
-    for t in range(len(tensors)):
+    for t in range(first, end):
         start = tensors[t, OFFSET]
-        stop = start + tensors[t, SIZE]
-        p, g = params[start:stop], grads[start:stop]
+        size = tensors[t, SIZE]
+        g = part(grads, start, size)
         rate = hyper[LEARNING_RATE] * tensor_factors[t, LR_FACTOR]
         decay = tensor_factors[t, DECAY]
         if scale != 1.0:
             times = real(scale)
-            for i in range(g.size):
+            for i in range(size):
                 g[i] *= times
-        update_tensor(p, g, first[start:stop], second[start:stop], rate, decay, rule, factors, hyper)
+        p, s0, s1 = part(params, start, size), part(states0, start, size), part(states1, start, size)
+        update_tensor(p, g, s0, s1, rate, decay, rule, factors, hyper)

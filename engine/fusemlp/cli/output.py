@@ -1,0 +1,44 @@
+"""Print the results of a command, and write the files that its options name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fusemlp.runtime.files import write_atomically
+from fusemlp_kernels.errors import ArgumentError
+
+
+def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
+    """Print ``content`` as one JSON object, or ``lines``."""
+    print(json.dumps(finite(content)) if as_json else "\n".join(lines))
+
+
+def finite(content: Any) -> Any:
+    """Return ``content`` for JSON, with None for NaN and infinities."""
+    if isinstance(content, Mapping):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:
+    """Raise ArgumentError unless a file of this name may be written; call it before the work."""
+    if path.suffix.lower() not in suffixes:
+        raise ArgumentError(f"{argument}: expected a file name ending in {' or '.join(suffixes)}, got {str(path)!r}")
+    if path.is_dir() or (path.exists() and not force):
+        raise ArgumentError(f"{argument}: {str(path)!r} exists; give another name, or --force to overwrite a file")
+    if not path.absolute().parent.is_dir():
+        raise ArgumentError(f"{argument}: there is no folder {str(path.parent)!r}; make it first")
+
+
+def write_output(argument: str, path: Path, content: bytes) -> None:
+    """Write a file atomically; ArgumentError if it cannot be written."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise ArgumentError(f"{argument}: {str(path)!r} cannot be written ({error.strerror})") from error

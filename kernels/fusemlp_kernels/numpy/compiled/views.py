@@ -1,0 +1,42 @@
+"""Flat views of memory, as intrinsics: numba compiles a function for every type of a slice or a ``carray``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+
+def _view(context: Any, builder: Any, kind: Any, data: Any, size: Any) -> Any:
+    array = context.make_array(kind)(context, builder)
+    item = context.get_constant(types.intp, context.get_abi_sizeof(array.data.type.pointee))
+    data = builder.inttoptr(data, array.data.type) if data.type != array.data.type else data
+    populate_array(array, data=data, shape=[size], strides=[item], itemsize=item, meminfo=None)
+    return array._getvalue()
+
+
+def _of_address(typingctx: Any, like: Any, address: Any, size: Any) -> Any:
+    """The ``size`` elements at an address, of the type of ``like``'s."""
+    kind = types.Array(like.dtype, 1, "C")
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _view(context, builder, kind, arguments[1], arguments[2])
+
+    return kind(like, types.intp, types.intp), code
+
+
+def _of_array(typingctx: Any, array: Any, start: Any, size: Any) -> Any:
+    """The elements from ``start`` on, of a contiguous array of one dimension, which outlives the view."""
+    kind = types.Array(array.dtype, 1, "C")
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = context.make_array(array)(context, builder, arguments[0])
+        return _view(context, builder, kind, builder.gep(whole.data, [arguments[1]]), arguments[2])
+
+    return kind(array, types.intp, types.intp), code
+
+
+elements: Any = intrinsic(_of_address)
+part: Any = intrinsic(_of_array)
