@@ -148,7 +148,6 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
         ``held``: X_val and y_val. ``together``: a launch of several models may train it.
         """
-        widths = settings.hidden_widths(self.hidden_layer_sizes)
         stochastic = self.solver in settings.STOCHASTIC
         X_val, y_val = held
         self._refuse(stochastic, incremental, X_val, y_val)
@@ -161,7 +160,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         X, y = self._validate_input(X, y, incremental, first)
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
         y = y.reshape(-1, 1) if y.ndim == 1 else y
-        sizes = [X.shape[1], *widths, y.shape[1]]
+        sizes = [X.shape[1], *settings.hidden_widths(self.hidden_layer_sizes), y.shape[1]]
         if not first and [coef.shape for coef in self.coefs_] != list(pairwise(sizes)):
             raise ValueError(
                 f"hidden_layer_sizes: the layers {sizes} do not continue the fitted ones, "
@@ -183,8 +182,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             X, y, row_weights, validation = self._split(X, y, row_weights, weight, random_state)
         n = X.shape[0]
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
-        dtype = X.dtype if first else self.coefs_[0].dtype
-        model = self._model_for(network, incremental, random_state, dtype, n, size)
+        model = self._model_for(network, incremental, random_state, -(-n // size))
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         target, constants = self._targets(y, model.dtype)
         rows = np.require(X.toarray() if hasattr(X, "toarray") else X, model.dtype, ["C", "A"])
@@ -206,8 +204,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if first and stochastic else None
         state = FitState(0, 0, last_epoch, total_updates=0, history=History())
         policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
-        count = len(batches.starts)
-        return EpochLoop(model.engine, batches.steps, policy, state, size, count, batches.at_once, callbacks)
+        counts = size, len(batches.starts), batches.at_once
+        return EpochLoop(model.engine, batches.steps, policy, state, *counts, callbacks)
 
     def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
         """Raise ValueError for impossible combinations of arguments."""
@@ -296,16 +294,14 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {outputs}.")
         return ValidationScore(X_val, self._truth(y_val), None, bool(self.early_stopping))
 
-    def _model_for(
-        self, network: Any, incremental: bool, random_state: np.random.RandomState, dtype: Any, n: int, size: int
-    ) -> Model:
+    def _model_for(self, network: Any, incremental: bool, random_state: np.random.RandomState, batches: int) -> Model:
         """Return a new model, or the one that ``partial_fit`` goes on with."""
         backend = first_available() if self.backend == "auto" else self.backend
         precision = self.precision
         if precision == "auto":
             # lbfgs's line search needs exact differences
-            exact = "fp64" in TRAITS[backend].precisions and (self.solver == "lbfgs" or dtype == np.float64)
-            precision = "fp64" if exact else "fp32"
+            exact = self.solver == "lbfgs" or self.coefs_[0].dtype == np.float64
+            precision = "fp64" if exact and "fp64" in TRAITS[backend].precisions else "fp32"
         loss = self._objective(self.n_outputs_).loss
         model: Model | None = getattr(self, "_model", None)
         if incremental and model is not None and model.serves(network, loss, backend, precision):
@@ -319,7 +315,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         # only dropout draws a seed: without it the random state is consumed as in scikit-learn
         seed = int(random_state.randint(2**31)) if any(network.dropouts) else 0
         rates = Rates(kind, float(self.learning_rate_init), float(self.power_t))
-        schedule = optimizer.schedule.over(None if incremental else self.max_iter * -(-n // size))
+        schedule = optimizer.schedule.over(None if incremental else self.max_iter * batches)
         return Model(network, loss, optimizer, schedule, rates, seed=seed, backend=backend, precision=precision)
 
     def _ask(self, question: str, X: Any) -> Array:
@@ -330,7 +326,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if model is None:
             sizes = [len(self.coefs_[0]), *(len(bias) for bias in self.intercepts_)]
             network = settings.network(sizes, self.activation, 0.0)
-            model = self._model_for(network, False, np.random.RandomState(0), self.coefs_[0].dtype, 1, 1)
+            model = self._model_for(network, False, np.random.RandomState(0), 1)
         with model.lock:
             model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
             return model.ask(question, X)

@@ -115,8 +115,8 @@ class CalledBatches(Batches, CopiedBatches):
     ``keep`` is for ``partial_fit``: memory stays for the next call.
     """
 
-    def __init__(self, *data: Any, keep: bool = False, **rules: Any) -> None:
-        super().__init__(*data, **rules)
+    def __init__(self, *data: Any, keep: bool = False) -> None:
+        super().__init__(*data)
         self.steps = self
         self.share = np.empty(self.n, self.model.dtype)
         CopiedBatches.__init__(self, self._bound({**self.data, "weight": self.share}, keep))

@@ -38,15 +38,12 @@ class SharedFits:
             except UNPICKLABLE:
                 # a step with a lambda, for example, cannot be compared
                 return function(*arguments, **named)
-            if key not in self._results:
-                rows, step = function(*arguments, **named)
-                self._results[key] = copy.deepcopy(rows), step
-                while len(self._results) > 1 and sum(_bytes(kept) for kept, _ in self._results.values()) > self.limit:
-                    self._results.popitem(last=False)
-                return rows, step
-            self._results.move_to_end(key)
-            rows, step = self._results[key]
-            return copy.deepcopy(rows), step
+            # the last entry is the one used last
+            rows, step = self._results.pop(key) if key in self._results else function(*arguments, **named)
+            self._results[key] = copy.deepcopy(rows), step
+            while len(self._results) > 1 and sum(_bytes(kept) for kept, _ in self._results.values()) > self.limit:
+                self._results.popitem(last=False)
+            return rows, step
 
         return call
 
