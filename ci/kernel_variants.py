@@ -124,7 +124,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
             for tile in configs.output_tiles(arch.family):
                 sides = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRODUCT": product}
                 yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
-            tile = configs.loss_tile(arch, 1)
+            tile = configs.LOSS
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:

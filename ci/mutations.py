@@ -271,8 +271,8 @@ MUTATIONS = (
         ),
         (
             "segments of whole blocks alone",
-            "first += -(-segment.size // tile.columns)",
-            "first += max(segment.size // tile.columns, 1)",
+            '-(-row["N"] // rows)',
+            'max(row["N"] // rows, 1)',
             "test_update.py::test_a_long_arena_is_updated_to_its_last_element",
         ),
     ),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS
+from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, TensorRule
 from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
 
 # Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
@@ -21,7 +21,7 @@ FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS, "3": RATE_COLUMNS}
 COMMON = "Mn"
 READ, WRITTEN, UPDATED = "read", "written", "updated"
 
-# How a backend binds each op that it has.
+# The function that binds each op of a backend.
 Binders = Mapping[str, Callable[..., Callable[..., object]]]
 Bind = TypeVar("Bind", bound=Callable[..., object])
 
@@ -38,10 +38,11 @@ REFUSED = {
 class Operand:
     """One operand of an op, or one field of an operand that is a sequence of mappings (``fields``).
 
-    ``shape``: a letter a dimension; None for what is no array, or an arena of any size. ``dtype`` as in
+    ``shape``: a letter a dimension, A for a flat arena; None for what is no array. ``dtype`` as in
     ``Backend.allocate``. A target's depend on the loss: (M,) int64 for classes, (M, N) real for others. ``rows``: the
     operand whose row numbers pick this one's rows; where that is given, the array has n rows in place of M. ``use``:
     an updated operand is read and written. ``kind``: what a written operand holds, as in ``program.KINDS``.
+    ``default``: what None stands for, where an operand is left out. ``nullable``: it must be named, and may be None.
     ``hidden``: the printed program leaves it out. ``several``: a tuple of arrays of this shape.
     """
 
@@ -52,6 +53,8 @@ class Operand:
     kind: str = "work"
     rows: str = ""
     optional: bool = False
+    default: Any = None
+    nullable: bool = False
     hidden: bool = False
     several: bool = False
     fields: tuple[Operand, ...] = ()
@@ -103,7 +106,7 @@ _RULE = Operand("rule", note="UpdateRule")
 _ROWS = Operand("rows", "M", "int64", optional=True, hidden=True, note="row numbers; -1 is padding and comes last")
 _DROPOUT = Operand("dropout", optional=True, note="Dropout; needs counters")
 _SLOPES = (
-    Operand("slope", optional=True, note="float: leaky_relu's slope"),
+    Operand("slope", optional=True, default=0.0, note="float: leaky_relu's slope"),
     Operand("slope_param", "1", optional=True, note="prelu's slope"),
 )
 _ACTIVATION = (Operand("activation", note="a name of ACTIVATIONS"), *_SLOPES)
@@ -122,10 +125,11 @@ _CLOCK = (
 _PARTS = _optional(
     Operand(
         "parts",
+        default=1,
         note="with parts > 1 the batch is cut into this many stretches (Traits.split_rows; without accumulation and "
         "norm): the gradient is the sum of as many arenas",
     ),
-    Operand("part", note="elements from one of these arenas to the next"),
+    Operand("part", default=0, note="elements from one of these arenas to the next"),
 )
 _LOSS = (
     Operand("target", "target", rows="rows"),
@@ -134,7 +138,8 @@ _LOSS = (
     Operand("loss", note="LossSpec"),
     Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
     Operand("class_weight", "N", optional=True, hidden=True),
-    *_optional(_ACTIVATION[0], *_SLOPES),
+    replace(_ACTIVATION[0], optional=True, default="identity"),
+    *_SLOPES,
     _DSLOPE,
     Operand(
         "target_rows", "target", use=WRITTEN, optional=True,
@@ -189,7 +194,7 @@ OPS = {op.name: op for op in (
         "weighs nothing and its dz is zero", (
         _ROWS,
         Operand("z", "MN", "compute"),
-        Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone, or z itself"),
+        Operand("dz", "MN", "compute", WRITTEN, nullable=True, note="may be None, for the loss alone, or z itself"),
         *_LOSS,
     )),
     Op("linear_loss_grad",
@@ -202,7 +207,7 @@ OPS = {op.name: op for op in (
         ),
         Operand("x", "MK", "compute", rows="x_rows"),
         Operand("b", "N"),
-        Operand("dz", "MN", "compute", WRITTEN, note="may be None, for the loss alone"),
+        Operand("dz", "MN", "compute", WRITTEN, nullable=True, note="may be None, for the loss alone"),
         _GATHERED,
         *_LOSS,
     )),
@@ -224,10 +229,10 @@ OPS = {op.name: op for op in (
         "there, unless counters[BATCH_INDEX] is a multiple of k", (
         Operand("layers", fields=(
             *_LAYER,
-            Operand("dw", "NK", use=WRITTEN, kind="gradient", note="None where it is frozen"),
-            Operand("db", "N", use=WRITTEN, kind="gradient", note="None where it is frozen"),
+            Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
+            Operand("db", "N", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
         )),
-        Operand("slopes", optional=True, fields=(
+        Operand("slopes", optional=True, default=(), fields=(
             Operand("dslope", "1"), Operand("grad", "1", use=WRITTEN, kind="gradient"),
         )),
         _RULE,
@@ -243,15 +248,15 @@ OPS = {op.name: op for op in (
         "accumulation", (
         Operand("layers", fields=(
             *_LAYER,
-            Operand("w", "NK", use=UPDATED, kind="parameter", note="None where it is frozen"),
-            Operand("b", "N", use=UPDATED, kind="parameter", note="None where it is frozen"),
-            Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True),
-            Operand("b_state", "N", use=UPDATED, kind="state", several=True, optional=True),
-            Operand("w_rule", optional=True, note="TensorRule"),
-            Operand("b_rule", optional=True, note="TensorRule"),
+            Operand("w", "NK", use=UPDATED, kind="parameter", nullable=True, note="None where it is frozen"),
+            Operand("b", "N", use=UPDATED, kind="parameter", nullable=True, note="None where it is frozen"),
+            Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True, default=()),
+            Operand("b_state", "N", use=UPDATED, kind="state", several=True, optional=True, default=()),
+            Operand("w_rule", optional=True, default=TensorRule(), note="TensorRule"),
+            Operand("b_rule", optional=True, default=TensorRule(), note="TensorRule"),
             Operand("w_shadow", "NK", "compute", WRITTEN, kind="shadow", optional=True, note="w, rounded"),
         )),
-        Operand("slopes", optional=True, fields=(
+        Operand("slopes", optional=True, default=(), fields=(
             Operand("dslope", "1"),
             Operand("param", "1", use=UPDATED, kind="parameter"),
             Operand("state", "1", use=UPDATED, kind="state", several=True),
@@ -262,16 +267,17 @@ OPS = {op.name: op for op in (
     Op("update",
         "the optimizer over the flat arenas, by the mean of the accumulated gradients, where "
         "counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate; clips by the global norm; advances the clock", (
-        Operand("params", use=UPDATED, kind="parameter"),
-        Operand("grads", use=UPDATED, kind="gradient"),
-        Operand("states", use=UPDATED, kind="state", several=True),
+        Operand("params", "A", use=UPDATED, kind="parameter"),
+        Operand("grads", "A", use=UPDATED, kind="gradient"),
+        Operand("states", "A", use=UPDATED, kind="state", several=True),
         Operand("segments", note="Segments by offset; between them lie zeros (alignment) and frozen tensors"),
         *_CLOCK,
         Operand("norm", "1", "float64", optional=True, hidden=True, note="what grad_weight has written"),
-        Operand("shadow", dtype="compute", use=WRITTEN, kind="shadow", optional=True, note="params, rounded"),
+        Operand("shadow", "A", "compute", WRITTEN, kind="shadow", optional=True, note="params, rounded"),
         Operand(
             "scaled",
             optional=True,
+            default=False,
             note="True: the gradients carry hyper[LOSS_SCALE]. Where they overflow nothing is updated, the "
             "batch is skipped and the scale halved; after GROWTH_INTERVAL updates without one it is doubled",
         ),
@@ -311,6 +317,18 @@ OPS = {op.name: op for op in (
     )),
 )}
 # fmt: on
+
+
+def expected(operand: Operand, given: Mapping[str, Any]) -> tuple[str, str]:
+    """The element type and the letters of an operand's shape beside the other operands of the call."""
+    dtype, letters = operand.dtype, operand.shape or ""
+    if letters == "target":
+        loss = given["loss"]
+        classes = loss.kind == "cross_entropy" and not loss.soft
+        dtype, letters = ("int64", "M") if classes else ("real", "MN")
+    if operand.rows and given.get(operand.rows) is not None:
+        letters = letters.replace("M", "n")
+    return dtype, letters
 
 
 def refusal(backend: str, op: str) -> str | None:
@@ -359,6 +377,8 @@ def hands_on(to: Callable[..., object]) -> Callable[[Bind], Bind]:
 @functools.cache
 def operands_of(binder: Callable[..., object]) -> frozenset[str]:
     """The operands that a binder takes."""
+    if "operands" in vars(binder):
+        return frozenset(vars(binder)["operands"])
     parameters = inspect.signature(binder).parameters.values()
     names = frozenset(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
     rest = vars(binder).get("hands_on_to")

@@ -29,6 +29,17 @@ def test_frozen_parameters_stay_and_can_be_thawed(make_optimizer):
     pair.steps()
 
 
+def test_a_rate_is_that_of_thawed_parameters_too():
+    """Adam's count of updates splits one group into two sets."""
+    pair = Pair(make_optimizer=adam)
+    pair.both(lambda module, _: module[0].requires_grad_(False))
+    pair.steps()
+    pair.both(lambda module, _: module[0].requires_grad_(True))
+    pair.steps(1)
+    pair.both(lambda _, optimizer: optimizer.param_groups[0].update(lr=0.001))
+    pair.steps()
+
+
 def test_a_group_can_be_added():
     module, twin = make(), make()
     optimizer, eager = (torch.optim.Adam(one[2].parameters(), lr=0.01) for one in (module, twin))

@@ -201,7 +201,7 @@ def test_a_failed_step_changes_nothing():
     pair.steps(1)
     x, y = batch()
     y[3] = 3
-    with pytest.raises(fusemlp.DataError, match="target 3 in row 3 is out of bounds"):
+    with pytest.raises(fusemlp.DataError, match="label 3 at row 3 is not one of the 3 classes"):
         pair.step(x, y)
     pair.same()
     pair.steps()
@@ -246,6 +246,43 @@ def test_flatten_in_front_and_nesting():
         x = x.reshape(10, 3, 2)
         torch.testing.assert_close(pair.step(x, y), eager_step(pair.twin, pair.eager, x, y), **CLOSE)
     pair.same()
+
+
+def test_a_module_that_stands_in_two_places():
+    torch.manual_seed(0)
+    shared = nn.Tanh()
+    Pair(
+        nn.Sequential(nn.Identity(), nn.Linear(6, 4), shared, nn.Linear(4, 5), shared, nn.Linear(5, 3)).double()
+    ).steps()
+
+
+class Functions(nn.Module):
+    """Traced: functions with options."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)])
+
+    def forward(self, x):
+        x = nn.functional.leaky_relu(self.layers[0](x.flatten(1)), negative_slope=0.3, inplace=True)
+        return self.layers[2](nn.functional.gelu(self.layers[1](x.contiguous())))
+
+
+def test_functions_with_options():
+    torch.manual_seed(0)
+    Pair(Functions().double(), adam).steps()
+
+
+def test_flattened_outputs():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1), nn.Flatten(0)).double()
+    twin = copy.deepcopy(module)
+    optimizer, eager = sgd(module), sgd(twin)
+    step = door.fuse(module, nn.functional.poisson_nll_loss, optimizer)
+    for seed in range(3):
+        x, y = batch(seed=seed)
+        expected = eager_step(twin, eager, x, y.double(), nn.PoissonNLLLoss())
+        torch.testing.assert_close(step(x, y.double()), expected, **CLOSE)
 
 
 def test_layers_without_bias():

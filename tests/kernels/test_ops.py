@@ -7,9 +7,12 @@ import importlib.util
 import inspect
 
 import cupy_standin
+import numpy as np
 import pytest
 from devices import DEVICE_PARAMETERS, usable
 
+from fusemlp_kernels.checks import checked
+from fusemlp_kernels.contract import COUNTERS, Dropout, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from fusemlp_kernels.ops import FIXED, OPS, UPDATED, operands_of, refusal
 from fusemlp_kernels.registry import TRAITS
@@ -40,7 +43,7 @@ def test_a_binder_takes_what_the_record_says(backend, op):
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_record_is_complete(op):
     for name, operand in op.by_name.items():
-        assert operand.shape == "target" or set(operand.shape or "") <= {*"MNKR", *FIXED}, name
+        assert operand.shape == "target" or set(operand.shape or "") <= {*"AMNKR", *FIXED}, name
         assert operand.rows in ("", *(other.name for other in op.operands)) or name.startswith("layers."), name
         assert operand.use == UPDATED or operand.kind != "control" or name == "epoch_stats", name
         # what is written has a shape, or is an arena
@@ -76,3 +79,36 @@ def test_what_a_backend_does_not_take_is_refused():
     numpy = DEVICE_PARAMETERS[0].values[0].variants[0].backend()
     with pytest.raises(ArgumentTypeError, match="update: norm: the numpy backend does not take it"):
         numpy.bind("update", **dict.fromkeys(OPS["update"].required), norm=[0.0])
+
+
+LAYER = {"x": np.zeros((6, 3)), "w": np.zeros((2, 3)), "b": np.zeros(2), "y": np.zeros((4, 2)), "activation": "relu"}
+COUNTED = {"counters": np.zeros(COUNTERS)}
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "said"),
+    [
+        ("linear", LAYER, r"y: \(4, 2\) is not \(6, 2\)"),
+        ("linear", LAYER | {"rows": np.zeros(4)}, "counters: rows needs them"),
+        ("linear", LAYER | {"dropout": Dropout(0.5, 0, 0)}, "counters: dropout needs them"),
+        ("linear", LAYER | COUNTED | {"rows": np.zeros(6)}, "rows: expected 4 row numbers, or several batches of 4"),
+        ("grad_weight", {"layers": [], "rule": UpdateRule("sgd"), "parts": 2, "part": 4} | COUNTED, "a multiple of 8"),
+        ("grad_weight", {"layers": [], "rule": UpdateRule("sgd", accumulate=2), "parts": 2} | COUNTED, "use parts=1"),
+        ("grad_weight", {"layers": [{"dz": np.zeros((5, 2)), "x": np.zeros((5, 1)), "dw": np.zeros((2, 2)), "db": None}]
+            } | COUNTED, r"layers\[0\]: dw: \(2, 2\) is not \(2, 1\)"),
+    ],
+)  # fmt: skip
+def test_operands_are_checked_as_the_record_says(op, given, said):
+    def check(op, name, array, shape, dtype, *, written, flat):
+        if any(wanted not in (None, size) for wanted, size in zip(shape, array.shape, strict=True)):
+            raise ArgumentError(f"{op}: {name}: {array.shape} is not {shape}")
+        return array
+
+    with pytest.raises(ArgumentError, match=f"{op}: .*{said}"):
+        checked(op, given, check)
+
+
+def test_checked_operands_have_their_sizes_and_defaults():
+    given = checked("linear", LAYER | COUNTED | {"rows": np.zeros(8)}, lambda op, name, array, *_, **__: array)
+    assert (given.M, given.N, given.K, given.n) == (4, 2, 3, 6)
+    assert given.slope == 0.0 and given.z is None and given.y is LAYER["y"]

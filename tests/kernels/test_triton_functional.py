@@ -138,7 +138,7 @@ X, W, B, Y = (9, 7), (11, 7), (11,), (9, 11)
         (lambda x, w, b, y: F.loss_grad(y, torch.zeros(9)), DTypeError, r"target: expected torch\.int64"),
         (lambda x, w, b, y: F.loss_grad(y, y, "mss"), ArgumentError, "did you mean 'mse'"),
         (
-            lambda x, w, b, y: F.linear_loss_grad(x, torch.zeros(300, 7, device=DEVICE), b, y),
+            lambda x, w, b, y: F.linear_loss_grad(x, *tensors((300, 7), (300,), (9, 300)), "mse"),
             ArgumentError,
             "300 outputs are more than the 256",
         ),
@@ -157,7 +157,8 @@ X, W, B, Y = (9, 7), (11, 7), (11,), (9, 11)
             ArgumentError,
             r"w: is expanded \(stride 0\)",
         ),
-        (lambda x, w, b, y: F.update(w.T.reshape(7, 11)[0][::2], w[0], SGD, 0.1), ShapeError, "grads: expected shape"),
+        (lambda x, w, b, y: F.update(w[0], w[0][:3], SGD, 0.1), ShapeError, r"grads: expected shape \(7\), got \(3,\)"),
+        (lambda x, w, b, y: F.update(w[0][::2], w[1][:4], SGD, 0.1), ArgumentError, "params: expected a contiguous"),
         (
             lambda x, w, b, y: F.linear(x, torch.zeros(2**31, 0, device=DEVICE), b),
             ShapeError,

@@ -11,7 +11,7 @@ from typing import Any
 
 from fusemlp.program.program import ITEM_BYTES, KINDS, Call, Program, Ref
 from fusemlp_kernels.errors import FusemlpError
-from fusemlp_kernels.ops import COMMON, FIXED, OPS, Operand
+from fusemlp_kernels.ops import COMMON, FIXED, OPS, Operand, expected
 
 
 class ProgramError(FusemlpError, RuntimeError):
@@ -205,18 +205,6 @@ def _check_shapes(program: Program, call: Call, where: str, common: dict[str, in
             _compare(program, given, operand.fields, where, common)
 
 
-def _expected(operand: Operand, operands: Mapping[str, Any]) -> tuple[str, str]:
-    """The element type and the letters of an operand's shape, as the other operands have it."""
-    dtype, letters = operand.dtype, operand.shape or ""
-    if letters == "target":
-        loss = operands["loss"]
-        classes = loss.kind == "cross_entropy" and not loss.soft
-        dtype, letters = ("int64", "M") if classes else ("real", "MN")
-    if operand.rows and operands.get(operand.rows) is not None:
-        letters = letters.replace("M", "n")
-    return dtype, letters
-
-
 def _compare(
     program: Program,
     operands: Mapping[str, Any],
@@ -229,9 +217,9 @@ def _compare(
     for record in records:
         given = operands.get(record.name)
         for one in given if isinstance(given, tuple | list) else (given,):
-            if not isinstance(one, Ref) or record.shape is None:
+            if not isinstance(one, Ref) or record.shape in (None, "A"):
                 continue
-            dtype, letters = _expected(record, operands)
+            dtype, letters = expected(record, operands)
             if dtype == "compute" and program.compute_bytes is None:
                 dtype = "real"
             value = program.values[one.name]
@@ -241,7 +229,7 @@ def _compare(
             if len(value.shape) == len(letters):
                 for letter, size in zip(letters, value.shape, strict=True):
                     sizes.setdefault(letter, size)
-            expected = tuple(sizes.get(letter, letter) for letter in letters)
-            if value.shape != expected:
-                raise ProgramError(f"{named} has shape {value.shape}, expected {expected}")
+            wanted = tuple(sizes.get(letter, letter) for letter in letters)
+            if value.shape != wanted:
+                raise ProgramError(f"{named} has shape {value.shape}, expected {wanted}")
     common |= {letter: sizes[letter] for letter in COMMON if letter in sizes}

@@ -68,8 +68,7 @@ def to_onnx(
     more than 2 GiB, DivergenceError where parameters are no longer finite, MissingLibraryError without the library
     onnx, OSError from the disk.
     """
-    target = target_file(path)
-    write_atomically(target, onnx_bytes(engine, preprocessor, metadata))
+    write_atomically(target_file(path), onnx_bytes(engine, preprocessor, metadata))
 
 
 def onnx_bytes(
@@ -91,16 +90,17 @@ def onnx_bytes(
     if preprocessor is not None:
         _check_preprocessor(preprocessor, parameters["0.weight"].dtype)
     graph = _Graph(next(iter(parameters.values())).dtype)
-    name = INPUT if preprocessor is None else graph.scaled(INPUT, preprocessor)
-    for layer, activation in enumerate(engine.network.activations):
-        weight, bias = f"{2 * layer}.weight", f"{2 * layer}.bias"
-        name = graph.add(
-            "Gemm", name, graph.constant(parameters[weight], weight), graph.constant(parameters[bias], bias), transB=1
-        )
-        name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
-    _add_outputs(graph, name, engine, preprocessor)
+    name = INPUT
     if preprocessor is not None:
         own["preprocessor"] = preprocessor.to_json()
+        shift = graph.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
+        scale = graph.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
+        name = graph.add("Div", graph.add("Sub", name, shift), scale)
+    for layer, activation in enumerate(engine.network.activations):
+        layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
+        name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)
+        name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
+    _add_outputs(graph, name, engine, preprocessor)
     return graph.to_bytes(engine, own)
 
 
@@ -130,9 +130,10 @@ class _Graph:
     """The nodes, constants and outputs of a graph of one element type."""
 
     def __init__(self, real: np.dtype[Any]) -> None:
-        from onnx import helper
+        from onnx import helper, numpy_helper
 
         self.helper = helper
+        self.from_array = numpy_helper.from_array
         self.real = real
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
@@ -146,41 +147,31 @@ class _Graph:
 
     def constant(self, value: Any, name: str | None = None) -> str:
         """Append a constant: real numbers in the graph's type, integers and strings unchanged."""
-        from onnx import numpy_helper
-
         array = np.asarray(value)
         if array.dtype.kind == "f":
             array = array.astype(self.real)
         elif array.dtype.kind == "U":
             array = array.astype(object)
         name = name or f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        self.constants.append(self.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
     def cast(self, name: str, dtype: Any, output: str | None = None) -> str:
         return self.add("Cast", name, output=output, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
-    def output(self, name: str, dtype: Any, *shape: int | str) -> None:
-        """Declare ``name`` an output of the graph."""
+    def value(self, name: str, dtype: Any, *shape: int) -> Any:
+        """Return the declaration of an input or output of the graph: ``shape`` is that of a row."""
         kind = np.dtype(object if np.dtype(dtype).kind == "U" else dtype)
-        element = self.helper.np_dtype_to_tensor_dtype(kind)
-        self.outputs.append(self.helper.make_tensor_value_info(name, element, ["rows", *shape]))
-
-    def scaled(self, name: str, preprocessor: Preprocessor) -> str:
-        """Append ``(x - shift) / scale`` of each feature."""
-        shift = self.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
-        scale = self.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
-        return self.add("Div", self.add("Sub", name, shift), scale)
+        return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
 
     def activation(self, z: str, activation: Activation, slope: Array | None) -> str:
-        if activation.name == "identity":
-            return z
-        if activation.name == "leaky_relu":
-            return self.add("LeakyRelu", z, alpha=activation.slope)
-        if activation.name == "prelu":
-            return self.add("PRelu", z, self.constant(slope))
-        if activation.name == "relu":
-            return self.add("Relu", z)
+        match activation.name:
+            case "relu":
+                return self.add("Relu", z)
+            case "leaky_relu":
+                return self.add("LeakyRelu", z, alpha=activation.slope)
+            case "prelu":
+                return self.add("PRelu", z, self.constant(slope))
         known = {"z": z}
         for name, value in lines(ROWS[activation.name].value, "y"):
             known[name] = self._expression(value, known)
@@ -197,12 +188,14 @@ class _Graph:
                 return self.add("Neg", self._expression(operand, known))
             case ast.BinOp(left=left, op=op, right=right):
                 return self.add(ARITHMETIC[type(op)], self._expression(left, known), self._expression(right, known))
-            case ast.Call(func=ast.Name(id="normal_cdf"), args=[argument]):
-                return self._normal_cdf(self._expression(argument, known))
-            case ast.Call(func=ast.Name(id="log1p"), args=[argument]):
-                return self.add("Log", self.add("Add", self._expression(argument, known), self.constant(1.0)))
-            case ast.Call(func=ast.Name(id=name), args=arguments) if name in FUNCTIONS:
-                return self.add(FUNCTIONS[name], *(self._expression(argument, known) for argument in arguments))
+            case ast.Call(func=ast.Name(id=name), args=arguments):
+                inputs = [self._expression(argument, known) for argument in arguments]
+                if name == "normal_cdf":
+                    return self._normal_cdf(*inputs)
+                if name == "log1p":
+                    return self.add("Log", self.add("Add", *inputs, self.constant(1.0)))
+                if name in FUNCTIONS:
+                    return self.add(FUNCTIONS[name], *inputs)
         raise ArgumentError(f"engine: ONNX has no operator for {ast.unparse(node)!r} in the formula of its activation")
 
     def _normal_cdf(self, z: str) -> str:
@@ -216,8 +209,7 @@ class _Graph:
 
     def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper
-        element = helper.np_dtype_to_tensor_dtype(self.real)
-        given = helper.make_tensor_value_info(INPUT, element, ["rows", engine.network.sizes[0]])
+        given = self.value(INPUT, self.real, engine.network.sizes[0])
         model = helper.make_model(
             helper.make_graph(self.nodes, "fusemlp", [given], self.outputs, self.constants),
             producer_name="fusemlp",
@@ -226,8 +218,8 @@ class _Graph:
             ir_version=IR_VERSION,
         )
         about = engine.description()
-        entries = {"fusemlp": json.dumps({name: about[name] for name in ("version", "network", "loss")})}
-        helper.set_model_props(model, {**entries, **metadata})
+        own = json.dumps({name: about[name] for name in ("version", "network", "loss")})
+        helper.set_model_props(model, {"fusemlp": own, **metadata})
         content: bytes = model.SerializeToString()
         return content
 
@@ -236,7 +228,7 @@ def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Prepro
     """Append the outputs of the module's docstring; ``name`` is the output of the last layer."""
     width, loss = engine.network.sizes[-1], engine.loss
     raw = graph.add("Identity", name, output="logits" if loss.is_classification else "output")
-    graph.output(raw, graph.real, width)
+    graph.outputs.append(graph.value(raw, graph.real, width))
     classes = None if preprocessor is None else preprocessor.classes
     coded = loss.kind == "cross_entropy" or classes is not None
     if coded and width > 1:
@@ -256,17 +248,13 @@ def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Prepro
         found = graph.add("Gather", graph.constant(labels), found)
     graph.add("Identity", found, output="prediction")
     flat = width == 1 or (coded and width > 1)
-    graph.output("prediction", kind, *(() if flat else (width,)))
+    graph.outputs.append(graph.value("prediction", kind, *(() if flat else (width,))))
     if loss.kind == "cross_entropy":
-        graph.output(graph.add("Softmax", raw, output="probabilities", axis=1), graph.real, width)
+        graph.outputs.append(graph.value(graph.add("Softmax", raw, output="probabilities", axis=1), graph.real, width))
     elif loss.kind == "binary_cross_entropy":
-        _add_label_probabilities(graph, raw, width)
-
-
-def _add_label_probabilities(graph: _Graph, raw: str, width: int) -> None:
-    if width > 1:
-        graph.add("Sigmoid", raw, output="probabilities")
-    else:
-        both = [graph.add("Sigmoid", graph.add("Neg", raw)), graph.add("Sigmoid", raw)]
-        graph.add("Concat", *both, output="probabilities", axis=1)
-    graph.output("probabilities", graph.real, max(width, 2))
+        if width > 1:
+            graph.add("Sigmoid", raw, output="probabilities")
+        else:
+            both = [graph.add("Sigmoid", graph.add("Neg", raw)), graph.add("Sigmoid", raw)]
+            graph.add("Concat", *both, output="probabilities", axis=1)
+        graph.outputs.append(graph.value("probabilities", graph.real, max(width, 2)))

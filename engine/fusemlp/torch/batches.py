@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fusemlp.describe.losses import Loss
 from fusemlp.torch.modules import Reading
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError, ShapeError
 
 
 def check_tensors(x: Any, y: Any, device: torch.device) -> None:
@@ -29,14 +28,14 @@ def check_tensors(x: Any, y: Any, device: torch.device) -> None:
             )
 
 
-def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss, dtype: torch.dtype) -> str:
+def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss) -> str:
     """Return the kind of the targets: "labels", "soft" or "values". Raises ShapeError or DTypeError.
 
     x (m, K), or after a leading Flatten any (m, ...) with K elements a row. y (m,) int64 or (m, N) for cross-entropy,
     else the output's shape.
     """
     width, outputs = reading.network.sizes[0], reading.network.sizes[-1]
-    shape = tuple(x.shape)
+    shape, dtype = tuple(x.shape), reading.dtype
     if x.dim() < 2 or (x.dim() > 2 and not reading.flattens) or x.shape[1:].numel() != width:
         wanted = f"(rows, ...) of {width} elements a row" if reading.flattens else f"(rows, {width})"
         raise ShapeError(f"x: expected shape {wanted}, got {shape}; the first Linear has in_features={width}")
@@ -62,13 +61,3 @@ def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss, dtype: torc
     if y.dtype != dtype:
         raise DTypeError(f"y: expected {dtype}, the module's type, got {y.dtype}; use y.to({dtype})")
     return "soft" if loss.kind == "cross_entropy" else "values"
-
-
-def bad_label(labels: Any, classes: int, ignore_index: int) -> DataError:
-    """Return the error for class indices (m,) with a value that is no class and not ignored."""
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-    row = int(np.flatnonzero(bad)[0])
-    return DataError(
-        f"y: target {int(labels[row])} in row {row} is out of bounds; expected 0 to {classes - 1}, or the ignore_index "
-        f"{ignore_index}"
-    )

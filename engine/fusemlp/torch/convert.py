@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
@@ -14,8 +15,6 @@ from fusemlp.program.layout import short_names
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp_kernels.contract import UPDATE_COUNT
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
-
-MODULES = {name: kind for kind, name in modules.PLAIN.items()}
 
 
 def to_torch(engine: Engine) -> nn.Sequential:
@@ -33,12 +32,8 @@ def to_torch(engine: Engine) -> nn.Sequential:
     for layer, (inputs, outputs) in enumerate(zip(net.sizes, net.sizes[1:], strict=False)):
         module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
         chosen, name = net.activations[layer], str(2 * layer + 1)
-        if chosen.name == "leaky_relu":
-            module.add_module(name, nn.LeakyReLU(chosen.slope))
-        elif chosen.name == "prelu":
-            module.add_module(name, nn.PReLU(dtype=dtype))
-        elif chosen.name != "identity":
-            module.add_module(name, MODULES[chosen.name]())
+        if chosen.name != "identity":
+            module.add_module(name, modules.as_module(chosen, dtype=dtype))
         if net.dropouts[layer]:
             module.add_module(f"{name}_dropout", nn.Dropout(net.dropouts[layer]))
     module.load_state_dict(state)
@@ -55,43 +50,35 @@ def from_torch(
     are those of train mode, also for a module in eval mode. Raises ArgumentError for anything that cannot be converted.
     """
     reading = modules.read_module(module, always_drops=True)
-    dtype, _ = modules.check_tensors(reading)
     if reading.flattens or reading.squeezes:
         what = "Flatten in front" if reading.flattens else "the squeeze of its output"
         raise ArgumentError(f"module: an engine's x is (n, K) and its output (n, N): take {what} out of the module")
     net = reading.network
     names = short_names(net)
-    slots = {short: reading.slots.get(short) for short in names}
-    state = {
-        name: np.zeros(shape) if slot is None else slot.parameter.detach().cpu().numpy()
-        for (name, shape), slot in zip(net.parameter_shapes().items(), slots.values(), strict=True)
-    }
-    described: str | Optimizer = "adam"
-    frozen = [
-        name for short, name in names.items() if (slot := slots[short]) is None or not slot.parameter.requires_grad
-    ]
-    groups: dict[str, int] = {}
+    parameters = {names[short]: slot.parameter for short, slot in reading.slots.items()}
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    group_of: dict[Tensor, int] = {}
     if optimizer is not None:
-        optimizers.check_parameters(optimizer, {id(parameter) for parameter in module.parameters()})
-        group_of = optimizers.group_of_parameter(optimizer)
-        for short, name in names.items():
-            slot = slots[short]
-            if name not in frozen and slot is not None and id(slot.parameter) in group_of:
-                groups[name] = group_of[id(slot.parameter)]
-        frozen = [name for name in names.values() if name not in groups]
-        described = _optimizer(optimizer, groups, frozen)
-    elif frozen:
-        described = Adam(per_parameter={name: ParameterOptions(trainable=False) for name in frozen})
+        group_of = optimizers.groups_of(optimizer, module)
+        trained = {name: parameter for name, parameter in trained.items() if parameter in group_of}
+    frozen = {name: ParameterOptions(trainable=False) for name in names.values() if name not in trained}
+    described: Optimizer = Adam(per_parameter=frozen)
+    if optimizer is not None:
+        described = _optimizer(optimizer, {name: group_of[one] for name, one in trained.items()}, frozen)
     loss = "cross_entropy" if loss_fn is None else losses.read_loss(loss_fn)
-    precision = options.pop("precision", "fp64" if dtype == torch.float64 else "fp32")
+    precision = options.pop("precision", "fp64" if reading.dtype == torch.float64 else "fp32")
     engine = Engine(net, loss, described, precision=precision, **options)
-    engine.load_state_dict(state)
+    # A missing bias is a frozen one of zeros.
+    zeros = {name: np.zeros(shape) for name, shape in net.parameter_shapes().items()}
+    engine.load_state_dict({**zeros, **{name: one.detach().cpu().numpy() for name, one in parameters.items()}})
     if optimizer is not None:
-        _copy_moments(engine, optimizer, {name: slots[short] for short, name in names.items() if name in groups})
+        _copy_moments(engine, optimizer, trained)
     return engine
 
 
-def _optimizer(optimizer: torch.optim.Optimizer, groups: dict[str, int], frozen: list[str]) -> Optimizer:
+def _optimizer(
+    optimizer: torch.optim.Optimizer, groups: Mapping[str, int], frozen: Mapping[str, ParameterOptions]
+) -> Optimizer:
     """Return the description of a torch optimizer; ``groups`` maps each trained parameter's name here to its group."""
     kind = optimizers.optimizer_kind(optimizer)
     rules = [optimizers.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
@@ -100,31 +87,28 @@ def _optimizer(optimizer: torch.optim.Optimizer, groups: dict[str, int], frozen:
     if not used:
         raise ArgumentError("optimizer: no group has a parameter of the module that requires grad")
     rate = max(rates[index] for index in used)
+    rule, decay = rules[used[0]]
     for index in used:
-        if rules[index].rule != rules[used[0]].rule:
+        if rules[index][0] != rule:
             raise ArgumentError(
                 f"optimizer.param_groups[{index}]: an engine has one momentum (or betas and eps) for all parameters; "
                 f"group {used[0]} has others"
             )
-    rule, decay = rules[used[0]].rule, rules[used[0]].weight_decay
-    per_parameter = {name: ParameterOptions(trainable=False) for name in frozen}
+    per_parameter = dict(frozen)
     for name, index in groups.items():
-        factor = rates[index] / rate if rate else 1.0
-        if factor != 1.0 or rules[index].weight_decay != decay:
-            per_parameter[name] = ParameterOptions(lr_factor=factor, weight_decay=rules[index].weight_decay)
+        factor, own = rates[index] / rate if rate else 1.0, rules[index][1]
+        if factor != 1.0 or own != decay:
+            per_parameter[name] = ParameterOptions(lr_factor=factor, weight_decay=own)
+    common: dict[str, Any] = {"weight_decay": decay, "per_parameter": per_parameter}
     if kind == "sgd":
-        return SGD(
-            rate, momentum=rule.momentum, nesterov=rule.nesterov, weight_decay=decay, per_parameter=per_parameter
-        )
-    make = AdamW if rule.decoupled else Adam
-    betas = (rule.beta1, rule.beta2)
-    return make(rate, betas=betas, eps=rule.eps, weight_decay=decay, per_parameter=per_parameter)
+        return SGD(rate, momentum=rule.momentum, nesterov=rule.nesterov, **common)
+    return (AdamW if rule.decoupled else Adam)(rate, betas=(rule.beta1, rule.beta2), eps=rule.eps, **common)
 
 
-def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, slots: dict[str, Any]) -> None:
-    """Copy the optimizer's moments and the number of its updates; ``slots``: the places of the trained parameters."""
+def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> None:
+    """Copy the optimizer's moments of the trained parameters, and the number of its updates."""
     kind = optimizers.optimizer_kind(optimizer)
-    states = {name: optimizer.state.get(slot.parameter, {}) for name, slot in slots.items()}
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     for index in range(len(engine.memory.states)):
         tensors = engine.tensors(f".state{index}")
         for name, state in states.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.torch.autograd import Chain, ChainFunction
+from fusemlp.torch.modules import as_module
 from fusemlp_kernels.errors import DTypeError, ShapeError
 
 
@@ -28,13 +28,15 @@ def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int) -> 
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class FusedLinear(nn.Module):
-    """``act(x @ weight.T + bias)`` in one call, with autograd; ``state_dict`` is nn.Linear's.
+class FusedLinear(nn.Linear):
+    """``act(x @ weight.T + bias)`` in one call, with autograd: nn.Linear with its parameters and initial values.
 
     x (..., in_features) to (..., out_features), float32, or float64 on the CPU. ``activation`` is a name of the kernel
-    contract or ``fusemlp.LeakyReLU(slope)``, ``fusemlp.PReLU(init)``; a PReLU's slope is the parameter ``slope``. The
-    initial values are nn.Linear's. Gradients of the first order only.
+    contract or ``fusemlp.LeakyReLU(slope)``, ``fusemlp.PReLU(init)``; a PReLU's slope is the parameter ``slope``.
+    Gradients of the first order only.
     """
+
+    slope: nn.Parameter | None
 
     def __init__(
         self,
@@ -46,41 +48,30 @@ class FusedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = as_count("in_features", in_features, minimum=1)
-        self.out_features = as_count("out_features", out_features, minimum=1)
-        self.activation = as_activation("activation", activation)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias: nn.Parameter | None
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-        if self.activation.name == "prelu":
-            self.slope = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-        self.reset_parameters()
+        as_count("in_features", in_features, minimum=1)
+        as_count("out_features", out_features, minimum=1)
+        chosen = as_activation("activation", activation)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = chosen
+        slope = torch.full((1,), chosen.slope, device=device, dtype=dtype)
+        self.register_parameter("slope", nn.Parameter(slope) if chosen.name == "prelu" else None)
 
     def reset_parameters(self) -> None:
         """Draw the initial values of nn.Linear: uniform in +-1 / sqrt(in_features)."""
-        limit = 1.0 / math.sqrt(self.in_features)
-        with torch.no_grad():
-            self.weight.uniform_(-limit, limit)
-            if self.bias is not None:
-                self.bias.uniform_(-limit, limit)
-            if self.activation.name == "prelu":
-                self.slope.fill_(self.activation.slope)
+        super().reset_parameters()
+        slope = self._parameters.get("slope")
+        if slope is not None:
+            nn.init.constant_(slope, self.activation.slope)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        parameters = [self.weight, *([] if self.bias is None else [self.bias])]
-        if self.activation.name == "prelu":
-            parameters.append(self.slope)
+        parameters = [one for one in (self.weight, self.bias, self.slope) if one is not None]
         chain = Chain((self.activation,), (0.0,), (self.bias is not None,))
         return apply(chain, x, parameters, self.in_features)
 
     def extra_repr(self) -> str:
         """Return the options for the printed module."""
-        biased, name = self.bias is not None, self.activation.name
-        return f"{self.in_features}, {self.out_features}, bias={biased}, activation={name!r}"
+        return f"{super().extra_repr()}, activation={self.activation.name!r}"
 
 
 class FusedMLP(nn.Module):
@@ -112,7 +103,7 @@ class FusedMLP(nn.Module):
             self.add_module(str(2 * layer), nn.Linear(inputs, outputs, device=device, dtype=dtype))
             chosen = self.network.activations[layer]
             if chosen.name == "prelu":
-                self.add_module(str(2 * layer + 1), nn.PReLU(init=chosen.slope, device=device, dtype=dtype))
+                self.add_module(str(2 * layer + 1), as_module(chosen, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., sizes[0]) to (..., sizes[-1])."""

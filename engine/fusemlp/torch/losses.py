@@ -2,112 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
-# Functions with default options, as modules.
-FUNCTIONS: dict[Any, type[nn.Module]] = {
-    functional.cross_entropy: nn.CrossEntropyLoss,
-    functional.mse_loss: nn.MSELoss,
-    functional.l1_loss: nn.L1Loss,
-    functional.huber_loss: nn.HuberLoss,
-    functional.smooth_l1_loss: nn.SmoothL1Loss,
-    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-}
-SUPPORTED = (
-    "CrossEntropyLoss, BCEWithLogitsLoss, MSELoss, L1Loss, HuberLoss, SmoothL1Loss(beta=1) and PoissonNLLLoss, or "
-    "their functions with default options"
+# Each loss of torch, its function, and the loss here, whose options have the same names.
+_TABLE: tuple[tuple[type[nn.Module], Any, type[Loss]], ...] = (
+    (nn.CrossEntropyLoss, functional.cross_entropy, CrossEntropy),
+    (nn.BCEWithLogitsLoss, functional.binary_cross_entropy_with_logits, BinaryCrossEntropy),
+    (nn.MSELoss, functional.mse_loss, MSE),
+    (nn.L1Loss, functional.l1_loss, MAE),
+    (nn.HuberLoss, functional.huber_loss, Huber),
+    (nn.SmoothL1Loss, functional.smooth_l1_loss, Huber),
+    (nn.PoissonNLLLoss, functional.poisson_nll_loss, Poisson),
+)
+LOSSES = {kind: described for kind, _, described in _TABLE}
+FUNCTIONS = {function: kind for kind, function, _ in _TABLE}
+# Options that the kernels lack: the loss, the option, its only value, and advice.
+FIXED: tuple[tuple[type[nn.Module], str, Any, str], ...] = (
+    (nn.BCEWithLogitsLoss, "weight", None, "leave weight out"),
+    (nn.BCEWithLogitsLoss, "pos_weight", None, "leave pos_weight out"),
+    (nn.SmoothL1Loss, "beta", 1.0, "use HuberLoss(delta=beta), which is beta times as large"),
+    (nn.PoissonNLLLoss, "log_input", True, "use log_input=True"),
+    (nn.PoissonNLLLoss, "full", False, "use full=False"),
 )
 INSTEAD = {
-    "NLLLoss": "use CrossEntropyLoss on logits, without LogSoftmax in the module",
-    "BCELoss": "use BCEWithLogitsLoss on logits, without Sigmoid in the module",
-    "MultiLabelSoftMarginLoss": "use BCEWithLogitsLoss",
+    "NLLLoss": "use CrossEntropyLoss on logits, without LogSoftmax in the module; ",
+    "BCELoss": "use BCEWithLogitsLoss on logits, without Sigmoid in the module; ",
+    "MultiLabelSoftMarginLoss": "use BCEWithLogitsLoss; ",
 }
 
 
 def read_loss(loss_fn: Any) -> Loss:
     """Return the loss that ``loss_fn`` computes of (output, target); raises ArgumentError if it cannot be fused."""
+    supported = f"{', '.join(kind.__name__ for kind in LOSSES)}, or their functions with default options"
     if not isinstance(loss_fn, nn.Module):
         try:
-            made = FUNCTIONS.get(loss_fn)
-        except TypeError:
-            made = None
-        if made is None:
-            raise ArgumentTypeError(f"loss_fn: {loss_fn!r} cannot be fused; expected one of {SUPPORTED}")
-        return read_loss(made())
-    kind = type(loss_fn)
-    options: Any = loss_fn
-    reduction = getattr(loss_fn, "reduction", "mean")
-    if kind in KNOWN and reduction not in ("mean", "sum"):
+            loss_fn = FUNCTIONS[loss_fn]()
+        except (KeyError, TypeError):
+            raise ArgumentTypeError(f"loss_fn: {loss_fn!r} cannot be fused; expected one of {supported}") from None
+    kind, options = type(loss_fn), vars(loss_fn)
+    name, described = kind.__name__, LOSSES.get(kind)
+    if described is None:
+        raise ArgumentError(f"loss_fn: {name} cannot be fused; {INSTEAD.get(name, '')}expected one of {supported}")
+    if options["reduction"] not in ("mean", "sum"):
         raise ArgumentError(
-            f"loss_fn: {kind.__name__}(reduction={reduction!r}) has no single loss to go down; use 'mean' or 'sum'"
+            f"loss_fn: {name}(reduction={options['reduction']!r}) has no single loss to go down; use 'mean' or 'sum'"
         )
-    if kind is nn.CrossEntropyLoss:
-        weight = options.weight
-        return CrossEntropy(
-            label_smoothing=options.label_smoothing,
-            class_weight=None if weight is None else weight.detach().cpu().double().tolist(),
-            ignore_index=options.ignore_index,
-            reduction=reduction,
-        )
-    if kind is nn.BCEWithLogitsLoss:
-        for name in ("weight", "pos_weight"):
-            if getattr(loss_fn, name) is not None:
-                raise ArgumentError(f"loss_fn: BCEWithLogitsLoss({name}=...) cannot be fused; leave {name} out")
-        return BinaryCrossEntropy(reduction=reduction)
-    if kind is nn.MSELoss:
-        return MSE(reduction=reduction)
-    if kind is nn.L1Loss:
-        return MAE(reduction=reduction)
-    if kind is nn.HuberLoss:
-        return Huber(delta=options.delta, reduction=reduction)
-    if kind is nn.SmoothL1Loss:
-        if options.beta != 1.0:
-            raise ArgumentError(
-                f"loss_fn: SmoothL1Loss(beta={options.beta}) cannot be fused; use HuberLoss(delta=beta), which is beta "
-                "times as large"
-            )
-        return Huber(delta=1.0, reduction=reduction)
-    if kind is nn.PoissonNLLLoss:
-        if not options.log_input or options.full:
-            raise ArgumentError("loss_fn: PoissonNLLLoss can be fused with log_input=True and full=False only")
-        return Poisson(reduction=reduction)
-    advice = INSTEAD.get(kind.__name__)
-    raise ArgumentError(
-        f"loss_fn: {kind.__name__} cannot be fused; {advice + '; ' if advice else ''}expected one of {SUPPORTED}"
-    )
-
-
-KNOWN = frozenset(
-    {
-        nn.CrossEntropyLoss,
-        nn.BCEWithLogitsLoss,
-        nn.MSELoss,
-        nn.L1Loss,
-        nn.HuberLoss,
-        nn.SmoothL1Loss,
-        nn.PoissonNLLLoss,
-    }
-)
-
-
-def watched(loss_fn: Any) -> list[tuple[Any, str, Any]]:
-    """Return triples (mapping, key, value); while every mapping holds its value, the loss has not changed."""
-    if not isinstance(loss_fn, nn.Module):
-        return []
-    names = ("reduction", "label_smoothing", "ignore_index", "delta", "beta", "log_input", "full")
-    entries: list[tuple[Any, str, Any]] = [
-        (loss_fn.__dict__, name, loss_fn.__dict__[name]) for name in names if name in loss_fn.__dict__
-    ]
-    return [*entries, *((loss_fn._buffers, name, buffer) for name, buffer in loss_fn._buffers.items())]
-
-
-def class_weight(loss_fn: Any) -> Tensor | None:
-    """Return the tensor of class weights; its version reveals changes in place."""
-    found = getattr(loss_fn, "weight", None) if isinstance(loss_fn, nn.CrossEntropyLoss) else None
-    return found if isinstance(found, Tensor) else None
+    for owner, option, only, advice in FIXED:
+        value = getattr(loss_fn, option) if owner is kind else only
+        if value is not only and value != only:
+            raise ArgumentError(f"loss_fn: {name}({option}={value!r}) cannot be fused; {advice}")
+    found = {field.name: options[field.name] for field in fields(described) if field.name in options}
+    if kind is nn.CrossEntropyLoss and loss_fn.weight is not None:
+        found["class_weight"] = loss_fn.weight.detach().cpu().double().tolist()
+    return described(**found)

@@ -1,8 +1,11 @@
-"""The bound programs of a fused step, one for each batch size and kind of target, and the arrays they read."""
+"""The bound programs of a fused step, one for each batch size and kind of target, and the arrays they read.
+
+The kinds are those of ``batches.check_shapes`` ("labels", "soft", "values"), and "ignored" for labels some of which may
+be the ignored index.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusemlp.describe.losses import CrossEntropy, Loss
-from fusemlp.program.layout import Layout, short_names
+from fusemlp.describe.losses import Loss
+from fusemlp.inputs.arrays import as_class_labels
+from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace
-from fusemlp.torch.arena import as_tensor
-from fusemlp.torch.batches import bad_label, check_shapes, check_tensors
+from fusemlp.torch.batches import check_shapes, check_tensors
 from fusemlp.torch.modules import Reading
 from fusemlp.torch.updates import UpdateSet, bind_updates
 from fusemlp_kernels.contract import TensorRule
@@ -28,17 +31,17 @@ EXACT_SIZES = 8
 
 
 class Runnable:
-    """A bound program, with the updates of the rules at ``version``."""
+    """A bound program; its last calls are the updates of ``sets``."""
 
     def __init__(self, bound: BoundProgram) -> None:
         self.bound = bound
+        self.sets: list[UpdateSet] = []
         self.calls = bound.calls
-        self.version = -1
 
-    def use(self, sets: list[UpdateSet], layout: Layout, version: int) -> None:
-        """Bind the updates again, for the rules of ``version``."""
-        self.calls = (*self.bound.calls[:-1], *bind_updates(self.bound, sets, layout))
-        self.version = version
+    def use(self, sets: list[UpdateSet], memory: Memory) -> None:
+        """Bind the updates again, for the rules of ``sets``."""
+        self.calls = (*self.bound.calls[:-1], *bind_updates(self.bound, sets, memory.layout))
+        self.sets = sets
 
 
 class Batch:
@@ -46,26 +49,28 @@ class Batch:
 
     def __init__(self, programs: Programs, rows: int, capacity: int, kind: str) -> None:
         self.rows = rows
-        self.capacity = capacity
-        self.kind = kind
+        self.nothing_scored = False
         self._programs = programs
+        self._capacity = capacity
         self._x, self._y = programs.input(capacity, "x"), programs.input(capacity, kind)
         self._rows_of_x, self._rows_of_y = self._x[:rows], self._y[:rows]
-        self._flat = programs.reading.flattens
-        self._columns = programs.reading.network.sizes[0]
-        self._squeezed = programs.reading.squeezes
         self._host = isinstance(self._x, np.ndarray)
-        # As an unsigned number, a negative label is too large as well.
-        self._unsigned = self._rows_of_y.view(np.uint64) if self._host and kind == "labels" else None
-        self._classes = programs.reading.network.sizes[-1]
-        self._plain = programs.runnable(capacity, kind, kind == "labels" and programs.always_ignores)
-        self.nothing_scored = False
+        self._plain = programs.runnable(capacity, programs.labels if kind == "labels" else kind)
+        self._columns, self._classes = programs.reading.network.sizes[0], programs.reading.network.sizes[-1]
+        self._squeezes = programs.reading.squeezes
+        # Labels on a GPU are checked by the kernels, without a synchronisation.
+        labels = torch.as_tensor(self._rows_of_y) if kind == "labels" else None
+        self._labels = None if labels is None or not labels.is_cpu else labels.numpy()
+        # As an unsigned number, a negative label is too large as well. None where any label may be the ignored index.
+        self._unsigned: Any = None
+        if self._labels is not None and programs.labels == "labels":
+            self._unsigned = self._labels.view(np.uint64)
 
     def stage(self, x: Tensor, y: Tensor) -> Runnable:
         """Copy the batch and return its program; raises DataError for a label that is no class."""
-        if self._flat and x.dim() != 2:
+        if x.dim() != 2:
             x = x.reshape(self.rows, self._columns)
-        if self._squeezed:
+        if self._squeezes:
             y = y.unsqueeze(1)
         if self._host:
             np.copyto(self._rows_of_x, x.numpy())
@@ -73,89 +78,76 @@ class Batch:
         else:
             self._rows_of_x.copy_(x)
             self._rows_of_y.copy_(y)
-        if self.rows < self.capacity:
+        if self.rows < self._capacity:
             self._x[self.rows :] = 0
             self._y[self.rows :] = 0
-        if self._unsigned is None:
-            return self._plain if self.kind != "labels" else self._checked(as_tensor(self._rows_of_y))
-        if self._programs.always_ignores or np.maximum.reduce(self._unsigned) >= self._classes:
-            return self._checked(as_tensor(self._rows_of_y))
-        self.nothing_scored = False
-        return self._plain
-
-    def _checked(self, labels: Tensor) -> Runnable:
-        """Return the program for labels that may be ignored. On a GPU the kernels check, without a synchronisation."""
+        if self._labels is None:
+            return self._plain
+        if self._unsigned is not None and np.maximum.reduce(self._unsigned) < self._classes:
+            self.nothing_scored = False
+            return self._plain
         ignore_index = self._programs.ignore_index
-        if labels.is_cpu:
-            values = labels.numpy()
-            ignored = values == ignore_index
-            if (((values < 0) | (values >= self._classes)) & ~ignored).any():
-                raise bad_label(values, self._classes, ignore_index)
-            self.nothing_scored = bool(ignored.all())
-        return self._programs.runnable(self.capacity, "labels", True)
+        as_class_labels("y", self._labels, classes=self._classes, rows=None, ignore_index=ignore_index)
+        self.nothing_scored = bool((self._labels == ignore_index).all())
+        return self._programs.runnable(self._capacity, "ignored")
 
 
 class Programs:
     """Makes the programs of one network, loss and partition of its parameters, each on first use."""
 
-    def __init__(
-        self, memory: Memory, reading: Reading, loss: Loss, sets: list[UpdateSet], seed: int, item_bytes: int
-    ) -> None:
+    def __init__(self, memory: Memory, reading: Reading, loss: Loss, sets: list[UpdateSet], seed: int) -> None:
         self.reading = reading
         self.loss = loss
+        self.sets = sets
         self._memory = memory
-        self._sets = sets
         self._seed = seed
-        self._item_bytes = item_bytes
         self._workspace = Workspace(memory.backend)
-        self._runnables: dict[tuple[int, str, bool], Runnable] = {}
+        self._runnables: dict[tuple[int, str], Runnable] = {}
         self._inputs: dict[tuple[int, str], Any] = {}
         self._sizes: set[int] = set()
-        spec = loss.spec(accuracy=False)
-        never = replace(spec, ignore_index=None)
-        self._specs = {
-            ("labels", True): spec,
-            ("labels", False): never,
-            ("values", False): never,
-            ("soft", False): replace(never, soft=loss.kind == "cross_entropy"),
-        }
-        self.ignore_index = -100 if spec.ignore_index is None else spec.ignore_index
+        ignored = loss.spec(accuracy=False).ignore_index
+        self.ignore_index = -100 if ignored is None else ignored
         # Labels on a GPU are not read back, so any of them may be the ignored index.
-        on_host = isinstance(memory.params, np.ndarray)
-        self.always_ignores = not on_host or 0 <= self.ignore_index < reading.network.sizes[-1]
+        read = isinstance(memory.params, np.ndarray) and not 0 <= self.ignore_index < reading.network.sizes[-1]
+        self.labels = "labels" if read else "ignored"
         self._class_weight: Any = None
-        if isinstance(loss, CrossEntropy) and loss.class_weight is not None:
-            real = np.float64 if item_bytes == 8 else np.float32
-            self._class_weight = memory.backend.from_host(np.asarray(loss.class_weight, real))
+        if loss.class_weight is not None:
+            weights = np.asarray(loss.class_weight, f"f{reading.dtype.itemsize}")
+            self._class_weight = memory.backend.from_host(weights)
 
-    def batch(self, x: Any, y: Any, dtype: torch.dtype, device: torch.device) -> Batch:
+    @property
+    def usual(self) -> str:
+        """The usual kind of targets of the loss."""
+        return self.labels if self.loss.kind == "cross_entropy" else "values"
+
+    def batch(self, x: Any, y: Any) -> Batch:
         """Check a batch of a new shape, and return the object that copies it."""
-        check_tensors(x, y, device)
-        kind = check_shapes(x, y, self.reading, self.loss, dtype)
+        check_tensors(x, y, self.reading.device)
+        kind = check_shapes(x, y, self.reading, self.loss)
         if kind == "soft" and self.ignore_index >= 0:
             raise ArgumentError(
                 f"loss_fn: ignore_index={self.ignore_index} is a class index, and y holds probabilities; leave it out"
             )
         rows = len(x)
-        if rows in self._sizes or len(self._sizes) < EXACT_SIZES:
+        exact = rows in self._sizes or len(self._sizes) < EXACT_SIZES
+        if exact:
             self._sizes.add(rows)
-            return Batch(self, rows, rows, kind)
-        return Batch(self, rows, 1 << (rows - 1).bit_length(), kind)
+        return Batch(self, rows, rows if exact else 1 << (rows - 1).bit_length(), kind)
 
     def build(self, rows: int) -> None:
         """Make the program for batches of ``rows`` rows."""
         self._sizes.add(rows)
-        kind = "labels" if self.loss.kind == "cross_entropy" else "values"
-        self.runnable(rows, kind, kind == "labels" and self.always_ignores)
+        self.runnable(rows, self.usual)
 
-    def runnable(self, capacity: int, kind: str, ignores: bool) -> Runnable:
+    def runnable(self, capacity: int, kind: str) -> Runnable:
         """Return the program for batches of ``capacity`` rows."""
-        key = (capacity, kind, ignores)
+        key = (capacity, kind)
         if key not in self._runnables:
-            given = {"x": self.input(capacity, "x"), "target": self.input(capacity, kind)}
+            target = self.input(capacity, "labels" if kind == "ignored" else kind)
+            given = {"x": self.input(capacity, "x"), "target": target}
             if self._class_weight is not None:
                 given["class_weight"] = self._class_weight
-            program = self.lower(capacity, kind, ignores)
+            program = self.lower(capacity, kind)
             self._runnables[key] = Runnable(BoundProgram(program, self._memory, self._workspace, given))
         return self._runnables[key]
 
@@ -163,41 +155,34 @@ class Programs:
         """Return the array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind."""
         key = (capacity, kind)
         if key not in self._inputs:
-            sizes, backend = self.reading.network.sizes, self._memory.backend
-            shape = (capacity,) if kind == "labels" else (capacity, sizes[0] if kind == "x" else sizes[-1])
-            multiple = backend.traits.row_multiple
-            pitch = capacity if kind == "labels" else -(-shape[-1] // multiple) * multiple
-            size = pitch if kind == "labels" else capacity * pitch
-            flat = backend.allocate(size, "int64" if kind == "labels" else "real")
-            self._inputs[key] = backend.view(flat, 0, shape, pitch)
+            backend, sizes = self._memory.backend, self.reading.network.sizes
+            if kind == "labels":
+                self._inputs[key] = backend.allocate(capacity, "int64")
+            else:
+                width, multiple = sizes[0] if kind == "x" else sizes[-1], backend.traits.row_multiple
+                pitch = -(-width // multiple) * multiple
+                flat = backend.allocate(capacity * pitch, "real")
+                self._inputs[key] = backend.view(flat, 0, (capacity, width), pitch)
         return self._inputs[key]
 
-    def lower(self, capacity: int, kind: str, ignores: bool) -> Program:
+    def lower(self, capacity: int, kind: str) -> Program:
         """Return the step as data."""
-        decays = {short: decay for one in self._sets for short, decay in one.decays.items()}
+        decays = {short: decay for one in self.sets for short, decay in one.decays.items()}
         options = {
             name: (short in decays, TensorRule(1.0, decays.get(short, 0.0)))
             for short, name in short_names(self.reading.network).items()
         }
+        spec = self.loss.spec(accuracy=False)
         return lower_training(
             self.reading.network,
-            self._specs[kind, ignores],
-            max((one.rule for one in self._sets), key=lambda rule: rule.state_count),
+            replace(spec, ignore_index=spec.ignore_index if kind == "ignored" else None, soft=kind == "soft"),
+            max((one.rule for one in self.sets), key=lambda rule: rule.state_count),
             options.__getitem__,
             capacity,
             self._memory.backend.traits,
             self._memory.layout,
             Inputs(capacity, class_weighted=self._class_weight is not None),
             seed=self._seed,
-            real_bytes=self._item_bytes,
-            keep_gradients=len(self._sets) > 1,
+            real_bytes=self.reading.dtype.itemsize,
+            keep_gradients=len(self.sets) > 1,
         )
-
-
-def program_key(reading: Reading, loss: Loss, sets: Sequence[UpdateSet]) -> tuple[Any, ...]:
-    """Return a key; equal keys can share programs, with their updates bound again."""
-    partition = frozenset(short for one in sets for short in one.decays)
-    states = max(one.rule.state_count for one in sets)
-    kinds = {one.rule.kind for one in sets}
-    fusable = len(sets) == 1
-    return reading.network, reading.flattens, reading.squeezes, loss, partition, states, fusable, *kinds

@@ -1,50 +1,51 @@
-"""Detect a change of the fused module, its loss or its optimizer, in about a microsecond."""
+"""Detect a change of the fused module, its loss or its optimizer, in about two microseconds."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from fusemlp.torch import losses, modules
-from fusemlp.torch.arena import Tie
+from fusemlp.torch.modules import LIMITS, hooks_of
+
+# Closes the sequence of watched objects, so that a longer one differs.
+END = (object(),)
 
 
 class Watch:
     """Remembers everything that a fused step depends on, except the options of the parameter groups."""
 
-    def __init__(
-        self, module: nn.Module, loss_fn: Any, optimizer: Optimizer, tie: Tie, trained: Collection[str]
-    ) -> None:
-        self._values = [*modules.watched(module), *losses.watched(loss_fn), *tie.watched_state(trained)]
-        self._containers = modules.containers(module)
-        self._parameters = [(parameter, pointer, parameter.requires_grad) for parameter, pointer in tie.pointers]
-        self._weight = losses.class_weight(loss_fn)
-        self._weight_version = None if self._weight is None else self._weight._version
-        self._optimizer = optimizer
-        self._groups = optimizer.param_groups
-        self._lengths = [(group["params"], len(group["params"])) for group in self._groups]
-        self._state = optimizer.state
+    def __init__(self, module: nn.Module, loss_fn: Any, optimizer: Optimizer) -> None:
+        losses = [loss_fn] if isinstance(loss_fn, nn.Module) else []
+        inside = [*module.modules(), *losses]
+        options = [(vars(optimizer), name) for name in ("param_groups", "state")]
+        for one in inside:
+            # A traced forward may depend on its module's attributes.
+            if one in losses or type(one) in LIMITS or not type(one).__module__.startswith("torch."):
+                options += [(vars(one), name) for name in vars(one) if not name.startswith("_")]
+        self._owners, self._names = zip(*options, strict=True)
+        held = [mapping for one in inside for mapping in (one._modules, one._parameters, one._buffers) if mapping]
+        self._held = [one.values() for one in (optimizer.state, *optimizer.state.values(), *held)]
+        self._objects = [*chain.from_iterable(self._held), *map(dict.get, self._owners, self._names), *END]
+        self._hooks = [hooks for one in module.modules() for hooks in hooks_of(one)]
+        self._parameters = [(one, one.data_ptr(), one.requires_grad) for one in module.parameters()]
+        self._weights = [(buffer, buffer._version) for one in losses for buffer in one.buffers()]
+        lists = (optimizer.param_groups, *(group["params"] for group in optimizer.param_groups))
+        self._lists = [(one, len(one)) for one in lists]
 
     def unchanged(self) -> bool:
         """Return whether nothing has changed."""
-        for mapping, key, value in self._values:
-            if mapping.get(key) is not value:
-                return False
-        for children, count in self._containers:
-            if len(children) != count:
-                return False
         for parameter, pointer, trains in self._parameters:
             if parameter.data_ptr() != pointer or parameter.requires_grad is not trains:
                 return False
-        optimizer, groups = self._optimizer, self._groups
-        if optimizer.param_groups is not groups or optimizer.state is not self._state:
-            return False
-        if len(groups) != len(self._lengths):
-            return False
-        for parameters, count in self._lengths:
-            if len(parameters) != count:
+        for one, length in self._lists:
+            if len(one) != length:
                 return False
-        return self._weight is None or self._weight._version == self._weight_version
+        for buffer, version in self._weights:
+            if buffer._version != version:
+                return False
+        objects = chain(chain.from_iterable(self._held), map(dict.get, self._owners, self._names), END)
+        return all(map(is_, objects, self._objects)) and not any(self._hooks)

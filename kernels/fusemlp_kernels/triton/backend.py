@@ -40,16 +40,11 @@ ADOPTED = frozenset(
     }
 )
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
-    "linear": bind_linear,
-    "linear_loss_grad": bind_linear_loss_grad,
-    "loss_grad": bind_loss_grad,
-    "grad_input": bind_grad_input,
-    "grad_weight": bind_grad_weight,
-    "grad_weight_update": bind_grad_weight_update,
-    "update": bind_update,
-    "advance": bind_advance,
-    "train_resident": bind_train_resident,
-    "train_fleet": bind_train_fleet,
+    bind.__name__.removeprefix("bind_"): bind
+    for bind in (
+        *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_grad_weight),
+        *(bind_grad_weight_update, bind_update, bind_advance, bind_train_resident, bind_train_fleet),
+    )
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +53,7 @@ COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 def open_device(name: str | None, precision: str) -> Device:
     """The device ``name`` ("cuda", "cuda:1"; None: the current one), for kernels of that precision.
 
-    Raises BackendUnavailableError where it is not there or has no kernels.
+    Raises BackendUnavailableError for a device that is missing or has no kernels.
     """
     if precision not in COMPUTE:
         raise BackendUnavailableError(
@@ -101,20 +96,13 @@ class TritonBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         self._device = open_device(device, precision)
-        # under the interpreter nothing is quick, and eager is what it is mostly used for
+        # the interpreter is slow on every plan, and most of its users want eager steps
         self.traits = dataclasses.replace(traits, plans=("resident", "eager")) if self._device.interpreted else traits
         self.device = str(self._device.device)
-        self._dtypes = {
-            "real": torch.float32,
-            "compute": self._device.compute,
-            "float64": torch.float64,
-            "int64": torch.int64,
-            "bool": torch.bool,
-        }
 
     def allocate(self, size: int, dtype: str) -> Tensor:
         """See ``contract.Backend``."""
-        kind = self._dtypes[dtype]
+        kind = self._device.dtype(dtype)
         spare = ALIGNMENT_BYTES // kind.itemsize
         flat = torch.zeros(size + spare, dtype=kind, device=self._device.device)
         start = -flat.data_ptr() % ALIGNMENT_BYTES // kind.itemsize
@@ -154,22 +142,20 @@ class TritonBackend:
         """See ``contract.Backend``. Matrices of numbers get rows that start at multiples of 16 bytes."""
         if isinstance(array, Tensor):
             kind = {True: "int64", False: "real"}[self.is_integer(array)] if dtype is None else dtype
-            if array.dtype == self._dtypes[kind] and (array.ndim != 2 or is_aligned(array)):
+            if array.dtype == self._device.dtype(kind) and (array.ndim != 2 or is_aligned(array)):
                 return array
             _log.info(
                 "an array %s of %s on the device is copied once: the kernels read %s in rows that start at multiples "
                 "of 16 bytes",
-                *(tuple(array.shape), array.dtype, self._dtypes[kind]),
+                *(tuple(array.shape), array.dtype, self._device.dtype(kind)),
             )
         else:
             kind = {"f": "real", "i": "int64", "b": "bool"}[array.dtype.kind] if dtype is None else dtype
-        if array.ndim != 2:
+        if array.ndim == 2:
+            pitch = -(-array.shape[1] // self.traits.row_multiple) * self.traits.row_multiple
+            tensor = self.view(self.allocate(len(array) * pitch, kind), 0, tuple(array.shape), pitch)
+        else:
             tensor = self.allocate(math.prod(array.shape), kind)
-            self.copy_into(tensor, array)
-            return tensor
-        rows, columns = array.shape
-        pitch = -(-columns // self.traits.row_multiple) * self.traits.row_multiple
-        tensor = self.view(self.allocate(rows * pitch, kind), 0, (rows, columns), pitch)
         self.copy_into(tensor, array)
         return tensor
 
@@ -188,7 +174,7 @@ class TritonBackend:
             destination.copy_(source.reshape(destination.shape))
             return
         contiguous = np.ascontiguousarray(source)
-        # torch warns of memory that it must not write
+        # torch warns of read-only memory
         tensor = torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
         destination.copy_(tensor.reshape(destination.shape))
 
@@ -197,8 +183,8 @@ class TritonBackend:
         return array[index].to(torch.float32)
 
     def capture(self, run: Run, times: int) -> Run:
-        """See ``contract.Backend``: one CUDA graph. Every address in it stays what it is, since the bound calls hold
-        on to their tensors."""
+        """See ``contract.Backend``: one CUDA graph. Its addresses stay valid, since the bound calls keep their tensors
+        alive."""
         if self._device.interpreted:
             raise BackendUnavailableError("plan: Triton's interpreter has no graphs; use plan='eager'")
         graph = torch.cuda.CUDAGraph()

@@ -1,8 +1,8 @@
-"""Who comes last, and what the last one does: fixed-order sums, and the clock of the training step.
+"""The work of a launch's last program: fixed-order sums, and the clock of the training step.
 
-Programs of a launch finish in any order. Each takes a ticket when its results are stored; the one that takes the last
-ticket sees the results of all others. So a sum over programs is taken in a fixed order, without float atomics, and the
-counters and the learning rate change when no program reads them any more.
+Programs of a launch finish in any order. Each takes a ticket when its results are stored. The program with the last
+ticket sees the results of all others. It adds them up in a fixed order, without float atomics, and changes the counters
+and the learning rate, which no other program reads any more.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def rule_values(rule: UpdateRule, *, scaled: bool = False) -> list[float]:
 
 @triton.jit
 def is_last(ticket, programs):
-    """Whether this program is the last of the launch to come here. What the others stored before is then visible.
+    """Return whether this program is the last of the launch to come here; it then sees all that the others stored.
 
-    The barrier orders the stores of this program's threads before the ticket; the ticket is ready for the next launch.
+    The barrier orders the stores of this program's threads before the ticket. The last program resets the ticket for
+    the next launch.
     """
     tl.debug_barrier()
     taken = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
@@ -68,7 +69,7 @@ def is_last(ticket, programs):
 
 @triton.jit
 def sum_of(partials, count, stride, BLOCK: tl.constexpr):
-    """The sum of ``count`` float64 partial results, in an order that depends on nothing else."""
+    """Return the sum of ``count`` float64 partial results, in an order that depends on nothing else."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
@@ -79,7 +80,8 @@ def sum_of(partials, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def advance_clock(counters, hyper, rates, rule, applied, skipped):
-    """One batch is over: ``applied``: with an update; ``skipped``: its gradients had overflowed. By one program."""
+    """Advance the clock after a batch, in one program. ``applied``: it had an update; ``skipped``: its gradients had
+    overflowed."""
     tl.store(counters + BATCH_INDEX, tl.load(counters + BATCH_INDEX) + 1)
     step = tl.load(counters + ROW_STEP)
     if step != 0:

@@ -1,15 +1,14 @@
-"""Which tiles a kernel works in: tables by architecture and precision, apart from the kernels; chosen without timing.
+"""The choice of a kernel's tiles, from tables by architecture and precision, without timing.
 
-A choice is a function of shapes alone, so that the same network gets the same bits. Tiles are listed from the largest
-down; taken is the largest that still gives every multiprocessor a program, else the smallest. The entries are those
-that compile without spills on the architecture (``ci/kernel_resources.json``); which of them is the fastest, only
-``python -m bench tune`` on a card can tell.
+A choice depends on shapes alone, so that the same network gets the same bits. Tiles are listed from the largest down.
+The choice is the largest that still gives every multiprocessor a program, else the smallest. The entries compile
+without spills on the architecture (``ci/kernel_resources.json``); ``python -m bench tune`` on a card finds the fastest.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from fusemlp_kernels.errors import BackendUnavailableError
 WIDEST_OUTPUT = 256
 # Networks whose layers are no wider are trained in the smaller tiles of ``train_resident``.
 RESIDENT_NARROW = 64
-# What a thread and a multiprocessor have on NVIDIA.
+# Registers of a thread and of a multiprocessor on NVIDIA.
 MOST_REGISTERS = 255
 FILE_REGISTERS = 1 << 16
 TABLE_FILE = Path(__file__).with_name("tiles.json")
@@ -32,8 +31,8 @@ TABLE_LENGTHS = (16, 64, 256)
 class Tile:
     """A tile of ``rows`` x ``columns`` of the result, ``depth`` of the reduction at a time.
 
-    ``warps`` and ``stages`` are the launch's: a program's threads in units of 32 (64 on AMD) and how many loads are
-    under way at a time. What follows the product is done in ``parts``, side by side, to fit the registers.
+    ``warps`` and ``stages`` are the launch's: a program's threads in units of 32 (64 on AMD), and the loads under way
+    at a time. The epilogue runs in ``parts``, side by side, to fit the registers.
     """
 
     rows: int
@@ -44,8 +43,12 @@ class Tile:
     parts: int = 1
 
     def count(self, rows: int, columns: int) -> int:
-        """How many tiles cover a result of rows x columns."""
+        """Return the number of tiles that cover a result of rows x columns."""
         return -(-rows // self.rows) * -(-columns // self.columns)
+
+    def sides(self, names: str) -> dict[str, int]:
+        """Return the sizes of the tile as a kernel's constants: B and a letter for rows, columns and depth."""
+        return dict(zip((f"B{name}" for name in names), (self.rows, self.columns, self.depth), strict=True))
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,17 @@ class ResidentTile(Tile):
 
 @dataclass(frozen=True)
 class Architecture:
-    """``family`` names the table, ``processors`` is the number of multiprocessors, ``product`` by precision is
-    what ``tl.dot`` is asked for."""
+    """A card: ``family`` names the table, ``processors`` is the number of multiprocessors."""
 
     family: str
     processors: int
 
     def product(self, precision: str) -> str:
-        """``tl.dot``'s input precision."""
-        if precision == "tf32":
-            return "ieee" if self.family in ("gfx942", "interpreter") else "tf32"
-        if precision == "fp32" and self.family not in ("gfx942", "interpreter"):
-            # three TF32 products give the accuracy of float32 (the "3xTF32" of CUTLASS)
-            return "tf32x3"
-        return "ieee"
+        """Return ``tl.dot``'s input precision."""
+        if self.family in ("gfx942", "interpreter"):
+            return "ieee"
+        # three TF32 products give the accuracy of float32 (the "3xTF32" of CUTLASS)
+        return {"tf32": "tf32", "fp32": "tf32x3"}.get(precision, "ieee")
 
 
 # Compute capabilities and AMD targets by table.
@@ -94,9 +94,9 @@ FAMILIES = {
 
 
 def family_of(target: str) -> str:
-    """The table for a target such as "sm_90" or "gfx942".
+    """Return the table's name for a target such as "sm_90" or "gfx942".
 
-    Raises BackendUnavailableError where there is none.
+    Raises BackendUnavailableError for a target without a table.
     """
     name = target.split(":")[0]
     if name not in FAMILIES:
@@ -108,7 +108,7 @@ def family_of(target: str) -> str:
 
 
 def table_text(tables: Mapping[str, Any]) -> str:
-    """``TABLES`` as its file has it: a tile a line."""
+    """Return the text of ``TABLES``'s file, with a tile a line."""
 
     def written(value: Any, indent: str) -> str:
         if isinstance(value, Mapping):
@@ -134,53 +134,55 @@ def _tiles(family: str, product: str, precision: str) -> tuple[Tile, ...]:
 
 
 def forward_tiles(family: str, precision: str) -> tuple[Tile, ...]:
-    """All that ``forward_tile`` can choose."""
+    """Return the tiles that ``forward_tile`` chooses from."""
     return _tiles(family, "forward", precision)
 
 
 def weight_tiles(family: str, precision: str) -> tuple[Tile, ...]:
-    """All that ``weight_tile`` can choose."""
+    """Return the tiles that ``weight_tile`` chooses from."""
     return _tiles(family, "weight", precision)
 
 
 def output_tiles(family: str) -> tuple[Tile, ...]:
-    """All that ``output_tile`` can choose, narrowest first."""
+    """Return the tiles that ``output_tile`` chooses from, narrowest first."""
     return tuple(Tile(*row) for row in TABLES[family]["output"])
 
 
-def _fitting(tiles: tuple[Tile, ...], shapes: tuple[tuple[int, int], ...], processors: int) -> Tile:
+def _fitting(tiles: tuple[Tile, ...], shapes: Sequence[tuple[int, int]], processors: int) -> Tile:
     return next((tile for tile in tiles if sum(tile.count(*shape) for shape in shapes) >= processors), tiles[-1])
 
 
-def forward_tile(arch: Architecture, precision: str, rows: int, columns: int) -> Tile:
-    """The tile for a result of rows x columns, in ``linear`` and ``grad_input``."""
-    return _fitting(forward_tiles(arch.family, precision), ((rows, columns),), arch.processors)
+def forward_tile(arch: Architecture, precision: str, rows: int, columns: int, aligned: bool = True) -> Tile:
+    """Return the tile for a result of rows x columns, in ``linear`` and ``grad_input``."""
+    tiles = forward_tiles(arch.family, precision) if aligned else (general_tile(arch),)
+    return _fitting(tiles, [(rows, columns)], arch.processors)
 
 
-def weight_tile(arch: Architecture, precision: str, shapes: tuple[tuple[int, int], ...]) -> Tile:
-    """The tile for the grouped gradients by weights of these shapes."""
-    return _fitting(weight_tiles(arch.family, precision), shapes, arch.processors)
+def weight_tile(arch: Architecture, precision: str, shapes: Sequence[tuple[int, int]], aligned: bool = True) -> Tile:
+    """Return the tile for the grouped gradients by weights of these shapes."""
+    tiles = weight_tiles(arch.family, precision) if aligned else (general_tile(arch),)
+    return _fitting(tiles, shapes, arch.processors)
 
 
 def output_tile(arch: Architecture, width: int) -> Tile:
-    """The tile of ``linear_loss_grad``: its columns hold a whole row of ``width`` logits."""
+    """Return the tile of ``linear_loss_grad``: its columns hold a whole row of ``width`` logits."""
     return next(tile for tile in output_tiles(arch.family) if tile.columns >= width)
 
 
 def resident_tiles(family: str, precision: str) -> tuple[ResidentTile, ...]:
-    """All that ``resident_tile`` can choose, narrowest first."""
+    """Return the tiles that ``resident_tile`` chooses from, narrowest first."""
     return tuple(ResidentTile(*row) for row in TABLES[family]["resident"][_kind(precision)])
 
 
 def resident_tile(arch: Architecture, precision: str, widths: tuple[int, ...]) -> ResidentTile:
-    """The tiles for layers of these outputs, the network's last."""
+    """Return the tiles for layers of these widths, the network's output last."""
     tiles = resident_tiles(arch.family, precision)
     fitting = [tile for tile in tiles if tile.outputs >= widths[-1]]
     return fitting[0] if max(widths) <= RESIDENT_NARROW else fitting[-1]
 
 
 def resident_constants(tile: ResidentTile, product: str) -> dict[str, Any]:
-    """The constants of ``resident_kernel``."""
+    """Return the constants of ``resident_kernel``."""
     return {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "WN": tile.weight_rows, "WK": tile.weight_columns,
         "BO": tile.output_rows, "OUTPUTS": tile.outputs, "PRODUCT": product, "PARTS": tile.parts,
@@ -188,17 +190,12 @@ def resident_constants(tile: ResidentTile, product: str) -> dict[str, Any]:
 
 
 def general_tile(arch: Architecture) -> Tile:
-    """The general path, for matrices that are not aligned: one tile for all."""
+    """Return the one tile of the general path, for matrices that are not aligned."""
     return Tile(*TABLES[arch.family]["general"][0])
 
 
-def loss_tile(arch: Architecture, width: int) -> Tile:
-    """The tile of ``loss_grad`` for rows of any width."""
-    return Tile(2, 1024, 0, 8, 1)
-
-
 def launch_options(family: str, tile: Tile) -> dict[str, Any]:
-    """What Triton is told of a launch beside its arguments."""
+    """Return Triton's options of a launch."""
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
@@ -206,11 +203,12 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     return options
 
 
-# Launches without a product: of the clock, and of the sweeps over the arenas.
+# Launches without a product: of ``loss_grad`` for rows of any width, the clock, and the sweeps over the arenas.
+LOSS = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 
 
 def table_length(tasks: int) -> int:
-    """How many entries the grouped kernel looks at to find its task."""
+    """Return the number of entries that the grouped kernel reads to find its task."""
     return next((length for length in TABLE_LENGTHS if length >= tasks), 1 << (tasks - 1).bit_length())

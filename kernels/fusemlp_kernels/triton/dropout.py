@@ -1,4 +1,4 @@
-"""Dropout masks inside kernels, recomputed wherever they are needed; the definition is ``philox.dropout_keep``."""
+"""Dropout masks inside kernels, computed again by each kernel; ``philox.dropout_keep`` defines them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox 4x32-10: four uint32 words from four counter words and two key words."""
+    """Philox 4x32-10: return four uint32 words from four counter words and two key words."""
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, 0xD2511F53)
         high1 = tl.umulhi(c2, 0xCD9E8D57)
@@ -27,9 +27,9 @@ def philox(c0, c1, c2, c3, k0, k1):
 def keep_mask(
     first_row, first_column, batch_index, layer, key0, key1, threshold, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Which elements of a tile (ROWS, COLS) are kept, bool; ``first_column`` is a multiple of 8.
+    """Return the mask of the kept elements of a tile (ROWS, COLS), bool; ``first_column`` is a multiple of 8.
 
-    One call gives the masks of eight neighbouring columns; the eight are then laid side by side.
+    One call gives the masks of eight neighbouring columns, which are then laid side by side.
     """
     zero = tl.zeros((ROWS, COLS // 8), tl.uint32)
     blocks = (first_column // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)

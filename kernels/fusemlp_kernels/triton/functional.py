@@ -4,22 +4,24 @@
     loss, dz = F.linear_loss_grad(x, w, b, labels)
 
 Each function checks its arguments, allocates its outputs, starts its kernel on the current stream and returns without
-waiting. Notation: M batch rows, K inputs, N outputs of a layer; weights are (N, K); act is the activation behind the
-layer and z = x @ w.T + b. "compute" is the type of x: float32, float16 or bfloat16; biases, slopes, targets, weights of
-rows, parameters and states are float32, labels and row numbers int64. Any strides are taken; matrices whose rows start
-at multiples of 16 bytes and whose width is a multiple of 8 are read in whole vectors.
+waiting. Notation: M batch rows, K inputs, N outputs of a layer; weights are (N, K); act is the layer's activation and
+z = x @ w.T + b. "compute" is the type of x: float32, float16 or bfloat16; biases, slopes, targets, weights of rows,
+parameters and states are float32, labels and row numbers int64. Tensors may have any strides. The kernels read whole
+vectors from matrices with a width that is a multiple of 8 and rows that start at multiples of 16 bytes.
 
 All raise ArgumentError or ShapeError (both ValueError) and DTypeError (TypeError) before anything is started, and
-BackendUnavailableError where there is no GPU for it.
+BackendUnavailableError without a GPU for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from fusemlp_kernels.checks import checked
 from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
@@ -27,7 +29,6 @@ from fusemlp_kernels.contract import (
     LAST_LOSS,
     NEEDS_Z,
     ROW_COUNT,
-    STATS,
     UPDATE_COUNT,
     Dropout,
     LossSpec,
@@ -36,15 +37,15 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
-from fusemlp_kernels.triton import grouped, layers
-from fusemlp_kernels.triton.backend import open_device
+from fusemlp_kernels.ops import FIXED, OPS, UPDATED
+from fusemlp_kernels.triton.backend import BINDERS, open_device
 from fusemlp_kernels.triton.launch import Device, Tensor, is_interpreted
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def _device(op: str, name: str, tensor: Any, tf32: bool = False) -> Device:
-    """Where a tensor is, and the kernels for its type."""
+    """The device of a tensor, with the kernels for its type."""
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{op}: {name}: expected a torch tensor, got {type(tensor).__name__}")
     if tensor.dtype not in PRECISIONS:
@@ -62,10 +63,9 @@ def _device(op: str, name: str, tensor: Any, tf32: bool = False) -> Device:
     return open_device(str(tensor.device), "tf32" if tf32 else precision)
 
 
-def _counters(device: Device, **values: int) -> Tensor:
+def _counters(device: Device, batch_index: int = 0, row_count: int = 0, update_count: int = 0) -> Tensor:
     counters = torch.zeros(COUNTERS, dtype=torch.int64)
-    for name, value in values.items():
-        counters[{"batch_index": BATCH_INDEX, "row_count": ROW_COUNT, "update_count": UPDATE_COUNT}[name]] = value
+    counters[BATCH_INDEX], counters[ROW_COUNT], counters[UPDATE_COUNT] = batch_index, row_count, update_count
     return counters.to(device.device)
 
 
@@ -76,15 +76,25 @@ def _clock(device: Device, rule: UpdateRule, lr: float, update_count: int, batch
     return {**{name: torch.from_numpy(array).to(device.device) for name, array in host.items()}, "counters": counters}
 
 
-def _slope(slope: float | Tensor) -> dict[str, Any]:
-    return {"slope_param": slope} if isinstance(slope, Tensor) else {"slope": slope}
-
-
-def _height(op: str, tensor: Tensor, rows: Tensor | None) -> int:
-    chosen = tensor if rows is None else rows
-    if chosen.dim() == 0:
-        raise ArgumentError(f"{op}: {'x' if rows is None else 'rows'}: expected rows, got a single number")
-    return len(chosen)
+def _call(op: str, names: Sequence[str], arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Start ``op`` on the device of the first of the arguments of a function below; returns the outputs ``names``."""
+    known, first = OPS[op].by_name, next(iter(arguments))
+    device = _device(op, first, arguments[first], arguments.get("tf32", False))
+    given = {name: value for name, value in arguments.items() if name in known}
+    if isinstance(given["slope"], Tensor):
+        given["slope_param"] = given.pop("slope")
+    if isinstance(given.get("loss"), str):
+        given["loss"] = LossSpec(given["loss"])
+    if "x_rows" in known:
+        given["x_rows"] = given["rows"]
+    call = checked(op, given, device.check, (*names, "counters"))
+    for name in names:
+        make = torch.zeros if known[name].use == UPDATED else torch.empty
+        shape = [FIXED.get(letter) or getattr(call, letter) for letter in known[name].shape or ""]
+        setattr(call, name, make(shape, dtype=device.dtype(known[name].dtype), device=device.device))
+    call.counters = _counters(device, batch_index=arguments.get("batch_index", 0), row_count=call.M)
+    inspect.unwrap(BINDERS[op])(device, call)()
+    return tuple(getattr(call, name) for name in names)
 
 
 def linear(
@@ -106,20 +116,10 @@ def linear(
     relu's number or prelu's tensor (1,). The mask of ``dropout`` is that of ``batch_index``. ``return_z`` (gelu, silu,
     prelu): (y, z). ``tf32``: one TF32 product in place of three.
     """
-    op = "linear"
-    device = _device(op, "x", x, tf32)
-    m = _height(op, x, rows)
-    device.check(op, "w", w, (None, None))
-    y = torch.empty(m, len(w), dtype=device.compute, device=device.device)
     if return_z and activation not in NEEDS_Z:
-        raise ArgumentError(f"{op}: return_z: is for {', '.join(sorted(NEEDS_Z))}; {activation} has no use for it")
-    z = torch.empty_like(y) if return_z else None
-    counters = _counters(device, batch_index=batch_index, row_count=m)
-    layers.bind_linear(
-        device, x=x, w=w, b=b, y=y, z=z, activation=activation, rows=rows, dropout=dropout, counters=counters,
-        **_slope(slope),
-    )()  # fmt: skip
-    return (y, z) if return_z else y
+        raise ArgumentError(f"linear: return_z: is for {', '.join(sorted(NEEDS_Z))}; {activation} has no use for it")
+    made = _call("linear", ("y", "z") if return_z else ("y",), locals())
+    return made if return_z else made[0]
 
 
 def loss_grad(
@@ -139,15 +139,7 @@ def loss_grad(
     z (M, N); target (M,) labels, or (M, N) values or probabilities (``LossSpec.soft``); weight (M,); class_weight (N,);
     with ``rows`` (M,) target and weight are those of n examples, of which the rows are taken. Any N.
     """
-    op = "loss_grad"
-    device = _device(op, "z", z)
-    device.check(op, "z", z, (None, None))
-    spec = LossSpec(loss) if isinstance(loss, str) else loss
-    dz, stats = torch.empty_like(z), torch.zeros(STATS, dtype=torch.float64, device=device.device)
-    layers.bind_loss_grad(
-        device, z=z, dz=dz, target=target, loss=spec, activation=activation, weight=weight, class_weight=class_weight,
-        rows=rows, counters=_counters(device, row_count=len(z)), stats=stats, **_slope(slope),
-    )()  # fmt: skip
+    stats, dz = _call("loss_grad", ("stats", "dz"), locals())
     return stats[LAST_LOSS], dz
 
 
@@ -169,18 +161,7 @@ def linear_loss_grad(
 
     x (M, K), w (N, K), b (N,), target as in ``loss_grad``; ``rows`` picks the rows of x, target and weight.
     """
-    op = "linear_loss_grad"
-    device = _device(op, "x", x, tf32)
-    device.check(op, "w", w, (None, None))
-    m = _height(op, x, rows)
-    spec = LossSpec(loss) if isinstance(loss, str) else loss
-    dz = torch.empty(m, len(w), dtype=device.compute, device=device.device)
-    stats = torch.zeros(STATS, dtype=torch.float64, device=device.device)
-    layers.bind_linear_loss_grad(
-        device, x=x, w=w, b=b, dz=dz, x_rows=rows, rows=rows, target=target, loss=spec, activation=activation,
-        weight=weight, class_weight=class_weight, counters=_counters(device, row_count=m), stats=stats,
-        **_slope(slope),
-    )()  # fmt: skip
+    stats, dz = _call("linear_loss_grad", ("stats", "dz"), locals())
     return stats[LAST_LOSS], dz
 
 
@@ -201,16 +182,8 @@ def grad_input(
     dz (M, N); w (N, K); y (M, K) the previous layer's output after its dropout, whose activation it is; z (M, K) its
     pre-activation, for gelu, silu and prelu. For prelu, whose slope is a tensor (1,): (dz_prev, dslope (1,)).
     """
-    op = "grad_input"
-    device = _device(op, "dz", dz, tf32)
-    device.check(op, "w", w, (None, None))
-    out = torch.empty(len(dz), w.shape[1], dtype=device.compute, device=device.device)
-    dslope = torch.empty(1, device=device.device) if activation == "prelu" else None
-    layers.bind_grad_input(
-        device, dz=dz, w=w, y=y, dz_prev=out, activation=activation, z=z, dropout=dropout, dslope=dslope,
-        counters=_counters(device, batch_index=batch_index), **_slope(slope),
-    )()  # fmt: skip
-    return out if dslope is None else (out, dslope)
+    made = _call("grad_input", ("dz_prev", "dslope") if activation == "prelu" else ("dz_prev",), locals())
+    return made if activation == "prelu" else made[0]
 
 
 def grad_weight(dz: Tensor, x: Tensor, *, rows: Tensor | None = None, tf32: bool = False) -> tuple[Tensor, Tensor]:
@@ -220,14 +193,13 @@ def grad_weight(dz: Tensor, x: Tensor, *, rows: Tensor | None = None, tf32: bool
     """
     op = "grad_weight"
     device = _device(op, "dz", dz, tf32)
-    device.check(op, "dz", dz, (None, None))
-    device.check(op, "x", x, (None, None))
-    dw = torch.empty(dz.shape[1], x.shape[1], device=device.device)
-    db = torch.empty(dz.shape[1], device=device.device)
-    layer = {"dz": dz, "x": x, "dw": dw, "db": db, "rows": rows}
-    rule = UpdateRule("sgd")
-    grouped.bind_grad_weight(device, layers=[layer], rule=rule, counters=_counters(device))()
-    return dw, db
+    given = {"layers": [{"dz": dz, "x": x, "rows": rows}], "rule": UpdateRule("sgd"), "counters": _counters(device)}
+    call = checked(op, given, device.check, ("dw", "db"))
+    (layer,) = call.layers
+    layer.dw = torch.empty(layer.N, layer.K, device=device.device)
+    layer.db = torch.empty(layer.N, device=device.device)
+    inspect.unwrap(BINDERS[op])(device, call)()
+    return layer.dw, layer.db
 
 
 def grad_weight_update(
@@ -253,13 +225,11 @@ def grad_weight_update(
     """
     op = "grad_weight_update"
     device = _device(op, "dz", dz, tf32)
-    own = TensorRule() if tensor is None else tensor
     layer = {
         "dz": dz, "x": x, "w": w, "b": b, "rows": rows, "w_state": tuple(w_state), "b_state": tuple(b_state),
-        "w_rule": own, "b_rule": own,
+        "w_rule": tensor, "b_rule": tensor,
     }  # fmt: skip
-    clock = _clock(device, rule, lr, update_count)
-    grouped.bind_grad_weight_update(device, layers=[layer], rule=rule, **clock)()
+    BINDERS[op](device, layers=[layer], rule=rule, **_clock(device, rule, lr, update_count))()
 
 
 def update(
@@ -279,6 +249,5 @@ def update(
     segments = (Segment(0, params.numel(), TensorRule() if tensor is None else tensor),)
     # the batch that ends an accumulation, so that the update is applied
     clock = _clock(device, rule, lr, update_count, batch_index=rule.accumulate - 1)
-    grouped.bind_update(
-        device, params=params, grads=grads, states=tuple(states), segments=segments, rule=rule, **clock
-    )()  # fmt: skip
+    given = {"params": params, "grads": grads, "states": tuple(states), "segments": segments, "rule": rule}
+    BINDERS["update"](device, **given, **clock)()

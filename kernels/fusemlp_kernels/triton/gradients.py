@@ -74,8 +74,8 @@ def grad_input_kernel(
 ):  # fmt: skip
     """out (M, K) = (dz (M, N) @ w (N, K)) * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
 
-    ``y`` (M, K) is what the derivative is read from: the pre-activation where ``needs_z``, else the layer's output,
-    after dropout, which ``kept_share`` = 1 - p undoes. Tiles are BM x BK of ``out``; BN goes along the reduction.
+    The derivative is read from ``y`` (M, K): the pre-activation with ``needs_z``, else the layer's output after
+    dropout, which ``kept_share`` = 1 - p undoes. Tiles are BM x BK of ``out``; BN goes along the reduction.
     """
     program = tl.program_id(0)
     tile_m, tile_k = tile_of(program, M, K, BM, BK)
@@ -113,7 +113,7 @@ TENSOR_FIELDS: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def task_of(table, tasks, tile, TASKS: tl.constexpr):
-    """Which task a tile belongs to: the last one that starts at it or before it."""
+    """Return the task of a tile: the last one that starts at it or before it."""
     at = tl.arange(0, TASKS)
     first = tl.load(table + at * FIELDS + FIRST_TILE, mask=at < tasks, other=1 << 62)
     return tl.sum((first <= tile).to(tl.int32), axis=0) - 1
@@ -121,7 +121,7 @@ def task_of(table, tasks, tile, TASKS: tl.constexpr):
 
 @triton.jit
 def whole(offset, ALIGNED: tl.constexpr):
-    """An offset that the compiler shall know to be a multiple of 16 bytes in every element type."""
+    """Return an offset that the compiler knows to be a multiple of 16 bytes in every element type."""
     if ALIGNED:
         offset = offset // 8 * 8
     return offset
@@ -132,7 +132,8 @@ def weight_sums(
     dz, x, rows, at_n, at_k, begin, end, N, K, dz_row, dz_col, x_row, x_col, gather,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Of dz.T @ x[rows] over the batch's rows from ``begin`` to ``end``, the tile (BN, BK) at ``at_n``, ``at_k``."""
+    """Return the tile (BN, BK) at ``at_n``, ``at_k`` of dz.T @ x[rows], over the batch's rows from ``begin`` to
+    ``end``."""
     at_b = tl.arange(0, BM)
     inside_n = at_n < masked_width(N, ALIGNED)
     inside_k = at_k < masked_width(K, ALIGNED)
@@ -150,7 +151,7 @@ def weight_sums(
 
 @triton.jit
 def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: tl.constexpr):
-    """The sums of dz's columns ``at_n`` over the batch's rows from ``begin`` to ``end``, (BN,) float32."""
+    """Return the sums of dz's columns ``at_n`` over the batch's rows from ``begin`` to ``end``, (BN,) float32."""
     at_b = tl.arange(0, BM)
     sums = tl.zeros((BN,), tl.float32)
     for start in range(begin, end, BM):
@@ -163,7 +164,7 @@ def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: t
 
 @triton.jit
 def stored_gradient(g, p_at, mask, counters, rule):
-    """Write the gradient, or add it to the sum of the batches before; returns what is there then."""
+    """Store the gradient, or add it to the stored sum of the batches before; return the stored value."""
     every = tl.load(rule + ACCUMULATE).to(tl.int64)
     adds = tl.load(counters + BATCH_INDEX) % every != 0
     g = g + tl.load(p_at, mask=tl.where(adds, mask, False), other=0.0)
@@ -173,7 +174,7 @@ def stored_gradient(g, p_at, mask, counters, rule):
 
 @triton.jit
 def square_sum(g):
-    """The sum of squares, float64; scaled by the largest, so that no square overflows."""
+    """Return the sum of squares, float64; elements are divided by the largest first, so that no square overflows."""
     size = tl.abs(g)
     largest = tl.max(size)
     scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
@@ -187,15 +188,13 @@ def finished(
     g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, tensors, task, counters, wants_norm, shadowed,
     UPDATES: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """What becomes of a gradient: the update of its parameter, or its place in memory. Returns the sum of the squares
-    of what is stored, float64, where ``wants_norm``."""
+    """Update the parameter by its gradient, or store the gradient. With ``wants_norm`` return the sum of the squares of
+    the stored values, float64."""
     squares = tl.full((), 0.0, tl.float64)
     if UPDATES:
         factor = tl.load(tensors + task * TENSOR_FIELDS)
         decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
-        stored_update(
-            g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE
-        )  # fmt: skip
+        stored_update(g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE)
     else:
         g = stored_gradient(tl.where(mask, g, 0.0), p_at, mask, counters, rule)
         if wants_norm != 0:
@@ -212,13 +211,13 @@ def grad_weight_kernel(
 ):  # fmt: skip
     """The gradients of all layers, dw (N, K) = dz.T @ x and db (N,) = sums of dz's columns, in one launch.
 
-    ``UPDATES``: each tile updates its parameters by the optimizer of the code ``RULE``, and the gradient is
-    never stored; the last program advances the clock. Else the gradients are stored, or added to what is stored while
-    batches accumulate, and ``norm`` (1,) float64 receives their global norm where ``wants_norm``. With ``splits`` > 1
-    the batch is cut: split s of a tile sums its stretch of the batch and stores it ``s * part`` elements further on.
+    ``UPDATES``: each tile updates its parameters by the optimizer of the code ``RULE``, and the gradient is never
+    stored; the last program advances the clock. Else the gradients are stored, or added to the stored ones while
+    batches accumulate. With ``wants_norm``, ``norm`` (1,) float64 receives their global norm. With ``splits`` > 1 the
+    batch is cut: split s of a tile sums its stretch of the batch and stores it ``s * part`` elements further on.
 
-    ``table`` has a task for each weight matrix, bias and learned slope (``TASK_FIELDS``); ``compute`` and ``real`` are
-    what its offsets count from. ``ALIGNED``: the weights, their states and their shadow have one row pitch.
+    ``table`` has a task for each weight matrix, bias and learned slope (``TASK_FIELDS``); its offsets count from
+    ``compute`` and ``real``. ``ALIGNED``: the weights, their states and their shadow have one row pitch.
     """
     program = tl.program_id(0)
     tile = program // splits
@@ -250,33 +249,16 @@ def grad_weight_kernel(
         gather = tl.load(row + GATHER)
         rows = this_batch(rows, counters, gather)
         acc = weight_sums(
-            dz,
-            x,
-            rows,
-            at_n,
-            at_k,
-            begin,
-            end,
-            N,
-            K,
-            dz_row,
-            dz_col,
-            x_row,
-            x_col,
-            gather,
-            BN,
-            BK,
-            BM,
-            PRODUCT,
-            ALIGNED,
-        )
+            dz, x, rows, at_n, at_k, begin, end, N, K, dz_row, dz_col, x_row, x_col, gather,
+            BN, BK, BM, PRODUCT, ALIGNED,
+        )  # fmt: skip
         far = at_n.to(tl.int64)[:, None]
         pitch = row_pitch(tl.load(row + P_ROW), ALIGNED)
         for piece in tl.static_range(PARTS):
             near = tile_k * BK + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
             stored = (at_n < N)[:, None] & (near < masked_width(K, ALIGNED))
             if ALIGNED:
-                # one set of offsets for all four: addresses would take more registers than what lies there
+                # one set of offsets for all four: four sets of addresses would take too many registers
                 at_p = far * pitch + near
                 at_s0, at_s1, at_shadow = at_p, at_p, at_p
             else:
@@ -284,7 +266,7 @@ def grad_weight_kernel(
                 at_s0 = far * tl.load(row + S0_ROW) + near * tl.load(row + S0_COL)
                 at_s1 = far * tl.load(row + S1_ROW) + near * tl.load(row + S1_COL)
                 at_shadow = far * tl.load(row + SHADOW_ROW) + near * tl.load(row + SHADOW_COL)
-            # 0 * NaN is NaN: what gets into the padding would stay there
+            # 0 * NaN is NaN, and a NaN in the padding would stay there
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             squares += finished(
                 g, p + at_p, s0 + at_s0, s1 + at_s1, shadow + at_shadow, stored,
@@ -297,9 +279,9 @@ def grad_weight_kernel(
         if kind == BIAS:
             sums = column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN, BM)
         else:
-            # prelu's: one number, that the kernels before have computed
+            # prelu's: one number, computed by earlier kernels
             sums = tl.load(real + tl.load(row + X) + at_n, mask=tl.where(split == 0, inside_n, False), other=0.0)
-        # not `far`: within a kernel, what the branches of an `if` call alike must have one type
+        # not `far`: a name in both branches of an `if` must have one type in a kernel
         element = at_n.to(tl.int64)
         squares += finished(
             sums, p + element * tl.load(row + P_ROW), s0 + element * tl.load(row + S0_ROW),

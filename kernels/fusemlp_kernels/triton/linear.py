@@ -48,7 +48,7 @@ def store_outputs(
     layer, key0, key1, threshold, keep_scale,
     BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, of the tile (BM, BN) of pre-activations from ``row`` and ``col`` on; see
+    """Activate, drop and store the tile (BM, BN) of pre-activations from ``row`` and ``col`` on; see
     ``linear_kernel``."""
     at_m = row + tl.arange(0, BM)
     far = at_m.to(tl.int64)[:, None]
@@ -61,7 +61,7 @@ def store_outputs(
         stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
         if store_z != 0:
             tl.store(z_rows + at_n[None, :] * z_step, out.to(z.dtype.element_ty), mask=stored)
-        # sigmoid(0) is not 0: what lies behind the last column is cleared after the activation
+        # sigmoid(0) is not 0: the columns after the last are cleared after the activation
         out = tl.where((at_n < N)[None, :], activate(out, activation, slope), 0.0)
         if threshold > 0:
             keep = keep_mask(row, first, batch_index, layer, key0, key1, threshold, BM, BN // PARTS)
@@ -85,7 +85,7 @@ def linear_kernel(
 ):  # fmt: skip
     """y (M, N) = dropout(activation(x[rows] @ w.T + b)), one program for each tile; z (M, N) where ``store_z``.
 
-    ``gather``: the batch is x[rows], else x. ``slope`` is that of the activation, but for prelu, whose slope is read.
+    ``gather``: the batch is x[rows], else x. ``slope`` is the activation's; prelu's is read from ``slope_param``.
     ``threshold`` 0: no dropout. Numbers that differ from network to network are run-time values.
     """
     rows = this_batch(rows, counters, gather)

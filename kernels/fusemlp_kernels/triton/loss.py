@@ -1,8 +1,8 @@
 """Losses with their gradients: in the epilogue of the output layer, or from logits in memory; ``reference`` defines
 them.
 
-A program owns whole rows. The sums over the batch are taken by the last program, in a fixed order; the normaliser,
-which every dz needs before any program has ended, each program takes for itself.
+A program owns whole rows. The last program takes the sums over the batch, in a fixed order. Each program computes the
+normaliser for itself, since every dz needs it before any program has ended.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LOSS_SUM: tl.constexpr = tl.constexpr(contract.LOSS_SUM)
 NORM_SUM: tl.constexpr = tl.constexpr(contract.NORM_SUM)
 CORRECT: tl.constexpr = tl.constexpr(contract.CORRECT)
 SCORED: tl.constexpr = tl.constexpr(contract.SCORED)
-# What each program leaves for the sums: loss, right answers, answers asked for, prelu's gradient.
+# The results of each program for the sums: loss, right answers, answers asked for, prelu's gradient.
 PARTIALS: tl.constexpr = tl.constexpr(4)
 # Rows whose weights are added at a time.
 CHUNK: tl.constexpr = tl.constexpr(256)
 
-# Settings of a loss on the device: float32, read at these places.
+# The fields of a loss's settings on the device, float32.
 SETTING_FIELDS = (
     "kind", "mean", "smoothing", "soft", "option", "accuracy", "ignores", "weighted", "classes",
 )  # fmt: skip
@@ -45,8 +45,8 @@ KIND, MEAN, SMOOTHING, SOFT, OPTION, ACCURACY, IGNORES, WEIGHTED, CLASSES = (
 
 @triton.jit
 def row_weights(at, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather):
-    """Of the batch's rows ``at``: their weights, zero where a row does not count; their labels; whether they count;
-    and their shares in the normaliser. (R,) each."""
+    """Return for the batch's rows ``at``, (R,) each: their weights, zero for a row that does not count; their labels;
+    whether they count; and their shares in the normaliser."""
     inside = at < count
     source = at.to(tl.int64)
     if gather != 0:
@@ -74,8 +74,8 @@ def normaliser_of(
     rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What "mean" divides by, float64: the sum of the shares, times N for the element-wise losses. ``CHUNK`` rows are
-    added at a time."""
+    """Return the divisor of "mean", float64: the sum of the shares, times N for the element-wise losses. ``CHUNK`` rows
+    are added at a time."""
     kind = tl.load(settings + KIND)
     plain = (tl.load(settings + WEIGHTED) == 0.0) & (tl.load(settings + CLASSES) == 0.0)
     total = count.to(tl.float64)
@@ -95,7 +95,7 @@ def normaliser_of(
 
 @triton.jit
 def elementwise_tile(z, t, weights, scale, inside, activation, slope, settings):
-    """Of a tile of pre-activations z: the outputs y, the loss, dz, and prelu's gradient."""
+    """Return the outputs y of a tile of pre-activations z, the loss, dz, and prelu's gradient."""
     y = activate(z, activation, slope)
     value, by_y = element_loss(y, t, tl.load(settings + KIND), tl.load(settings + OPTION))
     loss = tl.sum(tl.where(inside, value * weights[:, None], 0.0))
@@ -111,13 +111,13 @@ def elementwise_tile(z, t, weights, scale, inside, activation, slope, settings):
 
 @triton.jit
 def first_of(values, largest, at, N):
-    """The first column that holds the largest value of its row, (R,)."""
+    """Return the first column that holds the largest value of its row, (R,)."""
     return tl.min(tl.where(values == largest[:, None], at[None, :], N), axis=1)
 
 
 @triton.jit
 def wanted(weights, label, at_n, inside, targets, class_weight, N, settings):
-    """Target weights q of a cross-entropy, (R, C): row weight x class weight x smoothed target."""
+    """Return the target weights q of a cross-entropy, (R, C): row weight x class weight x smoothed target."""
     eps = tl.load(settings + SMOOTHING)
     if tl.load(settings + SOFT) != 0.0:
         t = targets
@@ -131,7 +131,7 @@ def wanted(weights, label, at_n, inside, targets, class_weight, N, settings):
 
 @triton.jit
 def record_loss(total, right, scored, stats, settings, normaliser):
-    """Into ``stats``: the sum of a batch's losses, its right answers and how many were asked for, all float64."""
+    """Add to ``stats`` a batch's sum of losses, its right answers, and the number of answers asked for, all float64."""
     mean = tl.load(settings + MEAN) != 0.0
     divisor = tl.where(mean & (normaliser != 0.0), normaliser, 1.0)
     total = tl.where(mean & (normaliser == 0.0), 0.0, total)
@@ -146,7 +146,7 @@ def record_loss(total, right, scored, stats, settings, normaliser):
 
 @triton.jit
 def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs):
-    """Leave this program's sums; the last program adds them up into ``stats`` and ``dslope``."""
+    """Store this program's sums; the last program adds them up into ``stats`` and ``dslope``."""
     tl.store(partials + program * PARTIALS, loss.to(tl.float64))
     tl.store(partials + program * PARTIALS + 1, right.to(tl.float64))
     tl.store(partials + program * PARTIALS + 2, scored.to(tl.float64))
@@ -160,7 +160,7 @@ def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, set
 
 @triton.jit
 def gradient_scale(hyper, normaliser, settings, scaled):
-    """What every dz is multiplied by: 1 / normaliser under "mean", and the loss scale."""
+    """Return the factor of every dz: 1 / normaliser under "mean", times the loss scale."""
     scale = tl.full((), 1.0, tl.float64)
     if tl.load(settings + MEAN) != 0.0:
         scale = tl.where(normaliser == 0.0, 0.0, 1.0 / tl.where(normaliser == 0.0, 1.0, normaliser))
@@ -177,7 +177,7 @@ LOSS_NUMBERS = [
 
 @triton.jit
 def ignored_label(low, high):
-    """A 64-bit number from its halves."""
+    """Return a 64-bit number from its halves."""
     return (high.to(tl.int64) << 32) + low.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
@@ -187,8 +187,8 @@ def loss_of_rows(
     class_weight, ignored, N, settings, gather, activation, slope,
     BM: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Of whole rows of pre-activations z (BM, BN), the batch's rows ``at_m``: dz times ``scale``, zero where there is
-    no output; the sum of the losses, the right answers, the answers asked for, and prelu's gradient."""
+    """Return for whole rows of pre-activations z (BM, BN), the batch's rows ``at_m``: dz times ``scale``, zero outside
+    the outputs; the sum of the losses, the right answers, the answers asked for, and prelu's gradient."""
     weights, label, counts, _ = row_weights(
         at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )
@@ -278,7 +278,7 @@ def linear_loss_grad_kernel(
 
 @triton.jit
 def later_best(values, best, best_at, at_n, N):
-    """The largest value of each row so far and its first column, after another tile of columns ``at_n``."""
+    """Return the largest value of each row so far and its first column, after another tile of columns ``at_n``."""
     largest = tl.max(values, axis=1)
     at = first_of(values, largest, at_n, N)
     return tl.maximum(best, largest), tl.where(largest > best, at, best_at)

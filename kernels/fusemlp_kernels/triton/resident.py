@@ -1,12 +1,12 @@
 """Many whole training steps in one launch: a program trains one model, from its first step to its last.
 
-Between two barriers no element is written that another thread reads, but for what a tile updates of its own: the
-forward pass of a layer, the loss, the gradient of a layer, the update, and the clock each lie between two of them, and
-``dz`` has memory of its own. What a launch has written is read with plain loads.
+Between two barriers no thread reads an element that another writes; only a tile reads and writes its own. The forward
+pass of a layer, the loss, the gradient of a layer, the update, and the clock each lie between two barriers, and ``dz``
+has its own memory. Plain loads read the values that a launch has written.
 
-The kernel is not specialised on a network: widths, activations and places are read from tables, so that all its
-variants can be compiled ahead. What may differ from model to model (seed, rates, the optimizer's and the loss's
-numbers, the number of steps) is read from tables with a row a model.
+The kernel is not specialised on a network: it reads widths, activations and places from tables, so that all its
+variants can be compiled ahead. Numbers that may differ from model to model (seed, rates, the optimizer's and the
+loss's numbers, the number of steps) stand in tables with a row a model.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ from fusemlp_kernels.triton.resident_tables import (
 from fusemlp_kernels.triton.resident_update import gradients_of_layer, tick, update_from_memory
 from fusemlp_kernels.triton.tiles import masked_width
 
-# Rows whose weights are added at a time: no more than the threads of one warp, so that the warps exchange nothing.
+# Rows whose weights are added at a time: at most the threads of one warp, so that the warps exchange nothing.
 CHUNK: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
 def slope_of(row, shares, params):
-    """The slope below zero: prelu's own, else that of the table."""
+    """Return the slope below zero: prelu's own, else that of the table."""
     learned = number(row, ACTIVATION) == PRELU
     fixed = tl.load(shares + FIXED_SLOPE)
     return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
@@ -81,7 +81,7 @@ def forward(
     compute, weights, params, rows, layers, draws, shares, counters, live, M, depth, work_size, size, rows_size, index,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A hidden layer's outputs."""
+    """Compute a hidden layer's outputs."""
     model = model_of(live)
     count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
     rows = batch_of(rows, counters, model, rows_size)
@@ -113,7 +113,7 @@ def forward(
 
 @triton.jit
 def squares_of_weights(params, layers, lowest, depth):
-    """The sum of the squares of all trained weight matrices, float64."""
+    """Return the sum of the squares of all trained weight matrices, float64."""
     squares = tl.zeros((SWEEP,), tl.float32)
     for index in range(lowest, depth):
         row = layers + index * LAYER_COLUMNS
@@ -132,7 +132,7 @@ def measure(
     measured, params, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, lowest, size,
     rows_size, label_step, weight_step, ignored_low, ignored_high,
 ):  # fmt: skip
-    """What the loss of the model's batch is divided by, and its ridge, into ``measured``."""
+    """Store the divisor of the loss of the model's batch, and its ridge, in ``measured``."""
     model = model_of(live)
     outputs = number(layers + (depth - 1) * LAYER_COLUMNS, LAYER_N)
     found = normaliser_of(
@@ -144,7 +144,7 @@ def measure(
     tl.store(row + NORMALISER, found * tl.load(row + RATIO))
     strength = tl.load(row + STRENGTH)
     if strength != 0.0:
-        # nor where it is NaN: that would get into the padding of the weights
+        # false for NaN, which would get into the padding of the weights
         exists = (found < 0.0) | (found > 0.0)
         pull = tl.where(exists, strength / tl.where(exists, found, 1.0), 0.0)
         squares = squares_of_weights(params + whole(model * size, True), layers, lowest, depth)
@@ -159,8 +159,8 @@ def output_tile(
     ignored_low, ignored_high, first,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The output layer and dz of the batch's rows from ``first`` on; BN >= N. Returns the sum of the losses, the right
-    answers, the answers asked for, and prelu's gradient."""
+    """Compute the output layer and dz of the batch's rows from ``first`` on; BN >= N. Return the sum of the losses, the
+    right answers, the answers asked for, and prelu's gradient."""
     model, index = model_of(live), depth - 1
     count = rows_of(counters, model, M)
     rows = batch_of(rows, counters, model, rows_size)
@@ -196,7 +196,7 @@ def output_and_loss(
     weight_step, ignored_low, ignored_high,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The output layer, its loss into ``stats``, and dz."""
+    """Compute the output layer and dz, and add the loss to ``stats``."""
     total, right, scored = tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     below = tl.full((), 0.0, tl.float32)
     for first in range(0, rows_of(counters, model_of(live), M), BM):
@@ -222,7 +222,7 @@ def backward(
     compute, weights, params, layers, draws, shares, slopes, counters, live, M, depth, work_size, size, index,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dz of layer ``index`` from that of the layer above it, and the gradient by its slope."""
+    """Compute dz of layer ``index`` from dz of the layer above it, and the gradient by its slope."""
     model = model_of(live)
     count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
     work, arena = model * work_size, whole(model * size, True)
@@ -268,10 +268,10 @@ def resident_kernel(
 ):  # fmt: skip
     """The steps that ``live`` names, a program for each of its entries.
 
-    ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: what the products read as weights, the
-    parameters themselves or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
+    ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: the weights of the products, which are the
+    parameters, or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
     ``rows_size``, ``rates`` ``rates_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients
-    go through memory. ``epoch_stats``: the accounts of whole epochs, as many as ``live`` says.
+    go through memory. ``epoch_stats``: the sums of each epoch; ``live`` has the number of epochs.
     """
     for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, STEPS)):
         measure(

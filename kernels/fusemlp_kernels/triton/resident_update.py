@@ -1,4 +1,4 @@
-"""The second half of a resident step: the gradients of a layer, what the optimizer makes of them, and the clock."""
+"""The second half of a resident step: the gradients of a layer, the optimizer's update, and the clock."""
 
 from __future__ import annotations
 
@@ -16,14 +16,7 @@ from fusemlp_kernels.triton.clock import (
     ROW_TOTAL,
     advance_clock,
 )
-from fusemlp_kernels.triton.gradients import (
-    TENSOR_FIELDS,
-    column_sums,
-    square_sum,
-    stored_gradient,
-    weight_sums,
-    whole,
-)
+from fusemlp_kernels.triton.gradients import TENSOR_FIELDS, column_sums, square_sum, stored_gradient, weight_sums, whole
 from fusemlp_kernels.triton.loss import LAST_LOSS, LOSS_SUM
 from fusemlp_kernels.triton.pointwise_triton import RULES, stored_update
 from fusemlp_kernels.triton.resident_tables import (
@@ -65,11 +58,9 @@ from fusemlp_kernels.triton.update import clip_factor
 
 
 @triton.jit
-def update_elements(
-    g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, code, shadowed
-):  # fmt: skip
-    """The optimizer on the elements ``at`` of the arenas. A ridge pulls as a coupled weight decay does; with another
-    the gradients have it already."""
+def update_elements(g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, code, shadowed):
+    """Update the elements ``at`` of the arenas. A ridge pulls as a coupled weight decay does; with a decoupled one the
+    gradients contain it already."""
     factor = tl.load(tensors + task * TENSOR_FIELDS)
     decay = tl.load(tensors + task * TENSOR_FIELDS + 1) + pull
     p, s0, s1, shadow = params + at, first + at, second + at, weights + at
@@ -85,8 +76,8 @@ def finish_gradient(
     g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, code, stored,
     shadowed,
 ):  # fmt: skip
-    """The update of the elements ``at`` by their gradient, or with ``stored`` the gradient's place in memory; to which
-    ``pull`` times the parameters is added."""
+    """Update the elements ``at`` by their gradient, or with ``stored`` store the gradient, with ``pull`` times the
+    parameters added."""
     if stored != 0:
         g = tl.where(mask, g, 0.0)
         if pull != 0.0:
@@ -102,7 +93,7 @@ def gradients_of_layer(
     measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients by a layer's weights, bias and slope, and what becomes of them."""
+    """Compute the gradients by a layer's weights, bias and slope; update by them, or store them."""
     model = model_of(live)
     count = rows_of(counters, model, M)
     rows = batch_of(rows, counters, model, rows_size)
@@ -138,7 +129,7 @@ def gradients_of_layer(
         for piece in tl.static_range(PARTS):
             near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
             mask = (at_n < N)[:, None] & (near < masked_width(K, True))
-            # 0 * NaN is NaN: what gets into the padding would stay there
+            # 0 * NaN is NaN, and a NaN in the padding would stay there
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             finish_gradient(
                 g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first, second,
@@ -164,7 +155,7 @@ def gradients_of_layer(
 
 @triton.jit
 def is_due(counters, rule):
-    """Whether this batch is the last that an update accumulates."""
+    """Return whether this batch is the last that an update accumulates."""
     return (tl.load(counters + BATCH_INDEX) + 1) % tl.load(rule + ACCUMULATE).to(tl.int64) == 0
 
 
@@ -172,8 +163,8 @@ def is_due(counters, rule):
 def update_from_memory(
     weights, params, grads, first, second, segments, counters, hyper, rules, tensors, live, trained, size, shadowed,
 ):  # fmt: skip
-    """The optimizer on all tensors, by the mean of the accumulated gradients, clipped by their global norm; where this
-    batch is the last that they are accumulated of."""
+    """Update all tensors by the mean of the accumulated gradients, clipped by their global norm, if this batch is the
+    last that the update accumulates."""
     model = model_of(live)
     arena = whole(model * size, True)
     weights += arena
@@ -204,29 +195,16 @@ def update_from_memory(
             # a factor that is NaN must not get into the padding
             g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
             update_elements(
-                g,
-                start + at,
-                at < length,
-                0.0,
-                weights,
-                params,
-                first,
-                second,
-                hyper,
-                rule,
-                tensors,
-                task,
-                code,
+                g, start + at, at < length, 0.0, weights, params, first, second, hyper, rule, tensors, task, code,
                 shadowed,
-            )
+            )  # fmt: skip
 
 
 @triton.jit(noinline=True)
 def tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size):
-    """The account of the batch, and the clock of the model, go on; behind an epoch its account is closed.
+    """Add the batch to the model's sums and advance its clock; after an epoch store the epoch's sums.
 
-    ``advance_clock`` knows of one epoch: where there are more, what it
-    says of the next rows is put right.
+    ``advance_clock`` knows one epoch only; with more, this corrects its next rows.
     """
     model, epochs = model_of(live), number(live + tl.program_id(0) * LIVE_COLUMNS, EPOCHS)
     count = rows_of(counters, model, M)
@@ -244,7 +222,7 @@ def tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, r
     account = tl.load(stats + at, mask=at < STATS, other=0.0)
     account += tl.where(at == BATCH_LOSSES, tl.load(stats + LAST_LOSS) * count, 0.0)
     account += tl.where(at == PENALTIES, tl.load(measured + model * MEASURES + PENALTY) * count, 0.0)
-    # all threads have to see the batch that was, before one of them writes the next
+    # all threads must read this batch's counters before one of them writes the next ones
     tl.debug_barrier()
     advance_clock(counters, hyper + model * HYPER, rates + model * rates_size, rule, due, False)
     tl.store(epoch_stats + (model * epochs + epoch) * STATS + at, account, mask=tl.where(closes, at < STATS, False))

@@ -1,4 +1,4 @@
-"""What the kernels with a matrix product have in common: which tile is whose, and where its elements lie.
+"""The common parts of the kernels with a matrix product: the tile of a program, and the places of its elements.
 
 ``ALIGNED`` kernels are for matrices with unit column stride whose rows start at multiples of 16 bytes: the row pitch is
 a multiple of 8 elements, and the columns between the width and the next multiple of 8 hold zeros. They mask by that
@@ -13,14 +13,14 @@ import triton.language as tl
 
 from fusemlp_kernels.triton.clock import ROW_OFFSET
 
-# Rows of tiles that are worked on together, so that what they read stays in the L2 cache.
+# Rows of tiles that programs work on together, so that their inputs stay in the L2 cache.
 GROUP: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
 def tile_of(program, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The tile (row, column) of a program, over ceil(rows / ROWS) x ceil(cols / COLS) tiles, column by column within
-    groups of tile rows (the "L2 cache optimisation" of Triton's matrix multiplication tutorial)."""
+    """Return the tile (row, column) of a program among ceil(rows / ROWS) x ceil(cols / COLS) tiles, column by column
+    within groups of tile rows (the "L2 cache optimisation" of Triton's matrix multiplication tutorial)."""
     tall = tl.cdiv(rows, ROWS)
     wide = tl.cdiv(cols, COLS)
     group = program // (GROUP * wide)
@@ -32,7 +32,7 @@ def tile_of(program, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def masked_width(width, ALIGNED: tl.constexpr):
-    """How many columns of a row are loaded or stored."""
+    """Return the number of columns of a row that are loaded or stored."""
     if ALIGNED:
         width = (width + 7) // 8 * 8
     return width
@@ -40,7 +40,7 @@ def masked_width(width, ALIGNED: tl.constexpr):
 
 @triton.jit
 def row_pitch(pitch, ALIGNED: tl.constexpr):
-    """Elements between rows; the division tells the compiler that it is a multiple of 8."""
+    """Return the elements between rows; the division tells the compiler that they are a multiple of 8."""
     if ALIGNED:
         pitch = pitch // 8 * 8
     return pitch.to(tl.int64)
@@ -48,7 +48,7 @@ def row_pitch(pitch, ALIGNED: tl.constexpr):
 
 @triton.jit
 def column_step(step, ALIGNED: tl.constexpr):
-    """Elements between columns."""
+    """Return the elements between columns."""
     if ALIGNED:
         return 1
     else:
@@ -57,16 +57,16 @@ def column_step(step, ALIGNED: tl.constexpr):
 
 @triton.jit
 def this_batch(rows, counters, gather):
-    """Where the row numbers of this batch begin."""
-    # no branch: Triton for AMD takes none that gives a pointer
+    """Return the first row number of this batch."""
+    # no branch: Triton for AMD compiles none that gives a pointer
     return rows + tl.load(counters + ROW_OFFSET, mask=gather != 0, other=0)
 
 
 @triton.jit
 def batch_rows(rows, offsets, count, gather):
-    """The rows of x that a batch's ``offsets`` stand for: themselves, or with ``gather`` what ``rows`` says.
+    """Return the rows of x for a batch's ``offsets``: the offsets, or with ``gather`` their entries in ``rows``.
 
-    -1 where there is nothing to read: it loads as zeros.
+    -1 stands for no row: it loads as zeros.
     """
     inside = offsets < count
     found = offsets.to(tl.int64)
@@ -77,16 +77,16 @@ def batch_rows(rows, offsets, count, gather):
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The left and the right half of a tile (ROWS, COLS)."""
+    """Return the left and the right half of a tile (ROWS, COLS)."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def part_of(tile, piece: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Of a tile (ROWS, COLS) cut into 1, 2 or 4 parts side by side, one.
+    """Return one part of a tile (ROWS, COLS) that is cut into 1, 2 or 4 parts side by side.
 
-    What follows a product is done part by part, so that what it loads and computes fits the registers beside the sums:
-    the stores of one part keep the loads of the next from being moved before them.
+    An epilogue runs part by part, so that its loads and results fit the registers beside the sums: the stores of one
+    part keep the compiler from moving the loads of the next before them.
     """
     tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "a tile is cut into 1, 2 or 4 parts")
     if PARTS > 1:

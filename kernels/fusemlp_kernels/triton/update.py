@@ -1,4 +1,4 @@
-"""The optimizer over the flat arenas in one launch, for gradients that lie in memory."""
+"""The optimizer over the flat arenas in one launch, for stored gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ from fusemlp_kernels.triton.clock import (
     is_last,
     sum_of,
 )
-from fusemlp_kernels.triton.gradients import (
-    FIELDS,
-    FIRST_TILE,
-    TASK_N,
-    TENSOR_FIELDS,
-    P,
-    square_sum,
-    task_of,
-)
+from fusemlp_kernels.triton.gradients import FIELDS, FIRST_TILE, TASK_N, TENSOR_FIELDS, P, square_sum, task_of
 from fusemlp_kernels.triton.pointwise_triton import stored_update
 
 
@@ -39,7 +31,8 @@ def norm_kernel(grads, norm, partials, ticket, size, programs, BLOCK: tl.constex
 
 @triton.jit
 def clip_factor(norm, limit):
-    """What keeps a gradient of this norm within ``limit``, as ``reference.clip_factor``; a NaN stays."""
+    """Return the factor that keeps a gradient of this norm within ``limit``, as ``reference.clip_factor``; a NaN stays
+    NaN."""
     factor = limit / (norm + 1e-6)
     return tl.where(factor > 1.0, 1.0, factor)
 
@@ -53,7 +46,7 @@ def update_kernel(
     """Update each segment of the arenas by its rule, to the mean of the accumulated gradients, clipped.
 
     The gradient is the sum of ``parts`` arenas, ``part`` elements apart, in order. Under loss scaling a norm that is
-    not finite skips the update: nothing but the counters and the scale changes.
+    not finite skips the update: only the counters and the scale change.
     """
     program = tl.program_id(0)
     task = task_of(table, tasks, program, TASKS)

@@ -1,0 +1,176 @@
+"""The checks of an op's operands that follow from its record, for backends that check what they bind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, UpdateRule
+from fusemlp_kernels.errors import ArgumentError, ShapeError, unknown_name
+from fusemlp_kernels.ops import FIXED, OPS, READ, Operand, expected
+
+# The parameters of states that are not named after them.
+OF_STATES = {"states": "params", "state": "param"}
+# Stands for an operand that is not there yet.
+LATER = object()
+
+
+class Check(Protocol):
+    """A device's check of one array.
+
+    Returns the array, if it lies on the device and has this shape (None: any size) and this type of the contract; else
+    raises an error that names the op, the operand, what was expected and what was given. ``written``: no two elements
+    may share memory. ``flat``: the array must be contiguous.
+    """
+
+    def __call__(
+        self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str, /, *, written: bool, flat: bool
+    ) -> Any: ...
+
+
+def binds(op: str, *, without: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate ``bind(device, operands)`` to take the operands of ``op`` by name, but for ``without``.
+
+    ``bind`` receives them checked by ``device.check``; see ``checked``.
+    """
+
+    def decorate(bind: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(bind)
+        def binder(device: Any, **given: Any) -> Any:
+            return bind(device, checked(op, given, device.check))
+
+        vars(binder)["operands"] = {operand.name for operand in OPS[op].operands} - set(without)
+        return binder
+
+    return decorate
+
+
+class Group:
+    """The operands of an op, or the fields of one operand, sorted once for the checks of many calls.
+
+    ``arrays`` have a shape, and whether other operands pick rows by them; these come last.
+    """
+
+    def __init__(self, operands: Sequence[Operand]) -> None:
+        selectors = {operand.rows for operand in operands}
+        arrays = [(operand, operand.name in selectors) for operand in operands if operand.shape is not None]
+        self.arrays = sorted(arrays, key=lambda entry: entry[1])
+        self.fields = {operand.name: Group(operand.fields) for operand in operands if operand.fields}
+        self.defaults = {operand.name: operand.default for operand in operands}
+
+
+GROUPS = {op.name: Group(op.operands) for op in OPS.values()}
+
+
+def checked(op: str, given: Mapping[str, Any], check: Check, later: Sequence[str] = ()) -> SimpleNamespace:
+    """Return the operands of an op as attributes, and the sizes M, N and K where a shape has them.
+
+    An operand that is left out is its record's default. Every array passes ``check``. Fields of a sequence of mappings
+    are checked likewise, each mapping for itself; M is one size in all. ``later`` names operands that the caller sets
+    afterwards, by these sizes.
+    """
+    return _checked(op, "", GROUPS[op], given, given.get("rule"), {}, check, later)
+
+
+def _checked(
+    op: str,
+    place: str,
+    group: Group,
+    given: Mapping[str, Any],
+    rule: UpdateRule | None,
+    common: dict[str, int],
+    check: Check,
+    later: Sequence[str],
+) -> SimpleNamespace:
+    values = group.defaults | {name: value for name, value in given.items() if value is not None}
+    values |= {name: LATER for name in later if name in values}
+    _check_together(op, values)
+    for name, fields in group.fields.items():
+        values[name] = [
+            _checked(op, f"{place}{name}[{index}]: ", fields, one, rule, common, check, later)
+            for index, one in enumerate(values[name])
+        ]
+    # the first array with a letter in its shape says its size
+    sizes, found = FIXED | common, []
+    for operand, picks in group.arrays:
+        value = values[operand.name]
+        if value is LATER or (value is None and (operand.optional or operand.nullable)):
+            continue
+        dtype, letters = expected(operand, values)
+        found.append((operand, picks, value, dtype, letters))
+        shape = getattr(value, "shape", ())
+        if len(shape) == len(letters):
+            for letter, size in zip(letters, shape, strict=True):
+                sizes.setdefault(letter, size)
+    for operand, picks, value, dtype, letters in found:
+        name = place + operand.name
+        shape = (None,) if picks else tuple(map(sizes.get, letters))
+        written, flat = operand.use != READ, picks or letters == "A"
+        if not operand.several:
+            values[operand.name] = check(op, name, value, shape, dtype, written=written, flat=flat)
+        elif values[OF_STATES.get(operand.name, operand.name.removesuffix("_state"))] is not None:
+            if rule is not None and len(value) != rule.state_count:
+                raise ArgumentError(
+                    f"{op}: {name}: {rule.kind} keeps {rule.state_count} arrays of state, got {len(value)}"
+                )
+            checks = [check(op, name, one, shape, dtype, written=written, flat=flat) for one in value]
+            values[operand.name] = tuple(checks)
+        batch = sizes.get("M", 0)
+        if picks and (len(value) % batch if batch else len(value)):
+            raise ShapeError(
+                f"{op}: {name}: expected {batch} row numbers, or several batches of {batch}; got {len(value)}"
+            )
+    if "M" in sizes:
+        common["M"] = sizes["M"]
+    return SimpleNamespace(**{"M": 0, "N": 0, "K": 0, **sizes, **values})
+
+
+def _check_together(op: str, given: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for values that are unknown, or that do not go together."""
+    activation = given.get("activation", "identity")
+    if activation not in ACTIVATIONS:
+        raise unknown_name(f"{op}: activation", activation, ACTIVATIONS)
+    if activation == "prelu" and given["slope_param"] is None:
+        raise ArgumentError(f"{op}: slope_param: prelu needs its slope, an array of shape (1,); got None")
+    if "loss" in given:
+        kind = given["loss"].kind
+        if kind not in LOSSES:
+            raise unknown_name(f"{op}: loss", kind, LOSSES)
+        if kind == "cross_entropy" and activation != "identity":
+            raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
+    if op == "grad_input":
+        if activation in NEEDS_Z and given["z"] is None:
+            raise ArgumentError(f"{op}: z: the derivative of {activation} needs the pre-activation; got None")
+        if activation == "prelu" and given["dslope"] is None:
+            raise ArgumentError(f"{op}: dslope: prelu's gradient needs an array of shape (1,); got None")
+    if "counters" in given and given["counters"] is None:
+        if given.get("dropout") is not None:
+            raise ArgumentError(f"{op}: counters: dropout needs them, since the mask depends on the batch; got None")
+        for name in ("rows", "x_rows"):
+            if given.get(name) is not None:
+                raise ArgumentError(
+                    f"{op}: counters: {name} needs them, since they say where the batch begins; got None"
+                )
+    rule = given.get("rule")
+    if op == "grad_weight_update" and isinstance(rule, UpdateRule) and not _fuses(rule):
+        raise ArgumentError(
+            f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"
+        )
+    _check_parts(op, given)
+
+
+def _fuses(rule: UpdateRule) -> bool:
+    """Return whether an update needs nothing but the gradient of its own batch and element."""
+    return rule.accumulate == 1 and rule.clip_norm is None
+
+
+def _check_parts(op: str, given: Mapping[str, Any]) -> None:
+    parts, part = given.get("parts", 1), given.get("part", 0)
+    if parts < 1 or (parts > 1 and part % 8):
+        raise ArgumentError(f"{op}: parts, part: expected parts >= 1, part a multiple of 8; got {parts} and {part}")
+    if parts > 1 and not (_fuses(given["rule"]) and given["norm"] is None):
+        raise ArgumentError(
+            f"{op}: parts: a batch in {parts} parts has no gradient to accumulate, and no norm; use parts=1"
+        )
