@@ -28,14 +28,20 @@ class CopiedBatches:
 
     def run_many(self, count: int) -> None:
         """Train on the next ``count`` batches."""
-        bound, rows, size, run = self.bound, self.arrays["rows"], self._size, self.bound.run
-        copy = bound.backend.copy_into
         with np.errstate(all="ignore"):
             for _ in range(count):
-                batch = self._order[self._start : self._start + size]
-                copy(rows[: len(batch)], batch)
-                if len(batch) < size:
-                    rows[len(batch) :] = -1
-                    bound.set_row_count(len(batch))
-                self._start += size
-                run()
+                self.step(self._order[self._start : self._start + self._size])
+                self._start += self._size
+
+    def step(self, batch: Array) -> None:
+        """Train on these rows."""
+        self.copy(batch)
+        self.bound.run()
+
+    def copy(self, batch: Array) -> None:
+        """Make these the rows of the next step."""
+        rows, count = self.arrays["rows"], len(batch)
+        self.bound.backend.copy_into(rows[:count], batch)
+        if count < len(rows):
+            rows[count:] = -1
+            self.bound.set_row_count(count)
