@@ -24,7 +24,7 @@ def names_of(module: Any) -> list[str]:
     """Yield the dotted names in a module of the stand-in, with those in its classes."""
     found = []
     for name, value in vars(module).items():
-        if (name.startswith("_") and name != "__version__") or inspect.ismodule(value):
+        if name.startswith("_") or inspect.ismodule(value):
             continue
         found.append(f"{module.__name__}.{name}")
         if inspect.isclass(value) and not issubclass(value, Exception):

@@ -37,7 +37,7 @@ SUFFIXES = {".py", ".cu", ".cuh", ".cpp", ".h", ".md", ".sh"}
 # This file quotes the idioms; the other two are generated from the planted bugs.
 SKIPPED = {"tests/test_plain_english.py", "ci/mutations.md", "ci/cuda_mutations.md"}
 # Folders whose English is not rewritten yet, with the number of idioms left. Numbers may only fall.
-LEFT: dict[str, int] = {"kernels/": 72}
+LEFT: dict[str, int] = {"kernels/": 19}
 
 
 def passages(path: str, text: str) -> Iterator[tuple[int, str, bool]]:

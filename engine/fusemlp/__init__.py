@@ -92,56 +92,21 @@ __all__ = [
     "lr_find",
 ]
 
+# Each module with its public names; the others of ``__all__`` are errors.
 _NAMES = {
-    "fusemlp.datasets.load": ("load_data",),
-    "fusemlp.engine": ("Engine", "load", "load_checkpoint"),
-    "fusemlp.fleet.results": ("Ensemble", "FleetResults"),
-    "fusemlp.fleet.fleet": ("Fleet",),
-    "fusemlp.describe.losses": (
-        "BinaryCrossEntropy",
-        "CrossEntropy",
-        "Huber",
-        "Loss",
-        "MAE",
-        "MSE",
-        "Poisson",
-        "Quantile",
-    ),
-    "fusemlp.training.lr_finder": ("LearningRateSweep", "lr_find"),
-    "fusemlp.describe.network": ("Activation", "LeakyReLU", "MLP", "PReLU"),
-    "fusemlp.describe.optimizers": ("Adam", "AdamW", "Optimizer", "ParameterOptions", "SGD"),
-    "fusemlp.describe.schedules": (
-        "Constant",
-        "Cosine",
-        "Exponential",
-        "OneCycle",
-        "ReduceOnPlateau",
-        "Schedule",
-        "StepDecay",
-    ),
-    "fusemlp.callbacks": (
-        "CSVLogger",
-        "Callback",
-        "EarlyStopping",
-        "ModelCheckpoint",
-        "ProgressBar",
-        "TensorBoard",
-    ),
-    "fusemlp.training.history": ("History",),
-    "fusemlp_kernels.errors": (
-        "ArgumentError",
-        "ArgumentTypeError",
-        "BackendUnavailableError",
-        "CheckpointError",
-        "DTypeError",
-        "DataError",
-        "DivergenceError",
-        "FusemlpError",
-        "MissingLibraryError",
-        "ShapeError",
-    ),
+    "fusemlp.datasets.load": "load_data",
+    "fusemlp.engine": "Engine load load_checkpoint",
+    "fusemlp.fleet.results": "Ensemble FleetResults",
+    "fusemlp.fleet.fleet": "Fleet",
+    "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
+    "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
+    "fusemlp.describe.network": "Activation LeakyReLU MLP PReLU",
+    "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
+    "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
+    "fusemlp.callbacks": "CSVLogger Callback EarlyStopping ModelCheckpoint ProgressBar TensorBoard",
+    "fusemlp.training.history": "History",
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 # Modules that are attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
 _SUBMODULES = frozenset({*PATHS, "callbacks", "engine", "fleet", "sklearn", "torch"})
 
@@ -149,9 +114,9 @@ _SUBMODULES = frozenset({*PATHS, "callbacks", "engine", "fleet", "sklearn", "tor
 def __getattr__(name: str) -> object:
     if name in _SUBMODULES:
         return importlib.import_module(f"fusemlp.{name}")
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module 'fusemlp' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    value = getattr(importlib.import_module(_MODULE_OF.get(name, "fusemlp_kernels.errors")), name)
     globals()[name] = value
     return value
 

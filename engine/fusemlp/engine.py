@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,7 @@ from fusemlp.report import onnx
 from fusemlp.runtime import files
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.session import Session
-from fusemlp.training import checkpoint, lr_finder, saving
-from fusemlp.training.fit import fit as training_fit
-from fusemlp.training.history import History
+from fusemlp.training import checkpoint, fit, lr_finder, saving
 from fusemlp_kernels.errors import ArgumentTypeError, CheckpointError
 
 __all__ = ["Engine", "availability", "load", "load_checkpoint"]
@@ -34,54 +32,11 @@ class Engine(Session):
     does not have.
     """
 
-    def fit(
-        self,
-        X: Any,
-        y: Any,
-        *,
-        epochs: int,
-        sample_weight: Any = None,
-        validation_data: tuple[Any, ...] | None = None,
-        early_stopping: int | None = None,
-        callbacks: Iterable[Any] = (),
-        shuffle: bool = True,
-        drop_last: bool = False,
-        row_order: Any = None,
-        resume: bool = False,
-    ) -> History:
-        """Train for ``epochs`` passes over X (n, K) and y; see ``fusemlp.training.fit``."""
-        return training_fit(
-            self,
-            X,
-            y,
-            epochs=epochs,
-            sample_weight=sample_weight,
-            validation_data=validation_data,
-            early_stopping=early_stopping,
-            callbacks=callbacks,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            row_order=row_order,
-            resume=resume,
-        )
-
-    def save_checkpoint(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-        """Write everything that training needs to go on bit for bit; see ``fusemlp.checkpoint``."""
-        checkpoint.save_checkpoint(self, path, extra=extra)
-
-    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the model to one safetensors file, parameters by torch's names; see ``fusemlp.saving``."""
-        saving.save(self, path, metadata=metadata)
-
-    def to_onnx(self, path: str | Path) -> None:
-        """Write the network as an ONNX graph; see ``fusemlp.onnx``."""
-        onnx.to_onnx(self, path)
-
-    def lr_find(
-        self, X: Any, y: Any, *, sample_weight: Any = None, start: float = 1e-6, end: float = 10.0, steps: int = 200
-    ) -> lr_finder.LearningRateSweep:
-        """Sweep the learning rate on a copy of this engine; see ``fusemlp.lr_finder``."""
-        return lr_finder.lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
+    fit = fit.fit
+    save_checkpoint = checkpoint.save_checkpoint
+    save = saving.save
+    to_onnx = onnx.to_onnx
+    lr_find = lr_finder.lr_find
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoint.engine_content(self)
@@ -103,9 +58,7 @@ def load_checkpoint(
         raise ArgumentTypeError(f"network: expected an MLP such as MLP([784, 128, 10]), got {network!r}")
     if network is not None and network != found:
         raise CheckpointError(f"path: {str(path)!r} is of another network: expected {network!r}, it holds {found!r}")
-    engine = Engine.__new__(Engine)
-    checkpoint.restore_engine(engine, content, backend=backend, device=device)
-    return engine
+    return _restored(content, backend, device)
 
 
 def load(path: str | Path, *, backend: str = "auto", device: str | None = None, precision: str | None = None) -> Engine:
@@ -117,19 +70,24 @@ def load(path: str | Path, *, backend: str = "auto", device: str | None = None, 
     Raises CheckpointError if the file is missing, corrupted or another's, BackendUnavailableError.
     """
     changed: dict[str, Any] = {} if precision is None else {"precision": precision}
-    metadata, tensors = files.read_file(path, "model", "engine.save")
-    engine = Engine.__new__(Engine)
-    if files.MODEL in metadata:
-        config = files.checked_config(path, metadata, tensors, kind="model", version=saving.FORMAT)
+    metadata, tensors = files.read_file(path, files.MODEL)
+    if files.MODEL.entry in metadata:
+        config = files.checked_config(path, metadata, tensors, files.MODEL)
+        engine = Engine.__new__(Engine)
         engine.start_from({**config, **changed}, backend=backend, device=device)
         engine.load_state_dict(tensors)
         return engine
-    if files.CONFIG in metadata:
+    if files.CHECKPOINT.entry in metadata:
         content = checkpoint.read_content(path)
         content["config"] |= changed
-        checkpoint.restore_engine(engine, content, backend=backend, device=device)
-        return engine
+        return _restored(content, backend, device)
     raise CheckpointError(
         f"path: {str(path)!r} is a safetensors file that does not say which network it is of; make the engine, "
         "Engine(MLP([...])), and then engine.load_state_dict(safetensors.numpy.load_file(path))"
     )
+
+
+def _restored(content: Mapping[str, Any], backend: str, device: str | None) -> Engine:
+    engine = Engine.__new__(Engine)
+    checkpoint.restore_engine(engine, content, backend=backend, device=device)
+    return engine

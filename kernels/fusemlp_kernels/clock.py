@@ -1,4 +1,4 @@
-"""What the host computes for the contract's clock: bias corrections, and the table of learning rates."""
+"""The host's part of the contract's clock: bias corrections, and the table of learning rates."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from fusemlp_kernels.contract import (
 
 Array = np.ndarray[Any, Any]
 
-# 1 - x is 1 for an x up to this, half of the distance from 1 to the next smaller number.
+# 1 - x is 1 for an x up to this: half the distance from 1 to the next smaller number.
 _VANISHES = 2.0**-54
 
 
 @lru_cache(maxsize=16)
 def corrections(beta: float, first: int, count: int) -> Array:
-    """1 - beta ** (t + 1) for t from ``first`` on, (count,) float64, read-only: Adam's bias correction after t updates.
+    """Return 1 - beta ** (t + 1) for t from ``first`` on, (count,) float64, read-only.
 
-    The powers are Python's, one by one, so that a number does not depend on the table that it stands in.
+    These are Adam's bias corrections after t updates. Python computes each power by itself, so a number does not depend
+    on the rest of the table.
     """
     found = np.ones(count)
     # from this exponent on the correction is exactly 1
@@ -42,20 +43,22 @@ def corrections(beta: float, first: int, count: int) -> Array:
     below = max(0, min(count, math.ceil(ends) - first))
     exponents = range(first + 1, first + 1 + below)
     found[:below] -= np.fromiter(map(math.pow, repeat(beta), exponents), np.float64, below)
-    # remembered: the models of a fleet have most of them in common
+    # read-only since it is cached: the models of a fleet share most tables
     found.flags.writeable = False
     return found
 
 
 @cache
 def _read(formula: str) -> frozenset[str]:
-    """The names that a formula reads."""
+    """Return the names that a formula reads."""
     return frozenset(pointwise.named(pointwise.lines(formula)))
 
 
 def rate_table(rule: UpdateRule, rates: Array | Sequence[float], first: int = 0) -> Array:
-    """The contract's ``rates``, (1 + R, RATE_COLUMNS) float64, of the updates that follow ``first``, ``first`` + 1, ...
-    others: ``rates`` (R,) are their learning rates."""
+    """Return the contract's ``rates``, (1 + R, RATE_COLUMNS) float64, for R updates after the first ``first``.
+
+    ``rates`` (R,) are their learning rates.
+    """
     count = len(rates)
     table = np.zeros((1 + count, RATE_COLUMNS))
     table[0, FIRST_UPDATE], table[0, ROWS_FILLED] = first, count
@@ -67,8 +70,10 @@ def rate_table(rule: UpdateRule, rates: Array | Sequence[float], first: int = 0)
 
 
 def hyper_at(rule: UpdateRule, rate: float, update_count: int = 0, rate_scale: float = 1.0) -> Array:
-    """The ``hyper`` array, (HYPER,) float64, after ``update_count`` updates, of which the next has this rate times
-    ``rate_scale``."""
+    """Return ``hyper``, (HYPER,) float64, after ``update_count`` updates.
+
+    The next update has this rate times ``rate_scale``.
+    """
     hyper = np.ones(HYPER)
     hyper[RATE_SCALE], hyper[GOOD_UPDATES] = rate_scale, 0.0
     hyper[:RATE_COLUMNS] = rate_table(rule, [rate], update_count)[1]

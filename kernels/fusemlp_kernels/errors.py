@@ -1,4 +1,4 @@
-"""The exception tree: each error is also the standard type that a caller would think to catch."""
+"""The exception tree: each error is also the standard type that a caller expects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class FusemlpError(Exception):
-    """Everything that fusemlp raises on purpose."""
+    """The base of all errors that fusemlp raises on purpose."""
 
 
 class ArgumentError(FusemlpError, ValueError):
@@ -47,7 +47,7 @@ class DivergenceError(FusemlpError, ArithmeticError):
 
 
 def unknown_name(argument: str, given: object, known: Iterable[str]) -> ArgumentError:
-    """The error for a name that is not one of ``known``; it says which valid name lies nearest."""
+    """Return the error for a name that is not in ``known``; it proposes the nearest valid name."""
     names = list(known)
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."

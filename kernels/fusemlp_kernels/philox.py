@@ -1,9 +1,8 @@
-"""Random numbers that are a function of where they are used: Philox 4x32-10, dropout masks and the row order.
+"""Random numbers as a function of their place: Philox 4x32-10, dropout masks and the row order.
 
-A counter-based generator has no state. Element (row, col) of a mask, or entry i of a permutation, can be
-computed by whoever needs it, in any order, on any device, and is the same everywhere. Philox is from Salmon,
-Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). All backends follow the definitions
-in this file.
+A counter-based generator has no state. Any device can compute element (row, col) of a mask, or a value of the row
+order's rounds, in any order, with the same result. Philox is from Salmon, Moraes, Dror, Shaw, "Parallel random numbers:
+as easy as 1, 2, 3" (2011). All backends follow the definitions in this file.
 
 The key is the seed (its low 32 bits and the next 32). The four counter words, each taken modulo 2**32, are
 
@@ -14,7 +13,6 @@ The key is the seed (its low 32 bits and the next 32). The four counter words, e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,12 +32,12 @@ FEISTEL_MIN_RADIX = 8
 
 
 def seed_key(seed: int) -> tuple[int, int]:
-    """The Philox key of a seed: its low 32 bits and the next 32."""
+    """Return the Philox key of a seed: its low 32 bits and the next 32."""
     return seed & WORD, (seed >> 32) & WORD
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
-    """Four random uint32 words for each counter, whose words are integers or arrays that broadcast."""
+    """Return four random uint32 words for each counter; its words are integers or arrays that broadcast."""
     c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) & np.uint64(WORD) for c in counter)
     for i in range(ROUNDS):
         k0, k1 = (np.uint64((k + i * step) & WORD) for k, step in zip(key, KEY_STEPS, strict=True))
@@ -52,15 +50,15 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Ar
 
 
 def threshold(rate: float) -> int:
-    """A 16-bit lane below this is dropped: the rate in units of 1 / 65536, rounded."""
+    """Return the rate in units of 1 / 65536, rounded: a 16-bit lane below it is dropped."""
     return round(65536 * rate)
 
 
 def dropout_keep(rate: float, layer: int, seed: int, batch_index: int, rows: int, cols: int) -> Array:
-    """The dropout mask, (rows, cols) bool, True where the element is kept: the definition.
+    """Return the dropout mask, (rows, cols) bool, True where the element is kept: the definition.
 
-    Element (row, col) is kept if lane ``col % 8`` of the words of its counter is at least
-    ``threshold(rate)``; lane 2i is the low half and lane 2i + 1 the high half of word i.
+    Element (row, col) is kept if lane ``col % 8`` of the words of its counter is at least ``threshold(rate)``. Lane 2i
+    is the low half and lane 2i + 1 the high half of word i.
     """
     blocks = -(-cols // LANES)
     counter = (np.arange(blocks)[None, :], np.arange(rows)[:, None], layer, batch_index)
@@ -71,8 +69,8 @@ def dropout_keep(rate: float, layer: int, seed: int, batch_index: int, rows: int
 class _Word:
     """One of the two counter words that a round multiplies, for ``size`` counters, with its 64-bit products.
 
-    A round reads the halves of this product and of the last one, so there are two; the halves are views (the
-    host is little-endian). Only the low half of ``value`` is ever written, so it stays a 32-bit number.
+    A round reads the halves of this product and of the last one, so there are two. The halves are views (the host is
+    little-endian). Only the low half of ``value`` is ever written, so it stays a 32-bit number.
     """
 
     def __init__(self, size: int) -> None:
@@ -84,11 +82,10 @@ class _Word:
 
 
 class DropoutMask:
-    """``dropout_keep`` for one shape and rate, again and again, without allocating.
+    """``dropout_keep`` for one shape and rate, any number of times, without allocating.
 
-    The first three of the ten rounds cost next to nothing: what depends on the column alone or the row alone
-    is computed once a column or row. The others run over a few thousand counters at a time, which stay in
-    cache.
+    The first three of the ten rounds cost little: numbers that depend on the column or the row alone are computed once
+    a column or row. The others run over a few thousand counters at a time, which stay in cache.
     """
 
     PASS = 8192
@@ -137,7 +134,7 @@ class DropoutMask:
             self._seed = seed
 
     def _early_rounds(self, layer: int, batch_index: int) -> None:
-        """Rounds 0 and 1, and of round 2 what belongs to a column: see ``philox`` for the round."""
+        """Compute rounds 0 and 1, and the part of round 2 that depends on the column: see ``philox`` for the round."""
         (k00, k01), (k10, k11), (k20, k21) = self._keys[:3]
         m0, m1 = self._multipliers
         row, high, low = self._row_high, self._row_high, self._row_low
@@ -161,7 +158,7 @@ class DropoutMask:
         np.bitwise_xor(zero, k21, out=zero)
 
     def _late_rounds(self, start: int, stop: int, zero: _Word, two: _Word) -> Array:
-        """The other rounds for rows ``start`` to ``stop``: their lanes, (stop - start, 8 * blocks) uint16."""
+        """Return the lanes of rows ``start`` to ``stop`` after the other rounds, (stop - start, 8 * blocks) uint16."""
         outer, column, one, last = self._col
         m0, m1 = self._multipliers
         shape = (stop - start, -1)
@@ -194,64 +191,35 @@ class DropoutMask:
 
 
 def radix(n: int) -> int:
-    """How many values each half of a Feistel index has: the smallest a >= 8 with a * a >= n."""
+    """Return the number of values of each half of a Feistel index: the smallest a >= 8 with a * a >= n."""
     return max(FEISTEL_MIN_RADIX, math.isqrt(max(n - 1, 0)) + 1)
 
 
-def _feistel(left: Array, right: Array, a: int, round_values: Callable[[int, Array], Array]) -> Array:
-    """A Feistel network with addition modulo ``a`` in place of exclusive or: a bijection of range(a * a), whatever
-    the values of a round, in range(a), are. An index is ``a * left + right``."""
-    for i in range(FEISTEL_ROUNDS):
-        moved = left + round_values(i, right)
-        left, right = right, moved - a * (moved >= a)
-    return a * left + right
-
-
-def _walk(index: Array, n: int, permute: Callable[[Array], Array]) -> Array:
-    """Cycle walking: apply ``permute`` to ``index``, and again to what fell outside range(n), until it falls inside.
-
-    It permutes a larger range, and a walk that starts inside range(n) comes back into it at the latest where it
-    began; so this permutes range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, from where the
-    network modulo ``a`` is too: its range is hardly larger than n, and few indices walk).
-    """
-    index = permute(index)
-    outside = np.flatnonzero(index >= n)
-    while outside.size:
-        moved = permute(index[outside])
-        index[outside] = moved
-        outside = outside[moved >= n]
-    return index
-
-
-def _round_values(half: Array, i: Any, a: int, seed: int, epoch: int) -> Array:
-    values = philox((half, i, ROW_ORDER, epoch), seed_key(seed))[0]
-    # a multiplication maps 32 random bits to range(a) more evenly than a remainder, and quicker on a GPU
-    return ((values.astype(np.uint64) * np.uint64(a)) >> np.uint64(32)).astype(np.int64)
-
-
-def feistel_index(index: Array, n: int, seed: int, epoch: int) -> Array:
-    """Which rows come at the positions ``index`` (int64, in range(n)) of an epoch, each computed by itself.
-
-    This is what a kernel computes for its own elements: little more than ``FEISTEL_ROUNDS`` Philox calls, for n of 64
-    and more. n is at least 1 and at most 2**62. Same result as ``row_order(n, seed, epoch)[index]``.
-    """
-    a = radix(n)
-
-    def permute(walking: Array) -> Array:
-        return _feistel(walking // a, walking % a, a, lambda i, half: _round_values(half, i, a, seed, epoch))
-
-    return _walk(index, n, permute)
-
-
 def row_order(n: int, seed: int, epoch: int) -> Array:
-    """The order of the rows in an epoch, a permutation of range(n), (n,) int64: ``feistel_index`` of all.
+    """Return the order of the rows in an epoch, a permutation of range(n), (n,) int64.
 
-    A half has only about sqrt(n) values: every round is computed once for all of them. And the whole network is
-    computed once, so that walking is looking up.
+    A Feistel network with addition modulo ``a`` in place of exclusive or permutes range(a * a), whatever the values of
+    its rounds are; an index is ``a * left + right``. An index that falls outside range(n) goes through the network
+    again until it falls inside. A walk that starts inside comes back at the latest where it began, so this permutes
+    range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). The range of a network modulo ``a`` is
+    hardly larger than n: few indices walk.
+
+    A half has only about sqrt(n) values: each round is computed once for all of them, and the network once for its
+    whole range.
     """
     a = radix(n)
     halves = np.arange(a)
-    table = _round_values(halves, np.arange(FEISTEL_ROUNDS)[:, None], a, seed, epoch)
+    words = philox((halves, np.arange(FEISTEL_ROUNDS)[:, None], ROW_ORDER, epoch), seed_key(seed))[0]
+    # a multiplication maps 32 random bits to range(a) more evenly than a remainder, and faster on a GPU
+    rounds = ((words.astype(np.uint64) * np.uint64(a)) >> np.uint64(32)).astype(np.int64)
     left, right = np.repeat(halves, a), np.tile(halves, a)
-    whole = _feistel(left, right, a, lambda i, half: table[i].take(half))
-    return _walk(np.arange(n, dtype=np.int64), n, whole.take)
+    for values in rounds:
+        moved = left + values.take(right)
+        left, right = right, moved - a * (moved >= a)
+    network = a * left + right
+    order = network[:n].copy()
+    outside = np.flatnonzero(order >= n)
+    while outside.size:
+        order[outside] = walked = network.take(order[outside])
+        outside = outside[walked >= n]
+    return order

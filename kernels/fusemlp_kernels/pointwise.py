@@ -1,6 +1,6 @@
 """Every activation, element-wise loss and optimizer: each formula once, as a line of text.
 
-``ci/print_formulas.py`` turns these tables into NumPy, numba, Triton and CUDA C, so a new row here is a new function on
+``ci/print_formulas.py`` turns these tables into numba, Triton and CUDA C, so a new row here is a new function on
 every backend: add the row, run that script, and add the formula to the oracle, ``reference``. A new number that a
 formula reads is a field of ``Hyperparameters`` or ``LossOptions``.
 

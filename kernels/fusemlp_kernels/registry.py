@@ -1,4 +1,4 @@
-"""Which backends there are, which of them work on this machine, and why the others do not."""
+"""The backends, and for each whether it works on this machine or why it does not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 
 _log = logging.getLogger("fusemlp")
 
-# What the kernel drivers of NVIDIA (also under WSL) and AMD show of themselves.
+# The device files of the drivers of NVIDIA (also under WSL) and AMD.
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 PLANS = ("eager", "graph", "resident")
@@ -31,7 +31,7 @@ TRAITS = {
         split_size=1 << 19,
         precisions=("fp32", "tf32", "bf16", "fp16"),
         plans=PLANS,
-        # flops: what one of 132 multiprocessors does in the 10 to 20 us that a graph of a few launches takes;
+        # flops: the work of one of 132 multiprocessors in the 10 to 20 us that a graph of a few launches takes;
         # estimated, not yet measured on a GPU
         resident=ResidentLimits(
             layers=8, inputs=4096, width=256, outputs=128, batch=1024, flops=4e6, precisions=("fp32", "tf32", "bf16")
@@ -40,15 +40,15 @@ TRAITS = {
     "cupy": Traits(
         name="cupy",
         row_multiple=8,
-        # cuBLAS reads matrices as they lie
+        # cuBLAS reads whole matrices
         gathers_in_load=False,
         stores_masks=False,
-        # the loss reads what the product has left in memory, of any width
+        # the loss reads the product from memory, of any width
         widest_fused_output=1 << 31,
         # plain gradient descent: the product is the update
         fused_updates=("sgd",),
         norms_gradients=True,
-        # cuBLAS cuts a long batch by itself
+        # cuBLAS itself cuts a long batch
         split_rows=0,
         split_size=0,
         precisions=("fp32", "tf32", "fp16"),
@@ -61,7 +61,7 @@ TRAITS = {
         gathers_in_load=False,
         stores_masks=True,
         widest_fused_output=1 << 31,
-        # Adam is quicker in one sweep over the arena than tensor by tensor
+        # Adam is faster in one sweep over the arena than tensor by tensor
         fused_updates=("sgd",),
         norms_gradients=False,
         split_rows=0,
@@ -74,25 +74,21 @@ TRAITS = {
 
 
 def availability() -> dict[str, str | None]:
-    """For each backend None if it works here, else one sentence: why it does not, and how to get it."""
+    """Return for each backend None if it works here, else one sentence: why it does not, and how to get it."""
     return {name: _reason(name) for name in TRAITS}
 
 
 def _reason(name: str) -> str | None:
-    if name == "numpy":
-        return None
-    if name == "triton":
-        return _triton_reason()
-    return _cupy_reason()
+    return _triton_reason() if name == "triton" else _cupy_reason() if name == "cupy" else None
 
 
 def interprets_triton() -> bool:
-    """Whether Triton's kernels are to run under its interpreter, on the CPU: TRITON_INTERPRET is set."""
+    """Return whether Triton's kernels run under its interpreter, on the CPU: TRITON_INTERPRET is set."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _triton_reason() -> str | None:
-    """Found out without importing torch, which takes seconds and which people without a GPU do not wait for."""
+    """Return why Triton cannot work here, without importing torch: that takes seconds."""
     missing = [library for library in ("triton", "torch") if importlib.util.find_spec(library) is None]
     if missing and sys.platform != "linux":
         return f"Triton has no release for {sys.platform}; use backend='cupy' for an NVIDIA card, or 'numpy'"
@@ -105,7 +101,7 @@ def _triton_reason() -> str | None:
             f"no GPU driver is loaded (none of {', '.join(GPU_DEVICES)} is there); set TRITON_INTERPRET=1 to run the "
             "kernels on the CPU, slowly"
         )
-    # read from a file, which takes longer than all before
+    # last: this module takes longer to import than all before, and reads a file
     from importlib.metadata import version
 
     found = version("torch")
@@ -124,9 +120,9 @@ def _cupy_reason() -> str | None:
 
 
 def choose() -> str:
-    """The first backend, in the order of ``TRAITS``, that works here; what was passed over is logged.
+    """Return the first backend of ``TRAITS`` that works here; the log says why others do not.
 
-    Triton's interpreter is nobody's first choice: it has to be asked for by name.
+    Triton's interpreter is never chosen: users ask for it by name.
     """
     for name in TRAITS:
         reason = _reason(name)
@@ -139,10 +135,10 @@ def choose() -> str:
 
 
 def backend(name: str, device: str | None, precision: str) -> Backend:
-    """The backend ``name``, or with "auto" the first that works, on ``device`` (None: its default).
+    """Return the backend ``name``, or with "auto" the first that works, on ``device`` (None: its default).
 
-    Raises ArgumentError for a name that does not exist, BackendUnavailableError for what this machine or backend
-    does not have.
+    Raises ArgumentError for an unknown name, BackendUnavailableError for a backend, device or precision that is missing
+    here.
     """
     if name == "auto":
         name = choose()
@@ -153,14 +149,6 @@ def backend(name: str, device: str | None, precision: str) -> Backend:
     reason = _reason(name)
     if reason is not None:
         raise BackendUnavailableError(f"backend: {name!r} is not available: {reason}")
-    if name == "triton":
-        from fusemlp_kernels.triton.backend import TritonBackend
-
-        return TritonBackend(TRAITS[name], device, precision)
-    if name == "cupy":
-        from fusemlp_kernels.cupy.backend import CupyBackend
-
-        return CupyBackend(TRAITS[name], device, precision)
-    from fusemlp_kernels.numpy.backend import NumpyBackend
-
-    return NumpyBackend(TRAITS[name], device, precision)
+    module = importlib.import_module(f"fusemlp_kernels.{name}.backend")
+    found: Backend = getattr(module, f"{name.capitalize()}Backend")(TRAITS[name], device, precision)
+    return found

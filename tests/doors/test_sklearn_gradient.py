@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import fusemlp
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
-from fusemlp.sklearn.batches import CalledBatches, Penalty
+from fusemlp.sklearn.batches import CalledBatches
 
 RANDOM = np.random.RandomState(0)
 X = RANDOM.standard_normal((9, 4))
@@ -53,12 +53,11 @@ def bound(estimator, y, weight):
     batches = CalledBatches(
         model,
         estimator._objective(estimator.n_outputs_),
-        X,
-        target,
+        {"x": X, "target": target},
         estimator._row_weights(encoded, weight, False),
-        alpha=estimator.alpha,
-        batch_size=len(X),
-        constants=constants,
+        constants,
+        estimator.alpha,
+        len(X),
     )
     return model, batches
 
@@ -231,19 +230,12 @@ def test_a_plateau_lowers_the_rate():
     assert quiet(estimator, X, CLASSES).learning_rate_ == pytest.approx(0.1 * 0.1**2)
 
 
-def test_the_penalty_of_arrays_that_are_not_numpys():
-    """On a device arena the penalty is computed with operators that all array types have."""
+def test_the_penalty_is_of_the_weights():
     estimator = quiet(MLPClassifier((5, 4), max_iter=2, random_state=0, alpha=0.3), X, CLASSES)
-    memory = estimator._model.engine.memory
-    penalty = Penalty(estimator._model, 0.3)
-    found = []
-    for on_host in (True, False):
-        memory.grads[:] = 0.0
-        penalty._on_host = on_host
-        penalty.add_gradient(0.25)
-        found.append((float(penalty.value()), memory.grads.copy()))
-    assert found[0][0] == pytest.approx(0.15 * sum(np.sum(coef**2) for coef in estimator.coefs_), rel=1e-12)
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-15)
+    model, batches = bound(estimator, CLASSES, None)
+    memory = model.engine.memory
+    assert batches.penalty() == pytest.approx(0.15 * sum(np.sum(coef**2) for coef in estimator.coefs_), rel=1e-12)
+    memory.grads[:] = 0.0
+    batches.add_penalty_gradient(0.25)
     np.testing.assert_allclose(memory.arrays["dw1"], 0.25 * 0.3 * estimator.coefs_[1].T, rtol=1e-15)
     assert not memory.arrays["db1"].any()

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU, ParameterOptions
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.optimizers import as_optimizer
-from fusemlp.program.layout import parameter_layout, plan_workspace
-from fusemlp.program.lowering import Inputs, lower_inference, lower_training
-from fusemlp.program.placement import persistent_places
+from fusemlp.program.layout import parameter_layout, persistent_places, plan_workspace
+from fusemlp.program.lowering import Inputs, Step, lower, lower_training
 from fusemlp_kernels.contract import ACTIVATIONS, Ridge
 from fusemlp_kernels.registry import TRAITS
 
@@ -61,20 +60,13 @@ def training_program(
 def inference_program(net, loss=None, batch_size=8, backend="numpy", *, real_bytes=4):
     """The forward pass up to the outputs, or with ``loss`` up to its sums."""
     spec = None if loss is None else as_loss(loss).spec(accuracy=False)
-    return lower_inference(
-        net,
-        batch_size,
-        TRAITS[backend],
-        layout_of(net, backend, real_bytes),
-        spec=spec,
-        inputs=Inputs(batch_size),
-        real_bytes=real_bytes,
-    )
+    layout = layout_of(net, backend, real_bytes)
+    return lower(Step(net, batch_size, TRAITS[backend], layout, Inputs(batch_size), spec, real_bytes))
 
 
 def planned(program, net, backend="numpy"):
     """The places of all values that have memory of the engine's, as ``BoundProgram`` gives them to the verifier."""
-    ranges, _, _ = plan_workspace(program, row_multiple=TRAITS[backend].row_multiple)
+    ranges = plan_workspace(program, row_multiple=TRAITS[backend].row_multiple).ranges
     return {**ranges, **persistent_places(program, layout_of(net, backend, program.real_bytes))}
 
 

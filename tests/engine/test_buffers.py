@@ -130,7 +130,8 @@ def test_what_a_call_reads_is_still_what_was_written(case):
 def test_workspace_values_are_aligned_and_pitched(case):
     _, name, program = case
     multiple = TRAITS[name].row_multiple
-    ranges, places, sizes = plan_workspace(program, row_multiple=multiple)
+    placed = plan_workspace(program, row_multiple=multiple)
+    ranges, (places, sizes) = placed.ranges, placed
     assert ranges.keys() == places.keys() == {v.name for v in program.values.values() if v.kind == "work"}
     for value, (dtype, place) in places.items():
         item_bytes = {"int64": 8, "bool": 1}.get(dtype, 4)
@@ -149,15 +150,14 @@ def test_the_forward_pass_needs_two_activations_whatever_its_depth(name):
     sizes = {}
     for hidden in (2, 3, 8):
         program = inference_program(MLP([16] * (hidden + 2)), batch_size=64, backend=name)
-        _, _, needed = plan_workspace(program, row_multiple=TRAITS[name].row_multiple)
-        sizes[hidden] = needed["real"]
+        sizes[hidden] = plan_workspace(program, row_multiple=TRAITS[name].row_multiple).sizes["real"]
     assert sizes == {2: 2 * 64 * 16, 3: 2 * 64 * 16, 8: 2 * 64 * 16}
 
 
 def test_a_training_step_shares_the_workspace_of_what_has_been_used():
     # h1 and h2 are needed to the end, but neither z nor dz of the layers above is
     program = training_program(MLP([32] * 7, activation="gelu"), batch_size=32, backend="triton")
-    _, _, sizes = plan_workspace(program, row_multiple=8)
+    sizes = plan_workspace(program, row_multiple=8).sizes
     each = 32 * 32
     values = [v for v in program.values.values() if v.kind == "work"]
     assert sum(v.size for v in values) == (5 + 5 + 6) * each
@@ -167,7 +167,7 @@ def test_a_training_step_shares_the_workspace_of_what_has_been_used():
 
 def test_the_workspace_is_no_larger_than_its_values_apart():
     program = training_program(NET, optimizer=SGD(0.1, momentum=0.9))
-    _, places, sizes = plan_workspace(program, row_multiple=1)
+    places, sizes = plan_workspace(program, row_multiple=1)
     step = ALIGNMENT_BYTES // 4
     apart = sum(-(-place.size // step) * step for dtype, place in places.values() if dtype == "real")
     assert sizes["real"] <= apart

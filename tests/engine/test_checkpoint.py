@@ -313,7 +313,7 @@ def rewritten(source: bytes, target: Path, change: Callable[[dict[str, Any], dic
     change(content["config"], content["tensors"])
     config = json.dumps(content["config"])
     digest = module.digest_of(config, content["tensors"])
-    save_file(content["tensors"], target, metadata={module.CONFIG: config, module.DIGEST: digest})
+    save_file(content["tensors"], target, metadata={module.CHECKPOINT.entry: config, module.DIGEST: digest})
 
 
 def test_an_array_of_one_element_is_not_a_scalar(small: bytes, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from commands import rows, run
 from fusemlp import Engine
 from fusemlp.cli import standings
 from fusemlp.fleet import memory as module
+from fusemlp.fleet.vary import Candidate
 
 
 def test_a_narrow_terminal_has_fewer_columns_and_whole_words(
@@ -38,16 +39,16 @@ def test_a_sweep_larger_than_memory_is_never_built_at_once(
     monkeypatch.setattr(module, "available_memory", lambda: 5_500_000)
     alive: weakref.WeakSet[Engine] = weakref.WeakSet()
     most = 0
-    build = module.Machine.engine
+    build = Candidate.engine
 
-    def built(self: module.Machine, one: Any) -> Engine:
+    def built(self: Candidate, machine: Any) -> Engine:
         nonlocal most
-        engine = build(self, one)
+        engine = build(self, machine)
         alive.add(engine)
         most = max(most, len(alive))
         return engine
 
-    monkeypatch.setattr(module.Machine, "engine", built)
+    monkeypatch.setattr(Candidate, "engine", built)
     options = ["--vary", "seed=0:300", "--hidden", "4", "--epochs", "1", "--out", tmp_path / "run"]
     assert run("sweep", "iris", *options) == 0
     assert "trained in parts" in caplog.text

@@ -16,6 +16,7 @@ from same_state import assert_same_state
 from fusemlp import MLP, SGD, ArgumentError, Engine, Fleet
 from fusemlp.fleet import memory as module
 from fusemlp.fleet.results import Member
+from fusemlp.fleet.vary import Candidate
 
 random = np.random.default_rng(1)
 X = random.standard_normal((60, 6))
@@ -79,15 +80,15 @@ def test_engines_of_a_part_are_gone_when_the_next_is_built(monkeypatch: pytest.M
     alive: list[weakref.ref[Engine]] = []
     most = 0
 
-    def built(self: module.Machine, one: Any) -> Engine:
+    def built(self: Candidate, machine: Any) -> Engine:
         nonlocal most
-        engine = made(self, one)
+        engine = made(self, machine)
         alive.append(weakref.ref(engine))
         most = max(most, sum(reference() is not None for reference in alive))
         return engine
 
-    made = module.Machine.engine
-    monkeypatch.setattr(module.Machine, "engine", built)
+    made = Candidate.engine
+    monkeypatch.setattr(Candidate, "engine", built)
     gc.disable()
     try:
         fleet({"seed": range(20)}, memory=memory_for(4, 20)).fit(X, y, epochs=1)

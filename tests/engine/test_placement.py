@@ -8,10 +8,8 @@ from dataclasses import replace
 import pytest
 from lowered import FROZEN, layout_of, training_program
 
-import fusemlp.program.placement
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU
-from fusemlp.program.layout import plan_workspace
-from fusemlp.program.placement import placement
+from fusemlp.program.layout import REMEMBERED, placement, placement_of, plan_workspace
 from fusemlp.program.program import Ref, Structure, Value
 from fusemlp.program.verifier import ProgramError
 from fusemlp_kernels.contract import Ridge, Segment, TensorRule
@@ -104,13 +102,11 @@ def test_a_known_structure_has_the_places_that_are_planned_for_it() -> None:
     for _ in range(2):
         for given in STEPS.values():
             program = training_program(NET, **given)
-            _, places, sizes = plan_workspace(program, row_multiple=1)
             placed = placement(program, layout_of(NET, "numpy", program.real_bytes), row_multiple=1)
-            assert (placed.places, placed.sizes) == (places, sizes)
+            assert placed == plan_workspace(program, row_multiple=1)
     program = training_program(NET)
     wide = plan_workspace(program, row_multiple=8)
-    placed = placement(program, layout, row_multiple=8)
-    assert (placed.places, placed.sizes) == wide[1:] != plan_workspace(program, row_multiple=1)[1:]
+    assert placement(program, layout, row_multiple=8) == wide != plan_workspace(program, row_multiple=1)
 
 
 def broken_residents():
@@ -158,14 +154,5 @@ def test_parameters_that_lie_elsewhere_are_verified_again() -> None:
         placement(resident(), moved, row_multiple=1)
 
 
-def test_only_so_many_structures_are_remembered(monkeypatch) -> None:
-    monkeypatch.setattr(fusemlp.program.placement, "REMEMBERED", 2)
-    layout = layout_of(NET, "numpy")
-    first = placement(resident(), layout, row_multiple=1)
-    placement(resident(batch=4), layout, row_multiple=1)
-    # used again, so that it is not the one to go
-    assert placement(resident(), layout, row_multiple=1) is first
-    second = placement(resident(batch=5), layout, row_multiple=1)
-    assert placement(resident(batch=5), layout, row_multiple=1) is second
-    assert placement(resident(), layout, row_multiple=1) is first
-    assert len(fusemlp.program.placement._placements) == 2
+def test_only_so_many_structures_are_remembered() -> None:
+    assert placement_of.cache_parameters()["maxsize"] == REMEMBERED

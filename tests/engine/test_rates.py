@@ -78,10 +78,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
         for module in (layout, lowering):
             monkeypatch.setattr(module, "RATE_ROWS", count)
         # programs that are remembered have tables of another size
-        lowering._training.cache_clear()
+        lowering.lower.cache_clear()
 
     yield rows
-    lowering._training.cache_clear()
+    lowering.lower.cache_clear()
 
 
 def made(optimizer: Optimizer, backend: str = "numpy", plan: str = "eager", precision: str = "fp32") -> Engine:

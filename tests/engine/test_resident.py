@@ -358,7 +358,7 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
 
     monkeypatch.setattr(tables, "loop_for", watched)
     # a program remembers its loop, and the one for all programs would serve
-    lowering._training.cache_clear()
+    lowering.lower.cache_clear()
     monkeypatch.setattr(tables, "_loops", {})
     engine = trained("resident", **options)
     assert_same_state(engine, whole)

@@ -71,7 +71,6 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("a single number", lambda: features(1.0), ShapeError, r"shape \(\)"),
     ("wrong width", lambda: features(np.ones((2, 4))), ShapeError, r"expected 3 columns.*shape \(2, 4\).*MLP\(\[4,"),
     ("no rows", lambda: features(np.ones((0, 3))), DataError, r"1 or more rows, got 0"),
-    ("too few rows", lambda: features(np.ones((1, 3)), minimum_rows=2), DataError, r"2 or more rows, got 1"),
     ("NaN", lambda: features(with_value(math.nan)), DataError, r"got nan at row 2, column 1; fill"),
     ("infinity", lambda: features(with_value(-math.inf)), DataError, r"got -inf at row 2, column 1"),
     ("opposite infinities", lambda: features([[math.inf, -math.inf, 0]]), DataError, r"row 0, column 0 \(and 1 more\)"),
@@ -111,8 +110,6 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("zero weights", lambda: weights([0, 0, 0]), DataError, r"all 3 weights are zero"),
     ("too many weights", lambda: weights([1, 1, 1, 1]), ShapeError, r"expected 3 rows.*got 4"),
     ("a matrix of weights", lambda: weights(np.ones((3, 3))), ShapeError, r"one column of weights"),
-    ("different rows", lambda: validation.same_rows(X=[1, 2], y=np.ones(3)), ShapeError, r"X has 2, y has 3"),
-    ("no rows at all", lambda: validation.same_rows(X=np.float64(1)), ShapeError, r"X: expected an array with rows"),
     ("zero epochs", lambda: checks.as_count("epochs", 0), ArgumentError, r"epochs: .*at least 1, got 0"),
     ("3.0 epochs", lambda: checks.as_count("epochs", 3.0), ArgumentTypeError, r"3.0 \(float\); write 3$"),
     ("2.5 epochs", lambda: checks.as_count("epochs", 2.5), ArgumentTypeError, r"2.5 \(float\)$"),
@@ -207,10 +204,6 @@ def test_values_go_unchecked_on_request() -> None:
     assert np.isinf(features(with_value(1e39), check_finite=False)[2, 1])
 
 
-def test_no_rows_where_none_are_needed() -> None:
-    assert features(np.empty((0, 3)), minimum_rows=0).shape == (0, 3)
-
-
 @pytest.mark.parametrize("dtype", ["b1", "i1", "u1", "i4", "u8", "f2", "f4", "f8", ">i4"])
 def test_accepted_labels(dtype: str) -> None:
     result = labels(np.array([0, 1, 1, 0]).astype(dtype))
@@ -231,10 +224,6 @@ def test_a_vector_is_one_column_of_targets() -> None:
     assert weights(np.ones((3, 1))).shape == (3,)
     assert binary([0, 0.3, 1]).shape == (3, 1)
     assert counts([0, 2.5]).shape == (2, 1)
-
-
-def test_same_rows_passes_over_none() -> None:
-    validation.same_rows(X=np.ones((2, 3)), y=[1, 2], sample_weight=None)
 
 
 @settings(derandomize=True, deadline=None)

@@ -73,9 +73,9 @@ def made(monkeypatch):
     found = []
     begin = inference_module.Evaluation.__init__
 
-    def counted(self, *arguments):
+    def counted(self, *arguments, **options):
         found.append(arguments[0].net)
-        begin(self, *arguments)
+        begin(self, *arguments, **options)
 
     monkeypatch.setattr(inference_module.Evaluation, "__init__", counted)
     return found
@@ -125,8 +125,7 @@ def test_models_with_a_fold_in_common(made):
 
 def test_what_is_in_common_holds_on_to_no_engine():
     first, second = make(seed=0), make(seed=1)
-    rows = first.features("X", X), first.targets("y", LABELS, rows=len(X)), None
-    evaluation = first.evaluation(*rows, apart=True)
+    evaluation = first.evaluation(first.examples(X, LABELS, None), apart=True)
     assert evaluation.of(first.memory) == first.evaluate(X, LABELS)
     assert evaluation.of(second.memory) == second.evaluate(X, LABELS)
     memory = weakref.ref(first.memory)

@@ -47,7 +47,7 @@ class DeviceMemory:
         return self.backend.allocate(base.size, kind)
 
     def _strided(self, flat: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> Any:
-        return self.backend._device.view(flat, first, shape, strides)
+        return self.backend.strided(flat, first, shape, strides)
 
     def upload(self) -> None:
         for base, flat in self.flats.values():

@@ -37,7 +37,7 @@ def exact_sums(x):
 def softmax(kernels, x, order="shuffled", seed=0):
     y = np.full_like(x, np.nan)
     arguments = [pointer(x), pointer(y), np.int32(x.shape[1]).tobytes()]
-    kernels.launch("softmax", (len(x),), (128,), arguments, shared=4 * x.shape[1], order=order, seed=seed)
+    kernels.launch("softmax", (len(x),), (128,), arguments, order=order, seed=seed)
     return y
 
 
@@ -81,7 +81,7 @@ def test_the_order_of_the_threads_changes_no_bit(examples, x):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_dynamic_shared_memory(examples, x, order):
+def test_a_row_a_block(examples, x, order):
     y = softmax(examples, x, order)
     exact = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
     exact /= exact.sum(1, keepdims=True)
@@ -139,21 +139,24 @@ FAULTS = {
         r"thread 0 waits at __syncthreads, and thread 1 at that of line \d+, line",
     ),
     "barrier_and_shuffle": (
-        "if (threadIdx.x == 5) __syncthreads();\nelse y[threadIdx.x] = __shfl_sync(0xffffffffu, x[0], 0);",
+        "if (threadIdx.x == 5) __syncthreads();\nelse y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x[0], 1);",
         r"thread \d+ waits at .*, and thread \d+ at ",
     ),
     "ended_lane": (
-        "if (threadIdx.x % 32 == 3) return;\ny[threadIdx.x] = __shfl_sync(0xffffffffu, x[0], 3);",
+        "if (threadIdx.x % 32 == 3) return;\ny[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x[0], 1);",
         r"thread \d+ shuffles from lane 3, which takes no part",
     ),
     "lane_outside_of_the_mask": (
         "if (threadIdx.x % 32 < 16) y[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, x[0], 16);",
         r"thread \d+ shuffles from lane \d+, which takes no part",
     ),
-    "mask_without_oneself": ("__syncwarp(0xfffffffeu);", r"lane \d+ calls __syncwarp for lanes fffffffe|and thread"),
+    "mask_without_oneself": (
+        "y[threadIdx.x] = __shfl_xor_sync(0xfffffffeu, x[0], 1);",
+        r"lane 0 shuffles with lanes fffffffe, without itself|shuffles from lane 0, which takes no part",
+    ),
     "different_masks": (
-        "__shfl_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555555u, x[0], 0);",
-        r"thread \d+ ",
+        "y[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555557u, x[0], 2);",
+        r"thread \d+ shuffles with lanes \w+, and thread \d+ in line \d+ with \w+",
     ),
     "index_outside": (
         "__shared__ int tile[8];\ntile[threadIdx.x] = 0;\ny[0] = tile[0];",
@@ -169,27 +172,15 @@ FAULTS = {
 BODIES = {
     "only_with_two_blocks": "if (threadIdx.x == 0 && gridDim.x == 1) __syncthreads();\n__syncthreads();\n"
     "y[threadIdx.x] = 3;",
-    "votes": """
-unsigned i = threadIdx.x;
-int odd = i % 2;
-y[i] = (__ballot_sync(0xffffffffu, odd) == 0xaaaaaaaau) + 2 * __any_sync(0xffffffffu, i == 40)
-    + 4 * __all_sync(0xffffffffu, i >= 32) + 8 * (__syncthreads_count(odd) == 32) + 16 * __syncthreads_or(i == 63)
-    + 32 * __syncthreads_and(i < 63);""",
-    "half_warps": "unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;\n"
-    "y[threadIdx.x] = __shfl_sync(half, x[threadIdx.x], 0, 16);",
+    "shuffle": "y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x[threadIdx.x], 11);",
     "poison": "__shared__ float tile[64];\nint at = blockIdx.x * 64 + threadIdx.x;\n"
     "y[at] = isnan(tile[threadIdx.x]) ? 2 : 1;\ntile[threadIdx.x] = 1.0f;",
 }
-SHUFFLES = ("sync", 11, 8), ("up_sync", 3, 8), ("down_sync", 3, 8), ("xor_sync", 8, 8), ("xor_sync", 31, 32)
 
 
 @pytest.fixture(scope="module")
 def small():
-    shuffles = {
-        f"shuffle{i}": f"y[threadIdx.x] = __shfl_{name}(0xffffffffu, x[threadIdx.x] % 32, {by}, {width});"
-        for i, (name, by, width) in enumerate(SHUFFLES)
-    }
-    return kernels_of({name: body for name, (body, _) in FAULTS.items()} | BODIES | shuffles)
+    return kernels_of({name: body for name, (body, _) in FAULTS.items()} | BODIES)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -208,28 +199,8 @@ def test_a_launch_after_a_fault_is_as_any_other(small):
     assert set(launched(small, "only_with_two_blocks", blocks=2)[:64]) == {3}
 
 
-def test_votes(small):
-    expected = [1 + 8 + 16] * 32 + [1 + 2 + 4 + 8 + 16] * 32
-    np.testing.assert_array_equal(launched(small, "votes"), expected)
-
-
-def test_shuffles_within_segments(small):
-    lane = np.arange(64) % 32
-    inside = lane & 7
-    expected = (
-        (lane & ~7) + 3,
-        np.where(inside >= 3, lane - 3, lane),
-        np.where(inside < 5, lane + 3, lane),
-        # Earlier segments may be read, later ones must not.
-        np.where(lane & 8, lane ^ 8, lane),
-        31 - lane,
-    )
-    for i, values in enumerate(expected):
-        np.testing.assert_array_equal(launched(small, f"shuffle{i}"), values, err_msg=str(SHUFFLES[i]))
-
-
-def test_two_halves_of_a_warp_apart(small):
-    np.testing.assert_array_equal(launched(small, "half_warps"), np.arange(64) // 16 * 16)
+def test_a_shuffle_within_a_warp(small):
+    np.testing.assert_array_equal(launched(small, "shuffle"), np.arange(64) ^ 11)
 
 
 def test_shared_memory_is_nan_in_each_block(small):

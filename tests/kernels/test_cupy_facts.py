@@ -47,17 +47,17 @@ def started(monkeypatch):
         from fusemlp_kernels.cupy import device
 
         names = []
-        start, multiply = device.Launch.__call__, device.cublas.gemmEx
+        bind, multiply = device.Device.launch, device.cublas.gemmEx
 
-        def launch(self):
-            names.append("kernel")
-            start(self)
+        def launch(*arguments, **fields):
+            run = bind(*arguments, **fields)
+            return run if run is device.nothing else lambda: (names.append("kernel"), run())
 
         def gemm(*arguments):
             names.append("product")
             multiply(*arguments)
 
-        monkeypatch.setattr(device.Launch, "__call__", launch)
+        monkeypatch.setattr(device.Device, "launch", launch)
         monkeypatch.setattr(device.cublas, "gemmEx", gemm)
         return names
 
@@ -222,7 +222,7 @@ class Shared:
         return self.array.__dlpack__(**options)
 
     def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
+        return 2, 0
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "stepped"])
@@ -236,7 +236,7 @@ def test_foreign_arrays_go_in_without_a_copy_and_as_they_lie(device, layout):
         rows, columns = array.shape
         flat = backend.allocate(4 * array.size, "real")
         strides = {"plain": (columns, 1), "transposed": (1, rows), "stepped": (4 * columns, 2)}[layout]
-        view = backend._device.view(flat, 0, array.shape, strides)
+        view = backend.strided(flat, 0, array.shape, strides)
         backend.copy_into(view, array)
         return view
 
@@ -269,7 +269,7 @@ def test_what_cannot_be_bound_is_refused_with_the_operands_name(device):
         ({"x": np.zeros((3, 4), np.float32)}, DTypeError, "x: expected an array on the card, of CuPy or with __cuda"),
         ({"x": backend.from_host(np.zeros((3, 5), np.float32))}, ShapeError, r"x: expected shape \(3, 4\), got \(3, 5"),
         ({"b": backend.allocate(2, "float64")}, DTypeError, "b: expected float32, got float64; use b.astype"),
-        ({"y": backend._device.view(b, 0, (3, 2), (0, 1))}, ArgumentError, r"y: is broadcast \(stride 0\)"),
+        ({"y": backend.strided(b, 0, (3, 2), (0, 1))}, ArgumentError, r"y: is broadcast \(stride 0\)"),
         ({"activation": "rleu"}, ArgumentError, "did you mean 'relu'"),
         ({"activation": "prelu"}, ArgumentError, "slope_param: prelu needs its slope"),
         ({"rows": backend.allocate(3, "int64")}, ArgumentError, "counters: rows needs them"),
@@ -293,8 +293,8 @@ def test_another_card_than_the_current_is_refused(device, monkeypatch):
 
     monkeypatch.setattr(module.cupy.cuda.runtime, "getDeviceCount", lambda: 2)
     with pytest.raises(BackendUnavailableError, match=r"current card is cuda:0, got 'cuda:1': call cupy.cuda.Device"):
-        module.open_device("cuda:1", "fp32")
-    assert module.open_device("cuda:0", "fp32").name == "cuda:0"
+        module.Device("cuda:1", "fp32")
+    assert module.Device("cuda:0", "fp32").device == "cuda:0"
 
 
 @pytest.mark.parametrize("precision", STAND_IN.precisions)

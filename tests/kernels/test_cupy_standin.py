@@ -112,7 +112,7 @@ def test_memory_is_poisoned_and_guarded():
 def test_kernels_run_on_the_memory(softmax):
     x = np.random.default_rng(0).standard_normal((7, 50)).astype(np.float32)
     there, y = cupy.asarray(x), cupy.zeros((7, 50), np.float32)
-    softmax((7,), (128,), (there, y, np.int32(50)), shared_mem=200)
+    softmax((7,), (128,), (there, y, np.int32(50)))
     expected = np.exp(x) / np.exp(x).sum(1, keepdims=True)
     np.testing.assert_allclose(cupy.asnumpy(y), expected, rtol=1e-5)
 
@@ -129,9 +129,9 @@ def test_arguments_are_compared_with_the_kernels_own(softmax):
         ((x, np.zeros((2, 5), np.float32), np.int32(5)), "no argument of ndarray"),
     ):
         with pytest.raises(Misuse, match=said):
-            softmax((2,), (128,), arguments, shared_mem=20)
+            softmax((2,), (128,), arguments)
     with pytest.raises(ValueError, match="1 to 128 threads"):
-        softmax((2,), (256,), (x, x, np.int32(5)), shared_mem=20)
+        softmax((2,), (256,), (x, x, np.int32(5)))
     with pytest.raises(AttributeError, match="CUDA_ERROR_NOT_FOUND: there is no kernel 'soft'"):
         cupy.RawModule(EXAMPLES, options=OPTIONS).get_function("soft")
     with pytest.raises(TypeError, match="takes a tuple, got list"):

@@ -16,7 +16,7 @@ from devices import VARIANT_PARAMETERS
 from strategies import Values
 
 import fusemlp_kernels
-from fusemlp_kernels import pointwise
+from fusemlp_kernels import checks, pointwise
 from fusemlp_kernels.contract import ACTIVATIONS, HYPER, LOSSES, LossSpec, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy.activations import activate
@@ -77,7 +77,8 @@ def nan_or_error(call, *written):
 def test_an_activation_without_a_formula_is_no_other(variant, monkeypatch):
     if not variant.device.on_host:
         layers = sys.modules[f"fusemlp_kernels.{variant.device.backend}.layers"] if variant.backend() else None
-        monkeypatch.setattr(layers, "ACTIVATIONS", (*ACTIVATIONS, "mish"))
+        for module in (layers, checks):
+            monkeypatch.setattr(module, "ACTIVATIONS", (*ACTIVATIONS, "mish"))
     values = Values(5, variant)
     x, w, b, y = values.factors(6, 5), values.factors(4, 5), values.normal(4), values.factors(6, 4)
     nan_or_error(lambda: variant.bind("linear", x=x, w=w, b=b, y=y, activation="mish")(), y)
@@ -89,8 +90,9 @@ def test_an_activation_without_a_formula_is_no_other(variant, monkeypatch):
 def test_a_loss_without_a_formula_is_no_other(variant, monkeypatch):
     if not variant.device.on_host:
         backend, file = variant.backend(), {"triton": "layers", "cupy": "losses"}[variant.device.backend]
-        module = sys.modules[f"fusemlp_kernels.{variant.device.backend}.{file}"] if backend else None
-        monkeypatch.setattr(module, "LOSSES", (*LOSSES, "mish"))
+        losses = sys.modules[f"fusemlp_kernels.{variant.device.backend}.{file}"] if backend else None
+        for module in (losses, checks):
+            monkeypatch.setattr(module, "LOSSES", (*LOSSES, "mish"))
     values, found = Values(5, variant), {}
     z, target = values.factors(6, 4), values.normal(6, 4)
 

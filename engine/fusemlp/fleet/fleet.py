@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,17 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
-from fusemlp.fleet.memory import Kept, Machine, next_part, room
+from fusemlp.fleet.memory import Kept, engine_bytes, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
 from fusemlp.fleet.threads import Stop, Training, cores, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
-from fusemlp.inputs.arrays import to_array
+from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.training.fit import checked_validation, fit_checked
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
-
-Array = np.ndarray[Any, Any]
 
 _log = logging.getLogger("fusemlp")
 
@@ -74,11 +72,11 @@ class Fleet:
         self.candidates = tuple(
             candidate(base, parameters, f"vary, model {index}") for index, parameters in enumerate(combinations(vary))
         )
-        self._machine = Machine(backend, device, precision, plan)
+        self._plan, self._machine = plan, {"backend": backend, "device": device, "precision": precision, "plan": plan}
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
         # the first engine checks the machine and resolves "auto" for all
-        self._built = [self._machine.engine(self.candidates[0])]
-        self._found = replace(self._machine, backend=self._built[0].backend, device=self._built[0].device)
+        self._built = [self.candidates[0].engine(self._machine)]
+        self._found = {**self._machine, "backend": self._built[0].backend, "device": self._built[0].device}
         self._in_parts = False
         self.results: FleetResults | None = None
         self._groups: list[tuple[Group, list[int]]] | None = None
@@ -89,14 +87,14 @@ class Fleet:
     @property
     def first(self) -> Engine:
         """An engine of the first model, without building the others; a new one if the fleet trained in parts."""
-        return self._built[0] if self._built else self._found.engine(self.candidates[0])
+        return self._built[0] if self._built else self.candidates[0].engine(self._found)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
         """The engine of each model. Raises ArgumentError if they were trained in parts: see ``results.engine``."""
         if self._in_parts:
             raise ArgumentError("engines: the models were trained in parts; results.engine(i) makes the engine of one")
-        self._built += [self._found.engine(one) for one in self.candidates[len(self._built) :]]
+        self._built += [one.engine(self._found) for one in self.candidates[len(self._built) :]]
         self._grouped(dict(enumerate(self._built)))
         return tuple(self._built)
 
@@ -105,9 +103,9 @@ class Fleet:
         if self._in_parts:
             # they would keep the engines of this part while those of the next are built
             self._groups = None
-            return grouped(engines, self._machine.plan)
+            return grouped(engines, self._plan)
         if self._groups is None:
-            self._groups = grouped(engines, self._machine.plan)
+            self._groups = grouped(engines, self._plan)
         return self._groups
 
     def fit(
@@ -152,59 +150,45 @@ class Fleet:
                 "with more memory="
             )
         first = self._built[0]
-        features = first.features("X", X)
-        targets = first.targets("y", y, rows=len(features))
-        weight = first.weights("sample_weight", sample_weight, rows=len(features))
-        trained_on = self._rows("rows", rows, len(features))
+        data = first.examples(X, y, sample_weight)
+        count = len(data.X)
+        trained_on = self._rows("rows", rows, count)
         validation = checked_validation(first, validation_data, common=True)
         validations: list[Validation | None] = [validation] * len(self)
         if validation_rows is not None:
             if validation is not None:
                 raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
-            validated_on = self._rows("validation_rows", validation_rows, len(features))
+            validated_on = self._rows("validation_rows", validation_rows, count)
             # rows of a fold are indexed on the host
-            whole = Validation(
-                first.on_host(features),
-                targets._replace(values=first.on_host(targets.values)),
-                None if weight is None else first.on_host(weight),
-            )
+            whole = data.map(first.on_host)
             # models often have a fold in common
             folds = {one.tobytes(): one for one in validated_on if one is not None}
-            picked = {key: _picked(whole, one) for key, one in folds.items()}
+            picked = {key: Validation(whole.map(itemgetter(one)), common=True) for key, one in folds.items()}
             validations = [None if one is None else picked[one.tobytes()] for one in validated_on]
         if patience is not None and validations[0] is None:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
             )
-        counts = {index: len(features) if one is None else len(one) for index, one in enumerate(trained_on)}
+        counts = {index: count if one is None else len(one) for index, one in enumerate(trained_on)}
         for index, one in enumerate(self.candidates):
             # the loss refuses here, before anything has changed
-            one.loss.spec(accuracy=False, soft=targets.soft)
+            one.loss.spec(accuracy=False, soft=data.targets.soft)
             if drop_last and counts[index] < one.batch_size:
                 raise ArgumentError(
                     f"drop_last: {counts[index]} rows do not fill one batch of {one.batch_size}, and model {index} "
                     "would not be trained"
                 )
-        data = {"x": features, "target": targets.values} | ({} if weight is None else {"weight": weight})
 
-        most = room(self._memory, self.candidates, self._machine.precision, device=first.device)
+        most = room(self._memory, self.candidates, first.precision, device=first.device)
         # one model at a time on a GPU; and the eager plan's calls hold Python's lock
         workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
+        common: dict[str, Any] = {"epochs": epochs, "patience": patience, "drop_last": drop_last}
+
         def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
-            return fit_checked(
-                engines[index],
-                features,
-                targets,
-                weight,
-                epochs=epochs,
-                validation=validations[index],
-                patience=patience,
-                rows=trained_on[index],
-                drop_last=drop_last,
-                **options,
-            )
+            held_out, own = validations[index], trained_on[index]
+            return fit_checked(engines[index], data, validation=held_out, rows=own, **common, **options)
 
         def ended(index: int, error: DivergenceError | None) -> None:
             members[index] = self._member(index, engines[index], error, restores=patience is not None)
@@ -221,7 +205,7 @@ class Fleet:
                     index: epochs_at_once(engine, epochs, counts[index], asked=validations[index] is not None)
                     for index, engine in engines.items()
                 }
-                train_together(groups, fit, data, counts=counts, at_once=at_once, ended=ended)
+                train_together(groups, fit, data.arrays, counts=counts, at_once=at_once, ended=ended)
             alone = [index for index in engines if index not in members]
             if alone:
                 trainings = ((index, partial(_launches, fit, index)) for index in alone)
@@ -234,12 +218,18 @@ class Fleet:
         self.results = FleetResults(tuple(members[index] for index in range(len(self))))
         return self.results
 
-    def _build(self, index: int) -> Engine:
-        return self._found.engine(self.candidates[index])
-
     def _next_part(self, start: int, most: int | None) -> dict[int, Engine]:
-        """Return the engines from ``start`` on that train at once; in parts the fleet keeps no reference to them."""
-        engines = next_part(start, self._built, len(self), self._build, most)
+        """Return the engines from ``start`` on that fit in ``most`` bytes, at least one; in parts the fleet keeps no
+        reference to them."""
+        engines: list[Engine] = []
+        taken = 0
+        for index in range(start, len(self)):
+            ready = index < len(self._built)
+            engine = self._built[index] if ready else self.candidates[index].engine(self._found)
+            taken += engine_bytes(engine)
+            if engines and most is not None and taken > most:
+                break
+            engines.append(engine)
         if len(engines) < len(self):
             if not self._in_parts:
                 _log.warning(
@@ -262,7 +252,9 @@ class Fleet:
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
         one = self.candidates[index]
-        held = Kept.of(engine, one, self._machine) if self._in_parts else engine
+        held: Engine | Kept = engine
+        if self._in_parts:
+            held = Kept(one, self._machine, engine.state_dict(), history, engine.epochs_trained)
         return Member(index, one.parameters, held, history, status, reason, scores)
 
     def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
@@ -298,11 +290,6 @@ class Fleet:
         if not left:
             raise DivergenceError(f"loss: all {len(self)} models diverged")
         return together((member.engine for member in left), X)
-
-
-def _picked(whole: Validation, rows: Array) -> Validation:
-    targets = whole.targets._replace(values=whole.targets.values[rows])
-    return Validation(whole.X[rows], targets, None if whole.weight is None else whole.weight[rows], common=True)
 
 
 def _launches(fit: Callable[[int], EpochLoop[FitPolicy]], index: int, stop: Stop) -> Training:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fusemlp.callbacks import deferred_interrupt
-from fusemlp.program.layout import ALIGNMENT_BYTES
+from fusemlp.inputs.arrays import Array
+from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.lowering import Inputs
-from fusemlp.program.placement import placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.bound import walk_rows
-from fusemlp.runtime.memory import Memory, new_arenas
+from fusemlp.runtime.memory import Memory, new_arenas, on_device
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
 from fusemlp.training.loop import EpochLoop
 from fusemlp.training.policy import FitPolicy
@@ -23,7 +21,6 @@ from fusemlp_kernels.errors import DivergenceError
 if TYPE_CHECKING:
     from fusemlp.engine import Engine
 
-Array = np.ndarray[Any, Any]
 Launch = Callable[[Sequence[int]], object]
 
 # Most rows of all the models of one launch: 128 MiB.
@@ -110,23 +107,20 @@ class Group:
         if epochs > 1:
             self._epoch_stats = allocate(models * epochs * STATS, "float64").reshape(models, epochs, STATS)
         chunk = resident_chunk(self._backend.traits, step_flops(self.engines[0].network.sizes, batch))
+        stats = [None] * models if self._epoch_stats is None else self._epoch_stats
+        firsts = [0] * models if firsts is None else firsts
         return [
-            Places(
-                engine.memory,
-                self._rows[index],
-                None if self._epoch_stats is None else self._epoch_stats[index],
-                chunk,
-                0 if firsts is None else firsts[index],
-            )
+            Places(engine.memory, self._rows[index], stats[index], chunk, firsts[index])
             for index, engine in enumerate(self.engines)
         ]
 
     def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> Launch:
         """Return the launch, which takes each model's number of steps, from the models' resident programs.
 
-        ``data`` has x, target and perhaps weight and class_weight on the device.
+        ``data`` has x, target and perhaps weight on the device.
         """
         backend, models = self._backend, len(self.engines)
+        shared = {**data, "class_weight": self.engines[0].class_weight}
         calls = []
         workspaces: dict[str, tuple[int, Any]] = {}
         for index, (engine, program) in enumerate(zip(self.engines, programs, strict=True)):
@@ -135,7 +129,7 @@ class Group:
                 # each model's begins at a multiple of the alignment
                 sizes = {dtype: -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for dtype, size in placed.sizes.items()}
                 workspaces = {dtype: (size, backend.allocate(models * size, dtype)) for dtype, size in sizes.items()}
-            arrays = {**engine.memory.arrays, **data, "rows": self._rows[index]}
+            arrays = {**shared, **engine.memory.arrays, "rows": self._rows[index]}
             for name, (dtype, place) in placed.places.items():
                 size, arena = workspaces[dtype]
                 arrays[name] = backend.view(arena, index * size + place.offset, place.shape, place.pitch)
@@ -203,7 +197,7 @@ def train_together(
 
     backend = groups[0][0].engines[0].memory.backend
     # the data set is on the device once
-    given = {name: backend.from_host(array, "compute" if name == "x" else None) for name, array in data.items()}
+    given = on_device(backend, data)
     # work on the host has one thread: the bits are those of engines that train so
     with threadpool_limits(1, user_api="blas"), deferred_interrupt() as interrupted:
         for group, keys in groups:
@@ -211,8 +205,7 @@ def train_together(
             epochs = [max(1, min(at_once[key], most // counts[key])) for key in keys]
             places = group.places(first.batch_size, [counts[key] for key in keys], epochs)
             fits = [fit(key, bound=bound, at_once=own) for key, bound, own in zip(keys, places, epochs, strict=True)]
-            classes = {} if first.class_weight is None else {"class_weight": first.class_weight}
-            inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data, class_weighted=bool(classes))
+            inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
             programs = [
                 one.engine.lower(inputs, one.policy.spec, one.policy.rule, first.batch_size, resident=True)
                 for one in fits
@@ -221,6 +214,6 @@ def train_together(
             def told(index: int, error: DivergenceError | None, keys: Sequence[int] = keys) -> None:
                 ended(keys[index], error)
 
-            run_together(fits, group.bind(programs, {**given, **classes}), interrupted, told)
+            run_together(fits, group.bind(programs, given), interrupted, told)
         if interrupted():
             raise KeyboardInterrupt

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fusemlp.engine import Engine
 from fusemlp.fleet.vary import Candidate
+from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.memory import REAL_BYTES
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError
-
-Array = np.ndarray[Any, Any]
 
 # Bytes of an engine's Python objects beside its arrays, and of a model's that is kept; measured and rounded up. The
 # history is not included: its length is not known before.
@@ -24,49 +21,19 @@ ENGINE_OBJECTS = 16 << 10
 KEPT_OBJECTS = 6 << 10
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The machine that a fleet's engines run on, in ``Engine``'s arguments."""
-
-    backend: str
-    device: str | None
-    precision: str
-    plan: str
-
-    def engine(self, one: Candidate) -> Engine:
-        """Return a new engine for ``one``."""
-        return Engine(
-            one.net,
-            one.loss,
-            one.optimizer,
-            one.batch_size,
-            one.seed,
-            backend=self.backend,
-            device=self.device,
-            precision=self.precision,
-            plan=self.plan,
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class Kept:
     """A model without its engine: its parameters, by the names of ``state_dict``, and its history."""
 
     candidate: Candidate
-    machine: Machine
+    machine: Mapping[str, Any]
     parameters: dict[str, Array]
     history: History
     epochs_trained: int
 
-    @classmethod
-    def of(cls, engine: Engine, candidate: Candidate, machine: Machine) -> Kept:
-        """Keep the parameters and the history of ``engine``."""
-        history = engine.history if engine.history is not None else History()
-        return cls(candidate, machine, engine.state_dict(), history, engine.epochs_trained)
-
     def engine(self) -> Engine:
         """Return a new engine with these parameters; its optimizer starts afresh."""
-        engine = self.machine.engine(self.candidate)
+        engine = self.candidate.engine(self.machine)
         engine.load_state_dict(self.parameters)
         engine.history, engine.epochs_trained = self.history, self.epochs_trained
         return engine
@@ -109,11 +76,10 @@ def engine_bytes(engine: Engine) -> int:
 def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:
     """Estimate the bytes that stay of all models when they have ended."""
     shapes: dict[Any, int] = {}
-    parameters = 0
     for one in candidates:
         if one.net not in shapes:
             shapes[one.net] = one.net.parameter_count
-        parameters += shapes[one.net]
+    parameters = sum(shapes[one.net] for one in candidates)
     return parameters * REAL_BYTES.get(precision, 4) + len(candidates) * KEPT_OBJECTS
 
 
@@ -138,21 +104,6 @@ def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, 
             "more with memory="
         )
     return max(0, (available // 2 if given is None else available) - kept)
-
-
-def next_part(
-    start: int, ready: Sequence[Engine], count: int, build: Callable[[int], Engine], most: int | None
-) -> list[Engine]:
-    """Return the engines from ``start`` on that fit in ``most`` bytes, at least one; ``ready`` are built already."""
-    engines: list[Engine] = []
-    taken = 0
-    for index in range(start, count):
-        engine = ready[index] if index < len(ready) else build(index)
-        taken += engine_bytes(engine)
-        if engines and most is not None and taken > most:
-            break
-        engines.append(engine)
-    return engines
 
 
 def _mebibytes(count: int) -> str:

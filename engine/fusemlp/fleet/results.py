@@ -12,10 +12,10 @@ import numpy as np
 from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine
 from fusemlp.fleet.memory import Kept
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.metrics import aligned
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
-
-Array = np.ndarray[Any, Any]
 
 # Larger is better.
 RISING = ("accuracy", "val_accuracy")
@@ -136,11 +136,8 @@ class FleetResults:
         scores = dict.fromkeys(name for member in self.ranked(metric) for name in member.scores)
         columns = ["model", *parameters, *scores, "epochs", "status"]
         rows = [columns, *([_shown(record.get(name)) for name in columns] for record in records[:limit])]
-        widths = [max(len(row[at]) for row in rows) for at in range(len(columns))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        if limit is not None and limit < len(records):
-            lines.append(f"... and {len(records) - limit} more")
-        return "\n".join(lines)
+        left_out = "" if limit is None or limit >= len(records) else f"\n... and {len(records) - limit} more"
+        return aligned(rows, left=0) + left_out
 
 
 def _shown(value: Any) -> str:

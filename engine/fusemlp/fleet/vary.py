@@ -13,6 +13,7 @@ from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import Schedule
+from fusemlp.engine import Engine
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # The parameters that may vary, by the description that has them.
@@ -52,6 +53,10 @@ class Candidate:
     optimizer: Optimizer
     batch_size: int
     seed: int
+
+    def engine(self, machine: Mapping[str, Any]) -> Engine:
+        """Return a new engine of the model; ``machine``: the arguments of ``Engine`` that are no part of a model."""
+        return Engine(self.net, self.loss, self.optimizer, self.batch_size, self.seed, **machine)
 
 
 def combinations(vary: Vary) -> list[dict[str, Any]]:

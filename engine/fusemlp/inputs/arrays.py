@@ -18,18 +18,10 @@ from fusemlp_kernels.errors import ArgumentTypeError, DataError, DTypeError, Sha
 Array = npt.NDArray[Any]
 
 
-def as_features(
-    argument: str,
-    value: Any,
-    *,
-    width: int,
-    dtype: npt.DTypeLike,
-    check_finite: bool = True,
-    minimum_rows: int = 1,
-) -> Array:
+def as_features(argument: str, value: Any, *, width: int, dtype: npt.DTypeLike, check_finite: bool = True) -> Array:
     """Return the input matrix as a C-contiguous ``(n, width)`` array of ``dtype``.
 
-    Raises ShapeError (not two-dimensional, wrong width), DTypeError (not real numbers) and DataError (too few
+    Raises ShapeError (not two-dimensional, wrong width), DTypeError (not real numbers) and DataError (no
     rows; with ``check_finite`` also NaN, infinities and values that ``dtype`` cannot hold).
     """
     array = _real(argument, to_array(argument, value))
@@ -44,8 +36,8 @@ def as_features(
             f"{argument}: expected {_plural(width, 'column')}, as many as the network has inputs, got shape "
             f"{array.shape}; give those {width} features{other}"
         )
-    if len(array) < minimum_rows:
-        raise DataError(f"{argument}: expected {minimum_rows} or more rows, got {len(array)} (shape {array.shape})")
+    if not len(array):
+        raise DataError(f"{argument}: expected 1 or more rows, got 0 (shape {array.shape})")
     return _converted(argument, array, dtype, check_finite=check_finite)
 
 
@@ -60,9 +52,8 @@ def as_class_labels(
     """
     array = to_array(argument, value)
     if array.dtype.kind not in "biuf":
-        what = "strings" if _holds_strings(array) else f"dtype {array.dtype}"
         raise DTypeError(
-            f"{argument}: class labels must be integers from 0 to {classes - 1}, got {what}; encode them: "
+            f"{argument}: class labels must be integers from 0 to {classes - 1}, got {_kind(array)}; encode them: "
             f"names, labels = numpy.unique({argument}, return_inverse=True) (the command line does so itself)"
         )
     array = _single_column(argument, array, f"class labels; for one-hot rows give {argument}.argmax(axis=1)")
@@ -165,20 +156,6 @@ def as_weights(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeL
     return array
 
 
-def same_rows(**named: Any) -> None:
-    """Raise ShapeError unless the named arrays (``None`` is skipped) have the same number of rows."""
-    counts = {}
-    for argument, value in named.items():
-        if value is not None:
-            shape = value.shape if hasattr(value, "shape") else to_array(argument, value).shape
-            if not shape:
-                raise ShapeError(f"{argument}: expected an array with rows, got the single value {value!r}")
-            counts[argument] = int(shape[0])
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{argument} has {count}" for argument, count in counts.items())
-        raise ShapeError(f"the numbers of rows differ: {listed}; give one row of each for every example")
-
-
 def to_array(argument: str, value: Any) -> Array:
     """Return the user's argument as a plain ndarray of any shape and dtype, without a copy if possible."""
     if type(value) is np.ndarray:
@@ -206,15 +183,15 @@ def to_array(argument: str, value: Any) -> Array:
 def _real(argument: str, array: Array) -> Array:
     if array.dtype.kind in "biuf":
         return array
-    what = "strings" if _holds_strings(array) else f"dtype {array.dtype}"
     raise DTypeError(
-        f"{argument}: expected real numbers, got {what}; encode categories, dates or complex parts as "
+        f"{argument}: expected real numbers, got {_kind(array)}; encode categories, dates or complex parts as "
         f"numbers, then convert: numpy.asarray({argument}, dtype=float)"
     )
 
 
-def _holds_strings(array: Array) -> bool:
-    return array.dtype.kind in "USOT" and array.size > 0 and isinstance(array.flat[0], (str, bytes))
+def _kind(array: Array) -> str:
+    strings = array.dtype.kind in "USOT" and array.size > 0 and isinstance(array.flat[0], (str, bytes))
+    return "strings" if strings else f"dtype {array.dtype}"
 
 
 def _converted(argument: str, array: Array, dtype: npt.DTypeLike, *, check_finite: bool) -> Array:

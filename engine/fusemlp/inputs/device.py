@@ -12,71 +12,93 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.losses import Loss
-from fusemlp.inputs.arrays import as_features, as_weights
-from fusemlp.inputs.targets import Targets, as_targets
+from fusemlp.describe.network import MLP
+from fusemlp.inputs.arrays import Array, as_features, as_weights
+from fusemlp.inputs.targets import Examples, Targets, are_one_hot, as_targets
 from fusemlp_kernels.contract import Backend
 
-Array = np.ndarray[Any, Any]
 
+class DeviceInputs:
+    """The part of an engine that checks the user's arrays, on the host or on the device."""
 
-def features(backend: Backend, argument: str, value: Any, *, width: int, dtype: Any, check_finite: bool = True) -> Any:
-    """Return ``as_features`` of a device array: (n, width), on the device if it is valid."""
-    native = backend.adopt(value)
-    if native is None:
-        return as_features(argument, value, width=width, dtype=dtype, check_finite=check_finite)
-    if _shape(native)[1:] == (width,) and len(native) and (not check_finite or _fits(backend, native, dtype)):
-        return native
-    return as_features(argument, backend.to_host(native), width=width, dtype=dtype, check_finite=check_finite)
+    network: MLP
+    loss: Loss
+    _backend: Backend
+    _real: np.dtype[Any]
 
+    def features(self, argument: str, X: Any, *, check_finite: bool = True) -> Any:
+        """Return X as a checked (n, K) array of the engine's type; on the device, of the device's array type."""
+        width, native = self.network.sizes[0], self._backend.adopt(X)
+        if native is not None:
+            if _shape(native)[1:] == (width,) and len(native) and (not check_finite or self._fits(native)):
+                return native
+            X = self._backend.to_host(native)
+        return as_features(argument, X, width=width, dtype=self._real, check_finite=check_finite)
 
-def targets(backend: Backend, argument: str, value: Any, loss: Loss, *, outputs: int, rows: int, dtype: Any) -> Targets:
-    """Return ``as_targets`` of a device array. Rows of probabilities and labels with an ignored index go to the host,
-    because their checks read every row."""
-    native = backend.adopt(value)
-    if native is None:
-        return as_targets(argument, value, loss, outputs=outputs, rows=rows, dtype=dtype)
-    shape = _shape(native)
-    if loss.kind == "cross_entropy":
-        labels = _column(native)
-        if labels is not None and len(labels) == rows and backend.is_integer(labels):
-            low, high = backend.extent(labels)
-            if low >= 0 and high < outputs:
-                return Targets(labels, False)
-    else:
-        values = native.reshape(-1, 1) if len(shape) == 1 and outputs == 1 else native
-        lowest, highest = {"binary_cross_entropy": (0.0, 1.0), "poisson": (0.0, np.inf)}.get(
-            loss.kind, (-np.inf, np.inf)
-        )
-        matches = _shape(values) == (rows, outputs) and not backend.is_integer(values)
-        if matches and _fits(backend, values, dtype, lowest, highest):
-            return Targets(values, False)
-    return as_targets(argument, backend.to_host(native), loss, outputs=outputs, rows=rows, dtype=dtype)
+    def targets(self, argument: str, y: Any, *, rows: int) -> Targets:
+        """Return y as checked targets. Rows of probabilities and labels with an ignored index go to the host, because
+        their checks read every row."""
+        backend, loss, outputs, native = self._backend, self.loss, self.network.sizes[-1], self._backend.adopt(y)
+        if native is not None:
+            if loss.kind == "cross_entropy":
+                labels = _column(native)
+                if labels is not None and len(labels) == rows and backend.is_integer(labels):
+                    low, high = backend.extent(labels)
+                    if low >= 0 and high < outputs:
+                        return Targets(labels, False)
+            else:
+                values = native.reshape(-1, 1) if len(_shape(native)) == 1 and outputs == 1 else native
+                bounds = {"binary_cross_entropy": (0.0, 1.0), "poisson": (0.0, np.inf)}.get(loss.kind, ())
+                matches = _shape(values) == (rows, outputs) and not backend.is_integer(values)
+                if matches and self._fits(values, *bounds):
+                    return Targets(values, False)
+            y = backend.to_host(native)
+        return as_targets(argument, y, loss, outputs=outputs, rows=rows, dtype=self._real)
 
+    def weights(self, argument: str, weight: Any, *, rows: int) -> Any | None:
+        """Return sample weights (n,), or None."""
+        if weight is None:
+            return None
+        backend, native = self._backend, self._backend.adopt(weight)
+        if native is not None:
+            column = _column(native)
+            if column is not None and len(column) == rows and not backend.is_integer(column):
+                low, high = backend.extent(column)
+                # The bound keeps the sum of the rows finite.
+                if low >= 0.0 and 0.0 < high <= np.finfo(self._real).max / rows:
+                    return column
+            weight = backend.to_host(native)
+        return as_weights(argument, weight, rows=rows, dtype=self._real)
 
-def weights(backend: Backend, argument: str, value: Any, *, rows: int, dtype: Any) -> Any:
-    """Return ``as_weights`` of a device array, (n,)."""
-    native = backend.adopt(value)
-    if native is None:
-        return as_weights(argument, value, rows=rows, dtype=dtype)
-    column = _column(native)
-    if column is not None and len(column) == rows and not backend.is_integer(column):
-        low, high = backend.extent(column)
-        # The bound keeps the sum of the rows finite.
-        if low >= 0.0 and 0.0 < high <= np.finfo(dtype).max / rows:
-            return column
-    return as_weights(argument, backend.to_host(native), rows=rows, dtype=dtype)
+    def examples(
+        self, X: Any, y: Any, weight: Any, names: tuple[str, str, str] = ("X", "y", "sample_weight")
+    ) -> Examples:
+        """Return all of these checked; error messages call them by ``names``."""
+        features = self.features(names[0], X)
+        rows = len(features)
+        return Examples(features, self.targets(names[1], y, rows=rows), self.weights(names[2], weight, rows=rows))
 
+    def on_host(self, array: Any) -> Array:
+        """Return a checked array in host memory, without a copy if it is there."""
+        return array if isinstance(array, np.ndarray) else self._backend.to_host(array)
 
-def on_host(backend: Backend, array: Any) -> Array:
-    """Return the array in host memory, without a copy if it is there."""
-    return array if isinstance(array, np.ndarray) else backend.to_host(array)
+    def largest(self, array: Any) -> float:
+        """Return the greatest absolute value in a checked array."""
+        if isinstance(array, np.ndarray):
+            return float(np.abs(array).max())
+        return max(abs(bound) for bound in self._backend.extent(array))
 
+    def counts_hits(self, targets: Targets) -> bool:
+        """Return whether these targets have an accuracy."""
+        if self.loss.is_classification:
+            return True
+        return self.loss.kind in ("mse", "mae", "huber") and are_one_hot(self.on_host(targets.values))
 
-def largest(backend: Backend, array: Any) -> float:
-    """Return the greatest absolute value."""
-    if isinstance(array, np.ndarray):
-        return float(np.abs(array).max())
-    return max(abs(bound) for bound in backend.extent(array))
+    def _fits(self, native: Any, lowest: float = -np.inf, highest: float = np.inf) -> bool:
+        """Return whether all elements are from ``lowest`` to ``highest`` and finite in the engine's type."""
+        low, high = self._backend.extent(native)
+        most = float(np.finfo(self._real).max)
+        return max(lowest, -most) <= low and high <= min(highest, most)
 
 
 def _shape(native: Any) -> tuple[int, ...]:
@@ -88,10 +110,3 @@ def _column(native: Any) -> Any | None:
     if len(shape) == 1:
         return native
     return native.reshape(-1) if len(shape) == 2 and shape[1] == 1 else None
-
-
-def _fits(backend: Backend, native: Any, dtype: Any, lowest: float = -np.inf, highest: float = np.inf) -> bool:
-    """Return whether all elements are from ``lowest`` to ``highest`` and finite in ``dtype``."""
-    low, high = backend.extent(native)
-    most = float(np.finfo(dtype).max)
-    return max(lowest, -most) <= low and high <= min(highest, most)

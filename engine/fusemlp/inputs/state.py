@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.network import MLP
-from fusemlp.inputs.arrays import to_array
+from fusemlp.inputs.arrays import Array, to_array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
-
-Array = np.ndarray[Any, Any]
 
 
 def checked_state(net: MLP, state: Mapping[str, Any], real: np.dtype[Any]) -> dict[str, Array]:

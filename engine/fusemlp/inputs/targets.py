@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusemlp.describe.losses import CrossEntropy, Loss
 from fusemlp.inputs.arrays import (
+    Array,
     as_binary_targets,
     as_class_labels,
     as_counts,
@@ -16,14 +18,31 @@ from fusemlp.inputs.arrays import (
     to_array,
 )
 
-Array = np.ndarray[Any, Any]
-
 
 class Targets(NamedTuple):
     """``values``: (n,) classes or (n, N) reals, on host or device; ``soft``: True for rows of probabilities."""
 
     values: Any
     soft: bool
+
+
+class Examples(NamedTuple):
+    """Checked rows: X (n, K), their targets and perhaps weights (n,), on host or device."""
+
+    X: Any
+    targets: Targets
+    weight: Any | None
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays by the names that they have in a program."""
+        found = {"x": self.X, "target": self.targets.values}
+        return found if self.weight is None else {**found, "weight": self.weight}
+
+    def map(self, change: Callable[[Any], Any]) -> Examples:
+        """Return the examples with each array changed."""
+        weight = None if self.weight is None else change(self.weight)
+        return Examples(change(self.X), self.targets._replace(values=change(self.targets.values)), weight)
 
 
 def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | None, dtype: Any) -> Targets:

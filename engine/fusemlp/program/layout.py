@@ -2,6 +2,9 @@
 
 All parameters lie in one arena, each tensor aligned to 256 bytes; the gradients and each optimizer state are arenas of
 the same layout. So the update is one sweep, the gradient norm one reduction, and a copy of everything one copy.
+
+The workspace is planned and verified once for all programs that differ only in numbers: thousands of models may have
+one structure, each with its own learning rate, dropout or seed.
 """
 
 from __future__ import annotations
@@ -9,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusemlp.describe.network import MLP
-from fusemlp.program.program import Program, Value
-from fusemlp.program.verifier import Places, lifetimes
+from fusemlp.program.program import Program, Structure, Value
+from fusemlp.program.verifier import Places, lifetimes, verify
 from fusemlp_kernels.contract import Backend
 
 ALIGNMENT_BYTES = 256
@@ -65,8 +68,7 @@ class Layout:
         step = ALIGNMENT_BYTES // item_bytes
         places, end = {}, 0
         for name, shape in shapes.items():
-            pitch = _round_up(shape[-1], row_multiple) if len(shape) == 2 else shape[0]
-            places[name] = Place(_round_up(end, step), shape, pitch)
+            places[name] = Place(_round_up(end, step), shape, _pitch(shape, row_multiple))
             end = places[name].offset + places[name].size
         return cls(places, _round_up(end, step))
 
@@ -85,34 +87,58 @@ def parameter_layout(net: MLP, *, row_multiple: int, item_bytes: int) -> Layout:
     return Layout.of(by_short_name, row_multiple=row_multiple, item_bytes=item_bytes)
 
 
-def plan_workspace(
-    program: Program, *, row_multiple: int
-) -> tuple[Places, dict[str, tuple[str, Place]], dict[str, int]]:
-    """Places for the values of kind "work": values that are never alive together may share memory.
+class Placement(NamedTuple):
+    """The dtype and place of each value of kind "work", and the size of the arena of each dtype."""
 
-    Returns for the verifier (arena, start, stop) by value, for the views (dtype, Place) by value, and the size of the
-    arena of each dtype. Large values are placed first, each at the lowest free offset.
+    places: dict[str, tuple[str, Place]]
+    sizes: dict[str, int]
+
+    @property
+    def ranges(self) -> Places:
+        """The places, for the verifier."""
+        return {
+            name: (f"workspace {dtype}", place.offset, place.offset + place.size)
+            for name, (dtype, place) in self.places.items()
+        }
+
+
+def placement(program: Program, layout: Layout, *, row_multiple: int) -> Placement:
+    """Return the workspace of a verified program with parameters in ``layout``. Raises ProgramError: see ``verify``."""
+    return placement_of(program.structure, layout, row_multiple)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def placement_of(structure: Structure, layout: Layout, row_multiple: int) -> Placement:
+    """Return the ``placement`` of the programs with a structure."""
+    program = structure.program
+    placed = plan_workspace(program, row_multiple=row_multiple)
+    verify(program, {**placed.ranges, **persistent_places(program, layout)})
+    return placed
+
+
+def plan_workspace(program: Program, *, row_multiple: int) -> Placement:
+    """Return a workspace in which values that are never alive together may share memory.
+
+    Large values are placed first, each at the lowest free offset.
     """
     spans = lifetimes(program)
     values = [v for v in program.values.values() if v.kind == "work" and v.name in spans]
-    places: dict[str, tuple[str, Place]] = {}
-    sizes: dict[str, int] = {}
+    placed = Placement({}, {})
+    places, sizes = placed
     for value in sorted(values, key=lambda v: (-v.size, v.name)):
-        pitch = _round_up(value.shape[-1], row_multiple) if len(value.shape) == 2 else value.shape[0]
         step = max(1, ALIGNMENT_BYTES // program.item_bytes(value.dtype))
-        size = _round_up(pitch * (value.shape[0] if len(value.shape) == 2 else 1), step)
+        pitch = _pitch(value.shape, row_multiple)
+        size = _round_up(Place(0, value.shape, pitch).size, step)
+        first, last = spans[value.name]
         taken = sorted(
             (place.offset, _round_up(place.offset + place.size, step))
             for name, (dtype, place) in places.items()
-            if dtype == value.dtype and _overlap(spans[name], spans[value.name])
+            if dtype == value.dtype and spans[name][0] <= last and first <= spans[name][1]
         )
         offset = _lowest_gap(taken, size)
         places[value.name] = (value.dtype, Place(offset, value.shape, pitch))
         sizes[value.dtype] = max(sizes.get(value.dtype, 0), offset + size)
-    ranges = {
-        name: (f"workspace {dtype}", place.offset, place.offset + place.size) for name, (dtype, place) in places.items()
-    }
-    return ranges, places, sizes
+    return placed
 
 
 def _lowest_gap(taken: Iterable[tuple[int, int]], size: int) -> int:
@@ -124,12 +150,24 @@ def _lowest_gap(taken: Iterable[tuple[int, int]], size: int) -> int:
     return offset
 
 
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] <= b[1] and b[0] <= a[1]
+def _pitch(shape: tuple[int, ...], row_multiple: int) -> int:
+    return _round_up(shape[-1], row_multiple) if len(shape) == 2 else shape[0]
 
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
+
+
+def persistent_places(program: Program, layout: Layout) -> Places:
+    """Return the memory of parameters, gradients and optimizer state, for the verifier."""
+    ranges = {}
+    for name, value in program.values.items():
+        if value.kind not in ("parameter", "gradient", "state", "shadow"):
+            continue
+        short, _, state = name.partition(".")
+        place = layout.places[short.removeprefix("d") if value.kind == "gradient" else short]
+        ranges[name] = (state or value.kind, place.offset, place.offset + place.size)
+    return ranges
 
 
 def allocate(backend: Backend, value: Value) -> Any:

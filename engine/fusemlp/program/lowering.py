@@ -7,10 +7,10 @@ need the gradients of the whole network at once: then ``grad_weight`` and ``upda
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
@@ -30,6 +30,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
+from fusemlp_kernels.ops import OPS
 
 # Return, for a parameter's state_dict name, if it is trained, and its changes to the optimizer's rule.
 OptionsFor = Callable[[str], tuple[bool, TensorRule]]
@@ -49,156 +50,36 @@ class Inputs:
     class_weighted: bool = False
 
 
-class _Builder:
-    """Collects the values and calls of a program."""
+class Step(NamedTuple):
+    """A training step over batches of ``batch_size`` rows; without ``rule`` a forward pass, without ``spec`` up to y.
 
-    def __init__(
-        self, net: MLP, batch_size: int, traits: Traits, layout: Layout, inputs: Inputs, *, mixed: bool = False
-    ) -> None:
-        self.net = net
-        self.batch = batch_size
-        self.traits = traits
-        self.inputs = inputs
-        self.layout = layout
-        self.values: dict[str, Value] = {}
-        self.calls: list[Call] = []
-        self.mixed = mixed
-        # the type of what the matrix products read
-        self.matrix = "compute" if mixed else "real"
-        for name, place in layout.places.items():
-            self.add(name, place.shape, "real", "parameter")
-            if mixed and name.startswith("w"):
-                self.add(f"{name}.shadow", place.shape, "compute", "shadow")
-        self.x = self.add("x", (inputs.rows, net.sizes[0]), self.matrix, "data")
-        self.counters = self.add("counters", (COUNTERS,), "int64", "control")
-        self.rows = self.add("rows", (batch_size,), "int64", "control") if inputs.indexed else None
-        copied = inputs.indexed and not traits.gathers_in_load
-        self.gathered = self.add("gathered", (batch_size, net.sizes[0]), self.matrix, "work") if copied else None
+    ``trained``: the changes of the rule for each tensor that is trained, by its short name.
 
-    def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
-        self.values[name] = Value(name, shape, dtype, kind)
-        return Ref(name)
+    ``compute_bytes``: bytes of an element that the matrix products read, if they do not read the parameters.
+    ``scaled``: the gradients carry the loss scale, and a batch in which they overflow is skipped.
 
-    def work(self, name: str, columns: int, dtype: str | None = None) -> Ref:
-        return self.add(name, (self.batch, columns), dtype or self.matrix, "work")
+    With ``keep_gradients`` the last two calls are ``grad_weight`` and ``update``, on every backend and for every
+    optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
+    cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
+    penalty beside the loss, for such a loop.
+    """
 
-    def weight(self, layer: int) -> Ref:
-        """The weights as the matrix products read them."""
-        return Ref(f"w{layer}.shadow" if self.mixed else f"w{layer}")
-
-    def from_rows(self) -> dict[str, Any]:
-        """Return the operands by which the first layer finds its batch."""
-        found: dict[str, Any] = {}
-        if self.rows is not None:
-            found["rows"] = self.rows
-        if self.gathered is not None:
-            found["gathered"] = self.gathered
-        return found
-
-    def input_of(self, layer: int) -> Ref:
-        return self.x if layer == 0 else Ref(f"h{layer}")
-
-    def activation(self, layer: int) -> dict[str, Any]:
-        """The operands that describe the activation behind a layer."""
-        chosen = self.net.activations[layer]
-        operands: dict[str, Any] = {"activation": chosen.name}
-        if chosen.name == "leaky_relu":
-            operands["slope"] = chosen.slope
-        if chosen.name == "prelu":
-            operands["slope_param"] = Ref(f"s{layer}")
-        return operands
-
-    def product(self, layer: int, *, order: str) -> tuple[int, int, int]:
-        """M, N, K of a layer's product: forward, by the input ("input"), or by the weights ("weight")."""
-        inputs, outputs = self.net.sizes[layer], self.net.sizes[layer + 1]
-        return {
-            "forward": (self.batch, outputs, inputs),
-            "input": (self.batch, inputs, outputs),
-            "weight": (outputs, inputs, self.batch),
-        }[order]
-
-    def linear(self, layer: int, *, output: str, keep_z: bool, dropout: Dropout | None = None) -> None:
-        """A layer forward, with its activation."""
-        width = self.net.sizes[layer + 1]
-        operands: dict[str, Any] = {
-            "x": self.input_of(layer),
-            "w": self.weight(layer),
-            "b": Ref(f"b{layer}"),
-            "y": self.work(output, width),
-            "counters": self.counters,
-            **self.activation(layer),
-        }
-        label = self.net.activations[layer].name
-        if layer == 0:
-            operands |= self.from_rows()
-        if keep_z and self.net.activations[layer].name in NEEDS_Z:
-            operands["z"] = self.work(f"z{layer + 1}", width)
-        if dropout is not None:
-            operands["dropout"] = dropout
-            label += f" dropout {dropout.rate:g}"
-            if self.traits.stores_masks:
-                operands["keep"] = self.work(f"keep{layer + 1}", width, "bool")
-        self.calls.append(Call("linear", operands, label, (self.product(layer, order="forward"),)))
-
-    def loss(
-        self,
-        spec: LossSpec,
-        *,
-        with_gradient: bool,
-        hyper: Ref | None = None,
-        ridge: Ridge | None = None,
-        resident: bool = False,
-    ) -> None:
-        """The last layer, the loss and its gradient: one call where the backend can, else two.
-
-        ``hyper``: the gradient is multiplied by its loss scale. A ``resident`` loop reads the targets through the rows.
-        """
-        net, last = self.net, self.net.layers - 1
-        outputs = net.sizes[-1]
-        integer = spec.kind == "cross_entropy" and not spec.soft
-        shape = (self.inputs.rows,) if integer else (self.inputs.rows, outputs)
-        dtype = "int64" if integer else "real"
-        operands: dict[str, Any] = {
-            "target": self.add("target", shape, dtype, "data"),
-            "counters": self.counters,
-            "stats": self.add("stats", (STATS,), "float64", "control"),
-            "loss": spec,
-            **self.activation(last),
-        }
-        if hyper is not None:
-            operands["hyper"] = hyper
-        if ridge is not None:
-            operands |= {"ridge": ridge, "shares": self.add("shares", (1,), "float64", "work")}
-        if self.inputs.weighted:
-            operands["weight"] = self.add("weight", (self.inputs.rows,), "real", "data")
-        if self.inputs.class_weighted:
-            operands["class_weight"] = self.add("class_weight", (outputs,), "real", "control")
-        if self.rows is not None:
-            operands["rows"] = self.rows
-            if not self.traits.gathers_in_load and not resident:
-                batch_shape = (self.batch, *shape[1:])
-                operands["target_rows"] = self.add("target_rows", batch_shape, dtype, "work")
-                if self.inputs.weighted:
-                    operands["weight_rows"] = self.add("weight_rows", (self.batch,), "real", "work")
-        operands["dz"] = self.work(f"dz{net.layers}", outputs) if with_gradient else None
-        if with_gradient and net.activations[last].name == "prelu":
-            operands["dslope"] = self.add(f"dslope{last}", (1,), "real", "work")
-        product = (self.product(last, order="forward"),)
-        if outputs <= self.traits.widest_fused_output:
-            layer = {"x": self.input_of(last), "w": self.weight(last), "b": Ref(f"b{last}")}
-            if last == 0 and self.rows is not None:
-                layer["x_rows"] = self.rows
-            if last == 0 and self.gathered is not None:
-                layer["gathered"] = self.gathered
-            self.calls.append(Call("linear_loss_grad", {**layer, **operands}, spec.kind, product))
-            return
-        z = self.work(f"z{net.layers}", outputs)
-        layer = {"x": self.input_of(last), "w": self.weight(last), "b": Ref(f"b{last}"), "y": z}
-        if last == 0:
-            layer |= self.from_rows()
-        forward = {**layer, "activation": "identity", "counters": self.counters}
-        self.calls.append(Call("linear", forward, "identity", product))
-        self.calls.append(Call("loss_grad", {"z": z, **operands}, spec.kind))
+    net: MLP
+    batch_size: int
+    traits: Traits
+    layout: Layout
+    inputs: Inputs
+    spec: LossSpec | None
+    real_bytes: int
+    compute_bytes: int | None = None
+    rule: UpdateRule | None = None
+    trained: tuple[tuple[str, TensorRule], ...] = ()
+    seed: int = 0
+    scaled: bool = False
+    keep_gradients: bool = False
+    most_parts: int = 1
+    resident: bool = False
+    ridge: Ridge | None = None
 
 
 def lower_training(
@@ -212,275 +93,301 @@ def lower_training(
     inputs: Inputs,
     *,
     seed: int,
-    real_bytes: int,
-    compute_bytes: int | None = None,
-    scaled: bool = False,
-    keep_gradients: bool = False,
-    most_parts: int = 1,
-    resident: bool = False,
-    ridge: Ridge | None = None,
+    **others: Any,
 ) -> Program:
-    """The program of one training step over batches of ``batch_size`` rows.
-
-    ``resident``: the calls run in one loop over many steps; ``ridge``: a penalty beside the loss, for such a loop.
-
-    ``compute_bytes``: bytes of an element that the matrix products read, if they do not read the parameters.
-    ``scaled``: the gradients carry the loss scale, and a batch in which they overflow is skipped.
-
-    ``most_parts``: into how many parts the gradients may cut the batch (``contract.batch_parts``).
-
-    With ``keep_gradients`` its last two calls are ``grad_weight`` and ``update``, on every backend and for every
-    optimizer: between them the gradients can be read and changed.
-    """
-    options = tuple((short, *options_for(name)) for short, name in short_names(net).items())
-    return _training(
-        net,
-        spec,
-        rule,
-        options,
-        batch_size,
-        traits,
-        layout,
-        inputs,
-        # without dropout no call has the seed, and models that differ in it alone have one program
-        seed=seed if any(net.dropouts) else 0,
-        real_bytes=real_bytes,
-        compute_bytes=compute_bytes,
-        scaled=scaled,
-        keep_gradients=keep_gradients,
-        most_parts=most_parts,
-        resident=resident,
-        ridge=ridge,
-    )
+    """Return the program of one training step; ``others`` are the other fields of ``Step``."""
+    trained = []
+    for short, name in short_names(net).items():
+        trainable, changes = options_for(name)
+        if trainable:
+            trained.append((short, changes))
+    # without dropout no call has the seed, and models that differ in it alone have one program
+    seed = seed if any(net.dropouts) else 0
+    given = {"rule": rule, "trained": tuple(trained), "seed": seed, **others}
+    return lower(Step(net, batch_size, traits, layout, inputs, spec, **given))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _training(
-    net: MLP,
-    spec: LossSpec,
-    rule: UpdateRule,
-    tensors: tuple[tuple[str, bool, TensorRule], ...],
-    batch_size: int,
-    traits: Traits,
-    layout: Layout,
-    inputs: Inputs,
-    *,
-    seed: int,
-    real_bytes: int,
-    compute_bytes: int | None,
-    scaled: bool,
-    keep_gradients: bool,
-    most_parts: int,
-    resident: bool,
-    ridge: Ridge | None,
-) -> Program:
-    """``lower_training``, remembered: a fleet asks for the same program for each of its models."""
-    build = _Builder(net, batch_size, traits, layout, inputs, mixed=compute_bytes is not None)
-    options = {short: (trainable, changes) for short, trainable, changes in tensors}
-    trained = {short for short, trainable, _ in tensors if trainable}
-    layers = range(net.layers)
-    # Below the first layer with something to train no gradient is needed.
-    first = next((layer for layer in layers if trained & {f"{kind}{layer}" for kind in "wbs"}), net.layers)
-
-    for layer in layers[:-1]:
-        rate = net.dropouts[layer]
-        build.linear(
-            layer,
-            output=f"h{layer + 1}",
-            keep_z=layer >= first,
-            dropout=Dropout(rate, layer, seed) if rate else None,
-        )
-    hyper = build.add("hyper", (HYPER,), "float64", "control")
-    build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
-    build.loss(
-        spec,
-        with_gradient=first < net.layers,
-        hyper=hyper if scaled and trained else None,
-        ridge=ridge,
-        resident=resident,
-    )
-    for layer in range(net.layers - 1, first, -1):
-        _grad_input(build, layer, seed)
-    _weights(
-        build,
-        rule,
-        options,
-        trained,
-        first,
-        hyper,
-        scaled=scaled,
-        keep_gradients=keep_gradients,
-        most_parts=1 if resident else most_parts,
-        ridge=ridge,
-        resident=resident,
-    )
-    states = tuple(f"state{i}" for i in range(rule.state_count))
-    arenas = {
-        "params": tuple(layout.places),
-        "grads": tuple(f"d{short}" for short in layout.places if short in trained),
-    }
-    arenas |= {state: tuple(f"{short}.{state}" for short in layout.places if short in trained) for state in states}
-    if build.mixed:
-        arenas["shadow"] = tuple(f"{short}.shadow" for short in layout.places if short in trained and short[0] == "w")
-    return Program(build.values, tuple(build.calls), arenas, frozenset(trained), real_bytes, compute_bytes, resident)
-
-
-def _grad_input(build: _Builder, layer: int, seed: int) -> None:
-    """From dz of ``layer`` to dz of the layer before it."""
-    before = layer - 1
-    width = build.net.sizes[layer]
-    rate = build.net.dropouts[before]
-    name = build.net.activations[before].name
-    operands: dict[str, Any] = {
-        "dz": Ref(f"dz{layer + 1}"),
-        "w": build.weight(layer),
-        "y": Ref(f"h{layer}"),
-        "dz_prev": build.work(f"dz{layer}", width),
-        **build.activation(before),
-    }
-    if name in NEEDS_Z:
-        operands["z"] = Ref(f"z{layer}")
-    if name == "prelu":
-        operands["dslope"] = build.add(f"dslope{before}", (1,), "real", "work")
-    if rate:
-        operands["dropout"] = Dropout(rate, before, seed)
-        operands["counters"] = build.counters
-        if build.traits.stores_masks:
-            operands["keep"] = Ref(f"keep{layer}")
-    build.calls.append(Call("grad_input", operands, name, (build.product(layer, order="input"),)))
-
-
-def _weights(
-    build: _Builder,
-    rule: UpdateRule,
-    options: dict[str, tuple[bool, TensorRule]],
-    trained: set[str],
-    first: int,
-    hyper: Ref,
-    *,
-    scaled: bool,
-    keep_gradients: bool,
-    most_parts: int,
-    ridge: Ridge | None,
-    resident: bool,
-) -> None:
-    """The gradients by the parameters and the update."""
-    clock: dict[str, Any] = {"rule": rule, "counters": build.counters}
-    if not trained:
-        build.calls.append(Call("advance", {**clock, "hyper": hyper, "rates": Ref("rates")}))
-        return
-    # models of one launch have the same calls, whatever their numbers
-    penalised = ridge is not None and (ridge.strength != 0.0 or build.traits.resident is not None)
-    whole = keep_gradients or scaled or rule.clip_norm is not None or rule.accumulate > 1 or penalised
-    weights = sum(build.layout.places[short].size for short in trained)
-    parts = 1 if whole else min(most_parts, batch_parts(build.traits, build.batch, weights))
-    fused = rule.kind in build.traits.fused_updates and not whole and parts == 1
-    for short in build.layout.places:
-        shape = build.layout.places[short].shape
-        if short in trained:
-            if not fused:
-                build.add(f"d{short}", shape, "real", "gradient")
-            for index in range(rule.state_count):
-                build.add(f"{short}.state{index}", shape, "real", "state")
-
-    def tensor(short: str, kind: str) -> dict[str, Any]:
-        if short not in trained:
-            return {kind: None} if fused else {f"d{kind}": None}
-        if not fused:
-            return {f"d{kind}": Ref(f"d{short}")}
-        state = tuple(Ref(f"{short}.state{index}") for index in range(rule.state_count))
-        found = {kind: Ref(short), f"{kind}_state": state, f"{kind}_rule": options[short][1]}
-        if build.mixed and kind == "w":
-            found["w_shadow"] = Ref(f"{short}.shadow")
-        return found
-
-    layers, slopes, products = [], [], []
-    for layer in range(first, build.net.layers):
-        if {f"w{layer}", f"b{layer}"} & trained:
-            given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": build.input_of(layer)}
-            if layer == 0 and build.gathered is not None:
-                given["x"] = build.gathered
-            elif layer == 0 and build.rows is not None:
-                given["rows"] = build.rows
-            layers.append({**given, **tensor(f"w{layer}", "w"), **tensor(f"b{layer}", "b")})
-            if f"w{layer}" in trained:
-                products.append(build.product(layer, order="weight"))
-        slope = f"s{layer}"
-        if slope in trained:
-            given = {"dslope": Ref(f"dslope{layer}")}
-            if fused:
-                state = tuple(Ref(f"{slope}.state{index}") for index in range(rule.state_count))
-                given |= {"param": Ref(slope), "state": state, "rule": options[slope][1]}
-            else:
-                given["grad"] = Ref(f"d{slope}")
-            slopes.append(given)
-    operands = {"layers": tuple(layers), "slopes": tuple(slopes), **clock}
-    if fused:
-        operands |= {"hyper": hyper, "rates": Ref("rates")}
-        build.calls.append(Call("grad_weight_update", operands, rule.kind, tuple(products)))
-        return
-    # gradients that are changed before the update have another norm
-    normed = build.traits.norms_gradients and not (keep_gradients or penalised or resident)
-    normed = normed and (scaled or rule.clip_norm is not None)
-    norm = {"norm": build.add("norm", (1,), "float64", "work")} if normed else {}
-    split = {"parts": parts, "part": build.layout.size} if parts > 1 else {}
-    label = f"in {parts} parts" if parts > 1 else ""
-    build.calls.append(Call("grad_weight", {**operands, **norm, **split}, label, tuple(products)))
-    if penalised:
-        weights_of = [f"w{layer}" for layer in range(build.net.layers) if f"w{layer}" in trained]
-        penalty = {
-            "layers": tuple({"w": Ref(short), "dw": Ref(f"d{short}")} for short in weights_of),
-            "ridge": ridge,
-            "shares": Ref("shares"),
-            "counters": build.counters,
-            "stats": Ref("stats"),
-        }
-        build.calls.append(Call("penalty", penalty, "ridge"))
-    segments = tuple(
-        Segment(place.offset, place.size, options[short][1])
-        for short, place in build.layout.places.items()
-        if short in trained
-    )
-    update = {
-        "params": Ref("params"),
-        "grads": Ref("grads"),
-        "states": tuple(Ref(f"state{index}") for index in range(rule.state_count)),
-        "segments": segments,
-        "hyper": hyper,
-        "rates": Ref("rates"),
-        **clock,
-        **norm,
-        **split,
-    }
-    if build.mixed:
-        update["shadow"] = Ref("shadow")
-    if scaled:
-        update["scaled"] = True
-    build.calls.append(Call("update", update, rule.kind))
-
-
-@lru_cache(maxsize=REMEMBERED)
-def lower_inference(
-    net: MLP,
-    batch_size: int,
-    traits: Traits,
-    layout: Layout,
-    *,
-    spec: LossSpec | None,
-    inputs: Inputs,
-    real_bytes: int,
-    compute_bytes: int | None = None,
-) -> Program:
-    """The forward pass over ``batch_size`` rows, without dropout: with ``spec`` up to the loss, else up to y.
-
-    There are no other numbers in it than the network's and the loss's, and the same program serves all models.
-    """
-    build = _Builder(net, batch_size, traits, layout, inputs, mixed=compute_bytes is not None)
-    for layer in range(net.layers - 1):
-        build.linear(layer, output=f"h{layer + 1}", keep_z=False)
-    if spec is None:
-        build.linear(net.layers - 1, output="y", keep_z=False)
+def lower(step: Step) -> Program:
+    """Return the program of a step; the models of a fleet share it, so it is remembered."""
+    build, last = _Builder(step), step.net.layers - 1
+    for layer in range(last):
+        build.linear(layer, f"h{layer + 1}", build.activation(layer))
+    if step.rule is not None:
+        build.add("hyper", (HYPER,), "float64", "control")
+        build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
+    if step.spec is None:
+        build.linear(last, "y", build.activation(last))
     else:
-        build.loss(spec, with_gradient=False)
-    arenas = {"params": tuple(layout.places)}
-    return Program(build.values, tuple(build.calls), arenas, frozenset(), real_bytes, compute_bytes)
+        build.loss(step.spec)
+    for layer in range(last, build.first, -1):
+        build.grad_input(layer)
+    if step.rule is not None:
+        build.update(step.rule)
+    return build.program()
+
+
+class _Builder:
+    """Collects the values and calls of a program."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.net, self.batch, self.traits = step, step.net, step.batch_size, step.traits
+        self.values: dict[str, Value] = {}
+        self.calls: list[Call] = []
+        self.mixed = step.compute_bytes is not None
+        # the type of what the matrix products read
+        self.matrix = "compute" if self.mixed else "real"
+        self.rules = dict(step.trained)
+        self.states = range(0 if step.rule is None else step.rule.state_count)
+        # Below the first layer with something to train no gradient is needed.
+        self.first = min((int(short[1:]) for short in self.rules), default=self.net.layers)
+        for name, place in step.layout.places.items():
+            self.add(name, place.shape, "real", "parameter")
+            if self.mixed and name.startswith("w"):
+                self.add(f"{name}.shadow", place.shape, "compute", "shadow")
+        inputs = step.inputs
+        self.x = self.add("x", (inputs.rows, self.net.sizes[0]), self.matrix, "data")
+        self.counters = self.add("counters", (COUNTERS,), "int64", "control")
+        self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
+        copied = inputs.indexed and not self.traits.gathers_in_load
+        self.gathered = self.work("gathered", self.net.sizes[0]) if copied else None
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
+        self.values[name] = Value(name, shape, dtype, kind)
+        return Ref(name)
+
+    def work(self, name: str, columns: int, dtype: str | None = None) -> Ref:
+        return self.add(name, (self.batch, columns), dtype or self.matrix, "work")
+
+    def call(self, op: str, label: str, products: Sequence[tuple[int, int, int]] = (), **operands: Any) -> None:
+        """Add a call; an optional operand that is None is left out."""
+        required = OPS[op].required
+        given = {name: one for name, one in operands.items() if one is not None or name in required}
+        self.calls.append(Call(op, given, label, tuple(products)))
+
+    def weight(self, layer: int) -> Ref:
+        """The weights as the matrix products read them."""
+        return Ref(f"w{layer}.shadow" if self.mixed else f"w{layer}")
+
+    def product(self, layer: int) -> tuple[int, int, int]:
+        """M, N, K of a layer forward."""
+        return self.batch, self.net.sizes[layer + 1], self.net.sizes[layer]
+
+    def operands(self, layer: int) -> dict[str, Any]:
+        """The matrices that a layer's product reads."""
+        return {"x": Ref(f"h{layer}") if layer else self.x, "w": self.weight(layer), "b": Ref(f"b{layer}")}
+
+    def picked(self, layer: int, rows: str = "rows") -> dict[str, Any]:
+        """The operands by which the first layer finds its batch."""
+        return {} if layer else {rows: self.rows, "gathered": self.gathered}
+
+    def activation(self, layer: int) -> dict[str, Any]:
+        """The operands that describe the activation after a layer."""
+        chosen = self.net.activations[layer]
+        return {
+            "activation": chosen.name,
+            "slope": chosen.slope if chosen.name == "leaky_relu" else None,
+            "slope_param": Ref(f"s{layer}") if chosen.name == "prelu" else None,
+        }
+
+    def slope_gradient(self, layer: int) -> Ref | None:
+        """The gradient by the slope of the prelu after a layer."""
+        learned = self.net.activations[layer].name == "prelu"
+        return self.add(f"dslope{layer}", (1,), "real", "work") if learned else None
+
+    def dropout(self, layer: int) -> Dropout | None:
+        """The dropout after a layer, in training."""
+        rate = self.net.dropouts[layer] if self.step.rule is not None else 0.0
+        return Dropout(rate, layer, self.step.seed) if rate else None
+
+    def linear(self, layer: int, output: str, activation: dict[str, Any]) -> Ref:
+        """A layer forward, with its activation; returns its output."""
+        width, name, dropout = self.net.sizes[layer + 1], activation["activation"], self.dropout(layer)
+        y = self.work(output, width)
+        self.call(
+            "linear",
+            name if dropout is None else f"{name} dropout {dropout.rate:g}",
+            [self.product(layer)],
+            **self.operands(layer),
+            y=y,
+            counters=self.counters,
+            **activation,
+            **self.picked(layer),
+            z=self.work(f"z{layer + 1}", width) if layer >= self.first and name in NEEDS_Z else None,
+            dropout=dropout,
+            keep=self.work(f"keep{layer + 1}", width, "bool") if dropout and self.traits.stores_masks else None,
+        )
+        return y
+
+    def loss(self, spec: LossSpec) -> None:
+        """The last layer, the loss and its gradient: one call where the backend can, else two.
+
+        With ``scaled`` the gradient is multiplied by the loss scale in ``hyper``.
+        """
+        step, net, inputs, last = self.step, self.net, self.step.inputs, self.net.layers - 1
+        outputs, gradient = net.sizes[-1], self.first < net.layers
+        integer = spec.kind == "cross_entropy" and not spec.soft
+        shape, dtype = ((), "int64") if integer else ((outputs,), "real")
+        # a resident loop reads the targets through the rows
+        copied = self.gathered is not None and not step.resident
+        operands: dict[str, Any] = {
+            "target": self.add("target", (inputs.rows, *shape), dtype, "data"),
+            "counters": self.counters,
+            "stats": self.add("stats", (STATS,), "float64", "control"),
+            "loss": spec,
+            **self.activation(last),
+            "hyper": Ref("hyper") if step.scaled and self.rules else None,
+            "ridge": step.ridge,
+            "shares": self.add("shares", (1,), "float64", "work") if step.ridge else None,
+            "weight": self.add("weight", (inputs.rows,), "real", "data") if inputs.weighted else None,
+            "class_weight": self.add("class_weight", (outputs,), "real", "control") if inputs.class_weighted else None,
+            "rows": self.rows,
+            "target_rows": self.add("target_rows", (self.batch, *shape), dtype, "work") if copied else None,
+            "weight_rows": self.add("weight_rows", (self.batch,), "real", "work")
+            if copied and inputs.weighted
+            else None,
+            "dz": self.work(f"dz{net.layers}", outputs) if gradient else None,
+            "dslope": self.slope_gradient(last) if gradient else None,
+        }
+        if outputs <= self.traits.widest_fused_output:
+            layer = {**self.operands(last), **self.picked(last, rows="x_rows")}
+            self.call("linear_loss_grad", spec.kind, [self.product(last)], **layer, **operands)
+        else:
+            z = self.linear(last, f"z{net.layers}", {"activation": "identity"})
+            self.call("loss_grad", spec.kind, z=z, **operands)
+
+    def grad_input(self, layer: int) -> None:
+        """From dz of ``layer`` to dz of the layer before it."""
+        before, (inputs, outputs) = layer - 1, self.net.sizes[layer : layer + 2]
+        name, dropout = self.net.activations[before].name, self.dropout(before)
+        self.call(
+            "grad_input",
+            name,
+            [(self.batch, inputs, outputs)],
+            dz=Ref(f"dz{layer + 1}"),
+            w=self.weight(layer),
+            y=Ref(f"h{layer}"),
+            dz_prev=self.work(f"dz{layer}", inputs),
+            **self.activation(before),
+            z=Ref(f"z{layer}") if name in NEEDS_Z else None,
+            dslope=self.slope_gradient(before),
+            dropout=dropout,
+            counters=self.counters if dropout else None,
+            keep=Ref(f"keep{layer}") if dropout and self.traits.stores_masks else None,
+        )
+
+    def update(self, rule: UpdateRule) -> None:
+        """The gradients by the parameters and the update."""
+        step, places = self.step, self.step.layout.places
+        clock: dict[str, Any] = {"rule": rule, "counters": self.counters}
+        applied: dict[str, Any] = {"hyper": Ref("hyper"), "rates": Ref("rates")}
+        if not self.rules:
+            self.call("advance", "", **clock, **applied)
+            return
+        # models of one launch have the same calls, whatever their numbers
+        penalised = step.ridge is not None and (step.ridge.strength != 0.0 or self.traits.resident is not None)
+        clipped = step.scaled or rule.clip_norm is not None
+        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised
+        parts = 1
+        if not (whole or step.resident):
+            weights = sum(places[short].size for short in self.rules)
+            parts = min(step.most_parts, batch_parts(self.traits, self.batch, weights))
+        fused = rule.kind in self.traits.fused_updates and not whole and parts == 1
+        for short in self.rules:
+            shape = places[short].shape
+            if not fused:
+                self.add(f"d{short}", shape, "real", "gradient")
+            for index in self.states:
+                self.add(f"{short}.state{index}", shape, "real", "state")
+        gradients: dict[str, Any] = {
+            "layers": tuple(self.layer_gradient(layer, fused=fused) for layer in self.having("wb")),
+            "slopes": tuple(
+                {"dslope": Ref(f"dslope{layer}"), **self.tensor("s", layer, fused=fused)} for layer in self.having("s")
+            ),
+            **clock,
+        }
+        sizes = self.net.sizes
+        products = [(sizes[layer + 1], sizes[layer], self.batch) for layer in self.having("w")]
+        if fused:
+            self.call("grad_weight_update", rule.kind, products, **gradients, **applied)
+            return
+        # gradients that are changed before the update have another norm
+        normed = self.traits.norms_gradients and clipped and not (step.keep_gradients or penalised or step.resident)
+        common: dict[str, Any] = {"norm": self.add("norm", (1,), "float64", "work")} if normed else {}
+        if parts > 1:
+            common |= {"parts": parts, "part": step.layout.size}
+        self.call("grad_weight", f"in {parts} parts" if parts > 1 else "", products, **gradients, **common)
+        if penalised:
+            self.call(
+                "penalty",
+                "ridge",
+                layers=tuple({"w": Ref(f"w{layer}"), "dw": Ref(f"dw{layer}")} for layer in self.having("w")),
+                ridge=step.ridge,
+                shares=Ref("shares"),
+                counters=self.counters,
+                stats=Ref("stats"),
+            )
+        self.call(
+            "update",
+            rule.kind,
+            params=Ref("params"),
+            grads=Ref("grads"),
+            states=tuple(Ref(f"state{index}") for index in self.states),
+            segments=tuple(
+                Segment(places[short].offset, places[short].size, changes) for short, changes in self.rules.items()
+            ),
+            **applied,
+            **clock,
+            **common,
+            shadow=Ref("shadow") if self.mixed else None,
+            scaled=True if step.scaled else None,
+        )
+
+    def having(self, kinds: str) -> list[int]:
+        """The layers with a trained tensor of one of these kinds."""
+        return [layer for layer in range(self.net.layers) if any(f"{kind}{layer}" in self.rules for kind in kinds)]
+
+    def layer_gradient(self, layer: int, *, fused: bool) -> dict[str, Any]:
+        """One of the ``layers`` of the gradients by weights and biases."""
+        given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": Ref(f"h{layer}")}
+        if layer == 0:
+            given["x"] = self.gathered or self.x
+            if self.rows is not None and self.gathered is None:
+                given["rows"] = self.rows
+        return {**given, **self.tensor("w", layer, fused=fused), **self.tensor("b", layer, fused=fused)}
+
+    def tensor(self, kind: str, layer: int, *, fused: bool) -> dict[str, Any]:
+        """The operands of a tensor where its gradient is computed; ``fused``: and applied."""
+        short = f"{kind}{layer}"
+        names = (
+            ("grad", "param", "state", "rule") if kind == "s" else (f"d{kind}", kind, f"{kind}_state", f"{kind}_rule")
+        )
+        gradient, param, state, rule = names
+        if short not in self.rules:
+            return {param if fused else gradient: None}
+        if not fused:
+            return {gradient: Ref(f"d{short}")}
+        states = tuple(Ref(f"{short}.state{index}") for index in self.states)
+        found = {param: Ref(short), state: states, rule: self.rules[short]}
+        return {**found, "w_shadow": Ref(f"{short}.shadow")} if self.mixed and kind == "w" else found
+
+    def program(self) -> Program:
+        """The program of what was collected."""
+        trained, shorts = [*self.rules], tuple(self.step.layout.places)
+        arenas = {"params": shorts}
+        if self.step.rule is not None:
+            arenas["grads"] = tuple(f"d{short}" for short in trained)
+            for index in self.states:
+                arenas[f"state{index}"] = tuple(f"{short}.state{index}" for short in trained)
+            if self.mixed:
+                arenas["shadow"] = tuple(f"{short}.shadow" for short in trained if short[0] == "w")
+        step = self.step
+        return Program(
+            self.values,
+            tuple(self.calls),
+            arenas,
+            frozenset(trained),
+            step.real_bytes,
+            step.compute_bytes,
+            step.resident,
+        )

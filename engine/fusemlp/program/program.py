@@ -68,24 +68,21 @@ class Call:
     products: tuple[tuple[int, int, int], ...] = ()
 
     @cached_property
-    def _pairs(self) -> tuple[tuple[str, str], ...]:
-        return tuple(pair for operand, given in self.operands.items() for pair in _references(operand, given))
-
-    def references(self) -> Iterator[tuple[str, str]]:
+    def references(self) -> tuple[tuple[str, str], ...]:
         """Every (operand, value name); the operand as in ``Op.by_name``."""
-        return iter(self._pairs)
+        return tuple(pair for operand, given in self.operands.items() for pair in _references(operand, given))
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Names of the values that the call reads, each once."""
         unread = OPS[self.op].only_written if self.op in OPS else frozenset()
-        return _once(name for operand, name in self._pairs if operand not in unread)
+        return tuple(dict.fromkeys(name for operand, name in self.references if operand not in unread))
 
     @cached_property
     def writes(self) -> tuple[str, ...]:
         """Names of the values that the call writes, each once."""
         written = OPS[self.op].written if self.op in OPS else frozenset()
-        return _once(name for operand, name in self._pairs if operand in written)
+        return tuple(dict.fromkeys(name for operand, name in self.references if operand in written))
 
     @property
     def flops(self) -> int:
@@ -102,10 +99,6 @@ def _references(operand: str, given: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(given, Mapping):
         for key, inner in given.items():
             yield from _references(f"{operand}.{key}", inner)
-
-
-def _once(names: Iterator[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
 
 
 def resolve(given: Any, lookup: Callable[[str], Any]) -> Any:
@@ -126,6 +119,7 @@ class Structure:
     """
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         self._parts = (
             tuple(program.values.items()),
             tuple((call.op, _form(call.operands)) for call in program.calls),
@@ -227,8 +221,7 @@ class Program:
         return 1 if self.resident else len(self.calls)
 
     def __str__(self) -> str:
-        header = ("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")
-        rows = [header]
+        rows = [("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")]
         for index, call in enumerate(self.calls):
             rows.append(
                 (
@@ -241,15 +234,10 @@ class Program:
                     scaled(self.traffic(call)) + "B",
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        right = {0, 5, 6}
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column in right else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        # numbers to the right, words to the left
+        layout = "  ".join(f"{{:{'>' if column in (0, 5, 6) else '<'}{width}}}" for column, width in enumerate(widths))
+        lines = [layout.format(*row).rstrip() for row in rows]
         last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
         if self.resident:
             last = f"{len(self.calls)} calls, run as one loop over the steps: {last}"

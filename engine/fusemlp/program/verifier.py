@@ -6,7 +6,7 @@ read, updates every trainable tensor once and no other, and never keeps two valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fusemlp.program.program import ITEM_BYTES, KINDS, Call, Program, Ref
@@ -29,6 +29,7 @@ def verify(program: Program, places: Places | None = None) -> None:
             raise ProgramError(f"value {value.name!r}: unknown kind {value.kind!r}")
         if value.dtype not in ("real", "compute") and value.dtype not in ITEM_BYTES:
             raise ProgramError(f"value {value.name!r}: unknown element type {value.dtype!r}")
+    # M and n of the calls before
     common: dict[str, int] = {}
     for index, call in enumerate(program.calls):
         where = _where(index, call)
@@ -37,11 +38,15 @@ def verify(program: Program, places: Places | None = None) -> None:
         for operand in OPS[call.op].required:
             if operand not in call.operands:
                 raise ProgramError(f"{where}: operand {operand!r} is missing")
-        for _, name in call.references():
+        for _, name in call.references:
             for member in program.members(name):
                 if member not in program.values:
                     raise ProgramError(f"{where}: value {member!r} is not declared")
-        _check_shapes(program, call, where, common)
+        records = OPS[call.op].operands
+        _compare(program, call.operands, records, where, common)
+        for record in records:
+            for given in call.operands.get(record.name, ()) if record.fields else ():
+                _compare(program, given, record.fields, where, common)
     _check_order(program)
     _check_updates(program)
     if places is not None:
@@ -57,32 +62,20 @@ def _expand(program: Program, names: tuple[str, ...]) -> list[str]:
     return [member for name in names for member in program.members(name)]
 
 
-def _written(program: Program, call: Call) -> Iterator[tuple[str, str]]:
-    """Every (operand, value) that the call writes."""
-    written = OPS[call.op].written
-    for operand, name in call.references():
-        if operand in written:
-            for member in program.members(name):
-                yield operand, member
-
-
 def _check_order(program: Program) -> None:
     """Everything read was written before, once; what the caller gave is read and not written."""
-    defined = {
-        value.name
-        for value in program.values.values()
-        if value.kind in ("parameter", "state", "shadow", "data", "control")
-    }
+    defined = {value.name for value in program.values.values() if value.kind not in ("work", "gradient")}
     read: set[str] = set()
     writers: dict[str, int] = {}
     for index, call in enumerate(program.calls):
         where, op = _where(index, call), OPS[call.op]
-        read.update(_expand(program, call.reads))
         for name in _expand(program, call.reads):
+            read.add(name)
             if name not in defined:
                 raise ProgramError(f"{where}: reads {name!r}, which no call before it has written")
         own: set[str] = set()
-        for operand, name in _written(program, call):
+        written = [pair for pair in call.references if pair[0] in op.written]
+        for operand, name in ((operand, member) for operand, arena in written for member in program.members(arena)):
             kind, wanted = program.values[name].kind, op.by_name[operand].kind
             if kind == "data":
                 raise ProgramError(f"{where}: writes {name!r}, which belongs to the caller")
@@ -114,12 +107,11 @@ def _check_updates(program: Program) -> None:
             if name in updated:
                 raise ProgramError(f"{where}: reads {name!r} after call {updated[name]} has updated it")
         for name in writes:
-            if program.values[name].kind == "shadow":
-                updated[name] = index
-            if program.values[name].kind == "parameter":
-                # what of the arena an "update" changes is a matter of its segments
-                if name not in program.trainable and "segments" not in call.operands:
-                    raise ProgramError(f"{where}: updates {name!r}, which is frozen")
+            kind = program.values[name].kind
+            # what of the arena an "update" changes is a matter of its segments
+            if kind == "parameter" and name not in program.trainable and "segments" not in call.operands:
+                raise ProgramError(f"{where}: updates {name!r}, which is frozen")
+            if kind in ("parameter", "shadow"):
                 updated[name] = index
         if "counters" in writes:
             advanced.append(index)
@@ -196,21 +188,8 @@ def _check_segments(program: Program, places: Places) -> None:
             raise ProgramError(f"{where}: no segment updates {', '.join(missing)}")
 
 
-def _check_shapes(program: Program, call: Call, where: str, common: dict[str, int]) -> None:
-    """The shapes and element types of an op's operands agree; ``common`` holds M and n of the calls before."""
-    operands = OPS[call.op].operands
-    _compare(program, call.operands, operands, where, common)
-    for operand in operands:
-        for given in call.operands.get(operand.name, ()) if operand.fields else ():
-            _compare(program, given, operand.fields, where, common)
-
-
 def _compare(
-    program: Program,
-    operands: Mapping[str, Any],
-    records: tuple[Operand, ...],
-    where: str,
-    common: dict[str, int],
+    program: Program, operands: Mapping[str, Any], records: tuple[Operand, ...], where: str, common: dict[str, int]
 ) -> None:
     """Each letter has one size in all shapes that are given."""
     sizes = {**FIXED, **common}

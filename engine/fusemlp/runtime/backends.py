@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
-import numpy as np
-
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.philox import row_order as shuffled_rows
 from fusemlp_kernels.registry import TRAITS, availability
 from fusemlp_kernels.registry import backend as open_backend
 from fusemlp_kernels.registry import choose as first_available
-
-Array = np.ndarray[Any, Any]
 
 __all__ = ["TRAITS", "availability", "first_available", "one_blas_thread", "open_backend", "row_order", "torch_backend"]
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.program.layout import allocate
-from fusemlp.program.placement import placement
+from fusemlp.program.layout import allocate, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.plans import UNINTERRUPTED, resident_chunk

@@ -9,20 +9,33 @@ import os
 import secrets
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DivergenceError
 
-Array = np.ndarray[Any, Any]
 
-# Metadata of a file: the configuration of a checkpoint or of a model (``saving``), and the SHA-256 of the content.
-CONFIG, MODEL, DIGEST = "fusemlp", "fusemlp_model", "sha256"
-MEND = {
-    "checkpoint": "use another checkpoint of the run, or train again",
-    "model": "copy or save it again",
-}
+class FileKind(NamedTuple):
+    """A kind of file: its ``name``, the entry of the metadata with its configuration, and that one's version.
+
+    Errors name the ``writer`` of such files, and a ``mend`` for one that is broken.
+    """
+
+    name: str
+    entry: str
+    version: int
+    writer: str
+    mend: str
+
+
+CHECKPOINT = FileKind(
+    "checkpoint", "fusemlp", 2, "save_checkpoint", "use another checkpoint of the run, or train again"
+)
+MODEL = FileKind("model", "fusemlp_model", 1, "engine.save", "copy or save it again")
+# The entry with the SHA-256 of the content.
+DIGEST = "sha256"
 
 
 def target_file(path: str | Path) -> Path:
@@ -94,40 +107,45 @@ def digest_of(config: str, tensors: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def read_file(path: str | Path, kind: str, writer: str) -> tuple[dict[str, str], dict[str, Array]]:
-    """Return metadata and tensors of a safetensors file that should be a ``kind`` of file from ``writer``.
+def to_bytes(kind: FileKind, description: Mapping[str, Any], tensors: Mapping[str, Array], **entries: str) -> bytes:
+    """Return the content of a file with these tensors and ``entries`` of metadata beside its configuration."""
+    from safetensors.numpy import save
 
-    Raises CheckpointError.
-    """
+    config = json.dumps({"format": kind.version, **description})
+    return save({**tensors}, metadata={kind.entry: config, DIGEST: digest_of(config, tensors), **entries})
+
+
+def read_file(path: str | Path, kind: FileKind) -> tuple[dict[str, str], dict[str, Array]]:
+    """Return metadata and tensors of a safetensors file that should be of a kind. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     check_path(path)
+    expected = f"expected a file that {kind.writer} wrote"
     if os.path.exists(path) and not os.path.isfile(path):
-        what = what_it_is(path)
-        raise CheckpointError(f"path: {str(path)!r} is {what}; expected a file that {writer} wrote")
+        raise CheckpointError(f"path: {str(path)!r} is {what_it_is(path)}; {expected}")
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             names = file.keys()
             return metadata, {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
-        raise CheckpointError(f"path: there is no {kind} {str(path)!r}; expected a file that {writer} wrote") from error
+        raise CheckpointError(f"path: there is no {kind.name} {str(path)!r}; {expected}") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"path: {str(path)!r} is no readable {kind} ({error}); {MEND[kind]}") from error
+        raise CheckpointError(f"path: {str(path)!r} is no readable {kind.name} ({error}); {kind.mend}") from error
 
 
 def checked_config(
-    path: str | Path, metadata: Mapping[str, str], tensors: Mapping[str, Array], *, kind: str, version: int
+    path: str | Path, metadata: Mapping[str, str], tensors: Mapping[str, Array], kind: FileKind
 ) -> dict[str, Any]:
     """Return the configuration in ``metadata``; CheckpointError if it or the tensors were altered."""
-    text = metadata[CONFIG if kind == "checkpoint" else MODEL]
+    text = metadata[kind.entry]
     if digest_of(text, tensors) != metadata.get(DIGEST):
-        raise CheckpointError(f"path: {str(path)!r} is corrupted: its SHA-256 does not match; {MEND[kind]}")
+        raise CheckpointError(f"path: {str(path)!r} is corrupted: its SHA-256 does not match; {kind.mend}")
     config: dict[str, Any] = json.loads(text)
-    if config.get("format") != version:
+    if config.get("format") != kind.version:
         raise CheckpointError(
             f"path: {str(path)!r} has format {config.get('format')!r}, written by fusemlp {config.get('version')}; "
-            f"this version reads format {version}"
+            f"this version reads format {kind.version}"
         )
     return config
 

@@ -39,7 +39,8 @@ def new_arenas(
 class Memory:
     """The memory between steps: parameters, gradients, optimizer state, counters, all on the device.
 
-    ``arenas``: its arrays, those of ``new_arenas`` by default.
+    ``item_bytes``: bytes of a parameter; ``compute_bytes``: of what the matrix products read, where that is another
+    type. ``arenas``: its arrays, those of ``new_arenas`` by default.
     """
 
     def __init__(
@@ -49,63 +50,42 @@ class Memory:
         state_count: int,
         *,
         item_bytes: int,
-        mixed: bool = False,
+        compute_bytes: int | None = None,
         gradient_parts: int = 1,
         arenas: Mapping[str, Any] | None = None,
     ) -> None:
         self.backend = backend
+        self.real_bytes, self.compute_bytes = item_bytes, compute_bytes
+        mixed = compute_bytes is not None
         self.layout = layout.parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
         # the parts of a batch have their gradients behind one another
         self.gradient_parts = gradient_parts
-        given = arenas
-        if given is None:
-            given = new_arenas(backend, self.layout.size, state_count, mixed=mixed, gradient_parts=gradient_parts)
-        self.params = given["params"]
-        self.grads = given["grads"][: self.layout.size]
-        self.states = tuple(given[f"state{index}"] for index in range(state_count))
-        self.counters = given["counters"]
-        self.hyper = given["hyper"]
-        self.stats = given["stats"]
-        self.rates = given["rates"].reshape(-1, RATE_COLUMNS)
-        self.arrays: dict[str, Any] = {
-            "params": self.params,
-            "grads": self.grads,
-            "counters": self.counters,
-            "hyper": self.hyper,
-            "stats": self.stats,
-            "rates": self.rates,
-            **self.layout.views(backend, self.params),
-            **{f"d{name}": view for name, view in self.layout.views(backend, self.grads).items()},
-        }
-        for index, arena in enumerate(self.states):
-            self.arrays[f"state{index}"] = arena
-            for name, view in self.layout.views(backend, arena).items():
-                self.arrays[f"{name}.state{index}"] = view
-        self.shadow = given["shadow"] if mixed else None
-        if mixed:
-            self.arrays["shadow"] = self.shadow
-            for name, view in self.layout.views(backend, self.shadow).items():
-                self.arrays[f"{name}.shadow"] = view
-
-    @property
-    def arenas(self) -> dict[str, Any]:
-        """The flat arrays by name."""
-        names = (
-            "params",
-            "grads",
-            *(f"state{index}" for index in range(len(self.states))),
-            "counters",
-            "hyper",
-            "rates",
-            "stats",
-        )
-        found = {name: self.arrays[name] for name in names}
-        return found if self.shadow is None else {**found, "shadow": self.shadow}
+        size, rounded = self.layout.size, ["shadow"] if mixed else []
+        if arenas is None:
+            arenas = new_arenas(backend, size, state_count, mixed=mixed, gradient_parts=gradient_parts)
+        rates = arenas["rates"].reshape(-1, RATE_COLUMNS)
+        # the flat arrays by name
+        self.arenas: dict[str, Any] = {**arenas, "grads": arenas["grads"][:size], "rates": rates}
+        self.params, self.grads = self.arenas["params"], self.arenas["grads"]
+        self.counters, self.hyper, self.stats = arenas["counters"], arenas["hyper"], arenas["stats"]
+        self.rates, self.shadow = rates, arenas.get("shadow")
+        states = [f"state{index}" for index in range(state_count)]
+        self.states = tuple(arenas[name] for name in states)
+        views = self.layout.views
+        self.arrays: dict[str, Any] = {**self.arenas, **views(backend, self.params)}
+        self.arrays |= {f"d{name}": view for name, view in views(backend, self.grads).items()}
+        for arena in (*states, *rounded):
+            self.arrays |= {f"{name}.{arena}": view for name, view in views(backend, arenas[arena]).items()}
 
     def refresh_shadow(self) -> None:
         """Round the parameters into the shadow, after they were written from outside a step."""
         if self.shadow is not None:
             self.backend.copy_into(self.shadow, self.backend.to_host(self.params))
+
+
+def on_device(backend: Backend, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of a program on the device: x as the matrix products read it, the others as they are."""
+    return {name: backend.from_host(array, "compute" if name == "x" else None) for name, array in arrays.items()}
 
 
 class Workspace:

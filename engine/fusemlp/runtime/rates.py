@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.schedules import Schedule
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.clock import rate_table
 from fusemlp_kernels.contract import (
     BIAS_CORRECTION_1,
@@ -18,8 +19,6 @@ from fusemlp_kernels.contract import (
     Backend,
     UpdateRule,
 )
-
-Array = np.ndarray[Any, Any]
 
 
 class RateTable:

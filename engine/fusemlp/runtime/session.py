@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.schedules import Schedule
+from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Inputs, lower_training
@@ -40,17 +42,12 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import (
-    ArgumentTypeError,
-    DivergenceError,
-    ShapeError,
-)
+from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError, ShapeError
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
     from fusemlp.training.history import FitState, History
 
-Array = np.ndarray[Any, Any]
 
 # Steps between two checks of the loss scaling in ``step``: a check waits for the device.
 SCALING_CHECKS = 32
@@ -121,19 +118,18 @@ class Session(Predicting):
         self.backend = traits.name
         self.device = self._backend.device
         self.plan, self.plan_reason = choose_plan(plan, traits, self.network.sizes, self.batch_size, self.precision)
-        self._real_bytes = REAL_BYTES.get(self.precision, 4)
-        self._compute_bytes = COMPUTE_BYTES.get(self.precision)
         self._scaled = self.precision == "fp16"
-        self._real = np.dtype(np.float64 if self.precision == "fp64" else np.float32)
+        self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self._use_memory(None, None)
-        self._memory.hyper[RATE_SCALE] = 1.0
-        self._memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
+        self.memory.hyper[RATE_SCALE] = 1.0
+        self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         self._unchecked_steps = 0
         # the schedule of ``step``, which knows of no end
         self._step_schedule: Schedule | None = None
-        self._class_weight: Any | None = None
+        # the loss's class weights, on the device
+        self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
-            self._class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
+            self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
         self.history: History | None = None
         self.fit_state: FitState | None = None
         self.best_parameters: dict[str, Array] | None = None
@@ -141,38 +137,37 @@ class Session(Predicting):
         self.stop_training = False
 
     def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None) -> None:
-        self._memory = memory = Memory(
+        self.memory = memory = Memory(
             self.network,
             self._backend,
             self.optimizer.rule().state_count,
-            item_bytes=self._real_bytes,
-            mixed=self._compute_bytes is not None,
+            item_bytes=self._real.itemsize,
+            compute_bytes=COMPUTE_BYTES.get(self.precision),
             gradient_parts=batch_parts(self._backend.traits, self.batch_size, self.network.parameter_count),
             arenas=arenas,
         )
-        self._rates = RateTable(self._backend, self.optimizer.rule(), memory.hyper, memory.rates, memory.counters)
-        self._rates.schedule = schedule
+        # the learning rates of the updates to come, for those who launch steps
+        self.rates = RateTable(self._backend, self.optimizer.rule(), memory.hyper, memory.rates, memory.counters)
+        self.rates.schedule = schedule
         self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
-        self._inference = Inference(
-            self.network, self._memory, real_bytes=self._real_bytes, compute_bytes=self._compute_bytes
-        )
+        self._inference = Inference(self.network, memory)
         self._staged: dict[tuple[bool, bool], BoundProgram] = {}
 
     def move_into(self, arenas: Mapping[str, Any]) -> None:
-        """Keep what the engine keeps in these arrays from now on: flat ones like those of ``execution.new_arenas``."""
-        before = self._memory.arrays
+        """Keep what the engine keeps in these arrays from now on: flat ones like those of ``new_arenas``."""
+        before = self.memory.arrays
         for name, array in arenas.items():
             # the table of rates is filled again
             if name != "rates":
                 array[:] = before[name]
-        self._use_memory(arenas, self._rates.schedule)
+        self._use_memory(arenas, self.rates.schedule)
 
     @property
     def program(self) -> Program:
         """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
         return self.lower(
-            Inputs(self.batch_size, indexed=True, class_weighted=self._class_weight is not None),
+            Inputs(self.batch_size, indexed=True),
             self.loss.spec(accuracy=self.loss.is_classification),
             self.optimizer.rule(),
             self.batch_size,
@@ -190,7 +185,9 @@ class Session(Predicting):
         resident: bool = False,
         ridge: Ridge | None = None,
     ) -> Program:
-        """The program of a training step, or with ``resident`` of a loop over steps."""
+        """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights."""
+        if self.class_weight is not None:
+            inputs = replace(inputs, class_weighted=True)
         return lower_training(
             self.network,
             spec,
@@ -198,13 +195,13 @@ class Session(Predicting):
             self.optimizer.options_for,
             batch_size,
             self._backend.traits,
-            self._memory.layout,
+            self.memory.layout,
             inputs,
             seed=self.seed,
-            real_bytes=self._real_bytes,
-            compute_bytes=self._compute_bytes,
+            real_bytes=self.memory.real_bytes,
+            compute_bytes=self.memory.compute_bytes,
             scaled=self._scaled,
-            most_parts=self._memory.gradient_parts,
+            most_parts=self.memory.gradient_parts,
             keep_gradients=keep_gradients,
             resident=resident,
             ridge=ridge,
@@ -230,8 +227,8 @@ class Session(Predicting):
         epochs of this many batches, or over the data as the batch, with ``ridge`` as a penalty beside the loss.
         """
         arrays = dict(given)
-        if self._class_weight is not None:
-            arrays["class_weight"] = self._class_weight
+        if self.class_weight is not None:
+            arrays["class_weight"] = self.class_weight
         resident = resident_batches is not None
         if resident_batches is not None:
             allocate = self._backend.allocate
@@ -243,34 +240,19 @@ class Session(Predicting):
         program = self.lower(
             inputs, spec, rule, batch_size, keep_gradients=keep_gradients, resident=resident, ridge=ridge
         )
-        return BoundProgram(program, self._memory, self._workspace, arrays, plan=self.plan)
-
-    @property
-    def rates(self) -> RateTable:
-        """The learning rates of the updates to come, for those who launch steps."""
-        return self._rates
+        return BoundProgram(program, self.memory, self._workspace, arrays, plan=self.plan)
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
-        if self._rates.schedule is None:
-            self._rates.follow(self.optimizer.schedule.over(None))
-        return float(self._memory.hyper[LEARNING_RATE])
+        if self.rates.schedule is None:
+            self.rates.follow(self.optimizer.schedule.over(None))
+        return float(self.memory.hyper[LEARNING_RATE])
 
     @property
     def update_count(self) -> int:
         """The number of updates applied so far."""
-        return int(self._memory.counters[UPDATE_COUNT])
-
-    @property
-    def class_weight(self) -> Any | None:
-        """The loss's class weights on the device."""
-        return self._class_weight
-
-    @property
-    def memory(self) -> Memory:
-        """The arenas; for ``training`` and ``checkpoint``."""
-        return self._memory
+        return int(self.memory.counters[UPDATE_COUNT])
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
@@ -293,7 +275,7 @@ class Session(Predicting):
         if self._step_schedule is None:
             self._step_schedule = self.optimizer.schedule.over(None)
         bound = self._staged_program(targets.soft, weight is not None)
-        self._rates.cover(self._step_schedule, 1)
+        self.rates.cover(self._step_schedule, 1)
         copy = self._backend.copy_into
         arrays = bound.arrays
         arrays["counters"][ROW_STEP] = 0
@@ -313,23 +295,23 @@ class Session(Predicting):
     def check_scaling(self) -> None:
         """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""
         self._unchecked_steps = 0
-        skipped = int(self._memory.counters[SKIPPED_IN_A_ROW])
+        skipped = int(self.memory.counters[SKIPPED_IN_A_ROW])
         if skipped >= SKIPPED_LIMIT:
             raise DivergenceError(
                 f"loss: the gradients overflowed in {skipped} batches in a row, down to a loss scale of "
-                f"{float(self._memory.hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
+                f"{float(self.memory.hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
                 "precision='bf16' or 'fp32'"
             )
 
     @property
     def skipped_batches(self) -> int:
         """The number of batches that updated nothing, because their gradients overflowed in fp16."""
-        return int(self._memory.counters[SKIPPED])
+        return int(self.memory.counters[SKIPPED])
 
     def _staged_program(self, soft: bool, weighted: bool) -> BoundProgram:
         key = (soft, weighted)
         if key not in self._staged:
-            inputs = Inputs(self.batch_size, weighted=weighted, class_weighted=self._class_weight is not None)
+            inputs = Inputs(self.batch_size, weighted=weighted)
             spec = self.loss.spec(accuracy=False, soft=soft)
             # on a GPU the resident kernel is for many steps
             batches = 1 if self.plan == "resident" and self._backend.traits.on_host else None
@@ -343,32 +325,32 @@ class Session(Predicting):
 
     def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
         """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
-        arrays = self._memory.arrays
+        arrays = self.memory.arrays
         return {name: self._backend.to_host(arrays[f"{prefix}{short}{suffix}"]) for short, name in self._names.items()}
 
     def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
         """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there."""
         arena = suffix.removeprefix(".") or ("grads" if prefix else "params")
-        self._memory.arrays[arena][:] = 0.0
+        self.memory.arrays[arena][:] = 0.0
         for short, name in self._names.items():
-            self._backend.copy_into(self._memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
+            self._backend.copy_into(self.memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
         if not prefix and not suffix:
-            self._memory.refresh_shadow()
+            self.memory.refresh_shadow()
 
     def snapshot(self, into: dict[str, Array] | None = None) -> dict[str, Array]:
         """Host copies of all that a step changes, for ``restore``; ``into`` is one that may be overwritten."""
         old = into or {}
-        return {name: self._backend.to_host(self._memory.arrays[name], out=old.get(name)) for name in self._changing()}
+        return {name: self._backend.to_host(self.memory.arrays[name], out=old.get(name)) for name in self._changing()}
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
         """Go back to a ``snapshot`` of this engine."""
         for name in self._changing():
-            self._backend.copy_into(self._memory.arrays[name], snapshot[name])
-        self._memory.refresh_shadow()
-        self._rates.forget()
+            self._backend.copy_into(self.memory.arrays[name], snapshot[name])
+        self.memory.refresh_shadow()
+        self.rates.forget()
 
     def _changing(self) -> list[str]:
-        states = [f"state{index}" for index in range(len(self._memory.states))]
+        states = [f"state{index}" for index in range(len(self.memory.states))]
         # gradients outlive a step only where they are accumulated
         grads = ["grads"] if self.optimizer.accumulate > 1 else []
         return ["params", *grads, *states, "counters", "hyper", "stats"]

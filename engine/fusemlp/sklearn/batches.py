@@ -10,11 +10,13 @@ two last calls of a step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fusemlp.program.lowering import Inputs
+from fusemlp.runtime.bound import BoundProgram
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp_kernels.contract import (
@@ -31,69 +33,29 @@ from fusemlp_kernels.contract import (
 Array = np.ndarray[Any, Any]
 
 
-class Penalty:
-    """``alpha / 2`` times the sum of the squared weights, biases and slopes excluded, of the parameters in memory."""
-
-    def __init__(self, model: Model, alpha: float) -> None:
-        memory = model.engine.memory
-        layers = range(model.engine.network.layers)
-        self.alpha = alpha
-        self._weights = [memory.arrays[f"w{layer}"] for layer in layers] if alpha else []
-        self._gradients = [memory.arrays[f"dw{layer}"] for layer in layers] if alpha else []
-        self._on_host = isinstance(memory.params, np.ndarray)
-        if self._on_host:
-            # the host's matrices have no gaps between their rows; scratch memory saves an allocation a step
-            self._weights = [weight.reshape(-1) for weight in self._weights]
-            self._gradients = [gradient.reshape(-1) for gradient in self._gradients]
-            self._scratch = [np.empty_like(weight) for weight in self._weights]
-
-    def value(self) -> Any:
-        """Return a number, or a scalar on the device: reading that would wait."""
-        if self._on_host:
-            return 0.5 * self.alpha * sum(float(weight.dot(weight)) for weight in self._weights)
-        return 0.5 * self.alpha * sum((weight * weight).sum() for weight in self._weights)
-
-    def add_gradient(self, scale: float) -> None:
-        """Add ``scale * alpha * w`` to the gradients in memory."""
-        factor = scale * self.alpha
-        if self._on_host:
-            for weight, gradient, scratch in zip(self._weights, self._gradients, self._scratch, strict=True):
-                np.multiply(weight, factor, scratch)
-                np.add(gradient, scratch, gradient)
-            return
-        for weight, gradient in zip(self._weights, self._gradients, strict=True):
-            gradient += weight * factor
-
-
+@dataclass(eq=False)
 class Batches(ABC):
-    """X (n, K), targets and perhaps weights (n,) bound to a model; ``steps`` trains on them in the epoch loop.
+    """Data bound to a model; ``steps`` trains on them in the epoch loop.
 
-    ``constants`` (n,) are parts of the rows' losses that do not depend on the parameters.
+    ``data`` are x (n, K) and target. ``constants`` (n,) are parts of the rows' losses that do not depend on the
+    parameters.
     """
 
+    model: Model
+    objective: Objective
+    data: dict[str, Array]
+    weight: Array | None
+    constants: Array | None
+    alpha: float
+    batch_size: int
     # the most epochs of a launch
-    at_once = 1
+    at_once: int = 1
     steps: Any = None
 
-    def __init__(
-        self,
-        model: Model,
-        objective: Objective,
-        X: Array,
-        target: Array,
-        weight: Array | None,
-        *,
-        alpha: float,
-        batch_size: int,
-        constants: Array | None = None,
-    ) -> None:
-        self.model, self.objective = model, objective
-        self.weight, self.alpha, self.constants = weight, alpha, constants
-        self.n, self.batch_size = len(X), batch_size
-        self.starts = np.arange(0, self.n, batch_size)
-        self.batches = len(self.starts)
-        self.lengths = np.minimum(batch_size, self.n - self.starts)
-        self.data = {"x": X, "target": target}
+    def __post_init__(self) -> None:
+        self.n = len(self.data["x"])
+        self.starts = np.arange(0, self.n, self.batch_size)
+        self.lengths = np.minimum(self.batch_size, self.n - self.starts)
 
     def loss(self, stats: Array, order: Array) -> float:
         """Return the loss, penalty included, of an epoch with these statistics over the rows in ``order``."""
@@ -112,14 +74,16 @@ class Batches(ABC):
             return 0.0
         if self.weight is None:
             return self.objective.factor * float(self.constants.sum())
-        weight = self.weight[order].astype(np.float64)
-        sums = self._divisors(np.add.reduceat(weight, self.starts))
-        shares = np.add.reduceat(weight * self.constants[order], self.starts) / sums
-        return self.objective.factor * float((shares * self.lengths).sum())
+        parts = self._shares(order)[1] * self.constants[order] * np.repeat(self.lengths, self.lengths)
+        return self.objective.factor * float(parts.sum())
 
-    def _divisors(self, sums: Array) -> Array:
+    def _shares(self, order: Array) -> tuple[Array, Array]:
+        """Return the sum of each batch's weights, and each row's share of its batch's sum, in this order."""
+        assert self.weight is not None
+        weight = self.weight[order].astype(np.float64)
+        sums = np.add.reduceat(weight, self.starts)
         # a batch whose weights are all 0 has no loss
-        return np.where(sums == 0.0, np.inf, sums)
+        return sums, weight / np.repeat(np.where(sums == 0.0, np.inf, sums), self.lengths)
 
 
 class ResidentBatches(Batches):
@@ -128,14 +92,17 @@ class ResidentBatches(Batches):
     Without ``alone`` a launch of several models trains them, which sets ``steps``.
     """
 
-    def __init__(self, *data: Any, at_once: int = 1, alone: bool = True, **rules: Any) -> None:
-        super().__init__(*data, **rules)
+    def __init__(self, *data: Any, at_once: int, alone: bool) -> None:
+        super().__init__(*data)
         self.at_once = at_once
         if self.weight is not None:
             self.data["weight"] = self.weight.astype(self.model.dtype, copy=False)
         self.ridge = Ridge(self.alpha, 1.0 / self.objective.factor)
         if alone:
-            self.steps = self.model.bind_loop(self.batch_size, self.data, epochs=at_once, ridge=self.ridge)
+            model, inputs = self.model, Inputs(self.n, indexed=True, weighted=self.weight is not None)
+            loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "ridge": self.ridge}
+            given = model.on_device(self.data)
+            self.steps = model.engine.bind(inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
@@ -149,21 +116,37 @@ class CalledBatches(Batches):
 
     chunk = 1
 
-    def __init__(self, *data: Any, keep: bool = False, **rules: Any) -> None:
-        super().__init__(*data, **rules)
-        model = self.model
+    def __init__(self, *data: Any, keep: bool = False) -> None:
+        super().__init__(*data)
         self.steps = self
-        self.share = np.empty(self.n, model.dtype)
-        self.penalty = Penalty(model, self.alpha)
-        inputs = Inputs(self.n, indexed=True, weighted=True)
-        self.bound = model.bind(inputs, self.batch_size, {**self.data, "weight": self.share}, keep=keep)
+        self.share = np.empty(self.n, self.model.dtype)
+        self.bound = self._bound({**self.data, "weight": self.share}, keep)
         self.arrays = self.bound.arrays
+        memory = self.model.engine.memory
         # an earlier resident program has walked over longer lists of rows, and may not have reached their end
         for counter in (ROW_OFFSET, ROW_TOTAL, ROW_STEP):
-            model.engine.memory.counters[counter] = 0
+            memory.counters[counter] = 0
         *self.gradient_calls, self.update = self.bound.calls
+        layers = range(self.model.engine.network.layers if self.alpha else 0)
+        self._weights = [memory.arrays[f"w{layer}"] for layer in layers]
+        self._gradients = [memory.arrays[f"dw{layer}"] for layer in layers]
         self.sums = self.lengths.astype(np.float64)
         self._set_shares(np.arange(self.n))
+
+    def _bound(self, arrays: dict[str, Array], keep: bool) -> BoundProgram:
+        """Return the program of a step, whose gradients can be read before its last call."""
+        model, engine = self.model, self.model.engine
+        key = Inputs(self.n, indexed=True, weighted=True), self.batch_size
+        if keep and model.staged is not None and model.staged[0] == key:
+            bound = model.staged[1]
+        else:
+            given, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
+            bound = engine.bind(key[0], spec, model.rule, self.batch_size, given, keep_gradients=True)
+        if keep:
+            model.staged = key, bound
+            for name, array in arrays.items():
+                engine.memory.backend.copy_into(bound.arrays[name], array)
+        return bound
 
     def _set_shares(self, order: Array) -> None:
         """Set the factor of each row's loss in its batch when the rows are taken in this order."""
@@ -173,46 +156,59 @@ class CalledBatches(Batches):
             self.share[:] = factor / self.batch_size
             self.share[order[self.starts[-1] :]] = factor / self.sums[-1]
         else:
-            weight = self.weight[order]
-            self.sums = np.add.reduceat(weight, self.starts, dtype=np.float64)
-            self.share[order] = factor * weight / np.repeat(self._divisors(self.sums), self.lengths)
+            self.sums, shares = self._shares(order)
+            self.share[order] = factor * shares
         self.model.engine.memory.backend.copy_into(self.arrays["weight"], self.share)
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """Take the rows of an epoch in their order."""
-        assert first_batch == 0 and epochs == 1
+        assert epochs == 1
+        self._order, self._start = order, first_batch * size
+        self.bound.set_row_count(size)
         if self.weight is not None or self.n % size:
             self._set_shares(order)
-        self._order, self._batch = order, 0
         # the loss of the short last batch, and the penalties of all
         self._short, self._penalties = 0.0, 0.0
-        self.bound.set_row_count(size)
 
     def run_many(self, count: int) -> None:
-        """Train on the next ``count`` batches of the epoch."""
+        """Train on the next ``count`` batches."""
         with np.errstate(all="ignore"):
             for _ in range(count):
-                self._step(int(self.lengths[self._batch]), float(self.sums[self._batch]))
-                self._batch += 1
+                self.step(self._order[self._start : self._start + self.batch_size])
+                self._start += self.batch_size
 
-    def _step(self, length: int, total: float) -> None:
+    def copy(self, batch: Array) -> None:
+        """Make these the rows of the next step."""
+        rows, count = self.arrays["rows"], len(batch)
+        self.bound.backend.copy_into(rows[:count], batch)
+        if count < len(rows):
+            rows[count:] = -1
+            self.bound.set_row_count(count)
+
+    def step(self, batch: Array) -> None:
+        """Train on these rows, unless their weights are all 0."""
+        count, total = len(batch), float(self.sums[self._start // self.batch_size])
         if total == 0.0:
             return
-        memory, rows, penalty = self.model.engine.memory, self.arrays["rows"], self.penalty
-        start = self._batch * self.batch_size
-        memory.backend.copy_into(rows[:length], self._order[start : start + length])
-        if length < self.batch_size:
-            rows[length:] = -1
-            self.bound.set_row_count(length)
-        if penalty.alpha:
-            self._penalties = self._penalties + penalty.value() * (length / total)
+        self.copy(batch)
+        self._penalties = self._penalties + self.penalty() * (count / total)
         for call in self.gradient_calls:
             call()
-        if length < self.batch_size:
-            self._short = float(memory.stats[LAST_LOSS])
-        if penalty.alpha:
-            penalty.add_gradient(1.0 / total)
+        if count < self.batch_size:
+            self._short = float(self.model.engine.memory.stats[LAST_LOSS])
+        self.add_penalty_gradient(1.0 / total)
         self.update()
+
+    def penalty(self) -> Any:
+        """Return ``alpha / 2`` times the sum of the squared weights, on a device as a scalar there: reading waits."""
+        if isinstance(self.arrays["weight"], np.ndarray):
+            return 0.5 * self.alpha * sum(float(np.vdot(weight, weight)) for weight in self._weights)
+        return 0.5 * self.alpha * sum((weight * weight).sum() for weight in self._weights)
+
+    def add_penalty_gradient(self, scale: float) -> None:
+        """Add ``scale`` times the penalty's gradient to the gradients in memory."""
+        for weight, gradient in zip(self._weights, self._gradients, strict=True):
+            gradient += weight * (scale * self.alpha)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         whole = float(stats[LOSS_SUM]) - self._short
@@ -220,13 +216,13 @@ class CalledBatches(Batches):
 
     def loss_and_gradient(self) -> float:
         """Return the loss of all rows as one batch, and leave its gradient in memory."""
-        memory, order, total = self.model.engine.memory, np.arange(self.n), float(self.sums[0])
+        order, total = np.arange(self.n), float(self.sums[0])
         self.bound.set_row_count(self.n)
-        memory.backend.copy_into(self.arrays["rows"], order)
+        self.copy(order)
         with np.errstate(all="ignore"):
-            penalty = float(self.penalty.value()) / total
+            penalty = float(self.penalty()) / total
             for call in self.gradient_calls:
                 call()
-            self.penalty.add_gradient(1.0 / total)
-        data = float(memory.stats[LAST_LOSS]) + self._constant(order) / self.n
+            self.add_penalty_gradient(1.0 / total)
+        data = float(self.model.engine.memory.stats[LAST_LOSS]) + self._constant(order) / self.n
         return data / self.objective.reported_by + penalty

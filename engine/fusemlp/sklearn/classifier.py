@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.preprocessing import LabelBinarizer
-from sklearn.utils import column_or_1d, compute_sample_weight
+from sklearn.utils import compute_sample_weight
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
-from sklearn.utils.validation import validate_data
 
-from fusemlp.sklearn.base import Array, BaseMLP, keep_arguments
-from fusemlp.sklearn.settings import CONSTRAINTS, UNIT, Objective, classification_objective
+from fusemlp.describe.losses import BinaryCrossEntropy, CrossEntropy
+from fusemlp.sklearn.base import Array, BaseMLP, has_steps
+from fusemlp.sklearn.settings import CONSTRAINTS, UNIT, Objective
 
 
 def _fitted_binarizer(y: Array) -> LabelBinarizer:
@@ -37,34 +38,14 @@ def _binarizer_of(dtype: np.dtype[Any], classes: bytes) -> LabelBinarizer:
     return LabelBinarizer().fit(np.repeat(np.frombuffer(classes, dtype), 3))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class MLPClassifier(ClassifierMixin, BaseMLP):
     """A multi-layer perceptron for classes, or for several labels a row, that minimises the cross-entropy.
 
-    Parameters that scikit-learn has mean what they mean there: ``hidden_layer_sizes``, ``activation``, ``solver``
-    ("adam", "sgd", "lbfgs"), ``alpha``, ``batch_size``, ``learning_rate``, ``learning_rate_init``, ``power_t``,
-    ``max_iter``, ``shuffle``, ``random_state``, ``tol``, ``verbose``, ``warm_start``, ``momentum``,
-    ``nesterovs_momentum``, ``early_stopping``, ``validation_fraction``, ``beta_1``, ``beta_2``, ``epsilon``,
-    ``n_iter_no_change``, ``max_fun``. With the same ``random_state`` the initial parameters, the validation rows and
-    the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within rounding.
-
     Parameters
     ----------
-    activation : also "leaky_relu", "prelu", "gelu", "silu", "sigmoid" (another word for "logistic"), an ``Activation``
-        of fusemlp's, or a list with one of these for each hidden layer.
-    solver : also "adamw", whose decay ``alpha`` is decoupled: not divided by the batch, and no part of ``loss_``.
-    learning_rate : also a schedule of ``fusemlp.schedules``, for every solver but lbfgs, with its own rate in place of
-        ``learning_rate_init``. A schedule without a length of its own spans ``max_iter`` epochs.
-    dropout : float in [0, 1), or a list with one for each hidden layer. Not with lbfgs.
     class_weight : None, "balanced", or a dict from classes to weights, as in scikit-learn's other classifiers.
     label_smoothing : float in [0, 1). How much of a target is spread over all classes.
-    clip_norm : float or None. The gradient, penalty included, is scaled down to this norm. Not with lbfgs.
-    backend : "numpy", "auto" (the first that works of triton, cupy, numpy), or a name.
-    precision : "auto" (on NumPy the type of X, or fp64 with lbfgs; elsewhere fp32), or one that the backend has.
-    callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
-        data, val_score. Not with lbfgs.
-
-    Attributes beside scikit-learn's: ``learning_rate_`` is the rate of the next update, ``slopes_`` the learned slopes
-    of PReLU layers (only if there are any).
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -73,79 +54,30 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         "label_smoothing": [UNIT],
     }
     loss = "log_loss"
-    _stratifies = True
 
-    def __init__(
-        self,
-        hidden_layer_sizes: Any = (100,),
-        activation: Any = "relu",
-        *,
-        solver: str = "adam",
-        alpha: float = 0.0001,
-        batch_size: Any = "auto",
-        learning_rate: Any = "constant",
-        learning_rate_init: float = 0.001,
-        power_t: float = 0.5,
-        max_iter: int = 200,
-        shuffle: bool = True,
-        random_state: Any = None,
-        tol: float = 1e-4,
-        verbose: Any = False,
-        warm_start: bool = False,
-        momentum: float = 0.9,
-        nesterovs_momentum: bool = True,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-8,
-        n_iter_no_change: Any = 10,
-        max_fun: int = 15000,
-        dropout: Any = 0.0,
-        class_weight: Any = None,
-        label_smoothing: float = 0.0,
-        clip_norm: float | None = None,
-        backend: str = "numpy",
-        precision: str = "auto",
-        callbacks: Any = None,
-    ) -> None:
-        keep_arguments(self, locals())
+    class_weight: Any = None
+    label_smoothing: float = 0.0
 
-    def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
-        X, y = validate_data(
-            self,
-            X,
-            y,
-            accept_sparse=["csr", "csc"],
-            multi_output=True,
-            dtype=(np.float64, np.float32),
-            reset=reset,
-        )
-        if y.ndim == 2 and y.shape[1] == 1:
-            y = column_or_1d(y, warn=True)
+    def _encode(self, y: Array, fresh: bool) -> Array:
         # fit finds the classes; partial_fit keeps those it was given, and a warm start needs the same ones
-        if not hasattr(self, "classes_") or (not self.warm_start and not incremental):
+        if fresh:
             self._label_binarizer = _fitted_binarizer(y)
             self.classes_ = self._label_binarizer.classes_.copy()
-        elif self.warm_start and set(unique_labels(y)) != set(self.classes_):
+            return self._encoded(y)
+        if self.warm_start and set(unique_labels(y)) != set(self.classes_):
             raise ValueError(
                 "warm_start can only be used where `y` has the same classes as in the previous call to fit. Previously "
                 f"got {self.classes_}, `y` has {unique_labels(y)}"
             )
-        else:
-            self._check_classes(y)
-        return X, self._encoded(y)
+        return self._validate_targets(y)
 
     def _validate_targets(self, y: Any) -> Array:
-        self._check_classes(y)
-        return self._encoded(y)
-
-    def _check_classes(self, y: Any) -> None:
         classes = unique_labels(y)
         if len(np.setdiff1d(classes, self.classes_, assume_unique=True)):
             raise ValueError(
                 f"`y` has classes not in `self.classes_`. `self.classes_` has {self.classes_}. 'y' has {classes}."
             )
+        return self._encoded(y)
 
     def _encoded(self, y: Any) -> Array:
         """Return for each row and class, or label, whether it applies; two classes make one column."""
@@ -173,7 +105,10 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         return np.asarray(by_class if weight is None else by_class * weight)
 
     def _objective(self, outputs: int) -> Objective:
-        return classification_objective("softmax" if self._picks_one else "logistic", self.label_smoothing)
+        if not self._picks_one:
+            return Objective(BinaryCrossEntropy(reduction="sum"), out_activation="logistic")
+        loss = CrossEntropy(label_smoothing=self.label_smoothing, reduction="sum")
+        return Objective(loss, out_activation="softmax")
 
     def _targets(self, y: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
         if self._picks_one:
@@ -190,18 +125,9 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         right = predicted.reshape(len(truth), -1) == truth.reshape(len(truth), -1)
         return float(np.average(right.all(axis=1), weights=weight))
 
+    @available_if(has_steps)
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> MLPClassifier:
-        """Fit to X (n, K), dense or sparse, and the classes y (n,) or the labels (n, N) of the rows.
-
-        sample_weight: (n,). X_val, y_val: validation data; its score is recorded in ``validation_scores_`` after each
-        epoch and, with ``early_stopping``, decides in place of a part of X.
-        """
-        return self._fit(X, y, sample_weight, incremental=False, X_val=X_val, y_val=y_val)
-
-    @available_if(lambda estimator: estimator._check_solver())
-    @_fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> MLPClassifier:
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Self:
         """Train for one more epoch. ``classes``: all classes that will ever occur; the first call needs them."""
         if _check_partial_fit_first_call(self, classes):
             labels = y if type_of_target(y).startswith("multilabel") else classes

@@ -8,18 +8,19 @@ import numpy as np
 import scipy.optimize
 from sklearn.utils.optimize import _check_optimize_result
 
-from fusemlp.sklearn.batches import CalledBatches
-from fusemlp.sklearn.model import Model
+from fusemlp.sklearn.stochastic import SklearnPolicy
 
 Array = np.ndarray[Any, Any]
 
 
-def minimise(estimator: Any, model: Model, batches: CalledBatches) -> None:
+def minimise(policy: SklearnPolicy) -> None:
     """Minimise the loss of all rows (Liu and Nocedal, 1989); sets ``n_iter_`` and ``loss_``.
 
     Arena elements between the tensors have gradient zero, and so stay zero. Warns (ConvergenceWarning) if ``max_iter``
     or ``max_fun`` ended it.
     """
+    estimator, model = policy.estimator, policy.model
+    batches: Any = policy.batches
     memory = model.engine.memory
     backend = memory.backend
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
-from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp_kernels.contract import LossSpec, Ridge
 
 Array = np.ndarray[Any, Any]
 
@@ -45,29 +43,24 @@ class Model:
     """
 
     def __init__(
-        self,
-        network: MLP,
-        loss: Loss,
-        optimizer: Optimizer,
-        *,
-        schedule: Schedule,
-        rates: Rates,
-        seed: int,
-        backend: str,
-        precision: str,
+        self, network: MLP, loss: Loss, optimizer: Optimizer, schedule: Schedule, rates: Rates, **options: Any
     ) -> None:
         self.arguments = (network, loss, optimizer)
-        self.schedule, self.rule = schedule, optimizer.rule()
-        self.rates = rates
+        self.schedule, self.rates, self.options = schedule, rates, options
         self.plateau: PlateauState = PLATEAU_START
-        self.options: dict[str, Any] = {"seed": seed, "backend": backend, "precision": precision}
         self._start()
 
     def _start(self) -> None:
         network, loss, optimizer = self.arguments
+        self.rule = optimizer.rule()
         self.engine = Engine(network, loss, optimizer, **self.options)
         self.engine.rates.follow(self.schedule, 1.0)
-        self._staged: tuple[Any, BoundProgram] | None = None
+        # the type of the parameters on the host
+        self.dtype = np.dtype(np.float64 if self.engine.precision == "fp64" else np.float32)
+        # the loss of a launch of whole epochs
+        self.loop_loss = replace(loss.spec(accuracy=False), reduction="mean")
+        # the program of ``partial_fit``, with its inputs and batch size
+        self.staged: tuple[Any, BoundProgram] | None = None
         # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
 
@@ -75,20 +68,6 @@ class Model:
         """Return whether ``partial_fit`` can go on with this model."""
         mine = (*self.arguments[:2], self.options["backend"], self.options["precision"])
         return self.rates.kind != "none" and mine == (network, loss, backend, precision)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The type of the parameters on the host."""
-        return np.dtype(np.float64 if self.engine.precision == "fp64" else np.float32)
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the next update."""
-        return self.engine.learning_rate
-
-    def scale_rate(self, scale: float) -> None:
-        """Make the learning rate ``scale`` times what the schedule says."""
-        self.engine.rates.rescale(scale)
 
     def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
         """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
@@ -115,72 +94,24 @@ class Model:
         """True if a launch may take whole epochs."""
         return self.engine.plan == "resident"
 
-    @property
-    def loop_loss(self) -> LossSpec:
-        """The loss of a launch of whole epochs."""
-        return replace(self.engine.loss.spec(accuracy=False), reduction="mean")
+    def on_device(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """Return the arrays (x, target, perhaps weight) on the backend's device."""
+        from_host = self.engine.memory.backend.from_host
+        return {name: from_host(array, "compute" if name == "x" else None) for name, array in arrays.items()}
 
-    def bind_loop(self, batch_size: int, arrays: dict[str, Array], *, epochs: int, ridge: Ridge) -> BoundProgram:
-        """Up to ``epochs`` epochs over ``arrays`` (x, target, perhaps weight) as one program, where ``loops`` says that
-        there is one."""
-        engine = self.engine
-        to_device = engine.memory.backend.from_host
-        inputs = Inputs(len(arrays["x"]), indexed=True, weighted="weight" in arrays)
-        given = {name: to_device(array, "compute" if name == "x" else None) for name, array in arrays.items()}
-        return engine.bind(
-            inputs,
-            self.loop_loss,
-            self.rule,
-            batch_size,
-            given,
-            resident_batches=-(-inputs.rows // batch_size),
-            epochs=epochs,
-            ridge=ridge,
-        )
-
-    def bind(self, inputs: Inputs, batch_size: int, arrays: dict[str, Array], *, keep: bool) -> BoundProgram:
-        """A step of ``batch_size`` rows picked from ``arrays`` (x, target, weight), its gradients left to be read.
-
-        With ``keep`` the arrays are copied into memory of the program's, which stays for the next call of this form.
-        """
-        engine = self.engine
-        backend = engine.memory.backend
-        spec = engine.loss.spec(accuracy=False)
-        if not keep:
-            others = {name: backend.from_host(array) for name, array in arrays.items() if name != "x"}
-            given = {"x": backend.from_host(arrays["x"], "compute"), **others}
-            return engine.bind(inputs, spec, self.rule, batch_size, given, keep_gradients=True)
-        key = (inputs, batch_size)
-        if self._staged is None or self._staged[0] != key:
-            self._staged = (key, engine.bind(inputs, spec, self.rule, batch_size, {}, keep_gradients=True))
-        bound = self._staged[1]
-        for name, array in arrays.items():
-            backend.copy_into(bound.arrays[name], array)
-        return bound
-
-    def predict(self, X: Any) -> Array:
-        """``Engine.predict`` of dense or sparse rows: classes, or 0 and 1 for each label, or values."""
-        return self._by_blocks(self.engine.predict, X)
-
-    def predict_proba(self, X: Any) -> Array:
-        """``Engine.predict_proba`` of dense or sparse rows."""
-        return self._by_blocks(self.engine.predict_proba, X)
-
-    def _by_blocks(self, function: Any, X: Any) -> Array:
+    def ask(self, question: str, X: Any) -> Array:
+        """Return the engine's ``predict`` or ``predict_proba`` of dense or sparse rows."""
+        answer = getattr(self.engine, question)
         if not hasattr(X, "toarray"):
-            return np.asarray(function(X))
+            return np.asarray(answer(X))
         rows = max(1, DENSE_ELEMENTS // max(1, X.shape[1]))
         X = X.tocsr()
-        return np.concatenate([function(X[start : start + rows].toarray()) for start in range(0, X.shape[0], rows)])
+        return np.concatenate([answer(X[start : start + rows].toarray()) for start in range(0, X.shape[0], rows)])
 
     def __getstate__(self) -> dict[str, Any]:
         memory = self.engine.memory
-        return {
-            "arguments": self.arguments,
-            "schedule": self.schedule,
-            "rates": self.rates,
-            "plateau": self.plateau,
-            "options": self.options,
+        names = ("arguments", "schedule", "rates", "plateau", "options")
+        return {name: getattr(self, name) for name in names} | {
             "states": [self.engine.tensors(f".state{index}") for index in range(len(memory.states))],
             "counters": memory.backend.to_host(memory.counters),
             "hyper": memory.backend.to_host(memory.hyper),
@@ -188,9 +119,13 @@ class Model:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.arguments, self.rates = state["arguments"], state["rates"]
-        optimizer = self.arguments[2]
-        self.rule = optimizer.rule()
-        self.schedule = state["schedule"] if "schedule" in state else _of_release_0_1(optimizer, state["rule"])
+        if "schedule" in state:
+            self.schedule = state["schedule"]
+        else:
+            # release 0.1 pickled the schedule's lengths, in updates, with the rule
+            schedule = self.arguments[2].schedule
+            lengths = [name for name in ("warmup", "steps") if hasattr(schedule, name)]
+            self.schedule = replace(schedule, **{name: getattr(state["rule"].schedule, name) for name in lengths})
         self.plateau, self.options = state["plateau"], dict(state["options"])
         if availability().get(self.options["backend"]) is not None:
             exact = self.options["precision"] == "fp64"
@@ -202,19 +137,3 @@ class Model:
         memory.backend.copy_into(memory.counters, state["counters"])
         memory.backend.copy_into(memory.hyper, state["hyper"])
         self.engine.rates.forget()
-
-
-def _of_release_0_1(optimizer: Optimizer, rule: Any) -> Schedule:
-    """The schedule of a model that release 0.1 pickled: its lengths in updates stood in the rule."""
-    lengths = {name: getattr(rule.schedule, name) for name in ("warmup", "steps") if hasattr(optimizer.schedule, name)}
-    return replace(optimizer.schedule, **lengths)
-
-
-def dense(X: Any, dtype: np.dtype[Any]) -> Array:
-    """X (n, K), sparse or not, as the kernels want it."""
-    return np.require(X.toarray() if hasattr(X, "toarray") else X, dtype, ["C", "A"])
-
-
-def copies(arrays: Iterable[Any]) -> list[Any]:
-    """Copies of arrays; None stays None."""
-    return [None if array is None else array.copy() for array in arrays]

@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import joblib
 import numpy as np
-from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils import indexable
-from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 from threadpoolctl import threadpool_limits
 
 from fusemlp.fleet.memory import available_memory
 from fusemlp.fleet.threads import cores
-from fusemlp.sklearn.ahead import Task, TrainedAhead
+from fusemlp.sklearn.ahead import TrainedAhead
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # The most models of one launch: about two for each multiprocessor of a large card.
 MOST_AT_ONCE = 256
-
-
-class _Folds:
-    """Wraps a splitter, and keeps its folds and the rows that they split."""
-
-    def __init__(self, splitter: Any) -> None:
-        self.splitter = splitter
-        self.forget()
-
-    def forget(self) -> None:
-        """Let go of the rows: scikit-learn's search keeps its splitter."""
-        self.X, self.y = None, None
-        self.folds: list[Any] = []
-
-    def split(self, X: Any, y: Any = None, groups: Any = None) -> list[Any]:
-        """Return the indices (train, test) of each fold."""
-        self.X, self.y = X, y
-        self.folds = list(self.splitter.split(X, y, groups))
-        return self.folds
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "splitter":
-            raise AttributeError(name)
-        return getattr(self.splitter, name)
 
 
 class _FleetSearch(BaseSearchCV):
@@ -72,19 +46,20 @@ class _FleetSearch(BaseSearchCV):
         have and for a search without candidates.
         """
         estimator, cv = self.estimator, self.cv
-        spaces = _spaces(getattr(self, self._space))
-        _check(self._space, getattr(self, self._space), estimator, self._plain)
-        sharing = clone(estimator).set_params(memory=SharedFits()) if _shares(estimator, spaces) else None
-        folds = _Folds(check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator)))
-        self._params = params
+        spaces = _checked(self._space, getattr(self, self._space), estimator, self._plain)
+        sharing = None
+        if isinstance(estimator, Pipeline) and estimator.memory is None and not any("memory" in one for one in spaces):
+            sharing = clone(estimator).set_params(memory=SharedFits())
+        # splits may be given as an iterator, which can be read once
+        self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator))
+        self._given = X, y, params
         try:
-            self.estimator, self.cv = estimator if sharing is None else sharing, folds
+            self.estimator = estimator if sharing is None else sharing
             with joblib.parallel_config(backend="sequential"):
                 super().fit(X, y, **params)
         finally:
             self.estimator, self.cv = estimator, cv
-            del self._params
-            folds.forget()
+            del self._given
             if sharing is not None:
                 # the default scorer keeps the pipeline
                 sharing.memory = None
@@ -93,38 +68,32 @@ class _FleetSearch(BaseSearchCV):
         return self
 
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
-        # only newer releases have callbacks
+        # only newer releases have callbacks, and look for this name
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
         asked = -1 if self.n_jobs is None else self.n_jobs
         workers = asked if asked > 0 else max(1, cores() + 1 + asked)
 
-        def evaluate(candidates: Any, *others: Any, **named: Any) -> Any:
+        def evaluate(candidates: Any, **named: Any) -> Any:
             candidates = list(candidates)
             if asked == 1:
-                return evaluate_candidates(candidates, *others, **named)
-            most = asked if asked > 0 else None
-            with TrainedAhead(self._tasks(candidates), workers, lambda: most or _at_once(self.cv.X)):
-                return evaluate_candidates(candidates, *others, **named)
+                return evaluate_candidates(candidates, **named)
+            X, y = indexable(*self._given[:2])
+            routed = self._get_routed_params_for_fit(_check_method_params(X, params=self._given[2]))
+            folds = list(self.cv.split(X, y, **routed.splitter.split))
+
+            def task(candidate: Mapping[str, Any], train: Any) -> tuple[Any, Callable[[], object]]:
+                estimator = clone(self.estimator).set_params(**clone(candidate, safe=False))
+                params = _check_method_params(X, params=routed.estimator.fit, indices=train)
+                return _models(estimator, [])[0], partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
+
+            # scikit-learn's fits, in its order
+            tasks = (partial(task, candidate, train) for candidate in candidates for train, _ in folds)
+            with TrainedAhead(tasks, workers, lambda: asked if asked > 0 else _at_once(X)):
+                return evaluate_candidates(candidates, cv=check_cv(folds), **named)
 
         # the models have a core each; the refit, which comes later, has them all
         with threadpool_limits(1, user_api="blas"):
             super()._run_search(evaluate, **context)
-
-    def _tasks(self, candidates: Sequence[Mapping[str, Any]]) -> Iterator[Task]:
-        """Yield the fits of scikit-learn's search, in its order."""
-        X, y, fitted = self.cv.X, self.cv.y, self._params
-        if get_config()["enable_metadata_routing"]:
-            fitted = process_routing(self, "fit", **fitted).estimator.fit
-        fitted = {name: value for name, value in fitted.items() if name != "groups"}
-
-        def task(candidate: Mapping[str, Any], train: Any) -> tuple[Any, Callable[[], object]]:
-            estimator = clone(self.estimator).set_params(**clone(candidate, safe=False))
-            params = _check_method_params(X, params=fitted, indices=train)
-            return _last_step(estimator), partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
-
-        for candidate in candidates:
-            for train, _ in self.cv.folds:
-                yield partial(task, candidate, train)
 
 
 class FleetSearchCV(_FleetSearch, GridSearchCV):
@@ -157,19 +126,6 @@ class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
     _space, _plain = "param_distributions", "RandomizedSearchCV"
 
 
-def _spaces(given: Any) -> list[Mapping[str, Any]]:
-    """Return the mappings of a space; scikit-learn refuses anything else."""
-    several = [given] if isinstance(given, Mapping) else given
-    return [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
-
-
-def _last_step(estimator: Any) -> Any:
-    """Return the estimator that a pipeline, or a pipeline in it, ends in."""
-    while isinstance(estimator, Pipeline) and estimator.steps:
-        estimator = estimator.steps[-1][1]
-    return estimator
-
-
 def _values(name: str, spaces: list[Mapping[str, Any]]) -> list[Any]:
     """Return the listed values of a parameter; a distribution lists none."""
     values = [space[name] for space in spaces if name in space]
@@ -190,9 +146,13 @@ def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -
     return found
 
 
-def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
-    """Refuse estimators and names that cannot be trained, before any fit; ``plain`` is scikit-learn's own search."""
-    spaces = _spaces(given)
+def _checked(space: str, given: Any, estimator: Any, plain: str) -> list[Mapping[str, Any]]:
+    """Return the mappings of a space. Refuses estimators and names that cannot be trained, before any fit.
+
+    ``plain`` is scikit-learn's own search, which refuses a space that is no mapping or list of mappings.
+    """
+    several = [given] if isinstance(given, Mapping) else given
+    spaces = [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
     for model in _models(estimator, spaces):
         if not isinstance(model, BaseMLP):
             raise ArgumentTypeError(
@@ -213,6 +173,7 @@ def _check(space: str, given: Any, estimator: Any, plain: str) -> None:
             replaced = any(name.startswith(f"{step}__") for step in mapping)
             if name not in known and not replaced:
                 raise unknown_name(space, name, sorted(known))
+    return spaces
 
 
 def _at_once(X: Any) -> int:
@@ -225,9 +186,3 @@ def _at_once(X: Any) -> int:
         return MOST_AT_ONCE
     # the rows of the fold, and a copy of them
     return max(2, min(MOST_AT_ONCE, available // 2 // (2 * size)))
-
-
-def _shares(estimator: Any, spaces: list[Mapping[str, Any]]) -> bool:
-    """Return whether candidates may share steps of a pipeline without a ``memory`` of the user's."""
-    chosen = any("memory" in space for space in spaces)
-    return isinstance(estimator, Pipeline) and estimator.memory is None and not chosen

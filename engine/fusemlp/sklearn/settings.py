@@ -4,62 +4,94 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
-from sklearn.utils._param_validation import Interval, Options, StrOptions
+from sklearn.neural_network import MLPClassifier
+from sklearn.utils._param_validation import Interval, StrOptions
 
-from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
+from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
-from fusemlp.runtime.backends import TRAITS, first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")
 LOGISTIC = "logistic"
-REGRESSION_LOSSES = ("squared_error", "poisson", "absolute_error", "huber", "quantile")
 # scikit-learn allows a momentum of 1, the optimizers here only less: the two differ by half a rounding.
 LARGEST_MOMENTUM = float(np.nextafter(1.0, 0.0))
 
-_AT_LEAST_0 = Interval(Real, 0, None, closed="left")
-_ABOVE_0 = Interval(Real, 0, None, closed="neither")
-_COUNT = Interval(Integral, 1, None, closed="left")
 UNIT = Interval(Real, 0, 1, closed="left")
 
 CONSTRAINTS: dict[str, Any] = {
-    "hidden_layer_sizes": ["array-like", _COUNT],
+    **MLPClassifier._parameter_constraints,
     "activation": [StrOptions({*ACTIVATIONS, LOGISTIC}), Activation, list, tuple],
     "solver": [StrOptions({"lbfgs", *STOCHASTIC})],
-    "alpha": [_AT_LEAST_0],
-    "batch_size": [StrOptions({"auto"}), _COUNT],
-    "learning_rate": [StrOptions({"constant", "invscaling", "adaptive"}), Schedule],
-    "learning_rate_init": [_ABOVE_0],
-    "power_t": [_AT_LEAST_0],
-    "max_iter": [_COUNT],
-    "shuffle": ["boolean"],
-    "random_state": ["random_state"],
-    "tol": [_AT_LEAST_0],
-    "verbose": ["verbose"],
-    "warm_start": ["boolean"],
-    "momentum": [Interval(Real, 0, 1, closed="both")],
-    "nesterovs_momentum": ["boolean"],
-    "early_stopping": ["boolean"],
-    "validation_fraction": [UNIT],
-    "beta_1": [UNIT],
-    "beta_2": [UNIT],
-    "epsilon": [_ABOVE_0],
-    "n_iter_no_change": [_COUNT, Options(Real, {np.inf})],
-    "max_fun": [_COUNT],
+    "learning_rate": [*MLPClassifier._parameter_constraints["learning_rate"], Schedule],
     "dropout": [UNIT, list, tuple],
-    "clip_norm": [_ABOVE_0, None],
+    "clip_norm": [Interval(Real, 0, None, closed="neither"), None],
     "backend": [StrOptions({"auto", "numpy", "triton", "cupy"})],
     # fp16 keeps its gradients scaled, and the penalty is added to gradients
     "precision": [StrOptions({"auto", "fp32", "fp64", "tf32", "bf16"})],
     "callbacks": "no_validation",
 }
+
+
+@dataclass(eq=False, repr=False)
+class Parameters:
+    """The parameters of both estimators, scikit-learn's first; their documentation ends that of each estimator.
+
+    activation : also "leaky_relu", "prelu", "gelu", "silu", "sigmoid" (another word for "logistic"), an ``Activation``
+        of fusemlp's, or a list with one of these for each hidden layer.
+    solver : also "adamw", whose decay ``alpha`` is decoupled: not divided by the batch, and no part of ``loss_``.
+    learning_rate : also a schedule of ``fusemlp.schedules``, for every solver but lbfgs, with its own rate in place of
+        ``learning_rate_init``. A schedule without a length of its own spans ``max_iter`` epochs.
+    dropout : float in [0, 1), or a list with one for each hidden layer. Not with lbfgs.
+    clip_norm : float or None. The gradient, penalty included, is scaled down to this norm. Not with lbfgs.
+    backend : "numpy", "auto" (the first that works of triton, cupy, numpy), or a name.
+    precision : "auto" (on NumPy the type of X, or fp64 with lbfgs; elsewhere fp32), or one that the backend has.
+    callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
+        data, val_score. Not with lbfgs.
+
+    All other parameters mean what they mean in scikit-learn. With the same ``random_state`` the initial parameters, the
+    validation rows and the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within
+    rounding.
+
+    Attributes beside scikit-learn's: ``learning_rate_`` is the rate of the next update, ``slopes_`` the learned slopes
+    of PReLU layers (only if there are any).
+    """
+
+    hidden_layer_sizes: Any = (100,)
+    activation: Any = "relu"
+    _: KW_ONLY
+    solver: str = "adam"
+    alpha: float = 0.0001
+    batch_size: Any = "auto"
+    learning_rate: Any = "constant"
+    learning_rate_init: float = 0.001
+    power_t: float = 0.5
+    max_iter: int = 200
+    shuffle: bool = True
+    random_state: Any = None
+    tol: float = 1e-4
+    verbose: Any = False
+    warm_start: bool = False
+    momentum: float = 0.9
+    nesterovs_momentum: bool = True
+    early_stopping: bool = False
+    validation_fraction: float = 0.1
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-8
+    n_iter_no_change: Any = 10
+    max_fun: int = 15000
+    dropout: Any = 0.0
+    clip_norm: float | None = None
+    backend: str = "numpy"
+    precision: str = "auto"
+    callbacks: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,53 +108,34 @@ class Objective:
     out_activation: str = "identity"
 
 
-def classification_objective(out_activation: str, label_smoothing: float) -> Objective:
-    """Return the cross-entropy of a softmax, or of one logistic output for two classes or for each label."""
-    if out_activation == "softmax":
-        return Objective(CrossEntropy(label_smoothing=label_smoothing, reduction="sum"), out_activation=out_activation)
-    return Objective(BinaryCrossEntropy(reduction="sum"), out_activation=out_activation)
-
-
-def regression_objective(loss: str | Loss, outputs: int) -> Objective:
-    """Return the objective of a regression loss.
-
-    squared_error is scikit-learn's: half the square, summed over the outputs for the gradient, averaged in the report.
-    poisson sums over the outputs. The others, which scikit-learn does not have, are means over the outputs.
-    """
-    if loss == "squared_error":
-        return Objective(MSE(reduction="sum"), 0.5, outputs)
-    if loss == "poisson":
-        return Objective(Poisson(reduction="sum"), out_activation="exp")
-    if isinstance(loss, str):
-        loss = {"absolute_error": MAE(), "huber": Huber(), "quantile": Quantile()}[loss]
-    return Objective(replace(loss, reduction="sum"), 1.0 / outputs)
-
-
 def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
     """Return the widths of the hidden layers. Raises ValueError for one that is not above 0."""
-    several = isinstance(hidden_layer_sizes, Iterable)
-    widths = list(hidden_layer_sizes) if several else [hidden_layer_sizes]
+    widths = list(hidden_layer_sizes) if isinstance(hidden_layer_sizes, Iterable) else [hidden_layer_sizes]
     if any(width <= 0 for width in widths):
         raise ValueError(f"hidden_layer_sizes must be > 0, got {widths}.")
     return widths
 
 
-def hidden_activations(activation: Any, hidden: int) -> list[Activation]:
-    """Return an activation for each of ``hidden`` layers. Raises ValueError for a list of another length."""
-    several = isinstance(activation, list | tuple)
-    given = list(activation) if several else [activation] * hidden
-    if len(given) != hidden:
-        raise ValueError(f"activation must have one entry for each of the {hidden} hidden layers, got {activation!r}.")
-    return [as_activation("activation", "sigmoid" if one == LOGISTIC else one) for one in given]
-
-
 def network(sizes: list[int], activation: Any, dropout: Any) -> MLP:
-    """Return the network of these widths; the estimator draws its initial parameters."""
+    """Return the network of these widths; the estimator draws its initial parameters.
+
+    Raises ValueError for a list of activations or rates that does not fit the hidden layers.
+    """
     hidden = len(sizes) - 2
-    rates = list(dropout) if isinstance(dropout, list | tuple) else [dropout] * hidden
-    if len(rates) != hidden:
-        raise ValueError(f"dropout must have one entry for each of the {hidden} hidden layers, got {dropout!r}.")
-    return MLP(sizes, activation=hidden_activations(activation, hidden), dropout=rates, init="zeros")
+    names = ["sigmoid" if one == LOGISTIC else one for one in _for_each_layer("activation", activation, hidden)]
+    return MLP(
+        sizes,
+        activation=[as_activation("activation", one) for one in names],
+        dropout=_for_each_layer("dropout", dropout, hidden),
+        init="zeros",
+    )
+
+
+def _for_each_layer(name: str, given: Any, hidden: int) -> list[Any]:
+    several = list(given) if isinstance(given, list | tuple) else [given] * hidden
+    if len(several) != hidden:
+        raise ValueError(f"{name} must have one entry for each of the {hidden} hidden layers, got {given!r}.")
+    return several
 
 
 def optimizer(estimator: Any) -> Optimizer:
@@ -131,44 +144,16 @@ def optimizer(estimator: Any) -> Optimizer:
     The L2 penalty is not part of it: its strength depends on the batch. Only AdamW's decay, which scikit-learn does not
     have, is a constant: ``alpha``.
     """
-    schedule = estimator.learning_rate
+    schedule, clip_norm = estimator.learning_rate, estimator.clip_norm
     rate = schedule if isinstance(schedule, Schedule) else float(estimator.learning_rate_init)
     if estimator.solver in ("sgd", "lbfgs"):
         momentum = min(float(estimator.momentum), LARGEST_MOMENTUM)
-        return SGD(
-            rate,
-            momentum=momentum,
-            nesterov=bool(estimator.nesterovs_momentum) and momentum > 0.0,
-            convention="scikit-learn",
-            clip_norm=estimator.clip_norm,
-        )
-    betas = (float(estimator.beta_1), float(estimator.beta_2))
+        nesterov = bool(estimator.nesterovs_momentum) and momentum > 0.0
+        return SGD(rate, momentum=momentum, nesterov=nesterov, convention="scikit-learn", clip_norm=clip_norm)
+    options = {"betas": (float(estimator.beta_1), float(estimator.beta_2)), "eps": estimator.epsilon}
     if estimator.solver == "adam":
-        return Adam(rate, betas=betas, eps=estimator.epsilon, convention="scikit-learn", clip_norm=estimator.clip_norm)
-    return AdamW(
-        rate,
-        betas=betas,
-        eps=estimator.epsilon,
-        weight_decay=float(estimator.alpha),
-        decay_biases=False,
-        clip_norm=estimator.clip_norm,
-    )
-
-
-def chosen_backend(backend: str) -> str:
-    """Return the name of the backend; "auto" is the first that works here."""
-    return first_available() if backend == "auto" else backend
-
-
-def chosen_precision(precision: str, backend: str, dtype: Any, solver: str) -> str:
-    """Return the precision; "auto" is that of ``dtype``, and fp64 for lbfgs, whose line search needs exact differences.
-
-    A backend without fp64 takes fp32.
-    """
-    if precision != "auto":
-        return precision
-    exact = "fp64" in TRAITS[backend].precisions and (solver == "lbfgs" or dtype == np.float64)
-    return "fp64" if exact else "fp32"
+        return Adam(rate, **options, convention="scikit-learn", clip_norm=clip_norm)
+    return AdamW(rate, **options, weight_decay=float(estimator.alpha), decay_biases=False, clip_norm=clip_norm)
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:

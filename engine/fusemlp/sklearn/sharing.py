@@ -10,6 +10,8 @@ from typing import Any
 
 import joblib
 
+# raised for what cannot be pickled
+UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
 # The most bytes of transformed rows; beyond it the least recently used ones are dropped.
 LIMIT = 1 << 30
 
@@ -33,30 +35,21 @@ class SharedFits:
             counted = {name: value for name, value in named.items() if name not in ignored}
             try:
                 key = joblib.hash((function.__qualname__, arguments, counted))
-            except (pickle.PicklingError, AttributeError, TypeError):
-                # a step that cannot be pickled, such as one with a lambda, cannot be compared
+            except UNPICKLABLE:
+                # a step with a lambda, for example, cannot be compared
                 return function(*arguments, **named)
-            return self._result(key, lambda: function(*arguments, **named))
+            # the last entry is the one used last
+            rows, step = self._results.pop(key) if key in self._results else function(*arguments, **named)
+            self._results[key] = copy.deepcopy(rows), step
+            while len(self._results) > 1 and sum(_bytes(kept) for kept, _ in self._results.values()) > self.limit:
+                self._results.popitem(last=False)
+            return rows, step
 
         return call
-
-    def _result(self, key: str, compute: Callable[[], Any]) -> Any:
-        if key in self._results:
-            self._results.move_to_end(key)
-            rows, step = self._results[key]
-            return copy.deepcopy(rows), step
-        rows, step = compute()
-        self._results[key] = copy.deepcopy(rows), step
-        while len(self._results) > 1 and sum(_bytes(kept) for kept, _ in self._results.values()) > self.limit:
-            self._results.popitem(last=False)
-        return rows, step
 
     def __deepcopy__(self, memo: Any) -> SharedFits:
         # clones of the pipeline share the results
         return self
-
-    def __repr__(self) -> str:
-        return "SharedFits()"
 
 
 def _bytes(rows: Any) -> int:

@@ -14,8 +14,8 @@ from fusemlp.callbacks import deferred_interrupt
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.sklearn.batches import Batches
 from fusemlp.sklearn.model import Model
-from fusemlp.training import loop
-from fusemlp.training.history import FitState, History
+from fusemlp.training.history import FitState
+from fusemlp.training.loop import EpochLoop, Policy
 
 Array = np.ndarray[Any, Any]
 
@@ -33,43 +33,8 @@ class ValidationScore:
     weight: Array | None
     decides: bool
 
-    def of(self, estimator: Any, model: Model) -> float:
-        """Return the score of the model's predictions."""
-        return float(estimator._score_of(model.predict(self.X), self.truth, self.weight))
 
-
-@dataclass(frozen=True)
-class Ready:
-    """A fit whose arguments have been checked, before its first update."""
-
-    stochastic: bool
-    model: Model
-    batches: Batches
-    validation: ValidationScore | None
-    random_state: np.random.RandomState
-    callbacks: list[Any]
-
-
-def epoch_loop(estimator: Any, ready: Ready, *, incremental: bool = False) -> loop.EpochLoop[SklearnPolicy]:
-    """Return the loop of ``max_iter`` epochs, or of one if ``incremental``; it ends early when nothing improves.
-
-    The estimator's ``n_iter_``, ``t_``, ``loss_`` and the other accounts follow.
-    """
-    batches = ready.batches
-    state = FitState(0, 0, 1 if incremental else estimator.max_iter, total_updates=0, history=History())
-    return loop.EpochLoop(
-        ready.model.engine,
-        batches.steps,
-        SklearnPolicy(estimator, ready, state),
-        state,
-        batches.batch_size,
-        batches.batches,
-        batches.at_once,
-        ready.callbacks,
-    )
-
-
-def train(epochs: loop.EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
+def train(epochs: EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
     """Run the loop. Ctrl-C ends it after the batch with a warning; the parameters are kept."""
     try:
         with deferred_interrupt() as pressed:
@@ -84,7 +49,7 @@ def train(epochs: loop.EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
     epochs.finish(interrupted=False)
 
 
-def warn_unconverged(epochs: loop.EpochLoop[SklearnPolicy]) -> None:
+def warn_unconverged(epochs: EpochLoop[SklearnPolicy]) -> None:
     """Warn if all epochs were trained and the losses still improve."""
     estimator = epochs.policy.estimator
     if estimator.n_iter_ == estimator.max_iter and not (epochs.policy.converged or epochs.engine.stop_training):
@@ -96,32 +61,27 @@ def warn_unconverged(epochs: loop.EpochLoop[SklearnPolicy]) -> None:
         )
 
 
-def epochs_at_once(
-    estimator: Any, model: Model, rows: int, validation: ValidationScore | None, callbacks: list[Any]
-) -> int:
-    """Return the most epochs of ``rows`` rows in one launch: 1 if something runs between epochs."""
-    asked = validation is not None or bool(callbacks) or bool(estimator.verbose) or model.rates.kind == "invscaling"
-    epochs = int(min(estimator.max_iter, estimator.n_iter_no_change + 1))
-    return loop.epochs_at_once(model.engine, epochs, rows, asked=asked)
-
-
-def logged(validated: bool) -> list[str]:
-    """Return the names of an epoch's logs."""
-    return ["loss", "learning_rate", *(["val_score"] if validated else [])]
-
-
-class SklearnPolicy(loop.Policy):
+@dataclass(eq=False)
+class SklearnPolicy(Policy):
     """Decides for an estimator as scikit-learn does, and keeps its accounts.
 
     Training ends when more than ``n_iter_no_change`` epochs in a row do not improve the loss, or the validation score
-    with ``early_stopping``, by ``tol``. The order of the rows comes from ``random_state``.
+    with ``early_stopping``, by ``tol``. The order of the rows comes from ``random_state``. The estimator's ``n_iter_``,
+    ``t_``, ``loss_`` and the other accounts follow.
     """
 
-    def __init__(self, estimator: Any, ready: Ready, state: FitState) -> None:
-        self.estimator, self.state = estimator, state
-        self.model, self.batches, self.validation = ready.model, ready.batches, ready.validation
-        self.random_state, self.schedule = ready.random_state, self.model.schedule
-        self.converged = False
+    estimator: Any
+    model: Model
+    batches: Batches
+    state: FitState
+    validation: ValidationScore | None
+    random_state: np.random.RandomState
+    # coefs, intercepts and slopes with the best validation score
+    best: tuple[list[Array], list[Array], list[Any]] | None
+    converged: bool = False
+
+    def __post_init__(self) -> None:
+        self.schedule = self.model.schedule
         self._order = np.arange(self.batches.n)
         # of the epochs that have not ended
         self._orders: deque[Array] = deque()
@@ -130,7 +90,7 @@ class SklearnPolicy(loop.Policy):
     def begin(self) -> None:
         """Start the accounts of this call."""
         self.estimator.n_iter_ = 0
-        self.estimator.learning_rate_ = self.model.learning_rate
+        self.estimator.learning_rate_ = self.model.engine.learning_rate
 
     def wanted(self) -> int:
         """Return the epochs after which training may have converged, or 0 when it has."""
@@ -193,7 +153,8 @@ class SklearnPolicy(loop.Policy):
     def _score(self, validation: ValidationScore) -> None:
         """Record the validation score; if it decides, keep the best parameters so far."""
         estimator = self.estimator
-        score = validation.of(estimator, self.model)
+        predicted = self.model.ask("predict", validation.X)
+        score = float(estimator._score_of(predicted, validation.truth, validation.weight))
         estimator.validation_scores_.append(score)
         if estimator.verbose:
             print(f"Validation score: {score:f}")
@@ -203,7 +164,7 @@ class SklearnPolicy(loop.Policy):
         if score > best:
             estimator.best_validation_score_ = score
             if validation.decides:
-                estimator._best_parameters = self.model.parameters()
+                self.best = self.model.parameters()
 
     def _follow_rates(self, loss: float) -> None:
         """Set the next epoch's learning rate where it depends on the epoch."""
@@ -217,12 +178,12 @@ class SklearnPolicy(loop.Policy):
             self._scale_rate(model.plateau[2])
 
     def _scale_rate(self, scale: float) -> None:
-        self.model.scale_rate(scale)
-        self.estimator.learning_rate_ = self.model.learning_rate
+        self.model.engine.rates.rescale(scale)
+        self.estimator.learning_rate_ = self.model.engine.learning_rate
 
     def _stall(self, watched: str) -> None:
         """End training that has not improved for too long, or with "adaptive" lower the learning rate."""
-        estimator, rates, rate = self.estimator, self.model.rates, self.model.learning_rate
+        estimator, rates, rate = self.estimator, self.model.rates, self.model.engine.learning_rate
         said = (
             f"{watched} did not improve more than tol={estimator.tol:f} for {estimator.n_iter_no_change:d} "
             "consecutive epochs."

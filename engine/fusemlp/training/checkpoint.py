@@ -11,26 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import (
-    CONFIG,
+    CHECKPOINT,
     DIGEST,
     MODEL,
     check_finite,
     checked_config,
-    digest_of,
     read_file,
     target_file,
+    to_bytes,
     write_atomically,
 )
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
-
-Array = np.ndarray[Any, Any]
-
-FORMAT = 2
 
 
 def engine_content(engine: Session, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -39,17 +34,13 @@ def engine_content(engine: Session, extra: Mapping[str, Any] | None = None) -> d
     Tensors have the parameters' names and no padding of a backend, so that another backend can continue.
     """
     memory = engine.memory
-    tensors = _prefixed("parameter", engine.state_dict())
-    for index in range(len(memory.states)):
-        tensors |= _prefixed(f"state{index}", engine.tensors(f".state{index}"))
-    if engine.optimizer.accumulate > 1:
-        tensors |= _prefixed("gradient", engine.tensors("", "d"))
-    if engine.best_parameters is not None:
-        tensors |= _prefixed("best", engine.best_parameters)
+    kinds = {kind: engine.tensors(*place) for kind, place in _kinds(engine).items()}
+    kinds["best"] = engine.best_parameters or {}
+    tensors = {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
     for name in ("counters", "hyper", "stats"):
         tensors[name] = memory.backend.to_host(memory.arrays[name])
     config = {
-        "format": FORMAT,
+        "format": CHECKPOINT.version,
         **engine.description(),
         "backend": engine.backend,
         "plan": engine.plan,
@@ -60,8 +51,11 @@ def engine_content(engine: Session, extra: Mapping[str, Any] | None = None) -> d
     return {"config": config, "tensors": tensors}
 
 
-def _prefixed(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
+def _kinds(engine: Session) -> dict[str, tuple[str, str]]:
+    """Return the kinds of tensors of the training, each with its arguments of ``Session.tensors``."""
+    states = {f"state{index}": (f".state{index}", "") for index in range(len(engine.memory.states))}
+    gradients = {"gradient": ("", "d")} if engine.optimizer.accumulate > 1 else {}
+    return {"parameter": ("", ""), **states, **gradients}
 
 
 def _of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -76,13 +70,9 @@ def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str,
     if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
         # The bits of later steps depend on the plan.
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
-    engine.write_tensors(_of_kind("parameter", tensors), "")
+    for kind, place in _kinds(engine).items():
+        engine.write_tensors(_of_kind(kind, tensors), *place)
     memory = engine.memory
-    for index in range(len(memory.states)):
-        engine.write_tensors(_of_kind(f"state{index}", tensors), f".state{index}")
-    gradients = _of_kind("gradient", tensors)
-    if gradients:
-        engine.write_tensors(gradients, "", "d")
     for name in ("counters", "hyper", "stats"):
         # Older checkpoints have fewer statistics.
         memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
@@ -103,14 +93,10 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
     Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
     longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
     """
-    from safetensors.numpy import save
-
     target = target_file(path)
     content = engine_content(engine, _checked_extra(extra))
-    tensors = content["tensors"]
-    check_finite(_of_kind("parameter", tensors), "checkpoint")
-    config = json.dumps(content["config"])
-    write_atomically(target, save(tensors, metadata={CONFIG: config, DIGEST: digest_of(config, tensors)}))
+    check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
+    write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -128,21 +114,18 @@ def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def read_content(path: str | Path) -> dict[str, Any]:
     """Return the checked content of a checkpoint, as from ``engine_content``. Raises CheckpointError."""
-    metadata, tensors = read_file(path, "checkpoint", "save_checkpoint")
-    if MODEL in metadata:
+    metadata, tensors = read_file(path, CHECKPOINT)
+    if MODEL.entry in metadata:
         raise CheckpointError(
             f"path: {str(path)!r} is a model that engine.save wrote, without the state of its training, and no "
             "checkpoint; use fusemlp.load(path)"
         )
-    if CONFIG not in metadata or DIGEST not in metadata:
+    if CHECKPOINT.entry not in metadata or DIGEST not in metadata:
         raise CheckpointError(
             f"path: {str(path)!r} is a safetensors file, but no checkpoint of fusemlp; for parameters alone use "
             "load_state_dict(safetensors.numpy.load_file(path))"
         )
-    return {
-        "config": checked_config(path, metadata, tensors, kind="checkpoint", version=FORMAT),
-        "tensors": tensors,
-    }
+    return {"config": checked_config(path, metadata, tensors, CHECKPOINT), "tensors": tensors}
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import numpy as np
 
 from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.checks import as_count, check_flag
-from fusemlp.inputs.arrays import to_array
+from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
+from fusemlp.runtime.memory import on_device
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
@@ -20,10 +21,8 @@ from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
-    from fusemlp.inputs.targets import Targets
+    from fusemlp.inputs.targets import Examples, Targets
     from fusemlp.runtime.session import Session
-
-Array = np.ndarray[Any, Any]
 
 
 def fit(
@@ -64,26 +63,23 @@ def fit(
     epochs = as_count("epochs", epochs, minimum=1)
     for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
         check_flag(argument, flag)
-    features = engine.features("X", X)
-    targets = engine.targets("y", y, rows=len(features))
-    weight = engine.weights("sample_weight", sample_weight, rows=len(features))
+    data = engine.examples(X, y, sample_weight)
+    count = len(data.X)
     validation = checked_validation(engine, validation_data)
     patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
     if patience is not None and validation is None:
         raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
     listeners = checked_callbacks(callbacks)
-    announce(listeners, _logged(engine, targets, validation), epochs)
-    if drop_last and len(features) < engine.batch_size:
+    announce(listeners, _logged(engine, data.targets, validation), epochs)
+    if drop_last and count < engine.batch_size:
         raise ArgumentError(
-            f"drop_last: {len(features)} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
+            f"drop_last: {count} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
         )
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
     loop = fit_checked(
         engine,
-        features,
-        targets,
-        weight,
+        data,
         epochs=epochs,
         validation=validation,
         patience=patience,
@@ -91,10 +87,10 @@ def fit(
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None else 1,
         callbacks=listeners,
-        order=_order(len(features), shuffle, row_order, first_epoch),
+        order=_order(count, shuffle, row_order, first_epoch),
         resume=resume,
     )
-    _warn(engine, features, targets, epochs * loop.batches)
+    _warn(engine, data, epochs * loop.batches)
     with exits(listeners, engine):
         return loop.run()
 
@@ -103,15 +99,13 @@ def _logged(engine: Session, targets: Targets, validation: Validation | None) ->
     """Return the names of an epoch's logs, in their order."""
     names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
     if validation is not None:
-        names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.targets) else [])]
+        names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.data.targets) else [])]
     return [*names, "learning_rate"]
 
 
 def fit_checked(
     engine: Session,
-    X: Any,
-    targets: Targets,
-    weight: Any | None,
+    data: Examples,
     *,
     epochs: int,
     validation: Validation | None,
@@ -124,15 +118,14 @@ def fit_checked(
     order: Callable[[int], Array] | None = None,
     resume: bool = False,
 ) -> EpochLoop[FitPolicy]:
-    """Return the loop of a ``fit`` of arrays that have been checked, on ``rows`` (m,) int64 of X if given.
+    """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
     ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. ``order`` is a function from the
     epoch to the rows; by default their order depends on the seed.
     """
-    count = len(X) if rows is None else len(rows)
+    count = len(data.X) if rows is None else len(rows)
     batch_size = min(engine.batch_size, count)
-    whole, rest = divmod(count, batch_size)
-    batches = whole + (1 if rest and not drop_last else 0)
+    batches = count // batch_size if drop_last else -(-count // batch_size)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
 
     def by_seed(epoch: int) -> Array:
@@ -141,27 +134,24 @@ def fit_checked(
 
     policy = FitPolicy(
         engine,
-        X,
+        data.X,
         state,
-        engine.loss.spec(accuracy=engine.counts_hits(targets), soft=targets.soft),
+        engine.spec_for(data.targets),
         by_seed if order is None else order,
         last_epoch=(state.history.epochs[0] if state.history.epochs else state.epoch) + epochs,
         validation=validation,
         patience=patience,
-        best=engine.best_parameters if resume else None,
+        resumes=resume,
     )
     resident = engine.plan == "resident"
     if at_once is None:
         at_once = epochs_at_once(engine, epochs, count, asked=validation is not None or bool(callbacks) or not resident)
     if bound is None:
         backend = engine.memory.backend
-        given = {"x": backend.from_host(X, "compute"), "target": backend.from_host(targets.values)}
+        given = on_device(backend, data.arrays)
         given["rows"] = backend.allocate(at_once * batches * batch_size, "int64")
-        if weight is not None:
-            given["weight"] = backend.from_host(weight)
-        classes = engine.loss.class_weight is not None
         bound = engine.bind(
-            Inputs(len(X), indexed=True, weighted=weight is not None, class_weighted=classes),
+            Inputs(len(data.X), indexed=True, weighted=data.weight is not None),
             policy.spec,
             policy.rule,
             batch_size,
@@ -178,12 +168,12 @@ def checked_validation(engine: Session, given: Any, *, common: bool = False) -> 
         return None
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise ArgumentTypeError(f"validation_data: expected (X, y) or (X, y, sample_weight), got {_described(given)}")
-    X = engine.features("validation_data[0]", given[0])
-    targets = engine.targets("validation_data[1]", given[1], rows=len(X))
-    weight = engine.weights("validation_data[2]", given[2] if len(given) == 3 else None, rows=len(X))
+    weight = given[2] if len(given) == 3 else None
+    names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
+    data = engine.examples(given[0], given[1], weight, names)
     # the loss refuses here, not at the end of the first epoch
-    engine.loss.spec(accuracy=False, soft=targets.soft)
-    return Validation(X, targets, weight, common)
+    engine.loss.spec(accuracy=False, soft=data.targets.soft)
+    return Validation(data, common)
 
 
 def _described(given: Any) -> str:
@@ -215,19 +205,19 @@ def _order(n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int
     return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
 
 
-def _warn(engine: Session, X: Any, targets: Targets, batches: int) -> None:
-    if engine.optimizer.accumulate > batches:
-        warnings.warn(
-            f"accumulate: an update takes {engine.optimizer.accumulate} batches and this fit has only {batches}: "
-            "it may end without one; train for more epochs or lower accumulate",
-            stacklevel=4,
+def _warn(engine: Session, data: Examples, batches: int) -> None:
+    rows, accumulate, labels = len(data.X), engine.optimizer.accumulate, data.targets.values
+    found = []
+    if accumulate > batches:
+        found.append(
+            f"accumulate: an update takes {accumulate} batches and this fit has only {batches}: it may end without "
+            "one; train for more epochs or lower accumulate"
         )
-    if engine.batch_size > len(X):
-        warnings.warn(
-            f"batch_size: {engine.batch_size} is more than the {len(X)} rows of X; batches of {len(X)} are used",
-            stacklevel=4,
-        )
-    if engine.loss.kind == "cross_entropy" and not targets.soft and len(X) > 1:
-        labels = engine.on_host(targets.values)
+    if engine.batch_size > rows:
+        found.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
+    if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1:
+        labels = engine.on_host(labels)
         if np.all(labels == labels[0]):
-            warnings.warn(f"y: every label is {labels[0]}; a classifier needs examples of two classes", stacklevel=4)
+            found.append(f"y: every label is {labels[0]}; a classifier needs examples of two classes")
+    for message in found:
+        warnings.warn(message, stacklevel=3)

@@ -16,6 +16,7 @@ import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL
 from fusemlp_kernels.errors import DivergenceError
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
     from fusemlp.training.history import FitState, History
 
-Array = np.ndarray[Any, Any]
 
 # Most rows in one launch of the resident plan when nothing runs between epochs.
 ROWS_AT_ONCE = 1 << 17

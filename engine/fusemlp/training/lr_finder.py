@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number
-from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
 from fusemlp.describe.schedules import Exponential
 from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.targets import Targets
+from fusemlp.inputs.targets import Examples
 from fusemlp.report.plots import draw, sweep_figure
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
@@ -77,35 +77,24 @@ def lr_find(
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
-    features = engine.on_host(engine.features("X", X))
-    targets = engine.targets("y", y, rows=len(features))
-    targets = targets._replace(values=engine.on_host(targets.values))
-    weight = engine.weights("sample_weight", sample_weight, rows=len(features))
-    weight = None if weight is None else engine.on_host(weight)
+    data = engine.examples(X, y, sample_weight).map(engine.on_host)
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = Session(
         engine.network,
         loss=engine.loss,
-        optimizer=with_rate(engine.optimizer, Exponential(start, gamma=gamma)),
-        batch_size=min(engine.batch_size, len(features)),
+        optimizer=replace(engine.optimizer, lr=Exponential(start, gamma=gamma)),
+        batch_size=min(engine.batch_size, len(data.X)),
         seed=engine.seed,
         backend=engine.backend,
         device=engine.device,
         precision=engine.precision,
     )
     copy.load_state_dict(engine.state_dict())
-    rates, losses = sweep(copy, features, targets, weight, steps=steps)
+    rates, losses = sweep(copy, data, steps=steps)
     return LearningRateSweep(tuple(rates), tuple(losses), steepest(rates, losses), len(rates) == steps)
 
 
-def with_rate(optimizer: Optimizer, schedule: Exponential) -> Optimizer:
-    """Return the optimizer with another learning rate."""
-    return optimizer_from_config({**optimizer.to_config(), "lr": schedule.to_config()})
-
-
-def sweep(
-    engine: Session, X: Array, targets: Targets, weight: Array | None, *, steps: int
-) -> tuple[list[float], list[float]]:
+def sweep(engine: Session, data: Examples, *, steps: int) -> tuple[list[float], list[float]]:
     """Return the rate and the smoothed loss of each update, until the end or until the loss blows up.
 
     Raises DivergenceError if it blows up at once.
@@ -114,14 +103,14 @@ def sweep(
     losses: list[float] = []
     average = 0.0
     accumulate = engine.optimizer.accumulate
-    batches = _batches(len(X), engine.batch_size, engine.seed)
+    batches = _batches(len(data.X), engine.batch_size, engine.seed)
     for step in range(steps):
         rate = engine.learning_rate
         loss = 0.0
         # An update may take several batches.
         for rows in itertools.islice(batches, accumulate):
-            found = engine.step(X[rows], targets.values[rows], None if weight is None else weight[rows])
-            loss += float(found) / accumulate
+            batch = data.map(operator.itemgetter(rows))
+            loss += float(engine.step(batch.X, batch.targets.values, batch.weight)) / accumulate
         # Correct the average for its start from zero, as in Adam.
         average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
         smoothed = average / (1.0 - SMOOTHING ** (step + 1))

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.inference import metrics_of
 from fusemlp.training.loop import Policy
 from fusemlp_kernels.errors import DivergenceError
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from fusemlp.training.validation import Validation
     from fusemlp_kernels.contract import LossSpec
 
-Array = np.ndarray[Any, Any]
 
 # Larger features are not standardised, and then the loss of most networks overflows.
 LARGE_FEATURE = 100.0
@@ -29,7 +27,7 @@ LARGE_FEATURE = 100.0
 class FitPolicy(Policy):
     """Decides as ``fit`` documents it for ``engine``, which trains on X (n, K) up to epoch ``last_epoch``.
 
-    ``rows`` is a function from the epoch to its rows. ``best`` are the best parameters so far.
+    ``rows`` is a function from the epoch to its rows. With ``resumes`` the engine's best parameters are this fit's.
     """
 
     rewinds: ClassVar[bool] = True
@@ -42,7 +40,7 @@ class FitPolicy(Policy):
     last_epoch: int
     validation: Validation | None
     patience: int | None
-    best: dict[str, Array] | None
+    resumes: bool
 
     def __post_init__(self) -> None:
         self.rule = self.engine.optimizer.rule()
@@ -55,7 +53,8 @@ class FitPolicy(Policy):
         state.last_epoch = self.last_epoch
         state.history.stopped = ""
         engine.fit_state = state
-        engine.best_parameters = self.best
+        if not self.resumes:
+            engine.best_parameters = None
         engine.rates.follow(self.schedule, state.plateau[2])
 
     def wanted(self) -> int:
@@ -86,14 +85,13 @@ class FitPolicy(Policy):
             if self._validate is not None:
                 state.history.best_epoch = state.epoch
                 if self.patience is not None:
-                    self.best = engine.state_dict()
+                    engine.best_parameters = engine.state_dict()
         else:
             state.waited += 1
         if isinstance(self.schedule, ReduceOnPlateau):
             state.plateau = plateau_step(self.schedule, state.plateau, watched)
             engine.rates.rescale(state.plateau[2])
         engine.epochs_trained = state.epoch + 1
-        engine.best_parameters = self.best
         return logs
 
     def divergence(self, rate: float) -> DivergenceError:
@@ -118,6 +116,5 @@ class FitPolicy(Policy):
             state.history.stopped = f"interrupted {place}"
         elif engine.stop_training:
             state.history.stopped = "a callback stopped the training"
-        if self.patience is not None and self.best is not None and not interrupted:
-            engine.write_tensors(self.best, "")
-        engine.best_parameters = self.best
+        if self.patience is not None and engine.best_parameters is not None and not interrupted:
+            engine.write_tensors(engine.best_parameters, "")

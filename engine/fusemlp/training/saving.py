@@ -8,25 +8,23 @@ counters, history) is in a checkpoint only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from fusemlp.runtime.files import (
-    CONFIG,
+    CHECKPOINT,
     DIGEST,
     MODEL,
     check_finite,
     checked_metadata,
-    digest_of,
     target_file,
+    to_bytes,
     write_atomically,
 )
 from fusemlp.runtime.session import Session
 
-FORMAT = 1
 # "format" tells other readers that names and layouts are torch's.
-RESERVED = {MODEL, DIGEST, CONFIG, "format"}
+RESERVED = {MODEL.entry, DIGEST, CHECKPOINT.entry, "format"}
 
 
 def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -43,11 +41,7 @@ def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | Non
 
 def model_bytes(engine: Session, metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the content of the file of ``save``."""
-    from safetensors.numpy import save as to_bytes
-
     own = checked_metadata(metadata, RESERVED)
     tensors = engine.state_dict()
-    check_finite(tensors, "model")
-    config = json.dumps({"format": FORMAT, **engine.description()})
-    entries = {MODEL: config, DIGEST: digest_of(config, tensors), "format": "pt", **own}
-    return to_bytes(tensors, metadata=entries)
+    check_finite(tensors, MODEL.name)
+    return to_bytes(MODEL, engine.description(), tensors, **{"format": "pt", **own})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.runtime.inference import Evaluation
 
 if TYPE_CHECKING:
-    from fusemlp.inputs.targets import Targets
+    from fusemlp.inputs.targets import Examples
     from fusemlp.runtime.session import Session
 
 # This many kinds of models in a fleet share their validation data; the others keep theirs as long as they train.
@@ -20,9 +20,7 @@ KINDS = 8
 class Validation:
     """Checked rows that each epoch is validated on; ``common``: by several models."""
 
-    X: Any
-    targets: Targets
-    weight: Any | None
+    data: Examples
     common: bool = False
     # evaluations not in use, by network and loss
     _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
@@ -32,7 +30,7 @@ class Validation:
         net = engine.network
         kind = (net.sizes, net.activations, engine.loss)
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
-            alone = engine.evaluation(self.X, self.targets, self.weight, apart=False)
+            alone = engine.evaluation(self.data, apart=False)
             return lambda: alone.of(engine.memory)
         idle = self._idle.setdefault(kind, [])
 
@@ -41,7 +39,7 @@ class Validation:
             try:
                 evaluation = idle.pop()
             except IndexError:
-                evaluation = engine.evaluation(self.X, self.targets, self.weight, apart=True)
+                evaluation = engine.evaluation(self.data, apart=True)
             metrics = evaluation.of(engine.memory)
             idle.append(evaluation)
             return metrics

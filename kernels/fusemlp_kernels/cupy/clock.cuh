@@ -1,12 +1,12 @@
-// The clock: it advances the counters, and copies the next learning rate from the table that the host has filled.
+// The clock: it advances the counters, and copies the next learning rate from the host's table.
 //
-// One thread does it, of the last block of a step, when no block reads them any more.
+// One thread of a step's last block advances it, after all blocks have read it.
 
 #include "common.cuh"
 #include "counters.cuh"
 #include "pointwise.cuh"
 
-// The rows of the next batch: after the last of an epoch come the first again.
+// Moves to the rows of the next batch; after the last of an epoch, to the first.
 __device__ inline void next_rows(long long* counters) {
     long long step = counters[ROW_STEP];
     long long total = counters[ROW_TOTAL];
@@ -16,7 +16,7 @@ __device__ inline void next_rows(long long* counters) {
     counters[ROW_COUNT] = step < total - offset ? step : total - offset;
 }
 
-// One batch is over. `applied`: with an update; `skipped`: its gradients had overflowed. By one thread.
+// Ends a batch. `applied`: with an update; `skipped`: its gradients have overflowed. One thread calls it.
 __device__ inline void advance_clock(
     long long* counters, double* hyper, const double* rates, const Rule* rule, bool applied, bool skipped) {
     counters[BATCH_INDEX] += 1;

@@ -1,6 +1,6 @@
-// What all kernels share: 16-bit numbers, sums in a fixed order, and which block is the last.
+// Shared by all kernels: arrays, 16-bit numbers, sums in a fixed order, and a test for the last block.
 //
-// The sources are plain C++17 for NVRTC and for any other compiler: no header is included.
+// The sources are C++17 without headers, for NVRTC.
 
 #ifndef COMPUTE_IS_HALF
 #error "COMPUTE_IS_HALF: 1 where matrix products read float16, else 0"
@@ -22,65 +22,47 @@ using Compute = Half;
 using Compute = float;
 #endif
 
-union FloatBits {
-    unsigned bits;
-    float value;
+// Arrays of any strides, in elements; `data` is null where an operand is left out. `sources.py` describes them to NumPy.
+template <typename T>
+struct Vector {
+    T* data;
+    long long step;
+
+    __device__ __forceinline__ T& operator[](long long i) const { return data[i * step]; }
 };
 
-__device__ __forceinline__ float float_of(unsigned bits) {
-    FloatBits word;
-    word.bits = bits;
-    return word.value;
-}
+template <typename T>
+struct Matrix {
+    T* data;
+    long long row;
+    long long col;
 
-__device__ __forceinline__ unsigned bits_of(float value) {
-    FloatBits word;
-    word.value = value;
-    return word.bits;
-}
+    __device__ __forceinline__ T* at(long long i, long long j) const { return data + i * row + j * col; }
+};
 
 __device__ __forceinline__ float infinity() {
-    return float_of(0x7f800000u);
+    return __uint_as_float(0x7f800000u);
 }
 
-__device__ __forceinline__ float to_float(Half half) {
+// A compiler for a host has to define these conversions.
 #ifdef __CUDA_ARCH__
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
     float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half.bits));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
-#else
-    unsigned sign = (half.bits & 0x8000u) << 16;
-    unsigned exponent = (half.bits >> 10) & 31u;
-    unsigned fraction = half.bits & 0x3ffu;
-    if (exponent == 31u) return float_of(sign | 0x7f800000u | fraction << 13);
-    // a subnormal number is its fraction times 2**-24, which a float holds
-    if (exponent == 0u) return float_of(sign | bits_of(static_cast<float>(fraction) * 5.9604644775390625e-8f));
-    return float_of(sign | (exponent + 112u) << 23 | fraction << 13);
-#endif
 }
 
-// Rounded to the nearest, ties to even.
-__device__ __forceinline__ Half to_half(float value) {
-    Half half;
-#ifdef __CUDA_ARCH__
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
-#else
-    unsigned bits = bits_of(value);
-    unsigned sign = (bits >> 16) & 0x8000u;
-    unsigned size = bits & 0x7fffffffu;
-    if (size > 0x7f800000u) {
-        size = 0x7fffu;
-    } else if (size >= 0x477ff000u) {
-        size = 0x7c00u;
-    } else if (size < 0x38800000u) {
-        // next to one half, neighbouring floats lie 2**-24 apart: the addition rounds as wanted
-        size = bits_of(float_of(size) + 0.5f) - 0x3f000000u;
-    } else {
-        size = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
-    }
-    half.bits = static_cast<unsigned short>(sign | size);
+__device__ __forceinline__ unsigned short float_to_half(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
 #endif
-    return half;
+
+// The slope of an activation: learned, or a number.
+template <typename Call>
+__device__ __forceinline__ float slope_of(const Call& call) {
+    return call.slope_param ? *call.slope_param : static_cast<float>(call.slope);
 }
 
 __device__ __forceinline__ float load(const float* at) {
@@ -88,7 +70,7 @@ __device__ __forceinline__ float load(const float* at) {
 }
 
 __device__ __forceinline__ float load(const Half* at) {
-    return to_float(*at);
+    return half_to_float(at->bits);
 }
 
 __device__ __forceinline__ void store(float* at, float value) {
@@ -96,7 +78,7 @@ __device__ __forceinline__ void store(float* at, float value) {
 }
 
 __device__ __forceinline__ void store(Half* at, float value) {
-    *at = to_half(value);
+    at->bits = float_to_half(value);
 }
 
 // The sum over a warp, in every lane.
@@ -119,9 +101,9 @@ __device__ __forceinline__ T block_sum(T value) {
     return total;
 }
 
-// Whether this block is the last of `count` to come here: what the others wrote before is then visible. All threads
-// come here. The ticket is ready for the next launch.
-__device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count) {
+// True in the last of `count` blocks that come here: it sees what the others wrote before. All threads come here. The
+// ticket is ready for the next launch.
+__device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count = gridDim.x) {
     __shared__ bool last;
     __threadfence();
     __syncthreads();
@@ -134,16 +116,21 @@ __device__ __forceinline__ bool is_last(unsigned* ticket, unsigned count) {
     return last;
 }
 
-// The same for all blocks of the launch.
-__device__ __forceinline__ bool is_last(unsigned* ticket) {
-    return is_last(ticket, gridDim.x);
-}
-
-// The sum of `count` partial results of other blocks, in an order that depends on nothing else, in every thread.
+// The sum of `count` partial results of other blocks, in a fixed order, in every thread.
 __device__ __forceinline__ double sum_of(const double* partials, long long count, int stride) {
-    // what other blocks wrote during this launch is not in this multiprocessor's cache
+    // this multiprocessor's cache may not have the numbers that other blocks have just written
     const volatile double* fresh = partials;
     double total = 0.0;
     for (long long i = threadIdx.x; i < count; i += THREADS) total += fresh[i * stride];
     return block_sum(total);
+}
+
+// The entry of this block, in a table of `count` entries: each has the blocks from its first to the next entry's.
+template <typename Entry>
+__device__ __forceinline__ const Entry& entry_of_block(const Entry* entries, long long count) {
+    int low = 0;
+    for (int left = static_cast<int>(count); left > 1; left -= left / 2) {
+        if (entries[low + left / 2].first_block <= blockIdx.x) low += left / 2;
+    }
+    return entries[low];
 }

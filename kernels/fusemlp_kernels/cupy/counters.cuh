@@ -1,4 +1,4 @@
-// Counters, hyper, rates and stats by their places, as contract.py has them.
+// The places of counters, hyper, rates and stats, as in contract.py.
 
 enum Counter { BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, ROW_OFFSET, ROW_TOTAL, ROW_STEP, SKIPPED, SKIPPED_IN_A_ROW };
 enum Hyper { LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, LOSS_SCALE, GOOD_UPDATES };

@@ -1,6 +1,6 @@
-"""The card, and what is asked of CuPy: memory, kernels, streams, graphs.
+"""The card: memory, checks of arrays, kernels, streams and graphs of CuPy.
 
-No other module of the package names CuPy, but ``blas`` for the products.
+Of the other modules only ``products`` names CuPy.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import cupy
@@ -23,18 +23,17 @@ Run = Callable[[], object]
 
 ALIGNMENT_BYTES = 256
 THREADS = 256
-# What a launch can have of blocks, and cuBLAS of rows, columns and elements between them.
+# The largest number of blocks of a launch, and of rows, columns and elements from row to row in cuBLAS.
 LARGEST = 2**31 - 1
 # dlpack.h: kDLCUDA, kDLCUDAManaged
 DLPACK_DEVICES = (2, 13)
 COMPUTE = {"fp32": np.float32, "tf32": np.float32, "fp16": np.float16}
-INT64, FLOAT32, FLOAT64 = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float64)
 
 
 def why_not() -> str | None:
-    """What keeps CuPy from working here, in its own words; None if nothing does."""
+    """Return why CuPy cannot work here, in its own words; None if it can."""
     try:
-        # cuBLAS is loaded already; the compiler would be missed only when the first kernel is compiled
+        # cuBLAS is loaded already; without this, the first kernel would show that the compiler is missing
         from cupy_backends.cuda.libs import nvrtc
 
         nvrtc.getVersion()
@@ -44,38 +43,32 @@ def why_not() -> str | None:
     return None if count else "there is no card"
 
 
-def open_device(name: str | None, precision: str) -> Device:
-    """The card ``name`` ("cuda", "cuda:1"; None: the current one), for products of that precision.
+def card_of(name: str | None, precision: str) -> tuple[int, int]:
+    """Return the index of the card ``name`` ("cuda", "cuda:1"; None: the current one), and the number of cards.
 
-    Raises BackendUnavailableError where it is not there or has no such precision.
+    Raises BackendUnavailableError if it is missing, is not the current one or does not have that precision.
     """
     if precision not in COMPUTE:
         raise BackendUnavailableError(
             f"precision: the cupy backend offers {', '.join(COMPUTE)}, got {precision!r}; bf16 is the triton "
             "backend's, fp64 the numpy backend's"
         )
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise BackendUnavailableError(
-            f"backend: CuPy {cupy.__version__} finds no card ({error}); `fusemlp doctor` says what is missing"
-        ) from error
-    kind, _, number = (name or "cuda").partition(":")
-    if kind != "cuda" or not (number.isdecimal() or (number == "" and ":" not in (name or ""))):
+    kind, colon, number = (name or "cuda").partition(":")
+    if kind != "cuda" or (colon and not number.isdecimal()):
         raise BackendUnavailableError(f"device: expected a name such as 'cuda' or 'cuda:0', got {name!r}")
-    current = int(cupy.cuda.runtime.getDevice())
+    count, current = cupy.cuda.runtime.getDeviceCount(), int(cupy.cuda.runtime.getDevice())
     index = int(number) if number else current
     if index >= count:
         raise BackendUnavailableError(
             f"device: expected 'cuda' or 'cuda:0' to 'cuda:{count - 1}' for the cupy backend, got {name!r}"
         )
     if index != current:
-        # what is done to CuPy's arrays outside of the kernels is done on the current card
+        # outside of the kernels, CuPy works on the current card
         raise BackendUnavailableError(
             f"device: CuPy's current card is cuda:{current}, got {name!r}: call cupy.cuda.Device({index}).use() first, "
             f"or start Python with CUDA_VISIBLE_DEVICES={index}"
         )
-    return Device(index, count, precision)
+    return index, count
 
 
 @functools.cache
@@ -88,27 +81,12 @@ def _kernel(module: str, kind: str, name: str) -> Any:
     return _module(module, kind).get_function(name)
 
 
-class Launch:
-    """A kernel with its one argument, ready to be started on CuPy's current stream.
-
-    ``kept``: the arrays whose addresses are in the argument.
-    """
-
-    __slots__ = ("arguments", "blocks", "kept", "kernel")
-
-    def __init__(self, kernel: Any, blocks: int, call: np.ndarray[Any, Any], kept: Sequence[Array]) -> None:
-        self.kernel, self.blocks, self.arguments, self.kept = kernel, (blocks,), (call,), tuple(kept)
-
-    def __call__(self) -> None:
-        self.kernel(self.blocks, (THREADS,), self.arguments)
-
-
 def nothing() -> None:
-    """The bound form of a call over no elements."""
+    """Run a call over no elements."""
 
 
 def in_sequence(runs: Sequence[Run]) -> Run:
-    """One after another."""
+    """Return one run of all ``runs``, in order."""
     kept = tuple(run for run in runs if run is not nothing)
     if not kept:
         return nothing
@@ -123,17 +101,44 @@ def in_sequence(runs: Sequence[Run]) -> Run:
 
 
 def strides_of(array: Array) -> tuple[int, ...]:
-    """Strides in elements, as the kernels take them."""
+    """Return the strides in elements."""
     return tuple(step // array.dtype.itemsize for step in array.strides)
 
 
-class Device:
-    """A card in one precision: what binding a call has to know."""
+def shared(array: Any) -> Array | None:
+    """Return an array on a card, of any library that shares its memory, without a copy; None for all others."""
+    if getattr(array, "requires_grad", False) is True:
+        # torch does not share the memory of a tensor that takes part in its gradients
+        array = array.detach()
+    if isinstance(array, cupy.ndarray):
+        return array
+    if hasattr(array, "__cuda_array_interface__"):
+        return cupy.asarray(array)
+    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in DLPACK_DEVICES:
+        return cupy.from_dlpack(array)
+    return None
 
-    def __init__(self, index: int, count: int, precision: str) -> None:
-        self.index, self.precision = index, precision
-        self.name = f"cuda:{index}"
-        self.compute = np.dtype(COMPUTE[precision])
+
+def all_shared(operand: Any) -> Any:
+    """Return an operand with its arrays on a card as CuPy's, those in tuples, lists and mappings too."""
+    if isinstance(operand, Mapping):
+        return {name: all_shared(value) for name, value in operand.items()}
+    if isinstance(operand, (tuple, list)):
+        return tuple(map(all_shared, operand))
+    found = shared(operand)
+    return operand if found is None else found
+
+
+class Device:
+    """A card in one precision: its memory, and what binding a call needs."""
+
+    def __init__(self, name: str | None, precision: str) -> None:
+        index, count = card_of(name, precision)
+        self.precision, self.device = precision, f"cuda:{index}"
+        self.dtypes = {
+            "real": np.dtype(np.float32), "compute": np.dtype(COMPUTE[precision]), "float64": np.dtype(np.float64),
+            "int64": np.dtype(np.int64), "uint32": np.dtype(np.uint32), "bool": np.dtype(np.bool_),
+        }  # fmt: skip
         self._several = count > 1
         self._card = cupy.cuda.Device(index)
         self._kind = "half" if precision == "fp16" else "float"
@@ -141,146 +146,127 @@ class Device:
             self.handle = cublas.create()
         # not at the end of the process, when CUDA may be gone
         weakref.finalize(self, cublas.destroy, self.handle).atexit = False
-        self._product = self.zeros(1, FLOAT32)
+        self._product = self.allocate(1, "real")
 
-    # memory
+    # memory; for the methods without a docstring see ``contract.Backend``
 
-    def zeros(self, size: int, dtype: Any) -> Array:
-        """A flat, zeroed, 256-byte aligned array."""
-        kind = np.dtype(dtype)
+    def allocate(self, size: int, dtype: str) -> Array:
+        kind = self.dtypes[dtype]
         spare = ALIGNMENT_BYTES // kind.itemsize
         with self._card:
             flat = cupy.zeros(size + spare, dtype=kind)
         start = -flat.data.ptr % ALIGNMENT_BYTES // kind.itemsize
         return flat[start : start + size]
 
-    def view(self, flat: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-        """A view of ``flat`` from element ``offset`` on; strides in elements."""
+    def matrix(self, shape: tuple[int, int], dtype: str = "real") -> Array:
+        """Return a zeroed matrix without gaps."""
+        return self.view(self.allocate(shape[0] * shape[1], dtype), 0, shape, shape[1])
+
+    def view(self, flat: Array, offset: int, shape: tuple[int, ...], pitch: int) -> Array:
+        return self.strided(flat, offset, shape, (pitch, 1)[-len(shape) :])
+
+    @staticmethod
+    def strided(flat: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+        """Return a view of ``flat`` from element ``offset`` on; strides in elements."""
         item = flat.dtype.itemsize
         steps = tuple(step * item for step in strides)
         return cupy.ndarray(shape, dtype=flat.dtype, memptr=flat.data + offset * item, strides=steps)
 
     def product_room(self, rows: int, columns: int) -> Array:
-        """A float32 matrix for a product that the kernel behind it reads: all calls, which run one after another, have
-        it in common."""
-        if self._product.size < rows * columns:
-            self._product = self.zeros(rows * columns, FLOAT32)
-        return self.view(self._product, 0, (rows, columns), (columns, 1))
+        """Return a float32 matrix for a product that the next kernel reads.
 
-    def upload(self, table: np.ndarray[Any, Any]) -> Array:
-        """A structured array, as the bytes that a kernel reads."""
-        words = np.frombuffer(table.tobytes(), np.int64)
-        out = self.zeros(max(len(words), 1), INT64)
-        if len(words):
-            self.copy_into(out, words)
-        return out
+        All calls share its memory: they run one after another.
+        """
+        if self._product.size < rows * columns:
+            self._product = self.allocate(rows * columns, "real")
+        return self.view(self._product, 0, (rows, columns), columns)
 
     def copy_into(self, destination: Array, source: np.ndarray[Any, Any] | Array) -> None:
-        """Write an array of the host or of this card into a device array of as many elements, in its type."""
-        if isinstance(source, cupy.ndarray):
-            with self._card:
-                destination[...] = source.reshape(destination.shape)
+        if not destination.size:
             return
-        # what is too large for float16 becomes infinite in silence, as on the card
-        with np.errstate(over="ignore", invalid="ignore"):
-            host = np.ascontiguousarray(source, destination.dtype).reshape(destination.shape)
+        if isinstance(source, np.ndarray):
+            # too large for float16: infinite without a warning, as on the card
+            with np.errstate(over="ignore", invalid="ignore"):
+                source = np.ascontiguousarray(source, destination.dtype)
         with self._card:
-            destination[...] = cupy.asarray(host)
+            destination[...] = cupy.asarray(source).reshape(destination.shape)
 
-    def to_host(self, array: Array) -> np.ndarray[Any, Any]:
-        """A copy on the host."""
+    def to_host(self, array: Array, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        """See ``contract.Backend``. 16-bit numbers come back as float32."""
         with self._card:
-            host: np.ndarray[Any, Any] = cupy.asnumpy(array)
-        return host
+            host = cupy.asnumpy(array)
+        host = np.array(host, np.float32 if host.dtype == np.float16 else host.dtype, order="C")
+        if out is None:
+            return host
+        np.copyto(out, host)
+        return out
 
     def adopt(self, array: Any) -> Array | None:
-        """An array on this card, of any library that shares its memory, without a copy; None for all others."""
-        if getattr(array, "requires_grad", False) is True:
-            # torch shares no memory that a gradient is to be told of
-            array = array.detach()
-        if isinstance(array, cupy.ndarray):
-            there = array
-        elif hasattr(array, "__cuda_array_interface__"):
-            there = cupy.asarray(array)
-        elif hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in DLPACK_DEVICES:
-            there = cupy.from_dlpack(array)
-        else:
-            return None
-        return there if there.device.id == self.index and there.dtype.kind in "fiub" else None
+        found = shared(array)
+        return found if found is not None and found.device.id == self._card.id and found.dtype.kind in "fiub" else None
 
-    def adopted(self, op: str, name: str, array: Any) -> Array:
-        """An array of CuPy, or of any library that shares its memory on the card, without a copy."""
-        if isinstance(array, cupy.ndarray):
-            return array
-        if hasattr(array, "__cuda_array_interface__"):
-            return cupy.asarray(array)
-        if hasattr(array, "__dlpack__") and not isinstance(array, np.ndarray):
-            return cupy.from_dlpack(array)
-        raise DTypeError(
-            f"{op}: {name}: expected an array on the card, of CuPy or with __cuda_array_interface__ or __dlpack__; got "
-            f"{type(array).__name__}"
-        )
-
-    # checks
-
-    def check(self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: np.dtype[Any]) -> Array:
-        """``array``, if it is one of that shape (None: any size) and type on this card, else an error."""
-        array = self.adopted(op, name, array)
-        if array.device.id != self.index:
-            raise ArgumentError(f"{op}: {name}: is on cuda:{array.device.id}, the kernels run on {self.name}")
-        if array.dtype != dtype:
-            raise DTypeError(f"{op}: {name}: expected {dtype}, got {array.dtype}; use {name}.astype({str(dtype)!r})")
+    def check(
+        self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str, *, written: bool, flat: bool
+    ) -> Array:
+        """Check an operand; see ``checks.Check``."""
+        if not isinstance(array, cupy.ndarray):
+            raise DTypeError(
+                f"{op}: {name}: expected an array on the card, of CuPy or with __cuda_array_interface__ or __dlpack__; "
+                f"got {type(array).__name__}"
+            )
+        if array.device.id != self._card.id:
+            raise ArgumentError(f"{op}: {name}: is on cuda:{array.device.id}, the kernels run on {self.device}")
+        kind = self.dtypes[dtype]
+        if array.dtype != kind:
+            raise DTypeError(f"{op}: {name}: expected {kind}, got {array.dtype}; use {name}.astype({str(kind)!r})")
         if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise ShapeError(f"{op}: {name}: expected shape ({wanted}), got {tuple(array.shape)}")
-        return array
-
-    def check_written(
-        self, op: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: np.dtype[Any]
-    ) -> Array:
-        """``check`` for an output: elements that lie on one another could not all be written."""
-        array = self.check(op, name, array, shape, dtype)
-        if array.size and any(size > 1 and step == 0 for size, step in zip(array.shape, array.strides, strict=True)):
+        if flat and not array.flags.c_contiguous:
+            raise ArgumentError(
+                f"{op}: {name}: expected a contiguous array, got one with a stride of {array.strides[0]} bytes"
+            )
+        repeated = [n > 1 and step == 0 for n, step in zip(array.shape, array.strides, strict=True)]
+        if written and array.size and any(repeated):
             raise ArgumentError(f"{op}: {name}: is broadcast (stride 0), so it cannot be written; use {name}.copy()")
         return array
 
     # launches
 
-    def launch(self, module: str, kernel: str, struct: str, blocks: int, **fields: Any) -> Run:
-        """A kernel over ``blocks`` blocks, ready to run. Fields are numbers, arrays (their addresses) and None (null);
-        what is not given is zero."""
+    def launch(self, module: str, kernel: str, blocks: int, kept: Iterable[Array] = (), **fields: Any) -> Run:
+        """Return a kernel over ``blocks`` blocks, ready to run on CuPy's current stream.
+
+        A field is a number, an array (its address and strides) or None (null); those left out are zero. The run keeps
+        its arrays alive, and those in ``kept``.
+        """
         if blocks == 0:
             return nothing
         if blocks > LARGEST:
             raise ShapeError(f"{kernel}: {blocks} blocks are more than a launch can have")
-        call = np.zeros((), sources.layout(module, struct))
-        kept = []
-        for name, value in fields.items():
-            if isinstance(value, cupy.ndarray):
-                kept.append(value)
-                value = value.data.ptr
-            call[name] = 0 if value is None else value
-        return self.on_card(Launch(self.kernel(module, kernel), blocks, call, kept))
-
-    def kernel(self, module: str, name: str) -> Any:
-        """A kernel as CuPy has it: called with the blocks, the threads of each and its arguments."""
+        call, held = _packed(sources.layout(module, sources.argument(module, kernel)), [fields])
+        arguments = (call.reshape(()),)
         with self._card:
-            return _kernel(module, self._kind, name)
+            start = _kernel(module, self._kind, kernel)
 
-    def rows_of(self, module: str, struct: str, rows: Sequence[dict[str, Any]]) -> tuple[Array, list[Array]]:
-        """A table of structures on the card, and the arrays whose addresses are in it."""
-        table = np.zeros(len(rows), sources.layout(module, struct))
-        kept: list[Array] = []
-        for index, row in enumerate(rows):
-            for name, value in row.items():
-                if isinstance(value, cupy.ndarray):
-                    kept.append(value)
-                    value = value.data.ptr
-                table[index][name] = 0 if value is None else value
-        return self.upload(table), kept
+        def run(held: Any = (*held, *kept)) -> None:
+            start((blocks,), (THREADS,), arguments)
+
+        return self.on_card(run)
+
+    def table(self, module: str, struct: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Array, list[Array]]:
+        """Return a table of structures on the card, and the arrays whose addresses are in it."""
+        table, held = _packed(sources.layout(module, struct), rows)
+        return self.upload(table), held
+
+    def upload(self, table: np.ndarray[Any, Any]) -> Array:
+        """Return a structured array as the bytes that a kernel reads."""
+        words = np.frombuffer(table.tobytes(), np.int64)
+        out = self.allocate(max(len(words), 1), "int64")
+        self.copy_into(out[: len(words)], words)
+        return out
 
     def on_card(self, run: Run) -> Run:
-        """``run`` on this card, where there are several."""
+        """Return ``run`` on this card, if there are several."""
         if not self._several:
             return run
         card = self._card
@@ -292,16 +278,11 @@ class Device:
         return there
 
     def clear(self, array: Array) -> Run:
-        """``array`` = 0, contiguous."""
+        """Return a run that fills an array with zeros."""
         return self.on_card(functools.partial(array.fill, 0))
 
-    @property
-    def captures(self) -> bool:
-        """Whether this CuPy captures what is started on a stream."""
-        return hasattr(cupy.cuda.Stream, "begin_capture")
-
     def capture(self, run: Run, times: int) -> Run:
-        """One CUDA graph of ``times`` runs, started on the current stream. ``run`` has been run before."""
+        """See ``contract.Backend``: one CUDA graph. Its addresses stay valid: the bound calls keep their arrays."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._card)
             # a stream of its own: the default stream cannot be captured
@@ -320,5 +301,20 @@ class Device:
         return self.on_card(launch)
 
     def synchronize(self) -> None:
-        """Wait for all that was started on the card."""
         self._card.synchronize()
+
+
+def _packed(layout: np.dtype[Any], rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray[Any, Any], list[Array]]:
+    """Return the rows as structures, and their arrays."""
+    table, held = np.zeros(len(rows), layout), []
+    for index, row in enumerate(rows):
+        for name, value in row.items():
+            if isinstance(value, cupy.ndarray):
+                held.append(value)
+                row_stride, stride = (0, 0, *strides_of(value))[-2:]
+                steps = {f"{name}_row": row_stride, f"{name}_col": stride, f"{name}_step": stride}
+                for field in steps.keys() & set(layout.names or ()):
+                    table[field][index] = steps[field]
+                value = value.data.ptr
+            table[name][index] = 0 if value is None else value
+    return table, held

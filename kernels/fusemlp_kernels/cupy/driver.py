@@ -1,24 +1,25 @@
-"""What CuPy needs of this machine: the driver, asked without CuPy; the wheel that suits it; and whether CuPy loads."""
+"""The conditions of CuPy on this machine: a driver, which is asked without CuPy, its wheel, and that CuPy loads."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
 import sys
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-# The CUDA major version that a wheel is built for, newest first; a driver runs those of its own version and older ones.
+# The CUDA major version of each wheel, newest first; a driver runs those of its own version and older ones.
 WHEELS = {13: "cupy-cuda13x", 12: "cupy-cuda12x"}
 OLDEST = min(WHEELS)
 
 
 def cuda_version() -> tuple[int, int] | None:
-    """The newest CUDA version that the driver runs, (major, minor); None without a driver."""
+    """Return the newest CUDA version that the driver runs, (major, minor); None without a driver."""
     try:
         library = ctypes.CDLL(LIBRARY)
         found = ctypes.c_int()
-        # needs no cuInit, and wakes no card
+        # without cuInit, so that no card wakes up
         status = library.cuDriverGetVersion(ctypes.byref(found))
     except (OSError, AttributeError):
         return None
@@ -26,25 +27,23 @@ def cuda_version() -> tuple[int, int] | None:
 
 
 def wheel_for(version: tuple[int, int] | None) -> str | None:
-    """The wheel for a driver: None for one that is too old. Without a driver that which most drivers run."""
+    """Return the wheel for a driver, None if it is too old; without a driver, the wheel that most drivers run."""
     if version is None:
         return WHEELS[OLDEST]
     return next((name for major, name in WHEELS.items() if version[0] >= major), None)
 
 
-def installed_wheel() -> str | None:
-    """The wheel that is installed, of those that are known."""
-    for name in WHEELS.values():
-        try:
+def installed_wheel() -> int | None:
+    """Return the CUDA major version of the installed wheel, if it is one of ``WHEELS``."""
+    for major, name in WHEELS.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name
+            return major
     return None
 
 
 def refusal() -> str | None:
-    """What CuPy says when it is loaded and asked for a card; None if it has one. The first time this takes a second."""
+    """Return why CuPy does not load or finds no card, in its own words; None if it has one. Loading takes a second."""
     try:
         from fusemlp_kernels.cupy import device
     except ImportError as error:
@@ -53,7 +52,7 @@ def refusal() -> str | None:
 
 
 def reason() -> str | None:
-    """Why the CuPy backend cannot work here, and how to get it, in one sentence; None where nothing is missing."""
+    """Return in one sentence why the CuPy backend cannot work here, and how to get it; None if nothing is missing."""
     version = cuda_version()
     wheel = wheel_for(version)
     installed = importlib.util.find_spec("cupy") is not None
@@ -69,8 +68,9 @@ def reason() -> str | None:
         return f"{has}, and CuPy needs {OLDEST}.0 or newer: update the driver, or use backend='numpy'"
     if not installed:
         return f"cupy cannot be imported; {has}: get it with: pip install 'fusemlp[{wheel}]'"
-    present = installed_wheel()
-    if present is not None and version[0] < next(major for major, name in WHEELS.items() if name == present):
+    built_for = installed_wheel()
+    if built_for is not None and version[0] < built_for:
+        present = WHEELS[built_for]
         return f"{has}, which is too old for {present}: pip uninstall {present}, then pip install 'fusemlp[{wheel}]'"
     said = refusal()
     if said is not None:

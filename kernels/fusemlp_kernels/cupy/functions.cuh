@@ -1,12 +1,12 @@
-// The functions of pointwise.FUNCTIONS that CUDA does not have.
+// The functions of pointwise.FUNCTIONS that CUDA lacks.
 
 #include "common.cuh"
 
 __device__ __forceinline__ float not_a_number() {
-    return float_of(0x7fc00000u);
+    return __uint_as_float(0x7fc00000u);
 }
 
-// 1 / (1 + exp(-z)); no exponential overflows.
+// 1 / (1 + exp(-z)), without overflow.
 __device__ __forceinline__ float sigmoid(float z) {
     float e = expf(-fabsf(z));
     return (z >= 0.0f ? 1.0f : e) / (1.0f + e);
@@ -37,7 +37,7 @@ __device__ __forceinline__ float sign(float z) {
     return z > 0.0f ? 1.0f : z < 0.0f ? -1.0f : z;
 }
 
-// 1 above zero, `below` elsewhere, and NaN for NaN.
+// 1 above zero, `below` elsewhere, NaN for NaN.
 __device__ __forceinline__ float step(float z, float below) {
     return z > 0.0f ? 1.0f : z <= 0.0f ? below : z;
 }

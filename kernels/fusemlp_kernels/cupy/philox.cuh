@@ -1,4 +1,4 @@
-// Dropout masks, recomputed wherever they are needed; the definition is in philox.py (Salmon et al., 2011).
+// Dropout masks, computed again where they are used; philox.py defines them (Salmon et al., 2011).
 
 struct Words {
     unsigned word[4];
@@ -20,7 +20,7 @@ __device__ __forceinline__ Words philox(
     return {{c0, c1, c2, c3}};
 }
 
-// Bit i: whether element (row, 8 * block + i) is kept. Lane 2i is the low half of word i, lane 2i + 1 the high half.
+// Bit i: element (row, 8 * block + i) is kept. Lane 2i is the low half of word i, lane 2i + 1 the high half.
 __device__ __forceinline__ unsigned kept_lanes(
     long long block, long long row, long long layer, long long batch, long long key0, long long key1,
     unsigned threshold) {

@@ -1,31 +1,18 @@
-// A loss over the rows of a batch: which rows count, and for how much.
+// A loss over the rows of a batch: the rows that count, and their weights.
 
 #include "common.cuh"
 #include "counters.cuh"
 #include "pointwise.cuh"
 
-// What each block leaves for the sums: loss, right answers, answers asked for, prelu's gradient.
-constexpr int PARTIALS = 4;
-
 struct Loss {
-    const void* z;
-    long long z_row;
-    long long z_col;
-    const float* bias;  // null: in z already
-    long long bias_step;
-    Compute* dz;  // null: not wanted; may be z
-    long long dz_row;
-    long long dz_col;
-    const long long* indices;  // of several batches; null: targets and weights lie in order
-    const long long* labels;
-    long long label_step;
-    const float* target;
-    long long target_row;
-    long long target_col;
-    const float* weight;  // null: one
-    long long weight_step;
-    const float* class_weight;  // null: one
-    long long class_step;
+    Matrix<const void> z;
+    Vector<const float> bias;  // null: in z already
+    Matrix<Compute> dz;  // null: not wanted; may be z
+    const long long* indices;  // of several batches; null: targets and weights are in order
+    Vector<const long long> labels;
+    Matrix<const float> target;
+    Vector<const float> weight;  // null: one
+    Vector<const float> class_weight;  // null: one
     const float* slope_param;  // null: slope
     float* dslope;  // null: not wanted
     double* stats;
@@ -33,7 +20,7 @@ struct Loss {
     const long long* counters;
     double* partials;
     unsigned* ticket;
-    double* normaliser;  // null: each block takes it
+    double* normaliser;  // null: each block computes it
     long long rows;
     long long columns;
     long long kind;
@@ -49,13 +36,11 @@ struct Loss {
     double slope;
 };
 
-// Of a row of the batch: where its target is, its weight (zero where it does not count), its label, whether it counts,
-// and its share in the normaliser.
 struct Row {
-    long long source;
+    long long source;  // of its target
     long long label;
-    float weight;
-    float share;
+    float weight;  // zero if it does not count
+    float share;  // in the normaliser
     bool counts;
 };
 
@@ -68,34 +53,32 @@ __device__ __forceinline__ long long valid_rows(const Loss& call) {
     return count < call.rows ? count : call.rows;
 }
 
-__device__ __forceinline__ Row row_of(const Loss& call, long long at, long long valid) {
-    Row row = {at, 0, 0.0f, 0.0f, false};
-    if (at >= valid) return row;
+__device__ __forceinline__ Row row_of(const Loss& call, long long at) {
+    Row row = {at, 0, 1.0f, 1.0f, true};
     if (call.indices) row.source = call.indices[call.counters[ROW_OFFSET] + at];
-    row.weight = call.weight ? call.weight[row.source * call.weight_step] : 1.0f;
-    row.counts = true;
+    if (call.weight.data) row.weight = call.weight[row.source];
     row.share = row.weight;
     if (!has_labels(call)) return row;
-    row.label = call.labels[row.source * call.label_step];
+    row.label = call.labels[row.source];
     row.counts = row.label >= 0 && row.label < call.columns && !(call.ignores && row.label == call.ignored);
     if (!row.counts) row.weight = 0.0f;
     row.share = row.weight;
-    if (row.counts && call.class_weight) row.share *= call.class_weight[row.label * call.class_step];
+    if (row.counts && call.class_weight.data) row.share *= call.class_weight[row.label];
     return row;
 }
 
-// What "mean" divides by: the sum of the shares, times the divisor. All threads come here.
+// The divisor of "mean": the sum of the shares, times the divisor. All threads come here.
 __device__ inline double normaliser_of(const Loss& call, long long valid) {
     double total = static_cast<double>(valid);
-    if (call.weight || has_labels(call)) {
+    if (call.weight.data || has_labels(call)) {
         total = 0.0;
-        for (long long at = threadIdx.x; at < valid; at += THREADS) total += row_of(call, at, valid).share;
+        for (long long at = threadIdx.x; at < valid; at += THREADS) total += row_of(call, at).share;
         total = block_sum(total);
     }
     return total * call.divisor;
 }
 
-// What every dz is multiplied by: 1 / normaliser under "mean", and the loss scale.
+// The factor of every dz: 1 / normaliser under "mean", and the loss scale.
 __device__ __forceinline__ float gradient_scale(const Loss& call, double normaliser) {
     double scale = 1.0;
     if (call.mean) scale = normaliser == 0.0 ? 0.0 : 1.0 / normaliser;

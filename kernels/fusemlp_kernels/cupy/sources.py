@@ -1,7 +1,8 @@
 """The CUDA C sources as text, and the structures in them as NumPy types: nothing here needs CuPy or a card.
 
-A kernel takes one argument, a structure by value, whose members are all eight bytes wide: pointers, ``long long`` and
-``double``. So there is no padding, and a structured NumPy array with the same fields is the same bytes.
+A kernel takes one argument, a structure by value. All its members are eight bytes wide: pointers, ``long long`` and
+``double``, and pointers with strides (``Vector``, ``Matrix``). So there is no padding, and a structured NumPy array
+with the same fields is the same bytes.
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 MODULES = ("layers", "loss", "gradients", "update")
-# What a module is compiled with for each type of what the matrix products read.
+# The options of a module, for each type of the factors of the matrix products.
 PRECISIONS = {
     "float": ("-std=c++17", "-DCOMPUTE_IS_HALF=0"),
     "half": ("-std=c++17", "-DCOMPUTE_IS_HALF=1"),
 }
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 _STRUCT = re.compile(r"struct (\w+) \{\n(.*?)\n\};", re.DOTALL)
-_MEMBER = re.compile(r"(?:const )?(\w+(?: long)?)( ?\*)? ?(\w+);")
+_MEMBER = re.compile(r"(?:const )?(long long|double|Vector|Matrix|\w+(?=\*))(\*|<[\w ]+>)? (\w+);")
+# The strides beside a pointer, by the member's type.
+STRIDES = {"Vector": ("_step",), "Matrix": ("_row", "_col")}
 
 
 @functools.cache
 def text(module: str) -> str:
-    """The whole source of a module of ``MODULES``: its includes stand in it, each once.
+    """Return the source of a module of ``MODULES``, with each included file in it once.
 
-    CuPy keeps what it has compiled by the text that it was given: a change in an included file would go unseen.
+    CuPy caches compiled modules by this text: it would not see a change in an included file.
     """
     seen: set[str] = set()
 
@@ -47,15 +50,22 @@ def text(module: str) -> str:
 
 @functools.cache
 def layout(module: str, struct: str) -> np.dtype[Any]:
-    """The NumPy type of a structure: int64 for numbers and pointers, float64 for ``double``."""
-    bodies = dict(_STRUCT.findall(text(module)))
+    """Return the NumPy type of a structure: int64 for numbers, pointers and strides, float64 for ``double``."""
+    body = dict(_STRUCT.findall(text(module)))[struct]
     fields = []
-    for line in bodies[struct].splitlines():
-        line = line.split("//")[0].strip()
-        if not line:
-            continue
-        member = _MEMBER.fullmatch(line)
-        if member is None or not (member[2] or member[1] in ("long long", "double")):
+    for line in re.sub(r" *//.*", "", body).splitlines():
+        member = _MEMBER.fullmatch(line.strip())
+        if member is None:
             raise AssertionError(f"{struct}: a member of eight bytes is expected, got {line!r}")
-        fields.append((member[3], "<f8" if member[1] == "double" and not member[2] else "<i8"))
+        kind, array, name = member.groups()
+        fields.append((name, "<f8" if kind == "double" and not array else "<i8"))
+        fields += [(name + stride, "<i8") for stride in STRIDES.get(kind, ())]
     return np.dtype(fields)
+
+
+@functools.cache
+def argument(module: str, kernel: str) -> str:
+    """Return the name of the structure that a kernel takes."""
+    found = re.search(rf"\b{kernel}\(const (\w+) call\)", text(module))
+    assert found is not None
+    return found[1]

@@ -1,4 +1,4 @@
-// Sums and largest values over the threads that a row belongs to.
+// Sums and largest values over the threads of a row: a warp, or the block. Each of these threads gets the result.
 
 #include "common.cuh"
 
@@ -15,45 +15,29 @@ struct Best {
     }
 };
 
-// The threads that a row belongs to: a warp, or the block. Their sums and largest values, in every thread of them.
-template <int THREADS_A_ROW>
-struct Team;
+template <int SIZE, typename T>
+__device__ __forceinline__ T team_sum(T value) {
+    if constexpr (SIZE == WARP) return warp_sum(value);
+    else return block_sum(value);
+}
 
-template <>
-struct Team<WARP> {
-    template <typename T>
-    static __device__ __forceinline__ T sum(T value) {
-        return warp_sum(value);
+template <int SIZE>
+__device__ __forceinline__ Best team_best(Best mine) {
+    for (int mask = WARP / 2; mask > 0; mask /= 2) {
+        float value = __shfl_xor_sync(ALL_LANES, mine.value, mask);
+        long long column = __shfl_xor_sync(ALL_LANES, mine.column, mask);
+        mine.take(value, column);
     }
-
-    static __device__ __forceinline__ Best best(Best mine) {
-        for (int mask = WARP / 2; mask > 0; mask /= 2) {
-            float value = __shfl_xor_sync(ALL_LANES, mine.value, mask);
-            long long column = __shfl_xor_sync(ALL_LANES, mine.column, mask);
-            mine.take(value, column);
-        }
-        return mine;
-    }
-};
-
-template <>
-struct Team<THREADS> {
-    template <typename T>
-    static __device__ __forceinline__ T sum(T value) {
-        return block_sum(value);
-    }
-
-    static __device__ __forceinline__ Best best(Best mine) {
-        __shared__ float values[THREADS / WARP];
-        __shared__ long long columns[THREADS / WARP];
-        mine = Team<WARP>::best(mine);
+    if constexpr (SIZE > WARP) {
+        __shared__ float values[SIZE / WARP];
+        __shared__ long long columns[SIZE / WARP];
         __syncthreads();
         if (threadIdx.x % WARP == 0) {
             values[threadIdx.x / WARP] = mine.value;
             columns[threadIdx.x / WARP] = mine.column;
         }
         __syncthreads();
-        for (int i = 0; i < THREADS / WARP; i++) mine.take(values[i], columns[i]);
-        return mine;
+        for (int i = 0; i < SIZE / WARP; i++) mine.take(values[i], columns[i]);
     }
-};
+    return mine;
+}

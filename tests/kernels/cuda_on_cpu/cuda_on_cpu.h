@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -18,9 +17,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
-#define __constant__ static const
-// A separate section, filled with NaN when a block starts. library.py rewrites `extern` arrays.
+// A separate section, filled with NaN when a block starts.
 #define __shared__ static __attribute__((section("cuda_shared")))
 
 struct uint3 {
@@ -32,8 +29,6 @@ struct dim3 {
 };
 
 namespace cuda_on_cpu {
-
-enum Operation { BLOCK_BARRIER, WARP_BARRIER, SHUFFLE, BALLOT };
 
 constexpr unsigned LANES = 32;
 
@@ -49,20 +44,18 @@ extern Place place;
 // Ends the launch: the source breaks a rule of CUDA on this line.
 [[noreturn]] void fault(int line, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-void* dynamic_shared();
+// Waits for the whole block.
+void meet_block(int line);
 
-// Waits for the whole block; returns how many of its threads gave true.
-int meet_block(int line, bool predicate);
-
-// Waits for the lanes of `mask`. SHUFFLE returns the value of lane `source`, BALLOT a bit for every lane's value.
-unsigned long long meet_lanes(Operation operation, int line, unsigned mask, unsigned long long value, unsigned source);
+// Waits for the lanes of `mask`; returns the value of lane `source`.
+unsigned long long meet_lanes(int line, unsigned mask, unsigned long long value, unsigned source);
 
 template <typename T>
 T shuffle(int line, unsigned mask, T value, unsigned source) {
     static_assert(std::is_arithmetic_v<T> && sizeof(T) >= 4, "a shuffle takes numbers of 4 or 8 bytes");
     unsigned long long bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
-    bits = meet_lanes(SHUFFLE, line, mask, bits, source);
+    bits = meet_lanes(line, mask, bits, source);
     std::memcpy(&value, &bits, sizeof(T));
     return value;
 }
@@ -115,67 +108,16 @@ struct Entry<kernel> {
 #define blockIdx (cuda_on_cpu::place.block)
 #define blockDim (cuda_on_cpu::place.threads)
 #define gridDim (cuda_on_cpu::place.blocks)
-constexpr int warpSize = cuda_on_cpu::LANES;
 
-inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::meet_block(line, false); }
-
-inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
-    return cuda_on_cpu::meet_block(line, predicate != 0);
-}
-
-inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
-    return cuda_on_cpu::meet_block(line, predicate != 0) != 0;
-}
-
-inline int __syncthreads_and(int predicate, int line = __builtin_LINE()) {
-    return cuda_on_cpu::meet_block(line, predicate == 0) == 0;
-}
-
-inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
-    cuda_on_cpu::meet_lanes(cuda_on_cpu::WARP_BARRIER, line, mask, 0, 0);
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-    auto votes = cuda_on_cpu::meet_lanes(cuda_on_cpu::BALLOT, line, mask, predicate != 0, 0);
-    return static_cast<unsigned>(votes);
-}
-
-inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-    return __ballot_sync(mask, predicate, line) != 0;
-}
-
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-    return __ballot_sync(mask, predicate == 0, line) == 0;
-}
-
-// The four shuffles: a lane outside of its segment of `width` lanes is the caller itself (PTX ISA, shfl.sync).
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, int line = __builtin_LINE()) {
-    unsigned first = cuda_on_cpu::place.lane & ~(width - 1u);
-    return cuda_on_cpu::shuffle(line, mask, value, first | (source & (width - 1u)));
-}
+inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::meet_block(line); }
 
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, int line = __builtin_LINE()) {
-    unsigned lane = cuda_on_cpu::place.lane, inside = lane & (width - 1u);
-    return cuda_on_cpu::shuffle(line, mask, value, delta <= inside ? lane - delta : lane);
-}
-
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, int line = __builtin_LINE()) {
-    unsigned lane = cuda_on_cpu::place.lane, inside = lane & (width - 1u);
-    return cuda_on_cpu::shuffle(line, mask, value, inside + delta < static_cast<unsigned>(width) ? lane + delta : lane);
-}
-
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int other, int width = warpSize, int line = __builtin_LINE()) {
-    unsigned lane = cuda_on_cpu::place.lane, last = lane | (width - 1u), source = lane ^ other;
-    return cuda_on_cpu::shuffle(line, mask, value, source <= last ? source : lane);
+T __shfl_xor_sync(unsigned mask, T value, int other, int line = __builtin_LINE()) {
+    return cuda_on_cpu::shuffle(line, mask, value, cuda_on_cpu::place.lane ^ other);
 }
 
 // One thread runs at a time: what it does between two barriers is atomic, and seen by all.
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
@@ -184,44 +126,7 @@ T atomicAdd(T* address, std::common_type_t<T> value) {
     return before;
 }
 
-template <typename T>
-T atomicMax(T* address, std::common_type_t<T> value) {
-    T before = *address;
-    if (value > before) *address = value;
-    return before;
-}
-
-template <typename T>
-T atomicMin(T* address, std::common_type_t<T> value) {
-    T before = *address;
-    if (value < before) *address = value;
-    return before;
-}
-
-template <typename T>
-T atomicExch(T* address, std::common_type_t<T> value) {
-    T before = *address;
-    *address = value;
-    return before;
-}
-
-template <typename T>
-T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
-    T before = *address;
-    if (before == expected) *address = value;
-    return before;
-}
-
-template <typename T>
-T __ldg(const T* address) {
-    return *address;
-}
-
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((1ull * a * b) >> 32); }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
-
 namespace cuda_on_cpu {
 
 template <typename To, typename From>
@@ -234,15 +139,35 @@ To same_bits(From from) {
 
 }  // namespace cuda_on_cpu
 
-inline int __float_as_int(float value) { return cuda_on_cpu::same_bits<int>(value); }
 inline unsigned __float_as_uint(float value) { return cuda_on_cpu::same_bits<unsigned>(value); }
-inline float __int_as_float(int bits) { return cuda_on_cpu::same_bits<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return cuda_on_cpu::same_bits<float>(bits); }
 
-using std::isfinite;
-using std::isinf;
-using std::isnan;
-using std::max;
-using std::min;
+// The conversions of PTX, cvt.f32.f16 and cvt.rn.f16.f32 (to the nearest, ties to even), for the kernels of the backend.
+inline float half_to_float(unsigned short bits) {
+    unsigned sign = (bits & 0x8000u) << 16;
+    unsigned exponent = (bits >> 10) & 31u;
+    unsigned fraction = bits & 0x3ffu;
+    if (exponent == 31u) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
+    // A float holds a subnormal number: its fraction times 2**-24.
+    if (exponent == 0u) return std::copysign(fraction * 0x1p-24f, sign ? -1.0f : 1.0f);
+    return __uint_as_float(sign | (exponent + 112u) << 23 | fraction << 13);
+}
 
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline unsigned short float_to_half(float value) {
+    unsigned bits = __float_as_uint(value);
+    unsigned sign = (bits >> 16) & 0x8000u;
+    unsigned size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) {
+        size = 0x7fffu;
+    } else if (size >= 0x477ff000u) {
+        size = 0x7c00u;
+    } else if (size < 0x38800000u) {
+        // Near one half, floats are 2**-24 apart: the addition rounds to that.
+        size = __float_as_uint(__uint_as_float(size) + 0.5f) - 0x3f000000u;
+    } else {
+        size = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
+    }
+    return static_cast<unsigned short>(sign | size);
+}
+
+using std::isnan;

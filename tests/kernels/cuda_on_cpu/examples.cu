@@ -51,25 +51,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_sums(
     if (threadIdx.x == 0) *total = all;
 }
 
-// y = softmax of each row of x, in place where y is x; a row is staged in dynamic shared memory.
+// y = softmax of each row of x.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) softmax(const float* x, float* y, int columns) {
-    extern __shared__ float row[];
     __shared__ float largest[WARPS];
     x += static_cast<long long>(blockIdx.x) * columns;
     y += static_cast<long long>(blockIdx.x) * columns;
     float most = x[0];
-    for (int i = threadIdx.x; i < columns; i += THREADS) {
-        row[i] = x[i];
-        most = fmaxf(most, x[i]);
-    }
+    for (int i = threadIdx.x; i < columns; i += THREADS) most = fmaxf(most, x[i]);
     for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, mask));
     if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = most;
     __syncthreads();
     for (int i = 0; i < WARPS; i++) most = fmaxf(most, largest[i]);
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < columns; i += THREADS) sum += row[i] = expf(row[i] - most);
+    for (int i = threadIdx.x; i < columns; i += THREADS) sum += y[i] = expf(x[i] - most);
     sum = block_sum(sum);
-    for (int i = threadIdx.x; i < columns; i += THREADS) y[i] = row[i] / sum;
+    for (int i = threadIdx.x; i < columns; i += THREADS) y[i] /= sum;
 }
 
 struct Mask {

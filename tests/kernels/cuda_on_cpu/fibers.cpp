@@ -31,7 +31,6 @@ Place place;
 namespace {
 
 constexpr unsigned MOST_THREADS = 1024;
-constexpr std::size_t MOST_DYNAMIC = 227 << 10;
 constexpr std::size_t STACK = 64 << 10;
 
 enum State { READY, AT_BARRIER, AT_LANES, DONE };
@@ -45,13 +44,11 @@ struct Thread {
     uint3 index;
     // what it waits for
     int line;
-    bool predicate;
-    Operation operation;
     unsigned mask, source;
     unsigned long long value, result;
 };
 
-// The lanes at a shuffle, a vote or __syncwarp, and those that have ended or never were.
+// The lanes at a shuffle, and those that have ended or never were.
 struct Warp {
     unsigned waiting, ended;
 };
@@ -63,12 +60,10 @@ jmp_buf scheduler, launcher;
 Thread* running;
 
 // The block that runs.
-unsigned count, left, arrived, votes;
+unsigned count, left, arrived;
 bool is_open;
 void (*kernel)(void**);
 void** kernel_arguments;
-alignas(16) char dynamic[MOST_DYNAMIC];
-std::size_t dynamic_size;
 unsigned warp_order[MOST_THREADS / LANES], lane_order[LANES];
 unsigned* block_order;
 
@@ -138,33 +133,27 @@ void resume(Thread& thread) {
 
 unsigned number(const Thread& thread) { return static_cast<unsigned>(&thread - threads); }
 
-const char* name(Operation operation) {
-    const char* const names[] = {"__syncthreads", "__syncwarp", "a shuffle", "a vote"};
-    return names[operation];
-}
+const char* name_of(State state) { return state == AT_BARRIER ? "__syncthreads" : "a shuffle"; }
 
 // Lets the lanes that `first` waits for go on, with their results, if all that have not ended have come.
 void try_exchange(Warp& warp, const Thread& first) {
     if ((first.mask & ~(warp.waiting | warp.ended)) != 0) return;
     Thread* lanes = threads + number(first) / LANES * LANES;
     unsigned come = first.mask & warp.waiting;
-    unsigned long long ballot = 0;
     for (unsigned i = 0; i < LANES; i++) {
         if (!(come >> i & 1u)) continue;
         const Thread& lane = lanes[i];
-        if (lane.mask != first.mask || lane.operation != first.operation || lane.line != first.line) {
-            fault(first.line, "thread %u is at %s with lanes %08x, and thread %u at %s of line %d with %08x",
-                number(first), name(first.operation), first.mask, number(lane), name(lane.operation), lane.line,
-                lane.mask);
+        if (lane.mask != first.mask || lane.line != first.line) {
+            fault(first.line, "thread %u shuffles with lanes %08x, and thread %u in line %d with %08x", number(first),
+                first.mask, number(lane), lane.line, lane.mask);
         }
-        if (lane.operation == SHUFFLE && (lane.source >= LANES || !(come >> lane.source & 1u))) {
+        if (lane.source >= LANES || !(come >> lane.source & 1u)) {
             fault(lane.line, "thread %u shuffles from lane %u, which takes no part", number(lane), lane.source);
         }
-        ballot |= (lane.value & 1u) << i;
     }
     for (unsigned i = 0; i < LANES; i++) {
         if (!(come >> i & 1u)) continue;
-        lanes[i].result = lanes[i].operation == SHUFFLE ? lanes[lanes[i].source].value : ballot;
+        lanes[i].result = lanes[lanes[i].source].value;
         lanes[i].state = READY;
     }
     warp.waiting &= ~come;
@@ -189,11 +178,7 @@ void open_barrier() {
         }
         first = &threads[i];
     }
-    votes = 0;
-    for (unsigned i = 0; i < count; i++) {
-        votes += threads[i].predicate;
-        threads[i].state = READY;
-    }
+    for (unsigned i = 0; i < count; i++) threads[i].state = READY;
     arrived = 0;
     is_open = true;
 }
@@ -209,15 +194,14 @@ void open_barrier() {
         bool differs = thread.state != waiting->state || thread.line != waiting->line;
         if (differs && (!other || (other->state == DONE && thread.state != DONE))) other = &thread;
     }
-    const char* where = waiting->state == AT_BARRIER ? name(BLOCK_BARRIER) : name(waiting->operation);
+    const char* where = name_of(waiting->state);
     unsigned who = number(*waiting);
     if (!other) fault(waiting->line, "thread %u waits at %s for threads that never come", who, where);
     if (other->state == DONE) {
         fault(waiting->line, "thread %u waits at %s, and thread %u has ended", who, where, number(*other));
     }
-    const char* elsewhere = other->state == AT_BARRIER ? name(BLOCK_BARRIER) : name(other->operation);
     fault(waiting->line, "thread %u waits at %s, and thread %u at %s of line %d",
-        who, where, number(*other), elsewhere, other->line);
+        who, where, number(*other), name_of(other->state), other->line);
 }
 
 // A warp runs until all of its lanes have ended or wait for the block. It gets as far ahead as possible, so that the
@@ -243,7 +227,6 @@ void run_block() {
     unsigned warp_count = (count + LANES - 1) / LANES;
     std::size_t statics = static_cast<std::size_t>(__stop_cuda_shared - __start_cuda_shared);
     if (statics) std::memset(__start_cuda_shared, 0xff, statics);
-    std::memset(dynamic, 0xff, dynamic_size);
     for (unsigned i = 0; i < count; i++) {
         Thread& thread = threads[i];
         if (thread.is_inside) thread.is_made = thread.is_inside = false;
@@ -278,25 +261,18 @@ void fault(int line, const char* format, ...) {
     _longjmp(launcher, 1);
 }
 
-void* dynamic_shared() { return dynamic; }
-
-int meet_block(int line, bool predicate) {
+void meet_block(int line) {
     Thread& self = *running;
     self.line = line;
-    self.predicate = predicate;
     self.state = AT_BARRIER;
     if (++arrived == count) open_barrier();
     leave(self);
-    return static_cast<int>(votes);
 }
 
-unsigned long long meet_lanes(Operation operation, int line, unsigned mask, unsigned long long value, unsigned source) {
+unsigned long long meet_lanes(int line, unsigned mask, unsigned long long value, unsigned source) {
     Thread& self = *running;
-    if (!(mask >> place.lane & 1u)) {
-        fault(line, "lane %u calls %s for lanes %08x, which leave it out", place.lane, name(operation), mask);
-    }
+    if (!(mask >> place.lane & 1u)) fault(line, "lane %u shuffles with lanes %08x, without itself", place.lane, mask);
     self.line = line;
-    self.operation = operation;
     self.mask = mask;
     self.value = value;
     self.source = source;
@@ -314,8 +290,7 @@ using namespace cuda_on_cpu;
 
 // Runs blocks of threads in a given order; an empty string in `text`, or the line and what is wrong with it.
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_launch(
-    void (*call)(void**), void** arguments, const dim3* blocks, const dim3* block_size, std::size_t shared, int kind,
-    unsigned long long seed, int flushes, char* text, std::size_t text_size) {
+    void (*call)(void**), void** arguments, const dim3* blocks, const dim3* block_size, int kind, unsigned long long seed, int flushes, char* text, std::size_t text_size) {
     message = text;
     message_size = text_size;
     text[0] = 0;
@@ -326,7 +301,6 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_launch(
     place.threads = *block_size;
     count = block_size->x * block_size->y * block_size->z;
     random_state = seed;
-    dynamic_size = shared;
     static unsigned long long mode;
     mode = float_mode();
     set_float_mode(flushes ? mode | FLUSHES : mode);
@@ -335,7 +309,6 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_launch(
         return;
     }
     if (count == 0 || count > MOST_THREADS) fault(0, "a block has 1 to %u threads, not %u", MOST_THREADS, count);
-    if (shared > MOST_DYNAMIC) fault(0, "%zu bytes of dynamic shared memory are more than any GPU has", shared);
     unsigned size = blocks->x * blocks->y * blocks->z;
     block_order = static_cast<unsigned*>(std::realloc(block_order, size * sizeof(unsigned)));
     if (!block_order) fault(0, "no memory for the order of %u blocks", size);

@@ -39,7 +39,6 @@ RUNTIME = ("fibers.cpp", "checks.cpp")
 KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?P<most>[^()]*)\)\s*)?(?P<name>\w+)\s*\('
 )
-DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+|alignas\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];")
 # Flush subnormal numbers to zero while a kernel runs.
 FLUSHES = "-ftz=true"
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
@@ -82,19 +81,18 @@ def _run(command: Sequence[str | Path]) -> str:
 def as_cpp(code: str) -> str:
     """Return the C++ source, in an anonymous namespace that keeps its symbols inside the library, and its kernels.
 
-    Lines keep their numbers. Dynamic shared memory is the only declaration that no macro can translate.
+    Lines keep their numbers.
     """
     kernels = KERNEL.findall(code)
     if not kernels:
         raise ValueError('no kernel: `extern "C" __global__ void NAME(` is expected')
-    body = DYNAMIC.sub(r"\1* \2 = static_cast<\1*>(cuda_on_cpu::dynamic_shared());", code)
     entries = "\n".join(
         f'    cuda_on_cpu::Entry<{name}>::described("{name}", static_cast<int>({most.split(",")[0] or 0})),'
         for most, name in kernels
     )
     return (
         '#include "cuda_on_cpu.h"\n'
-        f'namespace {{\n#line 1 "source.cu"\n{body}\n#line 1 "kernels of source.cu"\n'
+        f'namespace {{\n#line 1 "source.cu"\n{code}\n#line 1 "kernels of source.cu"\n'
         f"const cuda_on_cpu::Kernel kernels[] = {{\n{entries}\n}};\n}}  // namespace\n"
         'extern "C" __attribute__((visibility("default")))\n'
         "const cuda_on_cpu::Kernel* cuda_on_cpu_kernels(int* count) {\n"
@@ -199,7 +197,6 @@ class Library:
         block: Sequence[int],
         arguments: Sequence[bytes],
         *,
-        shared: int = 0,
         order: str = "shuffled",
         seed: int = 0,
     ) -> None:
@@ -220,7 +217,7 @@ class Library:
         buffers = [ctypes.create_string_buffer(value, len(value)) for value in arguments]
         pointers = (ctypes.c_void_p * (len(buffers) + 1))(*(ctypes.addressof(buffer) for buffer in buffers))
         self._launch(
-            ctypes.c_void_p(kernel.call), pointers, _dim3(grid), _dim3(block), ctypes.c_size_t(shared), ORDERS[order],
+            ctypes.c_void_p(kernel.call), pointers, _dim3(grid), _dim3(block), ORDERS[order],
             ctypes.c_ulonglong(seed), self._flushes, self._message, ctypes.c_size_t(len(self._message)),
         )  # fmt: skip
         if said := self._message.value.decode():

@@ -58,7 +58,7 @@ def gemmEx(
         raise Misuse(f"gemmEx: transa {transa}, transb {transb}, m {m}, n {n}, k {k}, algo {algo}")
     if computeType not in (CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32):
         raise Misuse(f"gemmEx: computeType {computeType}")
-    shapes = _shapes("gemmEx", transa, transb, m, n, k, lda, ldb, ldc)
+    shapes = _shapes(transa, transb, m, n, k, lda, ldb, ldc)
     if m == 0 or n == 0:
         return
     held = None if mode == CUBLAS_POINTER_MODE_DEVICE else (_host_float(alpha), _host_float(beta))
@@ -66,7 +66,7 @@ def gemmEx(
 
     def run() -> None:
         first, second = held or (_device_float(alpha), _device_float(beta))
-        a, b, c = _operands("gemmEx", shapes, places, kinds, transa, transb)
+        a, b, c = _operands(shapes, places, kinds, transa, transb)
         _multiply(a, b, c, first, second, computeType == CUBLAS_COMPUTE_32F_FAST_TF32)
 
     streams.start(run)
@@ -75,7 +75,7 @@ def gemmEx(
 Shapes = dict[str, tuple[int, tuple[int, int]]]
 
 
-def _shapes(name: str, transa: int, transb: int, m: int, n: int, k: int, lda: int, ldb: int, ldc: int) -> Shapes:
+def _shapes(transa: int, transb: int, m: int, n: int, k: int, lda: int, ldb: int, ldc: int) -> Shapes:
     """The leading dimensions, with the rows and columns that lie in memory."""
     shapes = {
         "lda": (lda, (m, k) if transa == CUBLAS_OP_N else (k, m)),
@@ -84,12 +84,12 @@ def _shapes(name: str, transa: int, transb: int, m: int, n: int, k: int, lda: in
     }
     for what, (pitch, (rows, _)) in shapes.items():
         if not max(1, rows) <= pitch < 2**31:
-            raise Misuse(f"{name}: {what} is {pitch}, and a column has {rows} elements")
+            raise Misuse(f"gemmEx: {what} is {pitch}, and a column has {rows} elements")
     return shapes
 
 
 def _operands(
-    name: str, shapes: Shapes, places: Sequence[int], kinds: Sequence[int], transa: int, transb: int
+    shapes: Shapes, places: Sequence[int], kinds: Sequence[int], transa: int, transb: int
 ) -> tuple[Any, Any, Any]:
     """op(A), op(B) and C."""
     a, b, c = (
@@ -97,7 +97,7 @@ def _operands(
         for address, kind, (pitch, shape) in zip(places, kinds, shapes.values(), strict=True)
     )
     if np.may_share_memory(a, c) or np.may_share_memory(b, c):
-        raise Misuse(f"{name}: C lies on A or B")
+        raise Misuse("gemmEx: C lies on A or B")
     return a if transa == CUBLAS_OP_N else a.T, b if transb == CUBLAS_OP_N else b.T, c
 
 

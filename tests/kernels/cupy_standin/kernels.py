@@ -21,7 +21,9 @@ ARGUMENT = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(\s*const\s+(\w+)\s+\w+\s*\)"
 )
 STRUCT = re.compile(r"struct\s+(\w+)\s*\{(.*?)\n\};", re.DOTALL)
-MEMBER = re.compile(r"(?:const\s+)?([\w ]+?)(\s*\*)?\s*\b(\w+);")
+MEMBER = re.compile(r"(?:const\s+)?(\w[\w ]*?)(<[\w ]+>)?(\s*\*)?\s*\b(\w+);")
+# The fields that follow a pointer in the backend's templates.
+STRIDES = {"Vector": ("_step",), "Matrix": ("_row", "_col")}
 
 
 def members(code: str) -> dict[str, list[tuple[str, str]]]:
@@ -29,9 +31,10 @@ def members(code: str) -> dict[str, list[tuple[str, str]]]:
     bodies = {name: re.sub(r"//[^\n]*", "", body) for name, body in STRUCT.findall(code)}
     found = {}
     for kernel, struct in ARGUMENT.findall(code):
-        fields = MEMBER.findall(bodies[struct])
-        kinds = ("p" if star else "f" if kind.strip() == "double" else "i" for kind, star, _ in fields)
-        found[kernel] = list(zip((name for _, _, name in fields), kinds, strict=True))
+        found[kernel] = fields = []
+        for kind, strided, star, name in MEMBER.findall(bodies[struct]):
+            fields.append((name, "p" if star or strided else "f" if kind == "double" else "i"))
+            fields += [(name + stride, "i") for stride in STRIDES.get(kind, ())]
     return found
 
 
@@ -63,7 +66,7 @@ class Kernel:
         self._library, self._name, self._fields = library, name, fields
         self._parameters = library.kernels[name].parameters
 
-    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared_mem: int = 0) -> None:
+    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any]) -> None:
         if len(args) != len(self._parameters):
             raise Misuse(f"{self._name}: takes {len(self._parameters)} arguments, got {len(args)}")
         # Copy them now: a card also copies arguments at the launch.
@@ -76,7 +79,7 @@ class Kernel:
                     raise Misuse(
                         f"{self._name}: {field} is at {address:#x}, which is not (any more) memory of the card"
                     )
-            self._library.launch(self._name, grid, block, values, shared=shared_mem, seed=next(_launches))
+            self._library.launch(self._name, grid, block, values, seed=next(_launches))
 
         streams.start(run)
 

@@ -23,7 +23,6 @@ def _module(name: str, **contents: Any) -> types.ModuleType:
 
 _runtime = _module(
     "cupy.cuda.runtime",
-    CUDARuntimeError=memory.CUDARuntimeError,
     CUDA_R_16F=cublas.CUDA_R_16F,
     CUDA_R_32F=cublas.CUDA_R_32F,
     getDevice=lambda: 0,
@@ -41,7 +40,6 @@ _cuda = _module(
 _cupy = _module(
     "cupy",
     RawModule=kernels.RawModule,
-    __version__="14.2.0",
     asarray=arrays.asarray,
     asnumpy=arrays.asnumpy,
     cuda=_cuda,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from cupy_standin.memory import LIVE, CUDARuntimeError, Misuse
 
@@ -113,14 +113,6 @@ class Device:
 
     def __exit__(self, *_: object) -> None:
         return None
-
-    @property
-    def compute_capability(self) -> str:
-        return "80"
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        return {"MultiProcessorCount": 4}
 
     def synchronize(self) -> None:
         refuse_in_capture("waiting")
