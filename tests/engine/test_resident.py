@@ -299,6 +299,20 @@ def test_data_that_cannot_be_written_to_or_has_gaps() -> None:
         assert_same_state(engine, expected)
 
 
+def test_a_program_that_is_bound_again_reads_the_arrays_of_its_own_model() -> None:
+    """Also after a model whose targets were its inputs, and one whose data could not be read in place."""
+    from fusemlp.program import lowering
+
+    net = MLP([WIDTH, 9, WIDTH])
+    targets, wide = np.roll(X, 1, axis=1), np.zeros((ROWS, 2 * WIDTH))
+    wide[:, ::2] = targets
+    wanted = trained("resident", net, targets, loss="mse")
+    for before in (X, targets, wide[:, ::2]):
+        lowering.lower.cache_clear()
+        trained("resident", net, before, loss="mse")
+        assert_same_state(trained("resident", net, targets, loss="mse"), wanted)
+
+
 def test_divergence_goes_back_to_the_last_good_epoch() -> None:
     engine = Engine(MLP(SIZES), loss="mse", optimizer=SGD(1e30), batch_size=BATCH, backend="numpy", plan="resident")
     before = engine.state_dict()

@@ -370,6 +370,8 @@ def bind_train_resident(
         table.enter(t.AT_EPOCH_STATS, epoch_stats)
         table.integers[t.EPOCHS] = len(epoch_stats)
     run = table.bind(t.COUNTED, alone=True)
-    if memo is not None and arrays is not None and not table.converts:
+    # an array with two names may be two arrays in the next model
+    distinct = arrays is not None and len({id(array) for array in arrays.values()}) == len(arrays)
+    if memo is not None and arrays is not None and distinct and not table.converts:
         memo["form"] = Form(table, arrays)
     return run
