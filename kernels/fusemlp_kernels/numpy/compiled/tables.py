@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
+from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 # The integers are one int64 array: a head, a row of CALL_COLUMNS for each row of calls, a row of TENSOR_COLUMNS for
@@ -108,4 +108,3 @@ REALS, INTEGERS, LETTERS = 2, 6, [ord("N"), ord("T")]
 
 SGD = list(OPTIMIZERS).index("sgd")
 IDENTITY = ACTIVATIONS.index("identity")
-CROSS_ENTROPY = LOSSES.index("cross_entropy")
