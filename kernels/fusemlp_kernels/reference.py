@@ -197,7 +197,7 @@ def grad_weight(dz: Array, x: Array) -> tuple[Array, Array]:
 
 
 def clip_factor(grads: Iterable[Array], max_norm: float | None) -> float:
-    """What scales all gradients so that their common norm is at most max_norm, as torch's clip_grad_norm_."""
+    """Return the factor that clips the common norm of all gradients to max_norm, as torch's clip_grad_norm_."""
     if max_norm is None:
         return 1.0
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads))

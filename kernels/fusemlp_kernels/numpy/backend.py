@@ -31,7 +31,7 @@ class NumpyBackend:
             raise BackendUnavailableError(
                 f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
             )
-        # loaded now, so that whoever limits the threads of BLAS afterwards limits MKL's too
+        # Load MKL now: limits on BLAS threads that a caller sets later then include it.
         mkl()
         self.traits = traits
         self.device = "cpu"

@@ -1,4 +1,4 @@
-"""Which library multiplies matrices on the CPU: the BLAS that SciPy carries, or Intel's MKL where it is installed.
+"""Choose the library of matrix products on the CPU: SciPy's BLAS, or Intel's MKL if it is installed.
 
 Every product of a small network is quick in either. From ``LARGE`` multiplications on MKL is ahead on Intel's
 processors (README, "Speed"), so there it takes the large products, and SciPy's BLAS those that it computes on one
@@ -93,7 +93,7 @@ def one_thread_here() -> Iterator[None]:
 
 
 def routine_address(name: str) -> int | None:
-    """Where MKL's ``name`` ("sgemm", ...) is, with Fortran's calling convention; None without MKL."""
+    """Return the address of MKL's ``name`` ("sgemm", ...), with Fortran's calling convention; None without MKL."""
     library = mkl()
     return None if library is None else ctypes.cast(getattr(library, f"{name}_"), ctypes.c_void_p).value
 
@@ -110,7 +110,7 @@ def _is_intel() -> bool:
 
 
 def _found() -> Iterator[Path]:
-    """Where libraries of the package ``mkl`` may lie: from pip, then from conda."""
+    """Yield the places of the package ``mkl``: pip's, then conda's."""
     try:
         listed = files("mkl") or []
     except PackageNotFoundError:

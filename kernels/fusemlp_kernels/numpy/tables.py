@@ -38,7 +38,7 @@ NAMES = frozenset(
     }
 )
 
-# Where the columns of a row are.
+# The places of a row's columns.
 COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, int)}
 
 # Set, one loop for all tables is compiled, once; unset, each kind of table compiles what it uses, in less time.

@@ -1,7 +1,7 @@
 """Numbers below the smallest normal one count as zero while the loop runs.
 
-What an optimizer shrinks step by step, such as the weight of a feature that is always zero, ends among the denormal
-numbers, with which x86 processors compute many times more slowly. What is lost is below 1e-37 in float32. The control
+An optimizer shrinks some values step by step, such as the weight of a feature that is always zero. They end as denormal
+numbers, with which x86 processors compute many times more slowly. The loss is below 1e-37 in float32. The control
 register of a thread's vector unit (MXCSR) has a bit for results that become zero and one for operands that count as
 zero (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, section 10.2.3); a BLAS with one thread
 computes in the same thread. Other processors keep their denormal numbers.

@@ -77,7 +77,7 @@ def _parts_of(v: Any) -> Any:
     return _reduction(np.float64, np.int64, 52, 1023, _DOUBLE, 0.6931471803691238, 1.9082149292705877e-10)
 
 
-# Where exp(v) is below the normal numbers, and where it overflows.
+# Below the first, exp(v) is less than the normal numbers; above the second, it overflows.
 LOWEST, _HIGHEST = {"float32": -87.5, "float64": -708.5}, {"float32": 89.5, "float64": 710.5}
 
 

@@ -1,4 +1,4 @@
-"""How the compiled functions are compiled, and kept on disk."""
+"""The options of compiled functions, and their cache on disk."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Compile only what a program uses: a copy of the loop from which the other branches are cut.
+"""Compile only what a program uses: a copy of the loop without the other branches.
 
-Numba compiles every branch that it sees, and the time that takes is most of the first ``fit`` on a machine. So this
-module cuts the branches that a program never takes from the source before: ``if kind == NAME``, ``if flags[NAME]`` and
-``if flag`` after ``flag = flags[NAME] != 0``, for each NAME of ``tables`` or the printed formulas that the program does
-without. A name that is assigned so is assigned once. The rest computes the same.
+Numba compiles every branch that it sees, which takes most of the first ``fit`` on a machine. So this module first cuts
+the branches that a program never takes from the source: ``if kind == NAME``, ``if flags[NAME]``, and ``if flag`` after
+``flag = flags[NAME] != 0``, for each NAME of ``tables`` or the printed formulas that the program does not use. Such a
+flag is assigned once. The rest computes the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from fusemlp_kernels.numpy.compiled import losses, pointwise_numba, steps, updates
 from fusemlp_kernels.numpy.compiled.options import kept
 
-# Where there are branches to cut, each before those that import from it.
+# The modules with branches to cut, each before those that import from it.
 _MODULES = (pointwise_numba, losses, updates, steps)
 
 
@@ -30,7 +30,7 @@ class _Cutter(ast.NodeTransformer):
         self._false: set[str] = set()
 
     def _is(self, test: ast.expr) -> bool | None:
-        """What a condition is in all programs without these names; None where that is not known."""
+        """Return the value of a condition in all programs without these names; None if it is unknown."""
         match test:
             case ast.Compare(ops=[ast.Eq()], comparators=[ast.Name(id=name)]) if name in self._absent:
                 return False

@@ -31,9 +31,9 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 CLIP_NORM, HEAD_FACTORS = len(HYPERPARAMETERS), len(HYPERPARAMETERS) + 1
 COUNTED = -1
 
-# What a row of calls does; a call of the program is one row or several. GATHER: x[rows]; AFFINE and ACTIVATE: a layer;
-# ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last row; WEIGHT, BIAS, SLOPES: a
-# gradient.
+# The kinds of a row of calls; a call of the program is one row or several. GATHER: x[rows]; AFFINE and ACTIVATE: a
+# layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last row; WEIGHT, BIAS,
+# SLOPES: a gradient.
 (
     GATHER,
     AFFINE,

@@ -1,4 +1,4 @@
-"""What comes before the optimizer, and the optimizer over all tensors: one sweep over each and its states."""
+"""The penalty, clipping, and the optimizer: one sweep over each tensor and its states."""
 
 from __future__ import annotations
 
