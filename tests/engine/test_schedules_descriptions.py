@@ -165,6 +165,8 @@ class InverseRoot(Schedule):
 def test_a_function_of_ones_own_is_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = InverseRoot(0.5, warmup=2)
     close(rates(schedule, 5), [0.25, 0.5, 0.5, 0.5 / math.sqrt(2.0), 0.5 / math.sqrt(3.0)])
+    # a README's snippet, run in the same process, enters one of this name
+    monkeypatch.delitem(SCHEDULES, "inverse_root", raising=False)
     with pytest.raises(ArgumentError, match="'inverse_root'"):
         schedule_from_config(schedule.to_config())
     monkeypatch.setitem(SCHEDULES, "inverse_root", InverseRoot)
