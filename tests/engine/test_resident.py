@@ -349,7 +349,7 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1437, 10000])
 def test_the_order_of_the_rows_is_that_of_every_plan(n: int) -> None:
-    from fusemlp_kernels.numpy.tables import row_order as compiled
+    from fusemlp_kernels.numpy.tables import compiled_row_order as compiled
 
     for seed, epoch in ((0, 0), (5, 7), (2**40 + 3, 2**32 - 1)):
         assert np.array_equal(compiled(n, seed, epoch), row_order(n, seed, epoch))

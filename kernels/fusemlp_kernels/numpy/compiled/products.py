@@ -64,11 +64,15 @@ def _of_type(
 
 
 @register_jitable(**EXACT)
-def column_sums(sums: Any, dz: Any, rows: int, columns: int) -> None:
-    """``sums = dz.sum(axis=0)``, flat: sums (columns,), dz (rows, columns)."""
+def column_sums(out: Any, values: Any, sums: Any, rows: int, columns: int, alpha: float, beta: float) -> None:
+    """``out = alpha * values.sum(axis=0) + beta * out``, flat: values (rows, columns); sums is scratch (columns,)."""
+    real = out.dtype.type
+    a, b = real(alpha), real(beta)
     for j in range(columns):
         sums[j] = 0
     for i in range(rows):
         start = i * columns
         for j in range(columns):
-            sums[j] += dz[start + j]
+            sums[j] += values[start + j]
+    for j in range(columns):
+        out[j] = a * sums[j] if beta == 0.0 else a * sums[j] + b * out[j]

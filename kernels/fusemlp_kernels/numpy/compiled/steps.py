@@ -68,7 +68,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     REALS,
     ROWS,
     SLOPE,
-    SLOPES,
     STRENGTH,
     TARGET,
     TENSOR_FACTORS,
@@ -161,19 +160,6 @@ def _backward(call: Any, numbers: Any, like: Any, count: int, words: Any) -> Non
 
 
 @register_jitable(**EXACT)
-def _into(out: Any, values: Any, size: int, alpha: float, beta: float) -> None:
-    """``out = alpha * values + beta * out``."""
-    real = out.dtype.type
-    a, b = real(alpha), real(beta)
-    if beta == 0.0:
-        for i in range(size):
-            out[i] = a * values[i]
-    else:
-        for i in range(size):
-            out[i] = a * values[i] + b * out[i]
-
-
-@register_jitable(**EXACT)
 def _gradient(call: Any, like: Any, count: int, begins: bool, tensor_factors: Any, hyper: Any, words: Any) -> None:
     """The gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
     alpha, beta = 1.0, 0.0 if begins else 1.0
@@ -186,12 +172,11 @@ def _gradient(call: Any, like: Any, count: int, begins: bool, tensor_factors: An
         inputs = call[K]
         out, dz, x = call[OUT], call[DZ], call[X]
         gemm(0, 1, inputs, outputs, count, alpha, x, inputs, dz, outputs, beta, out, inputs, words, like)
-    elif call[KIND_OF_ROW] == BIAS:
-        spare = part(like, REALS, outputs)
-        column_sums(spare, elements(like, call[DZ], count * outputs), count, outputs)
-        _into(elements(like, call[OUT], outputs), spare, outputs, alpha, beta)
-    elif call[KIND_OF_ROW] == SLOPES:
-        _into(elements(like, call[OUT], 1), elements(like, call[DZ], 1), 1, alpha, beta)
+    else:
+        # a bias, or a slope, whose gradient is one number already
+        rows = count if call[KIND_OF_ROW] == BIAS else 1
+        dz = elements(like, call[DZ], rows * outputs)
+        column_sums(elements(like, call[OUT], outputs), dz, part(like, REALS, outputs), rows, outputs, alpha, beta)
 
 
 def run(steps: int, integers: Any, factors: Any, reals: Any, words: Any) -> None:
