@@ -64,7 +64,7 @@ def _check_features(preprocessor: Preprocessor) -> None:
 
 def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
     """Return one line on the inputs and outputs of the exported model."""
-    width = engine.network.sizes[0]
+    width = engine.network.sizes[0] if scaled else len(preprocessor.feature_names)
     answers = "values" if preprocessor.classes is None else "labels"
     if not scaled:
         units = "in original units" if preprocessor.classes is None else "of the data"

@@ -1,12 +1,14 @@
 """Data sets by name or path, as arrays of features and labels.
 
-A categorical column of a table becomes indices into its sorted categories; ``preprocessing.Preprocessor``
-turns it into one column a category.
+A categorical column of a table becomes indices into its sorted categories, a missing cell of numbers NaN;
+``preprocessing.Preprocessor`` turns them into the network's inputs.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
-from fusemlp.datasets.tables import TABLES, listed, read_names, read_table
+from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
+from fusemlp.datasets.textfiles import MISSING, Form
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
 
@@ -29,6 +32,10 @@ TASKS = ("classification", "regression")
 NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
+# A column of whole numbers, one a row, is an identifier if it counts the rows or has such a name.
+_IDENTIFIER = re.compile(r"(?:^|[\W_])(?:id|idx|index|uuid|key|row ?names?|row|nr|no)$|[a-z](?:Id|ID)$|^column_1$")
+# A table of fewer rows has too few to tell an identifier from a measurement.
+_FEWEST_ROWS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +45,9 @@ class Dataset:
     ``X`` (n, columns) float64, images flattened; ``y`` (n,) labels as they are in the file: int, float, bool or
     str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
     ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data.
-    ``categories`` holds for each column of X the words that its values are indices into, None for numbers.
+    ``categories`` holds for each column of X the words that its values are indices into, None for numbers. A missing
+    number is NaN, a missing word the category "". ``notes`` are lines on the reading: the form of the file, columns
+    left out, missing cells.
     """
 
     name: str
@@ -50,6 +59,7 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     test: tuple[Features, Array] | None = None
     categories: Categories = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -64,11 +74,36 @@ class Dataset:
         return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
 
 
-def load_data(source: str | Path, *, target: str | None = None, task: str | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Columns:
+    """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
+
+    ``like`` is the preprocessor of an earlier reading, whose columns and categories are taken as they are.
+    """
+
+    drop: Collection[str] = ()
+    keep: Collection[str] = ()
+    categorical: Collection[str] = ()
+    like: Preprocessor | None = None
+
+
+def load_data(
+    source: str | Path,
+    *,
+    target: str | None = None,
+    task: str | None = None,
+    form: Form | None = None,
+    columns: Columns | None = None,
+) -> Dataset:
     """Load a data set by name (``NAMES``) or path.
 
-    Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` or ``.parquet``
-    with the name of the ``target`` column; a folder of IDX files in MNIST's layout, plain or ``.gz``.
+    Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` (plain, or compressed
+    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``) or ``.parquet`` with the name of the ``target`` column; a folder of IDX
+    files in MNIST's layout, plain or ``.gz``.
+
+    The beginning of a text table tells its separator, decimal mark and encoding, unless ``form`` sets them. Columns
+    that are constant, count the rows, or hold another word in nearly every row are left out; ``columns`` chooses
+    otherwise. Missing cells are allowed; rows without a target are left out.
 
     ``task`` None infers: words and truth values are classes; numbers with decimals are measurements; whole numbers
     are classes if there are at most ``MOST_CLASSES`` distinct ones and at least twice as many rows. Small whole
@@ -83,41 +118,56 @@ def load_data(source: str | Path, *, target: str | None = None, task: str | None
     path = _existing(source)
     if target is not None and (source in NAMES or path.is_dir() or path.suffix.lower() == ".npz"):
         raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
-    return _with_task(_read(source, target), task)
+    return _with_task(_read(source, target, form or Form(), columns or Columns()), task)
 
 
-def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
+def load_features(
+    path: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+) -> Features:
     """Load the features of new data, for ``preprocessor.transform_features``.
 
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
-    among any others. Raises DataError that lists missing and present columns.
+    among any others. A missing number and a word that is unseen in training become NaN, and ``notes`` takes a line on
+    them. Raises DataError that lists missing and present columns.
     """
     source, path = path, _existing(path)
-    if path.suffix.lower() in TABLES:
+    notes = [] if notes is None else notes
+    if is_table(path):
         names = preprocessor.feature_names
-        table = read_table(path, features=names)
-        return _coded(path, table, names, preprocessor.categories)[0]
+        table = read_table(path, features=names, form=form, as_words=_as_words(preprocessor), notes=notes)
+        return _coded(table, names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path)
         name = _by_lower_name(arrays).get("x")
         if name is None:
             raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
         return _matching(path, _flat(path, name, arrays[name]), preprocessor)
-    return _matching(path, _read(source, None).X, preprocessor)
+    return _matching(path, _read(source, None, Form(), Columns()).X, preprocessor)
 
 
-def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Features, Array]:
+def load_labelled(
+    source: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+) -> tuple[Features, Array]:
     """Load features and labels of new data for an evaluation, as ``load_features`` does.
 
-    If the data bring a test set, the test set is returned.
+    Rows without a label are left out, with a line in ``notes``. If the data bring a test set, the test set is returned.
     """
     path = _existing(source)
-    if path.suffix.lower() in TABLES:
+    notes = [] if notes is None else notes
+    if is_table(path):
         names, target = preprocessor.feature_names, preprocessor.target_name
-        words = preprocessor.classes is not None and isinstance(preprocessor.classes[0], str)
-        table = read_table(path, features=names, target=target, words=words)
-        return _coded(path, table, names, preprocessor.categories)[0], table[target]
-    dataset = _read(source, None)
+        table = read_table(
+            path,
+            features=names,
+            target=target,
+            words=preprocessor.classes is not None and isinstance(preprocessor.classes[0], str),
+            form=form,
+            as_words=_as_words(preprocessor),
+            known_labels=_label_words(preprocessor),
+            notes=notes,
+        )
+        return _coded(table, names, preprocessor.categories, notes)[0], table[target]
+    dataset = _read(source, None, Form(), Columns())
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, preprocessor), y
 
@@ -154,8 +204,8 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     return replace(dataset, task=chosen)
 
 
-def _read(source: str | Path, target: str | None) -> Dataset:
-    return _named(str(source)) if source in NAMES else _from_path(Path(source), target)
+def _read(source: str | Path, target: str | None, form: Form, columns: Columns) -> Dataset:
+    return _named(str(source)) if source in NAMES else _from_path(Path(source), target, form, columns)
 
 
 def _named(name: str) -> Dataset:
@@ -199,7 +249,7 @@ def _existing(source: str | Path) -> Path:
     )
 
 
-def _from_path(path: Path, target: str | None) -> Dataset:
+def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> Dataset:
     suffix = path.suffix.lower()
     if path.is_dir():
         try:
@@ -208,20 +258,49 @@ def _from_path(path: Path, target: str | None) -> Dataset:
             raise DataError(f"{path}: the folder cannot be read ({reason(error)})") from error
     if suffix == ".npz":
         return _from_npz(path)
-    if suffix not in TABLES:
+    if not is_table(path):
         raise DataError(
             f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, or a folder of IDX files; convert "
             "the data, for example with numpy.savez(path, X=X, y=y)"
         )
+    names = read_names(path, form)
     if target is None:
-        raise DataError(f"{path}: say which column is the target; the columns are {listed(read_names(path))}")
-    table = read_table(path, target=target)
+        raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
+    if target in columns.drop:
+        raise ArgumentError(f"drop: {target!r} is the target")
+    for option, chosen in (("drop", columns.drop), ("keep", columns.keep), ("categorical", columns.categorical)):
+        absent = [name for name in chosen if name not in names]
+        if absent:
+            raise DataError(f"{path}: no columns {listed(absent)} to {option}; the columns are {listed(names)}")
+    notes: list[str] = []
+    like = columns.like
+    table = read_table(
+        path,
+        features=None if like is None else like.feature_names,
+        target=target,
+        form=form,
+        drop=columns.drop,
+        as_words=dict.fromkeys(columns.categorical, True) if like is None else _as_words(like),
+        known_labels=() if like is None else _label_words(like),
+        notes=notes,
+    )
     y = table.pop(target)
     if not table:
         raise DataError(f"{path}: there is no feature column besides the target {target!r}")
-    names = tuple(table)
-    X, categories = _coded(path, table, names, None)
-    return Dataset(path.name, X, y, "", names, target, None, None, categories)
+    if like is None:
+        table = _without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
+    kept = tuple(table) if like is None else like.feature_names
+    X, categories = _coded(table, kept, None if like is None else like.categories, notes)
+    return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes))
+
+
+def _as_words(preprocessor: Preprocessor) -> dict[str, bool]:
+    pairs = zip(preprocessor.feature_names, preprocessor.categories, strict=True)
+    return {name: words is not None for name, words in pairs}
+
+
+def _label_words(preprocessor: Preprocessor) -> tuple[str, ...]:
+    return tuple(label for label in preprocessor.classes or () if isinstance(label, str))
 
 
 def _from_npz(path: Path) -> Dataset:
@@ -263,44 +342,91 @@ def _from_idx_folder(path: Path) -> Dataset:
     return Dataset(path.name, X, y, "classification", names, "label", test=test)
 
 
+def _without_useless(path: Path, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, Array]:
+    """Return the columns that a network can learn from, with a line on the others; all of them if none is left."""
+    reasons = {name: None if name in keep else _useless(name, column) for name, column in table.items()}
+    useless = {name: found for name, found in reasons.items() if found is not None}
+    if not useless:
+        return table
+    if len(useless) == len(table):
+        numbers = {name: column for name, column in table.items() if column.dtype.kind == "f"}
+        if not numbers:
+            found = "; ".join(f"column {name!r}: {found}" for name, found in useless.items())
+            raise DataError(f"{path}: no feature is left to learn from: {found}; drop or --keep these columns")
+        return numbers
+    told = ", ".join(f"{name!r} ({found})" for name, found in useless.items())
+    notes.append(f"left out, unless you --keep them: {told}")
+    return {name: column for name, column in table.items() if name not in useless}
+
+
+def _useless(name: str, column: Array) -> str | None:
+    """Return the reason to leave a feature column out, None to keep it."""
+    if column.dtype.kind != "f":
+        words = set(column) - MISSING
+        if len(words) > 20 and 2 * len(words) > len(column):
+            return f"{len(words)} different words in {len(column)} rows look like names"
+        return "constant" if len(set(column)) == 1 and len(column) > 1 else None
+    missing = np.isnan(column)
+    if missing.all():
+        return "no values"
+    if len(column) < _FEWEST_ROWS or missing.any():
+        return None
+    if (column == column[0]).all():
+        return "constant"
+    if (np.diff(column) == 1).all():
+        return "counts the rows"
+    whole = (column == np.floor(column)).all()
+    if whole and _IDENTIFIER.search(name) and len(np.unique(column)) == len(column):
+        return "a number for each row, named as an identifier"
+    return None
+
+
 def _coded(
-    path: Path, table: dict[str, Array], names: tuple[str, ...], known: Categories | None
+    table: dict[str, Array], names: tuple[str, ...], known: Categories | None, notes: list[str]
 ) -> tuple[Features, Categories]:
     """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
     X = np.empty((len(table[names[0]]), len(names)))
     categories: list[tuple[str, ...] | None] = []
+    missing: list[str] = []
+    unseen: list[str] = []
     for index, name in enumerate(names):
         column = table[name]
-        words = known[index] if known is not None else _categories(path, name, column)
-        if (words is None) != (column.dtype.kind in "biuf"):
-            found, wanted = ("words", "numbers") if words is None else ("numbers", "words")
-            raise DataError(f"{path}, column {name!r}: holds {found}, but held {wanted} in the training data")
+        words = known[index] if known is not None else _categories(column)
+        categories.append(words)
         if words is None:
             X[:, index] = column
+            count = int(np.isnan(column).sum())
         else:
-            codes = {word: code for code, word in enumerate(words)}
-            strange = sorted(set(column) - codes.keys())
-            if strange:
-                raise DataError(
-                    f"{path}, column {name!r}: {strange[0]!r} did not occur in the training data; known are "
-                    f"{listed(words)}; correct the value or train again"
-                )
+            codes: dict[str, float] = {word: code for code, word in enumerate(words)}
+            absent = codes.get("", math.nan)
+            strange = {word for word in dict.fromkeys(column) if word not in codes and word not in MISSING}
+            for word in dict.fromkeys(column):
+                codes.setdefault(word, math.nan if word in strange else absent)
             X[:, index] = [codes[word] for word in column]
-        categories.append(words)
+            known_words = set(words)
+            count = sum(word in MISSING and (word == "" or word not in known_words) for word in column)
+            if strange:
+                cells = sum(word in strange for word in column)
+                example = next(word for word in column if word in strange)
+                unseen.append(f"{cells} in {name!r} (such as {example!r})")
+        if count:
+            missing.append(f"{count} in {name!r}")
+    if missing:
+        notes.append(f"missing cells, filled in: {_some(missing)}")
+    if unseen:
+        notes.append(f"words unseen in training, taken as one other category: {_some(unseen)}")
     return X, tuple(categories)
 
 
-def _categories(path: Path, name: str, column: Array) -> tuple[str, ...] | None:
+def _some(parts: list[str]) -> str:
+    return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
+
+
+def _categories(column: Array) -> tuple[str, ...] | None:
     if column.dtype.kind in "biuf":
         return None
-    words = tuple(sorted(set(column)))
-    # Words that hardly repeat are names or serial numbers: the network would memorise an input for each.
-    if len(words) > 20 and 2 * len(words) > len(column):
-        raise DataError(
-            f"{path}, column {name!r}: {len(words)} different words in {len(column)} rows, such as "
-            f"{words[0]!r}, look like names, not like categories; drop the column from the file"
-        )
-    return words
+    words = set(column)
+    return tuple(sorted({"" if word in MISSING else word for word in words}))
 
 
 def _flat(path: Path, name: str, array: Array) -> Features:

@@ -1,54 +1,86 @@
 """Tables: csv, tsv and parquet files as columns.
 
-Numbers become float64 arrays, words object arrays of str. The standard library alone reads CSV, so a file means
-the same on every installation. Every error is a DataError that names the file and the place in it.
+Numbers become float64 arrays with NaN for missing cells, words object arrays of str with the text of the cell. The
+standard library alone reads CSV, so a file means the same on every installation. Every error is a DataError that
+names the file and the places in it.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from fusemlp.datasets.files import Array, reason
+from fusemlp.datasets.textfiles import MISSING, Form, is_compressed, number, open_rows
 from fusemlp_kernels.errors import DataError
 
 TABLES = (".csv", ".tsv", ".parquet")
-MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"})
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 # The number of rows of a csv file in memory as text.
 _CHUNK = 4096
+# A column of this share of numbers holds numbers, and its other cells are mistakes.
+_MOSTLY = 0.9
+_SHOWN = 10
+
+
+def is_table(path: Path) -> bool:
+    """Return whether the name of a file is that of a table, compressed or not."""
+    if is_compressed(path):
+        return path.with_suffix("").suffix.lower() in (".csv", ".tsv")
+    return path.suffix.lower() in TABLES
 
 
 def read_table(
-    path: Path, *, features: Sequence[str] | None = None, target: str | None = None, words: bool = False
+    path: Path,
+    *,
+    features: Sequence[str] | None = None,
+    target: str | None = None,
+    words: bool = False,
+    form: Form | None = None,
+    drop: Collection[str] = (),
+    as_words: Mapping[str, bool] | None = None,
+    known_labels: Collection[str] = (),
+    notes: list[str] | None = None,
 ) -> dict[str, Array]:
     """Return columns of a csv, tsv or parquet file by name, in the file's order.
 
-    ``features`` chooses the feature columns (None: all but the target); the others are ignored. The column
-    ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str.
+    ``features`` chooses the feature columns (None: all but the target and those to ``drop``); the others are ignored.
+    ``as_words`` says of a column whether it holds words or numbers; the others are told by their values. The column
+    ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str. Rows without a target
+    are left out; a missing value's text that is among ``known_labels`` is a label. ``notes`` takes lines on the
+    reading.
     """
-    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
-    columns = read(path, features, target, words)
-    if not columns or not len(next(iter(columns.values()))):
+    notes = [] if notes is None else notes
+    asked = dict(as_words or {})
+    if path.suffix.lower() == ".parquet":
+        table, missing = _read_parquet(path, features, target, words, drop, asked)
+    else:
+        table, missing = _read_csv(path, features, target, words, form or Form(), drop, asked, known_labels, notes)
+    if table and missing.all() and len(missing):
+        raise DataError(f"{path}, column {target!r}: the target is missing in all {len(missing)} rows")
+    if not table or not len(next(iter(table.values()))):
         raise DataError(f"{path}: there are no rows below the header")
-    return columns
+    if missing.any():
+        notes.append(f"{int(missing.sum())} of {len(missing)} rows have no {target!r} and are left out")
+        table = {name: column if name == target else column[~missing] for name, column in table.items()}
+    return table
 
 
-def choose_columns(path: Path, names: Sequence[str], features: Sequence[str] | None, target: str | None) -> list[str]:
+def choose_columns(
+    path: Path, names: Sequence[str], features: Sequence[str] | None, target: str | None, drop: Collection[str] = ()
+) -> list[str]:
     """Return the columns to read; DataError, with a list of the columns, if one is missing or named twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{path}: several columns are called {listed(twice)}; give each its own name")
     present = set(names)
-    wanted = present if features is None else set(features)
+    wanted = present - set(drop) if features is None else set(features)
     missing = [name for name in features or () if name not in present]
     if target is not None and target not in present:
         raise DataError(f"{path}: there is no target column {target!r}; the columns are {listed(names)}")
@@ -57,124 +89,222 @@ def choose_columns(path: Path, names: Sequence[str], features: Sequence[str] | N
     return [name for name in names if name in wanted or name == target]
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: Path, form: Form | None = None) -> list[str]:
     """Return the names of a table's columns, in order."""
     if path.suffix.lower() == ".parquet":
         return list(_frame(path).columns)
-    with _csv_rows(path) as (names, _, _):
-        return names
+    with open_rows(path, form or Form()) as rows:
+        return rows.names
 
 
-@contextmanager
-def _csv_rows(path: Path) -> Iterator[tuple[list[str], str, Any]]:
-    """Yield column names, delimiter and the reader of the rows; errors of the reader become DataError."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            first = stream.readline()
-            # Spreadsheets write ";" if "," is the decimal sign.
-            delimiter = max(",;\t", key=first.count)
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
-            names = [name.strip() for name in next(reader, [])]
-            _check_header(path, names)
-            yield names, delimiter, reader
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: expected a csv file in UTF-8 with a header ({reason(error)})") from error
+class _Problems:
+    """The mistakes of a file, for one message: the first few of each column and a count of the others."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, list[str]] = {}
+        self.more: Counter[str] = Counter()
+
+    def add(self, column: str, place: str, text: str) -> None:
+        several = self.found.setdefault(column, [])
+        if len(several) < 3:
+            several.append(f"{place}: {text}")
+        else:
+            self.more[column] += 1
+
+    def check(self) -> None:
+        """Raise the DataError that names all."""
+        lines = [line for several in self.found.values() for line in several]
+        if len(lines) == 1:
+            raise DataError(f"{self.path}, {lines[0]}")
+        for column, count in self.more.items():
+            self.found[column][-1] += f" (and {count} more{f' in column {column!r}' if column else ''})"
+        lines = [line for several in self.found.values() for line in several]
+        if lines:
+            hidden = len(lines) - 3 * _SHOWN
+            shown = [*lines[: 3 * _SHOWN], *([f"and {hidden} more"] if hidden > 0 else [])]
+            total = len(lines) + sum(self.more.values())
+            raise DataError(f"{self.path}: {total} mistakes:\n  " + "\n  ".join(shown))
 
 
-def _read_csv(path: Path, features: Sequence[str] | None, target: str | None, words: bool) -> dict[str, Array]:
-    with _csv_rows(path) as (names, delimiter, reader):
-        chosen = choose_columns(path, names, features, target)
-        columns = {names.index(name): _Column(path, name, is_target=name == target) for name in chosen}
+def _read_csv(
+    path: Path,
+    features: Sequence[str] | None,
+    target: str | None,
+    words: bool,
+    form: Form,
+    drop: Collection[str],
+    as_words: Mapping[str, bool],
+    known_labels: Collection[str],
+    notes: list[str],
+) -> tuple[dict[str, Array], Array]:
+    problems = _Problems(path)
+    with open_rows(path, form) as file:
+        names, reader = file.names, file.reader
+        notes += filter(None, [file.said(path)])
+        columns: dict[int, _Column | _Target] = {}
+        for name in choose_columns(path, names, features, target, drop):
+            columns[names.index(name)] = (
+                _Target(name, file.decimal, problems, MISSING.difference(known_labels))
+                if name == target
+                else _Column(name, file.decimal, problems, as_words.get(name))
+            )
         rows: list[list[str]] = []
         lines: list[int] = []
         for row in reader:
             if not row:
                 continue
             if len(row) != len(names):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: expected {len(names)} fields, as the header has, found "
-                    f"{len(row)}; put quotes around fields that contain {delimiter!r}"
+                problems.add(
+                    "",
+                    f"line {reader.line_num}",
+                    f"expected {len(names)} fields, as the header has, found {len(row)}; put quotes around fields "
+                    f"that contain {file.sep!r}",
                 )
+                continue
             rows.append(row)
             lines.append(reader.line_num)
             if len(rows) == _CHUNK:
                 _append(columns, rows, lines)
                 rows, lines = [], []
         _append(columns, rows, lines)
-    return {column.name: column.finish(words) for column in columns.values()}
+    missing = np.zeros(0, bool)
+    table: dict[str, Array] = {}
+    for column in columns.values():
+        if isinstance(column, _Target):
+            missing = np.array(column.missing, bool)
+            table[column.name] = column.finish(words)
+        else:
+            table[column.name] = column.finish(notes)
+    problems.check()
+    return table, missing
 
 
 class _Column:
-    """A column of a csv file as it grows; the first value decides between numbers and words."""
+    """A feature column of a csv file as it grows; its first rows with values decide between numbers and words."""
 
-    def __init__(self, path: Path, name: str, *, is_target: bool) -> None:
-        self.path, self.name, self.is_target = path, name, is_target
-        self.numeric: bool | None = False if is_target else None
+    def __init__(self, name: str, decimal: str, problems: _Problems, as_words: bool | None) -> None:
+        self.name, self.decimal, self.problems = name, decimal, problems
+        self.told = as_words is not None
+        self.numeric: bool | None = None if as_words is None else not as_words
+        self.waiting: list[tuple[Sequence[str], Sequence[int]]] = []
         self.numbers: list[Array] = []
-        self.words: list[str] = []
-        self.lines: list[int] = []
+        self.codes: dict[str, int] = {}
+        self.words: list[Array] = []
 
     def add(self, values: Sequence[str], lines: Sequence[int]) -> None:
         if self.numeric is None:
-            self.numeric = _number(values[0]) is not None or values[0].strip() in MISSING
-        if not self.numeric:
-            stripped = [value.strip() for value in values]
-            if not MISSING.isdisjoint(stripped):
-                self._refuse(next(i for i, value in enumerate(stripped) if value in MISSING), values, lines)
-            self.words += stripped
-            self.lines += lines
-            return
-        try:
-            numbers = np.fromiter(map(float, values), np.float64, len(values))
-        except ValueError:
-            self._refuse(next(i for i, value in enumerate(values) if _number(value) is None), values, lines)
-        bad = ~np.isfinite(numbers)
-        if bad.any():
-            self._refuse(int(np.argmax(bad)), values, lines)
-        self.numbers.append(numbers)
+            self.waiting.append((values, lines))
+            self._decide(values)
+            if self.numeric is None:
+                return
+            waiting, self.waiting = self.waiting, []
+            for piece in waiting:
+                self.add(*piece)
+        elif self.numeric:
+            self.numbers.append(self._numbers(values, lines))
+        else:
+            codes = self.codes
+            self.words.append(np.array([codes.setdefault(value.strip(), len(codes)) for value in values], np.int64))
+
+    def _decide(self, values: Sequence[str]) -> None:
+        present = [value for value in values if value.strip() not in MISSING]
+        if present:
+            count = sum(number(value, self.decimal) is not None for value in present)
+            self.numeric = count >= _MOSTLY * len(present)
+
+    def _numbers(self, values: Sequence[str], lines: Sequence[int]) -> Array:
+        if self.decimal == ".":
+            try:
+                numbers = np.fromiter(map(float, values), np.float64, len(values))
+            except ValueError:
+                pass
+            else:
+                if not np.isinf(numbers).any():
+                    return numbers
+        numbers = np.full(len(values), np.nan)
+        for index, value in enumerate(values):
+            text = value.strip()
+            if text in MISSING:
+                continue
+            found = number(text, self.decimal)
+            if found is None and self.told and text.lower() in ("true", "false"):
+                found = float(text.lower() == "true")
+            if found is None or not math.isfinite(found):
+                self.problems.add(self.name, f"line {lines[index]}, column {self.name!r}", _wrong(text, found))
+            else:
+                numbers[index] = found
+        return numbers
+
+    def finish(self, notes: list[str]) -> Array:
+        if self.numeric is None:
+            # No cell of the column has a value.
+            return np.full(sum(len(values) for values, _ in self.waiting), np.nan)
+        if self.numeric:
+            return np.concatenate(self.numbers) if self.numbers else np.empty(0)
+        texts = list(self.codes)
+        codes = np.concatenate(self.words) if self.words else np.empty(0, np.int64)
+        if not self.told:
+            values = [text for text in texts if text not in MISSING]
+            if {value.lower() for value in values} == {"true", "false"}:
+                table = [np.nan if text in MISSING else float(text.lower() == "true") for text in texts]
+                truth: Array = np.array(table)[codes]
+                return truth
+            numbers = [text for text in values if number(text, self.decimal) is not None]
+            if numbers:
+                notes.append(
+                    f"column {self.name!r} holds words, such as {next(v for v in values if v not in numbers)!r}, and "
+                    f"numbers, such as {numbers[0]!r}: all are taken as words"
+                )
+        column: Array = np.array(texts, dtype=object)[codes]
+        return column
+
+
+class _Target:
+    """The target column of a csv file as it grows."""
+
+    def __init__(self, name: str, decimal: str, problems: _Problems, missing_words: Collection[str]) -> None:
+        self.name, self.decimal, self.problems, self.missing_words = name, decimal, problems, missing_words
+        self.words: list[str] = []
+        self.lines: list[int] = []
+        self.missing: list[bool] = []
+
+    def add(self, values: Sequence[str], lines: Sequence[int]) -> None:
+        for value, line in zip(values, lines, strict=True):
+            text = value.strip()
+            self.missing.append(text in self.missing_words)
+            if not self.missing[-1]:
+                self.words.append(text)
+                self.lines.append(line)
 
     def finish(self, words: bool) -> Array:
-        if self.numeric or self.numeric is None:
-            return np.concatenate(self.numbers) if self.numbers else np.empty(0)
-        if self.is_target:
-            return np.array(self.words, dtype=str) if words else self._labels()
-        for value in sorted(set(self.words)):
-            if _number(value) is not None:
-                self._refuse(self.words.index(value), self.words, self.lines)
-        return np.array(self.words, dtype=object)
-
-    def _labels(self) -> Array:
-        if self.words and all(map(_WHOLE.fullmatch, self.words)):
+        if words or not self.words:
+            return np.array(self.words, dtype=str)
+        if all(map(_WHOLE.fullmatch, self.words)):
             whole = [int(word) for word in self.words]
             if max(map(abs, whole)) < 2**63:
                 return np.array(whole, dtype=np.int64)
             return np.array(self.words, dtype=str)
-        numbers = [_number(word) for word in self.words]
-        valid = [number for number in numbers if number is not None and math.isfinite(number)]
+        numbers = [number(word, self.decimal) for word in self.words]
+        valid = [found for found in numbers if found is not None and math.isfinite(found)]
         if len(valid) == len(numbers):
             return np.array(valid, dtype=np.float64)
         # Numbers with decimals are measurements, so a word among them is a mistake; whole numbers can be the
         # names of classes.
-        if any(number != math.floor(number) for number in valid):
-            wrong = next(i for i, number in enumerate(numbers) if number is None or not math.isfinite(number))
-            self._refuse(wrong, self.words, self.lines)
+        if any(found != math.floor(found) for found in valid):
+            for found, word, line in zip(numbers, self.words, self.lines, strict=True):
+                if found is None or not math.isfinite(found):
+                    self.problems.add(self.name, f"line {line}, column {self.name!r}", _wrong(word, found))
         return np.array(self.words, dtype=str)
 
-    def _refuse(self, index: int, values: Sequence[str], lines: Sequence[int]) -> NoReturn:
-        value = values[index].strip()
-        if value in MISSING:
-            found = f"the value is missing ({value!r}); fill it in or delete the row"
-        elif _number(value) is None:
-            found = f"{value!r} is not a number, but other values of the column are; correct or delete it"
-        elif self.numeric or self.is_target:
-            found = f"{value!r} is not a finite number; correct it or delete the row"
-        else:
-            found = f"{value!r} is a number, but other values of the column are words; correct or rename it"
-        raise DataError(f"{self.path}, line {lines[index]}, column {self.name!r}: {found}")
+
+def _wrong(text: str, found: float | None) -> str:
+    if found is None:
+        return f"{text!r} is not a number, but other values of the column are; correct or delete it"
+    return f"{text!r} is not a finite number; correct it or delete the row"
 
 
-def _append(columns: dict[int, _Column], rows: list[list[str]], lines: list[int]) -> None:
+def _append(columns: dict[int, _Column | _Target], rows: list[list[str]], lines: list[int]) -> None:
     if rows:
         by_column = list(zip(*rows, strict=True))
         for position, column in columns.items():
@@ -197,64 +327,90 @@ def _frame(path: Path) -> Any:
     return frame
 
 
-def _read_parquet(path: Path, features: Sequence[str] | None, target: str | None, words: bool) -> dict[str, Array]:
+def _read_parquet(
+    path: Path,
+    features: Sequence[str] | None,
+    target: str | None,
+    words: bool,
+    drop: Collection[str],
+    as_words: Mapping[str, bool],
+) -> tuple[dict[str, Array], Array]:
     frame = _frame(path)
-    chosen = choose_columns(path, list(frame.columns), features, target)
-    return {name: _frame_column(path, frame[name], is_target=name == target, words=words) for name in chosen}
+    problems = _Problems(path)
+    table: dict[str, Array] = {}
+    missing = np.zeros(0, bool)
+    for name in choose_columns(path, list(frame.columns), features, target, drop):
+        series = frame[name]
+        if name == target:
+            missing = series.isna().to_numpy()
+            table[name] = _frame_target(series[~missing], words, problems)
+        else:
+            table[name] = _frame_feature(series, as_words.get(name), problems)
+    problems.check()
+    return table, missing
 
 
-def _frame_column(path: Path, series: Any, *, is_target: bool, words: bool) -> Array:
+def _plain(series: Any) -> tuple[Any, bool]:
+    """Return the column without pandas's categories, and whether it holds numbers."""
     import pandas
 
     if isinstance(series.dtype, pandas.CategoricalDtype):
-        series = series.astype(series.cat.categories.dtype)
-    missing = np.flatnonzero(series.isna().to_numpy())
-    if missing.size:
-        raise DataError(
-            f"{path}, row {missing[0]}, column {series.name!r}: the value is missing ({missing.size} in this "
-            "column); fill it in or drop the row"
-        )
+        kind = series.cat.categories.dtype
+        # Integers and truth values have no missing ones.
+        series = series.astype("float64" if series.isna().any() and kind.kind in "biu" else kind)
     types = pandas.api.types
-    if types.is_numeric_dtype(series.dtype) and not types.is_complex_dtype(series.dtype):
-        kept = is_target and not types.is_float_dtype(series.dtype)
-        numbers = np.asarray(series.to_list()) if kept else series.to_numpy(np.float64)
-        infinite = np.flatnonzero(~np.isfinite(numbers))
-        if infinite.size:
-            raise DataError(
-                f"{path}, row {infinite[0]}, column {series.name!r}: {numbers[infinite[0]]} is not a finite "
-                "number; correct it or drop the row"
-            )
-        return numbers.astype(str) if is_target and words else numbers
-    values = series.to_list()
-    if not all(isinstance(value, str) for value in values):
-        raise DataError(
-            f"{path}, column {series.name!r}: expected numbers or words, found dtype {series.dtype} with "
-            f"values such as {values[0]!r}; convert or drop the column"
+    return series, types.is_numeric_dtype(series.dtype) and not types.is_complex_dtype(series.dtype)
+
+
+def _frame_target(series: Any, words: bool, problems: _Problems) -> Array:
+    import pandas
+
+    series, numeric = _plain(series)
+    if not numeric:
+        _check_words(series, problems)
+        return np.array(series.to_list(), dtype=str)
+    if pandas.api.types.is_float_dtype(series.dtype):
+        numbers = series.to_numpy(np.float64)
+        _check_finite(series, numbers, problems)
+    else:
+        numbers = np.asarray(series.to_list())
+    labels: Array = numbers.astype(str) if words else numbers
+    return labels
+
+
+def _frame_feature(series: Any, as_words: bool | None, problems: _Problems) -> Array:
+    series, numeric = _plain(series)
+    missing = series.isna().to_numpy()
+    if not numeric:
+        _check_words(series[~missing], problems)
+        values = np.array(["" if gone else value for value, gone in zip(series, missing, strict=True)], dtype=object)
+        if as_words is False:
+            column = _Column(str(series.name), ".", problems, False)
+            column.add([str(value) for value in values], range(len(values)))
+            return column.finish([])
+        return values if as_words or not missing.all() else np.full(len(values), np.nan)
+    if as_words:
+        return np.array(["" if gone else str(v) for v, gone in zip(series, missing, strict=True)], dtype=object)
+    numbers: Array = series.to_numpy(np.float64, na_value=np.nan)
+    _check_finite(series, np.where(missing, 0.0, numbers), problems)
+    return numbers
+
+
+def _check_words(series: Any, problems: _Problems) -> None:
+    wrong = next((value for value in series if not isinstance(value, str)), None)
+    if wrong is not None:
+        problems.add(
+            str(series.name),
+            f"column {series.name!r}",
+            f"expected numbers or words, found dtype {series.dtype} with values such as {wrong!r}; convert or drop the "
+            "column",
         )
-    return np.array(values, dtype=str if is_target else object)
 
 
-def _check_header(path: Path, names: list[str]) -> None:
-    if not names:
-        raise DataError(f"{path}: expected a header line with the column names, found an empty file")
-    if "" in names:
-        raise DataError(
-            f"{path}: column {names.index('') + 1} of the header has no name; if it is a row index, write "
-            "the file without it (pandas: to_csv(index=False))"
-        )
-    # pandas numbers the columns of an unnamed frame from 0.
-    numbered = [str(index) for index in range(len(names))]
-    if names != numbered and all(_number(name) is not None for name in names):
-        raise DataError(
-            f"{path}: the first line must hold the names of the columns, found the numbers {listed(names[:5])}"
-        )
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _check_finite(series: Any, numbers: Array, problems: _Problems) -> None:
+    for row in np.flatnonzero(~np.isfinite(numbers)):
+        text = f"{numbers[row]} is not a finite number; correct it or drop the row"
+        problems.add(str(series.name), f"row {row}, column {series.name!r}", text)
 
 
 def listed(names: Iterable[object]) -> str:
