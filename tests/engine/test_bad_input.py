@@ -872,10 +872,10 @@ DATA = [
         r"data\.csv, line 3: expected 2 fields.*found 1",
     ),
     row(
-        "missing value in csv",
-        data(lambda d: write_text(d, "a,b\n1,2\n,3\n"), target="b"),
+        "no target in csv",
+        data(lambda d: write_text(d, "a,b\n1,\n2,?\n"), target="b"),
         DataError,
-        r"data\.csv, line 3, column 'a': the value is missing",
+        r"data\.csv, column 'b': the target is missing in all 2 rows",
     ),
     row("empty csv", data(lambda d: write_text(d, ""), target="b"), DataError, r"data\.csv: expected a header line"),
     row(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names, with_parts
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
 from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
 from fusemlp.datasets.textfiles import MISSING, Form
@@ -46,8 +47,9 @@ class Dataset:
     str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
     ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data.
     ``categories`` holds for each column of X the words that its values are indices into, None for numbers. A missing
-    number is NaN, a missing word the category "". ``notes`` are lines on the reading: the form of the file, columns
-    left out, missing cells.
+    number is NaN, a missing word the category "". ``dates`` are the table's columns of dates with the order of year,
+    month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
+    reading: the form of the file, columns left out, missing cells.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Dataset:
     test: tuple[Features, Array] | None = None
     categories: Categories = ()
     notes: tuple[str, ...] = ()
+    dates: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -133,9 +136,9 @@ def load_features(
     source, path = path, _existing(path)
     notes = [] if notes is None else notes
     if is_table(path):
-        names = preprocessor.feature_names
-        table = read_table(path, features=names, form=form, as_words=_as_words(preprocessor), notes=notes)
-        return _coded(table, names, preprocessor.categories, notes)[0]
+        kinds = _kinds(preprocessor)
+        table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
+        return _coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path)
         name = _by_lower_name(arrays).get("x")
@@ -155,18 +158,19 @@ def load_labelled(
     path = _existing(source)
     notes = [] if notes is None else notes
     if is_table(path):
-        names, target = preprocessor.feature_names, preprocessor.target_name
+        kinds, target = _kinds(preprocessor), preprocessor.target_name
         table = read_table(
             path,
-            features=names,
+            features=tuple(kinds),
             target=target,
             words=preprocessor.classes is not None and isinstance(preprocessor.classes[0], str),
             form=form,
-            as_words=_as_words(preprocessor),
+            kinds=kinds,
             known_labels=_label_words(preprocessor),
             notes=notes,
         )
-        return _coded(table, names, preprocessor.categories, notes)[0], table[target]
+        y = table.pop(target)
+        return _coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0], y
     dataset = _read(source, None, Form(), Columns())
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, preprocessor), y
@@ -274,13 +278,14 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
             raise DataError(f"{path}: no columns {listed(absent)} to {option}; the columns are {listed(names)}")
     notes: list[str] = []
     like = columns.like
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
     table = read_table(
         path,
-        features=None if like is None else like.feature_names,
+        features=None if like is None else tuple(kinds),
         target=target,
         form=form,
         drop=columns.drop,
-        as_words=dict.fromkeys(columns.categorical, True) if like is None else _as_words(like),
+        kinds=kinds,
         known_labels=() if like is None else _label_words(like),
         notes=notes,
     )
@@ -289,14 +294,34 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
         raise DataError(f"{path}: there is no feature column besides the target {target!r}")
     if like is None:
         table = _without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
-    kept = tuple(table) if like is None else like.feature_names
+    dates = tuple((name, kinds[name]) for name in table if kinds[name] in ORDERS)
+    if dates:
+        told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
+        notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
+    kept = _kept_features(table) if like is None else like.feature_names
     X, categories = _coded(table, kept, None if like is None else like.categories, notes)
-    return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes))
+    return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
 
 
-def _as_words(preprocessor: Preprocessor) -> dict[str, bool]:
-    pairs = zip(preprocessor.feature_names, preprocessor.categories, strict=True)
-    return {name: words is not None for name, words in pairs}
+def _kinds(preprocessor: Preprocessor) -> dict[str, str]:
+    """Return the columns of the table that the features come from, and what each holds."""
+    dates = dict(preprocessor.dates)
+    sources = part_names(dates)
+    kinds: dict[str, str] = {}
+    for name, words in zip(preprocessor.feature_names, preprocessor.categories, strict=True):
+        source = sources.get(name, name)
+        kinds[source] = dates.get(source) or ("number" if words is None else "word")
+    return kinds
+
+
+def _kept_features(table: dict[str, Array]) -> tuple[str, ...]:
+    """Return the names of the features, of a date only its parts that differ between rows, and the elapsed days."""
+    parts = part_names(name for name, column in table.items() if column.dtype.kind == "M")
+    return tuple(
+        name
+        for name, values in with_parts(table).items()
+        if name not in parts or name.endswith(PARTS[-1]) or len(np.unique(values[~np.isnan(values)])) > 1
+    )
 
 
 def _label_words(preprocessor: Preprocessor) -> tuple[str, ...]:
@@ -349,7 +374,7 @@ def _without_useless(path: Path, table: dict[str, Array], keep: Collection[str],
     if not useless:
         return table
     if len(useless) == len(table):
-        numbers = {name: column for name, column in table.items() if column.dtype.kind == "f"}
+        numbers = {name: column for name, column in table.items() if column.dtype.kind in "fM"}
         if not numbers:
             found = "; ".join(f"column {name!r}: {found}" for name, found in useless.items())
             raise DataError(f"{path}: no feature is left to learn from: {found}; drop or --keep these columns")
@@ -362,6 +387,8 @@ def _without_useless(path: Path, table: dict[str, Array], keep: Collection[str],
 def _useless(name: str, column: Array) -> str | None:
     """Return the reason to leave a feature column out, None to keep it."""
     if column.dtype.kind != "f":
+        if column.dtype.kind == "M":
+            return "constant" if len(np.unique(column)) == 1 and len(column) > 1 else None
         words = set(column) - MISSING
         if len(words) > 20 and 2 * len(words) > len(column):
             return f"{len(words)} different words in {len(column)} rows look like names"
@@ -385,9 +412,11 @@ def _coded(
     table: dict[str, Array], names: tuple[str, ...], known: Categories | None, notes: list[str]
 ) -> tuple[Features, Categories]:
     """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
+    sources = part_names(name for name, column in table.items() if column.dtype.kind == "M")
+    table = with_parts(table)
     X = np.empty((len(table[names[0]]), len(names)))
     categories: list[tuple[str, ...] | None] = []
-    missing: list[str] = []
+    missing: dict[str, int] = {}
     unseen: list[str] = []
     for index, name in enumerate(names):
         column = table[name]
@@ -410,9 +439,9 @@ def _coded(
                 example = next(word for word in column if word in strange)
                 unseen.append(f"{cells} in {name!r} (such as {example!r})")
         if count:
-            missing.append(f"{count} in {name!r}")
+            missing[sources.get(name, name)] = count
     if missing:
-        notes.append(f"missing cells, filled in: {_some(missing)}")
+        notes.append(f"missing cells, filled in: {_some([f'{count} in {name!r}' for name, count in missing.items()])}")
     if unseen:
         notes.append(f"words unseen in training, taken as one other category: {_some(unseen)}")
     return X, tuple(categories)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Dataset, Features
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
@@ -67,7 +68,8 @@ class Preprocessor:
     cells. A column of words becomes one 0/1 column for each of its categories, without those in ``shared``, which are
     rare or absent in the training rows. They and unseen words (NaN) are one other category: it has a column if training
     rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of these four may be empty: no column has
-    any. ``classes`` are the labels in sorted order (None for a regression), whose targets become
+    any. ``dates`` are the columns of dates whose parts are features, with the order of day, month and year in their
+    text. ``classes`` are the labels in sorted order (None for a regression), whose targets become
     (y - target_shift) / target_scale.
     """
 
@@ -87,6 +89,7 @@ class Preprocessor:
     missing_inputs: tuple[bool, ...] = ()
     shared: tuple[tuple[int, ...], ...] = ()
     other_inputs: tuple[bool, ...] = ()
+    dates: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def fit(
@@ -124,6 +127,10 @@ class Preprocessor:
             X = np.where(missing, np.array([0.0 if value is None else value for value in fill]), X)
         shift, factor = _statistics(X, scale, dataset.feature_names)
         numbers = np.array([words is None for words in dataset.categories])
+        # The parts of a date are missing together: its first part marks it.
+        parts = part_names(name for name, _ in dataset.dates)
+        sources = [parts.get(name, name) for name in dataset.feature_names]
+        first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
         shift, factor = np.where(numbers, shift, 0.0), np.where(numbers, factor, 1.0)
         classes = None
         target_shift, target_factor = np.empty(0), np.empty(0)
@@ -147,9 +154,10 @@ class Preprocessor:
             target_scale=tuple(target_factor.tolist()),
             one_hot_targets=one_hot_targets and classes is not None,
             feature_fill=tuple(fill),
-            missing_inputs=tuple((missing.any(axis=0) & numbers).tolist()),
+            missing_inputs=tuple((missing.any(axis=0) & numbers & first).tolist()),
             shared=tuple(shared),
             other_inputs=tuple(other_inputs),
+            dates=dataset.dates,
         )
 
     @property

@@ -1,8 +1,8 @@
 """Tables: csv, tsv and parquet files as columns.
 
-Numbers become float64 arrays with NaN for missing cells, words object arrays of str with the text of the cell. The
-standard library alone reads CSV, so a file means the same on every installation. Every error is a DataError that
-names the file and the places in it.
+Numbers become float64 arrays with NaN for missing cells, dates datetime64[us] with NaT, words object arrays of str with
+the text of the cell. The standard library alone reads CSV, so a file means the same on every installation. Every error
+is a DataError that names the file and the places in it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.dates import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.files import Array, reason
 from fusemlp.datasets.textfiles import MISSING, Form, is_compressed, number, open_rows
 from fusemlp_kernels.errors import DataError
@@ -44,24 +45,25 @@ def read_table(
     words: bool = False,
     form: Form | None = None,
     drop: Collection[str] = (),
-    as_words: Mapping[str, bool] | None = None,
+    kinds: dict[str, str] | None = None,
     known_labels: Collection[str] = (),
     notes: list[str] | None = None,
 ) -> dict[str, Array]:
     """Return columns of a csv, tsv or parquet file by name, in the file's order.
 
     ``features`` chooses the feature columns (None: all but the target and those to ``drop``); the others are ignored.
-    ``as_words`` says of a column whether it holds words or numbers; the others are told by their values. The column
+    ``kinds`` says what a feature column holds: "number", "word", or dates in an order of ``ORDERS``; those it does not
+    name are told by their values, and entered. The column
     ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str. Rows without a target
     are left out; a missing value's text that is among ``known_labels`` is a label. ``notes`` takes lines on the
     reading.
     """
     notes = [] if notes is None else notes
-    asked = dict(as_words or {})
+    kinds = {} if kinds is None else kinds
     if path.suffix.lower() == ".parquet":
-        table, missing = _read_parquet(path, features, target, words, drop, asked)
+        table, missing = _read_parquet(path, features, target, words, drop, kinds, notes)
     else:
-        table, missing = _read_csv(path, features, target, words, form or Form(), drop, asked, known_labels, notes)
+        table, missing = _read_csv(path, features, target, words, form or Form(), drop, kinds, known_labels, notes)
     if table and missing.all() and len(missing):
         raise DataError(f"{path}, column {target!r}: the target is missing in all {len(missing)} rows")
     if not table or not len(next(iter(table.values()))):
@@ -134,7 +136,7 @@ def _read_csv(
     words: bool,
     form: Form,
     drop: Collection[str],
-    as_words: Mapping[str, bool],
+    kinds: dict[str, str],
     known_labels: Collection[str],
     notes: list[str],
 ) -> tuple[dict[str, Array], Array]:
@@ -147,7 +149,7 @@ def _read_csv(
             columns[names.index(name)] = (
                 _Target(name, file.decimal, problems, MISSING.difference(known_labels))
                 if name == target
-                else _Column(name, file.decimal, problems, as_words.get(name))
+                else _Column(name, file.decimal, problems, kinds.get(name))
             )
         rows: list[list[str]] = []
         lines: list[int] = []
@@ -176,42 +178,52 @@ def _read_csv(
             table[column.name] = column.finish(words)
         else:
             table[column.name] = column.finish(notes)
+            kinds[column.name] = column.kind or "number"
     problems.check()
     return table, missing
 
 
 class _Column:
-    """A feature column of a csv file as it grows; its first rows with values decide between numbers and words."""
+    """A feature column of a text table as it grows; its first rows with values decide its kind, unless it is given."""
 
-    def __init__(self, name: str, decimal: str, problems: _Problems, as_words: bool | None) -> None:
-        self.name, self.decimal, self.problems = name, decimal, problems
-        self.told = as_words is not None
-        self.numeric: bool | None = None if as_words is None else not as_words
+    def __init__(self, name: str, decimal: str, problems: _Problems, kind: str | None) -> None:
+        self.name, self.decimal, self.problems, self.kind = name, decimal, problems, kind
+        self.told = kind is not None
         self.waiting: list[tuple[Sequence[str], Sequence[int]]] = []
-        self.numbers: list[Array] = []
+        self.pieces: list[Array] = []
+        # The index of each different word.
         self.codes: dict[str, int] = {}
-        self.words: list[Array] = []
+        self.notes: list[str] = []
 
     def add(self, values: Sequence[str], lines: Sequence[int]) -> None:
-        if self.numeric is None:
+        if self.kind is None:
             self.waiting.append((values, lines))
-            self._decide(values)
-            if self.numeric is None:
-                return
-            waiting, self.waiting = self.waiting, []
-            for piece in waiting:
-                self.add(*piece)
-        elif self.numeric:
-            self.numbers.append(self._numbers(values, lines))
-        else:
+            self._decide([value.strip() for value in values])
+            if self.kind is not None:
+                waiting, self.waiting = self.waiting, []
+                for piece in waiting:
+                    self.add(*piece)
+        elif self.kind == "number":
+            self.pieces.append(self._numbers(values, lines))
+        elif self.kind == "word":
             codes = self.codes
-            self.words.append(np.array([codes.setdefault(value.strip(), len(codes)) for value in values], np.int64))
+            self.pieces.append(np.array([codes.setdefault(value.strip(), len(codes)) for value in values], np.int64))
+        else:
+            self.pieces.append(self._dates(values, lines))
 
     def _decide(self, values: Sequence[str]) -> None:
-        present = [value for value in values if value.strip() not in MISSING]
-        if present:
-            count = sum(number(value, self.decimal) is not None for value in present)
-            self.numeric = count >= _MOSTLY * len(present)
+        present = [value for value in values if value not in MISSING]
+        if not present:
+            return
+        count = sum(number(value, self.decimal) is not None for value in present)
+        if count >= _MOSTLY * len(present):
+            self.kind = "number"
+            return
+        orders = orders_of(present, _MOSTLY)
+        if {"dmy", "mdy"} <= set(orders):
+            orders = ["mdy"]
+            self.notes.append(f"column {self.name!r} holds dates such as {present[0]!r}, read with the month first")
+        self.kind = orders[0] if orders else "word"
 
     def _numbers(self, values: Sequence[str], lines: Sequence[int]) -> Array:
         if self.decimal == ".":
@@ -231,32 +243,50 @@ class _Column:
             if found is None and self.told and text.lower() in ("true", "false"):
                 found = float(text.lower() == "true")
             if found is None or not math.isfinite(found):
-                self.problems.add(self.name, f"line {lines[index]}, column {self.name!r}", _wrong(text, found))
+                self._wrong(lines[index], _not_numeric(text, found, self.told))
             else:
                 numbers[index] = found
         return numbers
 
+    def _dates(self, values: Sequence[str], lines: Sequence[int]) -> Array:
+        assert self.kind is not None
+        known: dict[str, Any] = {text: np.datetime64("NaT", "us") for text in (*MISSING, "NaT")}
+        for value, line in zip(values, lines, strict=True):
+            text = value.strip()
+            if text not in known:
+                known[text] = parse_date(text, self.kind)
+            if known[text] is None:
+                self._wrong(line, f"{text!r} is not a date such as {EXAMPLES[self.kind]}; correct or delete it")
+        return np.array([known[value.strip()] for value in values], "datetime64[us]")
+
+    def _wrong(self, line: int, text: str) -> None:
+        self.problems.add(self.name, f"line {line}, column {self.name!r}", text)
+
     def finish(self, notes: list[str]) -> Array:
-        if self.numeric is None:
+        notes += self.notes
+        if self.kind is None:
             # No cell of the column has a value.
             return np.full(sum(len(values) for values, _ in self.waiting), np.nan)
-        if self.numeric:
-            return np.concatenate(self.numbers) if self.numbers else np.empty(0)
+        whole: Array = np.concatenate(self.pieces) if self.pieces else np.empty(0, np.int64)
+        if self.kind != "word":
+            return whole
         texts = list(self.codes)
-        codes = np.concatenate(self.words) if self.words else np.empty(0, np.int64)
         if not self.told:
             values = [text for text in texts if text not in MISSING]
             if {value.lower() for value in values} == {"true", "false"}:
+                self.kind = "number"
                 table = [np.nan if text in MISSING else float(text.lower() == "true") for text in texts]
-                truth: Array = np.array(table)[codes]
+                truth: Array = np.array(table)[whole]
                 return truth
-            numbers = [text for text in values if number(text, self.decimal) is not None]
-            if numbers:
+            numbers = {text for text in values if number(text, self.decimal) is not None}
+            if numbers and len(numbers) < len(values):
+                word = next(value for value in values if value not in numbers)
+                one = next(value for value in values if value in numbers)
                 notes.append(
-                    f"column {self.name!r} holds words, such as {next(v for v in values if v not in numbers)!r}, and "
-                    f"numbers, such as {numbers[0]!r}: all are taken as words"
+                    f"column {self.name!r} holds words, such as {word!r}, and numbers, such as {one!r}: all are taken "
+                    "as words"
                 )
-        column: Array = np.array(texts, dtype=object)[codes]
+        column: Array = np.array(texts, dtype=object)[whole]
         return column
 
 
@@ -294,13 +324,17 @@ class _Target:
         if any(found != math.floor(found) for found in valid):
             for found, word, line in zip(numbers, self.words, self.lines, strict=True):
                 if found is None or not math.isfinite(found):
-                    self.problems.add(self.name, f"line {line}, column {self.name!r}", _wrong(word, found))
+                    self.problems.add(self.name, f"line {line}, column {self.name!r}", _not_numeric(word, found, None))
         return np.array(self.words, dtype=str)
 
 
-def _wrong(text: str, found: float | None) -> str:
+def _not_numeric(text: str, found: float | None, told: bool | None) -> str:
+    """Return the mistake; ``told`` is whether the kind of the column was given, None for the target."""
+    if found is None and told:
+        return f"{text!r} is not a number, but the column held numbers in the training data; correct or delete it"
     if found is None:
-        return f"{text!r} is not a number, but other values of the column are; correct or delete it"
+        words = ", or take the column as words with --categorical" if told is False else ""
+        return f"{text!r} is not a number, but other values of the column are; correct or delete it{words}"
     return f"{text!r} is not a finite number; correct it or delete the row"
 
 
@@ -333,7 +367,8 @@ def _read_parquet(
     target: str | None,
     words: bool,
     drop: Collection[str],
-    as_words: Mapping[str, bool],
+    kinds: dict[str, str],
+    notes: list[str],
 ) -> tuple[dict[str, Array], Array]:
     frame = _frame(path)
     problems = _Problems(path)
@@ -345,7 +380,9 @@ def _read_parquet(
             missing = series.isna().to_numpy()
             table[name] = _frame_target(series[~missing], words, problems)
         else:
-            table[name] = _frame_feature(series, as_words.get(name), problems)
+            table[name] = column = _frame_feature(series, kinds.get(name), problems, notes)
+            found = "number" if column.dtype.kind in "biuf" else "ymd" if column.dtype.kind == "M" else "word"
+            kinds.setdefault(name, found)
     problems.check()
     return table, missing
 
@@ -378,22 +415,28 @@ def _frame_target(series: Any, words: bool, problems: _Problems) -> Array:
     return labels
 
 
-def _frame_feature(series: Any, as_words: bool | None, problems: _Problems) -> Array:
+def _frame_feature(series: Any, kind: str | None, problems: _Problems, notes: list[str]) -> Array:
+    import pandas
+
     series, numeric = _plain(series)
     missing = series.isna().to_numpy()
+    if pandas.api.types.is_datetime64_any_dtype(series.dtype) and kind in (None, *ORDERS):
+        zoned = isinstance(series.dtype, pandas.DatetimeTZDtype)
+        moments: Array = (series.dt.tz_convert(None) if zoned else series).to_numpy().astype("datetime64[us]")
+        return moments
+    if numeric and kind != "word" and kind not in ORDERS:
+        numbers: Array = series.to_numpy(np.float64, na_value=np.nan)
+        _check_finite(series, np.where(missing, 0.0, numbers), problems)
+        return numbers
     if not numeric:
         _check_words(series[~missing], problems)
-        values = np.array(["" if gone else value for value, gone in zip(series, missing, strict=True)], dtype=object)
-        if as_words is False:
-            column = _Column(str(series.name), ".", problems, False)
-            column.add([str(value) for value in values], range(len(values)))
-            return column.finish([])
-        return values if as_words or not missing.all() else np.full(len(values), np.nan)
-    if as_words:
-        return np.array(["" if gone else str(v) for v, gone in zip(series, missing, strict=True)], dtype=object)
-    numbers: Array = series.to_numpy(np.float64, na_value=np.nan)
-    _check_finite(series, np.where(missing, 0.0, numbers), problems)
-    return numbers
+    texts = ["" if gone else str(value) for value, gone in zip(series, missing, strict=True)]
+    if kind is None and not missing.all():
+        # Text that looks like numbers stays text in a file with types, but text is how many files hold dates.
+        kind = "word" if not orders_of((text for text in texts if text), _MOSTLY) else None
+    column = _Column(str(series.name), ".", problems, kind)
+    column.add(texts, range(len(texts)))
+    return column.finish(notes)
 
 
 def _check_words(series: Any, problems: _Problems) -> None:

@@ -24,7 +24,8 @@ from typing import Any
 from fusemlp.datasets.files import reason
 from fusemlp_kernels.errors import ArgumentError, DataError
 
-SEPARATORS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
+# From the least likely to stand in text.
+SEPARATORS = {"\t": "tab", "|": "'|'", ";": "';'", ",": "','"}
 MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"})
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 # The number of lines that separator and decimal mark are recognised from.
@@ -140,7 +141,7 @@ def number(text: str, decimal: str = ".") -> float | None:
         except ValueError:
             pass
     found = _PATTERNS[decimal].fullmatch(text.strip())
-    if found is None or not (found["whole"] or found["part"]):
+    if found is None or not (found["whole"] or found["part"]) or (found["sign"] and found["minus"]):
         return None
     digits = re.sub(r"\D", "", found["whole"] or "0")
     value = float(f"{digits}.{found['part'] or '0'}{found['power'] or ''}")
@@ -199,14 +200,15 @@ def _cells(sample: list[str], sep: str) -> list[list[str]]:
 
 
 def _separator(sample: list[str]) -> str:
-    """Return the separator that gives most rows the width of the first, and then the widest rows."""
+    """Return the separator that gives most rows the width of the first, and then the widest rows; a comma if none."""
 
     def score(sep: str) -> tuple[float, int]:
         rows = _cells(sample, sep)
         width = len(rows[0]) if rows else 0
         return (sum(len(row) == width for row in rows) / len(rows) if width > 1 else 0.0, width)
 
-    return max(SEPARATORS, key=score)
+    best = max(SEPARATORS, key=score)
+    return best if score(best)[0] else ","
 
 
 def _decimal(sample: list[str], sep: str) -> str:
@@ -218,10 +220,13 @@ def _decimal(sample: list[str], sep: str) -> str:
     counts = {"sure,": 0, "sure.": 0, "maybe,": 0, "maybe.": 0}
     for row in _cells(sample, sep):
         for cell in row:
-            found = re.fullmatch(r"[-+]?(\d*)([.,])(\d+)", cell.strip())
-            if found:
-                sure = len(found[3]) != 3 or len(found[1]) > 3 or found[1] in ("", "0")
-                counts[("sure" if sure else "maybe") + found[2]] += 1
+            found = re.fullmatch(r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)", cell.strip(" +-$%\u00a3\u00a5\u20ac"))
+            if found and found[3] in found[2]:
+                # Several equal marks are thousands.
+                counts["sure," if found[3] == "." else "sure."] += 1
+            elif found:
+                sure = found[2] or len(found[4]) != 3 or len(found[1]) > 3 or found[1] in ("", "0")
+                counts[("sure" if sure else "maybe") + found[3]] += 1
     if counts["sure,"] or counts["sure."]:
         return "," if counts["sure,"] > counts["sure."] else "."
     return "," if sep == ";" and counts["maybe,"] and not counts["maybe."] else "."
@@ -238,5 +243,5 @@ def _check_header(path: Path, names: list[str], decimal: str) -> None:
         raise DataError(
             f"{path}: the first line must hold the names of the columns, found the numbers "
             f"{', '.join(repr(name) for name in names[:5])}; if the file has no header, say --no-header "
-            "(in Python header=False)"
+            "(in Python Form(header=False))"
         )

@@ -141,7 +141,7 @@ class _Graph:
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self.outputs: list[Any] = []
-        # Whether each cell of the input is missing.
+        # The output that is true for the input's missing cells.
         self.missing = ""
 
     def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
