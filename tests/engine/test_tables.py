@@ -70,6 +70,7 @@ READ = {
     "missing first": ("a,b\n,\n,\n1,x\n", {"a": [None, None, 1], "b": ["", "", "x"]}),
     "no value at all": ("a,b\n,1\nNA,2\n", {"a": [None, None], "b": [1, 2]}),
     "words and numbers": ("a\nx1\n5\nx2\n", {"a": ["x1", "5", "x2"]}),
+    "few numbers and a word": ("a\n" + "4\n6\n8\n" * 9 + "rotary\n", {"a": [*["4", "6", "8"] * 9, "rotary"]}),
     "ISO dates": ("a\n2024-12-31\n\n2024-01-02\nNA\n", {"a": ["2024-12-31T00:00", "2024-01-02T00:00", None]}),
     "ISO dates with times": (
         "a\n2024-12-31T23:30:00\n2024-01-02 01:00\n2024-01-02T01:00:00+02:00\n",
@@ -493,7 +494,7 @@ def test_a_run_of_an_earlier_release(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_mistakes_of_a_file_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = ["a,b,y", *(f"{i},{i % 3},{i % 2}" for i in range(40)), "x,1,0", "4,z,1"]
+    lines = ["a,b,y", *(f"{i},{2 * i},{i % 2}" for i in range(40)), "x,1,0", "4,z,1"]
     table = write(tmp_path / "a.csv", "\n".join(lines))
     assert run("train", table, "--target", "y", "--out", tmp_path / "run") == 1
     first, *others = capsys.readouterr().err.splitlines()

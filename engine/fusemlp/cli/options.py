@@ -39,8 +39,21 @@ def field_of(
 
 
 # The panels of --help, in their order.
-PANELS = ("Options", "Data", "Network", "Loss", "Optimizer", "Learning rate schedule", "Training", "Machine", "Output")
-_option, _data, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
+PANELS = (
+    *(
+        "Options",
+        "Data",
+        "Text tables",
+        "Network",
+        "Loss",
+        "Optimizer",
+        "Learning rate schedule",
+        "Training",
+        "Machine",
+    ),
+    "Output",
+)
+_option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
     partial(field_of, panel) for panel in PANELS
 )
 
@@ -79,10 +92,10 @@ class StepOptions:
 class TableOptions:
     """The form of a .csv or .tsv file, recognised from its beginning unless given."""
 
-    sep: str | None = _data(None, "What separates the columns of a text table: one character, or tab.", "CHARACTER")
-    decimal: str | None = _data(None, "The decimal mark of a text table's numbers: . or ,", "CHARACTER")
-    encoding: str | None = _data(None, "The encoding of a text table, such as utf-8, cp1252 or latin-1.")
-    header: bool = _data(True, "Whether the first line names the columns; else they are column_1, column_2, ...")
+    sep: str | None = _text(None, "Separator of the columns: one character, or tab; recognised unless given.", "MARK")
+    decimal: str | None = _text(None, "Decimal mark of the numbers: . or , (recognised unless given).", "MARK")
+    encoding: str | None = _text(None, "Encoding, such as utf-8, cp1252 or latin-1; recognised unless given.")
+    header: bool = _text(True, "Names of columns in the first line; else they are column_1, column_2, ...")
 
     def form(self, run: Mapping[str, Any] | None = None) -> Form:
         """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
@@ -111,10 +124,12 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     drop: list[str] | None = _data(None, "A column of a table to leave out; the option once for each.", "COLUMN")
     keep: list[str] | None = _data(
         None,
-        "A column to keep although it is constant, numbers the rows, or holds another word in nearly every row.",
+        "A column to keep although it is constant, counts the rows, or holds another word in nearly every row.",
         "COLUMN",
     )
-    categorical: list[str] | None = _data(None, "A column whose numbers are names, such as zip codes.", "COLUMN")
+    categorical: list[str] | None = _data(
+        None, "A column to take as words, such as numbers that are zip codes.", "COLUMN"
+    )
     scale: str = _data(
         "standard",
         "Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, variance 1), "

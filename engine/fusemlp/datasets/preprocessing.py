@@ -199,7 +199,8 @@ class Preprocessor:
         given = as_features("X", X, width=len(names), dtype=np.float64, check_finite=False)
         missing = np.isnan(given)
         has_missing = bool(missing.any())
-        as_features("X", np.where(missing, 0.0, given) if has_missing else given, width=len(names), dtype=np.float64)
+        if np.isinf(given).any():
+            as_features("X", np.where(missing, 0.0, given), width=len(names), dtype=np.float64)
         numbers = np.array([words is None for words in self.categories])
         if has_missing and (missing & numbers).any():
             fill = self.feature_fill or (None,) * len(names)
@@ -226,7 +227,7 @@ class Preprocessor:
                     start += 1
                 continue
             codes = np.where(missing[:, column], len(words), given[:, column])
-            wrong = ~np.isin(codes, np.arange(len(words) + 1)) | (given[:, column] == len(words))
+            wrong = (codes < 0) | (codes > len(words)) | (codes != np.floor(codes)) | (given[:, column] == len(words))
             if wrong.any():
                 row = int(np.argmax(wrong))
                 raise DataError(

@@ -25,8 +25,10 @@ TABLES = (".csv", ".tsv", ".parquet")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 # The number of rows of a csv file in memory as text.
 _CHUNK = 4096
-# A column of this share of numbers holds numbers, and its other cells are mistakes.
+# A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words
+# that has this many different values or fewer holds words.
 _MOSTLY = 0.9
+_FEW = 20
 _SHOWN = 10
 
 
@@ -206,8 +208,10 @@ class _Column:
         elif self.kind == "number":
             self.pieces.append(self._numbers(values, lines))
         elif self.kind == "word":
-            codes = self.codes
-            self.pieces.append(np.array([codes.setdefault(value.strip(), len(codes)) for value in values], np.int64))
+            texts = [value.strip() for value in values]
+            for text in dict.fromkeys(texts):
+                self.codes.setdefault(text, len(self.codes))
+            self.pieces.append(np.fromiter(map(self.codes.__getitem__, texts), np.int64, len(texts)))
         else:
             self.pieces.append(self._dates(values, lines))
 
@@ -216,7 +220,8 @@ class _Column:
         if not present:
             return
         count = sum(number(value, self.decimal) is not None for value in present)
-        if count >= _MOSTLY * len(present):
+        mixed = count < len(present) and len(set(present)) <= _FEW
+        if count >= _MOSTLY * len(present) and not mixed:
             self.kind = "number"
             return
         orders = orders_of(present, _MOSTLY)
@@ -300,12 +305,11 @@ class _Target:
         self.missing: list[bool] = []
 
     def add(self, values: Sequence[str], lines: Sequence[int]) -> None:
-        for value, line in zip(values, lines, strict=True):
-            text = value.strip()
-            self.missing.append(text in self.missing_words)
-            if not self.missing[-1]:
-                self.words.append(text)
-                self.lines.append(line)
+        texts = [value.strip() for value in values]
+        missing = [text in self.missing_words for text in texts]
+        self.missing += missing
+        self.words += [text for text, gone in zip(texts, missing, strict=True) if not gone]
+        self.lines += [line for line, gone in zip(lines, missing, strict=True) if not gone]
 
     def finish(self, words: bool) -> Array:
         if words or not self.words:
@@ -315,7 +319,8 @@ class _Target:
             if max(map(abs, whole)) < 2**63:
                 return np.array(whole, dtype=np.int64)
             return np.array(self.words, dtype=str)
-        numbers = [number(word, self.decimal) for word in self.words]
+        values = {word: number(word, self.decimal) for word in dict.fromkeys(self.words)}
+        numbers = [values[word] for word in self.words]
         valid = [found for found in numbers if found is not None and math.isfinite(found)]
         if len(valid) == len(numbers):
             return np.array(valid, dtype=np.float64)
