@@ -9,6 +9,7 @@ import json
 import lzma
 import math
 import zipfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ READ = {
     "bytes that no code page has": (b"a,b\n1,\x81\n", {"a": [1], "b": ["\x81"]}),
     "utf-16": ("a,b\n1,ü\n".encode("utf-16"), {"a": [1], "b": ["ü"]}),
     "carriage returns": ("a,b\r1,x\r2,y\r", {"a": [1, 2], "b": ["x", "y"]}),
+    "spaces after the separators": ('a, b, c\n1, "x, y", 2\n3, z, 4\n', {"a": [1, 3], "b": ["x, y", "z"], "c": [2, 4]}),
     "blank lines": ("a,b\n\n1,x\n\n2,y\n\n", {"a": [1, 2], "b": ["x", "y"]}),
     "a column without a name": (",b\n7,x\n9,y\n", {"column_1": [7, 9], "b": ["x", "y"]}),
     "currency": ("a,b\n$5,€ 2.50\n-$7,3 €\n$-8,USD 4\n", {"a": [5, -7, -8], "b": [2.5, 3, 4]}),
@@ -341,6 +343,8 @@ def test_parquet_and_csv_have_the_same_missing_cells(tmp_path: Path) -> None:
             "w": ["u", None, "v", "u"],
             "c": pandas.Categorical(["g", "h", None, "g"]),
             "t": pandas.to_datetime(["2024-01-02", None, "2024-03-05", "2023-01-01"]),
+            "d": [date(2024, 1, 2), date(2020, 5, 6), None, date(2021, 7, 8)],
+            "f": [True, False, None, True],
             "y": ["p", "q", None, "p"],
         }
     )

@@ -401,6 +401,13 @@ def _plain(series: Any) -> tuple[Any, bool]:
         # Integers and truth values have no missing ones.
         series = series.astype("float64" if series.isna().any() and kind.kind in "biu" else kind)
     types = pandas.api.types
+    if series.dtype == object:
+        # Truth values with missing ones, and days, come as objects.
+        found = types.infer_dtype(series, skipna=True)
+        if found == "boolean":
+            series = series.astype("boolean" if series.isna().any() else bool)
+        elif found == "date":
+            series = pandas.to_datetime(series)
     return series, types.is_numeric_dtype(series.dtype) and not types.is_complex_dtype(series.dtype)
 
 

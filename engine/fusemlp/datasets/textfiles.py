@@ -113,12 +113,12 @@ def open_rows(path: Path, form: Form) -> Iterator[Rows]:
             sep = form.sep or _separator(sample)
             decimal = form.decimal or _decimal(sample, sep)
             lines = itertools.chain(sample, stream)
-            reader = csv.reader(lines, delimiter=sep, strict=True)
+            reader = csv.reader(lines, delimiter=sep, skipinitialspace=True, strict=True)
             if form.header:
                 names = [name.strip() or f"column_{index}" for index, name in enumerate(next(reader, []), 1)]
                 _check_header(path, names, decimal)
             else:
-                width = len(next(csv.reader(sample, delimiter=sep, strict=True), []))
+                width = len(next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), []))
                 names = [f"column_{index}" for index in range(1, width + 1)]
                 if not names:
                     raise DataError(f"{path}: expected rows of a table, found an empty file")
@@ -192,7 +192,7 @@ def _cells(sample: list[str], sep: str) -> list[list[str]]:
     """Return the rows of the sample's whole lines."""
     rows = []
     try:
-        for row in csv.reader(sample, delimiter=sep):
+        for row in csv.reader(sample, delimiter=sep, skipinitialspace=True):
             rows.append(row)
     except csv.Error:
         pass
