@@ -1,17 +1,18 @@
-"""Options, lines and table of ``bench.torch_door`` and ``bench.sklearn_door``."""
+"""Options, lines and table of ``torch_door`` and ``sklearn_door``; ``fleet_search`` has a table of its own."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bench.measure import spread
-from bench.options import count
 from bench.peers import version_of
 from bench.report import RESULTS, Record, circumstances, where, write
+from bench.study import count
 
 
 def parser(door: str, description: str, rounds: int) -> argparse.ArgumentParser:
@@ -27,19 +28,6 @@ def line(label: str, theirs: Sequence[float], ours: Sequence[float]) -> Record:
     return {"label": label, "theirs": [1e6 * s for s in theirs], "ours": [1e6 * s for s in ours]}
 
 
-def finish(
-    door: str, headers: Sequence[str], packages: Sequence[str], lines: Iterable[Record], out: Path | None
-) -> None:
-    """Write the lines with machine, versions and settings; print the table."""
-    common = circumstances({}, {})
-    common["versions"] |= {package: version_of(package) for package in ("fusemlp", *packages)}
-    full = [{"door": door, "headers": list(headers), **one, **common} for one in lines]
-    path = out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{door.replace('_', '-')}.jsonl"
-    write(full, path)
-    print(table(full))
-    print(f"bench: figures in {path}", file=sys.stderr)
-
-
 def table(lines: Sequence[Record]) -> str:
     """Return a Markdown table with a caption; a ratio above 1 means that fusemlp is faster."""
     first = lines[0]
@@ -51,14 +39,36 @@ def table(lines: Sequence[Record]) -> str:
             f"| {one['label']} | {duration(theirs)} | {duration(ours)} | **{ratio.p50:.2f}** "
             f"({ratio.p20:.2f} to {ratio.p80:.2f}) |"
         )
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    settings = "; ".join(f"{name}={value}" for name, value in first["variables"].items()) or "none"
-    caption = (
-        f"Both in one process, in turn: medians of {len(first['ours'])} rounds, 20th to 80th percentile of the ratio. "
-        f"{where(first)}; {versions}; settings: {settings}; {first['date'][:10]}, commit {first['commit']}. To repeat: "
-        f"`python -m bench {first['door']}`."
-    )
+    caption = f"Both in one process, in turn: medians of {len(first['ours'])} rounds, {circumstances_of(first)}"
     return "\n".join([*rows, "", caption])
+
+
+def circumstances_of(line: Record) -> str:
+    """Return the end of a caption: the spread that a table shows, machine, versions, settings and command."""
+    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
+    settings = "; ".join(f"{name}={value}" for name, value in line["variables"].items()) or "none"
+    return (
+        f"20th to 80th percentile of the ratio. {where(line)}; {versions}; settings: {settings}; {line['date'][:10]}, "
+        f"commit {line['commit']}. To repeat: `python -m bench {line['door']}`."
+    )
+
+
+def finish(
+    door: str,
+    packages: Sequence[str],
+    lines: Iterable[Record],
+    out: Path | None,
+    show: Callable[[Sequence[Record]], str] = table,
+    **shared: Any,
+) -> None:
+    """Write the lines with ``shared``, machine, versions and settings; print the table."""
+    common = circumstances({}, {})
+    common["versions"] |= {package: version_of(package) for package in ("fusemlp", *packages)}
+    full = [{"door": door, **shared, **one, **common} for one in lines]
+    path = out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{door.replace('_', '-')}.jsonl"
+    write(full, path)
+    print(show(full))
+    print(f"bench: figures in {path}", file=sys.stderr)
 
 
 def duration(value: float) -> str:

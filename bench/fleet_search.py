@@ -9,16 +9,13 @@ one program and leaves out each epoch's short last batch.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +24,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neural_network import MLPClassifier as TheirClassifier
 
+from bench.doors import circumstances_of, finish, parser
 from bench.measure import PAUSE_SECONDS, spread
-from bench.options import count
-from bench.peers import version_of
-from bench.report import RESULTS, Record, circumstances, where, write
+from bench.report import Record
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 
 Array = np.ndarray[Any, Any]
@@ -159,35 +155,20 @@ def table(lines: Sequence[Record]) -> str:
         ratio = spread([one / mine for one, mine in zip(seconds, own, strict=True)])
         times = "1" if line is lines[0] else f"**{ratio.p50:.1f}** ({ratio.p20:.1f} to {ratio.p80:.1f})"
         rows.append(f"| {line['search']} | {np.median(seconds):.2f} | {times} | {line['score']:.4f} |")
-    first = lines[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    settings = "; ".join(f"{name}={value}" for name, value in first["variables"].items()) or "none"
     rows.append(
         f"\n240 networks of 64-32-10, batch {BATCH}, Adam, {EPOCHS} epochs, float32, on digits, all warm, in turn: "
-        f"medians of {len(own)} rounds, and 20th to 80th percentile of the ratio. {where(first)}; {versions}; "
-        f"settings: {settings}; {first['date'][:10]}, commit {first['commit']}. To repeat: "
-        "`python -m bench fleet_search`."
+        f"medians of {len(own)} rounds, and {circumstances_of(lines[0])}"
     )
     return "\n".join(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    made = argparse.ArgumentParser(prog="python -m bench fleet_search", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--rounds", type=count, default=5, metavar="N", help="turns of each (default: %(default)s)")
-    made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
-    options = made.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+    options = parser(DOOR, (__doc__ or "").partition("\n")[0], 5).parse_args(arguments)
     warnings.simplefilter("ignore", ConvergenceWarning)
     # scikit-learn's worker processes inherit this.
     os.environ["PYTHONWARNINGS"] = "ignore"
-    found = compare(options.rounds)
-    common = circumstances({}, {})
-    common["versions"] |= {name: version_of(name) for name in ("fusemlp", "sklearn", "jax")}
-    lines = [{"door": DOOR, **line, **common} for line in found]
-    path = options.out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-fleet-search.jsonl"
-    write(lines, path)
-    print(table(lines))
-    print(f"bench: figures in {path}", file=sys.stderr)
+    finish(DOOR, ("sklearn", "jax"), compare(options.rounds), options.out, table)
     return 0
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def settings() -> dict[str, str]:
 def load_average() -> float | None:
     """Return the load average of the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def circumstances(versions: dict[str, Any]) -> dict[str, Any]:
+    """Return date, commit, machine, versions and settings: the part that every line of a file shares."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "card": card(),
+        "load_average": load_average(),
+        "versions": {"python": platform.python_version(), **versions},
+        "variables": settings(),
+    }
 
 
 def _output(*command: str) -> str | None:

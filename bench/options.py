@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.cases import CASES, QUICK
 from bench.peers import PEERS
+from bench.study import count
 from fusemlp_kernels.errors import unknown_name
 
 # Each name is a module with a ``main``.
@@ -100,10 +101,3 @@ def names(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
         return given
 
     return chosen
-
-
-def count(text: str) -> int:
-    """Parse a whole number of at least 1, for ``argparse``."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)

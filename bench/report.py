@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.hardware import THREAD_VARIABLES, card, commit, load_average, machine, settings
+from bench import hardware
+from bench.hardware import THREAD_VARIABLES, machine
 from bench.measure import ABSENT, FAILED, PAUSE_SECONDS, REFUSED, TIMED, UNSUITED, Result
 from bench.oracle import FEW_ROWS, MOST_FLOPS
 from bench.peers import EPS, PEERS, reference_of
@@ -31,17 +31,13 @@ def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]
     import numpy
     import scipy
 
-    versions = {"python": platform.python_version(), "numpy": numpy.__version__, "scipy": scipy.__version__}
+    versions = {"numpy": numpy.__version__, "scipy": scipy.__version__}
     versions |= {PEERS[name].package: found["version"] for name, found in environments.items()}
+    common = hardware.circumstances(versions)
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "card": card(),
-        "load_average": load_average(),
-        "versions": versions,
+        **common,
         "thread_pools": {name: found["pools"] for name, found in environments.items()},
-        "variables": {name: value for name, value in settings().items() if name not in unset},
+        "variables": {name: value for name, value in common["variables"].items() if name not in unset},
         "openblas_variables_unset": unset,
         "pause_seconds": PAUSE_SECONDS,
     }

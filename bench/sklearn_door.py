@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser("sklearn_door", (__doc__ or "").partition("\n")[0], 7).parse_args(arguments)
     warnings.simplefilter("ignore", ConvergenceWarning)
     lines = [compare(name, kind, given, rounds=options.rounds) for name, kind, given in CASES]
-    headers = ("network, batch, solver", "scikit-learn", "fusemlp.sklearn")
-    finish("sklearn_door", headers, ("sklearn",), lines, options.out)
+    headers = ["network, batch, solver", "scikit-learn", "fusemlp.sklearn"]
+    finish("sklearn_door", ("sklearn",), lines, options.out, headers=headers)
     return 0
 
 

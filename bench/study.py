@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import hardware
 from bench.cases import Case
-from bench.hardware import card, commit, load_average, machine, settings
 from bench.report import RESULTS, Record, write
 
 if TYPE_CHECKING:
@@ -87,21 +86,13 @@ def clocks() -> dict[str, str] | None:
 
 def circumstances() -> Record:
     """Return machine, versions and settings: the part that every line of a study shares."""
-    versions = {"python": platform.python_version()}
+    import fusemlp
+
+    versions = {"fusemlp": fusemlp.__version__}
     for package in PACKAGES:
         if importlib.util.find_spec({"scikit-learn": "sklearn"}.get(package, package)) is not None:
             versions[package] = _version(package)
-    import fusemlp
-
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "card": card(),
-        "load_average": load_average(),
-        "versions": {"fusemlp": fusemlp.__version__, **versions},
-        "variables": settings(),
-    }
+    return hardware.circumstances(versions)
 
 
 def _version(package: str) -> str:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bench.doors import finish, line, parser
 from bench.measure import AGREEMENT, PAUSE_SECONDS
-from bench.options import count
 from bench.report import Record
+from bench.study import count
 from fusemlp.torch import fuse
 
 CASES = (((784, 128, 10), 64), ((64, 32, 10), 32))
@@ -97,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for sizes, rows in CASES
         for name in OPTIMIZERS
     ]
-    headers = ("network@batch, optimizer", "eager PyTorch", "fused")
-    finish("torch_door", headers, ("torch",), lines, options.out)
+    finish("torch_door", ("torch",), lines, options.out, headers=["network@batch, optimizer", "eager PyTorch", "fused"])
     return 0
 
 

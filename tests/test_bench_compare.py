@@ -189,7 +189,7 @@ def test_a_door_has_its_table_in_the_readme_too(
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     row = doors.line("64-32-10@32, SGD", [3e-4, 4e-4, 5e-4], [1e-4, 1e-4, 1e-4])
     path = tmp_path / "door.jsonl"
-    doors.finish("torch_door", ("network", "eager", "fused"), ("sklearn",), [row], path)
+    doors.finish("torch_door", ("sklearn",), [row], path, headers=["network", "eager", "fused"])
     printed = capsys.readouterr().out
     assert "| 64-32-10@32, SGD | 400 us | 100 us | **4.00** (3.40 to 4.60) |" in printed
     other = written(tmp_path / "steps.jsonl", lines(0))

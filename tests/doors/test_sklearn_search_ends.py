@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import weakref
@@ -42,11 +43,11 @@ def search(backend: str, **options: object) -> FleetSearchCV:
 
 @pytest.mark.parametrize("launch", [1, 3])
 def test_ctrl_c_while_models_train(launch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, launches = BoundProgram.run_many, []
+    # launches run on several threads, and each takes a number of its own
+    run, launches = BoundProgram.run_many, itertools.count(1)
 
     def pressed(bound: BoundProgram, steps: int) -> None:
-        launches.append(steps)
-        if len(launches) == launch:
+        if next(launches) == launch:
             signal.raise_signal(signal.SIGINT)
         run(bound, steps)
 

@@ -1,14 +1,14 @@
 """Bad input is refused with the right type and message, and changes nothing.
 
 Every row of the table makes one mistake with a trained engine. Afterwards the engine must have the same state, bit for
-bit, and continue exactly as a twin without the mistake.
+bit, and continue exactly as a twin without the mistake. Options of networks, losses, optimizers and schedules, data
+files and damaged checkpoints are refused before there is an engine: see the tests of these.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,44 +17,23 @@ import numpy as np
 import pytest
 
 from fusemlp import (
-    MAE,
     MLP,
-    MSE,
     SGD,
-    Activation,
-    Adam,
-    AdamW,
     ArgumentError,
     ArgumentTypeError,
     BackendUnavailableError,
-    BinaryCrossEntropy,
     Callback,
-    CheckpointError,
-    Constant,
     Cosine,
     CrossEntropy,
     DataError,
     DTypeError,
     Engine,
-    Exponential,
     FusemlpError,
-    Huber,
-    LeakyReLU,
-    OneCycle,
     ParameterOptions,
-    PReLU,
-    Quantile,
-    ReduceOnPlateau,
     ShapeError,
-    StepDecay,
     load_checkpoint,
-    load_data,
 )
-from fusemlp.describe.losses import loss_from_config
-from fusemlp.describe.optimizers import optimizer_from_config
-from fusemlp.describe.schedules import schedule_from_config
 from fusemlp.runtime.plans import plan_text
-from fusemlp.training.checkpoint import read_extra
 
 Do = Callable[[Engine, Path], object]
 
@@ -128,66 +107,6 @@ def saved(engine: Engine, folder: Path) -> Path:
     return path
 
 
-def load_damaged(engine: Engine, folder: Path, damage: Callable[[bytes], bytes]) -> None:
-    path = saved(engine, folder)
-    path.write_bytes(damage(path.read_bytes()))
-    load_checkpoint(path)
-
-
-def flip_last(content: bytes) -> bytes:
-    return content[:-1] + bytes([content[-1] ^ 1])
-
-
-def load_foreign(engine: Engine, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
-    save_file(engine.state_dict(), folder / "weights.safetensors")
-    load_checkpoint(folder / "weights.safetensors")
-
-
-def with_state(engine: Engine, **changes: Any) -> None:
-    """Load the engine's own parameters with some changed; None leaves one out."""
-    named = {name.replace("_", ".", 1): value for name, value in changes.items()}
-    state = {**engine.state_dict(), **{name.lstrip("p"): value for name, value in named.items()}}
-    engine.load_state_dict({name: value for name, value in state.items() if value is not None})
-
-
-def idx(dtype: int, shape: tuple[int, ...], content: bytes) -> bytes:
-    return bytes([0, 0, dtype, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape) + content
-
-
-def write_idx(folder: Path, images: bytes, labels: bytes) -> Path:
-    (folder / "train-images-idx3-ubyte").write_bytes(images)
-    (folder / "train-labels-idx1-ubyte").write_bytes(labels)
-    return folder
-
-
-def write_npz(folder: Path, **arrays: Any) -> Path:
-    path = folder / "data.npz"
-    np.savez(path, **arrays)
-    return path
-
-
-def truncated_npz(folder: Path) -> Path:
-    path = write_npz(folder, X=X, y=Y)
-    path.write_bytes(path.read_bytes()[:-100])
-    return path
-
-
-def damaged_npz(folder: Path) -> Path:
-    path = folder / "data.npz"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("X.npy", b"no array")
-        archive.writestr("y.npy", b"no array")
-    return path
-
-
-def write_text(folder: Path, text: str, name: str = "data.csv") -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 class Deaf:
     """An object without any callback method."""
 
@@ -206,6 +125,16 @@ def predict(given: Any) -> Do:
     return lambda engine, folder: engine.predict(given)
 
 
+def load_own(**changes: Any) -> Do:
+    """Return a load of the engine's own parameters with some changed; None leaves one out."""
+
+    def do(engine: Engine, folder: Path) -> None:
+        state = {**engine.state_dict(), **{name[1:].replace("_", "."): value for name, value in changes.items()}}
+        engine.load_state_dict({name: value for name, value in state.items() if value is not None})
+
+    return do
+
+
 def make(call: Callable[[], object]) -> Do:
     """Return a case that needs no engine."""
     return lambda engine, folder: call()
@@ -213,10 +142,6 @@ def make(call: Callable[[], object]) -> Do:
 
 def engine_with(**options: Any) -> Do:
     return make(lambda: classifier(**options))
-
-
-def data(write: Callable[[Path], Any], **options: Any) -> Do:
-    return lambda engine, folder: load_data(write(folder), **options)
 
 
 def without(mapping: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -348,7 +273,12 @@ FIT = [
         ArgumentError,
         r"^early_stopping: .*at least 1, got 0",
     ),
-    row("early_stopping alone", fit(early_stopping=3), ArgumentError, r"^early_stopping: .*validation_data=\(Xv, yv\)"),
+    row(
+        "early_stopping alone",
+        fit(early_stopping=3),
+        ArgumentError,
+        r"^early_stopping: .*val_loss.*validation_data=\(X",
+    ),
     row(
         "early_stopping True",
         fit(early_stopping=True, validation_data=(X, Y)),
@@ -400,6 +330,7 @@ FIT = [
     ),
     row("a deaf callback", fit(callbacks=[Deaf()]), ArgumentTypeError, r"^callbacks: .*on_epoch_end.*Deaf"),
     row("a name as callback", fit(callbacks="progress"), ArgumentTypeError, r"^callbacks: .*got 'progress'"),
+    row("callbacks a number", fit(callbacks=3), ArgumentTypeError, r"^callbacks: .*got 3"),
     row("callbacks None", fit(callbacks=None), ArgumentTypeError, r"^callbacks: .*got None"),
     row(
         "row_order repeats", fit(row_order=lambda epoch: [0] * 12), ArgumentError, r"^row_order: .*range\(12\).*epoch 2"
@@ -407,6 +338,7 @@ FIT = [
     row("row_order too short", fit(row_order=lambda epoch: range(5)), ArgumentError, r"^row_order: .*range\(12\)"),
     row("row_order of floats", fit(row_order=lambda e: np.arange(12.0)), ArgumentError, r"^row_order: .*range\(12\)"),
     row("row_order from 1", fit(row_order=lambda e: np.arange(1, 13)), ArgumentError, r"^row_order: .*range\(12\)"),
+    row("row_order of nothing", fit(row_order=lambda e: None), ArgumentError, r"^row_order: .*range\(12\)"),
     row("row_order ragged", fit(row_order=lambda e: [[0], [1, 2]]), ShapeError, r"^row_order.*differ in length"),
     row("row_order rows", fit(row_order=np.arange(12)), ArgumentTypeError, r"^row_order: expected a function.*ndarray"),
     row("shuffle a word", fit(shuffle="no"), ArgumentTypeError, r"^shuffle: expected True or False, got 'no'"),
@@ -438,191 +370,22 @@ FIT = [
     row("dead_units of a vector", lambda e, d: e.dead_units(X[0]), ShapeError, r"^X: .*\(4,\)"),
 ]
 
-OPTIMIZERS = [
-    row("lr negative", make(lambda: SGD(-0.1)), ArgumentError, r"^lr: .*at least 0, got -0\.1"),
-    row("lr NaN", make(lambda: SGD(NAN)), ArgumentError, r"^lr: .*got nan"),
-    row("lr infinite", make(lambda: Adam(INF)), ArgumentError, r"^lr: .*got inf"),
-    row("lr True", make(lambda: SGD(True)), ArgumentTypeError, r"^lr: .*got True"),
-    row(
-        "lr a word", make(lambda: SGD("0.1")), ArgumentTypeError, r"^lr: .*schedule such as Cosine\(0\.1\), got '0\.1'"
-    ),
-    row("lr None", make(lambda: AdamW(None)), ArgumentTypeError, r"^lr: .*got None"),
-    row("momentum 2", make(lambda: SGD(0.1, momentum=2)), ArgumentError, r"^momentum: .*below 1, got 2"),
-    row("momentum NaN", make(lambda: SGD(0.1, momentum=NAN)), ArgumentError, r"^momentum: .*got nan"),
-    row("nesterov alone", make(lambda: SGD(0.1, nesterov=True)), ArgumentError, r"^nesterov: .*try momentum=0\.9"),
-    row("nesterov 1", make(lambda: SGD(0.1, momentum=0.9, nesterov=1)), ArgumentTypeError, r"^nesterov: .*got 1"),
-    row("weight_decay negative", make(lambda: SGD(weight_decay=-1.0)), ArgumentError, r"^weight_decay: .*got -1\.0"),
-    row("one beta", make(lambda: Adam(betas=(0.9,))), ArgumentError, r"^betas: .*\(0\.9, 0\.999\), got \(0\.9,\)"),
-    row("beta 1", make(lambda: Adam(betas=(0.9, 1.0))), ArgumentError, r"^betas\[1\]: .*below 1, got 1\.0"),
-    row("betas a number", make(lambda: AdamW(betas=0.9)), ArgumentTypeError, r"^betas: .*got 0\.9"),
-    row("eps 0", make(lambda: Adam(eps=0.0)), ArgumentError, r"^eps: .*above 0, got 0\.0"),
-    row("clip_norm 0", make(lambda: SGD(clip_norm=0)), ArgumentError, r"^clip_norm: .*above 0, got 0"),
-    row("accumulate 0", make(lambda: SGD(accumulate=0)), ArgumentError, r"^accumulate: .*at least 1, got 0"),
-    row("convention", make(lambda: SGD(convention="sklearn")), ArgumentError, r"^convention: .*mean 'scikit-learn'"),
-    row("decay_biases", make(lambda: SGD(decay_biases=0)), ArgumentTypeError, r"^decay_biases: .*got 0"),
-    row("lr_factor", make(lambda: ParameterOptions(lr_factor=-1)), ArgumentError, r"^lr_factor: .*got -1"),
+ENGINE = [
     row(
         "per_parameter matches nothing",
         engine_with(optimizer=SGD(per_parameter={"9.*": ParameterOptions(trainable=False)})),
         ArgumentError,
         r"^per_parameter: no parameter matches '9\.\*'; the network has: 0\.weight",
     ),
-    row(
-        "per_parameter a flag",
-        make(lambda: SGD(per_parameter={"0.*": False})),
-        ArgumentTypeError,
-        r"^per_parameter: .*ParameterOptions\(trainable=False\).*got \('0\.\*', False\)",
-    ),
     row("unknown optimizer", engine_with(optimizer="sdg"), ArgumentError, r"^optimizer: .*'sdg'; did you mean 'sgd'\?"),
-    row(
-        "an optimizer's class", engine_with(optimizer=SGD), ArgumentTypeError, r"^optimizer: .*SGD\(lr=0\.1\), got <cl"
-    ),
-    row("cosine, steps 0", make(lambda: Cosine(0.1, steps=0)), ArgumentError, r"^steps: .*at least 1, got 0"),
-    row("cosine, final negative", make(lambda: Cosine(0.1, final=-1)), ArgumentError, r"^final: .*got -1"),
-    row("constant NaN", make(lambda: Constant(NAN)), ArgumentError, r"^lr: .*got nan"),
-    row("step, every 0", make(lambda: StepDecay(0.1, every=0)), ArgumentError, r"^every: .*got 0"),
-    row("exponential, gamma 0", make(lambda: Exponential(0.1, gamma=0)), ArgumentError, r"^gamma: .*above 0, got 0"),
-    row("one-cycle, fraction 1", make(lambda: OneCycle(1, peak_fraction=1)), ArgumentError, r"^peak_fraction: .*got 1"),
-    row("plateau, factor 1", make(lambda: ReduceOnPlateau(1, factor=1)), ArgumentError, r"^factor: .*below 1, got 1"),
-    row("plateau, min_lr", make(lambda: ReduceOnPlateau(1, min_lr=2)), ArgumentError, r"^min_lr: .*at most lr.*got 2"),
-    row("warmup 1.5", make(lambda: Cosine(0.1, warmup=1.5)), ArgumentError, r"^warmup: .*got 1\.5; give an int"),
-    row("warmup -1", make(lambda: Cosine(0.1, warmup=-1)), ArgumentError, r"^warmup: .*got -1"),
-    row(
-        "unknown schedule",
-        make(lambda: schedule_from_config({"kind": "cosin", "lr": 0.1})),
-        ArgumentError,
-        r"^schedule: unknown name 'cosin'; did you mean 'cosine'\?",
-    ),
-    row(
-        "stored optimizer",
-        make(lambda: optimizer_from_config({"kind": "sgd"})),
-        ArgumentError,
-        r"^optimizer: .*missing \['accumulate'",
-    ),
-]
-
-NETWORKS = [
-    row("width 0", make(lambda: MLP([4, 0, 3])), ArgumentError, r"^sizes\[1\]: .*at least 1, got 0"),
-    row("width -1", make(lambda: MLP([4, -1, 3])), ArgumentError, r"^sizes\[1\]: .*at least 1, got -1"),
-    row("width 6.0", make(lambda: MLP([4, 6.0, 3])), ArgumentTypeError, r"^sizes\[1\]: .*got 6\.0 \(float\); write 6"),
-    row("width True", make(lambda: MLP([4, True, 3])), ArgumentTypeError, r"^sizes\[1\]: .*got True"),
-    row("width a word", make(lambda: MLP(["4", 3])), ArgumentTypeError, r"^sizes\[0\]: .*got '4' \(str\)"),
-    row("one size", make(lambda: MLP([4])), ArgumentError, r"^sizes: .*at least 2 widths.*got \[4\]"),
-    row("no sizes", make(lambda: MLP([])), ArgumentError, r"^sizes: .*at least 2 widths.*got \[\]"),
-    row("sizes a number", make(lambda: MLP(4)), ArgumentTypeError, r"^sizes: .*\[784, 128, 10\], got 4"),
-    row("dropout 1.5", make(lambda: MLP([4, 6, 3], dropout=1.5)), ArgumentError, r"^dropout: .*below 1, got 1\.5"),
-    row("dropout 1.0", make(lambda: MLP([4, 6, 3], dropout=1.0)), ArgumentError, r"^dropout: .*below 1, got 1\.0"),
-    row("dropout NaN", make(lambda: MLP([4, 6, 3], dropout=NAN)), ArgumentError, r"^dropout: .*got nan"),
-    row("dropout a word", make(lambda: MLP([4, 6, 3], dropout="0.5")), ArgumentTypeError, r"^dropout: .*got '0\.5'"),
-    row(
-        "two dropouts",
-        make(lambda: MLP([4, 6, 3], dropout=[0.1, 0.2])),
-        ArgumentError,
-        r"^dropout: .*1 \(one per hidden layer\), got 2: \[0\.1, 0\.2\]",
-    ),
-    row("dropout, no hidden layer", make(lambda: MLP([4, 3], dropout=1.5)), ArgumentError, r"^dropout: .*got 1\.5"),
-    row(
-        "unknown activation",
-        make(lambda: MLP([4, 6, 3], activation="rellu")),
-        ArgumentError,
-        r"^activation: .*'rellu'; did you mean 'relu'\?",
-    ),
-    row(
-        "unknown activation, no hidden layer",
-        make(lambda: MLP([4, 3], activation="sigmoidd")),
-        ArgumentError,
-        r"^activation: .*did you mean 'sigmoid'\?",
-    ),
-    row(
-        "activation known elsewhere",
-        make(lambda: MLP([4, 6, 3], activation="swish")),
-        ArgumentError,
-        r"^activation: .*'swish'; it is called 'silu' here",
-    ),
-    row(
-        "two activations",
-        make(lambda: MLP([4, 6, 3], activation=["relu", "tanh"])),
-        ArgumentError,
-        r"^activation: .*got 2: \['relu', 'tanh'\]",
-    ),
-    row(
-        "an activation's function", make(lambda: MLP([4, 3], activation=LeakyReLU)), ArgumentTypeError, r"^activation: "
-    ),
-    row("slope negative", make(lambda: LeakyReLU(-0.1)), ArgumentError, r"^slope of leaky_relu: .*got -0\.1"),
-    row("slope NaN", make(lambda: PReLU(NAN)), ArgumentError, r"^slope of prelu: .*got nan"),
-    row("slope of tanh", make(lambda: Activation("tanh", 0.1)), ArgumentError, r"^slope: tanh has none, got 0\.1"),
-    row(
-        "softmax output",
-        make(lambda: MLP([4, 6, 3], output_activation="softmax")),
-        ArgumentError,
-        r"^output_activation: 'softmax'.*use 'identity'.*predict_proba",
-    ),
-    row(
-        "sigmoid output and a cross-entropy",
-        make(lambda: Engine(MLP([4, 3], output_activation="sigmoid"), loss="binary_cross_entropy")),
-        ArgumentError,
-        r"^output_activation: binary_cross_entropy takes logits.*got 'sigmoid'",
-    ),
-    row(
-        "unknown init",
-        make(lambda: MLP([4, 3], init="he_norml")),
-        ArgumentError,
-        r"^init: .*did you mean 'he_normal'\?",
-    ),
-    row("seed of the start", make(lambda: NET.initial_parameters(-1)), ArgumentError, r"^seed: .*got -1"),
-    row("label_smoothing", make(lambda: CrossEntropy(label_smoothing=2)), ArgumentError, r"^label_smoothing: .*got 2"),
     row(
         "class_weight too short",
         engine_with(loss=CrossEntropy(class_weight=[1, 2])),
         ShapeError,
         r"^class_weight: expected 3 weights.*got 2",
     ),
-    row(
-        "class_weight negative",
-        make(lambda: CrossEntropy(class_weight=[1, -2, 1])),
-        ArgumentError,
-        r"^class_weight\[1\]: .*got -2",
-    ),
-    row(
-        "class_weight zeros",
-        make(lambda: CrossEntropy(class_weight=[0, 0])),
-        ArgumentError,
-        r"^class_weight: .*\[0\.0, 0",
-    ),
-    row(
-        "class_weight a word",
-        make(lambda: CrossEntropy(class_weight="balanced")),
-        ArgumentTypeError,
-        r"^class_weight: .*got 'balanced'",
-    ),
-    row(
-        "class_weight with gaps",
-        make(lambda: CrossEntropy(class_weight={0: 1.0, 2: 1.0})),
-        ArgumentError,
-        r"^class_weight: .*from 0 on as its keys, got \[0, 2\]",
-    ),
-    row("ignore_index", make(lambda: CrossEntropy(ignore_index=1.0)), ArgumentTypeError, r"^ignore_index: .*got 1\.0"),
-    row("reduction", make(lambda: MSE(reduction="men")), ArgumentError, r"^reduction: .*did you mean 'mean'\?"),
-    row("delta 0", make(lambda: Huber(0.0)), ArgumentError, r"^delta: .*above 0, got 0\.0"),
-    row("quantile 1", make(lambda: Quantile(1.0)), ArgumentError, r"^q: .*below 1, got 1\.0"),
     row("one class", make(lambda: Engine(MLP([4, 1]))), ArgumentError, r"^loss: .*at least 2 outputs.*has 1; widen"),
-    row(
-        "unknown loss",
-        engine_with(loss="cross_entropi"),
-        ArgumentError,
-        r"^loss: .*'cross_entropi'; did you mean 'cross_entropy'\?",
-    ),
     row("loss known elsewhere", engine_with(loss="bce"), ArgumentError, r"^loss: .*'bce'; .*'binary_cross_entropy'"),
-    row("a loss's class", engine_with(loss=MAE), ArgumentTypeError, r"^loss: .*MSE\(\), got <class"),
-    row(
-        "stored loss",
-        make(lambda: loss_from_config({**BinaryCrossEntropy().to_config(), "sharpness": 1})),
-        ArgumentError,
-        r"^loss: .*unknown \['sharpness'\]",
-    ),
-]
-
-ENGINE = [
     row("sizes for a network", make(lambda: Engine([4, 3])), ArgumentTypeError, r"^net: .*MLP\(\[.*got \[4, 3\]"),
     row("batch_size 0", engine_with(batch_size=0), ArgumentError, r"^batch_size: .*at least 1, got 0"),
     row("batch_size -1", engine_with(batch_size=-1), ArgumentError, r"^batch_size: .*got -1"),
@@ -670,52 +433,30 @@ ENGINE = [
 ]
 
 STATES = [
-    row(
-        "missing key",
-        lambda e, d: with_state(e, p0_bias=None),
-        ArgumentError,
-        r"^state: missing keys: 0\.bias; unknown",
-    ),
-    row("unknown key", lambda e, d: with_state(e, p7_bias=[1.0]), ArgumentError, r"^state: .*unknown keys: 7\.bias"),
+    row("missing key", load_own(p0_bias=None), ArgumentError, r"^state: missing keys: 0\.bias; unknown"),
+    row("unknown key", load_own(p7_bias=[1.0]), ArgumentError, r"^state: .*unknown keys: 7\.bias"),
     row(
         "transposed weight",
-        lambda e, d: with_state(e, p0_weight=np.ones((4, 6))),
+        load_own(p0_weight=np.ones((4, 6))),
         ShapeError,
         r"^state\['0\.weight'\]: expected shape \(6, 4\), got \(4, 6\)",
     ),
     row(
         "the last of them wrong",
-        lambda e, d: with_state(e, p0_weight=np.zeros((6, 4)), p2_bias=np.zeros(4)),
+        load_own(p0_weight=np.zeros((6, 4)), p2_bias=np.zeros(4)),
         ShapeError,
         r"^state\['2\.bias'\]: expected shape \(3,\), got \(4,\)",
     ),
     row(
         "NaN parameter",
-        lambda e, d: with_state(e, p0_weight=np.zeros((6, 4)), p2_bias=[0.0, NAN, 0.0]),
+        load_own(p0_weight=np.zeros((6, 4)), p2_bias=[0.0, NAN, 0.0]),
         DataError,
         r"^state\['2\.bias'\]: holds NaN.*must be finite",
     ),
-    row(
-        "parameter beyond float32",
-        lambda e, d: with_state(e, p2_bias=[1e39] * 3),
-        DataError,
-        r"^state\['2\.bias'\]: .*float",
-    ),
-    row(
-        "complex parameter",
-        lambda e, d: with_state(e, p2_bias=[1j] * 3),
-        DTypeError,
-        r"^state\['2\.bias'\]: .*complex128",
-    ),
-    row(
-        "words as a parameter", lambda e, d: with_state(e, p2_bias=["a"] * 3), DTypeError, r"^state\['2\.bias'\]: .*<U1"
-    ),
-    row(
-        "ragged parameter",
-        lambda e, d: with_state(e, p2_bias=[[1], [1, 2]]),
-        ShapeError,
-        r"^state\['2\.bias'\]: .*differ",
-    ),
+    row("parameter beyond float32", load_own(p2_bias=[1e39] * 3), DataError, r"^state\['2\.bias'\]: .*float"),
+    row("complex parameter", load_own(p2_bias=[1j] * 3), DTypeError, r"^state\['2\.bias'\]: .*complex128"),
+    row("words as a parameter", load_own(p2_bias=["a"] * 3), DTypeError, r"^state\['2\.bias'\]: .*<U1"),
+    row("ragged parameter", load_own(p2_bias=[[1], [1, 2]]), ShapeError, r"^state\['2\.bias'\]: .*differ"),
     row(
         "a list for a state",
         lambda e, d: e.load_state_dict(list(e.state_dict().items())),
@@ -731,43 +472,7 @@ STATES = [
 ]
 
 CHECKPOINTS = [
-    row(
-        "no checkpoint",
-        lambda e, d: load_checkpoint(d / "none"),
-        CheckpointError,
-        r"^path: there is no checkpoint .*none",
-    ),
-    row(
-        "a folder as checkpoint",
-        lambda e, d: load_checkpoint(d),
-        CheckpointError,
-        r"^path: .*a folder; expected a file",
-    ),
     row("a number as checkpoint", make(lambda: load_checkpoint(3)), ArgumentTypeError, r"^path: .*got 3"),
-    row("no safetensors", lambda e, d: load_damaged(e, d, lambda _: b"PK"), CheckpointError, r"^path: .*no readable"),
-    row(
-        "truncated",
-        lambda e, d: load_damaged(e, d, lambda c: c[:-9]),
-        CheckpointError,
-        r"^path: .*no readable.*another",
-    ),
-    row("empty", lambda e, d: load_damaged(e, d, lambda _: b""), CheckpointError, r"^path: .*no readable checkpoint"),
-    row(
-        "a bit flipped", lambda e, d: load_damaged(e, d, flip_last), CheckpointError, r"^path: .*corrupted: its SHA-256"
-    ),
-    row(
-        "configuration changed",
-        lambda e, d: load_damaged(e, d, lambda c: c.replace(b'seed\\": 3', b'seed\\": 4')),
-        CheckpointError,
-        r"^path: .*corrupted: its SHA-256",
-    ),
-    row("only weights", load_foreign, CheckpointError, r"^path: .*no checkpoint of fusemlp.*load_state_dict\("),
-    row(
-        "of another network",
-        lambda e, d: load_checkpoint(saved(e, d), network=MLP([4, 5, 3])),
-        CheckpointError,
-        r"^path: .*another network: expected MLP\(\[4, 5, 3\].*holds MLP\(\[4, 6, 3\]",
-    ),
     row(
         "network of wrong kind",
         lambda e, d: load_checkpoint(saved(e, d), network=[4, 6, 3]),
@@ -786,138 +491,11 @@ CHECKPOINTS = [
         BackendUnavailableError,
         r"^device: .*got 'cuda'",
     ),
-    row("extra of nothing", lambda e, d: read_extra(d / "none"), CheckpointError, r"^path: there is no checkpoint"),
     row("extra an array", lambda e, d: e.save_checkpoint(d / "a", extra={"a": X}), ArgumentError, r"^extra: .*ndarray"),
-    row("extra a list", lambda e, d: e.save_checkpoint(d / "a", extra=[1]), ArgumentTypeError, r"^extra: .*got list"),
-    row(
-        "saved nowhere",
-        lambda e, d: e.save_checkpoint(d / "b" / "a"),
-        ArgumentError,
-        r"^path: .*no folder .*make it first",
-    ),
-    row(
-        "saved over a folder",
-        lambda e, d: e.save_checkpoint(d),
-        ArgumentError,
-        r"^path: .*is a folder; expected a file",
-    ),
     row("saved to a number", lambda e, d: e.save_checkpoint(3), ArgumentTypeError, r"^path: .*got 3"),
 ]
 
-IMAGES, DIGITS = idx(8, (2, 2, 2), bytes(8)), idx(8, (2,), bytes(2))
-
-DATA = [
-    row(
-        "unknown data set",
-        make(lambda: load_data("digit")),
-        ArgumentError,
-        r"^data: .*'digit'; did you mean 'digits'\?",
-    ),
-    row("no such file", data(lambda d: d / "x.npz"), DataError, r"^data: there is no file or folder .*x\.npz"),
-    row(
-        "a path too long", make(lambda: load_data("x" * 5000 + ".npz")), DataError, r"^data: .*cannot be read.*too long"
-    ),
-    row("data a number", make(lambda: load_data(3)), ArgumentTypeError, r"^data: expected a name or a path, got int"),
-    row(
-        "unknown task",
-        make(lambda: load_data("iris", task="regresion")),
-        ArgumentError,
-        r"^task: .*mean 'regression'\?",
-    ),
-    row(
-        "target of a name", make(lambda: load_data("iris", target="y")), ArgumentError, r"^target: only tables.*'iris'"
-    ),
-    row("unknown ending", data(lambda d: write_text(d, "", "a.txt")), DataError, r"a\.txt: .*\.npz.*convert the data"),
-    row(
-        "a folder called npz",
-        data(lambda d: (d / "a.npz").mkdir() or d / "a.npz"),
-        DataError,
-        r"a\.npz: .*train-images",
-    ),
-    row("truncated npz", data(truncated_npz), DataError, r"data\.npz: expected an npz file.*damaged or incomplete"),
-    row("damaged npz", data(damaged_npz), DataError, r"data\.npz: expected an npz file|expected numbers"),
-    row(
-        "npz of objects",
-        data(lambda d: write_npz(d, X=X, y=np.array([{}] * 12))),
-        DataError,
-        r"data\.npz: .*Python obj",
-    ),
-    row("npz without y", data(lambda d: write_npz(d, X=X)), DataError, r"data\.npz: expected arrays X and y.*are 'X'"),
-    row("npz, rows differ", data(lambda d: write_npz(d, X=X, y=Y[:5])), DataError, r"X has 12 rows, y has 5"),
-    row(
-        "npz with NaN",
-        data(lambda d: write_npz(d, X=with_value(X, (2, 0), NAN), y=Y)),
-        DataError,
-        r"data\.npz: X: .*nan at row 2, column 0",
-    ),
-    row(
-        "npz of a vector", data(lambda d: write_npz(d, X=X[0], y=Y)), DataError, r"data\.npz: .*\(n, features\).*\(4,\)"
-    ),
-    row(
-        "missing target column",
-        data(lambda d: write_text(d, "a,b,label\n1,2,0\n3,4,1\n"), target="lable"),
-        DataError,
-        r"data\.csv: there is no target column 'lable'; the columns are 'a', 'b', 'label'",
-    ),
-    row(
-        "no target said",
-        data(lambda d: write_text(d, "a,b\n1,2\n")),
-        DataError,
-        r"data\.csv: say which column is the target; the columns are 'a', 'b'",
-    ),
-    row(
-        "short line in csv",
-        data(lambda d: write_text(d, "a,b\n1,2\n3\n"), target="b"),
-        DataError,
-        r"data\.csv, line 3: expected 2 fields.*found 1",
-    ),
-    row(
-        "no target in csv",
-        data(lambda d: write_text(d, "a,b\n1,\n2,?\n"), target="b"),
-        DataError,
-        r"data\.csv, column 'b': the target is missing in all 2 rows",
-    ),
-    row("empty csv", data(lambda d: write_text(d, ""), target="b"), DataError, r"data\.csv: expected a header line"),
-    row(
-        "csv without rows",
-        data(lambda d: write_text(d, "a,b\n"), target="b"),
-        DataError,
-        r"data\.csv: there are no rows",
-    ),
-    row("empty folder", data(lambda d: d), DataError, r"expected a folder with MNIST's files.*found nothing"),
-    row(
-        "truncated IDX",
-        data(lambda d: write_idx(d, IMAGES[:-3], DIGITS)),
-        DataError,
-        r"idx3-ubyte: .*24 bytes.*found 21",
-    ),
-    row(
-        "IDX cut in its header",
-        data(lambda d: write_idx(d, IMAGES[:3], DIGITS)),
-        DataError,
-        r"idx3-ubyte: .*an IDX file",
-    ),
-    row("no IDX", data(lambda d: write_idx(d, b"<html>", DIGITS)), DataError, r"idx3-ubyte: .*IDX file.*found 3c 68"),
-    row(
-        "IDX, rows differ",
-        data(lambda d: write_idx(d, IMAGES, idx(8, (3,), bytes(3)))),
-        DataError,
-        r"as many labels as images.*\(2, 2, 2\).*\(3,\)",
-    ),
-]
-
-TABLE = [
-    *FEATURES,
-    *LABELS,
-    *WEIGHTS,
-    *FIT,
-    *OPTIMIZERS,
-    *NETWORKS,
-    *ENGINE,
-    *STATES,
-    *CHECKPOINTS,
-    *DATA,
-]
+TABLE = [*FEATURES, *LABELS, *WEIGHTS, *FIT, *ENGINE, *STATES, *CHECKPOINTS]
 
 
 @pytest.mark.parametrize(("do", "error", "message", "kind"), TABLE)
@@ -963,14 +541,3 @@ def test_a_row_order_that_goes_wrong_later_leaves_the_epochs_before_it() -> None
     assert engine.history is not None and twin.history is not None
     assert engine.history.history == twin.history.history
     assert state_of(engine)["arrays"] == state_of(twin)["arrays"]
-
-
-def test_a_row_order_is_asked_for_once_an_epoch() -> None:
-    asked: list[int] = []
-
-    def order(epoch: int) -> Any:
-        asked.append(epoch)
-        return np.arange(12)
-
-    classifier().fit(X, Y, epochs=3, row_order=order)
-    assert asked == [0, 1, 2]

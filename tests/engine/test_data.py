@@ -192,13 +192,13 @@ def test_wrong_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: load_data("digits.csv"), DataError, r"no file or folder 'digits.csv'.*names digits, breast_cancer"),
         (lambda: load_data("a/b"), DataError, r"no file or folder 'a/b'"),
         (lambda: load_data("a\0b"), ArgumentError, r"unknown name"),
-        (lambda: load_data("a" * 5000), DataError, r"cannot be read"),
+        (lambda: load_data("a" * 5000), DataError, r"cannot be read.*too long"),
         (lambda: load_data("empty"), DataError, r"empty: expected a folder with MNIST's files.*found nothing"),
         (lambda: load_data(text(tmp_path / "a.txt", "")), DataError, r"ending in .npz, .csv, .tsv, .parquet"),
         (lambda: load_data(3), ArgumentTypeError, r"a name or a path, got int"),
-        (lambda: load_data("digits", task="ranking"), ArgumentError, r"task: unknown name 'ranking'"),
+        (lambda: load_data("digits", task="regresion"), ArgumentError, r"task: .*did you mean 'regression'"),
         (lambda: load_data("digits", target="y"), ArgumentError, r"target: only tables"),
-        (lambda: load_data(text(tmp_path / "a.csv", FRUIT)), DataError, r"columns are 'weight', 'colour', 'kind'"),
+        (lambda: load_data(text(tmp_path / "a.csv", FRUIT)), DataError, r"say which column.*columns are 'weight'"),
         (lambda: load_data("a.csv", target="kinds"), DataError, r"no target column 'kinds'; the columns are 'weight'"),
         (
             lambda: load_data("a.csv", target="kind", task="regression"),
@@ -207,8 +207,9 @@ def test_wrong_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (lambda: load_data(text(tmp_path / "b.csv", "y\n1\n"), target="y"), DataError, r"no feature column besides"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message) as caught:
             call()
+        assert caught.type is error
 
 
 def test_a_file_where_a_folder_is_and_the_reverse(tmp_path: Path) -> None:

@@ -165,37 +165,41 @@ def test_repr_shows_what_differs() -> None:
         ({"sizes": [4, 0, 2]}, ArgumentError, r"sizes\[1\]: .*at least 1, got 0"),
         ({"sizes": [4, -3]}, ArgumentError, r"sizes\[1\]: .*got -3"),
         ({"sizes": [4, True]}, ArgumentTypeError, r"sizes\[1\]: .*got True"),
-        ({"sizes": [4, 2.0]}, ArgumentTypeError, r"sizes\[1\]: .*got 2.0"),
+        ({"sizes": [4, 2.0]}, ArgumentTypeError, r"sizes\[1\]: .*got 2\.0 \(float\); write 2"),
         ({"sizes": [4, "2"]}, ArgumentTypeError, r"sizes\[1\]: .*got '2'"),
         ({"activation": "rellu"}, ArgumentError, "activation: .*'rellu'; did you mean 'relu'"),
+        ({"sizes": [4, 3], "activation": "sigmoidd"}, ArgumentError, "did you mean 'sigmoid'"),
         ({"activation": "swish"}, ArgumentError, "'swish'; it is called 'silu'"),
         ({"activation": None}, ArgumentTypeError, "activation: .*got None"),
         ({"activation": LeakyReLU}, ArgumentTypeError, "activation: .*got <function LeakyReLU"),
         ({"activation": ["relu", "tanh"]}, ArgumentError, "activation: .*1 .one per hidden layer., got 2"),
         ({"activation": []}, ArgumentError, "activation: .*got 0"),
-        ({"output_activation": "softmax"}, ArgumentError, "output_activation: .*use 'identity'"),
+        ({"output_activation": "softmax"}, ArgumentError, "output_activation: .*use 'identity'.*predict_proba"),
         ({"output_activation": "linear"}, ArgumentError, "output_activation: .*called 'identity'"),
         ({"output_activation": ["relu"]}, ArgumentTypeError, "output_activation: "),
         ({"dropout": 1.5}, ArgumentError, "dropout: .*below 1, got 1.5"),
+        ({"sizes": [4, 3], "dropout": 1.5}, ArgumentError, "dropout: .*got 1.5"),
         ({"dropout": 1.0}, ArgumentError, "dropout: .*got 1.0"),
         ({"dropout": -0.1}, ArgumentError, "dropout: .*got -0.1"),
         ({"dropout": math.nan}, ArgumentError, "dropout: .*got nan"),
         ({"dropout": "0.1"}, ArgumentTypeError, "dropout: .*got '0.1'"),
         ({"dropout": True}, ArgumentTypeError, "dropout: .*got True"),
-        ({"dropout": [0.1, 0.2]}, ArgumentError, "dropout: .*got 2"),
-        ({"init": "he"}, ArgumentError, "init: unknown name 'he'.*he_normal"),
+        ({"dropout": [0.1, 0.2]}, ArgumentError, r"dropout: .*1 \(one per hidden layer\), got 2: \[0\.1, 0\.2\]"),
+        ({"init": "he_norml"}, ArgumentError, "init: unknown name 'he_norml'; did you mean 'he_normal'"),
         ({"init": None}, ArgumentTypeError, "init: .*got None"),
     ],
 )
 def test_impossible_networks_are_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         MLP(**{"sizes": [4, 3, 2], **arguments})
+    assert caught.type is error
 
 
 @pytest.mark.parametrize(
     ("name", "slope", "error", "words"),
     [
         ("leaky_relu", -0.1, ArgumentError, "slope of leaky_relu: .*at least 0, got -0.1"),
+        ("prelu", math.nan, ArgumentError, "slope of prelu: .*got nan"),
         ("prelu", math.inf, ArgumentError, "slope of prelu: .*got inf"),
         ("prelu", "a", ArgumentTypeError, "slope of prelu: .*got 'a'"),
         ("relu", 0.1, ArgumentError, "slope: relu has none, got 0.1"),

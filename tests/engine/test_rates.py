@@ -191,35 +191,35 @@ def test_a_skipped_batch_keeps_its_rate(small: Callable[[int], None]) -> None:
     assert engine.update_count == 16 - engine.skipped_batches
 
 
+@pytest.fixture
+def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the first update of each filled table."""
+    firsts: list[int] = []
+    fill = RateTable._fill
+
+    def counted(self: RateTable, first: int) -> None:
+        firsts.append(first)
+        fill(self, first)
+
+    monkeypatch.setattr(RateTable, "_fill", counted)
+    return firsts
+
+
 @pytest.mark.parametrize(
     ("optimizer", "fills"), [(SGD(0.1), 1), (SGD(Constant(0.1, warmup=4)), 3), (Adam(0.01), 7), (SGD(Zigzag(0.1)), 7)]
 )
 def test_a_table_is_filled_where_it_ends(
-    optimizer: Optimizer, fills: int, small: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    optimizer: Optimizer, fills: int, small: Callable[[int], None], filled: list[int]
 ) -> None:
     """A constant rate needs no other row; else four rows are enough for three updates, and the next one's rate."""
     small(4)
-    filled, fill = [], RateTable._fill
-
-    def counted(self: RateTable, first: int) -> None:
-        filled.append(first)
-        fill(self, first)
-
-    monkeypatch.setattr(RateTable, "_fill", counted)
     engine = made(optimizer)
     for _ in range(20):
         engine.step(X[:BATCH], Y[:BATCH])
     assert filled == list(range(0, 3 * fills, 3))
 
 
-def test_a_table_that_fits_is_not_filled_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    filled, fill = [], RateTable._fill
-
-    def counted(self: RateTable, first: int) -> None:
-        filled.append(first)
-        fill(self, first)
-
-    monkeypatch.setattr(RateTable, "_fill", counted)
+def test_a_table_that_fits_is_not_filled_for_the_next_call(filled: list[int]) -> None:
     engine = made(Adam(0.01))
     for _ in range(4):
         engine.fit(X, Y, epochs=1)

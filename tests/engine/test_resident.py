@@ -92,70 +92,33 @@ def test_activations_and_dropout(activation: str, dropout: float) -> None:
     assert_plans_agree(MLP(SIZES, activation=activation, dropout=dropout))
 
 
+SHARES = [1.0, 2.0, 0.5, 0.0, 3.0]
+SKLEARN = {"convention": "scikit-learn", "weight_decay": 0.1}
+BINARY, COUNTS = (VALUES > 0).astype(float), np.abs(VALUES).round()
+
+
 @pytest.mark.parametrize(
-    ("loss", "targets"),
+    ("loss", "targets", "optimizer", "net"),
     [
-        (MSE(), VALUES),
-        (MSE(), np.eye(OUTPUTS)[CLASSES]),
-        (MAE(), VALUES),
-        (Huber(delta=0.3), VALUES),
-        (Quantile(0.8), VALUES),
-        (Poisson(), np.abs(VALUES).round()),
-        (BinaryCrossEntropy(), (VALUES > 0).astype(float)),
-        (BinaryCrossEntropy(reduction="sum"), (VALUES > 0).astype(float)),
-        (CrossEntropy(), CLASSES),
-        (CrossEntropy(), SOFT),
-        (CrossEntropy(reduction="sum"), CLASSES),
-        (CrossEntropy(label_smoothing=0.2), CLASSES),
-        (CrossEntropy(label_smoothing=0.2, class_weight=[1.0, 2.0, 0.5, 0.0, 3.0]), CLASSES),
-        (CrossEntropy(label_smoothing=0.2, class_weight=[1.0, 2.0, 0.5, 0.0, 3.0]), SOFT),
-        (CrossEntropy(class_weight=[1.0, 2.0, 0.5, 0.0, 3.0], ignore_index=2), CLASSES),
-        (CrossEntropy(ignore_index=-100), np.where(CLASSES == 1, -100, CLASSES)),
+        (CrossEntropy(label_smoothing=0.2, class_weight=SHARES), CLASSES, Adam(Cosine(0.02, warmup=5)), MLP(SIZES)),
+        (CrossEntropy(label_smoothing=0.2, class_weight=SHARES), SOFT, AdamW(0.01, decay_biases=False), MLP(SIZES)),
+        (CrossEntropy(class_weight=SHARES, ignore_index=2), CLASSES, SGD(0.05, momentum=0.9, **SKLEARN), MLP(SIZES)),
+        (CrossEntropy(reduction="sum"), CLASSES, SGD(0.005, clip_norm=0.1), MLP(SIZES, activation="prelu")),
+        (BinaryCrossEntropy(), BINARY, SGD(StepDecay(0.05, every=7, gamma=0.5)), MLP([WIDTH, OUTPUTS])),
+        (BinaryCrossEntropy(reduction="sum"), BINARY, SGD(0.005, accumulate=4), MLP(SIZES)),
+        (MSE(), VALUES, SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1), MLP(SIZES, output_activation="gelu")),
+        (MSE(), np.eye(OUTPUTS)[CLASSES], Adam(OneCycle(0.02)), MLP(SIZES, output_activation="sigmoid")),
+        (MAE(), VALUES, SGD(Exponential(0.05, gamma=0.97), momentum=0.5), MLP(SIZES, output_activation=PReLU(0.3))),
+        (Huber(delta=0.3), VALUES, Adam(0.01, eps=1e-4, **SKLEARN), MLP(SIZES, activation=LeakyReLU(1.5))),
+        (Quantile(0.8), VALUES, Adam(0.01, clip_norm=0.1, accumulate=4), MLP(SIZES, activation=LeakyReLU(0.0))),
+        (Poisson(), COUNTS, SGD(0.05, momentum=0.9, nesterov=True, **SKLEARN), MLP(SIZES, activation="tanh")),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, np.ndarray) else type(value).__name__,
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_losses(loss: Any, targets: Array, weighted: bool) -> None:
-    lr = 0.005 if loss.reduction == "sum" else 0.05
-    assert_plans_agree(
-        targets=targets, loss=loss, optimizer=SGD(lr), fit={"sample_weight": WEIGHTS if weighted else None}
-    )
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_output_activations(activation: str) -> None:
-    net = MLP(SIZES, activation="tanh", output_activation=activation)
-    assert_plans_agree(net, VALUES, loss="mse", optimizer=SGD(0.05))
-
-
-def test_one_layer_and_steep_slopes() -> None:
-    assert_plans_agree(MLP([WIDTH, OUTPUTS]))
-    assert_plans_agree(MLP(SIZES, activation=[LeakyReLU(1.5), LeakyReLU(0.0)]))
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        SGD(0.05, weight_decay=0.1),
-        SGD(0.05, momentum=0.9, weight_decay=0.1),
-        SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
-        SGD(0.05, momentum=0.9, weight_decay=0.1, convention="scikit-learn"),
-        SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1, convention="scikit-learn"),
-        Adam(0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-4),
-        Adam(0.01, weight_decay=0.1, eps=1e-4, convention="scikit-learn"),
-        AdamW(0.01, weight_decay=0.1, decay_biases=False),
-        SGD(0.05, clip_norm=0.1),
-        SGD(0.05, accumulate=4),
-        Adam(0.01, clip_norm=0.1, accumulate=4),
-        SGD(StepDecay(0.05, every=7, gamma=0.5)),
-        SGD(Exponential(0.05, gamma=0.97), momentum=0.5),
-        Adam(Cosine(0.02, warmup=5)),
-        Adam(OneCycle(0.02)),
-    ],
-    ids=str,
-)
-def test_optimizers_and_schedules(optimizer: Any) -> None:
-    assert_plans_agree(MLP(SIZES, activation="prelu"), optimizer=optimizer)
+def test_losses_and_optimizers(loss: Any, targets: Array, optimizer: Any, net: MLP, weighted: bool) -> None:
+    fit = {"sample_weight": WEIGHTS if weighted else None}
+    assert_plans_agree(net, targets, loss=loss, optimizer=optimizer, fit=fit)
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])
@@ -221,10 +184,10 @@ STEEP = MLP(SIZES, activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
         (CrossEntropy(), CLASSES, SGD(0.1, weight_decay=0.02), MLP(SIZES, dropout=[0.2, 0.5])),
         (CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1, 0, 1]), CLASSES, Adam(0.02), STEEP),
         (CrossEntropy(), SOFT, AdamW(0.02, accumulate=3), MLP(SIZES, activation="silu", dropout=0.3)),
-        (BinaryCrossEntropy(), (VALUES > 0).astype(float), SGD(0.05, momentum=0.9), MLP(SIZES, activation="tanh")),
+        (BinaryCrossEntropy(), BINARY, SGD(0.05, momentum=0.9), MLP(SIZES, activation="tanh")),
         (MSE(), VALUES, SGD(0.1, clip_norm=0.3), MLP(SIZES, activation="sigmoid", output_activation=PReLU(0.3))),
         (Huber(delta=0.2), VALUES, SGD(0.05, momentum=0.9, nesterov=True), MLP(SIZES, activation="leaky_relu")),
-        (Poisson(), np.abs(VALUES).round(), Adam(0.02, convention="scikit-learn"), MLP(SIZES, activation="identity")),
+        (Poisson(), COUNTS, Adam(0.02, convention="scikit-learn"), MLP(SIZES, activation="identity")),
         (Quantile(0.8), VALUES, SGD(Cosine(0.1, steps=15, warmup=3), momentum=0.9), MLP([WIDTH, OUTPUTS])),
     ],
     ids=lambda value: type(value).__name__,

@@ -16,8 +16,6 @@ from fusemlp import (
     SGD,
     Adam,
     AdamW,
-    ArgumentError,
-    ArgumentTypeError,
     Callback,
     Constant,
     Cosine,
@@ -229,16 +227,6 @@ class TestOrder:
         engine.fit(X, y, epochs=1, row_order=lambda epoch: seen.append(epoch) or np.arange(ROWS, dtype=np.uint32))
         assert seen == [0, 1, 2]
 
-    @pytest.mark.parametrize(
-        "rows", [np.arange(ROWS - 1), np.zeros(ROWS, int), np.arange(ROWS) + 1, np.arange(ROWS) * 1.0, None]
-    )
-    def test_a_row_order_must_be_a_permutation(self, rows):
-        engine = make()
-        before = engine.state_dict()
-        with pytest.raises(ArgumentError, match=r"row_order: expected a permutation of range\(70\) for epoch 0"):
-            engine.fit(X, y, epochs=1, row_order=lambda epoch: rows)
-        assert_same_parameters(engine, before)
-
 
 class TestBatches:
     @pytest.mark.parametrize("optimizer", [SGD(0.1), SGD(0.1, momentum=0.9, clip_norm=0.5), AdamW(0.01, accumulate=2)])
@@ -267,10 +255,6 @@ class TestBatches:
         one.fit(X[:64], y[:64], epochs=1, drop_last=True)
         other.fit(X[:64], y[:64], epochs=1)
         assert_same_parameters(one, other)
-
-    def test_drop_last_of_all_there_is_is_refused(self):
-        with pytest.raises(ArgumentError, match="drop_last: 15 rows do not fill one batch of 16"):
-            make().fit(X[:15], y[:15], epochs=1, drop_last=True)
 
     def test_a_batch_larger_than_the_data_is_clipped_with_a_warning(self):
         one, other = make(batch_size=100), make(batch_size=ROWS)
@@ -373,11 +357,6 @@ class TestStep:
         for name, array in engine.state_dict().items():
             np.testing.assert_allclose(array, other.state_dict()[name], rtol=0, atol=1e-13)
 
-    def test_a_schedule_of_unknown_length_needs_fit(self):
-        with pytest.raises(ArgumentError, match="which only fit knows"):
-            make(optimizer=SGD(Cosine(0.1))).step(X[:4], y[:4])
-        make(optimizer=SGD(Cosine(0.1))).fit(X, y, epochs=1)
-
     def test_steps_between_fits_go_on(self):
         one, other = (make(optimizer=Adam(0.01), plan="eager") for _ in range(2))
         one.fit(X, y, epochs=1)
@@ -423,10 +402,6 @@ class TestEarlyStopping:
         engine, recorder = make(MLP([INPUTS, 40, CLASSES]), Adam(0.01)), Recorder()
         engine.fit(X, self.NOISE, epochs=30, validation_data=(XV, YV), callbacks=[recorder])
         np.testing.assert_array_equal(engine.memory.params, recorder.states[-1]["params"])
-
-    def test_it_needs_validation_data(self):
-        with pytest.raises(ArgumentError, match="early_stopping: it watches val_loss"):
-            make().fit(X, y, epochs=1, early_stopping=2)
 
 
 class TestCallbacks:
@@ -476,13 +451,6 @@ class TestCallbacks:
         once = Once()
         make().fit(X, y, epochs=1, callbacks=once)
         assert once.calls == 1
-
-    @pytest.mark.parametrize("wrong", [Callback, object(), 3, [print]], ids=["class", "object", "number", "list"])
-    def test_what_is_no_callback_is_refused(self, wrong):
-        with pytest.raises(
-            ArgumentTypeError, match="callbacks: expected objects with one of the methods on_train_begin"
-        ):
-            make().fit(X, y, epochs=1, callbacks=wrong)
 
     def test_listening_changes_nothing(self):
         one, other = make(DROPPING), make(DROPPING)
@@ -690,12 +658,8 @@ class TestDivergence:
             engine.fit(X, 1e3 * np.eye(CLASSES)[y], epochs=2)
         assert_same_parameters(engine, before)
 
-    def test_no_warning_of_numpy_gets_out(self):
+    def test_it_is_an_arithmetic_error_without_a_warning(self):
         # Warnings are errors in this suite, so an overflow that is not silenced would raise.
-        with pytest.raises(DivergenceError):
-            make(optimizer=SGD(1e30), loss="mse").fit(X, np.eye(CLASSES)[y], epochs=1)
-
-    def test_it_is_an_arithmetic_error(self):
         with pytest.raises(ArithmeticError):
             make(optimizer=SGD(1e30), loss="mse").fit(X, np.eye(CLASSES)[y], epochs=1)
 
