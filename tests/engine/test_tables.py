@@ -166,6 +166,24 @@ def test_a_file_without_a_header_is_refused_with_the_mend(tmp_path: Path) -> Non
     assert list(read_table(write(path, "country,2010,2011\nA,1,2\n"))) == ["country", "2010", "2011"]
 
 
+ODD = st.one_of(st.binary(), st.text("ab1,;|\t\n\"'.$%-/: 20", max_size=60).map(str.encode))
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(ODD, st.booleans())
+def test_any_bytes_are_a_table_or_a_named_mistake(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, header: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "odd.csv"
+    path.write_bytes(content)
+    try:
+        table = read_table(path, form=Form(header=header))
+    except DataError as error:
+        assert "odd.csv" in str(error)
+    else:
+        assert len({len(column) for column in table.values()}) == 1
+
+
 FINITE = st.floats(-1e12, 1e12)
 
 
@@ -253,13 +271,16 @@ def test_dates_of_new_data(tmp_path: Path) -> None:
 
 
 def test_useless_columns_are_left_out_and_named(tmp_path: Path) -> None:
-    header = ["", "customerId", "name", "one", "same", "empty", "x", "y"]
-    rows = [[str(i + 1), str(i * 7 % 101), f"name {i}", "1", "w", "", str(i % 7), str(i % 2)] for i in range(60)]
+    header = ["", "customerId", "ID", "name", "one", "same", "empty", "x", "y"]
+    rows = [
+        [str(i + 1), str(i * 7 % 101), str(i * 7 % 97), f"name {i}", "1", "w", "", str(i % 7), str(i % 2)]
+        for i in range(60)
+    ]
     path = write(tmp_path / "a.csv", "\n".join(map(",".join, [header, *rows])))
     dataset = load_data(path, target="y")
     assert dataset.feature_names == ("x",)
     (line,) = dataset.notes
-    for name in ("column_1", "customerId", "name", "one", "same", "empty"):
+    for name in ("column_1", "customerId", "ID", "name", "one", "same", "empty"):
         assert f"'{name}' (" in line
     kept = load_data(path, target="y", columns=Columns(drop=["x"], keep=["customerId"], categorical=["name"]))
     assert kept.feature_names == ("customerId", "name")

@@ -7,36 +7,28 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names, with_parts
+from fusemlp.datasets.coding import Categories, Features, coded, kept_features, without_useless
+from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
 from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
-from fusemlp.datasets.textfiles import MISSING, Form
+from fusemlp.datasets.textfiles import Form
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
 
 if TYPE_CHECKING:
     from fusemlp.datasets.preprocessing import Preprocessor
 
-Features = npt.NDArray[np.float64]
-Categories = tuple[tuple[str, ...] | None, ...]
-
 TASKS = ("classification", "regression")
 NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
-# A column of whole numbers, one a row, is an identifier if it counts the rows or has such a name.
-_IDENTIFIER = re.compile(r"(?:^|[\W_])(?:id|idx|index|uuid|key|row ?names?|row|nr|no)$|[a-z](?:Id|ID)$|^column_1$")
-# A table of fewer rows has too few to tell an identifier from a measurement.
-_FEWEST_ROWS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +130,7 @@ def load_features(
     if is_table(path):
         kinds = _kinds(preprocessor)
         table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
-        return _coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
+        return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path)
         name = _by_lower_name(arrays).get("x")
@@ -170,7 +162,7 @@ def load_labelled(
             notes=notes,
         )
         y = table.pop(target)
-        return _coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0], y
+        return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0], y
     dataset = _read(source, None, Form(), Columns())
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, preprocessor), y
@@ -293,13 +285,13 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
     if not table:
         raise DataError(f"{path}: there is no feature column besides the target {target!r}")
     if like is None:
-        table = _without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
+        table = without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
     dates = tuple((name, kinds[name]) for name in table if kinds[name] in ORDERS)
     if dates:
         told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
         notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
-    kept = _kept_features(table) if like is None else like.feature_names
-    X, categories = _coded(table, kept, None if like is None else like.categories, notes)
+    kept = kept_features(table) if like is None else like.feature_names
+    X, categories = coded(table, kept, None if like is None else like.categories, notes)
     return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
 
 
@@ -312,16 +304,6 @@ def _kinds(preprocessor: Preprocessor) -> dict[str, str]:
         source = sources.get(name, name)
         kinds[source] = dates.get(source) or ("number" if words is None else "word")
     return kinds
-
-
-def _kept_features(table: dict[str, Array]) -> tuple[str, ...]:
-    """Return the names of the features, of a date only its parts that differ between rows, and the elapsed days."""
-    parts = part_names(name for name, column in table.items() if column.dtype.kind == "M")
-    return tuple(
-        name
-        for name, values in with_parts(table).items()
-        if name not in parts or name.endswith(PARTS[-1]) or len(np.unique(values[~np.isnan(values)])) > 1
-    )
 
 
 def _label_words(preprocessor: Preprocessor) -> tuple[str, ...]:
@@ -365,97 +347,6 @@ def _from_idx_folder(path: Path) -> Dataset:
     official = read_idx_pair(path, "t10k")
     test = None if official is None else (_flat(path, "test images", official[0]), official[1].astype(np.int64))
     return Dataset(path.name, X, y, "classification", names, "label", test=test)
-
-
-def _without_useless(path: Path, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, Array]:
-    """Return the columns that a network can learn from, with a line on the others; all of them if none is left."""
-    reasons = {name: None if name in keep else _useless(name, column) for name, column in table.items()}
-    useless = {name: found for name, found in reasons.items() if found is not None}
-    if not useless:
-        return table
-    if len(useless) == len(table):
-        numbers = {name: column for name, column in table.items() if column.dtype.kind in "fM"}
-        if not numbers:
-            found = "; ".join(f"column {name!r}: {found}" for name, found in useless.items())
-            raise DataError(f"{path}: no feature is left to learn from: {found}; drop or --keep these columns")
-        return numbers
-    told = ", ".join(f"{name!r} ({found})" for name, found in useless.items())
-    notes.append(f"left out, unless you --keep them: {told}")
-    return {name: column for name, column in table.items() if name not in useless}
-
-
-def _useless(name: str, column: Array) -> str | None:
-    """Return the reason to leave a feature column out, None to keep it."""
-    if column.dtype.kind != "f":
-        if column.dtype.kind == "M":
-            return "constant" if len(np.unique(column)) == 1 and len(column) > 1 else None
-        words = set(column) - MISSING
-        if len(words) > 20 and 2 * len(words) > len(column):
-            return f"{len(words)} different words in {len(column)} rows look like names"
-        return "constant" if len(set(column)) == 1 and len(column) > 1 else None
-    missing = np.isnan(column)
-    if missing.all():
-        return "no values"
-    if len(column) < _FEWEST_ROWS or missing.any():
-        return None
-    if (column == column[0]).all():
-        return "constant"
-    if (np.diff(column) == 1).all():
-        return "counts the rows"
-    whole = (column == np.floor(column)).all()
-    if whole and _IDENTIFIER.search(name) and len(np.unique(column)) == len(column):
-        return "a number for each row, named as an identifier"
-    return None
-
-
-def _coded(
-    table: dict[str, Array], names: tuple[str, ...], known: Categories | None, notes: list[str]
-) -> tuple[Features, Categories]:
-    """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
-    sources = part_names(name for name, column in table.items() if column.dtype.kind == "M")
-    table = with_parts(table)
-    X = np.empty((len(table[names[0]]), len(names)))
-    categories: list[tuple[str, ...] | None] = []
-    missing: dict[str, int] = {}
-    unseen: list[str] = []
-    for index, name in enumerate(names):
-        column = table[name]
-        words = known[index] if known is not None else _categories(column)
-        categories.append(words)
-        if words is None:
-            X[:, index] = column
-            count = int(np.isnan(column).sum())
-        else:
-            codes: dict[str, float] = {word: code for code, word in enumerate(words)}
-            absent = codes.get("", math.nan)
-            strange = {word for word in dict.fromkeys(column) if word not in codes and word not in MISSING}
-            for word in dict.fromkeys(column):
-                codes.setdefault(word, math.nan if word in strange else absent)
-            X[:, index] = [codes[word] for word in column]
-            known_words = set(words)
-            count = sum(word in MISSING and (word == "" or word not in known_words) for word in column)
-            if strange:
-                cells = sum(word in strange for word in column)
-                example = next(word for word in column if word in strange)
-                unseen.append(f"{cells} in {name!r} (such as {example!r})")
-        if count:
-            missing[sources.get(name, name)] = count
-    if missing:
-        notes.append(f"missing cells, filled in: {_some([f'{count} in {name!r}' for name, count in missing.items()])}")
-    if unseen:
-        notes.append(f"words unseen in training, taken as one other category: {_some(unseen)}")
-    return X, tuple(categories)
-
-
-def _some(parts: list[str]) -> str:
-    return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
-
-
-def _categories(column: Array) -> tuple[str, ...] | None:
-    if column.dtype.kind in "biuf":
-        return None
-    words = set(column)
-    return tuple(sorted({"" if word in MISSING else word for word in words}))
 
 
 def _flat(path: Path, name: str, array: Array) -> Features:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusemlp.datasets.coding import Features
 from fusemlp.datasets.dates import part_names
-from fusemlp.datasets.load import Dataset, Features
+from fusemlp.datasets.load import Dataset
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
