@@ -18,7 +18,7 @@ from fusemlp.datasets.coding import Categories, Features, coded, kept_features, 
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
 from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
-from fusemlp.datasets.textfiles import Form
+from fusemlp.datasets.textfiles import COMPRESSED, Form
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
 
@@ -256,8 +256,8 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
         return _from_npz(path)
     if not is_table(path):
         raise DataError(
-            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, or a folder of IDX files; convert "
-            "the data, for example with numpy.savez(path, X=X, y=y)"
+            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
+            "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
         )
     names = read_names(path, form)
     if target is None:
