@@ -7,7 +7,7 @@ from typing import Any
 from fusemlp.cli.options import EvaluateOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import prepare
+from fusemlp.cli.prepare import network_inputs, prepare
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.inputs.arrays import Array
@@ -27,7 +27,7 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(options.data, preprocessor, form=form, notes=notes)
-        X, weight = preprocessor.transform_features(features), None
+        X, weight = network_inputs(preprocessor, features, engine.precision), None
     report = score(engine, preprocessor, X, labels, weight)
     lines = [*notes, *headline(report)]
     if "classes" in report:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fusemlp.cli.options import EvaluateOptions, PredictOptions
 from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.prepare import network_inputs
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load_checkpoint
@@ -39,7 +40,7 @@ def predict(options: PredictOptions) -> None:
         )
     notes: list[str] = []
     features = load_features(data, preprocessor, form=options.form(config["options"]), notes=notes)
-    X = preprocessor.transform_features(features)
+    X = network_inputs(preprocessor, features, engine.precision)
     predicted = predictions(engine, preprocessor, X)
     probabilities = engine.predict_proba(X) if options.proba else None
     content = _npz if out.suffix.lower() == ".npz" else _csv

@@ -21,6 +21,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
 TEST_FRACTION = 0.2
+_PIECE = 2**15
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +124,16 @@ def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
         raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
 
 
+def network_inputs(preprocessor: Preprocessor, X: Array, precision: str) -> Array:
+    """Return the inputs of rows in the network's type, a piece at a time: all in float64 take twice the memory."""
+    inputs = np.empty((len(X), preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+    with np.errstate(over="ignore"):
+        for start in range(0, len(X), _PIECE):
+            inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
+    # The engine's error names a value that float32 cannot hold.
+    return inputs if np.isfinite(inputs).all() else preprocessor.transform_features(X)
+
+
 def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
     """Load the data of the options and prepare a training; equal options give equal results.
 
@@ -173,7 +184,9 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         weight = None
         if weights is not None and name != "cross_entropy":
             weight = np.array(weights)[preprocessor.class_codes(labels)]
-        return Rows(preprocessor.transform_features(X), preprocessor.encode_targets(labels), labels, weight)
+        return Rows(
+            network_inputs(preprocessor, X, options.precision), preprocessor.encode_targets(labels), labels, weight
+        )
 
     return Prepared(
         dataset,
