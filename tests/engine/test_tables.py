@@ -20,6 +20,7 @@ from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusemlp.cli import prepare
 from fusemlp.datasets.dates import date_parts, orders_of, parse_date
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import MOST_WORDS, Preprocessor
@@ -341,6 +342,22 @@ def test_many_words_have_bounded_inputs() -> None:
     made = Preprocessor.fit(data, np.arange(3000))
     assert made.width == MOST_WORDS + 1
     assert (made.transform_features(data.X).sum(axis=1) == 1).all()
+
+
+def test_inputs_are_made_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_PIECE", 3)
+    data = table_of({"a": [1.0, NAN, 2.0, 9.0, NAN, 1e300, 7.0], "b": list("uvuvuvw")})
+    made = Preprocessor.fit(data, [0, 1, 2, 3])
+    whole = made.transform_features(data.X)
+    np.testing.assert_array_equal(prepare.network_inputs(made, data.X, "fp64"), whole)
+    # The engine refuses what float32 cannot hold.
+    np.testing.assert_array_equal(prepare.network_inputs(made, data.X, "fp32"), whole)
+    fewer = prepare.network_inputs(made, data.X[:5], "bf16")
+    assert fewer.dtype == np.float32
+    np.testing.assert_array_equal(fewer, whole[:5].astype(np.float32))
+    data.X[6, 1] = 9
+    with pytest.raises(DataError, match="at row 6, column 1"):
+        prepare.network_inputs(made, data.X, "fp32")
 
 
 def test_an_earlier_release_knows_no_missing_cells() -> None:

@@ -127,9 +127,13 @@ def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
 def network_inputs(preprocessor: Preprocessor, X: Array, precision: str) -> Array:
     """Return the inputs of rows in the network's type, a piece at a time: all in float64 take twice the memory."""
     inputs = np.empty((len(X), preprocessor.width), np.float64 if precision == "fp64" else np.float32)
-    with np.errstate(over="ignore"):
-        for start in range(0, len(X), _PIECE):
-            inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
+    try:
+        with np.errstate(over="ignore"):
+            for start in range(0, len(X), _PIECE):
+                inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
+    except DataError:
+        # Its message has the row in the piece.
+        return preprocessor.transform_features(X)
     # The engine's error names a value that float32 cannot hold.
     return inputs if np.isfinite(inputs).all() else preprocessor.transform_features(X)
 
