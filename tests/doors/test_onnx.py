@@ -175,6 +175,19 @@ def test_with_a_preprocessor_the_values_are_in_original_units(targets: int, loss
     close(run(tmp_path / "net.onnx", raw)["prediction"], expected.astype(np.float32))
 
 
+def test_missing_cells_are_filled_in_and_marked(tmp_path: Path) -> None:
+    marks = tuple(k % 2 == 0 for k in range(WIDTH))
+    scaling = preprocessor(feature_fill=tuple(20.0 + k for k in range(WIDTH)), missing_inputs=marks)
+    engine = Engine(MLP([scaling.width, 8, 3]))
+    raw = (12.0 + 3.0 * X).astype(np.float32)
+    raw[np.random.default_rng(0).random(raw.shape) < 0.3] = np.nan
+    inputs = scaling.transform_features(raw)
+    fusemlp.onnx.to_onnx(engine, tmp_path / "net.onnx", preprocessor=scaling)
+    said = run(tmp_path / "net.onnx", raw)
+    assert said["prediction"].tolist() == scaling.decode_predictions(engine.predict(inputs)).tolist()
+    close(said["probabilities"], engine.predict_proba(inputs))
+
+
 def test_words_as_features_are_refused(tmp_path: Path) -> None:
     scaling = preprocessor(categories=(None, ("red", "blue"), *(None,) * (WIDTH - 2)))
     with pytest.raises(ArgumentError, match="preprocessor: the features 'f1' are words"):

@@ -194,7 +194,7 @@ def test_long_csv_is_read_piecewise(tmp_path: Path) -> None:
     np.testing.assert_array_equal(table["a"], np.arange(10_001))
     np.testing.assert_array_equal(table["y"], np.arange(10_001))
     assert table["parity"][9_999:].tolist() == ["odd", "even"]
-    with pytest.raises(DataError, match=r"line 10003, column 'a': 'x' is not a number"):
+    with pytest.raises(DataError, match=r"line 10003, column 'a': 'x' is not a number.*--categorical"):
         read_table(write(path, "a,parity,y\n" + lines + "x,odd,1\n"))
 
 
@@ -222,26 +222,18 @@ def test_csv_labels(tmp_path: Path, column: list[str], labels: list[Any], kind: 
     [
         ("", "found an empty file"),
         ("a,y\n", "no rows below the header"),
-        ("a,,y\n1,2,3\n", r"column 2 of the header has no name.*index=False"),
         ("1.5,2.5\n1,2\n", "first line must hold the names of the columns"),
         ("a,a,y\n1,2,3\n", "several columns are called 'a'"),
         ("a,y\n1,2\n3\n", r"line 3: expected 2 fields.*found 1"),
         ("a,y\n1,2\n3,4,5\n", r"line 3: expected 2 fields.*found 3"),
-        ("a,y\n1,2\n,4\n", r"line 3, column 'a': the value is missing \(''\)"),
-        ("a,y\n?,2\n1,4\n", r"line 2, column 'a': the value is missing \('\?'\)"),
-        ("a,y\nred,2\nNA,4\n", r"line 3, column 'a': the value is missing \('NA'\)"),
-        ("a,y\n1,2\n2,\n", r"line 3, column 'y': the value is missing"),
-        ("a,y\n1,2\nnan,4\n", r"line 3, column 'a': the value is missing \('nan'\)"),
+        ("a,y\n1,\n2,NA\n", r"column 'y': the target is missing in all 2 rows"),
         ("a,y\n1,2\ninf,4\n", r"line 3, column 'a': 'inf' is not a finite number"),
-        ("a,y\n1,2\ntwo,4\n", r"line 3, column 'a': 'two' is not a number"),
-        ("a,y\ntwo,2\n1,4\n", r"line 3, column 'a': '1' is a number, but other values of the column are words"),
-        ('a,y\n"1\n",2\ntwo,4\n', r"line 4, column 'a'"),
+        ("a,y\n" + "".join(f"{i},2\n" for i in range(20)) + "two,4\n", r"line 22, column 'a': 'two' is not a number"),
+        ('a,y\n"1\n",2\n' + "".join(f"{i},2\n" for i in range(20)) + "two,4\n", r"line 24, column 'a'"),
         ("a,y\n1,2.5\n2,few\n", r"line 3, column 'y': 'few' is not a number"),
         ("a,y\n1,2.5\n2,inf\n", r"line 3, column 'y': 'inf' is not a finite number"),
         ('a,y\n1,"2\n', "expected a csv file.*Error"),
         ("a,b\n1,2\n", r"no target column 'y'; the columns are 'a', 'b'"),
-        (b"a,y\n\xff,1\n", "expected a csv file in UTF-8"),
-        ("a,y\n1,2\n".encode("utf-16"), "expected a csv file in UTF-8"),
     ],
 )
 def test_csv_that_is_wrong(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -313,11 +305,8 @@ def test_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ([1.0, None, 2.0], r"row 1, column 'a': the value is missing"),
-        (["x", None, "y"], r"row 1, column 'a': the value is missing"),
-        (pandas.array([1, None, 2], dtype="Int64"), r"row 1, column 'a': the value is missing"),
         ([1.0, 2.0, np.inf], r"row 2, column 'a': inf is not a finite number"),
-        (pandas.date_range("2020-01-01", periods=3), r"column 'a': expected numbers or words, found dtype datetime64"),
+        (pandas.timedelta_range(1, periods=3), r"column 'a': expected numbers or words, found dtype timedelta64"),
         ([[1], [2], [3]], r"column 'a': expected numbers or words"),
     ],
 )

@@ -113,8 +113,11 @@ def exit_code(error: FusemlpError) -> int:
 
 
 def one_line(error: FusemlpError) -> str:
-    """The message, an argument that is an option called by the name it has here: ``--batch-size``."""
-    message = " ".join(str(error).split())
+    """The message, an argument that is an option called by the name it has here: ``--batch-size``.
+
+    A message on several mistakes of a file keeps a line for each.
+    """
+    message = "\n  ".join(" ".join(part.split()) for part in str(error).split("\n  "))
     name, colon, rest = message.partition(": ")
     option = f"--{name.replace('_', '-')}"
     return f"{option}{colon}{rest}" if exit_code(error) == 2 and option in _options_of_all() else message

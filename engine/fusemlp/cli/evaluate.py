@@ -7,8 +7,9 @@ from typing import Any
 from fusemlp.cli.options import EvaluateOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import prepare
+from fusemlp.cli.prepare import network_inputs, prepare
 from fusemlp.datasets.load import load_labelled
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
 from fusemlp_kernels.errors import CheckpointError
@@ -20,25 +21,27 @@ MOST_PRINTED_CLASSES = 20
 def evaluate(options: EvaluateOptions) -> None:
     """Print the scores of a run's model on its own test rows, or on the labelled ``data``."""
     engine, preprocessor, config = open_model(options)
+    notes: list[str] = []
     if options.data is None:
-        X, labels, weight = _own_test_rows(config)
+        X, labels, weight = _own_test_rows(config, preprocessor)
     else:
-        features, labels = load_labelled(options.data, preprocessor)
-        X, weight = preprocessor.transform_features(features), None
+        form = options.form(config["options"])
+        features, labels = load_labelled(options.data, preprocessor, form=form, notes=notes)
+        X, weight = network_inputs(preprocessor, features, engine.precision), None
     report = score(engine, preprocessor, X, labels, weight)
-    lines = list(headline(report))
+    lines = [*notes, *headline(report)]
     if "classes" in report:
         lines += ["", aligned(class_table(report))]
         if len(report["classes"]) <= MOST_PRINTED_CLASSES:
             lines += ["", aligned(confusion_table(report))]
-    about = {"run": str(options.run), "data": options.data, "weights": options.weights}
+    about = {"run": str(options.run), "data": options.data, "weights": options.weights, "notes": notes}
     show(about | report, lines, as_json=options.as_json)
 
 
-def _own_test_rows(config: dict[str, Any]) -> tuple[Array, Array, Array | None]:
+def _own_test_rows(config: dict[str, Any], preprocessor: Preprocessor) -> tuple[Array, Array, Array | None]:
     """Return the run's test rows, computed again from the data and the seed."""
     source = config["data"]["source"]
-    prepared = prepare(TrainOptions(**{**config["options"], "data": source}))
+    prepared = prepare(TrainOptions(**{**config["options"], "data": source}), preprocessor)
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
         raise CheckpointError(
             f"run: the data {source!r} have changed since the training, so its test rows are not known any more; "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fusemlp.cli.options import ExportOptions
 from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load
 from fusemlp.report.onnx import onnx_bytes
@@ -64,11 +65,14 @@ def _check_features(preprocessor: Preprocessor) -> None:
 
 def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
     """Return one line on the inputs and outputs of the exported model."""
-    width = engine.network.sizes[0]
+    width = engine.network.sizes[0] if scaled else len(preprocessor.feature_names)
     answers = "values" if preprocessor.classes is None else "labels"
     if not scaled:
         units = "in original units" if preprocessor.classes is None else "of the data"
-        return f"takes the {width} features as they are in the data, gives {answers} {units}"
+        parts = part_names(name for name, _ in preprocessor.dates)
+        named = ", ".join(repr(name) for name in preprocessor.feature_names if name in parts)
+        dates = f", but of dates {named}" if named else ""
+        return f"takes the {width} features as they are in the data{dates}, gives {answers} {units}"
     if preprocessor.classes is None:
         gives = "values as the run scales them"
     else:

@@ -40,10 +40,17 @@ def lr_find(options: FindOptions) -> None:
         print(f"the loss blew up after {len(found.rates)} of {options.steps} updates", file=sys.stderr)
     shown = np.unique(np.linspace(0, len(found.rates) - 1, TABLE_ROWS).round().astype(int))
     lines = [
+        *prepared.notes,
         aligned([["rate", "loss"], *([f"{found.rates[i]:.2e}", f"{found.losses[i]:.4g}"] for i in shown)]),
         f"suggested learning rate {found.suggestion:.2g}",
     ]
-    content = {"suggested": found.suggestion, "rates": found.rates, "losses": found.losses, "plot": None}
+    content = {
+        "suggested": found.suggestion,
+        "rates": found.rates,
+        "losses": found.losses,
+        "plot": None,
+        "notes": list(prepared.notes),
+    }
     if plot is not None:
         lines.append(f"plot {plot}")
         content["plot"] = str(plot)

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusemlp.datasets.load import NAMES
+from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.network import INITS
 from fusemlp.describe.optimizers import OPTIMIZERS
@@ -38,8 +39,21 @@ def field_of(
 
 
 # The panels of --help, in their order.
-PANELS = ("Options", "Data", "Network", "Loss", "Optimizer", "Learning rate schedule", "Training", "Machine", "Output")
-_option, _data, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
+PANELS = (
+    *(
+        "Options",
+        "Data",
+        "Text tables",
+        "Network",
+        "Loss",
+        "Optimizer",
+        "Learning rate schedule",
+        "Training",
+        "Machine",
+    ),
+    "Output",
+)
+_option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
     partial(field_of, panel) for panel in PANELS
 )
 
@@ -75,13 +89,30 @@ class StepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(MachineOptions, StepOptions, JsonOption):
+class TableOptions:
+    """The form of a .csv or .tsv file, recognised from its beginning unless given."""
+
+    sep: str | None = _text(None, "Separator of the columns: one character, or tab; recognised unless given.", "MARK")
+    decimal: str | None = _text(None, "Decimal mark of the numbers: . or , (recognised unless given).", "MARK")
+    encoding: str | None = _text(None, "Encoding, such as utf-8, cp1252 or latin-1; recognised unless given.")
+    header: bool = _text(True, "Names of columns in the first line; else they are column_1, column_2, ...")
+
+    def form(self, run: Mapping[str, Any] | None = None) -> Form:
+        """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
+        names = "sep", "decimal", "encoding"
+        before = run or {}
+        given = {name: getattr(self, name) or before.get(name) for name in names}
+        return Form(**given, header=self.header and before.get("header", True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     """The options of ``train``, ``sweep`` and ``lr-find``: data, network, loss, optimizer and machine."""
 
     data: str | None = _option(
         None,
-        f"A data set by name ({', '.join(NAMES)}) or a path: .npz with X and y, .csv, .tsv or .parquet with --target, "
-        "or a folder of IDX files.",
+        f"A data set by name ({', '.join(NAMES)}) or a path: .npz with X and y, .csv or .tsv (also .csv.gz, .bz2, .xz, "
+        ".zip) or .parquet with --target, or a folder of IDX files.",
         "DATA",
         None,
     )
@@ -89,6 +120,15 @@ class ModelOptions(MachineOptions, StepOptions, JsonOption):
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
         None, "classification or regression. The default: words and few distinct whole numbers are classes."
+    )
+    drop: list[str] | None = _data(None, "A column of a table to leave out; the option once for each.", "COLUMN")
+    keep: list[str] | None = _data(
+        None,
+        "A column to keep although it is constant, counts the rows, or holds another word in nearly every row.",
+        "COLUMN",
+    )
+    categorical: list[str] | None = _data(
+        None, "A column to take as words, such as numbers that are zip codes.", "COLUMN"
     )
     scale: str = _data(
         "standard",
@@ -236,17 +276,20 @@ class RunOptions(JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions, MachineOptions):
+class EvaluateOptions(RunOptions, MachineOptions, TableOptions):
     """Score the model of a run on its test rows, or on other labelled data."""
 
     data: str | None = _option(None, "Labelled data by name or path; the run's own test rows unless given.", "DATA")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(RunOptions, MachineOptions, ForceOption):
-    """Predict labels, or values in original units, for new rows."""
+class PredictOptions(RunOptions, MachineOptions, TableOptions, ForceOption):
+    """Predict labels, or values in original units, for new rows.
 
-    data: str = _option(MISSING, "Features: .npz with X, .csv, .tsv, .parquet, IDX folder.", "FILE")
+    Every row gets a prediction: missing cells and words that the training did not have are filled in and counted.
+    """
+
+    data: str = _option(MISSING, "Features: .npz with X, .csv, .tsv (also .csv.gz), .parquet, IDX folder.", "FILE")
     out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
     proba: bool = _option(False, "Also write the probability of each class.")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from fusemlp.cli.options import EvaluateOptions, PredictOptions
 from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.prepare import network_inputs
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load_checkpoint
@@ -31,19 +32,22 @@ def predict(options: PredictOptions) -> None:
     """Write the predictions for the rows of ``data`` to ``out``: labels, or values in original units."""
     data, out = options.data, options.out
     check_output("out", out, OUTPUTS, force=options.force)
-    engine, preprocessor, _ = open_model(options)
+    engine, preprocessor, config = open_model(options)
     if options.proba and not engine.loss.is_classification:
         raise ArgumentError(
             f"proba: the run was trained with {engine.loss.kind}, which gives no probabilities; "
             "train with cross_entropy"
         )
-    X = preprocessor.transform_features(load_features(data, preprocessor))
+    notes: list[str] = []
+    features = load_features(data, preprocessor, form=options.form(config["options"]), notes=notes)
+    X = network_inputs(preprocessor, features, engine.precision)
     predicted = predictions(engine, preprocessor, X)
     probabilities = engine.predict_proba(X) if options.proba else None
     content = _npz if out.suffix.lower() == ".npz" else _csv
     write_output("out", out, content(preprocessor, predicted, probabilities))
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
-    show(about, [f"predictions of {len(X)} rows {out}"], as_json=options.as_json)
+    lines = [*notes, f"predictions of {len(X)} rows {out}"]
+    show(about | {"notes": notes}, lines, as_json=options.as_json)
 
 
 def _csv(preprocessor: Preprocessor, predicted: Array, probabilities: Array | None) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusemlp.cli import recipe
 from fusemlp.cli.options import ModelOptions
-from fusemlp.datasets.load import Dataset, load_data
+from fusemlp.datasets.load import Columns, Dataset, load_data
 from fusemlp.datasets.preprocessing import SCALES, Preprocessor, split
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
@@ -21,6 +21,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
 TEST_FRACTION = 0.2
+_PIECE = 2**15
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,24 @@ class Prepared:
             "validation_rows": len(self.validation or ()),
             "test_rows": len(self.test),
             "test": "held-out fifth" if self.dataset.test is None else "the data's own test set",
+            "notes": list(self.notes),
         }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on the reading of a table: its form, columns left out, missing cells, rare words."""
+        made = self.preprocessor
+        rare = (
+            [
+                f"{len(shared)} of {len(words)} in {name!r}"
+                for name, words, shared in zip(made.feature_names, made.categories, made.shared, strict=True)
+                if words is not None and shared
+            ]
+            if made.shared
+            else []
+        )
+        line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
+        return (*self.dataset.notes, *([line] if rare else []))
 
     @property
     def fit_data(self) -> dict[str, Any]:
@@ -106,10 +124,25 @@ def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
         raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
 
 
-def prepare(options: ModelOptions) -> Prepared:
+def network_inputs(preprocessor: Preprocessor, X: Array, precision: str) -> Array:
+    """Return the inputs of rows in the network's type, a piece at a time: all in float64 take twice the memory."""
+    inputs = np.empty((len(X), preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+    try:
+        with np.errstate(over="ignore"):
+            for start in range(0, len(X), _PIECE):
+                inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
+    except DataError:
+        # Its message has the row in the piece.
+        return preprocessor.transform_features(X)
+    # The engine's error names a value that float32 cannot hold.
+    return inputs if np.isfinite(inputs).all() else preprocessor.transform_features(X)
+
+
+def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
     """Load the data of the options and prepare a training; equal options give equal results.
 
-    Raises the errors for all options of data, network and loss.
+    ``like`` is the preprocessor of a run, which is used in place of a new one. Raises the errors for all options of
+    data, network and loss.
     """
     seed = as_count("seed", options.seed, minimum=0)
     if options.split_seed is not None:
@@ -118,7 +151,8 @@ def prepare(options: ModelOptions) -> Prepared:
     check_choice("scale", options.scale, SCALES)
     widths = recipe.hidden_widths(options.hidden)
     assert options.data is not None, "checked where the options come in"
-    dataset = load_data(options.data, target=options.target, task=options.task)
+    columns = Columns(options.drop or (), options.keep or (), options.categorical or (), like)
+    dataset = load_data(options.data, target=options.target, task=options.task, form=options.form(), columns=columns)
     classify = dataset.task == "classification"
     # The held-out rows depend only on the whole data set and this seed.
     if dataset.test is None:
@@ -135,7 +169,7 @@ def prepare(options: ModelOptions) -> Prepared:
 
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
-    preprocessor = Preprocessor.fit(
+    preprocessor = like or Preprocessor.fit(
         dataset,
         training,
         scale=options.scale,
@@ -154,7 +188,9 @@ def prepare(options: ModelOptions) -> Prepared:
         weight = None
         if weights is not None and name != "cross_entropy":
             weight = np.array(weights)[preprocessor.class_codes(labels)]
-        return Rows(preprocessor.transform_features(X), preprocessor.encode_targets(labels), labels, weight)
+        return Rows(
+            network_inputs(preprocessor, X, options.precision), preprocessor.encode_targets(labels), labels, weight
+        )
 
     return Prepared(
         dataset,

@@ -115,9 +115,8 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
     epochs = as_count("epochs", given.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
-    prepared = prepare(options)
-    fitted = Preprocessor.from_config(config["preprocessor"])
-    if prepared.summary["fingerprint"] != config["data"]["fingerprint"] or prepared.preprocessor != fitted:
+    prepared = prepare(options, Preprocessor.from_config(config["preprocessor"]))
+    if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
         raise CheckpointError(
             f"run: the data {source!r} are not those that the run was started with; put the old ones back, or start a "
             "new run"
@@ -209,11 +208,12 @@ def describe(session: Session) -> str:
 
 
 def describe_data(prepared: Prepared) -> str:
-    """Return one line on the rows."""
+    """Return one line on the rows, after those on the reading of a table."""
     about, classes = prepared.summary, prepared.preprocessor.classes
     target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
+    notes = "".join(f"{note}\n" for note in prepared.notes)
     return (
-        f"{about['name']}: {about['training_rows']} training, {about['validation_rows']} validation, "
+        f"{notes}{about['name']}: {about['training_rows']} training, {about['validation_rows']} validation, "
         f"{about['test_rows']} test rows; {prepared.network.sizes[0]} inputs, {target}"
     )
 

@@ -1,29 +1,29 @@
 """Data sets by name or path, as arrays of features and labels.
 
-A categorical column of a table becomes indices into its sorted categories; ``preprocessing.Preprocessor``
-turns it into one column a category.
+A categorical column of a table becomes indices into its sorted categories, a missing cell of numbers NaN;
+``preprocessing.Preprocessor`` turns them into the network's inputs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from fusemlp.datasets.coding import Categories, Features, coded, kept_features, without_useless
+from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
-from fusemlp.datasets.tables import TABLES, listed, read_names, read_table
+from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
+from fusemlp.datasets.textfiles import COMPRESSED, Form
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
 
 if TYPE_CHECKING:
     from fusemlp.datasets.preprocessing import Preprocessor
-
-Features = npt.NDArray[np.float64]
-Categories = tuple[tuple[str, ...] | None, ...]
 
 TASKS = ("classification", "regression")
 NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
@@ -38,7 +38,10 @@ class Dataset:
     ``X`` (n, columns) float64, images flattened; ``y`` (n,) labels as they are in the file: int, float, bool or
     str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
     ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data.
-    ``categories`` holds for each column of X the words that its values are indices into, None for numbers.
+    ``categories`` holds for each column of X the words that its values are indices into, None for numbers. A missing
+    number is NaN, a missing word the category "". ``dates`` are the table's columns of dates with the order of year,
+    month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
+    reading: the form of the file, columns left out, missing cells.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     test: tuple[Features, Array] | None = None
     categories: Categories = ()
+    notes: tuple[str, ...] = ()
+    dates: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -64,11 +69,36 @@ class Dataset:
         return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
 
 
-def load_data(source: str | Path, *, target: str | None = None, task: str | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Columns:
+    """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
+
+    ``like`` is the preprocessor of an earlier reading, whose columns and categories are taken as they are.
+    """
+
+    drop: Collection[str] = ()
+    keep: Collection[str] = ()
+    categorical: Collection[str] = ()
+    like: Preprocessor | None = None
+
+
+def load_data(
+    source: str | Path,
+    *,
+    target: str | None = None,
+    task: str | None = None,
+    form: Form | None = None,
+    columns: Columns | None = None,
+) -> Dataset:
     """Load a data set by name (``NAMES``) or path.
 
-    Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` or ``.parquet``
-    with the name of the ``target`` column; a folder of IDX files in MNIST's layout, plain or ``.gz``.
+    Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` (plain, or compressed
+    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``) or ``.parquet`` with the name of the ``target`` column; a folder of IDX
+    files in MNIST's layout, plain or ``.gz``.
+
+    The beginning of a text table tells its separator, decimal mark and encoding, unless ``form`` sets them. Columns
+    that are constant, count the rows, or hold another word in nearly every row are left out; ``columns`` chooses
+    otherwise. Missing cells are allowed; rows without a target are left out.
 
     ``task`` None infers: words and truth values are classes; numbers with decimals are measurements; whole numbers
     are classes if there are at most ``MOST_CLASSES`` distinct ones and at least twice as many rows. Small whole
@@ -83,41 +113,57 @@ def load_data(source: str | Path, *, target: str | None = None, task: str | None
     path = _existing(source)
     if target is not None and (source in NAMES or path.is_dir() or path.suffix.lower() == ".npz"):
         raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
-    return _with_task(_read(source, target), task)
+    return _with_task(_read(source, target, form or Form(), columns or Columns()), task)
 
 
-def load_features(path: str | Path, preprocessor: Preprocessor) -> Features:
+def load_features(
+    path: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+) -> Features:
     """Load the features of new data, for ``preprocessor.transform_features``.
 
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
-    among any others. Raises DataError that lists missing and present columns.
+    among any others. A missing number and a word that is unseen in training become NaN, and ``notes`` takes a line on
+    them. Raises DataError that lists missing and present columns.
     """
     source, path = path, _existing(path)
-    if path.suffix.lower() in TABLES:
-        names = preprocessor.feature_names
-        table = read_table(path, features=names)
-        return _coded(path, table, names, preprocessor.categories)[0]
+    notes = [] if notes is None else notes
+    if is_table(path):
+        kinds = _kinds(preprocessor)
+        table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
+        return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path)
         name = _by_lower_name(arrays).get("x")
         if name is None:
             raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
         return _matching(path, _flat(path, name, arrays[name]), preprocessor)
-    return _matching(path, _read(source, None).X, preprocessor)
+    return _matching(path, _read(source, None, Form(), Columns()).X, preprocessor)
 
 
-def load_labelled(source: str | Path, preprocessor: Preprocessor) -> tuple[Features, Array]:
+def load_labelled(
+    source: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+) -> tuple[Features, Array]:
     """Load features and labels of new data for an evaluation, as ``load_features`` does.
 
-    If the data bring a test set, the test set is returned.
+    Rows without a label are left out, with a line in ``notes``. If the data bring a test set, the test set is returned.
     """
     path = _existing(source)
-    if path.suffix.lower() in TABLES:
-        names, target = preprocessor.feature_names, preprocessor.target_name
-        words = preprocessor.classes is not None and isinstance(preprocessor.classes[0], str)
-        table = read_table(path, features=names, target=target, words=words)
-        return _coded(path, table, names, preprocessor.categories)[0], table[target]
-    dataset = _read(source, None)
+    notes = [] if notes is None else notes
+    if is_table(path):
+        kinds, target = _kinds(preprocessor), preprocessor.target_name
+        table = read_table(
+            path,
+            features=tuple(kinds),
+            target=target,
+            words=preprocessor.classes is not None and isinstance(preprocessor.classes[0], str),
+            form=form,
+            kinds=kinds,
+            known_labels=_label_words(preprocessor),
+            notes=notes,
+        )
+        y = table.pop(target)
+        return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0], y
+    dataset = _read(source, None, Form(), Columns())
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, preprocessor), y
 
@@ -154,8 +200,8 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     return replace(dataset, task=chosen)
 
 
-def _read(source: str | Path, target: str | None) -> Dataset:
-    return _named(str(source)) if source in NAMES else _from_path(Path(source), target)
+def _read(source: str | Path, target: str | None, form: Form, columns: Columns) -> Dataset:
+    return _named(str(source)) if source in NAMES else _from_path(Path(source), target, form, columns)
 
 
 def _named(name: str) -> Dataset:
@@ -199,7 +245,7 @@ def _existing(source: str | Path) -> Path:
     )
 
 
-def _from_path(path: Path, target: str | None) -> Dataset:
+def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> Dataset:
     suffix = path.suffix.lower()
     if path.is_dir():
         try:
@@ -208,20 +254,60 @@ def _from_path(path: Path, target: str | None) -> Dataset:
             raise DataError(f"{path}: the folder cannot be read ({reason(error)})") from error
     if suffix == ".npz":
         return _from_npz(path)
-    if suffix not in TABLES:
+    if not is_table(path):
         raise DataError(
-            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, or a folder of IDX files; convert "
-            "the data, for example with numpy.savez(path, X=X, y=y)"
+            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
+            "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
         )
+    names = read_names(path, form)
     if target is None:
-        raise DataError(f"{path}: say which column is the target; the columns are {listed(read_names(path))}")
-    table = read_table(path, target=target)
+        raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
+    if target in columns.drop:
+        raise ArgumentError(f"drop: {target!r} is the target")
+    for option, chosen in (("drop", columns.drop), ("keep", columns.keep), ("categorical", columns.categorical)):
+        absent = [name for name in chosen if name not in names]
+        if absent:
+            raise DataError(f"{path}: no columns {listed(absent)} to {option}; the columns are {listed(names)}")
+    notes: list[str] = []
+    like = columns.like
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
+    table = read_table(
+        path,
+        features=None if like is None else tuple(kinds),
+        target=target,
+        form=form,
+        drop=columns.drop,
+        kinds=kinds,
+        known_labels=() if like is None else _label_words(like),
+        notes=notes,
+    )
     y = table.pop(target)
     if not table:
         raise DataError(f"{path}: there is no feature column besides the target {target!r}")
-    names = tuple(table)
-    X, categories = _coded(path, table, names, None)
-    return Dataset(path.name, X, y, "", names, target, None, None, categories)
+    if like is None:
+        table = without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
+    dates = tuple((name, kinds[name]) for name in table if kinds[name] in ORDERS)
+    if dates:
+        told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
+        notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
+    kept = kept_features(table) if like is None else like.feature_names
+    X, categories = coded(table, kept, None if like is None else like.categories, notes)
+    return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
+
+
+def _kinds(preprocessor: Preprocessor) -> dict[str, str]:
+    """Return the columns of the table that the features come from, and what each holds."""
+    dates = dict(preprocessor.dates)
+    sources = part_names(dates)
+    kinds: dict[str, str] = {}
+    for name, words in zip(preprocessor.feature_names, preprocessor.categories, strict=True):
+        source = sources.get(name, name)
+        kinds[source] = dates.get(source) or ("number" if words is None else "word")
+    return kinds
+
+
+def _label_words(preprocessor: Preprocessor) -> tuple[str, ...]:
+    return tuple(label for label in preprocessor.classes or () if isinstance(label, str))
 
 
 def _from_npz(path: Path) -> Dataset:
@@ -261,46 +347,6 @@ def _from_idx_folder(path: Path) -> Dataset:
     official = read_idx_pair(path, "t10k")
     test = None if official is None else (_flat(path, "test images", official[0]), official[1].astype(np.int64))
     return Dataset(path.name, X, y, "classification", names, "label", test=test)
-
-
-def _coded(
-    path: Path, table: dict[str, Array], names: tuple[str, ...], known: Categories | None
-) -> tuple[Features, Categories]:
-    """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
-    X = np.empty((len(table[names[0]]), len(names)))
-    categories: list[tuple[str, ...] | None] = []
-    for index, name in enumerate(names):
-        column = table[name]
-        words = known[index] if known is not None else _categories(path, name, column)
-        if (words is None) != (column.dtype.kind in "biuf"):
-            found, wanted = ("words", "numbers") if words is None else ("numbers", "words")
-            raise DataError(f"{path}, column {name!r}: holds {found}, but held {wanted} in the training data")
-        if words is None:
-            X[:, index] = column
-        else:
-            codes = {word: code for code, word in enumerate(words)}
-            strange = sorted(set(column) - codes.keys())
-            if strange:
-                raise DataError(
-                    f"{path}, column {name!r}: {strange[0]!r} did not occur in the training data; known are "
-                    f"{listed(words)}; correct the value or train again"
-                )
-            X[:, index] = [codes[word] for word in column]
-        categories.append(words)
-    return X, tuple(categories)
-
-
-def _categories(path: Path, name: str, column: Array) -> tuple[str, ...] | None:
-    if column.dtype.kind in "biuf":
-        return None
-    words = tuple(sorted(set(column)))
-    # Words that hardly repeat are names or serial numbers: the network would memorise an input for each.
-    if len(words) > 20 and 2 * len(words) > len(column):
-        raise DataError(
-            f"{path}, column {name!r}: {len(words)} different words in {len(column)} rows, such as "
-            f"{words[0]!r}, look like names, not like categories; drop the column from the file"
-        )
-    return words
 
 
 def _flat(path: Path, name: str, array: Array) -> Features:

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.load import Dataset, Features
+from fusemlp.datasets.coding import Features
+from fusemlp.datasets.dates import part_names
+from fusemlp.datasets.load import Dataset
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
 SCALES = ("standard", "minmax", "none")
+# A column of more words than this gives each of its more frequent words an input; the others share one.
+FEW_WORDS = 20
+MOST_WORDS = 256
 Rows = npt.NDArray[np.int64]
 Label = str | int | float | bool
 
@@ -59,8 +64,13 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
 class Preprocessor:
     """Scaling of features, one column a category, and encoding of labels or scaling of targets; ``fit`` makes one.
 
-    A column c of numbers becomes (c - shift) / scale; a column of words becomes one 0/1 column for each of
-    its categories. ``classes`` are the labels in sorted order (None for a regression), whose targets become
+    A column c of numbers becomes (c - shift) / scale, its missing cells (NaN) the median of the training rows
+    (``feature_fill``); where training rows had missing cells (``missing_inputs``), a further column is 1 at missing
+    cells. A column of words becomes one 0/1 column for each of its categories, without those in ``shared``, which are
+    rare or absent in the training rows. They and unseen words (NaN) are one other category: it has a column if training
+    rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of these four may be empty: no column has
+    any. ``dates`` are the columns of dates whose parts are features, with the order of day, month and year in their
+    text. ``classes`` are the labels in sorted order (None for a regression), whose targets become
     (y - target_shift) / target_scale.
     """
 
@@ -76,6 +86,11 @@ class Preprocessor:
     target_shift: tuple[float, ...]
     target_scale: tuple[float, ...]
     one_hot_targets: bool
+    feature_fill: tuple[float | None, ...] = ()
+    missing_inputs: tuple[bool, ...] = ()
+    shared: tuple[tuple[int, ...], ...] = ()
+    other_inputs: tuple[bool, ...] = ()
+    dates: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def fit(
@@ -98,10 +113,26 @@ class Preprocessor:
         chosen = np.asarray(rows)
         if not chosen.size:
             raise DataError(f"rows: got no training rows of {dataset.name}; give at least one")
-        shift, factor = _statistics(dataset.X[chosen], scale, dataset.feature_names)
+        X = dataset.X[chosen]
+        missing = np.isnan(X)
+        fill: list[float | None] = [None] * X.shape[1]
+        shared: list[tuple[int, ...]] = [()] * X.shape[1]
+        other_inputs = [False] * X.shape[1]
         for column, words in enumerate(dataset.categories):
-            if words is not None:
-                shift[column], factor[column] = 0.0, 1.0
+            if words is None:
+                fill[column] = _median(X[:, column])
+            else:
+                shared[column] = _rare(X[:, column], words)
+                other_inputs[column] = bool(np.isin(X[:, column], shared[column]).any())
+        if missing.any():
+            X = np.where(missing, np.array([0.0 if value is None else value for value in fill]), X)
+        shift, factor = _statistics(X, scale, dataset.feature_names)
+        numbers = np.array([words is None for words in dataset.categories])
+        # The parts of a date are missing together: its first part marks it.
+        parts = part_names(name for name, _ in dataset.dates)
+        sources = [parts.get(name, name) for name in dataset.feature_names]
+        first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
+        shift, factor = np.where(numbers, shift, 0.0), np.where(numbers, factor, 1.0)
         classes = None
         target_shift, target_factor = np.empty(0), np.empty(0)
         if dataset.task == "classification":
@@ -123,12 +154,20 @@ class Preprocessor:
             target_shift=tuple(target_shift.tolist()),
             target_scale=tuple(target_factor.tolist()),
             one_hot_targets=one_hot_targets and classes is not None,
+            feature_fill=tuple(fill),
+            missing_inputs=tuple((missing.any(axis=0) & numbers & first).tolist()),
+            shared=tuple(shared),
+            other_inputs=tuple(other_inputs),
+            dates=dataset.dates,
         )
 
     @property
     def width(self) -> int:
         """The number of columns that ``transform_features`` returns: the inputs of the network."""
-        return sum(1 if words is None else len(words) for words in self.categories)
+        return sum(
+            1 + self._is_marked(column) if words is None else 1 + int(self._word_inputs(column).max())
+            for column, words in enumerate(self.categories)
+        )
 
     @property
     def outputs(self) -> int:
@@ -140,28 +179,68 @@ class Preprocessor:
         """The names of the classes, for reports; empty for a regression."""
         return self.class_names or tuple(str(label) for label in self.classes or ())
 
+    def _is_marked(self, column: int) -> bool:
+        """Return whether the column of numbers has an input that marks its missing cells."""
+        return bool(self.missing_inputs) and self.missing_inputs[column]
+
+    def _word_inputs(self, column: int) -> Rows:
+        """Return the input of each category of a column of words, then that of an unseen word; -1 for none."""
+        count = len(self.categories[column] or ())
+        shared = list(self.shared[column]) if self.shared else []
+        inputs = np.full(count + 1, -1, np.int64)
+        own = np.setdiff1d(np.arange(count), shared)
+        inputs[own] = np.arange(len(own))
+        if self.other_inputs and self.other_inputs[column]:
+            inputs[[*shared, count]] = len(own)
+        return inputs
+
     def transform_features(self, X: Any) -> Features:
         """Transform rows from ``load_data`` or ``load_features`` into (n, ``width``) float64."""
-        given = as_features("X", X, width=len(self.feature_names), dtype=np.float64)
+        names = self.feature_names
+        given = as_features("X", X, width=len(names), dtype=np.float64, check_finite=False)
+        missing = np.isnan(given)
+        has_missing = bool(missing.any())
+        if np.isinf(given).any():
+            as_features("X", np.where(missing, 0.0, given), width=len(names), dtype=np.float64)
+        numbers = np.array([words is None for words in self.categories])
+        if has_missing and (missing & numbers).any():
+            fill = self.feature_fill or (None,) * len(names)
+            for column in np.flatnonzero((missing & numbers).any(axis=0)).tolist():
+                if fill[column] is None:
+                    row = int(np.argmax(missing[:, column]))
+                    raise DataError(
+                        f"X: the value of {names[column]!r} is missing at row {row}, and the stored preprocessor, of "
+                        "an earlier release, has no median to fill in; fill it in or train again"
+                    )
+            given = np.where(missing & numbers, np.array([0.0 if value is None else value for value in fill]), given)
         scaled: Features = given - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
-        if all(words is None for words in self.categories):
+        if numbers.all() and not any(self.missing_inputs):
             return scaled
-        parts = []
+        result: Features = np.zeros((len(given), self.width))
+        start = 0
         for column, words in enumerate(self.categories):
             if words is None:
-                parts.append(scaled[:, column : column + 1])
+                result[:, start] = scaled[:, column]
+                start += 1
+                if self._is_marked(column):
+                    result[:, start] = missing[:, column]
+                    start += 1
                 continue
-            wrong = ~np.isin(given[:, column], np.arange(len(words)))
+            codes = np.where(missing[:, column], len(words), given[:, column])
+            wrong = (codes < 0) | (codes > len(words)) | (codes != np.floor(codes)) | (given[:, column] == len(words))
             if wrong.any():
                 row = int(np.argmax(wrong))
                 raise DataError(
                     f"X: {given[row, column]} at row {row}, column {column} is not the index of one of the "
-                    f"{len(words)} categories of {self.feature_names[column]!r}; read the data with "
-                    "load_features"
+                    f"{len(words)} categories of {names[column]!r}; read the data with load_features"
                 )
-            parts.append(np.eye(len(words))[given[:, column].astype(np.int64)])
-        return np.hstack(parts)
+            inputs = self._word_inputs(column)
+            chosen = inputs[codes.astype(np.int64)]
+            rows = np.flatnonzero(chosen >= 0)
+            result[rows, start + chosen[rows]] = 1.0
+            start += 1 + int(inputs.max())
+        return result
 
     def encode_targets(self, y: Any) -> Array:
         """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled)."""
@@ -222,6 +301,8 @@ class Preprocessor:
             stored = cls(**{name: _tuples(value) for name, value in config.items()})
             columns = {len(stored.feature_names), len(stored.categories)}
             columns |= {len(stored.feature_shift), len(stored.feature_scale)}
+            optional = stored.feature_fill, stored.missing_inputs, stored.shared, stored.other_inputs
+            columns |= {len(given) for given in optional if given}
         except (AttributeError, TypeError) as error:
             raise CheckpointError(f"preprocessor: its stored form cannot be read ({error})") from error
         if len(columns) != 1 or len(stored.target_shift) != len(stored.target_scale):
@@ -244,6 +325,28 @@ class Preprocessor:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _median(values: Features) -> float:
+    """Return the median of the values that are not missing, 0 if all are."""
+    present = values[~np.isnan(values)]
+    return float(np.median(present)) if len(present) else 0.0
+
+
+def _rare(codes: Features, words: Sequence[str]) -> tuple[int, ...]:
+    """Return the categories that share an input, by the codes of the training rows.
+
+    They are the words that no training row has, and, in a column of many words, those of a single row and those beyond
+    the ``MOST_WORDS`` most frequent. Missing cells are a category of their own.
+    """
+    counts = np.bincount(codes[~np.isnan(codes)].astype(np.int64), minlength=len(words))
+    ranked = np.argsort(-counts, kind="stable")
+    rare = counts < (2 if len(words) > FEW_WORDS else 1)
+    rare[ranked[MOST_WORDS:]] = True
+    if "" in words:
+        missing = words.index("")
+        rare[missing] = counts[missing] == 0
+    return tuple(np.flatnonzero(rare).tolist())
 
 
 def _statistics(values: Features, scale: str, names: Sequence[str]) -> tuple[Features, Features]:

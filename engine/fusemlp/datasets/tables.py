@@ -1,54 +1,83 @@
 """Tables: csv, tsv and parquet files as columns.
 
-Numbers become float64 arrays, words object arrays of str. The standard library alone reads CSV, so a file means
-the same on every installation. Every error is a DataError that names the file and the place in it.
+Numbers become float64 arrays with NaN for missing cells, dates datetime64[us] with NaT, words object arrays of str with
+the text of the cell. The standard library alone reads CSV, so a file means the same on every installation. Every error
+is a DataError that names the file and the places in it.
 """
 
 from __future__ import annotations
 
-import csv
-import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.columns import MOSTLY, Column, Problems, Target
+from fusemlp.datasets.dates import ORDERS, orders_of
 from fusemlp.datasets.files import Array, reason
+from fusemlp.datasets.textfiles import MISSING, Form, is_compressed, open_rows
 from fusemlp_kernels.errors import DataError
 
 TABLES = (".csv", ".tsv", ".parquet")
-MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"})
-_WHOLE = re.compile(r"[+-]?[0-9]+")
 # The number of rows of a csv file in memory as text.
 _CHUNK = 4096
 
 
+def is_table(path: Path) -> bool:
+    """Return whether the name of a file is that of a table, compressed or not."""
+    if is_compressed(path):
+        return path.with_suffix("").suffix.lower() in (".csv", ".tsv")
+    return path.suffix.lower() in TABLES
+
+
 def read_table(
-    path: Path, *, features: Sequence[str] | None = None, target: str | None = None, words: bool = False
+    path: Path,
+    *,
+    features: Sequence[str] | None = None,
+    target: str | None = None,
+    words: bool = False,
+    form: Form | None = None,
+    drop: Collection[str] = (),
+    kinds: dict[str, str] | None = None,
+    known_labels: Collection[str] = (),
+    notes: list[str] | None = None,
 ) -> dict[str, Array]:
     """Return columns of a csv, tsv or parquet file by name, in the file's order.
 
-    ``features`` chooses the feature columns (None: all but the target); the others are ignored. The column
-    ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str.
+    ``features`` chooses the feature columns (None: all but the target and those to ``drop``); the others are ignored.
+    ``kinds`` says what a feature column holds: "number", "word", or dates in an order of ``ORDERS``; those it does not
+    name are told by their values, and entered. The column
+    ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str. Rows without a target
+    are left out; a missing value's text that is among ``known_labels`` is a label. ``notes`` takes lines on the
+    reading.
     """
-    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
-    columns = read(path, features, target, words)
-    if not columns or not len(next(iter(columns.values()))):
+    notes = [] if notes is None else notes
+    kinds = {} if kinds is None else kinds
+    if path.suffix.lower() == ".parquet":
+        table, missing = _read_parquet(path, features, target, words, drop, kinds, notes)
+    else:
+        table, missing = _read_csv(path, features, target, words, form or Form(), drop, kinds, known_labels, notes)
+    if table and missing.all() and len(missing):
+        raise DataError(f"{path}, column {target!r}: the target is missing in all {len(missing)} rows")
+    if not table or not len(next(iter(table.values()))):
         raise DataError(f"{path}: there are no rows below the header")
-    return columns
+    if missing.any():
+        notes.append(f"{int(missing.sum())} of {len(missing)} rows have no {target!r} and are left out")
+        table = {name: column if name == target else column[~missing] for name, column in table.items()}
+    return table
 
 
-def choose_columns(path: Path, names: Sequence[str], features: Sequence[str] | None, target: str | None) -> list[str]:
+def choose_columns(
+    path: Path, names: Sequence[str], features: Sequence[str] | None, target: str | None, drop: Collection[str] = ()
+) -> list[str]:
     """Return the columns to read; DataError, with a list of the columns, if one is missing or named twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{path}: several columns are called {listed(twice)}; give each its own name")
     present = set(names)
-    wanted = present if features is None else set(features)
+    wanted = present - set(drop) if features is None else set(features)
     missing = [name for name in features or () if name not in present]
     if target is not None and target not in present:
         raise DataError(f"{path}: there is no target column {target!r}; the columns are {listed(names)}")
@@ -57,124 +86,69 @@ def choose_columns(path: Path, names: Sequence[str], features: Sequence[str] | N
     return [name for name in names if name in wanted or name == target]
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: Path, form: Form | None = None) -> list[str]:
     """Return the names of a table's columns, in order."""
     if path.suffix.lower() == ".parquet":
         return list(_frame(path).columns)
-    with _csv_rows(path) as (names, _, _):
-        return names
+    with open_rows(path, form or Form()) as rows:
+        return rows.names
 
 
-@contextmanager
-def _csv_rows(path: Path) -> Iterator[tuple[list[str], str, Any]]:
-    """Yield column names, delimiter and the reader of the rows; errors of the reader become DataError."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            first = stream.readline()
-            # Spreadsheets write ";" if "," is the decimal sign.
-            delimiter = max(",;\t", key=first.count)
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
-            names = [name.strip() for name in next(reader, [])]
-            _check_header(path, names)
-            yield names, delimiter, reader
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: expected a csv file in UTF-8 with a header ({reason(error)})") from error
-
-
-def _read_csv(path: Path, features: Sequence[str] | None, target: str | None, words: bool) -> dict[str, Array]:
-    with _csv_rows(path) as (names, delimiter, reader):
-        chosen = choose_columns(path, names, features, target)
-        columns = {names.index(name): _Column(path, name, is_target=name == target) for name in chosen}
+def _read_csv(
+    path: Path,
+    features: Sequence[str] | None,
+    target: str | None,
+    words: bool,
+    form: Form,
+    drop: Collection[str],
+    kinds: dict[str, str],
+    known_labels: Collection[str],
+    notes: list[str],
+) -> tuple[dict[str, Array], Array]:
+    problems = Problems(path)
+    with open_rows(path, form) as file:
+        names, reader = file.names, file.reader
+        notes += filter(None, [file.said(path)])
+        columns: dict[int, Column | Target] = {}
+        for name in choose_columns(path, names, features, target, drop):
+            columns[names.index(name)] = (
+                Target(name, file.decimal, problems, MISSING.difference(known_labels))
+                if name == target
+                else Column(name, file.decimal, problems, kinds.get(name))
+            )
         rows: list[list[str]] = []
         lines: list[int] = []
         for row in reader:
             if not row:
                 continue
             if len(row) != len(names):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: expected {len(names)} fields, as the header has, found "
-                    f"{len(row)}; put quotes around fields that contain {delimiter!r}"
+                problems.add(
+                    "",
+                    f"line {reader.line_num}",
+                    f"expected {len(names)} fields, as the header has, found {len(row)}; put quotes around fields "
+                    f"that contain {file.sep!r}",
                 )
+                continue
             rows.append(row)
             lines.append(reader.line_num)
             if len(rows) == _CHUNK:
                 _append(columns, rows, lines)
                 rows, lines = [], []
         _append(columns, rows, lines)
-    return {column.name: column.finish(words) for column in columns.values()}
-
-
-class _Column:
-    """A column of a csv file as it grows; the first value decides between numbers and words."""
-
-    def __init__(self, path: Path, name: str, *, is_target: bool) -> None:
-        self.path, self.name, self.is_target = path, name, is_target
-        self.numeric: bool | None = False if is_target else None
-        self.numbers: list[Array] = []
-        self.words: list[str] = []
-        self.lines: list[int] = []
-
-    def add(self, values: Sequence[str], lines: Sequence[int]) -> None:
-        if self.numeric is None:
-            self.numeric = _number(values[0]) is not None or values[0].strip() in MISSING
-        if not self.numeric:
-            stripped = [value.strip() for value in values]
-            if not MISSING.isdisjoint(stripped):
-                self._refuse(next(i for i, value in enumerate(stripped) if value in MISSING), values, lines)
-            self.words += stripped
-            self.lines += lines
-            return
-        try:
-            numbers = np.fromiter(map(float, values), np.float64, len(values))
-        except ValueError:
-            self._refuse(next(i for i, value in enumerate(values) if _number(value) is None), values, lines)
-        bad = ~np.isfinite(numbers)
-        if bad.any():
-            self._refuse(int(np.argmax(bad)), values, lines)
-        self.numbers.append(numbers)
-
-    def finish(self, words: bool) -> Array:
-        if self.numeric or self.numeric is None:
-            return np.concatenate(self.numbers) if self.numbers else np.empty(0)
-        if self.is_target:
-            return np.array(self.words, dtype=str) if words else self._labels()
-        for value in sorted(set(self.words)):
-            if _number(value) is not None:
-                self._refuse(self.words.index(value), self.words, self.lines)
-        return np.array(self.words, dtype=object)
-
-    def _labels(self) -> Array:
-        if self.words and all(map(_WHOLE.fullmatch, self.words)):
-            whole = [int(word) for word in self.words]
-            if max(map(abs, whole)) < 2**63:
-                return np.array(whole, dtype=np.int64)
-            return np.array(self.words, dtype=str)
-        numbers = [_number(word) for word in self.words]
-        valid = [number for number in numbers if number is not None and math.isfinite(number)]
-        if len(valid) == len(numbers):
-            return np.array(valid, dtype=np.float64)
-        # Numbers with decimals are measurements, so a word among them is a mistake; whole numbers can be the
-        # names of classes.
-        if any(number != math.floor(number) for number in valid):
-            wrong = next(i for i, number in enumerate(numbers) if number is None or not math.isfinite(number))
-            self._refuse(wrong, self.words, self.lines)
-        return np.array(self.words, dtype=str)
-
-    def _refuse(self, index: int, values: Sequence[str], lines: Sequence[int]) -> NoReturn:
-        value = values[index].strip()
-        if value in MISSING:
-            found = f"the value is missing ({value!r}); fill it in or delete the row"
-        elif _number(value) is None:
-            found = f"{value!r} is not a number, but other values of the column are; correct or delete it"
-        elif self.numeric or self.is_target:
-            found = f"{value!r} is not a finite number; correct it or delete the row"
+    missing = np.zeros(0, bool)
+    table: dict[str, Array] = {}
+    for column in columns.values():
+        if isinstance(column, Target):
+            missing = np.array(column.missing, bool)
+            table[column.name] = column.finish(words)
         else:
-            found = f"{value!r} is a number, but other values of the column are words; correct or rename it"
-        raise DataError(f"{self.path}, line {lines[index]}, column {self.name!r}: {found}")
+            table[column.name] = column.finish(notes)
+            kinds[column.name] = column.kind or "number"
+    problems.check()
+    return table, missing
 
 
-def _append(columns: dict[int, _Column], rows: list[list[str]], lines: list[int]) -> None:
+def _append(columns: dict[int, Column | Target], rows: list[list[str]], lines: list[int]) -> None:
     if rows:
         by_column = list(zip(*rows, strict=True))
         for position, column in columns.items():
@@ -197,64 +171,106 @@ def _frame(path: Path) -> Any:
     return frame
 
 
-def _read_parquet(path: Path, features: Sequence[str] | None, target: str | None, words: bool) -> dict[str, Array]:
+def _read_parquet(
+    path: Path,
+    features: Sequence[str] | None,
+    target: str | None,
+    words: bool,
+    drop: Collection[str],
+    kinds: dict[str, str],
+    notes: list[str],
+) -> tuple[dict[str, Array], Array]:
     frame = _frame(path)
-    chosen = choose_columns(path, list(frame.columns), features, target)
-    return {name: _frame_column(path, frame[name], is_target=name == target, words=words) for name in chosen}
+    problems = Problems(path)
+    table: dict[str, Array] = {}
+    missing = np.zeros(0, bool)
+    for name in choose_columns(path, list(frame.columns), features, target, drop):
+        series = frame[name]
+        if name == target:
+            missing = series.isna().to_numpy()
+            table[name] = _frame_target(series[~missing], words, problems)
+        else:
+            table[name] = column = _frame_feature(series, kinds.get(name), problems, notes)
+            found = "number" if column.dtype.kind in "biuf" else "ymd" if column.dtype.kind == "M" else "word"
+            kinds.setdefault(name, found)
+    problems.check()
+    return table, missing
 
 
-def _frame_column(path: Path, series: Any, *, is_target: bool, words: bool) -> Array:
+def _plain(series: Any) -> tuple[Any, bool]:
+    """Return the column without pandas's categories, and whether it holds numbers."""
     import pandas
 
     if isinstance(series.dtype, pandas.CategoricalDtype):
-        series = series.astype(series.cat.categories.dtype)
-    missing = np.flatnonzero(series.isna().to_numpy())
-    if missing.size:
-        raise DataError(
-            f"{path}, row {missing[0]}, column {series.name!r}: the value is missing ({missing.size} in this "
-            "column); fill it in or drop the row"
-        )
+        kind = series.cat.categories.dtype
+        # Integers and truth values have no missing ones.
+        series = series.astype("float64" if series.isna().any() and kind.kind in "biu" else kind)
     types = pandas.api.types
-    if types.is_numeric_dtype(series.dtype) and not types.is_complex_dtype(series.dtype):
-        kept = is_target and not types.is_float_dtype(series.dtype)
-        numbers = np.asarray(series.to_list()) if kept else series.to_numpy(np.float64)
-        infinite = np.flatnonzero(~np.isfinite(numbers))
-        if infinite.size:
-            raise DataError(
-                f"{path}, row {infinite[0]}, column {series.name!r}: {numbers[infinite[0]]} is not a finite "
-                "number; correct it or drop the row"
-            )
-        return numbers.astype(str) if is_target and words else numbers
-    values = series.to_list()
-    if not all(isinstance(value, str) for value in values):
-        raise DataError(
-            f"{path}, column {series.name!r}: expected numbers or words, found dtype {series.dtype} with "
-            f"values such as {values[0]!r}; convert or drop the column"
+    if series.dtype == object:
+        # Truth values with missing ones, and days, come as objects.
+        found = types.infer_dtype(series, skipna=True)
+        if found == "boolean":
+            series = series.astype("boolean" if series.isna().any() else bool)
+        elif found == "date":
+            series = pandas.to_datetime(series)
+    return series, types.is_numeric_dtype(series.dtype) and not types.is_complex_dtype(series.dtype)
+
+
+def _frame_target(series: Any, words: bool, problems: Problems) -> Array:
+    import pandas
+
+    series, numeric = _plain(series)
+    if not numeric:
+        _check_words(series, problems)
+        return np.array(series.to_list(), dtype=str)
+    if pandas.api.types.is_float_dtype(series.dtype):
+        numbers = series.to_numpy(np.float64)
+        _check_finite(series, numbers, problems)
+    else:
+        numbers = np.asarray(series.to_list())
+    labels: Array = numbers.astype(str) if words else numbers
+    return labels
+
+
+def _frame_feature(series: Any, kind: str | None, problems: Problems, notes: list[str]) -> Array:
+    import pandas
+
+    series, numeric = _plain(series)
+    missing = series.isna().to_numpy()
+    if pandas.api.types.is_datetime64_any_dtype(series.dtype) and kind in (None, *ORDERS):
+        zoned = isinstance(series.dtype, pandas.DatetimeTZDtype)
+        moments: Array = (series.dt.tz_convert(None) if zoned else series).to_numpy().astype("datetime64[us]")
+        return moments
+    if numeric and kind != "word" and kind not in ORDERS:
+        numbers: Array = series.to_numpy(np.float64, na_value=np.nan)
+        _check_finite(series, np.where(missing, 0.0, numbers), problems)
+        return numbers
+    if not numeric:
+        _check_words(series[~missing], problems)
+    texts = ["" if gone else str(value) for value, gone in zip(series, missing, strict=True)]
+    if kind is None and not missing.all():
+        # Text that looks like numbers stays text in a file with types, but text is how many files hold dates.
+        kind = "word" if not orders_of((text for text in texts if text), MOSTLY) else None
+    column = Column(str(series.name), ".", problems, kind)
+    column.add(texts, range(len(texts)))
+    return column.finish(notes)
+
+
+def _check_words(series: Any, problems: Problems) -> None:
+    wrong = next((value for value in series if not isinstance(value, str)), None)
+    if wrong is not None:
+        problems.add(
+            str(series.name),
+            f"column {series.name!r}",
+            f"expected numbers or words, found dtype {series.dtype} with values such as {wrong!r}; convert or drop the "
+            "column",
         )
-    return np.array(values, dtype=str if is_target else object)
 
 
-def _check_header(path: Path, names: list[str]) -> None:
-    if not names:
-        raise DataError(f"{path}: expected a header line with the column names, found an empty file")
-    if "" in names:
-        raise DataError(
-            f"{path}: column {names.index('') + 1} of the header has no name; if it is a row index, write "
-            "the file without it (pandas: to_csv(index=False))"
-        )
-    # pandas numbers the columns of an unnamed frame from 0.
-    numbered = [str(index) for index in range(len(names))]
-    if names != numbered and all(_number(name) is not None for name in names):
-        raise DataError(
-            f"{path}: the first line must hold the names of the columns, found the numbers {listed(names[:5])}"
-        )
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _check_finite(series: Any, numbers: Array, problems: Problems) -> None:
+    for row in np.flatnonzero(~np.isfinite(numbers)):
+        text = f"{numbers[row]} is not a finite number; correct it or drop the row"
+        problems.add(str(series.name), f"row {row}, column {series.name!r}", text)
 
 
 def listed(names: Iterable[object]) -> str:

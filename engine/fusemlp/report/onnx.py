@@ -7,8 +7,8 @@ Input ``x`` (rows, K), any number of rows, float32 (double from an engine of pre
 - ``prediction``: the result of ``engine.predict``, shapes included
 - ``probabilities``: the result of ``engine.predict_proba``; only for the cross-entropies
 
-With a ``Preprocessor`` the graph takes the features as they are in the data, scales them itself, and ``prediction``
-holds labels, or values in original units. Dropout is left out.
+With a ``Preprocessor`` the graph takes the features as they are in the data, with NaN for a missing number, fills in
+and scales them itself, and ``prediction`` holds labels, or values in original units. Dropout is left out.
 
 The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), so older runtimes read it too. Its metadata entry
 ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling in the graph.
@@ -93,15 +93,18 @@ def onnx_bytes(
     name = INPUT
     if preprocessor is not None:
         own["preprocessor"] = preprocessor.to_json()
+        name = graph.filled(name, preprocessor)
         shift = graph.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
         scale = graph.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
         name = graph.add("Div", graph.add("Sub", name, shift), scale)
+        name = graph.marked(name, preprocessor)
     for layer, activation in enumerate(engine.network.activations):
         layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
         name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)
         name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
     _add_outputs(graph, name, engine, preprocessor)
-    return graph.to_bytes(engine, own)
+    given = engine.network.sizes[0] if preprocessor is None else len(preprocessor.feature_names)
+    return graph.to_bytes(engine, own, given)
 
 
 def _check_preprocessor(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
@@ -138,6 +141,8 @@ class _Graph:
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self.outputs: list[Any] = []
+        # The output that is true for the input's missing cells.
+        self.missing = ""
 
     def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         """Append a node and return the name of its output."""
@@ -207,9 +212,27 @@ class _Graph:
             erf = self.add("Erf", scaled)
         return self.add("Mul", self.add("Add", erf, self.constant(1.0)), self.constant(0.5))
 
-    def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
+    def filled(self, name: str, preprocessor: Preprocessor) -> str:
+        """Append the replacement of missing cells, NaN in the input, by the medians of the training rows."""
+        if None in preprocessor.feature_fill or not preprocessor.feature_fill:
+            # A preprocessor of an earlier release refuses missing cells; the graph answers NaN.
+            return name
+        fill = self.constant(np.array(preprocessor.feature_fill, np.float64), "feature_fill")
+        self.missing = self.add("IsNaN", name)
+        return self.add("Where", self.missing, fill, name)
+
+    def marked(self, name: str, preprocessor: Preprocessor) -> str:
+        """Append the columns that mark missing cells, each after the scaled column ``name`` of its feature."""
+        marks = preprocessor.missing_inputs
+        if not any(marks):
+            return name
+        both = self.add("Concat", name, self.cast(self.missing, self.real), axis=1)
+        order = [index for column, mark in enumerate(marks) for index in (column, len(marks) + column)[: 1 + mark]]
+        return self.add("Gather", both, self.constant(np.array(order)), axis=1)
+
+    def to_bytes(self, engine: Session, metadata: Mapping[str, str], width: int) -> bytes:
         helper = self.helper
-        given = self.value(INPUT, self.real, engine.network.sizes[0])
+        given = self.value(INPUT, self.real, width)
         model = helper.make_model(
             helper.make_graph(self.nodes, "fusemlp", [given], self.outputs, self.constants),
             producer_name="fusemlp",

@@ -1,0 +1,96 @@
+"""Dates in tables: the order of day, month and year in a column's text, and the numbers that a date becomes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# The orders of year, month and day in text.
+ORDERS = ("ymd", "dmy", "mdy")
+EXAMPLES = {"ymd": "2024-12-31", "dmy": "31.12.2024", "mdy": "12/31/2024"}
+# The number of days since 1970-01-01 is the last; an hour may have a fraction.
+PARTS = ("year", "month", "day", "weekday", "hour", "elapsed days")
+_TIME = (
+    r"(?:[T ]\s*(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,](?P<part>\d{1,9}))?)?"
+    r"\s*(?P<half>[AaPp][Mm])?\s*(?P<zone>Z|[-+]\d\d:?\d\d)?)?"
+)
+_YEAR_FIRST = re.compile(r"(?P<a>\d{4})(?P<mark>[-/.])(?P<b>\d{1,2})(?P=mark)(?P<c>\d{1,2})" + _TIME)
+_YEAR_LAST = re.compile(r"(?P<a>\d{1,2})(?P<mark>[-/.])(?P<b>\d{1,2})(?P=mark)(?P<c>\d{4})" + _TIME)
+
+
+def parse_date(text: str, order: str) -> datetime | None:
+    """Return the date, with its time in UTC if it names a zone; None for other text."""
+    found = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
+    if found is None or (order == "mdy" and found["mark"] == "."):
+        return None
+    values = {letter: int(found[group]) for letter, group in zip(order, "abc", strict=True)}
+    hour = int(found["hour"] or 0)
+    if found["half"]:
+        if not 1 <= hour <= 12:
+            return None
+        hour = hour % 12 + (12 if found["half"].lower() == "pm" else 0)
+    micro = int((found["part"] or "0")[:6].ljust(6, "0"))
+    try:
+        moment = datetime(
+            values["y"], values["m"], values["d"], hour, int(found["minute"] or 0), int(found["second"] or 0), micro
+        )
+        if found["zone"] and found["zone"] != "Z":
+            sign, digits = found["zone"][0], found["zone"][1:].replace(":", "")
+            offset = timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))
+            moment = moment - offset if sign == "+" else moment + offset
+    except (ValueError, OverflowError):
+        return None
+    return moment
+
+
+def orders_of(texts: Iterable[str], share: float) -> list[str]:
+    """Return the orders in which at least this share of the texts are dates, those that fit more texts first."""
+    given = list(dict.fromkeys(texts))
+    # Most columns hold no dates: a few of their words tell.
+    if not any(parse_date(text, order) for order in ORDERS for text in given[:10]):
+        return []
+    counts = {order: sum(parse_date(text, order) is not None for text in given) for order in ORDERS}
+    fitting = [order for order in ORDERS if counts[order] >= share * len(given)]
+    return [order for order in fitting if counts[order] == max(counts.values())]
+
+
+def part_names(columns: Iterable[str]) -> dict[str, str]:
+    """Return the date column of each of its parts' names."""
+    return {f"{column}: {part}": column for column in columns for part in PARTS}
+
+
+def date_parts(moments: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the numbers of dates (datetime64[us]) by ``PARTS``, NaN for a missing date."""
+    missing = np.isnat(moments)
+    filled = np.where(missing, np.datetime64(0, "us"), moments)
+    days = filled.astype("datetime64[D]")
+    months = filled.astype("datetime64[M]")
+    years = filled.astype("datetime64[Y]")
+    seconds = (filled - days).astype(np.int64) / 1e6
+    numbers = days.astype(np.int64)
+    values: Sequence[npt.NDArray[Any]] = (
+        years.astype(np.int64) + 1970,
+        months.astype(np.int64) % 12 + 1,
+        (days - months.astype("datetime64[D]")).astype(np.int64) + 1,
+        # 1970-01-01 was a Thursday; Monday is 0.
+        (numbers + 3) % 7,
+        seconds / 3600,
+        numbers + seconds / 86400,
+    )
+    return {part: np.where(missing, np.nan, value) for part, value in zip(PARTS, values, strict=True)}
+
+
+def with_parts(table: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Return the table with the parts of its columns of dates in their place."""
+    expanded: dict[str, npt.NDArray[Any]] = {}
+    for name, column in table.items():
+        if column.dtype.kind == "M":
+            expanded |= {f"{name}: {part}": values for part, values in date_parts(column).items()}
+        else:
+            expanded[name] = column
+    return expanded
