@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gzip
 import math
+import struct
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,20 @@ import numpy.typing as npt
 from fusemlp_kernels.errors import DataError
 
 Array = npt.NDArray[Any]
+
+# numpy, zipfile and zlib raise these for damaged archives; RuntimeError stands for encryption and unknown versions.
+_UNREADABLE_ARCHIVE = (
+    ValueError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_npz(path: Path) -> dict[str, Array]:
@@ -32,7 +48,7 @@ def read_npz(path: Path) -> dict[str, Array]:
                 if foreign:
                     raise ValueError(f"{foreign[0]!r} is no array")
                 return arrays
-    except Exception as error:  # numpy, zipfile and zlib raise ten kinds of errors for damaged archives
+    except _UNREADABLE_ARCHIVE as error:
         raise DataError(
             f"{path}: expected an npz file with plain arrays X and y, as numpy.savez writes it, but it "
             f"cannot be read ({reason(error)}); it may be damaged or incomplete, or hold Python objects"
