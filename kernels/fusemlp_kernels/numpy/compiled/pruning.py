@@ -14,8 +14,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from fusemlp_kernels.numpy.compiled import losses, pointwise_numba, steps, updates
-from fusemlp_kernels.numpy.compiled.options import kept
+from fusemlp_kernels.numpy.compiled.options import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it.
 _MODULES = (pointwise_numba, losses, updates, steps)
@@ -42,6 +44,8 @@ class _Cutter(ast.NodeTransformer):
                 return False
             case ast.UnaryOp(op=ast.Not(), operand=inner) if self._is(inner) is False:
                 return True
+            case ast.BoolOp(op=ast.Or(), values=values) if all(self._is(value) is False for value in values):
+                return False
             case ast.BoolOp(op=ast.And(), values=values) if any(self._is(value) is False for value in values):
                 return False
         return None
@@ -96,9 +100,11 @@ def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str,
     return names
 
 
-def compiled_loop(absent: frozenset[str]) -> Callable[..., object]:
-    """``steps.run`` for programs in whose tables the names in ``absent`` do not occur."""
+def compiled_work(absent: frozenset[str], real: Any) -> Any:
+    """``steps.work`` for parameters of type ``real``, in whose tables the names in ``absent`` do not occur."""
     made: dict[str, dict[str, Any]] = {}
     for module in _MODULES:
         made[module.__name__] = _cut(module, absent, made)
-    return kept(made[steps.__name__]["run"], " ".join(sorted(absent)))
+    names, real = made[steps.__name__], np.dtype(real)
+    names["REAL"] = real.type
+    return kept_for_calls(names["work"], " ".join([real.name, *sorted(absent)]))
