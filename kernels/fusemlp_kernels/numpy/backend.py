@@ -10,6 +10,7 @@ import numpy as np
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES, bind_call, bind_train_resident
+from fusemlp_kernels.numpy.cores import threads
 from fusemlp_kernels.numpy.libraries import mkl
 from fusemlp_kernels.numpy.linear import bind_linear
 from fusemlp_kernels.numpy.tables import Array, Run, Table, copied
@@ -33,6 +34,7 @@ class NumpyBackend:
             )
         # Load MKL now: limits on BLAS threads that a caller sets later then include it.
         mkl()
+        threads()  # refuses an impossible FUSEMLP_NUM_THREADS
         self.traits = traits
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
+from fusemlp_kernels.numpy.cores import one_thread
 
 _log = logging.getLogger("fusemlp.kernels")
 
@@ -76,20 +77,21 @@ def mkl() -> ctypes.CDLL | None:
 
 @contextmanager
 def one_thread_here() -> Iterator[None]:
-    """MKL computes on one thread what the calling thread asks for.
+    """Give launches from the calling thread one thread, and MKL's products for them too.
 
     The number that is set for a process (``MKL_Set_Num_Threads``, ``threadpool_limits``) is that of the thread which
     sets it: others go on with a team each, whose idle members spin.
     """
     library = mkl()
-    if library is None:
-        yield
-        return
-    before = library.MKL_Set_Num_Threads_Local(1)
-    try:
-        yield
-    finally:
-        library.MKL_Set_Num_Threads_Local(before)
+    with one_thread():
+        if library is None:
+            yield
+            return
+        before = library.MKL_Set_Num_Threads_Local(1)
+        try:
+            yield
+        finally:
+            library.MKL_Set_Num_Threads_Local(before)
 
 
 def routine_address(name: str) -> int | None:
