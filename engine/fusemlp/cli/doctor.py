@@ -16,6 +16,7 @@ from fusemlp.cli.output import show
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, availability
 from fusemlp.report.metrics import aligned
+from fusemlp.runtime.backends import thread_limits
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -39,7 +40,7 @@ LIBRARIES = {
 
 
 def doctor(options: DoctorOptions) -> None:
-    """Print the backends, libraries and BLAS of this machine."""
+    """Print the backends, libraries, BLAS and threads of this machine."""
     report = examine()
     backends = [["backend", "works", "device", "precisions", "plans"]]
     for name, found in report["backends"].items():
@@ -48,11 +49,13 @@ def doctor(options: DoctorOptions) -> None:
         backends.append([name, "yes" if works else "no", found["device"] or "-", *listed])
     libraries = [["library", "version", "for"]]
     libraries += [[name, found or "not installed", LIBRARIES[name]] for name, found in report["libraries"].items()]
+    limits = ", ".join(f"{name} {number}" for name, number in report["thread_limits"].items())
     lines = [
         f"fusemlp {report['fusemlp']}, Python {report['python']}, {report['machine']}, {report['cpus']} CPUs\n",
         f"{aligned(backends, left=5)}\n",
         *(f"{name}: {found['reason']}" for name, found in report["backends"].items() if found["reason"] is not None),
         f"\n{aligned(libraries, left=3)}\n",
+        f"threads of a training on the CPU: {report['threads']} (the least of: {limits})",
         *(
             f"BLAS: {blas['name']} {blas['version']} ({blas['architecture']}), {blas['threads']} threads"
             for blas in report["blas"]
@@ -64,11 +67,14 @@ def doctor(options: DoctorOptions) -> None:
 
 def examine() -> dict[str, Any]:
     """Return everything that ``doctor`` prints, JSON-able."""
+    limits = thread_limits()
     return {
         "fusemlp": __version__,
         "python": platform.python_version(),
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
+        "threads": min(limits.values()),
+        "thread_limits": limits,
         "backends": {name: _examine_backend(name, reason) for name, reason in availability().items()},
         "libraries": {name: _version(name) for name in LIBRARIES},
         "blas": _blas(),

@@ -18,9 +18,10 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
-from fusemlp.fleet.threads import Stop, Training, cores, run_side_by_side
+from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
+from fusemlp.runtime.backends import cpu_threads
 from fusemlp.training.fit import checked_validation, fit_checked
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
@@ -128,7 +129,7 @@ class Fleet:
         ``rows``: each model's training rows of X, such as folds or bootstraps, in place of all. ``validation_rows``:
         each model's validation rows of X, in place of ``validation_data``. Each model has its own early stopping. A
         model whose loss is no longer finite is marked, at its last good epoch, and the others go on. ``jobs``: the most
-        models at once if each trains by itself; by default one a core.
+        models at once if each trains by itself; by default one a core, or ``FUSEMLP_NUM_THREADS``.
 
         ``callback`` is called with the ``Member`` of each model when it has ended, in the thread that called ``fit``;
         the others train on meanwhile. An error in it ends training like Ctrl-C: all models stop after their batches,
@@ -140,7 +141,7 @@ class Fleet:
 
         epochs = as_count("epochs", epochs, minimum=1)
         patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
-        workers = cores() if jobs is None else as_count("jobs", jobs, minimum=1)
+        workers = cpu_threads() if jobs is None else as_count("jobs", jobs, minimum=1)
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")

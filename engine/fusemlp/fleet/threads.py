@@ -5,7 +5,6 @@ Threads that worked in Python too would hand its lock to one another at each of 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,6 @@ from fusemlp_kernels.errors import DivergenceError
 Launch = Callable[[], object]
 Training = Generator[Launch, None, None]
 Stop = Callable[[], bool]
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LaunchThreads:

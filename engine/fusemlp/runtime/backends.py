@@ -10,7 +10,17 @@ from fusemlp_kernels.registry import TRAITS, availability
 from fusemlp_kernels.registry import backend as open_backend
 from fusemlp_kernels.registry import choose as first_available
 
-__all__ = ["TRAITS", "availability", "first_available", "one_blas_thread", "open_backend", "row_order", "torch_backend"]
+__all__ = [
+    "TRAITS",
+    "availability",
+    "cpu_threads",
+    "first_available",
+    "one_blas_thread",
+    "open_backend",
+    "row_order",
+    "thread_limits",
+    "torch_backend",
+]
 
 
 def torch_backend(device_type: str) -> str:
@@ -18,9 +28,23 @@ def torch_backend(device_type: str) -> str:
     return "numpy" if device_type == "cpu" else "triton"
 
 
+def cpu_threads() -> int:
+    """Return how many threads the calling thread may use on the CPU now: ``fusemlp_kernels.numpy.cores``."""
+    from fusemlp_kernels.numpy.cores import threads
+
+    return threads()
+
+
+def thread_limits() -> dict[str, int]:
+    """Return the limits by name whose least is ``cpu_threads()``."""
+    from fusemlp_kernels.numpy.cores import limits
+
+    return limits()
+
+
 def one_blas_thread() -> AbstractContextManager[None]:
-    """While a thread that has a core computes for the numpy backend: the limits of ``threadpool_limits`` are not those
-    of every library in other threads than the one which sets them."""
+    """Give the calling thread one thread of the numpy backend: the limits of ``threadpool_limits`` do not reach every
+    library in other threads than the one that sets them."""
     from fusemlp_kernels.numpy.libraries import one_thread_here
 
     return one_thread_here()

@@ -19,7 +19,7 @@ from sklearn.utils.validation import _check_method_params
 from threadpoolctl import threadpool_limits
 
 from fusemlp.fleet.memory import available_memory
-from fusemlp.fleet.threads import cores
+from fusemlp.runtime.backends import cpu_threads
 from fusemlp.sklearn.ahead import TrainedAhead
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.sharing import SharedFits
@@ -71,7 +71,7 @@ class _FleetSearch(BaseSearchCV):
         # only newer releases have callbacks, and look for this name
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
         asked = -1 if self.n_jobs is None else self.n_jobs
-        workers = asked if asked > 0 else max(1, cores() + 1 + asked)
+        workers = asked if asked > 0 else max(1, cpu_threads() + 1 + asked)
 
         def evaluate(candidates: Any, **named: Any) -> Any:
             candidates = list(candidates)
