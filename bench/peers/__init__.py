@@ -62,6 +62,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "gpu")
     host: bool = False
     fleet: bool = False
+    losses: tuple[str, ...] = ("cross_entropy", "mse")
     optimizers: tuple[str, ...] = ("sgd", "adam")
     dropout: bool = True
     compiles_long: bool = False
@@ -108,7 +109,12 @@ PEERS = {
     "torch_compile": Peer("PyTorch torch.compile", "torch", compiles_long=True),
     "torch_graph": Peer("PyTorch whole-step CUDA graph", "torch", devices=("gpu",)),
     "torch_addmm": Peer(
-        "PyTorch addmm_ by hand", "torch", optimizers=("sgd",), dropout=False, precisions=("fp32", "tf32")
+        "PyTorch addmm_ by hand",
+        "torch",
+        losses=("cross_entropy",),
+        optimizers=("sgd",),
+        dropout=False,
+        precisions=("fp32", "tf32"),
     ),
     "sklearn_mlp": Peer("scikit-learn", "sklearn", **HOST, rules=SCIKIT_LEARN, differs=EPS),
     "jax_jit": Peer("JAX jit", "jax"),
@@ -201,6 +207,8 @@ def unsuited(name: str, case: Case) -> str | None:
     peer = PEERS[name]
     if peer.fleet != (case.models is not None):
         return "trains many models at once" if peer.fleet else "trains one model at a time"
+    if case.loss not in peer.losses:
+        return f"has no {case.loss}"
     if case.optimizer not in peer.optimizers:
         return f"has no {case.optimizer} step"
     if case.dropout and not peer.dropout:
