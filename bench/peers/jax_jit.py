@@ -84,10 +84,8 @@ class JaxTrainer:
     def __init__(self, case: Case, data: Data) -> None:
         configure(case)
         self.data, self.case = data, case
-        self.X, self.y = (
-            jnp.asarray(data.X),
-            jnp.asarray(data.y, dtype=jnp.float32 if case.loss == "mse" else jnp.int32),
-        )
+        kind = jnp.float32 if case.loss == "mse" else jnp.int32
+        self.X, self.y = jnp.asarray(data.X), jnp.asarray(data.y, dtype=kind)
         self.generator = np.random.default_rng(0)
         self.reset()
         self.step = self.compile_step()
