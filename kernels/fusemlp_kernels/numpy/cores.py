@@ -1,4 +1,4 @@
-"""How many threads a launch on the CPU may use.
+"""Count the threads that a launch on the CPU may use.
 
 The environment variable ``FUSEMLP_NUM_THREADS`` sets the number. Without it, the least of these counts:
 
