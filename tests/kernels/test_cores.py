@@ -122,6 +122,7 @@ print(json.dumps(Parallel(n_jobs=max(2, os.cpu_count()))([delayed(work)()] * 2)[
 def test_a_launch_beside_others_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calling thread's launches have one, whatever the variable says; those of another thread have all."""
     monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: 4})
+    monkeypatch.setattr(cores, "_openblas", list)
     beside: list[int] = []
     with libraries.one_thread_here():
         other = threading.Thread(target=lambda: beside.append(cores.threads()))
