@@ -10,6 +10,7 @@ import numpy as np
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES, bind_call, bind_train_resident
+from fusemlp_kernels.numpy.cores import threads
 from fusemlp_kernels.numpy.tables import Array, Run
 from fusemlp_kernels.ops import check_names
 
@@ -29,6 +30,7 @@ class NumpyBackend:
             raise BackendUnavailableError(
                 f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
             )
+        threads()  # refuses an impossible FUSEMLP_NUM_THREADS
         self.traits = traits
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {

@@ -139,11 +139,11 @@ def _pieces(row: Row, height: int, tensors: Sequence[int]) -> Iterator[tuple[int
                 yield tensor, 0, left, right, (right - left) * UPDATE
     elif row.kind in ("WEIGHT", "PACK"):
         each = MOVE if row.kind == "PACK" else height + UPDATE
-        parts = -(-row.outputs * row.inputs * each // GRAIN)
+        parts = max(1, -(-row.outputs * row.inputs * each // GRAIN))
         # shorter rows would leave the loops of an update little to do in vector registers
         strips = min(parts, max(1, row.inputs // SHORTEST))
         for left, right in _even(row.inputs, strips, t.PANEL):
-            for top, bottom in _even(row.outputs, -(-parts // strips), t.PANEL):
+            for top, bottom in _even(row.outputs, -(-parts // max(strips, 1)), t.PANEL):
                 yield top, bottom, left, right, (bottom - top) * (right - left) * each
     else:
         for left, right in _even(row.outputs, row.outputs * height // GRAIN, t.PANEL):

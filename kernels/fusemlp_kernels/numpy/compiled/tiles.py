@@ -108,8 +108,8 @@ def _tile(vectors: int, masked: bool) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         """``c = alpha * (start + a @ b) + beta * c``; addresses, and strides in elements; start is a row.
 
-        Of c only ``rows`` by ``columns`` are written, and of a, b and start no others are read. With alpha 1 and beta 0
-        c is not read.
+        Of c only ``rows`` by ``columns`` are written, and of a, b and start no others are read. Where beta is 0, c
+        may be anything.
         """
         real, word = like.dtype, types.intp
         signature = types.void(like, *[word] * 7, real, real, *[word] * 4)
@@ -167,9 +167,12 @@ def _tile(vectors: int, masked: bool) -> Callable[..., Any]:
                     _each_row(builder, to, c, c_row, rows, results, masks, lambda value, _: value)
                 with combine:
                     alphas, betas = to.everywhere(alpha), to.everywhere(beta)
+                    forgets, nothing = builder.fcmp_ordered("==", beta, zero), ir.Constant(to.vector, None)
 
                     def combined(value: Any, before: Callable[[], Any]) -> Any:
-                        return to.call("fmuladd", to.vector, alphas, value, builder.fmul(betas, before()))
+                        # what is there may be NaN
+                        held = builder.select(forgets, nothing, builder.fmul(betas, before()))
+                        return to.call("fmuladd", to.vector, alphas, value, held)
 
                     _each_row(builder, to, c, c_row, rows, results, masks, combined)
             return context.get_dummy_value()
