@@ -18,7 +18,6 @@ from fusemlp_kernels.contract import (
     LossSpec,
     Ridge,
     Segment,
-    TensorRule,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
@@ -262,6 +261,7 @@ def _grad_weight_update(
         raise ArgumentError(
             "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
         )
+
     def updated(owner: Operands, name: str, own: str = "") -> dict[str, Any] | None:
         """The columns of a parameter that is updated with its gradient."""
         param = owner[name]
@@ -302,7 +302,8 @@ def _update(
     # an optimizer without state reads none
     one, two = (*states, params, params)[:2]
     columns = {"PARAM": params, "STATE0": one, "STATE1": two}
-    if rule.clip_norm is not None or rule.accumulate != 1 or not _with_gradients(table, grads, columns, segments, tensors):
+    at_once = rule.clip_norm is None and rule.accumulate == 1
+    if not (at_once and _with_gradients(table, grads, columns, segments, tensors)):
         first, end = (tensors[0], tensors[-1] + 1) if tensors else (0, 0)
         if rule.clip_norm is not None:
             table.add("NORM", N=params.size, DZ=grads, FIRST=first, END=end)

@@ -28,13 +28,15 @@ _CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK"), t.BY_PIECES), "C
 
 @dataclass(frozen=True)
 class Row:
-    """A row of calls: its kind, N and K, and its first and last tensor."""
+    """A row of calls: its kind, N and K, its first tensor and the one after its last; and the arrays that it reads or
+    writes by rows of the batch: address, bytes, bytes of a row."""
 
     kind: str
     outputs: int
     inputs: int
     first: int = 0
     end: int = 0
+    arrays: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Plan:
     most: int
 
 
-def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int], *, whole: bool = False) -> Plan:
+def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int]) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows, the table of tensors being ``tensors``.
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
-    weights into panels itself, after that. ``whole``: a batch is one task.
+    weights into panels itself, after that.
     """
-    block = height if whole else _block(rows, height)
+    block = _block(rows, height)
     by_rows = max(1, -(-height // block)) if block else 1
     phases: list[int] = []
     tasks: list[int] = []
@@ -102,9 +104,22 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
 
     first = 0
     for at in range(1, len(rows) + 1):
-        if at == len(rows) or class_of(rows[at]) != class_of(rows[first]):
-            yield first, rows[first:at]
+        group = rows[first:at]
+        if at == len(rows) or class_of(rows[at]) != class_of(group[0]) or _disturbs(rows[at], group):
+            yield first, group
             first = at
+
+
+def _disturbs(row: Row, others: Sequence[Row]) -> bool:
+    """Whether arrays of a row lie where other rows have arrays of another width: a value that is not needed any more
+    leaves its memory to another, but a task may be ahead of those that still read it."""
+    for start, size, width in row.arrays:
+        for other in others:
+            for their_start, their_size, their_width in other.arrays:
+                apart = start + size <= their_start or their_start + their_size <= start
+                if not apart and (start, width) != (their_start, their_width):
+                    return True
+    return False
 
 
 def _block(rows: Sequence[Row], height: int) -> int:

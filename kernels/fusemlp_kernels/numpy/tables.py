@@ -46,6 +46,9 @@ NAMES = frozenset(
 # The places of a row's columns.
 COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, int)}
 
+# The columns of arrays that have a row for each row of the batch.
+BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP")
+
 # Set, one loop for all tables is compiled, once; unset, each kind of table compiles what it uses, in less time.
 WHOLE_LOOP = "FUSEMLP_WHOLE_LOOP"
 _loading = threading.Lock()
@@ -133,8 +136,8 @@ class Table:
         self.panels: dict[int, tuple[Array, Array]] = {}
         self.tensors: list[int] = []
         self.tensor_factors: list[float] = []
-        # by their identity the arrays that are entered, their addresses, and where these stand with which offset in bytes;
-        # scratch among them
+        # by their identity the arrays that are entered, their addresses, and where these stand, with which offset in
+        # bytes; scratch among them
         self.kept: dict[int, tuple[Array, int, list[tuple[int, int]]]] = {}
         self.made: dict[int, Array] = {}
         self.widest = 1
@@ -187,7 +190,11 @@ class Table:
         self.integers += [0] * t.CALL_COLUMNS
         self.factors += [0.0] * t.CALL_FACTORS
         self.names.add(kind)
-        self.rows.append(Row(kind, *(columns.get(name, 0) for name in ("N", "K", "FIRST", "END"))))
+        by_rows = [
+            array for name in BATCH_ARRAYS if isinstance(array := columns.get(name), np.ndarray) and array.ndim == 2
+        ]
+        arrays = tuple((_address(array), array.nbytes, array.strides[0]) for array in by_rows)
+        self.rows.append(Row(kind, *(columns.get(name, 0) for name in ("N", "K", "FIRST", "END")), arrays))
         if columns.get("DSLOPE") is not None:
             columns["SLOPE_PART"] = t.SLOPES_PART + self.slopes
             self.slopes += 1
@@ -223,9 +230,10 @@ class Table:
         """The row that computes the gradient which these elements of an array are; None if no row does."""
         wanted = _address(grads) + offset * grads.itemsize
         for at, row in enumerate(self.rows):
-            if row.kind in PIECEWISE and row.outputs * max(row.inputs, 1) == size:
-                if self.integers[t.HEAD_COLUMNS + at * t.CALL_COLUMNS + t.OUT] == wanted:
-                    return at
+            own = row.outputs * row.inputs if row.kind == "WEIGHT" else row.outputs
+            out = self.integers[t.HEAD_COLUMNS + at * t.CALL_COLUMNS + t.OUT]
+            if row.kind in PIECEWISE and (out, own) == (wanted, size):
+                return at
         return None
 
     def in_panels(self, w: Array) -> Array:
@@ -301,7 +309,8 @@ class Table:
             head[t.LANES_ROW] = 2 * (-(-self.widest // LANES))
             self.enter(t.AT_LANES, self.scratch(found.most, head[t.LANES_ROW], dtype=np.uint64))
         names = frozenset(self.names & NAMES)
-        work = work_for(names, self.real, alone=True) if alone else _loaded(names, self.real) or _Later(names, self.real)
+        work = work_for(names, self.real, alone=True) if alone else _loaded(names, self.real)
+        work = work or _Later(names, self.real)
         integers = np.frombuffer(array("q", head + self.tensors + found.phases + found.tasks + found.pieces), np.int64)
         factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
         self.bound = integers, factors, work, found.most

@@ -1,7 +1,7 @@
 """The threads that share the tasks of a launch.
 
-A process has one team. A launch takes it if it is free; otherwise, and in ``cores.one_thread``, it runs on the thread that asks
-for it, with the same results. The threads are started when they are first needed, and sleep between launches.
+A process has one team. A launch takes it if it is free; otherwise, and in ``cores.one_thread``, it runs on the thread
+that asks for it, with the same results. The threads are started when they are first needed, and sleep between launches.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ exist on every platform and may be taken and released without holding its global
 from __future__ import annotations
 
 import ctypes
+import platform
 from typing import Any
 
 import llvmlite.binding
@@ -16,7 +17,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _WORD, _ORDER, _BYTES = ir.IntType(64), "seq_cst", 8
-_SPINS = {"x86": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,)), "arm64": ("llvm.aarch64.hint", (1,))}
+# The instructions that tell a processor that a thread waits; others have none.
+_X86, _ARM = ("llvm.x86.sse2.pause", ()), ("llvm.aarch64.hint", (1,))
+_PAUSES: dict[str, tuple[str, tuple[int, ...]]] = {"x86_64": _X86, "amd64": _X86, "arm64": _ARM, "aarch64": _ARM}
 
 
 def _at(builder: Any, address: Any) -> Any:
@@ -65,8 +68,7 @@ def _pauses(typingctx: Any) -> Any:
     """Tell the processor that the thread waits."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        machine = llvmlite.binding.get_process_triple().split("-")[0]
-        name, given = _SPINS.get("x86" if machine in ("x86_64", "i686") else machine, ("", ()))
+        name, given = _PAUSES.get(platform.machine().lower(), ("", ()))
         if name:
             kinds = [ir.IntType(32)] * len(given)
             function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)

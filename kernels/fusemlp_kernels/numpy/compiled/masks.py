@@ -40,8 +40,8 @@ def _draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any)
 
 @register_jitable(**EXACT)
 def drop(
-    y: Any, keep: Any, pairs: Any, lanes: Any, first: int, rows: int, columns: int, scale: float, threshold: int, low: int,
-    high: int, layer: int, batch_index: int,
+    y: Any, keep: Any, pairs: Any, lanes: Any, first: int, rows: int, columns: int, scale: float, threshold: int,
+    low: int, high: int, layer: int, batch_index: int,
 ) -> None:  # fmt: skip
     """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns), and row
     ``first`` of the batch the first of them.

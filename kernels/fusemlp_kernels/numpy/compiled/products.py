@@ -76,13 +76,18 @@ def pack(like: Any, w: int, inputs: int, panels: int, rows_from: int, rows_to: i
             transpose_square(like, source + size * k, inputs, rows, target + size * k * PANEL, PANEL)
             k += lanes
         for i in range(rows):
-            row, panel = elements(like, source + size * i * inputs, last), elements(like, target + size * i, last * PANEL)
+            row, panel = (
+                elements(like, source + size * i * inputs, last),
+                elements(like, target + size * i, last * PANEL),
+            )
             for column in range(k, last):
                 panel[column * PANEL] = row[column]
 
 
 @register_jitable(**EXACT)
-def column_sums(like: Any, out: int, values: int, sums: int, rows: int, pitch: int, columns: int, alpha: float, beta: float) -> None:
+def column_sums(
+    like: Any, out: int, values: int, sums: int, rows: int, pitch: int, columns: int, alpha: float, beta: float
+) -> None:
     """``out = alpha * values.sum(axis=0) + beta * out``: values (rows, columns) with rows ``pitch`` apart.
 
     out, values and sums are addresses; sums is scratch (columns,).

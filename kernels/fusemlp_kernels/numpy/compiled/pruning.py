@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +35,10 @@ class _Cutter(ast.NodeTransformer):
         match test:
             case ast.Compare(ops=[ast.Eq()], comparators=[ast.Name(id=name)]) if name in self._absent:
                 return False
+            case ast.Compare(ops=[ast.In()], comparators=[ast.Tuple(elts=names)]) if all(
+                isinstance(name, ast.Name) and name.id in self._absent for name in names
+            ):
+                return False
             case ast.Compare(left=flag, ops=[ast.NotEq()], comparators=[ast.Constant(value=0)]):
                 return self._is(flag)
             case ast.Subscript(slice=ast.Name(id=name)) if name in self._absent:
@@ -44,8 +47,6 @@ class _Cutter(ast.NodeTransformer):
                 return False
             case ast.UnaryOp(op=ast.Not(), operand=inner) if self._is(inner) is False:
                 return True
-            case ast.BoolOp(op=ast.Or(), values=values) if all(self._is(value) is False for value in values):
-                return False
             case ast.BoolOp(op=ast.And(), values=values) if any(self._is(value) is False for value in values):
                 return False
         return None

@@ -16,7 +16,7 @@ from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative, update_tensor
+from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.products import column_sums, pack, product
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
@@ -37,7 +37,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     AT_SUMS,
     AT_TASKS,
     AT_ZEROS,
-    B,
     BACKWARD,
     BATCH,
     BIAS,
@@ -45,12 +44,12 @@ from fusemlp_kernels.numpy.compiled.tables import (
     BOTTOM,
     BY_PIECES,
     BY_ROWS,
-    CALLS,
     CALL_COLUMNS,
     CALL_FACTORS,
+    CALLS,
     CLASS_WEIGHTED,
-    CLIPS,
     CLIP_NORM,
+    CLIPS,
     COUNTED,
     CUT,
     DECAY,
@@ -69,7 +68,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     HEAD_FACTORS,
     HITS_PART,
     IDENTITY,
-    K,
     KEEP,
     KEY_HIGH,
     KEY_LOW,
@@ -79,7 +77,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     LOSS_PART,
     LR_FACTOR,
     MASK_LAYER,
-    N,
     NORM,
     OFFSET,
     OUT,
@@ -90,8 +87,8 @@ from fusemlp_kernels.numpy.compiled.tables import (
     PARAM,
     PARTIALS,
     PHASE,
-    PHASES,
     PHASE_COLUMNS,
+    PHASES,
     PIECE_COLUMNS,
     PIECE_END,
     PIECE_FIRST,
@@ -100,15 +97,15 @@ from fusemlp_kernels.numpy.compiled.tables import (
     PULLS,
     RATE,
     RIGHT,
-    ROWS,
     ROW_END,
     ROW_FIRST,
+    ROWS,
     SCALE,
     SCORED_PART,
     SHARES_PART,
     SLOPE,
-    SLOPES_PART,
     SLOPE_PART,
+    SLOPES_PART,
     STATE0,
     STATE1,
     STEP,
@@ -116,18 +113,21 @@ from fusemlp_kernels.numpy.compiled.tables import (
     STRENGTH,
     SUMS,
     TARGET,
-    TASKS,
     TASK_COLUMNS,
     TASK_FIRST,
+    TASKS,
     TENSOR_COLUMNS,
     TENSOR_FACTORS,
     THRESHOLD,
     TOP,
     UPDATE,
-    W,
     WALKS,
     WEIGHT,
     WEIGHTED,
+    B,
+    K,
+    N,
+    W,
     X,
     Y,
     Z,
@@ -327,7 +327,7 @@ def _by_piece(
 ) -> float:  # fmt: skip
     """A piece of a tensor; what it adds to the sums of its phase."""
     kind = call[KIND_OF_ROW]
-    if kind == NORM or kind == UPDATE:
+    if kind in (NORM, UPDATE):
         at = tensors[piece[TOP] * TENSOR_COLUMNS + OFFSET] + piece[LEFT]
         size, width = like.itemsize, piece[RIGHT] - piece[LEFT]
         grads = elements(like, call[DZ] + size * at, width)
@@ -357,7 +357,7 @@ def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, 
         for task in range(tasks):
             total += partials[width * task + call[SLOPE_PART]]
         elements(like, call[DSLOPE], 1)[0] = total
-    if kind == ENTROPY or kind == ELEMENTWISE:
+    if kind in (ENTROPY, ELEMENTWISE):
         loss, hits, scored = 0.0, 0.0, 0.0
         for task in range(tasks):
             loss += partials[width * task + LOSS_PART]
@@ -407,7 +407,9 @@ def _open(integers: Any, factors: Any, like: Any) -> int:
     counters = elements(np.int64, integers[AT_COUNTERS], 1)
     at = integers[PHASE]
     if at >= 0:
-        _end_phase(integers, factors, like, counters, part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at, PHASE_COLUMNS))
+        _end_phase(
+            integers, factors, like, counters, part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at, PHASE_COLUMNS)
+        )
     while True:
         at += 1
         if at == integers[PHASES]:
@@ -425,7 +427,7 @@ def _open(integers: Any, factors: Any, like: Any) -> int:
             continue
         call, _ = _table_row(integers, factors, phase[ROW_FIRST])
         kind = call[KIND_OF_ROW]
-        if kind == NORM or kind == UPDATE:
+        if kind in (NORM, UPDATE):
             if not updated:
                 continue
             if not integers[CLIPS]:

@@ -52,7 +52,7 @@ CLIP_NORM, SCALE, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(3))
 COUNTED = -1
 # Rows of a weight matrix that lie together for the forward pass, a multiple of the columns of any tile.
 PANEL = 32
-# Rows of the batch that a product for a gradient reads before it goes on to its next tile: as many as stay in the cache.
+# Rows of the batch that a product for a gradient reads for all its tiles before the next: as many as stay in the cache.
 DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];

@@ -23,7 +23,8 @@ from fusemlp_kernels.numpy.compiled.denormals import AS_ZERO, read_control, writ
 from fusemlp_kernels.numpy.compiled.options import EXACT
 
 # Offsets in bytes. The ticket; tasks that have ended; how many threads sleep; those of the launch: its function and
-# argument, the tasks of this phase, how many members take part, whether it runs, and how long a thread spins. Then for each member whether it sleeps, and its lock.
+# argument, the tasks of this phase, how many members take part, whether it runs, and how long a thread spins. Then for
+# each member whether it sleeps, and its lock.
 _LINE = 128
 TICKET, DONE, SLEEPING, WORK, MEMBER = (_LINE * line for line in range(5))
 JOB, TASKS, MEMBERS, RUNNING, SPINS = (WORK + 8 * word for word in range(1, 6))
@@ -103,7 +104,7 @@ def _wait(words: int, me: int, ticket: int) -> None:
 
 
 def serve(words: int, me: int, work: int, job: int, members: int) -> None:
-    """As member 0 lead a launch of ``members`` threads to its end; as another one help with all launches of a team, for ever."""
+    """As member 0 lead a launch of ``members`` threads to its end; as another one help with all launches, for ever."""
     before = read_control()
     write_control(before | AS_ZERO)
     if me == 0:
@@ -138,4 +139,3 @@ def new_lock() -> int:
     lock: int = ctypes.pythonapi.PyThread_allocate_lock()
     ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(lock), 1)
     return lock
-
