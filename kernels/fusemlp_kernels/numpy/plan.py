@@ -1,7 +1,7 @@
 """Cut the calls of a table into phases, and phases into tasks, for threads to share: see ``compiled.team``.
 
-The rows of a batch do not depend on one another through forward and backward propagation, nor do pieces of weight
-matrices through gradient and update. So a step has two phases, whatever its depth, and a third where all gradients must
+The rows of a batch do not depend on one another through forward and backward propagation. Pieces of weight matrices do
+not through gradient and update. So a step has two phases, whatever its depth, and a third where all gradients must
 be known before the first update. The cuts follow from the shapes alone, and so do the bits of the results.
 """
 
@@ -17,7 +17,7 @@ GRAIN = 1 << 19
 MOST_TASKS = 64
 # A task has a multiple of this many rows.
 ROWS = 8
-# What an element of work beside products costs, in multiplications.
+# The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
 SHORTEST = 128
@@ -111,7 +111,7 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
 
 
 def _disturbs(row: Row, others: Sequence[Row]) -> bool:
-    """Whether arrays of a row lie where other rows have arrays of another width: a value that is not needed any more
+    """True if arrays of a row lie where other rows have arrays of another width: a value that is not needed any more
     leaves its memory to another, but a task may be ahead of those that still read it."""
     for start, size, width in row.arrays:
         for other in others:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fusemlp_kernels.numpy.cores import threads
 
-# How often a thread looks for the next task before it sleeps: 10 to 25 microseconds on processors since 2016.
+# A thread looks this often for the next task before it sleeps: 10 to 25 microseconds on processors since 2016.
 SPINS = 500
 
 

@@ -1,4 +1,4 @@
-"""What threads agree by: atomic operations on words of memory, locks to sleep on, and calls by address.
+"""Atomic operations on words of memory, locks to sleep on, and calls by address: threads agree by them.
 
 Every operation is sequentially consistent. The locks are those of the interpreter (``PyThread_acquire_lock``), which
 exist on every platform and may be taken and released without holding its global lock.

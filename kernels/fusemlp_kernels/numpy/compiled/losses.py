@@ -136,7 +136,7 @@ def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int
 
 @register_jitable(**EXACT)
 def _scale(shares: float, call: Any, numbers: Any) -> float:
-    """What a sum over the rows is multiplied by."""
+    """The factor of a sum over the rows."""
     normaliser = shares * numbers[DIVISOR]
     if call[MEAN] == 0:
         return 1.0
@@ -168,7 +168,7 @@ def cross_entropy(
     """dz of softmax cross-entropy into d, flat (count, columns) like z; the targets are picked by ``rows``.
 
     labels (n,) int64, or with call[SOFT] soft, flat (n, columns); weight (n,) and class_weight (columns,) where the
-    call has them. d may be z. ``shares``: see ``shares_of``. What the rows add to the statistics goes into partials.
+    call has them. d may be z. ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = z.dtype.type
     is_soft, weighted, by_class = call[SOFT] != 0, call[WEIGHTED] != 0, call[CLASS_WEIGHTED] != 0
@@ -245,7 +245,7 @@ def elementwise(
 ) -> None:  # fmt: skip
     """The gradient by the outputs y into d, flat (count, columns); target, flat (n, columns), is picked by ``rows``.
 
-    ``shares``: see ``shares_of``. What the rows add to the statistics goes into partials.
+    ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = y.dtype.type
     kind, weighted = call[KIND], call[WEIGHTED] != 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import zlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -90,10 +92,24 @@ def _tree(module: ModuleType) -> str:
         return file.read()
 
 
-def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The names of a module without the branches of ``absent``; what it imports from ``others`` is theirs."""
-    tree = ast.fix_missing_locations(_Cutter(absent).visit(ast.parse(_tree(module))))
-    names: dict[str, Any] = {"__name__": module.__name__, "__file__": module.__file__}
+def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str, Any]], variant: str) -> dict[str, Any]:
+    """The names of a module without the branches of ``absent``; what it imports from ``others`` is theirs.
+
+    Numba calls machine code by the name of its function and a number that counts in each process. Loops from the disk,
+    which several processes compiled, would run each other's functions: so the names of functions tell the variant too.
+    """
+    tree = _Cutter(absent).visit(ast.parse(_tree(module)))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            node.decorator_list.append(ast.Name("_renamed", ast.Load()))
+    ast.fix_missing_locations(tree)
+    tag = zlib.crc32(variant.encode())
+
+    def renamed(function: Any) -> Any:
+        function.__qualname__ += f"_{tag:08x}"
+        return function
+
+    names: dict[str, Any] = {"__name__": module.__name__, "__file__": module.__file__, "_renamed": renamed}
     exec(compile(tree, str(module.__file__), "exec"), names)
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module in others:
@@ -104,8 +120,9 @@ def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str,
 def compiled_work(absent: frozenset[str], real: Any) -> Any:
     """``steps.work`` for parameters of type ``real``, in whose tables the names in ``absent`` do not occur."""
     made: dict[str, dict[str, Any]] = {}
+    variant = " ".join([np.dtype(real).name, *sorted(absent)])
     for module in _MODULES:
-        made[module.__name__] = _cut(module, absent, made)
-    names, real = made[steps.__name__], np.dtype(real)
-    names["REAL"] = real.type
-    return kept_for_calls(names["work"], " ".join([real.name, *sorted(absent)]))
+        made[module.__name__] = _cut(module, absent, made, variant)
+    names = made[steps.__name__]
+    names["REAL"] = np.dtype(real).type
+    return kept_for_calls(names["work"], variant)

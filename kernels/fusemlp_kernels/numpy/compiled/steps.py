@@ -377,7 +377,7 @@ def _table_row(integers: Any, factors: Any, at: int) -> Any:
 
 @register_jitable(**EXACT)
 def _end_phase(integers: Any, factors: Any, like: Any, counters: Any, phase: Any) -> None:
-    """What is left to do in one thread when all tasks of a phase have ended."""
+    """Do the rest of a phase, in one thread, when all its tasks have ended."""
     if phase[CUT] == BY_ROWS:
         for at in range(phase[ROW_FIRST], phase[ROW_END]):
             call, numbers = _table_row(integers, factors, at)

@@ -12,8 +12,8 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 # The head: the optimizer; how many rows of calls there are, and rows in the batch (COUNTED: ask the counters); the
 # control arrays, and how many epochs the statistics are of. The factors, and where in the integers phases, tasks and
 # pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
-# words a task; zeros. The plan: rows a task, phases, and how many of them come before the first step only. What a
-# launch is at: the steps to do, the step, the phase.
+# words a task; zeros. The plan: rows a task, phases, and how many of them come before the first step only. The
+# state of a launch: the steps to do, the step, the phase.
 (
     OPTIMIZER,
     DECOUPLED,

@@ -1,14 +1,14 @@
-"""A team of threads that shares the tasks of a launch, whoever is awake.
+"""A team of threads that shares the tasks of a launch.
 
-A launch goes through phases; the tasks of a phase do not depend on one another, and what a task computes does not
-depend on who does it. So a thread that the operating system does not run holds nobody up but for the task that it has
-begun, and the results have the same bits for any number of threads.
+A launch goes through phases. The tasks of a phase do not depend on one another, and a task computes the same in every
+thread. So the results have the same bits for any number of threads. A thread that the operating system stops holds
+the others up for the one task that it has begun.
 
-A task is claimed from the ticket: the number of the phase, and how many of its tasks are left. Whoever ends the last
-task of a phase opens the next. Who finds no task waits for a moment, then sleeps.
+A task is claimed from the ticket: the number of the phase, and how many of its tasks are left. The thread that ends the
+last task of a phase opens the next. A thread that finds no task waits for a moment, then sleeps.
 
-``words`` is an int64 array at ``words``, of which each word that is written often has a cache line; ``team.py`` beside
-this package makes it and the threads.
+``words`` is the address of an int64 array, in which each word that is written often has a cache line to itself.
+``team.py`` beside this package makes the array and the threads.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _rouse(words: int, most: int) -> None:
 
 @register_jitable(**EXACT)
 def _open(words: int) -> None:
-    """Open the next phase, or end the launch. Nobody else writes the ticket now: no task is left or under way."""
+    """Open the next phase, or end the launch. No other thread writes the ticket now: no task is left or under way."""
     tasks = call_work(load(words + WORK), load(words + JOB), OPEN)
     phase = (load(words + TICKET) >> TASK_BITS) + 1
     store(words + DONE, 0)

@@ -66,7 +66,7 @@ class _Code:
         return self.builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_INDEX, self.lanes), None))
 
     def mask(self, columns: Any) -> Any:
-        """Which lanes are among the first columns."""
+        """The lanes that are among the first columns."""
         lanes = ir.Constant(ir.VectorType(_INDEX, self.lanes), list(range(self.lanes)))
         return self.builder.icmp_signed("<", lanes, self.everywhere(self.builder.trunc(columns, _INDEX)))
 
@@ -108,7 +108,7 @@ def _tile(vectors: int, masked: bool) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         """``c = alpha * (start + a @ b) + beta * c``; addresses, and strides in elements; start is a row.
 
-        Of c only ``rows`` by ``columns`` are written, and of a, b and start no others are read. Where beta is 0, c
+        Of c only ``rows`` by ``columns`` are written, and of a, b and start no others are read. With beta 0 c
         may be anything.
         """
         real, word = like.dtype, types.intp
