@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import functools
 import zlib
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
