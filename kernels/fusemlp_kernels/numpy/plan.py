@@ -20,7 +20,9 @@ ROWS = 8
 # The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
-SHORTEST = 128
+# Elements of a row that a piece has at least, where there are as many: an update of short rows leaves little to do in
+# vector registers.
+SHORTEST = 512
 
 PIECEWISE = ("WEIGHT", "BIAS", "SLOPES")
 _CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
@@ -155,10 +157,9 @@ def _pieces(row: Row, height: int, tensors: Sequence[int]) -> Iterator[tuple[int
     elif row.kind in ("WEIGHT", "PACK"):
         each = MOVE if row.kind == "PACK" else height + UPDATE
         parts = max(1, -(-row.outputs * row.inputs * each // GRAIN))
-        # shorter rows would leave the loops of an update little to do in vector registers
         strips = min(parts, max(1, row.inputs // SHORTEST))
         for left, right in _even(row.inputs, strips, t.PANEL):
-            for top, bottom in _even(row.outputs, -(-parts // max(strips, 1)), t.PANEL):
+            for top, bottom in _even(row.outputs, -(-parts // max(strips, 1)), t.PANEL // 2):
                 yield top, bottom, left, right, (bottom - top) * (right - left) * each
     else:
         for left, right in _even(row.outputs, row.outputs * height // GRAIN, t.PANEL):

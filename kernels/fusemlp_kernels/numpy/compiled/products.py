@@ -16,6 +16,7 @@ from fusemlp_kernels.numpy.compiled.tiles import (
     TILE_ROWS,
     TILE_VECTORS,
     narrow_tile,
+    short_tile,
     transpose_square,
     whole_tile,
     wide_tile,
@@ -46,7 +47,11 @@ def product(
         for i in range(0, rows, TILE_ROWS):
             below = min(TILE_ROWS, rows - i)
             a_at, to = a + size * i * a_row, c_at + size * i * c_row
-            if left >= width:
+            if left >= width and 2 * below <= TILE_ROWS:
+                short_tile(
+                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, width
+                )  # fmt: skip
+            elif left >= width:
                 whole_tile(
                     like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, width
                 )  # fmt: skip

@@ -99,8 +99,8 @@ def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
     return builder.add(first, builder.mul(builder.select(inside, _number(i), last), stride))
 
 
-def _tile(vectors: int, masked: bool) -> Callable[..., Any]:
-    """A tile of TILE_ROWS rows and this many vectors of columns, ``masked`` where some may be missing."""
+def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
+    """A tile of so many rows and vectors of columns, ``masked`` where some columns may be missing."""
 
     def typed(
         typingctx: Any, like: Any, a: Any, a_row: Any, a_step: Any, b: Any, b_step: Any, depth: Any, start: Any,
@@ -127,8 +127,8 @@ def _tile(vectors: int, masked: bool) -> Callable[..., Any]:
             def across(address: Any) -> list[Any]:
                 return [to.load(builder.add(address, _number(v * width * to.size)), masks[v]) for v in range(vectors)]
 
-            firsts = across(start) * TILE_ROWS
-            a_rows = [_row(builder, a, a_row, i, rows) for i in range(TILE_ROWS)]
+            firsts = across(start) * height
+            a_rows = [_row(builder, a, a_row, i, rows) for i in range(height)]
             entry, body, end = builder.block, builder.append_basic_block("k"), builder.append_basic_block("end")
             builder.cbranch(builder.icmp_signed(">", depth, _number(0)), body, end)
 
@@ -136,7 +136,7 @@ def _tile(vectors: int, masked: bool) -> Callable[..., Any]:
             k, a_at, b_at = (builder.phi(_WORD) for _ in range(3))
             sums = [builder.phi(to.vector) for _ in firsts]
             bs, added = across(b_at), []
-            for i in range(TILE_ROWS):
+            for i in range(height):
                 number = builder.load(to.at(builder.add(a_rows[i], a_at), to.element))
                 number.align = to.size
                 same = to.everywhere(number)
@@ -187,7 +187,7 @@ def _each_row(
 ) -> None:  # fmt: skip
     """Store what ``of`` makes of each result."""
     vectors = len(masks)
-    for i in range(TILE_ROWS):
+    for i in range(len(results) // vectors):
         with builder.if_then(builder.icmp_signed("<", _number(i), rows)):
             first = builder.add(c, builder.mul(_number(i), c_row))
             for v, mask in enumerate(masks):
@@ -196,9 +196,10 @@ def _each_row(
                 to.store(value, at, mask)
 
 
-whole_tile: Any = intrinsic(_tile(TILE_VECTORS, masked=False))
-wide_tile: Any = intrinsic(_tile(TILE_VECTORS, masked=True))
-narrow_tile: Any = intrinsic(_tile(1, masked=True))
+whole_tile: Any = intrinsic(_tile(TILE_ROWS, TILE_VECTORS, masked=False))
+short_tile: Any = intrinsic(_tile(TILE_ROWS // 2, TILE_VECTORS, masked=False))
+wide_tile: Any = intrinsic(_tile(TILE_ROWS, TILE_VECTORS, masked=True))
+narrow_tile: Any = intrinsic(_tile(TILE_ROWS, 1, masked=True))
 
 
 def _transposed(
