@@ -72,7 +72,8 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
         engine.fit(X, targets, epochs=2, sample_weight=weight)
         engine.step(X[:128], targets[:128])
         found.add(digest(engine, X, targets))
-        assert set(led) == ({number} if number > 1 else set())
+        # a launch of fewer tasks has fewer threads
+        assert max(led, default=1) == number
     assert len(found) == 1
 
 
@@ -254,13 +255,14 @@ def test_a_plan_covers_all_of_each_call_once(shapes: list[tuple[str, int, int]],
             own = tasks[phase[t.TASK_FIRST] : phase[t.TASK_FIRST] + phase[t.TASKS]]
             for first, end in own:
                 for at, top, bottom, left, right in pieces[first:end]:
-                    assert top % t.PANEL == left % t.PANEL == 0 or calls[at].kind in ("NORM", "UPDATE")
+                    assert left % t.PANEL == 0
+                    assert top % (t.PANEL // 2) == 0 or calls[at].kind in ("NORM", "UPDATE")
                     covered[at].append((right - left) * (bottom - top if calls[at].kind in ("WEIGHT", "PACK") else 1))
             for at, found_sizes in covered.items():
                 call = calls[at]
-                whole = {"WEIGHT": call.outputs * call.inputs, "PACK": call.outputs * call.inputs}
+                whole = {"WEIGHT": call.n * call.k, "PACK": call.n * call.k}
                 whole |= dict.fromkeys(("NORM", "UPDATE"), sizes[min(call.first, len(sizes) - 1)])
-                assert sum(found_sizes) == whole.get(call.kind, call.outputs)
+                assert sum(found_sizes) == whole.get(call.kind, call.n)
 
 
 def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own() -> None:

@@ -313,10 +313,11 @@ def _update(
 
 def _with_gradients(
     table: Table, grads: Array, arenas: Mapping[str, Array], segments: Sequence[Segment], tensors: Sequence[int]
-) -> bool:  # fmt: skip
+) -> bool:
     """Update each tensor where its gradient is computed; False if not all gradients are."""
-    rows = [table.gradient_at(grads, segment.offset, segment.size) for segment in segments]
-    if None in rows:
+    found = [table.gradient_at(grads, segment.offset, segment.size) for segment in segments]
+    rows = [row for row in found if row is not None]
+    if len(rows) < len(segments):
         return False
     for row, segment, tensor in zip(rows, segments, tensors, strict=True):
         shifted = {name: (arena, segment.offset) for name, arena in arenas.items()}

@@ -34,8 +34,8 @@ class Row:
     writes by rows of the batch: address, bytes, bytes of a row."""
 
     kind: str
-    outputs: int
-    inputs: int
+    n: int
+    k: int
     first: int = 0
     end: int = 0
     arrays: tuple[tuple[int, int, int], ...] = ()
@@ -129,13 +129,13 @@ def _block(rows: Sequence[Row], height: int) -> int:
     cost = 0
     for row in rows:
         if row.kind in ("AFFINE", "BACKWARD"):
-            cost += row.outputs * row.inputs
+            cost += row.n * row.k
         elif row.kind in ("ENTROPY", "ELEMENTWISE"):
-            cost += LOSS * row.outputs
+            cost += LOSS * row.n
         elif row.kind == "GATHER":
-            cost += MOVE * row.inputs
+            cost += MOVE * row.k
         elif row.kind not in _CUT:
-            cost += ELEMENT * row.outputs
+            cost += ELEMENT * row.n
     count = max(1, min(MOST_TASKS, height * cost // GRAIN))
     return -(-height // (count * ROWS)) * ROWS
 
@@ -156,11 +156,11 @@ def _pieces(row: Row, height: int, tensors: Sequence[int]) -> Iterator[tuple[int
                 yield tensor, 0, left, right, (right - left) * UPDATE
     elif row.kind in ("WEIGHT", "PACK"):
         each = MOVE if row.kind == "PACK" else height + UPDATE
-        parts = max(1, -(-row.outputs * row.inputs * each // GRAIN))
-        strips = min(parts, max(1, row.inputs // SHORTEST))
-        for left, right in _even(row.inputs, strips, t.PANEL):
-            for top, bottom in _even(row.outputs, -(-parts // max(strips, 1)), t.PANEL // 2):
+        parts = max(1, -(-row.n * row.k * each // GRAIN))
+        strips = min(parts, max(1, row.k // SHORTEST))
+        for left, right in _even(row.k, strips, t.PANEL):
+            for top, bottom in _even(row.n, -(-parts // max(strips, 1)), t.PANEL // 2):
                 yield top, bottom, left, right, (bottom - top) * (right - left) * each
     else:
-        for left, right in _even(row.outputs, row.outputs * height // GRAIN, t.PANEL):
+        for left, right in _even(row.n, row.n * height // GRAIN, t.PANEL):
             yield 0, 0, left, right, (right - left) * height

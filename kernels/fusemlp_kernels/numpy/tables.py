@@ -185,7 +185,7 @@ class Table:
             self.after.append((array, copy))
         return copy
 
-    def add(self, kind: str, numbers: Mapping[int, float] | None = None, **columns: Any) -> None:
+    def add(self, kind: str, numbers: Mapping[int, float] | None = None, /, **columns: Any) -> None:
         """A row of calls; arrays among its columns are entered by their address."""
         self.integers += [0] * t.CALL_COLUMNS
         self.factors += [0.0] * t.CALL_FACTORS
@@ -194,14 +194,15 @@ class Table:
             array for name in BATCH_ARRAYS if isinstance(array := columns.get(name), np.ndarray) and array.ndim == 2
         ]
         arrays = tuple((_address(array), array.nbytes, array.strides[0]) for array in by_rows)
-        self.rows.append(Row(kind, *(columns.get(name, 0) for name in ("N", "K", "FIRST", "END")), arrays))
+        sizes = {name.lower(): columns.get(name, 0) for name in ("N", "K", "FIRST", "END")}
+        self.rows.append(Row(kind, arrays=arrays, **sizes))
         if columns.get("DSLOPE") is not None:
             columns["SLOPE_PART"] = t.SLOPES_PART + self.slopes
             self.slopes += 1
         self.widest = max(self.widest, columns.get("N", 0))
         self.amend(len(self.rows) - 1, numbers, KIND_OF_ROW=COLUMNS[kind], **columns)
 
-    def amend(self, row: int, numbers: Mapping[int, float] | None = None, **columns: Any) -> None:
+    def amend(self, row: int, numbers: Mapping[int, float] | None = None, /, **columns: Any) -> None:
         """Fill columns of a row: numbers, arrays, or an array and the place of an element in it."""
         start, first = t.HEAD_COLUMNS + row * t.CALL_COLUMNS, t.HEAD_FACTORS + row * t.CALL_FACTORS
         for name, value in columns.items():
@@ -230,7 +231,7 @@ class Table:
         """The row that computes the gradient which these elements of an array are; None if no row does."""
         wanted = _address(grads) + offset * grads.itemsize
         for at, row in enumerate(self.rows):
-            own = row.outputs * row.inputs if row.kind == "WEIGHT" else row.outputs
+            own = row.n * row.k if row.kind == "WEIGHT" else row.n
             out = self.integers[t.HEAD_COLUMNS + at * t.CALL_COLUMNS + t.OUT]
             if row.kind in PIECEWISE and (out, own) == (wanted, size):
                 return at
