@@ -314,7 +314,7 @@ class Table:
         work = work or _Later(names, self.real)
         integers = np.frombuffer(array("q", head + self.tensors + found.phases + found.tasks + found.pieces), np.int64)
         factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
-        self.bound = integers, factors, work, found.most
+        self.bound = integers, factors, work, self.real, found.most
         return copied(_launch(*self.bound, self.kept), self.before, self.after)
 
 
@@ -331,13 +331,16 @@ class _Later:
         return address
 
 
-def _launch(integers: Array, factors: Array, work: Any, tasks: int, kept: Any) -> Run:
+def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, kept: Any) -> Run:
     job = integers.ctypes.data
     integers[t.AT_FACTORS] = factors.ctypes.data
 
     # ``kept`` holds on to the arrays
     def run(steps: int = 1, _arrays: Any = (kept, factors)) -> None:
         integers[t.STEPS : t.PHASE + 1] = steps, 0, -1
+        if not integers[t.AT_PRODUCT]:
+            product, pack = _compiled("products").by_address(real)
+            integers[t.AT_PRODUCT], integers[t.AT_PACK] = product.address, pack.address
         if steps:
             launch(work.address, job, tasks)
 
@@ -348,7 +351,7 @@ class Form:
     """A bound table but for its arrays: those of ``arrays``, by name, are others in each model of a fleet."""
 
     def __init__(self, table: Table, arrays: Mapping[str, Array]) -> None:
-        self._integers, self._factors, self._work, self._tasks = table.bound
+        self._integers, self._factors, self._work, self._real, self._tasks = table.bound
         names = {id(array): name for name, array in arrays.items()}
         # (name, type, places), (None, shape and type of scratch, places); what is left is the same for all
         self._named: list[tuple[str, Any, list[tuple[int, int]]]] = []
@@ -383,7 +386,8 @@ class Form:
             address = _address(given)
             for place, offset in places:
                 numbers[place] = address + offset
-        return _launch(integers, self._factors.copy(), self._work, self._tasks, (own, self._common))
+        kept = own, self._common
+        return _launch(integers, self._factors.copy(), self._work, self._real, self._tasks, kept)
 
 
 def copied(run: Run, before: list[tuple[Array, Array]], after: list[tuple[Array, Array]]) -> Run:

@@ -1,4 +1,4 @@
-"""Atomic operations on words of memory, locks to sleep on, and calls by address: threads agree by them.
+"""Atomic operations on words of memory, and locks to sleep on: threads agree by them.
 
 Every operation is sequentially consistent. The locks are those of the interpreter (``PyThread_acquire_lock``), which
 exist on every platform and may be taken and released without holding its global lock.
@@ -78,22 +78,11 @@ def _pauses(typingctx: Any) -> Any:
     return types.void(), code
 
 
-def _calls(typingctx: Any, address: Any, first: Any, second: Any) -> Any:
-    """Call a function of two words by its address; the word that it returns."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function = builder.inttoptr(arguments[0], ir.FunctionType(_WORD, [_WORD, _WORD]).as_pointer())
-        return builder.call(function, arguments[1:])
-
-    return types.intp(types.intp, types.intp, types.intp), code
-
-
 load: Any = intrinsic(_loads)
 store: Any = intrinsic(_stores)
 add: Any = intrinsic(_adds)
 swap_if: Any = intrinsic(_swaps)
 pause: Any = intrinsic(_pauses)
-call_work: Any = intrinsic(_calls)
 
 for _name in ("PyThread_acquire_lock", "PyThread_release_lock"):
     _routine = ctypes.cast(getattr(ctypes.pythonapi, _name), ctypes.c_void_p).value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def kept(function: Callable[..., object], variant: str = "") -> Callable[..., ob
     return _kept(function, variant, functools.partial(numba.njit, **EXACT))
 
 
-def kept_for_calls(function: Callable[..., object], variant: str) -> Any:
-    """``function`` of two words that returns one, as ``kept``, with an ``address`` for ``atomics.call_work``."""
+def kept_for_calls(function: Callable[..., object], variant: str, kinds: Sequence[Any]) -> Any:
+    """``function``, which takes arguments of these types and returns a word, as ``kept``, with an ``address``."""
     options = {name: value for name, value in EXACT.items() if name != "no_cfunc_wrapper"}
-    return _kept(function, variant, functools.partial(numba.cfunc, types.intp(types.intp, types.intp), **options))
+    return _kept(function, variant, functools.partial(numba.cfunc, types.intp(*kinds), **options))
 
 
 def _kept(function: Callable[..., object], variant: str, compiler: Callable[..., Any]) -> Any:

@@ -5,11 +5,16 @@ A panel holds PANEL rows of a weight matrix (N, K), transposed: (K, PANEL), any 
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numba import float64, intp
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.options import EXACT, kept_for_calls
 from fusemlp_kernels.numpy.compiled.tables import PANEL
 from fusemlp_kernels.numpy.compiled.tiles import (
     REGISTER_BYTES,
@@ -23,17 +28,20 @@ from fusemlp_kernels.numpy.compiled.tiles import (
 )
 from fusemlp_kernels.numpy.compiled.views import elements
 
+# The type of the elements; each type has a copy of these functions.
+REAL: Any = np.float32
 
-@register_jitable(**EXACT)
-def product(
-    like: Any, a: int, a_row: int, a_step: int, b: int, b_panel: int, b_step: int, depth: int, start: int,
+
+def _product(
+    a: int, a_row: int, a_step: int, b: int, b_panel: int, b_step: int, depth: int, start: int,
     start_step: int, alpha: float, beta: float, c: int, c_row: int, rows: int, columns: int,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """``c = alpha * (start + a @ b) + beta * c``: c (rows, columns), a (rows, depth), b (depth, columns).
 
     a, b, c and start are addresses, the others strides in elements: b_panel from the first PANEL columns of b to the
     next. The same row of start is added to all rows; without start_step it is PANEL numbers, again and again.
     """
+    like = elements(REAL, a, 1)
     real, size = like.dtype.type, like.itemsize
     lanes = REGISTER_BYTES // size
     width = TILE_VECTORS * lanes
@@ -63,11 +71,12 @@ def product(
                 narrow_tile(
                     like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, left
                 )  # fmt: skip
+    return 0
 
 
-@register_jitable(**EXACT)
-def pack(like: Any, w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first: int, last: int) -> None:
+def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first: int, last: int) -> int:
     """Bring columns first to before last of some rows of w, (N, inputs), into panels; rows_from begins a panel."""
+    like = elements(REAL, w, 1)
     size = like.itemsize
     lanes = REGISTER_BYTES // size
     for top in range(rows_from, rows_to, lanes):
@@ -87,6 +96,7 @@ def pack(like: Any, w: int, inputs: int, panels: int, rows_from: int, rows_to: i
             )
             for column in range(k, last):
                 panel[column * PANEL] = row[column]
+    return 0
 
 
 @register_jitable(**EXACT)
@@ -108,3 +118,17 @@ def column_sums(
             total[j] += row[j]
     for j in range(columns):
         result[j] = a * total[j] if beta == 0.0 else a * total[j] + b * result[j]
+
+
+@functools.cache
+def by_address(real: Any) -> tuple[Any, Any]:
+    """``_product`` and ``_pack`` for this type, to be called by their ``address``: they are compiled once, and not
+    again with each kind of step."""
+    names = globals() | {"REAL": np.dtype(real).type}
+
+    def copy_of(function: Any, floats: Sequence[int]) -> Any:
+        own = types.FunctionType(function.__code__, names, function.__name__)
+        kinds = [float64 if at in floats else intp for at in range(function.__code__.co_argcount)]
+        return kept_for_calls(own, np.dtype(real).name, kinds)
+
+    return copy_of(_product, (9, 10)), copy_of(_pack, ())

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from fusemlp_kernels.numpy.compiled import losses, pointwise_numba, steps, updates
 from fusemlp_kernels.numpy.compiled.options import kept_for_calls
@@ -124,4 +125,4 @@ def compiled_work(absent: frozenset[str], real: Any) -> Any:
         made[module.__name__] = _cut(module, absent, made, variant)
     names = made[steps.__name__]
     names["REAL"] = np.dtype(real).type
-    return kept_for_calls(names["work"], variant)
+    return kept_for_calls(names["work"], variant, [types.intp] * 2)

@@ -17,7 +17,7 @@ from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, re
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
-from fusemlp_kernels.numpy.compiled.products import column_sums, pack, product
+from fusemlp_kernels.numpy.compiled.products import column_sums
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
     ACTIVATE,
@@ -29,9 +29,11 @@ from fusemlp_kernels.numpy.compiled.tables import (
     AT_HYPER,
     AT_LANES,
     AT_ONCE,
+    AT_PACK,
     AT_PARTIALS,
     AT_PHASES,
     AT_PIECES,
+    AT_PRODUCT,
     AT_RATES,
     AT_STATS,
     AT_SUMS,
@@ -134,6 +136,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
 )
 from fusemlp_kernels.numpy.compiled.tiles import copy
 from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, squares, update_part
+from fusemlp_kernels.numpy.compiled.views import call as call_function
 from fusemlp_kernels.numpy.compiled.views import elements, part
 
 # The type of the parameters; another copy of this module has another.
@@ -195,13 +198,14 @@ def _derivative(
 
 
 @register_jitable(**EXACT)
-def _backward(call: Any, numbers: Any, like: Any, partials: Any, zeros: int, first: int, count: int) -> None:
+def _backward(call: Any, numbers: Any, integers: Any, like: Any, partials: Any, first: int, count: int) -> None:
     """dz of the layer before."""
     inputs, outputs = call[K], call[N]
     size = like.itemsize
-    product(
-        like, call[DZ] + size * first * outputs, outputs, 1, call[W], PANEL, inputs, outputs, zeros, 0,
-        1.0 / (1.0 - numbers[RATE]), 0.0, call[OUT] + size * first * inputs, inputs, count, inputs,
+    call_function(
+        integers[AT_PRODUCT], call[DZ] + size * first * outputs, outputs, 1, call[W], PANEL, inputs, outputs,
+        integers[AT_ZEROS], 0, 1.0 / (1.0 - numbers[RATE]), 0.0, call[OUT] + size * first * inputs, inputs, count,
+        inputs,
     )  # fmt: skip
     out = _block(like, call[OUT], first, count, inputs)
     if call[KEEP]:
@@ -223,9 +227,9 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         _gather(call, like, rows, first, count)
     elif kind == AFFINE:
         inputs, outputs, size = call[K], call[N], like.itemsize
-        product(
-            like, call[X] + size * first * inputs, inputs, 1, call[PANELS], PANEL * inputs, PANEL, inputs, call[B], 1,
-            1.0, 0.0, call[Z] + size * first * outputs, outputs, count, outputs,
+        call_function(
+            integers[AT_PRODUCT], call[X] + size * first * inputs, inputs, 1, call[PANELS], PANEL * inputs, PANEL,
+            inputs, call[B], 1, 1.0, 0.0, call[Z] + size * first * outputs, outputs, count, outputs,
         )  # fmt: skip
     elif kind == ACTIVATE:
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
@@ -255,7 +259,7 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         for i in range(dz.size):
             dz[i] = 0
     elif kind == BACKWARD:
-        _backward(call, numbers, like, partials, integers[AT_ZEROS], first, count)
+        _backward(call, numbers, integers, like, partials, first, count)
 
 
 @register_jitable(**EXACT)
@@ -272,9 +276,10 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
     if call[KIND_OF_ROW] == WEIGHT:
         inputs = call[K]
         for first in range(0, max(count, 1), DEPTH):
-            product(
-                like, call[DZ] + size * (first * outputs + top), 1, outputs, call[X] + size * (first * inputs + left),
-                PANEL, inputs, min(DEPTH, count - first), integers[AT_ZEROS], 0, alpha, beta,
+            call_function(
+                integers[AT_PRODUCT], call[DZ] + size * (first * outputs + top), 1, outputs,
+                call[X] + size * (first * inputs + left), PANEL, inputs, min(DEPTH, count - first),
+                integers[AT_ZEROS], 0, alpha, beta,
                 call[OUT] + size * (top * inputs + left), inputs, piece[BOTTOM] - top, piece[RIGHT] - left,
             )  # fmt: skip
             beta = 1.0
@@ -285,6 +290,14 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
             like, call[OUT] + size * left, call[DZ] + size * left, call[SUMS] + size * left, rows, outputs,
             piece[RIGHT] - left, alpha, beta,
         )  # fmt: skip
+
+
+@register_jitable(**EXACT)
+def _pack(call: Any, integers: Any, piece: Any) -> None:
+    """A piece of the weights into its panel."""
+    call_function(
+        integers[AT_PACK], call[W], call[K], call[PANELS], piece[TOP], piece[BOTTOM], piece[LEFT], piece[RIGHT]
+    )
 
 
 @register_jitable(**EXACT)
@@ -314,9 +327,7 @@ def _after_gradient(
                 tensor_factors, call[FIRST], integers, factors, hyper, 1.0,
             )  # fmt: skip
     if call[PANELS] and integers[STEP] + 1 < integers[STEPS]:
-        pack(
-            like, call[W], call[K], call[PANELS], piece[TOP], piece[BOTTOM], piece[LEFT], piece[RIGHT],
-        )  # fmt: skip
+        _pack(call, integers, piece)
     return total
 
 
@@ -340,7 +351,7 @@ def _by_piece(
         )  # fmt: skip
         return 0.0
     if kind == PACK:
-        pack(like, call[W], call[K], call[PANELS], piece[TOP], piece[BOTTOM], piece[LEFT], piece[RIGHT])
+        _pack(call, integers, piece)
         return 0.0
     _gradient(call, integers, like, counters, tensor_factors, hyper, piece)
     return _after_gradient(call, numbers, integers, factors, like, hyper, tensor_factors, piece)

@@ -12,8 +12,8 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 # The head: the optimizer; how many rows of calls there are, and rows in the batch (COUNTED: ask the counters); the
 # control arrays, and how many epochs the statistics are of. The factors, and where in the integers phases, tasks and
 # pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
-# words a task; zeros. The plan: rows a task, phases, and how many of them come before the first step only. The
-# state of a launch: the steps to do, the step, the phase.
+# words a task; zeros. The functions of products and panels. The plan: rows a task, phases, and how many of them come
+# before the first step only. The state of a launch: the steps to do, the step, the phase.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -38,6 +38,8 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     AT_LANES,
     LANES_ROW,
     AT_ZEROS,
+    AT_PRODUCT,
+    AT_PACK,
     BLOCK,
     PHASES,
     PROLOGUE,
@@ -45,7 +47,7 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     STEP,
     PHASE,
     HEAD_COLUMNS,
-) = range(30)
+) = range(32)
 # The factors before those of the calls: the hyperparameters in their order, then the largest norm, and what gradients
 # are multiplied by in the update.
 CLIP_NORM, SCALE, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(3))

@@ -18,9 +18,10 @@ from typing import Any
 
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.atomics import add, call_work, load, pause, sleep, store, swap_if, wake
+from fusemlp_kernels.numpy.compiled.atomics import add, load, pause, sleep, store, swap_if, wake
 from fusemlp_kernels.numpy.compiled.denormals import AS_ZERO, read_control, write_control
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.views import call
 
 # Offsets in bytes. The ticket; tasks that have ended; how many threads sleep; those of the launch: its function and
 # argument, the tasks of this phase, how many members take part, whether it runs, and how long a thread spins. Then for
@@ -40,11 +41,11 @@ def alone(work: int, job: int) -> None:
     """Do all tasks of a launch in this thread."""
     before = read_control()
     write_control(before | AS_ZERO)
-    tasks = call_work(work, job, OPEN)
+    tasks = call(work, job, OPEN)
     while tasks:
         for task in range(tasks):
-            call_work(work, job, task)
-        tasks = call_work(work, job, OPEN)
+            call(work, job, task)
+        tasks = call(work, job, OPEN)
     write_control(before)
 
 
@@ -66,7 +67,7 @@ def _rouse(words: int, most: int) -> None:
 @register_jitable(**EXACT)
 def _open(words: int) -> None:
     """Open the next phase, or end the launch. No other thread writes the ticket now: no task is left or under way."""
-    tasks = call_work(load(words + WORK), load(words + JOB), OPEN)
+    tasks = call(load(words + WORK), load(words + JOB), OPEN)
     phase = (load(words + TICKET) >> TASK_BITS) + 1
     store(words + DONE, 0)
     store(words + TASKS, tasks)
@@ -120,7 +121,7 @@ def serve(words: int, me: int, work: int, job: int, members: int) -> None:
             _wait(words, me, ticket)
         elif swap_if(words + TICKET, ticket, ticket - 1):
             tasks = load(words + TASKS)
-            call_work(load(words + WORK), load(words + JOB), tasks - left)
+            call(load(words + WORK), load(words + JOB), tasks - left)
             if add(words + DONE, 1) + 1 == tasks:
                 _open(words)
     write_control(before)

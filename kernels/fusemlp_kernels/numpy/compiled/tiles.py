@@ -100,7 +100,7 @@ def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
 
 
 def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
-    """A tile of so many rows and vectors of columns, ``masked`` where some columns may be missing."""
+    """A tile of this many rows and vectors of columns, ``masked`` where some columns may be missing."""
 
     def typed(
         typingctx: Any, like: Any, a: Any, a_row: Any, a_step: Any, b: Any, b_step: Any, depth: Any, start: Any,
