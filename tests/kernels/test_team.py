@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,26 @@ def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monke
     with team._the_team(2).free:
         engine.fit(X, y, epochs=1)
     assert led == []
+
+
+def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    X, y = RNG.standard_normal((256, 200)), RNG.integers(0, 10, 256)
+    found = []
+    for number in (1, 3):
+        with_threads(monkeypatch, number)
+        monkeypatch.setattr(team, "_team", None)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        engine = Engine(MLP([200, 300, 10]), batch_size=128)
+        with caplog.at_level("INFO", logger="fusemlp.kernels"):
+            engine.fit(X, y, epochs=1)
+        found.append(digest(engine, X, y))
+    assert found[0] == found[1]
+    assert "1 threads train in place of 3: can't start new thread" in caplog.text
 
 
 SLOW = """

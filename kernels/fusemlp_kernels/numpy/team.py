@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import threading
 from importlib import import_module
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels.numpy.cores import threads
+
+_log = logging.getLogger("fusemlp.kernels")
 
 # A thread looks this often for the next task before it sleeps: 10 to 25 microseconds on processors since 2016.
 SPINS = 500
@@ -50,9 +53,13 @@ class _Team:
         _, serve = _functions()
         while self._threads < members:
             target = functools.partial(serve, self._address, self._threads, 0, 0, 0)
-            threading.Thread(target=target, name=f"fusemlp-{self._threads}", daemon=True).start()
+            try:
+                threading.Thread(target=target, name=f"fusemlp-{self._threads}", daemon=True).start()
+            except RuntimeError as error:
+                _log.info("%d threads train in place of %d: %s", self._threads, members, error)
+                break
             self._threads += 1
-        serve(self._address, 0, work, job, members)
+        serve(self._address, 0, work, job, min(members, self._threads))
 
 
 _team: _Team | None = None
