@@ -20,7 +20,7 @@ from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.cli import prepare
+from fusemlp.datasets import prepare
 from fusemlp.datasets.dates import date_parts, orders_of, parse_date
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import MOST_WORDS, Preprocessor

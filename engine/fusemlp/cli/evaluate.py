@@ -7,8 +7,9 @@ from typing import Any
 from fusemlp.cli.options import EvaluateOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import network_inputs, prepare
+from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.load import load_labelled
+from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score

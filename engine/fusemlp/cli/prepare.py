@@ -11,6 +11,7 @@ import numpy as np
 from fusemlp.cli import recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Columns, Dataset, load_data
+from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
 from fusemlp.datasets.preprocessing import SCALES, Preprocessor, split
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
@@ -21,20 +22,6 @@ from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
 TEST_FRACTION = 0.2
-_PIECE = 2**15
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows for the engine: X (n, inputs), y for the loss, and ``labels`` as in the data."""
-
-    X: Array
-    y: Array
-    labels: Array
-    weight: Array | None = None
-
-    def __len__(self) -> int:
-        return len(self.X)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,20 +111,6 @@ def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
         raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
 
 
-def network_inputs(preprocessor: Preprocessor, X: Array, precision: str) -> Array:
-    """Return the inputs of rows in the network's type, a piece at a time: all in float64 take twice the memory."""
-    inputs = np.empty((len(X), preprocessor.width), np.float64 if precision == "fp64" else np.float32)
-    try:
-        with np.errstate(over="ignore"):
-            for start in range(0, len(X), _PIECE):
-                inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
-    except DataError:
-        # Its message has the row in the piece.
-        return preprocessor.transform_features(X)
-    # The engine's error names a value that float32 cannot hold.
-    return inputs if np.isfinite(inputs).all() else preprocessor.transform_features(X)
-
-
 def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
     """Load the data of the options and prepare a training; equal options give equal results.
 
@@ -169,15 +142,9 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
 
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
-    preprocessor = like or Preprocessor.fit(
-        dataset,
-        training,
-        scale=options.scale,
-        one_hot_targets=name in recipe.ONE_HOT,
-        scale_targets=name != "poisson",
-    )
-    outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
-    net = recipe.network((preprocessor.width, *widths, outputs), options, init=options.init)
+    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=options.scale)
+    inputs, outputs = network_ends(preprocessor, name)
+    net = recipe.network((inputs, *widths, outputs), options, init=options.init)
     weights = None
     if classify:
         weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)
@@ -188,9 +155,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         weight = None
         if weights is not None and name != "cross_entropy":
             weight = np.array(weights)[preprocessor.class_codes(labels)]
-        return Rows(
-            network_inputs(preprocessor, X, options.precision), preprocessor.encode_targets(labels), labels, weight
-        )
+        return rows_for(preprocessor, X, labels, precision=options.precision, weight=weight)
 
     return Prepared(
         dataset,

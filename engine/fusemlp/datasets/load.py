@@ -7,7 +7,7 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,7 +128,7 @@ def load_features(
     source, path = path, _existing(path)
     notes = [] if notes is None else notes
     if is_table(path):
-        kinds = _kinds(preprocessor)
+        kinds = table_kinds(preprocessor)
         table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
         return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
@@ -150,7 +150,7 @@ def load_labelled(
     path = _existing(source)
     notes = [] if notes is None else notes
     if is_table(path):
-        kinds, target = _kinds(preprocessor), preprocessor.target_name
+        kinds, target = table_kinds(preprocessor), preprocessor.target_name
         table = read_table(
             path,
             features=tuple(kinds),
@@ -264,13 +264,10 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
     if target in columns.drop:
         raise ArgumentError(f"drop: {target!r} is the target")
-    for option, chosen in (("drop", columns.drop), ("keep", columns.keep), ("categorical", columns.categorical)):
-        absent = [name for name in chosen if name not in names]
-        if absent:
-            raise DataError(f"{path}: no columns {listed(absent)} to {option}; the columns are {listed(names)}")
+    check_choices(path, names, columns)
     notes: list[str] = []
     like = columns.like
-    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else table_kinds(like)
     table = read_table(
         path,
         features=None if like is None else tuple(kinds),
@@ -282,6 +279,28 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
         notes=notes,
     )
     y = table.pop(target)
+    return from_columns(path, table, y, target, kinds, columns, notes)
+
+
+def check_choices(path: Path, names: Sequence[str], columns: Columns) -> None:
+    """Raise DataError for a chosen column that the table does not have."""
+    for option, chosen in (("drop", columns.drop), ("keep", columns.keep), ("categorical", columns.categorical)):
+        absent = [name for name in chosen if name not in names]
+        if absent:
+            raise DataError(f"{path}: no columns {listed(absent)} to {option}; the columns are {listed(names)}")
+
+
+def from_columns(
+    path: Path,
+    table: dict[str, Array],
+    y: Array,
+    target: str,
+    kinds: Mapping[str, str],
+    columns: Columns,
+    notes: list[str],
+) -> Dataset:
+    """Return the data set of a table's feature columns and labels; its task is not known yet."""
+    like = columns.like
     if not table:
         raise DataError(f"{path}: there is no feature column besides the target {target!r}")
     if like is None:
@@ -295,7 +314,7 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
     return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
 
 
-def _kinds(preprocessor: Preprocessor) -> dict[str, str]:
+def table_kinds(preprocessor: Preprocessor) -> dict[str, str]:
     """Return the columns of the table that the features come from, and what each holds."""
     dates = dict(preprocessor.dates)
     sources = part_names(dates)
