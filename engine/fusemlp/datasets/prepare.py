@@ -36,9 +36,7 @@ class Rows:
 
 def fit_preprocessor(dataset: Dataset, rows: npt.ArrayLike, *, loss: str, **options: Any) -> Preprocessor:
     """Return a Preprocessor of the training ``rows`` with targets as ``loss`` takes them."""
-    return Preprocessor.fit(
-        dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=loss != "poisson", **options
-    )
+    return Preprocessor.fit(dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=loss != "poisson", **options)
 
 
 def network_ends(preprocessor: Preprocessor, loss: str) -> tuple[int, int]:
