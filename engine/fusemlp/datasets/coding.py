@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.dates import PARTS, part_names, with_parts
 from fusemlp.datasets.files import Array
+from fusemlp.datasets.sources import Place
 from fusemlp.datasets.textfiles import MISSING
 from fusemlp_kernels.errors import DataError
 
@@ -33,7 +33,7 @@ def kept_features(table: dict[str, Array]) -> tuple[str, ...]:
     )
 
 
-def without_useless(path: Path, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, Array]:
+def without_useless(path: Place, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, Array]:
     """Return the columns that a network can learn from, with a line on the others; all of them if none is left."""
     reasons = {name: None if name in keep else _useless(name, column) for name, column in table.items()}
     useless = {name: found for name, found in reasons.items() if found is not None}

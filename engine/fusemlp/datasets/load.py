@@ -10,17 +10,18 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemlp.datasets.coding import Categories, Features, coded, kept_features, without_useless
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
-from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
+from fusemlp.datasets.sources import TABLES, Frame, Place, as_frame, is_table
+from fusemlp.datasets.tables import listed, read_names, read_table
 from fusemlp.datasets.textfiles import COMPRESSED, Form
 from fusemlp.inputs.arrays import as_features
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
 if TYPE_CHECKING:
     from fusemlp.datasets.preprocessing import Preprocessor
@@ -83,18 +84,19 @@ class Columns:
 
 
 def load_data(
-    source: str | Path,
+    source: Any,
     *,
     target: str | None = None,
     task: str | None = None,
     form: Form | None = None,
     columns: Columns | None = None,
 ) -> Dataset:
-    """Load a data set by name (``NAMES``) or path.
+    """Load a data set by name (``NAMES``) or path, or take a table.
 
     Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` (plain, or compressed
-    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``) or ``.parquet`` with the name of the ``target`` column; a folder of IDX
-    files in MNIST's layout, plain or ``.gz``.
+    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``), ``.parquet``, ``.feather``, ``.arrow`` or ``.xlsx`` with the name of the
+    ``target`` column; a folder of IDX files in MNIST's layout, plain or ``.gz``. A table is a DataFrame of pandas or
+    polars, an Arrow table, or anything else that speaks Arrow's C stream interface.
 
     The beginning of a text table tells its separator, decimal mark and encoding, unless ``form`` sets them. Columns
     that are constant, count the rows, or hold another word in nearly every row are left out; ``columns`` chooses
@@ -108,27 +110,27 @@ def load_data(
     """
     if task is not None and task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    if not isinstance(source, (str, Path)):
-        raise ArgumentTypeError(f"data: expected a name or a path, got {type(source).__name__}")
-    path = _existing(source)
-    if target is not None and (source in NAMES or path.is_dir() or path.suffix.lower() == ".npz"):
+    place = _existing(source)
+    if isinstance(place, Frame) or is_table(place):
+        return _with_task(_from_table(place, target, form or Form(), columns or Columns()), task)
+    if target is not None and (source in NAMES or place.is_dir() or place.suffix.lower() == ".npz"):
         raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
-    return _with_task(_read(source, target, form or Form(), columns or Columns()), task)
+    return _with_task(_read(source), task)
 
 
 def load_features(
-    path: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+    source: Any, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
 ) -> Features:
-    """Load the features of new data, for ``preprocessor.transform_features``.
+    """Load the features of new data, a source as of ``load_data``, for ``preprocessor.transform_features``.
 
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
     among any others. A missing number and a word that is unseen in training become NaN, and ``notes`` takes a line on
     them. Raises DataError that lists missing and present columns.
     """
-    source, path = path, _existing(path)
+    path = _existing(source)
     notes = [] if notes is None else notes
-    if is_table(path):
-        kinds = table_kinds(preprocessor)
+    if isinstance(path, Frame) or is_table(path):
+        kinds = _kinds(preprocessor)
         table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
         return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
@@ -137,11 +139,11 @@ def load_features(
         if name is None:
             raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
         return _matching(path, _flat(path, name, arrays[name]), preprocessor)
-    return _matching(path, _read(source, None, Form(), Columns()).X, preprocessor)
+    return _matching(path, _read(source).X, preprocessor)
 
 
 def load_labelled(
-    source: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+    source: Any, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
 ) -> tuple[Features, Array]:
     """Load features and labels of new data for an evaluation, as ``load_features`` does.
 
@@ -149,8 +151,8 @@ def load_labelled(
     """
     path = _existing(source)
     notes = [] if notes is None else notes
-    if is_table(path):
-        kinds, target = table_kinds(preprocessor), preprocessor.target_name
+    if isinstance(path, Frame) or is_table(path):
+        kinds, target = _kinds(preprocessor), preprocessor.target_name
         table = read_table(
             path,
             features=tuple(kinds),
@@ -163,7 +165,7 @@ def load_labelled(
         )
         y = table.pop(target)
         return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0], y
-    dataset = _read(source, None, Form(), Columns())
+    dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, preprocessor), y
 
@@ -200,8 +202,8 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     return replace(dataset, task=chosen)
 
 
-def _read(source: str | Path, target: str | None, form: Form, columns: Columns) -> Dataset:
-    return _named(str(source)) if source in NAMES else _from_path(Path(source), target, form, columns)
+def _read(source: str | Path) -> Dataset:
+    return _named(str(source)) if source in NAMES else _from_path(Path(source))
 
 
 def _named(name: str) -> Dataset:
@@ -228,8 +230,10 @@ def _named(name: str) -> Dataset:
     )
 
 
-def _existing(source: str | Path) -> Path:
-    """Return the path of a file or folder that exists; a name of ``NAMES`` needs none."""
+def _existing(source: Any) -> Place:
+    """Return the path of a file or folder that exists, or a table; a name of ``NAMES`` needs none."""
+    if not isinstance(source, (str, Path)):
+        return as_frame(source)
     path = Path(source)
     try:
         found = source in NAMES or path.exists()
@@ -245,20 +249,21 @@ def _existing(source: str | Path) -> Path:
     )
 
 
-def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> Dataset:
-    suffix = path.suffix.lower()
+def _from_path(path: Path) -> Dataset:
     if path.is_dir():
         try:
             return _from_idx_folder(path)
         except OSError as error:
             raise DataError(f"{path}: the folder cannot be read ({reason(error)})") from error
-    if suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _from_npz(path)
-    if not is_table(path):
-        raise DataError(
-            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
-            "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
-        )
+    raise DataError(
+        f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
+        "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
+    )
+
+
+def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -> Dataset:
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
@@ -267,7 +272,7 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
     check_choices(path, names, columns)
     notes: list[str] = []
     like = columns.like
-    kinds = dict.fromkeys(columns.categorical, "word") if like is None else table_kinds(like)
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
     table = read_table(
         path,
         features=None if like is None else tuple(kinds),
@@ -282,7 +287,7 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
     return from_columns(path, table, y, target, kinds, columns, notes)
 
 
-def check_choices(path: Path, names: Sequence[str], columns: Columns) -> None:
+def check_choices(path: Place, names: Sequence[str], columns: Columns) -> None:
     """Raise DataError for a chosen column that the table does not have."""
     for option, chosen in (("drop", columns.drop), ("keep", columns.keep), ("categorical", columns.categorical)):
         absent = [name for name in chosen if name not in names]
@@ -291,7 +296,7 @@ def check_choices(path: Path, names: Sequence[str], columns: Columns) -> None:
 
 
 def from_columns(
-    path: Path,
+    path: Place,
     table: dict[str, Array],
     y: Array,
     target: str,
@@ -314,7 +319,7 @@ def from_columns(
     return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
 
 
-def table_kinds(preprocessor: Preprocessor) -> dict[str, str]:
+def _kinds(preprocessor: Preprocessor) -> dict[str, str]:
     """Return the columns of the table that the features come from, and what each holds."""
     dates = dict(preprocessor.dates)
     sources = part_names(dates)

@@ -22,11 +22,11 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
 
 from fusemlp.callbacks import ProgressBar
-from fusemlp.datasets.coding import coded
-from fusemlp.datasets.inmemory import column_names, is_frame, read_frame
-from fusemlp.datasets.load import Columns, Dataset, check_choices, from_columns, table_kinds
+from fusemlp.datasets.load import Columns, Dataset, check_choices, from_columns, load_features
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for
 from fusemlp.datasets.preprocessing import Preprocessor, split
+from fusemlp.datasets.sources import as_frame
+from fusemlp.datasets.tables import read_names, read_table
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
@@ -38,8 +38,6 @@ from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 Array = np.ndarray[Any, Any]
-
-SOURCE = Path("X")
 
 log = logging.getLogger("fusemlp.sklearn")
 
@@ -134,23 +132,21 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, X_val: Any, y_val: Any) -> Self:
         if (X_val is None) != (y_val is None):
-            raise ArgumentError(
-                f"{'y_val' if y_val is None else 'X_val'}: it is missing; X_val and y_val belong together"
-            )
-        seed = self._seed()
-        loss = self._checked_loss()
-        notes: list[str] = []
-        labels = self._checked_targets(y)
-        dataset, weight = self._read(X, labels, sample_weight, notes)
+            missing = "y_val" if y_val is None else "X_val"
+            raise ArgumentError(f"{missing}: it is missing; X_val and y_val belong together")
+        if y is None:
+            # scikit-learn's words
+            raise ArgumentError(f"y: {type(self).__name__} requires y to be passed, but the target y is None")
+        seed, loss, notes = self._seed(), self._checked_loss(), list[str]()
+        dataset, weight = self._read(X, self._checked_targets(y), sample_weight, notes)
         labels = dataset.y
         training, held = np.arange(len(labels)), np.arange(0)
         if self.early_stopping is not None and X_val is None:
-            training, held = self._held_out(dataset, seed, notes)
+            training, held = self._held_out(labels, seed, notes)
         made = fit_preprocessor(dataset, training, loss=loss.kind, scale=self.scale)
         first, last = network_ends(made, loss.kind)
-        network = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
         engine = Engine(
-            network,
+            MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout),
             loss=loss,
             optimizer=self._optimizer(),
             batch_size=min(as_count("batch_size", self.batch_size), len(training)),
@@ -159,20 +155,19 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             precision=self.precision,
         )
 
-        def rows(chosen: Array) -> Rows:
-            given = None if weight is None else weight[chosen]
-            row_weight = self._weights(labels[chosen], given)
-            return rows_for(made, dataset.X[chosen], labels[chosen], precision=engine.precision, weight=row_weight)
+        def rows(features: Array, labels: Array, weight: Array | None) -> Rows:
+            weight = self._weights(labels, weight)
+            return rows_for(made, features, labels, precision=engine.precision, weight=weight)
 
-        train = rows(training)
-        watched = rows(held) if len(held) else None
+        def part(chosen: Array) -> Rows:
+            return rows(dataset.X[chosen], labels[chosen], None if weight is None else weight[chosen])
+
+        train, watched = part(training), part(held) if len(held) else None
         if X_val is not None:
             labels_val = self._checked_targets(y_val)
-            features = self._features(X_val, made, column_names(X), notes)
+            features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
-            weight_val = self._weights(labels_val, None)
-            watched = rows_for(made, features, labels_val, precision=engine.precision, weight=weight_val)
-        callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
+            watched = rows(features, labels_val, None)
         engine.fit(
             train.X,
             train.y,
@@ -180,51 +175,54 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             validation_data=None if watched is None else (watched.X, watched.y, watched.weight),
             epochs=as_count("epochs", self.epochs),
             early_stopping=None if watched is None else self.early_stopping,
-            callbacks=callbacks,
+            callbacks=[*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])],
         )
         self.engine_, self.preprocessor_, self.notes_ = engine, made, (*dataset.notes, *notes)
-        for note in self.notes_:
-            log.info("%s", note)
+        _tell(self.notes_)
         return self
 
     def _read(self, X: Any, labels: Array, sample_weight: Any, notes: list[str]) -> tuple[Dataset, Array | None]:
         """Return the data set of all rows with a weight that is not 0, and their weights."""
-        X = self._checked_table(X, reset=True)
-        check_consistent_length(X, labels)
-        names = column_names(X)
-        columns = Columns(*(_names(self, name) for name in ("drop", "keep", "categorical")))
-        check_choices(SOURCE, names, columns)
+        frame = as_frame(self._table(X, reset=True))
+        check_consistent_length(frame.table, labels)
+        names = read_names(frame)
+        columns = Columns(*(_names(getattr(self, option)) for option in ("drop", "keep", "categorical")))
+        check_choices(frame, names, columns)
         kinds = dict.fromkeys(columns.categorical, "word")
-        table = read_frame(X, drop=columns.drop, kinds=kinds, notes=notes)
+        table = read_table(frame, drop=columns.drop, kinds=kinds, notes=notes)
         weight = None
         if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, np.empty(len(labels)))
+            weight = _check_sample_weight(sample_weight, labels)
             counted = weight != 0
             if not counted.any():
                 raise ArgumentError(f"sample_weight: all {len(weight)} weights are zero; at least one row must count")
             table = {name: column[counted] for name, column in table.items()}
             labels, weight = labels[counted], weight[counted]
-        dataset = from_columns(SOURCE, table, labels, "y", kinds, columns, notes)
+        dataset = from_columns(frame, table, labels, "y", kinds, columns, notes)
         notes.clear()
-        dataset = replace(dataset, task=self.task)
-        if self.task == "classification" and len(dataset.classes) < 2:
-            raise DataError(f"y: every label is {dataset.classes[0]!r}; a classifier needs two or more classes")
-        return dataset, weight
+        return replace(dataset, task=self.task), weight
 
-    def _checked_table(self, X: Any, *, reset: bool) -> Any:
-        """Return X as a frame or an array; scikit-learn's errors for what is neither of them."""
-        if is_frame(X):
-            return validate_data(self, X, skip_check_array=True, reset=True) if reset else X
-        return validate_data(self, X, dtype=None, ensure_all_finite="allow-nan", reset=reset)
+    def _table(self, X: Any, *, reset: bool = False) -> Any:
+        """Return X as a table with names; scikit-learn's errors for other things."""
+        if hasattr(X, "__arrow_c_stream__") or hasattr(X, "to_arrow"):
+            # Columns are taken by name, in any order.
+            return validate_data(self, X, skip_check_array=True) if reset else X
+        if isinstance(X, list | tuple) and np.asarray(X).dtype.kind in "US":
+            # Lists of numbers and words would become words alone.
+            X = np.array(X, object)
+        array = validate_data(self, X, dtype=None, ensure_all_finite="allow-nan", reset=reset)
+        names = getattr(self, "feature_names_in_", None)
+        return arrow_table(array, [f"x{index}" for index in range(array.shape[1])] if names is None else names)
 
-    def _held_out(self, dataset: Dataset, seed: int, notes: list[str]) -> tuple[Array, Array]:
+    def _held_out(self, labels: Array, seed: int, notes: list[str]) -> tuple[Array, Array]:
+        """Return the indices of the training rows and of the rows that early stopping watches."""
         share = as_number("validation_fraction", self.validation_fraction, low=0.0, high=1.0, high_open=True)
         if share:
             try:
-                return split(dataset.y, fraction=share, seed=seed, stratify=self.task == "classification")
+                return split(labels, fraction=share, seed=seed, stratify=self.task == "classification")
             except DataError as error:
                 notes.append(f"no rows held out for early stopping: {str(error).removeprefix('fraction: ')}")
-        return np.arange(len(dataset.y)), np.arange(0)
+        return np.arange(len(labels)), np.arange(0)
 
     def _seed(self) -> int:
         if isinstance(self.random_state, int | np.integer):
@@ -241,28 +239,22 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         changes: Any = {} if self.lr is None else {"lr": self.lr}
         return replace(optimizer, **changes)
 
-    def _features(self, X: Any, made: Preprocessor, names: list[str], notes: list[str]) -> Array:
-        """Return rows as ``load_features`` does; ``names`` are the columns of the training."""
-        kinds = table_kinds(made)
-        table = read_frame(X, names=None if is_frame(X) else names, features=tuple(kinds), kinds=kinds, notes=notes)
-        return coded(table, made.feature_names, made.categories, notes)[0]
-
     def _inputs(self, X: Any) -> Array:
+        """Return the network's inputs of a table's rows."""
         check_is_fitted(self)
         notes: list[str] = []
-        names = [str(name) for name in getattr(self, "feature_names_in_", ())]
-        names = names or [f"x{index}" for index in range(self.n_features_in_)]
-        features = self._features(self._checked_table(X, reset=False), self.preprocessor_, names, notes)
-        for note in notes:
-            log.info("%s", note)
+        features = load_features(self._table(X), self.preprocessor_, notes=notes)
+        _tell(notes)
         return network_inputs(self.preprocessor_, features, self.engine_.precision)
 
     @property
     def history_(self) -> History:
+        """The record of the training: ``history_.history["val_loss"]``, ``best_epoch``, ``stopped``."""
         return self.engine_.history or History()
 
     @property
     def n_iter_(self) -> int:
+        """The number of epochs that were trained."""
         return len(self.history_.epochs)
 
     def to_onnx(self, path: str | Path) -> None:
@@ -279,12 +271,36 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         return tags
 
 
-def _names(estimator: TableParameters, parameter: str) -> list[str]:
+def arrow_table(array: Array, names: Iterable[str]) -> Any:
+    """Return the columns of an array (n, columns) as an Arrow table; text that is numbers throughout becomes numbers."""
+    import pyarrow
+
+    from fusemlp.datasets.columns import numbers_of
+
+    columns = []
+    for name, values in zip(names, array.T, strict=True):
+        try:
+            column = pyarrow.array(values.tolist() if values.dtype.kind in "OU" else values, from_pandas=True)
+        except (pyarrow.ArrowException, TypeError) as error:
+            kinds = sorted({type(value).__name__ for value in values.tolist()})
+            raise DataError(
+                f"X, column {name!r}: expected numbers, words or dates alone, found {', '.join(kinds)}; convert them"
+            ) from error
+        if values.dtype.kind == "U":
+            numbers, wrong = numbers_of(column, ".")
+            column = column if len(wrong) else pyarrow.array(numbers)
+        columns.append(column)
+    return pyarrow.table(columns, names=list(names))
+
+
+def _names(given: Any) -> list[str]:
     """Return the names of columns that a parameter holds; one name stands for a list of it."""
-    given = getattr(estimator, parameter)
-    if given is None:
-        return []
-    return [given] if isinstance(given, str) else [str(name) for name in given]
+    return [given] if isinstance(given, str) else [str(name) for name in given or ()]
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        log.info("%s", note)
 
 
 def _gives_probabilities(estimator: Any) -> bool:
@@ -305,11 +321,10 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
     task = "classification"
 
     def _checked_targets(self, y: Any) -> Array:
-        labels = _check_y(y, estimator=self)
-        if labels.dtype == object and any(not isinstance(label, str) for label in labels):
-            missing = [row for row, label in enumerate(labels) if label is None or label != label]
-            if missing:
-                raise DataError(f"y: {len(missing)} labels are missing, the first in row {missing[0]}; drop these rows")
+        labels: Array = _check_y(y, estimator=self)
+        missing = [row for row, label in enumerate(labels) if label is None] if labels.dtype == object else []
+        if missing:
+            raise DataError(f"y: {len(missing)} labels are missing, the first in row {missing[0]}; drop these rows")
         check_classification_targets(labels)
         return labels
 
@@ -325,6 +340,8 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
     def _read(self, *given: Any) -> tuple[Dataset, Array | None]:
         dataset, weight = super()._read(*given)
         self.classes_ = dataset.classes
+        if len(self.classes_) < 2:
+            raise DataError(f"y: it has one class, {self.classes_[0]}; a classifier needs two or more")
         if len(self.classes_) != 2 and as_loss(self.loss or "cross_entropy").kind == "binary_cross_entropy":
             raise ArgumentError(
                 f"loss: 'binary_cross_entropy' is for two classes, and y has {len(self.classes_)}; use cross_entropy"
