@@ -130,7 +130,7 @@ def load_features(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds = _kinds(preprocessor)
+        kinds = table_columns(preprocessor)
         table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
         return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
@@ -152,7 +152,7 @@ def load_labelled(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds, target = _kinds(preprocessor), preprocessor.target_name
+        kinds, target = table_columns(preprocessor), preprocessor.target_name
         table = read_table(
             path,
             features=tuple(kinds),
@@ -272,7 +272,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
     check_choices(path, names, columns)
     notes: list[str] = []
     like = columns.like
-    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else table_columns(like)
     table = read_table(
         path,
         features=None if like is None else tuple(kinds),
@@ -319,8 +319,8 @@ def from_columns(
     return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
 
 
-def _kinds(preprocessor: Preprocessor) -> dict[str, str]:
-    """Return the columns of the table that the features come from, and what each holds."""
+def table_columns(preprocessor: Preprocessor) -> dict[str, str]:
+    """Return the columns of the table that the features come from, and what each holds: its kind for ``read_table``."""
     dates = dict(preprocessor.dates)
     sources = part_names(dates)
     kinds: dict[str, str] = {}
