@@ -33,22 +33,42 @@ def kept_features(table: dict[str, Array]) -> tuple[str, ...]:
     )
 
 
-def without_useless(path: Path, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, Array]:
-    """Return the columns that a network can learn from, with a line on the others; all of them if none is left."""
+def without_useless(path: Path, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, str]:
+    """Return the columns that a network cannot learn from with the reasons, and note them; none if all are such."""
     reasons = {name: None if name in keep else _useless(name, column) for name, column in table.items()}
     useless = {name: found for name, found in reasons.items() if found is not None}
+    rest = {name: column for name, column in table.items() if name not in useless}
+    useless |= {name: f"the same as {other!r}" for name, other in _twins(rest).items() if name not in keep}
     if not useless:
-        return table
+        return {}
     if len(useless) == len(table):
         numbers = {name: table[name] for name in useless if table[name].dtype.kind in "fM"}
         numbers = {name: column for name, column in numbers.items() if useless[name] != "no values"}
         if not numbers:
             found = "; ".join(f"column {name!r}: {found}" for name, found in useless.items())
             raise DataError(f"{path}: no feature is left to learn from: {found}; drop or --keep these columns")
-        return numbers
+        return {name: found for name, found in useless.items() if name not in numbers}
     told = ", ".join(f"{name!r} ({found})" for name, found in useless.items())
     notes.append(f"left out, unless you --keep them: {told}")
-    return {name: column for name, column in table.items() if name not in useless}
+    return {name: useless[name] for name in table if name in useless}
+
+
+def _twins(table: dict[str, Array]) -> dict[str, str]:
+    """Return the columns that hold the same values in every row as an earlier one, with that one's name."""
+    first: dict[object, list[str]] = {}
+    twins: dict[str, str] = {}
+    for name, column in table.items():
+        numbers = column.dtype.kind in "biuf"
+        plain = column.dtype.kind != "O"
+        content = hash((column + 0.0 if numbers else column).tobytes() if plain else tuple(column))
+        others = first.setdefault((column.dtype.kind, content), [])
+        same = (other for other in others if np.array_equal(table[other], column, equal_nan=numbers))
+        other = next(same, None)
+        if other is None:
+            others.append(name)
+        else:
+            twins[name] = other
+    return twins
 
 
 def _useless(name: str, column: Array) -> str | None:
