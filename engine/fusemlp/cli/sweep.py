@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import grid, recipe
+from fusemlp.cli import columns, grid, recipe
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import show
@@ -63,7 +63,7 @@ def sweep(options: SweepOptions) -> None:
     was_there = folder.exists()
     run = create_run(folder)
     if not options.quiet:
-        print(describe(plan), file=sys.stderr)
+        print(*columns.lines(plan.prepared, run), describe(plan), sep="\n", file=sys.stderr)
     began = time.perf_counter()
     try:
         members, interrupted = trained(plan, run)
@@ -98,6 +98,7 @@ def sweep(options: SweepOptions) -> None:
 def keep(plan: Plan, run: Run, best: Member, about: dict[str, Any], started: datetime, *, no_plot: bool) -> None:
     """Write the best model as a run of ``train``, and print it."""
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
+    columns.write(plan.prepared, run)
     begun = started.astimezone().isoformat(timespec="seconds")
     write_json(run.config, {**config, "started": begun, "sweep": about})
     for at, epoch in enumerate(best.history.epochs):
@@ -112,6 +113,7 @@ def keep(plan: Plan, run: Run, best: Member, about: dict[str, Any], started: dat
         "run": str(run.path),
         "results": str(run.path / RESULTS),
         "plot": None if no_plot else str(run.path / PICTURE),
+        "columns": columns.records(plan.prepared),
     }
     spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
     least = "largest" if plan.metric in RISING else "least"
