@@ -237,7 +237,8 @@ class TrainOptions(FitOptions):
 class SweepOptions(FitOptions):
     """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
 
-    The validation rows choose the best model; the test rows score only that one, at the end.
+    The validation rows choose the best model; the test rows score only that one, at the end. Models that differ in
+    their seed alone are judged together, by their mean score.
 
     The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
 
@@ -258,6 +259,12 @@ class SweepOptions(FitOptions):
     )
     sample: int | None = _option(
         None, "Train only this many combinations, drawn at random by the split's seed.", "COUNT"
+    )
+    seeds: int | None = _option(
+        None,
+        "Train each combination with this many seeds, from --seed on, and choose by the mean score; as --vary seed "
+        "beside another --vary does.",
+        "COUNT",
     )
     metric: str | None = _option(None, "Score that ranks models: val_loss (default), val_accuracy, loss or accuracy.")
     jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
