@@ -43,7 +43,7 @@ def visits(path: Path, count: int = 100, *, seed: int = 0) -> Path:
 
 
 def prepared(path: Path, **options: Any) -> Prepared:
-    return prepare(TrainOptions(data=str(path), target="y", **options))
+    return prepare(TrainOptions(**{"data": str(path), "target": "y", **options}))
 
 
 # Groups and times
@@ -218,7 +218,7 @@ def test_own_files_are_read_by_the_training_columns(tmp_path: Path) -> None:
     write(test, "word,x,y,name,more", rows)
     made = prepared(train, id=["name"], test=str(test), validation=str(valid))
     assert len(made.test) == 3
-    said = [note for note in made.notes if note.startswith("test, test.csv: ")]
+    said = [note for note in made.notes if note.startswith("test file: ")]
     assert any("columns that the training did not have, ignored: 'more'" in note for note in said)
     assert any("words unseen in training" in note for note in said)
     assert any("1 of 3 rows stand in train.csv too" in note for note in said)
@@ -258,6 +258,7 @@ def test_a_label_that_only_the_test_file_has(tmp_path: Path) -> None:
     [
         ({"test": "train.csv"}, "test: 'train.csv' is the file of DATA too; give a file with other rows"),
         ({"validation": "test.csv", "test": "test.csv"}, "test: 'test.csv' is the file of --validation too"),
+        ({"data": "iris", "target": None, "drop": None, "test": "iris"}, "test: 'iris' is the file of DATA too"),
         ({"test": "nowhere.csv"}, "there is no file or folder 'nowhere.csv'"),
         ({"test": "columns.csv"}, "columns.csv: no feature columns 'word'; the columns are 'x', 'y'"),
         ({"test": "unlabelled.csv"}, "there is no target column 'y', and rows are judged by it"),

@@ -11,6 +11,7 @@ from fusemlp.cli.prepare import labelled_hashes, network_inputs, prepare
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.parts import among
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.tables import listed
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
 from fusemlp.report.runs import Run, read_training_rows
@@ -64,8 +65,9 @@ def _own_test_rows(config: dict[str, Any], preprocessor: Preprocessor) -> tuple[
     source = config["data"]["source"]
     prepared = prepare(TrainOptions(**{**config["options"], "data": source}), preprocessor)
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
+        files = listed(file for file in (source, *map(config["options"].get, ("validation", "test"))) if file)
         raise CheckpointError(
-            f"run: the data {source!r} have changed since the training, so its test rows are not known any more; "
+            f"run: the data {files} have changed since the training, so its test rows are not known any more; "
             "give the rows to judge it on: --data FILE"
         )
     return prepared.test.X, prepared.test.labels, prepared.test.weight

@@ -78,8 +78,7 @@ class Prepared:
 
     def hashes(self) -> Hashes:
         """Return the hashes of the training rows, sorted, each once; ``evaluate`` recognises the rows by them."""
-        X, y = self.dataset.X[self.training], self.dataset.y[self.training]
-        return np.unique(labelled_hashes(self.preprocessor, X, y))
+        return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.train.labels, self.training))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -133,10 +132,9 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def labelled_hashes(preprocessor: Preprocessor, X: Array, labels: Array) -> Hashes:
-    """Return the hash of each row and its label, as they are in the data."""
-    targets = labels if preprocessor.classes is None else preprocessor.class_codes(labels)
-    return row_hashes(X, targets)
+def labelled_hashes(preprocessor: Preprocessor, X: Array, labels: Array, rows: Indices | None = None) -> Hashes:
+    """Return the hash of each label and its row in X, as they are in the data; ``rows`` are the indices in X."""
+    return row_hashes(X, labels if preprocessor.classes is None else preprocessor.class_codes(labels), rows)
 
 
 def _split(name: str, dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> tuple[Indices, Indices]:

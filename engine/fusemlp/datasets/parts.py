@@ -19,6 +19,7 @@ from fusemlp_kernels.errors import ArgumentError, DataError
 Hashes = npt.NDArray[np.uint64]
 # Random orders of the groups, of which the one with the closest shares of the classes is taken.
 _DRAWS = 10
+# Numbers hashed at a time: they stay in a core's cache.
 _PIECE = 2**15
 
 
@@ -42,7 +43,7 @@ def with_files(
         if option == "test" and dataset.test is not None:
             raise ArgumentError(f"test: {source!r} brings a test set of its own, so {path!r} would be a second one")
         for other, known in earlier.items():
-            if Path(known).exists() and Path(path).exists() and Path(known).samefile(path):
+            if known == path or (Path(known).exists() and Path(path).exists() and Path(known).samefile(path)):
                 raise ArgumentError(f"{option}: {path!r} is the file of {other} too; give a file with other rows")
         earlier[f"--{option}"] = path
         notes: list[str] = []
@@ -56,7 +57,7 @@ def with_files(
         same = among(row_hashes(X, _numbers(dataset, y)), row_hashes(dataset.X, _numbers(dataset, dataset.y)))
         if same:
             notes.append(f"{same} of {len(y)} rows stand in {dataset.name} too, with the same features and target")
-        said = (f"{option}, {Path(path).name}: {note}" for note in notes)
+        said = (f"{option} file: {note}" for note in notes)
         dataset = replace(dataset, notes=(*dataset.notes, *said))
     return dataset
 
@@ -135,26 +136,33 @@ def _groups(groups: Array, y: Array, fraction: float, seed: int) -> tuple[Rows, 
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def row_hashes(X: Features, targets: Array) -> Hashes:
+def row_hashes(X: Features, targets: Array, rows: Rows | None = None) -> Hashes:
     """Return a 64-bit hash of each row: X (n, columns), targets (n,) or (n, k); equal numbers have equal hashes.
+
+    ``rows`` are the indices in X of the rows of ``targets``; None for all.
 
     Missing numbers (NaN) are equal. Each value is mixed by two steps of splitmix64 (Steele, Lea and Flood, "Fast
     splittable pseudorandom number generators", 2014) with a constant of its column, and the row is their sum.
     """
     columns = X.shape[1] + (1 if targets.ndim == 1 else targets.shape[1])
     constants = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    hashes = np.empty(len(X), np.uint64)
-    for start in range(0, len(X), _PIECE):
-        piece = slice(start, start + _PIECE)
-        values = np.column_stack([X[piece], targets[piece]]).astype(np.float64, copy=False)
+    hashes = np.empty(len(targets), np.uint64)
+    step = max(1, _PIECE // columns)
+    for start in range(0, len(targets), step):
+        piece = slice(start, start + step)
+        values = np.column_stack([X[piece if rows is None else rows[piece]], targets[piece]]).astype(
+            np.float64, copy=False
+        )
         # One zero and one NaN.
-        values = np.where(np.isnan(values), np.nan, values + 0.0)
-        bits = values.view(np.uint64) + constants
+        values += 0.0
+        values[np.isnan(values)] = np.nan
+        bits = values.view(np.uint64)
+        bits += constants
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             bits ^= bits >> np.uint64(shift)
             bits *= np.uint64(factor)
         bits ^= bits >> np.uint64(31)
-        hashes[piece] = bits.sum(axis=1, dtype=np.uint64)
+        hashes[piece] = bits.sum(axis=1)
     return hashes
 
 
