@@ -164,7 +164,12 @@ class Preprocessor:
     @property
     def width(self) -> int:
         """The number of columns that ``transform_features`` returns: the inputs of the network."""
-        return sum(
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of columns that ``transform_features`` returns for each feature."""
+        return tuple(
             1 + self._is_marked(column) if words is None else 1 + int(self._word_inputs(column).max())
             for column, words in enumerate(self.categories)
         )
