@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusemlp.cli.prepare import Prepared
@@ -37,9 +39,8 @@ def records(prepared: Prepared) -> list[dict[str, Any]]:
     ]
 
 
-def lines(prepared: Prepared, run: Run) -> list[str]:
-    """Return the columns as aligned text; of a wide table the number of columns of each kind, and the file of all."""
-    found = records(prepared)
+def lines(found: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
+    """Return ``records`` as aligned text; of a wide table the number of columns of each kind, and the file of all."""
     if not found:
         return []
     if len(found) <= MOST_PRINTED:
@@ -57,6 +58,18 @@ def lines(prepared: Prepared, run: Run) -> list[str]:
         f"{count} {kind}{f' ({inputs[kind]} inputs)' if inputs[kind] else ''}" for kind, count in counts.most_common()
     ]
     return [f"{len(found)} columns: {', '.join(parts)}; each in {run.columns}"]
+
+
+def stored(run: Run) -> list[dict[str, Any]]:
+    """Return the ``records`` in the folder of a run, none if it has no such file."""
+    if not run.columns.exists():
+        return []
+    with run.columns.open(encoding="utf-8", newline="") as stream:
+        found: list[dict[str, Any]] = list(csv.DictReader(stream))
+    for one in found:
+        one["inputs"] = int(one["inputs"])
+        one["missing"] = float(one["missing"]) if one["missing"] else None
+    return found
 
 
 def write(prepared: Prepared, run: Run) -> None:

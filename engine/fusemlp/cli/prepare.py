@@ -11,6 +11,7 @@ import numpy as np
 from fusemlp.cli import recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Columns, Dataset, load_data
+from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Hashes, hold_out, row_hashes, with_files
 from fusemlp.datasets.preprocessing import SCALES, Preprocessor
 from fusemlp.datasets.preprocessing import Rows as Indices
@@ -128,7 +129,7 @@ def fingerprint(dataset: Dataset) -> str:
     for array in (dataset.X, dataset.y, *(dataset.validation or ()), *(dataset.test or ())):
         plain = array.astype(str) if array.dtype.kind == "O" else array
         digest.update(f"{plain.dtype.str}{plain.shape}".encode())
-        digest.update(np.ascontiguousarray(plain).tobytes())
+        digest.update(np.ascontiguousarray(plain).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -145,18 +146,27 @@ def _split(name: str, dataset: Dataset, rows: Indices, *, fraction: float, seed:
         raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
 
 
-def network_inputs(preprocessor: Preprocessor, X: Array, precision: str) -> Array:
-    """Return the inputs of rows in the network's type, a piece at a time: all in float64 take twice the memory."""
-    inputs = np.empty((len(X), preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: Array | None = None) -> Array:
+    """Return the inputs of rows (None: all) in the network's type, a piece at a time: float64 takes twice the memory.
+
+    Raises DataError, before it takes the memory, if there is not enough.
+    """
+    count = len(X) if rows is None else len(rows)
+    check_memory(preprocessor, count, precision)
+    inputs = np.empty((count, preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+    finite = True
     try:
         with np.errstate(over="ignore"):
-            for start in range(0, len(X), _PIECE):
-                inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
+            for start in range(0, count, _PIECE):
+                piece = inputs[start : start + _PIECE]
+                given = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
+                piece[:] = preprocessor.transform_features(X[given])
+                finite = finite and bool(np.isfinite(piece).all())
     except DataError:
         # Its message has the row in the piece.
-        return preprocessor.transform_features(X)
+        finite = False
     # The engine's error names a value that float32 cannot hold.
-    return inputs if np.isfinite(inputs).all() else preprocessor.transform_features(X)
+    return inputs if finite else preprocessor.transform_features(X if rows is None else X[rows])
 
 
 def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
@@ -210,20 +220,22 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     )
     outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
     net = recipe.network((preprocessor.width, *widths, outputs), options, init=options.init)
+    check_memory(
+        preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
+    )
     weights = None
     if classify:
         weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)
     loss = recipe.loss(options, name, weights)
     loss.check_network(net)
 
-    def rows(indices: Indices, own: tuple[Array, Array] | None = None) -> Rows:
-        X, labels = own or (dataset.X[indices], dataset.y[indices])
+    def rows(chosen: Indices, own: tuple[Array, Array] | None = None) -> Rows:
+        X, labels = own or (dataset.X, dataset.y[chosen])
         weight = None
         if weights is not None and name != "cross_entropy":
             weight = np.array(weights)[preprocessor.class_codes(labels)]
-        return Rows(
-            network_inputs(preprocessor, X, options.precision), preprocessor.encode_targets(labels), labels, weight
-        )
+        inputs = network_inputs(preprocessor, X, options.precision, None if own else chosen)
+        return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
 
     validates = dataset.validation is not None or len(validated) > 0
     return Prepared(

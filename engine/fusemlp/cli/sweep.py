@@ -65,7 +65,7 @@ def sweep(options: SweepOptions) -> None:
     was_there = folder.exists()
     run = create_run(folder)
     if not options.quiet:
-        print(*columns.lines(plan.prepared, run), describe(plan), sep="\n", file=sys.stderr)
+        print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
     began = time.perf_counter()
     try:
         members, interrupted = trained(plan, run)

@@ -49,14 +49,15 @@ def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
     session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
+    found = columns.stored(session.run)
     if not options.quiet:
-        print(*columns.lines(session.prepared, session.run), describe(session), sep="\n", file=sys.stderr)
+        print(*columns.lines(found, session.run), describe(session), sep="\n", file=sys.stderr)
     interrupted, failure = run_session(session)
     run = session.run
     report = finish(run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
     plot = str(run.curves) if run.curves.exists() else None
     lines = [*outcome(report), f"run folder {run.path}", f"plot {plot}" if plot else f"no plot: {report['no_plot']}"]
-    content = {**report, "run": str(run.path), "plot": plot, "columns": columns.records(session.prepared)}
+    content = {**report, "run": str(run.path), "plot": plot, "columns": found}
     show(content, lines, as_json=options.as_json)
     if failure is not None:
         raise failure

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,10 +19,11 @@ from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
 from fusemlp.datasets.roles import Columns as Columns
 from fusemlp.datasets.roles import Role, missing_share, roles, times
-from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
+from fusemlp.datasets.sources import TABLES, Frame, Place, as_frame, is_table
+from fusemlp.datasets.tables import listed, read_names, read_table
 from fusemlp.datasets.textfiles import COMPRESSED, Form
 from fusemlp.inputs.arrays import as_features
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
 if TYPE_CHECKING:
     from fusemlp.datasets.preprocessing import Preprocessor
@@ -81,18 +82,19 @@ class Dataset:
 
 
 def load_data(
-    source: str | Path,
+    source: Any,
     *,
     target: str | None = None,
     task: str | None = None,
     form: Form | None = None,
     columns: Columns | None = None,
 ) -> Dataset:
-    """Load a data set by name (``NAMES``) or path.
+    """Load a data set by name (``NAMES``) or path, or take a table.
 
     Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` (plain, or compressed
-    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``) or ``.parquet`` with the name of the ``target`` column; a folder of IDX
-    files in MNIST's layout, plain or ``.gz``.
+    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``), ``.parquet``, ``.feather``, ``.arrow`` or ``.xlsx`` with the name of the
+    ``target`` column; a folder of IDX files in MNIST's layout, plain or ``.gz``. A table is a DataFrame of pandas or
+    polars, an Arrow table, or anything else that speaks Arrow's C stream interface.
 
     The beginning of a text table tells its separator, decimal mark and encoding, unless ``form`` sets them. Columns
     that are constant, count the rows, or hold another word in nearly every row are left out; ``columns`` chooses
@@ -106,19 +108,19 @@ def load_data(
     """
     if task is not None and task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    if not isinstance(source, (str, Path)):
-        raise ArgumentTypeError(f"data: expected a name or a path, got {type(source).__name__}")
-    path = _existing(source)
-    if source in NAMES or path.is_dir() or path.suffix.lower() == ".npz":
+    place = _existing(source)
+    if isinstance(place, Frame) or is_table(place):
+        return _with_task(_from_table(place, target, form or Form(), columns or Columns()), task)
+    if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
         options = {"target": target, **(columns or Columns()).options()}
         for option in (option for option, value in options.items() if value):
             what = "one" if option == "target" else "columns with names"
             raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have {what}, not {str(source)!r}")
-    return _with_task(_read(source, target, form or Form(), columns or Columns()), task)
+    return _with_task(_read(source), task)
 
 
 def load_features(
-    path: str | Path,
+    source: Any,
     preprocessor: Preprocessor,
     *,
     form: Form | None = None,
@@ -126,16 +128,16 @@ def load_features(
     ids: dict[str, Array] | None = None,
     ignore_unused: bool = False,
 ) -> Features:
-    """Load the features of new data, for ``preprocessor.transform_features``.
+    """Load the features of new data, a source as of ``load_data``, for ``preprocessor.transform_features``.
 
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
     among any others. A missing number and a word that is unseen in training become NaN, and ``notes`` takes a line on
     them, and one on columns that the training did not have unless ``ignore_unused``. ``ids`` takes the columns of the
     table that name the rows. Raises DataError that lists missing and present columns.
     """
-    source, path = path, _existing(path)
+    path = _existing(source)
     notes = [] if notes is None else notes
-    if is_table(path):
+    if isinstance(path, Frame) or is_table(path):
         kinds = _kinds(preprocessor)
         present = _present(path, preprocessor, form, notes, ignore_unused)
         wanted = [name for name in preprocessor.ids if name in present and ids is not None]
@@ -153,11 +155,11 @@ def load_features(
         if name is None:
             raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
         return _matching(path, _flat(path, name, arrays[name]), preprocessor)
-    return _matching(path, _read(source, None, Form(), Columns()).X, preprocessor)
+    return _matching(path, _read(source).X, preprocessor)
 
 
 def load_labelled(
-    source: str | Path,
+    source: Any,
     like: Preprocessor | Dataset,
     *,
     form: Form | None = None,
@@ -171,7 +173,7 @@ def load_labelled(
     """
     path = _existing(source)
     notes = [] if notes is None else notes
-    if is_table(path):
+    if isinstance(path, Frame) or is_table(path):
         kinds, target = _kinds(like), like.target_name
         present = _present(path, like, form, notes, ignore_unused)
         if target not in present:
@@ -192,13 +194,13 @@ def load_labelled(
         )
         y = table.pop(target)
         return coded(table, like.feature_names, like.categories, notes)[0], y
-    dataset = _read(source, None, Form(), Columns())
+    dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, like), y
 
 
 def _present(
-    path: Path, like: Preprocessor | Dataset, form: Form | None, notes: list[str], ignore_unused: bool
+    path: Place, like: Preprocessor | Dataset, form: Form | None, notes: list[str], ignore_unused: bool
 ) -> list[str]:
     """Return the names of a table's columns; ``notes`` takes a line on those that the training did not have."""
     names = read_names(path, form)
@@ -244,8 +246,8 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     return replace(dataset, task=chosen)
 
 
-def _read(source: str | Path, target: str | None, form: Form, columns: Columns) -> Dataset:
-    return _named(str(source)) if source in NAMES else _from_path(Path(source), target, form, columns)
+def _read(source: str | Path) -> Dataset:
+    return _named(str(source)) if source in NAMES else _from_path(Path(source))
 
 
 def _named(name: str) -> Dataset:
@@ -272,8 +274,10 @@ def _named(name: str) -> Dataset:
     )
 
 
-def _existing(source: str | Path) -> Path:
-    """Return the path of a file or folder that exists; a name of ``NAMES`` needs none."""
+def _existing(source: Any) -> Place:
+    """Return the path of a file or folder that exists, or a table; a name of ``NAMES`` needs none."""
+    if not isinstance(source, (str, Path)):
+        return as_frame(source)
     path = Path(source)
     try:
         found = source in NAMES or path.exists()
@@ -289,20 +293,21 @@ def _existing(source: str | Path) -> Path:
     )
 
 
-def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> Dataset:
-    suffix = path.suffix.lower()
+def _from_path(path: Path) -> Dataset:
     if path.is_dir():
         try:
             return _from_idx_folder(path)
         except OSError as error:
             raise DataError(f"{path}: the folder cannot be read ({reason(error)})") from error
-    if suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _from_npz(path)
-    if not is_table(path):
-        raise DataError(
-            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
-            "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
-        )
+    raise DataError(
+        f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
+        "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
+    )
+
+
+def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -> Dataset:
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
@@ -323,23 +328,26 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
         known_labels=() if like is None else _label_words(like),
         notes=notes,
     )
-    everything = dict(table)
     y = table.pop(target)
+    aside = {name: table[name] for name in (*columns.texts, *([] if time is None else [time]))}
     no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(wanted))}
-    table = {name: column for name, column in table.items() if name not in no_inputs}
-    if not table:
+    inputs = {name: column for name, column in table.items() if name not in no_inputs}
+    if not inputs:
         besides = "" if not no_inputs else " and the columns that are no inputs"
         raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
-    reasons = {} if like is not None else without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
-    table = {name: column for name, column in table.items() if name not in reasons}
-    dates = tuple((name, kinds[name]) for name in table if kinds[name] in ORDERS)
+    reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
+    inputs = {name: column for name, column in inputs.items() if name not in reasons}
+    found = roles(names, target, columns, table, inputs, reasons)
+    # The columns that are left out take no memory any longer.
+    del table
+    dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
     if dates:
         told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
         notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
-    kept = kept_features(table) if like is None else like.feature_names
-    X, categories = coded(table, kept, None if like is None else like.categories, notes)
+    kept = kept_features(inputs) if like is None else like.feature_names
+    X, categories = coded(inputs, kept, None if like is None else like.categories, notes)
     if columns.group is not None:
-        alone = round(missing_share(everything[columns.group]) * len(y))
+        alone = round(missing_share(aside[columns.group]) * len(y))
         notes += [f"{alone} rows have no {columns.group!r} and count as one group"] if alone else []
     return Dataset(
         path.name,
@@ -351,10 +359,10 @@ def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> 
         categories=categories,
         notes=tuple(notes),
         dates=dates,
-        roles=roles(names, target, columns, everything, table, reasons),
-        ids={name: everything[name] for name in columns.ids},
-        groups=None if columns.group is None else everything[columns.group],
-        times=None if time is None else times(path, time, everything[time]),
+        roles=found,
+        ids={name: aside[name] for name in columns.ids},
+        groups=None if columns.group is None else aside[columns.group],
+        times=None if time is None else times(path, time, aside[time]),
     )
 
 

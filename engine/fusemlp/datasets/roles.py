@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fusemlp.datasets.files import Array
+from fusemlp.datasets.sources import Place
 from fusemlp.datasets.tables import listed
 from fusemlp.datasets.textfiles import MISSING
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -52,7 +52,7 @@ class Columns:
             **{name: () if column is None else (column,) for name, column in single.items()},
         }
 
-    def check(self, path: Path, names: Collection[str], target: str) -> None:
+    def check(self, path: Place, names: Collection[str], target: str) -> None:
         """Raise unless the table has the named columns, and no column has two parts that exclude each other."""
         options = self.options()
         for option, chosen in options.items():
@@ -135,10 +135,10 @@ def missing_share(column: Array) -> float:
         return float(np.isnat(column).mean())
     if column.dtype.kind in "biuf":
         return float(np.isnan(column).mean())
-    return sum(word in MISSING for word in column) / len(column)
+    return sum(map(MISSING.__contains__, column)) / len(column)
 
 
-def times(path: Path, name: str, column: Array) -> Array:
+def times(path: Place, name: str, column: Array) -> Array:
     """Return the column ``name`` as numbers that order the rows; DataError if some have no time."""
     if column.dtype.kind not in "biufM":
         example = next((word for word in column if word not in MISSING), "")
