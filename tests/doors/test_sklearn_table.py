@@ -1,4 +1,4 @@
-"""TableClassifier and TableRegressor: scikit-learn's checks and tools, tables of any kind, the command line's models."""
+"""TableClassifier and TableRegressor: scikit-learn's checks and tools, tables of any kind, the same models as train."""
 
 from __future__ import annotations
 

@@ -130,12 +130,23 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     categorical: list[str] | None = _data(
         None, "A column to take as words, such as numbers that are zip codes.", "COLUMN"
     )
+    id: list[str] | None = _data(
+        None, "A column that names the rows: no input; predict writes it beside the predictions.", "COLUMN"
+    )
+    group: str | None = _data(
+        None, "Hold out whole groups: rows with the same value in this column stay together. It is no input.", "COLUMN"
+    )
+    time: str | None = _data(
+        None, "Hold out the last rows in the order of this column of dates or numbers, not random ones.", "COLUMN"
+    )
+    validation: str | None = _data(None, "A file with the validation rows, in the form of DATA.", "FILE")
+    test: str | None = _data(None, "A file with the test rows; no fifth of DATA is held out then.", "FILE")
     scale: str = _data(
         "standard",
         "Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, variance 1), "
         "minmax (0 to 1) or none.",
     )
-    validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test fifth; 0 for none.")
+    validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test rows; 0 for none.")
     split_seed: int | None = _data(None, "Seed of the split into training, validation, test rows; --seed unless given.")
 
     hidden: list[str] | None = _network(
@@ -226,7 +237,8 @@ class TrainOptions(FitOptions):
 class SweepOptions(FitOptions):
     """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
 
-    The validation rows choose the best model; the test rows score only that one, at the end.
+    The validation rows choose the best model; the test rows score only that one, at the end. Models that differ in
+    their seed alone are judged together, by their mean score.
 
     The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
 
@@ -247,6 +259,12 @@ class SweepOptions(FitOptions):
     )
     sample: int | None = _option(
         None, "Train only this many combinations, drawn at random by the split's seed.", "COUNT"
+    )
+    seeds: int | None = _option(
+        None,
+        "Train each combination with this many seeds, from --seed on, and choose by the mean score; as --vary seed "
+        "beside another --vary does.",
+        "COUNT",
     )
     metric: str | None = _option(None, "Score that ranks models: val_loss (default), val_accuracy, loss or accuracy.")
     jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
@@ -276,14 +294,23 @@ class RunOptions(JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions, MachineOptions, TableOptions):
+class ApplyOptions(RunOptions, MachineOptions, TableOptions):
+    """The options of the commands that read other data for the model of a run."""
+
+    ignore_unused: bool = _option(
+        False, "Do not mention columns that the training did not have; they are ignored in any case."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ApplyOptions):
     """Score the model of a run on its test rows, or on other labelled data."""
 
     data: str | None = _option(None, "Labelled data by name or path; the run's own test rows unless given.", "DATA")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(RunOptions, MachineOptions, TableOptions, ForceOption):
+class PredictOptions(ApplyOptions, ForceOption):
     """Predict labels, or values in original units, for new rows.
 
     Every row gets a prediction: missing cells and words that the training did not have are filled in and counted.

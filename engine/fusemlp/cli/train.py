@@ -14,7 +14,7 @@ from typing import Any
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import ProgressBar
-from fusemlp.cli import recipe
+from fusemlp.cli import columns, recipe
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
 from fusemlp.cli.output import show
@@ -49,14 +49,16 @@ def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
     session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
+    found = columns.stored(session.run)
     if not options.quiet:
-        print(describe(session), file=sys.stderr)
+        print(*columns.lines(found, session.run), describe(session), sep="\n", file=sys.stderr)
     interrupted, failure = run_session(session)
     run = session.run
     report = finish(run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
     plot = str(run.curves) if run.curves.exists() else None
     lines = [*outcome(report), f"run folder {run.path}", f"plot {plot}" if plot else f"no plot: {report['no_plot']}"]
-    show({**report, "run": str(run.path), "plot": plot}, lines, as_json=options.as_json)
+    content = {**report, "run": str(run.path), "plot": plot, "columns": found}
+    show(content, lines, as_json=options.as_json)
     if failure is not None:
         raise failure
 
@@ -71,6 +73,7 @@ def new_session(options: TrainOptions) -> Session:
     engine = new_engine(options, prepared, epochs)
     run = create_run(folder)
     write_json(run.config, configuration(options, prepared, engine, epochs))
+    columns.write(prepared, run)
     return Session(run, options, prepared, engine, epochs)
 
 
@@ -83,7 +86,7 @@ def checked_epochs(options: FitOptions) -> int:
     epochs = as_count("epochs", DEFAULT_EPOCHS if options.epochs is None else options.epochs)
     if options.early_stopping is not None:
         as_count("early_stopping", options.early_stopping)
-        if options.validation_fraction == 0:
+        if options.validation_fraction == 0 and options.validation is None:
             raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
     return epochs
 
@@ -170,7 +173,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         "format": FORMAT,
         "command": shlex.join(["fusemlp", "train", *arguments(options)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "options": asdict(options),
+        "options": asdict(options) | own_files(options),
         "data": {"source": source, **prepared.summary},
         "preprocessor": prepared.preprocessor.to_config(),
         "network": engine.network.to_config(),
@@ -190,6 +193,12 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         },
         "machine": platform.platform(),
     }
+
+
+def own_files(options: FitOptions) -> dict[str, str]:
+    """Return the given files of validation and test rows; a run stores their absolute paths."""
+    given = {name: getattr(options, name) for name in ("validation", "test")}
+    return {name: file if file in NAMES else str(Path(file).absolute()) for name, file in given.items() if file}
 
 
 def describe(session: Session) -> str:

@@ -63,6 +63,27 @@ class Problems:
             raise DataError(f"{self.source}: {total} mistakes:\n  " + "\n  ".join(shown))
 
 
+class _Growing:
+    """An array that grows by pieces, in memory that is touched only where it holds values."""
+
+    def __init__(self) -> None:
+        self.room: Array = np.empty(0)
+        self.length = 0
+
+    def append(self, piece: Array) -> None:
+        end = self.length + len(piece)
+        if end > len(self.room):
+            larger = np.empty(2 * end, piece.dtype)
+            larger[: self.length] = self.values
+            self.room = larger
+        self.room[self.length : end] = piece
+        self.length = end
+
+    @property
+    def values(self) -> Array:
+        return self.room[: self.length]
+
+
 def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
@@ -134,7 +155,7 @@ class Column:
         self.with_types = with_types
         self.rows = 0
         self.waiting: list[Any] = []
-        self.pieces: list[Array] = []
+        self.grown = _Growing()
         # The index of each different word.
         self.codes: dict[str, int] = {}
         self.dates: dict[str, Any] = {text: np.datetime64("NaT", "us") for text in (*MISSING, "NaT")}
@@ -162,7 +183,7 @@ class Column:
             self.rows += len(values)
 
     def _append(self, piece: Array) -> None:
-        self.pieces.append(piece)
+        self.grown.append(piece)
         self.rows += len(piece)
 
     def _add_text(self, texts: Any) -> None:
@@ -233,8 +254,7 @@ class Column:
         if self.kind is None:
             # No cell of the column has a value.
             return np.full(sum(map(len, self.waiting)), np.nan)
-        whole: Array = np.concatenate(self.pieces) if self.pieces else np.empty(0, np.int64)
-        self.pieces.clear()
+        whole, self.grown = self.grown.values, _Growing()
         if self.kind != "word":
             return whole
         texts = list(self.codes)

@@ -7,8 +7,8 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from fusemlp.datasets.coding import Categories, Features, coded, kept_features, without_useless
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
+from fusemlp.datasets.roles import Columns as Columns
+from fusemlp.datasets.roles import Role, missing_share, roles, times
 from fusemlp.datasets.sources import TABLES, Frame, Place, as_frame, is_table
 from fusemlp.datasets.tables import listed, read_names, read_table
 from fusemlp.datasets.textfiles import COMPRESSED, Form
@@ -38,11 +40,14 @@ class Dataset:
 
     ``X`` (n, columns) float64, images flattened; ``y`` (n,) labels as they are in the file: int, float, bool or
     str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
-    ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data.
+    ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data, or X and y of
+    a file of its own, as is ``validation``.
     ``categories`` holds for each column of X the words that its values are indices into, None for numbers. A missing
     number is NaN, a missing word the category "". ``dates`` are the table's columns of dates with the order of year,
     month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
-    reading: the form of the file, columns left out, missing cells.
+    reading: the form of the file, columns left out, missing cells. ``roles`` tell what each column of a table became.
+    ``ids`` are the columns that name the rows, as text; ``groups`` and ``times`` (n,) are those that decide which rows
+    are held out.
     """
 
     name: str
@@ -56,6 +61,11 @@ class Dataset:
     categories: Categories = ()
     notes: tuple[str, ...] = ()
     dates: tuple[tuple[str, str], ...] = ()
+    roles: tuple[Role, ...] = ()
+    ids: Mapping[str, Array] = field(default_factory=dict)
+    groups: Array | None = None
+    times: Array | None = None
+    validation: tuple[Features, Array] | None = None
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -63,24 +73,12 @@ class Dataset:
 
     @property
     def classes(self) -> Array:
-        """The distinct labels, sorted, those of the test set among them: every split has the same."""
-        return np.unique(self.y if self.test is None else np.concatenate([self.y, self.test[1]]))
+        """The distinct labels, sorted, those of the other sets among them: every split has the same."""
+        others = (part[1] for part in (self.validation, self.test) if part is not None)
+        return np.unique(np.concatenate([self.y, *others]))
 
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
-
-    ``like`` is the preprocessor of an earlier reading, whose columns and categories are taken as they are.
-    """
-
-    drop: Collection[str] = ()
-    keep: Collection[str] = ()
-    categorical: Collection[str] = ()
-    like: Preprocessor | None = None
 
 
 def load_data(
@@ -113,25 +111,43 @@ def load_data(
     place = _existing(source)
     if isinstance(place, Frame) or is_table(place):
         return _with_task(_from_table(place, target, form or Form(), columns or Columns()), task)
-    if target is not None and (source in NAMES or place.is_dir() or place.suffix.lower() == ".npz"):
-        raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
+    if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
+        options = {"target": target, **(columns or Columns()).options()}
+        for option in (option for option, value in options.items() if value):
+            what = "one" if option == "target" else "columns with names"
+            raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have {what}, not {str(source)!r}")
     return _with_task(_read(source), task)
 
 
 def load_features(
-    source: Any, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+    source: Any,
+    preprocessor: Preprocessor,
+    *,
+    form: Form | None = None,
+    notes: list[str] | None = None,
+    ids: dict[str, Array] | None = None,
+    ignore_unused: bool = False,
 ) -> Features:
     """Load the features of new data, a source as of ``load_data``, for ``preprocessor.transform_features``.
 
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
     among any others. A missing number and a word that is unseen in training become NaN, and ``notes`` takes a line on
-    them. Raises DataError that lists missing and present columns.
+    them, and one on columns that the training did not have unless ``ignore_unused``. ``ids`` takes the columns of the
+    table that name the rows. Raises DataError that lists missing and present columns.
     """
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds = table_columns(preprocessor)
+        kinds = _kinds(preprocessor)
+        present = _present(path, preprocessor, form, notes, ignore_unused)
+        wanted = [name for name in preprocessor.ids if name in present and ids is not None]
+        kinds |= dict.fromkeys(wanted, "word")
         table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
+        if ids is not None:
+            ids |= {name: table.pop(name) for name in wanted}
+            absent = [name for name in preprocessor.ids if name not in wanted]
+            if absent:
+                notes.append(f"no columns {listed(absent)}, which named the rows in training")
         return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path)
@@ -143,31 +159,59 @@ def load_features(
 
 
 def load_labelled(
-    source: Any, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+    source: Any,
+    like: Preprocessor | Dataset,
+    *,
+    form: Form | None = None,
+    notes: list[str] | None = None,
+    ignore_unused: bool = False,
 ) -> tuple[Features, Array]:
     """Load features and labels of new data for an evaluation, as ``load_features`` does.
 
-    Rows without a label are left out, with a line in ``notes``. If the data bring a test set, the test set is returned.
+    The columns and categories are those of a run's preprocessor or of an earlier data set. Rows without a label are
+    left out, with a line in ``notes``. If the data bring a test set, the test set is returned.
     """
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds, target = table_columns(preprocessor), preprocessor.target_name
+        kinds, target = _kinds(like), like.target_name
+        present = _present(path, like, form, notes, ignore_unused)
+        if target not in present:
+            raise DataError(
+                f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
+                f"{listed(present)}; fusemlp predict takes rows without a target"
+            )
+        label_words = _label_words(like)
         table = read_table(
             path,
             features=tuple(kinds),
             target=target,
-            words=preprocessor.classes is not None and isinstance(preprocessor.classes[0], str),
+            words=bool(label_words),
             form=form,
             kinds=kinds,
-            known_labels=_label_words(preprocessor),
+            known_labels=label_words,
             notes=notes,
         )
         y = table.pop(target)
-        return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0], y
+        return coded(table, like.feature_names, like.categories, notes)[0], y
     dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
-    return _matching(path, X, preprocessor), y
+    return _matching(path, X, like), y
+
+
+def _present(
+    path: Place, like: Preprocessor | Dataset, form: Form | None, notes: list[str], ignore_unused: bool
+) -> list[str]:
+    """Return the names of a table's columns; ``notes`` takes a line on those that the training did not have."""
+    names = read_names(path, form)
+    if isinstance(like, Dataset):
+        known = {role.name for role in like.roles}
+    else:
+        known = {*_kinds(like), *like.ids, *like.unused, like.target_name}
+    strange = [name for name in names if name not in known]
+    if strange and not ignore_unused:
+        notes.append(f"columns that the training did not have, ignored: {listed(strange)}")
+    return names
 
 
 def infer_task(y: Array) -> str:
@@ -267,71 +311,75 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
-    if target in columns.drop:
-        raise ArgumentError(f"drop: {target!r} is the target")
-    check_choices(path, names, columns)
+    columns.check(path, names, target)
     notes: list[str] = []
     like = columns.like
-    kinds = dict.fromkeys(columns.categorical, "word") if like is None else table_columns(like)
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
+    wanted = tuple(kinds)
+    kinds |= dict.fromkeys(columns.texts, "word")
+    time = columns.time
     table = read_table(
         path,
-        features=None if like is None else tuple(kinds),
+        features=None if like is None else (*dict.fromkeys([*kinds, *([] if time is None else [time])]),),
         target=target,
         form=form,
-        drop=columns.drop,
+        drop={*columns.drop} - {time},
         kinds=kinds,
         known_labels=() if like is None else _label_words(like),
         notes=notes,
     )
     y = table.pop(target)
-    return from_columns(path, table, y, target, kinds, columns, notes)
-
-
-def check_choices(path: Place, names: Sequence[str], columns: Columns) -> None:
-    """Raise DataError for a chosen column that the table does not have."""
-    for option, chosen in (("drop", columns.drop), ("keep", columns.keep), ("categorical", columns.categorical)):
-        absent = [name for name in chosen if name not in names]
-        if absent:
-            raise DataError(f"{path}: no columns {listed(absent)} to {option}; the columns are {listed(names)}")
-
-
-def from_columns(
-    path: Place,
-    table: dict[str, Array],
-    y: Array,
-    target: str,
-    kinds: Mapping[str, str],
-    columns: Columns,
-    notes: list[str],
-) -> Dataset:
-    """Return the data set of a table's feature columns and labels; its task is not known yet."""
-    like = columns.like
-    if not table:
-        raise DataError(f"{path}: there is no feature column besides the target {target!r}")
-    if like is None:
-        table = without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
-    dates = tuple((name, kinds[name]) for name in table if kinds[name] in ORDERS)
+    aside = {name: table[name] for name in (*columns.texts, *([] if time is None else [time]))}
+    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(wanted))}
+    inputs = {name: column for name, column in table.items() if name not in no_inputs}
+    if not inputs:
+        besides = "" if not no_inputs else " and the columns that are no inputs"
+        raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
+    reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
+    inputs = {name: column for name, column in inputs.items() if name not in reasons}
+    found = roles(names, target, columns, table, inputs, reasons)
+    # The columns that are left out take no memory any longer.
+    del table
+    dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
     if dates:
         told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
         notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
-    kept = kept_features(table) if like is None else like.feature_names
-    X, categories = coded(table, kept, None if like is None else like.categories, notes)
-    return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
+    kept = kept_features(inputs) if like is None else like.feature_names
+    X, categories = coded(inputs, kept, None if like is None else like.categories, notes)
+    if columns.group is not None:
+        alone = round(missing_share(aside[columns.group]) * len(y))
+        notes += [f"{alone} rows have no {columns.group!r} and count as one group"] if alone else []
+    return Dataset(
+        path.name,
+        X,
+        y,
+        "",
+        kept,
+        target,
+        categories=categories,
+        notes=tuple(notes),
+        dates=dates,
+        roles=found,
+        ids={name: aside[name] for name in columns.ids},
+        groups=None if columns.group is None else aside[columns.group],
+        times=None if time is None else times(path, time, aside[time]),
+    )
 
 
-def table_columns(preprocessor: Preprocessor) -> dict[str, str]:
-    """Return the columns of the table that the features come from, and what each holds: its kind for ``read_table``."""
-    dates = dict(preprocessor.dates)
+def _kinds(like: Preprocessor | Dataset) -> dict[str, str]:
+    """Return the columns of the table that the features come from, and what each holds."""
+    dates = dict(like.dates)
     sources = part_names(dates)
     kinds: dict[str, str] = {}
-    for name, words in zip(preprocessor.feature_names, preprocessor.categories, strict=True):
+    for name, words in zip(like.feature_names, like.categories, strict=True):
         source = sources.get(name, name)
         kinds[source] = dates.get(source) or ("number" if words is None else "word")
     return kinds
 
 
-def _label_words(preprocessor: Preprocessor) -> tuple[str, ...]:
-    return tuple(label for label in preprocessor.classes or () if isinstance(label, str))
+def _label_words(like: Preprocessor | Dataset) -> tuple[str, ...]:
+    classes = () if like.classes is None else tuple(like.classes)
+    return tuple(str(label) for label in classes if isinstance(label, str))
 
 
 def _from_npz(path: Path) -> Dataset:
@@ -397,11 +445,11 @@ def _labels(path: Path, name: str, array: Array) -> Array:
     return array.astype(np.float64)
 
 
-def _matching(path: Path, X: Features, preprocessor: Preprocessor) -> Features:
-    width = len(preprocessor.feature_names)
+def _matching(path: Path, X: Features, like: Preprocessor | Dataset) -> Features:
+    width = len(like.feature_names)
     if X.shape[1] != width:
         raise DataError(f"{path}: has {X.shape[1]} features a row, the network was trained on {width}")
-    if any(words is not None for words in preprocessor.categories):
+    if any(words is not None for words in like.categories):
         raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(TABLES)})")
     return X
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
@@ -45,21 +46,37 @@ def network_ends(preprocessor: Preprocessor, loss: str) -> tuple[int, int]:
 
 
 def rows_for(
-    preprocessor: Preprocessor, X: Array, labels: Array, *, precision: str, weight: Array | None = None
+    preprocessor: Preprocessor,
+    X: Array,
+    labels: Array,
+    *,
+    precision: str,
+    rows: Array | None = None,
+    weight: Array | None = None,
 ) -> Rows:
-    """Return rows as ``load_data`` gives them for an engine of this precision."""
-    return Rows(network_inputs(preprocessor, X, precision), preprocessor.encode_targets(labels), labels, weight)
+    """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine."""
+    inputs = network_inputs(preprocessor, X, precision, rows)
+    return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
 
 
-def network_inputs(preprocessor: Preprocessor, X: Array, precision: str) -> Array:
-    """Return the inputs of rows in the network's type, a piece at a time: all in float64 take twice the memory."""
-    inputs = np.empty((len(X), preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: Array | None = None) -> Array:
+    """Return the inputs of rows (None: all) in the network's type, a piece at a time: float64 takes twice the memory.
+
+    Raises DataError, before it takes the memory, if there is not enough.
+    """
+    count = len(X) if rows is None else len(rows)
+    check_memory(preprocessor, count, precision)
+    inputs = np.empty((count, preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+    finite = True
     try:
         with np.errstate(over="ignore"):
-            for start in range(0, len(X), _PIECE):
-                inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
+            for start in range(0, count, _PIECE):
+                piece = inputs[start : start + _PIECE]
+                given = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
+                piece[:] = preprocessor.transform_features(X[given])
+                finite = finite and bool(np.isfinite(piece).all())
     except DataError:
         # Its message has the row in the piece.
-        return preprocessor.transform_features(X)
+        finite = False
     # The engine's error names a value that float32 cannot hold.
-    return inputs if np.isfinite(inputs).all() else preprocessor.transform_features(X)
+    return inputs if finite else preprocessor.transform_features(X if rows is None else X[rows])

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fusemlp.datasets.coding import Features
 from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.roles import UNUSED
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
@@ -71,7 +72,8 @@ class Preprocessor:
     rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of these four may be empty: no column has
     any. ``dates`` are the columns of dates whose parts are features, with the order of day, month and year in their
     text. ``classes`` are the labels in sorted order (None for a regression), whose targets become
-    (y - target_shift) / target_scale.
+    (y - target_shift) / target_scale. ``ids`` are the columns that name the rows of a table, ``unused`` its other
+    columns that are no inputs.
     """
 
     task: str
@@ -91,6 +93,8 @@ class Preprocessor:
     shared: tuple[tuple[int, ...], ...] = ()
     other_inputs: tuple[bool, ...] = ()
     dates: tuple[tuple[str, str], ...] = ()
+    ids: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @classmethod
     def fit(
@@ -159,12 +163,19 @@ class Preprocessor:
             shared=tuple(shared),
             other_inputs=tuple(other_inputs),
             dates=dataset.dates,
+            ids=tuple(dataset.ids),
+            unused=tuple(role.name for role in dataset.roles if role.kind in UNUSED),
         )
 
     @property
     def width(self) -> int:
         """The number of columns that ``transform_features`` returns: the inputs of the network."""
-        return sum(
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of columns that ``transform_features`` returns for each feature."""
+        return tuple(
             1 + self._is_marked(column) if words is None else 1 + int(self.word_inputs(column).max())
             for column, words in enumerate(self.categories)
         )
