@@ -251,8 +251,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         return replace(dataset, y=labels, task=self.task), weight
 
     def _columns(self) -> Columns:
-        several = (_names(getattr(self, option)) for option in ("drop", "keep", "categorical"))
-        return Columns(*several, group=self.group, time=self.time)
+        drop, keep, words = map(_names, (self.drop, self.keep, self.categorical))
+        return Columns(drop, keep, words, group=self.group, time=self.time)
 
     def _table(self, X: Any, *, reset: bool = False) -> Frame:
         """Return X as a table with names; scikit-learn's errors for other things."""
@@ -411,7 +411,7 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
     def _weights(self, labels: Array, weight: Array | None) -> Array | None:
         if self.class_weight is None:
             return weight
-        by_class = compute_sample_weight(self.class_weight, labels)
+        by_class: Array = compute_sample_weight(self.class_weight, labels)
         return by_class if weight is None else by_class * weight
 
     def predict(self, X: Any) -> Array:
