@@ -7,9 +7,10 @@ from typing import Any
 from fusemlp.cli.options import EvaluateOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import labelled_hashes, network_inputs, prepare
+from fusemlp.cli.prepare import labelled_hashes, prepare
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.parts import among
+from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import listed
 from fusemlp.inputs.arrays import Array

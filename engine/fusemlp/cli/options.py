@@ -330,7 +330,8 @@ class ExportOptions(RunOptions, ForceOption):
 
     onnx: Path | None = _option(
         None,
-        "An ONNX graph (.onnx): features as they are in the data go in, labels or values in original units come out.",
+        "An ONNX graph (.onnx): features as they are in the data go in (one input a feature if some are words), labels "
+        "or values in original units come out.",
     )
     safetensors: Path | None = _option(
         None,

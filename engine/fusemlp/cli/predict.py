@@ -10,8 +10,8 @@ import numpy as np
 
 from fusemlp.cli.options import EvaluateOptions, PredictOptions
 from fusemlp.cli.output import check_output, show, write_output
-from fusemlp.cli.prepare import network_inputs
 from fusemlp.datasets.load import load_features
+from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.inputs.arrays import Array

@@ -13,6 +13,7 @@ from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Hashes, hold_out, row_hashes, with_files
+from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
 from fusemlp.datasets.preprocessing import SCALES, Preprocessor
 from fusemlp.datasets.preprocessing import Rows as Indices
 from fusemlp.describe.checks import as_count, as_number, check_choice
@@ -24,20 +25,6 @@ from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 TEST_FRACTION = 0.2
-_PIECE = 2**15
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows for the engine: X (n, inputs), y for the loss, and ``labels`` as in the data."""
-
-    X: Array
-    y: Array
-    labels: Array
-    weight: Array | None = None
-
-    def __len__(self) -> int:
-        return len(self.X)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,29 +133,6 @@ def _split(name: str, dataset: Dataset, rows: Indices, *, fraction: float, seed:
         raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
 
 
-def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: Array | None = None) -> Array:
-    """Return the inputs of rows (None: all) in the network's type, a piece at a time: float64 takes twice the memory.
-
-    Raises DataError, before it takes the memory, if there is not enough.
-    """
-    count = len(X) if rows is None else len(rows)
-    check_memory(preprocessor, count, precision)
-    inputs = np.empty((count, preprocessor.width), np.float64 if precision == "fp64" else np.float32)
-    finite = True
-    try:
-        with np.errstate(over="ignore"):
-            for start in range(0, count, _PIECE):
-                piece = inputs[start : start + _PIECE]
-                given = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
-                piece[:] = preprocessor.transform_features(X[given])
-                finite = finite and bool(np.isfinite(piece).all())
-    except DataError:
-        # Its message has the row in the piece.
-        finite = False
-    # The engine's error names a value that float32 cannot hold.
-    return inputs if finite else preprocessor.transform_features(X if rows is None else X[rows])
-
-
 def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
     """Load the data of the options and prepare a training; equal options give equal results.
 
@@ -211,15 +175,9 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
 
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
-    preprocessor = like or Preprocessor.fit(
-        dataset,
-        training,
-        scale=options.scale,
-        one_hot_targets=name in recipe.ONE_HOT,
-        scale_targets=name != "poisson",
-    )
-    outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
-    net = recipe.network((preprocessor.width, *widths, outputs), options, init=options.init)
+    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=options.scale)
+    inputs, outputs = network_ends(preprocessor, name)
+    net = recipe.network((inputs, *widths, outputs), options, init=options.init)
     check_memory(
         preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
@@ -234,8 +192,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         weight = None
         if weights is not None and name != "cross_entropy":
             weight = np.array(weights)[preprocessor.class_codes(labels)]
-        inputs = network_inputs(preprocessor, X, options.precision, None if own else chosen)
-        return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
+        among = None if own else chosen
+        return rows_for(preprocessor, X, labels, among, precision=options.precision, weight=weight)
 
     validates = dataset.validation is not None or len(validated) > 0
     return Prepared(

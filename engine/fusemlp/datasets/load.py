@@ -7,7 +7,7 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,7 +315,6 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
     notes: list[str] = []
     like = columns.like
     kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
-    wanted = tuple(kinds)
     kinds |= dict.fromkeys(columns.texts, "word")
     time = columns.time
     table = read_table(
@@ -329,17 +328,36 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
         notes=notes,
     )
     y = table.pop(target)
+    return from_columns(path, table, y, target, kinds, columns, notes, names=names)
+
+
+def from_columns(
+    path: Place,
+    table: dict[str, Array],
+    y: Array,
+    target: str,
+    kinds: Mapping[str, str],
+    columns: Columns,
+    notes: list[str],
+    *,
+    names: Sequence[str] = (),
+) -> Dataset:
+    """Return the data set of a table's columns and labels; its task is not known yet.
+
+    ``table`` holds the columns that were read, of those with ``names`` in the file.
+    """
+    like, time = columns.like, columns.time
     aside = {name: table[name] for name in (*columns.texts, *([] if time is None else [time]))}
-    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(wanted))}
+    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(_kinds(like)))}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
     if not inputs:
         besides = "" if not no_inputs else " and the columns that are no inputs"
         raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
     reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
     inputs = {name: column for name, column in inputs.items() if name not in reasons}
-    found = roles(names, target, columns, table, inputs, reasons)
+    found = roles(names or (*table, target), target, columns, table, inputs, reasons)
     # The columns that are left out take no memory any longer.
-    del table
+    table.clear()
     dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
     if dates:
         told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)

@@ -176,7 +176,7 @@ class Preprocessor:
     def widths(self) -> tuple[int, ...]:
         """The number of columns that ``transform_features`` returns for each feature."""
         return tuple(
-            1 + self._is_marked(column) if words is None else 1 + int(self._word_inputs(column).max())
+            1 + self._is_marked(column) if words is None else 1 + int(self.word_inputs(column).max())
             for column, words in enumerate(self.categories)
         )
 
@@ -194,7 +194,7 @@ class Preprocessor:
         """Return whether the column of numbers has an input that marks its missing cells."""
         return bool(self.missing_inputs) and self.missing_inputs[column]
 
-    def _word_inputs(self, column: int) -> Rows:
+    def word_inputs(self, column: int) -> Rows:
         """Return the input of each category of a column of words, then that of an unseen word; -1 for none."""
         count = len(self.categories[column] or ())
         shared = list(self.shared[column]) if self.shared else []
@@ -246,7 +246,7 @@ class Preprocessor:
                     f"X: {given[row, column]} at row {row}, column {column} is not the index of one of the "
                     f"{len(words)} categories of {names[column]!r}; read the data with load_features"
                 )
-            inputs = self._word_inputs(column)
+            inputs = self.word_inputs(column)
             chosen = inputs[codes.astype(np.int64)]
             rows = np.flatnonzero(chosen >= 0)
             result[rows, start + chosen[rows]] = 1.0
