@@ -112,7 +112,7 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     data: str | None = _option(
         None,
         f"A data set by name ({', '.join(NAMES)}) or a path: .npz with X and y, .csv or .tsv (also .csv.gz, .bz2, .xz, "
-        ".zip) or .parquet with --target, or a folder of IDX files.",
+        ".zip), .parquet, .feather or .xlsx with --target, or a folder of IDX files.",
         "DATA",
         None,
     )
