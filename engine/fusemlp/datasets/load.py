@@ -138,7 +138,7 @@ def load_features(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds = _kinds(preprocessor)
+        kinds = table_columns(preprocessor)
         present = _present(path, preprocessor, form, notes, ignore_unused)
         wanted = [name for name in preprocessor.ids if name in present and ids is not None]
         kinds |= dict.fromkeys(wanted, "word")
@@ -174,7 +174,7 @@ def load_labelled(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds, target = _kinds(like), like.target_name
+        kinds, target = table_columns(like), like.target_name
         present = _present(path, like, form, notes, ignore_unused)
         if target not in present:
             raise DataError(
@@ -207,7 +207,7 @@ def _present(
     if isinstance(like, Dataset):
         known = {role.name for role in like.roles}
     else:
-        known = {*_kinds(like), *like.ids, *like.unused, like.target_name}
+        known = {*table_columns(like), *like.ids, *like.unused, like.target_name}
     strange = [name for name in names if name not in known]
     if strange and not ignore_unused:
         notes.append(f"columns that the training did not have, ignored: {listed(strange)}")
@@ -314,7 +314,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
     columns.check(path, names, target)
     notes: list[str] = []
     like = columns.like
-    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else table_columns(like)
     kinds |= dict.fromkeys(columns.texts, "word")
     time = columns.time
     table = read_table(
@@ -348,7 +348,7 @@ def from_columns(
     """
     like, time = columns.like, columns.time
     aside = {name: table[name] for name in (*columns.texts, *([] if time is None else [time]))}
-    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(_kinds(like)))}
+    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(table_columns(like)))}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
     if not inputs:
         besides = "" if not no_inputs else " and the columns that are no inputs"
@@ -384,8 +384,8 @@ def from_columns(
     )
 
 
-def _kinds(like: Preprocessor | Dataset) -> dict[str, str]:
-    """Return the columns of the table that the features come from, and what each holds."""
+def table_columns(like: Preprocessor | Dataset) -> dict[str, str]:
+    """Return the columns of the table that the features come from, and what each holds: its kind for ``read_table``."""
     dates = dict(like.dates)
     sources = part_names(dates)
     kinds: dict[str, str] = {}

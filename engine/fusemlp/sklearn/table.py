@@ -7,6 +7,7 @@ options and seed, an estimator has the model of the command line.
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -22,18 +23,19 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
 
 from fusemlp.callbacks import ProgressBar
-from fusemlp.datasets.load import Columns, Dataset, from_columns, load_features
+from fusemlp.datasets.load import Columns, Dataset, from_columns, load_features, table_columns
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for
 from fusemlp.datasets.preprocessing import Preprocessor, split
-from fusemlp.datasets.sources import as_frame
+from fusemlp.datasets.sources import Frame, as_frame
 from fusemlp.datasets.tables import read_names, read_table
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
-from fusemlp.engine import Engine
+from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
+from fusemlp.report.runs import open_run, weights_path
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -90,7 +92,6 @@ class TableParameters:
 
 class _TableEstimator(TableParameters, BaseEstimator, ABC):
     task: str
-    # as `clone` and `set_params` need them, of the classes that are made of several dataclasses too
     engine_: Engine
     preprocessor_: Preprocessor
 
@@ -117,8 +118,9 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit to a table X and its targets y: labels (n,), or values (n,) or (n, targets).
 
-        X: a data frame of pandas or polars, an Arrow table, or an array (n, columns). Cells may be missing. sample_weight
-        (n,): a row of weight 0 counts as left out. X_val, y_val: rows for early stopping in place of held-out ones.
+        X: a data frame of pandas or polars, an Arrow table, or an array (n, columns); cells may be missing. Later
+        tables may have their columns in any order, and others among them. sample_weight (n,): a row of weight 0 counts
+        as left out. X_val, y_val: rows for early stopping in place of held-out ones.
 
         Raises ArgumentError, ArgumentTypeError, DataError (all mistakes of the table in one message) before anything
         has changed, DivergenceError when the loss is no longer finite.
@@ -129,6 +131,45 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         except BaseException:
             self.__dict__ = before
             raise
+
+    @classmethod
+    def from_run(
+        cls, run: str | Path, *, weights: str = "model", backend: str = "auto", device: str | None = None
+    ) -> Self:
+        """Return the fitted estimator of a run folder of ``fusemlp train`` or ``fusemlp sweep``.
+
+        ``weights``: model (end of training), best (least validation loss) or last. Raises ArgumentError for a run of
+        the other task, CheckpointError for what is no run.
+        """
+        opened, config = open_run(run)
+        made = Preprocessor.from_config(config["preprocessor"])
+        if made.task != cls.task:
+            raise ArgumentError(f"run: {str(run)!r} is of a {made.task}, and {cls.__name__} is for a {cls.task}")
+        engine = load_checkpoint(weights_path(opened, weights), backend=backend, device=device)
+        net, options = engine.network, config["options"]
+        estimator = cls(
+            hidden=net.sizes[1:-1],
+            activation=net.activations[:-1],
+            dropout=net.dropouts[:-1],
+            loss=engine.loss,
+            optimizer=engine.optimizer,
+            batch_size=engine.batch_size,
+            epochs=config["epochs"],
+            scale=made.scale,
+            random_state=engine.seed,
+            backend=backend,
+            precision=engine.precision,
+            **{name: options[name] or () for name in ("drop", "keep", "categorical")},
+            **{name: options[name] for name in ("early_stopping", "validation_fraction")},
+        )
+        estimator._take(engine, made, tuple(config["data"]["notes"]))
+        estimator.feature_names_in_ = np.array(list(table_columns(made)), object)
+        estimator.n_features_in_ = len(estimator.feature_names_in_)
+        return estimator
+
+    def _take(self, engine: Engine, made: Preprocessor, notes: tuple[str, ...]) -> None:
+        """Set what is fitted."""
+        self.engine_, self.preprocessor_, self.notes_ = engine, made, notes
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, X_val: Any, y_val: Any) -> Self:
         if (X_val is None) != (y_val is None):
@@ -168,22 +209,27 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
             watched = rows(features, labels_val, None)
-        engine.fit(
-            train.X,
-            train.y,
-            sample_weight=train.weight,
-            validation_data=None if watched is None else (watched.X, watched.y, watched.weight),
-            epochs=as_count("epochs", self.epochs),
-            early_stopping=None if watched is None else self.early_stopping,
-            callbacks=[*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])],
-        )
-        self.engine_, self.preprocessor_, self.notes_ = engine, made, (*dataset.notes, *notes)
+        try:
+            engine.fit(
+                train.X,
+                train.y,
+                sample_weight=train.weight,
+                validation_data=None if watched is None else (watched.X, watched.y, watched.weight),
+                epochs=as_count("epochs", self.epochs),
+                early_stopping=None if watched is None else self.early_stopping,
+                callbacks=[*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])],
+            )
+        except KeyboardInterrupt:
+            if engine.history is None or not engine.history.stopped:
+                raise
+            warnings.warn("Training interrupted by user.", stacklevel=3)
+        self._take(engine, made, (*dataset.notes, *notes))
         _tell(self.notes_)
         return self
 
     def _read(self, X: Any, labels: Array, sample_weight: Any, notes: list[str]) -> tuple[Dataset, Array | None]:
         """Return the data set of all rows with a weight that is not 0, and their weights."""
-        frame = as_frame(self._table(X, reset=True))
+        frame = self._table(X, reset=True)
         check_consistent_length(frame.table, labels)
         names = read_names(frame)
         columns = Columns(_names(self.drop), _names(self.keep), _names(self.categorical))
@@ -194,25 +240,25 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, labels)
             counted = weight != 0
-            if not counted.any():
-                raise ArgumentError(f"sample_weight: all {len(weight)} weights are zero; at least one row must count")
             table = {name: column[counted] for name, column in table.items()}
             labels, weight = labels[counted], weight[counted]
         dataset = from_columns(frame, table, labels, "y", kinds, columns, notes, names=names)
         notes.clear()
         return replace(dataset, task=self.task), weight
 
-    def _table(self, X: Any, *, reset: bool = False) -> Any:
+    def _table(self, X: Any, *, reset: bool = False) -> Frame:
         """Return X as a table with names; scikit-learn's errors for other things."""
         if hasattr(X, "__arrow_c_stream__") or hasattr(X, "to_arrow"):
-            # Columns are taken by name, in any order.
-            return validate_data(self, X, skip_check_array=True) if reset else X
+            # Later columns are taken by name, in any order.
+            checked = validate_data(self, X, skip_check_array=True) if reset else X
+            return Frame("X", as_frame(checked).table)
         if isinstance(X, list | tuple) and np.asarray(X).dtype.kind in "US":
             # Lists of numbers and words would become words alone.
             X = np.array(X, object)
         array = validate_data(self, X, dtype=None, ensure_all_finite="allow-nan", reset=reset)
         names = getattr(self, "feature_names_in_", None)
-        return arrow_table(array, [f"x{index}" for index in range(array.shape[1])] if names is None else names)
+        names = [f"x{index}" for index in range(array.shape[1])] if names is None else list(names)
+        return Frame("X", arrow_table(array, names))
 
     def _held_out(self, labels: Array, seed: int, notes: list[str]) -> tuple[Array, Array]:
         """Return the indices of the training rows and of the rows that early stopping watches."""
@@ -271,8 +317,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         return tags
 
 
-def arrow_table(array: Array, names: Iterable[str]) -> Any:
-    """Return the columns of an array (n, columns) as an Arrow table; text that is numbers throughout becomes numbers."""
+def arrow_table(array: Array, names: list[str]) -> Any:
+    """Return the columns of an array (n, columns) as an Arrow table; a column of text with only numbers holds those."""
     import pyarrow
 
     from fusemlp.datasets.columns import numbers_of
@@ -290,7 +336,7 @@ def arrow_table(array: Array, names: Iterable[str]) -> Any:
             numbers, wrong = numbers_of(column, ".")
             column = column if len(wrong) else pyarrow.array(numbers)
         columns.append(column)
-    return pyarrow.table(columns, names=list(names))
+    return pyarrow.table(columns, names=names)
 
 
 def _names(given: Any) -> list[str]:
@@ -347,6 +393,11 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
                 f"loss: 'binary_cross_entropy' is for two classes, and y has {len(self.classes_)}; use cross_entropy"
             )
         return dataset, weight
+
+    def _take(self, engine: Engine, made: Preprocessor, notes: tuple[str, ...]) -> None:
+        super()._take(engine, made, notes)
+        if not hasattr(self, "classes_"):
+            self.classes_ = np.array(made.classes)
 
     def _weights(self, labels: Array, weight: Array | None) -> Array | None:
         if self.class_weight is None:
