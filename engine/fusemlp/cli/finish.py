@@ -29,7 +29,7 @@ def finish(
         engine.save_checkpoint(run.checkpoint("model"))
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
-    overfitting = diagnosis.overfitting(history.history, restored=restored)
+    overfitting = diagnosis.overfitting(history.history, restored=restored, best_epoch=best)
     found = [diagnosis.Finding("divergence", str(failure))] if failure is not None else []
     dead = engine.dead_units(prepared.train.X)
     found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
