@@ -7,10 +7,9 @@ from typing import Any
 from fusemlp.cli.options import EvaluateOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import network_inputs, prepare
+from fusemlp.cli.prepare import Prepared, network_inputs, prepare
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
 from fusemlp_kernels.errors import CheckpointError
 
@@ -23,7 +22,8 @@ def evaluate(options: EvaluateOptions) -> None:
     engine, preprocessor, config = open_model(options)
     notes: list[str] = []
     if options.data is None:
-        X, labels, weight = _own_test_rows(config, preprocessor)
+        test = own_data(config, preprocessor).test
+        X, labels, weight = test.X, test.labels, test.weight
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(options.data, preprocessor, form=form, notes=notes)
@@ -38,8 +38,8 @@ def evaluate(options: EvaluateOptions) -> None:
     show(about | report, lines, as_json=options.as_json)
 
 
-def _own_test_rows(config: dict[str, Any], preprocessor: Preprocessor) -> tuple[Array, Array, Array | None]:
-    """Return the run's test rows, computed again from the data and the seed."""
+def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
+    """Return the run's rows, computed again from the data and the seed."""
     source = config["data"]["source"]
     prepared = prepare(TrainOptions(**{**config["options"], "data": source}), preprocessor)
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
@@ -47,4 +47,4 @@ def _own_test_rows(config: dict[str, Any], preprocessor: Preprocessor) -> tuple[
             f"run: the data {source!r} have changed since the training, so its test rows are not known any more; "
             "give the rows to judge it on: --data FILE"
         )
-    return prepared.test.X, prepared.test.labels, prepared.test.weight
+    return prepared

@@ -289,6 +289,14 @@ class EvaluateOptions(RunOptions, MachineOptions, TableOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions(RunOptions, MachineOptions):
+    """Write report.html into the folder of a run again: its training, and its model on its own test rows.
+
+    train and sweep write it at their end; this makes it anew for an old run, or for other weights.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictOptions(RunOptions, MachineOptions, TableOptions, ForceOption):
     """Predict labels, or values in original units, for new rows.
 

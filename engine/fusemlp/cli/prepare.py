@@ -48,6 +48,16 @@ class Prepared:
     train: Rows
     validation: Rows | None
     test: Rows
+    # the test rows' indices in the data set, unless it brings its own
+    tested: Array | None = None
+
+    @property
+    def test_rows(self) -> tuple[Array, Array, Array]:
+        """The test rows as in the data: features, labels, and their numbers."""
+        if self.tested is None:
+            assert self.dataset.test is not None
+            return *self.dataset.test, np.arange(len(self.test))
+        return self.dataset.X[self.tested], self.dataset.y[self.tested], self.tested
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -155,6 +165,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     dataset = load_data(options.data, target=options.target, task=options.task, form=options.form(), columns=columns)
     classify = dataset.task == "classification"
     # The held-out rows depend only on the whole data set and this seed.
+    tested = None
     if dataset.test is None:
         rest, tested = _split("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
         test_features, test_labels = dataset.X[tested], dataset.y[tested]
@@ -200,4 +211,5 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         rows(dataset.X[training], dataset.y[training]),
         rows(dataset.X[validation], dataset.y[validation]) if len(validation) else None,
         rows(test_features, test_labels),
+        tested=tested,
     )

@@ -56,8 +56,13 @@ def train(options: TrainOptions) -> None:
     run = session.run
     report = finish(run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
     plot = str(run.curves) if run.curves.exists() else None
-    lines = [*outcome(report), f"run folder {run.path}", f"plot {plot}" if plot else f"no plot: {report['no_plot']}"]
-    show({**report, "run": str(run.path), "plot": plot}, lines, as_json=options.as_json)
+    lines = [
+        *outcome(report),
+        f"run folder {run.path}",
+        f"report {run.page}",
+        f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
+    ]
+    show({**report, "run": str(run.path), "page": str(run.page), "plot": plot}, lines, as_json=options.as_json)
     if failure is not None:
         raise failure
 

@@ -1,6 +1,6 @@
 """Write and read a run folder.
 
-``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json`` and ``curves.png``.
+``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json``, ``report.html``, ``curves.png``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Run:
     @property
     def report(self) -> Path:
         return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def curves(self) -> Path:
