@@ -226,3 +226,32 @@ def test_named_columns_need_a_table(option: str, tmp_path: Path, capsys: pytest.
     assert run("train", "iris", f"--{option}", "petal", "--out", tmp_path / "run") == 2
     assert f"--{option}: only tables" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_shows_the_columns_of_its_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    options = ["--target", "buys", "--id", "number", "--drop", "note", "--epochs", "1", "--json"]
+    assert run("train", people(tmp_path / "people.csv"), *options, "--out", folder) == 0
+    first = capsys.readouterr()
+    assert run("train", "--resume", folder, "--epochs", "2", "--json") == 0
+    second = capsys.readouterr()
+    assert json.loads(second.out)["columns"] == json.loads(first.out)["columns"]
+    count = len(PEOPLE) + 1
+    assert second.err.splitlines()[:count] == first.err.splitlines()[:count]
+
+
+def test_a_time_that_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column that counts the rows is left out of the inputs, and orders the rows nevertheless."""
+    path = tmp_path / "a.csv"
+    path.write_text("row,x,y\n" + "".join(f"{row},{row * 7 % 11},{row % 2}\n" for row in range(60)))
+    folder = tmp_path / "run"
+    options = ["--target", "y", "--time", "row", "--epochs", "1", "--batch-size", "8", "--quiet", "--json"]
+    assert run("train", path, *options, "--out", folder) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {one["column"]: one["became"] for one in printed["columns"]} == {
+        "row": "left out",
+        "x": "number",
+        "y": "target",
+    }
+    assert run("evaluate", folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == printed["test"]["accuracy"]

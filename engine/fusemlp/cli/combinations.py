@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusemlp.fleet.results import RISING, FleetResults, Member
+from fusemlp.describe.metrics import rises
+from fusemlp.fleet.results import FleetResults, Member
 
 Point = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def combinations(members: Collection[Member], points: Sequence[Point], metric: s
         Combination({k: v for k, v in points[own[0].index].items() if k != "seed"}, tuple(own), models[key])
         for key, own in found.items()
     ]
-    sign, second = -1.0 if metric in RISING else 1.0, results.metric
+    sign, second = -1.0 if rises(metric) else 1.0, results.metric
 
     def place(one: Combination) -> tuple[float, float, float, float, int]:
         means = sign * one.mean(metric), one.mean(second)

@@ -7,7 +7,7 @@ from typing import Any
 from fusemlp.cli.options import EvaluateOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import labelled_hashes, prepare
+from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.parts import among
 from fusemlp.datasets.prepare import network_inputs
@@ -28,7 +28,8 @@ def evaluate(options: EvaluateOptions) -> None:
     notes: list[str] = []
     seen = None
     if options.data is None:
-        X, labels, weight = _own_test_rows(config, preprocessor)
+        test = own_data(config, preprocessor).test
+        X, labels, weight = test.X, test.labels, test.weight
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(
@@ -61,8 +62,8 @@ def _trained_on(
     return count
 
 
-def _own_test_rows(config: dict[str, Any], preprocessor: Preprocessor) -> tuple[Array, Array, Array | None]:
-    """Return the run's test rows, computed again from the data and the seed."""
+def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
+    """Return the run's rows, computed again from the data and the seed."""
     source = config["data"]["source"]
     prepared = prepare(TrainOptions(**{**config["options"], "data": source}), preprocessor)
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
@@ -71,4 +72,4 @@ def _own_test_rows(config: dict[str, Any], preprocessor: Preprocessor) -> tuple[
             f"run: the data {files} have changed since the training, so its test rows are not known any more; "
             "give the rows to judge it on: --data FILE"
         )
-    return prepared.test.X, prepared.test.labels, prepared.test.weight
+    return prepared

@@ -16,6 +16,7 @@ from typing import Any
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.losses import LOSSES
+from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
@@ -112,7 +113,7 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     data: str | None = _option(
         None,
         f"A data set by name ({', '.join(NAMES)}) or a path: .npz with X and y, .csv or .tsv (also .csv.gz, .bz2, .xz, "
-        ".zip) or .parquet with --target, or a folder of IDX files.",
+        ".zip), .parquet, .feather or .xlsx with --target, or a folder of IDX files.",
         "DATA",
         None,
     )
@@ -201,13 +202,19 @@ class FitOptions(ModelOptions):
         None, "The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0)."
     )
     lr_patience: int | None = _rate(
-        None, "For reduce_on_plateau: epochs without a better validation loss before a reduction (10)."
+        None, "For reduce_on_plateau: epochs without a better --metric before a reduction (10)."
     )
     warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
 
     epochs: int | None = _training(None, "Passes over the training rows; 60 unless given.")
     early_stopping: int | None = _training(
-        None, "Stop after this many epochs without a better validation loss, and restore the best weights.", "EPOCHS"
+        None, "Stop after this many epochs without a better --metric, and restore the best weights.", "EPOCHS"
+    )
+    metric: str | None = _training(
+        None,
+        "Score of each epoch by which training stops early, lowers the rate on a plateau and keeps the best weights, "
+        f"and a sweep ranks: val_loss (default), val_accuracy, or of the validation rows {one_of(METRICS)}; loss or "
+        "accuracy of the training rows.",
     )
     drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
 
@@ -266,7 +273,6 @@ class SweepOptions(FitOptions):
         "beside another --vary does.",
         "COUNT",
     )
-    metric: str | None = _option(None, "Score that ranks models: val_loss (default), val_accuracy, loss or accuracy.")
     jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
 
 
@@ -289,7 +295,7 @@ class RunOptions(JsonOption):
 
     run: Path = _option(MISSING, "A run folder from train.", "RUN", None)
     weights: str = _option(
-        "model", "The run's weights: model (end of training), best (least validation loss) or last (last checkpoint)."
+        "model", "The run's weights: model (end of training), best (best epoch by --metric) or last (last checkpoint)."
     )
 
 
@@ -307,6 +313,14 @@ class EvaluateOptions(ApplyOptions):
     """Score the model of a run on its test rows, or on other labelled data."""
 
     data: str | None = _option(None, "Labelled data by name or path; the run's own test rows unless given.", "DATA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(RunOptions, MachineOptions):
+    """Write report.html into the folder of a run again: its training, and its model on its own test rows.
+
+    train and sweep write it at their end; this makes it anew for an old run, or for other weights.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

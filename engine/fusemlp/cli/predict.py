@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.options import EvaluateOptions, PredictOptions
+from fusemlp.cli.options import EvaluateOptions, PredictOptions, ReportOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
@@ -22,7 +22,9 @@ from fusemlp_kernels.errors import ArgumentError
 OUTPUTS = (".csv", ".npz")
 
 
-def open_model(options: EvaluateOptions | PredictOptions) -> tuple[Engine, Preprocessor, dict[str, Any]]:
+def open_model(
+    options: EvaluateOptions | PredictOptions | ReportOptions,
+) -> tuple[Engine, Preprocessor, dict[str, Any]]:
     """Return the engine, the preprocessor and the configuration of a run."""
     run, config = open_run(options.run)
     engine = load_checkpoint(weights_path(run, options.weights), backend=options.backend, device=options.device)

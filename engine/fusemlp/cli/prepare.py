@@ -42,7 +42,17 @@ class Prepared:
     validation: Rows | None
     test: Rows
     training: Indices
+    # the test rows' indices in the data set, unless they are a set of their own
+    tested: Indices | None = None
     own_test: bool = False
+
+    @property
+    def test_rows(self) -> tuple[Array, Array, Array]:
+        """The test rows as in the data: features, labels, and their numbers."""
+        if self.tested is None:
+            assert self.dataset.test is not None
+            return *self.dataset.test, np.arange(len(self.test))
+        return self.dataset.X[self.tested], self.dataset.y[self.tested], self.tested
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -205,5 +215,6 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         rows(validated, dataset.validation) if validates else None,
         rows(tested, dataset.test),
         training,
+        tested if dataset.test is None else None,
         options.test is not None,
     )

@@ -19,11 +19,12 @@ from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import finite, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.standings import Seldom, counts, standings, table
-from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data, given_options
+from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data, given_options, watched
 from fusemlp.datasets.load import NAMES
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.metrics import rises
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.results import RISING, FleetResults, Member
+from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
@@ -121,7 +122,7 @@ def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], start
         "columns": columns.records(plan.prepared),
     }
     spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
-    least = "largest" if plan.metric in RISING else "least"
+    least = "largest" if rises(plan.metric) else "least"
     said = f"model {best.index}, the {least} {plan.metric}: {spelled}"
     if averages(plan.points):
         mean, spread = chosen.mean(plan.metric), chosen.spread(plan.metric)
@@ -167,7 +168,7 @@ def planned(options: SweepOptions) -> Plan:
         most = max(one.batch_size for one in trained_by)
         if options.drop_last and most > rows:
             raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
-        metric = _metric(options, prepared)
+        metric = watched(options, prepared).get("monitor") or ("loss" if prepared.validation is None else "val_loss")
         fleet = Fleet(
             prepared.network,
             prepared.loss,
@@ -216,13 +217,6 @@ def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
         raise
 
 
-def _metric(options: SweepOptions, prepared: Prepared) -> str:
-    names = ["loss", *(["accuracy"] if prepared.dataset.task == "classification" else [])]
-    if prepared.validation is not None:
-        names = [f"val_{name}" for name in names] + names
-    return names[0] if options.metric is None else check_choice("metric", options.metric, names)
-
-
 def describe(plan: Plan) -> str:
     """Return two lines on the models and the data."""
     engine = plan.fleet.first
@@ -254,6 +248,7 @@ def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
 
             plan.fleet.fit(
                 **plan.prepared.fit_data,
+                **watched(options, plan.prepared),
                 epochs=plan.epochs,
                 early_stopping=options.early_stopping,
                 drop_last=options.drop_last,

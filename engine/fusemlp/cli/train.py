@@ -22,7 +22,8 @@ from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.metrics import Judged, metrics_for
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline
@@ -56,8 +57,13 @@ def train(options: TrainOptions) -> None:
     run = session.run
     report = finish(run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
     plot = str(run.curves) if run.curves.exists() else None
-    lines = [*outcome(report), f"run folder {run.path}", f"plot {plot}" if plot else f"no plot: {report['no_plot']}"]
-    content = {**report, "run": str(run.path), "plot": plot, "columns": found}
+    lines = [
+        *outcome(report),
+        f"run folder {run.path}",
+        f"report {run.page}",
+        f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
+    ]
+    content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
     show(content, lines, as_json=options.as_json)
     if failure is not None:
         raise failure
@@ -70,6 +76,7 @@ def new_session(options: TrainOptions) -> Session:
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, options.data, datetime.now())
     prepared = prepare(options)
+    watched(options, prepared)
     engine = new_engine(options, prepared, epochs)
     run = create_run(folder)
     write_json(run.config, configuration(options, prepared, engine, epochs))
@@ -89,6 +96,31 @@ def checked_epochs(options: FitOptions) -> int:
         if options.validation_fraction == 0 and options.validation is None:
             raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
     return epochs
+
+
+def watched(options: FitOptions, prepared: Prepared) -> dict[str, Any]:
+    """Return the arguments of ``fit`` for ``--metric``; a score of numbers is in their original units."""
+    if options.metric is None:
+        return {}
+    numbers = prepared.dataset.task == "regression"
+    of_training = ["loss"] if numbers else ["loss", "accuracy"]
+    kind = "numbers" if numbers else "classes" if prepared.loss.is_classification else "one-hot rows"
+    metrics = {} if prepared.validation is None else metrics_for(kind)
+    named = of_training if prepared.validation is None else [f"val_{name}" for name in (*of_training, *metrics)]
+    if options.metric.startswith("val_") and prepared.validation is None:
+        raise ArgumentError(f"metric: {options.metric!r} is of validation rows, and there are none")
+    short = f"val_{options.metric}" if options.metric in metrics else options.metric
+    monitor = check_choice("metric", short, [*dict.fromkeys([*named, *of_training])])
+    metric = metrics.get(monitor.removeprefix("val_"))
+    decode = prepared.preprocessor.decode_predictions
+
+    def in_units(rows: Judged) -> float:
+        assert metric is not None
+        return metric.of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
+
+    if metric is None or not numbers:
+        return {"monitor": monitor}
+    return {"monitor": monitor, "metrics": [replace(metric, of=in_units)]}
 
 
 def given_options(options: FitOptions) -> dict[str, Any]:
@@ -234,6 +266,7 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     try:
         engine.fit(
             **session.prepared.fit_data,
+            **watched(options, session.prepared),
             epochs=session.epochs,
             early_stopping=options.early_stopping,
             callbacks=[recorder] if options.quiet else [recorder, ProgressBar()],

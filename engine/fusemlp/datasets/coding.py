@@ -120,17 +120,17 @@ def coded(
             X[:, index] = column
             count = int(np.isnan(column).sum())
         else:
-            different, codes = _different(column)
-            words = known[index] if known is not None else _categories(different)
+            found, codes = different(column)
+            words = known[index] if known is not None else _categories(found)
             assert words is not None, "a column that held numbers was read as numbers"
             categories.append(words)
             place: dict[str, float] = {word: code for code, word in enumerate(words)}
             absent = place.get("", math.nan)
-            X[:, index] = np.array(
-                [place.get(word, absent if word in MISSING else math.nan) for word in different], float
-            )[codes]
-            cells = np.bincount(codes, minlength=len(different)).tolist()
-            counts = dict(zip(different, cells, strict=True))
+            X[:, index] = np.array([place.get(word, absent if word in MISSING else math.nan) for word in found], float)[
+                codes
+            ]
+            cells = np.bincount(codes, minlength=len(found)).tolist()
+            counts = dict(zip(found, cells, strict=True))
             count = sum(cells for word, cells in counts.items() if word in MISSING and (not word or word not in place))
             strange = {word: cells for word, cells in counts.items() if word not in place and word not in MISSING}
             if strange:
@@ -148,7 +148,7 @@ def _some(parts: list[str]) -> str:
     return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
 
 
-def _different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
+def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
     """Return the different words of a column in the order of their first rows, and the index of each row's word."""
     import pyarrow
 
@@ -156,5 +156,5 @@ def _different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
     return coded.dictionary.to_pylist(), coded.indices.to_numpy()
 
 
-def _categories(different: list[str]) -> tuple[str, ...]:
-    return tuple(sorted({"" if word in MISSING else word for word in different}))
+def _categories(found: list[str]) -> tuple[str, ...]:
+    return tuple(sorted({"" if word in MISSING else word for word in found}))

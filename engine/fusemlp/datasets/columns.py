@@ -85,16 +85,16 @@ class _Growing:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_number(kind: pa.DataType) -> bool:
     types = pa.types
-    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
+    return any(test(kind) for test in (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal))
 
 
 def _is_date(kind: pa.DataType) -> bool:
-    return pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
 
 
 def _among(values: Any, words: Collection[str]) -> Any:
@@ -238,7 +238,7 @@ class Column:
             except pa.ArrowInvalid:
                 pass
         moments = _by_word(texts, lambda text: self._date(text.strip(), order), object)
-        for row in np.flatnonzero(np.equal(moments, None)).tolist():
+        for row in (row for row, moment in enumerate(moments) if moment is None):
             text = texts[row].as_py().strip()
             self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
         return moments.astype("datetime64[us]")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.coding import Features
+from fusemlp.datasets.coding import Features, different
 from fusemlp.datasets.files import Array
 from fusemlp.datasets.load import Dataset, load_labelled
 from fusemlp.datasets.preprocessing import Rows, split
@@ -114,10 +114,10 @@ def _groups(groups: Array, y: Array, fraction: float, seed: int) -> tuple[Rows, 
 
     Rows without a group are one group.
     """
-    names, codes = np.unique(groups.astype(str), return_inverse=True)
+    names, codes = different(groups)
     if len(names) < 2:
         raise DataError(
-            f"fraction: none of {len(groups)} rows can be held out, because all are of one group ({str(names[0])!r}); "
+            f"fraction: none of {len(groups)} rows can be held out, because all are of one group ({names[0]!r}); "
             "choose another column of groups"
         )
     classes, labels = np.unique(y, return_inverse=True)

@@ -52,7 +52,7 @@ class Columns:
             **{name: () if column is None else (column,) for name, column in single.items()},
         }
 
-    def check(self, path: Place, names: Collection[str], target: str) -> None:
+    def check(self, path: Place, names: Collection[str], target: str | None = None) -> None:
         """Raise unless the table has the named columns, and no column has two parts that exclude each other."""
         options = self.options()
         for option, chosen in options.items():
@@ -107,11 +107,10 @@ def roles(
     found = []
     for name in names:
         missing = missing_share(table[name]) if name in table else None
-        if name == target:
-            found.append(Role(name, "target", 0.0 if missing is None else missing))
-        elif name in inputs:
-            also = {"time": "orders the rows too"} if name == columns.time else {}
-            found.append(Role(name, _kind(table[name]), missing, also.get("time", "")))
+        if name in inputs:
+            found.append(Role(name, _kind(table[name]), missing, "orders the rows" if name == columns.time else ""))
+        elif name == target:
+            found.append(Role(name, "target", 0.0))
         elif name in reasons:
             found.append(Role(name, "left out", missing, reasons[name]))
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import itertools
 import lzma
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -58,19 +57,33 @@ def as_frame(data: Any) -> Frame:
         return data
     name = type(data).__name__
     try:
-        if isinstance(data, pyarrow.RecordBatch):
+        if hasattr(data, "iloc") and hasattr(data, "columns"):
+            columns = [_from_pandas(data.iloc[:, index]) for index in range(data.shape[1])]
+            data = pyarrow.table(columns, names=[str(column) for column in data.columns])
+        elif isinstance(data, pyarrow.RecordBatch):
             data = pyarrow.Table.from_batches([data])
         elif hasattr(data, "to_arrow"):
             data = data.to_arrow()
-        if not isinstance(data, pyarrow.Table) and hasattr(data, "__arrow_c_stream__"):
+        elif not isinstance(data, pyarrow.Table) and hasattr(data, "__arrow_c_stream__"):
             data = pyarrow.table(data)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name}: a column holds values of several types ({reason(error)}); convert it") from error
+    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"{name}: a column cannot be read ({reason(error)}); convert or drop it") from error
     if not isinstance(data, pyarrow.Table):
         raise ArgumentTypeError(
             f"data: expected a table (a DataFrame of pandas or polars, an Arrow table), a name or a path, got {name}"
         )
     return Frame(name, data)
+
+
+def _from_pandas(column: Any) -> Any:
+    """Return a column of pandas as an Arrow array; one that mixes words and numbers holds words."""
+    import pyarrow
+
+    try:
+        return pyarrow.Array.from_pandas(column)
+    except (pyarrow.ArrowException, TypeError):
+        texts = [None if gone else str(value) for value, gone in zip(column, column.isna(), strict=True)]
+        return pyarrow.array(texts, pyarrow.string())
 
 
 @contextmanager
@@ -94,7 +107,7 @@ def open_source(source: Place, form: Form) -> Iterator[Source]:
             raise DataError(f"{source}: it cannot be read as {_article(suffix[1:])} file ({reason(error)})") from error
         why = reason(error)
         if "straddling" in why:
-            why = f"a row is longer than {re.escape('4 MiB')}; a quote may have no end"
+            why = "a row is longer than 4 MiB; a quote may have no end"
         encoded = f" in {form.encoding or 'its encoding'}" if isinstance(error, UnicodeError) else ""
         raise DataError(f"{source}: expected a csv file{encoded} with a header ({why})") from error
 
@@ -128,20 +141,16 @@ def _open_arrow(path: Path) -> Source:
 
 def _open_excel(path: Path, form: Form) -> Source:
     """Return the sheet that is shown first, as rows of text."""
-    try:
-        import openpyxl
-    except ImportError as error:
-        raise DataError(
-            f"{path}: Excel files need openpyxl: pip install openpyxl (or 'fusemlp[excel]'); or save the sheet as .csv"
-        ) from error
+    book = _open_book(path)
+    said = None
+    if len(book.worksheets) > 1:
+        said = f"{path.name}: the sheet {_shown(book).title!r} of {len(book.worksheets)}"
+    book.close()
 
     def rows() -> Iterator[tuple[int, list[str]]]:
+        book = _open_book(path)
         try:
-            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        except (KeyError, ValueError, openpyxl.utils.exceptions.InvalidFileException) as error:
-            raise OSError(str(error)) from error
-        try:
-            for number, cells in enumerate(book.active.iter_rows(values_only=True), 1):
+            for number, cells in enumerate(_shown(book).iter_rows(values_only=True), 1):
                 texts = [_text(cell) for cell in cells]
                 while texts and not texts[-1]:
                     texts.pop()
@@ -150,7 +159,7 @@ def _open_excel(path: Path, form: Form) -> Source:
         finally:
             book.close()
 
-    _, first = next(rows(), (0, []))
+    first = next(((texts for _, texts in rows())), [])
     names = headed(path, first, ".", header=form.header)
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -160,7 +169,28 @@ def _open_excel(path: Path, form: Form) -> Source:
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
         return as_batches(records(), len(names), columns, ragged)
 
-    return Source(names, batches, records=records)
+    return Source(names, batches, records=records, said=said)
+
+
+def _open_book(path: Path) -> Any:
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise DataError(
+            f"{path}: Excel files need openpyxl: pip install openpyxl (or 'fusemlp[excel]'); or save the sheet as .csv"
+        ) from error
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except (KeyError, ValueError, TypeError, openpyxl.utils.exceptions.InvalidFileException) as error:
+        raise OSError(reason(error)) from error
+    if not book.worksheets:
+        raise OSError("it has no sheet of cells")
+    return book
+
+
+def _shown(book: Any) -> Any:
+    """Return the sheet that Excel shows first; the first of cells if that is a chart."""
+    return book.active if book.active in book.worksheets else book.worksheets[0]
 
 
 def _text(cell: Any) -> str:

@@ -95,6 +95,8 @@ def _read(
     known_labels: Collection[str],
     notes: list[str],
 ) -> tuple[dict[str, Array], Array]:
+    import pyarrow
+
     from fusemlp.datasets.columns import Column, Problems, Target
 
     problems = Problems(source)
@@ -123,6 +125,7 @@ def _read(
                 kinds[column.name] = column.kind or "number"
         if next(ragged) or problems.found:
             _refuse(source, problems, opened)
+    pyarrow.default_memory_pool().release_unused()
     return table, missing
 
 

@@ -102,14 +102,14 @@ class Form:
 
 def open_text(path: Path, form: Form) -> Source:
     """Return a text file as rows of text."""
-    encoding, odd = _inspect(path, form)
+    encoding, marks = _inspect(path, form.encoding)
     with _open(path) as raw, io.TextIOWrapper(raw, encoding, newline="") as stream:
         sample = list(itertools.islice(stream, _SAMPLE))
     sep = form.sep or _separator(sample)
     decimal = form.decimal or _decimal(sample, sep)
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
     names = headed(path, first, decimal, header=form.header)
-    odd = odd or sep == " " or not sep.isascii()
+    plain = _is_plain(path, sep, encoding, marks)
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -120,9 +120,9 @@ def open_text(path: Path, form: Form) -> Source:
                     yield reader.line_num, row
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
-        if odd:
-            return as_batches(records(), len(names), columns, ragged)
-        return _arrow_batches(path, sep, encoding, len(names), columns, ragged, header=form.header, size=size)
+        if plain:
+            return _arrow_batches(path, sep, encoding, len(names), columns, ragged, header=form.header, size=size)
+        return as_batches(records(), len(names), columns, ragged)
 
     return Source(names, batches, decimal, records, sep, _said(path, sep, decimal, encoding))
 
@@ -243,37 +243,56 @@ def _open(path: Path) -> Iterator[Any]:
         yield stream
 
 
-def _inspect(path: Path, form: Form) -> tuple[str, bool]:
-    """Return the encoding, and whether the file is odd: one that Arrow reads other than Python's csv module.
+def _inspect(path: Path, given: str | None) -> tuple[str, bytes]:
+    """Return the encoding, given or recognised, and those of the bytes of quotes and line breaks that the file has.
 
-    The encoding is UTF-16 by its mark, UTF-8 if all bytes are that, else Western Europe's Windows code page, or
-    latin-1. Odd are quotes in the middle of a field, after a space or without an end.
+    Recognised are UTF-16 by its mark, UTF-8 if all bytes are that, else Western Europe's Windows code page, or latin-1.
     """
-    outside = f'[^{re.escape(form.sep or "")}\t|;,\r\n"]'.encode()
-    inner = re.compile(b'"(?<=' + outside + b'")(?=' + outside + b")")
-    candidates = [form.encoding] if form.encoding else ["utf-8-sig", "cp1252", "latin-1"]
+    candidates = [given] if given else ["utf-8-sig", "cp1252", "latin-1"]
     while True:
         encoding = candidates.pop(0)
-        decoder, quotes, odd, lines, end = codecs.getincrementaldecoder(encoding)(), 0, False, False, b""
+        decoder, marks, first = codecs.getincrementaldecoder(encoding)(), b"", True
         try:
             with _open(path) as stream:
                 while chunk := stream.read(_BYTES):
-                    if not (form.encoding or end) and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        return "utf-16", True
+                    if first and not given and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        return "utf-16", b""
+                    first = False
                     decoder.decode(chunk)
-                    found = chunk.count(b'"')
-                    quotes += found
-                    whole = end + chunk
-                    odd = odd or (found > 0 and (b' "' in whole or inner.search(whole) is not None))
-                    lines = lines or b"\n" in chunk or b"\r" in chunk
-                    end = chunk[-2:]
+                    marks += bytes(mark for mark in b'"\r\n' if mark not in marks and mark in chunk)
                 decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             if not candidates:
                 raise
         else:
-            alike = _ASCII.decode(encoding, "replace") == _ASCII.decode("ascii")
-            return encoding, odd or quotes % 2 == 1 or not lines or not alike
+            return encoding, marks
+
+
+def _is_plain(path: Path, sep: str, encoding: str, marks: bytes) -> bool:
+    """Return whether Arrow reads the file as Python's csv module does, which is more exact and slower.
+
+    It does unless quotes stand in the middle of a field, after a space or without an end.
+    """
+    ends = b"\n" in marks or b"\r" in marks
+    if not ends or sep == " " or not sep.isascii() or _ASCII.decode(encoding, "replace") != _ASCII.decode("ascii"):
+        return False
+    if b'"' not in marks:
+        return True
+    mark, outside = sep.encode(), re.escape(sep).encode() + b'\r\n"'
+    beside = (mark + b'"', b'"' + mark, b'\n"', b'\r"', b'"\n', b'"\r')
+    inner = re.compile(b'"(?:(?<=[^%b]")|(?<=[%b\r\n]")")(?=[^%b])' % (outside, re.escape(mark), outside))
+    quotes, rest = 0, b"\n"
+    with _open(path) as stream:
+        while chunk := stream.read(_BYTES):
+            rest += chunk
+            end = max(rest.rfind(b"\n"), rest.rfind(b"\r"))
+            # A piece begins and ends with a line break.
+            piece, rest = rest[: end + 1], rest[end:] if end > 0 else rest
+            found = piece.count(b'"')
+            quotes += found
+            if b' "' in piece or (found != sum(map(piece.count, beside)) and inner.search(piece)):
+                return False
+    return (quotes + rest.count(b'"')) % 2 == 0 and not inner.search(rest) and b' "' not in rest
 
 
 def _cells(sample: list[str], sep: str) -> list[list[str]]:
@@ -308,7 +327,9 @@ def _decimal(sample: list[str], sep: str) -> str:
     counts = {"sure,": 0, "sure.": 0, "maybe,": 0, "maybe.": 0}
     for row in _cells(sample, sep):
         for cell in row:
-            found = re.fullmatch(r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)", cell.strip(" +-$%\u00a3\u00a5\u20ac"))
+            found = re.fullmatch(
+                r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)(?:[eE][+-]?\d+)?", cell.strip(" +-$%\u00a3\u00a5\u20ac")
+            )
             if found and found[3] in found[2]:
                 # Several equal marks are thousands.
                 counts["sure," if found[3] == "." else "sure."] += 1

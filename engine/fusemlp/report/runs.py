@@ -1,6 +1,6 @@
 """Write and read a run folder.
 
-``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json`` and ``curves.png``;
+``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json``, ``report.html``, ``curves.png``;
 ``training_rows.npy`` (a hash of each training row) and, of a table, ``columns.csv`` (what each column became).
 """
 
@@ -43,6 +43,10 @@ class Run:
     @property
     def report(self) -> Path:
         return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def curves(self) -> Path:
