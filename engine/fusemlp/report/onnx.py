@@ -21,7 +21,7 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.scaling import CLIP, KNEE, Knots
 from fusemlp.describe.network import Activation
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
 from fusemlp.runtime.session import Session
@@ -94,9 +95,7 @@ def onnx_bytes(
     if preprocessor is not None:
         own["preprocessor"] = preprocessor.to_json()
         name = graph.filled(name, preprocessor)
-        shift = graph.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
-        scale = graph.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
-        name = graph.add("Div", graph.add("Sub", name, shift), scale)
+        name = graph.scaled(name, preprocessor)
         name = graph.marked(name, preprocessor)
     for layer, activation in enumerate(engine.network.activations):
         layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
@@ -221,6 +220,41 @@ class _Graph:
         self.missing = self.add("IsNaN", name)
         return self.add("Where", self.missing, fill, name)
 
+    def scaled(self, name: str, preprocessor: Preprocessor) -> str:
+        """Append the scaling of the features."""
+        if preprocessor.feature_knots:
+            return self._by_quantiles(name, [at for at in preprocessor.feature_knots if at is not None])
+        shift = self.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
+        scale = self.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
+        name = self.add("Div", self.add("Sub", name, shift), scale)
+        if preprocessor.scale != "robust":
+            return name
+        # The square stays finite in float32.
+        far = self.add("Clip", name, self.constant(-1e15), self.constant(1e15))
+        ratio = self.add("Div", far, self.constant(KNEE))
+        # asinh; onnxruntime has none in double precision
+        root = self._root_of_one_and_square(ratio)
+        size = self.add("Log", self.add("Add", self.add("Abs", ratio), root))
+        tails = self.add("Mul", self.add("Mul", self.add("Sign", ratio), size), self.constant(KNEE))
+        return self.add("Div", tails, self._root_of_one_and_square(self.add("Div", tails, self.constant(CLIP))))
+
+    def _root_of_one_and_square(self, name: str) -> str:
+        return self.add("Sqrt", self.add("Add", self.add("Mul", name, name), self.constant(1.0)))
+
+    def _by_quantiles(self, name: str, knots: Sequence[Knots]) -> str:
+        """Append straight lines between the knots: the first score, and the rise over each piece up to x."""
+        widest = max(len(points) for points, _ in knots)
+        starts, widths, slopes = (np.zeros((len(knots), widest)) for _ in range(3))
+        for column, (points, scores) in enumerate(knots):
+            pieces = len(points) - 1
+            starts[column, :pieces], widths[column, :pieces] = points[:-1], np.diff(points)
+            slopes[column, :pieces] = np.diff(scores) / np.diff(points)
+        wide = self.add("Unsqueeze", name, self.constant(np.array([2])))
+        within = self.add("Max", self.add("Sub", wide, self.constant(starts)), self.constant(0.0))
+        risen = self.add("Mul", self.add("Min", within, self.constant(widths)), self.constant(slopes))
+        rise = self.add("ReduceSum", risen, self.constant(np.array([2])), keepdims=0)
+        return self.add("Add", rise, self.constant(np.array([scores[0] for _, scores in knots])))
+
     def marked(self, name: str, preprocessor: Preprocessor) -> str:
         """Append the columns that mark missing cells, each after the scaled column ``name`` of its feature."""
         marks = preprocessor.missing_inputs
@@ -263,6 +297,8 @@ def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Prepro
     if classes is None and preprocessor is not None:
         scaled = graph.add("Mul", found, graph.constant(np.array(preprocessor.target_scale, np.float64)))
         found = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
+        if preprocessor.target_log:
+            found = graph.add("Exp", found)
     if width == 1:
         found = graph.add("Squeeze", found, graph.constant(np.array([1])))
     if classes is not None:
