@@ -18,6 +18,7 @@ COMMANDS = {
     "sklearn_door": "time a fit of scikit-learn's estimators and of fusemlp's",
     "torch_door": "time a training step of eager PyTorch and the fused one",
     "fleet_search": "time a grid search: fusemlp, scikit-learn and JAX",
+    "tables": "score fusemlp train with its defaults on real tables, beside scikit-learn's models",
     "time_to_result": "time from arrays to an accuracy, imports and compilation included",
     "scaling": "time a step over batch, width, depth and number of models",
     "roofline": "compare each call of a step with the limits of the hardware",

@@ -16,13 +16,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import kernels, loops, memory, overhead, roofline, scaling, study, time_to_result, timing, trials
+from bench import kernels, loops, memory, overhead, roofline, scaling, study, tables, time_to_result, timing, trials
 from bench.vendor import Vendor
 from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scaling", "overhead", "time_to_result")
+STUDIES = ("roofline", "kernels", "scaling", "overhead", "time_to_result", "tables")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -297,3 +297,44 @@ def test_every_study_draws_its_picture() -> None:
         assert axes.get_ylabel()
     lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
     assert "of the fastest step" in roofline.draw(lines).axes[0].get_title(loc="left")
+
+
+# tables
+
+
+def scored(name: str, model: str, task: str, **figures: float) -> dict[str, Any]:
+    about = {"table": name, "task": task, "half": "final", "seed": 0, "rows": 1000, "columns": 4, "seconds": 0.5}
+    return {**about, "model": model, **figures}
+
+
+def test_ranks_of_tables_are_means_over_seeds_and_ties_share_theirs() -> None:
+    lines = [
+        scored("a", "fusemlp", "regression", r2=0.9),
+        {**scored("a", "fusemlp", "regression", r2=0.5), "seed": 1},
+        scored("a", "linear", "regression", r2=0.8),
+        scored("b", "fusemlp", "regression", r2=0.3),
+        scored("b", "linear", "regression", r2=0.3),
+    ]
+    # 0.7 against 0.8, then a tie
+    assert tables.ranks(tables.means(lines), "r2") == {"fusemlp": 1.75, "linear": 1.25}
+    shown = tables.text(lines)
+    assert "| a | 1,000 | 0.700 (0.50) | **0.800** (0.50) |" in shown
+    assert "| mean rank by r2 |  | 1.75 | 1.25 |" in shown
+
+
+def test_a_lower_log_loss_ranks_first() -> None:
+    figures = {"accuracy": 0.5, "auc": 0.5}
+    lines = [
+        scored("a", "fusemlp", "classification", log_loss=0.2, **figures),
+        scored("a", "linear", "classification", log_loss=0.4, **figures),
+    ]
+    assert tables.ranks(tables.means(lines), "log_loss") == {"fusemlp": 1.0, "linear": 2.0}
+
+
+def test_each_half_has_both_tasks_and_no_table_of_the_independent_check() -> None:
+    kept = {"modeldata", "ISLR", "DAAG", "ggplot2", "stevedata", "nycflights13"}
+    assert not kept & {one.package for one in tables.TABLES}
+    for half in tables.HALVES:
+        tasks = [one.task for one in tables.TABLES if one.half == half]
+        assert min(tasks.count("classification"), tasks.count("regression")) >= 5
+    assert len({one.name for one in tables.TABLES}) == len(tables.TABLES) >= 20

@@ -17,6 +17,7 @@ from fusemlp import MLP, Engine
 from fusemlp.datasets.coding import coded
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.onnx import onnx_bytes
 
 Array = np.ndarray[Any, Any]
@@ -60,7 +61,7 @@ def fed(table: Table, real: Any) -> Table:
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(st.data(), st.sampled_from(["w", "wn", "nw", "wnnw", "ww"]), st.sampled_from(["standard", "minmax", "none"]))
+@given(st.data(), st.sampled_from(["w", "wn", "nw", "wnnw", "ww"]), st.sampled_from(SCALES))
 def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data: st.DataObject, kinds: str, scale: str) -> None:
     training = data.draw(tables(kinds, 12))
     new = data.draw(tables(kinds, 5, ("green", "red ", "N/A")))

@@ -253,6 +253,8 @@ def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Prepro
     if classes is None and preprocessor is not None:
         scaled = graph.add("Mul", found, graph.constant(np.array(preprocessor.target_scale, np.float64)))
         found = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
+        if preprocessor.target_log:
+            found = graph.add("Exp", found)
     if width == 1:
         found = graph.add("Squeeze", found, graph.constant(np.array([1])))
     if classes is not None:

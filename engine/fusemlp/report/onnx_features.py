@@ -5,12 +5,14 @@ Its nodes are those of ``Preprocessor.transform_features``, and of ``datasets.co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.scaling import CLIP, KNEE, Knots
 from fusemlp.datasets.textfiles import MISSING
 
 INPUT = "x"
@@ -88,9 +90,40 @@ def _filled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]
 
 
 def _scaled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]) -> str:
+    """Append the scaling of the columns of numbers: ``scaling.statistics``, ``clipped`` and ``by_quantiles``."""
+    if preprocessor.feature_knots:
+        return _by_quantiles(graph, x, [at for at in preprocessor.feature_knots if at is not None])
     shift = graph.constant(np.array(preprocessor.feature_shift, np.float64)[numbers])
     scale = graph.constant(np.array(preprocessor.feature_scale, np.float64)[numbers])
-    return graph.add("Div", graph.add("Sub", x, shift), scale)
+    scaled = graph.add("Div", graph.add("Sub", x, shift), scale)
+    if preprocessor.scale != "robust":
+        return scaled
+    # The square stays finite in float32.
+    far = graph.add("Clip", scaled, graph.constant(-1e15), graph.constant(1e15))
+    ratio = graph.add("Div", far, graph.constant(KNEE))
+    # asinh; onnxruntime has none in double precision
+    size = graph.add("Log", graph.add("Add", graph.add("Abs", ratio), _root_of_one_and_square(graph, ratio)))
+    tails = graph.add("Mul", graph.add("Mul", graph.add("Sign", ratio), size), graph.constant(KNEE))
+    return graph.add("Div", tails, _root_of_one_and_square(graph, graph.add("Div", tails, graph.constant(CLIP))))
+
+
+def _root_of_one_and_square(graph: Graph, x: str) -> str:
+    return graph.add("Sqrt", graph.add("Add", graph.add("Mul", x, x), graph.constant(1.0)))
+
+
+def _by_quantiles(graph: Graph, x: str, knots: Sequence[Knots]) -> str:
+    """Append straight lines between the knots: the first score, and the rise over each piece up to x."""
+    widest = max(len(points) for points, _ in knots)
+    starts, widths, slopes = (np.zeros((len(knots), widest)) for _ in range(3))
+    for column, (points, scores) in enumerate(knots):
+        pieces = len(points) - 1
+        starts[column, :pieces], widths[column, :pieces] = points[:-1], np.diff(points)
+        slopes[column, :pieces] = np.diff(scores) / np.diff(points)
+    wide = graph.add("Unsqueeze", x, graph.constant(np.array([2])))
+    within = graph.add("Max", graph.add("Sub", wide, graph.constant(starts)), graph.constant(0.0))
+    risen = graph.add("Mul", graph.add("Min", within, graph.constant(widths)), graph.constant(slopes))
+    rise = graph.add("ReduceSum", risen, graph.constant(np.array([2])), keepdims=0)
+    return graph.add("Add", rise, graph.constant(np.array([scores[0] for _, scores in knots])))
 
 
 def _one_hot(graph: Graph, x: str, words: tuple[str, ...], inputs: npt.NDArray[np.int64], width: int) -> str:

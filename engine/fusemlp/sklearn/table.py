@@ -59,7 +59,7 @@ class TableParameters:
         weights; None holds out no rows.
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
-    scale : "standard", "minmax" or "none"; from the training rows.
+    scale : "robust", "quantile", "standard", "minmax" or "none", by the training rows.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
     group, time : a column whose rows of one value are held out together; one whose last rows are held out.
@@ -331,20 +331,22 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
 
 
 def arrow_table(array: Array, names: list[str]) -> Any:
-    """Return the columns of an array (n, columns) as an Arrow table; a column of text with only numbers holds those."""
+    """Return the columns of an array (n, columns) as an Arrow table.
+
+    A column of numbers and words holds words, as of a DataFrame; in an array of text one of numbers alone holds these.
+    """
     import pyarrow
 
     from fusemlp.datasets.columns import numbers_of
 
     columns = []
-    for name, values in zip(names, array.T, strict=True):
+    for values in array.T:
         try:
             column = pyarrow.array(values.tolist() if values.dtype.kind in "OU" else values, from_pandas=True)
-        except (pyarrow.ArrowException, TypeError) as error:
-            kinds = sorted({type(value).__name__ for value in values.tolist()})
-            raise DataError(
-                f"X, column {name!r}: expected numbers, words or dates alone, found {', '.join(kinds)}; convert them"
-            ) from error
+        except (pyarrow.ArrowException, TypeError):
+            # numbers and words
+            texts = [None if value is None or value != value else str(value) for value in values]
+            column = pyarrow.array(texts, pyarrow.string())
         if values.dtype.kind == "U":
             numbers, wrong = numbers_of(column, ".")
             column = column if len(wrong) else pyarrow.array(numbers)
