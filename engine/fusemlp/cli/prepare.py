@@ -14,8 +14,9 @@ from fusemlp.datasets.load import Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Hashes, hold_out, row_hashes, with_files
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
-from fusemlp.datasets.preprocessing import SCALES, Preprocessor
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.preprocessing import Rows as Indices
+from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
