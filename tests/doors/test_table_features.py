@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.datasets.dates import with_parts
+from fusemlp.datasets.dates import parts_of
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
@@ -52,7 +52,9 @@ def answers_of_the_graph(model: TableClassifier, frame: pandas.DataFrame) -> Any
         name: column.fillna("").to_numpy() if name.startswith("word") else column.to_numpy()
         for name, column in frame.items()
     }
-    parts = with_parts(columns)
+    parts: dict[str, Any] = {}
+    for name, cells in columns.items():
+        parts |= parts_of(name, cells) if cells.dtype.kind == "M" else {name: cells}
     given = [one.name for one in session.get_inputs()]
     if given == ["x"]:
         whole = np.column_stack([parts[name] for name in model.preprocessor_.feature_names])

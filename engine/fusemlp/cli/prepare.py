@@ -186,8 +186,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
     preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=options.scale)
-    inputs, outputs = network_ends(preprocessor, name)
-    net = recipe.network((inputs, *widths, outputs), options, init=options.init)
+    first, last = network_ends(preprocessor, name)
+    net = recipe.network((first, *widths, last), options, init=options.init)
     check_memory(
         preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
@@ -202,8 +202,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         weight = None
         if weights is not None and name != "cross_entropy":
             weight = np.array(weights)[preprocessor.class_codes(labels)]
-        among = None if own else chosen
-        return rows_for(preprocessor, X, labels, among, precision=options.precision, weight=weight)
+        at = None if own else chosen
+        return rows_for(preprocessor, X, labels, precision=options.precision, rows=at, weight=weight)
 
     validates = dataset.validation is not None or len(validated) > 0
     return Prepared(

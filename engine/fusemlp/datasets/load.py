@@ -7,7 +7,7 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +138,7 @@ def load_features(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds = table_columns(preprocessor)
+        kinds = _kinds(preprocessor)
         present = _present(path, preprocessor, form, notes, ignore_unused)
         wanted = [name for name in preprocessor.ids if name in present and ids is not None]
         kinds |= dict.fromkeys(wanted, "word")
@@ -174,7 +174,7 @@ def load_labelled(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds, target = table_columns(like), like.target_name
+        kinds, target = _kinds(like), like.target_name
         present = _present(path, like, form, notes, ignore_unused)
         if target not in present:
             raise DataError(
@@ -207,7 +207,7 @@ def _present(
     if isinstance(like, Dataset):
         known = {role.name for role in like.roles}
     else:
-        known = {*table_columns(like), *like.ids, *like.unused, like.target_name}
+        known = {*_kinds(like), *like.ids, *like.unused, like.target_name}
     strange = [name for name in names if name not in known]
     if strange and not ignore_unused:
         notes.append(f"columns that the training did not have, ignored: {listed(strange)}")
@@ -314,7 +314,8 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
     columns.check(path, names, target)
     notes: list[str] = []
     like = columns.like
-    kinds = dict.fromkeys(columns.categorical, "word") if like is None else table_columns(like)
+    kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
+    wanted = tuple(kinds)
     kinds |= dict.fromkeys(columns.texts, "word")
     time = columns.time
     table = read_table(
@@ -328,36 +329,17 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
         notes=notes,
     )
     y = table.pop(target)
-    return from_columns(path, table, y, target, kinds, columns, notes, names=names)
-
-
-def from_columns(
-    path: Place,
-    table: dict[str, Array],
-    y: Array,
-    target: str,
-    kinds: Mapping[str, str],
-    columns: Columns,
-    notes: list[str],
-    *,
-    names: Sequence[str] = (),
-) -> Dataset:
-    """Return the data set of a table's columns and labels; its task is not known yet.
-
-    ``table`` holds the columns that were read, of those with ``names`` in the file.
-    """
-    like, time = columns.like, columns.time
     aside = {name: table[name] for name in (*columns.texts, *([] if time is None else [time]))}
-    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(table_columns(like)))}
+    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(wanted))}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
     if not inputs:
         besides = "" if not no_inputs else " and the columns that are no inputs"
         raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
     reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
     inputs = {name: column for name, column in inputs.items() if name not in reasons}
-    found = roles(names or (*table, target), target, columns, table, inputs, reasons)
+    found = roles(names, target, columns, table, inputs, reasons)
     # The columns that are left out take no memory any longer.
-    table.clear()
+    del table
     dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
     if dates:
         told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
@@ -384,8 +366,8 @@ def from_columns(
     )
 
 
-def table_columns(like: Preprocessor | Dataset) -> dict[str, str]:
-    """Return the columns of the table that the features come from, and what each holds: its kind for ``read_table``."""
+def _kinds(like: Preprocessor | Dataset) -> dict[str, str]:
+    """Return the columns of the table that the features come from, and what each holds."""
     dates = dict(like.dates)
     sources = part_names(dates)
     kinds: dict[str, str] = {}

@@ -49,12 +49,12 @@ def rows_for(
     preprocessor: Preprocessor,
     X: Array,
     labels: Array,
-    rows: Array | None = None,
     *,
     precision: str,
+    rows: Array | None = None,
     weight: Array | None = None,
 ) -> Rows:
-    """Return rows as ``load_data`` gives them for an engine of this precision; ``rows`` are those of X (None: all)."""
+    """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine."""
     inputs = network_inputs(preprocessor, X, precision, rows)
     return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
 

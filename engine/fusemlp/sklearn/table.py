@@ -23,11 +23,12 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
 
 from fusemlp.callbacks import ProgressBar
-from fusemlp.datasets.load import Columns, Dataset, from_columns, load_features, table_columns
+from fusemlp.datasets.dates import part_names
+from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
+from fusemlp.datasets.parts import hold_out
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for
-from fusemlp.datasets.preprocessing import Preprocessor, split
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import Frame, as_frame
-from fusemlp.datasets.tables import read_names, read_table
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
@@ -61,6 +62,7 @@ class TableParameters:
     scale : "standard", "minmax" or "none"; from the training rows.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
+    group, time : a column whose rows of one value are held out together; one whose last rows are held out.
     random_state : seed of held-out rows, initial weights, dropout and the order of the rows.
     backend, precision : as for ``Engine``.
     callbacks : objects like ``fusemlp.Callback``; verbose=True shows a progress bar.
@@ -83,6 +85,8 @@ class TableParameters:
     drop: Any = ()
     keep: Any = ()
     categorical: Any = ()
+    group: str | None = None
+    time: str | None = None
     random_state: Any = 0
     backend: str = "auto"
     precision: str = "fp32"
@@ -159,11 +163,13 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             random_state=engine.seed,
             backend=backend,
             precision=engine.precision,
-            **{name: options[name] or () for name in ("drop", "keep", "categorical")},
-            **{name: options[name] for name in ("early_stopping", "validation_fraction")},
         )
+        given = ("drop", "keep", "categorical", "group", "time", "early_stopping", "validation_fraction")
+        estimator.set_params(**{name: options[name] for name in given if name in options})
         estimator._take(engine, made, tuple(config["data"]["notes"]))
-        estimator.feature_names_in_ = np.array(list(table_columns(made)), object)
+        dates = part_names(name for name, _ in made.dates)
+        columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
+        estimator.feature_names_in_ = np.array(list(columns), object)
         estimator.n_features_in_ = len(estimator.feature_names_in_)
         return estimator
 
@@ -179,11 +185,11 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             # scikit-learn's words
             raise ArgumentError(f"y: {type(self).__name__} requires y to be passed, but the target y is None")
         seed, loss, notes = self._seed(), self._checked_loss(), list[str]()
-        dataset, weight = self._read(X, self._checked_targets(y), sample_weight, notes)
+        dataset, weight = self._read(X, self._checked_targets(y), sample_weight)
         labels = dataset.y
         training, held = np.arange(len(labels)), np.arange(0)
         if self.early_stopping is not None and X_val is None:
-            training, held = self._held_out(labels, seed, notes)
+            training, held = self._held_out(dataset, seed, notes)
         made = fit_preprocessor(dataset, training, loss=loss.kind, scale=self.scale)
         first, last = network_ends(made, loss.kind)
         engine = Engine(
@@ -196,19 +202,19 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             precision=self.precision,
         )
 
-        def rows(features: Array, labels: Array, weight: Array | None) -> Rows:
+        def rows(X: Array, labels: Array, chosen: Array | None = None, weight: Array | None = None) -> Rows:
             weight = self._weights(labels, weight)
-            return rows_for(made, features, labels, precision=engine.precision, weight=weight)
+            return rows_for(made, X, labels, precision=engine.precision, rows=chosen, weight=weight)
 
         def part(chosen: Array) -> Rows:
-            return rows(dataset.X[chosen], labels[chosen], None if weight is None else weight[chosen])
+            return rows(dataset.X, labels[chosen], chosen, None if weight is None else weight[chosen])
 
         train, watched = part(training), part(held) if len(held) else None
         if X_val is not None:
             labels_val = self._checked_targets(y_val)
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
-            watched = rows(features, labels_val, None)
+            watched = rows(features, labels_val)
         try:
             engine.fit(
                 train.X,
@@ -227,24 +233,26 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         _tell(self.notes_)
         return self
 
-    def _read(self, X: Any, labels: Array, sample_weight: Any, notes: list[str]) -> tuple[Dataset, Array | None]:
+    def _read(self, X: Any, labels: Array, sample_weight: Any) -> tuple[Dataset, Array | None]:
         """Return the data set of all rows with a weight that is not 0, and their weights."""
         frame = self._table(X, reset=True)
         check_consistent_length(frame.table, labels)
-        names = read_names(frame)
-        columns = Columns(_names(self.drop), _names(self.keep), _names(self.categorical))
-        columns.check(frame, names)
-        kinds = dict.fromkeys(columns.categorical, "word")
-        table = read_table(frame, drop=columns.drop, kinds=kinds, notes=notes)
-        weight = None
+        table, weight = frame.table, None
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, labels)
             counted = weight != 0
-            table = {name: column[counted] for name, column in table.items()}
-            labels, weight = labels[counted], weight[counted]
-        dataset = from_columns(frame, table, labels, "y", kinds, columns, notes, names=names)
-        notes.clear()
-        return replace(dataset, task=self.task), weight
+            table, labels, weight = table.filter(counted), labels[counted], weight[counted]
+        target = "y"
+        while target in table.column_names:
+            target += "_"
+        # The targets have been checked; the numbers of the rows stand for them while the table is read.
+        whole = Frame("X", table.append_column(target, [np.arange(len(labels))]))
+        dataset = load_data(whole, target=target, task="regression", columns=self._columns())
+        return replace(dataset, y=labels, task=self.task), weight
+
+    def _columns(self) -> Columns:
+        drop, keep, words = map(_names, (self.drop, self.keep, self.categorical))
+        return Columns(drop, keep, words, group=self.group, time=self.time)
 
     def _table(self, X: Any, *, reset: bool = False) -> Frame:
         """Return X as a table with names; scikit-learn's errors for other things."""
@@ -260,15 +268,16 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         names = [f"x{index}" for index in range(array.shape[1])] if names is None else list(names)
         return Frame("X", arrow_table(array, names))
 
-    def _held_out(self, labels: Array, seed: int, notes: list[str]) -> tuple[Array, Array]:
+    def _held_out(self, dataset: Dataset, seed: int, notes: list[str]) -> tuple[Array, Array]:
         """Return the indices of the training rows and of the rows that early stopping watches."""
         share = as_number("validation_fraction", self.validation_fraction, low=0.0, high=1.0, high_open=True)
+        rows = np.arange(len(dataset.y))
         if share:
             try:
-                return split(labels, fraction=share, seed=seed, stratify=self.task == "classification")
+                return hold_out(dataset, rows, fraction=share, seed=seed)
             except DataError as error:
                 notes.append(f"no rows held out for early stopping: {str(error).removeprefix('fraction: ')}")
-        return np.arange(len(labels)), np.arange(0)
+        return rows, rows[:0]
 
     def _seed(self) -> int:
         if isinstance(self.random_state, int | np.integer):
@@ -402,7 +411,7 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
     def _weights(self, labels: Array, weight: Array | None) -> Array | None:
         if self.class_weight is None:
             return weight
-        by_class = compute_sample_weight(self.class_weight, labels)
+        by_class: Array = compute_sample_weight(self.class_weight, labels)
         return by_class if weight is None else by_class * weight
 
     def predict(self, X: Any) -> Array:
