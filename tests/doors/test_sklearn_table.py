@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -280,9 +282,28 @@ def test_weights_of_rows_and_classes() -> None:
     by_rows = classifier().fit(X, Y, sample_weight=weight)
     by_class = classifier(class_weight={"yes": 3.0, "no": 1.0}).fit(X, Y)
     np.testing.assert_array_equal(by_rows.predict_proba(NEW), by_class.predict_proba(NEW))
+    # Rows to watch have the weights of their classes too, those of all rows.
+    shares = {label: len(Y) / (2 * (label == Y).sum()) for label in ("yes", "no")}
+    watched = {"X_val": NEW, "y_val": ["yes"] * 20}
+    balanced, told = (classifier(class_weight=given).fit(X, Y, **watched) for given in ("balanced", shares))
+    assert balanced.history_.history["val_loss"] == told.history_.history["val_loss"]
+    with pytest.raises(DataError, match="the label 'maybe' in row 0 is not one of the 2 classes"):
+        classifier(class_weight="balanced").fit(X, Y, X_val=NEW, y_val=["maybe"] * 20)
     kept = np.arange(len(X)) % 3 > 0
     zeroed = classifier().fit(X, Y, sample_weight=kept.astype(float))
     np.testing.assert_array_equal(zeroed.predict_proba(NEW), classifier().fit(X[kept], Y[kept]).predict_proba(NEW))
+
+
+def test_ctrl_c_keeps_what_was_learned() -> None:
+    class Interrupt(fusemlp.Callback):
+        def on_epoch_end(self, engine: Any, epoch: int, logs: dict[str, float]) -> None:
+            if epoch == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.warns(UserWarning, match=r"Training interrupted by user\."):
+        model = classifier(callbacks=[Interrupt()]).fit(X, Y)
+    assert model.n_iter_ == 4
+    assert model.predict(NEW).shape == (20,)
 
 
 def test_what_predict_fills_in_is_logged(fitted: TableClassifier, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_consistent_length, check_random_state
-from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
@@ -116,8 +116,9 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
     def _checked_loss(self) -> Loss:
         """Return the loss; ArgumentError for one of the other task."""
 
-    def _weights(self, labels: Array, weight: Array | None) -> Array | None:
-        return weight
+    def _class_weights(self, labels: Array) -> Array | None:
+        """Return a weight for each class, by the labels of all rows."""
+        return None
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit to a table X and its targets y: labels (n,), or values (n,) or (n, targets).
@@ -202,8 +203,11 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             precision=self.precision,
         )
 
+        by_class = self._class_weights(labels)
+
         def rows(X: Array, labels: Array, chosen: Array | None = None, weight: Array | None = None) -> Rows:
-            weight = self._weights(labels, weight)
+            if by_class is not None:
+                weight = by_class[made.class_codes(labels)] * (1.0 if weight is None else weight)
             return rows_for(made, X, labels, precision=engine.precision, rows=chosen, weight=weight)
 
         def part(chosen: Array) -> Rows:
@@ -408,11 +412,10 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
         if not hasattr(self, "classes_"):
             self.classes_ = np.array(made.classes)
 
-    def _weights(self, labels: Array, weight: Array | None) -> Array | None:
+    def _class_weights(self, labels: Array) -> Array | None:
         if self.class_weight is None:
-            return weight
-        by_class: Array = compute_sample_weight(self.class_weight, labels)
-        return by_class if weight is None else by_class * weight
+            return None
+        return np.asarray(compute_class_weight(self.class_weight, classes=self.classes_, y=labels))
 
     def predict(self, X: Any) -> Array:
         """Return the classes (n,) of a table's rows."""
