@@ -19,6 +19,7 @@ from fusemlp.report.chart import Line, chart
 from fusemlp.report.metrics import scalars
 from fusemlp.report.page import page, png
 
+CALIBRATED = "a tenth of the rows at each point"
 # Elements without an end.
 VOID = {"meta", "img", "br"}
 
@@ -143,11 +144,13 @@ def test_classes_of_a_table(tmp_path: Path) -> None:
         *([name, *map(str, counts)] for name, counts in zip(names, test["confusion_matrix"], strict=True)),
     ]
     assert any(text == f"benign (AUC {test['auc']:.4f})" for text in found.texts)
-    calibration = [row for row in found.tables["Probabilities"] if len(row) == 3 and row[2].isdigit()]
-    assert sum(int(row[2]) for row in calibration) == test["rows"]
-    positive = sum(float(row[1]) * int(row[2]) for row in calibration)
-    # shares are shown with three digits
-    assert positive == pytest.approx(sum(test["confusion_matrix"][1]), abs=0.0005 * test["rows"])
+    # of each tenth of the rows, by their probability of the second class
+    table = found.tables["Probabilities"]
+    shares = [float(row[1]) for row in table[1 + table.index(["probability of benign", CALIBRATED]) :]]
+    sizes = [len(part) for part in np.array_split(np.arange(test["rows"]), 10)]
+    positive = sum(share * size for share, size in zip(shares, sizes, strict=True))
+    # shares are shown with six digits
+    assert positive == pytest.approx(sum(test["confusion_matrix"][1]), abs=5e-7 * test["rows"])
     worst = found.tables["Most wrong rows"][1:]
     assert len(worst) == min(12, test["rows"] - np.trace(test["confusion_matrix"]))
     assert all(row[1] != row[2] and float(row[3]) <= 0.5 for row in worst)
@@ -158,11 +161,12 @@ def test_images_are_shown(tmp_path: Path) -> None:
 
     assert run("train", "digits", "--epochs", "2", "--quiet", "--out", tmp_path / "run") == 0
     found, images = parsed(tmp_path / "run"), load_digits().images
-    assert "Importance of the squares of pixels" in found.texts
-    assert any(label.startswith("heat map;") for label in found.of("svg", "aria-label"))
+    assert "Importance of the pixels" in found.texts
+    assert any(label.startswith("The most important square: row ") for label in found.of("svg", "aria-label"))
+    assert len(found.of("rect", "x")) == 64
     worst = found.tables["Most wrong rows"][1:]
     for row, source, alt in zip(worst, found.of("img", "src"), found.of("img", "alt"), strict=True):
-        assert alt == f"row {row[0]}: {row[1]}, taken for {row[2]}"
+        assert alt == f"{row[1]} taken for {row[2]}"
         assert base64.b64decode(source.partition(",")[2]) == png(images[int(row[0])])
 
 
@@ -215,16 +219,17 @@ def test_a_diverged_run_has_a_page_without_a_model(tmp_path: Path) -> None:
     assert [text for text in found.texts if text.startswith("divergence: ")] and "Most wrong rows" not in found.texts
 
 
-def test_wide_tables_try_some_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence_module, "MOST_COLUMNS", 3)
+def test_time_bounds_the_columns_of_a_wide_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_module, "SECONDS", -1.0)
     rng = np.random.default_rng(2)
     X = rng.normal(size=(300, 20))
     np.savez(tmp_path / "wide.npz", X=X, y=(X[:, 17] > 0).astype(np.int64))
     assert run("train", tmp_path / "wide.npz", "--epochs", "10", "--quiet", "--out", tmp_path / "run") == 0
     found = parsed(tmp_path / "run")
     table = found.tables["Importance of the columns"]
-    assert len(table) == 4 and table[1][0] == "x17"
-    assert any("17 columns were not tried" in text for text in found.texts)
+    # The column that varies most with the predictions comes first.
+    assert len(table) == 2 and table[1][0] == "x17"
+    assert any("19 columns were not tried" in text for text in found.texts)
 
 
 def test_charts_of_odd_numbers() -> None:

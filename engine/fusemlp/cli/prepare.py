@@ -49,11 +49,9 @@ class Prepared:
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
-        """The test rows as in the data: features, labels, and their numbers."""
-        if self.tested is None:
-            assert self.dataset.test is not None
-            return *self.dataset.test, np.arange(len(self.test))
-        return self.dataset.X[self.tested], self.dataset.y[self.tested], self.tested
+        """Features and labels as in the data, and which of the rows are for the test."""
+        X, y = self.dataset.test or (self.dataset.X, self.dataset.y)
+        return X, y, np.arange(len(X)) if self.tested is None else self.tested
 
     @property
     def summary(self) -> dict[str, Any]:

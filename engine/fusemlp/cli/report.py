@@ -21,9 +21,10 @@ from fusemlp.runtime.files import write_atomically
 
 def report(options: ReportOptions) -> None:
     """Write ``report.html`` into the run folder, from the run's weights and its own test rows."""
-    engine, preprocessor, config = open_model(options)
-    prepared, run = own_data(config, preprocessor), Run(options.run)
+    run = Run(options.run)
     found = json.loads(run.report.read_text(encoding="utf-8")) if run.report.exists() else {}
+    engine, preprocessor, config = open_model(options)
+    prepared = own_data(config, preprocessor)
     test = prepared.test
     if not found.get("diverged"):
         found["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))
@@ -53,9 +54,6 @@ def write_page(
         command,
         *prepared.notes,
     ]
-    evidence = None
-    if found.get("test"):
-        cells, labels, numbers = prepared.test_rows
-        evidence = Evidence(engine, prepared.preprocessor, cells, labels, numbers)
+    evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows) if found.get("test") else None
     made = page(f"{about['name']}: {about['task']} of {prepared.dataset.target_name}", lines, found, history, evidence)
     write_atomically(run.page, made.encode())

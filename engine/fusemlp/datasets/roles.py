@@ -52,7 +52,7 @@ class Columns:
             **{name: () if column is None else (column,) for name, column in single.items()},
         }
 
-    def check(self, path: Place, names: Collection[str], target: str | None = None) -> None:
+    def check(self, path: Place, names: Collection[str], target: str) -> None:
         """Raise unless the table has the named columns, and no column has two parts that exclude each other."""
         options = self.options()
         for option, chosen in options.items():

@@ -64,58 +64,38 @@ def _log_loss(rows: Judged) -> float:
     return float(log_loss(rows.truth, probabilities, labels=labels, sample_weight=rows.weight))
 
 
-def _f1(rows: Judged) -> float:
-    from sklearn.metrics import f1_score
-
-    given: dict[str, Any] = {"average": "macro", "zero_division": 0.0, "sample_weight": rows.weight}
-    return float(f1_score(rows.truth, rows.predicted, **given))
-
-
 def _balanced_accuracy(rows: Judged) -> float:
     # balanced_accuracy_score warns of a predicted class without rows
-    from sklearn.metrics import recall_score
-
-    given: dict[str, Any] = {"average": "macro", "labels": np.unique(rows.truth), "sample_weight": rows.weight}
-    return float(recall_score(rows.truth, rows.predicted, **given))
-
-
-def _mae(rows: Judged) -> float:
-    from sklearn.metrics import mean_absolute_error
-
-    return float(mean_absolute_error(rows.truth, rows.predicted, sample_weight=rows.weight))
-
-
-def _rmse(rows: Judged) -> float:
-    from sklearn.metrics import root_mean_squared_error
-
-    return float(root_mean_squared_error(rows.truth, rows.predicted, sample_weight=rows.weight))
+    return _by("recall_score", average="macro", labels=np.unique(rows.truth), zero_division=0.0)(rows)
 
 
 def _r2(rows: Judged) -> float:
-    from sklearn.metrics import r2_score
-
-    if len(rows.truth) < 2:
-        return float("nan")
-    return float(r2_score(rows.truth, rows.predicted, sample_weight=rows.weight))
+    return _by("r2_score")(rows) if len(rows.truth) > 1 else float("nan")
 
 
-def _pinball(rows: Judged) -> float:
-    from sklearn.metrics import mean_pinball_loss
+def _by(name: str, **options: Any) -> Callable[[Judged], float]:
+    """Return the metric that is scikit-learn's function of this name with these options."""
 
-    return float(mean_pinball_loss(rows.truth, rows.predicted, sample_weight=rows.weight, alpha=rows.quantile))
+    def of(rows: Judged) -> float:
+        import sklearn.metrics
+
+        function = getattr(sklearn.metrics, name)
+        return float(function(rows.truth, rows.predicted, sample_weight=rows.weight, **options))
+
+    return of
 
 
 METRICS = {
     one.name: one
     for one in (
         Metric("balanced_accuracy", True, KINDS[:2], _balanced_accuracy),
-        Metric("f1", True, KINDS[:3], _f1),
+        Metric("f1", True, KINDS[:3], _by("f1_score", average="macro", zero_division=0.0)),
         Metric("auc", True, KINDS[:3], _auc),
         Metric("log_loss", False, KINDS[:1], _log_loss),
-        Metric("rmse", False, KINDS[3:], _rmse),
-        Metric("mae", False, KINDS[3:], _mae),
+        Metric("rmse", False, KINDS[3:], _by("root_mean_squared_error")),
+        Metric("mae", False, KINDS[3:], _by("mean_absolute_error")),
         Metric("r2", True, KINDS[3:], _r2),
-        Metric("pinball", False, KINDS[3:], _pinball),
+        Metric("pinball", False, KINDS[3:], lambda rows: _by("mean_pinball_loss", alpha=rows.quantile)(rows)),
     )
 }
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from fusemlp.inputs.arrays import Array
+
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
 
@@ -15,8 +17,8 @@ class Line(NamedTuple):
     """A series of points (x, y), joined unless ``points``; ``colour`` from 0 is that of the page's style."""
 
     name: str
-    xs: Sequence[float]
-    ys: Sequence[float]
+    xs: Sequence[float] | Array
+    ys: Sequence[float] | Array
     colour: int = 0
     points: bool = False
 
@@ -37,7 +39,8 @@ def chart(
     ``mark`` names a vertical line, ``diagonal`` the line y = x; ``whole``: x has whole numbers only. ``log``: y
     has a logarithmic axis if it is positive and spans more than a factor of 50.
     """
-    finite = [[(a, b) for a, b in zip(o.xs, o.ys, strict=True) if math.isfinite(a + b)] for o in lines]
+    pairs_of = (zip(map(float, one.xs), map(float, one.ys), strict=True) for one in lines)
+    finite = [[pair for pair in pairs if math.isfinite(sum(pair))] for pairs in pairs_of]
     xs, ys = ([pair[side] for pairs in finite for pair in pairs] for side in (0, 1))
     if not xs:
         return ""

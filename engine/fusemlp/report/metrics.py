@@ -28,24 +28,29 @@ def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
 
 
+def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) -> Judged:
+    """Return the truth of rows beside predictions and scores; numbers in original units."""
+    if preprocessor.classes is None:
+        truth = np.asarray(labels, np.float64).reshape(len(X), -1)
+        predicted = predictions(engine, preprocessor, X).reshape(truth.shape)
+        return Judged(truth, predicted, quantile=getattr(engine.loss, "q", 0.5))
+    scores = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+    return Judged(preprocessor.class_codes(labels), scores.argmax(axis=1), scores)
+
+
 def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
     """Return loss and scores of the model on rows: X is the network's input, labels are those of the data."""
-    y = preprocessor.encode_targets(labels)
+    y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.evaluate(X, y, weight)["loss"]}
     if preprocessor.classes is None:
-        values = np.asarray(labels, np.float64).reshape(len(X), -1)
-        predicted = predictions(engine, preprocessor, X).reshape(len(X), -1)
-        return report | _figures("numbers", Judged(values, predicted, quantile=getattr(engine.loss, "q", 0.5)))
-    codes, predicted = preprocessor.class_codes(labels), predicted_codes(engine, preprocessor, X)
-    probable = engine.loss.is_classification
-    scores = engine.predict_proba(X) if probable else engine.predict(X)
-    report["accuracy"] = float(np.mean(codes == predicted))
-    report |= _figures("classes" if probable else "one-hot rows", Judged(codes, predicted, scores))
-    return report | class_figures(codes, predicted, preprocessor.labels)
-
-
-def _figures(kind: str, judged: Judged) -> dict[str, Any]:
-    return {name: metric.of(judged) for name, metric in metrics_for(kind).items()}
+        kind = "numbers"
+    else:
+        kind = "classes" if engine.loss.is_classification else "one-hot rows"
+        report["accuracy"] = float(np.mean(judged.truth == judged.predicted))
+    report |= {name: metric.of(judged) for name, metric in metrics_for(kind).items()}
+    if preprocessor.classes is not None:
+        report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
+    return report
 
 
 def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.metrics import METRICS, rises
+from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.chart import Line, chart, table
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance
 from fusemlp.report.metrics import class_table, scalars
 
-# Classes of a confusion matrix on a screen; columns of the table of worst rows; bars of importance; points.
-MOST_CLASSES, MOST_CELLS, MOST_BARS, MOST_POINTS = 30, 12, 30, 800
+# Classes of a confusion matrix; columns of the most wrong rows; bars of importance; points and targets of a regression.
+MOST_CLASSES, MOST_CELLS, MOST_BARS, MOST_POINTS, MOST_TARGETS = 30, 12, 30, 800, 4
 NAMES = {
     **{"auc": "AUC", "f1": "F1 (macro)", "balanced_accuracy": "balanced accuracy", "log_loss": "log loss"},
-    **{"rmse": "RMSE", "mae": "MAE", "r2": "R²", "val_loss": "validation loss"},
+    **{"rmse": "RMSE", "mae": "MAE", "r2": "R²"},
 }
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#59636e;--rule:#d8dee4;--card:#f6f8fa;
@@ -32,7 +32,7 @@ STYLE = """
 *{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1rem;background:var(--bg);color:var(--fg);
 font:1rem/1.5 system-ui,sans-serif}h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid var(--rule)}p{margin:.4rem 0;overflow-wrap:anywhere}
-.soft,figcaption,summary,.tiles dt{color:var(--soft)}code{overflow-wrap:anywhere}
+.soft,figcaption,summary,.tiles dt{color:var(--soft)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.6rem;margin:.6rem 0}
 .tiles div{background:var(--card);border-radius:.5rem;padding:.5rem .8rem}.tiles dd{margin:0;font-size:1.4rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(22rem,100%),1fr));gap:1rem}
@@ -44,9 +44,10 @@ figure{margin:0;min-width:0}svg{width:100%;height:auto;display:block}svg text{fi
 .wide{overflow-x:auto;margin:.4rem 0}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 th:first-child{text-align:left}thead th{color:var(--soft);font-weight:normal}details .wide{max-height:20rem}
-.share{display:block;margin:-.2rem -.6rem;padding:.2rem .6rem}td.left{text-align:left}
-.bar{display:inline-block;height:.7em;background:var(--c0);border-radius:2px}
-td img{width:4.5rem;image-rendering:pixelated;display:block}.heat{max-width:20rem}.heat rect{fill:var(--c0)}
+.share{display:block;margin:-.2rem -.6rem;padding:.2rem .6rem}
+.bar{display:block;height:.7em;background:var(--c0);border-radius:2px}
+td img{width:4.5rem;image-rendering:pixelated;display:block}.heat{max-width:20rem;border:1px solid var(--rule)}
+.heat rect{fill:var(--c0)}
 """ + "".join(
     f".c{n}{{color:var(--c{n})}}polyline.c{n}{{stroke:var(--c{n})}}circle.c{n}{{fill:var(--c{n})}}" for n in range(6)
 )
@@ -66,7 +67,10 @@ def page(
     """
     sections = [*_scores(report), *_training(report, history)]
     if evidence is not None:
-        sections += [*_answers(report, evidence), *_importance_and_worst(evidence)]
+        sections += _numbers(evidence) if evidence.judged.scores is None else _classes(report["test"], evidence)
+        importance = evidence.importance()
+        sections += [] if importance is None else [_importance(importance, evidence.image)]
+        sections += _worst(evidence, importance)
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections)
     lines = "".join(f"<p>{escape(line)}</p>" for line in about)
     return (
@@ -78,6 +82,139 @@ def page(
     )
 
 
+def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the scores on the test rows, beside those of the baselines."""
+    if not report.get("test"):
+        return
+    found = scalars(report["test"])
+    tiles = "".join(f"<div><dt>{_named(name)}</dt><dd>{_short(value)}</dd></div>" for name, value in found.items())
+    content = f'<dl class="tiles">{tiles}</dl>'
+    models = {"this model": found, **report.get("baselines", {})}
+    if len(models) > 1:
+        rows = [["", *models]]
+        for name in found:
+            scores = [model.get(name) for model in models.values()]
+            if any(one is not None for one in scores[1:]):
+                rows.append([_named(name), *("" if one is None else _short(one) for one in scores)])
+        content += table(rows)
+    if "classes" in report["test"]:
+        content += f"<details><summary>scores of each class</summary>{table(class_table(report['test']))}</details>"
+    yield f"Scores on {report['test']['rows']} test rows", content
+
+
+def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:
+    """Yield the end of the training, its diagnosis, and each quantity over the epochs."""
+    said = [] if report.get("diverged") else [report.get("stopped", "")]
+    said += [str(Finding(**finding)) for finding in report.get("diagnosis", ())]
+    best, charts = report.get("best_epoch"), []
+    mark = None if best is None else (f"best epoch {best}", float(best))
+    for name in dict.fromkeys(name.removeprefix("val_") for name in history):
+        if name == "learning_rate" and len(set(history[name])) == 1:
+            continue
+        series = [("training", name), ("validation", f"val_{name}")]
+        lines = [
+            Line(part, range(1, len(history[key]) + 1), history[key], colour)
+            for colour, (part, key) in enumerate(series)
+            if key in history
+        ]
+        shown = _named(name)
+        charts.append(chart(f"{shown} by epoch", lines, x="epoch", y=shown, mark=mark, whole=True, log=not rises(name)))
+    yield "Training", "".join(f"<p>{escape(one)}</p>" for one in said if one) + _beside(charts)
+
+
+def _numbers(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """Yield the true values over the predicted ones, and the residuals."""
+    judged, charts = evidence.judged, []
+    shown = np.random.default_rng(0).permutation(len(judged.truth))[:MOST_POINTS]
+    for target in range(min(MOST_TARGETS, judged.truth.shape[1])):
+        name = f" of target {target}" if judged.truth.shape[1] > 1 else ""
+        lines = [Line("test row", judged.predicted[shown, target], judged.truth[shown, target], points=True)]
+        if not name:
+            lines.append(Line("mean of each tenth", *evidence.calibration(), 1))
+        charts.append(chart(f"True values over predictions{name}", lines, x="predicted", y="true", diagonal="equal"))
+        counts, edges = np.histogram(judged.truth[:, target] - judged.predicted[:, target], bins=20)
+        lines = [Line("test rows", (edges[:-1] + edges[1:]) / 2, counts)]
+        charts.append(chart(f"Residuals{name}", lines, x="true minus predicted", y="rows", mark=("no error", 0.0)))
+    yield "Predictions", _beside(charts)
+
+
+def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """Yield confusion matrix, ROC and calibration."""
+    names, charts = list(test["classes"]), []
+    if len(names) <= MOST_CLASSES:
+        rows = [["true \\ predicted", *map(escape, names)]]
+        for name, counts in zip(names, test["confusion_matrix"], strict=True):
+            rows.append([escape(name)])
+            for other, count in zip(names, counts, strict=True):
+                colour, share = 0 if other == name else 1, 70 * count / max(1, sum(counts))
+                shade = f"background:color-mix(in srgb,var(--c{colour}) {share:.0f}%,transparent)"
+                rows[-1].append(f'<span class="share" style="{shade}">{count}</span>')
+        yield "Confusion matrix", table(rows, raw=True)
+    lines = [Line(*roc, colour) for colour, roc in enumerate(evidence.rocs())]
+    some = f": the {len(lines)} classes with the least AUC" if len(lines) < len(names) > 2 else ""
+    charts.append(chart(f"ROC{some}", lines, x="false positives", y="true positives", diagonal="by chance"))
+    if evidence.probable:
+        of = names[1] if len(names) == 2 else "the predicted class"
+        lines = [Line("a tenth of the rows at each point", *evidence.calibration())]
+        charts.append(chart("Calibration", lines, x=f"probability of {of}", y="observed share", diagonal="calibrated"))
+    if any(charts):
+        yield "Probabilities", _beside(charts)
+
+
+def _importance(found: Importance, image: tuple[int, int] | None) -> tuple[str, str]:
+    """Return a bar for each column, or for an image a heat map."""
+    metric, way = _named(found.metric), "falls" if rises(found.metric) else "rises"
+    note = (
+        f"How far {metric} {way} when values are permuted among {found.rows} test rows; mean and deviation of {REPEATS}"
+    )
+    note += " permutations."
+    shares = np.clip(found.worse / max(float(found.worse.max()), 1e-300), 0.0, 1.0)
+    if image is not None:
+        places = [tuple(map(int, name.split())) for name in found.names]
+        squares = "".join(
+            f'<rect x="{column}" y="{row}" width="1" height="1" fill-opacity="{share:.3f}"/>'
+            for (row, column), share in zip(places, shares.tolist(), strict=True)
+        )
+        height, width = (1 + max(place[axis] for place in places) for axis in (0, 1))
+        told = "The most important square: row {}, column {}, ".format(*places[0]) + f"{_short(found.worse[0])}."
+        drawn = f'<svg class="heat" viewBox="0 0 {width} {height}" role="img" aria-label="{told}">{squares}</svg>'
+        return "Importance of the pixels", f'<p class="soft">{note} {told}</p>{drawn}'
+    rows = [["column", f"{metric} {way} by", "deviation", ""]]
+    for at in range(len(found.names))[:MOST_BARS]:
+        bar = f'<span class="bar" style="width:{6 * float(shares[at]):.2f}rem"></span>'
+        rows.append([escape(found.names[at]), _short(found.worse[at]), f"± {_short(found.deviation[at])}", bar])
+    note += f" {len(found.names) - len(rows) + 1} others matter less." if len(found.names) >= len(rows) else ""
+    note += f" {found.left_out} columns were not tried, to save time." if found.left_out else ""
+    return "Importance of the columns", f'<p class="soft">{note}</p>{table(rows, raw=True)}'
+
+
+def _worst(evidence: Evidence, importance: Importance | None) -> Iterator[tuple[str, str]]:
+    """Yield the most wrong rows, with their most important cells or as pictures."""
+    made, judged, surprise = evidence.preprocessor, evidence.judged, evidence.surprise()
+    ranked = [] if importance is None else np.concatenate(importance.features).tolist()
+    order = list(dict.fromkeys([*ranked, *range(len(made.feature_names))]))
+    shown = [] if evidence.image else order[:MOST_CELLS]
+    kind = "error" if made.classes is None else "probability" if evidence.probable else "output"
+    kind += "" if made.classes is None else " of the true class"
+    cells = ["image"] if evidence.image else [escape(made.feature_names[at]) for at in shown]
+    rows = [["row", "true", "predicted", kind, *cells]]
+    for at in evidence.worst():
+        said = [_value(values[at], made.labels) for values in (judged.truth, judged.predicted)]
+        cells = [escape(evidence.spelled(at, feature)) for feature in shown]
+        if evidence.image:
+            data = base64.b64encode(png(evidence.cells[at].reshape(evidence.image))).decode()
+            cells = [f'<img alt="{escape(said[0])} taken for {escape(said[1])}" src="data:image/png;base64,{data}">']
+        rows.append([str(evidence.rows[at]), *map(escape, said), _short(surprise[at]), *cells])
+    note = "Rows count from 0 in the data as read."
+    note += f" {len(order) - len(shown)} less important columns are left out." if 0 < len(shown) < len(order) else ""
+    content = f'<p class="soft">{note}</p>{table(rows, raw=True)}' if len(rows) > 1 else "<p>Every row is right.</p>"
+    yield "Most wrong rows", content
+
+
+def _beside(charts: Iterable[str]) -> str:
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
 def _short(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 100 else f"{value:.6g}"
 
@@ -86,178 +223,9 @@ def _named(name: str) -> str:
     return NAMES.get(name, name.replace("_", " "))
 
 
-def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    test = report.get("test")
-    if not test:
-        return
-    found = scalars(test)
-    tiles = "".join(f"<div><dt>{_named(name)}</dt><dd>{_short(value)}</dd></div>" for name, value in found.items())
-    content = f'<dl class="tiles">{tiles}</dl>'
-    baselines = {name: figures for name, figures in report.get("baselines", {}).items() if isinstance(figures, Mapping)}
-    if baselines:
-        names = [name for name in found if any(isinstance(one.get(name), float) for one in baselines.values())]
-        rows = [["", "this model", *(_named(name) for name in baselines)]]
-        for name in names:
-            others = (one.get(name) for one in baselines.values())
-            rows.append([_named(name), _short(found[name]), *("" if one is None else _short(one) for one in others)])
-        content += table(rows)
-    if "classes" in test:
-        content += f"<details><summary>scores of each class</summary>{table(class_table(test))}</details>"
-    yield f"Scores on {test['rows']} test rows", content
-
-
-def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:
-    found = "".join(f"<p>{escape(str(Finding(**finding)))}</p>" for finding in report.get("diagnosis", ()))
-    stopped = "" if report.get("diverged") else report.get("stopped")
-    found = (f"<p>{escape(str(stopped))}</p>" if stopped else "") + found
-    charts, best = [], report.get("best_epoch")
-    mark = None if best is None else (f"best epoch {best}", float(best))
-    for name in dict.fromkeys(name.removeprefix("val_") for name in history):
-        lines = [
-            Line(part, range(1, len(history[key]) + 1), history[key], colour)
-            for colour, (part, key) in enumerate((("training", name), ("validation", f"val_{name}")))
-            if key in history
-        ]
-        if name == "learning_rate" and len(set(history[name])) == 1:
-            continue
-        charts.append(
-            chart(
-                f"{_named(name)} by epoch", lines, x="epoch", y=_named(name), mark=mark, whole=True, log=not rises(name)
-            )
-        )
-    yield "Training", f'{found}<div class="charts">{"".join(charts)}</div>'
-
-
-def _answers(report: Mapping[str, Any], evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """Yield confusion matrix, ROC and calibration, or predictions beside the truth."""
-    charts, judged = [], evidence.judged
-    if judged.scores is None:
-        shown = np.random.default_rng(0).permutation(len(judged.truth))[:MOST_POINTS]
-        for target in range(min(4, judged.truth.shape[1])):
-            said, true = judged.predicted[shown, target].tolist(), judged.truth[shown, target].tolist()
-            lines = [Line("test row" if len(shown) == len(judged.truth) else "some test rows", said, true, points=True)]
-            if target == 0:
-                at, mean, _ = evidence.calibration()
-                lines.append(Line("mean of a tenth of the rows", at.tolist(), mean.tolist(), 1))
-            number = f" of target {target}" if judged.truth.shape[1] > 1 else ""
-            charts.append(
-                chart(f"True values by predicted ones{number}", lines, x="predicted", y="true", diagonal="equal")
-            )
-        residuals = judged.truth[:, 0] - judged.predicted[:, 0]
-        counts, edges = np.histogram(residuals, bins=20)
-        middle = ((edges[:-1] + edges[1:]) / 2).tolist()
-        lines = [Line("test rows", middle, counts.astype(np.float64).tolist())]
-        charts.append(chart("Residuals (true minus predicted)", lines, x="residual", y="rows", mark=("no error", 0.0)))
-        yield "Predictions beside the truth", f'<div class="charts">{"".join(charts)}</div>'
-        return
-    test = report["test"]
-    if len(test["classes"]) <= MOST_CLASSES:
-        yield "Confusion matrix", _confusion(list(test["classes"]), test["confusion_matrix"])
-    rocs = evidence.rocs()
-    if rocs:
-        lines = [Line(name, false.tolist(), true.tolist(), colour) for colour, (name, false, true) in enumerate(rocs)]
-        some = f": the {len(rocs)} classes with the least AUC" if len(rocs) < len(test["classes"]) > 2 else ""
-        charts.append(chart(f"ROC{some}", lines, x="false positives", y="true positives", diagonal="by chance"))
-    if evidence.probable:
-        said, observed, counts = evidence.calibration()
-        two = len(test["classes"]) == 2
-        subject = f"probability of {list(test['classes'])[1]}" if two else "probability of the predicted class"
-        lines = [Line("test rows", said.tolist(), observed.tolist())]
-        drawn = chart("Calibration", lines, x=subject, y="observed share", diagonal="calibrated")
-        rows = [[f"{a:.3f}", f"{b:.3f}", str(n)] for a, b, n in zip(said, observed, counts, strict=True)]
-        numbers = table([[subject, "observed share", "rows"], *rows])
-        charts.append(drawn.replace("</details>", f"{numbers}</details>"))
-    if charts:
-        yield "Probabilities", f'<div class="charts">{"".join(charts)}</div>'
-
-
-def _confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """Return the confusion matrix, each cell shaded by its share of the true class."""
-    rows = [["true \\ predicted", *map(escape, names)]]
-    for name, row in zip(names, counts, strict=True):
-        cells = []
-        for other, count in zip(names, row, strict=True):
-            colour, share = 0 if other == name else 1, 70 * count / max(1, sum(row))
-            shade = f"background:color-mix(in srgb,var(--c{colour}) {share:.0f}%,transparent)"
-            cells.append(f'<span class="share" style="{shade}">{count}</span>')
-        rows.append([escape(name), *cells])
-    return table(rows, raw=True)
-
-
-def _importance_and_worst(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    found = evidence.importance()
-    names: Sequence[str] = evidence.preprocessor.feature_names
-    if found is not None:
-        what = "squares of pixels" if evidence.image else "columns"
-        yield f"Importance of the {what}", _importance(found, evidence)
-        if not evidence.image:
-            place = {name: -float(value) for name, value in zip(found.names, found.worse, strict=True)}
-            # the parts of a date have the place of their column
-            names = sorted(names, key=lambda name: place.get(name, place.get(name.rpartition(":")[0], 0.0)))
-    worst = evidence.worst()
-    classify = evidence.preprocessor.classes is not None
-    if not worst:
-        yield "Most wrong rows", "<p>Every test row is right.</p>"
-        return
-    kind = (
-        ("probability of the true class" if evidence.probable else "output of the true class") if classify else "error"
-    )
-    shown = [] if evidence.image else list(names[:MOST_CELLS])
-    columns = [evidence.preprocessor.feature_names.index(name) for name in shown]
-    rows = [["row", "true", "predicted", kind, *(["image"] if evidence.image else map(escape, shown))]]
-    for one in worst:
-        said = [_value(one.truth), _value(one.predicted), _short(one.surprise)]
-        texts = evidence.spelled(one.cells) if shown else []
-        cells = [escape(texts[column]) for column in columns]
-        if evidence.image:
-            alt = escape(f"row {one.row}: {_value(one.truth)}, taken for {_value(one.predicted)}")
-            data = base64.b64encode(png(one.cells.reshape(evidence.image))).decode()
-            cells = [f'<img alt="{alt}" src="data:image/png;base64,{data}">']
-        rows.append([str(one.row), *map(escape, said), *cells])
-    left = len(evidence.preprocessor.feature_names) - len(shown)
-    note = "Rows count from 0 in the data as read."
-    if shown and left:
-        note += f" The {len(shown)} most important columns are shown, {left} are not."
-    yield "Most wrong rows", f'<p class="soft">{note}</p>{table(rows, raw=True)}'
-
-
-def _value(value: Any) -> str:
-    numbers = value if isinstance(value, list) else [value]
-    return ", ".join(one if isinstance(one, str) else f"{one:.6g}" for one in numbers)
-
-
-def _importance(found: Importance, evidence: Evidence) -> str:
-    metric = NAMES[found.metric]
-    way = "falls" if METRICS[found.metric].rises else "rises"
-    note = f"How far {metric} {way} when values are permuted among {found.rows} test rows: mean and standard deviation "
-    note += f"of {REPEATS} permutations."
-    if found.left_out:
-        note += f" {found.left_out} columns were not tried, to save time."
-    most = max(float(found.worse.max()), 1e-12)
-    shares = np.clip(found.worse / most, 0.0, 1.0)
-    if evidence.image:
-        places = [tuple(map(int, name.strip("()").split(","))) for name in found.names]
-        height, width = (1 + max(place[side] for place in places) for side in (0, 1))
-        squares = "".join(
-            f'<rect x="{column}" y="{row}" width="1" height="1" fill-opacity="{share:.3f}"/>'
-            for (row, column), share in zip(places, shares.tolist(), strict=True)
-        )
-        top = places[int(found.worse.argmax())]
-        label = f"heat map; the most important square is row {top[0]}, column {top[1]} of {height} by {width}"
-        frame = f'<rect width="{width}" height="{height}" style="fill:none;stroke:var(--rule);stroke-width:.05"/>'
-        drawn = (
-            f'<svg class="heat" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{squares}{frame}</svg>'
-        )
-        return f'<p class="soft">{note} The darkest square: {most:.4g}.</p>{drawn}'
-    rows = [["column", f"{metric} {way} by", "deviation", ""]]
-    for at in np.argsort(-found.worse, kind="stable")[:MOST_BARS].tolist():
-        bar = f'<span class="bar" style="width:{8 * float(shares[at]):.2f}rem"></span>'
-        rows.append([escape(found.names[at]), _short(found.worse[at]), f"± {_short(found.spread[at])}", bar])
-    rest = max(0, len(found.names) - MOST_BARS)
-    more = f'<p class="soft">The other {rest} tried columns matter less.</p>' if rest else ""
-    return f'<p class="soft">{escape(note)}</p>{table(rows, raw=True)}{more}'.replace(
-        "<td><span", '<td class="left"><span'
-    )
+def _value(value: Any, labels: Sequence[str]) -> str:
+    """Return a class, or numbers, as text."""
+    return labels[value] if labels else ", ".join(f"{one:.6g}" for one in value)
 
 
 def png(pixels: Array) -> bytes:
