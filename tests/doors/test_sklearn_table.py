@@ -173,6 +173,17 @@ def test_columns_are_chosen() -> None:
             classifier(**{option: ["height"]}).fit(X, Y)
 
 
+def test_a_score_decides_in_place_of_the_loss() -> None:
+    by_area = classifier(metric="auc", epochs=60, early_stopping=5).fit(X, Y, X_val=NEW, y_val=["yes", "no"] * 10)
+    areas = by_area.history_.history["val_auc"]
+    assert by_area.history_.best_epoch == int(np.argmax(areas))
+    by_error = regressor(metric="mae").fit(X, VALUES)
+    # in the units of the target
+    assert min(by_error.history_.history["val_mae"]) > 1.0
+    with pytest.raises(ArgumentError, match=r"metric: .*'areas'"):
+        classifier(metric="areas").fit(X, Y)
+
+
 def test_groups_and_times_decide_the_held_out_rows() -> None:
     last = classifier(time="day").fit(X, Y)
     losses = last.history_.history["val_loss"]

@@ -21,9 +21,9 @@ from fusemlp.cli.output import show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
+from fusemlp.datasets.prepare import watch
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.checks import as_count, check_choice
-from fusemlp.describe.metrics import Judged, metrics_for
+from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline
@@ -99,28 +99,9 @@ def checked_epochs(options: FitOptions) -> int:
 
 
 def watched(options: FitOptions, prepared: Prepared) -> dict[str, Any]:
-    """Return the arguments of ``fit`` for ``--metric``; a score of numbers is in their original units."""
-    if options.metric is None:
-        return {}
-    numbers = prepared.dataset.task == "regression"
-    of_training = ["loss"] if numbers else ["loss", "accuracy"]
-    kind = "numbers" if numbers else "classes" if prepared.loss.is_classification else "one-hot rows"
-    metrics = {} if prepared.validation is None else metrics_for(kind)
-    named = of_training if prepared.validation is None else [f"val_{name}" for name in (*of_training, *metrics)]
-    if options.metric.startswith("val_") and prepared.validation is None:
-        raise ArgumentError(f"metric: {options.metric!r} is of validation rows, and there are none")
-    short = f"val_{options.metric}" if options.metric in metrics else options.metric
-    monitor = check_choice("metric", short, [*dict.fromkeys([*named, *of_training])])
-    metric = metrics.get(monitor.removeprefix("val_"))
-    decode = prepared.preprocessor.decode_predictions
-
-    def in_units(rows: Judged) -> float:
-        assert metric is not None
-        return metric.of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
-
-    if metric is None or not numbers:
-        return {"monitor": monitor}
-    return {"monitor": monitor, "metrics": [replace(metric, of=in_units)]}
+    """Return the arguments of ``fit`` for ``--metric``."""
+    validates = prepared.validation is not None
+    return watch(options.metric, prepared.preprocessor, prepared.loss, validates=validates)
 
 
 def given_options(options: FitOptions) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The command line and the estimators of tables share it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,11 @@ import numpy.typing as npt
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import check_choice
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.metrics import Judged, metrics_for
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import DataError
+from fusemlp_kernels.errors import ArgumentError, DataError
 
 # Losses that train classes as one-hot rows.
 ONE_HOT = frozenset({"mse", "mae", "huber"})
@@ -43,6 +46,30 @@ def fit_preprocessor(dataset: Dataset, rows: npt.ArrayLike, *, loss: str, **opti
 def network_ends(preprocessor: Preprocessor, loss: str) -> tuple[int, int]:
     """Return the widths of the network's first and last layer."""
     return preprocessor.width, 1 if loss == "binary_cross_entropy" else preprocessor.outputs
+
+
+def watch(metric: str | None, preprocessor: Preprocessor, loss: Loss, *, validates: bool) -> dict[str, Any]:
+    """Return the arguments of ``fit`` for the score that decides; a score of numbers is in their original units."""
+    if metric is None:
+        return {}
+    numbers = preprocessor.classes is None
+    of_training = ["loss"] if numbers else ["loss", "accuracy"]
+    kind = "numbers" if numbers else "classes" if loss.is_classification else "one-hot rows"
+    metrics = metrics_for(kind) if validates else {}
+    named = [f"val_{name}" for name in (*of_training, *metrics)] if validates else of_training
+    if metric.startswith("val_") and not validates:
+        raise ArgumentError(f"metric: {metric!r} is of validation rows, and there are none")
+    short = f"val_{metric}" if metric in metrics else metric
+    monitor = check_choice("metric", short, [*dict.fromkeys([*named, *of_training])])
+    found = metrics.get(monitor.removeprefix("val_"))
+    if found is None or not numbers:
+        return {"monitor": monitor}
+    decode, of = preprocessor.decode_predictions, found.of
+
+    def in_units(rows: Judged) -> float:
+        return of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
+
+    return {"monitor": monitor, "metrics": [replace(found, of=in_units)]}
 
 
 def rows_for(

@@ -26,7 +26,7 @@ from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
 from fusemlp.datasets.parts import hold_out
-from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for
+from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import Frame, as_frame
 from fusemlp.describe.checks import as_count, as_number
@@ -57,6 +57,7 @@ class TableParameters:
     batch_size, epochs : rows of an update, and most passes over the training rows.
     early_stopping : stop after this many epochs without a better loss of the held-out rows, and restore the best
         weights; None holds out no rows.
+    metric : the score of these rows by which it stops: None for the loss, or "auc", "f1", "r2" and so on, as --metric.
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
     scale : "robust", "quantile", "standard", "minmax" or "none", by the training rows.
@@ -80,6 +81,7 @@ class TableParameters:
     batch_size: int = 32
     epochs: int = 60
     early_stopping: int | None = 10
+    metric: str | None = None
     validation_fraction: float = 0.1
     scale: str = "standard"
     drop: Any = ()
@@ -165,7 +167,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             backend=backend,
             precision=engine.precision,
         )
-        given = ("drop", "keep", "categorical", "group", "time", "early_stopping", "validation_fraction")
+        given = ("drop", "keep", "categorical", "group", "time", "early_stopping", "metric", "validation_fraction")
         estimator.set_params(**{name: options[name] for name in given if name in options})
         estimator._take(engine, made, tuple(config["data"]["notes"]))
         dates = part_names(name for name, _ in made.dates)
@@ -219,6 +221,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
             watched = rows(features, labels_val)
+        decides = watch(self.metric, made, loss, validates=watched is not None)
         try:
             engine.fit(
                 train.X,
@@ -227,6 +230,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                 validation_data=None if watched is None else (watched.X, watched.y, watched.weight),
                 epochs=as_count("epochs", self.epochs),
                 early_stopping=None if watched is None else self.early_stopping,
+                **decides,
                 callbacks=[*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])],
             )
         except KeyboardInterrupt:
