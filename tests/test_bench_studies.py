@@ -6,6 +6,7 @@ No test asserts a speed: tests of conclusions use invented figures, tests of sum
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,25 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import kernels, loops, memory, overhead, roofline, scaling, study, time_to_result, timing, trials
+from bench import (
+    kernels,
+    loops,
+    memory,
+    overhead,
+    roofline,
+    scaling,
+    study,
+    table_memory,
+    time_to_result,
+    timing,
+    trials,
+)
 from bench.vendor import Vendor
 from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scaling", "overhead", "time_to_result")
+STUDIES = ("roofline", "kernels", "scaling", "overhead", "table_memory", "time_to_result")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -297,3 +310,17 @@ def test_every_study_draws_its_picture() -> None:
         assert axes.get_ylabel()
     lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
     assert "of the fastest step" in roofline.draw(lines).axes[0].get_title(loc="left")
+
+
+def test_a_table_for_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table_memory, "TABLES", ((300, (30, 5)), (500, (3, 3))))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "engine") + os.pathsep + str(ROOT / "kernels"))
+    path = tmp_path / "a.jsonl"
+    assert table_memory.main(["--most-rows", "400", "--json", "--out", str(path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["rows"], found["words"]) == (300, 35)
+    # An interpreter with NumPy takes more than 20 MB; the table is nothing beside it.
+    assert 2e7 < found["peak"] < 2e9

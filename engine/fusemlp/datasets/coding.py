@@ -84,6 +84,10 @@ def coded(
     table: dict[str, Array], names: tuple[str, ...], known: Categories | None, notes: list[str]
 ) -> tuple[Features, Categories]:
     """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
+    import pyarrow
+
+    from fusemlp.datasets.columns import different
+
     sources = part_names(name for name, column in table.items() if column.dtype.kind == "M")
     X = np.empty((len(next(iter(table.values()))), len(names)))
     categories: list[tuple[str, ...] | None] = []
@@ -100,17 +104,17 @@ def coded(
             X[:, index] = column
             count = int(np.isnan(column).sum())
         else:
-            different, codes = _different(column)
-            words = known[index] if known is not None else _categories(different)
+            found, codes = different(pyarrow.array(column, pyarrow.string()))
+            words = known[index] if known is not None else _categories(found)
             assert words is not None, "a column that held numbers was read as numbers"
             categories.append(words)
             place: dict[str, float] = {word: code for code, word in enumerate(words)}
             absent = place.get("", math.nan)
-            X[:, index] = np.array(
-                [place.get(word, absent if word in MISSING else math.nan) for word in different], float
-            )[codes]
-            cells = np.bincount(codes, minlength=len(different)).tolist()
-            counts = dict(zip(different, cells, strict=True))
+            X[:, index] = np.array([place.get(word, absent if word in MISSING else math.nan) for word in found], float)[
+                codes
+            ]
+            cells = np.bincount(codes, minlength=len(found)).tolist()
+            counts = dict(zip(found, cells, strict=True))
             count = sum(cells for word, cells in counts.items() if word in MISSING and (not word or word not in place))
             strange = {word: cells for word, cells in counts.items() if word not in place and word not in MISSING}
             if strange:
@@ -128,13 +132,5 @@ def _some(parts: list[str]) -> str:
     return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
 
 
-def _different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
-    """Return the different words of a column in the order of their first rows, and the index of each row's word."""
-    import pyarrow
-
-    coded = pyarrow.array(column, pyarrow.string()).dictionary_encode()
-    return coded.dictionary.to_pylist(), coded.indices.to_numpy()
-
-
-def _categories(different: list[str]) -> tuple[str, ...]:
-    return tuple(sorted({"" if word in MISSING else word for word in different}))
+def _categories(found: list[str]) -> tuple[str, ...]:
+    return tuple(sorted({"" if word in MISSING else word for word in found}))

@@ -24,7 +24,11 @@ _FEW = 20
 _TELLING = 4096
 # The number of mistakes in a message.
 _SHOWN = 30
-_PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:{mark}[0-9]{{0,200}})?$" for mark in (r"\.", ",")}
+# The numbers that Arrow reads, with another decimal mark too.
+_PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
+
+
+_NO_DATE = MISSING | {"NaT"}
 
 
 class Problems:
@@ -106,11 +110,10 @@ def _to_numpy(values: Any) -> Array:
     return np.array(values.to_numpy(zero_copy_only=False))
 
 
-def _by_word(values: Any, function: Callable[[str], Any], dtype: Any) -> Array:
-    """Return the function's values for each text, called once for each different one."""
-    coded = values.dictionary_encode()
-    table = np.array([function(text) for text in coded.dictionary.to_pylist()], dtype)
-    return table[coded.indices.to_numpy()] if len(table) else np.empty(0, dtype)
+def different(texts: Any) -> tuple[list[str], Array]:
+    """Return the different texts in the order of their first rows, and the index of each row's text."""
+    coded = texts.dictionary_encode()
+    return coded.dictionary.to_pylist(), coded.indices.to_numpy()
 
 
 def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> tuple[Array, Array]:
@@ -125,19 +128,16 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
             if not np.isinf(numbers).any():
                 return numbers, np.empty(0, np.int64)
     texts = pc.utf8_trim_whitespace(texts)
-    plain = pc.match_substring_regex(texts, _PLAIN["," if decimal == "," else r"\."])
+    plain = pc.match_substring_regex(texts, _PLAIN[decimal])
     present = pc.if_else(plain, texts, None)
     if decimal == ",":
         present = pc.replace_substring(present, ",", ".")
     numbers = _to_numpy(pc.cast(present, pa.float64()))
     rows = np.flatnonzero(~_to_numpy(pc.or_(plain, _among(texts, missing))))
-
-    def value(text: str) -> float:
-        # An infinity stands for text that is no number: both are mistakes.
-        found = number(text, decimal)
-        return math.inf if found is None else found
-
-    numbers[rows] = _by_word(texts.take(pa.array(rows)), value, np.float64)
+    words, codes = different(texts.take(pa.array(rows)))
+    found = [number(word, decimal) for word in words]
+    # An infinity stands for text that is no number: both are mistakes.
+    numbers[rows] = np.array([math.inf if value is None else value for value in found])[codes] if words else ()
     wrong = rows[np.isinf(numbers[rows])]
     numbers[wrong] = np.nan
     return numbers, wrong
@@ -158,7 +158,6 @@ class Column:
         self.grown = _Growing()
         # The index of each different word.
         self.codes: dict[str, int] = {}
-        self.dates: dict[str, Any] = {text: np.datetime64("NaT", "us") for text in (*MISSING, "NaT")}
         self.notes: list[str] = []
 
     def add(self, values: Any) -> None:
@@ -197,7 +196,9 @@ class Column:
         elif self.kind == "number":
             self._append(self._numbers(texts))
         elif self.kind == "word":
-            self._append(_by_word(texts, lambda text: self.codes.setdefault(text.strip(), len(self.codes)), np.int32))
+            words, codes = different(texts)
+            own = [self.codes.setdefault(word.strip(), len(self.codes)) for word in words]
+            self._append(np.array(own, np.int32)[codes])
         else:
             self._append(self._dates(texts))
 
@@ -233,18 +234,19 @@ class Column:
         assert order is not None
         if order == "ymd":
             try:
-                present = pc.if_else(_among(texts, self.dates), None, texts)
+                present = pc.if_else(_among(texts, _NO_DATE), None, texts)
                 return _to_numpy(pc.cast(present, pa.timestamp("us")))
             except pa.ArrowInvalid:
                 pass
-        moments = _by_word(texts, lambda text: self._date(text.strip(), order), object)
-        for row in (row for row, moment in enumerate(moments) if moment is None):
-            text = texts[row].as_py().strip()
+        given, codes = different(texts)
+        words = [word.strip() for word in given]
+        moments = [parse_date(word, order) for word in words]
+        wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
+        for row in np.flatnonzero(wrong[codes]).tolist():
+            text = words[codes[row]]
             self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
-        return moments.astype("datetime64[us]")
-
-    def _date(self, text: str, order: str) -> Any:
-        return self.dates[text] if text in self.dates else parse_date(text, order)
+        table: Array = np.array([np.datetime64("NaT") if m is None else m for m in moments], "datetime64[us]")
+        return table[codes]
 
     def _wrong(self, row: int, text: str) -> None:
         self.problems.add(self.name, self.rows + row, text)
@@ -303,7 +305,7 @@ class Target:
         self.missing = _to_numpy(missing)
         present = whole.filter(pc.invert(missing)).combine_chunks()
         if _is_number(whole.type):
-            dtype = pa.float64() if pa.types.is_decimal(whole.type) or whole.null_count == len(whole) else whole.type
+            dtype = pa.float64() if pa.types.is_decimal(whole.type) else whole.type
             values = _to_numpy(pc.cast(present, dtype))
             if values.dtype.kind == "f":
                 values = values.astype(np.float64)
@@ -319,7 +321,8 @@ class Target:
             numbers = self._numbers(present)
             if numbers is not None:
                 return numbers
-        return _by_word(present, str, str)
+        different_labels, codes = different(present)
+        return np.array(different_labels, dtype=str)[codes] if different_labels else np.empty(0, str)
 
     def _numbers(self, present: Any) -> Array | None:
         """Return the labels as numbers; None, with a word among measurements as a mistake, if they are words."""

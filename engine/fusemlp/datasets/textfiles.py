@@ -109,7 +109,6 @@ def open_text(path: Path, form: Form) -> Source:
     decimal = form.decimal or _decimal(sample, sep)
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
     names = headed(path, first, decimal, header=form.header)
-    plain = _is_plain(path, sep, encoding, marks)
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -120,7 +119,7 @@ def open_text(path: Path, form: Form) -> Source:
                     yield reader.line_num, row
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
-        if plain:
+        if _is_plain(path, sep, encoding, marks):
             return _arrow_batches(path, sep, encoding, len(names), columns, ragged, header=form.header, size=size)
         return as_batches(records(), len(names), columns, ragged)
 
