@@ -84,10 +84,6 @@ def coded(
     table: dict[str, Array], names: tuple[str, ...], known: Categories | None, notes: list[str]
 ) -> tuple[Features, Categories]:
     """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
-    import pyarrow
-
-    from fusemlp.datasets.columns import different
-
     sources = part_names(name for name, column in table.items() if column.dtype.kind == "M")
     X = np.empty((len(next(iter(table.values()))), len(names)))
     categories: list[tuple[str, ...] | None] = []
@@ -104,7 +100,9 @@ def coded(
             X[:, index] = column
             count = int(np.isnan(column).sum())
         else:
-            found, codes = different(pyarrow.array(column, pyarrow.string()))
+            found = list(dict.fromkeys(column))
+            first = {word: index for index, word in enumerate(found)}
+            codes = np.fromiter(map(first.__getitem__, column), np.int32, len(column))
             words = known[index] if known is not None else _categories(found)
             assert words is not None, "a column that held numbers was read as numbers"
             categories.append(words)

@@ -13,7 +13,7 @@ from pyarrow import compute as pc
 
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.files import Array
-from fusemlp.datasets.textfiles import MISSING, number
+from fusemlp.datasets.textfiles import MISSING, number, text_array
 from fusemlp_kernels.errors import DataError
 
 # A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words
@@ -28,6 +28,10 @@ _SHOWN = 30
 _PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
 
 
+# Arrow's scalars from Python's values, and its to_numpy, would import pandas, as text_array says.
+_EMPTY, _NULL = text_array([""])[0], pa.nulls(1, pa.string())[0]
+_NAN = pc.cast(text_array(["nan"]), pa.float64())[0]
+_NAT = pc.cast(text_array([str(np.iinfo(np.int64).min)]), pa.int64())[0]
 _NO_DATE = MISSING | {"NaT"}
 
 
@@ -102,25 +106,34 @@ def _is_date(kind: pa.DataType) -> bool:
 
 
 def _among(values: Any, words: Collection[str]) -> Any:
-    return pc.is_in(values, value_set=pa.array(sorted(words), pa.string()))
+    return pc.is_in(values, value_set=text_array(sorted(words)))
 
 
 def _to_numpy(values: Any) -> Array:
-    """Return an array of its own; null is NaN or NaT."""
-    return np.array(values.to_numpy(zero_copy_only=False))
+    """Return numbers, truth values or moments as an array of its own; null is NaN or NaT."""
+    kind = values.type
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks)
+    if not len(values):
+        return np.empty(0, "datetime64[us]" if pa.types.is_timestamp(kind) else kind.to_pandas_dtype())
+    if pa.types.is_boolean(kind):
+        return np.from_dlpack(pc.cast(values, pa.uint8())).astype(bool)
+    if pa.types.is_timestamp(kind):
+        return np.from_dlpack(pc.fill_null(pc.cast(values, pa.int64()), _NAT)).view("datetime64[us]").copy()
+    return np.array(np.from_dlpack(pc.fill_null(values, _NAN) if values.null_count else values))
 
 
 def different(texts: Any) -> tuple[list[str], Array]:
     """Return the different texts in the order of their first rows, and the index of each row's text."""
     coded = texts.dictionary_encode()
-    return coded.dictionary.to_pylist(), coded.indices.to_numpy()
+    return coded.dictionary.to_pylist(), _to_numpy(coded.indices)
 
 
 def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> tuple[Array, Array]:
     """Return the numbers of texts, NaN where missing or wrong, and the rows of those that are wrong."""
     if decimal == ".":
         try:
-            present = pc.if_else(_among(texts, missing), None, texts)
+            present = pc.if_else(_among(texts, missing), _NULL, texts)
             numbers = _to_numpy(pc.cast(present, pa.float64()))
         except pa.ArrowInvalid:
             pass
@@ -129,12 +142,13 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
                 return numbers, np.empty(0, np.int64)
     texts = pc.utf8_trim_whitespace(texts)
     plain = pc.match_substring_regex(texts, _PLAIN[decimal])
-    present = pc.if_else(plain, texts, None)
+    present = pc.if_else(plain, texts, _NULL)
     if decimal == ",":
         present = pc.replace_substring(present, ",", ".")
     numbers = _to_numpy(pc.cast(present, pa.float64()))
-    rows = np.flatnonzero(~_to_numpy(pc.or_(plain, _among(texts, missing))))
-    words, codes = different(texts.take(pa.array(rows)))
+    odd = pc.invert(pc.or_(plain, _among(texts, missing)))
+    rows = np.flatnonzero(_to_numpy(odd))
+    words, codes = different(texts.filter(odd))
     found = [number(word, decimal) for word in words]
     # An infinity stands for text that is no number: both are mistakes.
     numbers[rows] = np.array([math.inf if value is None else value for value in found])[codes] if words else ()
@@ -166,7 +180,7 @@ class Column:
             values = values.dictionary_decode()
         kind = values.type
         if pa.types.is_null(kind) or is_text(kind):
-            self._add_text(pc.fill_null(pc.cast(values, pa.string()), ""))
+            self._add_text(pc.fill_null(pc.cast(values, pa.string()), _EMPTY))
         elif _is_date(kind) and self.kind in (None, *ORDERS):
             self.kind = self.kind or "ymd"
             self._append(_to_numpy(pc.cast(values, pa.timestamp("us", getattr(kind, "tz", None)), safe=False)))
@@ -234,7 +248,7 @@ class Column:
         assert order is not None
         if order == "ymd":
             try:
-                present = pc.if_else(_among(texts, _NO_DATE), None, texts)
+                present = pc.if_else(_among(texts, _NO_DATE), _NULL, texts)
                 return _to_numpy(pc.cast(present, pa.timestamp("us")))
             except pa.ArrowInvalid:
                 pass
@@ -355,8 +369,8 @@ def as_text(values: Any) -> Any:
     if pa.types.is_timestamp(values.type):
         values = pc.cast(values, pa.timestamp("us", values.type.tz), safe=False)
     coded = pc.dictionary_encode(values)
-    texts = pa.array([str(value) for value in coded.dictionary.to_pylist()], pa.string())
-    return pc.fill_null(texts.take(coded.indices), "")
+    texts = text_array([str(value) for value in coded.dictionary.to_pylist()])
+    return pc.fill_null(texts.take(coded.indices), _EMPTY)
 
 
 def check_finite(column: str, numbers: Array, first: Any, problems: Problems) -> None:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 # From the least likely to stand in text.
@@ -158,8 +160,17 @@ def as_batches(
         for _ in range(len(piece) - len(right)):
             ragged()
         by_column = list(zip(*right, strict=True)) or [()] * width
-        arrays = [pyarrow.array(by_column[column], pyarrow.string()) for column in columns]
+        arrays = [text_array(by_column[column]) for column in columns]
         yield pyarrow.record_batch(arrays, [str(column) for column in columns])
+
+
+def text_array(texts: Sequence[str]) -> Any:
+    """Return texts as an Arrow array; ``pyarrow.array`` would import pandas."""
+    import pyarrow
+
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
 
 
 def _arrow_batches(
