@@ -100,9 +100,7 @@ def coded(
             X[:, index] = column
             count = int(np.isnan(column).sum())
         else:
-            found = list(dict.fromkeys(column))
-            first = {word: index for index, word in enumerate(found)}
-            codes = np.fromiter(map(first.__getitem__, column), np.int32, len(column))
+            found, codes = different(column)
             words = known[index] if known is not None else _categories(found)
             assert words is not None, "a column that held numbers was read as numbers"
             categories.append(words)
@@ -128,6 +126,12 @@ def coded(
 
 def _some(parts: list[str]) -> str:
     return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
+
+
+def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Return the different words of a column in the order of their first rows, and the index of each row's word."""
+    places = {word: place for place, word in enumerate(dict.fromkeys(column))}
+    return list(places), np.fromiter(map(places.__getitem__, column), np.int32, len(column))
 
 
 def _categories(found: list[str]) -> tuple[str, ...]:

@@ -369,7 +369,9 @@ def as_text(values: Any) -> Any:
     if pa.types.is_timestamp(values.type):
         values = pc.cast(values, pa.timestamp("us", values.type.tz), safe=False)
     coded = pc.dictionary_encode(values)
-    texts = text_array([str(value) for value in coded.dictionary.to_pylist()])
+    # Whole numbers are floats where other rows of their column are missing.
+    whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in coded.dictionary.to_pylist())
+    texts = text_array([str(value) for value in whole])
     return pc.fill_null(texts.take(coded.indices), _EMPTY)
 
 

@@ -53,6 +53,8 @@ def as_frame(data: Any) -> Frame:
     """Return a DataFrame of pandas or polars, or another table that speaks Arrow; ArgumentTypeError for the rest."""
     import pyarrow
 
+    if isinstance(data, Frame):
+        return data
     name = type(data).__name__
     try:
         if hasattr(data, "iloc") and hasattr(data, "columns"):
