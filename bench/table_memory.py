@@ -52,6 +52,15 @@ def train(path: Path, folder: Path) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def text(lines: Sequence[Record]) -> str:
+    """Return the table of the lines."""
+    shown = [
+        [f"{line['rows']:,} rows, {line['words']:,} words", f"{line['file'] / 1e6:.0f}", f"{line['peak'] / 1e9:.2f}"]
+        for line in lines
+    ]
+    return table(["table", "file, MB", "peak memory, GB"], shown)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study and return its exit code."""
     made = parser("table_memory", __doc__.split("\n")[0])
@@ -67,11 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"{rows} rows, {path.stat().st_size / 1e6:.0f} MB")
             seconds, peak = train(path, Path(folder, f"run-{rows}"))
             lines.append({"rows": rows, "words": sum(words), "file": path.stat().st_size, "s": seconds, "peak": peak})
-    shown = [
-        [f"{line['rows']:,} rows, {line['words']:,} words", f"{line['file'] / 1e6:.0f}", f"{line['peak'] / 1e9:.2f}"]
-        for line in lines
-    ]
-    finish("table_memory", options, lines, table(["table", "file, MB", "peak memory, GB"], shown), None)
+    finish("table_memory", options, lines, text(lines), None)
     return 0
 
 
