@@ -6,6 +6,7 @@ No test asserts a speed: tests of conclusions use invented figures, tests of sum
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,26 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import kernels, loops, memory, overhead, roofline, scaling, study, tables, time_to_result, timing, trials
+from bench import (
+    kernels,
+    loops,
+    memory,
+    overhead,
+    roofline,
+    scaling,
+    study,
+    table_memory,
+    tables,
+    time_to_result,
+    timing,
+    trials,
+)
 from bench.vendor import Vendor
 from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scaling", "overhead", "time_to_result", "tables")
+STUDIES = ("roofline", "kernels", "scaling", "overhead", "table_memory", "tables", "time_to_result")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -338,3 +352,17 @@ def test_each_half_has_both_tasks_and_no_table_of_the_independent_check() -> Non
         tasks = [one.task for one in tables.TABLES if one.half == half]
         assert min(tasks.count("classification"), tasks.count("regression")) >= 5
     assert len({one.name for one in tables.TABLES}) == len(tables.TABLES) >= 20
+
+
+def test_a_table_for_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table_memory, "TABLES", ((300, (30, 5)), (500, (3, 3))))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "engine") + os.pathsep + str(ROOT / "kernels"))
+    path = tmp_path / "a.jsonl"
+    assert table_memory.main(["--most-rows", "400", "--json", "--out", str(path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["rows"], found["words"]) == (300, 35)
+    # An interpreter with NumPy takes more than 20 MB; the table is nothing beside it.
+    assert 2e7 < found["peak"] < 2e9

@@ -7,6 +7,7 @@ import datetime
 import gzip
 import io
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,20 @@ def test_a_table_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyP
         read_table(path, target="y")
     assert "line 40003, column 'a': 'x'" in str(caught.value)
     assert "line 40002: expected 3 fields" in str(caught.value)
+
+
+def test_a_text_file_is_read_without_pandas(tmp_path: Path) -> None:
+    """Its import would take longer than the reading."""
+    FRAME.to_csv(tmp_path / "a.csv", index=False)
+    (tmp_path / "odd.csv").write_text('a, b\n1, "x"\n"$1,498", "y"\n')
+    code = (
+        "import sys; from fusemlp.datasets.load import load_data\n"
+        "for name, target in (('a.csv', 'kind'), ('odd.csv', 'a')):\n"
+        "    load_data(name, target=target)\n"
+        "print('pandas' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 # Arrow's files and tables in memory

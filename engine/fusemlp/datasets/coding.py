@@ -150,10 +150,8 @@ def _some(parts: list[str]) -> str:
 
 def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
     """Return the different words of a column in the order of their first rows, and the index of each row's word."""
-    import pyarrow
-
-    coded = pyarrow.array(column, pyarrow.string()).dictionary_encode()
-    return coded.dictionary.to_pylist(), coded.indices.to_numpy()
+    places = {word: place for place, word in enumerate(dict.fromkeys(column))}
+    return list(places), np.fromiter(map(places.__getitem__, column), np.int32, len(column))
 
 
 def _categories(found: list[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pyarrow import compute as pc
 
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.files import Array
-from fusemlp.datasets.textfiles import MISSING, number
+from fusemlp.datasets.textfiles import MISSING, number, text_array
 from fusemlp_kernels.errors import DataError
 
 # A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words
@@ -24,7 +24,15 @@ _FEW = 20
 _TELLING = 4096
 # The number of mistakes in a message.
 _SHOWN = 30
-_PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:{mark}[0-9]{{0,200}})?$" for mark in (r"\.", ",")}
+# The numbers that Arrow reads, with another decimal mark too.
+_PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
+
+
+# Arrow's scalars from Python's values, and its to_numpy, would import pandas, as text_array says.
+_EMPTY, _NULL = text_array([""])[0], pa.nulls(1, pa.string())[0]
+_NAN = pc.cast(text_array(["nan"]), pa.float64())[0]
+_NAT = pc.cast(text_array([str(np.iinfo(np.int64).min)]), pa.int64())[0]
+_NO_DATE = MISSING | {"NaT"}
 
 
 class Problems:
@@ -98,26 +106,34 @@ def _is_date(kind: pa.DataType) -> bool:
 
 
 def _among(values: Any, words: Collection[str]) -> Any:
-    return pc.is_in(values, value_set=pa.array(sorted(words), pa.string()))
+    return pc.is_in(values, value_set=text_array(sorted(words)))
 
 
 def _to_numpy(values: Any) -> Array:
-    """Return an array of its own; null is NaN or NaT."""
-    return np.array(values.to_numpy(zero_copy_only=False))
+    """Return numbers, truth values or moments as an array of its own; null is NaN or NaT."""
+    kind = values.type
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks)
+    if not len(values):
+        return np.empty(0, "datetime64[us]" if pa.types.is_timestamp(kind) else kind.to_pandas_dtype())
+    if pa.types.is_boolean(kind):
+        return np.from_dlpack(pc.cast(values, pa.uint8())).astype(bool)
+    if pa.types.is_timestamp(kind):
+        return np.from_dlpack(pc.fill_null(pc.cast(values, pa.int64()), _NAT)).view("datetime64[us]").copy()
+    return np.array(np.from_dlpack(pc.fill_null(values, _NAN) if values.null_count else values))
 
 
-def _by_word(values: Any, function: Callable[[str], Any], dtype: Any) -> Array:
-    """Return the function's values for each text, called once for each different one."""
-    coded = values.dictionary_encode()
-    table = np.array([function(text) for text in coded.dictionary.to_pylist()], dtype)
-    return table[coded.indices.to_numpy()] if len(table) else np.empty(0, dtype)
+def different(texts: Any) -> tuple[list[str], Array]:
+    """Return the different texts in the order of their first rows, and the index of each row's text."""
+    coded = texts.dictionary_encode()
+    return coded.dictionary.to_pylist(), _to_numpy(coded.indices)
 
 
 def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> tuple[Array, Array]:
     """Return the numbers of texts, NaN where missing or wrong, and the rows of those that are wrong."""
     if decimal == ".":
         try:
-            present = pc.if_else(_among(texts, missing), None, texts)
+            present = pc.if_else(_among(texts, missing), _NULL, texts)
             numbers = _to_numpy(pc.cast(present, pa.float64()))
         except pa.ArrowInvalid:
             pass
@@ -125,19 +141,17 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
             if not np.isinf(numbers).any():
                 return numbers, np.empty(0, np.int64)
     texts = pc.utf8_trim_whitespace(texts)
-    plain = pc.match_substring_regex(texts, _PLAIN["," if decimal == "," else r"\."])
-    present = pc.if_else(plain, texts, None)
+    plain = pc.match_substring_regex(texts, _PLAIN[decimal])
+    present = pc.if_else(plain, texts, _NULL)
     if decimal == ",":
         present = pc.replace_substring(present, ",", ".")
     numbers = _to_numpy(pc.cast(present, pa.float64()))
-    rows = np.flatnonzero(~_to_numpy(pc.or_(plain, _among(texts, missing))))
-
-    def value(text: str) -> float:
-        # An infinity stands for text that is no number: both are mistakes.
-        found = number(text, decimal)
-        return math.inf if found is None else found
-
-    numbers[rows] = _by_word(texts.take(pa.array(rows)), value, np.float64)
+    odd = pc.invert(pc.or_(plain, _among(texts, missing)))
+    rows = np.flatnonzero(_to_numpy(odd))
+    words, codes = different(texts.filter(odd))
+    found = [number(word, decimal) for word in words]
+    # An infinity stands for text that is no number: both are mistakes.
+    numbers[rows] = np.array([math.inf if value is None else value for value in found])[codes] if words else ()
     wrong = rows[np.isinf(numbers[rows])]
     numbers[wrong] = np.nan
     return numbers, wrong
@@ -158,7 +172,6 @@ class Column:
         self.grown = _Growing()
         # The index of each different word.
         self.codes: dict[str, int] = {}
-        self.dates: dict[str, Any] = {text: np.datetime64("NaT", "us") for text in (*MISSING, "NaT")}
         self.notes: list[str] = []
 
     def add(self, values: Any) -> None:
@@ -167,7 +180,7 @@ class Column:
             values = values.dictionary_decode()
         kind = values.type
         if pa.types.is_null(kind) or is_text(kind):
-            self._add_text(pc.fill_null(pc.cast(values, pa.string()), ""))
+            self._add_text(pc.fill_null(pc.cast(values, pa.string()), _EMPTY))
         elif _is_date(kind) and self.kind in (None, *ORDERS):
             self.kind = self.kind or "ymd"
             self._append(_to_numpy(pc.cast(values, pa.timestamp("us", getattr(kind, "tz", None)), safe=False)))
@@ -197,7 +210,9 @@ class Column:
         elif self.kind == "number":
             self._append(self._numbers(texts))
         elif self.kind == "word":
-            self._append(_by_word(texts, lambda text: self.codes.setdefault(text.strip(), len(self.codes)), np.int32))
+            words, codes = different(texts)
+            own = [self.codes.setdefault(word.strip(), len(self.codes)) for word in words]
+            self._append(np.array(own, np.int32)[codes])
         else:
             self._append(self._dates(texts))
 
@@ -233,18 +248,19 @@ class Column:
         assert order is not None
         if order == "ymd":
             try:
-                present = pc.if_else(_among(texts, self.dates), None, texts)
+                present = pc.if_else(_among(texts, _NO_DATE), _NULL, texts)
                 return _to_numpy(pc.cast(present, pa.timestamp("us")))
             except pa.ArrowInvalid:
                 pass
-        moments = _by_word(texts, lambda text: self._date(text.strip(), order), object)
-        for row in (row for row, moment in enumerate(moments) if moment is None):
-            text = texts[row].as_py().strip()
+        given, codes = different(texts)
+        words = [word.strip() for word in given]
+        moments = [parse_date(word, order) for word in words]
+        wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
+        for row in np.flatnonzero(wrong[codes]).tolist():
+            text = words[codes[row]]
             self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
-        return moments.astype("datetime64[us]")
-
-    def _date(self, text: str, order: str) -> Any:
-        return self.dates[text] if text in self.dates else parse_date(text, order)
+        table: Array = np.array([np.datetime64("NaT") if m is None else m for m in moments], "datetime64[us]")
+        return table[codes]
 
     def _wrong(self, row: int, text: str) -> None:
         self.problems.add(self.name, self.rows + row, text)
@@ -303,7 +319,7 @@ class Target:
         self.missing = _to_numpy(missing)
         present = whole.filter(pc.invert(missing)).combine_chunks()
         if _is_number(whole.type):
-            dtype = pa.float64() if pa.types.is_decimal(whole.type) or whole.null_count == len(whole) else whole.type
+            dtype = pa.float64() if pa.types.is_decimal(whole.type) else whole.type
             values = _to_numpy(pc.cast(present, dtype))
             if values.dtype.kind == "f":
                 values = values.astype(np.float64)
@@ -319,7 +335,8 @@ class Target:
             numbers = self._numbers(present)
             if numbers is not None:
                 return numbers
-        return _by_word(present, str, str)
+        different_labels, codes = different(present)
+        return np.array(different_labels, dtype=str)[codes] if different_labels else np.empty(0, str)
 
     def _numbers(self, present: Any) -> Array | None:
         """Return the labels as numbers; None, with a word among measurements as a mistake, if they are words."""
@@ -354,8 +371,8 @@ def as_text(values: Any) -> Any:
     coded = pc.dictionary_encode(values)
     # Whole numbers are floats where other rows of their column are missing.
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in coded.dictionary.to_pylist())
-    texts = pa.array([str(value) for value in whole], pa.string())
-    return pc.fill_null(texts.take(coded.indices), "")
+    texts = text_array([str(value) for value in whole])
+    return pc.fill_null(texts.take(coded.indices), _EMPTY)
 
 
 def check_finite(column: str, numbers: Array, first: Any, problems: Problems) -> None:

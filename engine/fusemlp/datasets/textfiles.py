@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 # From the least likely to stand in text.
@@ -109,7 +111,6 @@ def open_text(path: Path, form: Form) -> Source:
     decimal = form.decimal or _decimal(sample, sep)
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
     names = headed(path, first, decimal, header=form.header)
-    plain = _is_plain(path, sep, encoding, marks)
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -120,7 +121,7 @@ def open_text(path: Path, form: Form) -> Source:
                     yield reader.line_num, row
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
-        if plain:
+        if _is_plain(path, sep, encoding, marks):
             return _arrow_batches(path, sep, encoding, len(names), columns, ragged, header=form.header, size=size)
         return as_batches(records(), len(names), columns, ragged)
 
@@ -159,8 +160,17 @@ def as_batches(
         for _ in range(len(piece) - len(right)):
             ragged()
         by_column = list(zip(*right, strict=True)) or [()] * width
-        arrays = [pyarrow.array(by_column[column], pyarrow.string()) for column in columns]
+        arrays = [text_array(by_column[column]) for column in columns]
         yield pyarrow.record_batch(arrays, [str(column) for column in columns])
+
+
+def text_array(texts: Sequence[str]) -> Any:
+    """Return texts as an Arrow array; ``pyarrow.array`` would import pandas."""
+    import pyarrow
+
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
 
 
 def _arrow_batches(
