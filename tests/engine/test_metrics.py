@@ -51,6 +51,13 @@ def test_classes_are_scored_as_documented() -> None:
             assert value(name, codes, predicted, scores, given) == pytest.approx(right, rel=1e-12), name
 
 
+def test_log_loss_has_no_bound() -> None:
+    scores = np.array([[1.0, 1e-30], [1.0, 0.0]], np.float32)
+    assert value("log_loss", np.array([1]), np.array([0]), scores[:1]) == pytest.approx(30 * math.log(10), rel=1e-6)
+    # float32's least number stands for 0
+    assert value("log_loss", np.array([1]), np.array([0]), scores[1:]) == pytest.approx(149 * math.log(2), rel=1e-6)
+
+
 def test_auc_of_two_classes_counts_ordered_pairs() -> None:
     codes, one = np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.4, 0.35, 0.4, 0.8])
     pairs = [(a > b) + 0.5 * (a == b) for a in one[codes == 1] for b in one[codes == 0]]

@@ -1,4 +1,4 @@
-"""Scores of a model on labelled rows beside its loss, each with its direction; scikit-learn computes them."""
+"""Scores of a model on labelled rows beside its loss, each with its direction, from scikit-learn."""
 
 from __future__ import annotations
 
@@ -46,22 +46,20 @@ def _auc(rows: Judged) -> float:
     from sklearn.metrics import roc_auc_score
 
     assert rows.scores is not None
-    truth = rows.truth if rows.truth.ndim == 2 else np.eye(rows.scores.shape[1])[rows.truth]
-    first = 1 if rows.truth.ndim == 1 and truth.shape[1] == 2 else 0
-    both = first + np.flatnonzero(truth[:, first:].min(axis=0) < truth[:, first:].max(axis=0))
-    if not len(both):
-        return float("nan")
-    return float(roc_auc_score(truth[:, both], rows.scores[:, both], sample_weight=rows.weight))
+    classes, areas = rows.scores.shape[1], []
+    for code in range(int(rows.truth.ndim == 1 and classes == 2), classes):
+        positive = rows.truth == code if rows.truth.ndim == 1 else rows.truth[:, code] == 1
+        if positive.any() and not positive.all():
+            areas.append(roc_auc_score(positive, rows.scores[:, code], sample_weight=rows.weight))
+    return float(np.mean(areas)) if areas else float("nan")
 
 
 def _log_loss(rows: Judged) -> float:
-    from sklearn.metrics import log_loss
-
+    # not scikit-learn's, which counts a row at most as 36
     assert rows.scores is not None
-    probabilities = rows.scores.astype(np.float64)
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    labels = np.arange(probabilities.shape[1])
-    return float(log_loss(rows.truth, probabilities, labels=labels, sample_weight=rows.weight))
+    probabilities = rows.scores[np.arange(len(rows.truth)), rows.truth]
+    least = np.finfo(probabilities.dtype).smallest_subnormal
+    return -float(np.average(np.log(np.maximum(probabilities, least), dtype=np.float64), weights=rows.weight))
 
 
 def _balanced_accuracy(rows: Judged) -> float:

@@ -169,11 +169,11 @@ class Fleet:
             picked = {key: Validation(whole.map(itemgetter(one)), common=True) for key, one in folds.items()}
             validations = [None if one is None else picked[one.tobytes()] for one in validated_on]
         if monitor is not None or metrics:
-            different = {
-                id(one): with_metrics(first, one, metrics, [monitor]) for one in validations if one is not None
-            }
-            if not different and metrics:
-                raise ArgumentError(f"metrics: they are of validation rows; give validation_data too, got {metrics!r}")
+            each = {id(one): one for one in validations if one is not None}
+            asked = metrics if isinstance(metrics, str) else tuple(metrics)
+            different = {key: with_metrics(first, one, asked, [monitor]) for key, one in each.items()}
+            if not different and asked:
+                raise ArgumentError(f"metrics: they are of validation rows; give validation_data too, got {asked!r}")
             validations = [None if one is None else different[id(one)] for one in validations]
             check_monitor(monitor, logged(first, data.targets, validations[0]))
         if patience is not None and validations[0] is None and monitor is None:

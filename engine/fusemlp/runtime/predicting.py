@@ -75,7 +75,7 @@ class Predicting(DeviceInputs):
         rows by ``sample_weight``.
         """
         data = self.examples(X, y, sample_weight)
-        asked = as_metrics("metrics", metrics, self.kind_of(data.targets))
+        asked = as_metrics("metrics", metrics, self.kind_of(data.targets)) if metrics else ()
         evaluation = Evaluation(self._inference, data, self.spec_for(data.targets), self.class_weight, repeated=False)
         return {**evaluation.of(self._inference.memory), **self.figures(data, asked)}
 

@@ -212,11 +212,13 @@ def with_metrics(
     engine: Session, validation: Validation, metrics: Iterable[str | Metric], monitors: Iterable[Any]
 ) -> Validation:
     """Return the validation with these metrics and those that ``monitors``, such as "val_auc", name."""
-    named = [one.removeprefix("val_") for one in monitors if isinstance(one, str) and one.startswith("val_")]
+    known = {f"val_{name}": name for name in METRICS}
+    named = [known[one] for one in monitors if isinstance(one, str) and one in known]
+    if not named and not metrics:
+        return validation
     kind = engine.kind_of(validation.data.targets)
-    asked = {one.name: one for one in as_metrics("metrics", [name for name in named if name in METRICS], kind)}
-    asked |= {one.name: one for one in as_metrics("metrics", metrics, kind)}
-    found = replace(validation, metrics=tuple(asked.values()))
+    both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
+    found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
     for name, value in engine.figures(found.data, found.metrics).items():
         if math.isnan(value):
             raise ArgumentError(
