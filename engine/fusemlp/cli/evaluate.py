@@ -24,6 +24,11 @@ def evaluate(options: EvaluateOptions) -> None:
     notes: list[str] = []
     if options.data is None:
         X, labels, weight = _own_test_rows(config, preprocessor)
+        if config["options"].get("final_fit") and options.weights == "model":
+            notes.append(
+                "--final-fit trained the model on these rows too: the scores say nothing of new rows; those of the "
+                "model before are in report.json, under test"
+            )
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(options.data, preprocessor, form=form, notes=notes)

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli import recipe
+from fusemlp.cli import defaults, ensemble, recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Columns, Dataset, load_data
-from fusemlp.datasets.preprocessing import SCALES, Preprocessor, split
+from fusemlp.datasets.preprocessing import Preprocessor, split
+from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import DataError
+from fusemlp_kernels.errors import ArgumentError, DataError
 
 TEST_FRACTION = 0.2
 _PIECE = 2**15
@@ -39,7 +40,10 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The three parts of a data set, with network, loss and preprocessor; ``validation`` may be None."""
+    """The three parts of a data set, with network, loss and preprocessor; ``validation`` may be None.
+
+    ``models`` are trained; with ``folds`` each has its own training and validation rows of ``train``.
+    """
 
     dataset: Dataset
     preprocessor: Preprocessor
@@ -48,6 +52,9 @@ class Prepared:
     train: Rows
     validation: Rows | None
     test: Rows
+    models: int = 1
+    folds: tuple[ensemble.Fold, ...] = ()
+    target_note: str = ""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -78,7 +85,14 @@ class Prepared:
             else []
         )
         line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
-        return (*self.dataset.notes, *([line] if rare else []))
+        log = [self.target_note] if self.target_note else []
+        return (*self.dataset.notes, *([line] if rare else []), *log)
+
+    @property
+    def seen(self) -> tuple[Array, Array]:
+        """The inputs and labels of all rows but the test rows."""
+        parts = [self.train, *([] if self.validation is None else [self.validation])]
+        return np.concatenate([part.X for part in parts]), np.concatenate([part.labels for part in parts])
 
     @property
     def fit_data(self) -> dict[str, Any]:
@@ -162,19 +176,30 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         rest = np.arange(len(dataset.y), dtype=np.int64)
         test_features, test_labels = dataset.test
     training, validation = rest, rest[:0]
-    if options.validation_fraction > 0:
+    models = defaults.models_of(options, dataset, new=like is None)
+    parts: tuple[ensemble.Fold, ...] = ()
+    shared = any(getattr(options, name, None) is not None for name in ("validation", "group", "time"))
+    if models > 1 and options.validation_fraction > 0 and not shared:
+        parts = ensemble.folds(dataset.y[rest], models, seed=seed, stratify=classify)
+    elif options.validation_fraction > 0:
         share = options.validation_fraction
         kept, chosen = _split("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
         training, validation = rest[kept], rest[chosen]
 
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
+    log_target, target_note = bool(options.log_target), ""
+    if options.log_target is not None and classify:
+        raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
+    if like is None and options.log_target is None and not classify and name == "mse" and defaults.is_a_table(options):
+        log_target, target_note = ensemble.log_pays(dataset, training, options, seed=seed)
     preprocessor = like or Preprocessor.fit(
         dataset,
         training,
         scale=options.scale,
         one_hot_targets=name in recipe.ONE_HOT,
         scale_targets=name != "poisson",
+        log_targets=log_target,
     )
     outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
     net = recipe.network((preprocessor.width, *widths, outputs), options, init=options.init)
@@ -200,4 +225,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         rows(dataset.X[training], dataset.y[training]),
         rows(dataset.X[validation], dataset.y[validation]) if len(validation) else None,
         rows(test_features, test_labels),
+        models,
+        parts,
+        target_note,
     )
