@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.runtime.files import write_atomically
-from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
 
 FORMAT = 1
@@ -141,13 +140,6 @@ def append_metrics(run: Run, row: Mapping[str, float]) -> None:
     header, values = _table([row])
     with run.metrics.open("ab") as stream:
         stream.write(csv_bytes([values] if stream.tell() else [header, values]))
-
-
-def epoch_rows(history: History | None) -> Iterator[dict[str, float]]:
-    """Yield the rows of ``metrics.csv`` for a finished training."""
-    if history is not None:
-        for at, epoch in enumerate(history.epochs):
-            yield {"epoch": epoch + 1, **{name: values[at] for name, values in history.history.items()}}
 
 
 def _table(rows: Sequence[Mapping[str, float]]) -> list[list[str]]:
