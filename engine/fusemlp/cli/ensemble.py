@@ -143,7 +143,7 @@ def _at(history: History, name: str, epoch: int) -> float:
 
 
 def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> tuple[Engine, int]:
-    """Return the model of all rows, those of a test file excepted, after so many epochs, and the number of rows."""
+    """Return the model of all rows, those of a test file excepted, after ``epochs`` epochs, and the number of rows."""
     parts = [prepared.train, *([] if prepared.validation is None else [prepared.validation])]
     parts += [prepared.test] if prepared.dataset.test is None else []
     X, y = (np.concatenate([getattr(part, name) for part in parts]) for name in ("X", "y"))

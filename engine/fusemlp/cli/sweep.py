@@ -31,7 +31,6 @@ from fusemlp.report.runs import (
     create_run,
     csv_bytes,
     discard_if_empty,
-    epoch_rows,
     write_json,
 )
 from fusemlp.runtime.files import write_atomically
@@ -109,7 +108,7 @@ def keep(plan: Plan, run: Run, best: Member, about: dict[str, Any], started: dat
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
     begun = started.astimezone().isoformat(timespec="seconds")
     write_json(run.config, {**config, "started": begun, "sweep": about})
-    for row in epoch_rows(best.history):
+    for row in best.history.rows():
         append_metrics(run, row)
     report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
     parameters = plan.points[best.index]

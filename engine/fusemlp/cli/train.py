@@ -33,11 +33,11 @@ from fusemlp.report.runs import (
     append_metrics,
     choose_folder,
     create_run,
-    epoch_rows,
     keep_metrics,
     open_run,
     write_json,
 )
+from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
 DEFAULT_EPOCHS = 60
@@ -71,7 +71,7 @@ def train(options: TrainOptions) -> None:
             session.prepared, session.options, session.epochs, session.scheduled
         )
         session = replace(session, engine=engine, models=models)
-        for row in epoch_rows(engine.history):
+        for row in (engine.history or History()).rows():
             append_metrics(session.run, row)
     else:
         interrupted, failure = run_session(session)

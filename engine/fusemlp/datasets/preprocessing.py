@@ -66,7 +66,7 @@ class Preprocessor:
 
     A column c of numbers becomes (c - shift) / scale, after it by ``scale`` "robust" ``scaling.clipped``, and by
     "quantile" the scores of ``feature_knots``; its missing cells (NaN) become the median of the training rows
-    (``feature_fill``). Where training rows had missing cells (``missing_inputs``), a further column is 1 at missing
+    (``feature_fill``). If training rows had missing cells (``missing_inputs``), a further column is 1 at missing
     cells. A column of words becomes one 0/1 column for each of its categories, without those in ``shared``, which are
     rare or absent in the training rows. They and unseen words (NaN) are one other category: it has a column if training
     rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of these four may be empty: no column has

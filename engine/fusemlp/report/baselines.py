@@ -11,7 +11,7 @@ import numpy as np
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.inputs.arrays import Array
 
-# The linear model learns from at most so many numbers of the training rows, so that it takes a second or two.
+# The linear model learns from at most this many numbers of the training rows, which takes a second or two.
 MOST_NUMBERS = 30_000_000
 ITERATIONS = 200
 
