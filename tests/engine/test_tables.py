@@ -20,7 +20,7 @@ from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.cli import prepare
+from fusemlp.datasets import prepare
 from fusemlp.datasets.dates import date_parts, orders_of, parse_date
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import MOST_WORDS, Preprocessor
@@ -440,7 +440,7 @@ def test_training_and_new_data_have_the_same_features(tmp_path_factory: pytest.T
     again = made.transform_features(load_features(folder / "new.csv", made, notes=notes))
     assert again.shape == inputs.shape
     start = sum(1 + made.missing_inputs[column] for column in range(2))
-    end = inputs.shape[1] - (made.width - start - made._word_inputs(2).max() - 1)
+    end = inputs.shape[1] - (made.width - start - made.word_inputs(2).max() - 1)
     np.testing.assert_array_equal(
         np.delete(again, np.s_[start:end], axis=1), np.delete(inputs, np.s_[start:end], axis=1)
     )

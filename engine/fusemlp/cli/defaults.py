@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fusemlp.cli.options import FitOptions, ModelOptions, TrainOptions
 from fusemlp.datasets.load import Dataset
-from fusemlp.datasets.tables import is_table
+from fusemlp.datasets.sources import is_table
 from fusemlp.describe.checks import as_count
 
 Fit = TypeVar("Fit", bound=FitOptions)

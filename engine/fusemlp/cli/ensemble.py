@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,13 @@ def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: i
 
 
 def train_ensemble(
-    prepared: Prepared, options: TrainOptions, epochs: int, scheduled: int
+    prepared: Prepared, options: TrainOptions, epochs: int, scheduled: int, watched: Mapping[str, Any]
 ) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None]:
     """Train all models; return the merged engine with the mean history, a record a model, and how it ended.
 
-    The schedule of the learning rate spans ``scheduled`` epochs. The third is True after Ctrl-C, which keeps the models
-    as they are then. A model that diverged is left out; the error is returned if all did.
+    The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
+    ``--metric``. The third is True after Ctrl-C, which keeps the models as they are then. A model that diverged is left
+    out; the error is returned if all did.
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
@@ -85,7 +86,7 @@ def train_ensemble(
     patience = options.early_stopping or None
     try:
         results = fleet.fit(
-            **given, epochs=epochs, early_stopping=patience, drop_last=options.drop_last, callback=ended
+            **given, **watched, epochs=epochs, early_stopping=patience, drop_last=options.drop_last, callback=ended
         )
     except KeyboardInterrupt:
         engines = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
@@ -108,7 +109,9 @@ def train_ensemble(
     engine = _merged([member.engine for member in sound])
     assert engine.history is not None, "it is set where the engines are merged"
     if all(member.status == "stopped" and len(member.history.epochs) < epochs for member in sound):
-        engine.history.stopped = "val_loss of no model improved any more; the best weights of each were restored"
+        engine.history.stopped = (
+            "no model improved any more on its validation rows; the best weights of each were restored"
+        )
     return engine, records, False, None
 
 

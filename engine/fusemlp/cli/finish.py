@@ -1,13 +1,15 @@
-"""Finish a training: write the model's checkpoint, ``report.json`` and ``curves.png``."""
+"""Finish a training: write the model's checkpoint, ``curves.png``, ``report.json`` and ``report.html``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
+from fusemlp.cli.report import write_page
 from fusemlp.engine import Engine
 from fusemlp.report import diagnosis
 from fusemlp.report.baselines import baselines, worse_than
@@ -45,7 +47,7 @@ def finish(
                 engine.save_checkpoint(run.checkpoint(name))
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
-    overfitting = diagnosis.overfitting(history.history, restored=restored)
+    overfitting = diagnosis.overfitting(history.history, restored=restored, best_epoch=best)
     found = [diagnosis.Finding("divergence", str(failure))] if failure is not None else []
     dead = engine.dead_units(prepared.train.X)
     found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
@@ -86,6 +88,8 @@ def finish(
             overfitting=overfitting,
         )
         write_atomically(run.curves, picture(drawn))
-    # Write the report last: it marks a finished run.
+    # It marks a finished run; only the page, which can be made again, comes after it.
     write_json(run.report, finite(report))
+    command = json.loads(run.config.read_text(encoding="utf-8"))["command"]
+    write_page(run, engine, prepared, report, history.history, command=command)
     return report

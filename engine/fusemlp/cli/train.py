@@ -14,7 +14,7 @@ from typing import Any
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import ProgressBar
-from fusemlp.cli import defaults, ensemble, recipe
+from fusemlp.cli import columns, defaults, ensemble, recipe
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
 from fusemlp.cli.output import show
@@ -22,7 +22,8 @@ from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.metrics import Judged, metrics_for
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.diagnosis import Finding
@@ -36,6 +37,7 @@ from fusemlp.report.runs import (
     keep_metrics,
     open_run,
     write_json,
+    write_training_rows,
 )
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
@@ -64,11 +66,16 @@ def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
     session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
+    found = columns.stored(session.run)
     if not options.quiet:
-        print(describe(session), file=sys.stderr)
+        print(*columns.lines(found, session.run), describe(session), sep="\n", file=sys.stderr)
     if session.prepared.models > 1:
         engine, models, interrupted, failure = ensemble.train_ensemble(
-            session.prepared, session.options, session.epochs, session.scheduled
+            session.prepared,
+            session.options,
+            session.epochs,
+            session.scheduled,
+            watched(session.options, session.prepared),
         )
         session = replace(session, engine=engine, models=models)
         for row in (engine.history or History()).rows():
@@ -76,7 +83,10 @@ def train(options: TrainOptions) -> None:
     else:
         interrupted, failure = run_session(session)
     run = session.run
-    final = final_fit(session) if session.options.final_fit and not interrupted and failure is None else None
+    final = None
+    if session.options.final_fit and not interrupted and failure is None:
+        final = final_fit(session)
+        write_training_rows(run, session.prepared.hashes(every=True))
     report = finish(
         run,
         session.engine,
@@ -87,11 +97,17 @@ def train(options: TrainOptions) -> None:
         final=final,
     )
     plot = str(run.curves) if run.curves.exists() else None
-    lines = [*outcome(report), f"run folder {run.path}", f"plot {plot}" if plot else f"no plot: {report['no_plot']}"]
+    lines = [
+        *outcome(report),
+        f"run folder {run.path}",
+        f"report {run.page}",
+        f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
+    ]
     for sentence in report.get("worse_than", ()):
         lines.append(f"warning: {sentence}")
         print(f"warning: {sentence}", file=sys.stderr)
-    show({**report, "run": str(run.path), "plot": plot}, lines, as_json=options.as_json)
+    content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
+    show(content, lines, as_json=options.as_json)
     if failure is not None:
         raise failure
 
@@ -105,11 +121,13 @@ def new_session(options: TrainOptions) -> Session:
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, given.data or "", datetime.now())
     prepared = prepare(options)
+    watched(options, prepared)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     run = create_run(folder)
     command = shlex.join(["fusemlp", "train", *arguments(given)])
     write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
+    columns.write(prepared, run)
     return Session(run, options, prepared, engine, epochs, scheduled=epochs)
 
 
@@ -122,9 +140,35 @@ def checked_epochs(options: FitOptions) -> int:
     epochs = as_count("epochs", DEFAULT_EPOCHS if options.epochs is None else options.epochs)
     if options.early_stopping is not None:
         patience = as_count("early_stopping", options.early_stopping, minimum=0)
-        if patience and options.validation_fraction == 0:
+        if patience and options.validation_fraction == 0 and options.validation is None:
             raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
     return epochs
+
+
+def watched(options: FitOptions, prepared: Prepared) -> dict[str, Any]:
+    """Return the arguments of ``fit`` for ``--metric``; a score of numbers is in their original units."""
+    if options.metric is None:
+        return {}
+    numbers = prepared.dataset.task == "regression"
+    of_training = ["loss"] if numbers else ["loss", "accuracy"]
+    kind = "numbers" if numbers else "classes" if prepared.loss.is_classification else "one-hot rows"
+    validates = prepared.validation is not None or bool(prepared.folds)
+    metrics = metrics_for(kind) if validates else {}
+    named = [f"val_{name}" for name in (*of_training, *metrics)] if validates else of_training
+    if options.metric.startswith("val_") and not validates:
+        raise ArgumentError(f"metric: {options.metric!r} is of validation rows, and there are none")
+    short = f"val_{options.metric}" if options.metric in metrics else options.metric
+    monitor = check_choice("metric", short, [*dict.fromkeys([*named, *of_training])])
+    metric = metrics.get(monitor.removeprefix("val_"))
+    decode = prepared.preprocessor.decode_predictions
+
+    def in_units(rows: Judged) -> float:
+        assert metric is not None
+        return metric.of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
+
+    if metric is None or not numbers:
+        return {"monitor": monitor}
+    return {"monitor": monitor, "metrics": [replace(metric, of=in_units)]}
 
 
 def given_options(options: FitOptions) -> dict[str, Any]:
@@ -213,7 +257,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         "format": FORMAT,
         "command": shlex.join(["fusemlp", "train", *arguments(options)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "options": asdict(options),
+        "options": asdict(options) | own_files(options),
         "data": {"source": source, **prepared.summary},
         "preprocessor": prepared.preprocessor.to_config(),
         "network": engine.network.to_config(),
@@ -233,6 +277,12 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         },
         "machine": platform.platform(),
     }
+
+
+def own_files(options: FitOptions) -> dict[str, str]:
+    """Return the given files of validation and test rows; a run stores their absolute paths."""
+    given = {name: getattr(options, name) for name in ("validation", "test")}
+    return {name: file if file in NAMES else str(Path(file).absolute()) for name, file in given.items() if file}
 
 
 def describe(session: Session) -> str:
@@ -270,6 +320,7 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     try:
         engine.fit(
             **session.prepared.fit_data,
+            **watched(options, session.prepared),
             epochs=session.epochs,
             early_stopping=options.early_stopping or None,
             callbacks=[recorder] if options.quiet else [recorder, ProgressBar()],

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fusemlp.datasets.coding import Features
 from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.roles import UNUSED
 from fusemlp.datasets.scaling import SCALES, Knots, by_quantiles, clipped, knots, statistics
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
@@ -73,7 +74,8 @@ class Preprocessor:
     any. ``dates`` are the columns of dates whose parts are features, with the order of day, month and year in their
     text. ``classes`` are the labels in sorted order (None for a regression), whose targets become
     (y - target_shift) / target_scale, with ``target_log`` of their logarithms; a target below ``target_low``, the least
-    of the training rows, counts as that one there.
+    of the training rows, counts as that one there. ``ids`` are the columns that name the rows of a table, ``unused``
+    its other columns that are no inputs.
     """
 
     task: str
@@ -96,6 +98,8 @@ class Preprocessor:
     feature_knots: tuple[Knots | None, ...] = ()
     target_log: bool = False
     target_low: float = 0.0
+    ids: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @classmethod
     def fit(
@@ -180,13 +184,20 @@ class Preprocessor:
             else (),
             target_log=log_targets and classes is None,
             target_low=low if log_targets else 0.0,
+            ids=tuple(dataset.ids),
+            unused=tuple(role.name for role in dataset.roles if role.kind in UNUSED),
         )
 
     @property
     def width(self) -> int:
         """The number of columns that ``transform_features`` returns: the inputs of the network."""
-        return sum(
-            1 + self._is_marked(column) if words is None else 1 + int(self._word_inputs(column).max())
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of columns that ``transform_features`` returns for each feature."""
+        return tuple(
+            1 + self._is_marked(column) if words is None else 1 + int(self.word_inputs(column).max())
             for column, words in enumerate(self.categories)
         )
 
@@ -204,7 +215,7 @@ class Preprocessor:
         """Return whether the column of numbers has an input that marks its missing cells."""
         return bool(self.missing_inputs) and self.missing_inputs[column]
 
-    def _word_inputs(self, column: int) -> Rows:
+    def word_inputs(self, column: int) -> Rows:
         """Return the input of each category of a column of words, then that of an unseen word; -1 for none."""
         count = len(self.categories[column] or ())
         shared = list(self.shared[column]) if self.shared else []
@@ -261,7 +272,7 @@ class Preprocessor:
                     f"X: {given[row, column]} at row {row}, column {column} is not the index of one of the "
                     f"{len(words)} categories of {names[column]!r}; read the data with load_features"
                 )
-            inputs = self._word_inputs(column)
+            inputs = self.word_inputs(column)
             chosen = inputs[codes.astype(np.int64)]
             rows = np.flatnonzero(chosen >= 0)
             result[rows, start + chosen[rows]] = 1.0

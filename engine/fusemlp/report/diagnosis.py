@@ -29,11 +29,14 @@ class Finding:
         return f"{self.name}: {self.message}{helps}"
 
 
-def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = False) -> Finding | None:
+def overfitting(
+    history: Mapping[str, Sequence[float]], *, restored: bool = False, best_epoch: int | None = None
+) -> Finding | None:
     """Find overfitting: training improves and validation does not.
 
     The criterion: the last validation loss is more than ``RISE`` above its minimum while the training loss fell since
-    then, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were restored.
+    then, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were restored,
+    those of ``best_epoch`` (from 1; None: of the lowest validation loss).
     """
     training, validation = history.get("loss", ()), history.get("val_loss", ())
     if not validation:
@@ -57,7 +60,9 @@ def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = Fals
         f"to {training[-1]:.4g}"
     )
     if restored:
-        return Finding("overfitting", f"{message}; the weights of epoch {epoch} were restored", (), epoch, figures)
+        return Finding(
+            "overfitting", f"{message}; the weights of epoch {best_epoch or epoch} were restored", (), epoch, figures
+        )
     return Finding("overfitting", message, (f"early stopping (here: --epochs {epoch})", *remedies), epoch, figures)
 
 

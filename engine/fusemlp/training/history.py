@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class History:
     """The record of ``fit``: ``history`` has a list for each quantity, one entry an epoch, as in Keras.
 
-    ``epochs``: the numbers of the epochs; ``seconds``: the time of each; ``best_epoch``: the one with the lowest
-    val_loss; ``stopped``: the reason for an early end, or empty.
+    ``epochs``: the numbers of the epochs; ``seconds``: the time of each; ``best_epoch``: the one with the best
+    val_loss, or of the quantity that ``fit`` monitored; ``stopped``: the reason for an early end, or empty.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -61,6 +61,7 @@ class FitState:
     """The position of a call of ``fit``; together with parameters and counters it is enough to continue.
 
     ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
+    ``best_loss`` is the best of the quantity ``monitor`` (empty: the default), negated if it rises.
     """
 
     epoch: int
@@ -71,6 +72,7 @@ class FitState:
     best_loss: float = float("inf")
     waited: int = 0
     plateau: PlateauState = PLATEAU_START
+    monitor: str = ""
 
     def to_config(self) -> dict[str, Any]:
         """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""

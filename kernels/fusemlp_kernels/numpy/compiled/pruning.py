@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import zlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -86,9 +87,23 @@ def _tree(module: ModuleType) -> str:
 
 
 def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The names of a module without the branches of ``absent``; what it imports from ``others`` is theirs."""
-    tree = ast.fix_missing_locations(_Cutter(absent).visit(ast.parse(_tree(module))))
-    names: dict[str, Any] = {"__name__": module.__name__, "__file__": module.__file__}
+    """The names of a module without the branches of ``absent``; what it imports from ``others`` is theirs.
+
+    Numba calls machine code by the name of its function and a number that counts in each process. Loops from the disk,
+    which several processes compiled, would run each other's functions: so the names of functions tell ``absent`` too.
+    """
+    tree = _Cutter(absent).visit(ast.parse(_tree(module)))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            node.decorator_list.append(ast.Name("_renamed", ast.Load()))
+    ast.fix_missing_locations(tree)
+    tag = zlib.crc32(" ".join(sorted(absent)).encode())
+
+    def renamed(function: Any) -> Any:
+        function.__qualname__ += f"_{tag:08x}"
+        return function
+
+    names: dict[str, Any] = {"__name__": module.__name__, "__file__": module.__file__, "_renamed": renamed}
     exec(compile(tree, str(module.__file__), "exec"), names)
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module in others:
