@@ -37,14 +37,14 @@ def baselines(
 
     codes, right = preprocessor.class_codes(labels), preprocessor.class_codes(test_labels)
     most = int(np.bincount(codes).argmax())
-    constant = float(np.mean(right == most))
-    accuracy = constant
+    frequent = float(np.mean(right == most))
+    accuracy = frequent
     if len(np.unique(codes[::step])) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = LogisticRegression(max_iter=ITERATIONS).fit(X[::step], codes[::step])
         accuracy = float(np.mean(model.predict(test_X) == right))
-    return {"constant": {"accuracy": constant}, "linear": {"accuracy": accuracy}}
+    return {"constant": {"accuracy": frequent}, "linear": {"accuracy": accuracy}}
 
 
 def _of_numbers(truth: Array, predicted: Array) -> dict[str, float | None]:
