@@ -108,7 +108,9 @@ def train_ensemble(
     engine = _merged([member.engine for member in sound])
     assert engine.history is not None, "it is set where the engines are merged"
     if all(member.status == "stopped" and len(member.history.epochs) < epochs for member in sound):
-        engine.history.stopped = "no model improved any more on its validation rows; the best weights of each were restored"
+        engine.history.stopped = (
+            "no model improved any more on its validation rows; the best weights of each were restored"
+        )
     return engine, records, False, None
 
 
