@@ -86,7 +86,16 @@ def test_labels_from_raw_features(species: Path, tmp_path: Path, capsys: pytest.
     np.testing.assert_allclose(said["probabilities"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [(), ("--loss", "poisson"), ("--scale", "minmax")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--loss", "poisson"),
+        *(("--scale", scale) for scale in ("quantile", "standard", "minmax", "none")),
+        ("--models", "1", "--log-target"),
+    ],
+    ids=" ".join,
+)
 def test_values_in_original_units_from_raw_features(options: tuple[str, ...], tmp_path: Path) -> None:
     folder = trained(tmp_path, "price", "--task", "regression", *options)
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
@@ -102,7 +111,7 @@ def test_both_files_and_what_they_take(species: Path, tmp_path: Path, capsys: py
     assert run("export", species, *files, "--bare") == 0
     shown = capsys.readouterr().out.splitlines()
     takes = (
-        "  takes 2 columns as the run scales them (standard), gives class indices; its metadata entry 'preprocessor' "
+        "  takes 2 columns as the run scales them (robust), gives class indices; its metadata entry 'preprocessor' "
         "has the scaling"
     )
     assert shown == [f"onnx {files[1]}", takes, f"safetensors {files[3]}", takes]

@@ -310,7 +310,7 @@ def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.Monke
 
 
 def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "iris", "--epochs", "2", "--quiet", "--out", tmp_path / "run") == 0
+    assert run("train", "iris", "--epochs", "60", "--lr", "0.01", "--quiet", "--out", tmp_path / "run") == 0
     assert capsys.readouterr().err == ""
 
 

@@ -30,6 +30,11 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.data is None:
         test = own_data(config, preprocessor).test
         X, labels, weight = test.X, test.labels, test.weight
+        if config["options"].get("final_fit") and options.weights == "model":
+            notes.append(
+                "--final-fit trained the model on these rows too: the scores say nothing of new rows; those of the "
+                "model before are in report.json, under test"
+            )
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(

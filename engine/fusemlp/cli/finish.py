@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
 from fusemlp.engine import Engine
 from fusemlp.report import diagnosis
+from fusemlp.report.baselines import baselines, worse_than
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
@@ -20,15 +22,29 @@ from fusemlp_kernels.errors import DivergenceError
 
 
 def finish(
-    run: Run, engine: Engine, prepared: Prepared, *, interrupted: bool, failure: DivergenceError | None
+    run: Run,
+    engine: Engine,
+    prepared: Prepared,
+    *,
+    interrupted: bool,
+    failure: DivergenceError | None,
+    models: Sequence[dict[str, Any]] = (),
+    final: tuple[Engine, dict[str, int]] | None = None,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report.
+
+    ``models`` are the records of an ensemble, whose merged ``engine`` is the best one too. ``final`` is the model of
+    all rows, which is kept in place of ``engine``, with its epochs and rows; the scores are those of ``engine``.
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
     history = engine.history or History()
     if failure is None:
-        engine.save_checkpoint(run.checkpoint("model"))
+        kept = engine if final is None else final[0]
+        kept.save_checkpoint(run.checkpoint("model"))
+        if prepared.models > 1:
+            for name in ("best", "last"):
+                engine.save_checkpoint(run.checkpoint(name))
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
     overfitting = diagnosis.overfitting(history.history, restored=restored, best_epoch=best)
@@ -50,6 +66,12 @@ def finish(
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
+        report["baselines"] = baselines(prepared.preprocessor, *prepared.seen, test.X, test.labels)
+        report["worse_than"] = list(worse_than(report))
+    if models:
+        report["models"] = list(models)
+    if final is not None:
+        report["final_fit"] = final[1]
     if not can_plot():
         report["no_plot"] = HINT
     elif not history.epochs:

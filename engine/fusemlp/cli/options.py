@@ -143,9 +143,15 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     validation: str | None = _data(None, "A file with the validation rows, in the form of DATA.", "FILE")
     test: str | None = _data(None, "A file with the test rows; no fifth of DATA is held out then.", "FILE")
     scale: str = _data(
-        "standard",
-        "Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, variance 1), "
-        "minmax (0 to 1) or none.",
+        "robust",
+        "Features, by statistics of the training rows: robust (median 0, interquartile range 1, far values smoothly "
+        "clipped), quantile (normal scores), standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a "
+        "regression likewise, for the first two by standard.",
+    )
+    log_target: bool | None = _data(
+        None,
+        "Learn the logarithm of a positive target. Unless given: for a table whose skewed target held-out rows say it "
+        "helps.",
     )
     validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test rows; 0 for none.")
     split_seed: int | None = _data(None, "Seed of the split into training, validation, test rows; --seed unless given.")
@@ -206,9 +212,14 @@ class FitOptions(ModelOptions):
     )
     warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
 
-    epochs: int | None = _training(None, "Passes over the training rows; 60 unless given.")
+    epochs: int | None = _training(
+        None, "Passes over the training rows; 60 unless given, for a table at most 200 with early stopping."
+    )
     early_stopping: int | None = _training(
-        None, "Stop after this many epochs without a better --metric, and restore the best weights.", "EPOCHS"
+        None,
+        "Stop after this many epochs without a better --metric, and restore the best weights; 0 for no early stopping. "
+        "Unless given: 20 for a table, else 0.",
+        "EPOCHS",
     )
     metric: str | None = _training(
         None,
@@ -236,6 +247,15 @@ class TrainOptions(FitOptions):
         "Continue the run in this folder from its last checkpoint, exactly as if it had never stopped; --epochs may be "
         "raised.",
         "RUN",
+    )
+    models: int | None = _training(
+        None,
+        "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
+        "own validation rows, a fold of a cross-validation. Unless given: 5 for a table of up to 10,000 rows, else 1.",
+        "COUNT",
+    )
+    final_fit: bool = _training(
+        False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )
     checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli import recipe
+from fusemlp.cli import defaults, ensemble, recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
@@ -33,6 +33,7 @@ class Prepared:
     """The three parts of a data set, with network, loss and preprocessor; ``validation`` may be None.
 
     ``training`` are the indices of the training rows in the data set.
+    ``models`` are trained; with ``folds`` each has its own training and validation rows of ``train``.
     """
 
     dataset: Dataset
@@ -46,6 +47,9 @@ class Prepared:
     # the test rows' indices in the data set, unless they are a set of their own
     tested: Indices | None = None
     own_test: bool = False
+    models: int = 1
+    folds: tuple[ensemble.Fold, ...] = ()
+    target_note: str = ""
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
@@ -73,8 +77,10 @@ class Prepared:
             return "a file of its own" if self.own_test else "the data's own test set"
         return "held-out fifth"
 
-    def hashes(self) -> Hashes:
-        """Return the hashes of the training rows, sorted, each once; ``evaluate`` recognises the rows by them."""
+    def hashes(self, *, every: bool = False) -> Hashes:
+        """Return the hashes of the training rows, or of ``every`` row, sorted, each once, for ``evaluate``."""
+        if every:
+            return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.dataset.y))
         return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.train.labels, self.training))
 
     @property
@@ -91,7 +97,14 @@ class Prepared:
             else []
         )
         line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
-        return (*self.dataset.notes, *([line] if rare else []))
+        log = [self.target_note] if self.target_note else []
+        return (*self.dataset.notes, *([line] if rare else []), *log)
+
+    @property
+    def seen(self) -> tuple[Array, Array]:
+        """The inputs and labels of all rows but the test rows."""
+        parts = [self.train, *([] if self.validation is None else [self.validation])]
+        return np.concatenate([part.X for part in parts]), np.concatenate([part.labels for part in parts])
 
     @property
     def fit_data(self) -> dict[str, Any]:
@@ -178,13 +191,23 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     tested = validated = training[:0]
     if dataset.test is None:
         training, tested = _split("test rows", dataset, training, fraction=TEST_FRACTION, seed=seed)
-    if dataset.validation is None and options.validation_fraction > 0:
+    models = defaults.models_of(options, dataset, new=like is None)
+    parts: tuple[ensemble.Fold, ...] = ()
+    shared = dataset.validation is not None or options.group is not None or options.time is not None
+    if models > 1 and options.validation_fraction > 0 and not shared:
+        parts = ensemble.folds(dataset.y[training], models, seed=seed, stratify=classify)
+    elif dataset.validation is None and options.validation_fraction > 0:
         share = options.validation_fraction
         training, validated = _split("--validation-fraction", dataset, training, fraction=share, seed=seed)
 
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
-    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=options.scale)
+    log_target, target_note = bool(options.log_target), ""
+    if options.log_target is not None and classify:
+        raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
+    if like is None and options.log_target is None and not classify and name == "mse" and defaults.is_a_table(options):
+        log_target, target_note = ensemble.log_pays(dataset, training, options, seed=seed)
+    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=options.scale, log_targets=log_target)
     first, last = network_ends(preprocessor, name)
     net = recipe.network((first, *widths, last), options, init=options.init)
     check_memory(
@@ -216,4 +239,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         training,
         tested if dataset.test is None else None,
         options.test is not None,
+        models,
+        parts,
+        target_note,
     )

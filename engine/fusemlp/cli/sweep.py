@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import columns, grid, recipe
+from fusemlp.cli import columns, defaults, grid, recipe
 from fusemlp.cli.combinations import Combination, Point, averages, combinations
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
@@ -27,7 +27,15 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
-from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
+from fusemlp.report.runs import (
+    Run,
+    append_metrics,
+    choose_folder,
+    create_run,
+    csv_bytes,
+    discard_if_empty,
+    write_json,
+)
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -107,8 +115,8 @@ def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], start
     columns.write(plan.prepared, run)
     begun = started.astimezone().isoformat(timespec="seconds")
     write_json(run.config, {**config, "started": begun, "sweep": about})
-    for at, epoch in enumerate(best.history.epochs):
-        append_metrics(run, {"epoch": epoch + 1, **{k: v[at] for k, v in best.history.history.items()}})
+    for row in best.history.rows():
+        append_metrics(run, row)
     report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
     parameters = plan.points[best.index]
     content: dict[str, Any] = {
@@ -154,6 +162,7 @@ def planned(options: SweepOptions) -> Plan:
                 raise ArgumentError(
                     f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
                 )
+    options = defaults.for_tables(options)
     epochs = checked_epochs(options)
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)
@@ -162,6 +171,10 @@ def planned(options: SweepOptions) -> Plan:
     trained_by = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
         prepared = prepare(trained_by[0])
+        if prepared.preprocessor.classes is None:
+            # The trial's outcome depends on the options that vary.
+            tried = prepared.preprocessor.target_log if prepared.target_note else options.log_target
+            trained_by = [replace(one, log_target=tried) for one in trained_by]
         rows = len(prepared.train)
         rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
         optimizer = recipe.optimizer(trained_by[0], rates[0])
@@ -187,6 +200,8 @@ def planned(options: SweepOptions) -> Plan:
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     """Return the options of ``train`` for this model."""
     changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False}
+    if defaults.is_a_table(options):
+        changes["models"] = 1
     for name, value in point.items():
         if name == "betas":
             changes["beta1"], changes["beta2"] = value
@@ -250,7 +265,7 @@ def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
                 **plan.prepared.fit_data,
                 **watched(options, plan.prepared),
                 epochs=plan.epochs,
-                early_stopping=options.early_stopping,
+                early_stopping=options.early_stopping or None,
                 drop_last=options.drop_last,
                 jobs=options.jobs,
                 callback=ended,

@@ -60,7 +60,8 @@ class TableParameters:
     metric : the score of these rows by which it stops: None for the loss, or "auc", "f1", "r2" and so on, as --metric.
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
-    scale : "robust", "quantile", "standard", "minmax" or "none", by the training rows.
+    scale : "robust", "quantile", "standard", "minmax" or "none"; from the training rows.
+    metric: str | None = None
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
     group, time : a column whose rows of one value are held out together; one whose last rows are held out.
@@ -79,11 +80,11 @@ class TableParameters:
     optimizer: Any = "adam"
     lr: Any = None
     batch_size: int = 32
-    epochs: int = 60
-    early_stopping: int | None = 10
+    epochs: int = 200
+    early_stopping: int | None = 20
     metric: str | None = None
     validation_fraction: float = 0.1
-    scale: str = "standard"
+    scale: str = "robust"
     drop: Any = ()
     keep: Any = ()
     categorical: Any = ()

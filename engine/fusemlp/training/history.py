@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,11 @@ class History:
         self.seconds.append(seconds)
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """Yield for each epoch its number, from 1, and its quantities."""
+        for at, epoch in enumerate(self.epochs):
+            yield {"epoch": epoch + 1, **{name: values[at] for name, values in self.history.items()}}
 
     def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
         """Draw loss and accuracy over the epochs; write the picture to ``path`` (.png, .svg or .pdf) if given.
