@@ -25,9 +25,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fusemlp
 from fusemlp import ArgumentError, DataError, Huber, cli
+from fusemlp.cli.defaults import EPOCHS, PATIENCE
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.recipe import DEFAULT_WIDTH
-from fusemlp.cli.train import DEFAULT_EPOCHS
 from fusemlp.sklearn import TableClassifier, TableRegressor
 
 # The checks that fail, with the reason.
@@ -235,7 +235,8 @@ def test_defaults_are_those_of_the_command_line() -> None:
     options, estimator = TrainOptions(), TableClassifier()
     names = ("activation", "optimizer", "lr", "batch_size", "validation_fraction", "scale", "backend", "precision")
     assert {name: getattr(estimator, name) for name in names} == {name: getattr(options, name) for name in names}
-    assert (estimator.hidden, estimator.epochs, estimator.random_state) == ((DEFAULT_WIDTH,), DEFAULT_EPOCHS, 0)
+    assert (estimator.hidden, estimator.epochs, estimator.random_state) == ((DEFAULT_WIDTH,), EPOCHS, 0)
+    assert estimator.early_stopping == PATIENCE
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
@@ -243,7 +244,7 @@ def test_the_command_line_makes_the_same_model(task: str, tmp_path: Path) -> Non
     frame = X.assign(y=Y if task == "classification" else VALUES)
     frame.to_csv(tmp_path / "data.csv", index=False)
     words = [str(tmp_path / "data.csv"), "--target", "y", "--hidden", "8", "--epochs", "12", "--lr", "0.02", "--quiet"]
-    words += ["--early-stopping", "3", "--task", task, "--seed", "4", "--backend", "numpy"]
+    words += ["--models", "1", "--early-stopping", "3", "--task", task, "--seed", "4", "--backend", "numpy"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", *words, "--out", str(tmp_path / "run")])
     assert ended.value.code == 0

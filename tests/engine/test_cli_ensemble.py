@@ -213,3 +213,24 @@ def test_interrupted_models_are_merged_as_they_are(
     report = read(tmp_path / "run" / "report.json")
     assert (report["interrupted"], report["epochs"]) == (True, 2)
     assert (tmp_path / "run" / "checkpoints" / "model.safetensors").exists()
+
+
+def test_groups_and_own_files_decide_the_rows_of_an_ensemble(trained: Path, tmp_path: Path) -> None:
+    """Folds would put rows of one group on both sides, so the models share the validation rows."""
+    data = trained.parent / "data.csv"
+    other = table(tmp_path / "other.csv", count=60)
+    for option, value in (("--group", "word"), ("--time", "a"), ("--validation", other)):
+        out = tmp_path / option.strip("-")
+        assert run("train", data, "--target", "kind", *QUICK, "--epochs", "2", option, value, "--out", out) == 0
+        about = read(out / "config.json")["data"]
+        assert about["validation_rows"] > 0
+        assert len(read(out / "report.json")["models"]) == 5
+
+
+def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained: Path, tmp_path: Path) -> None:
+    data = trained.parent / "data.csv"
+    options = ("--metric", "auc", "--final-fit", "--out", tmp_path / "run")
+    assert run("train", data, "--target", "kind", *QUICK, *options) == 0
+    assert all("val_auc" in one for one in read(tmp_path / "run" / "report.json")["models"])
+    assert len(np.load(tmp_path / "run" / "training_rows.npy")) == 120
+    assert len(np.load(trained / "training_rows.npy")) == 96

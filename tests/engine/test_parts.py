@@ -226,7 +226,7 @@ def test_own_files_are_read_by_the_training_columns(tmp_path: Path) -> None:
 
 def test_one_own_file(tmp_path: Path) -> None:
     train, valid, test = three(tmp_path)
-    made = prepared(train, id=["name"], test=str(test))
+    made = prepared(train, id=["name"], test=str(test), models=1)
     assert [len(part) for part in (made.train, made.validation or (), made.test)] == [81, 9, 40]
     made = prepared(train, id=["name"], validation=str(valid))
     assert [len(part) for part in (made.train, made.validation or (), made.test)] == [72, 25, 18]
@@ -338,7 +338,7 @@ def test_hashes_are_the_same_in_every_release() -> None:
 def test_evaluate_says_which_rows_were_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, _, test = three(tmp_path)
     folder = tmp_path / "run"
-    options = ["--target", "y", "--id", "name", "--epochs", "2", "--quiet"]
+    options = ["--target", "y", "--id", "name", "--epochs", "2", "--models", "1", "--quiet"]
     assert run("train", train, *options, "--out", folder) == 0
     assert np.load(folder / "training_rows.npy").nbytes == 8 * 64
     capsys.readouterr()
@@ -355,7 +355,7 @@ def test_evaluate_says_which_rows_were_trained_on(tmp_path: Path, capsys: pytest
     assert evaluated(test)[0] == 0
     assert "training rows" not in evaluated(test)[1]
     # Other ids, another order of columns and rows are the same rows; another label is not.
-    made = prepared(train, id=["name"])
+    made = prepared(train, id=["name"], models=1)
     lines = [line.split(",") for line in train.read_text().splitlines()[1:]]
     chosen = [lines[row] for row in made.training[:10]]
     moved = write(tmp_path / "moved.csv", "y,word,x,name", [[y, word, x, "new"] for _, x, word, y in reversed(chosen)])

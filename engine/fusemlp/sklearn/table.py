@@ -59,7 +59,7 @@ class TableParameters:
         weights; None holds out no rows.
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
-    scale : "standard", "minmax" or "none"; from the training rows.
+    scale : "robust", "quantile", "standard", "minmax" or "none"; from the training rows.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
     group, time : a column whose rows of one value are held out together; one whose last rows are held out.
@@ -78,10 +78,10 @@ class TableParameters:
     optimizer: Any = "adam"
     lr: Any = None
     batch_size: int = 32
-    epochs: int = 60
-    early_stopping: int | None = 10
+    epochs: int = 200
+    early_stopping: int | None = 20
     validation_fraction: float = 0.1
-    scale: str = "standard"
+    scale: str = "robust"
     drop: Any = ()
     keep: Any = ()
     categorical: Any = ()
