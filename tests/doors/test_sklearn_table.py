@@ -25,7 +25,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fusemlp
 from fusemlp import ArgumentError, DataError, Huber, cli
-from fusemlp.cli.defaults import EPOCHS, PATIENCE
+from fusemlp.cli import defaults
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.recipe import DEFAULT_WIDTH
 from fusemlp.sklearn import TableClassifier, TableRegressor
@@ -246,11 +246,11 @@ def test_a_graph_of_the_estimator(fitted: TableClassifier, tmp_path: Path) -> No
 
 
 def test_defaults_are_those_of_the_command_line() -> None:
-    options, estimator = TrainOptions(), TableClassifier()
-    names = ("activation", "optimizer", "lr", "batch_size", "validation_fraction", "scale", "backend", "precision")
+    options, estimator = defaults.for_tables(TrainOptions(data="x.csv")), TableClassifier()
+    names = ("activation", "optimizer", "lr", "batch_size", "epochs", "early_stopping", "metric", "validation_fraction")
+    names += ("scale", "backend", "precision")
     assert {name: getattr(estimator, name) for name in names} == {name: getattr(options, name) for name in names}
-    assert (estimator.hidden, estimator.epochs, estimator.random_state) == ((DEFAULT_WIDTH,), EPOCHS, 0)
-    assert estimator.early_stopping == PATIENCE
+    assert (estimator.hidden, estimator.random_state) == ((DEFAULT_WIDTH,), options.seed)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])

@@ -218,7 +218,8 @@ def test_interrupted_models_are_merged_as_they_are(
 def test_groups_and_own_files_decide_the_rows_of_an_ensemble(trained: Path, tmp_path: Path) -> None:
     """Folds would put rows of one group on both sides, so the models share the validation rows."""
     data = trained.parent / "data.csv"
-    for option, value in (("--group", "word"), ("--time", "a"), ("--validation", data)):
+    other = table(tmp_path / "other.csv", count=60)
+    for option, value in (("--group", "word"), ("--time", "a"), ("--validation", other)):
         out = tmp_path / option.strip("-")
         assert run("train", data, "--target", "kind", *QUICK, "--epochs", "2", option, value, "--out", out) == 0
         about = read(out / "config.json")["data"]

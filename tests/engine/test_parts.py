@@ -355,7 +355,7 @@ def test_evaluate_says_which_rows_were_trained_on(tmp_path: Path, capsys: pytest
     assert evaluated(test)[0] == 0
     assert "training rows" not in evaluated(test)[1]
     # Other ids, another order of columns and rows are the same rows; another label is not.
-    made = prepared(train, id=["name"])
+    made = prepared(train, id=["name"], models=1)
     lines = [line.split(",") for line in train.read_text().splitlines()[1:]]
     chosen = [lines[row] for row in made.training[:10]]
     moved = write(tmp_path / "moved.csv", "y,word,x,name", [[y, word, x, "new"] for _, x, word, y in reversed(chosen)])

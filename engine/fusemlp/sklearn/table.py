@@ -61,7 +61,6 @@ class TableParameters:
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
     scale : "robust", "quantile", "standard", "minmax" or "none"; from the training rows.
-    metric: str | None = None
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
     group, time : a column whose rows of one value are held out together; one whose last rows are held out.
@@ -170,6 +169,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         )
         given = ("drop", "keep", "categorical", "group", "time", "early_stopping", "metric", "validation_fraction")
         estimator.set_params(**{name: options[name] for name in given if name in options})
+        # The command line's 0 is None here.
+        estimator.early_stopping = estimator.early_stopping or None
         estimator._take(engine, made, tuple(config["data"]["notes"]))
         dates = part_names(name for name, _ in made.dates)
         columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
