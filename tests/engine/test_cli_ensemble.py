@@ -130,10 +130,17 @@ def test_final_fit_keeps_the_model_of_all_rows(trained: Path, tmp_path: Path, ca
         load_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.safetensors") for name in ("model", "best")
     )
     assert not np.array_equal(kept.state_dict()["0.weight"], scored.state_dict()["0.weight"])
+    scores = f"test auc {report['test']['auc']:.4f}"
     assert run("evaluate", tmp_path / "run") == 0
-    assert "--final-fit trained the model on these rows too" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "the weights best are judged: --final-fit trained the model on the test rows too" in shown
+    assert scores in shown
     assert run("evaluate", tmp_path / "run", "--weights", "best") == 0
-    assert "--final-fit" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--final-fit" not in shown and scores in shown
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert run("report", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report.html").read_text() == page
 
 
 def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(trained: Path, tmp_path: Path, capsys: Any) -> None:

@@ -182,7 +182,11 @@ def test_the_page_is_made_again(houses: Path, capsys: pytest.CaptureFixture[str]
     before = (houses / "report.html").read_bytes()
     (houses / "report.html").unlink()
     assert run("report", houses, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"run": str(houses), "report": str(houses / "report.html")}
+    assert json.loads(capsys.readouterr().out) == {
+        "run": str(houses),
+        "report": str(houses / "report.html"),
+        "notes": [],
+    }
     assert (houses / "report.html").read_bytes() == before
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from fusemlp.cli.options import EvaluateOptions, TrainOptions
+from fusemlp.cli.options import EvaluateOptions, ReportOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare
@@ -21,20 +23,19 @@ from fusemlp_kernels.errors import CheckpointError
 # A terminal is too narrow for the confusion matrix of more classes.
 MOST_PRINTED_CLASSES = 20
 
+Judging = TypeVar("Judging", EvaluateOptions, ReportOptions)
+
 
 def evaluate(options: EvaluateOptions) -> None:
     """Print the scores of a run's model on its own test rows, or on the labelled ``data``."""
-    engine, preprocessor, config = open_model(options)
     notes: list[str] = []
     seen = None
     if options.data is None:
+        options = before_final_fit(options, notes)
+    engine, preprocessor, config = open_model(options)
+    if options.data is None:
         test = own_data(config, preprocessor).test
         X, labels, weight = test.X, test.labels, test.weight
-        if config["options"].get("final_fit") and options.weights == "model":
-            notes.append(
-                "--final-fit trained the model on these rows too: the scores say nothing of new rows; those of the "
-                "model before are in report.json, under test"
-            )
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(
@@ -51,6 +52,20 @@ def evaluate(options: EvaluateOptions) -> None:
     about: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights, "notes": notes}
     about["training_rows"] = seen
     show(about | report, lines, as_json=options.as_json)
+
+
+def before_final_fit(options: Judging, notes: list[str]) -> Judging:
+    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too.
+
+    ``notes`` takes a line on it.
+    """
+    report = Run(options.run).report
+    if options.weights != "model" or not report.exists():
+        return options
+    if "final_fit" not in json.loads(report.read_text(encoding="utf-8")):
+        return options
+    notes.append("the weights best are judged: --final-fit trained the model on the test rows too")
+    return replace(options, weights="best")
 
 
 def _trained_on(

@@ -34,7 +34,8 @@ def finish(
     """Write the final files of a training, and return the report.
 
     ``models`` are the records of an ensemble, whose merged ``engine`` is the best one too. ``final`` is the model of
-    all rows, which is kept in place of ``engine``, with its epochs and rows; the scores are those of ``engine``.
+    all rows, which is kept in place of ``engine``, with its epochs and rows; the scores are those of ``engine``, which
+    is the best one then.
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
@@ -42,9 +43,10 @@ def finish(
     if failure is None:
         kept = engine if final is None else final[0]
         kept.save_checkpoint(run.checkpoint("model"))
+        if prepared.models > 1 or final is not None:
+            engine.save_checkpoint(run.checkpoint("best"))
         if prepared.models > 1:
-            for name in ("best", "last"):
-                engine.save_checkpoint(run.checkpoint(name))
+            engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
     overfitting = diagnosis.overfitting(history.history, restored=restored, best_epoch=best)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusemlp.cli.evaluate import own_data
+from fusemlp.cli.evaluate import before_final_fit, own_data
 from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import finite, show
 from fusemlp.cli.predict import open_model
@@ -23,7 +23,8 @@ def report(options: ReportOptions) -> None:
     """Write ``report.html`` into the run folder, from the run's weights and its own test rows."""
     run = Run(options.run)
     found = json.loads(run.report.read_text(encoding="utf-8")) if run.report.exists() else {}
-    engine, preprocessor, config = open_model(options)
+    notes: list[str] = []
+    engine, preprocessor, config = open_model(before_final_fit(options, notes))
     prepared = own_data(config, preprocessor)
     test = prepared.test
     if not found.get("diverged"):
@@ -31,7 +32,8 @@ def report(options: ReportOptions) -> None:
     table = read_metrics(run)
     history = {name: [row[name] for row in table] for name in table[0] if name != "epoch"} if table else {}
     write_page(run, engine, prepared, found, history, command=config["command"])
-    show({"run": str(run.path), "report": str(run.page)}, [f"report {run.page}"], as_json=options.as_json)
+    content = {"run": str(run.path), "report": str(run.page), "notes": notes}
+    show(content, [*notes, f"report {run.page}"], as_json=options.as_json)
 
 
 def write_page(
@@ -54,6 +56,9 @@ def write_page(
         command,
         *prepared.notes,
     ]
-    evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows) if found.get("test") else None
+    evidence = None
+    if found.get("test"):
+        ids = prepared.dataset.ids if prepared.dataset.test is None else {}
+        evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
     made = page(f"{about['name']}: {about['task']} of {prepared.dataset.target_name}", lines, found, history, evidence)
     write_atomically(run.page, made.encode())

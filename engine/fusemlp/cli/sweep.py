@@ -25,6 +25,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.metrics import rises
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import FleetResults, Member
+from fusemlp.report.baselines import baseline_line
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
 from fusemlp.report.runs import (
@@ -123,7 +124,7 @@ def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], start
         **about,
         "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
         "train": config["command"],
-        "test": report["test"],
+        **{name: report[name] for name in ("test", "baselines", "worse_than")},
         "run": str(run.path),
         "results": str(run.path / RESULTS),
         "plot": None if no_plot else str(run.path / PICTURE),
@@ -145,10 +146,11 @@ def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], start
     lines = [
         f"\nbest: {said}",
         *headline(report["test"]),
+        *baseline_line(report),
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
     ]
-    show(content, lines, as_json=plan.options.as_json)
+    show(content, lines, as_json=plan.options.as_json, warnings=report["worse_than"])
 
 
 def planned(options: SweepOptions) -> Plan:

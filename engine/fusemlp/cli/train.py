@@ -103,11 +103,8 @@ def train(options: TrainOptions) -> None:
         f"report {run.page}",
         f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
     ]
-    for sentence in report.get("worse_than", ()):
-        lines.append(f"warning: {sentence}")
-        print(f"warning: {sentence}", file=sys.stderr)
     content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
-    show(content, lines, as_json=options.as_json)
+    show(content, lines, as_json=options.as_json, warnings=report.get("worse_than", ()))
     if failure is not None:
         raise failure
 
@@ -284,7 +281,9 @@ def describe(session: Session) -> str:
 def describe_data(prepared: Prepared) -> str:
     """Return one line on the rows, after those on the reading of a table."""
     about, classes = prepared.summary, prepared.preprocessor.classes
-    target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
+    target = f"{len(classes)} classes" if classes is not None else "1 target"
+    if classes is None and prepared.preprocessor.outputs > 1:
+        target = f"{prepared.preprocessor.outputs} targets"
     notes = "".join(f"{note}\n" for note in prepared.notes)
     training = f"{about['training_rows']} training, {about['validation_rows']} validation"
     if prepared.folds:

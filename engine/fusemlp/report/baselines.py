@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.metrics import Judged
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.metrics import figures
 
 # The linear model learns from at most this many numbers of the training rows, which takes a second or two.
 MOST_NUMBERS = 30_000_000
@@ -18,10 +21,10 @@ ITERATIONS = 200
 
 def baselines(
     preprocessor: Preprocessor, X: Array, labels: Array, test_X: Array, test_labels: Array
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, float]]:
     """Return the test scores of both, fitted on X (n, inputs) and the labels.
 
-    "constant" is the most frequent class or the mean, "linear" a logistic regression or a ridge regression.
+    "constant" is the shares of the classes or the mean, "linear" a logistic regression or a ridge regression.
     """
     outputs = preprocessor.outputs if preprocessor.classes is not None else 1
     step = max(1, -(-X.size * outputs // MOST_NUMBERS))
@@ -32,27 +35,26 @@ def baselines(
         truth = np.asarray(test_labels, np.float64).reshape(len(test_X), -1)
         constant = np.broadcast_to(values.mean(axis=0), truth.shape)
         linear = Ridge().fit(X[::step], values[::step]).predict(test_X).reshape(truth.shape)
-        return {"constant": _of_numbers(truth, constant), "linear": _of_numbers(truth, linear)}
+        return {
+            name: figures(Judged(truth, predicted), probable=False)
+            for name, predicted in (("constant", constant), ("linear", linear))
+        }
     from sklearn.linear_model import LogisticRegression
 
     codes, right = preprocessor.class_codes(labels), preprocessor.class_codes(test_labels)
-    most = int(np.bincount(codes).argmax())
-    frequent = float(np.mean(right == most))
-    accuracy = frequent
+    shares = np.bincount(codes, minlength=outputs) / len(codes)
+    constant = np.broadcast_to(shares, (len(right), outputs))
+    linear = constant
     if len(np.unique(codes[::step])) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = LogisticRegression(max_iter=ITERATIONS).fit(X[::step], codes[::step])
-        accuracy = float(np.mean(model.predict(test_X) == right))
-    return {"constant": {"accuracy": frequent}, "linear": {"accuracy": accuracy}}
-
-
-def _of_numbers(truth: Array, predicted: Array) -> dict[str, float | None]:
-    from sklearn.metrics import r2_score
-
+        # A class without training rows has probability 0.
+        linear = np.zeros(constant.shape)
+        linear[:, model.classes_] = model.predict_proba(test_X)
     return {
-        "rmse": float(np.sqrt(np.mean((truth - predicted) ** 2))),
-        "r2": float(r2_score(truth, predicted)) if len(truth) > 1 else None,
+        name: figures(Judged(right, scores.argmax(axis=1), scores), probable=True)
+        for name, scores in (("constant", constant), ("linear", linear))
     }
 
 
@@ -72,7 +74,7 @@ def baseline_line(report: Mapping[str, Any]) -> Iterator[str]:
     shown = [
         f"{name} {scores[figure]:.4f}"
         for name, scores in report.get("baselines", {}).items()
-        if scores.get(figure) is not None
+        if math.isfinite(scores.get(figure, math.nan))
     ]
     if shown:
         yield f"baselines {figure}: {', '.join(shown)}"

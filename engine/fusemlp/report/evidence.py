@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ class Importance(NamedTuple):
 class Evidence:
     """A model and test rows as in the data: ``rows`` of X (n, columns), NaN for missing cells, and of ``y``.
 
-    At most ``MOST_ROWS`` of them, drawn at random, are used.
+    At most ``MOST_ROWS`` of them, drawn at random, are used. ``ids`` are columns (n,) that name the rows.
     """
 
     engine: Session
@@ -56,6 +57,7 @@ class Evidence:
     X: Array
     y: Array
     rows: Array
+    ids: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.rows) > MOST_ROWS:

@@ -42,15 +42,19 @@ def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, 
     """Return loss and scores of the model on rows: X is the network's input, labels are those of the data."""
     y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.evaluate(X, y, weight)["loss"]}
-    if preprocessor.classes is None:
-        kind = "numbers"
-    else:
-        kind = "classes" if engine.loss.is_classification else "one-hot rows"
-        report["accuracy"] = float(np.mean(judged.truth == judged.predicted))
-    report |= {name: metric.of(judged) for name, metric in metrics_for(kind).items()}
+    report |= figures(judged, probable=engine.loss.is_classification)
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
     return report
+
+
+def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
+    """Return the scores of classes or numbers; ``probable``: the scores of classes are probabilities."""
+    if judged.scores is None:
+        return {name: metric.of(judged) for name, metric in metrics_for("numbers").items()}
+    found = metrics_for("classes" if probable else "one-hot rows")
+    accuracy = float(np.mean(judged.truth == judged.predicted))
+    return {"accuracy": accuracy, **{name: metric.of(judged) for name, metric in found.items()}}
 
 
 def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:

@@ -197,14 +197,15 @@ def _worst(evidence: Evidence, importance: Importance | None) -> Iterator[tuple[
     kind = "error" if made.classes is None else "probability" if evidence.probable else "output"
     kind += "" if made.classes is None else " of the true class"
     cells = ["image"] if evidence.image else [escape(made.feature_names[at]) for at in shown]
-    rows = [["row", "true", "predicted", kind, *cells]]
+    rows = [["row", *map(escape, evidence.ids), "true", "predicted", kind, *cells]]
     for at in evidence.worst():
         said = [_value(values[at], made.labels) for values in (judged.truth, judged.predicted)]
         cells = [escape(evidence.spelled(at, feature)) for feature in shown]
         if evidence.image:
             data = base64.b64encode(png(evidence.cells[at].reshape(evidence.image))).decode()
             cells = [f'<img alt="{escape(said[0])} taken for {escape(said[1])}" src="data:image/png;base64,{data}">']
-        rows.append([str(evidence.rows[at]), *map(escape, said), _short(surprise[at]), *cells])
+        named = [escape(str(column[evidence.rows[at]])) for column in evidence.ids.values()]
+        rows.append([str(evidence.rows[at]), *named, *map(escape, said), _short(surprise[at]), *cells])
     note = "Rows count from 0 in the data as read."
     note += f" {len(order) - len(shown)} less important columns are left out." if 0 < len(shown) < len(order) else ""
     content = f'<p class="soft">{note}</p>{table(rows, raw=True)}' if len(rows) > 1 else "<p>Every row is right.</p>"
