@@ -203,6 +203,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     )
     outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
     net = recipe.network((preprocessor.width, *widths, outputs), options, init=options.init)
+    if models > 1 and any(activation.name == "prelu" for activation in net.activations):
+        raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or --models 1")
     weights = None
     if classify:
         weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)
