@@ -118,6 +118,18 @@ def test_models_of_any_data_and_without_validation_rows(tmp_path: Path) -> None:
     assert "val_loss" not in report["final"]
 
 
+def test_prelu_is_one_model_by_default_and_refused_for_several(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = trained.parent / "data.csv"
+    options = ("--target", "kind", *QUICK, "--epochs", "2", "--activation", "prelu", "--out", tmp_path / "run")
+    assert run("train", data, *options, "--models", "2") == 2
+    assert "--models: 2 networks with prelu cannot be merged; use leaky_relu, or --models 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run("train", data, *options) == 0
+    assert "models" not in read(tmp_path / "run" / "report.json")
+
+
 def test_final_fit_keeps_the_model_of_all_rows(trained: Path, tmp_path: Path, capsys: Any) -> None:
     data = trained.parent / "data.csv"
     assert run("train", data, "--target", "kind", *QUICK, "--final-fit", "--out", tmp_path / "run") == 0

@@ -213,6 +213,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     check_memory(
         preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
+    if models > 1 and any(activation.name == "prelu" for activation in net.activations):
+        raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or --models 1")
     weights = None
     if classify:
         weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)
