@@ -11,6 +11,8 @@ from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
 from fusemlp.cli import ensemble
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged
@@ -225,3 +227,11 @@ def test_interrupted_models_are_merged_as_they_are(
     report = read(tmp_path / "run" / "report.json")
     assert (report["interrupted"], report["epochs"]) == (True, 2)
     assert (tmp_path / "run" / "checkpoints" / "model.safetensors").exists()
+
+
+def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
+    made = prepare(TrainOptions(data="iris"))
+    X, labels = made.seen(10**9)
+    assert X.shape == (120, 4) and len(labels) == 120
+    fewer, some = made.seen(100)
+    assert fewer.size <= 104 and len(some) == len(fewer)
