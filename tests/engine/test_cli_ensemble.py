@@ -11,6 +11,8 @@ from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
 from fusemlp.cli import ensemble
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged
@@ -246,3 +248,11 @@ def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained
     assert all("val_auc" in one for one in read(tmp_path / "run" / "report.json")["models"])
     assert len(np.load(tmp_path / "run" / "training_rows.npy")) == 120
     assert len(np.load(trained / "training_rows.npy")) == 96
+
+
+def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
+    made = prepare(TrainOptions(data="iris"))
+    X, labels = made.seen(10**9)
+    assert X.shape == (120, 4) and len(labels) == 120
+    fewer, some = made.seen(100)
+    assert fewer.size <= 104 and len(some) == len(fewer)
