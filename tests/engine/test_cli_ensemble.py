@@ -11,6 +11,8 @@ from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
 from fusemlp.cli import ensemble
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged
@@ -116,6 +118,18 @@ def test_models_of_any_data_and_without_validation_rows(tmp_path: Path) -> None:
     report = read(tmp_path / "run" / "report.json")
     assert [one["epochs"] for one in report["models"]] == [3, 3, 3]
     assert "val_loss" not in report["final"]
+
+
+def test_prelu_is_one_model_by_default_and_refused_for_several(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = trained.parent / "data.csv"
+    options = ("--target", "kind", *QUICK, "--epochs", "2", "--activation", "prelu", "--out", tmp_path / "run")
+    assert run("train", data, *options, "--models", "2") == 2
+    assert "--models: 2 networks with prelu cannot be merged; use leaky_relu, or --models 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run("train", data, *options) == 0
+    assert "models" not in read(tmp_path / "run" / "report.json")
 
 
 def test_final_fit_keeps_the_model_of_all_rows(trained: Path, tmp_path: Path, capsys: Any) -> None:
@@ -241,3 +255,11 @@ def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained
     assert all("val_auc" in one for one in read(tmp_path / "run" / "report.json")["models"])
     assert len(np.load(tmp_path / "run" / "training_rows.npy")) == 120
     assert len(np.load(trained / "training_rows.npy")) == 96
+
+
+def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
+    made = prepare(TrainOptions(data="iris"))
+    X, labels = made.seen(10**9)
+    assert X.shape == (120, 4) and len(labels) == 120
+    fewer, some = made.seen(100)
+    assert fewer.size <= 104 and len(some) == len(fewer)

@@ -12,7 +12,7 @@ from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
 from fusemlp.engine import Engine
 from fusemlp.report import diagnosis
-from fusemlp.report.baselines import baselines, worse_than
+from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
@@ -68,7 +68,8 @@ def finish(
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
-        report["baselines"] = baselines(prepared.preprocessor, *prepared.seen, test.X, test.labels)
+        seen = prepared.seen(MOST_NUMBERS // max(1, len(prepared.preprocessor.classes or ())))
+        report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)
         report["worse_than"] = list(worse_than(report))
     if models:
         report["models"] = list(models)

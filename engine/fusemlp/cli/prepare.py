@@ -100,11 +100,12 @@ class Prepared:
         log = [self.target_note] if self.target_note else []
         return (*self.dataset.notes, *([line] if rare else []), *log)
 
-    @property
-    def seen(self) -> tuple[Array, Array]:
-        """The inputs and labels of all rows but the test rows."""
+    def seen(self, most: int) -> tuple[Array, Array]:
+        """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
         parts = [self.train, *([] if self.validation is None else [self.validation])]
-        return np.concatenate([part.X for part in parts]), np.concatenate([part.labels for part in parts])
+        step = max(1, -(-sum(part.X.size for part in parts) // most))
+        X, labels = ([getattr(part, name)[::step] for part in parts] for name in ("X", "labels"))
+        return np.concatenate(X), np.concatenate(labels)
 
     @property
     def fit_data(self) -> dict[str, Any]:
@@ -213,6 +214,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     check_memory(
         preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
+    if models > 1 and any(activation.name == "prelu" for activation in net.activations):
+        raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or --models 1")
     weights = None
     if classify:
         weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)

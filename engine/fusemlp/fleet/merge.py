@@ -13,7 +13,7 @@ from fusemlp_kernels.errors import ArgumentError
 
 
 def merged(engines: Sequence[Engine]) -> Engine:
-    """Return an engine whose last layer computes the mean of what the engines' last layers compute.
+    """Return an engine whose last layer computes the mean of what the engines' last layers do, before its activation.
 
     The hidden layers lie side by side: the first stacks the rows of the weights, those between have the members'
     weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
@@ -26,7 +26,7 @@ def merged(engines: Sequence[Engine]) -> Engine:
     count, layers = len(engines), first.network.layers
     states = [engine.state_dict() for engine in engines]
     if any(activation.name == "prelu" for activation in first.network.activations):
-        raise ArgumentError("activation: networks with prelu cannot be merged; choose leaky_relu, or --models 1")
+        raise ArgumentError("activation: networks with prelu cannot be merged; use leaky_relu")
     inputs, *hidden, outputs = first.network.sizes
     parameters: dict[str, Array] = {}
     for layer in range(layers):
