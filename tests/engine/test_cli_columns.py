@@ -104,6 +104,16 @@ def test_data_without_named_columns_have_no_list(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run/columns.csv").exists()
 
 
+def test_ids_stand_beside_the_most_wrong_rows(trained: Path) -> None:
+    page, about = (trained / "report.html").read_text(), read(trained / "report.json")
+    worst = re.search(r"<h2>Most wrong rows</h2>.*?<table>(.*?)</table>", page, re.DOTALL)
+    assert worst is not None
+    lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in worst[1].split("<tr>")[1:]]
+    assert lines[0][:4] == ["row", "number", "name", "true"]
+    assert 1 < len(lines) <= about["test"]["rows"] + 1
+    assert all(line[1:3] == [f"{int(line[0]):05d}", f"person 0 {line[0]}"] for line in lines[1:])
+
+
 def test_predictions_stand_beside_the_ids(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = people(tmp_path / "new.csv", 12, without=("buys", "note", "planet"), seed=1)
     assert run("predict", trained, "--data", new, "--out", tmp_path / "p.csv", "--proba") == 0

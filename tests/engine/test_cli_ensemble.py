@@ -246,6 +246,10 @@ def test_groups_and_own_files_decide_the_rows_of_an_ensemble(trained: Path, tmp_
         about = read(out / "config.json")["data"]
         assert about["validation_rows"] > 0
         assert len(read(out / "report.json")["models"]) == 5
+    options = ("--epochs", "2", "--validation", other, "--final-fit", "--out", tmp_path / "final")
+    assert run("train", data, "--target", "kind", *QUICK, *options) == 0
+    # Some rows stand in both files.
+    assert 120 < len(np.load(tmp_path / "final" / "training_rows.npy")) <= 180
 
 
 def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained: Path, tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
 
     monkeypatch.setattr(command, "prepare", blind)
-    monkeypatch.setattr(command, "finish", lambda *_, **__: {"test": {}, "epochs": 0})
+    report = {"test": {}, "baselines": {}, "worse_than": [], "epochs": 0}
+    monkeypatch.setattr(command, "finish", lambda *_, **__: report)
     assert run("sweep", "iris", *options, "--out", tmp_path / "b") == 0
     one, other = (rows(tmp_path / name / "results.csv") for name in ("a", "b"))
     assert [{**row, "seconds": ""} for row in one] == [{**row, "seconds": ""} for row in other]
@@ -269,7 +270,11 @@ def test_quiet_and_without_matplotlib(
     monkeypatch.setattr(command, "can_plot", lambda: False)
     assert run("sweep", "iris", "--vary", "seed=0:2", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    # One epoch is too few, which is no progress to be quiet about.
+    last = shown.out.splitlines()[-1]
+    assert last.startswith("warning: the model is worse than the linear one: test accuracy ")
+    assert shown.err == f"{last}\n"
+    assert "baselines accuracy: constant " in shown.out
     assert "no plot: it needs matplotlib: pip install 'fusemlp[plot]'" in shown.out
 
 

@@ -49,7 +49,13 @@ def finish(
             engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
-    overfitting = diagnosis.overfitting(history.history, restored=restored, best_epoch=best)
+    config = json.loads(run.config.read_text(encoding="utf-8"))
+    overfitting = diagnosis.overfitting(
+        history.history,
+        restored=restored,
+        best_epoch=best,
+        early_stopping=bool(config["options"].get("early_stopping")),
+    )
     found = [diagnosis.Finding("divergence", str(failure))] if failure is not None else []
     dead = engine.dead_units(prepared.train.X)
     found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
@@ -93,6 +99,5 @@ def finish(
         write_atomically(run.curves, picture(drawn))
     # It marks a finished run; only the page, which can be made again, comes after it.
     write_json(run.report, finite(report))
-    command = json.loads(run.config.read_text(encoding="utf-8"))["command"]
-    write_page(run, engine, prepared, report, history.history, command=command)
+    write_page(run, engine, prepared, report, history.history, command=config["command"])
     return report

@@ -78,9 +78,13 @@ class Prepared:
         return "held-out fifth"
 
     def hashes(self, *, every: bool = False) -> Hashes:
-        """Return the hashes of the training rows, or of ``every`` row, sorted, each once, for ``evaluate``."""
+        """Return the hashes of the training rows, sorted, each once, for ``evaluate``.
+
+        ``every``: of all rows that ``--final-fit`` trains on, which leaves out only a test set of its own.
+        """
         if every:
-            return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.dataset.y))
+            parts = [(self.dataset.X, self.dataset.y), *([self.dataset.validation] if self.dataset.validation else [])]
+            return np.unique(np.concatenate([labelled_hashes(self.preprocessor, *part) for part in parts]))
         return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.train.labels, self.training))
 
     @property
