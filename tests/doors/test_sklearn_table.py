@@ -253,12 +253,13 @@ def test_defaults_are_those_of_the_command_line() -> None:
     assert (estimator.hidden, estimator.random_state) == ((DEFAULT_WIDTH,), options.seed)
 
 
+@pytest.mark.parametrize("models", [1, 3])
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_the_command_line_makes_the_same_model(task: str, tmp_path: Path) -> None:
+def test_the_command_line_makes_the_same_model(task: str, models: int, tmp_path: Path) -> None:
     frame = X.assign(y=Y if task == "classification" else VALUES)
     frame.to_csv(tmp_path / "data.csv", index=False)
     words = [str(tmp_path / "data.csv"), "--target", "y", "--hidden", "8", "--epochs", "12", "--lr", "0.02", "--quiet"]
-    words += ["--models", "1", "--early-stopping", "3", "--task", task, "--seed", "4", "--backend", "numpy"]
+    words += ["--models", str(models), "--early-stopping", "3", "--task", task, "--seed", "4", "--backend", "numpy"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", *words, "--out", str(tmp_path / "run")])
     assert ended.value.code == 0
@@ -267,6 +268,7 @@ def test_the_command_line_makes_the_same_model(task: str, tmp_path: Path) -> Non
     # The rows beside the test fifth, as the command line orders them.
     rest = fusemlp.preprocessing.split(frame["y"].to_numpy(), seed=4, stratify=task == "classification")[0]
     made = clone(opened).fit(X.iloc[rest], frame["y"].iloc[rest])
+    assert (made.models, made.hidden, made.engine_.network.sizes[1]) == (models, (8,), 8 * models)
     assert made.preprocessor_.to_config() | {"target_name": "y"} == opened.preprocessor_.to_config()
     for name, tensor in opened.engine_.state_dict().items():
         np.testing.assert_array_equal(made.engine_.state_dict()[name], tensor)
@@ -276,6 +278,36 @@ def test_the_command_line_makes_the_same_model(task: str, tmp_path: Path) -> Non
     other = TableRegressor if kind is TableClassifier else TableClassifier
     with pytest.raises(ArgumentError, match=f"is of a {task}, and {other.__name__} is for"):
         other.from_run(tmp_path / "run")
+
+
+def test_several_models_are_merged() -> None:
+    each = classifier(models=3, epochs=5).fit(X, Y)
+    # Groups and X_val give all models the same rows to validate on.
+    shared = classifier(models=3, epochs=5, group="colour").fit(X, Y)
+    given = classifier(models=3, epochs=5).fit(X, Y, X_val=NEW, y_val=["yes", "no"] * 10)
+    for made in (each, shared, given):
+        assert "val_loss" in made.history_.history
+        assert made.predict_proba(NEW).shape == (len(NEW), 2)
+    everything = classifier(models=2, early_stopping=None).fit(X, Y)
+    assert "val_loss" not in everything.history_.history
+    for wrong, said in (
+        ({"models": 0}, "^models: "),
+        ({"models": 2, "callbacks": [fusemlp.Callback()]}, "^callbacks: they see the epochs of one model"),
+        ({"models": 2, "activation": "prelu"}, "^models: 2 networks with prelu cannot be merged"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            classifier(**wrong).fit(X, Y)
+    with pytest.raises(DataError, match=r"^models: 9 need 9 folds of the training rows, and these are 4"):
+        classifier(models=9).fit(X.iloc[:4], ["yes", "no"] * 2)
+
+
+def test_targets_in_logarithms() -> None:
+    grown = np.exp(VALUES / np.abs(VALUES).max())
+    made = TableRegressor(hidden=8, epochs=3, log_target=True, backend="numpy").fit(X, grown)
+    assert made.preprocessor_.target_log
+    assert (made.predict(NEW) > 0).all()
+    with pytest.raises(DataError, match=r"^log_targets: the target 'y' holds -?\d"):
+        TableRegressor(log_target=True, backend="numpy").fit(X, -grown)
 
 
 def test_early_stopping_restores_the_best_weights() -> None:

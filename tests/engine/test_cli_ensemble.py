@@ -10,12 +10,12 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
-from fusemlp.cli import ensemble
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
+from fusemlp.datasets.parts import folds
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import merged
+from fusemlp.fleet.merge import mean_history, merged
 from fusemlp.report.baselines import worse_than
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError
@@ -55,20 +55,20 @@ def test_a_merged_engine_computes_the_mean_of_the_outputs(sizes: tuple[int, ...]
 def test_one_engine_is_merged_with_nothing_and_prelu_is_refused() -> None:
     engine = Engine(MLP([3, 4, 2]))
     assert merged([engine]) is engine
-    with pytest.raises(ArgumentError, match=r"^activation: networks with prelu cannot be merged"):
+    with pytest.raises(ArgumentError, match=r"^models: 2 networks with prelu cannot be merged"):
         merged([Engine(MLP([3, 4, 2], activation="prelu"), seed=seed) for seed in (0, 1)])
 
 
 def test_folds_validate_each_row_once_and_keep_the_shares_of_classes() -> None:
     labels = np.array(["a"] * 40 + ["b"] * 10)
-    parts = ensemble.folds(labels, 5, seed=3, stratify=True)
+    parts = folds(labels, 5, seed=3, stratify=True)
     assert sorted(np.concatenate([held for _, held in parts])) == list(range(50))
     for kept, held in parts:
         assert sorted([*kept, *held]) == list(range(50))
         assert (labels[held] == "b").sum() == 2
     # Two models have two of five folds; a class too small for the folds is no error.
-    assert [len(held) for _, held in ensemble.folds(labels, 2, seed=3, stratify=True)] == [10, 10]
-    assert len(ensemble.folds(np.array(list("aaaaaaaaab")), 5, seed=0, stratify=True)) == 5
+    assert [len(held) for _, held in folds(labels, 2, seed=3, stratify=True)] == [10, 10]
+    assert len(folds(np.array(list("aaaaaaaaab")), 5, seed=0, stratify=True)) == 5
 
 
 def test_a_table_trains_an_ensemble_that_all_commands_take(trained: Path, tmp_path: Path) -> None:
@@ -126,7 +126,9 @@ def test_prelu_is_one_model_by_default_and_refused_for_several(
     data = trained.parent / "data.csv"
     options = ("--target", "kind", *QUICK, "--epochs", "2", "--activation", "prelu", "--out", tmp_path / "run")
     assert run("train", data, *options, "--models", "2") == 2
-    assert "--models: 2 networks with prelu cannot be merged; use leaky_relu, or --models 1" in capsys.readouterr().err
+    assert (
+        "--models: 2 networks with prelu cannot be merged; use leaky_relu, or a single model" in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
     assert run("train", data, *options) == 0
     assert "models" not in read(tmp_path / "run" / "report.json")
@@ -214,7 +216,7 @@ def test_logarithms_are_for_positive_numbers(trained: Path, tmp_path: Path, caps
 def test_a_mean_history_counts_a_stopped_model_with_its_best_epoch() -> None:
     short = History({"loss": [3.0, 1.0, 2.0]}, [0, 1, 2], [0.1, 0.1, 0.1], best_epoch=1)
     long = History({"loss": [5.0, 4.0, 3.0, 2.0]}, [0, 1, 2, 3], [0.1] * 4, best_epoch=3)
-    mean = ensemble.mean_history([short, long])
+    mean = mean_history([short, long])
     assert mean.history["loss"] == [4.0, 2.5, 2.5, 1.5]
     assert mean.best_epoch == 2
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,38 +12,20 @@ import numpy as np
 from fusemlp.cli import recipe
 from fusemlp.cli.options import ModelOptions, TrainOptions
 from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.parts import FOLDS, folds
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import merged
+from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
-from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.cli.prepare import Prepared
 
-# The rows are cut into this many folds, or one a model if there are more models.
-FOLDS = 5
 # A target with at least this skewness may be learned in logarithms; rows and folds of the training that decides.
 SKEWED, TRIAL_ROWS, TRIAL_FOLDS, TRIAL_EPOCHS, TRIAL_PATIENCE = 1.0, 5_000, 3, 60, 5
-
-Fold = tuple[Array, Array]
-
-
-def folds(labels: Array, models: int, *, seed: int, stratify: bool) -> tuple[Fold, ...]:
-    """Return training and validation rows for each model, as indices of ``labels``; no two models validate on a row."""
-    from sklearn.model_selection import KFold, StratifiedKFold
-
-    count = max(models, FOLDS)
-    common = {"n_splits": count, "shuffle": True, "random_state": seed % 2**32}
-    largest = int(np.unique(labels, return_counts=True)[1].max()) if stratify else 0
-    cut = StratifiedKFold(**common) if largest >= count else KFold(**common)
-    with warnings.catch_warnings():
-        # A class with fewer rows than folds is missing in some.
-        warnings.simplefilter("ignore", UserWarning)
-        return tuple(cut.split(labels, labels if largest >= count else None))[:models]
 
 
 def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: int) -> Fleet:
@@ -92,7 +73,7 @@ def train_ensemble(
         engines = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
         if not engines:
             raise
-        return _merged(engines), [], True, None
+        return merged(engines), [], True, None
     records = [
         {
             "seed": options.seed + member.index,
@@ -103,46 +84,15 @@ def train_ensemble(
         }
         for member in results.members
     ]
-    sound = [member for member in results.members if member.status != "diverged"]
-    if not sound:
-        return results.members[0].engine, records, False, DivergenceError(results.members[0].reason)
-    engine = _merged([member.engine for member in sound])
-    assert engine.history is not None, "it is set where the engines are merged"
-    if all(member.status == "stopped" and len(member.history.epochs) < epochs for member in sound):
-        engine.history.stopped = (
-            "no model improved any more on its validation rows; the best weights of each were restored"
-        )
-    return engine, records, False, None
+    try:
+        return merged_members(results.members), records, False, None
+    except DivergenceError as error:
+        return results.members[0].engine, records, False, error
 
 
 def _told(member: Member) -> str:
     scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
     return f"{member.status} after {len(member.history.epochs)} epochs; {scores}"
-
-
-def _merged(engines: Sequence[Engine]) -> Engine:
-    """Return the merged engine with the mean history."""
-    histories = [engine.history for engine in engines if engine.history is not None]
-    engine = merged(engines)
-    engine.history = mean_history(histories)
-    return engine
-
-
-def mean_history(histories: Sequence[History]) -> History:
-    """Return the means of each epoch; a model that has stopped counts with its best epoch."""
-    mean = History()
-    bests = [one.best_epoch for one in histories if one.best_epoch is not None]
-    for epoch in range(max(len(one.epochs) for one in histories)):
-        logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in histories[0].history}
-        mean.record(epoch, logs, sum(one.seconds[epoch] for one in histories if epoch < len(one.seconds)))
-    mean.best_epoch = round(float(np.mean(bests))) if bests else None
-    return mean
-
-
-def _at(history: History, name: str, epoch: int) -> float:
-    last = len(history.epochs) - 1
-    best = last if history.best_epoch is None else history.best_epoch
-    return history.history[name][epoch if epoch <= last else best]
 
 
 def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> tuple[Engine, int]:
@@ -155,10 +105,10 @@ def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> t
     results = fleet.fit(
         X, y, sample_weight=np.concatenate(weights) if weights else None, epochs=epochs, drop_last=options.drop_last
     )
-    sound = [member.engine for member in results.members if member.status != "diverged"]
-    if not sound:
-        raise DivergenceError(f"final_fit: {results.members[0].reason}; the model of the training rows is kept")
-    return merged(sound), len(X)
+    try:
+        return merged_members(results.members), len(X)
+    except DivergenceError as error:
+        raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
 
 
 def log_pays(dataset: Dataset, rows: Array, options: ModelOptions, *, seed: int) -> tuple[bool, str]:

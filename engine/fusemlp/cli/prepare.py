@@ -12,7 +12,7 @@ from fusemlp.cli import defaults, ensemble, recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
-from fusemlp.datasets.parts import Hashes, hold_out, row_hashes, with_files
+from fusemlp.datasets.parts import Fold, Hashes, folds, hold_out, row_hashes, with_files
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.preprocessing import Rows as Indices
@@ -22,6 +22,7 @@ from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
+from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -48,7 +49,7 @@ class Prepared:
     tested: Indices | None = None
     own_test: bool = False
     models: int = 1
-    folds: tuple[ensemble.Fold, ...] = ()
+    folds: tuple[Fold, ...] = ()
     target_note: str = ""
 
     @property
@@ -197,10 +198,10 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     if dataset.test is None:
         training, tested = _split("test rows", dataset, training, fraction=TEST_FRACTION, seed=seed)
     models = defaults.models_of(options, dataset, new=like is None)
-    parts: tuple[ensemble.Fold, ...] = ()
+    parts: tuple[Fold, ...] = ()
     shared = dataset.validation is not None or options.group is not None or options.time is not None
     if models > 1 and options.validation_fraction > 0 and not shared:
-        parts = ensemble.folds(dataset.y[training], models, seed=seed, stratify=classify)
+        parts = folds(dataset.y[training], models, seed=seed, stratify=classify)
     elif dataset.validation is None and options.validation_fraction > 0:
         share = options.validation_fraction
         training, validated = _split("--validation-fraction", dataset, training, fraction=share, seed=seed)
@@ -218,8 +219,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     check_memory(
         preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
-    if models > 1 and any(activation.name == "prelu" for activation in net.activations):
-        raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or --models 1")
+    check_mergeable(net, models)
     weights = None
     if classify:
         weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)

@@ -83,10 +83,13 @@ def train(options: TrainOptions) -> None:
     else:
         interrupted, failure = run_session(session)
     run = session.run
-    final = None
+    final = refused = None
     if session.options.final_fit and not interrupted and failure is None:
-        final = final_fit(session)
-        write_training_rows(run, session.prepared.hashes(every=True))
+        try:
+            final = final_fit(session)
+            write_training_rows(run, session.prepared.hashes(every=True))
+        except DivergenceError as error:
+            refused = error
     report = finish(
         run,
         session.engine,
@@ -105,6 +108,7 @@ def train(options: TrainOptions) -> None:
     ]
     content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
     show(content, lines, as_json=options.as_json, warnings=report.get("worse_than", ()))
+    failure = failure or refused
     if failure is not None:
         raise failure
 

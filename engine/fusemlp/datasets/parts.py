@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,10 @@ Hashes = npt.NDArray[np.uint64]
 _DRAWS = 10
 # Numbers hashed at a time: they stay in a core's cache.
 _PIECE = 2**15
+# The rows are cut into this many folds, or one a model if there are more models.
+FOLDS = 5
+
+Fold = tuple[Array, Array]
 
 
 def with_files(
@@ -90,6 +95,22 @@ def hold_out(dataset: Dataset, rows: Rows, *, fraction: float, seed: int) -> tup
         y = dataset.y[rows]
         kept, held = split(y, fraction=fraction, seed=seed, stratify=dataset.task == "classification")
     return rows[kept], rows[held]
+
+
+def folds(labels: Array, models: int, *, seed: int, stratify: bool) -> tuple[Fold, ...]:
+    """Return training and validation rows for each model, as indices of ``labels``; no two models validate on a row."""
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    count = max(models, FOLDS)
+    if len(labels) < count:
+        raise DataError(f"models: {models} need {count} folds of the training rows, and these are {len(labels)}")
+    common = {"n_splits": count, "shuffle": True, "random_state": seed % 2**32}
+    largest = int(np.unique(labels, return_counts=True)[1].max()) if stratify else 0
+    cut = StratifiedKFold(**common) if largest >= count else KFold(**common)
+    with warnings.catch_warnings():
+        # A class with fewer rows than folds is missing in some.
+        warnings.simplefilter("ignore", UserWarning)
+        return tuple(cut.split(labels, labels if largest >= count else None))[:models]
 
 
 def _last(times: Array, fraction: float) -> tuple[Rows, Rows]:

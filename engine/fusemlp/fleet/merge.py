@@ -8,8 +8,10 @@ import numpy as np
 
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine
+from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
 
 def merged(engines: Sequence[Engine]) -> Engine:
@@ -18,15 +20,14 @@ def merged(engines: Sequence[Engine]) -> Engine:
     The hidden layers lie side by side: the first stacks the rows of the weights, those between have the members'
     weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
     the prediction is the mean; for classes the probabilities are the geometric mean, made to add up to 1. Dropout is
-    left out. Raises ArgumentError for prelu, whose slope belongs to a whole layer.
+    left out. The history is ``mean_history``. Raises ArgumentError for prelu, whose slope belongs to a whole layer.
     """
     first = engines[0]
     if len(engines) == 1:
         return first
     count, layers = len(engines), first.network.layers
     states = [engine.state_dict() for engine in engines]
-    if any(activation.name == "prelu" for activation in first.network.activations):
-        raise ArgumentError("activation: networks with prelu cannot be merged; use leaky_relu")
+    check_mergeable(first.network, count)
     inputs, *hidden, outputs = first.network.sizes
     parameters: dict[str, Array] = {}
     for layer in range(layers):
@@ -57,7 +58,42 @@ def merged(engines: Sequence[Engine]) -> Engine:
         precision=first.precision,
     )
     engine.load_state_dict(parameters)
+    histories = [one.history for one in engines if one.history is not None]
+    engine.history = mean_history(histories) if histories else None
     return engine
+
+
+def check_mergeable(net: MLP, models: int) -> None:
+    """Raise ArgumentError if this many networks like ``net`` cannot be merged."""
+    if models > 1 and any(activation.name == "prelu" for activation in net.activations):
+        raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model")
+
+
+def merged_members(members: Sequence[Member]) -> Engine:
+    """Return the merged engine of the members that did not diverge; DivergenceError if all did."""
+    sound = [member.engine for member in members if member.status != "diverged"]
+    if not sound:
+        raise DivergenceError(members[0].reason)
+    return merged(sound)
+
+
+def mean_history(histories: Sequence[History]) -> History:
+    """Return the means of each epoch; a model that has stopped counts with its best epoch."""
+    mean = History()
+    bests = [one.best_epoch for one in histories if one.best_epoch is not None]
+    for epoch in range(max(len(one.epochs) for one in histories)):
+        logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in histories[0].history}
+        mean.record(epoch, logs, sum(one.seconds[epoch] for one in histories if epoch < len(one.seconds)))
+    mean.best_epoch = round(float(np.mean(bests))) if bests else None
+    if all("restored" in one.stopped for one in histories):
+        mean.stopped = "no model improved any more on its validation rows; the best weights of each were restored"
+    return mean
+
+
+def _at(history: History, name: str, epoch: int) -> float:
+    last = len(history.epochs) - 1
+    best = last if history.best_epoch is None else history.best_epoch
+    return history.history[name][epoch if epoch <= last else best]
 
 
 def _diagonal(blocks: Sequence[Array]) -> Array:

@@ -25,7 +25,7 @@ from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fi
 from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
-from fusemlp.datasets.parts import hold_out
+from fusemlp.datasets.parts import Fold, folds, hold_out
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import Frame, as_frame
@@ -34,9 +34,11 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.merge import check_mergeable, merged_members
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
-from fusemlp.report.runs import open_run, weights_path
+from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -47,7 +49,7 @@ log = logging.getLogger("fusemlp.sklearn")
 
 @dataclass(eq=False, repr=False)
 class TableParameters:
-    """The parameters of both estimators, with the defaults of ``fusemlp train``.
+    """The parameters of both estimators, with the defaults of ``fusemlp train --models 1``.
 
     hidden : widths of the hidden layers; () for none.
     activation, dropout : one for all hidden layers, or a sequence with one for each.
@@ -60,13 +62,16 @@ class TableParameters:
     metric : the score of these rows by which it stops: None for the loss, or "auc", "f1", "r2" and so on, as --metric.
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
+    models : train this many with seeds from random_state on, each with its own fold of the rows held out, and merge
+        them into one that gives their mean; the command line trains 5 on a table of up to 10,000 rows.
     scale : "robust", "quantile", "standard", "minmax" or "none"; from the training rows.
+    log_target : learn the logarithm of a positive target.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
     group, time : a column whose rows of one value are held out together; one whose last rows are held out.
     random_state : seed of held-out rows, initial weights, dropout and the order of the rows.
     backend, precision : as for ``Engine``.
-    callbacks : objects like ``fusemlp.Callback``; verbose=True shows a progress bar.
+    callbacks : objects like ``fusemlp.Callback``, for one model; verbose=True shows a progress bar, or a line a model.
 
     Attributes: ``engine_``, ``preprocessor_``, ``history_``, ``n_iter_`` (epochs), ``notes_`` (lines on what became of
     the columns), ``n_features_in_`` and, if X has names, ``feature_names_in_``.
@@ -83,7 +88,9 @@ class TableParameters:
     early_stopping: int | None = 20
     metric: str | None = None
     validation_fraction: float = 0.1
+    models: int = 1
     scale: str = "robust"
+    log_target: bool = False
     drop: Any = ()
     keep: Any = ()
     categorical: Any = ()
@@ -153,7 +160,13 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         if made.task != cls.task:
             raise ArgumentError(f"run: {str(run)!r} is of a {made.task}, and {cls.__name__} is for a {cls.task}")
         engine = load_checkpoint(weights_path(opened, weights), backend=backend, device=device)
-        net, options = engine.network, config["options"]
+        if engine.history is None:
+            # A merged model has no record of its own.
+            engine.history = History()
+            for row in read_metrics(opened):
+                engine.history.record(int(row.pop("epoch")) - 1, row, 0.0)
+        # that of one model, where several were merged
+        net, options = MLP.from_config(config["network"]), config["options"]
         estimator = cls(
             hidden=net.sizes[1:-1],
             activation=net.activations[:-1],
@@ -162,7 +175,9 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             optimizer=engine.optimizer,
             batch_size=engine.batch_size,
             epochs=config["epochs"],
+            models=options.get("models") or 1,
             scale=made.scale,
+            log_target=made.target_log,
             random_state=engine.seed,
             backend=backend,
             precision=engine.precision,
@@ -193,19 +208,28 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         dataset, weight = self._read(X, self._checked_targets(y), sample_weight)
         labels = dataset.y
         training, held = np.arange(len(labels)), np.arange(0)
+        models, cut = as_count("models", self.models), list[Fold]()
+        if models > 1 and self.callbacks:
+            raise ArgumentError(f"callbacks: they see the epochs of one model, and models is {models}; leave one out")
         if self.early_stopping is not None and X_val is None:
-            training, held = self._held_out(dataset, seed, notes)
-        made = fit_preprocessor(dataset, training, loss=loss.kind, scale=self.scale)
+            if models > 1 and self.validation_fraction and self.group is None and self.time is None:
+                cut += folds(labels, models, seed=seed, stratify=self.task == "classification")
+            else:
+                training, held = self._held_out(dataset, seed, notes)
+        made = fit_preprocessor(dataset, training, loss=loss.kind, scale=self.scale, log_targets=self.log_target)
         first, last = network_ends(made, loss.kind)
-        engine = Engine(
-            MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout),
-            loss=loss,
-            optimizer=self._optimizer(),
-            batch_size=min(as_count("batch_size", self.batch_size), len(training)),
-            seed=seed,
-            backend=self.backend,
-            precision=self.precision,
-        )
+        fewest = min((len(one) for one, _ in cut), default=len(training))
+        described: dict[str, Any] = {
+            "loss": loss,
+            "optimizer": self._optimizer(),
+            "batch_size": min(as_count("batch_size", self.batch_size), fewest),
+            "seed": seed,
+            "backend": self.backend,
+            "precision": self.precision,
+        }
+        net = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
+        check_mergeable(net, models)
+        engine = Engine(net, **described)
 
         by_class = self._class_weights(labels)
 
@@ -223,18 +247,26 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
             watched = rows(features, labels_val)
-        decides = watch(self.metric, made, loss, validates=watched is not None)
+        validates = watched is not None or bool(cut)
+        given: dict[str, Any] = {
+            "X": train.X,
+            "y": train.y,
+            "sample_weight": train.weight,
+            "validation_data": None if watched is None else (watched.X, watched.y, watched.weight),
+            "epochs": as_count("epochs", self.epochs),
+            "early_stopping": self.early_stopping if validates else None,
+            **watch(self.metric, made, loss, validates=validates),
+        }
         try:
-            engine.fit(
-                train.X,
-                train.y,
-                sample_weight=train.weight,
-                validation_data=None if watched is None else (watched.X, watched.y, watched.weight),
-                epochs=as_count("epochs", self.epochs),
-                early_stopping=None if watched is None else self.early_stopping,
-                **decides,
-                callbacks=[*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])],
-            )
+            if models > 1:
+                fleet = Fleet(net, **described, vary={"seed": range(seed, seed + models)})
+                if cut:
+                    given |= {"rows": [one for one, _ in cut], "validation_rows": [one for _, one in cut]}
+                results = fleet.fit(**given, callback=print if self.verbose else None)
+                engine = merged_members(results.members)
+            else:
+                callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
+                engine.fit(**given, callbacks=callbacks)
         except KeyboardInterrupt:
             if engine.history is None or not engine.history.stopped:
                 raise
