@@ -10,6 +10,7 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
+from fusemlp.cli import train as command
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.parts import folds
@@ -18,7 +19,7 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, merged
 from fusemlp.report.baselines import worse_than
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
 QUICK = ("--hidden", "8", "--lr", "0.02", "--quiet")
 
@@ -157,6 +158,21 @@ def test_final_fit_keeps_the_model_of_all_rows(trained: Path, tmp_path: Path, ca
     page = (tmp_path / "run" / "report.html").read_text()
     assert run("report", tmp_path / "run") == 0
     assert (tmp_path / "run" / "report.html").read_text() == page
+
+
+def test_a_final_fit_that_diverges_leaves_the_model_before_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise DivergenceError("final_fit: the loss became NaN; the model of the training rows is kept")
+
+    monkeypatch.setattr(command, "final_fit", refused)
+    data, folder = trained.parent / "data.csv", tmp_path / "run"
+    assert run("train", data, "--target", "kind", *QUICK, "--epochs", "2", "--final-fit", "--out", folder) == 1
+    assert "error: final_fit: the loss became NaN" in capsys.readouterr().err
+    assert "final_fit" not in read(folder / "report.json")
+    assert len(np.load(folder / "training_rows.npy")) == 96
+    assert run("evaluate", folder) == 0
 
 
 def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(trained: Path, tmp_path: Path, capsys: Any) -> None:
