@@ -15,7 +15,19 @@ from bench.hardware import card
 from bench.measure import TURN_SECONDS, measure, started
 from bench.options import COMMANDS, parser
 from bench.peers import PEERS, absent, unsuited
-from bench.report import absences, circumstances, default_path, markdown, newest, read, records, where, write
+from bench.report import (
+    absences,
+    beside,
+    busy_of,
+    circumstances,
+    default_path,
+    markdown,
+    newest,
+    read,
+    records,
+    where,
+    write,
+)
 from bench.worker import WorkerError, openblas_settings
 from fusemlp_kernels.errors import unknown_name
 
@@ -24,13 +36,17 @@ QUICK_TURN_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Plan:
-    """The cases and contenders to measure; ``missing`` maps those that cannot run on this machine to the reason."""
+    """The cases and contenders to measure.
+
+    ``missing`` maps those that cannot run on this machine to the reason. ``busy``: processes that spin during a turn.
+    """
 
     cases: list[Case]
     peers: list[str]
     missing: dict[str, str]
     repeats: int
     turn_seconds: float
+    busy: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = planned(options)
         if options.list:
             return print_list(plan)
-        return compare(plan, options.out or default_path(), as_json=options.json, plots=options.plots)
+        path = options.out or default_path(plan.busy)
+        if path.is_file() and (found := read(path)) and busy_of(found) != plan.busy:
+            raise ValueError(
+                f"--out {path}: it holds figures measured {beside(busy_of(found))}, and these are measured "
+                f"{beside(plan.busy)}; name another file"
+            )
+        return compare(plan, path, as_json=options.json, plots=options.plots)
     except ValueError as error:
         say(f"error: {error}")
         return 2
@@ -98,6 +120,7 @@ def planned(options: Any) -> Plan:
         missing,
         options.repeats or (3 if options.quick else 11),
         QUICK_TURN_SECONDS if options.quick else TURN_SECONDS,
+        options.busy,
     )
 
 
@@ -110,9 +133,11 @@ def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
     common: dict[str, Any] = {}
     with started(plan.peers, plan.cases) as workers:
         for case in plan.cases:
-            results = measure(case, workers, repeats=plan.repeats, progress=say, turn_seconds=plan.turn_seconds)
+            results = measure(
+                case, workers, repeats=plan.repeats, progress=say, turn_seconds=plan.turn_seconds, busy=plan.busy
+            )
             environments = {peer: worker.ask("environment") for peer, worker in workers.items() if worker.alive}
-            common = circumstances(environments, unset)
+            common = circumstances(environments, unset, plan.busy)
             found = records(results, common)
             write(found, path)
             lines += found

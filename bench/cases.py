@@ -1,8 +1,8 @@
 """The benchmark's networks, their data and their initial parameters.
 
-All cases use cross-entropy on logits and a constant learning rate. Features come from a standard normal distribution,
-labels from a random linear teacher. ``784-128-10@128`` means batch 128, relu, plain SGD and fp32. Suffixes change one
-of these: ``:adam``, ``:tanh``, ``:dropout``, ``:bf16``, ``:x64`` (64 models at once).
+All cases have a constant learning rate. Features come from a standard normal distribution, labels and values from a
+random linear teacher. ``784-128-10@128`` means batch 128, relu, cross-entropy on logits, plain SGD and fp32. Suffixes
+change one of these: ``:adam``, ``:tanh``, ``:mse``, ``:dropout``, ``:bf16``, ``:x64`` (64 models at once).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Case:
     epochs: int = 1
     learning_rate: float = 0.05
     activation: str = "relu"
+    loss: str = "cross_entropy"
     optimizer: str = "sgd"
     dropout: float = 0.0
     precision: str = "fp32"
@@ -43,6 +44,7 @@ class Case:
         """The case's name, such as 784-10-10@32:adam."""
         differs = [
             self.activation if self.activation != "relu" else "",
+            self.loss if self.loss != "cross_entropy" else "",
             self.optimizer if self.optimizer != "sgd" else "",
             "dropout" if self.dropout else "",
             self.precision if self.precision != "fp32" else "",
@@ -64,10 +66,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Data:
-    """X (n, K) float32, y (n,) int64, the initial parameters, and a row order for every contender.
+    """X (n, K) float32, y, the initial parameters, and a row order for every contender.
 
-    ``parameters``: for each layer the weight (outputs, inputs) and the bias (outputs,), float32; with many models
-    (models, outputs, inputs) and (models, outputs).
+    ``y``: (n,) int64; for mse (n, N) float32. ``parameters``: for each layer the weight (outputs, inputs) and the bias
+    (outputs,), float32; with many models (models, outputs, inputs) and (models, outputs).
     """
 
     X: Array
@@ -91,6 +93,10 @@ def _single() -> list[Case]:
         *(made for case in (small, tutorial, medium, wide) for made in (case, replace(case, **adam))),
         Case((54, 256, 256, 256, 7), 1024, steps=20, epochs=4, dropout=0.1, **adam),
         Case((17, 64, 64, 6), 64, steps=300, epochs=20, activation="tanh", **adam),
+        Case((30, 64, 64, 1), 256, steps=100, epochs=20, loss="mse", **adam),
+        Case((100, 300, 300, 5), 512, steps=20, epochs=10),
+        Case((3072, 512, 10), 256, steps=20, epochs=10),
+        Case((500, 1000, 500, 20), 1024, steps=5, epochs=4),
         large,
         huge,
         *half,
@@ -118,8 +124,13 @@ def make_data(case: Case, seed: int = 0) -> Data:
     generator = np.random.default_rng(seed)
     inputs, outputs = case.sizes[0], case.sizes[-1]
     X = generator.standard_normal((case.rows, inputs), dtype=np.float32)
-    y = np.argmax(X @ generator.standard_normal((inputs, outputs), dtype=np.float32), axis=1)
-    y[:outputs] = np.arange(outputs)
+    taught = X @ generator.standard_normal((inputs, outputs), dtype=np.float32)
+    if case.loss == "mse":
+        # near the outputs of a new network
+        y = taught / np.float32(np.sqrt(inputs))
+    else:
+        y = np.argmax(taught, axis=1)
+        y[:outputs] = np.arange(outputs)
     ahead = () if case.models is None else (case.models,)
     parameters = []
     for fan_in, fan_out in zip(case.sizes, case.sizes[1:], strict=False):
@@ -127,7 +138,7 @@ def make_data(case: Case, seed: int = 0) -> Data:
         weight = generator.standard_normal((*ahead, fan_out, fan_in), dtype=np.float32) * scale
         bias = generator.standard_normal((*ahead, fan_out), dtype=np.float32) * np.float32(0.1)
         parameters.append((weight, bias))
-    return Data(X, y.astype(np.int64), parameters, generator.permutation(case.rows))
+    return Data(X, y, parameters, generator.permutation(case.rows))
 
 
 def model_of(parameters: Parameters, index: int) -> Parameters:

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.cases import Array
 from bench.peers import PEERS, is_own
-from bench.report import Record, by_case, read, timed, where
+from bench.report import Record, beside, busy_of, by_case, read, timed, where
 
 DRAWS = 4000
 EXAMPLE = """\
@@ -68,10 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 0 <= options.threshold < 1000:
         made.error(f"argument --threshold: expected per cent from 0, got {options.threshold:g}")
     files = []
-    for path in (options.before, options.after):
+    given = (options.before, options.after)
+    for path in given:
         if not path.is_file():
             made.error(f"no such file: {path}")
         files.append(timed(read(path)))
+    if all(files) and busy_of(files[0]) != busy_of(files[1]):
+        said = (f"{path} was measured {beside(busy_of(file))}" for path, file in zip(given, files, strict=True))
+        print(f"bench compare: {', '.join(said)}; measure both alike (--busy)", file=sys.stderr)
+        return 2
     changes = compared(*files)
     if not changes:
         print("bench compare: the files have no case and contender of fusemlp in common", file=sys.stderr)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "XLA_", "JAX_", "OPENBLAS_")
 # scikit-learn sets these itself when it is imported.
 NOBODYS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
-VARIABLES = (*THREAD_VARIABLES, "NUMBA_", "TRITON_", "TORCH_", "CUDA_", "CUBLAS_", "NVIDIA_TF32_")
+VARIABLES = (*THREAD_VARIABLES, "FUSEMLP_", "NUMBA_", "TRITON_", "TORCH_", "CUDA_", "CUBLAS_", "NVIDIA_TF32_")
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bench.busy import spinning
 from bench.cases import Array, Case
 from bench.peers import PEERS, reference_of, unsuited
 from bench.verification import Judge, Verdict
@@ -83,8 +84,11 @@ def measure(
     progress: Callable[[str], None],
     pause: float = PAUSE_SECONDS,
     turn_seconds: float = TURN_SECONDS,
+    busy: int = 0,
 ) -> list[Result]:
     """Run ``repeats`` rounds with a turn of every contender; return the results in the order of ``workers``.
+
+    ``busy``: processes that spin during each turn.
 
     A contender with losses other than the oracle's is refused, and one that raises has failed: neither is timed.
     """
@@ -97,7 +101,7 @@ def measure(
             continue
         progress(f"{case.name}: comparing {PEERS[name].label} with the oracle")
         judge = judge or Judge(case)
-        results[name] = _admitted(case, name, worker, judge, turn_seconds * min(case.models or 1, MOST_TURNS))
+        results[name] = _admitted(case, name, worker, judge, turn_seconds * min(case.models or 1, MOST_TURNS), busy)
         if results[name].status != TIMED:
             progress(f"{case.name}: {PEERS[name].label} is not timed: {results[name].reason}")
     seconds: dict[str, list[float]] = {name: [] for name, result in results.items() if result.status == TIMED}
@@ -111,7 +115,8 @@ def measure(
         for name in names[first:] + names[:first]:
             time.sleep(pause)
             try:
-                seconds[name].append(workers[name].ask("turn", results[name].epochs))
+                with spinning(busy):
+                    seconds[name].append(workers[name].ask("turn", results[name].epochs))
             except WorkerError as error:
                 del seconds[name]
                 results[name] = replace(results[name], status=FAILED, reason=error.brief)
@@ -119,14 +124,15 @@ def measure(
     return [replace(result, seconds=tuple(seconds.get(name, ()))) for name, result in results.items()]
 
 
-def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds: float) -> Result:
+def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds: float, busy: int) -> Result:
     """Load a contender with a case and compare it with the oracle."""
     try:
         loaded = worker.ask("load", case)
         verdict = judge.verdict(name, *worker.ask("trajectories"))
         if not verdict.agrees:
             return Result(case, name, REFUSED, verdict.reason or "", loaded=loaded, verdict=verdict)
-        epochs = worker.ask("epochs_in", turn_seconds)
+        with spinning(busy):
+            epochs = worker.ask("epochs_in", turn_seconds)
     except WorkerError as error:
         return Result(case, name, FAILED, error.brief)
     return Result(case, name, TIMED, epochs=epochs, loaded=loaded, verdict=verdict)

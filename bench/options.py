@@ -31,8 +31,10 @@ COMMANDS = {
 EXAMPLES = f"""\
 examples:
   python -m bench --quick                       five networks, three rounds: under two minutes
-  python -m bench                               everything; about 25 minutes on two idle cores
+  python -m bench                               everything; over half an hour on two idle cores
   python -m bench --case {QUICK[1]} --peer engine --peer jax_scan
+  python -m bench --busy 1 --peer engine,jax_scan,torch_eager
+                                                one other process spins beside each contender
   python -m bench --list                        the networks and contenders, and the reason if one cannot run here
   python -m bench --markdown                    print the tables of the newest file, measure nothing
   python -m bench compare before.jsonl after.jsonl
@@ -71,6 +73,13 @@ def parser() -> argparse.ArgumentParser:
         help="contenders, in the same way (default: all); factors need engine, and fleet for many models",
     )
     made.add_argument("--quick", action="store_true", help="few networks, rounds and contenders, short turns")
+    made.add_argument(
+        "--busy",
+        type=count,
+        default=0,
+        metavar="N",
+        help="N processes spin beside each contender during its turns (default: none)",
+    )
     made.add_argument("--repeats", type=count, metavar="N", help="rounds of a case (default: 11, with --quick 3)")
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="(default: the card, if any)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")

@@ -37,7 +37,6 @@ SECOND_RUNS = 16
 MOST_FLOPS, FEW_ROWS = 2e10, 256
 # The number of oracle runs with random dropout masks.
 MASKED_RUNS = 12
-SPEC = LossSpec("cross_entropy")
 Change = Callable[[Array, float], Array]
 
 
@@ -45,7 +44,8 @@ Change = Callable[[Array, float], Array]
 class Rules:
     """The differences of a contender's mathematics from torch's, by its library's own definition.
 
-    ``convention``: the place of Adam's eps, see ``reference.update``. ``biases``: False if the network has none.
+    ``convention``: the place of Adam's eps, see ``reference.update``; scikit-learn also halves the mean squared error,
+    and its gradient is that of a sum over the outputs. ``biases``: False if the network has none.
     """
 
     convention: str = "torch"
@@ -100,7 +100,8 @@ def train(
     state = reference.initial_state(rule, layers)
     batches = checked_rows(case, steps).reshape(steps, case.batch_size)
     losses = np.empty(steps + 1)
-    size = gamma(case)
+    size, halves = gamma(case), case.loss == "mse" and rules.convention == "scikit-learn"
+    value, slope = (0.5, 0.5 * case.sizes[-1]) if halves else (1.0, 1.0)
     for t, rows in enumerate(batches):
         at = [reference.Layer(disturb(a.w, size), disturb(a.b, size), a.activation, a.slope, a.rate) for a in layers]
         keeps = None
@@ -108,7 +109,8 @@ def train(
             shapes = [(case.batch_size, width) for width in case.sizes[1:-1]]
             keeps = [*(masks.random(shape) >= rate for shape in shapes), None]
         batch = reference.Batch(disturb(data.X[rows].astype(np.float64), size), data.y[rows], keeps=keeps)
-        losses[t], grads = reference.gradients(at, SPEC, batch)
+        losses[t], grads = reference.gradients(at, LossSpec(case.loss), batch)
+        losses[t] *= value
         for index, (layer, layer_grads) in enumerate(zip(layers, grads, strict=True)):
             new: list[Any] = []
             for place, (p, g) in enumerate(zip((layer.w, layer.b), layer_grads, strict=True)):
@@ -116,7 +118,7 @@ def train(
                     new.append(p)
                     continue
                 p, state[index][place] = reference.update(
-                    rule, TensorRule(), p, g, state[index][place], t, case.learning_rate
+                    rule, TensorRule(), p, slope * g, state[index][place], t, case.learning_rate
                 )
                 new.append(disturb(p, UNIT))
             layers[index] = replace(layer, w=new[0], b=new[1])
@@ -125,7 +127,7 @@ def train(
 
 
 def loss_of(case: Case, data: Data, parameters: Parameters, rows: Array) -> float:
-    """Return the mean cross-entropy of some rows, in float64, without dropout."""
+    """Return the mean loss of some rows, in float64, without dropout."""
     h = data.X[rows].astype(np.float64)
     for index, (weight, bias) in enumerate(parameters):
         h = reference.linear(
@@ -134,7 +136,7 @@ def loss_of(case: Case, data: Data, parameters: Parameters, rows: Array) -> floa
             bias.astype(np.float64),
             case.activation if index < len(parameters) - 1 else "identity",
         )
-    return float(reference.loss_of_output(SPEC, h, data.y[rows], None, None)[0])
+    return float(reference.loss_of_output(LossSpec(case.loss), h, data.y[rows], None, None)[0])
 
 
 def checks(case: Case) -> list[tuple[Case, int]]:

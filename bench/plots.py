@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.peers import PEERS
-from bench.report import Record, by_case, case_label, is_reference, microseconds, timed, where
+from bench.report import Record, beside, busy_of, by_case, case_label, is_reference, microseconds, timed, where
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,5 +256,6 @@ def title(figure: Figure, text: str, lines: Sequence[Record], how: str = "") -> 
     line = lines[0]
     rounds = sorted({one["rounds"] for one in lines})
     how = how or f"medians of {' or '.join(map(str, rounds))} interleaved rounds"
-    small = f"{where(line)}; {line['date'][:10]}; {how}"
+    busy = f"; each turn {beside(busy_of(lines))}" if busy_of(lines) else ""
+    small = f"{where(line)}; {line['date'][:10]}; {how}{busy}"
     figure.supxlabel(small, x=0.01, ha="left", fontsize=8, color="#555555")

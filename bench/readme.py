@@ -4,7 +4,8 @@ A table stands between ``<!-- bench FILE.jsonl -->`` and ``<!-- /bench -->``. FI
 bench`` or one of its other commands wrote it. A mark may choose some rows and columns of a comparison:
 ``<!-- bench FILE.jsonl cases=64-32-10@32,784-10-10@32 peers=engine,torch_eager -->``.
 
-The command writes every table anew. With a file as argument, that file replaces the marked files of the same kind.
+The command writes every table anew. With a file as argument, that file replaces the marked files of the same kind:
+of the same door or study, or of the same number of processes that spun beside the contenders.
 ``--check`` changes nothing and reports whether the tables agree with the results.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from bench import doors, study
 from bench.cases import CASES
 from bench.hardware import ROOT
-from bench.report import RESULTS, Record, case_label, markdown, read
+from bench.report import RESULTS, Record, busy_of, case_label, markdown, read
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 MARKED = re.compile(
@@ -85,9 +86,10 @@ def written(text: str, file: Path | None = None, name: str = "README.md") -> str
 
 
 def kind(path: Path) -> str:
-    """Return the name of the door or study that wrote the file, "" for ``python -m bench`` itself."""
+    """Return the name of the door or study that wrote the file; "" for ``python -m bench``, "busy N" with --busy."""
     first = read(path)[0] if path.is_file() else {}
-    return str(first.get("door", first.get("study", "")))
+    busy = f"busy {first['busy']}" if first.get("busy") else ""
+    return str(first.get("door", first.get("study", busy)))
 
 
 def section(path: Path, choice: str = "") -> str:
@@ -102,7 +104,7 @@ def section(path: Path, choice: str = "") -> str:
         from bench import fleet_search
 
         return fleet_search.table(lines) if lines[0]["door"] == fleet_search.DOOR else doors.table(lines)
-    if any(line.get("card") for line in lines):
+    if busy_of(lines) or any(line.get("card") for line in lines):
         return markdown(lines)
     rows = ["the networks above", *(case_label(vars(case)) for case in CASES.values() if case.gpu_only)]
     unmeasured = "\n".join(f"| {row} | {UNMEASURED} |" for row in rows)

@@ -22,11 +22,11 @@ Record = dict[str, Any]
 NAMES = {"sklearn": "scikit-learn", "torch": "PyTorch", "jax": "JAX", "numpy": "NumPy", "scipy": "SciPy"}
 
 
-def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]) -> dict[str, Any]:
+def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str], busy: int = 0) -> dict[str, Any]:
     """Return machine, versions and settings: the part that every line of a report shares.
 
     ``environments``: version and thread pools of each contender's process. ``unset``: the OPENBLAS_* variables of this
-    process, which the workers do not inherit.
+    process, which the workers do not inherit. ``busy``: processes that spun beside each contender.
     """
     import numpy
     import scipy
@@ -40,6 +40,7 @@ def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]
         "variables": {name: value for name, value in common["variables"].items() if name not in unset},
         "openblas_variables_unset": unset,
         "pause_seconds": PAUSE_SECONDS,
+        "busy": busy,
     }
 
 
@@ -55,6 +56,7 @@ def records(results: Sequence[Result], common: dict[str, Any]) -> list[Record]:
             "sizes": list(case.sizes),
             "batch_size": case.batch_size,
             "activation": case.activation,
+            "loss": case.loss,
             "optimizer": case.optimizer,
             "dropout": case.dropout,
             "precision": case.precision,
@@ -110,9 +112,19 @@ def read(path: Path) -> list[Record]:
     return [{"status": TIMED, "models": None, **line} for line in lines]
 
 
-def default_path() -> Path:
+def default_path(busy: int = 0) -> Path:
     """Return the path of a new file in ``bench/results``, named by the time."""
-    return RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"
+    return RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}{f'-busy-{busy}' if busy else ''}.jsonl"
+
+
+def busy_of(lines: Sequence[Record]) -> int:
+    """Return how many processes spun beside each contender of a file."""
+    return int(lines[0].get("busy", 0))
+
+
+def beside(busy: int) -> str:
+    """Say what ran beside each contender."""
+    return f"beside {busy} spinning process{'es' if busy > 1 else ''}" if busy else "with nothing beside"
 
 
 def newest() -> Path | None:
@@ -178,6 +190,8 @@ def case_label(line: Record) -> str:
     parts = [f"{models}{'-'.join(map(str, line['sizes']))}", str(line["batch_size"])]
     if line.get("activation", "relu") != "relu":
         parts.append(line["activation"])
+    if line.get("loss", "cross_entropy") != "cross_entropy":
+        parts.append(line["loss"])
     if line.get("optimizer", "sgd") != "sgd":
         parts.append("Adam")
     if line.get("dropout"):
@@ -230,15 +244,17 @@ def _caption(lines: Sequence[Record]) -> str:
     named = "; ".join(f"{name}={value}" for name, value in kept.items()) or "none"
     rounds = sorted({one["rounds"] for one in measured})
     made = f", commit {line['commit']}" if line.get("commit") else ""
+    busy = busy_of(measured)
+    spun = f"Each turn ran {beside(busy)}. " if busy else ""
     each = " of a model" if any(one["models"] is not None for one in measured) else ""
     text = [
         f"Microseconds per training step{each}, with relu, cross-entropy, plain SGD and fp32 unless the row says "
         "otherwise. First column: median (20th to 80th percentile). Others: median time, and in bold its ratio to the "
         "first column in the same round (20th to 80th percentile). A ratio above 1 means that fusemlp is faster.",
         f"{' or '.join(map(str, rounds))} interleaved rounds. Each contender runs in its own process with its default "
-        f"threads; compilation and a first epoch are not timed. {_agreement(measured)}",
+        f"threads; compilation and a first epoch are not timed. {spun}{_agreement(measured)}",
         f"{where(line)}; {shown}; BLAS: {_blas(line)}; OPENBLAS_* variables: {openblas}; other settings: {named}; "
-        f"{line['date'][:10]}{made}. To repeat: `python -m bench`.",
+        f"{line['date'][:10]}{made}. To repeat: `python -m bench{f' --busy {busy}' if busy else ''}`.",
     ]
     return "\n\n".join(text)
 

@@ -7,7 +7,6 @@ of several runs, so the host's launch overhead is excluded.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 
 from bench.measure import spread
 from bench.vendor import Run, Vendor
+from fusemlp_kernels.numpy.cores import threads
 
 # Bytes of a copy that no cache holds, on the host and on a card; the side of a square product that fills all units.
 LARGE_BYTES = {"cpu": 1 << 28, "gpu": 1 << 30}
@@ -147,7 +147,7 @@ def _copy_rate(vendor: Vendor, size: int, rounds: int) -> float:
         vendor.copy(destination, source)
 
     rate = touched / _best(lambda: clock.seconds(copy, times), rounds)
-    workers = cores()
+    workers = threads()
     if kind_of(vendor.backend) == "gpu" or workers == 1 or touched < 1 << 20:
         return rate
     edges = np.linspace(0, half, workers + 1).astype(int)
@@ -161,13 +161,6 @@ def _copy_rate(vendor: Vendor, size: int, rounds: int) -> float:
             list(pool.map(part, itertools.pairwise(edges)))
 
         return max(rate, times * touched / _best(lambda: clock.seconds(together, 1), rounds))
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use, at most OMP_NUM_THREADS."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(found, int(allowed))) if allowed.isdecimal() else found
 
 
 def flusher(vendor: Vendor) -> Run:

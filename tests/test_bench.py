@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
+from typing import Any
 
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, measure, peers, report, worker
+from bench import busy, cases, measure, peers, report, worker
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +43,12 @@ def test_data_are_a_function_of_the_case_and_hold_every_class() -> None:
     np.testing.assert_array_equal(np.sort(first.order), np.arange(48))
 
 
+def test_values_of_a_regression_have_a_column_for_each_output() -> None:
+    data = cases.make_data(replace(TINY, loss="mse"))
+    assert (data.y.shape, data.y.dtype) == ((48, 4), np.float32)
+    assert 0.5 < data.y.std() < 2
+
+
 def test_the_checked_batches_are_passes_over_the_data() -> None:
     rows = cases.checked_rows(TINY, 20)
     assert rows.shape == (160,)
@@ -49,6 +64,7 @@ def test_flops_count_three_products_a_layer_but_for_the_first_input_gradient() -
 def test_a_name_says_what_a_case_is() -> None:
     assert TINY.name == "12-8-6-4@8"
     assert FLEET.name == "12-8-4@8:adam:x2"
+    assert cases.Case((30, 64, 1), 256, steps=1, loss="mse", optimizer="adam").name == "30-64-1@256:mse:adam"
     assert len({case.name for case in cases.CASES.values()}) == len(cases.CASES)
     assert set(cases.QUICK) <= cases.CASES.keys()
 
@@ -131,6 +147,103 @@ def test_json_is_one_object(
     assert [line["peer"] for line in found["lines"]] == ["engine"]
 
 
+def run_of(tmp_path: Path, *arguments: str) -> tuple[int, list[report.Record]]:
+    path = tmp_path / "figures.jsonl"
+    asked = ["--case", TINY.name, "--peer", "engine", "--repeats", "1", "--quick", "--out", str(path), "--no-plots"]
+    code = main([*asked, "--device", "cpu", *arguments])
+    return code, report.read(path)
+
+
+def test_processes_spin_during_turns_and_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cases.CASES, TINY.name, TINY)
+    running: list[int] = []
+    asked: list[tuple[str, list[int]]] = []
+
+    @contextlib.contextmanager
+    def recorded(number: int) -> Iterator[list[int]]:
+        with busy.spinning(number) as running[:]:
+            yield running
+        running.clear()
+
+    def ask(self: worker.Worker, method: str, *arguments: Any) -> Any:
+        asked.append((method, [one for one in running if alive(one)]))
+        return original(self, method, *arguments)
+
+    original = worker.Worker.ask
+    monkeypatch.setattr(measure, "spinning", recorded)
+    monkeypatch.setattr(worker.Worker, "ask", ask)
+    code, lines = run_of(tmp_path, "--busy", "2")
+    printed = capsys.readouterr()
+    assert code == 0
+    assert {method: len(spun) for method, spun in asked} == {
+        **{"load": 0, "trajectories": 0, "environment": 0},
+        **{"epochs_in": 2, "turn": 2},
+    }
+    assert not any(alive(one) for _, spun in asked for one in spun)
+    assert [line["busy"] for line in lines] == [2] * len(lines)
+    assert "Each turn ran beside 2 spinning processes. " in printed.out
+    assert "To repeat: `python -m bench --busy 2`." in printed.out
+
+    code, after = run_of(tmp_path)
+    assert code == 2 and after == lines
+    message = capsys.readouterr().err
+    assert "it holds figures measured beside 2 spinning processes, and these are measured with nothing" in message
+
+
+def alive(process: int) -> bool:
+    """Return whether a process runs; one that has ended may not have been waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class TestSpinning:
+    """The processes of ``--busy``."""
+
+    def test_they_compute_as_the_contenders_do(self) -> None:
+        with busy.spinning(2) as running:
+            assert len({*running}) == 2
+            for process in running:
+                assert os.getpriority(os.PRIO_PROCESS, process) == os.getpriority(os.PRIO_PROCESS, 0)
+                assert os.getsid(process) == os.getsid(0)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            time.sleep(0.3)
+        # the time of children counts once they have ended; the other jobs of the machine may take most of it
+        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before > 0.02
+        assert not any(map(alive, running))
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, worker.WorkerError("gone", "gone")])
+    def test_they_end_with_an_error_too(self, error: Any) -> None:
+        with pytest.raises((KeyboardInterrupt, worker.WorkerError)), busy.spinning(1) as running:
+            raise error
+        assert not alive(running[0])
+
+    @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_they_end_with_the_benchmark(self, sent: signal.Signals) -> None:
+        code = (
+            "import time\nfrom bench.busy import spinning\n"
+            "with spinning(2) as running:\n    print(*running, flush=True)\n    time.sleep(60)"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as parent:
+            assert parent.stdout is not None
+            running = [int(one) for one in parent.stdout.readline().split()]
+            assert len(running) == 2 and all(map(alive, running))
+            parent.send_signal(sent)
+            parent.wait(timeout=30)
+        until = time.monotonic() + 30
+        while any(map(alive, running)) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not any(map(alive, running))
+
+    def test_one_that_does_not_start_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(busy, "SPIN", "raise SystemExit")
+        with pytest.raises(OSError, match="ended at once"), busy.spinning(1):
+            pass
+
+
 def test_a_worker_reports_what_was_raised_inside_it() -> None:
     with worker.Worker("engine") as one, pytest.raises(worker.WorkerError, match="engine failed to turn"):
         one.ask("turn", 1)
@@ -152,6 +265,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(
         (["--case", "784-10-10@33"], "did you mean '784-10-10@32'?"),
         (["comprae", "a", "b"], "did you mean 'compare'?"),
         (["--repeats", "0"], "a whole number of at least 1, got '0'"),
+        (["--busy", "-1"], "a whole number of at least 1, got '-1'"),
     ],
 )
 def test_what_it_does_not_know_is_answered_with_the_nearest(
@@ -178,7 +292,7 @@ def test_what_cannot_be_measured_is_said(arguments: list[str], said: str, capsys
 def test_the_command_explains_itself_and_lists_what_there_is() -> None:
     shown = run("--help")
     assert shown.returncode == 0
-    for option in ("--case", "--peer", "--quick", "--repeats", "--out", "--json", "--markdown"):
+    for option in ("--case", "--peer", "--quick", "--busy", "--repeats", "--out", "--json", "--markdown"):
         assert option in shown.stdout
     assert "examples:" in shown.stdout
     listed = run("--list")

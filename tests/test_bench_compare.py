@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,44 @@ def test_the_exit_code_says_whether_something_became_slower(tmp_path: Path, caps
     with pytest.raises(SystemExit, match="2"):
         compare.main([before, str(tmp_path / "missing.jsonl")])
     assert "no such file" in capsys.readouterr().err
+
+
+def spun(seed: int, busy: int) -> list[Any]:
+    """Return the lines of a run beside spinning processes."""
+    return [{**line, "busy": busy} for line in lines(seed, machine=2.0)]
+
+
+def test_runs_beside_other_numbers_of_processes_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet, one, two = (
+        written(tmp_path / f"{busy}.jsonl", found) for busy, found in ((0, lines(0)), (1, spun(1, 1)), (2, spun(2, 2)))
+    )
+    assert compare.main([one, one]) == 0
+    for pair in ((quiet, one), (one, quiet), (one, two)):
+        assert compare.main([*pair]) == 2
+    message = capsys.readouterr().err
+    assert f"{quiet} was measured with nothing beside, {one} was measured beside 1 spinning process;" in message
+
+
+def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    for name, busy in (("quiet", 0), ("one", 1), ("two", 2)):
+        written(tmp_path / f"{name}.jsonl", spun(0, busy) if busy else lines(0))
+    page = "".join(f"<!-- bench {name}.jsonl -->\n<!-- /bench -->\n" for name in ("quiet", "one", "two"))
+    files = {
+        busy: Path(written(tmp_path / f"new{busy}.jsonl", spun(3, busy) if busy else lines(3))) for busy in (0, 1, 2)
+    }
+    for busy, name in enumerate(("quiet", "one", "two")):
+        after = readme.written(page, files[busy])
+        assert re.findall(r"<!-- bench (\S+).jsonl", after) == [
+            f"new{busy}" if one == name else one for one in ("quiet", "one", "two")
+        ]
+        assert after.count("Each turn ran beside 1 spinning process. ") == 1
+        assert after.count("Each turn ran beside 2 spinning processes. ") == 1
+        assert after.count("`python -m bench --busy 2`") == 1
+        # once, below the quiet tables
+        assert after.count("| on a GPU |") == 1
 
 
 def test_titles_say_what_the_figures_say(tmp_path: Path) -> None:

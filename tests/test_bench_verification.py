@@ -21,6 +21,8 @@ SMALL = {
     "sgd": cases.Case((12, 8, 6, 4), 8, steps=6),
     "adam": cases.Case((12, 8, 4), 16, steps=20, optimizer="adam", activation="tanh", learning_rate=1e-3),
     "dropout": cases.Case((12, 16, 16, 4), 64, steps=6, optimizer="adam", dropout=0.2, learning_rate=1e-3),
+    "mse": cases.Case((12, 8, 6, 3), 8, steps=6, loss="mse"),
+    "mse of one output, adam": cases.Case((12, 8, 1), 16, steps=20, loss="mse", optimizer="adam", learning_rate=1e-3),
     "fleet": cases.Case((12, 8, 4), 8, steps=6, optimizer="adam", models=3),
 }
 

@@ -203,7 +203,7 @@ BROKEN = {
         {"fusemlp_kernels.philox": "from fusemlp import MLP"},
         "never import the engine",
     ),
-    "torch outside its doors": ({"fusemlp_kernels.numpy.linear": "import torch.nn"}, "fusemlp.torch may"),
+    "torch outside its doors": ({"fusemlp_kernels.numpy.plan": "import torch.nn"}, "fusemlp.torch may"),
     "triton in the engine": ({"fusemlp.runtime.bound": "from triton import jit"}, "only fusemlp_kernels.triton may"),
     "triton in the torch door": ({"fusemlp.torch": "import triton"}, "only fusemlp_kernels.triton may"),
     "cupy in the triton backend": (
@@ -232,7 +232,7 @@ BROKEN = {
     ),
     "upwards, to the public names": ({"fusemlp.sklearn": "from fusemlp import MLP"}, "lies above it"),
     "the registry": ({"fusemlp.program.lowering": "import fusemlp_kernels"}, "know the backends"),
-    "a backend": ({"fusemlp.training.fit": "from fusemlp_kernels.numpy import linear"}, "know the backends"),
+    "a backend": ({"fusemlp.training.fit": "from fusemlp_kernels.numpy import plan"}, "know the backends"),
     "the oracle": (
         {"fusemlp.describe.schedules": "from fusemlp_kernels import reference", "fusemlp_kernels.reference": ""},
         "imports fusemlp_kernels.reference; only runtime know the backends",
@@ -276,8 +276,8 @@ def test_what_the_rules_allow() -> None:
         "fusemlp_kernels.__init__": "from fusemlp_kernels.errors import ShapeError",
         "fusemlp_kernels.contract": "",
         "fusemlp_kernels.errors": "",
-        "fusemlp_kernels.numpy.__init__": "from ..contract import Traits\nfrom . import linear",
-        "fusemlp_kernels.numpy.linear": "import numpy",
+        "fusemlp_kernels.numpy.__init__": "from ..contract import Traits\nfrom . import plan",
+        "fusemlp_kernels.numpy.plan": "import numpy",
         "fusemlp_kernels.triton.launch": "import torch\nimport triton.language as tl",
         "fusemlp_kernels.cupy.backend": "import cupy\nfrom cupyx.scipy import special",
     }

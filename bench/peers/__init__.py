@@ -62,6 +62,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "gpu")
     host: bool = False
     fleet: bool = False
+    losses: tuple[str, ...] = ("cross_entropy", "mse")
     optimizers: tuple[str, ...] = ("sgd", "adam")
     dropout: bool = True
     compiles_long: bool = False
@@ -95,20 +96,16 @@ PEERS = {
         )
         for plan in plans
     },
-    "engine_scipy_blas": Peer(
-        "fusemlp without MKL",
-        "fusemlp",
-        module="engine",
-        devices=("cpu",),
-        host=True,
-        precisions=("fp32",),
-        environment={"FUSEMLP_BLAS": "scipy"},
-    ),
     "torch_eager": Peer("PyTorch eager", "torch"),
     "torch_compile": Peer("PyTorch torch.compile", "torch", compiles_long=True),
     "torch_graph": Peer("PyTorch whole-step CUDA graph", "torch", devices=("gpu",)),
     "torch_addmm": Peer(
-        "PyTorch addmm_ by hand", "torch", optimizers=("sgd",), dropout=False, precisions=("fp32", "tf32")
+        "PyTorch addmm_ by hand",
+        "torch",
+        losses=("cross_entropy",),
+        optimizers=("sgd",),
+        dropout=False,
+        precisions=("fp32", "tf32"),
     ),
     "sklearn_mlp": Peer("scikit-learn", "sklearn", **HOST, rules=SCIKIT_LEARN, differs=EPS),
     "jax_jit": Peer("JAX jit", "jax"),
@@ -170,10 +167,6 @@ def absent(name: str, device: str) -> str | None:
         return f"torch {version} is the build without GPU support"
     if name == "torch_compile" and device == "cpu" and not any(map(shutil.which, COMPILERS)):
         return f"needs a C++ compiler for its kernels: none of {', '.join(COMPILERS)} was found"
-    if "FUSEMLP_BLAS" in peer.environment:
-        from fusemlp_kernels.numpy.libraries import mkl
-
-        return None if mkl() is not None else "equals fusemlp's own choice here: MKL is not in use"
     if peer.options:
         return _plan_missing(peer.options["backend"], peer.options["plan"], device)
     return None
@@ -201,6 +194,8 @@ def unsuited(name: str, case: Case) -> str | None:
     peer = PEERS[name]
     if peer.fleet != (case.models is not None):
         return "trains many models at once" if peer.fleet else "trains one model at a time"
+    if case.loss not in peer.losses:
+        return f"has no {case.loss}"
     if case.optimizer not in peer.optimizers:
         return f"has no {case.optimizer} step"
     if case.dropout and not peer.dropout:

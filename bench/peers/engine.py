@@ -43,7 +43,7 @@ class EngineTrainer:
         self.data = data
         self.engine = Engine(
             MLP(case.sizes, activation=case.activation, dropout=case.dropout),
-            loss="cross_entropy",
+            loss=case.loss,
             optimizer=optimizer_of(case),
             batch_size=case.batch_size,
             backend=backend,

@@ -17,6 +17,7 @@ class FleetTrainer:
         self.data, self.case = data, case
         self.fleet = Fleet(
             MLP(case.sizes, activation=case.activation, dropout=case.dropout),
+            loss=case.loss,
             optimizer=optimizer_of(case),
             batch_size=case.batch_size,
             # One seed each, so that each model has its own row order.

@@ -45,7 +45,7 @@ def start(case: Case, parameters: Any, key: jax.Array) -> State:
 
 
 def batch_loss(case: Case, parameters: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-    """Return the mean cross-entropy of a batch: x (M, K), y (M,)."""
+    """Return the mean loss of a batch: x (M, K), y (M,), for mse (M, N)."""
     *hidden, (weight, bias) = parameters
     activation = jnp.tanh if case.activation == "tanh" else jax.nn.relu
     for layer, (w, b) in enumerate(hidden):
@@ -53,7 +53,10 @@ def batch_loss(case: Case, parameters: Any, x: jax.Array, y: jax.Array, key: jax
         if case.dropout:
             kept = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - case.dropout, x.shape)
             x = jnp.where(kept, x / (1 - case.dropout), 0)
-    log_probabilities = jax.nn.log_softmax(x @ weight.T + bias)
+    x = x @ weight.T + bias
+    if case.loss == "mse":
+        return ((x - y) ** 2).mean()
+    log_probabilities = jax.nn.log_softmax(x)
     return -jnp.take_along_axis(log_probabilities, y[:, None], axis=1).mean()
 
 
@@ -81,7 +84,8 @@ class JaxTrainer:
     def __init__(self, case: Case, data: Data) -> None:
         configure(case)
         self.data, self.case = data, case
-        self.X, self.y = jnp.asarray(data.X), jnp.asarray(data.y, dtype=jnp.int32)
+        kind = jnp.float32 if case.loss == "mse" else jnp.int32
+        self.X, self.y = jnp.asarray(data.X), jnp.asarray(data.y, dtype=kind)
         self.generator = np.random.default_rng(0)
         self.reset()
         self.step = self.compile_step()

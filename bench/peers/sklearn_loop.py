@@ -1,4 +1,4 @@
-"""scikit-learn, many models: one ``MLPClassifier.fit`` after another."""
+"""scikit-learn, many models: one ``fit`` after another."""
 
 from __future__ import annotations
 

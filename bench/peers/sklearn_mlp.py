@@ -1,4 +1,4 @@
-"""scikit-learn: ``MLPClassifier.fit`` with its own loop over epochs and batches."""
+"""scikit-learn: ``fit`` of ``MLPClassifier`` or ``MLPRegressor`` with its own loop over epochs and batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from bench.cases import Array, Case, Data, Parameters
 
@@ -16,8 +16,12 @@ class SklearnTrainer:
 
     def __init__(self, case: Case, data: Data) -> None:
         self.case, self.data = case, data
-        self.model = MLPClassifier(
-            case.sizes[1:-1],
+        self.y = data.y
+        if case.loss == "mse" and case.sizes[-1] == 1:
+            # its regressor takes a single target as a vector
+            self.y = data.y[:, 0]
+        self.model = (MLPRegressor if case.loss == "mse" else MLPClassifier)(
+            hidden_layer_sizes=case.sizes[1:-1],
             activation=case.activation,
             solver=case.optimizer,
             alpha=0.0,
@@ -33,22 +37,23 @@ class SklearnTrainer:
             early_stopping=False,
         )
         size = case.batch_size
-        self.model.partial_fit(data.X[:size], data.y[:size], classes=np.arange(case.sizes[-1]))
+        classes = {} if case.loss == "mse" else {"classes": np.arange(case.sizes[-1])}
+        self.model.partial_fit(data.X[:size], self.y[:size], **classes)
         self.reset()
 
     def reset(self) -> None:
         # scikit-learn's weights are (inputs, outputs), row-major.
-        self.model.coefs_ = [np.ascontiguousarray(weight.T) for weight, _ in self.data.parameters]
+        self.model.coefs_ = [np.array(weight.T, order="C") for weight, _ in self.data.parameters]
         self.model.intercepts_ = [bias.copy() for _, bias in self.data.parameters]
         # fit makes a new optimizer; partial_fit keeps an existing one.
         vars(self.model).pop("_optimizer", None)
 
     def train(self, epochs: int) -> None:
-        self._fit(self.data.X, self.data.y, epochs, shuffle=True)
+        self._fit(self.data.X, self.y, epochs, shuffle=True)
 
     def losses(self, order: Array) -> Array:
         # fit reports one loss an epoch, so single steps give the losses. A fit then leaves train's parameters.
-        X, y = self.data.X[order], self.data.y[order]
+        X, y = self.data.X[order], self.y[order]
         # With warm_start each batch would need every class.
         self.model.set_params(shuffle=False, warm_start=False)
         losses = []
@@ -56,7 +61,7 @@ class SklearnTrainer:
             batch = slice(start, start + self.case.batch_size)
             self.model.partial_fit(X[batch], y[batch])
             losses.append(self.model.loss_)
-        if len(np.unique(y)) == self.case.sizes[-1]:
+        if self.case.loss == "mse" or len(np.unique(y)) == self.case.sizes[-1]:
             self.reset()
             self._fit(X, y, 1, shuffle=False)
         return np.array(losses)

@@ -13,10 +13,9 @@ import numpy as np
 import tinycudann
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from bench.cases import Case, Data, Parameters
-from bench.peers.torch_eager import TorchTrainer
+from bench.peers.torch_eager import LOSSES, TorchTrainer
 
 FUSED_WIDTHS = (16, 32, 64, 128)
 MULTIPLE = 16
@@ -45,7 +44,7 @@ class TinyTrainer(TorchTrainer):
         return kind(self.tiny.parameters(), lr=self.case.learning_rate, fused=True)
 
     def batch_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(self.tiny(x).float(), y)
+        return LOSSES[self.case.loss](self.tiny(x).float(), y)
 
     def reset(self) -> None:
         flat = []

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from bench.cases import Array, Case, Data, Parameters
+
+LOSSES = {"cross_entropy": cross_entropy, "mse": mse_loss}
 
 
 def network(case: Case) -> nn.Sequential:
@@ -50,7 +52,7 @@ class TorchTrainer:
     def batch_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the mean loss of a batch."""
         with self.casting():
-            return cross_entropy(self.model(x), y)
+            return LOSSES[self.case.loss](self.model(x), y)
 
     def casting(self) -> contextlib.AbstractContextManager[Any]:
         """Return torch's autocast context for a case in bf16, else an empty one."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.functional import cross_entropy
 
 from bench.cases import Array, Case, Data, Parameters
-from bench.peers.torch_eager import network
+from bench.peers.torch_eager import LOSSES, network
 
 
 class StackedTrainer:
@@ -35,7 +34,7 @@ class StackedTrainer:
         self.optimizer = kind(list(self.stacked.values()), lr=case.learning_rate)
 
         def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return cross_entropy(functional_call(self.model, parameters, (x,)), y)
+            return LOSSES[case.loss](functional_call(self.model, parameters, (x,)), y)
 
         self.gradients = vmap(grad_and_value(loss))
 

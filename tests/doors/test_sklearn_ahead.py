@@ -176,7 +176,7 @@ def test_few_models_are_set_up_at_once(n_jobs, monkeypatch):
         most = max(most, len(ahead._entries))
 
     monkeypatch.setattr(TrainedAhead, "collect", counted)
-    monkeypatch.setattr("fusemlp.sklearn.search.cores", lambda: 4)
+    monkeypatch.setattr("fusemlp.sklearn.search.cpu_threads", lambda: 4)
     FleetSearchCV(MODEL.set_params(backend="numpy"), {"alpha": np.linspace(0, 1, 9)}, cv=3, n_jobs=n_jobs).fit(X, Y)
     assert most == 2 * {None: 4, -1: 4}.get(n_jobs, n_jobs)
 

@@ -221,6 +221,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert re.search(r"numpy +yes +cpu +fp32, fp64 +eager", shown)
     assert f"fusemlp {fusemlp.__version__}" in shown
+    assert re.search(r"threads of a training on the CPU: \d+ \(the least of: \w.* \d+\)", shown)
 
 
 def test_doctor_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +231,7 @@ def test_doctor_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     for found in report["backends"].values():
         assert (found["reason"] is None) == bool(found["precisions"])
     assert report["libraries"]["numpy"] == np.__version__
+    assert report["threads"] == min(report["thread_limits"].values())
 
 
 def test_lr_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

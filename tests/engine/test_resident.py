@@ -327,13 +327,13 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
     whole = trained("resident", **options)
     monkeypatch.delenv(tables.WHOLE_LOOP)
     made: list[frozenset[str]] = []
-    loop = tables.loop_for
+    work = tables.work_for
 
-    def watched(names: frozenset[str], *, alone: bool) -> Any:
+    def watched(names: frozenset[str], real: Any, *, alone: bool) -> Any:
         made.append(names)
-        return loop(names, alone=alone)
+        return work(names, real, alone=alone)
 
-    monkeypatch.setattr(tables, "loop_for", watched)
+    monkeypatch.setattr(tables, "work_for", watched)
     # a program remembers its loop, and the one for all programs would serve
     lowering.lower.cache_clear()
     monkeypatch.setattr(tables, "_loops", {})

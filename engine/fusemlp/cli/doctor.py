@@ -16,6 +16,7 @@ from fusemlp.cli.output import show
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, availability
 from fusemlp.report.metrics import aligned
+from fusemlp.runtime.backends import thread_limits
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -23,15 +24,14 @@ PLANS = ("eager", "graph", "resident")
 # The purpose of each library; optional ones name their extra in brackets.
 LIBRARIES = {
     "numpy": "arrays",
-    "scipy": "BLAS",
+    "scipy": "functions of probabilities",
     "scikit-learn": "data sets, splits, metrics",
     "safetensors": "checkpoints",
     "torch": "triton backend [triton]",
     "triton": "triton backend [triton]",
     "cupy-cuda12x": "cupy backend [cupy-cuda12x]",
     "cupy-cuda13x": "cupy backend [cupy-cuda13x]",
-    "numba": "compiled training on a CPU",
-    "mkl": "large matrix products on Intel's processors [mkl]",
+    "numba": "training and predictions on a CPU",
     "matplotlib": "plots [plot]",
     "pyarrow": "tables",
     "openpyxl": "Excel files [excel]",
@@ -40,7 +40,7 @@ LIBRARIES = {
 
 
 def doctor(options: DoctorOptions) -> None:
-    """Print the backends, libraries and BLAS of this machine."""
+    """Print the backends, libraries and threads of this machine."""
     report = examine()
     backends = [["backend", "works", "device", "precisions", "plans"]]
     for name, found in report["backends"].items():
@@ -49,15 +49,13 @@ def doctor(options: DoctorOptions) -> None:
         backends.append([name, "yes" if works else "no", found["device"] or "-", *listed])
     libraries = [["library", "version", "for"]]
     libraries += [[name, found or "not installed", LIBRARIES[name]] for name, found in report["libraries"].items()]
+    limits = ", ".join(f"{name} {number}" for name, number in report["thread_limits"].items())
     lines = [
         f"fusemlp {report['fusemlp']}, Python {report['python']}, {report['machine']}, {report['cpus']} CPUs\n",
         f"{aligned(backends, left=5)}\n",
         *(f"{name}: {found['reason']}" for name, found in report["backends"].items() if found["reason"] is not None),
         f"\n{aligned(libraries, left=3)}\n",
-        *(
-            f"BLAS: {blas['name']} {blas['version']} ({blas['architecture']}), {blas['threads']} threads"
-            for blas in report["blas"]
-        ),
+        f"threads of a training on the CPU: {report['threads']} (the least of: {limits})",
         *(f"set in the environment: {name}={value}" for name, value in report["environment"].items()),
     ]
     show(report, lines, as_json=options.as_json)
@@ -65,18 +63,20 @@ def doctor(options: DoctorOptions) -> None:
 
 def examine() -> dict[str, Any]:
     """Return everything that ``doctor`` prints, JSON-able."""
+    limits = thread_limits()
     return {
         "fusemlp": __version__,
         "python": platform.python_version(),
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
+        "threads": min(limits.values()),
+        "thread_limits": limits,
         "backends": {name: _examine_backend(name, reason) for name, reason in availability().items()},
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "blas": _blas(),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("FUSEMLP_", "OPENBLAS_", "OMP_", "MKL_"))
+            if name.startswith(("FUSEMLP_", "OPENBLAS_", "OMP_"))
         },
     }
 
@@ -108,12 +108,3 @@ def _version(library: str) -> str | None:
         return version(library)
     except PackageNotFoundError:
         return None
-
-
-def _blas() -> list[dict[str, Any]]:
-    """Return the loaded BLAS libraries, from threadpoolctl, which comes with scikit-learn."""
-    from threadpoolctl import threadpool_info
-
-    loaded = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
-    names = {"name": "internal_api", "version": "version", "architecture": "architecture", "threads": "num_threads"}
-    return [{name: pool.get(theirs) for name, theirs in names.items()} for pool in loaded]

@@ -19,9 +19,10 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
-from fusemlp.fleet.threads import Stop, Training, cores, run_side_by_side
+from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
+from fusemlp.runtime.backends import cpu_threads
 from fusemlp.training.fit import check_monitor, checked_validation, fit_checked, logged, with_metrics
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
@@ -40,7 +41,7 @@ class Fleet:
     label_smoothing, seed, batch_size.
 
     On a CPU the models train side by side, one a core, each in a compiled loop; with ``plan="eager"`` they train one
-    after another. A fleet of n models ends with the same bits as n engines trained alone with BLAS on one thread. On
+    after another. A fleet of n models ends with the same bits as n engines trained alone. On
     the Triton backend models of one shape train in one launch, a multiprocessor each: a model that has ended leaves it.
     ``plan_reason`` of an engine says whether it is one of those; all others train one after another.
 
@@ -131,7 +132,7 @@ class Fleet:
         ``rows``: each model's training rows of X, such as folds or bootstraps, in place of all. ``validation_rows``:
         each model's validation rows of X, in place of ``validation_data``. Each model has its own early stopping. A
         model whose loss is no longer finite is marked, at its last good epoch, and the others go on. ``jobs``: the most
-        models at once if each trains by itself; by default one a core.
+        models at once if each trains by itself; by default one a core, or ``FUSEMLP_NUM_THREADS``.
 
         ``callback`` is called with the ``Member`` of each model when it has ended, in the thread that called ``fit``;
         the others train on meanwhile. An error in it ends training like Ctrl-C: all models stop after their batches,
@@ -139,11 +140,9 @@ class Fleet:
 
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
-        from threadpoolctl import threadpool_limits
-
         epochs = as_count("epochs", epochs, minimum=1)
         patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
-        workers = cores() if jobs is None else as_count("jobs", jobs, minimum=1)
+        workers = cpu_threads() if jobs is None else as_count("jobs", jobs, minimum=1)
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
@@ -225,8 +224,7 @@ class Fleet:
             alone = [index for index in engines if index not in members]
             if alone:
                 trainings = ((index, partial(_launches, fit, index)) for index in alone)
-                with threadpool_limits(1, user_api="blas"):
-                    run_side_by_side(trainings, min(workers, len(alone)), ended)
+                run_side_by_side(trainings, min(workers, len(alone)), ended)
                 del trainings
             # gone before the next are built
             del groups

@@ -193,13 +193,10 @@ def train_together(
 
     Ctrl-C ends the training of all models after their launch and raises KeyboardInterrupt.
     """
-    from threadpoolctl import threadpool_limits
-
     backend = groups[0][0].engines[0].memory.backend
     # the data set is on the device once
     given = on_device(backend, data)
-    # work on the host has one thread: the bits are those of engines that train so
-    with threadpool_limits(1, user_api="blas"), deferred_interrupt() as interrupted:
+    with deferred_interrupt() as interrupted:
         for group, keys in groups:
             first, most = group.engines[0], GROUP_ROWS // len(keys)
             epochs = [max(1, min(at_once[key], most // counts[key])) for key in keys]

@@ -5,7 +5,6 @@ Threads that worked in Python too would hand its lock to one another at each of 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from fusemlp.callbacks import deferred_interrupt
-from fusemlp.runtime.backends import one_blas_thread
+from fusemlp.runtime.backends import one_thread
 from fusemlp_kernels.errors import DivergenceError
 
 # A training yields its launches, and goes on when one has run.
@@ -22,13 +21,8 @@ Training = Generator[Launch, None, None]
 Stop = Callable[[], bool]
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class LaunchThreads:
-    """Runs the launches of trainings on ``workers`` threads, BLAS on one thread in each.
+    """Runs the launches of trainings on ``workers`` threads, each of them alone.
 
     One worker is the calling thread.
 
@@ -87,7 +81,7 @@ class LaunchThreads:
             return
         outcome: BaseException | None = None
         try:
-            with one_blas_thread():
+            with one_thread():
                 launch()
         except BaseException as error:
             outcome = error

@@ -10,7 +10,17 @@ from fusemlp_kernels.registry import TRAITS, availability
 from fusemlp_kernels.registry import backend as open_backend
 from fusemlp_kernels.registry import choose as first_available
 
-__all__ = ["TRAITS", "availability", "first_available", "one_blas_thread", "open_backend", "row_order", "torch_backend"]
+__all__ = [
+    "TRAITS",
+    "availability",
+    "cpu_threads",
+    "first_available",
+    "one_thread",
+    "open_backend",
+    "row_order",
+    "thread_limits",
+    "torch_backend",
+]
 
 
 def torch_backend(device_type: str) -> str:
@@ -18,12 +28,25 @@ def torch_backend(device_type: str) -> str:
     return "numpy" if device_type == "cpu" else "triton"
 
 
-def one_blas_thread() -> AbstractContextManager[None]:
-    """While a thread that has a core computes for the numpy backend: the limits of ``threadpool_limits`` are not those
-    of every library in other threads than the one which sets them."""
-    from fusemlp_kernels.numpy.libraries import one_thread_here
+def cpu_threads() -> int:
+    """Return how many threads the calling thread may use on the CPU now: ``fusemlp_kernels.numpy.cores``."""
+    from fusemlp_kernels.numpy.cores import threads
 
-    return one_thread_here()
+    return threads()
+
+
+def thread_limits() -> dict[str, int]:
+    """Return the limits by name whose least is ``cpu_threads()``."""
+    from fusemlp_kernels.numpy.cores import limits
+
+    return limits()
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """While it lasts, launches of the calling thread on the numpy backend have no other threads."""
+    from fusemlp_kernels.numpy.cores import one_thread as only
+
+    return only()
 
 
 def row_order(backend_name: str, plan: str, n: int, seed: int, epoch: int) -> Array:

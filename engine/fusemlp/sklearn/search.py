@@ -16,10 +16,9 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import indexable
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
-from threadpoolctl import threadpool_limits
 
 from fusemlp.fleet.memory import available_memory
-from fusemlp.fleet.threads import cores
+from fusemlp.runtime.backends import cpu_threads, one_thread
 from fusemlp.sklearn.ahead import TrainedAhead
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.sharing import SharedFits
@@ -71,7 +70,7 @@ class _FleetSearch(BaseSearchCV):
         # only newer releases have callbacks, and look for this name
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
         asked = -1 if self.n_jobs is None else self.n_jobs
-        workers = asked if asked > 0 else max(1, cores() + 1 + asked)
+        workers = asked if asked > 0 else max(1, cpu_threads() + 1 + asked)
 
         def evaluate(candidates: Any, **named: Any) -> Any:
             candidates = list(candidates)
@@ -92,7 +91,7 @@ class _FleetSearch(BaseSearchCV):
                 return evaluate_candidates(candidates, cv=check_cv(folds), **named)
 
         # the models have a core each; the refit, which comes later, has them all
-        with threadpool_limits(1, user_api="blas"):
+        with one_thread():
             super()._run_search(evaluate, **context)
 
 
@@ -108,7 +107,7 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
 
     A model that cannot be fitted, or whose parameters are no longer finite, gets ``error_score`` with a
     FitFailedWarning. On NumPy each model trains in one compiled loop, and ends with the same bits as one that is fitted
-    alone with BLAS on one thread; there are rows of two folds a core in memory, and no more. On Triton models of one
+    alone; there are rows of two folds a core in memory, and no more. On Triton models of one
     shape, from all candidates and folds, train in one launch, which one that has converged leaves; within rounding they
     end where models end that are fitted alone. On CuPy, with callbacks, ``verbose``, ``warm_start`` or L-BFGS they
     train one after another.

@@ -1,1 +1,1 @@
-"""The CPU backend: preallocated buffers, BLAS, no temporaries."""
+"""The CPU backend: preallocated buffers, compiled loops, a team of threads."""

@@ -10,10 +10,9 @@ import numpy as np
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES, bind_call, bind_train_resident
-from fusemlp_kernels.numpy.libraries import mkl
-from fusemlp_kernels.numpy.linear import bind_linear
-from fusemlp_kernels.numpy.tables import Array, Run, Table, copied
-from fusemlp_kernels.ops import OPS, check_names
+from fusemlp_kernels.numpy.cores import threads
+from fusemlp_kernels.numpy.tables import Array, Run
+from fusemlp_kernels.ops import check_names
 
 BINDERS: dict[str, Callable[..., Any]] = {**ENTRIES, "train_resident": bind_train_resident}
 # Arrays start at multiples of this.
@@ -31,8 +30,7 @@ class NumpyBackend:
             raise BackendUnavailableError(
                 f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
             )
-        # Load MKL now: limits on BLAS threads that a caller sets later then include it.
-        mkl()
+        threads()  # refuses an impossible FUSEMLP_NUM_THREADS
         self.traits = traits
         self.device = "cpu"
         self._dtypes: dict[str, Any] = {
@@ -96,12 +94,7 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         check_names(self.traits.name, BINDERS, op, operands)
         real = self._dtypes["real"]
-        if op == "train_resident":
-            return bind_train_resident(real, **operands)
-        if op != "linear" or operands.get("dropout") is not None:
-            return bind_call(real, op, operands)
-        table = Table(real)
-        return copied(bind_linear(**table.operands(operands, OPS[op].by_name)), table.before, table.after)
+        return bind_train_resident(real, **operands) if op == "train_resident" else bind_call(real, op, operands)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""

@@ -18,7 +18,6 @@ from fusemlp_kernels.contract import (
     LossSpec,
     Ridge,
     Segment,
-    TensorRule,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
@@ -73,6 +72,12 @@ def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None
     return gathered
 
 
+def _affine(table: Table, x: Array, w: Array, b: Array, z: Array) -> None:
+    """The pre-activation of a layer."""
+    table.height = max(table.height, len(z))
+    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, PANELS=table.in_panels(w), B=b, Z=z)
+
+
 def _linear(
     table: Table,
     *,
@@ -97,7 +102,7 @@ def _linear(
     elif z is None:
         z = table.scratch(*y.shape)
     x = _gathered(table, x, rows, gathered, len(y))
-    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, W=w, B=b, Z=z)
+    _affine(table, x, w, b, z)
     if activation != "identity" or dropout is not None:
         table.add("ACTIVATE", numbers | rates, N=len(w), Y=y, Z=z, **columns, **dropped)
     table.control(counters)
@@ -135,6 +140,7 @@ def _loss_grad(
         raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
     table.control(counters, stats)
     count, outputs = z.shape
+    table.height = max(table.height, count)
     columns, numbers = _activation(table, activation, slope, slope_param, dslope)
     y = z
     if not entropy:
@@ -178,7 +184,7 @@ def _linear_loss_grad(
     count = len(x) if x_rows is None or gathered is None else len(gathered)
     x = _gathered(table, x, x_rows, gathered, count)
     z = table.scratch(count, len(w))
-    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, W=w, B=b, Z=z)
+    _affine(table, x, w, b, z)
     return _loss_grad(table, True, z=z, dz=dz, **loss_operands)
 
 
@@ -200,6 +206,7 @@ def _grad_input(
 ) -> int:
     columns, numbers = _activation(table, activation, slope, slope_param, dslope)
     dropped, rates = _dropout(table, dropout, keep)
+    table.height = max(table.height, len(dz_prev))
     table.add(
         "BACKWARD", numbers | rates, N=len(w), K=w.shape[1], DZ=dz, W=w, Y=y, Z=y if z is None else z, OUT=dz_prev,
         **columns, **dropped,
@@ -208,14 +215,21 @@ def _grad_input(
     return len(dz_prev)
 
 
-def _gradients(table: Table, layer: Operands, w: Array | None, b: Array | None, **columns: Any) -> None:
-    """The gradients by a layer's weights and bias into w and b; None is left out."""
+def _gradients(
+    table: Table, layer: Operands, w: Mapping[str, Any] | None, b: Mapping[str, Any] | None
+) -> None:  # fmt: skip
+    """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
     # ``linear`` has gathered what is read by row number
-    x = layer["x"] if layer.get("rows") is None else layer["gathered"]
+    x, dz = layer["x"] if layer.get("rows") is None else layer["gathered"], layer["dz"]
+    table.height = max(table.height, len(dz))
     if w is not None:
-        table.add("WEIGHT", N=len(w), K=w.shape[1], X=x, DZ=layer["dz"], OUT=w, **columns)
+        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, **w)
     if b is not None:
-        table.add("BIAS", N=len(b), DZ=layer["dz"], OUT=b, **columns)
+        table.add("BIAS", N=dz.shape[1], DZ=dz, SUMS=table.scratch(dz.shape[1]), **b)
+
+
+def _slope(table: Table, dslope: Array, columns: Mapping[str, Any]) -> None:
+    table.add("SLOPES", N=1, DZ=dslope, SUMS=table.scratch(1), **columns)
 
 
 def _batch(layers: Sequence[Operands]) -> int:
@@ -226,9 +240,9 @@ def _grad_weight(
     table: Table, *, layers: Sequence[Operands], rule: UpdateRule, counters: Array, slopes: Sequence[Operands] = ()
 ) -> int:
     for layer in layers:
-        _gradients(table, layer, layer["dw"], layer["db"])
+        _gradients(table, layer, *(None if layer[name] is None else {"OUT": layer[name]} for name in ("dw", "db")))
     for slope in slopes:
-        table.add("SLOPES", N=1, DZ=slope["dslope"], OUT=slope["grad"])
+        _slope(table, slope["dslope"], {"OUT": slope["grad"]})
     table.accumulate(rule, counters)
     return _batch(layers)
 
@@ -247,40 +261,29 @@ def _grad_weight_update(
         raise ArgumentError(
             "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
         )
-    # with nothing else to do with the gradient the product lands in the parameter
-    direct = rule.code == t.SGD
 
-    def descend(param: Array, state: Sequence[Array], own: TensorRule, gradient: Callable[..., None]) -> None:
-        if direct:
-            gradient(param, FIRST=table.tensor(own), DESCENDS=True)
-            return
-        grad = table.scratch(*param.shape)
-        gradient(grad)
-        at = table.tensor(own, 0, param.size)
-        _add_update(table, param, grad, state, at, at + 1)
+    def updated(owner: Operands, name: str, own: str = "") -> dict[str, Any] | None:
+        """The columns of a parameter that is updated with its gradient."""
+        param = owner[name]
+        if param is None:
+            return None
+        columns = {"FIRST": table.tensor(owner[f"{own}rule"], 0, param.size), "W": param}
+        columns["PANELS"] = table.panels_of(param)
+        if rule.code == t.SGD and _batch(layers) <= t.DEPTH:
+            # with nothing else to do with the gradient the product lands in the parameter
+            return columns | {"OUT": param, "DESCENDS": True}
+        # an optimizer without state reads none
+        one, two = (*owner[f"{own}state"], param, param)[:2]
+        return columns | {"OUT": table.scratch(*param.shape), "PARAM": param, "STATE0": one, "STATE1": two}
 
     for layer in layers:
-        for name in "wb":
-            if layer[name] is not None:
-
-                def gradient(out: Array, layer: Operands = layer, name: str = name, **columns: Any) -> None:
-                    _gradients(table, layer, *((out, None) if name == "w" else (None, out)), **columns)
-
-                descend(layer[name], layer[f"{name}_state"], layer[f"{name}_rule"], gradient)
+        _gradients(table, layer, updated(layer, "w", "w_"), updated(layer, "b", "b_"))
     for slope in slopes:
-
-        def by_slope(out: Array, slope: Operands = slope, **columns: Any) -> None:
-            table.add("SLOPES", N=1, DZ=slope["dslope"], OUT=out, **columns)
-
-        descend(slope["param"], slope["state"], slope["rule"], by_slope)
+        columns = updated(slope, "param")
+        assert columns is not None
+        _slope(table, slope["dslope"], columns)
     _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
     return _batch(layers)
-
-
-def _add_update(table: Table, params: Array, grads: Array, states: Sequence[Array], first: int, end: int) -> None:
-    # an optimizer without state reads none
-    one, two = (*states, params, params)[:2]
-    table.add("UPDATE", N=params.size, OUT=params, DZ=grads, Y=one, Z=two, FIRST=first, END=end)
 
 
 def _update(
@@ -295,12 +298,32 @@ def _update(
     rates: Array,
     counters: Array,
 ) -> int:
-    first = end = 0
-    for index, segment in enumerate(segments):
-        end = table.tensor(segment.rule, segment.offset, segment.size) + 1
-        first = first if index else end - 1
-    _add_update(table, params, grads, states, first, end)
+    tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
+    # an optimizer without state reads none
+    one, two = (*states, params, params)[:2]
+    columns = {"PARAM": params, "STATE0": one, "STATE1": two}
+    at_once = rule.clip_norm is None and rule.accumulate == 1
+    if not (at_once and _with_gradients(table, grads, columns, segments, tensors)):
+        first, end = (tensors[0], tensors[-1] + 1) if tensors else (0, 0)
+        if rule.clip_norm is not None:
+            table.add("NORM", N=params.size, DZ=grads, FIRST=first, END=end)
+        table.add("UPDATE", N=params.size, DZ=grads, FIRST=first, END=end, **columns)
     return _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
+
+
+def _with_gradients(
+    table: Table, grads: Array, arenas: Mapping[str, Array], segments: Sequence[Segment], tensors: Sequence[int]
+) -> bool:
+    """Update each tensor where its gradient is computed; False if not all gradients are."""
+    found = [table.gradient_at(grads, segment.offset, segment.size) for segment in segments]
+    rows = [row for row in found if row is not None]
+    if len(rows) < len(segments):
+        return False
+    for row, segment, tensor in zip(rows, segments, tensors, strict=True):
+        shifted = {name: (arena, segment.offset) for name, arena in arenas.items()}
+        panels = table.panels_of(arenas["PARAM"], segment.offset)
+        table.amend(row, FIRST=tensor, W=shifted["PARAM"], PANELS=panels, **shifted)
+    return True
 
 
 def _penalty(
@@ -308,8 +331,10 @@ def _penalty(
 ) -> int:
     del shares, counters, stats
     for layer in layers:
-        w = layer["w"]
-        table.add("PENALTY", {t.STRENGTH: ridge.strength}, N=len(w), K=w.shape[1], W=w, OUT=layer["dw"])
+        # the row of this gradient adds it
+        row = table.gradient_at(layer["dw"], 0, layer["dw"].size)
+        assert row is not None
+        table.amend(row, {t.STRENGTH: ridge.strength}, W=layer["w"], PULLS=True)
     return t.COUNTED
 
 

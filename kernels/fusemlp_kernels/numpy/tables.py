@@ -5,6 +5,7 @@ Numba is imported when a table first runs.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from array import array
@@ -18,6 +19,8 @@ from fusemlp_kernels import philox
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, LOSSES, TensorRule, UpdateRule
 from fusemlp_kernels.errors import MissingLibraryError
 from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan
+from fusemlp_kernels.numpy.team import launch
 from fusemlp_kernels.ops import READ, Operand
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, radix, seed_key
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
@@ -31,8 +34,9 @@ OPTIMIZER_NAMES = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
 NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
-        *("WEIGHT", "BIAS", "SLOPES", "PENALTY", "UPDATE"),
-        *("KEEP", "CLIPS", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
+        *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
+        *("PARAM", "PANELS", "PULLS"),
+        *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
         *("DESCENDS", "SLOPE", "DSLOPE"),
         *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),
         *OPTIMIZER_NAMES,
@@ -42,11 +46,14 @@ NAMES = frozenset(
 # The places of a row's columns.
 COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, int)}
 
+# The columns of arrays that have a row for each row of the batch.
+BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP")
+
 # Set, one loop for all tables is compiled, once; unset, each kind of table compiles what it uses, in less time.
 WHOLE_LOOP = "FUSEMLP_WHOLE_LOOP"
 _loading = threading.Lock()
 # The loops of this process by the names that they have code for, and the names of single calls that have not run yet.
-_loops: dict[frozenset[str], Run] = {}
+_loops: dict[tuple[str, frozenset[str]], Any] = {}
 _waiting: set[str] = set()
 
 
@@ -86,25 +93,32 @@ def compiled_row_order(n: int, seed: int, epoch: int) -> Array:
     return order
 
 
-def loop_for(names: frozenset[str], *, alone: bool) -> Run:
-    """A loop that has code for ``names``: one of this process, or a new one, that all threads share.
+def work_for(names: frozenset[str], real: Any, *, alone: bool) -> Any:
+    """A function that has code for ``names``: one of this process, or a new one, that all threads share.
 
     Without ``alone`` a new one is for all the single calls that wait for theirs: those of a step are compiled together.
     """
     with _loading:
-        found = _loaded(names)
+        found = _loaded(names, real)
         if found is None:
             if not alone:
                 names |= _waiting
                 _waiting.clear()
             if os.environ.get(WHOLE_LOOP):
                 names = NAMES
-            _loops[names] = found = _compiled("pruning").compiled_loop(NAMES - names)
+            found = _compiled("pruning").compiled_work(NAMES - names, real)
+            _loops[real.char, names] = found
         return found
 
 
-def _loaded(names: frozenset[str]) -> Run | None:
-    return next((loop for known, loop in tuple(_loops.items()) if names <= known), None)
+def _loaded(names: frozenset[str], real: Any) -> Any:
+    found = (work for (char, known), work in tuple(_loops.items()) if char == real.char and names <= known)
+    return next(found, None)
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class Table:
@@ -112,13 +126,19 @@ class Table:
 
     def __init__(self, real: Any) -> None:
         self.real = np.dtype(real)
-        # the head, then the rows of calls
+        # the head, then the rows of calls, and what the plan needs to know of them
         self.integers, self.factors = [0] * t.HEAD_COLUMNS, [0.0] * t.HEAD_FACTORS
         self.integers[t.ACCUMULATE] = 1
+        self.rows: list[Row] = []
+        # the most rows of a batch; gradients by slopes
+        self.height, self.slopes = 0, 0
+        # weights and their panels
+        self.panels: dict[int, tuple[Array, Array]] = {}
         self.tensors: list[int] = []
         self.tensor_factors: list[float] = []
-        # by their identity the arrays that are entered, their addresses, and where these stand; scratch among them
-        self.kept: dict[int, tuple[Array, int, list[int]]] = {}
+        # by their identity the arrays that are entered, their addresses, and where these stand, with which offset in
+        # bytes; scratch among them
+        self.kept: dict[int, tuple[Array, int, list[tuple[int, int]]]] = {}
         self.made: dict[int, Array] = {}
         self.widest = 1
         self.names: set[str] = set()
@@ -156,7 +176,7 @@ class Table:
             # data, which does not change
             return np.require(array, wanted, ("C", "A"))
         # operands may be one array
-        key = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
+        key = (_address(array), array.shape, array.strides, array.dtype)
         if key not in self.copies:
             self.copies[key] = np.empty(array.shape, wanted)
         copy = self.copies[key]
@@ -165,16 +185,31 @@ class Table:
             self.after.append((array, copy))
         return copy
 
-    def add(self, kind: str, numbers: Mapping[int, float] | None = None, **columns: Any) -> None:
+    def add(self, kind: str, numbers: Mapping[int, float] | None = None, /, **columns: Any) -> None:
         """A row of calls; arrays among its columns are entered by their address."""
-        start, first = len(self.integers), len(self.factors)
         self.integers += [0] * t.CALL_COLUMNS
         self.factors += [0.0] * t.CALL_FACTORS
         self.names.add(kind)
-        self.integers[start + t.KIND_OF_ROW] = COLUMNS[kind]
+        by_rows = [
+            array for name in BATCH_ARRAYS if isinstance(array := columns.get(name), np.ndarray) and array.ndim == 2
+        ]
+        arrays = tuple((_address(array), array.nbytes, array.strides[0]) for array in by_rows)
+        sizes = {name.lower(): columns.get(name, 0) for name in ("N", "K", "FIRST", "END")}
+        self.rows.append(Row(kind, arrays=arrays, **sizes))
+        if columns.get("DSLOPE") is not None:
+            columns["SLOPE_PART"] = t.SLOPES_PART + self.slopes
+            self.slopes += 1
+        self.widest = max(self.widest, columns.get("N", 0))
+        self.amend(len(self.rows) - 1, numbers, KIND_OF_ROW=COLUMNS[kind], **columns)
+
+    def amend(self, row: int, numbers: Mapping[int, float] | None = None, /, **columns: Any) -> None:
+        """Fill columns of a row: numbers, arrays, or an array and the place of an element in it."""
+        start, first = t.HEAD_COLUMNS + row * t.CALL_COLUMNS, t.HEAD_FACTORS + row * t.CALL_FACTORS
         for name, value in columns.items():
             if isinstance(value, np.ndarray):
                 self.enter(start + COLUMNS[name], value)
+            elif isinstance(value, tuple):
+                self.enter(start + COLUMNS[name], *value)
             elif value:
                 self.integers[start + COLUMNS[name]] = int(value)
             else:
@@ -182,19 +217,41 @@ class Table:
             self.names.add(name)
         for column, number in (numbers or {}).items():
             self.factors[first + column] = number
-        self.widest = max(self.widest, self.integers[start + t.N])
 
-    def enter(self, place: int, array: Array) -> None:
-        """Enter the address of a contiguous array, which is kept from now on."""
-        key = id(array)
+    def enter(self, place: int, array: Array, element: int = 0) -> None:
+        """Enter the address of a contiguous array, or of an element; it is kept from now on."""
+        key, offset = id(array), element * array.itemsize
         if key not in self.kept:
-            self.kept[key] = array, array.__array_interface__["data"][0], []
-        _, self.integers[place], places = self.kept[key]
-        places.append(place)
+            self.kept[key] = array, _address(array), []
+        _, address, places = self.kept[key]
+        self.integers[place] = address + offset
+        places.append((place, offset))
+
+    def gradient_at(self, grads: Array, offset: int, size: int) -> int | None:
+        """The row that computes the gradient which these elements of an array are; None if no row does."""
+        wanted = _address(grads) + offset * grads.itemsize
+        for at, row in enumerate(self.rows):
+            own = row.n * row.k if row.kind == "WEIGHT" else row.n
+            out = self.integers[t.HEAD_COLUMNS + at * t.CALL_COLUMNS + t.OUT]
+            if row.kind in PIECEWISE and (out, own) == (wanted, size):
+                return at
+        return None
+
+    def in_panels(self, w: Array) -> Array:
+        """Memory for the panels of w, which are filled before the first step."""
+        key = _address(w)
+        if key not in self.panels:
+            self.panels[key] = w, self.scratch(w.shape[1], -(-len(w) // t.PANEL) * t.PANEL)
+        return self.panels[key][1]
+
+    def panels_of(self, params: Array, element: int = 0) -> Array | None:
+        """The panels of the weights that begin at an element of an array; None where they are not read."""
+        found = self.panels.get(_address(params) + element * params.itemsize)
+        return None if found is None else found[1]
 
     def scratch(self, *shape: int, dtype: Any = None) -> Array:
-        """Memory for a value of a batch, of the type of the parameters by default."""
-        made = np.empty(shape, self.real if dtype is None else dtype)
+        """Memory for a value, zeros of the type of the parameters by default."""
+        made = np.zeros(shape, self.real if dtype is None else dtype)
         self.made[id(made)] = made
         return made
 
@@ -224,7 +281,6 @@ class Table:
         head[t.OPTIMIZER], head[t.DECOUPLED], head[t.SKLEARN] = code, rule.decoupled, rule.convention == "scikit-learn"
         factors[: t.CLIP_NORM] = [getattr(rule, name) for name in HYPERPARAMETERS]
         if rule.clip_norm is not None:
-            self.names.add("CLIPS")
             head[t.CLIPS], factors[t.CLIP_NORM] = 1, rule.clip_norm
         self.enter(t.AT_HYPER, hyper)
         self.enter(t.AT_RATES, rates)
@@ -234,38 +290,59 @@ class Table:
 
         The loop is chosen now with ``alone``, else at the first run.
         """
-        self.integers[t.CALLS] = (len(self.integers) - t.HEAD_COLUMNS) // t.CALL_COLUMNS
-        self.integers[t.BATCH] = batch
+        rows = tuple(self.rows)
+        for w, panels in self.panels.values():
+            self.add("PACK", N=len(w), K=w.shape[1], W=w, PANELS=panels)
+        found = plan(rows, self.rows[len(rows) :], self.height, self.tensors)
+        head = self.integers
+        head[t.CALLS], head[t.BATCH] = len(self.rows), batch
+        head[t.BLOCK], head[t.PROLOGUE] = found.block, found.prologue
+        head[t.PHASES] = len(found.phases) // t.PHASE_COLUMNS
+        head[t.AT_PHASES] = len(head) + len(self.tensors)
+        head[t.AT_TASKS] = head[t.AT_PHASES] + len(found.phases)
+        head[t.AT_PIECES] = head[t.AT_TASKS] + len(found.tasks)
+        head[t.PARTIALS] = t.SLOPES_PART + self.slopes
+        self.enter(t.AT_PARTIALS, self.scratch(found.most, head[t.PARTIALS], dtype=np.float64))
+        self.enter(t.AT_SUMS, self.scratch(len(found.pieces) // t.PIECE_COLUMNS, dtype=np.float64))
+        self.enter(t.AT_ZEROS, self.scratch(t.PANEL))
         if "KEEP" in self.names:
             # what philox draws for a row, eight columns to two words
-            self.enter(t.AT_LANES, self.scratch(2 * (-(-self.widest // LANES)), dtype=np.uint64))
+            head[t.LANES_ROW] = 2 * (-(-self.widest // LANES))
+            self.enter(t.AT_LANES, self.scratch(found.most, head[t.LANES_ROW], dtype=np.uint64))
         names = frozenset(self.names & NAMES)
-        loop = loop_for(names, alone=True) if alone else _loaded(names) or _later(names)
-        integers = np.frombuffer(array("q", self.integers + self.tensors), np.int64)
+        work = work_for(names, self.real, alone=True) if alone else _loaded(names, self.real)
+        work = work or _Later(names, self.real)
+        integers = np.frombuffer(array("q", head + self.tensors + found.phases + found.tasks + found.pieces), np.int64)
         factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
-        self.bound = integers, factors, loop
-        return copied(_launch(*self.bound, self.real, self.widest, self.kept), self.before, self.after)
+        self.bound = integers, factors, work, self.real, found.most
+        return copied(_launch(*self.bound, self.kept), self.before, self.after)
 
 
-def _later(names: frozenset[str]) -> Run:
-    """A loop that is chosen at its first run."""
-    _waiting.update(names)
-    loop: Run | None = None
+class _Later:
+    """A function that is chosen when its address is first asked for."""
 
-    def run(*arguments: Any) -> None:
-        nonlocal loop
-        loop = loop or loop_for(names, alone=False)
-        loop(*arguments)
+    def __init__(self, names: frozenset[str], real: Any) -> None:
+        self._names, self._real = names, real
+        _waiting.update(names)
 
-    return run
+    @functools.cached_property
+    def address(self) -> int:
+        address: int = work_for(self._names, self._real, alone=False).address
+        return address
 
 
-def _launch(integers: Array, factors: Array, loop: Run, real: Any, widest: int, kept: Any) -> Run:
-    reals, words = np.zeros(t.REALS + widest, real), np.array([0] * t.INTEGERS + t.LETTERS, np.int32)
+def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, kept: Any) -> Run:
+    job = integers.ctypes.data
+    integers[t.AT_FACTORS] = factors.ctypes.data
 
     # ``kept`` holds on to the arrays
-    def run(steps: int = 1, _arrays: Any = kept) -> None:
-        loop(steps, integers, factors, reals, words)
+    def run(steps: int = 1, _arrays: Any = (kept, factors)) -> None:
+        integers[t.STEPS : t.PHASE + 1] = steps, 0, -1
+        if not integers[t.AT_PRODUCT]:
+            product, pack = _compiled("products").by_address(real)
+            integers[t.AT_PRODUCT], integers[t.AT_PACK] = product.address, pack.address
+        if steps:
+            launch(work.address, job, tasks)
 
     return run
 
@@ -274,15 +351,14 @@ class Form:
     """A bound table but for its arrays: those of ``arrays``, by name, are others in each model of a fleet."""
 
     def __init__(self, table: Table, arrays: Mapping[str, Array]) -> None:
-        self._integers, self._factors, self._loop = table.bound
-        self._real, self._widest = table.real, table.widest
+        self._integers, self._factors, self._work, self._real, self._tasks = table.bound
         names = {id(array): name for name, array in arrays.items()}
         # (name, type, places), (None, shape and type of scratch, places); what is left is the same for all
-        self._named: list[tuple[str, Any, list[int]]] = []
-        self._made: list[tuple[Any, list[int]]] = []
+        self._named: list[tuple[str, Any, list[tuple[int, int]]]] = []
+        self._made: list[tuple[Any, list[tuple[int, int]]]] = []
         self._common: list[Array] = []
         for key, (found, _, places) in table.kept.items():
-            if t.AT_EPOCH_STATS in places:
+            if (t.AT_EPOCH_STATS, 0) in places:
                 continue
             if key in names:
                 self._named.append((names[key], found.dtype, places))
@@ -299,18 +375,19 @@ class Form:
             if given.dtype != dtype or not given.flags.c_contiguous or not given.flags.aligned:
                 return None
             own.append((given, places))
-        own += [(np.empty(*form), places) for form, places in self._made]
+        own += [(np.zeros(*form), places) for form, places in self._made]
         integers = self._integers.copy()
         numbers = integers.data
         numbers[t.EPOCHS] = 0
         if epoch_stats is not None:
             numbers[t.EPOCHS] = len(epoch_stats)
-            own.append((epoch_stats, [t.AT_EPOCH_STATS]))
+            own.append((epoch_stats, [(t.AT_EPOCH_STATS, 0)]))
         for given, places in own:
-            address = given.__array_interface__["data"][0]
-            for place in places:
-                numbers[place] = address
-        return _launch(integers, self._factors, self._loop, self._real, self._widest, (own, self._common))
+            address = _address(given)
+            for place, offset in places:
+                numbers[place] = address + offset
+        kept = own, self._common
+        return _launch(integers, self._factors.copy(), self._work, self._real, self._tasks, kept)
 
 
 def copied(run: Run, before: list[tuple[Array, Array]], after: list[tuple[Array, Array]]) -> Run:

@@ -20,11 +20,15 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ACCURACY,
     CLASS_WEIGHTED,
     DIVISOR,
+    HITS_PART,
     IGNORED,
     IGNORES,
     KIND,
+    LOSS_PART,
     MEAN,
     OPTION,
+    SCORED_PART,
+    SHARES_PART,
     SMOOTHED,
     SMOOTHING,
     SOFT,
@@ -110,12 +114,48 @@ def _smoothed(
 
 
 @register_jitable(**EXACT)
-def _record(stats: Any, value: float, normaliser: float, scale: float, mean: bool, count: int) -> None:
-    """``value`` is the sum over the rows, not yet divided."""
+def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int, call: Any) -> float:
+    """The sum of the row weights of a batch; a row that is ignored has none."""
+    weighted, by_class = call[WEIGHTED] != 0, call[CLASS_WEIGHTED] != 0
+    ignores = call[IGNORES] != 0
+    hard = call[SOFT] == 0
+    if not (weighted or ((by_class or ignores) and hard)):
+        return float(count)
+    total = 0.0
+    for i in range(count):
+        share = float(weight[rows[i]]) if weighted else 1.0
+        if hard and (by_class or ignores):
+            label = labels[rows[i]]
+            if call[IGNORES] and label == call[IGNORED]:
+                continue
+            if by_class:
+                share *= class_weight[label]
+        total += share
+    return total
+
+
+@register_jitable(**EXACT)
+def _scale(shares: float, call: Any, numbers: Any) -> float:
+    """The factor of a sum over the rows."""
+    normaliser = shares * numbers[DIVISOR]
+    if call[MEAN] == 0:
+        return 1.0
+    return 1.0 / normaliser if normaliser != 0.0 else 0.0
+
+
+@register_jitable(**EXACT)
+def record(
+    stats: Any, value: float, correct: float, scored: float, shares: float, call: Any, numbers: Any, count: int
+) -> None:  # fmt: skip
+    """Note a batch; ``value`` is the sum over its rows, not yet divided."""
+    scale = _scale(shares, call, numbers)
+    if call[ACCURACY]:
+        stats[CORRECT] += correct
+        stats[SCORED] += scored
     # rows without weight may have targets with one
     stats[LOSS_SUM] += value if scale != 0.0 else value * scale
-    if mean:
-        stats[NORM_SUM] += normaliser
+    if call[MEAN]:
+        stats[NORM_SUM] += shares * numbers[DIVISOR]
     stats[LAST_LOSS] = value * scale
     stats[BATCH_LOSSES] += value * scale * count
 
@@ -123,37 +163,21 @@ def _record(stats: Any, value: float, normaliser: float, scale: float, mean: boo
 @register_jitable(**EXACT)
 def cross_entropy(
     z: Any, d: Any, labels: Any, soft: Any, weight: Any, class_weight: Any, rows: Any, count: int, columns: int,
-    call: Any, numbers: Any, stats: Any,
-) -> float:  # fmt: skip
+    call: Any, numbers: Any, shares: float, partials: Any,
+) -> None:  # fmt: skip
     """dz of softmax cross-entropy into d, flat (count, columns) like z; the targets are picked by ``rows``.
 
     labels (n,) int64, or with call[SOFT] soft, flat (n, columns); weight (n,) and class_weight (columns,) where the
-    call has them. d may be z. Returns the sum of the row weights.
+    call has them. d may be z. ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = z.dtype.type
     is_soft, weighted, by_class = call[SOFT] != 0, call[WEIGHTED] != 0, call[CLASS_WEIGHTED] != 0
     smoothed, wide = call[SMOOTHED] != 0, call[WIDE] != 0
     smoothing = numbers[SMOOTHING]
-    normaliser, scored = 0.0, 0
-    smooth_mass = 0.0
+    scored, smooth_mass = 0, 0.0
     for j in range(columns):
         smooth_mass += (class_weight[j] if by_class else 1.0) * (smoothing / columns)
-    for i in range(count):
-        share = float(weight[rows[i]]) if weighted else 1.0
-        if not is_soft:
-            label = labels[rows[i]]
-            if call[IGNORES] and label == call[IGNORED]:
-                continue
-            if by_class:
-                share *= class_weight[label]
-        normaliser += share
-        scored += 1
-    shares = normaliser
-    normaliser *= numbers[DIVISOR]
-    mean = call[MEAN] != 0
-    scale = 1.0
-    if mean:
-        scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
+    scale = _scale(shares, call, numbers)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
@@ -163,6 +187,7 @@ def cross_entropy(
         shift = z[start + chosen]
         share = float(weight[row]) if weighted else 1.0
         _subtract(d, z, start, start + columns, shift)
+        scored += 1
         picked = 0.0
         if smoothed:
             for j in range(columns):
@@ -174,6 +199,7 @@ def cross_entropy(
         else:
             label = labels[row]
             if call[IGNORES] and label == call[IGNORED]:
+                scored -= 1
                 continue
             correct += chosen == label
             picked += (class_weight[label] if by_class else 1.0) * (1.0 - smoothing) * d[start + label]
@@ -208,32 +234,22 @@ def cross_entropy(
                 d[start + j] -= real(weighed * q)
         if not is_soft:
             d[start + label] -= real(weighed * own)
-    if call[ACCURACY]:
-        stats[CORRECT] += correct
-        stats[SCORED] += scored
-    _record(stats, total, normaliser, scale, mean, count)
-    return shares
+    partials[LOSS_PART], partials[HITS_PART], partials[SCORED_PART] = total, correct, scored
+    partials[SHARES_PART] = shares
 
 
 @register_jitable(**EXACT)
 def elementwise(
-    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, call: Any, numbers: Any, stats: Any
-) -> float:  # fmt: skip
+    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, call: Any, numbers: Any,
+    shares: float, partials: Any,
+) -> None:  # fmt: skip
     """The gradient by the outputs y into d, flat (count, columns); target, flat (n, columns), is picked by ``rows``.
 
-    Returns the sum of the row weights.
+    ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = y.dtype.type
-    kind, weighted, mean = call[KIND], call[WEIGHTED] != 0, call[MEAN] != 0
-    option = real(numbers[OPTION])
-    normaliser = 0.0
-    for i in range(count):
-        normaliser += float(weight[rows[i]]) if weighted else 1.0
-    shares = normaliser
-    normaliser *= numbers[DIVISOR]
-    scale = 1.0
-    if mean:
-        scale = 1.0 / normaliser if normaliser != 0.0 else 0.0
+    kind, weighted = call[KIND], call[WEIGHTED] != 0
+    option, scale = real(numbers[OPTION]), _scale(shares, call, numbers)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
@@ -250,8 +266,6 @@ def elementwise(
             total += share * element_losses(kind, y, d, start, start + columns, real(share * scale), option)
     if not weighted:
         total = element_losses(kind, y, d, 0, count * columns, real(scale), option)
-    if call[ACCURACY]:
-        stats[CORRECT] += correct
-        stats[SCORED] += count * columns if kind == BINARY_CROSS_ENTROPY else count
-    _record(stats, total, normaliser, scale, mean, count)
-    return shares
+    partials[LOSS_PART], partials[HITS_PART] = total, correct
+    partials[SCORED_PART] = count * columns if kind == BINARY_CROSS_ENTROPY else count
+    partials[SHARES_PART] = shares

@@ -40,10 +40,11 @@ def _draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any)
 
 @register_jitable(**EXACT)
 def drop(
-    y: Any, keep: Any, pairs: Any, lanes: Any, rows: int, columns: int, scale: float, threshold: int, low: int,
-    high: int, layer: int, batch_index: int,
+    y: Any, keep: Any, pairs: Any, lanes: Any, first: int, rows: int, columns: int, scale: float, threshold: int,
+    low: int, high: int, layer: int, batch_index: int,
 ) -> None:  # fmt: skip
-    """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns).
+    """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns), and row
+    ``first`` of the batch the first of them.
 
     pairs: memory of any contents, two uint64 for each 8 columns begun; lanes: the same memory as uint16.
     """
@@ -55,7 +56,7 @@ def drop(
     # the first lane is in a number's lowest bits, which are the first in memory (all that numba compiles for)
     blocks = (columns + LANES - 1) // LANES
     for i in range(rows):
-        _draw(pairs, blocks, np.uint64(i) & _WORD, c2, c3, k0, k1)
+        _draw(pairs, blocks, np.uint64(first + i) & _WORD, c2, c3, k0, k1)
         start = i * columns
         outputs, kept_row = part(y, start, columns), part(keep, start, columns)
         for j in range(np.uintp(columns)):

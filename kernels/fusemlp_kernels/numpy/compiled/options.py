@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numba
+from numba import types
 
 _log = logging.getLogger("fusemlp")
 
@@ -40,10 +42,20 @@ def kept(function: Callable[..., object], variant: str = "") -> Callable[..., ob
     out of date. So the name holds ``variant`` and a number for all that the function is made of. Two processes that
     compile one name at once write the same; numba replaces its files in one go.
     """
+    return _kept(function, variant, functools.partial(numba.njit, **EXACT))
+
+
+def kept_for_calls(function: Callable[..., object], variant: str, kinds: Sequence[Any]) -> Any:
+    """``function``, which takes arguments of these types and returns a word, as ``kept``, with an ``address``."""
+    options = {name: value for name, value in EXACT.items() if name != "no_cfunc_wrapper"}
+    return _kept(function, variant, functools.partial(numba.cfunc, types.intp(*kinds), **options))
+
+
+def _kept(function: Callable[..., object], variant: str, compiler: Callable[..., Any]) -> Any:
     function.__qualname__ = f"{function.__name__}_{zlib.crc32(variant.encode(), contents()):08x}"
     try:
-        return numba.njit(cache=True, **EXACT)(function)
+        return compiler(cache=True)(function)
     except RuntimeError as error:
         # no folder to write to: neither the package's nor the user's
         _log.info("what numba compiles is not kept on disk, each process compiles it: %s", error)
-        return numba.njit(**EXACT)(function)
+        return compiler()(function)

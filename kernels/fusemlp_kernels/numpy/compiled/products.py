@@ -1,78 +1,134 @@
-"""Matrix products through BLAS, called from compiled code: SciPy's, and the large ones MKL's where that is in use.
+"""Matrix products, cut into tiles; and weights in panels, as the forward pass reads them.
 
-``scipy.linalg.cython_blas`` has the addresses of SciPy's routines. They are made known to the linker under names, so
-that what refers to them can be kept on disk and be linked again in another process, with MKL or without.
+A panel holds PANEL rows of a weight matrix (N, K), transposed: (K, PANEL), any numbers where there is no row.
 """
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding
-from numba import types
-from numba.extending import get_cython_function_address, overload, register_jitable
+import numpy as np
+from numba import float64, intp
+from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.tables import INTEGERS
-from fusemlp_kernels.numpy.libraries import LARGE, routine_address
+from fusemlp_kernels.numpy.compiled.options import EXACT, kept_for_calls
+from fusemlp_kernels.numpy.compiled.tables import PANEL
+from fusemlp_kernels.numpy.compiled.tiles import (
+    REGISTER_BYTES,
+    TILE_ROWS,
+    TILE_VECTORS,
+    narrow_tile,
+    short_tile,
+    transpose_square,
+    whole_tile,
+    wide_tile,
+)
+from fusemlp_kernels.numpy.compiled.views import elements
 
-_OPTIONS: Any = EXACT
-_POINTERS = 13
-for _name in ("sgemm", "dgemm"):
-    _address = get_cython_function_address("scipy.linalg.cython_blas", _name)
-    llvmlite.binding.add_symbol(f"fusemlp_{_name}", _address)
-    llvmlite.binding.add_symbol(f"fusemlp_large_{_name}", routine_address(_name) or _address)
-_ROUTINE: Any = types.void(*[types.intp] * _POINTERS)
+# The type of the elements; each type has a copy of these functions.
+REAL: Any = np.float32
 
 
-def gemm(
-    first_flag: int, second_flag: int, m: int, n: int, k: int, alpha: float, a: int, lda: int, b: int, ldb: int,
-    beta: float, c: int, ldc: int, words: Any, reals: Any,
-) -> None:  # fmt: skip
-    """Column-major ``C = alpha * op(A) @ op(B) + beta * C``; a, b, c are addresses, a flag 1 transposes.
+def _product(
+    a: int, a_row: int, a_step: int, b: int, b_panel: int, b_step: int, depth: int, start: int,
+    start_step: int, alpha: float, beta: float, c: int, c_row: int, rows: int, columns: int,
+) -> int:  # fmt: skip
+    """``c = alpha * (start + a @ b) + beta * c``: c (rows, columns), a (rows, depth), b (depth, columns).
 
-    words and reals begin with what BLAS is given, see ``tables``.
+    a, b, c and start are addresses, the others strides in elements: b_panel from the first PANEL columns of b to the
+    next. The same row of start is added to all rows; without start_step it is PANEL numbers, again and again.
     """
-    raise AssertionError("compiled code only")
+    like = elements(REAL, a, 1)
+    real, size = like.dtype.type, like.itemsize
+    lanes = REGISTER_BYTES // size
+    width = TILE_VECTORS * lanes
+    scale, keep = real(alpha), real(beta)
+    for j in range(0, columns, width):
+        left = columns - j
+        # where a tile of columns begins
+        panel, inside = j // PANEL, j % PANEL
+        b_at, c_at = b + size * (panel * b_panel + inside), c + size * j
+        first = start + size * j * start_step
+        for i in range(0, rows, TILE_ROWS):
+            below = min(TILE_ROWS, rows - i)
+            a_at, to = a + size * i * a_row, c_at + size * i * c_row
+            if left >= width and 2 * below <= TILE_ROWS:
+                short_tile(
+                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, width
+                )  # fmt: skip
+            elif left >= width:
+                whole_tile(
+                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, width
+                )  # fmt: skip
+            elif left > lanes:
+                wide_tile(
+                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, left
+                )  # fmt: skip
+            else:
+                narrow_tile(
+                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, left
+                )  # fmt: skip
+    return 0
 
 
-@overload(gemm, jit_options=_OPTIONS)
-def _of_type(
-    first_flag: int, second_flag: int, m: int, n: int, k: int, alpha: float, a: int, lda: int, b: int, ldb: int,
-    beta: float, c: int, ldc: int, words: Any, reals: Any,
-) -> Any:  # fmt: skip
-    letter, size = ("s", 4) if reals.dtype == types.float32 else ("d", 8)
-    small: Any = types.ExternalFunction(f"fusemlp_{letter}gemm", _ROUTINE)
-    large: Any = types.ExternalFunction(f"fusemlp_large_{letter}gemm", _ROUTINE)
-
-    def gemm(
-        first_flag: int, second_flag: int, m: int, n: int, k: int, alpha: float, a: int, lda: int, b: int, ldb: int,
-        beta: float, c: int, ldc: int, words: Any, reals: Any,
-    ) -> None:  # fmt: skip
-        words[0], words[1], words[2] = m, n, k
-        # BLAS refuses the pitch of a matrix without columns
-        words[3], words[4], words[5] = lda if lda else 1, ldb if ldb else 1, ldc if ldc else 1
-        reals[0], reals[1] = alpha, beta
-        at, real = words.ctypes.data, reals.ctypes.data
-        first, second = at + 4 * (INTEGERS + first_flag), at + 4 * (INTEGERS + second_flag)
-        if m * n * k > LARGE:
-            large(first, second, at, at + 4, at + 8, real, a, at + 12, b, at + 16, real + size, c, at + 20)
-        else:
-            small(first, second, at, at + 4, at + 8, real, a, at + 12, b, at + 16, real + size, c, at + 20)
-
-    return gemm
+def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first: int, last: int) -> int:
+    """Bring columns first to before last of some rows of w, (N, inputs), into panels; rows_from begins a panel."""
+    like = elements(REAL, w, 1)
+    size = like.itemsize
+    lanes = REGISTER_BYTES // size
+    for top in range(rows_from, rows_to, lanes):
+        source = w + size * top * inputs
+        target = panels + size * (top // PANEL * inputs * PANEL + top % PANEL)
+        rows = min(lanes, rows_to - top)
+        k = first
+        while k < last and last - first >= lanes:
+            # the last square may cover columns for a second time
+            k = min(k, last - lanes)
+            transpose_square(like, source + size * k, inputs, rows, target + size * k * PANEL, PANEL)
+            k += lanes
+        for i in range(rows):
+            row, panel = (
+                elements(like, source + size * i * inputs, last),
+                elements(like, target + size * i, last * PANEL),
+            )
+            for column in range(k, last):
+                panel[column * PANEL] = row[column]
+    return 0
 
 
 @register_jitable(**EXACT)
-def column_sums(out: Any, values: Any, sums: Any, rows: int, columns: int, alpha: float, beta: float) -> None:
-    """``out = alpha * values.sum(axis=0) + beta * out``, flat: values (rows, columns); sums is scratch (columns,)."""
-    real = out.dtype.type
+def column_sums(
+    like: Any, out: int, values: int, sums: int, rows: int, pitch: int, columns: int, alpha: float, beta: float
+) -> None:
+    """``out = alpha * values.sum(axis=0) + beta * out``: values (rows, columns) with rows ``pitch`` apart.
+
+    out, values and sums are addresses; sums is scratch (columns,).
+    """
+    real, size = like.dtype.type, like.itemsize
     a, b = real(alpha), real(beta)
+    result, total = elements(like, out, columns), elements(like, sums, columns)
     for j in range(columns):
-        sums[j] = 0
+        total[j] = 0
     for i in range(rows):
-        start = i * columns
+        row = elements(like, values + size * i * pitch, columns)
         for j in range(columns):
-            sums[j] += values[start + j]
+            total[j] += row[j]
     for j in range(columns):
-        out[j] = a * sums[j] if beta == 0.0 else a * sums[j] + b * out[j]
+        result[j] = a * total[j] if beta == 0.0 else a * total[j] + b * result[j]
+
+
+@functools.cache
+def by_address(real: Any) -> tuple[Any, Any]:
+    """``_product`` and ``_pack`` for this type, to be called by their ``address``: they are compiled once, and not
+    again with each kind of step."""
+    names = globals() | {"REAL": np.dtype(real).type}
+
+    def copy_of(function: Any, floats: Sequence[int]) -> Any:
+        own = types.FunctionType(function.__code__, names, function.__name__)
+        kinds = [float64 if at in floats else intp for at in range(function.__code__.co_argcount)]
+        return kept_for_calls(own, np.dtype(real).name, kinds)
+
+    return copy_of(_product, (9, 10)), copy_of(_pack, ())

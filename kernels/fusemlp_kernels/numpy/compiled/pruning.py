@@ -11,12 +11,14 @@ from __future__ import annotations
 import ast
 import functools
 import zlib
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numba import types
+
 from fusemlp_kernels.numpy.compiled import losses, pointwise_numba, steps, updates
-from fusemlp_kernels.numpy.compiled.options import kept
+from fusemlp_kernels.numpy.compiled.options import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it.
 _MODULES = (pointwise_numba, losses, updates, steps)
@@ -34,6 +36,10 @@ class _Cutter(ast.NodeTransformer):
         """Return the value of a condition in all programs without these names; None if it is unknown."""
         match test:
             case ast.Compare(ops=[ast.Eq()], comparators=[ast.Name(id=name)]) if name in self._absent:
+                return False
+            case ast.Compare(ops=[ast.In()], comparators=[ast.Tuple(elts=names)]) if all(
+                isinstance(name, ast.Name) and name.id in self._absent for name in names
+            ):
                 return False
             case ast.Compare(left=flag, ops=[ast.NotEq()], comparators=[ast.Constant(value=0)]):
                 return self._is(flag)
@@ -86,18 +92,18 @@ def _tree(module: ModuleType) -> str:
         return file.read()
 
 
-def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str, Any]], variant: str) -> dict[str, Any]:
     """The names of a module without the branches of ``absent``; what it imports from ``others`` is theirs.
 
     Numba calls machine code by the name of its function and a number that counts in each process. Loops from the disk,
-    which several processes compiled, would run each other's functions: so the names of functions tell ``absent`` too.
+    which several processes compiled, would run each other's functions: so the names of functions tell the variant too.
     """
     tree = _Cutter(absent).visit(ast.parse(_tree(module)))
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             node.decorator_list.append(ast.Name("_renamed", ast.Load()))
     ast.fix_missing_locations(tree)
-    tag = zlib.crc32(" ".join(sorted(absent)).encode())
+    tag = zlib.crc32(variant.encode())
 
     def renamed(function: Any) -> Any:
         function.__qualname__ += f"_{tag:08x}"
@@ -111,9 +117,12 @@ def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str,
     return names
 
 
-def compiled_loop(absent: frozenset[str]) -> Callable[..., object]:
-    """``steps.run`` for programs in whose tables the names in ``absent`` do not occur."""
+def compiled_work(absent: frozenset[str], real: Any) -> Any:
+    """``steps.work`` for parameters of type ``real``, in whose tables the names in ``absent`` do not occur."""
     made: dict[str, dict[str, Any]] = {}
+    variant = " ".join([np.dtype(real).name, *sorted(absent)])
     for module in _MODULES:
-        made[module.__name__] = _cut(module, absent, made)
-    return kept(made[steps.__name__]["run"], " ".join(sorted(absent)))
+        made[module.__name__] = _cut(module, absent, made, variant)
+    names = made[steps.__name__]
+    names["REAL"] = np.dtype(real).type
+    return kept_for_calls(names["work"], variant, [types.intp] * 2)

@@ -1,7 +1,7 @@
-"""The loop over training steps: the calls of a step's program, row by row of their table, again and again.
+"""The work of a training step: the calls of its program, phase by phase and task by task.
 
-The order of backpropagation is the table's, which ``calls`` fills from the program. A call by itself is a table of its
-own rows, run once.
+The order of backpropagation is the table's, which ``calls`` fills from the program; ``plan`` cuts it into phases. A
+call by itself is a table of its own rows, run once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET
 from fusemlp_kernels.numpy.compiled.clock import advance
-from fusemlp_kernels.numpy.compiled.denormals import AS_ZERO, read_control, write_control
-from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise
+from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
-from fusemlp_kernels.numpy.compiled.products import column_sums, gemm
+from fusemlp_kernels.numpy.compiled.products import column_sums
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
     ACTIVATE,
@@ -26,22 +25,37 @@ from fusemlp_kernels.numpy.compiled.tables import (
     AFFINE,
     AT_COUNTERS,
     AT_EPOCH_STATS,
+    AT_FACTORS,
     AT_HYPER,
     AT_LANES,
+    AT_ONCE,
+    AT_PACK,
+    AT_PARTIALS,
+    AT_PHASES,
+    AT_PIECES,
+    AT_PRODUCT,
     AT_RATES,
     AT_STATS,
+    AT_SUMS,
+    AT_TASKS,
+    AT_ZEROS,
     BACKWARD,
     BATCH,
     BIAS,
+    BLOCK,
+    BOTTOM,
+    BY_PIECES,
+    BY_ROWS,
     CALL_COLUMNS,
     CALL_FACTORS,
     CALLS,
     CLASS_WEIGHTED,
     CLIP_NORM,
     CLIPS,
-    CLOCK,
     COUNTED,
+    CUT,
     DECAY,
+    DEPTH,
     DESCENDS,
     DSLOPE,
     DZ,
@@ -54,24 +68,60 @@ from fusemlp_kernels.numpy.compiled.tables import (
     GATHER,
     HEAD_COLUMNS,
     HEAD_FACTORS,
+    HITS_PART,
     IDENTITY,
     KEEP,
     KEY_HIGH,
     KEY_LOW,
     KIND_OF_ROW,
+    LANES_ROW,
+    LEFT,
+    LOSS_PART,
     LR_FACTOR,
     MASK_LAYER,
+    NORM,
+    OFFSET,
     OUT,
+    PACK,
     PADDING,
-    PENALTY,
+    PANEL,
+    PANELS,
+    PARAM,
+    PARTIALS,
+    PHASE,
+    PHASE_COLUMNS,
+    PHASES,
+    PIECE_COLUMNS,
+    PIECE_END,
+    PIECE_FIRST,
+    PIECE_ROW,
+    PROLOGUE,
+    PULLS,
     RATE,
-    REALS,
+    RIGHT,
+    ROW_END,
+    ROW_FIRST,
     ROWS,
+    SCALE,
+    SCORED_PART,
+    SHARES_PART,
     SLOPE,
+    SLOPE_PART,
+    SLOPES_PART,
+    STATE0,
+    STATE1,
+    STEP,
+    STEPS,
     STRENGTH,
+    SUMS,
     TARGET,
+    TASK_COLUMNS,
+    TASK_FIRST,
+    TASKS,
+    TENSOR_COLUMNS,
     TENSOR_FACTORS,
     THRESHOLD,
+    TOP,
     UPDATE,
     WALKS,
     WEIGHT,
@@ -84,36 +134,27 @@ from fusemlp_kernels.numpy.compiled.tables import (
     Y,
     Z,
 )
-from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, update_all
+from fusemlp_kernels.numpy.compiled.tiles import copy
+from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, squares, update_part
+from fusemlp_kernels.numpy.compiled.views import call as call_function
 from fusemlp_kernels.numpy.compiled.views import elements, part
 
+# The type of the parameters; another copy of this module has another.
+REAL: Any = np.float32
+
 
 @register_jitable(**EXACT)
-def _gather(call: Any, like: Any, rows: Any, count: int) -> None:
-    """``out = x[rows]``, flat (count, K); zeros where a row is -1."""
-    columns = call[K]
-    # of a size that no row number passes: nothing looks at it
-    x, out = elements(like, call[X], 1), elements(like, call[OUT], count * columns)
-    for i in range(count):
-        row, start = rows[i], i * columns
-        if row < 0:
+def _gather(call: Any, like: Any, rows: Any, first: int, count: int) -> None:
+    """Rows of ``out = x[rows]``, flat (M, K); zeros where a row is -1."""
+    columns, size = call[K], like.itemsize
+    x, out = call[X], call[OUT]
+    for i in range(first, first + count):
+        if rows[i] < 0:
+            row = elements(like, out + size * i * columns, columns)
             for j in range(columns):
-                out[start + j] = 0
+                row[j] = 0
         else:
-            for j in range(columns):
-                out[start + j] = x[row * columns + j]
-
-
-@register_jitable(**EXACT)
-def _affine(call: Any, like: Any, count: int, words: Any) -> None:
-    """The pre-activation, into Z."""
-    inputs, outputs = call[K], call[N]
-    z, b = elements(like, call[Z], count * outputs), elements(like, call[B], outputs)
-    for i in range(count):
-        start = i * outputs
-        for j in range(outputs):
-            z[start + j] = b[j]
-    gemm(1, 0, outputs, count, inputs, 1.0, call[W], inputs, call[X], inputs, 1.0, call[Z], outputs, words, like)
+            copy(like, out + size * i * columns, x + size * rows[i] * columns, columns)
 
 
 @register_jitable(**EXACT)
@@ -124,135 +165,316 @@ def _slope(call: Any, numbers: Any, like: Any) -> float:
 
 
 @register_jitable(**EXACT)
-def _activate(call: Any, numbers: Any, like: Any, count: int, batch_index: int, lanes: int) -> None:
+def _block(like: Any, address: int, first: int, count: int, columns: int) -> Any:
+    """Rows of an array, flat."""
+    return elements(like, address + like.itemsize * first * columns, count * columns)
+
+
+@register_jitable(**EXACT)
+def _activate(
+    call: Any, numbers: Any, like: Any, first: int, count: int, batch_index: int, lanes: int
+) -> None:  # fmt: skip
     """The output of a layer from its pre-activation; lanes is an address."""
     outputs = call[N]
-    y, z = elements(like, call[Y], count * outputs), elements(like, call[Z], count * outputs)
+    y, z = _block(like, call[Y], first, count, outputs), _block(like, call[Z], first, count, outputs)
     if call[ACTIVATION] != IDENTITY:
         activate(call[ACTIVATION], y, z, _slope(call, numbers, like))
     if call[KEEP]:
-        keep = elements(np.bool_, call[KEEP], count * outputs)
+        keep = elements(np.bool_, call[KEEP] + first * outputs, count * outputs)
         drop(
-            y, keep, elements(np.uint64, lanes, 1), elements(np.uint16, lanes, 1), count, outputs,
+            y, keep, elements(np.uint64, lanes, 1), elements(np.uint16, lanes, 1), first, count, outputs,
             1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
         )  # fmt: skip
 
 
 @register_jitable(**EXACT)
-def _derivative(call: Any, numbers: Any, like: Any, y: Any, z: Any, dz: Any, undo_scale: float) -> None:
+def _derivative(
+    call: Any, numbers: Any, like: Any, partials: Any, y: Any, z: Any, dz: Any, undo_scale: float
+) -> None:  # fmt: skip
     if call[ACTIVATION] != IDENTITY:
         dslope = multiply_by_derivative(call[ACTIVATION], dz, y, z, _slope(call, numbers, like), undo_scale)
         if call[DSLOPE]:
-            elements(like, call[DSLOPE], 1)[0] = dslope
+            partials[call[SLOPE_PART]] = dslope
 
 
 @register_jitable(**EXACT)
-def _backward(call: Any, numbers: Any, like: Any, count: int, words: Any) -> None:
+def _backward(call: Any, numbers: Any, integers: Any, like: Any, partials: Any, first: int, count: int) -> None:
     """dz of the layer before."""
     inputs, outputs = call[K], call[N]
-    scale = 1.0 / (1.0 - numbers[RATE])
-    gemm(0, 0, inputs, count, outputs, scale, call[W], inputs, call[DZ], outputs, 0.0, call[OUT], inputs, words, like)
-    out = elements(like, call[OUT], count * inputs)
+    size = like.itemsize
+    call_function(
+        integers[AT_PRODUCT], call[DZ] + size * first * outputs, outputs, 1, call[W], PANEL, inputs, outputs,
+        integers[AT_ZEROS], 0, 1.0 / (1.0 - numbers[RATE]), 0.0, call[OUT] + size * first * inputs, inputs, count,
+        inputs,
+    )  # fmt: skip
+    out = _block(like, call[OUT], first, count, inputs)
     if call[KEEP]:
-        mask(out, elements(np.bool_, call[KEEP], count * inputs))
-    y, z = elements(like, call[Y], count * inputs), elements(like, call[Z], count * inputs)
-    _derivative(call, numbers, like, y, z, out, 1.0 - numbers[RATE])
+        mask(out, elements(np.bool_, call[KEEP] + first * inputs, count * inputs))
+    y, z = _block(like, call[Y], first, count, inputs), _block(like, call[Z], first, count, inputs)
+    _derivative(call, numbers, like, partials, y, z, out, 1.0 - numbers[RATE])
 
 
 @register_jitable(**EXACT)
-def _gradient(call: Any, like: Any, count: int, begins: bool, tensor_factors: Any, hyper: Any, words: Any) -> None:
-    """The gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
-    alpha, beta = 1.0, 0.0 if begins else 1.0
+def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, task: int) -> None:
+    """A task's rows of a call."""
+    kind, batch_index = call[KIND_OF_ROW], counters[BATCH_INDEX]
+    whole = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+    first = task * integers[BLOCK]
+    count = max(0, min(integers[BLOCK], whole - first))
+    rows = elements(integers, call[ROWS] + 8 * call[WALKS] * counters[ROW_OFFSET], 1)
+    partials = elements(np.float64, integers[AT_PARTIALS] + 8 * integers[PARTIALS] * task, integers[PARTIALS])
+    if kind == GATHER:
+        _gather(call, like, rows, first, count)
+    elif kind == AFFINE:
+        inputs, outputs, size = call[K], call[N], like.itemsize
+        call_function(
+            integers[AT_PRODUCT], call[X] + size * first * inputs, inputs, 1, call[PANELS], PANEL * inputs, PANEL,
+            inputs, call[B], 1, 1.0, 0.0, call[Z] + size * first * outputs, outputs, count, outputs,
+        )  # fmt: skip
+    elif kind == ACTIVATE:
+        lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
+        _activate(call, numbers, like, first, count, batch_index, lanes)
+    elif kind == ENTROPY:
+        labels, target = elements(integers, call[TARGET], 1), elements(like, call[TARGET], 1)
+        weight, class_weight = elements(like, call[WEIGHTED], 1), elements(like, call[CLASS_WEIGHTED], 1)
+        z, dz = _block(like, call[Z], first, count, call[N]), _block(like, call[DZ], first, count, call[N])
+        shares = shares_of(labels, weight, class_weight, rows, whole if call[N] else 0, call)
+        own_rows = elements(integers, rows.ctypes.data + 8 * first, 1)
+        cross_entropy(
+            z, dz, labels, target, weight, class_weight, own_rows, count if call[N] else 0, call[N], call, numbers,
+            shares, partials,
+        )  # fmt: skip
+    elif kind == ELEMENTWISE:
+        labels = elements(integers, call[TARGET], 1)
+        target, weight = elements(like, call[TARGET], 1), elements(like, call[WEIGHTED], 1)
+        y, z = _block(like, call[Y], first, count, call[N]), _block(like, call[Z], first, count, call[N])
+        dz = _block(like, call[DZ], first, count, call[N])
+        shares = shares_of(labels, weight, weight, rows, whole if call[N] else 0, call)
+        own_rows = elements(integers, rows.ctypes.data + 8 * first, 1)
+        elementwise(y, dz, target, weight, own_rows, count if call[N] else 0, call[N], call, numbers, shares, partials)
+        _derivative(call, numbers, like, partials, y, z, dz, 1.0)
+    elif kind == PADDING:
+        end = min(call[K], first + integers[BLOCK])
+        dz = _block(like, call[DZ], first + count, max(0, end - first - count), call[N])
+        for i in range(dz.size):
+            dz[i] = 0
+    elif kind == BACKWARD:
+        _backward(call, numbers, integers, like, partials, first, count)
+
+
+@register_jitable(**EXACT)
+def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors: Any, hyper: Any, piece: Any) -> None:
+    """A piece of the gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
+    size, outputs = like.itemsize, call[N]
+    count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+    alpha, beta = 1.0, 0.0 if counters[BATCH_INDEX] % integers[ACCUMULATE] == 0 else 1.0
     if call[DESCENDS]:
         start = call[FIRST] * TENSOR_FACTORS
         alpha = -hyper[LEARNING_RATE] * tensor_factors[start + LR_FACTOR]
         beta = 1.0 + alpha * tensor_factors[start + DECAY]
-    outputs = call[N]
+    top, left = piece[TOP], piece[LEFT]
     if call[KIND_OF_ROW] == WEIGHT:
         inputs = call[K]
-        out, dz, x = call[OUT], call[DZ], call[X]
-        gemm(0, 1, inputs, outputs, count, alpha, x, inputs, dz, outputs, beta, out, inputs, words, like)
+        for first in range(0, max(count, 1), DEPTH):
+            call_function(
+                integers[AT_PRODUCT], call[DZ] + size * (first * outputs + top), 1, outputs,
+                call[X] + size * (first * inputs + left), PANEL, inputs, min(DEPTH, count - first),
+                integers[AT_ZEROS], 0, alpha, beta,
+                call[OUT] + size * (top * inputs + left), inputs, piece[BOTTOM] - top, piece[RIGHT] - left,
+            )  # fmt: skip
+            beta = 1.0
     else:
         # a bias, or a slope, whose gradient is one number already
         rows = count if call[KIND_OF_ROW] == BIAS else 1
-        dz = elements(like, call[DZ], rows * outputs)
-        column_sums(elements(like, call[OUT], outputs), dz, part(like, REALS, outputs), rows, outputs, alpha, beta)
+        column_sums(
+            like, call[OUT] + size * left, call[DZ] + size * left, call[SUMS] + size * left, rows, outputs,
+            piece[RIGHT] - left, alpha, beta,
+        )  # fmt: skip
 
 
-def run(steps: int, integers: Any, factors: Any, reals: Any, words: Any) -> None:
-    """``steps`` times the calls of the tables; see ``tables`` for integers and factors.
+@register_jitable(**EXACT)
+def _pack(call: Any, integers: Any, piece: Any) -> None:
+    """A piece of the weights into its panel."""
+    call_function(
+        integers[AT_PACK], call[W], call[K], call[PANELS], piece[TOP], piece[BOTTOM], piece[LEFT], piece[RIGHT]
+    )
 
-    reals has the type of the parameters: two elements for ``products``, then as many as the widest layer. words are
-    those of ``products``.
-    """
-    before = read_control()
-    write_control(before | AS_ZERO)
-    every, calls = integers[ACCUMULATE], integers[CALLS]
-    # a size is given where something looks at it
-    counters, epoch_stats = elements(integers, integers[AT_COUNTERS], 1), elements(factors, integers[AT_EPOCH_STATS], 1)
-    hyper, rates = elements(factors, integers[AT_HYPER], 1), elements(factors, integers[AT_RATES], 1)
-    stats = elements(factors, integers[AT_STATS], 1)
-    first_call = integers.ctypes.data + 8 * HEAD_COLUMNS
-    first_factors = factors.ctypes.data + 8 * HEAD_FACTORS
-    tensors = elements(integers, first_call + 8 * CALL_COLUMNS * calls, 1)
-    tensor_factors = elements(factors, first_factors + 8 * CALL_FACTORS * calls, 1)
-    for _ in range(steps):
+
+@register_jitable(**EXACT)
+def _after_gradient(
+    call: Any, numbers: Any, integers: Any, factors: Any, like: Any, hyper: Any, tensor_factors: Any, piece: Any,
+) -> float:  # fmt: skip
+    """The penalty and the update of a piece, and its panels for the next step; the sum of squares of a penalty."""
+    size, left, width = like.itemsize, piece[LEFT], piece[RIGHT] - piece[LEFT]
+    inputs, top, bottom = call[K], piece[TOP], piece[BOTTOM]
+    if call[KIND_OF_ROW] != WEIGHT:
+        inputs, top, bottom = 0, 0, 1
+    elif width == inputs:
+        # whole rows lie together
+        width, bottom = width * (bottom - top), top + 1
+    total = 0.0
+    for row in range(top, bottom):
+        at = size * (row * inputs + left)
+        if call[PULLS]:
+            shares = elements(factors, integers[AT_PARTIALS], SLOPES_PART)[SHARES_PART]
+            if shares != 0.0:
+                pull, w = numbers[STRENGTH] / shares, elements(like, call[W] + at, width)
+                total += pull * penalise(w, elements(like, call[OUT] + at, width), pull)
+        if call[PARAM]:
+            update_part(
+                elements(like, call[PARAM] + at, width), elements(like, call[OUT] + at, width),
+                elements(like, call[STATE0] + at, width), elements(like, call[STATE1] + at, width),
+                tensor_factors, call[FIRST], integers, factors, hyper, 1.0,
+            )  # fmt: skip
+    if call[PANELS] and integers[STEP] + 1 < integers[STEPS]:
+        _pack(call, integers, piece)
+    return total
+
+
+@register_jitable(**EXACT)
+def _by_piece(
+    call: Any, numbers: Any, integers: Any, factors: Any, like: Any, counters: Any, hyper: Any, tensors: Any,
+    tensor_factors: Any, piece: Any,
+) -> float:  # fmt: skip
+    """A piece of a tensor; what it adds to the sums of its phase."""
+    kind = call[KIND_OF_ROW]
+    if kind in (NORM, UPDATE):
+        at = tensors[piece[TOP] * TENSOR_COLUMNS + OFFSET] + piece[LEFT]
+        size, width = like.itemsize, piece[RIGHT] - piece[LEFT]
+        grads = elements(like, call[DZ] + size * at, width)
+        if kind == NORM:
+            return squares(grads, 1.0)
+        update_part(
+            elements(like, call[PARAM] + size * at, width), grads, elements(like, call[STATE0] + size * at, width),
+            elements(like, call[STATE1] + size * at, width), tensor_factors, piece[TOP], integers, factors, hyper,
+            factors[SCALE],
+        )  # fmt: skip
+        return 0.0
+    if kind == PACK:
+        _pack(call, integers, piece)
+        return 0.0
+    _gradient(call, integers, like, counters, tensor_factors, hyper, piece)
+    return _after_gradient(call, numbers, integers, factors, like, hyper, tensor_factors, piece)
+
+
+@register_jitable(**EXACT)
+def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, tasks: int) -> None:
+    """Add up the partial results of a call by rows, in the order of its tasks."""
+    width = integers[PARTIALS]
+    partials = elements(np.float64, integers[AT_PARTIALS], width * tasks)
+    kind = call[KIND_OF_ROW]
+    if call[DSLOPE]:
+        total = 0.0
+        for task in range(tasks):
+            total += partials[width * task + call[SLOPE_PART]]
+        elements(like, call[DSLOPE], 1)[0] = total
+    if kind in (ENTROPY, ELEMENTWISE):
+        loss, hits, scored = 0.0, 0.0, 0.0
+        for task in range(tasks):
+            loss += partials[width * task + LOSS_PART]
+            hits += partials[width * task + HITS_PART]
+            scored += partials[width * task + SCORED_PART]
         count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
-        offset, batch_index = counters[ROW_OFFSET], counters[BATCH_INDEX]
-        begins, updated = batch_index % every == 0, (batch_index + 1) % every == 0
-        shares = 0.0
-        for at in range(calls):
-            call = elements(integers, first_call + 8 * CALL_COLUMNS * at, CALL_COLUMNS)
-            numbers = elements(factors, first_factors + 8 * CALL_FACTORS * at, CALL_FACTORS)
-            rows = elements(integers, call[ROWS] + 8 * call[WALKS] * offset, 1)
-            size, kind = count * call[N], call[KIND_OF_ROW]
-            if kind == GATHER:
-                _gather(call, reals, rows, count)
-            elif kind == AFFINE:
-                _affine(call, reals, count, words)
-            elif kind == ACTIVATE:
-                _activate(call, numbers, reals, count, batch_index, integers[AT_LANES])
-            elif kind == ENTROPY:
-                labels, target = elements(integers, call[TARGET], 1), elements(reals, call[TARGET], 1)
-                weight, class_weight = elements(reals, call[WEIGHTED], 1), elements(reals, call[CLASS_WEIGHTED], 1)
-                z, dz = elements(reals, call[Z], size), elements(reals, call[DZ], size)
-                shares = cross_entropy(
-                    z, dz, labels, target, weight, class_weight, rows, count if size else 0, call[N], call, numbers,
-                    stats,
-                )  # fmt: skip
-            elif kind == ELEMENTWISE:
-                target, weight = elements(reals, call[TARGET], 1), elements(reals, call[WEIGHTED], 1)
-                y, z = elements(reals, call[Y], size), elements(reals, call[Z], size)
-                dz = elements(reals, call[DZ], size)
-                shares = elementwise(
-                    y, dz, target, weight, rows, count if size else 0, call[N], call, numbers, stats
-                )  # fmt: skip
-                _derivative(call, numbers, reals, y, z, dz, 1.0)
-            elif kind == PADDING:
-                dz = elements(reals, call[DZ], call[K] * call[N])
-                for i in range(size, dz.size):
-                    dz[i] = 0
-            elif kind == BACKWARD:
-                _backward(call, numbers, reals, count, words)
-            elif kind == UPDATE:
-                if updated:
-                    params, grads = elements(reals, call[OUT], call[N]), elements(reals, call[DZ], call[N])
-                    states0, states1 = elements(reals, call[Y], call[N]), elements(reals, call[Z], call[N])
-                    scale = 1.0 / every
-                    if integers[CLIPS]:
-                        scale *= clip_factor(grads, tensors, call[FIRST], call[END], scale, factors[CLIP_NORM])
-                    update_all(
-                        params, grads, states0, states1, tensors, tensor_factors, call[FIRST], call[END], integers,
-                        factors, hyper, scale,
-                    )  # fmt: skip
-            elif kind == PENALTY:
-                if shares != 0.0:
-                    pull = numbers[STRENGTH] / shares
-                    weights = call[N] * call[K]
-                    squares = penalise(elements(reals, call[W], weights), elements(reals, call[OUT], weights), pull)
-                    stats[PENALTIES] += 0.5 * pull * squares * count
-            elif kind == CLOCK:
-                advance(counters, hyper, rates, updated, stats, epoch_stats, integers[EPOCHS])
-            else:
-                _gradient(call, reals, count, begins, tensor_factors, hyper, words)
-    write_control(before)
+        stats = elements(np.float64, integers[AT_STATS], 1)
+        record(stats, loss, hits, scored, partials[SHARES_PART], call, numbers, count if call[N] else 0)
+
+
+@register_jitable(**EXACT)
+def _table_row(integers: Any, factors: Any, at: int) -> Any:
+    """A row of calls and its factors."""
+    call = part(integers, HEAD_COLUMNS + CALL_COLUMNS * at, CALL_COLUMNS)
+    return call, part(factors, HEAD_FACTORS + CALL_FACTORS * at, CALL_FACTORS)
+
+
+@register_jitable(**EXACT)
+def _end_phase(integers: Any, factors: Any, like: Any, counters: Any, phase: Any) -> None:
+    """Do the rest of a phase, in one thread, when all its tasks have ended."""
+    if phase[CUT] == BY_ROWS:
+        for at in range(phase[ROW_FIRST], phase[ROW_END]):
+            call, numbers = _table_row(integers, factors, at)
+            _end_rows(call, numbers, integers, like, counters, phase[TASKS])
+    elif phase[CUT] == BY_PIECES:
+        total = 0.0
+        tasks = part(integers, integers[AT_TASKS] + TASK_COLUMNS * phase[TASK_FIRST], TASK_COLUMNS * phase[TASKS])
+        first, end = tasks[PIECE_FIRST], tasks[TASK_COLUMNS * (phase[TASKS] - 1) + PIECE_END]
+        sums = elements(np.float64, integers[AT_SUMS], end)
+        for at in range(first, end):
+            total += sums[at]
+        call, _ = _table_row(integers, factors, phase[ROW_FIRST])
+        if call[KIND_OF_ROW] == NORM:
+            tensors = part(integers, HEAD_COLUMNS + CALL_COLUMNS * integers[CALLS], 1)
+            grads, scale = elements(like, call[DZ], 1), 1.0 / integers[ACCUMULATE]
+            scale *= clip_factor(grads, tensors, call[FIRST], call[END], total, scale, factors[CLIP_NORM])
+            factors[SCALE] = scale
+        elif total != 0.0:
+            # penalties
+            count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+            elements(np.float64, integers[AT_STATS], 1)[PENALTIES] += 0.5 * total * count
+
+
+@register_jitable(**EXACT)
+def _open(integers: Any, factors: Any, like: Any) -> int:
+    """End the phase under way and open the next that has tasks; their number, or 0 at the end of the last step."""
+    counters = elements(np.int64, integers[AT_COUNTERS], 1)
+    at = integers[PHASE]
+    if at >= 0:
+        _end_phase(
+            integers, factors, like, counters, part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at, PHASE_COLUMNS)
+        )
+    while True:
+        at += 1
+        if at == integers[PHASES]:
+            integers[STEP] += 1
+            if integers[STEP] == integers[STEPS]:
+                return 0
+            at = integers[PROLOGUE]
+        phase = part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at, PHASE_COLUMNS)
+        updated = (counters[BATCH_INDEX] + 1) % integers[ACCUMULATE] == 0
+        if phase[CUT] == AT_ONCE:
+            hyper, rates = elements(np.float64, integers[AT_HYPER], 1), elements(np.float64, integers[AT_RATES], 1)
+            stats = elements(np.float64, integers[AT_STATS], 1)
+            epoch_stats = elements(np.float64, integers[AT_EPOCH_STATS], 1)
+            advance(counters, hyper, rates, updated, stats, epoch_stats, integers[EPOCHS])
+            continue
+        call, _ = _table_row(integers, factors, phase[ROW_FIRST])
+        kind = call[KIND_OF_ROW]
+        if kind in (NORM, UPDATE):
+            if not updated:
+                continue
+            if not integers[CLIPS]:
+                factors[SCALE] = 1.0 / integers[ACCUMULATE]
+        if phase[TASKS] == 0:
+            continue
+        integers[PHASE] = at
+        return phase[TASKS]
+
+
+def work(job: int, task: int) -> int:
+    """Do a task of the phase under way, or, for a negative number, open the next: see ``team``.
+
+    job is the address of a table's integers; ``tables`` says what is in them.
+    """
+    integers = elements(np.int64, job, HEAD_COLUMNS)
+    factors = elements(np.float64, integers[AT_FACTORS], HEAD_FACTORS)
+    like = elements(REAL, job, 1)
+    if task < 0:
+        return _open(integers, factors, like)
+    counters = elements(np.int64, integers[AT_COUNTERS], 1)
+    phase = part(integers, integers[AT_PHASES] + PHASE_COLUMNS * integers[PHASE], PHASE_COLUMNS)
+    if phase[CUT] == BY_ROWS:
+        for at in range(phase[ROW_FIRST], phase[ROW_END]):
+            call, numbers = _table_row(integers, factors, at)
+            _by_rows(call, numbers, integers, like, counters, task)
+        return 0
+    hyper = elements(np.float64, integers[AT_HYPER], 1)
+    tensors = part(integers, HEAD_COLUMNS + CALL_COLUMNS * integers[CALLS], 1)
+    tensor_factors = part(factors, HEAD_FACTORS + CALL_FACTORS * integers[CALLS], 1)
+    pieces = part(integers, integers[AT_TASKS] + TASK_COLUMNS * (phase[TASK_FIRST] + task), TASK_COLUMNS)
+    sums = elements(np.float64, integers[AT_SUMS], pieces[PIECE_END])
+    for at in range(pieces[PIECE_FIRST], pieces[PIECE_END]):
+        piece = part(integers, integers[AT_PIECES] + PIECE_COLUMNS * at, PIECE_COLUMNS)
+        call, numbers = _table_row(integers, factors, piece[PIECE_ROW])
+        sums[at] = _by_piece(
+            call, numbers, integers, factors, like, counters, hyper, tensors, tensor_factors, piece
+        )  # fmt: skip
+    return 0

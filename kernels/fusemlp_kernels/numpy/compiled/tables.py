@@ -6,10 +6,14 @@ from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 # The integers are one int64 array: a head, a row of CALL_COLUMNS for each row of calls, a row of TENSOR_COLUMNS for
-# each trained tensor. The factors are one float64 array of the same order. An array is entered by its address.
+# each trained tensor, then the plan: phases, tasks, pieces. The factors are one float64 array: a head, then rows of the
+# same order. An array is entered by its address.
 
 # The head: the optimizer; how many rows of calls there are, and rows in the batch (COUNTED: ask the counters); the
-# control arrays, how many epochs the statistics are of, and memory for the random numbers of a row.
+# control arrays, and how many epochs the statistics are of. The factors, and where in the integers phases, tasks and
+# pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
+# words a task; zeros. The functions of products and panels. The plan: rows a task, phases, and how many of them come
+# before the first step only. The state of a launch: the steps to do, the step, the phase.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -24,16 +28,39 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     AT_STATS,
     AT_EPOCH_STATS,
     EPOCHS,
+    AT_FACTORS,
+    AT_PHASES,
+    AT_TASKS,
+    AT_PIECES,
+    AT_PARTIALS,
+    PARTIALS,
+    AT_SUMS,
     AT_LANES,
+    LANES_ROW,
+    AT_ZEROS,
+    AT_PRODUCT,
+    AT_PACK,
+    BLOCK,
+    PHASES,
+    PROLOGUE,
+    STEPS,
+    STEP,
+    PHASE,
     HEAD_COLUMNS,
-) = range(15)
-# The factors before those of the calls: the hyperparameters in their order, then the largest norm.
-CLIP_NORM, HEAD_FACTORS = len(HYPERPARAMETERS), len(HYPERPARAMETERS) + 1
+) = range(32)
+# The factors before those of the calls: the hyperparameters in their order, then the largest norm, and what gradients
+# are multiplied by in the update.
+CLIP_NORM, SCALE, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(3))
 COUNTED = -1
+# Rows of a weight matrix that lie together for the forward pass, a multiple of the columns of any tile.
+PANEL = 32
+# Rows of the batch that a product for a gradient reads for all its tiles before the next: as many as stay in the cache.
+DEPTH = 512
 
-# The kinds of a row of calls; a call of the program is one row or several. GATHER: x[rows]; AFFINE and ACTIVATE: a
-# layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last row; WEIGHT, BIAS,
-# SLOPES: a gradient.
+# The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
+# AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
+# row; BACKWARD. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its update where there is a PARAM;
+# NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -45,17 +72,30 @@ COUNTED = -1
     WEIGHT,
     BIAS,
     SLOPES,
-    PENALTY,
+    NORM,
     UPDATE,
+    PACK,
     CLOCK,
-) = range(13)
+) = range(14)
+
+# A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
+# holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
+# elements of a bias, elements of one tensor of an update.
+BY_ROWS, BY_PIECES, AT_ONCE = range(3)
+CUT, ROW_FIRST, ROW_END, TASKS, TASK_FIRST, PHASE_COLUMNS = range(6)
+PIECE_FIRST, PIECE_END, TASK_COLUMNS = range(3)
+PIECE_ROW, TOP, BOTTOM, LEFT, RIGHT, PIECE_COLUMNS = range(6)
+# Partial results of a task by rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; then
+# gradients by slopes.
+LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 
 # A row. Arrays, 0 where there is none: row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
-# bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by it, dropout's mask.
-# Dropout: key, layer and threshold of its random numbers. The rows of the table of tensors from FIRST to before END
-# that an update is of; a product with DESCENDS lands in the parameter, by the rate of tensor FIRST. The loss: targets,
-# row weights, class weights (arrays), and its options; SMOOTHED: every class of a row has a target; WIDE: a row of
-# classes fills the vector registers.
+# the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
+# it, dropout's mask. SLOPE_PART: the place of a slope's gradient among the partial results. Dropout: key, layer and
+# threshold of its random numbers. The rows of the table of tensors from FIRST to before END that an update is of. A
+# gradient may be updated from at once: PARAM and its states, of tensor FIRST; with DESCENDS the product lands in the
+# parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights (arrays),
+# and its options; SMOOTHED: every class of a row has a target; WIDE: a row of classes fills the vector registers.
 (
     KIND_OF_ROW,
     N,
@@ -64,6 +104,7 @@ COUNTED = -1
     WALKS,
     X,
     W,
+    PANELS,
     B,
     Y,
     Z,
@@ -71,6 +112,7 @@ COUNTED = -1
     OUT,
     SLOPE,
     DSLOPE,
+    SLOPE_PART,
     KEEP,
     ACTIVATION,
     KEY_LOW,
@@ -79,7 +121,12 @@ COUNTED = -1
     THRESHOLD,
     FIRST,
     END,
+    PARAM,
+    STATE0,
+    STATE1,
     DESCENDS,
+    PULLS,
+    SUMS,
     TARGET,
     WEIGHTED,
     CLASS_WEIGHTED,
@@ -92,7 +139,7 @@ COUNTED = -1
     ACCURACY,
     WIDE,
     CALL_COLUMNS,
-) = range(35)
+) = range(42)
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
 # by beside the row weights.
 FIXED_SLOPE, RATE, STRENGTH, SMOOTHING, OPTION, DIVISOR, CALL_FACTORS = range(7)
@@ -100,11 +147,6 @@ FIXED_SLOPE, RATE, STRENGTH, SMOOTHING, OPTION, DIVISOR, CALL_FACTORS = range(7)
 # A row a trained tensor
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
 LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
-
-# BLAS takes the address of every argument. Its numbers are written into the first two elements of an array of the
-# parameters' type, its integers into the first six of an int32 array; after them stand the letters that say whether a
-# factor is transposed.
-REALS, INTEGERS, LETTERS = 2, 6, [ord("N"), ord("T")]
 
 SGD = list(OPTIMIZERS).index("sgd")
 IDENTITY = ACTIVATIONS.index("identity")

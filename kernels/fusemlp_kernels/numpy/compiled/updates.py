@@ -15,7 +15,7 @@ from fusemlp_kernels.numpy.compiled.views import part
 
 
 @register_jitable(**REDUCTION)
-def _squares(values: Any, divisor: float) -> float:
+def squares(values: Any, divisor: float) -> float:
     total = 0.0
     for i in range(values.size):
         quotient = values[i] / divisor
@@ -35,15 +35,13 @@ def penalise(p: Any, g: Any, strength: float) -> float:
 
 
 @register_jitable(**EXACT)
-def clip_factor(grads: Any, tensors: Any, first: int, end: int, scale: float, limit: float) -> float:
+def clip_factor(
+    grads: Any, tensors: Any, first: int, end: int, total: float, scale: float, limit: float
+) -> float:  # fmt: skip
     """The factor of clipping for the gradients of tensors first to before end, which ``scale`` multiplies already.
 
-    It is NaN where a gradient is NaN.
+    ``total`` is the sum of their squares. The factor is NaN where a gradient is NaN.
     """
-    total = 0.0
-    for t in range(first, end):
-        start = tensors[t * TENSOR_COLUMNS + OFFSET]
-        total += _squares(part(grads, start, tensors[t * TENSOR_COLUMNS + SIZE]), 1.0)
     norm = math.sqrt(total)
     if math.isinf(norm):
         # the squares overflowed, perhaps not the norm
@@ -56,28 +54,20 @@ def clip_factor(grads: Any, tensors: Any, first: int, end: int, scale: float, li
             total = 0.0
             for t in range(first, end):
                 start = tensors[t * TENSOR_COLUMNS + OFFSET]
-                total += _squares(part(grads, start, tensors[t * TENSOR_COLUMNS + SIZE]), largest)
+                total += squares(part(grads, start, tensors[t * TENSOR_COLUMNS + SIZE]), largest)
             norm = largest * math.sqrt(total)
     factor = limit / (norm * scale + 1e-6)
     return 1.0 if factor > 1.0 else factor
 
 
 @register_jitable(**ELEMENTWISE)
-def update_all(
-    params: Any, grads: Any, states0: Any, states1: Any, tensors: Any, tensor_factors: Any, first: int, end: int,
-    rule: Any, factors: Any, hyper: Any, scale: float,
+def update_part(
+    p: Any, g: Any, s0: Any, s1: Any, tensor_factors: Any, t: int, rule: Any, factors: Any, hyper: Any, scale: float,
 ) -> None:  # fmt: skip
-    """Update tensors first to before end, each from its gradient times ``scale``; grads is written to."""
-    real = params.dtype.type
-    for t in range(first, end):
-        start = tensors[t * TENSOR_COLUMNS + OFFSET]
-        size = tensors[t * TENSOR_COLUMNS + SIZE]
-        g = part(grads, start, size)
-        rate = hyper[LEARNING_RATE] * tensor_factors[t * TENSOR_FACTORS + LR_FACTOR]
-        decay = tensor_factors[t * TENSOR_FACTORS + DECAY]
-        if scale != 1.0:
-            times = real(scale)
-            for i in range(size):
-                g[i] *= times
-        p, s0, s1 = part(params, start, size), part(states0, start, size), part(states1, start, size)
-        update_tensor(p, g, s0, s1, rate, decay, rule, factors, hyper)
+    """Update a part of tensor t from its gradient times ``scale``; g is written to."""
+    if scale != 1.0:
+        times = p.dtype.type(scale)
+        for i in range(g.size):
+            g[i] *= times
+    rate = hyper[LEARNING_RATE] * tensor_factors[t * TENSOR_FACTORS + LR_FACTOR]
+    update_tensor(p, g, s0, s1, rate, tensor_factors[t * TENSOR_FACTORS + DECAY], rule, factors, hyper)

@@ -1,10 +1,16 @@
-"""Flat views of memory, as intrinsics: numba compiles a function for every type of a slice or a ``carray``."""
+"""Flat views of memory, and calls by address, as intrinsics.
+
+Numba compiles a function for every type of a slice or a ``carray``. It compiles what a function calls again with each
+caller, but for functions that are called by their address.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
@@ -38,5 +44,19 @@ def _of_array(typingctx: Any, array: Any, start: Any, size: Any) -> Any:
     return kind(array, types.intp, types.intp), code
 
 
+def _calls(typingctx: Any, address: Any, *given: Any) -> Any:
+    """Call a function by its address; the word that it returns."""
+    kinds = [types.unliteral(kind) for kind in given]
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        parts = cgutils.unpack_tuple(builder, values[1], len(kinds))
+        of = [context.get_value_type(kind) for kind in kinds]
+        function = ir.FunctionType(context.get_value_type(types.intp), of).as_pointer()
+        return builder.call(builder.inttoptr(values[0], function), parts)
+
+    return types.intp(types.intp, types.Tuple(kinds)), code
+
+
+call: Any = intrinsic(_calls)
 elements: Any = intrinsic(_of_address)
 part: Any = intrinsic(_of_array)

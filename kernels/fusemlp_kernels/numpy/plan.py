@@ -1,0 +1,166 @@
+"""Cut the calls of a table into phases, and phases into tasks, for threads to share: see ``compiled.team``.
+
+The rows of a batch do not depend on one another through forward and backward propagation. Pieces of weight matrices do
+not through gradient and update. So a step has two phases, whatever its depth, and a third where all gradients must
+be known before the first update. The cuts follow from the shapes alone, and so do the bits of the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fusemlp_kernels.numpy.compiled import tables as t
+
+# Multiplications, or work that takes as long, worth a task of its own; and the most tasks of a phase.
+GRAIN = 1 << 19
+MOST_TASKS = 64
+# A task has a multiple of this many rows.
+ROWS = 8
+# The cost of an element of work beside products, in multiplications.
+ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
+
+# Elements of a row that a piece has at least, where there are as many: an update of short rows leaves little to do in
+# vector registers.
+SHORTEST = 512
+
+PIECEWISE = ("WEIGHT", "BIAS", "SLOPES")
+_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of calls: its kind, N and K, its first tensor and the one after its last; and the arrays that it reads or
+    writes by rows of the batch: address, bytes, bytes of a row."""
+
+    kind: str
+    n: int
+    k: int
+    first: int = 0
+    end: int = 0
+    arrays: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tables of phases, tasks and pieces; ``block`` rows a task, ``most`` tasks in a phase."""
+
+    phases: list[int]
+    tasks: list[int]
+    pieces: list[int]
+    block: int
+    prologue: int
+    most: int
+
+
+def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int]) -> Plan:
+    """Plan ``rows`` of calls for batches of up to ``height`` rows, the table of tensors being ``tensors``.
+
+    ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
+    weights into panels itself, after that.
+    """
+    block = _block(rows, height)
+    by_rows = max(1, -(-height // block)) if block else 1
+    phases: list[int] = []
+    tasks: list[int] = []
+    pieces: list[int] = []
+    most = 1
+
+    def phase(first: int, group: Sequence[Row]) -> None:
+        nonlocal most
+        cut = _CUT.get(group[0].kind, t.BY_ROWS)
+        start, count = len(tasks) // t.TASK_COLUMNS, 1
+        if cut == t.BY_PIECES:
+            found = [(first + i, *piece) for i, row in enumerate(group) for piece in _pieces(row, height, tensors)]
+            grain = max(GRAIN, sum(piece[-1] for piece in found) // MOST_TASKS)
+            begun, cost, at = len(pieces) // t.PIECE_COLUMNS, 0, len(pieces) // t.PIECE_COLUMNS
+            for piece in found:
+                pieces.extend(piece[:-1])
+                at, cost = at + 1, cost + piece[-1]
+                if cost >= grain:
+                    tasks.extend((begun, at))
+                    begun, cost = at, 0
+            if begun < at:
+                tasks.extend((begun, at))
+            count = len(tasks) // t.TASK_COLUMNS - start
+        elif cut == t.BY_ROWS:
+            count = by_rows
+        phases.extend((cut, first, first + len(group), count, start))
+        most = max(most, count)
+
+    if packs:
+        phase(len(rows), packs)
+    prologue = len(phases) // t.PHASE_COLUMNS
+    for first, group in _groups(rows):
+        phase(first, group)
+        if packs and group[0].kind == "UPDATE":
+            phase(len(rows), packs)
+    return Plan(phases, tasks, pieces, block, prologue, most)
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
+    """The rows of each phase, and the place of the first."""
+
+    def class_of(row: Row) -> str:
+        return "gradients" if row.kind in PIECEWISE else row.kind if row.kind in _CUT else "rows"
+
+    first = 0
+    for at in range(1, len(rows) + 1):
+        group = rows[first:at]
+        if at == len(rows) or class_of(rows[at]) != class_of(group[0]) or _disturbs(rows[at], group):
+            yield first, group
+            first = at
+
+
+def _disturbs(row: Row, others: Sequence[Row]) -> bool:
+    """True if arrays of a row lie where other rows have arrays of another width: a value that is not needed any more
+    leaves its memory to another, but a task may be ahead of those that still read it."""
+    for start, size, width in row.arrays:
+        for other in others:
+            for their_start, their_size, their_width in other.arrays:
+                apart = start + size <= their_start or their_start + their_size <= start
+                if not apart and (start, width) != (their_start, their_width):
+                    return True
+    return False
+
+
+def _block(rows: Sequence[Row], height: int) -> int:
+    """Rows a task."""
+    cost = 0
+    for row in rows:
+        if row.kind in ("AFFINE", "BACKWARD"):
+            cost += row.n * row.k
+        elif row.kind in ("ENTROPY", "ELEMENTWISE"):
+            cost += LOSS * row.n
+        elif row.kind == "GATHER":
+            cost += MOVE * row.k
+        elif row.kind not in _CUT:
+            cost += ELEMENT * row.n
+    count = max(1, min(MOST_TASKS, height * cost // GRAIN))
+    return -(-height // (count * ROWS)) * ROWS
+
+
+def _even(size: int, parts: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Cut ``size`` into about ``parts`` parts that begin at multiples of ``unit``."""
+    step = max(1, -(-size // (max(parts, 1) * unit))) * unit
+    for start in range(0, size, step):
+        yield start, min(size, start + step)
+
+
+def _pieces(row: Row, height: int, tensors: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
+    """The pieces of a row, each with its cost: top, bottom, left, right, cost."""
+    if row.kind in ("NORM", "UPDATE"):
+        for tensor in range(row.first, row.end):
+            size = tensors[tensor * t.TENSOR_COLUMNS + t.SIZE]
+            for left, right in _even(size, size * UPDATE // GRAIN, t.PANEL):
+                yield tensor, 0, left, right, (right - left) * UPDATE
+    elif row.kind in ("WEIGHT", "PACK"):
+        each = MOVE if row.kind == "PACK" else height + UPDATE
+        parts = max(1, -(-row.n * row.k * each // GRAIN))
+        strips = min(parts, max(1, row.k // SHORTEST))
+        for left, right in _even(row.k, strips, t.PANEL):
+            for top, bottom in _even(row.n, -(-parts // max(strips, 1)), t.PANEL // 2):
+                yield top, bottom, left, right, (bottom - top) * (right - left) * each
+    else:
+        for left, right in _even(row.n, row.n * height // GRAIN, t.PANEL):
+            yield 0, 0, left, right, (right - left) * height

@@ -1,0 +1,273 @@
+"""Threads that share a launch: the same bits for any number of them, and none is left in the way afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine, PReLU
+from fusemlp_kernels.numpy import cores, plan, team
+from fusemlp_kernels.numpy.compiled import tables as t
+
+RNG = np.random.default_rng(0)
+
+
+def with_threads(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: number})
+    monkeypatch.setattr(cores, "_openblas", list)
+
+
+def digest(engine: Engine, X: Any, y: Any) -> str:
+    parts = [value for value in engine.state_dict().values()]
+    parts += [engine.predict(X), np.array(list(engine.evaluate(X, y).values()))]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+
+LABELS = RNG.integers(0, 10, 700)
+PROGRAMS: dict[str, tuple[MLP, Any, Any, Any]] = {
+    "sgd": (MLP([200, 300, 10]), "cross_entropy", SGD(0.05), LABELS),
+    "adam": (MLP([200, 150, 90, 10], dropout=0.2), "cross_entropy", Adam(0.01), LABELS),
+    "clipped": (MLP([200, 300, 10]), "cross_entropy", Adam(0.01, clip_norm=0.1), LABELS),
+    "accumulated": (MLP([200, 300, 10]), "cross_entropy", SGD(0.05, momentum=0.9, accumulate=2), LABELS),
+    "slopes": (MLP([200, 300, 2], activation=PReLU(0.1)), "mse", Adam(0.01), RNG.standard_normal((700, 2))),
+    # what a layer no longer needs leaves its memory to layers of other widths
+    "deep": (MLP([200, 150, 240, 90, 170, 10], activation="gelu", dropout=0.1), "cross_entropy", Adam(0.01), LABELS),
+    "options": (
+        MLP([200, 300, 10], activation="gelu"),
+        CrossEntropy(label_smoothing=0.1, class_weight=[0.5] * 10, ignore_index=3),
+        SGD(0.05),
+        LABELS,
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_bits_do_not_depend_on_the_number_of_threads(
+    program: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, loss, optimizer, targets = PROGRAMS[program]
+    X, weight = RNG.standard_normal((700, 200)), RNG.uniform(0.5, 2.0, 700)
+    led: list[int] = []
+    lead = team._Team.lead
+
+    def watched(self: Any, members: int, work: int, job: int) -> None:
+        led.append(members)
+        lead(self, members, work, job)
+
+    monkeypatch.setattr(team._Team, "lead", watched)
+    found = set()
+    for number in (1, 2, 3, 4):
+        with_threads(monkeypatch, number)
+        led.clear()
+        engine = Engine(net, loss=loss, optimizer=optimizer, batch_size=128, seed=1, precision=precision)
+        engine.fit(X, targets, epochs=2, sample_weight=weight)
+        engine.step(X[:128], targets[:128])
+        found.add(digest(engine, X, targets))
+        # a launch of fewer tasks has fewer threads
+        assert max(led, default=1) == number
+    assert len(found) == 1
+
+
+def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_threads(monkeypatch, 2)
+    led: list[int] = []
+    monkeypatch.setattr(team._Team, "lead", lambda self, members, work, job: led.append(members))
+    X, y = RNG.standard_normal((256, 200)), RNG.integers(0, 10, 256)
+    engine = Engine(MLP([200, 300, 10]), batch_size=128)
+    with cores.one_thread():
+        engine.fit(X, y, epochs=1)
+    with team._the_team(2).free:
+        engine.fit(X, y, epochs=1)
+    assert led == []
+
+
+SLOW = """
+import ctypes, random, sys, time
+import numpy as np
+from fusemlp_kernels.numpy import team
+from numba import cfunc, types
+
+sys.setswitchinterval(1e-4)
+STEPS, PHASES, TASKS = 2500, 4, 7
+done = np.zeros((PHASES, TASKS), np.int64)
+at = np.zeros(3, np.int64)  # step, phase, errors
+rng = random.Random(0)
+sleepy = len(sys.argv) > 1
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+def work(job, task):
+    step, phase = int(at[0]), int(at[1])
+    if task >= 0:
+        if sleepy and rng.random() < 0.002:
+            time.sleep(rng.random() * 0.003)
+        # a phase begins when the one before has ended, and a task runs once
+        if (done[phase, task] != step) or (phase and done[phase - 1].min() <= step):
+            at[2] += 1
+        done[phase, task] += 1
+        return 0
+    if phase >= 0 and done[phase].min() != step + 1:
+        at[2] += 1
+    at[1] = phase + 1
+    if at[1] == PHASES:
+        at[0], at[1] = step + 1, 0
+    return TASKS if at[0] < STEPS else 0
+
+at[1] = -1
+one = team._the_team(4)
+one.lead(4, ctypes.cast(work, ctypes.c_void_p).value, 0)
+assert at[2] == 0, at
+assert (done == STEPS).all(), done
+print("ok")
+"""
+
+
+def run(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([*(entry for entry in sys.path if entry), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("sleepy", [False, True])
+def test_ten_thousand_phases_are_each_done_once_and_in_order(sleepy: bool) -> None:
+    """A team of four on any number of cores; with sleeps, threads are away in the middle of a task."""
+    ran = run(SLOW, *(["sleepy"] if sleepy else []))
+    assert ran.stdout == "ok\n", ran.stderr
+
+
+PRELUDE = """
+import os, signal, sys, threading, time
+import numpy as np
+from fusemlp import MLP, SGD, Engine
+rng = np.random.default_rng(0)
+X, y = rng.standard_normal((512, 200)).astype(np.float32), rng.integers(0, 10, 512)
+def engine():
+    return Engine(MLP([200, 300, 10]), optimizer=SGD(0.05), batch_size=128, seed=1)
+def bits(made):
+    return b"".join(value.tobytes() for value in made.state_dict().values())
+alone = engine()
+alone.fit(X, y, epochs=2)
+"""
+
+FORK = f"""{PRELUDE}
+stop = False
+def train():
+    other = engine()
+    while not stop:
+        other.fit(X, y, epochs=1)
+beside = threading.Thread(target=train)
+beside.start()
+codes = []
+for _ in range(5):
+    time.sleep(0.02)
+    child = os.fork()
+    if not child:
+        own = engine()
+        own.fit(X, y, epochs=2)
+        os._exit(0 if bits(own) == bits(alone) else 1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop = True
+beside.join()
+print(codes)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore")
+def test_a_process_that_is_forked_in_the_middle_of_a_launch_trains() -> None:
+    ran = run(FORK, FUSEMLP_NUM_THREADS="2")
+    assert ran.stdout == "[0, 0, 0, 0, 0]\n", ran.stderr
+
+
+INTERRUPTED = f"""{PRELUDE}
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+made = engine()
+try:
+    made.fit(X, y, epochs=1_000_000)
+    print("not interrupted")
+except KeyboardInterrupt:
+    pass
+after = engine()
+after.fit(X, y, epochs=2)
+print(bits(after) == bits(alone), [one.name for one in threading.enumerate() if not one.daemon])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there SIGINT is for a whole console")
+def test_ctrl_c_in_the_middle_of_a_launch_leaves_no_lock_behind() -> None:
+    ran = run(INTERRUPTED, FUSEMLP_NUM_THREADS="2")
+    assert ran.stdout == "True ['MainThread']\n", ran.stderr
+
+
+TOGETHER = f"""{PRELUDE}
+made = [engine() for _ in range(4)]
+threads = [threading.Thread(target=one.fit, args=(X, y), kwargs=dict(epochs=2)) for one in made]
+for one in threads:
+    one.start()
+for one in threads:
+    one.join()
+print([bits(one) == bits(alone) for one in made])
+"""
+
+
+def test_launches_from_many_threads_end_with_the_same_bits() -> None:
+    assert run(TOGETHER, FUSEMLP_NUM_THREADS="2").stdout == "[True, True, True, True]\n"
+
+
+KINDS = ["GATHER", "AFFINE", "ACTIVATE", "BACKWARD", "ENTROPY", "WEIGHT", "BIAS", "SLOPES", "UPDATE", "NORM"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 700), st.integers(0, 900)), min_size=1, max_size=8),
+    st.integers(0, 3000),
+)
+def test_a_plan_covers_all_of_each_call_once(shapes: list[tuple[str, int, int]], height: int) -> None:
+    sizes = [outputs * max(inputs, 1) for _, outputs, inputs in shapes]
+    rows = [plan.Row(kind, n, k, at, at + 1) for at, (kind, n, k) in enumerate(shapes)]
+    packs = [plan.Row("PACK", n, k) for kind, n, k in shapes if kind == "AFFINE"]
+    found = plan.plan(rows, packs, height, [number for size in sizes for number in (0, size)])
+    assert found.block % plan.ROWS == 0
+    phases = np.reshape(found.phases, (-1, t.PHASE_COLUMNS))
+    tasks = np.reshape(found.tasks, (-1, t.TASK_COLUMNS))
+    pieces = np.reshape(found.pieces, (-1, t.PIECE_COLUMNS))
+    calls = [*rows, *packs]
+    assert list(range(len(rows))) == [at for phase in phases for at in range(phase[1], phase[2]) if at < len(rows)]
+    assert found.most == max(1, phases[:, t.TASKS].max())
+    for phase in phases:
+        if phase[t.CUT] == t.BY_ROWS:
+            assert phase[t.TASKS] * found.block >= height
+        else:
+            covered = {at: [] for at in range(phase[t.ROW_FIRST], phase[t.ROW_END])}
+            own = tasks[phase[t.TASK_FIRST] : phase[t.TASK_FIRST] + phase[t.TASKS]]
+            for first, end in own:
+                for at, top, bottom, left, right in pieces[first:end]:
+                    assert left % t.PANEL == 0
+                    assert top % (t.PANEL // 2) == 0 or calls[at].kind in ("NORM", "UPDATE")
+                    covered[at].append((right - left) * (bottom - top if calls[at].kind in ("WEIGHT", "PACK") else 1))
+            for at, found_sizes in covered.items():
+                call = calls[at]
+                whole = {"WEIGHT": call.n * call.k, "PACK": call.n * call.k}
+                whole |= dict.fromkeys(("NORM", "UPDATE"), sizes[min(call.first, len(sizes) - 1)])
+                assert sum(found_sizes) == whole.get(call.kind, call.n)
+
+
+def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own() -> None:
+    one, two = (1000, 400, 40), (1200, 800, 80)
+    rows = [plan.Row("AFFINE", 10, 10, arrays=(one,)), plan.Row("ACTIVATE", 10, 0, arrays=(one,))]
+    assert len(plan.plan(rows, [], 10, []).phases) == t.PHASE_COLUMNS
+    rows.append(plan.Row("BACKWARD", 10, 10, arrays=(two,)))
+    assert np.reshape(plan.plan(rows, [], 10, []).phases, (-1, t.PHASE_COLUMNS))[:, 1:3].tolist() == [[0, 2], [2, 3]]
