@@ -295,6 +295,27 @@ FORMS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def test_text_with_the_marks_of_numbers_is_numbers_in_a_frame_too() -> None:
+    frame = pandas.DataFrame(
+        {
+            "price": ["$1,498", "$900", None, "$2,000"] * 6,
+            "share": ["12%", "5%", "0.5%", "40%"] * 6,
+            "zip": ["00123", "99999", "10115", "00001"] * 6,
+            "code": ["$1", "a", "b", "c"] * 6,
+            "y": ["p", "q"] * 12,
+        }
+    )
+    data = load_data(frame, target="y")
+    assert {role.name: role.kind for role in data.roles} == {
+        **{"price": "number", "share": "number", "zip": "words", "code": "words"},
+        "y": "target",
+    }
+    np.testing.assert_array_equal(data.X[:4, 0], [1498.0, 900.0, np.nan, 2000.0])
+    np.testing.assert_allclose(data.X[:4, 1], [0.12, 0.05, 0.005, 0.4], rtol=2**-52)
+    words = load_data(frame, target="y", columns=Columns(categorical=["share"]))
+    assert {role.name: role.kind for role in words.roles}["share"] == "words"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_table_means_the_same_in_every_form(form: str, tmp_path: Path) -> None:
     FRAME.to_csv(tmp_path / "a.csv", index=False)

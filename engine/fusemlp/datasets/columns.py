@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
@@ -24,9 +25,10 @@ _FEW = 20
 _TELLING = 4096
 # The number of mistakes in a message.
 _SHOWN = 30
+# A number that is text for a reason.
+_MARKED = re.compile(r"[^\d.+\-eE\s]")
 # The numbers that Arrow reads, with another decimal mark too.
 _PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
-
 
 # Arrow's scalars from Python's values, and its to_numpy, would import pandas, as text_array says.
 _EMPTY, _NULL = text_array([""])[0], pa.nulls(1, pa.string())[0]
@@ -160,7 +162,8 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
 class Column:
     """A feature column of a table as it grows; its first rows with values decide its kind, unless it is given.
 
-    The column of a file ``with_types`` holds what its type says: words are never read as numbers.
+    The column of a file or frame ``with_types`` holds what its type says: words are read as numbers only if all are
+    and some have marks that a number's type cannot have, as in "$1,498" or "12%".
     """
 
     def __init__(self, name: str, decimal: str, problems: Problems, kind: str | None, with_types: bool = False) -> None:
@@ -221,12 +224,12 @@ class Column:
         present = texts.filter(pc.invert(_among(texts, MISSING))).slice(0, _TELLING).to_pylist()
         if not present:
             return
-        if not self.with_types:
-            count = sum(number(text, self.decimal) is not None for text in present)
-            mixed = count < len(present) and len(set(present)) <= _FEW
-            if count >= MOSTLY * len(present) and not mixed:
-                self.kind = "number"
-                return
+        count = sum(number(text, self.decimal) is not None for text in present)
+        mixed = count < len(present) and (self.with_types or len(set(present)) <= _FEW)
+        marked = not self.with_types or any(map(_MARKED.search, present))
+        if count >= MOSTLY * len(present) and marked and not mixed:
+            self.kind = "number"
+            return
         orders = orders_of(present, MOSTLY)
         if {"dmy", "mdy"} <= set(orders):
             orders = ["mdy"]
