@@ -6,6 +6,7 @@ that asks for it, with the same results. The threads are started when they are f
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import threading
@@ -34,6 +35,8 @@ class _Team:
         self.free = threading.Lock()
         size = layout.MEMBER + layout.MEMBER_BYTES * most
         memory = np.zeros(size // 8 + layout.MEMBER_BYTES, np.int64)
+        # the threads look at it until the process ends, after the interpreter has released all else
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
         start = -memory.ctypes.data % layout.MEMBER_BYTES // 8
         self._words = memory[start : start + size // 8]
         self._address = self._words.ctypes.data
