@@ -18,11 +18,13 @@ COMMANDS = {
     "sklearn_door": "time a fit of scikit-learn's estimators and of fusemlp's",
     "torch_door": "time a training step of eager PyTorch and the fused one",
     "fleet_search": "time a grid search: fusemlp, scikit-learn and JAX",
+    "tables": "score fusemlp train with its defaults on real tables, beside scikit-learn's models",
     "time_to_result": "time from arrays to an accuracy, imports and compilation included",
     "scaling": "time a step over batch, width, depth and number of models",
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
+    "table_memory": "measure the peak memory of fusemlp train on long tables",
     "launches": "count the launches of a step and of eager PyTorch's",
     "tune": "measure the tiles of the Triton kernels on a card",
 }

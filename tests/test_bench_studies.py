@@ -6,6 +6,7 @@ No test asserts a speed: tests of conclusions use invented figures, tests of sum
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,26 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import kernels, loops, memory, overhead, roofline, scaling, study, time_to_result, timing, trials
+from bench import (
+    kernels,
+    loops,
+    memory,
+    overhead,
+    roofline,
+    scaling,
+    study,
+    table_memory,
+    tables,
+    time_to_result,
+    timing,
+    trials,
+)
 from bench.vendor import Vendor
 from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scaling", "overhead", "time_to_result")
+STUDIES = ("roofline", "kernels", "scaling", "overhead", "table_memory", "tables", "time_to_result")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -297,3 +311,58 @@ def test_every_study_draws_its_picture() -> None:
         assert axes.get_ylabel()
     lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
     assert "of the fastest step" in roofline.draw(lines).axes[0].get_title(loc="left")
+
+
+# tables
+
+
+def scored(name: str, model: str, task: str, **figures: float) -> dict[str, Any]:
+    about = {"table": name, "task": task, "half": "final", "seed": 0, "rows": 1000, "columns": 4, "seconds": 0.5}
+    return {**about, "model": model, **figures}
+
+
+def test_ranks_of_tables_are_means_over_seeds_and_ties_share_theirs() -> None:
+    lines = [
+        scored("a", "fusemlp", "regression", r2=0.9),
+        {**scored("a", "fusemlp", "regression", r2=0.5), "seed": 1},
+        scored("a", "linear", "regression", r2=0.8),
+        scored("b", "fusemlp", "regression", r2=0.3),
+        scored("b", "linear", "regression", r2=0.3),
+    ]
+    # 0.7 against 0.8, then a tie
+    assert tables.ranks(tables.means(lines), "r2") == {"fusemlp": 1.75, "linear": 1.25}
+    shown = tables.text(lines)
+    assert "| a | 1,000 | 0.700 (0.50) | **0.800** (0.50) |" in shown
+    assert "| mean rank by r2 |  | 1.75 | 1.25 |" in shown
+
+
+def test_a_lower_log_loss_ranks_first() -> None:
+    figures = {"accuracy": 0.5, "auc": 0.5}
+    lines = [
+        scored("a", "fusemlp", "classification", log_loss=0.2, **figures),
+        scored("a", "linear", "classification", log_loss=0.4, **figures),
+    ]
+    assert tables.ranks(tables.means(lines), "log_loss") == {"fusemlp": 1.0, "linear": 2.0}
+
+
+def test_each_half_has_both_tasks_and_no_table_of_the_independent_check() -> None:
+    kept = {"modeldata", "ISLR", "DAAG", "ggplot2", "stevedata", "nycflights13"}
+    assert not kept & {one.package for one in tables.TABLES}
+    for half in tables.HALVES:
+        tasks = [one.task for one in tables.TABLES if one.half == half]
+        assert min(tasks.count("classification"), tasks.count("regression")) >= 5
+    assert len({one.name for one in tables.TABLES}) == len(tables.TABLES) >= 20
+
+
+def test_a_table_for_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table_memory, "TABLES", ((300, (30, 5)), (500, (3, 3))))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "engine") + os.pathsep + str(ROOT / "kernels"))
+    path = tmp_path / "a.jsonl"
+    assert table_memory.main(["--most-rows", "400", "--json", "--out", str(path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["rows"], found["words"]) == (300, 35)
+    # An interpreter with NumPy takes more than 20 MB; the table is nothing beside it.
+    assert 2e7 < found["peak"] < 2e9

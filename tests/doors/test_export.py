@@ -86,7 +86,16 @@ def test_labels_from_raw_features(species: Path, tmp_path: Path, capsys: pytest.
     np.testing.assert_allclose(said["probabilities"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [(), ("--loss", "poisson"), ("--scale", "minmax")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--loss", "poisson"),
+        *(("--scale", scale) for scale in ("quantile", "standard", "minmax", "none")),
+        ("--models", "1", "--log-target"),
+    ],
+    ids=" ".join,
+)
 def test_values_in_original_units_from_raw_features(options: tuple[str, ...], tmp_path: Path) -> None:
     folder = trained(tmp_path, "price", "--task", "regression", *options)
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
@@ -102,7 +111,7 @@ def test_both_files_and_what_they_take(species: Path, tmp_path: Path, capsys: py
     assert run("export", species, *files, "--bare") == 0
     shown = capsys.readouterr().out.splitlines()
     takes = (
-        "  takes 2 columns as the run scales them (standard), gives class indices; its metadata entry 'preprocessor' "
+        "  takes 2 columns as the run scales them (robust), gives class indices; its metadata entry 'preprocessor' "
         "has the scaling"
     )
     assert shown == [f"onnx {files[1]}", takes, f"safetensors {files[3]}", takes]
@@ -129,13 +138,30 @@ def test_for_machines(species: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     }
 
 
-def test_a_run_with_words_is_exported_bare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained(tmp_path, "species", words=True)
-    assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 2
-    assert "error: --onnx: the features 'colour' are words" in capsys.readouterr().err
-    assert not (tmp_path / "m.onnx").exists()
-    assert run("export", folder, "--onnx", tmp_path / "m.onnx", "--bare") == 0
-    assert infer(tmp_path / "m.onnx", np.zeros((3, 4)))["probabilities"].shape == (3, 3)
+    capsys.readouterr()
+    assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
+    takes = "takes the 3 features as they are in the data, an input (rows, 1) for each, words as strings"
+    assert f"  {takes}, gives labels of the data\n" in capsys.readouterr().out
+    # A missing number, a missing word and an unseen one.
+    (tmp_path / "new.csv").write_text("colour,width,height\nred,-5,110.5\n,NA,100\nteal,-10,?\nNA,0,120\n")
+    assert run("predict", folder, "--data", tmp_path / "new.csv", "--out", tmp_path / "said.csv", "--proba") == 0
+    given = {
+        "colour": np.array([["red"], [""], ["teal"], ["NA"]], object),
+        "width": np.array([[-5], [np.nan], [-10], [0]], np.float32),
+        "height": np.array([[110.5], [100], [np.nan], [120]], np.float32),
+    }
+    said = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(["prediction", "probabilities"], given)
+    names = ("daisy", "rose", "tulip")
+    assert [[label] for label in said[0]] == columns(tmp_path / "said.csv", "prediction")
+    expected = np.array(columns(tmp_path / "said.csv", *(f"probability_{name}" for name in names)), float)
+    np.testing.assert_allclose(said[1], expected, atol=1e-5)
+    capsys.readouterr()
+    assert run("export", folder, "--onnx", tmp_path / "m.onnx", "--force", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["onnx_input"] == "one input a feature"
+    assert run("export", folder, "--onnx", tmp_path / "bare.onnx", "--bare") == 0
+    assert infer(tmp_path / "bare.onnx", np.zeros((3, 4)))["probabilities"].shape == (3, 3)
 
 
 # Arguments after ``export RUN``, the exit code, and a part of the error.

@@ -188,13 +188,6 @@ def test_missing_cells_are_filled_in_and_marked(tmp_path: Path) -> None:
     close(said["probabilities"], engine.predict_proba(inputs))
 
 
-def test_words_as_features_are_refused(tmp_path: Path) -> None:
-    scaling = preprocessor(categories=(None, ("red", "blue"), *(None,) * (WIDTH - 2)))
-    with pytest.raises(ArgumentError, match="preprocessor: the features 'f1' are words"):
-        fusemlp.onnx.to_onnx(Engine(MLP([WIDTH + 1, 3])), tmp_path / "net.onnx", preprocessor=scaling)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_feature_that_float32_blurs_is_warned_of(tmp_path: Path) -> None:
     scaling = preprocessor(feature_shift=(1.6e9, *(0.0,) * (WIDTH - 1)))
     with pytest.warns(UserWarning, match="the feature 'f0' lies 1.6e\\+09 times its scale from zero"):

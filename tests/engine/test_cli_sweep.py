@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,9 @@ from safetensors.numpy import load_file
 
 from fusemlp.cli import standings
 from fusemlp.cli import sweep as command
+from fusemlp.cli.combinations import combinations
+from fusemlp.fleet.results import Member
+from fusemlp.training.history import History
 
 
 def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,17 +42,25 @@ def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
     table = rows(folder / "results.csv")
     assert list(table[0]) == [
         *("model", "lr", "hidden", "seed", "status"),
-        *("loss", "accuracy", "val_loss", "val_accuracy", "epochs", "best_epoch", "seconds", "reason"),
+        *("loss", "accuracy", "val_loss", "val_accuracy", "mean_val_loss", "std_val_loss"),
+        *("epochs", "best_epoch", "seconds", "reason"),
     ]
     assert sorted(int(row["model"]) for row in table) == list(range(24))
     assert {row["lr"] for row in table} == {"0.001", "0.00464159", "0.0215443", "0.1"}
     assert {row["hidden"] for row in table} == {"none", "8", "6x4"}
-    losses = [float(row["val_loss"]) for row in table]
-    assert losses == sorted(losses)
+    # Models that differ in their seed alone stand together, ordered by their mean.
+    losses = np.array([float(row["val_loss"]) for row in table]).reshape(12, 2)
+    means, deviations = (
+        np.array([float(row[name]) for row in table[::2]]) for name in ("mean_val_loss", "std_val_loss")
+    )
+    assert len({(row["lr"], row["hidden"]) for row in table[::2]}) == 12
+    np.testing.assert_allclose(means, losses.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(deviations, losses.std(axis=1, ddof=1), rtol=1e-9)
+    assert means.tolist() == sorted(means) and (losses[:, 0] <= losses[:, 1]).all()
     assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
 
     report = read(folder / "report.json")
-    assert report["final"]["val_loss"] == losses[0]
+    assert report["final"]["val_loss"] == losses[0, 0]
     assert rows(folder / "metrics.csv")[-1]["val_loss"] == table[0]["val_loss"]
     # Other commands accept the folder.
     assert run("evaluate", folder, "--json") == 0
@@ -103,6 +115,57 @@ def test_a_sample_is_some_of_all_and_always_the_same(tmp_path: Path) -> None:
     assert [{**row, "seconds": ""} for row in one] == [{**row, "seconds": ""} for row in other]
 
 
+def member(index: int, val_loss: float, status: str = "trained") -> Member:
+    scores = {"loss": 1.0, "val_loss": val_loss} if status == "trained" else {}
+    return Member(index, {}, None, History(), status, "", scores)  # type: ignore[arg-type]
+
+
+def test_the_mean_over_seeds_decides() -> None:
+    points = [{"lr": lr, "seed": seed} for lr in (0.1, 0.2, 0.3, 0.4) for seed in range(3)]
+    losses = [0.1, 0.9, 0.8, 0.5, 0.4, 0.45, 0.2, 0.2, math.nan, 0.01, 0.02]
+    members = [member(index, loss, "trained" if loss == loss else "diverged") for index, loss in enumerate(losses)]
+    found = combinations(members, points, "val_loss")
+    # 0.1 has the luckiest complete seed; 0.4 lacks a seed after Ctrl-C, one of 0.3 diverged: both come later.
+    assert [one.parameters["lr"] for one in found] == [0.2, 0.1, 0.4, 0.3]
+    assert [one.index for one in found[0].members] == [4, 5, 3]
+    assert found[0].mean("val_loss") == pytest.approx(0.45, rel=1e-15)
+    assert found[0].spread("val_loss") == pytest.approx(0.05, rel=1e-12)
+    assert found[-1].sound[0].index == 6 and len(found[-1].sound) == 2
+    # Larger accuracies are better.
+    for one in members:
+        one.scores["val_accuracy"] = one.scores.get("val_loss", math.nan)
+    assert combinations(members, points, "val_accuracy")[0].parameters["lr"] == 0.1
+    # Seeds alone are judged one by one.
+    alone = combinations(members[:3], [{"seed": seed} for seed in range(3)], "val_loss")
+    assert [one.members[0].index for one in alone] == [0, 2, 1]
+
+
+def test_seeds_of_each_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--vary", "lr=0.001:0.1:log:30", "--sample", "2", "--epochs", "2", "--quiet"]
+    assert run("sweep", "wine", *options, "--seeds", "3", "--seed", "7", "--json", "--out", tmp_path / "a") == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    table = rows(tmp_path / "a/results.csv")
+    assert len({row["lr"] for row in table}) == 2
+    assert [sorted(row["seed"] for row in table[at : at + 3]) for at in (0, 3)] == [["7", "8", "9"]] * 2
+    assert best["seeds"] == 3
+    assert best["mean"] == float(table[0]["mean_val_loss"]) and best["spread"] == float(table[0]["std_val_loss"])
+    assert best["model"] == int(table[0]["model"])
+    assert run("sweep", "wine", *options, "--vary", "seed=0:2", "--out", tmp_path / "b") == 0
+    assert run("sweep", "wine", "--seeds", "2", "--epochs", "1", "--quiet", "--out", tmp_path / "c") == 0
+    assert [row["seed"] for row in sorted(rows(tmp_path / "c/results.csv"), key=lambda row: row["seed"])] == ["0", "1"]
+    capsys.readouterr()
+    assert run("sweep", "wine", *options[:-1], "--seeds", "2", "--out", tmp_path / "d") == 0
+    shown = capsys.readouterr().out
+    assert "the least mean val_loss of its seeds" in shown and "kept of them: model" in shown
+    header = next(line for line in shown.splitlines() if line.startswith("model"))
+    assert header.split()[:3] == ["model", "lr", "val_loss"] and header.split()[-4:] == [
+        "spread",
+        "seeds",
+        "epochs",
+        "status",
+    ]
+
+
 def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--vary", "seed=0:6", "--epochs", "3", "--quiet", "--json"]
     assert run("sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a") == 0
@@ -129,7 +192,8 @@ def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
 
     monkeypatch.setattr(command, "prepare", blind)
-    monkeypatch.setattr(command, "finish", lambda *_, **__: {"test": {}, "epochs": 0})
+    report = {"test": {}, "baselines": {}, "worse_than": [], "epochs": 0}
+    monkeypatch.setattr(command, "finish", lambda *_, **__: report)
     assert run("sweep", "iris", *options, "--out", tmp_path / "b") == 0
     one, other = (rows(tmp_path / name / "results.csv") for name in ("a", "b"))
     assert [{**row, "seconds": ""} for row in one] == [{**row, "seconds": ""} for row in other]
@@ -206,7 +270,11 @@ def test_quiet_and_without_matplotlib(
     monkeypatch.setattr(command, "can_plot", lambda: False)
     assert run("sweep", "iris", "--vary", "seed=0:2", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    # One epoch is too few, which is no progress to be quiet about.
+    last = shown.out.splitlines()[-1]
+    assert last.startswith("warning: the model is worse than the linear one: test accuracy ")
+    assert shown.err == f"{last}\n"
+    assert "baselines accuracy: constant " in shown.out
     assert "no plot: it needs matplotlib: pip install 'fusemlp[plot]'" in shown.out
 
 
@@ -263,6 +331,12 @@ WRONG = {
     ),
     "sample 0": (["--vary", "seed=0:5", "--sample", "0"], "--sample: expected a whole number of at least 1, got 0"),
     "given too": (["--vary", "lr=1,2", "--lr", "1"], "--lr: it is what the models differ in (--vary lr)"),
+    "no seeds": (["--vary", "lr=1,2", "--seeds", "0"], "--seeds: expected a whole number of at least 1, got 0"),
+    "seeds and seed": (["--vary", "seed=0:2", "--seeds", "2"], "--seeds: --vary seed=... has the seeds"),
+    "many seeds": (
+        ["--vary", "lr=0.1:1:lin:200", "--sample", "150", "--seeds", "1000"],
+        "--seeds: 150 combinations with 1000 seeds each are 150000 models, and at most 100000 are trained",
+    ),
     "seed too": (["--vary", "seed=0:2", "--seed", "1"], "give one; --split-seed decides the rows"),
     "beta too": (["--vary", "betas=0.9x0.9", "--beta2", "0.5"], "--beta2: it is what the models differ in"),
     "momentum of adam": (["--vary", "momentum=0.5,0.9"], "--vary: momentum: only sgd has it"),

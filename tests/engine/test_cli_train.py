@@ -46,7 +46,9 @@ def test_digits_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "config.json",
         "metrics.csv",
         "report.json",
+        "report.html",
         "curves.png",
+        "training_rows.npy",
         "checkpoints",
     }
     # Progress goes to stderr, a line an epoch without a terminal.
@@ -68,6 +70,7 @@ def test_what_a_run_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = json.loads(capsys.readouterr().out)
     assert printed["run"] == str(folder)
     assert printed["plot"] == str(folder / "curves.png")
+    assert printed["page"] == str(folder / "report.html")
 
     config = read(folder / "config.json")
     assert config["network"]["sizes"] == [4, 8, 5, 3]
@@ -82,7 +85,7 @@ def test_what_a_run_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row["epoch"] for row in table] == ["1", "2", "3", "4"]
 
     report = read(folder / "report.json")
-    assert {name: value for name, value in printed.items() if name not in ("run", "plot")} == report
+    assert {name: value for name, value in printed.items() if name not in ("run", "page", "plot", "columns")} == report
     assert report["final"] == {name: float(value) for name, value in table[-1].items() if name != "epoch"}
     confusion = np.array(report["test"]["confusion_matrix"])
     assert confusion.sum() == report["test"]["rows"] == 30
@@ -307,7 +310,7 @@ def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.Monke
 
 
 def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "iris", "--epochs", "2", "--quiet", "--out", tmp_path / "run") == 0
+    assert run("train", "iris", "--epochs", "60", "--lr", "0.01", "--quiet", "--out", tmp_path / "run") == 0
     assert capsys.readouterr().err == ""
 
 

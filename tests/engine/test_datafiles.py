@@ -306,7 +306,7 @@ def test_parquet(tmp_path: Path) -> None:
     ("column", "message"),
     [
         ([1.0, 2.0, np.inf], r"row 2, column 'a': inf is not a finite number"),
-        (pandas.timedelta_range(1, periods=3), r"column 'a': expected numbers or words, found dtype timedelta64"),
+        (pandas.timedelta_range(1, periods=3), r"column 'a': expected numbers or words, found Arrow's type duration"),
         ([[1], [2], [3]], r"column 'a': expected numbers or words"),
     ],
 )
@@ -325,8 +325,8 @@ def test_parquet_without_rows_or_in_pieces(tmp_path: Path) -> None:
         read_table(parquet(tmp_path / "empty.parquet", a=np.empty(0)))
 
 
-def test_parquet_without_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = parquet(tmp_path / "a.parquet", a=[1.0], y=[1])
+def test_parquet_needs_no_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = pandas.DataFrame({"a": [1.0], "t": pandas.to_datetime(["2024-01-02"]), "y": [1]}, index=["row"])
+    frame.to_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(DataError, match=r"pip install 'fusemlp\[parquet\]'"):
-        read_table(path, target="y")
+    assert list(read_table(tmp_path / "a.parquet", target="y")) == ["a", "t", "y"]

@@ -27,6 +27,8 @@ def test_a_gap_between_the_accuracies() -> None:
     assert found.epoch is None
     assert found.figures["accuracy_gap"] == pytest.approx(0.15)
     assert "90.0% of the training rows are right, but only 75.0% in validation" in found.message
+    assert "early stopping" in str(found)
+    assert "early stopping" not in str(overfitting(history, early_stopping=True))
 
 
 @pytest.mark.parametrize(

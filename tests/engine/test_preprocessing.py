@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fusemlp.datasets.load import Dataset, load_data
 from fusemlp.datasets.preprocessing import Preprocessor, split
+from fusemlp.datasets.scaling import CLIP, SCALES
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DataError, ShapeError
 
 
@@ -99,6 +100,42 @@ def test_minmax_and_no_scaling() -> None:
     np.testing.assert_array_equal(Preprocessor.fit(data, [0, 1, 2], scale="none").transform_features(X), X)
 
 
+def test_robust_scaling_by_median_and_quartiles() -> None:
+    # Quartiles 1, 2 and 3; the second column's are equal, so half of its range divides; the third is constant.
+    X = np.array([[0.0, 7.0, 4.0], [1.0, 7.0, 4.0], [2.0, 7.0, 4.0], [3.0, 7.0, 4.0], [4.0, 9.0, 4.0]])
+    made = Preprocessor.fit(dataset(X, [0, 1, 0, 1, 0]), np.arange(5), scale="robust")
+    assert made.feature_shift == (2.0, 7.0, 4.0)
+    assert made.feature_scale == (2.0, 1.0, 1.0)
+    plain = (X - np.array(made.feature_shift)) / np.array(made.feature_scale)
+    tails = 3 * np.log(np.abs(plain) / 3 + np.sqrt((plain / 3) ** 2 + 1)) * np.sign(plain)
+    np.testing.assert_allclose(
+        made.transform_features(X), tails / np.sqrt(1 + (tails / 10) ** 2), rtol=0, atol=32 * np.finfo(float).eps
+    )
+
+
+def test_far_values_keep_their_order_and_a_bound() -> None:
+    made = Preprocessor.fit(dataset([[0.0], [1.0], [2.0]], [0, 1, 0]), [0, 1, 2], scale="robust")
+    far = made.transform_features([[-1e308], [30.0], [300.0], [3e4], [1e308]])[:, 0]
+    assert (np.diff(far) > 0).all() and np.abs(far).max() <= CLIP
+    # A value of 300 interquartile ranges is told from one of 30.
+    assert far[2] - far[1] > 1
+
+
+def test_quantiles_become_normal_scores() -> None:
+    generator = np.random.default_rng(0)
+    X = np.column_stack([np.exp(3 * generator.normal(size=4000)), generator.integers(0, 2, 4000)])
+    made = Preprocessor.fit(dataset(X, X[:, 1].astype(int)), np.arange(4000), scale="quantile")
+    scores = made.transform_features(X)
+    # The outermost of 128 quantiles bound the scores: ndtri(1 - 1 / 256) is 2.66.
+    assert np.abs(scores).max() < 2.67
+    assert abs(scores[:, 0].mean()) < 0.01 and abs(scores[:, 0].std() - 1) < 0.02
+    order = np.argsort(X[:, 0])
+    assert (np.diff(scores[order, 0]) >= 0).all()
+    # Equal values have equal scores.
+    assert len(np.unique(scores[:, 1])) == 2
+    assert Preprocessor.from_json(made.to_json()) == made
+
+
 def test_words_become_one_column_a_category() -> None:
     data = dataset([[0, 5.0], [2, 7.0], [1, 9.0]], [0, 1, 0], categories=(("g", "r", "y"), None))
     made = Preprocessor.fit(data, [0, 1, 2], scale="minmax")
@@ -122,7 +159,7 @@ def test_features_of_another_width() -> None:
         numbers([0, 1], "classification").transform_features(np.ones((2, 3)))
 
 
-@pytest.mark.parametrize("scale", ["standard", "minmax"])
+@pytest.mark.parametrize("scale", ["robust", "standard", "minmax"])
 def test_values_too_large_to_scale(scale: str) -> None:
     X = [[1.7e308], [-1.7e308], [1.7e308]]
     with pytest.raises(DataError, match=r"'c0' are too large to be scaled \(up to 1.7e\+308\)"):
@@ -219,6 +256,19 @@ def test_regression_targets_in_several_columns_or_unscaled() -> None:
     assert numbers([3, 5], "regression", scale_targets=False).encode_targets([3, 5]).tolist() == [[3], [5]]
     assert numbers([3, 5], "regression", scale="none").encode_targets([3, 5]).tolist() == [[3], [5]]
     assert numbers([3, 5], "regression", scale="minmax").encode_targets([3, 5]).tolist() == [[0], [1]]
+    for scale in ("robust", "quantile"):
+        assert numbers([3, 5], "regression", scale=scale).encode_targets([3, 5]).tolist() == [[-1], [1]]
+
+
+def test_targets_in_logarithms() -> None:
+    y = [1.0, 10.0, 100.0]
+    made = numbers(y, "regression", log_targets=True, scale="minmax")
+    np.testing.assert_allclose(made.encode_targets(y)[:, 0], [0, 0.5, 1], atol=4 * np.finfo(float).eps)
+    np.testing.assert_allclose(made.decode_predictions(made.encode_targets(y)), y, rtol=16 * np.finfo(float).eps)
+    # New labels may be zero or less: they count as the least of the training.
+    assert made.encode_targets([-5.0])[0, 0] == 0
+    with pytest.raises(DataError, match=r"log_targets: the target 'y' holds 0, and has no logarithm"):
+        numbers([0.0, 1.0], "regression", log_targets=True)
 
 
 # the stored form
@@ -246,7 +296,7 @@ def preprocessors(draw: st.DrawFn) -> Preprocessor:
     words = st.one_of(st.none(), st.lists(st.text(), min_size=1, max_size=3).map(tuple))
     return Preprocessor(
         task="regression" if classes is None else "classification",
-        scale=draw(st.sampled_from(["standard", "minmax", "none"])),
+        scale=draw(st.sampled_from(SCALES)),
         feature_names=column_of(st.text()),
         categories=column_of(words),
         feature_shift=column_of(FLOATS),

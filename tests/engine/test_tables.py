@@ -20,10 +20,11 @@ from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.cli import prepare
+from fusemlp.datasets import prepare
 from fusemlp.datasets.dates import date_parts, orders_of, parse_date
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import MOST_WORDS, Preprocessor
+from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.tables import read_table
 from fusemlp.datasets.textfiles import Form, number
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -424,7 +425,7 @@ def test_training_and_new_data_have_the_same_features(tmp_path_factory: pytest.T
         )
     dataset = load_data(folder / "train.csv", target="y", columns=Columns(keep=names))
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1))
-    scale = data.draw(st.sampled_from(["standard", "minmax", "none"]))
+    scale = data.draw(st.sampled_from(SCALES))
     made = Preprocessor.fit(dataset, chosen, scale=scale)
     inputs = made.transform_features(dataset.X)
     assert np.isfinite(inputs).all() and inputs.shape == (len(rows), made.width)
@@ -439,7 +440,7 @@ def test_training_and_new_data_have_the_same_features(tmp_path_factory: pytest.T
     again = made.transform_features(load_features(folder / "new.csv", made, notes=notes))
     assert again.shape == inputs.shape
     start = sum(1 + made.missing_inputs[column] for column in range(2))
-    end = inputs.shape[1] - (made.width - start - made._word_inputs(2).max() - 1)
+    end = inputs.shape[1] - (made.width - start - made.word_inputs(2).max() - 1)
     np.testing.assert_array_equal(
         np.delete(again, np.s_[start:end], axis=1), np.delete(inputs, np.s_[start:end], axis=1)
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from fusemlp.callbacks.forms import Watching
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
+from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -31,7 +32,7 @@ class Monitor(Watching):
         self.mode = check_choice("mode", mode, MODES)
         # Keras takes the absolute value too.
         self.min_delta = abs(as_number("min_delta", min_delta))
-        grows = monitor.endswith(("accuracy", "score")) if self.mode == "auto" else self.mode == "max"
+        grows = rises(monitor) if self.mode == "auto" else self.mode == "max"
         self.sign = 1.0 if grows else -1.0
         self.worst = -self.sign * math.inf
         self.best = self.worst
@@ -57,9 +58,9 @@ class EarlyStopping(Monitor):
     """End the training when a quantity has not improved for ``patience`` epochs.
 
     An improvement is a change by more than ``min_delta``: downwards (``mode`` "min") or upwards ("max"); "auto" means
-    upwards for accuracies and scores. Epochs count as without improvement until the quantity is better than
-    ``baseline``. The first ``start_from_epoch`` epochs of the fit are ignored. ``restore_best_weights`` restores the
-    weights of the best epoch at the end of the training, also after its full length, but not after Ctrl-C.
+    upwards for accuracies, scores and metrics such as val_auc. Epochs count as without improvement until the quantity
+    is better than ``baseline``. The first ``start_from_epoch`` epochs of the fit are ignored. ``restore_best_weights``
+    restores the weights of the best epoch at the end of the training, also after its full length, but not after Ctrl-C.
 
     A resumed fit continues the count. A checkpoint does not hold the best weights of this callback;
     ``fit(early_stopping=patience)`` keeps its own there.

@@ -14,9 +14,6 @@ from fusemlp.callbacks.forms import Watching, first_epoch
 REDRAW = 0.1  # seconds
 BAR = 16  # characters
 
-# The end of the bar may be cut off, so the most important figures come first.
-_ORDER = ("loss", "val_loss", "val_accuracy", "accuracy", "learning_rate")
-
 
 def figures(logs: dict[str, float]) -> str:
     """Return an epoch's figures as ``loss 0.1234  accuracy 0.9612  ...``."""
@@ -78,6 +75,8 @@ class ProgressBar(Watching):
     def _draw(self) -> None:
         if self._latest is not None:
             done, logs = self._latest
-            text = figures({name: logs[name] for name in _ORDER if name in logs})[: self._room]
+            # the end of the bar may be cut off
+            first = [name for name in logs if name == "loss" or name.startswith("val_")]
+            text = figures({name: logs[name] for name in dict.fromkeys([*first, *logs])})[: self._room]
             self._bar.update(self._bar.task_ids[0], completed=done, figures=text, refresh=True)
             self._latest = None

@@ -34,6 +34,7 @@ COMMANDS = {
     "train": options.TrainOptions,
     "sweep": options.SweepOptions,
     "evaluate": options.EvaluateOptions,
+    "report": options.ReportOptions,
     "predict": options.PredictOptions,
     "export": options.ExportOptions,
     "plot": options.PlotOptions,

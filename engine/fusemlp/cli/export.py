@@ -10,6 +10,7 @@ from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load
 from fusemlp.report.onnx import onnx_bytes
+from fusemlp.report.onnx_features import has_words
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.training.saving import model_bytes
 from fusemlp_kernels.errors import ArgumentError
@@ -28,8 +29,6 @@ def export(options: ExportOptions) -> None:
         check_output(argument, file, (f".{argument}",), force=options.force)
     run, config = open_run(options.run)
     preprocessor = Preprocessor.from_config(config["preprocessor"])
-    if "onnx" in wanted and not bare:
-        _check_features(preprocessor)
     # Any machine can export: 16-bit precisions have float32 parameters too.
     precision = "fp64" if config["precision"] == "fp64" else "fp32"
     engine = load(weights_path(run, options.weights), backend="numpy", precision=precision)
@@ -48,19 +47,13 @@ def export(options: ExportOptions) -> None:
         "run": str(options.run),
         "weights": options.weights,
         **{argument: None if file is None else str(file) for argument, file in files.items()},
-        "onnx_input": None if "onnx" not in wanted else "scaled columns" if bare else "features",
+        "onnx_input": None if "onnx" not in wanted else _kind_of_input(preprocessor, bare=bare),
     }
     show(shown, lines, as_json=options.as_json)
 
 
-def _check_features(preprocessor: Preprocessor) -> None:
-    pairs = zip(preprocessor.feature_names, preprocessor.categories, strict=True)
-    words = [repr(name) for name, categories in pairs if categories is not None]
-    if words:
-        raise ArgumentError(
-            f"onnx: the features {', '.join(words)} are words, and the input of a graph holds numbers; --bare exports "
-            "the network alone, for columns that you scale and encode yourself"
-        )
+def _kind_of_input(preprocessor: Preprocessor, *, bare: bool) -> str:
+    return "scaled columns" if bare else "one input a feature" if has_words(preprocessor) else "features"
 
 
 def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
@@ -72,7 +65,8 @@ def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
         parts = part_names(name for name, _ in preprocessor.dates)
         named = ", ".join(repr(name) for name in preprocessor.feature_names if name in parts)
         dates = f", but of dates {named}" if named else ""
-        return f"takes the {width} features as they are in the data{dates}, gives {answers} {units}"
+        each = ", an input (rows, 1) for each, words as strings" if has_words(preprocessor) else ""
+        return f"takes the {width} features as they are in the data{dates}{each}, gives {answers} {units}"
     if preprocessor.classes is None:
         gives = "values as the run scales them"
     else:

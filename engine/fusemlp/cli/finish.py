@@ -1,14 +1,18 @@
-"""Finish a training: write the model's checkpoint, ``report.json`` and ``curves.png``."""
+"""Finish a training: write the model's checkpoint, ``curves.png``, ``report.json`` and ``report.html``."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
+from fusemlp.cli.report import write_page
 from fusemlp.engine import Engine
 from fusemlp.report import diagnosis
+from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
@@ -18,18 +22,40 @@ from fusemlp_kernels.errors import DivergenceError
 
 
 def finish(
-    run: Run, engine: Engine, prepared: Prepared, *, interrupted: bool, failure: DivergenceError | None
+    run: Run,
+    engine: Engine,
+    prepared: Prepared,
+    *,
+    interrupted: bool,
+    failure: DivergenceError | None,
+    models: Sequence[dict[str, Any]] = (),
+    final: tuple[Engine, dict[str, int]] | None = None,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report.
+
+    ``models`` are the records of an ensemble, whose merged ``engine`` is the best one too. ``final`` is the model of
+    all rows, which is kept in place of ``engine``, with its epochs and rows; the scores are those of ``engine``, which
+    is the best one then.
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
     history = engine.history or History()
     if failure is None:
-        engine.save_checkpoint(run.checkpoint("model"))
+        kept = engine if final is None else final[0]
+        kept.save_checkpoint(run.checkpoint("model"))
+        if prepared.models > 1 or final is not None:
+            engine.save_checkpoint(run.checkpoint("best"))
+        if prepared.models > 1:
+            engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1
     restored = "restored" in history.stopped
-    overfitting = diagnosis.overfitting(history.history, restored=restored)
+    config = json.loads(run.config.read_text(encoding="utf-8"))
+    overfitting = diagnosis.overfitting(
+        history.history,
+        restored=restored,
+        best_epoch=best,
+        early_stopping=bool(config["options"].get("early_stopping")),
+    )
     found = [diagnosis.Finding("divergence", str(failure))] if failure is not None else []
     dead = engine.dead_units(prepared.train.X)
     found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
@@ -48,6 +74,13 @@ def finish(
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
+        seen = prepared.seen(MOST_NUMBERS // max(1, len(prepared.preprocessor.classes or ())))
+        report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)
+        report["worse_than"] = list(worse_than(report))
+    if models:
+        report["models"] = list(models)
+    if final is not None:
+        report["final_fit"] = final[1]
     if not can_plot():
         report["no_plot"] = HINT
     elif not history.epochs:
@@ -64,6 +97,7 @@ def finish(
             overfitting=overfitting,
         )
         write_atomically(run.curves, picture(drawn))
-    # Write the report last: it marks a finished run.
+    # It marks a finished run; only the page, which can be made again, comes after it.
     write_json(run.report, finite(report))
+    write_page(run, engine, prepared, report, history.history, command=config["command"])
     return report

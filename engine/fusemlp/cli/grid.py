@@ -44,9 +44,12 @@ def spelled(value: Any) -> str:
     return repr(value)
 
 
-def axes(given: Sequence[str]) -> tuple[Axis, ...]:
-    """Parse each ``--vary``. Raises ArgumentError for bad syntax, unknown names and names given twice."""
-    if not given:
+def axes(given: Sequence[str], *, seeds: int | None = None, first: int = 0) -> tuple[Axis, ...]:
+    """Parse each ``--vary``; ``seeds`` adds as many seeds, from ``first`` on, as the last parameter.
+
+    Raises ArgumentError for bad syntax, unknown names and names given twice.
+    """
+    if not given and seeds is None:
         raise ArgumentError(f"vary: say what the models differ in: --vary {FORMS}")
     found: dict[str, Axis] = {}
     for words in given:
@@ -54,14 +57,32 @@ def axes(given: Sequence[str]) -> tuple[Axis, ...]:
         if axis.name in found:
             raise ArgumentError(f"vary: {axis.name} is there twice; give all its values in one: --vary {axis.name}=...")
         found[axis.name] = axis
+    if seeds is not None:
+        count = as_count("seeds", seeds, minimum=1)
+        if "seed" in found:
+            raise ArgumentError("seeds: --vary seed=... has the seeds; give one of the options")
+        if count > MOST_VALUES:
+            raise ArgumentError(f"seeds: expected at most {MOST_VALUES}, got {count}")
+        found["seed"] = Axis("seed", tuple(range(first, first + count)), "linear")
     return tuple(found.values())
 
 
-def points(among: Sequence[Axis], *, sample: int | None, seed: int) -> list[dict[str, Any]]:
+def points(among: Sequence[Axis], *, sample: int | None, seed: int, whole_seeds: bool = False) -> list[dict[str, Any]]:
     """Return all combinations, the last parameter varying fastest, or ``sample`` of them, drawn by ``seed``, in order.
+
+    With ``whole_seeds`` the last parameter is the seed, and a sample is one of the other parameters, with all seeds
+    each.
 
     Raises ArgumentError for more than ``MOST_MODELS``.
     """
+    if whole_seeds and sample is not None and len(among) > 1:
+        some, seeds = points(among[:-1], sample=sample, seed=seed), among[-1].values
+        if len(some) * len(seeds) > MOST_MODELS:
+            raise ArgumentError(
+                f"seeds: {len(some)} combinations with {len(seeds)} seeds each are {len(some) * len(seeds)} models, "
+                f"and at most {MOST_MODELS} are trained; give fewer"
+            )
+        return [{**point, "seed": value} for point in some for value in seeds]
     shape = tuple(len(axis) for axis in among)
     total = math.prod(shape)
     wanted = total if sample is None else min(as_count("sample", sample, minimum=1), total)

@@ -16,6 +16,7 @@ from typing import Any
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.losses import LOSSES
+from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
@@ -112,7 +113,7 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     data: str | None = _option(
         None,
         f"A data set by name ({', '.join(NAMES)}) or a path: .npz with X and y, .csv or .tsv (also .csv.gz, .bz2, .xz, "
-        ".zip) or .parquet with --target, or a folder of IDX files.",
+        ".zip), .parquet, .feather or .xlsx with --target, or a folder of IDX files.",
         "DATA",
         None,
     )
@@ -130,12 +131,29 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     categorical: list[str] | None = _data(
         None, "A column to take as words, such as numbers that are zip codes.", "COLUMN"
     )
-    scale: str = _data(
-        "standard",
-        "Features, and the targets of a regression, by statistics of the training rows: standard (mean 0, variance 1), "
-        "minmax (0 to 1) or none.",
+    id: list[str] | None = _data(
+        None, "A column that names the rows: no input; predict writes it beside the predictions.", "COLUMN"
     )
-    validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test fifth; 0 for none.")
+    group: str | None = _data(
+        None, "Hold out whole groups: rows with the same value in this column stay together. It is no input.", "COLUMN"
+    )
+    time: str | None = _data(
+        None, "Hold out the last rows in the order of this column of dates or numbers, not random ones.", "COLUMN"
+    )
+    validation: str | None = _data(None, "A file with the validation rows, in the form of DATA.", "FILE")
+    test: str | None = _data(None, "A file with the test rows; no fifth of DATA is held out then.", "FILE")
+    scale: str = _data(
+        "robust",
+        "Features, by statistics of the training rows: robust (median 0, interquartile range 1, far values smoothly "
+        "clipped), quantile (normal scores), standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a "
+        "regression likewise, for the first two by standard.",
+    )
+    log_target: bool | None = _data(
+        None,
+        "Learn the logarithm of a positive target. Unless given: for a table whose skewed target held-out rows say it "
+        "helps.",
+    )
+    validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test rows; 0 for none.")
     split_seed: int | None = _data(None, "Seed of the split into training, validation, test rows; --seed unless given.")
 
     hidden: list[str] | None = _network(
@@ -190,13 +208,24 @@ class FitOptions(ModelOptions):
         None, "The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0)."
     )
     lr_patience: int | None = _rate(
-        None, "For reduce_on_plateau: epochs without a better validation loss before a reduction (10)."
+        None, "For reduce_on_plateau: epochs without a better --metric before a reduction (10)."
     )
     warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
 
-    epochs: int | None = _training(None, "Passes over the training rows; 60 unless given.")
+    epochs: int | None = _training(
+        None, "Passes over the training rows; 60 unless given, for a table at most 200 with early stopping."
+    )
     early_stopping: int | None = _training(
-        None, "Stop after this many epochs without a better validation loss, and restore the best weights.", "EPOCHS"
+        None,
+        "Stop after this many epochs without a better --metric, and restore the best weights; 0 for no early stopping. "
+        "Unless given: 20 for a table, else 0.",
+        "EPOCHS",
+    )
+    metric: str | None = _training(
+        None,
+        "Score of each epoch by which training stops early, lowers the rate on a plateau and keeps the best weights, "
+        f"and a sweep ranks: val_loss (default), val_accuracy, or of the validation rows {one_of(METRICS)}; loss or "
+        "accuracy of the training rows.",
     )
     drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
 
@@ -219,6 +248,15 @@ class TrainOptions(FitOptions):
         "raised.",
         "RUN",
     )
+    models: int | None = _training(
+        None,
+        "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
+        "own validation rows, a fold of a cross-validation. Unless given: 5 for a table of up to 10,000 rows, else 1.",
+        "COUNT",
+    )
+    final_fit: bool = _training(
+        False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
+    )
     checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
 
 
@@ -226,7 +264,8 @@ class TrainOptions(FitOptions):
 class SweepOptions(FitOptions):
     """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
 
-    The validation rows choose the best model; the test rows score only that one, at the end.
+    The validation rows choose the best model; the test rows score only that one, at the end. Models that differ in
+    their seed alone are judged together, by their mean score.
 
     The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
 
@@ -248,7 +287,12 @@ class SweepOptions(FitOptions):
     sample: int | None = _option(
         None, "Train only this many combinations, drawn at random by the split's seed.", "COUNT"
     )
-    metric: str | None = _option(None, "Score that ranks models: val_loss (default), val_accuracy, loss or accuracy.")
+    seeds: int | None = _option(
+        None,
+        "Train each combination with this many seeds, from --seed on, and choose by the mean score; as --vary seed "
+        "beside another --vary does.",
+        "COUNT",
+    )
     jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
 
 
@@ -271,25 +315,42 @@ class RunOptions(JsonOption):
 
     run: Path = _option(MISSING, "A run folder from train.", "RUN", None)
     weights: str = _option(
-        "model", "The run's weights: model (end of training), best (least validation loss) or last (last checkpoint)."
+        "model", "The run's weights: model (end of training), best (best epoch by --metric) or last (last checkpoint)."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions, MachineOptions, TableOptions):
+class ApplyOptions(RunOptions, MachineOptions, TableOptions):
+    """The options of the commands that read other data for the model of a run."""
+
+    ignore_unused: bool = _option(
+        False, "Do not mention columns that the training did not have; they are ignored in any case."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ApplyOptions):
     """Score the model of a run on its test rows, or on other labelled data."""
 
     data: str | None = _option(None, "Labelled data by name or path; the run's own test rows unless given.", "DATA")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(RunOptions, MachineOptions, TableOptions, ForceOption):
+class ReportOptions(RunOptions, MachineOptions):
+    """Write report.html into the folder of a run again: its training, and its model on its own test rows.
+
+    train and sweep write it at their end; this makes it anew for an old run, or for other weights.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(ApplyOptions, ForceOption):
     """Predict labels, or values in original units, for new rows.
 
     Every row gets a prediction: missing cells and words that the training did not have are filled in and counted.
     """
 
-    data: str = _option(MISSING, "Features: .npz with X, .csv, .tsv (also .csv.gz), .parquet, IDX folder.", "FILE")
+    data: str = _option(MISSING, "Features: a table (.csv, .parquet, .xlsx, ...), .npz with X, IDX folder.", "FILE")
     out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
     proba: bool = _option(False, "Also write the probability of each class.")
 
@@ -303,7 +364,8 @@ class ExportOptions(RunOptions, ForceOption):
 
     onnx: Path | None = _option(
         None,
-        "An ONNX graph (.onnx): features as they are in the data go in, labels or values in original units come out.",
+        "An ONNX graph (.onnx): features as they are in the data go in (one input a feature if some are words), labels "
+        "or values in original units come out.",
     )
     safetensors: Path | None = _option(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError
 
 
-def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
-    """Print ``content`` as one JSON object, or ``lines``."""
-    print(json.dumps(finite(content)) if as_json else "\n".join(lines))
+def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
+    """Print ``content`` as one JSON object, or ``lines`` and after them the warnings.
+
+    These go to stderr too, unless a terminal shows both.
+    """
+    warned = [f"warning: {warning}" for warning in warnings]
+    print(json.dumps(finite(content)) if as_json else "\n".join([*lines, *warned]), flush=True)
+    if warned and (as_json or not sys.stdout.isatty()):
+        print(*warned, sep="\n", file=sys.stderr)
 
 
 def finite(content: Any) -> Any:

@@ -8,38 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli import recipe
+from fusemlp.cli import defaults, ensemble, recipe
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Columns, Dataset, load_data
-from fusemlp.datasets.preprocessing import SCALES, Preprocessor, split
+from fusemlp.datasets.memory import check_memory
+from fusemlp.datasets.parts import Fold, Hashes, folds, hold_out, row_hashes, with_files
+from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.preprocessing import Rows as Indices
+from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
+from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import DataError
+from fusemlp_kernels.errors import ArgumentError, DataError
 
 TEST_FRACTION = 0.2
-_PIECE = 2**15
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows for the engine: X (n, inputs), y for the loss, and ``labels`` as in the data."""
-
-    X: Array
-    y: Array
-    labels: Array
-    weight: Array | None = None
-
-    def __len__(self) -> int:
-        return len(self.X)
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The three parts of a data set, with network, loss and preprocessor; ``validation`` may be None."""
+    """The three parts of a data set, with network, loss and preprocessor; ``validation`` may be None.
+
+    ``training`` are the indices of the training rows in the data set.
+    ``models`` are trained; with ``folds`` each has its own training and validation rows of ``train``.
+    """
 
     dataset: Dataset
     preprocessor: Preprocessor
@@ -48,6 +44,19 @@ class Prepared:
     train: Rows
     validation: Rows | None
     test: Rows
+    training: Indices
+    # the test rows' indices in the data set, unless they are a set of their own
+    tested: Indices | None = None
+    own_test: bool = False
+    models: int = 1
+    folds: tuple[Fold, ...] = ()
+    target_note: str = ""
+
+    @property
+    def test_rows(self) -> tuple[Array, Array, Array]:
+        """Features and labels as in the data, and which of the rows are for the test."""
+        X, y = self.dataset.test or (self.dataset.X, self.dataset.y)
+        return X, y, np.arange(len(X)) if self.tested is None else self.tested
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -60,9 +69,24 @@ class Prepared:
             "training_rows": len(self.train),
             "validation_rows": len(self.validation or ()),
             "test_rows": len(self.test),
-            "test": "held-out fifth" if self.dataset.test is None else "the data's own test set",
+            "test": self._tested_by(),
             "notes": list(self.notes),
         }
+
+    def _tested_by(self) -> str:
+        if self.dataset.test is not None:
+            return "a file of its own" if self.own_test else "the data's own test set"
+        return "held-out fifth"
+
+    def hashes(self, *, every: bool = False) -> Hashes:
+        """Return the hashes of the training rows, sorted, each once, for ``evaluate``.
+
+        ``every``: of all rows that ``--final-fit`` trains on, which leaves out only a test set of its own.
+        """
+        if every:
+            parts = [(self.dataset.X, self.dataset.y), *([self.dataset.validation] if self.dataset.validation else [])]
+            return np.unique(np.concatenate([labelled_hashes(self.preprocessor, *part) for part in parts]))
+        return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.train.labels, self.training))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -78,7 +102,15 @@ class Prepared:
             else []
         )
         line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
-        return (*self.dataset.notes, *([line] if rare else []))
+        log = [self.target_note] if self.target_note else []
+        return (*self.dataset.notes, *([line] if rare else []), *log)
+
+    def seen(self, most: int) -> tuple[Array, Array]:
+        """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
+        parts = [self.train, *([] if self.validation is None else [self.validation])]
+        step = max(1, -(-sum(part.X.size for part in parts) // most))
+        X, labels = ([getattr(part, name)[::step] for part in parts] for name in ("X", "labels"))
+        return np.concatenate(X), np.concatenate(labels)
 
     @property
     def fit_data(self) -> dict[str, Any]:
@@ -109,33 +141,24 @@ class Prepared:
 def fingerprint(dataset: Dataset) -> str:
     """Return the SHA-256 of a data set's arrays: equal content has equal hashes, from any file."""
     digest = hashlib.sha256()
-    for array in (dataset.X, dataset.y, *(dataset.test or ())):
+    for array in (dataset.X, dataset.y, *(dataset.validation or ()), *(dataset.test or ())):
         plain = array.astype(str) if array.dtype.kind == "O" else array
         digest.update(f"{plain.dtype.str}{plain.shape}".encode())
-        digest.update(np.ascontiguousarray(plain).tobytes())
+        digest.update(np.ascontiguousarray(plain).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def _split(name: str, y: Array, **options: Any) -> tuple[Array, Array]:
-    """Call ``split``; its error names the purpose of the rows."""
+def labelled_hashes(preprocessor: Preprocessor, X: Array, labels: Array, rows: Indices | None = None) -> Hashes:
+    """Return the hash of each label and its row in X, as they are in the data; ``rows`` are the indices in X."""
+    return row_hashes(X, labels if preprocessor.classes is None else preprocessor.class_codes(labels), rows)
+
+
+def _split(name: str, dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """Call ``hold_out``; its error names the purpose of the rows."""
     try:
-        return split(y, **options)
+        return hold_out(dataset, rows, fraction=fraction, seed=seed)
     except DataError as error:
         raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
-
-
-def network_inputs(preprocessor: Preprocessor, X: Array, precision: str) -> Array:
-    """Return the inputs of rows in the network's type, a piece at a time: all in float64 take twice the memory."""
-    inputs = np.empty((len(X), preprocessor.width), np.float64 if precision == "fp64" else np.float32)
-    try:
-        with np.errstate(over="ignore"):
-            for start in range(0, len(X), _PIECE):
-                inputs[start : start + _PIECE] = preprocessor.transform_features(X[start : start + _PIECE])
-    except DataError:
-        # Its message has the row in the piece.
-        return preprocessor.transform_features(X)
-    # The engine's error names a value that float32 cannot hold.
-    return inputs if np.isfinite(inputs).all() else preprocessor.transform_features(X)
 
 
 def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
@@ -151,53 +174,79 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     check_choice("scale", options.scale, SCALES)
     widths = recipe.hidden_widths(options.hidden)
     assert options.data is not None, "checked where the options come in"
-    columns = Columns(options.drop or (), options.keep or (), options.categorical or (), like)
-    dataset = load_data(options.data, target=options.target, task=options.task, form=options.form(), columns=columns)
+    columns = Columns(
+        options.drop or (),
+        options.keep or (),
+        options.categorical or (),
+        options.id or (),
+        options.group,
+        options.time,
+        like,
+    )
+    for option in ("group", "time"):
+        if getattr(options, option) is not None and options.validation is not None and options.test is not None:
+            raise ArgumentError(f"{option}: --validation and --test decide the rows; leave one of the options out")
+    if options.validation is not None and options.validation_fraction != ModelOptions.validation_fraction:
+        raise ArgumentError("validation_fraction: --validation has the validation rows; give one of the options")
+    form = options.form()
+    dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
+    dataset = with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
     classify = dataset.task == "classification"
     # The held-out rows depend only on the whole data set and this seed.
+    training = np.arange(len(dataset.y), dtype=np.int64)
+    tested = validated = training[:0]
     if dataset.test is None:
-        rest, tested = _split("test rows", dataset.y, fraction=TEST_FRACTION, seed=seed, stratify=classify)
-        test_features, test_labels = dataset.X[tested], dataset.y[tested]
-    else:
-        rest = np.arange(len(dataset.y), dtype=np.int64)
-        test_features, test_labels = dataset.test
-    training, validation = rest, rest[:0]
-    if options.validation_fraction > 0:
+        training, tested = _split("test rows", dataset, training, fraction=TEST_FRACTION, seed=seed)
+    models = defaults.models_of(options, dataset, new=like is None)
+    parts: tuple[Fold, ...] = ()
+    shared = dataset.validation is not None or options.group is not None or options.time is not None
+    if models > 1 and options.validation_fraction > 0 and not shared:
+        parts = folds(dataset.y[training], models, seed=seed, stratify=classify)
+    elif dataset.validation is None and options.validation_fraction > 0:
         share = options.validation_fraction
-        kept, chosen = _split("--validation-fraction", dataset.y[rest], fraction=share, seed=seed, stratify=classify)
-        training, validation = rest[kept], rest[chosen]
+        training, validated = _split("--validation-fraction", dataset, training, fraction=share, seed=seed)
 
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
-    preprocessor = like or Preprocessor.fit(
-        dataset,
-        training,
-        scale=options.scale,
-        one_hot_targets=name in recipe.ONE_HOT,
-        scale_targets=name != "poisson",
+    log_target, target_note = bool(options.log_target), ""
+    if options.log_target is not None and classify:
+        raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
+    if like is None and options.log_target is None and not classify and name == "mse" and defaults.is_a_table(options):
+        log_target, target_note = ensemble.log_pays(dataset, training, options, seed=seed)
+    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=options.scale, log_targets=log_target)
+    first, last = network_ends(preprocessor, name)
+    net = recipe.network((first, *widths, last), options, init=options.init)
+    check_memory(
+        preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
-    outputs = 1 if name == "binary_cross_entropy" else preprocessor.outputs
-    net = recipe.network((preprocessor.width, *widths, outputs), options, init=options.init)
+    check_mergeable(net, models)
     weights = None
     if classify:
         weights = recipe.class_weights(options.class_weight, preprocessor.class_codes(dataset.y[training]), classes)
     loss = recipe.loss(options, name, weights)
     loss.check_network(net)
 
-    def rows(X: Array, labels: Array) -> Rows:
+    def rows(chosen: Indices, own: tuple[Array, Array] | None = None) -> Rows:
+        X, labels = own or (dataset.X, dataset.y[chosen])
         weight = None
         if weights is not None and name != "cross_entropy":
             weight = np.array(weights)[preprocessor.class_codes(labels)]
-        return Rows(
-            network_inputs(preprocessor, X, options.precision), preprocessor.encode_targets(labels), labels, weight
-        )
+        at = None if own else chosen
+        return rows_for(preprocessor, X, labels, precision=options.precision, rows=at, weight=weight)
 
+    validates = dataset.validation is not None or len(validated) > 0
     return Prepared(
         dataset,
         preprocessor,
         net,
         loss,
-        rows(dataset.X[training], dataset.y[training]),
-        rows(dataset.X[validation], dataset.y[validation]) if len(validation) else None,
-        rows(test_features, test_labels),
+        rows(training),
+        rows(validated, dataset.validation) if validates else None,
+        rows(tested, dataset.test),
+        training,
+        tested if dataset.test is None else None,
+        options.test is not None,
+        models,
+        parts,
+        target_note,
     )

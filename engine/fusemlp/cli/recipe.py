@@ -20,8 +20,6 @@ from fusemlp_kernels.errors import ArgumentError
 Described = TypeVar("Described")
 
 DEFAULT_WIDTH = 128
-# Losses that train classes as one-hot rows.
-ONE_HOT = frozenset({"mse", "mae", "huber"})
 # The options of each kind of description, with the names that fields and errors have there.
 _FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {"label_smoothing": ("label_smoothing",), "delta": ("delta",), "quantile": ("q",)},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 
 from fusemlp.callbacks import Callback
@@ -14,7 +13,7 @@ from fusemlp.report.runs import Run, append_metrics
 class Recorder(Callback):
     """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
 
-    The checkpoint ``best`` has the lowest validation loss, also of a resumed run. The row is written before the
+    The checkpoint ``best`` is of the best epoch, also of a resumed run. The row is written before the
     checkpoint, so a killed run has a row for each epoch of its checkpoint.
     """
 
@@ -23,8 +22,6 @@ class Recorder(Callback):
         self.every = every
 
     def on_train_begin(self, engine: Engine) -> None:
-        recorded = {} if engine.history is None else engine.history.history
-        self.best_loss = min(recorded.get("val_loss", ()), default=math.inf)
         if not self.run.checkpoint("last").exists():
             engine.save_checkpoint(self.run.checkpoint("last"))
 
@@ -34,9 +31,7 @@ class Recorder(Callback):
         due = is_last or (epoch + 1) % self.every == 0
         if due:
             engine.save_checkpoint(self.run.checkpoint("last"))
-        loss = logs.get("val_loss", math.inf)
-        if loss < self.best_loss:
-            self.best_loss = loss
+        if engine.history is not None and engine.history.best_epoch == epoch:
             self._save_best(engine, linked=due)
 
     def _save_best(self, engine: Engine, *, linked: bool) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.callbacks.progress import REDRAW
+from fusemlp.cli.combinations import Point, averages, combinations
 from fusemlp.cli.grid import spelled
-from fusemlp.fleet.results import FleetResults, Member
+from fusemlp.fleet.results import Member
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 BEST = 8  # rows of the table
 
-Point = Mapping[str, Any]
 Show = Callable[[Collection[Member]], None]
 
 
@@ -38,16 +39,34 @@ class Seldom:
 
 
 def table(members: Collection[Member], points: Sequence[Point], metric: str, *, limit: int | None) -> list[list[str]]:
-    """Return a header and a row for each model: its parameters, scores, epochs and status."""
-    ranked = FleetResults(tuple(members)).ranked(metric)[:limit]
-    scores = list(dict.fromkeys(name for member in ranked for name in member.scores))
+    """Return a header and a row for each model: its parameters, scores, epochs and status.
+
+    Models that differ in their seed alone have one row: means of their scores, the spread of ``metric``, the mean of
+    the epochs, and as the model the best of them.
+    """
+    ranked = combinations(members, points, metric)[:limit]
+    scores = list(dict.fromkeys(name for one in ranked for member in one.members for name in member.scores))
     scores.sort(key=lambda name: (name != metric, not name.startswith("val_")))
-    rows = [["model", *points[0], *scores, "epochs", "status"]]
-    for member in ranked:
-        parameters = [_short(value) for value in points[member.index].values()]
-        figures = [f"{member.scores[name]:.4g}" if name in member.scores else "-" for name in scores]
-        rows.append([str(member.index), *parameters, *figures, str(len(member.history.epochs)), member.status])
+    names, several = list(points[0]), averages(points)
+    if several:
+        names.remove("seed")
+    rows = [["model", *names, *scores, *(["spread", "seeds"] if several else []), "epochs", "status"]]
+    for one in ranked:
+        parameters = [_short(one.parameters[name]) for name in names]
+        figures = [_figure(one.mean(name) if several else one.members[0].scores.get(name, math.nan)) for name in scores]
+        if several:
+            seeds = f"{len(one.members)} of {one.models}" if len(one.members) < one.models else f"{one.models}"
+            figures += [_figure(one.spread(metric)), seeds]
+        epochs = round(sum(len(member.history.epochs) for member in one.members) / len(one.members))
+        status = "diverged" if one.diverged else one.members[0].status
+        if several and 0 < one.diverged < len(one.members):
+            status = f"{one.diverged} diverged"
+        rows.append([str(one.members[0].index), *parameters, *figures, str(epochs), status])
     return rows
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def _short(value: Any) -> str:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import grid, recipe
+from fusemlp.cli import columns, defaults, grid, recipe
+from fusemlp.cli.combinations import Combination, Point, averages, combinations
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
-from fusemlp.cli.output import show
+from fusemlp.cli.output import finite, show
 from fusemlp.cli.prepare import Prepared, prepare
-from fusemlp.cli.standings import Point, Seldom, counts, standings, table
-from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data, given_options
+from fusemlp.cli.standings import Seldom, counts, standings, table
+from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data, given_options, watched
 from fusemlp.datasets.load import NAMES
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.metrics import rises
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.results import RISING, FleetResults, Member
+from fusemlp.fleet.results import FleetResults, Member
+from fusemlp.report.baselines import baseline_line
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
-from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
+from fusemlp.report.runs import (
+    Run,
+    append_metrics,
+    choose_folder,
+    create_run,
+    csv_bytes,
+    discard_if_empty,
+    write_json,
+)
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -63,7 +75,7 @@ def sweep(options: SweepOptions) -> None:
     was_there = folder.exists()
     run = create_run(folder)
     if not options.quiet:
-        print(describe(plan), file=sys.stderr)
+        print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
     began = time.perf_counter()
     try:
         members, interrupted = trained(plan, run)
@@ -73,8 +85,8 @@ def sweep(options: SweepOptions) -> None:
         raise
     seconds = time.perf_counter() - began
     write_results(plan, run, members)
-    results = FleetResults(tuple(members))
-    no_plot = draw(plan, run, results)
+    chosen = combinations(members, plan.points, plan.metric)[0]
+    no_plot = draw(plan, run, members, chosen.sound[0])
     if not options.as_json:
         if interrupted:
             print(f"interrupted: kept are the {len(members)} models that had ended, of {len(plan.points)}")
@@ -82,7 +94,9 @@ def sweep(options: SweepOptions) -> None:
         print(f"{aligned(table(members, plan.points, plan.metric, limit=SHOWN))}\n")
         print(f"results {run.path / RESULTS}")
         print(no_plot or f"plot {run.path / PICTURE}")
-    best = results.best(plan.metric)
+    if chosen.sound[0].status == "diverged":
+        # Raises the error that names the first of all.
+        FleetResults(tuple(members)).best(plan.metric)
     about = {
         "command": shlex.join(["fusemlp", "sweep", *arguments(options)]),
         "metric": plan.metric,
@@ -90,66 +104,86 @@ def sweep(options: SweepOptions) -> None:
         "ended": len(members),
         "interrupted": interrupted,
         "seconds": seconds,
-        "best": best.index,
+        "best": chosen.sound[0].index,
     }
-    keep(plan, run, best, about, started, no_plot=bool(no_plot))
+    keep(plan, run, chosen, about, started, no_plot=bool(no_plot))
 
 
-def keep(plan: Plan, run: Run, best: Member, about: dict[str, Any], started: datetime, *, no_plot: bool) -> None:
-    """Write the best model as a run of ``train``, and print it."""
+def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], started: datetime, *, no_plot: bool) -> None:
+    """Write the best model of the best combination as a run of ``train``, and print it."""
+    best = chosen.sound[0]
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
+    columns.write(plan.prepared, run)
     begun = started.astimezone().isoformat(timespec="seconds")
     write_json(run.config, {**config, "started": begun, "sweep": about})
-    for at, epoch in enumerate(best.history.epochs):
-        append_metrics(run, {"epoch": epoch + 1, **{k: v[at] for k, v in best.history.history.items()}})
+    for row in best.history.rows():
+        append_metrics(run, row)
     report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
     parameters = plan.points[best.index]
-    content = {
+    content: dict[str, Any] = {
         **about,
         "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
         "train": config["command"],
-        "test": report["test"],
+        **{name: report[name] for name in ("test", "baselines", "worse_than")},
         "run": str(run.path),
         "results": str(run.path / RESULTS),
         "plot": None if no_plot else str(run.path / PICTURE),
+        "columns": columns.records(plan.prepared),
     }
     spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
-    least = "largest" if plan.metric in RISING else "least"
+    least = "largest" if rises(plan.metric) else "least"
+    said = f"model {best.index}, the {least} {plan.metric}: {spelled}"
+    if averages(plan.points):
+        mean, spread = chosen.mean(plan.metric), chosen.spread(plan.metric)
+        content["best"] |= {"mean": mean, "spread": finite(spread), "seeds": len(chosen.members)}
+        shared = ", ".join(f"{name} {grid.spelled(value)}" for name, value in chosen.parameters.items())
+        deviation = "" if math.isnan(spread) else f", standard deviation {spread:.2g}"
+        said = (
+            f"{shared}: the {least} mean {plan.metric} of its seeds, {mean:.4g} ({len(chosen.members)} seeds"
+            f"{deviation})\nkept of them: model {best.index}, seed {parameters['seed']}, {plan.metric} "
+            f"{best.scores[plan.metric]:.4g}"
+        )
     lines = [
-        f"\nbest: model {best.index}, the {least} {plan.metric}: {spelled}",
+        f"\nbest: {said}",
         *headline(report["test"]),
+        *baseline_line(report),
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
     ]
-    show(content, lines, as_json=plan.options.as_json)
+    show(content, lines, as_json=plan.options.as_json, warnings=report["worse_than"])
 
 
 def planned(options: SweepOptions) -> Plan:
     """Check all options, and raise their errors before the folder exists."""
-    axes = grid.axes(options.vary or ())
+    axes = grid.axes(options.vary or (), seeds=options.seeds, first=options.seed)
     given = given_options(options)
     for axis in axes:
         for option in OPTIONS.get(axis.name, (axis.name,)):
-            if option in given:
+            if option in given and not (axis.name == "seed" and options.seeds is not None):
                 instead = "; --split-seed decides the rows" if option == "seed" else ""
                 raise ArgumentError(
                     f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
                 )
+    options = defaults.for_tables(options)
     epochs = checked_epochs(options)
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)
     split_seed = options.seed if options.split_seed is None else options.split_seed
-    points = grid.points(axes, sample=options.sample, seed=split_seed)
+    points = grid.points(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     trained_by = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
         prepared = prepare(trained_by[0])
+        if prepared.preprocessor.classes is None:
+            # The trial's outcome depends on the options that vary.
+            tried = prepared.preprocessor.target_log if prepared.target_note else options.log_target
+            trained_by = [replace(one, log_target=tried) for one in trained_by]
         rows = len(prepared.train)
         rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
         optimizer = recipe.optimizer(trained_by[0], rates[0])
         most = max(one.batch_size for one in trained_by)
         if options.drop_last and most > rows:
             raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
-        metric = _metric(options, prepared)
+        metric = watched(options, prepared).get("monitor") or ("loss" if prepared.validation is None else "val_loss")
         fleet = Fleet(
             prepared.network,
             prepared.loss,
@@ -168,6 +202,8 @@ def planned(options: SweepOptions) -> Plan:
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     """Return the options of ``train`` for this model."""
     changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False}
+    if defaults.is_a_table(options):
+        changes["models"] = 1
     for name, value in point.items():
         if name == "betas":
             changes["beta1"], changes["beta2"] = value
@@ -196,13 +232,6 @@ def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
             # The user does not know the models' numbers yet.
             raise type(error)(f"vary: {rest}") from None
         raise
-
-
-def _metric(options: SweepOptions, prepared: Prepared) -> str:
-    names = ["loss", *(["accuracy"] if prepared.dataset.task == "classification" else [])]
-    if prepared.validation is not None:
-        names = [f"val_{name}" for name in names] + names
-    return names[0] if options.metric is None else check_choice("metric", options.metric, names)
 
 
 def describe(plan: Plan) -> str:
@@ -236,8 +265,9 @@ def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
 
             plan.fleet.fit(
                 **plan.prepared.fit_data,
+                **watched(options, plan.prepared),
                 epochs=plan.epochs,
-                early_stopping=options.early_stopping,
+                early_stopping=options.early_stopping or None,
                 drop_last=options.drop_last,
                 jobs=options.jobs,
                 callback=ended,
@@ -251,29 +281,38 @@ def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
 
 
 def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
-    """Write ``results.csv``: a row for each finished model, the best first; floats in their shortest exact form."""
-    ranked = FleetResults(tuple(members)).ranked(plan.metric)
+    """Write ``results.csv``: a row for each finished model, the best first; floats in their shortest exact form.
+
+    Models that differ in their seed alone stand together, with the mean of their scores.
+    """
+    ordered = [
+        (one, member) for one in combinations(tuple(members), plan.points, plan.metric) for member in one.members
+    ]
+    ranked = [member for _, member in ordered]
     scores = list(dict.fromkeys(name for member in ranked for name in member.scores))
     names = [axis.name for axis in plan.axes]
-    rows: list[list[Any]] = [["model", *names, "status", *scores, "epochs", "best_epoch", "seconds", "reason"]]
-    for member in ranked:
+    several = averages(plan.points)
+    means = [f"mean_{plan.metric}", f"std_{plan.metric}"] if several else []
+    rows: list[list[Any]] = [["model", *names, "status", *scores, *means, "epochs", "best_epoch", "seconds", "reason"]]
+    for one, member in ordered:
         parameters = map(grid.spelled, plan.points[member.index].values())
-        figures = (repr(member.scores[name]) if name in member.scores else "" for name in scores)
+        figures = [repr(member.scores[name]) if name in member.scores else "" for name in scores]
         history = member.history
         best = "" if history.best_epoch is None else history.best_epoch + 1
         seconds = f"{sum(history.seconds):.4f}"
+        together = (one.mean(plan.metric), one.spread(plan.metric)) if several else ()
+        figures += ["" if math.isnan(value) else repr(value) for value in together]
         row = [member.index, *parameters, member.status, *figures, len(history.epochs), best, seconds, member.reason]
         rows.append(row)
     write_atomically(run.path / RESULTS, csv_bytes(rows))
 
 
-def draw(plan: Plan, run: Run, results: FleetResults) -> str:
+def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
     """Write ``scores.png``; return the reason for its absence, or nothing."""
     if not can_plot():
         return f"no plot: {HINT}"
-    members, nan = results.members, float("nan")
+    nan = float("nan")
     scores = [nan if one.status == "diverged" else one.scores.get(plan.metric, nan) for one in members]
-    first = results.ranked(plan.metric)[0]
     best, found = None, ""
     if first.status != "diverged":
         best, found = members.index(first), f"; best {plan.metric} {first.scores[plan.metric]:.4g}"

@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,19 +14,32 @@ from typing import Any
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import ProgressBar
-from fusemlp.cli import recipe
+from fusemlp.cli import columns, defaults, ensemble, recipe
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
+from fusemlp.datasets.prepare import watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.report.baselines import baseline_line
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline
-from fusemlp.report.runs import FORMAT, Run, choose_folder, create_run, keep_metrics, open_run, write_json
+from fusemlp.report.runs import (
+    FORMAT,
+    Run,
+    append_metrics,
+    choose_folder,
+    create_run,
+    keep_metrics,
+    open_run,
+    write_json,
+    write_training_rows,
+)
+from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
 DEFAULT_EPOCHS = 60
@@ -43,20 +56,59 @@ class Session:
     prepared: Prepared
     engine: Engine
     epochs: int
+    # what a merged model knows of its parts
+    models: list[dict[str, Any]] = field(default_factory=list)
+    # the epochs that the schedule spans
+    scheduled: int = 0
 
 
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
     session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
+    found = columns.stored(session.run)
     if not options.quiet:
-        print(describe(session), file=sys.stderr)
-    interrupted, failure = run_session(session)
+        print(*columns.lines(found, session.run), describe(session), sep="\n", file=sys.stderr)
+    if session.prepared.models > 1:
+        engine, models, interrupted, failure = ensemble.train_ensemble(
+            session.prepared,
+            session.options,
+            session.epochs,
+            session.scheduled,
+            watched(session.options, session.prepared),
+        )
+        session = replace(session, engine=engine, models=models)
+        for row in (engine.history or History()).rows():
+            append_metrics(session.run, row)
+    else:
+        interrupted, failure = run_session(session)
     run = session.run
-    report = finish(run, session.engine, session.prepared, interrupted=interrupted, failure=failure)
+    final = refused = None
+    if session.options.final_fit and not interrupted and failure is None:
+        try:
+            final = final_fit(session)
+            write_training_rows(run, session.prepared.hashes(every=True))
+        except DivergenceError as error:
+            refused = error
+    report = finish(
+        run,
+        session.engine,
+        session.prepared,
+        interrupted=interrupted,
+        failure=failure,
+        models=session.models,
+        final=final,
+    )
     plot = str(run.curves) if run.curves.exists() else None
-    lines = [*outcome(report), f"run folder {run.path}", f"plot {plot}" if plot else f"no plot: {report['no_plot']}"]
-    show({**report, "run": str(run.path), "plot": plot}, lines, as_json=options.as_json)
+    lines = [
+        *outcome(report),
+        f"run folder {run.path}",
+        f"report {run.page}",
+        f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
+    ]
+    content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
+    show(content, lines, as_json=options.as_json, warnings=report.get("worse_than", ()))
+    failure = failure or refused
     if failure is not None:
         raise failure
 
@@ -65,13 +117,19 @@ def new_session(options: TrainOptions) -> Session:
     """Check everything, then make the run folder."""
     if options.data is None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
+    given = options
+    options = defaults.for_tables(options)
     epochs = checked_epochs(options)
-    folder = choose_folder(options.out, options.data, datetime.now())
+    folder = choose_folder(options.out, given.data or "", datetime.now())
     prepared = prepare(options)
+    watched(options, prepared)
+    options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     run = create_run(folder)
-    write_json(run.config, configuration(options, prepared, engine, epochs))
-    return Session(run, options, prepared, engine, epochs)
+    command = shlex.join(["fusemlp", "train", *arguments(given)])
+    write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
+    columns.write(prepared, run)
+    return Session(run, options, prepared, engine, epochs, scheduled=epochs)
 
 
 def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine:
@@ -82,10 +140,16 @@ def checked_epochs(options: FitOptions) -> int:
     """Check epochs and early stopping, and return the number of epochs."""
     epochs = as_count("epochs", DEFAULT_EPOCHS if options.epochs is None else options.epochs)
     if options.early_stopping is not None:
-        as_count("early_stopping", options.early_stopping)
-        if options.validation_fraction == 0:
+        patience = as_count("early_stopping", options.early_stopping, minimum=0)
+        if patience and options.validation_fraction == 0 and options.validation is None:
             raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
     return epochs
+
+
+def watched(options: FitOptions, prepared: Prepared) -> dict[str, Any]:
+    """Return the arguments of ``fit`` for ``--metric``."""
+    validates = prepared.validation is not None or bool(prepared.folds)
+    return watch(options.metric, prepared.preprocessor, prepared.loss, validates=validates)
 
 
 def given_options(options: FitOptions) -> dict[str, Any]:
@@ -124,16 +188,20 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
     last = run.checkpoint("last")
     for left_over in run.path.rglob(".*.tmp"):
         left_over.unlink(missing_ok=True)
-    if last.exists():
+    scheduled = checked_epochs(stored)
+    if last.exists() and prepared.models == 1:
         engine = load_checkpoint(last, backend=options.backend, device=options.device, network=prepared.network)
     else:
-        engine = new_engine(options, prepared, checked_epochs(stored))
+        # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
+        engine = new_engine(options, prepared, scheduled)
     if run.report.exists():
-        _check_unfinished(json.loads(run.report.read_text(encoding="utf-8")), engine.epochs_trained, epochs)
+        report = json.loads(run.report.read_text(encoding="utf-8"))
+        done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
+        _check_unfinished(report, done, epochs)
     keep_metrics(run, engine.epochs_trained)
     if epochs > config["epochs"]:
         write_json(run.config, config | {"epochs": epochs})
-    return Session(run, options, prepared, engine, epochs)
+    return Session(run, options, prepared, engine, epochs, scheduled=scheduled)
 
 
 def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
@@ -170,7 +238,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         "format": FORMAT,
         "command": shlex.join(["fusemlp", "train", *arguments(options)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "options": asdict(options),
+        "options": asdict(options) | own_files(options),
         "data": {"source": source, **prepared.summary},
         "preprocessor": prepared.preprocessor.to_config(),
         "network": engine.network.to_config(),
@@ -192,15 +260,22 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
     }
 
 
+def own_files(options: FitOptions) -> dict[str, str]:
+    """Return the given files of validation and test rows; a run stores their absolute paths."""
+    given = {name: getattr(options, name) for name in ("validation", "test")}
+    return {name: file if file in NAMES else str(Path(file).absolute()) for name, file in given.items() if file}
+
+
 def describe(session: Session) -> str:
     """Return two or three lines on network, optimizer and data."""
     engine, net = session.engine, session.engine.network
     rate = engine.optimizer.schedule
     interpreted = engine.device == "cpu" and not engine.memory.backend.traits.on_host
+    several = f"{session.prepared.models} models of " if session.prepared.models > 1 else ""
     note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
     return (
         f"{describe_data(session.prepared)}\n"
-        f"{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
+        f"{several}{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {recipe.learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
         f"{note if interpreted else ''}"
@@ -210,12 +285,15 @@ def describe(session: Session) -> str:
 def describe_data(prepared: Prepared) -> str:
     """Return one line on the rows, after those on the reading of a table."""
     about, classes = prepared.summary, prepared.preprocessor.classes
-    target = f"{prepared.preprocessor.outputs} targets" if classes is None else f"{len(classes)} classes"
+    target = f"{len(classes)} classes" if classes is not None else "1 target"
+    if classes is None and prepared.preprocessor.outputs > 1:
+        target = f"{prepared.preprocessor.outputs} targets"
     notes = "".join(f"{note}\n" for note in prepared.notes)
-    return (
-        f"{notes}{about['name']}: {about['training_rows']} training, {about['validation_rows']} validation, "
-        f"{about['test_rows']} test rows; {prepared.network.sizes[0]} inputs, {target}"
-    )
+    training = f"{about['training_rows']} training, {about['validation_rows']} validation"
+    if prepared.folds:
+        training = f"{about['training_rows']} training rows, in {len(prepared.folds)} folds to validate on"
+    inputs = prepared.network.sizes[0]
+    return f"{notes}{about['name']}: {training}, {about['test_rows']} test rows; {inputs} inputs, {target}"
 
 
 def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
@@ -225,8 +303,9 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     try:
         engine.fit(
             **session.prepared.fit_data,
+            **watched(options, session.prepared),
             epochs=session.epochs,
-            early_stopping=options.early_stopping,
+            early_stopping=options.early_stopping or None,
             callbacks=[recorder] if options.quiet else [recorder, ProgressBar()],
             drop_last=options.drop_last,
             resume=engine.fit_state is not None,
@@ -242,14 +321,36 @@ def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
     return False, None
 
 
+def final_fit(session: Session) -> tuple[Engine, dict[str, int]]:
+    """Return the model of all rows for ``--final-fit``, and its epochs and rows."""
+    history = session.engine.history
+    best = None if history is None else history.best_epoch
+    epochs = session.epochs if best is None else best + 1
+    engine, rows = ensemble.fit_on_all_rows(session.prepared, session.options, epochs)
+    return engine, {"epochs": epochs, "rows": rows}
+
+
 def outcome(report: dict[str, Any]) -> list[str]:
     """Return lines on the end of the training, the scores and the diagnosis."""
     lines = []
     if report["interrupted"]:
         lines.append(f"interrupted after epoch {report['epochs']}")
+    elif report.get("models"):
+        epochs = [one["epochs"] for one in report["models"]]
+        spread = f"{min(epochs)}" if min(epochs) == max(epochs) else f"{min(epochs)} to {max(epochs)}"
+        lines.append(
+            f"{len(epochs)} models after {spread} epochs{': ' if report['stopped'] else ''}{report['stopped']}"
+        )
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += headline(report.get("test", {}))
+    lines += baseline_line(report)
+    if report.get("final_fit"):
+        final = report["final_fit"]
+        lines.append(
+            f"final fit: the model is now that of all {final['rows']} rows after {final['epochs']} epochs; the scores "
+            "are those of the model before"
+        )
     for finding in report["diagnosis"]:
         # The error message has a divergence.
         if finding["name"] != "divergence":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.dates import PARTS, part_names, with_parts
+from fusemlp.datasets.dates import PARTS, date_parts, part_names, parts_of
 from fusemlp.datasets.files import Array
+from fusemlp.datasets.sources import Place
 from fusemlp.datasets.textfiles import MISSING
 from fusemlp_kernels.errors import DataError
 
@@ -25,30 +25,53 @@ _FEWEST_ROWS = 20
 
 def kept_features(table: dict[str, Array]) -> tuple[str, ...]:
     """Return the names of the features, of a date only its parts that differ between rows, and the elapsed days."""
-    parts = part_names(name for name, column in table.items() if column.dtype.kind == "M")
-    return tuple(
-        name
-        for name, values in with_parts(table).items()
-        if name not in parts or name.endswith(PARTS[-1]) or len(np.unique(values[~np.isnan(values)])) > 1
-    )
+    names: list[str] = []
+    for name, column in table.items():
+        if column.dtype.kind != "M":
+            names.append(name)
+            continue
+        for part, values in date_parts(np.unique(column)).items():
+            if part == PARTS[-1] or len(np.unique(values[~np.isnan(values)])) > 1:
+                names.append(f"{name}: {part}")
+    return tuple(names)
 
 
-def without_useless(path: Path, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, Array]:
-    """Return the columns that a network can learn from, with a line on the others; all of them if none is left."""
+def without_useless(path: Place, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, str]:
+    """Return the columns that a network cannot learn from with the reasons, and note them; none if all are such."""
     reasons = {name: None if name in keep else _useless(name, column) for name, column in table.items()}
     useless = {name: found for name, found in reasons.items() if found is not None}
+    rest = {name: column for name, column in table.items() if name not in useless}
+    useless |= {name: f"the same as {other!r}" for name, other in _twins(rest).items() if name not in keep}
     if not useless:
-        return table
+        return {}
     if len(useless) == len(table):
         numbers = {name: table[name] for name in useless if table[name].dtype.kind in "fM"}
         numbers = {name: column for name, column in numbers.items() if useless[name] != "no values"}
         if not numbers:
             found = "; ".join(f"column {name!r}: {found}" for name, found in useless.items())
             raise DataError(f"{path}: no feature is left to learn from: {found}; drop or --keep these columns")
-        return numbers
+        return {name: found for name, found in useless.items() if name not in numbers}
     told = ", ".join(f"{name!r} ({found})" for name, found in useless.items())
     notes.append(f"left out, unless you --keep them: {told}")
-    return {name: column for name, column in table.items() if name not in useless}
+    return {name: useless[name] for name in table if name in useless}
+
+
+def _twins(table: dict[str, Array]) -> dict[str, str]:
+    """Return the columns that hold the same values in every row as an earlier one, with that one's name."""
+    first: dict[object, list[str]] = {}
+    twins: dict[str, str] = {}
+    for name, column in table.items():
+        numbers = column.dtype.kind in "biuf"
+        plain = column.dtype.kind != "O"
+        content = hash((column + 0.0 if numbers else column).tobytes() if plain else tuple(column))
+        others = first.setdefault((column.dtype.kind, content), [])
+        same = (other for other in others if np.array_equal(table[other], column, equal_nan=numbers))
+        other = next(same, None)
+        if other is None:
+            others.append(name)
+        else:
+            twins[name] = other
+    return twins
 
 
 def _useless(name: str, column: Array) -> str | None:
@@ -82,33 +105,38 @@ def coded(
 ) -> tuple[Features, Categories]:
     """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
     sources = part_names(name for name, column in table.items() if column.dtype.kind == "M")
-    table = with_parts(table)
-    X = np.empty((len(table[names[0]]), len(names)))
+    X = np.empty((len(next(iter(table.values()))), len(names)))
     categories: list[tuple[str, ...] | None] = []
     missing: dict[str, int] = {}
     unseen: list[str] = []
+    parts: dict[str, Array] = {}
     for index, name in enumerate(names):
-        column = table[name]
-        words = known[index] if known is not None else _categories(column)
-        categories.append(words)
-        if words is None:
+        source = sources.get(name, name)
+        if source != name and name not in parts:
+            parts = parts_of(source, table[source])
+        column = parts[name] if source != name else table[name]
+        if column.dtype.kind in "biuf":
+            categories.append(None)
             X[:, index] = column
             count = int(np.isnan(column).sum())
         else:
-            codes: dict[str, float] = {word: code for code, word in enumerate(words)}
-            absent = codes.get("", math.nan)
-            strange = {word for word in dict.fromkeys(column) if word not in codes and word not in MISSING}
-            for word in dict.fromkeys(column):
-                codes.setdefault(word, math.nan if word in strange else absent)
-            X[:, index] = [codes[word] for word in column]
-            known_words = set(words)
-            count = sum(word in MISSING and (word == "" or word not in known_words) for word in column)
+            found, codes = different(column)
+            words = known[index] if known is not None else _categories(found)
+            assert words is not None, "a column that held numbers was read as numbers"
+            categories.append(words)
+            place: dict[str, float] = {word: code for code, word in enumerate(words)}
+            absent = place.get("", math.nan)
+            X[:, index] = np.array([place.get(word, absent if word in MISSING else math.nan) for word in found], float)[
+                codes
+            ]
+            cells = np.bincount(codes, minlength=len(found)).tolist()
+            counts = dict(zip(found, cells, strict=True))
+            count = sum(cells for word, cells in counts.items() if word in MISSING and (not word or word not in place))
+            strange = {word: cells for word, cells in counts.items() if word not in place and word not in MISSING}
             if strange:
-                cells = sum(word in strange for word in column)
-                example = next(word for word in column if word in strange)
-                unseen.append(f"{cells} in {name!r} (such as {example!r})")
+                unseen.append(f"{sum(strange.values())} in {name!r} (such as {next(iter(strange))!r})")
         if count:
-            missing[sources.get(name, name)] = count
+            missing[source] = count
     if missing:
         notes.append(f"missing cells, filled in: {_some([f'{count} in {name!r}' for name, count in missing.items()])}")
     if unseen:
@@ -120,8 +148,11 @@ def _some(parts: list[str]) -> str:
     return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
 
 
-def _categories(column: Array) -> tuple[str, ...] | None:
-    if column.dtype.kind in "biuf":
-        return None
-    words = set(column)
-    return tuple(sorted({"" if word in MISSING else word for word in words}))
+def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Return the different words of a column in the order of their first rows, and the index of each row's word."""
+    places = {word: place for place, word in enumerate(dict.fromkeys(column))}
+    return list(places), np.fromiter(map(places.__getitem__, column), np.int32, len(column))
+
+
+def _categories(found: list[str]) -> tuple[str, ...]:
+    return tuple(sorted({"" if word in MISSING else word for word in found}))

@@ -1,97 +1,233 @@
-"""The columns of a text table as they grow, and the mistakes found in them."""
+"""The columns of a table as they grow, and the mistakes found in them."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import compute as pc
 
-from fusemlp.datasets.dates import EXAMPLES, orders_of, parse_date
+from fusemlp.datasets.dates import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.files import Array
-from fusemlp.datasets.textfiles import MISSING, number
+from fusemlp.datasets.textfiles import MISSING, number, text_array
 from fusemlp_kernels.errors import DataError
 
-_WHOLE = re.compile(r"[+-]?[0-9]+")
 # A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words
 # that has this many different values or fewer holds words.
 MOSTLY = 0.9
 _FEW = 20
+# The number of rows with values that tell the kind of a column.
+_TELLING = 4096
 # The number of mistakes in a message.
 _SHOWN = 30
+# A number that is text for a reason.
+_MARKED = re.compile(r"[^\d.+\-eE\s]")
+# The numbers that Arrow reads, with another decimal mark too.
+_PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
+
+# Arrow's scalars from Python's values, and its to_numpy, would import pandas, as text_array says.
+_EMPTY, _NULL = text_array([""])[0], pa.nulls(1, pa.string())[0]
+_NAN = pc.cast(text_array(["nan"]), pa.float64())[0]
+_NAT = pc.cast(text_array([str(np.iinfo(np.int64).min)]), pa.int64())[0]
+_NO_DATE = MISSING | {"NaT"}
 
 
 class Problems:
-    """The mistakes of a file, for one message: the first few of each column and a count of the others."""
+    """The mistakes of a table, for one message: the first few of each column and a count of the others."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, list[str]] = {}
+    def __init__(self, source: object) -> None:
+        self.source = source
+        self.found: dict[str, list[tuple[int | None, str]]] = {}
         self.more: Counter[str] = Counter()
 
-    def add(self, column: str, place: str, text: str) -> None:
+    def add(self, column: str, row: int | None, text: str) -> None:
+        """Enter a mistake of a row, or of the whole column."""
         several = self.found.setdefault(column, [])
         if len(several) < 3:
-            several.append(f"{place}: {text}")
+            several.append((row, text))
         else:
             self.more[column] += 1
 
-    def check(self) -> None:
-        """Raise the DataError that names all."""
-        lines = [line for several in self.found.values() for line in several]
-        if len(lines) == 1:
-            raise DataError(f"{self.path}, {lines[0]}")
-        for column, count in self.more.items():
-            self.found[column][-1] += f" (and {count} more{f' in column {column!r}' if column else ''})"
-        lines = [line for several in self.found.values() for line in several]
+    def check(self, place: Callable[[int], str]) -> None:
+        """Raise the DataError that names all; ``place`` names a row."""
+        lines = []
+        for column, several in self.found.items():
+            at = [f"column {column!r}"] if column else []
+            lines += [
+                f"{', '.join([*([] if row is None else [place(row) if at else f'line {row}']), *at])}: {text}"
+                for row, text in several
+            ]
+            if self.more[column]:
+                lines[-1] += f" (and {self.more[column]} more{f' in column {column!r}' if column else ''})"
+        total = len(lines) + sum(self.more.values())
+        if total == 1:
+            raise DataError(f"{self.source}, {lines[0]}")
         if lines:
             hidden = len(lines) - _SHOWN
             shown = [*lines[:_SHOWN], *([f"and {hidden} more"] if hidden > 0 else [])]
-            total = len(lines) + sum(self.more.values())
-            raise DataError(f"{self.path}: {total} mistakes:\n  " + "\n  ".join(shown))
+            raise DataError(f"{self.source}: {total} mistakes:\n  " + "\n  ".join(shown))
+
+
+class _Growing:
+    """An array that grows by pieces, in memory that is touched only where it holds values."""
+
+    def __init__(self) -> None:
+        self.room: Array = np.empty(0)
+        self.length = 0
+
+    def append(self, piece: Array) -> None:
+        end = self.length + len(piece)
+        if end > len(self.room):
+            larger = np.empty(2 * end, piece.dtype)
+            larger[: self.length] = self.values
+            self.room = larger
+        self.room[self.length : end] = piece
+        self.length = end
+
+    @property
+    def values(self) -> Array:
+        return self.room[: self.length]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(test(kind) for test in (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal))
+
+
+def _is_date(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
+
+
+def _among(values: Any, words: Collection[str]) -> Any:
+    return pc.is_in(values, value_set=text_array(sorted(words)))
+
+
+def _to_numpy(values: Any) -> Array:
+    """Return numbers, truth values or moments as an array of its own; null is NaN or NaT."""
+    kind = values.type
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks)
+    if not len(values):
+        return np.empty(0, "datetime64[us]" if pa.types.is_timestamp(kind) else kind.to_pandas_dtype())
+    if pa.types.is_boolean(kind):
+        return np.from_dlpack(pc.cast(values, pa.uint8())).astype(bool)
+    if pa.types.is_timestamp(kind):
+        return np.from_dlpack(pc.fill_null(pc.cast(values, pa.int64()), _NAT)).view("datetime64[us]").copy()
+    return np.array(np.from_dlpack(pc.fill_null(values, _NAN) if values.null_count else values))
+
+
+def different(texts: Any) -> tuple[list[str], Array]:
+    """Return the different texts in the order of their first rows, and the index of each row's text."""
+    coded = texts.dictionary_encode()
+    return coded.dictionary.to_pylist(), _to_numpy(coded.indices)
+
+
+def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> tuple[Array, Array]:
+    """Return the numbers of texts, NaN where missing or wrong, and the rows of those that are wrong."""
+    if decimal == ".":
+        try:
+            present = pc.if_else(_among(texts, missing), _NULL, texts)
+            numbers = _to_numpy(pc.cast(present, pa.float64()))
+        except pa.ArrowInvalid:
+            pass
+        else:
+            if not np.isinf(numbers).any():
+                return numbers, np.empty(0, np.int64)
+    texts = pc.utf8_trim_whitespace(texts)
+    plain = pc.match_substring_regex(texts, _PLAIN[decimal])
+    present = pc.if_else(plain, texts, _NULL)
+    if decimal == ",":
+        present = pc.replace_substring(present, ",", ".")
+    numbers = _to_numpy(pc.cast(present, pa.float64()))
+    odd = pc.invert(pc.or_(plain, _among(texts, missing)))
+    rows = np.flatnonzero(_to_numpy(odd))
+    words, codes = different(texts.filter(odd))
+    found = [number(word, decimal) for word in words]
+    # An infinity stands for text that is no number: both are mistakes.
+    numbers[rows] = np.array([math.inf if value is None else value for value in found])[codes] if words else ()
+    wrong = rows[np.isinf(numbers[rows])]
+    numbers[wrong] = np.nan
+    return numbers, wrong
 
 
 class Column:
-    """A feature column of a text table as it grows; its first rows with values decide its kind, unless it is given."""
+    """A feature column of a table as it grows; its first rows with values decide its kind, unless it is given.
 
-    def __init__(self, name: str, decimal: str, problems: Problems, kind: str | None) -> None:
+    The column of a file or frame ``with_types`` holds what its type says: words are read as numbers only if all are
+    and some have marks that a number's type cannot have, as in "$1,498" or "12%".
+    """
+
+    def __init__(self, name: str, decimal: str, problems: Problems, kind: str | None, with_types: bool = False) -> None:
         self.name, self.decimal, self.problems, self.kind = name, decimal, problems, kind
         self.told = kind is not None
-        self.waiting: list[tuple[Sequence[str], Sequence[int]]] = []
-        self.pieces: list[Array] = []
+        self.with_types = with_types
+        self.rows = 0
+        self.waiting: list[Any] = []
+        self.grown = _Growing()
         # The index of each different word.
         self.codes: dict[str, int] = {}
         self.notes: list[str] = []
 
-    def add(self, values: Sequence[str], lines: Sequence[int]) -> None:
+    def add(self, values: Any) -> None:
+        """Append a piece of the column, an Arrow array."""
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        kind = values.type
+        if pa.types.is_null(kind) or is_text(kind):
+            self._add_text(pc.fill_null(pc.cast(values, pa.string()), _EMPTY))
+        elif _is_date(kind) and self.kind in (None, *ORDERS):
+            self.kind = self.kind or "ymd"
+            self._append(_to_numpy(pc.cast(values, pa.timestamp("us", getattr(kind, "tz", None)), safe=False)))
+        elif _is_number(kind) and self.kind in (None, "number"):
+            self.kind = "number"
+            numbers = _to_numpy(pc.cast(values, pa.float64(), safe=False))
+            check_finite(self.name, numbers, self.rows, self.problems)
+            self._append(numbers)
+        elif _is_number(kind) or (_is_date(kind) and self.kind == "word"):
+            self._add_text(as_text(values))
+        else:
+            refuse_type(self.name, values, self.problems)
+            self.rows += len(values)
+
+    def _append(self, piece: Array) -> None:
+        self.grown.append(piece)
+        self.rows += len(piece)
+
+    def _add_text(self, texts: Any) -> None:
         if self.kind is None:
-            self.waiting.append((values, lines))
-            self._decide([value.strip() for value in values])
+            self.waiting.append(texts)
+            self._decide(texts)
             if self.kind is not None:
                 waiting, self.waiting = self.waiting, []
                 for piece in waiting:
-                    self.add(*piece)
+                    self._add_text(piece)
         elif self.kind == "number":
-            self.pieces.append(self._numbers(values, lines))
+            self._append(self._numbers(texts))
         elif self.kind == "word":
-            texts = [value.strip() for value in values]
-            for text in dict.fromkeys(texts):
-                self.codes.setdefault(text, len(self.codes))
-            self.pieces.append(np.fromiter(map(self.codes.__getitem__, texts), np.int64, len(texts)))
+            words, codes = different(texts)
+            own = [self.codes.setdefault(word.strip(), len(self.codes)) for word in words]
+            self._append(np.array(own, np.int32)[codes])
         else:
-            self.pieces.append(self._dates(values, lines))
+            self._append(self._dates(texts))
 
-    def _decide(self, values: Sequence[str]) -> None:
-        present = [value for value in values if value not in MISSING]
+    def _decide(self, texts: Any) -> None:
+        texts = pc.utf8_trim_whitespace(texts)
+        present = texts.filter(pc.invert(_among(texts, MISSING))).slice(0, _TELLING).to_pylist()
         if not present:
             return
-        count = sum(number(value, self.decimal) is not None for value in present)
-        mixed = count < len(present) and len(set(present)) <= _FEW
-        if count >= MOSTLY * len(present) and not mixed:
+        count = sum(number(text, self.decimal) is not None for text in present)
+        mixed = count < len(present) and (self.with_types or len(set(present)) <= _FEW)
+        marked = not self.with_types or any(map(_MARKED.search, present))
+        if count >= MOSTLY * len(present) and marked and not mixed:
             self.kind = "number"
             return
         orders = orders_of(present, MOSTLY)
@@ -100,53 +236,48 @@ class Column:
             self.notes.append(f"column {self.name!r} holds dates such as {present[0]!r}, read with the month first")
         self.kind = orders[0] if orders else "word"
 
-    def _numbers(self, values: Sequence[str], lines: Sequence[int]) -> Array:
-        if self.decimal == ".":
-            try:
-                numbers = np.fromiter(map(float, values), np.float64, len(values))
-            except ValueError:
-                pass
+    def _numbers(self, texts: Any) -> Array:
+        numbers, wrong = numbers_of(texts, self.decimal)
+        for row in wrong.tolist():
+            text = texts[row].as_py().strip()
+            if self.told and text.lower() in ("true", "false"):
+                numbers[row] = text.lower() == "true"
             else:
-                if not np.isinf(numbers).any():
-                    return numbers
-        numbers = np.full(len(values), np.nan)
-        for index, value in enumerate(values):
-            text = value.strip()
-            if text in MISSING:
-                continue
-            found = number(text, self.decimal)
-            if found is None and self.told and text.lower() in ("true", "false"):
-                found = float(text.lower() == "true")
-            if found is None or not math.isfinite(found):
-                self._wrong(lines[index], _not_numeric(text, found, self.told))
-            else:
-                numbers[index] = found
+                self._wrong(row, _not_numeric(text, number(text, self.decimal), self.told))
         return numbers
 
-    def _dates(self, values: Sequence[str], lines: Sequence[int]) -> Array:
-        assert self.kind is not None
-        known: dict[str, Any] = {text: np.datetime64("NaT", "us") for text in (*MISSING, "NaT")}
-        for value, line in zip(values, lines, strict=True):
-            text = value.strip()
-            if text not in known:
-                known[text] = parse_date(text, self.kind)
-            if known[text] is None:
-                self._wrong(line, f"{text!r} is not a date such as {EXAMPLES[self.kind]}; correct or delete it")
-        return np.array([known[value.strip()] for value in values], "datetime64[us]")
+    def _dates(self, texts: Any) -> Array:
+        order = self.kind
+        assert order is not None
+        if order == "ymd":
+            try:
+                present = pc.if_else(_among(texts, _NO_DATE), _NULL, texts)
+                return _to_numpy(pc.cast(present, pa.timestamp("us")))
+            except pa.ArrowInvalid:
+                pass
+        given, codes = different(texts)
+        words = [word.strip() for word in given]
+        moments = [parse_date(word, order) for word in words]
+        wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
+        for row in np.flatnonzero(wrong[codes]).tolist():
+            text = words[codes[row]]
+            self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
+        table: Array = np.array([np.datetime64("NaT") if m is None else m for m in moments], "datetime64[us]")
+        return table[codes]
 
-    def _wrong(self, line: int, text: str) -> None:
-        self.problems.add(self.name, f"line {line}, column {self.name!r}", text)
+    def _wrong(self, row: int, text: str) -> None:
+        self.problems.add(self.name, self.rows + row, text)
 
     def finish(self, notes: list[str]) -> Array:
         notes += self.notes
         if self.kind is None:
             # No cell of the column has a value.
-            return np.full(sum(len(values) for values, _ in self.waiting), np.nan)
-        whole: Array = np.concatenate(self.pieces) if self.pieces else np.empty(0, np.int64)
+            return np.full(sum(map(len, self.waiting)), np.nan)
+        whole, self.grown = self.grown.values, _Growing()
         if self.kind != "word":
             return whole
         texts = list(self.codes)
-        if not self.told:
+        if not (self.told or self.with_types):
             values = [text for text in texts if text not in MISSING]
             if {value.lower() for value in values} == {"true", "false"}:
                 self.kind = "number"
@@ -166,41 +297,98 @@ class Column:
 
 
 class Target:
-    """The target column of a csv file as it grows."""
+    """The target column of a table as it grows."""
 
     def __init__(self, name: str, decimal: str, problems: Problems, missing_words: Collection[str]) -> None:
         self.name, self.decimal, self.problems, self.missing_words = name, decimal, problems, missing_words
-        self.words: list[str] = []
-        self.lines: list[int] = []
-        self.missing: list[bool] = []
+        self.pieces: list[Any] = []
+        self.missing: Array = np.zeros(0, bool)
 
-    def add(self, values: Sequence[str], lines: Sequence[int]) -> None:
-        texts = [value.strip() for value in values]
-        missing = [text in self.missing_words for text in texts]
-        self.missing += missing
-        self.words += [text for text, gone in zip(texts, missing, strict=True) if not gone]
-        self.lines += [line for line, gone in zip(lines, missing, strict=True) if not gone]
+    def add(self, values: Any) -> None:
+        """Append a piece of the column, an Arrow array."""
+        self.pieces.append(values.dictionary_decode() if pa.types.is_dictionary(values.type) else values)
 
-    def finish(self, words: bool) -> Array:
-        if words or not self.words:
-            return np.array(self.words, dtype=str)
-        if all(map(_WHOLE.fullmatch, self.words)):
-            # A longer number is a name; Python refuses to read thousands of digits.
-            if max(map(len, self.words)) <= 20 and max(abs(int(word)) for word in self.words) < 2**63:
-                return np.array([int(word) for word in self.words], dtype=np.int64)
-            return np.array(self.words, dtype=str)
-        values = {word: number(word, self.decimal) for word in dict.fromkeys(self.words)}
-        numbers = [values[word] for word in self.words]
-        valid = [found for found in numbers if found is not None and math.isfinite(found)]
-        if len(valid) == len(numbers):
-            return np.array(valid, dtype=np.float64)
+    def finish(self, words: bool, with_types: bool) -> Array:
+        """Return the labels of the rows that have one; ``missing`` says which have none."""
+        if not self.pieces:
+            return np.empty(0, str)
+        whole = pa.chunked_array(self.pieces)
+        self.pieces.clear()
+        if is_text(whole.type) and not with_types:
+            whole = pc.utf8_trim_whitespace(whole)
+            missing = _among(whole, self.missing_words)
+        else:
+            missing = pc.is_null(whole, nan_is_null=True)
+        self.missing = _to_numpy(missing)
+        present = whole.filter(pc.invert(missing)).combine_chunks()
+        if _is_number(whole.type):
+            dtype = pa.float64() if pa.types.is_decimal(whole.type) else whole.type
+            values = _to_numpy(pc.cast(present, dtype))
+            if values.dtype.kind == "f":
+                values = values.astype(np.float64)
+                rows = np.flatnonzero(~self.missing)
+                check_finite(self.name, values, rows, self.problems)
+            values = values.astype(np.int64) if values.dtype.kind == "i" else values
+            labels: Array = values.astype(str) if words else values
+            return labels
+        if not (is_text(whole.type) or pa.types.is_null(whole.type)):
+            refuse_type(self.name, present, self.problems)
+            return np.empty(0, str)
+        if not (words or with_types):
+            numbers = self._numbers(present)
+            if numbers is not None:
+                return numbers
+        different_labels, codes = different(present)
+        return np.array(different_labels, dtype=str)[codes] if different_labels else np.empty(0, str)
+
+    def _numbers(self, present: Any) -> Array | None:
+        """Return the labels as numbers; None, with a word among measurements as a mistake, if they are words."""
+        if not len(present):
+            return None
+        if pc.all(pc.match_substring_regex(present, r"^[+-]?[0-9]+$")).as_py():
+            try:
+                whole = _to_numpy(pc.cast(pc.utf8_ltrim(present, "+"), pa.int64()))
+            except pa.ArrowInvalid:
+                # A longer number is a name.
+                return None
+            return None if (whole == np.iinfo(np.int64).min).any() else whole
+        numbers, wrong = numbers_of(present, self.decimal, ())
+        wrong = np.union1d(wrong, np.flatnonzero(np.isnan(numbers)))
+        if not len(wrong):
+            return numbers
         # Numbers with decimals are measurements, so a word among them is a mistake; whole numbers can be the
         # names of classes.
-        if any(found != math.floor(found) for found in valid):
-            for found, word, line in zip(numbers, self.words, self.lines, strict=True):
-                if found is None or not math.isfinite(found):
-                    self.problems.add(self.name, f"line {line}, column {self.name!r}", _not_numeric(word, found, None))
-        return np.array(self.words, dtype=str)
+        valid = numbers[~np.isnan(numbers)]
+        if (valid != np.floor(valid)).any():
+            rows = np.flatnonzero(~self.missing)
+            for row in wrong.tolist():
+                text = present[row].as_py()
+                self.problems.add(self.name, int(rows[row]), _not_numeric(text, number(text, self.decimal), None))
+        return None
+
+
+def as_text(values: Any) -> Any:
+    """Return values of another type as text, as Python writes them; null becomes empty."""
+    if pa.types.is_timestamp(values.type):
+        values = pc.cast(values, pa.timestamp("us", values.type.tz), safe=False)
+    coded = pc.dictionary_encode(values)
+    # Whole numbers are floats where other rows of their column are missing.
+    whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in coded.dictionary.to_pylist())
+    texts = text_array([str(value) for value in whole])
+    return pc.fill_null(texts.take(coded.indices), _EMPTY)
+
+
+def check_finite(column: str, numbers: Array, first: Any, problems: Problems) -> None:
+    """Enter infinite numbers as mistakes; ``first`` is the number of the first row, or those of all."""
+    for index in np.flatnonzero(np.isinf(numbers)).tolist():
+        row = first + index if isinstance(first, int) else int(first[index])
+        problems.add(column, row, f"{numbers[index]} is not a finite number; correct it or drop the row")
+
+
+def refuse_type(column: str, values: Any, problems: Problems) -> None:
+    if column not in problems.found:
+        text = f"expected numbers or words, found Arrow's type {values.type}; convert or drop the column"
+        problems.add(column, None, text)
 
 
 def _not_numeric(text: str, found: float | None, told: bool | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -85,12 +85,7 @@ def date_parts(moments: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
     return {part: np.where(missing, np.nan, value) for part, value in zip(PARTS, values, strict=True)}
 
 
-def with_parts(table: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """Return the table with the parts of its columns of dates in their place."""
-    expanded: dict[str, npt.NDArray[Any]] = {}
-    for name, column in table.items():
-        if column.dtype.kind == "M":
-            expanded |= {f"{name}: {part}": values for part, values in date_parts(column).items()}
-        else:
-            expanded[name] = column
-    return expanded
+def parts_of(name: str, moments: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the parts of a column of dates by their names; each different date is taken apart once."""
+    different, rows = np.unique(moments, return_inverse=True)
+    return {f"{name}: {part}": values[rows] for part, values in date_parts(different).items()}

@@ -7,20 +7,23 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemlp.datasets.coding import Categories, Features, coded, kept_features, without_useless
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, part_names
 from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
-from fusemlp.datasets.tables import TABLES, is_table, listed, read_names, read_table
+from fusemlp.datasets.roles import Columns as Columns
+from fusemlp.datasets.roles import Role, missing_share, roles, times
+from fusemlp.datasets.sources import TABLES, Frame, Place, as_frame, is_table
+from fusemlp.datasets.tables import listed, read_names, read_table
 from fusemlp.datasets.textfiles import COMPRESSED, Form
 from fusemlp.inputs.arrays import as_features
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
 if TYPE_CHECKING:
     from fusemlp.datasets.preprocessing import Preprocessor
@@ -37,11 +40,14 @@ class Dataset:
 
     ``X`` (n, columns) float64, images flattened; ``y`` (n,) labels as they are in the file: int, float, bool or
     str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
-    ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data.
+    ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data, or X and y of
+    a file of its own, as is ``validation``.
     ``categories`` holds for each column of X the words that its values are indices into, None for numbers. A missing
     number is NaN, a missing word the category "". ``dates`` are the table's columns of dates with the order of year,
     month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
-    reading: the form of the file, columns left out, missing cells.
+    reading: the form of the file, columns left out, missing cells. ``roles`` tell what each column of a table became.
+    ``ids`` are the columns that name the rows, as text; ``groups`` and ``times`` (n,) are those that decide which rows
+    are held out.
     """
 
     name: str
@@ -55,6 +61,11 @@ class Dataset:
     categories: Categories = ()
     notes: tuple[str, ...] = ()
     dates: tuple[tuple[str, str], ...] = ()
+    roles: tuple[Role, ...] = ()
+    ids: Mapping[str, Array] = field(default_factory=dict)
+    groups: Array | None = None
+    times: Array | None = None
+    validation: tuple[Features, Array] | None = None
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -62,39 +73,28 @@ class Dataset:
 
     @property
     def classes(self) -> Array:
-        """The distinct labels, sorted, those of the test set among them: every split has the same."""
-        return np.unique(self.y if self.test is None else np.concatenate([self.y, self.test[1]]))
+        """The distinct labels, sorted, those of the other sets among them: every split has the same."""
+        others = (part[1] for part in (self.validation, self.test) if part is not None)
+        return np.unique(np.concatenate([self.y, *others]))
 
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
-
-    ``like`` is the preprocessor of an earlier reading, whose columns and categories are taken as they are.
-    """
-
-    drop: Collection[str] = ()
-    keep: Collection[str] = ()
-    categorical: Collection[str] = ()
-    like: Preprocessor | None = None
-
-
 def load_data(
-    source: str | Path,
+    source: Any,
     *,
     target: str | None = None,
     task: str | None = None,
     form: Form | None = None,
     columns: Columns | None = None,
 ) -> Dataset:
-    """Load a data set by name (``NAMES``) or path.
+    """Load a data set by name (``NAMES``) or path, or take a table.
 
     Paths: ``.npz`` with arrays X and y (or x_train, y_train, x_test, y_test); ``.csv``, ``.tsv`` (plain, or compressed
-    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``) or ``.parquet`` with the name of the ``target`` column; a folder of IDX
-    files in MNIST's layout, plain or ``.gz``.
+    as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``), ``.parquet``, ``.feather``, ``.arrow`` or ``.xlsx`` with the name of the
+    ``target`` column; a folder of IDX files in MNIST's layout, plain or ``.gz``. A table is a DataFrame of pandas or
+    polars, an Arrow table, or anything else that speaks Arrow's C stream interface.
 
     The beginning of a text table tells its separator, decimal mark and encoding, unless ``form`` sets them. Columns
     that are constant, count the rows, or hold another word in nearly every row are left out; ``columns`` chooses
@@ -108,28 +108,46 @@ def load_data(
     """
     if task is not None and task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    if not isinstance(source, (str, Path)):
-        raise ArgumentTypeError(f"data: expected a name or a path, got {type(source).__name__}")
-    path = _existing(source)
-    if target is not None and (source in NAMES or path.is_dir() or path.suffix.lower() == ".npz"):
-        raise ArgumentError(f"target: only tables ({', '.join(TABLES)}) have one, not {str(source)!r}")
-    return _with_task(_read(source, target, form or Form(), columns or Columns()), task)
+    place = _existing(source)
+    if isinstance(place, Frame) or is_table(place):
+        return _with_task(_from_table(place, target, form or Form(), columns or Columns()), task)
+    if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
+        options = {"target": target, **(columns or Columns()).options()}
+        for option in (option for option, value in options.items() if value):
+            what = "one" if option == "target" else "columns with names"
+            raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have {what}, not {str(source)!r}")
+    return _with_task(_read(source), task)
 
 
 def load_features(
-    path: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+    source: Any,
+    preprocessor: Preprocessor,
+    *,
+    form: Form | None = None,
+    notes: list[str] | None = None,
+    ids: dict[str, Array] | None = None,
+    ignore_unused: bool = False,
 ) -> Features:
-    """Load the features of new data, for ``preprocessor.transform_features``.
+    """Load the features of new data, a source as of ``load_data``, for ``preprocessor.transform_features``.
 
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
     among any others. A missing number and a word that is unseen in training become NaN, and ``notes`` takes a line on
-    them. Raises DataError that lists missing and present columns.
+    them, and one on columns that the training did not have unless ``ignore_unused``. ``ids`` takes the columns of the
+    table that name the rows. Raises DataError that lists missing and present columns.
     """
-    source, path = path, _existing(path)
+    path = _existing(source)
     notes = [] if notes is None else notes
-    if is_table(path):
+    if isinstance(path, Frame) or is_table(path):
         kinds = _kinds(preprocessor)
+        present = _present(path, preprocessor, form, notes, ignore_unused)
+        wanted = [name for name in preprocessor.ids if name in present and ids is not None]
+        kinds |= dict.fromkeys(wanted, "word")
         table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
+        if ids is not None:
+            ids |= {name: table.pop(name) for name in wanted}
+            absent = [name for name in preprocessor.ids if name not in wanted]
+            if absent:
+                notes.append(f"no columns {listed(absent)}, which named the rows in training")
         return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path)
@@ -137,35 +155,63 @@ def load_features(
         if name is None:
             raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
         return _matching(path, _flat(path, name, arrays[name]), preprocessor)
-    return _matching(path, _read(source, None, Form(), Columns()).X, preprocessor)
+    return _matching(path, _read(source).X, preprocessor)
 
 
 def load_labelled(
-    source: str | Path, preprocessor: Preprocessor, *, form: Form | None = None, notes: list[str] | None = None
+    source: Any,
+    like: Preprocessor | Dataset,
+    *,
+    form: Form | None = None,
+    notes: list[str] | None = None,
+    ignore_unused: bool = False,
 ) -> tuple[Features, Array]:
     """Load features and labels of new data for an evaluation, as ``load_features`` does.
 
-    Rows without a label are left out, with a line in ``notes``. If the data bring a test set, the test set is returned.
+    The columns and categories are those of a run's preprocessor or of an earlier data set. Rows without a label are
+    left out, with a line in ``notes``. If the data bring a test set, the test set is returned.
     """
     path = _existing(source)
     notes = [] if notes is None else notes
-    if is_table(path):
-        kinds, target = _kinds(preprocessor), preprocessor.target_name
+    if isinstance(path, Frame) or is_table(path):
+        kinds, target = _kinds(like), like.target_name
+        present = _present(path, like, form, notes, ignore_unused)
+        if target not in present:
+            raise DataError(
+                f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
+                f"{listed(present)}; fusemlp predict takes rows without a target"
+            )
+        label_words = _label_words(like)
         table = read_table(
             path,
             features=tuple(kinds),
             target=target,
-            words=preprocessor.classes is not None and isinstance(preprocessor.classes[0], str),
+            words=bool(label_words),
             form=form,
             kinds=kinds,
-            known_labels=_label_words(preprocessor),
+            known_labels=label_words,
             notes=notes,
         )
         y = table.pop(target)
-        return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0], y
-    dataset = _read(source, None, Form(), Columns())
+        return coded(table, like.feature_names, like.categories, notes)[0], y
+    dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
-    return _matching(path, X, preprocessor), y
+    return _matching(path, X, like), y
+
+
+def _present(
+    path: Place, like: Preprocessor | Dataset, form: Form | None, notes: list[str], ignore_unused: bool
+) -> list[str]:
+    """Return the names of a table's columns; ``notes`` takes a line on those that the training did not have."""
+    names = read_names(path, form)
+    if isinstance(like, Dataset):
+        known = {role.name for role in like.roles}
+    else:
+        known = {*_kinds(like), *like.ids, *like.unused, like.target_name}
+    strange = [name for name in names if name not in known]
+    if strange and not ignore_unused:
+        notes.append(f"columns that the training did not have, ignored: {listed(strange)}")
+    return names
 
 
 def infer_task(y: Array) -> str:
@@ -200,8 +246,8 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     return replace(dataset, task=chosen)
 
 
-def _read(source: str | Path, target: str | None, form: Form, columns: Columns) -> Dataset:
-    return _named(str(source)) if source in NAMES else _from_path(Path(source), target, form, columns)
+def _read(source: str | Path) -> Dataset:
+    return _named(str(source)) if source in NAMES else _from_path(Path(source))
 
 
 def _named(name: str) -> Dataset:
@@ -228,8 +274,10 @@ def _named(name: str) -> Dataset:
     )
 
 
-def _existing(source: str | Path) -> Path:
-    """Return the path of a file or folder that exists; a name of ``NAMES`` needs none."""
+def _existing(source: Any) -> Place:
+    """Return the path of a file or folder that exists, or a table; a name of ``NAMES`` needs none."""
+    if not isinstance(source, (str, Path)):
+        return as_frame(source)
     path = Path(source)
     try:
         found = source in NAMES or path.exists()
@@ -245,69 +293,93 @@ def _existing(source: str | Path) -> Path:
     )
 
 
-def _from_path(path: Path, target: str | None, form: Form, columns: Columns) -> Dataset:
-    suffix = path.suffix.lower()
+def _from_path(path: Path) -> Dataset:
     if path.is_dir():
         try:
             return _from_idx_folder(path)
         except OSError as error:
             raise DataError(f"{path}: the folder cannot be read ({reason(error)})") from error
-    if suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _from_npz(path)
-    if not is_table(path):
-        raise DataError(
-            f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
-            "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
-        )
+    raise DataError(
+        f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
+        "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
+    )
+
+
+def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -> Dataset:
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
-    if target in columns.drop:
-        raise ArgumentError(f"drop: {target!r} is the target")
-    for option, chosen in (("drop", columns.drop), ("keep", columns.keep), ("categorical", columns.categorical)):
-        absent = [name for name in chosen if name not in names]
-        if absent:
-            raise DataError(f"{path}: no columns {listed(absent)} to {option}; the columns are {listed(names)}")
+    columns.check(path, names, target)
     notes: list[str] = []
     like = columns.like
     kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
+    wanted = tuple(kinds)
+    kinds |= dict.fromkeys(columns.texts, "word")
+    time = columns.time
     table = read_table(
         path,
-        features=None if like is None else tuple(kinds),
+        features=None if like is None else (*dict.fromkeys([*kinds, *([] if time is None else [time])]),),
         target=target,
         form=form,
-        drop=columns.drop,
+        drop={*columns.drop} - {time},
         kinds=kinds,
         known_labels=() if like is None else _label_words(like),
         notes=notes,
     )
     y = table.pop(target)
-    if not table:
-        raise DataError(f"{path}: there is no feature column besides the target {target!r}")
-    if like is None:
-        table = without_useless(path, table, {*columns.keep, *columns.categorical}, notes)
-    dates = tuple((name, kinds[name]) for name in table if kinds[name] in ORDERS)
+    aside = {name: table[name] for name in (*columns.texts, *([] if time is None else [time]))}
+    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(wanted))}
+    inputs = {name: column for name, column in table.items() if name not in no_inputs}
+    if not inputs:
+        besides = "" if not no_inputs else " and the columns that are no inputs"
+        raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
+    reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
+    inputs = {name: column for name, column in inputs.items() if name not in reasons}
+    found = roles(names, target, columns, table, inputs, reasons)
+    # The columns that are left out take no memory any longer.
+    del table
+    dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
     if dates:
         told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
         notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
-    kept = kept_features(table) if like is None else like.feature_names
-    X, categories = coded(table, kept, None if like is None else like.categories, notes)
-    return Dataset(path.name, X, y, "", kept, target, None, None, categories, tuple(notes), dates)
+    kept = kept_features(inputs) if like is None else like.feature_names
+    X, categories = coded(inputs, kept, None if like is None else like.categories, notes)
+    if columns.group is not None:
+        alone = round(missing_share(aside[columns.group]) * len(y))
+        notes += [f"{alone} rows have no {columns.group!r} and count as one group"] if alone else []
+    return Dataset(
+        path.name,
+        X,
+        y,
+        "",
+        kept,
+        target,
+        categories=categories,
+        notes=tuple(notes),
+        dates=dates,
+        roles=found,
+        ids={name: aside[name] for name in columns.ids},
+        groups=None if columns.group is None else aside[columns.group],
+        times=None if time is None else times(path, time, aside[time]),
+    )
 
 
-def _kinds(preprocessor: Preprocessor) -> dict[str, str]:
+def _kinds(like: Preprocessor | Dataset) -> dict[str, str]:
     """Return the columns of the table that the features come from, and what each holds."""
-    dates = dict(preprocessor.dates)
+    dates = dict(like.dates)
     sources = part_names(dates)
     kinds: dict[str, str] = {}
-    for name, words in zip(preprocessor.feature_names, preprocessor.categories, strict=True):
+    for name, words in zip(like.feature_names, like.categories, strict=True):
         source = sources.get(name, name)
         kinds[source] = dates.get(source) or ("number" if words is None else "word")
     return kinds
 
 
-def _label_words(preprocessor: Preprocessor) -> tuple[str, ...]:
-    return tuple(label for label in preprocessor.classes or () if isinstance(label, str))
+def _label_words(like: Preprocessor | Dataset) -> tuple[str, ...]:
+    classes = () if like.classes is None else tuple(like.classes)
+    return tuple(str(label) for label in classes if isinstance(label, str))
 
 
 def _from_npz(path: Path) -> Dataset:
@@ -373,11 +445,11 @@ def _labels(path: Path, name: str, array: Array) -> Array:
     return array.astype(np.float64)
 
 
-def _matching(path: Path, X: Features, preprocessor: Preprocessor) -> Features:
-    width = len(preprocessor.feature_names)
+def _matching(path: Path, X: Features, like: Preprocessor | Dataset) -> Features:
+    width = len(like.feature_names)
     if X.shape[1] != width:
         raise DataError(f"{path}: has {X.shape[1]} features a row, the network was trained on {width}")
-    if any(words is not None for words in preprocessor.categories):
+    if any(words is not None for words in like.categories):
         raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(TABLES)})")
     return X
 

@@ -14,11 +14,12 @@ import numpy.typing as npt
 from fusemlp.datasets.coding import Features
 from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.roles import UNUSED
+from fusemlp.datasets.scaling import SCALES, Knots, by_quantiles, clipped, knots, statistics
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
-SCALES = ("standard", "minmax", "none")
 # A column of more words than this gives each of its more frequent words an input; the others share one.
 FEW_WORDS = 20
 MOST_WORDS = 256
@@ -64,14 +65,17 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
 class Preprocessor:
     """Scaling of features, one column a category, and encoding of labels or scaling of targets; ``fit`` makes one.
 
-    A column c of numbers becomes (c - shift) / scale, its missing cells (NaN) the median of the training rows
-    (``feature_fill``); where training rows had missing cells (``missing_inputs``), a further column is 1 at missing
+    A column c of numbers becomes (c - shift) / scale, after it by ``scale`` "robust" ``scaling.clipped``, and by
+    "quantile" the scores of ``feature_knots``; its missing cells (NaN) become the median of the training rows
+    (``feature_fill``). If training rows had missing cells (``missing_inputs``), a further column is 1 at missing
     cells. A column of words becomes one 0/1 column for each of its categories, without those in ``shared``, which are
     rare or absent in the training rows. They and unseen words (NaN) are one other category: it has a column if training
     rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of these four may be empty: no column has
     any. ``dates`` are the columns of dates whose parts are features, with the order of day, month and year in their
     text. ``classes`` are the labels in sorted order (None for a regression), whose targets become
-    (y - target_shift) / target_scale.
+    (y - target_shift) / target_scale, with ``target_log`` of their logarithms; a target below ``target_low``, the least
+    of the training rows, counts as that one there. ``ids`` are the columns that name the rows of a table, ``unused``
+    its other columns that are no inputs.
     """
 
     task: str
@@ -91,6 +95,11 @@ class Preprocessor:
     shared: tuple[tuple[int, ...], ...] = ()
     other_inputs: tuple[bool, ...] = ()
     dates: tuple[tuple[str, str], ...] = ()
+    ids: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    feature_knots: tuple[Knots | None, ...] = ()
+    target_log: bool = False
+    target_low: float = 0.0
 
     @classmethod
     def fit(
@@ -101,12 +110,15 @@ class Preprocessor:
         scale: str = "standard",
         one_hot_targets: bool = False,
         scale_targets: bool = True,
+        log_targets: bool = False,
     ) -> Preprocessor:
         """Return a Preprocessor with the statistics of the training ``rows`` of a data set.
 
-        ``scale``: "standard" (mean 0, variance 1), "minmax" (0 to 1) or "none"; the targets of a regression
-        are scaled in the same way unless ``scale_targets`` is False (a Poisson loss needs its counts). Constant
-        columns are only shifted. The classes are those of the whole data set.
+        ``scale``: "robust" (median 0, interquartile range 1, smoothly clipped), "quantile" (normal scores), "standard"
+        (mean 0, variance 1), "minmax" (0 to 1) or "none". The targets of a regression are scaled in the same way, by
+        "standard" for the first two, unless ``scale_targets`` is False (a Poisson loss needs its counts);
+        ``log_targets`` takes their logarithms before. Constant columns are only shifted. The classes are those of the
+        whole data set.
         """
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
@@ -126,21 +138,29 @@ class Preprocessor:
                 other_inputs[column] = bool(np.isin(X[:, column], shared[column]).any())
         if missing.any():
             X = np.where(missing, np.array([0.0 if value is None else value for value in fill]), X)
-        shift, factor = _statistics(X, scale, dataset.feature_names)
+        shift, factor = statistics(X, scale, dataset.feature_names)
         numbers = np.array([words is None for words in dataset.categories])
         # The parts of a date are missing together: its first part marks it.
         parts = part_names(name for name, _ in dataset.dates)
         sources = [parts.get(name, name) for name in dataset.feature_names]
         first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
         shift, factor = np.where(numbers, shift, 0.0), np.where(numbers, factor, 1.0)
-        classes = None
+        classes, low = None, 0.0
         target_shift, target_factor = np.empty(0), np.empty(0)
         if dataset.task == "classification":
             classes = tuple(dataset.classes.tolist())
         else:
             targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[chosen]
             names = (dataset.target_name,) * targets.shape[1]
-            target_shift, target_factor = _statistics(targets, scale if scale_targets else "none", names)
+            low = float(targets.min())
+            if log_targets:
+                if low <= 0:
+                    raise DataError(
+                        f"log_targets: the target {dataset.target_name!r} holds {low:g}, and has no logarithm"
+                    )
+                targets = np.log(targets)
+            how = "standard" if scale in ("robust", "quantile") else scale
+            target_shift, target_factor = statistics(targets, how if scale_targets else "none", names)
         return cls(
             task=dataset.task,
             scale=scale,
@@ -159,13 +179,25 @@ class Preprocessor:
             shared=tuple(shared),
             other_inputs=tuple(other_inputs),
             dates=dataset.dates,
+            ids=tuple(dataset.ids),
+            unused=tuple(role.name for role in dataset.roles if role.kind in UNUSED),
+            feature_knots=tuple(knots(X[:, column]) if number else None for column, number in enumerate(numbers))
+            if scale == "quantile"
+            else (),
+            target_log=log_targets and classes is None,
+            target_low=low if log_targets else 0.0,
         )
 
     @property
     def width(self) -> int:
         """The number of columns that ``transform_features`` returns: the inputs of the network."""
-        return sum(
-            1 + self._is_marked(column) if words is None else 1 + int(self._word_inputs(column).max())
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of columns that ``transform_features`` returns for each feature."""
+        return tuple(
+            1 + self._is_marked(column) if words is None else 1 + int(self.word_inputs(column).max())
             for column, words in enumerate(self.categories)
         )
 
@@ -183,7 +215,7 @@ class Preprocessor:
         """Return whether the column of numbers has an input that marks its missing cells."""
         return bool(self.missing_inputs) and self.missing_inputs[column]
 
-    def _word_inputs(self, column: int) -> Rows:
+    def word_inputs(self, column: int) -> Rows:
         """Return the input of each category of a column of words, then that of an unseen word; -1 for none."""
         count = len(self.categories[column] or ())
         shared = list(self.shared[column]) if self.shared else []
@@ -215,6 +247,11 @@ class Preprocessor:
             given = np.where(missing & numbers, np.array([0.0 if value is None else value for value in fill]), given)
         scaled: Features = given - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
+        if self.scale == "robust":
+            scaled = clipped(scaled)
+        for column, at in enumerate(self.feature_knots):
+            if at is not None:
+                scaled[:, column] = by_quantiles(given[:, column], at)
         if numbers.all() and not any(self.missing_inputs):
             return scaled
         result: Features = np.zeros((len(given), self.width))
@@ -235,7 +272,7 @@ class Preprocessor:
                     f"X: {given[row, column]} at row {row}, column {column} is not the index of one of the "
                     f"{len(words)} categories of {names[column]!r}; read the data with load_features"
                 )
-            inputs = self._word_inputs(column)
+            inputs = self.word_inputs(column)
             chosen = inputs[codes.astype(np.int64)]
             rows = np.flatnonzero(chosen >= 0)
             result[rows, start + chosen[rows]] = 1.0
@@ -246,6 +283,8 @@ class Preprocessor:
         """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled)."""
         if self.classes is None:
             values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64)
+            if self.target_log:
+                values = np.log(np.maximum(values, self.target_low))
             scaled: Array = (values - np.array(self.target_shift)) / np.array(self.target_scale)
             return scaled
         codes = self.class_codes(y)
@@ -288,6 +327,8 @@ class Preprocessor:
         given = to_array("predictions", predictions)
         values: Array = given.reshape(len(given), -1) * np.array(self.target_scale)
         values += np.array(self.target_shift)
+        if self.target_log:
+            values = np.exp(values)
         return values[:, 0] if self.outputs == 1 else values
 
     def to_config(self) -> dict[str, Any]:
@@ -301,7 +342,8 @@ class Preprocessor:
             stored = cls(**{name: _tuples(value) for name, value in config.items()})
             columns = {len(stored.feature_names), len(stored.categories)}
             columns |= {len(stored.feature_shift), len(stored.feature_scale)}
-            optional = stored.feature_fill, stored.missing_inputs, stored.shared, stored.other_inputs
+            optional: tuple[tuple[Any, ...], ...] = stored.feature_fill, stored.missing_inputs, stored.feature_knots
+            optional += stored.shared, stored.other_inputs
             columns |= {len(given) for given in optional if given}
         except (AttributeError, TypeError) as error:
             raise CheckpointError(f"preprocessor: its stored form cannot be read ({error})") from error
@@ -347,27 +389,3 @@ def _rare(codes: Features, words: Sequence[str]) -> tuple[int, ...]:
         missing = words.index("")
         rare[missing] = counts[missing] == 0
     return tuple(np.flatnonzero(rare).tolist())
-
-
-def _statistics(values: Features, scale: str, names: Sequence[str]) -> tuple[Features, Features]:
-    """Return shift and scale of each column."""
-    count = values.shape[1]
-    if scale == "none":
-        return np.zeros(count), np.ones(count)
-    from sklearn.preprocessing import MinMaxScaler, StandardScaler
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        if scale == "standard":
-            standard = StandardScaler().fit(values)
-            shift, factor = standard.mean_, standard.scale_
-        else:
-            minmax = MinMaxScaler().fit(values)
-            shift, factor = minmax.data_min_, np.where(minmax.data_range_ == 0, 1.0, minmax.data_range_)
-    unusable = ~(np.isfinite(shift) & np.isfinite(factor) & (factor > 0))
-    if unusable.any():
-        column = int(np.argmax(unusable))
-        raise DataError(
-            f"the values of {names[column]!r} are too large to be scaled (up to "
-            f"{np.abs(values[:, column]).max():.3g}); divide them by a constant, or use scale='none'"
-        )
-    return shift, factor

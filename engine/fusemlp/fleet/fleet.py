@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine
@@ -22,7 +23,7 @@ from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.runtime.backends import cpu_threads
-from fusemlp.training.fit import checked_validation, fit_checked
+from fusemlp.training.fit import check_monitor, checked_validation, fit_checked, logged, with_metrics
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.policy import FitPolicy
@@ -117,7 +118,9 @@ class Fleet:
         epochs: int,
         sample_weight: Any = None,
         validation_data: tuple[Any, ...] | None = None,
+        metrics: Iterable[str | Metric] = (),
         early_stopping: int | None = None,
+        monitor: str | None = None,
         rows: Sequence[Any] | None = None,
         validation_rows: Sequence[Any] | None = None,
         drop_last: bool = False,
@@ -164,7 +167,15 @@ class Fleet:
             folds = {one.tobytes(): one for one in validated_on if one is not None}
             picked = {key: Validation(whole.map(itemgetter(one)), common=True) for key, one in folds.items()}
             validations = [None if one is None else picked[one.tobytes()] for one in validated_on]
-        if patience is not None and validations[0] is None:
+        if monitor is not None or metrics:
+            each = {id(one): one for one in validations if one is not None}
+            asked = metrics if isinstance(metrics, str) else tuple(metrics)
+            different = {key: with_metrics(first, one, asked, [monitor]) for key, one in each.items()}
+            if not different and asked:
+                raise ArgumentError(f"metrics: they are of validation rows; give validation_data too, got {asked!r}")
+            validations = [None if one is None else different[id(one)] for one in validations]
+            check_monitor(monitor, logged(first, data.targets, validations[0]))
+        if patience is not None and validations[0] is None and monitor is None:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
             )
@@ -183,7 +194,12 @@ class Fleet:
         workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
-        common: dict[str, Any] = {"epochs": epochs, "patience": patience, "drop_last": drop_last}
+        common: dict[str, Any] = {
+            "epochs": epochs,
+            "patience": patience,
+            "monitor": monitor,
+            "drop_last": drop_last,
+        }
 
         def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
             held_out, own = validations[index], trained_on[index]

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.metrics import rises
 from fusemlp.engine import Engine
 from fusemlp.fleet.memory import Kept
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
-
-# Larger is better.
-RISING = ("accuracy", "val_accuracy")
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class Member:
 
     ``held`` is the engine, or the parameters of it if the fleet was trained in parts.
     ``status`` is "trained", "stopped" (its own early stopping; the engine has the best weights) or "diverged" (the
-    engine is back at the last good epoch; ``reason`` is the error). ``scores`` are the losses and accuracies of
-    the last epoch, or of the epoch whose weights were restored.
+    engine is back at the last good epoch; ``reason`` is the error). ``scores`` are the losses, accuracies and
+    metrics of the last epoch, or of the epoch whose weights were restored.
     """
 
     index: int
@@ -95,7 +93,7 @@ class FleetResults:
         known = {name: None for member in self.members for name in member.scores}
         if known and chosen not in known:
             raise unknown_name("metric", chosen, known)
-        sign = -1.0 if chosen in RISING else 1.0
+        sign = -1.0 if rises(chosen) else 1.0
 
         second = self.metric
 

@@ -29,11 +29,18 @@ class Finding:
         return f"{self.name}: {self.message}{helps}"
 
 
-def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = False) -> Finding | None:
+def overfitting(
+    history: Mapping[str, Sequence[float]],
+    *,
+    restored: bool = False,
+    best_epoch: int | None = None,
+    early_stopping: bool = False,
+) -> Finding | None:
     """Find overfitting: training improves and validation does not.
 
     The criterion: the last validation loss is more than ``RISE`` above its minimum while the training loss fell since
-    then, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were restored.
+    then, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were restored,
+    those of ``best_epoch`` (from 1; None: of the lowest validation loss). ``early_stopping``: it was on, so no remedy.
     """
     training, validation = history.get("loss", ()), history.get("val_loss", ())
     if not validation:
@@ -50,14 +57,16 @@ def overfitting(history: Mapping[str, Sequence[float]], *, restored: bool = Fals
         figures["accuracy_gap"] = gap
     if not rising:
         message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
-        return Finding("overfitting", message, OVERFITTING_REMEDIES, None, figures)
+        return Finding("overfitting", message, OVERFITTING_REMEDIES[int(early_stopping) :], None, figures)
     epoch, remedies = best + 1, OVERFITTING_REMEDIES[1:]
     message = (
         f"after epoch {epoch} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
         f"to {training[-1]:.4g}"
     )
     if restored:
-        return Finding("overfitting", f"{message}; the weights of epoch {epoch} were restored", (), epoch, figures)
+        return Finding(
+            "overfitting", f"{message}; the weights of epoch {best_epoch or epoch} were restored", (), epoch, figures
+        )
     return Finding("overfitting", message, (f"early stopping (here: --epochs {epoch})", *remedies), epoch, figures)
 
 

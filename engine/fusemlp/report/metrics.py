@@ -1,13 +1,15 @@
-"""Scores of a model on labelled rows, in original labels and units, from ``sklearn.metrics``."""
+"""Scores of a model on labelled rows, in original labels and units."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.metrics import METRICS, Judged, metrics_for
 from fusemlp.inputs.arrays import Array
 
 if TYPE_CHECKING:
@@ -26,28 +28,45 @@ def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
 
 
+def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) -> Judged:
+    """Return the truth of rows beside predictions and scores; numbers in original units."""
+    if preprocessor.classes is None:
+        truth = np.asarray(labels, np.float64).reshape(len(X), -1)
+        predicted = predictions(engine, preprocessor, X).reshape(truth.shape)
+        return Judged(truth, predicted, quantile=getattr(engine.loss, "q", 0.5))
+    scores = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+    return Judged(preprocessor.class_codes(labels), scores.argmax(axis=1), scores)
+
+
 def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
     """Return loss and scores of the model on rows: X is the network's input, labels are those of the data."""
-    y = preprocessor.encode_targets(labels)
+    y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.evaluate(X, y, weight)["loss"]}
-    if preprocessor.classes is None:
-        values = np.asarray(labels, np.float64).reshape(len(X), -1)
-        return report | regression_figures(values, predictions(engine, preprocessor, X).reshape(len(X), -1))
-    codes, predicted = preprocessor.class_codes(labels), predicted_codes(engine, preprocessor, X)
-    return report | classification_figures(codes, predicted, preprocessor.labels)
+    report |= figures(judged, probable=engine.loss.is_classification)
+    if preprocessor.classes is not None:
+        report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
+    return report
 
 
-def classification_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
-    """Return accuracy, scores of each class, and the confusion matrix: a row a true class, a column a predicted one.
+def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
+    """Return the scores of classes or numbers; ``probable``: the scores of classes are probabilities."""
+    if judged.scores is None:
+        return {name: metric.of(judged) for name, metric in metrics_for("numbers").items()}
+    found = metrics_for("classes" if probable else "one-hot rows")
+    accuracy = float(np.mean(judged.truth == judged.predicted))
+    return {"accuracy": accuracy, **{name: metric.of(judged) for name, metric in found.items()}}
+
+
+def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
+    """Return scores of each class, and the confusion matrix: a row a true class, a column a predicted one.
 
     A class without predictions has precision 0, a class without rows recall 0.
     """
-    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     every = np.arange(len(names))
     columns = precision_recall_fscore_support(codes, predicted, labels=every, zero_division=0)
     return {
-        "accuracy": float(accuracy_score(codes, predicted)),
         "classes": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
             for name, p, r, f, n in zip(names, *columns, strict=True)
@@ -56,23 +75,25 @@ def classification_figures(codes: Array, predicted: Array, names: Sequence[str])
     }
 
 
-def regression_figures(values: Array, predicted: Array) -> dict[str, Any]:
-    """Return root mean squared error, mean absolute error and R2 of (n, targets) values; R2 is None for one row."""
-    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
-
-    return {
-        "rmse": float(root_mean_squared_error(values, predicted)),
-        "mae": float(mean_absolute_error(values, predicted)),
-        "r2": float(r2_score(values, predicted)) if len(values) > 1 else None,
-    }
-
-
 def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
     """Yield a line for each scalar score: ``test accuracy 0.9722``."""
-    for figure in ("loss", "accuracy", "rmse", "mae", "r2"):
-        value = report.get(figure)
-        if value is not None:
-            yield f"{name} {figure} {value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{name} {figure} {value:.4g}"
+    for figure, value in scalars(report).items():
+        yield f"{name} {figure} {spelled(value)}"
+
+
+def spelled(value: float) -> str:
+    """Return a score as text."""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def scalars(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scalar scores that are defined and say more than the others: no median pinball, no second loss."""
+    found = {name: report[name] for name in ("loss", "accuracy", *METRICS) if report.get(name) is not None}
+    repeats = [("log_loss", "loss", 1.0), ("pinball", "mae", 0.5)]
+    again = {
+        one for one, of, share in repeats if one in found and math.isclose(found[one], share * found[of], rel_tol=1e-4)
+    }
+    return {name: value for name, value in found.items() if math.isfinite(value) and name not in again}
 
 
 def class_table(report: Mapping[str, Any]) -> list[list[str]]:

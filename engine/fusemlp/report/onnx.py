@@ -8,10 +8,14 @@ Input ``x`` (rows, K), any number of rows, float32 (double from an engine of pre
 - ``probabilities``: the result of ``engine.predict_proba``; only for the cross-entropies
 
 With a ``Preprocessor`` the graph takes the features as they are in the data, with NaN for a missing number, fills in
-and scales them itself, and ``prediction`` holds labels, or values in original units. Dropout is left out.
+and scales them itself, and ``prediction`` holds labels, or values in original units. If features are words, each
+feature has an input of its own (rows, 1) with its name, as converters of scikit-learn's pipelines have it: numbers in
+the graph's type, words as strings without spaces around them, "" for a missing one. An unseen word counts as it does in
+``predict``. A date has a number for each of its parts. Dropout is left out.
 
-The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), so older runtimes read it too. Its metadata entry
-``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling in the graph.
+The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), for words those of ai.onnx.ml 3, so older runtimes
+read it too. Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling
+in the graph. A feature that is called as an output or a parameter has an input with an underscore after its name.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ import numpy as np
 from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.network import Activation
+from fusemlp.report.onnx_features import INPUT, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
@@ -39,8 +44,8 @@ from fusemlp_kernels.pointwise import lines
 Array = np.ndarray[Any, Any]
 
 HINT = "pip install 'fusemlp[onnx]'"
-OPSET, IR_VERSION = 17, 8
-INPUT = "x"
+OPSET, ML_OPSET, IR_VERSION = 17, 3, 8
+OUTPUTS = ("logits", "output", "prediction", "probabilities")
 # The limit of a protobuf message, less room for the graph.
 MOST_BYTES = 2**31 - 2**20
 # Features are scaled in float32: a mean of this many standard deviations costs 2**-24 of it, 6e-4.
@@ -64,8 +69,8 @@ def to_onnx(
 
     ``metadata`` are entries of your own beside those of the file.
 
-    Raises ArgumentError or ArgumentTypeError for an impossible path, for features that are words and for a network of
-    more than 2 GiB, DivergenceError where parameters are no longer finite, MissingLibraryError without the library
+    Raises ArgumentError or ArgumentTypeError for an impossible path and for a network of more than 2 GiB,
+    DivergenceError where parameters are no longer finite, MissingLibraryError without the library
     onnx, OSError from the disk.
     """
     write_atomically(target_file(path), onnx_bytes(engine, preprocessor, metadata))
@@ -88,36 +93,23 @@ def onnx_bytes(
             f"to_onnx: the parameters take {size / 2**30:.1f} GiB, and one ONNX file holds 2; use engine.save(path)"
         )
     if preprocessor is not None:
-        _check_preprocessor(preprocessor, parameters["0.weight"].dtype)
-    graph = _Graph(next(iter(parameters.values())).dtype)
-    name = INPUT
-    if preprocessor is not None:
+        _warn_of_blurred(preprocessor, parameters["0.weight"].dtype)
+    graph = _Graph(next(iter(parameters.values())).dtype, {*parameters, *OUTPUTS})
+    if preprocessor is None:
+        name = graph.given(INPUT, graph.real, engine.network.sizes[0])
+    else:
         own["preprocessor"] = preprocessor.to_json()
-        name = graph.filled(name, preprocessor)
-        shift = graph.constant(np.array(preprocessor.feature_shift, np.float64), "feature_shift")
-        scale = graph.constant(np.array(preprocessor.feature_scale, np.float64), "feature_scale")
-        name = graph.add("Div", graph.add("Sub", name, shift), scale)
-        name = graph.marked(name, preprocessor)
+        name = network_input(graph, preprocessor)
     for layer, activation in enumerate(engine.network.activations):
         layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
         name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)
         name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
     _add_outputs(graph, name, engine, preprocessor)
-    given = engine.network.sizes[0] if preprocessor is None else len(preprocessor.feature_names)
-    return graph.to_bytes(engine, own, given)
+    return graph.to_bytes(engine, own)
 
 
-def _check_preprocessor(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
-    words = [
-        name
-        for name, categories in zip(preprocessor.feature_names, preprocessor.categories, strict=True)
-        if categories is not None
-    ]
-    if words:
-        raise ArgumentError(
-            f"preprocessor: the features {', '.join(map(repr, words))} are words, and the graph's input holds numbers; "
-            "export the network alone, whose inputs are the columns as transform_features leaves them"
-        )
+def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
+    """Warn of a feature whose differences float32 cannot hold."""
     ratios = np.abs(preprocessor.feature_shift) / np.array(preprocessor.feature_scale)
     if real == np.float32 and ratios.max() > FARTHEST:
         column = int(np.argmax(ratios))
@@ -130,9 +122,12 @@ def _check_preprocessor(preprocessor: Preprocessor, real: np.dtype[Any]) -> None
 
 
 class _Graph:
-    """The nodes, constants and outputs of a graph of one element type."""
+    """The nodes, constants, inputs and outputs of a graph of one element type.
 
-    def __init__(self, real: np.dtype[Any]) -> None:
+    ``reserved`` are names that no input may have.
+    """
+
+    def __init__(self, real: np.dtype[Any], reserved: Iterable[str] = ()) -> None:
         from onnx import helper, numpy_helper
 
         self.helper = helper
@@ -140,15 +135,28 @@ class _Graph:
         self.real = real
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
+        self.inputs: list[Any] = []
         self.outputs: list[Any] = []
-        # The output that is true for the input's missing cells.
-        self.missing = ""
+        self.taken = set(reserved)
 
     def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         """Append a node and return the name of its output."""
-        name = output or f"{operator.lower()}_{len(self.nodes)}"
+        name = output or self._free(f"{operator.lower()}_{len(self.nodes)}")
         self.nodes.append(self.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
+
+    def _free(self, name: str) -> str:
+        """Return the name, with underscores after it if it is taken, and take it."""
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
+
+    def given(self, name: str, dtype: Any, width: int) -> str:
+        """Append an input (rows, width) of the graph and return its name."""
+        self.inputs.append(self.value(self._free(name), dtype, width))
+        found: str = self.inputs[-1].name
+        return found
 
     def constant(self, value: Any, name: str | None = None) -> str:
         """Append a constant: real numbers in the graph's type, integers and strings unchanged."""
@@ -157,7 +165,7 @@ class _Graph:
             array = array.astype(self.real)
         elif array.dtype.kind == "U":
             array = array.astype(object)
-        name = name or f"constant_{len(self.constants)}"
+        name = name or self._free(f"constant_{len(self.constants)}")
         self.constants.append(self.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
@@ -212,32 +220,14 @@ class _Graph:
             erf = self.add("Erf", scaled)
         return self.add("Mul", self.add("Add", erf, self.constant(1.0)), self.constant(0.5))
 
-    def filled(self, name: str, preprocessor: Preprocessor) -> str:
-        """Append the replacement of missing cells, NaN in the input, by the medians of the training rows."""
-        if None in preprocessor.feature_fill or not preprocessor.feature_fill:
-            # A preprocessor of an earlier release refuses missing cells; the graph answers NaN.
-            return name
-        fill = self.constant(np.array(preprocessor.feature_fill, np.float64), "feature_fill")
-        self.missing = self.add("IsNaN", name)
-        return self.add("Where", self.missing, fill, name)
-
-    def marked(self, name: str, preprocessor: Preprocessor) -> str:
-        """Append the columns that mark missing cells, each after the scaled column ``name`` of its feature."""
-        marks = preprocessor.missing_inputs
-        if not any(marks):
-            return name
-        both = self.add("Concat", name, self.cast(self.missing, self.real), axis=1)
-        order = [index for column, mark in enumerate(marks) for index in (column, len(marks) + column)[: 1 + mark]]
-        return self.add("Gather", both, self.constant(np.array(order)), axis=1)
-
-    def to_bytes(self, engine: Session, metadata: Mapping[str, str], width: int) -> bytes:
+    def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper
-        given = self.value(INPUT, self.real, width)
+        domains = {"": OPSET, **{node.domain: ML_OPSET for node in self.nodes if node.domain}}
         model = helper.make_model(
-            helper.make_graph(self.nodes, "fusemlp", [given], self.outputs, self.constants),
+            helper.make_graph(self.nodes, "fusemlp", self.inputs, self.outputs, self.constants),
             producer_name="fusemlp",
             producer_version=__version__,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid(domain, opset) for domain, opset in domains.items()],
             ir_version=IR_VERSION,
         )
         about = engine.description()
@@ -263,6 +253,8 @@ def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Prepro
     if classes is None and preprocessor is not None:
         scaled = graph.add("Mul", found, graph.constant(np.array(preprocessor.target_scale, np.float64)))
         found = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
+        if preprocessor.target_log:
+            found = graph.add("Exp", found)
     if width == 1:
         found = graph.add("Squeeze", found, graph.constant(np.array([1])))
     if classes is not None:

@@ -1,6 +1,7 @@
 """Write and read a run folder.
 
-``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json`` and ``curves.png``.
+``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json``, ``report.html``, ``curves.png``;
+``training_rows.npy`` (a hash of each training row) and, of a table, ``columns.csv`` (what each column became).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
 
@@ -41,8 +45,20 @@ class Run:
         return self.path / "report.json"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def columns(self) -> Path:
+        return self.path / "columns.csv"
+
+    @property
+    def training_rows(self) -> Path:
+        return self.path / "training_rows.npy"
 
     def checkpoint(self, name: str) -> Path:
         """Return the path of one of ``WEIGHTS``; the file need not exist."""
@@ -140,6 +156,26 @@ def append_metrics(run: Run, row: Mapping[str, float]) -> None:
     header, values = _table([row])
     with run.metrics.open("ab") as stream:
         stream.write(csv_bytes([values] if stream.tell() else [header, values]))
+
+
+def write_training_rows(run: Run, hashes: Array) -> None:
+    """Write the hashes of the training rows, (rows,) uint64."""
+    stream = io.BytesIO()
+    np.save(stream, hashes, allow_pickle=False)
+    write_atomically(run.training_rows, stream.getvalue())
+
+
+def read_training_rows(run: Run) -> Array | None:
+    """Return the hashes of the training rows; None for a run of an earlier release, CheckpointError if damaged."""
+    if not run.training_rows.exists():
+        return None
+    try:
+        hashes: Array = np.load(run.training_rows, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"{run.training_rows}: cannot be read ({error}); delete it, and evaluate no longer recognises training rows"
+        ) from error
+    return hashes
 
 
 def _table(rows: Sequence[Mapping[str, float]]) -> list[list[str]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.metrics import Judged, Metric, as_metrics
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.targets import Examples, Targets
@@ -63,15 +65,54 @@ class Predicting(DeviceInputs):
     def _outputs(self, X: Any) -> Array:
         return self._inference.outputs(self.features("X", X))
 
-    def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
-        """Return the loss of X (n, K) and y, without dropout, and for classes the accuracy.
+    def evaluate(
+        self, X: Any, y: Any, sample_weight: Any = None, *, metrics: Iterable[str | Metric] = ()
+    ) -> dict[str, float]:
+        """Return the loss of X (n, K) and y, without dropout, for classes the accuracy, and ``metrics`` by name.
 
         Returns {"loss": ...} or {"loss": ..., "accuracy": ...}. Hits are not weighted. One-hot targets of mse, mae
-        and huber count as classes.
+        and huber count as classes. metrics: of ``fusemlp.describe.metrics.METRICS``, such as ["auc", "f1"]; they weigh
+        rows by ``sample_weight``.
         """
         data = self.examples(X, y, sample_weight)
+        asked = as_metrics("metrics", metrics, self.kind_of(data.targets)) if metrics else ()
         evaluation = Evaluation(self._inference, data, self.spec_for(data.targets), self.class_weight, repeated=False)
-        return evaluation.of(self._inference.memory)
+        return {**evaluation.of(self._inference.memory), **self.figures(data, asked)}
+
+    def kind_of(self, targets: Targets) -> str | None:
+        """Return which of ``fusemlp.describe.metrics.KINDS`` these targets are; None for probabilities."""
+        if not self.loss.is_classification:
+            return "one-hot rows" if self.counts_hits(targets) else "numbers"
+        if self.loss.kind == "cross_entropy":
+            return None if targets.soft else "classes"
+        values = self.on_host(targets.values)
+        if not ((values == 0.0) | (values == 1.0)).all():
+            return None
+        return "classes" if values.shape[1] == 1 else "labels"
+
+    def figures(self, data: Examples, metrics: Sequence[Metric]) -> dict[str, float]:
+        """Return these metrics of checked rows, by name."""
+        if not metrics:
+            return {}
+        judged = self.judged(data)
+        return {metric.name: metric.of(judged) for metric in metrics}
+
+    def judged(self, data: Examples) -> Judged:
+        """Return the truth of checked rows beside predictions and scores; rows of an ignored class are left out."""
+        kind, truth = self.kind_of(data.targets), np.asarray(self.on_host(data.targets.values))
+        weight = None if data.weight is None else np.asarray(self.on_host(data.weight))
+        if kind == "numbers":
+            predicted = self.predict(data.X).reshape(truth.shape)
+            return Judged(truth, predicted, None, weight, getattr(self.loss, "q", 0.5))
+        scores = self.predict_proba(data.X) if self.loss.is_classification else self.predict(data.X)
+        if kind == "labels":
+            return Judged(truth.astype(np.int64), (scores > 0.5).astype(np.int64), scores, weight)
+        if truth.ndim == 2:
+            truth = truth[:, 0].astype(np.int64) if truth.shape[1] == 1 else truth.argmax(axis=1)
+        kept = truth != getattr(self.loss, "ignore_index", None)
+        if not kept.all():
+            truth, scores, weight = truth[kept], scores[kept], None if weight is None else weight[kept]
+        return Judged(truth, scores.argmax(axis=1), scores, weight)
 
     def evaluation(self, data: Examples, *, apart: bool) -> Evaluation:
         """Return a repeatable ``evaluate`` of the same arrays. With ``apart`` the parameters are copied first:

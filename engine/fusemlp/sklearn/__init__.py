@@ -1,6 +1,7 @@
 """scikit-learn's multi-layer perceptrons, trained by fusemlp: changing the import is the whole migration.
 
 ``from fusemlp.sklearn import MLPClassifier, MLPRegressor`` in place of ``from sklearn.neural_network import ...``.
+``TableClassifier`` and ``TableRegressor`` take tables as they are, and train as ``fusemlp train`` does.
 ``FleetSearchCV`` and ``FleetRandomizedSearchCV`` are ``GridSearchCV`` and ``RandomizedSearchCV`` that train their
 candidates side by side.
 
@@ -19,5 +20,13 @@ from __future__ import annotations
 from fusemlp.sklearn.classifier import MLPClassifier
 from fusemlp.sklearn.regressor import MLPRegressor
 from fusemlp.sklearn.search import FleetRandomizedSearchCV, FleetSearchCV
+from fusemlp.sklearn.table import TableClassifier, TableRegressor
 
-__all__ = ["FleetRandomizedSearchCV", "FleetSearchCV", "MLPClassifier", "MLPRegressor"]
+__all__ = [
+    "FleetRandomizedSearchCV",
+    "FleetSearchCV",
+    "MLPClassifier",
+    "MLPRegressor",
+    "TableClassifier",
+    "TableRegressor",
+]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemlp.callbacks import announce, checked_callbacks, exits
-from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.describe.checks import as_count, check_choice, check_flag
+from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
@@ -33,7 +36,9 @@ def fit(
     epochs: int,
     sample_weight: Any = None,
     validation_data: tuple[Any, ...] | None = None,
+    metrics: Iterable[str | Metric] = (),
     early_stopping: int | None = None,
+    monitor: str | None = None,
     callbacks: Iterable[Any] = (),
     shuffle: bool = True,
     drop_last: bool = False,
@@ -47,9 +52,12 @@ def fit(
     or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``).
     The kernels read device arrays in place, or copy them once if their type or strides do not suit.
 
-    validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch. early_stopping: after this many epochs
-    without a better val_loss, stop and restore the best weights. callbacks: objects like ``Callback``, or like Keras's
-    (``fusemlp.callbacks``).
+    validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch, also by ``metrics``: of classes "auc",
+    "f1", "balanced_accuracy", "log_loss", of numbers "mae", "rmse", "r2", "pinball"; the history has them as "val_auc".
+    early_stopping: after this many epochs without a better ``monitor`` (val_loss), stop and restore the best weights.
+    monitor: the quantity of the history that early stopping, best epoch and ReduceOnPlateau follow, such as "val_auc".
+    callbacks: objects like ``Callback``, or like Keras's (``fusemlp.callbacks``); metrics that they or ``monitor``
+    name need not be in ``metrics``.
 
     The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are; ``row_order``
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
@@ -65,12 +73,19 @@ def fit(
         check_flag(argument, flag)
     data = engine.examples(X, y, sample_weight)
     count = len(data.X)
-    validation = checked_validation(engine, validation_data)
-    patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
-    if patience is not None and validation is None:
-        raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
     listeners = checked_callbacks(callbacks)
-    announce(listeners, _logged(engine, data.targets, validation), epochs)
+    validation = checked_validation(engine, validation_data)
+    if validation is not None:
+        named = [monitor, *(getattr(getattr(one, "listener", None), "monitor", None) for one in listeners)]
+        validation = with_metrics(engine, validation, metrics, named)
+    elif list(metrics):
+        raise ArgumentError(f"metrics: they are of validation rows; give validation_data=(Xv, yv) too, got {metrics!r}")
+    patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
+    if patience is not None and validation is None and monitor is None:
+        raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
+    names = logged(engine, data.targets, validation)
+    check_monitor(monitor, names)
+    announce(listeners, names, epochs)
     if drop_last and count < engine.batch_size:
         raise ArgumentError(
             f"drop_last: {count} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
@@ -83,6 +98,7 @@ def fit(
         epochs=epochs,
         validation=validation,
         patience=patience,
+        monitor=monitor,
         drop_last=drop_last,
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None else 1,
@@ -95,11 +111,12 @@ def fit(
         return loop.run()
 
 
-def _logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
+def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
     """Return the names of an epoch's logs, in their order."""
     names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
     if validation is not None:
         names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.data.targets) else [])]
+        names += [f"val_{metric.name}" for metric in validation.metrics]
     return [*names, "learning_rate"]
 
 
@@ -110,6 +127,7 @@ def fit_checked(
     epochs: int,
     validation: Validation | None,
     patience: int | None,
+    monitor: str | None = None,
     rows: Array | None = None,
     drop_last: bool = False,
     bound: Steps | None = None,
@@ -127,6 +145,12 @@ def fit_checked(
     batch_size = min(engine.batch_size, count)
     batches = count // batch_size if drop_last else -(-count // batch_size)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
+    if not resume:
+        state.monitor = monitor or ""
+    elif state.monitor != (monitor or ""):
+        raise ArgumentError(
+            f"monitor: the fit that is resumed follows {state.monitor or None!r}, got {monitor!r}; give the same"
+        )
 
     def by_seed(epoch: int) -> Array:
         shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
@@ -174,6 +198,34 @@ def checked_validation(engine: Session, given: Any, *, common: bool = False) -> 
     # the loss refuses here, not at the end of the first epoch
     engine.loss.spec(accuracy=False, soft=data.targets.soft)
     return Validation(data, common)
+
+
+def check_monitor(monitor: str | None, names: Sequence[str]) -> None:
+    """Raise ArgumentError unless a fit that logs ``names`` can follow ``monitor``."""
+    if isinstance(monitor, str) and monitor.startswith("val_") and "val_loss" not in names:
+        raise ArgumentError(f"monitor: {monitor!r} is of validation rows; give validation_data=(Xv, yv) too")
+    if monitor is not None:
+        check_choice("monitor", monitor, names)
+
+
+def with_metrics(
+    engine: Session, validation: Validation, metrics: Iterable[str | Metric], monitors: Iterable[Any]
+) -> Validation:
+    """Return the validation with these metrics and those that ``monitors``, such as "val_auc", name."""
+    known = {f"val_{name}": name for name in METRICS}
+    named = [known[one] for one in monitors if isinstance(one, str) and one in known]
+    if not named and not metrics:
+        return validation
+    kind = engine.kind_of(validation.data.targets)
+    both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
+    found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
+    for name, value in engine.figures(found.data, found.metrics).items():
+        if math.isnan(value):
+            raise ArgumentError(
+                f"metrics: {name} is not defined on these {len(found.data.X)} validation rows: it needs rows of two "
+                "classes, or two rows of numbers; give more rows, or another metric"
+            )
+    return found
 
 
 def _described(given: Any) -> str:

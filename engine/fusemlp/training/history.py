@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class History:
     """The record of ``fit``: ``history`` has a list for each quantity, one entry an epoch, as in Keras.
 
-    ``epochs``: the numbers of the epochs; ``seconds``: the time of each; ``best_epoch``: the one with the lowest
-    val_loss; ``stopped``: the reason for an early end, or empty.
+    ``epochs``: the numbers of the epochs; ``seconds``: the time of each; ``best_epoch``: the one with the best
+    val_loss, or of the quantity that ``fit`` monitored; ``stopped``: the reason for an early end, or empty.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -35,6 +36,11 @@ class History:
         self.seconds.append(seconds)
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """Yield for each epoch its number, from 1, and its quantities."""
+        for at, epoch in enumerate(self.epochs):
+            yield {"epoch": epoch + 1, **{name: values[at] for name, values in self.history.items()}}
 
     def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
         """Draw loss and accuracy over the epochs; write the picture to ``path`` (.png, .svg or .pdf) if given.
@@ -55,6 +61,7 @@ class FitState:
     """The position of a call of ``fit``; together with parameters and counters it is enough to continue.
 
     ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
+    ``best_loss`` is the best of the quantity ``monitor`` (empty: the default), negated if it rises.
     """
 
     epoch: int
@@ -65,6 +72,7 @@ class FitState:
     best_loss: float = float("inf")
     waited: int = 0
     plateau: PlateauState = PLATEAU_START
+    monitor: str = ""
 
     def to_config(self) -> dict[str, Any]:
         """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""

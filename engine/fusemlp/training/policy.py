@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fusemlp.describe.metrics import rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.inference import metrics_of
@@ -46,6 +47,9 @@ class FitPolicy(Policy):
         self.rule = self.engine.optimizer.rule()
         self.schedule = self.engine.optimizer.schedule.over(self.state.total_updates)
         self._validate = None if self.validation is None else self.validation.of(self.engine)
+        self._keeps_best = self.validation is not None or bool(self.state.monitor)
+        self._monitor = self.state.monitor or ("loss" if self.validation is None else "val_loss")
+        self._sign = -1.0 if rises(self._monitor) else 1.0
 
     def begin(self) -> None:
         """Bind the state of the fit to the engine, and set the learning rate."""
@@ -58,11 +62,11 @@ class FitPolicy(Policy):
         engine.rates.follow(self.schedule, state.plateau[2])
 
     def wanted(self) -> int:
-        """Return the epochs that are left, or 0 after ``patience`` epochs without a better val_loss."""
+        """Return the epochs that are left, or 0 after ``patience`` epochs without a better monitored quantity."""
         state = self.state
         if self.patience is not None and state.waited >= self.patience:
             state.history.stopped = (
-                f"val_loss has not improved for {state.waited} epochs; the weights of epoch "
+                f"{self._monitor} has not improved for {state.waited} epochs; the weights of epoch "
                 f"{(state.history.best_epoch or 0) + 1} were restored"
             )
             return 0
@@ -79,10 +83,10 @@ class FitPolicy(Policy):
         if self._validate is not None:
             logs |= {f"val_{name}": value for name, value in self._validate().items()}
         logs["learning_rate"] = rate
-        watched = logs.get("val_loss", logs["loss"])
+        watched = self._sign * logs[self._monitor]
         if watched < state.best_loss:
             state.best_loss, state.waited = watched, 0
-            if self._validate is not None:
+            if self._keeps_best:
                 state.history.best_epoch = state.epoch
                 if self.patience is not None:
                     engine.best_parameters = engine.state_dict()

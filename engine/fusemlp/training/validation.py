@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fusemlp.describe.metrics import Metric
 from fusemlp.runtime.inference import Evaluation
 
 if TYPE_CHECKING:
@@ -18,15 +19,20 @@ KINDS = 8
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """Checked rows that each epoch is validated on; ``common``: by several models."""
+    """Checked rows that each epoch is validated on, also by ``metrics``; ``common``: by several models."""
 
     data: Examples
     common: bool = False
+    metrics: tuple[Metric, ...] = ()
     # evaluations not in use, by network and loss
     _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
 
     def of(self, engine: Session) -> Callable[[], dict[str, float]]:
         """Return a function that evaluates ``engine`` on the rows, for the end of each epoch."""
+        loss = self._loss_of(engine)
+        return loss if not self.metrics else lambda: {**loss(), **engine.figures(self.data, self.metrics)}
+
+    def _loss_of(self, engine: Session) -> Callable[[], dict[str, float]]:
         net = engine.network
         kind = (net.sizes, net.activations, engine.loss)
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):

@@ -1,0 +1,48 @@
+"""The defaults of a table's training, chosen on the development half of ``python -m bench tables``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from fusemlp.cli.options import FitOptions, ModelOptions, TrainOptions
+from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.sources import is_table
+from fusemlp.describe.checks import as_count
+
+Fit = TypeVar("Fit", bound=FitOptions)
+
+# Epochs at most, and those without a better validation loss after which training stops.
+EPOCHS, PATIENCE = 200, 20
+# A table of at most this many rows trains an ensemble of this many models.
+FEW_ROWS, MODELS = 10_000, 5
+# Fewer rows leave too few to each fold.
+LEAST_ROWS = 40
+
+
+def for_tables(options: Fit) -> Fit:
+    """Return the options with a table's epochs and early stopping where they are not given."""
+    if not is_a_table(options):
+        return options
+    validates = options.validation_fraction != 0 or getattr(options, "validation", None) is not None
+    return replace(
+        options,
+        epochs=EPOCHS if options.epochs is None else options.epochs,
+        early_stopping=PATIENCE if options.early_stopping is None and validates else options.early_stopping,
+    )
+
+
+def is_a_table(options: ModelOptions) -> bool:
+    """Return whether the options train on a file that holds a table."""
+    return options.data is not None and is_table(Path(options.data))
+
+
+def models_of(options: ModelOptions, dataset: Dataset, *, new: bool) -> int:
+    """Return the number of models that the options train on a data set; a ``new`` training takes the default."""
+    if not isinstance(options, TrainOptions):
+        return 1
+    if options.models is not None:
+        return as_count("models", options.models)
+    few = LEAST_ROWS <= len(dataset.y) <= FEW_ROWS
+    return MODELS if new and few and is_a_table(options) and "prelu" not in options.activation else 1

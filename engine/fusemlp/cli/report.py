@@ -1,0 +1,64 @@
+"""``fusemlp report``: ``report.html`` of a run, made again; ``train`` and ``sweep`` write it at their end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fusemlp.cli.evaluate import before_final_fit, own_data
+from fusemlp.cli.options import ReportOptions
+from fusemlp.cli.output import finite, show
+from fusemlp.cli.predict import open_model
+from fusemlp.cli.prepare import Prepared
+from fusemlp.engine import Engine
+from fusemlp.report.evidence import Evidence
+from fusemlp.report.metrics import score
+from fusemlp.report.page import page
+from fusemlp.report.runs import Run, read_metrics
+from fusemlp.runtime.files import write_atomically
+
+
+def report(options: ReportOptions) -> None:
+    """Write ``report.html`` into the run folder, from the run's weights and its own test rows."""
+    run = Run(options.run)
+    found = json.loads(run.report.read_text(encoding="utf-8")) if run.report.exists() else {}
+    notes: list[str] = []
+    engine, preprocessor, config = open_model(before_final_fit(options, notes))
+    prepared = own_data(config, preprocessor)
+    test = prepared.test
+    if not found.get("diverged"):
+        found["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))
+    table = read_metrics(run)
+    history = {name: [row[name] for row in table] for name in table[0] if name != "epoch"} if table else {}
+    write_page(run, engine, prepared, found, history, command=config["command"])
+    content = {"run": str(run.path), "report": str(run.page), "notes": notes}
+    show(content, [*notes, f"report {run.page}"], as_json=options.as_json)
+
+
+def write_page(
+    run: Run,
+    engine: Engine,
+    prepared: Prepared,
+    found: Mapping[str, Any],
+    history: Mapping[str, Sequence[float]],
+    *,
+    command: str,
+) -> None:
+    """Write ``report.html`` of an engine whose report is ``found``; without a test no model is judged."""
+    about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
+    lines = [
+        f"{about['training_rows']} training, {about['validation_rows']} validation, {about['test_rows']} test rows "
+        f"({about['test']}); target {prepared.dataset.target_name}",
+        f"{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
+        f"{engine.optimizer.kind}, batch {engine.batch_size}; {epochs} epochs"
+        + (f" in {found['seconds']:.1f} s" if "seconds" in found else ""),
+        command,
+        *prepared.notes,
+    ]
+    evidence = None
+    if found.get("test"):
+        ids = prepared.dataset.ids if prepared.dataset.test is None else {}
+        evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
+    made = page(f"{about['name']}: {about['task']} of {prepared.dataset.target_name}", lines, found, history, evidence)
+    write_atomically(run.page, made.encode())

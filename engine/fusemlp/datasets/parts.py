@@ -1,0 +1,197 @@
+"""The rows that train, validate and test: files of their own, whole groups, the order of time, hashes of rows."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fusemlp.datasets.coding import Features, different
+from fusemlp.datasets.files import Array
+from fusemlp.datasets.load import Dataset, load_labelled
+from fusemlp.datasets.preprocessing import Rows, split
+from fusemlp.datasets.tables import listed
+from fusemlp.datasets.textfiles import Form
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+Hashes = npt.NDArray[np.uint64]
+# Random orders of the groups, of which the one with the closest shares of the classes is taken.
+_DRAWS = 10
+# Numbers hashed at a time: they stay in a core's cache.
+_PIECE = 2**15
+# The rows are cut into this many folds, or one a model if there are more models.
+FOLDS = 5
+
+Fold = tuple[Array, Array]
+
+
+def with_files(
+    dataset: Dataset,
+    source: str,
+    *,
+    validation: str | None = None,
+    test: str | None = None,
+    form: Form | None = None,
+) -> Dataset:
+    """Return the data set of ``source`` with the rows of the files ``validation`` and ``test``.
+
+    They are read by the columns and categories of ``source``. Raises ArgumentError for a file that is given twice,
+    DataError for other columns and for labels of another type.
+    """
+    earlier = {"DATA": source}
+    for option, path in (("validation", validation), ("test", test)):
+        if path is None:
+            continue
+        if option == "test" and dataset.test is not None:
+            raise ArgumentError(f"test: {source!r} brings a test set of its own, so {path!r} would be a second one")
+        for other, known in earlier.items():
+            if known == path or (Path(known).exists() and Path(path).exists() and Path(known).samefile(path)):
+                raise ArgumentError(f"{option}: {path!r} is the file of {other} too; give a file with other rows")
+        earlier[f"--{option}"] = path
+        notes: list[str] = []
+        X, labels = load_labelled(path, dataset, form=form, notes=notes)
+        y = _alike(path, labels, dataset)
+        if dataset.task == "classification":
+            strange = np.setdiff1d(y, dataset.classes).tolist()
+            if strange:
+                notes.append(f"labels that {dataset.name} does not have, so no row trains them: {listed(strange)}")
+        dataset = replace(dataset, validation=(X, y)) if option == "validation" else replace(dataset, test=(X, y))
+        same = among(row_hashes(X, _numbers(dataset, y)), row_hashes(dataset.X, _numbers(dataset, dataset.y)))
+        if same:
+            notes.append(f"{same} of {len(y)} rows stand in {dataset.name} too, with the same features and target")
+        said = (f"{option} file: {note}" for note in notes)
+        dataset = replace(dataset, notes=(*dataset.notes, *said))
+    return dataset
+
+
+def _alike(path: str, y: Array, dataset: Dataset) -> Array:
+    """Return the labels in the type of the data set's; DataError if they are of another kind."""
+    there = dataset.y
+    if y.dtype.kind == there.dtype.kind or (dataset.task == "regression" and y.dtype.kind in "iuf"):
+        return y
+    if y.dtype.kind in "iuf" and there.dtype.kind in "iuf" and (y == y.astype(there.dtype)).all():
+        return y.astype(there.dtype)
+    raise DataError(
+        f"{path}: the target {dataset.target_name!r} holds values such as {y[0].item()!r}, in {dataset.name} such as "
+        f"{there[0].item()!r}; write both in the same way"
+    )
+
+
+def hold_out(dataset: Dataset, rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Return those of the ``rows`` to keep, and about a ``fraction`` of them to hold out.
+
+    The last rows are held out if the data set has times, whole groups if it has groups; otherwise rows are drawn by
+    ``seed``, for a classification with the shares of the classes kept.
+    """
+    if dataset.times is not None:
+        kept, held = _last(dataset.times[rows], fraction)
+    elif dataset.groups is not None:
+        y = dataset.y[rows] if dataset.task == "classification" else np.zeros(len(rows))
+        kept, held = _groups(dataset.groups[rows], y, fraction, seed)
+    else:
+        y = dataset.y[rows]
+        kept, held = split(y, fraction=fraction, seed=seed, stratify=dataset.task == "classification")
+    return rows[kept], rows[held]
+
+
+def folds(labels: Array, models: int, *, seed: int, stratify: bool) -> tuple[Fold, ...]:
+    """Return training and validation rows for each model, as indices of ``labels``; no two models validate on a row."""
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    count = max(models, FOLDS)
+    if len(labels) < count:
+        raise DataError(f"models: {models} need {count} folds of the training rows, and these are {len(labels)}")
+    common = {"n_splits": count, "shuffle": True, "random_state": seed % 2**32}
+    largest = int(np.unique(labels, return_counts=True)[1].max()) if stratify else 0
+    cut = StratifiedKFold(**common) if largest >= count else KFold(**common)
+    with warnings.catch_warnings():
+        # A class with fewer rows than folds is missing in some.
+        warnings.simplefilter("ignore", UserWarning)
+        return tuple(cut.split(labels, labels if largest >= count else None))[:models]
+
+
+def _last(times: Array, fraction: float) -> tuple[Rows, Rows]:
+    """Hold out the rows with the last times; rows of one time stay together."""
+    ordered = np.sort(times)
+    start = len(ordered) - int(np.ceil(fraction * len(ordered)))
+    border = ordered[max(start, 1)] if len(ordered) > 1 else ordered[0]
+    if border == ordered[0]:
+        # The first time has more rows than are to be kept.
+        later = ordered[ordered > border]
+        if not len(later):
+            raise DataError(
+                f"fraction: none of {len(times)} rows can be held out, because all have the same time ({border}); "
+                "choose another column of times"
+            )
+        border = later[0]
+    return np.flatnonzero(times < border), np.flatnonzero(times >= border)
+
+
+def _groups(groups: Array, y: Array, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Hold out whole groups: of some random orders, the first groups that come closest to ``fraction`` of each class.
+
+    Rows without a group are one group.
+    """
+    names, codes = different(groups)
+    if len(names) < 2:
+        raise DataError(
+            f"fraction: none of {len(groups)} rows can be held out, because all are of one group ({names[0]!r}); "
+            "choose another column of groups"
+        )
+    classes, labels = np.unique(y, return_inverse=True)
+    table = np.zeros((len(names), len(classes)))
+    np.add.at(table, (codes, labels), 1)
+    wanted = fraction * table.sum(axis=0)
+    generator = np.random.default_rng(seed)
+    best, least = np.empty(0, np.int64), np.inf
+    for _ in range(_DRAWS):
+        order = generator.permutation(len(names))
+        misses = np.abs(np.cumsum(table[order[:-1]], axis=0) - wanted).sum(axis=1)
+        at = int(misses.argmin())
+        if misses[at] < least:
+            best, least = order[: at + 1], misses[at]
+    held = np.isin(codes, best)
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def row_hashes(X: Features, targets: Array, rows: Rows | None = None) -> Hashes:
+    """Return a 64-bit hash of each row: X (n, columns), targets (n,) or (n, k); equal numbers have equal hashes.
+
+    ``rows`` are the indices in X of the rows of ``targets``; None for all.
+
+    Missing numbers (NaN) are equal. Each value is mixed by two steps of splitmix64 (Steele, Lea and Flood, "Fast
+    splittable pseudorandom number generators", 2014) with a constant of its column, and the row is their sum.
+    """
+    columns = X.shape[1] + (1 if targets.ndim == 1 else targets.shape[1])
+    constants = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    hashes = np.empty(len(targets), np.uint64)
+    step = max(1, _PIECE // columns)
+    for start in range(0, len(targets), step):
+        piece = slice(start, start + step)
+        values = np.column_stack([X[piece if rows is None else rows[piece]], targets[piece]]).astype(
+            np.float64, copy=False
+        )
+        # One zero and one NaN.
+        values += 0.0
+        values[np.isnan(values)] = np.nan
+        bits = values.view(np.uint64)
+        bits += constants
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            bits ^= bits >> np.uint64(shift)
+            bits *= np.uint64(factor)
+        bits ^= bits >> np.uint64(31)
+        hashes[piece] = bits.sum(axis=1)
+    return hashes
+
+
+def among(rows: Hashes, known: Hashes) -> int:
+    """Return the number of ``rows`` whose hash is one of the ``known``."""
+    return int(np.isin(rows, known).sum())
+
+
+def _numbers(dataset: Dataset, y: Array) -> Array:
+    """Return labels as numbers: the places of classes, or the values of a regression."""
+    return y if dataset.task == "regression" else np.searchsorted(dataset.classes, y)

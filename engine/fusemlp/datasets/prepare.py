@@ -1,0 +1,109 @@
+"""Prepare rows of a data set for a training: fit the preprocessing, encode the labels, make the network's inputs.
+
+The command line and the estimators of tables share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.memory import check_memory
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import check_choice
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.metrics import Judged, metrics_for
+from fusemlp.inputs.arrays import Array
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+# Losses that train classes as one-hot rows.
+ONE_HOT = frozenset({"mse", "mae", "huber"})
+_PIECE = 2**15
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows for the engine: X (n, inputs), y for the loss, and ``labels`` as in the data."""
+
+    X: Array
+    y: Array
+    labels: Array
+    weight: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+
+def fit_preprocessor(dataset: Dataset, rows: npt.ArrayLike, *, loss: str, **options: Any) -> Preprocessor:
+    """Return a Preprocessor of the training ``rows`` with targets as ``loss`` takes them."""
+    return Preprocessor.fit(dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=loss != "poisson", **options)
+
+
+def network_ends(preprocessor: Preprocessor, loss: str) -> tuple[int, int]:
+    """Return the widths of the network's first and last layer."""
+    return preprocessor.width, 1 if loss == "binary_cross_entropy" else preprocessor.outputs
+
+
+def watch(metric: str | None, preprocessor: Preprocessor, loss: Loss, *, validates: bool) -> dict[str, Any]:
+    """Return the arguments of ``fit`` for the score that decides; a score of numbers is in their original units."""
+    if metric is None:
+        return {}
+    numbers = preprocessor.classes is None
+    of_training = ["loss"] if numbers else ["loss", "accuracy"]
+    kind = "numbers" if numbers else "classes" if loss.is_classification else "one-hot rows"
+    metrics = metrics_for(kind) if validates else {}
+    named = [f"val_{name}" for name in (*of_training, *metrics)] if validates else of_training
+    if metric.startswith("val_") and not validates:
+        raise ArgumentError(f"metric: {metric!r} is of validation rows, and there are none")
+    short = f"val_{metric}" if metric in metrics else metric
+    monitor = check_choice("metric", short, [*dict.fromkeys([*named, *of_training])])
+    found = metrics.get(monitor.removeprefix("val_"))
+    if found is None or not numbers:
+        return {"monitor": monitor}
+    decode, of = preprocessor.decode_predictions, found.of
+
+    def in_units(rows: Judged) -> float:
+        return of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
+
+    return {"monitor": monitor, "metrics": [replace(found, of=in_units)]}
+
+
+def rows_for(
+    preprocessor: Preprocessor,
+    X: Array,
+    labels: Array,
+    *,
+    precision: str,
+    rows: Array | None = None,
+    weight: Array | None = None,
+) -> Rows:
+    """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine."""
+    inputs = network_inputs(preprocessor, X, precision, rows)
+    return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
+
+
+def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: Array | None = None) -> Array:
+    """Return the inputs of rows (None: all) in the network's type, a piece at a time: float64 takes twice the memory.
+
+    Raises DataError, before it takes the memory, if there is not enough.
+    """
+    count = len(X) if rows is None else len(rows)
+    check_memory(preprocessor, count, precision)
+    inputs = np.empty((count, preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+    finite = True
+    try:
+        with np.errstate(over="ignore"):
+            for start in range(0, count, _PIECE):
+                piece = inputs[start : start + _PIECE]
+                given = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
+                piece[:] = preprocessor.transform_features(X[given])
+                finite = finite and bool(np.isfinite(piece).all())
+    except DataError:
+        # Its message has the row in the piece.
+        finite = False
+    # The engine's error names a value that float32 cannot hold.
+    return inputs if finite else preprocessor.transform_features(X if rows is None else X[rows])

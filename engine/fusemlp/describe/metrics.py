@@ -1,0 +1,125 @@
+"""Scores of a model on labelled rows beside its loss, each with its direction, from scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+Array = npt.NDArray[Any]
+# Kinds of targets: classes with probabilities, classes as one-hot rows of a regression, several labels a row, numbers.
+KINDS = ("classes", "one-hot rows", "labels", "numbers")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows with their truth and the model's answers.
+
+    ``truth`` and ``predicted``: class indices (n,), labels 0 or 1 (n, N), or numbers (n, N). ``scores`` (n, N):
+    probabilities, for one-hot rows the outputs, for numbers None. ``quantile``: the one that pinball is of.
+    """
+
+    truth: Array
+    predicted: Array
+    scores: Array | None = None
+    weight: Array | None = None
+    quantile: float = 0.5
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score: its name, whether it ``rises`` with the quality of a model, its kinds of targets, its computation."""
+
+    name: str
+    rises: bool
+    kinds: tuple[str, ...]
+    of: Callable[[Judged], float]
+
+
+def _auc(rows: Judged) -> float:
+    """Return the area under the ROC curve; of several classes or labels the mean over those with rows of both kinds."""
+    from sklearn.metrics import roc_auc_score
+
+    assert rows.scores is not None
+    classes, areas = rows.scores.shape[1], []
+    for code in range(int(rows.truth.ndim == 1 and classes == 2), classes):
+        positive = rows.truth == code if rows.truth.ndim == 1 else rows.truth[:, code] == 1
+        if positive.any() and not positive.all():
+            areas.append(roc_auc_score(positive, rows.scores[:, code], sample_weight=rows.weight))
+    return float(np.mean(areas)) if areas else float("nan")
+
+
+def _log_loss(rows: Judged) -> float:
+    # not scikit-learn's, which counts a row at most as 36
+    assert rows.scores is not None
+    probabilities = rows.scores[np.arange(len(rows.truth)), rows.truth]
+    least = np.finfo(probabilities.dtype).smallest_subnormal
+    return -float(np.average(np.log(np.maximum(probabilities, least), dtype=np.float64), weights=rows.weight))
+
+
+def _balanced_accuracy(rows: Judged) -> float:
+    # balanced_accuracy_score warns of a predicted class without rows
+    return _by("recall_score", average="macro", labels=np.unique(rows.truth), zero_division=0.0)(rows)
+
+
+def _r2(rows: Judged) -> float:
+    return _by("r2_score")(rows) if len(rows.truth) > 1 else float("nan")
+
+
+def _by(name: str, **options: Any) -> Callable[[Judged], float]:
+    """Return the metric that is scikit-learn's function of this name with these options."""
+
+    def of(rows: Judged) -> float:
+        import sklearn.metrics
+
+        function = getattr(sklearn.metrics, name)
+        return float(function(rows.truth, rows.predicted, sample_weight=rows.weight, **options))
+
+    return of
+
+
+METRICS = {
+    one.name: one
+    for one in (
+        Metric("balanced_accuracy", True, KINDS[:2], _balanced_accuracy),
+        Metric("f1", True, KINDS[:3], _by("f1_score", average="macro", zero_division=0.0)),
+        Metric("auc", True, KINDS[:3], _auc),
+        Metric("log_loss", False, KINDS[:1], _log_loss),
+        Metric("rmse", False, KINDS[3:], _by("root_mean_squared_error")),
+        Metric("mae", False, KINDS[3:], _by("mean_absolute_error")),
+        Metric("r2", True, KINDS[3:], _r2),
+        Metric("pinball", False, KINDS[3:], lambda rows: _by("mean_pinball_loss", alpha=rows.quantile)(rows)),
+    )
+}
+
+
+def metrics_for(kind: str) -> dict[str, Metric]:
+    """Return the metrics of a kind of targets, by name."""
+    return {name: metric for name, metric in METRICS.items() if kind in metric.kinds}
+
+
+def rises(name: str) -> bool:
+    """Return whether a logged quantity such as "val_auc" is better when larger: accuracies, scores, some metrics."""
+    metric = METRICS.get(name.removeprefix("val_"))
+    return name.endswith(("accuracy", "score")) if metric is None else metric.rises
+
+
+def as_metrics(argument: str, given: Iterable[str | Metric], kind: str | None) -> tuple[Metric, ...]:
+    """Check metrics, names or objects, for targets of ``kind``; None: targets that no metric is for."""
+    if isinstance(given, str | Metric) or not isinstance(given, Iterable):
+        raise ArgumentTypeError(f"{argument}: expected a list of names such as ['auc'], got {given!r}")
+    found = {}
+    for one in given:
+        metric = one if isinstance(one, Metric) else METRICS.get(one)
+        if metric is None:
+            raise unknown_name(argument, one, METRICS)
+        if kind not in metric.kinds:
+            there = f"for {kind} there are {', '.join(metrics_for(kind))}" if kind else "these targets have none"
+            raise ArgumentError(f"{argument}: {metric.name} is for {' and '.join(metric.kinds)}; {there}")
+        found[metric.name] = metric
+    return tuple(found.values())

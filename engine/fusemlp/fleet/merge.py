@@ -1,0 +1,105 @@
+"""An ensemble as one network: what takes a network takes the ensemble too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fusemlp.describe.network import MLP
+from fusemlp.engine import Engine
+from fusemlp.fleet.results import Member
+from fusemlp.inputs.arrays import Array
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentError, DivergenceError
+
+
+def merged(engines: Sequence[Engine]) -> Engine:
+    """Return an engine whose last layer computes the mean of what the engines' last layers do, before its activation.
+
+    The hidden layers lie side by side: the first stacks the rows of the weights, those between have the members'
+    weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
+    the prediction is the mean; for classes the probabilities are the geometric mean, made to add up to 1. Dropout is
+    left out. The history is ``mean_history``. Raises ArgumentError for prelu, whose slope belongs to a whole layer.
+    """
+    first = engines[0]
+    if len(engines) == 1:
+        return first
+    count, layers = len(engines), first.network.layers
+    states = [engine.state_dict() for engine in engines]
+    check_mergeable(first.network, count)
+    inputs, *hidden, outputs = first.network.sizes
+    parameters: dict[str, Array] = {}
+    for layer in range(layers):
+        weights = [state[f"{2 * layer}.weight"] for state in states]
+        biases = [state[f"{2 * layer}.bias"] for state in states]
+        if layers == 1:
+            weight, bias = np.mean(weights, axis=0), np.mean(biases, axis=0)
+        elif layer == 0:
+            weight, bias = np.concatenate(weights), np.concatenate(biases)
+        elif layer < layers - 1:
+            weight, bias = _diagonal(weights), np.concatenate(biases)
+        else:
+            weight, bias = np.concatenate(weights, axis=1) / count, np.mean(biases, axis=0)
+        parameters |= {f"{2 * layer}.weight": weight, f"{2 * layer}.bias": bias}
+    engine = Engine(
+        MLP(
+            (inputs, *(count * width for width in hidden), outputs),
+            activation=first.network.activations[:-1],
+            output_activation=first.network.activations[-1],
+            init=first.network.init,
+        ),
+        loss=first.loss,
+        optimizer=first.optimizer,
+        batch_size=first.batch_size,
+        seed=first.seed,
+        backend=first.backend,
+        device=first.device,
+        precision=first.precision,
+    )
+    engine.load_state_dict(parameters)
+    histories = [one.history for one in engines if one.history is not None]
+    engine.history = mean_history(histories) if histories else None
+    return engine
+
+
+def check_mergeable(net: MLP, models: int) -> None:
+    """Raise ArgumentError if this many networks like ``net`` cannot be merged."""
+    if models > 1 and any(activation.name == "prelu" for activation in net.activations):
+        raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model")
+
+
+def merged_members(members: Sequence[Member]) -> Engine:
+    """Return the merged engine of the members that did not diverge; DivergenceError if all did."""
+    sound = [member.engine for member in members if member.status != "diverged"]
+    if not sound:
+        raise DivergenceError(members[0].reason)
+    return merged(sound)
+
+
+def mean_history(histories: Sequence[History]) -> History:
+    """Return the means of each epoch; a model that has stopped counts with its best epoch."""
+    mean = History()
+    bests = [one.best_epoch for one in histories if one.best_epoch is not None]
+    for epoch in range(max(len(one.epochs) for one in histories)):
+        logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in histories[0].history}
+        mean.record(epoch, logs, sum(one.seconds[epoch] for one in histories if epoch < len(one.seconds)))
+    mean.best_epoch = round(float(np.mean(bests))) if bests else None
+    if all("restored" in one.stopped for one in histories):
+        mean.stopped = "no model improved any more on its validation rows; the best weights of each were restored"
+    return mean
+
+
+def _at(history: History, name: str, epoch: int) -> float:
+    last = len(history.epochs) - 1
+    best = last if history.best_epoch is None else history.best_epoch
+    return history.history[name][epoch if epoch <= last else best]
+
+
+def _diagonal(blocks: Sequence[Array]) -> Array:
+    """Return a matrix with the blocks, all of one shape, on its diagonal."""
+    rows, columns = blocks[0].shape
+    matrix = np.zeros((rows * len(blocks), columns * len(blocks)), blocks[0].dtype)
+    for place, block in enumerate(blocks):
+        matrix[place * rows : (place + 1) * rows, place * columns : (place + 1) * columns] = block
+    return matrix

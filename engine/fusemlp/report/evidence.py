@@ -1,0 +1,181 @@
+"""Evidence on a model from its test rows: ROC, calibration, the importance of each column, the most wrong rows."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fusemlp.datasets.dates import part_names
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.metrics import METRICS
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.metrics import judge
+
+if TYPE_CHECKING:
+    from fusemlp.runtime.session import Session
+
+# Rows for curves and most wrong rows, and for each permutation of a column.
+MOST_ROWS, PERMUTED_ROWS = 50_000, 500
+# Seconds after which no further column is permuted.
+SECONDS, REPEATS = 3.0, 3
+PARTS = 10
+# A heat map of an image has at most this many squares a side.
+SIDE = 8
+_PIXEL = re.compile(r"pixel_(\d+)_(\d+)")
+
+
+class Importance(NamedTuple):
+    """The loss of the score ``metric`` when the columns ``names`` are permuted, the most important first.
+
+    ``features`` are those of each column, ``worse`` and ``deviation`` of ``REPEATS`` permutations of ``rows`` rows;
+    ``left_out`` columns were not tried.
+    """
+
+    metric: str
+    names: list[str]
+    features: list[Array]
+    worse: Array
+    deviation: Array
+    rows: int
+    left_out: int
+
+
+@dataclass(eq=False)
+class Evidence:
+    """A model and test rows as in the data: ``rows`` of X (n, columns), NaN for missing cells, and of ``y``.
+
+    At most ``MOST_ROWS`` of them, drawn at random, are used. ``ids`` are columns (n,) that name the rows.
+    """
+
+    engine: Session
+    preprocessor: Preprocessor
+    X: Array
+    y: Array
+    rows: Array
+    ids: Mapping[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.rows) > MOST_ROWS:
+            self.rows = np.sort(np.random.default_rng(0).choice(self.rows, MOST_ROWS, replace=False))
+        self.cells = self.X[self.rows]
+        self.judged = judge(self.engine, self.preprocessor, self._inputs(self.cells), self.y[self.rows])
+        last = _PIXEL.fullmatch(self.preprocessor.feature_names[-1])
+        shape = (int(last[1]) + 1, int(last[2]) + 1) if last else (0, 0)
+        # height and width if the columns are pixels
+        self.image = shape if shape[0] * shape[1] == self.cells.shape[1] else None
+
+    def _inputs(self, cells: Array) -> Array:
+        return self.preprocessor.transform_features(cells)
+
+    @property
+    def probable(self) -> bool:
+        """True if the model gives probabilities of classes."""
+        return self.preprocessor.classes is not None and self.engine.loss.is_classification
+
+    def rocs(self, most: int = 6) -> list[tuple[str, Array, Array]]:
+        """Return name and rates of false and true positives of the classes with the least AUC; of two, the second's."""
+        from sklearn.metrics import auc, roc_curve
+
+        found = []
+        names, scores = self.preprocessor.labels, self.judged.scores
+        assert scores is not None
+        for code in range(int(len(names) == 2), len(names)):
+            of_class = self.judged.truth == code
+            if of_class.any() and not of_class.all():
+                false, true, _ = roc_curve(of_class, scores[:, code])
+                shown = np.unique(np.linspace(0, len(false) - 1, 100).astype(np.int64))
+                found.append((auc(false, true), names[code], false[shown], true[shown]))
+        found.sort(key=lambda one: float(one[0]))
+        return [(f"{name} (AUC {area:.4f})", false, true) for area, name, false, true in found[:most]]
+
+    def calibration(self) -> tuple[Array, Array]:
+        """Return the mean prediction and the observed mean of each tenth of the rows, in the order of the predictions.
+
+        Of two classes it is the probability of the second, of more that of the predicted one; of numbers the value.
+        """
+        judged = self.judged
+        if judged.scores is None:
+            said, observed = judged.predicted[:, 0], judged.truth[:, 0]
+        elif judged.scores.shape[1] == 2:
+            said, observed = judged.scores[:, 1], judged.truth
+        else:
+            said, observed = judged.scores.max(axis=1), judged.truth == judged.predicted
+        parts = np.array_split(np.argsort(said, kind="stable"), min(PARTS, len(said)))
+        return np.array([said[part].mean() for part in parts]), np.array([observed[part].mean() for part in parts])
+
+    def _groups(self) -> dict[str, Array]:
+        """Return the features that are permuted together: a column, all parts of a date, a square of pixels."""
+        names = self.preprocessor.feature_names
+        sources = part_names(name for name, _ in self.preprocessor.dates)
+        each = [sources.get(name, name) for name in names]
+        if self.image is not None:
+            side = -(-max(self.image) // SIDE)
+            each = [f"{at // self.image[1] // side} {at % self.image[1] // side}" for at in range(len(names))]
+        members: dict[str, list[int]] = {}
+        for feature, group in enumerate(each):
+            members.setdefault(group, []).append(feature)
+        return {group: np.array(features) for group, features in members.items()}
+
+    def importance(self) -> Importance | None:
+        """Permute each column of some rows ``REPEATS`` times (L. Breiman, "Random Forests", 2001).
+
+        Columns that vary with the predictions come first. Return None if the score is not defined on the rows.
+        """
+        rng, said = (
+            np.random.default_rng(0),
+            self.judged.predicted if self.judged.scores is None else self.judged.scores,
+        )
+        rows = rng.permutation(len(self.cells))[:PERMUTED_ROWS]
+        cells, labels, said = self.cells[rows], self.y[self.rows[rows]], said[rows] - said[rows].mean(axis=0)
+        centred = np.nan_to_num(cells - np.nan_to_num(cells).mean(axis=0))
+        varies = np.abs(centred.T @ said).sum(axis=1) / np.maximum(np.sqrt((centred**2).sum(axis=0)), 1e-300)
+        groups = sorted(self._groups().items(), key=lambda group: -float(varies[group[1]].max()))
+        metric = METRICS["rmse" if self.preprocessor.classes is None else "log_loss" if self.probable else "auc"]
+
+        def scored(changed: Array) -> float:
+            value = metric.of(judge(self.engine, self.preprocessor, self._inputs(changed), labels))
+            return -value if metric.rises else value
+
+        base, began = scored(cells), time.perf_counter()
+        worse: list[list[float]] = []
+        if not np.isfinite(base):
+            return None
+        for _, together in groups:
+            if worse and time.perf_counter() - began > SECONDS:
+                break
+            worse.append([])
+            for _ in range(REPEATS):
+                changed = cells.copy()
+                changed[:, together] = cells[rng.permutation(len(rows))][:, together]
+                worse[-1].append(scored(changed) - base)
+        mean, deviation = np.mean(worse, axis=1), np.std(worse, axis=1)
+        order = np.argsort(-mean, kind="stable")
+        names, features = [groups[at][0] for at in order], [groups[at][1] for at in order]
+        left_out = len(groups) - len(worse)
+        return Importance(metric.name, names, features, mean[order], deviation[order], len(rows), left_out)
+
+    def surprise(self) -> Array:
+        """Return the probability (or output) of the true class of each row, or the absolute error of a number."""
+        judged = self.judged
+        if judged.scores is None:
+            return np.asarray(np.abs(judged.truth - judged.predicted).mean(axis=1))
+        return np.asarray(judged.scores[np.arange(len(judged.truth)), judged.truth])
+
+    def worst(self, most: int = 12) -> list[int]:
+        """Return the places of the wrong rows whose true class is the least probable, or of the largest errors."""
+        if self.judged.scores is None:
+            return [int(at) for at in np.argsort(-self.surprise(), kind="stable")[:most]]
+        wrong = np.flatnonzero(self.judged.truth != self.judged.predicted)
+        return [int(at) for at in wrong[np.argsort(self.surprise()[wrong], kind="stable")][:most]]
+
+    def spelled(self, at: int, feature: int) -> str:
+        """Return a cell of the row at a place as text; empty if it is missing."""
+        value, words = float(self.cells[at, feature]), self.preprocessor.categories[feature]
+        if value != value:
+            return ""
+        return f"{value:.6g}" if words is None else words[int(value)]

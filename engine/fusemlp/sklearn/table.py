@@ -1,0 +1,500 @@
+"""Estimators of whole tables: they read the columns, prepare and train as ``fusemlp train`` does.
+
+The columns are told and turned into numbers by ``fusemlp.datasets``, and an ``Engine`` trains: with the same rows,
+options and seed, an estimator has the model of the command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
+
+from fusemlp.callbacks import ProgressBar
+from fusemlp.datasets.dates import part_names
+from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
+from fusemlp.datasets.parts import Fold, folds, hold_out
+from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.sources import Frame, as_frame
+from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.merge import check_mergeable, merged_members
+from fusemlp.report.metrics import predicted_codes, predictions
+from fusemlp.report.onnx import to_onnx
+from fusemlp.report.runs import open_run, read_metrics, weights_path
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+Array = np.ndarray[Any, Any]
+
+log = logging.getLogger("fusemlp.sklearn")
+
+
+@dataclass(eq=False, repr=False)
+class TableParameters:
+    """The parameters of both estimators, with the defaults of ``fusemlp train --models 1``.
+
+    hidden : widths of the hidden layers; () for none.
+    activation, dropout : one for all hidden layers, or a sequence with one for each.
+    loss : a name or an object such as ``Huber(2.0)``; None is cross_entropy for classes, mse for numbers.
+    optimizer : a name or an object such as ``AdamW(weight_decay=0.1)``.
+    lr : a number or a schedule such as ``Cosine(0.01)``; None leaves the optimizer's own.
+    batch_size, epochs : rows of an update, and most passes over the training rows.
+    early_stopping : stop after this many epochs without a better loss of the held-out rows, and restore the best
+        weights; None holds out no rows.
+    metric : the score of these rows by which it stops: None for the loss, or "auc", "f1", "r2" and so on, as --metric.
+    validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
+        rows than that needs are all trained on, for all epochs.
+    models : train this many with seeds from random_state on, each with its own fold of the rows held out, and merge
+        them into one that gives their mean; the command line trains 5 on a table of up to 10,000 rows.
+    scale : "robust", "quantile", "standard", "minmax" or "none"; from the training rows.
+    log_target : learn the logarithm of a positive target.
+    drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
+        another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
+    group, time : a column whose rows of one value are held out together; one whose last rows are held out.
+    random_state : seed of held-out rows, initial weights, dropout and the order of the rows.
+    backend, precision : as for ``Engine``.
+    callbacks : objects like ``fusemlp.Callback``, for one model; verbose=True shows a progress bar, or a line a model.
+
+    Attributes: ``engine_``, ``preprocessor_``, ``history_``, ``n_iter_`` (epochs), ``notes_`` (lines on what became of
+    the columns), ``n_features_in_`` and, if X has names, ``feature_names_in_``.
+    """
+
+    hidden: Any = (128,)
+    activation: Any = "relu"
+    dropout: Any = 0.0
+    loss: Any = None
+    optimizer: Any = "adam"
+    lr: Any = None
+    batch_size: int = 32
+    epochs: int = 200
+    early_stopping: int | None = 20
+    metric: str | None = None
+    validation_fraction: float = 0.1
+    models: int = 1
+    scale: str = "robust"
+    log_target: bool = False
+    drop: Any = ()
+    keep: Any = ()
+    categorical: Any = ()
+    group: str | None = None
+    time: str | None = None
+    random_state: Any = 0
+    backend: str = "auto"
+    precision: str = "fp32"
+    callbacks: Any = None
+    verbose: bool = False
+
+
+class _TableEstimator(TableParameters, BaseEstimator, ABC):
+    task: str
+    engine_: Engine
+    preprocessor_: Preprocessor
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Python's -OO leaves no documentation
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n{(TableParameters.__doc__ or '').partition('.')[2].strip()}"
+
+    @classmethod
+    def _get_param_names(cls) -> list[str]:
+        return sorted(field.name for field in fields(cls))
+
+    @abstractmethod
+    def _checked_targets(self, y: Any) -> Array:
+        """Return labels (n,), or values (n,) or (n, targets)."""
+
+    @abstractmethod
+    def _checked_loss(self) -> Loss:
+        """Return the loss; ArgumentError for one of the other task."""
+
+    def _class_weights(self, labels: Array) -> Array | None:
+        """Return a weight for each class, by the labels of all rows."""
+        return None
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> Self:
+        """Fit to a table X and its targets y: labels (n,), or values (n,) or (n, targets).
+
+        X: a data frame of pandas or polars, an Arrow table, or an array (n, columns); cells may be missing. Later
+        tables may have their columns in any order, and others among them. sample_weight (n,): a row of weight 0 counts
+        as left out. X_val, y_val: rows for early stopping in place of held-out ones.
+
+        Raises ArgumentError, ArgumentTypeError, DataError (all mistakes of the table in one message) before anything
+        has changed, DivergenceError when the loss is no longer finite.
+        """
+        before = self.__dict__.copy()
+        try:
+            return self._fit(X, y, sample_weight, X_val, y_val)
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    @classmethod
+    def from_run(
+        cls, run: str | Path, *, weights: str = "model", backend: str = "auto", device: str | None = None
+    ) -> Self:
+        """Return the fitted estimator of a run folder of ``fusemlp train`` or ``fusemlp sweep``.
+
+        ``weights``: model (end of training), best (least validation loss) or last. Raises ArgumentError for a run of
+        the other task, CheckpointError for what is no run.
+        """
+        opened, config = open_run(run)
+        made = Preprocessor.from_config(config["preprocessor"])
+        if made.task != cls.task:
+            raise ArgumentError(f"run: {str(run)!r} is of a {made.task}, and {cls.__name__} is for a {cls.task}")
+        engine = load_checkpoint(weights_path(opened, weights), backend=backend, device=device)
+        if engine.history is None:
+            # A merged model has no record of its own.
+            engine.history = History()
+            for row in read_metrics(opened):
+                engine.history.record(int(row.pop("epoch")) - 1, row, 0.0)
+        # that of one model, where several were merged
+        net, options = MLP.from_config(config["network"]), config["options"]
+        estimator = cls(
+            hidden=net.sizes[1:-1],
+            activation=net.activations[:-1],
+            dropout=net.dropouts[:-1],
+            loss=engine.loss,
+            optimizer=engine.optimizer,
+            batch_size=engine.batch_size,
+            epochs=config["epochs"],
+            models=options.get("models") or 1,
+            scale=made.scale,
+            log_target=made.target_log,
+            random_state=engine.seed,
+            backend=backend,
+            precision=engine.precision,
+        )
+        given = ("drop", "keep", "categorical", "group", "time", "early_stopping", "metric", "validation_fraction")
+        estimator.set_params(**{name: options[name] for name in given if name in options})
+        # The command line's 0 is None here.
+        estimator.early_stopping = estimator.early_stopping or None
+        estimator._take(engine, made, tuple(config["data"]["notes"]))
+        dates = part_names(name for name, _ in made.dates)
+        columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
+        estimator.feature_names_in_ = np.array(list(columns), object)
+        estimator.n_features_in_ = len(estimator.feature_names_in_)
+        return estimator
+
+    def _take(self, engine: Engine, made: Preprocessor, notes: tuple[str, ...]) -> None:
+        """Set what is fitted."""
+        self.engine_, self.preprocessor_, self.notes_ = engine, made, notes
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, X_val: Any, y_val: Any) -> Self:
+        if (X_val is None) != (y_val is None):
+            missing = "y_val" if y_val is None else "X_val"
+            raise ArgumentError(f"{missing}: it is missing; X_val and y_val belong together")
+        if y is None:
+            # scikit-learn's words
+            raise ArgumentError(f"y: {type(self).__name__} requires y to be passed, but the target y is None")
+        seed, loss, notes = self._seed(), self._checked_loss(), list[str]()
+        dataset, weight = self._read(X, self._checked_targets(y), sample_weight)
+        labels = dataset.y
+        training, held = np.arange(len(labels)), np.arange(0)
+        models, cut = as_count("models", self.models), list[Fold]()
+        if models > 1 and self.callbacks:
+            raise ArgumentError(f"callbacks: they see the epochs of one model, and models is {models}; leave one out")
+        if self.early_stopping is not None and X_val is None:
+            if models > 1 and self.validation_fraction and self.group is None and self.time is None:
+                cut += folds(labels, models, seed=seed, stratify=self.task == "classification")
+            else:
+                training, held = self._held_out(dataset, seed, notes)
+        made = fit_preprocessor(dataset, training, loss=loss.kind, scale=self.scale, log_targets=self.log_target)
+        first, last = network_ends(made, loss.kind)
+        fewest = min((len(one) for one, _ in cut), default=len(training))
+        described: dict[str, Any] = {
+            "loss": loss,
+            "optimizer": self._optimizer(),
+            "batch_size": min(as_count("batch_size", self.batch_size), fewest),
+            "seed": seed,
+            "backend": self.backend,
+            "precision": self.precision,
+        }
+        net = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
+        check_mergeable(net, models)
+        engine = Engine(net, **described)
+
+        by_class = self._class_weights(labels)
+
+        def rows(X: Array, labels: Array, chosen: Array | None = None, weight: Array | None = None) -> Rows:
+            if by_class is not None:
+                weight = by_class[made.class_codes(labels)] * (1.0 if weight is None else weight)
+            return rows_for(made, X, labels, precision=engine.precision, rows=chosen, weight=weight)
+
+        def part(chosen: Array) -> Rows:
+            return rows(dataset.X, labels[chosen], chosen, None if weight is None else weight[chosen])
+
+        train, watched = part(training), part(held) if len(held) else None
+        if X_val is not None:
+            labels_val = self._checked_targets(y_val)
+            features = load_features(self._table(X_val), made, notes=notes)
+            check_consistent_length(features, labels_val)
+            watched = rows(features, labels_val)
+        validates = watched is not None or bool(cut)
+        given: dict[str, Any] = {
+            "X": train.X,
+            "y": train.y,
+            "sample_weight": train.weight,
+            "validation_data": None if watched is None else (watched.X, watched.y, watched.weight),
+            "epochs": as_count("epochs", self.epochs),
+            "early_stopping": self.early_stopping if validates else None,
+            **watch(self.metric, made, loss, validates=validates),
+        }
+        try:
+            if models > 1:
+                fleet = Fleet(net, **described, vary={"seed": range(seed, seed + models)})
+                if cut:
+                    given |= {"rows": [one for one, _ in cut], "validation_rows": [one for _, one in cut]}
+                results = fleet.fit(**given, callback=print if self.verbose else None)
+                engine = merged_members(results.members)
+            else:
+                callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
+                engine.fit(**given, callbacks=callbacks)
+        except KeyboardInterrupt:
+            if engine.history is None or not engine.history.stopped:
+                raise
+            warnings.warn("Training interrupted by user.", stacklevel=3)
+        self._take(engine, made, (*dataset.notes, *notes))
+        _tell(self.notes_)
+        return self
+
+    def _read(self, X: Any, labels: Array, sample_weight: Any) -> tuple[Dataset, Array | None]:
+        """Return the data set of all rows with a weight that is not 0, and their weights."""
+        frame = self._table(X, reset=True)
+        check_consistent_length(frame.table, labels)
+        table, weight = frame.table, None
+        if sample_weight is not None:
+            weight = _check_sample_weight(sample_weight, labels)
+            counted = weight != 0
+            table, labels, weight = table.filter(counted), labels[counted], weight[counted]
+        target = "y"
+        while target in table.column_names:
+            target += "_"
+        # The targets have been checked; the numbers of the rows stand for them while the table is read.
+        whole = Frame("X", table.append_column(target, [np.arange(len(labels))]))
+        dataset = load_data(whole, target=target, task="regression", columns=self._columns())
+        return replace(dataset, y=labels, task=self.task), weight
+
+    def _columns(self) -> Columns:
+        drop, keep, words = map(_names, (self.drop, self.keep, self.categorical))
+        return Columns(drop, keep, words, group=self.group, time=self.time)
+
+    def _table(self, X: Any, *, reset: bool = False) -> Frame:
+        """Return X as a table with names; scikit-learn's errors for other things."""
+        if hasattr(X, "__arrow_c_stream__") or hasattr(X, "to_arrow"):
+            # Later columns are taken by name, in any order.
+            checked = validate_data(self, X, skip_check_array=True) if reset else X
+            return Frame("X", as_frame(checked).table)
+        if isinstance(X, list | tuple) and np.asarray(X).dtype.kind in "US":
+            # Lists of numbers and words would become words alone.
+            X = np.array(X, object)
+        array = validate_data(self, X, dtype=None, ensure_all_finite="allow-nan", reset=reset)
+        names = getattr(self, "feature_names_in_", None)
+        names = [f"x{index}" for index in range(array.shape[1])] if names is None else list(names)
+        return Frame("X", arrow_table(array, names))
+
+    def _held_out(self, dataset: Dataset, seed: int, notes: list[str]) -> tuple[Array, Array]:
+        """Return the indices of the training rows and of the rows that early stopping watches."""
+        share = as_number("validation_fraction", self.validation_fraction, low=0.0, high=1.0, high_open=True)
+        rows = np.arange(len(dataset.y))
+        if share:
+            try:
+                return hold_out(dataset, rows, fraction=share, seed=seed)
+            except DataError as error:
+                notes.append(f"no rows held out for early stopping: {str(error).removeprefix('fraction: ')}")
+        return rows, rows[:0]
+
+    def _seed(self) -> int:
+        if isinstance(self.random_state, int | np.integer):
+            return as_count("random_state", self.random_state, minimum=0)
+        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+
+    def _widths(self) -> tuple[int, ...]:
+        given = self.hidden if isinstance(self.hidden, Iterable) else [self.hidden]
+        return tuple(as_count("hidden", width) for width in given)
+
+    def _optimizer(self) -> Optimizer:
+        optimizer = as_optimizer(self.optimizer)
+        # each optimizer has a rate
+        changes: Any = {} if self.lr is None else {"lr": self.lr}
+        return replace(optimizer, **changes)
+
+    def _inputs(self, X: Any) -> Array:
+        """Return the network's inputs of a table's rows."""
+        check_is_fitted(self)
+        notes: list[str] = []
+        features = load_features(self._table(X), self.preprocessor_, notes=notes)
+        _tell(notes)
+        return network_inputs(self.preprocessor_, features, self.engine_.precision)
+
+    @property
+    def history_(self) -> History:
+        """The record of the training: ``history_.history["val_loss"]``, ``best_epoch``, ``stopped``."""
+        return self.engine_.history or History()
+
+    @property
+    def n_iter_(self) -> int:
+        """The number of epochs that were trained."""
+        return len(self.history_.epochs)
+
+    def to_onnx(self, path: str | Path) -> None:
+        """Write an ONNX graph that takes the columns as they are in the table: ``fusemlp.onnx``."""
+        check_is_fitted(self)
+        to_onnx(self.engine_, path, preprocessor=self.preprocessor_)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.string = True
+        tags.input_tags.categorical = True
+        tags.non_deterministic = self.random_state is None
+        return tags
+
+
+def arrow_table(array: Array, names: list[str]) -> Any:
+    """Return the columns of an array (n, columns) as an Arrow table.
+
+    A column of numbers and words holds words, as of a DataFrame; in an array of text one of numbers alone holds these.
+    """
+    import pyarrow
+
+    from fusemlp.datasets.columns import numbers_of
+
+    columns = []
+    for values in array.T:
+        try:
+            column = pyarrow.array(values.tolist() if values.dtype.kind in "OU" else values, from_pandas=True)
+        except (pyarrow.ArrowException, TypeError):
+            # numbers and words
+            texts = [None if value is None or value != value else str(value) for value in values]
+            column = pyarrow.array(texts, pyarrow.string())
+        if values.dtype.kind == "U":
+            numbers, wrong = numbers_of(column, ".")
+            column = column if len(wrong) else pyarrow.array(numbers)
+        columns.append(column)
+    return pyarrow.table(columns, names=names)
+
+
+def _names(given: Any) -> list[str]:
+    """Return the names of columns that a parameter holds; one name stands for a list of it."""
+    return [given] if isinstance(given, str) else [str(name) for name in given or ()]
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        log.info("%s", note)
+
+
+def _gives_probabilities(estimator: Any) -> bool:
+    loss = as_loss(estimator.loss or "cross_entropy")
+    if not loss.is_classification:
+        raise AttributeError(f"predict_proba needs the loss cross_entropy or binary_cross_entropy, not {loss.kind}")
+    return True
+
+
+@dataclass(eq=False, repr=False)
+class TableClassifier(ClassifierMixin, _TableEstimator):
+    """A network for the classes of a table's rows, trained as ``fusemlp train`` trains it.
+
+    class_weight : None, "balanced" or a dict from class to weight.
+    """
+
+    class_weight: Any = None
+    task = "classification"
+
+    def _checked_targets(self, y: Any) -> Array:
+        labels: Array = _check_y(y, estimator=self)
+        missing = [row for row, label in enumerate(labels) if label is None] if labels.dtype == object else []
+        if missing:
+            raise DataError(f"y: {len(missing)} labels are missing, the first in row {missing[0]}; drop these rows")
+        check_classification_targets(labels)
+        return labels
+
+    def _checked_loss(self) -> Loss:
+        loss = as_loss(self.loss or "cross_entropy")
+        if not loss.is_classification and loss.kind not in ("mse", "mae", "huber"):
+            raise ArgumentError(
+                f"loss: {loss.kind!r} is for numbers; a classifier takes cross_entropy, binary_cross_entropy, mse, mae "
+                "or huber, and TableRegressor this one"
+            )
+        return loss
+
+    def _read(self, *given: Any) -> tuple[Dataset, Array | None]:
+        dataset, weight = super()._read(*given)
+        self.classes_ = dataset.classes
+        if len(self.classes_) < 2:
+            raise DataError(f"y: it has one class, {self.classes_[0]}; a classifier needs two or more")
+        if len(self.classes_) != 2 and as_loss(self.loss or "cross_entropy").kind == "binary_cross_entropy":
+            raise ArgumentError(
+                f"loss: 'binary_cross_entropy' is for two classes, and y has {len(self.classes_)}; use cross_entropy"
+            )
+        return dataset, weight
+
+    def _take(self, engine: Engine, made: Preprocessor, notes: tuple[str, ...]) -> None:
+        super()._take(engine, made, notes)
+        if not hasattr(self, "classes_"):
+            self.classes_ = np.array(made.classes)
+
+    def _class_weights(self, labels: Array) -> Array | None:
+        if self.class_weight is None:
+            return None
+        return np.asarray(compute_class_weight(self.class_weight, classes=self.classes_, y=labels))
+
+    def predict(self, X: Any) -> Array:
+        """Return the classes (n,) of a table's rows."""
+        inputs = self._inputs(X)
+        chosen: Array = self.classes_[predicted_codes(self.engine_, self.preprocessor_, inputs)]
+        return chosen
+
+    @available_if(_gives_probabilities)
+    def predict_proba(self, X: Any) -> Array:
+        """Return the probabilities (n, classes), in the order of ``classes_``; not with mse, mae and huber."""
+        inputs = self._inputs(X)
+        return self.engine_.predict_proba(inputs)
+
+
+@dataclass(eq=False, repr=False)
+class TableRegressor(RegressorMixin, _TableEstimator):
+    """A network for one or several numbers of a table's rows, trained as ``fusemlp train`` trains it."""
+
+    task = "regression"
+
+    def _checked_targets(self, y: Any) -> Array:
+        values: Array = _check_y(y, multi_output=True, y_numeric=True, estimator=self)
+        return values.astype(np.float64)
+
+    def _checked_loss(self) -> Loss:
+        loss = as_loss(self.loss or "mse")
+        if loss.is_classification:
+            raise ArgumentError(
+                f"loss: {loss.kind!r} is for classes; a regressor takes mse, mae, huber, quantile or poisson, and "
+                "TableClassifier this one"
+            )
+        return loss
+
+    def predict(self, X: Any) -> Array:
+        """Return the values (n,) or (n, targets) of a table's rows, in the units of y."""
+        inputs = self._inputs(X)
+        return predictions(self.engine_, self.preprocessor_, inputs)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags

@@ -1,0 +1,112 @@
+"""ONNX graphs that take words: one input a feature, the same answers as ``transform_features`` and the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fusemlp
+from fusemlp import MLP, Engine
+from fusemlp.datasets.coding import coded
+from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.scaling import SCALES
+from fusemlp.report.onnx import onnx_bytes
+
+Array = np.ndarray[Any, Any]
+Table = dict[str, Array]
+
+WORDS = st.sampled_from(["", "NA", "red", "blue", "Zürich", "a b", "?"])
+# Exact in float32, so that both sides scale the same number.
+NUMBERS = st.one_of(st.just(float("nan")), st.integers(-1000, 1000).map(lambda k: k / 8))
+
+
+@st.composite
+def tables(draw: st.DrawFn, kinds: str, rows: int, extra: tuple[str, ...] = ()) -> Table:
+    """A table with a column of words for each w of ``kinds``, of numbers for each n."""
+    table: Table = {}
+    for index, kind in enumerate(kinds):
+        cells = st.one_of(WORDS, st.sampled_from(extra)) if kind == "w" and extra else WORDS if kind == "w" else NUMBERS
+        values = draw(st.lists(cells, min_size=rows, max_size=rows))
+        table[f"{kind}{index}"] = np.array(values, object if kind == "w" else np.float64)
+    return table
+
+
+def fitted(table: Table, **options: Any) -> Preprocessor:
+    """Return the preprocessor of the rows but the last two, whose words are known and may be rare."""
+    names = tuple(table)
+    X, categories = coded(table, names, None, [])
+    y = np.arange(len(X)) % 3
+    dataset = Dataset("made", X, y, "classification", names, categories=categories)
+    return Preprocessor.fit(dataset, np.arange(len(X) - 2), **options)
+
+
+def session_of(engine: Engine, made: Preprocessor) -> onnxruntime.InferenceSession:
+    content = onnx_bytes(engine, made)
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+def fed(table: Table, real: Any) -> Table:
+    return {
+        name: column.reshape(-1, 1).astype(object if column.dtype == object else real) for name, column in table.items()
+    }
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from(["w", "wn", "nw", "wnnw", "ww"]), st.sampled_from(SCALES))
+def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data: st.DataObject, kinds: str, scale: str) -> None:
+    training = data.draw(tables(kinds, 12))
+    new = data.draw(tables(kinds, 5, ("green", "red ", "N/A")))
+    made = fitted(training, scale=scale)
+    if not made.width:
+        return
+    engine = Engine(MLP([made.width, 5, 3]), backend="numpy", precision="fp64")
+    inputs = made.transform_features(coded(new, made.feature_names, made.categories, [])[0])
+    session = session_of(engine, made)
+    assert [(one.name, one.shape) for one in session.get_inputs()] == [(name, ["rows", 1]) for name in training]
+    logits, labels = session.run(["logits", "prediction"], fed(new, np.float64))
+    expected = engine.predict_proba(inputs)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(shares / shares.sum(axis=1, keepdims=True), expected, rtol=1e-9, atol=1e-12)
+    assert labels.tolist() == made.decode_predictions(engine.predict(inputs)).tolist()
+
+
+def test_names_that_the_graph_has_already_get_an_underscore() -> None:
+    table: Table = {
+        "prediction": np.array(["a", "b"] * 4, object),
+        "0.weight": np.arange(8.0),
+        "mul_0": np.arange(8.0) ** 2,
+        "concat_0": np.arange(8.0) ** 3,
+    }
+    made = fitted(table)
+    engine = Engine(MLP([made.width, 5, 3]), backend="numpy")
+    session = session_of(engine, made)
+    names = [one.name for one in session.get_inputs()]
+    assert names == ["prediction_", "0.weight_", "mul_0", "concat_0"]
+    values = dict(zip(names, fed(table, np.float32).values(), strict=True))
+    inputs = made.transform_features(coded(table, made.feature_names, made.categories, [])[0])
+    assert session.run(["prediction"], values)[0].tolist() == engine.predict(inputs).tolist()
+
+
+def test_a_graph_of_numbers_keeps_its_one_input(tmp_path: Path) -> None:
+    made = fitted({"a": np.arange(9.0), "b": np.arange(9.0) ** 2})
+    fusemlp.onnx.to_onnx(Engine(MLP([2, 3]), backend="numpy"), tmp_path / "a.onnx", preprocessor=made)
+    (given_,) = onnx.load(tmp_path / "a.onnx").graph.input
+    assert given_.name == "x"
+    assert {entry.domain for entry in onnx.load(tmp_path / "a.onnx").opset_import} == {""}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_the_types_of_the_inputs(precision: str) -> None:
+    made = fitted({"a": np.arange(9.0), "b": np.array(["x", "y", ""] * 3, object)})
+    session = session_of(Engine(MLP([made.width, 3]), backend="numpy", precision=precision), made)
+    real = {"fp32": "tensor(float)", "fp64": "tensor(double)"}[precision]
+    assert [one.type for one in session.get_inputs()] == [real, "tensor(string)"]

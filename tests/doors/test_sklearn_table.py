@@ -1,0 +1,410 @@
+"""TableClassifier and TableRegressor: scikit-learn's checks and tools, tables of any kind, the same models as train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import onnxruntime
+import pandas
+import pyarrow
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import fusemlp
+from fusemlp import ArgumentError, DataError, Huber, cli
+from fusemlp.cli import defaults
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.recipe import DEFAULT_WIDTH
+from fusemlp.sklearn import TableClassifier, TableRegressor
+
+# The checks that fail, with the reason.
+EXPECTED = {
+    "check_sample_weight_equivalence_on_dense_data": "a row twice is in two batches, a row of weight 2 in one",
+}
+NUMPY = {"backend": "numpy"}
+
+
+@parametrize_with_checks(
+    [TableClassifier(**NUMPY), TableRegressor(**NUMPY)], expected_failed_checks=lambda estimator: EXPECTED
+)
+def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(estimator)
+
+
+def mixed(n: int = 120, seed: int = 0) -> tuple[pandas.DataFrame, Any, Any]:
+    """Return a table of words, numbers, days, truth values and a row number, with missing cells, a label, a number."""
+    generator = np.random.default_rng(seed)
+    size = generator.normal(size=n)
+    colour = generator.choice(["red", "green", "blue"], n).astype(object)
+    size[generator.random(n) < 0.1] = np.nan
+    y = np.where((colour == "red") | (np.nan_to_num(size) > 0.5), "yes", "no")
+    values = 1e4 + 300 * np.nan_to_num(size) + 200 * (colour == "red")
+    colour[generator.random(n) < 0.1] = None
+    frame = pandas.DataFrame(
+        {
+            "colour": colour,
+            "size": size,
+            "day": pandas.Timestamp("2024-01-01") + pandas.to_timedelta(generator.integers(0, 700, n), unit="D"),
+            "new": generator.random(n) < 0.5,
+            "id": np.arange(n),
+        }
+    )
+    return frame, y, values
+
+
+X, Y, VALUES = mixed()
+NEW, _, _ = mixed(20, seed=1)
+NEW.loc[[0, 1], "colour"] = "violet"
+
+
+def classifier(**options: Any) -> TableClassifier:
+    return TableClassifier(**{"hidden": (8,), "epochs": 30, "lr": 0.02, **NUMPY, **options})
+
+
+def regressor(**options: Any) -> TableRegressor:
+    return TableRegressor(**{"hidden": (8,), "epochs": 60, "lr": 0.02, **NUMPY, **options})
+
+
+@pytest.fixture(scope="module")
+def fitted() -> TableClassifier:
+    return classifier().fit(X, Y)
+
+
+def test_a_mixed_table(fitted: TableClassifier) -> None:
+    assert fitted.score(X, Y) > 0.9
+    assert fitted.classes_.tolist() == ["no", "yes"]
+    assert set(fitted.predict(NEW)) <= {"no", "yes"}
+    shares = fitted.predict_proba(NEW)
+    assert shares.shape == (20, 2)
+    np.testing.assert_allclose(shares.sum(axis=1), 1.0, rtol=1e-6)
+    assert fitted.feature_names_in_.tolist() == list(X)
+    assert fitted.n_features_in_ == 5
+    assert fitted.n_iter_ == len(fitted.history_.history["val_loss"])
+    assert fitted.notes_[0] == "left out, unless you --keep them: 'id' (counts the rows)"
+    assert any("'day' (as 2024-12-31)" in note for note in fitted.notes_)
+    numbers = regressor().fit(X, VALUES)
+    assert numbers.score(X, VALUES) > 0.9
+    assert numbers.predict(NEW).shape == (20,)
+
+
+def test_several_targets_and_one_hot_losses() -> None:
+    both = np.column_stack([VALUES, -VALUES])
+    assert regressor(loss=Huber(2.0)).fit(X, both).predict(NEW).shape == (20, 2)
+    squares = classifier(loss="mse").fit(X, Y)
+    assert squares.score(X, Y) > 0.8
+    assert not hasattr(squares, "predict_proba")
+    binary = classifier(loss="binary_cross_entropy").fit(X, Y)
+    assert binary.engine_.network.sizes[-1] == 1
+    assert binary.predict_proba(NEW).shape == (20, 2)
+
+
+def arrow(frame: pandas.DataFrame) -> Any:
+    return pyarrow.Table.from_pandas(frame)
+
+
+def polars(frame: pandas.DataFrame) -> Any:
+    return pytest.importorskip("polars").from_arrow(arrow(frame))
+
+
+def categorical(frame: pandas.DataFrame) -> pandas.DataFrame:
+    return frame.astype({"colour": "category"})
+
+
+def nullable(frame: pandas.DataFrame) -> pandas.DataFrame:
+    return frame.convert_dtypes()
+
+
+def reordered(frame: pandas.DataFrame) -> pandas.DataFrame:
+    return frame.assign(other=1.0)[["other", *reversed(list(frame))]]
+
+
+@pytest.mark.parametrize("kind", [arrow, polars, categorical, nullable, reordered], ids=lambda kind: kind.__name__)
+def test_tables_of_other_libraries_and_orders_are_one_table(kind: Any, fitted: TableClassifier) -> None:
+    expected = fitted.predict_proba(NEW)
+    np.testing.assert_array_equal(fitted.predict_proba(kind(NEW)), expected)
+    if kind is not reordered:
+        again = clone(fitted).fit(kind(X), Y)
+        assert again.feature_names_in_.tolist() == list(X)
+        np.testing.assert_array_equal(again.predict_proba(NEW), expected)
+
+
+def test_arrays_and_lists() -> None:
+    columns = ["colour", "size", "new"]
+    objects = X[columns].to_numpy(object)
+    named = classifier().fit(X[columns], Y)
+    plain = classifier().fit(objects, Y)
+    expected = named.predict_proba(NEW[columns])
+    np.testing.assert_array_equal(plain.predict_proba(NEW[columns].to_numpy(object)), expected)
+    np.testing.assert_array_equal(plain.predict_proba(NEW[columns].to_numpy(object).tolist()), expected)
+    assert plain.preprocessor_.feature_names == ("x0", "x1", "x2")
+    # An array has no names, and scikit-learn says so.
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        np.testing.assert_array_equal(named.predict_proba(NEW[columns].to_numpy(object)), expected)
+    lists = [["a", 1.5, None], ["b", 2, 3.0]] * 10
+    assert classifier().fit(lists, [0, 1] * 10).preprocessor_.categories == (("a", "b"), None, None)
+    both = np.array([["a", 1], [2, 3], [None, 4]] * 10, object)
+    for table in (both, pandas.DataFrame(both)):
+        assert classifier().fit(table, [0, 1, 2] * 10).preprocessor_.categories == (("", "2", "a"), None)
+    texts = np.array([["a", "1.5"], ["b", "NA"], ["a", "3"]] * 10)
+    assert classifier().fit(texts, [0, 1, 0] * 10).preprocessor_.categories == (("a", "b"), None)
+
+
+def test_columns_are_chosen() -> None:
+    made = classifier(drop="day", keep=["id"], categorical=["new"]).fit(X, Y).preprocessor_
+    assert made.feature_names == ("colour", "size", "new", "id")
+    assert made.categories[2] == ("False", "True")
+    for option in ("drop", "keep", "categorical"):
+        with pytest.raises(DataError, match=rf"no columns 'height' to {option}; the columns are 'colour'"):
+            classifier(**{option: ["height"]}).fit(X, Y)
+
+
+def test_a_score_decides_in_place_of_the_loss() -> None:
+    by_area = classifier(metric="auc", epochs=60, early_stopping=5).fit(X, Y, X_val=NEW, y_val=["yes", "no"] * 10)
+    areas = by_area.history_.history["val_auc"]
+    assert by_area.history_.best_epoch == int(np.argmax(areas))
+    by_error = regressor(metric="mae").fit(X, VALUES)
+    # in the units of the target
+    assert min(by_error.history_.history["val_mae"]) > 1.0
+    with pytest.raises(ArgumentError, match=r"metric: .*'areas'"):
+        classifier(metric="areas").fit(X, Y)
+
+
+def test_groups_and_times_decide_the_held_out_rows() -> None:
+    last = classifier(time="day").fit(X, Y)
+    losses = last.history_.history["val_loss"]
+    late = X["day"] >= np.sort(X["day"])[len(X) - 12]
+    late_loss = last.engine_.evaluate(last._inputs(X[late]), last.preprocessor_.encode_targets(Y[late]))["loss"]
+    assert late_loss == pytest.approx(min(losses))
+    grouped = classifier(group="new").fit(X, Y)
+    assert "new" not in grouped.preprocessor_.feature_names
+    np.testing.assert_array_equal(grouped.predict(NEW.drop(columns="new")), grouped.predict(NEW))
+
+
+def test_whole_numbers_as_words_stay_so_beside_missing_ones() -> None:
+    codes = pandas.DataFrame({"zip": [8001, 8002, 8003] * 20, "size": np.arange(60.0) ** 2})
+    made = classifier(categorical=["zip"]).fit(codes, [0, 1, 2] * 20)
+    with_gap = pandas.DataFrame({"zip": [8001, None, 8003], "size": [1.0, 4.0, 9.0]})
+    assert with_gap["zip"].dtype == float
+    assert made.predict(with_gap)[[0, 2]].tolist() == made.predict(codes)[[0, 2]].tolist()
+
+
+def test_scikit_learns_tools() -> None:
+    assert cross_val_score(classifier(), X, Y, cv=3).mean() > 0.7
+    search = GridSearchCV(classifier(), {"hidden": [(), (8,)], "loss": [None, "mse"]}, cv=2).fit(X, Y)
+    assert search.best_params_.keys() == {"hidden", "loss"}
+    without = FunctionTransformer(lambda frame: frame.drop(columns="id"), feature_names_out=None)
+    assert make_pipeline(without, classifier()).fit(X, Y).score(X, Y) > 0.9
+    estimator = classifier(loss=Huber(0.3), random_state=7)
+    assert clone(estimator).get_params() == estimator.get_params()
+    assert estimator.set_params(hidden=(3, 2)).hidden == (3, 2)
+    with pytest.raises(NotFittedError):
+        classifier().predict(X)
+
+
+def test_pickles(fitted: TableClassifier, tmp_path: Path) -> None:
+    expected = fitted.predict_proba(NEW)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict_proba(NEW), expected)
+    joblib.dump(fitted, tmp_path / "model.joblib")
+    np.testing.assert_array_equal(joblib.load(tmp_path / "model.joblib").predict_proba(NEW), expected)
+
+
+def test_a_graph_of_the_estimator(fitted: TableClassifier, tmp_path: Path) -> None:
+    fitted.to_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    day = NEW["day"]
+    given: dict[str, Any] = {
+        "colour": NEW["colour"].fillna(""),
+        "size": NEW["size"],
+        "day: year": day.dt.year,
+        "day: month": day.dt.month,
+        "day: day": day.dt.day,
+        "day: weekday": day.dt.day_of_week,
+        "day: elapsed days": (day - pandas.Timestamp("1970-01-01")).dt.days,
+        "new": NEW["new"],
+    }
+    assert [one.name for one in session.get_inputs()] == list(given)
+    types = {one.name: object if one.type == "tensor(string)" else np.float32 for one in session.get_inputs()}
+    fed = {name: np.asarray(column).reshape(-1, 1).astype(types[name]) for name, column in given.items()}
+    labels, shares = session.run(["prediction", "probabilities"], fed)
+    np.testing.assert_allclose(shares, fitted.predict_proba(NEW), atol=1e-5)
+    assert labels.tolist() == fitted.predict(NEW).tolist()
+
+
+def test_defaults_are_those_of_the_command_line() -> None:
+    options, estimator = defaults.for_tables(TrainOptions(data="x.csv")), TableClassifier()
+    names = ("activation", "optimizer", "lr", "batch_size", "epochs", "early_stopping", "metric", "validation_fraction")
+    names += ("scale", "backend", "precision")
+    assert {name: getattr(estimator, name) for name in names} == {name: getattr(options, name) for name in names}
+    assert (estimator.hidden, estimator.random_state) == ((DEFAULT_WIDTH,), options.seed)
+
+
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_command_line_makes_the_same_model(task: str, models: int, tmp_path: Path) -> None:
+    frame = X.assign(y=Y if task == "classification" else VALUES)
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    words = [str(tmp_path / "data.csv"), "--target", "y", "--hidden", "8", "--epochs", "12", "--lr", "0.02", "--quiet"]
+    words += ["--models", str(models), "--early-stopping", "3", "--task", task, "--seed", "4", "--backend", "numpy"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *words, "--out", str(tmp_path / "run")])
+    assert ended.value.code == 0
+    kind = TableClassifier if task == "classification" else TableRegressor
+    opened = kind.from_run(tmp_path / "run", backend="numpy")
+    # The rows beside the test fifth, as the command line orders them.
+    rest = fusemlp.preprocessing.split(frame["y"].to_numpy(), seed=4, stratify=task == "classification")[0]
+    made = clone(opened).fit(X.iloc[rest], frame["y"].iloc[rest])
+    assert (made.models, made.hidden, made.engine_.network.sizes[1]) == (models, (8,), 8 * models)
+    assert made.preprocessor_.to_config() | {"target_name": "y"} == opened.preprocessor_.to_config()
+    for name, tensor in opened.engine_.state_dict().items():
+        np.testing.assert_array_equal(made.engine_.state_dict()[name], tensor)
+    np.testing.assert_array_equal(made.predict(NEW), opened.predict(NEW))
+    assert opened.feature_names_in_.tolist() == ["colour", "size", "day", "new"]
+    assert opened.n_iter_ == made.n_iter_
+    other = TableRegressor if kind is TableClassifier else TableClassifier
+    with pytest.raises(ArgumentError, match=f"is of a {task}, and {other.__name__} is for"):
+        other.from_run(tmp_path / "run")
+
+
+def test_several_models_are_merged() -> None:
+    each = classifier(models=3, epochs=5).fit(X, Y)
+    # Groups and X_val give all models the same rows to validate on.
+    shared = classifier(models=3, epochs=5, group="colour").fit(X, Y)
+    given = classifier(models=3, epochs=5).fit(X, Y, X_val=NEW, y_val=["yes", "no"] * 10)
+    for made in (each, shared, given):
+        assert "val_loss" in made.history_.history
+        assert made.predict_proba(NEW).shape == (len(NEW), 2)
+    everything = classifier(models=2, early_stopping=None).fit(X, Y)
+    assert "val_loss" not in everything.history_.history
+    for wrong, said in (
+        ({"models": 0}, "^models: "),
+        ({"models": 2, "callbacks": [fusemlp.Callback()]}, "^callbacks: they see the epochs of one model"),
+        ({"models": 2, "activation": "prelu"}, "^models: 2 networks with prelu cannot be merged"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            classifier(**wrong).fit(X, Y)
+    with pytest.raises(DataError, match=r"^models: 9 need 9 folds of the training rows, and these are 4"):
+        classifier(models=9).fit(X.iloc[:4], ["yes", "no"] * 2)
+
+
+def test_targets_in_logarithms() -> None:
+    grown = np.exp(VALUES / np.abs(VALUES).max())
+    made = TableRegressor(hidden=8, epochs=3, log_target=True, backend="numpy").fit(X, grown)
+    assert made.preprocessor_.target_log
+    assert (made.predict(NEW) > 0).all()
+    with pytest.raises(DataError, match=r"^log_targets: the target 'y' holds -?\d"):
+        TableRegressor(log_target=True, backend="numpy").fit(X, -grown)
+
+
+def test_early_stopping_restores_the_best_weights() -> None:
+    noise = np.random.default_rng(0).integers(0, 2, len(X))
+    stopped = classifier(epochs=200, early_stopping=4).fit(X, noise)
+    losses = stopped.history_.history["val_loss"]
+    assert len(losses) == int(np.argmin(losses)) + 5
+    assert f"the weights of epoch {np.argmin(losses) + 1} were restored" in stopped.history_.stopped
+    given = classifier(epochs=200, early_stopping=4).fit(X, Y, X_val=NEW, y_val=["yes", "no"] * 10)
+    assert given.history_.best_epoch is not None
+    everything = classifier(early_stopping=None).fit(X, Y)
+    assert "val_loss" not in everything.history_.history
+    few = classifier().fit(X.iloc[:4], ["yes", "no"] * 2)
+    assert few.notes_[-1].startswith("no rows held out for early stopping: 0.1 of 4 rows leaves 3")
+
+
+def test_weights_of_rows_and_classes() -> None:
+    weight = np.where(Y == "yes", 3.0, 1.0)
+    by_rows = classifier().fit(X, Y, sample_weight=weight)
+    by_class = classifier(class_weight={"yes": 3.0, "no": 1.0}).fit(X, Y)
+    np.testing.assert_array_equal(by_rows.predict_proba(NEW), by_class.predict_proba(NEW))
+    # Rows to watch have the weights of their classes too, those of all rows.
+    shares = {label: len(Y) / (2 * (label == Y).sum()) for label in ("yes", "no")}
+    watched = {"X_val": NEW, "y_val": ["yes"] * 20}
+    balanced, told = (classifier(class_weight=given).fit(X, Y, **watched) for given in ("balanced", shares))
+    assert balanced.history_.history["val_loss"] == told.history_.history["val_loss"]
+    with pytest.raises(DataError, match="the label 'maybe' in row 0 is not one of the 2 classes"):
+        classifier(class_weight="balanced").fit(X, Y, X_val=NEW, y_val=["maybe"] * 20)
+    kept = np.arange(len(X)) % 3 > 0
+    zeroed = classifier().fit(X, Y, sample_weight=kept.astype(float))
+    np.testing.assert_array_equal(zeroed.predict_proba(NEW), classifier().fit(X[kept], Y[kept]).predict_proba(NEW))
+
+
+def test_ctrl_c_keeps_what_was_learned() -> None:
+    class Interrupt(fusemlp.Callback):
+        def on_epoch_end(self, engine: Any, epoch: int, logs: dict[str, float]) -> None:
+            if epoch == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.warns(UserWarning, match=r"Training interrupted by user\."):
+        model = classifier(callbacks=[Interrupt()]).fit(X, Y)
+    assert model.n_iter_ == 4
+    assert model.predict(NEW).shape == (20,)
+
+
+def test_what_predict_fills_in_is_logged(fitted: TableClassifier, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fusemlp.sklearn"):
+        fitted.predict(NEW)
+    assert any(
+        "words unseen in training, taken as one other category: 2 in 'colour'" in line for line in caplog.messages
+    )
+
+
+def frame_with(**columns: Any) -> pandas.DataFrame:
+    return X.assign(**columns)
+
+
+# The estimator, the arguments of fit, and a part of the error.
+WRONG: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+    "loss of numbers": (classifier(loss="poisson"), (X, Y), "loss: 'poisson' is for numbers"),
+    "loss of classes": (regressor(loss="cross_entropy"), (X, VALUES), "loss: 'cross_entropy' is for classes"),
+    "binary of three": (
+        classifier(loss="binary_cross_entropy"),
+        (X, [0, 1, 2] * 40),
+        "loss: 'binary_cross_entropy' is for two classes, and y has 3",
+    ),
+    "scale": (classifier(scale="log"), (X, Y), "scale: unknown name 'log'"),
+    "hidden": (classifier(hidden=(0,)), (X, Y), "hidden: expected"),
+    "epochs": (classifier(epochs=0), (X, Y), "epochs: expected"),
+    "one class": (classifier(), (X, ["a"] * 120), "y: it has one class, a; a classifier needs two or more"),
+    "a missing label": (
+        classifier(),
+        (X, np.array([None, *Y[1:]], object)),
+        "y: 1 labels are missing, the first in row",
+    ),
+    "weights of zero": (classifier(), (X, Y, np.zeros(120)), "at least one non-zero number"),
+    "infinity": (classifier(), (frame_with(size=np.inf), Y), "inf is not a finite number"),
+    "a list in a cell": (classifier(), (frame_with(size=[[1]] * 120), Y), "column 'size'"),
+    "objects": (classifier(), (np.array([[{}, 1]] * 120, object), Y), "X, column 'x0'"),
+    "two of one name": (classifier(), (X.set_axis(["a", "a", "c", "d", "e"], axis=1), Y), "'a'"),
+    "rows": (classifier(), (X, Y[:-1]), "inconsistent numbers of samples"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_call_says_what_is_wrong_and_changes_nothing(case: str) -> None:
+    estimator, given, message = WRONG[case]
+    before = dict(vars(estimator))
+    with pytest.raises((ValueError, TypeError), match=message):
+        estimator.fit(*given)
+    assert vars(estimator) == before
+
+
+def test_wrong_tables_to_predict(fitted: TableClassifier) -> None:
+    with pytest.raises(DataError, match=r"no feature columns 'size', 'day'; the columns are 'colour', 'new', 'id'"):
+        fitted.predict(X.drop(columns=["size", "day"]))
+    with pytest.raises(DataError, match=r"column 'size'"):
+        fitted.predict(frame_with(size="wide"))
+    with pytest.raises(ArgumentError, match="y_val: it is missing"):
+        classifier().fit(X, Y, X_val=X)

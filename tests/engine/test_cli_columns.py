@@ -1,0 +1,267 @@
+"""Columns of a table at the command line: identifiers, useless and unknown ones, and the list of all."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import read, rows, run
+
+from fusemlp.cli.columns import MOST_PRINTED
+from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+# The columns of `people`, what they become, and their inputs with a split of seed 0.
+PEOPLE = {
+    "name": ("id", 0),
+    "number": ("id", 0),
+    "age": ("number", 2),
+    "years": ("left out", 0),
+    "town": ("words", 3),
+    "city": ("left out", 0),
+    "member": ("boolean", 1),
+    "joined": ("date", 4),
+    "planet": ("left out", 0),
+    "note": ("dropped", 0),
+    "buys": ("target", 0),
+}
+
+
+def people(path: Path, count: int = 60, *, without: tuple[str, ...] = (), seed: int = 0) -> Path:
+    """Write a table with a column of each kind; ages are missing in every tenth row."""
+    generator = np.random.default_rng(seed)
+    table: dict[str, list[Any]] = {name: [] for name in PEOPLE}
+    for row in range(count):
+        age = "" if row % 10 == 0 else int(generator.integers(18, 90))
+        town = ("Bern", "Rome", "Oslo")[row % 3]
+        table["name"].append(f"person {seed} {row}")
+        table["number"].append(f"{row:05d}")
+        table["age"].append(age)
+        table["years"].append(age)
+        table["town"].append(town)
+        table["city"].append(town)
+        table["member"].append(("true", "false")[int(generator.integers(2))])
+        table["joined"].append(f"2024-{row % 12 + 1:02d}-{row % 28 + 1:02d}")
+        table["planet"].append("Earth")
+        table["note"].append(int(generator.integers(100)))
+        table["buys"].append(("yes", "no")[int(generator.integers(2))])
+    kept = [name for name in table if name not in without]
+    lines = [",".join(kept), *(",".join(str(table[name][row]) for name in kept) for row in range(count))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("people")
+    options = ["--target", "buys", "--id", "number", "--id", "name", "--drop", "note", "--epochs", "2", "--quiet"]
+    assert run("train", people(folder / "people.csv"), *options, "--out", folder / "run") == 0
+    return folder / "run"
+
+
+def test_the_list_of_columns_is_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    options = ["--target", "buys", "--id", "number", "--id", "name", "--drop", "note", "--epochs", "1", "--json"]
+    assert run("train", people(tmp_path / "people.csv"), *options, "--out", folder) == 0
+    shown = capsys.readouterr()
+    listed = {one["column"]: one for one in json.loads(shown.out)["columns"]}
+    assert {name: (one["became"], one["inputs"]) for name, one in listed.items()} == PEOPLE
+    assert sum(one["inputs"] for one in listed.values()) == read(folder / "config.json")["network"]["sizes"][0]
+    assert listed["age"]["missing"] == 0.1
+    assert listed["note"]["missing"] is None
+    assert listed["planet"]["note"] == "constant"
+    assert listed["years"]["note"] == "the same as 'age'"
+    assert listed["city"]["note"] == "the same as 'town'"
+    table = rows(folder / "columns.csv")
+    assert [row["column"] for row in table] == list(PEOPLE)
+    assert all(row["became"] == PEOPLE[row["column"]][0] for row in table)
+    lines = [line.split() for line in shown.err.splitlines()]
+    assert lines[0] == ["column", "became", "inputs", "missing"]
+    assert ["age", "number", "2", "10.0%"] in lines
+    assert ["planet", "left", "out", "(constant)"] in lines
+
+
+def test_many_columns_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.random.default_rng(0).normal(size=(60, MOST_PRINTED))
+    names = [f"x{column}" for column in range(MOST_PRINTED)]
+    lines = [",".join([*names, "y"]), *(",".join([*map(str, row), str(row[0])]) for row in values)]
+    (tmp_path / "wide.csv").write_text("\n".join(lines))
+    folder = tmp_path / "run"
+    assert run("train", tmp_path / "wide.csv", "--target", "y", "--epochs", "1", "--out", folder) == 0
+    summary = f"{MOST_PRINTED + 1} columns: {MOST_PRINTED} number ({MOST_PRINTED} inputs), 1 target; each in "
+    assert capsys.readouterr().err.startswith(f"{summary}{folder / 'columns.csv'}\n")
+    assert len(rows(folder / "columns.csv")) == MOST_PRINTED + 1
+
+
+def test_data_without_named_columns_have_no_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", "--epochs", "1", "--json", "--out", tmp_path / "run") == 0
+    assert json.loads(capsys.readouterr().out)["columns"] == []
+    assert not (tmp_path / "run/columns.csv").exists()
+
+
+def test_ids_stand_beside_the_most_wrong_rows(trained: Path) -> None:
+    page, about = (trained / "report.html").read_text(), read(trained / "report.json")
+    worst = re.search(r"<h2>Most wrong rows</h2>.*?<table>(.*?)</table>", page, re.DOTALL)
+    assert worst is not None
+    lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in worst[1].split("<tr>")[1:]]
+    assert lines[0][:4] == ["row", "number", "name", "true"]
+    assert 1 < len(lines) <= about["test"]["rows"] + 1
+    assert all(line[1:3] == [f"{int(line[0]):05d}", f"person 0 {line[0]}"] for line in lines[1:])
+
+
+def test_predictions_stand_beside_the_ids(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = people(tmp_path / "new.csv", 12, without=("buys", "note", "planet"), seed=1)
+    assert run("predict", trained, "--data", new, "--out", tmp_path / "p.csv", "--proba") == 0
+    table = rows(tmp_path / "p.csv")
+    assert list(table[0]) == ["number", "name", "prediction", "probability_no", "probability_yes"]
+    assert [row["number"] for row in table] == [f"{row:05d}" for row in range(12)]
+    assert [row["name"] for row in table] == [f"person 1 {row}" for row in range(12)]
+    assert run("predict", trained, "--data", new, "--out", tmp_path / "p.npz") == 0
+    with np.load(tmp_path / "p.npz") as arrays:
+        assert arrays["id_names"].tolist() == ["number", "name"]
+        assert arrays["ids"][3].tolist() == ["00003", "person 1 3"]
+        assert arrays["predictions"].tolist() == [row["prediction"] for row in table]
+    capsys.readouterr()
+    # Rows without names are answered too.
+    bare = people(tmp_path / "bare.csv", 12, without=("name", "buys"), seed=1)
+    assert run("predict", trained, "--data", bare, "--out", tmp_path / "b.csv") == 0
+    assert "no columns 'name', which named the rows in training" in capsys.readouterr().out
+    assert [row["prediction"] for row in rows(tmp_path / "b.csv")] == [row["prediction"] for row in table]
+
+
+def test_the_ids_are_no_inputs(trained: Path) -> None:
+    stored = Preprocessor.from_config(read(trained / "config.json")["preprocessor"])
+    assert stored.ids == ("number", "name")
+    assert set(stored.unused) == {"years", "city", "planet", "note"}
+    assert not {"number", "name"} & set(stored.feature_names)
+
+
+def test_unknown_columns_are_named_once_and_ignored(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = people(tmp_path / "more.csv", 20, seed=2)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},mood,weather", *(f"{line},1,wet" for line in lines)]))
+    said = "columns that the training did not have, ignored: 'mood', 'weather'"
+    predict = ["predict", trained, "--data", path, "--out", tmp_path / "p.csv", "--force"]
+    for command in (predict, ["evaluate", trained, "--data", path]):
+        assert run(*command) == 0
+        assert said in capsys.readouterr().out
+        assert run(*command, "--ignore-unused") == 0
+        assert "did not have" not in capsys.readouterr().out
+    # Columns that training dropped or left out are known.
+    assert run("evaluate", trained, "--data", people(path)) == 0
+    assert "did not have" not in capsys.readouterr().out
+
+
+def test_ids_in_python(tmp_path: Path) -> None:
+    path = people(tmp_path / "people.csv")
+    dataset = load_data(path, target="buys", columns=Columns(ids=["number"], drop=["name", "note"]))
+    assert dataset.ids["number"][:2].tolist() == ["00000", "00001"]
+    assert {role.name: role.kind for role in dataset.roles}["number"] == "id"
+    made = Preprocessor.fit(dataset, np.arange(40))
+    assert Preprocessor.from_json(made.to_json()) == made
+    ids: dict[str, Any] = {}
+    X = load_features(path, made, ids=ids)
+    np.testing.assert_array_equal(X, dataset.X)
+    np.testing.assert_array_equal(ids["number"], dataset.ids["number"])
+
+
+def loaded(path: Path, **columns: Any) -> Dataset:
+    return load_data(path, target="y", columns=Columns(**columns))
+
+
+def test_columns_with_the_same_values_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    # `other` differs from `x` in one row, `holes` in which cell is missing, `text` only in its kind.
+    table = ["x,same,other,word,again,holes,y"]
+    table += [
+        f"{row % 7},{row % 7}.0,{row % 7 + (row == 9)},{'ab'[row % 2]},{'ab'[row % 2]},{row % 7},{row % 2}"
+        for row in range(30)
+    ]
+    table[5] = ",".join([*table[5].split(",")[:5], "", table[5][-1]])
+    path.write_text("\n".join(table))
+    assert loaded(path).feature_names == ("x", "other", "word", "holes")
+    assert (
+        "left out, unless you --keep them: 'same' (the same as 'x'), 'again' (the same as 'word')" in loaded(path).notes
+    )
+    assert loaded(path, keep=["same"]).feature_names == ("x", "same", "other", "word", "holes")
+
+
+def test_the_same_missing_cells_are_the_same_values(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("x,same,y\n" + "".join(f"{row or ''},{row or ''},{row % 2}\n" for row in range(10)) * 3)
+    assert loaded(path).feature_names == ("x",)
+
+
+WRONG = {
+    "an unknown id": ({"ids": ["z"]}, DataError, "no columns 'z' to name the rows by; the columns are 'a', 'b', 'y'"),
+    "an unknown group": ({"group": "z"}, DataError, "no columns 'z' to group the rows by"),
+    "an unknown time": ({"time": "z"}, DataError, "no columns 'z' to order the rows by"),
+    "the target as id": ({"ids": ["y"]}, ArgumentError, "id: 'y' is the target"),
+    "the target as group": ({"group": "y"}, ArgumentError, "group: 'y' is the target"),
+    "the target as time": ({"time": "y"}, ArgumentError, "time: 'y' is the target"),
+    "a dropped id": ({"ids": ["a"], "drop": ["a"]}, ArgumentError, "drop: 'a' is no input anyway: --id names it"),
+    "a kept group": ({"group": "a", "keep": ["a"]}, ArgumentError, "keep: 'a' is no input anyway: --group names it"),
+    "dropped and kept": ({"drop": ["a"], "keep": ["a"]}, ArgumentError, "drop: 'a' is to be an input too"),
+    "groups and times": ({"group": "a", "time": "b"}, ArgumentError, "group: rows are held out by group or"),
+    "times in words": ({"time": "b"}, DataError, "takes numbers or dates such as 2024-12-31, but holds words such as"),
+    "nothing left": ({"ids": ["a", "b"]}, DataError, "no feature column besides the target 'y' and the columns that"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_choices_that_do_not_fit_the_table(case: str, tmp_path: Path) -> None:
+    columns, error, words = WRONG[case]
+    path = tmp_path / "a.csv"
+    path.write_text("a,b,y\n" + "1,red,0\n2,blue,1\n3,red,1\n" * 4)
+    with pytest.raises(error, match=re.escape(words)):
+        loaded(path, **columns)
+
+
+def test_a_time_without_a_value(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,y\n" + "1,0\n,1\n3,1\n" * 4)
+    with pytest.raises(DataError, match=r"has no value in 4 of 12 rows"):
+        loaded(path, time="a")
+
+
+@pytest.mark.parametrize("option", ["id", "group", "time", "drop", "keep", "categorical"])
+def test_named_columns_need_a_table(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", f"--{option}", "petal", "--out", tmp_path / "run") == 2
+    assert f"--{option}: only tables" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_shows_the_columns_of_its_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    options = ["--target", "buys", "--id", "number", "--drop", "note", "--epochs", "1", "--json"]
+    assert run("train", people(tmp_path / "people.csv"), *options, "--out", folder) == 0
+    first = capsys.readouterr()
+    assert run("train", "--resume", folder, "--epochs", "2", "--json") == 0
+    second = capsys.readouterr()
+    assert json.loads(second.out)["columns"] == json.loads(first.out)["columns"]
+    count = len(PEOPLE) + 1
+    assert second.err.splitlines()[:count] == first.err.splitlines()[:count]
+
+
+def test_a_time_that_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column that counts the rows is left out of the inputs, and orders the rows nevertheless."""
+    path = tmp_path / "a.csv"
+    path.write_text("row,x,y\n" + "".join(f"{row},{row * 7 % 11},{row % 2}\n" for row in range(60)))
+    folder = tmp_path / "run"
+    options = ["--target", "y", "--time", "row", "--epochs", "1", "--batch-size", "8", "--quiet", "--json"]
+    assert run("train", path, *options, "--out", folder) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {one["column"]: one["became"] for one in printed["columns"]} == {
+        "row": "left out",
+        "x": "number",
+        "y": "target",
+    }
+    assert run("evaluate", folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == printed["test"]["accuracy"]

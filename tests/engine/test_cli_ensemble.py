@@ -1,0 +1,287 @@
+"""The defaults of ``train`` on a table: a cross-validated ensemble, baselines, logarithms; and ``--final-fit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import read, rows, run
+
+from fusemlp import MLP, Engine, load_checkpoint
+from fusemlp.cli import train as command
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.prepare import prepare
+from fusemlp.datasets.parts import folds
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.merge import mean_history, merged
+from fusemlp.report.baselines import worse_than
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentError, DivergenceError
+
+QUICK = ("--hidden", "8", "--lr", "0.02", "--quiet")
+
+
+def table(path: Path, *, count: int = 120, target: str = "kind") -> Path:
+    """Write two numbers, a word, and a target that depends on them: a class, or a positive skewed number."""
+    generator = np.random.default_rng(0)
+    lines = [f"a,b,word,{target}"]
+    for a, b in generator.normal(size=(count, 2)):
+        word = "xyz"[int(generator.integers(3))]
+        value = ("no", "yes")[int(a + b > 0)] if target == "kind" else f"{np.exp(2 + 1.5 * a + 0.3 * b):.5f}"
+        lines.append(f"{a:.4f},{b:.4f},{word},{value}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ensemble")
+    data = table(folder / "data.csv")
+    assert run("train", data, "--target", "kind", *QUICK, "--out", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (3, 5, 2), (3, 5, 4, 2)])
+def test_a_merged_engine_computes_the_mean_of_the_outputs(sizes: tuple[int, ...]) -> None:
+    engines = [Engine(MLP(sizes, activation="tanh"), loss="mse", seed=seed, precision="fp64") for seed in range(3)]
+    X = np.random.default_rng(0).normal(size=(20, 3))
+    mean = np.mean([engine.predict(X) for engine in engines], axis=0)
+    # sums of at most 15 products of numbers below 4, in float64
+    np.testing.assert_allclose(merged(engines).predict(X), mean, rtol=0, atol=64 * 15 * 4 * 2.0**-53)
+
+
+def test_one_engine_is_merged_with_nothing_and_prelu_is_refused() -> None:
+    engine = Engine(MLP([3, 4, 2]))
+    assert merged([engine]) is engine
+    with pytest.raises(ArgumentError, match=r"^models: 2 networks with prelu cannot be merged"):
+        merged([Engine(MLP([3, 4, 2], activation="prelu"), seed=seed) for seed in (0, 1)])
+
+
+def test_folds_validate_each_row_once_and_keep_the_shares_of_classes() -> None:
+    labels = np.array(["a"] * 40 + ["b"] * 10)
+    parts = folds(labels, 5, seed=3, stratify=True)
+    assert sorted(np.concatenate([held for _, held in parts])) == list(range(50))
+    for kept, held in parts:
+        assert sorted([*kept, *held]) == list(range(50))
+        assert (labels[held] == "b").sum() == 2
+    # Two models have two of five folds; a class too small for the folds is no error.
+    assert [len(held) for _, held in folds(labels, 2, seed=3, stratify=True)] == [10, 10]
+    assert len(folds(np.array(list("aaaaaaaaab")), 5, seed=0, stratify=True)) == 5
+
+
+def test_a_table_trains_an_ensemble_that_all_commands_take(trained: Path, tmp_path: Path) -> None:
+    config, report = read(trained / "config.json"), read(trained / "report.json")
+    assert (config["options"]["models"], config["options"]["early_stopping"], config["epochs"]) == (5, 20, 200)
+    # The command as it was typed, without what the table decided.
+    assert not {"--models", "--early-stopping", "--epochs"} & set(config["command"].split())
+    assert [one["seed"] for one in report["models"]] == [0, 1, 2, 3, 4]
+    assert len(rows(trained / "metrics.csv")) == report["epochs"] == max(one["epochs"] for one in report["models"])
+    assert load_checkpoint(trained / "checkpoints" / "model.safetensors").network.sizes[1] == 5 * 8
+    data = trained.parent / "data.csv"
+    assert run("predict", trained, "--data", data, "--out", tmp_path / "out.csv", "--proba") == 0
+    said = [row["prediction"] for row in rows(tmp_path / "out.csv")]
+    assert np.mean([one == row["kind"] for one, row in zip(said, rows(data), strict=True)]) > 0.9
+    for weights in ("model", "best", "last"):
+        assert run("evaluate", trained, "--weights", weights) == 0
+    assert run("export", trained, "--safetensors", tmp_path / "m.safetensors") == 0
+    assert run("plot", trained, "--out", tmp_path / "p.png") == 0
+
+
+def test_an_ensemble_repeats_and_resumes_by_training_anew(trained: Path, tmp_path: Path) -> None:
+    data = trained.parent / "data.csv"
+    assert run("train", data, "--target", "kind", *QUICK, "--epochs", "4", "--out", tmp_path / "cut") == 0
+    assert run("train", "--resume", tmp_path / "cut", "--epochs", "7", "--quiet") == 0
+    assert run("train", data, "--target", "kind", *QUICK, "--epochs", "7", "--out", tmp_path / "whole") == 0
+    cut, whole = (tmp_path / name / "checkpoints" / "model.safetensors" for name in ("cut", "whole"))
+    X = np.random.default_rng(1).normal(size=(9, load_checkpoint(whole).network.sizes[0])).astype(np.float32)
+    np.testing.assert_array_equal(load_checkpoint(cut).predict_proba(X), load_checkpoint(whole).predict_proba(X))
+    assert len(rows(tmp_path / "cut" / "metrics.csv")) == 7
+
+
+def test_models_1_is_a_single_run_with_early_stopping(trained: Path, tmp_path: Path) -> None:
+    data = trained.parent / "data.csv"
+    assert run("train", data, "--target", "kind", *QUICK, "--models", "1", "--out", tmp_path / "run") == 0
+    report = read(tmp_path / "run" / "report.json")
+    assert "models" not in report and "best_epoch" in report
+    assert read(tmp_path / "run" / "config.json")["data"]["validation_rows"] > 0
+    # 0 turns early stopping off.
+    options = ("--models", "1", "--early-stopping", "0", "--epochs", "25")
+    assert run("train", data, "--target", "kind", *QUICK, *options, "--out", tmp_path / "all") == 0
+    assert (read(tmp_path / "all" / "report.json")["stopped"], len(rows(tmp_path / "all" / "metrics.csv"))) == ("", 25)
+
+
+def test_models_of_any_data_and_without_validation_rows(tmp_path: Path) -> None:
+    options = ("--models", "3", "--epochs", "3", "--validation-fraction", "0")
+    assert run("train", "iris", *QUICK, *options, "--out", tmp_path / "run") == 0
+    report = read(tmp_path / "run" / "report.json")
+    assert [one["epochs"] for one in report["models"]] == [3, 3, 3]
+    assert "val_loss" not in report["final"]
+
+
+def test_prelu_is_one_model_by_default_and_refused_for_several(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = trained.parent / "data.csv"
+    options = ("--target", "kind", *QUICK, "--epochs", "2", "--activation", "prelu", "--out", tmp_path / "run")
+    assert run("train", data, *options, "--models", "2") == 2
+    assert (
+        "--models: 2 networks with prelu cannot be merged; use leaky_relu, or a single model" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+    assert run("train", data, *options) == 0
+    assert "models" not in read(tmp_path / "run" / "report.json")
+
+
+def test_final_fit_keeps_the_model_of_all_rows(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    data = trained.parent / "data.csv"
+    assert run("train", data, "--target", "kind", *QUICK, "--final-fit", "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    report, before = read(tmp_path / "run" / "report.json"), read(trained / "report.json")
+    assert report["final_fit"] == {"epochs": before["best_epoch"], "rows": 120}
+    assert "the model is now that of all 120 rows" in shown
+    assert report["test"] == before["test"]
+    kept, scored = (
+        load_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.safetensors") for name in ("model", "best")
+    )
+    assert not np.array_equal(kept.state_dict()["0.weight"], scored.state_dict()["0.weight"])
+    scores = f"test auc {report['test']['auc']:.4f}"
+    assert run("evaluate", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "the weights best are judged: --final-fit trained the model on the test rows too" in shown
+    assert scores in shown
+    assert run("evaluate", tmp_path / "run", "--weights", "best") == 0
+    shown = capsys.readouterr().out
+    assert "--final-fit" not in shown and scores in shown
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert run("report", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report.html").read_text() == page
+
+
+def test_a_final_fit_that_diverges_leaves_the_model_before_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise DivergenceError("final_fit: the loss became NaN; the model of the training rows is kept")
+
+    monkeypatch.setattr(command, "final_fit", refused)
+    data, folder = trained.parent / "data.csv", tmp_path / "run"
+    assert run("train", data, "--target", "kind", *QUICK, "--epochs", "2", "--final-fit", "--out", folder) == 1
+    assert "error: final_fit: the loss became NaN" in capsys.readouterr().err
+    assert "final_fit" not in read(folder / "report.json")
+    assert len(np.load(folder / "training_rows.npy")) == 96
+    assert run("evaluate", folder) == 0
+
+
+def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    data = trained.parent / "data.csv"
+    assert (
+        run("train", data, "--target", "kind", *QUICK, "--lr", "1e-9", "--epochs", "1", "--out", tmp_path / "run") == 0
+    )
+    shown = capsys.readouterr()
+    report = read(tmp_path / "run" / "report.json")
+    linear = report["baselines"]["linear"]["accuracy"]
+    assert linear > 0.8 > report["test"]["accuracy"]
+    assert f"linear {linear:.4f}" in shown.out
+    last = shown.out.splitlines()[-1]
+    assert last.startswith("warning: the model is worse than the linear one: test accuracy ")
+    assert last in shown.err
+    assert "linear" in report["worse_than"][-1]
+
+
+@pytest.mark.parametrize(
+    ("test", "expected"), [({"accuracy": 0.5}, ["constant"]), ({"accuracy": 0.6}, []), ({"rmse": 3.0}, ["linear"])]
+)
+def test_worse_than(test: dict[str, float], expected: list[str]) -> None:
+    figures = {"constant": {"accuracy": 0.6, "rmse": 4.0}, "linear": {"accuracy": 0.5, "rmse": 2.0}}
+    found = list(worse_than({"test": test, "baselines": figures}))
+    assert len(found) == len(expected)
+    assert all(f"the {name} one" in sentence for name, sentence in zip(expected, found, strict=True))
+
+
+def test_a_skewed_target_is_learned_in_logarithms_where_they_help(tmp_path: Path, capsys: Any) -> None:
+    data = table(tmp_path / "data.csv", count=300, target="price")
+    assert run("train", data, "--target", "price", "--out", tmp_path / "run") == 0
+    config, report = read(tmp_path / "run" / "config.json"), read(tmp_path / "run" / "report.json")
+    shown = capsys.readouterr().err
+    made = Preprocessor.from_config(config["preprocessor"])
+    assert made.target_log and config["options"]["log_target"] is True
+    assert "target learned in logarithms: rmse of held-out rows" in shown
+    plain = ("--no-log-target", "--quiet", "--out", tmp_path / "plain")
+    assert run("train", data, "--target", "price", *plain) == 0
+    assert not read(tmp_path / "plain" / "config.json")["preprocessor"]["target_log"]
+    assert report["test"]["rmse"] < read(tmp_path / "plain" / "report.json")["test"]["rmse"]
+    # evaluate prepares the same rows again, predict returns original units
+    assert run("evaluate", tmp_path / "run") == 0
+    assert run("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "out.csv") == 0
+    said = np.array([float(row["prediction"]) for row in rows(tmp_path / "out.csv")])
+    truth = np.array([float(row["price"]) for row in rows(data)])
+    assert np.corrcoef(np.log(said), np.log(truth))[0, 1] > 0.95
+
+
+def test_logarithms_are_for_positive_numbers(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    data = trained.parent / "data.csv"
+    assert run("train", data, "--target", "kind", "--log-target", "--out", tmp_path / "run") == 2
+    assert "--log-target: only numbers have logarithms" in capsys.readouterr().err
+    assert run("train", data, "--target", "a", "--log-target", "--out", tmp_path / "run") == 1
+    assert "'a' holds -" in capsys.readouterr().err
+
+
+def test_a_mean_history_counts_a_stopped_model_with_its_best_epoch() -> None:
+    short = History({"loss": [3.0, 1.0, 2.0]}, [0, 1, 2], [0.1, 0.1, 0.1], best_epoch=1)
+    long = History({"loss": [5.0, 4.0, 3.0, 2.0]}, [0, 1, 2, 3], [0.1] * 4, best_epoch=3)
+    mean = mean_history([short, long])
+    assert mean.history["loss"] == [4.0, 2.5, 2.5, 1.5]
+    assert mean.best_epoch == 2
+
+
+def test_interrupted_models_are_merged_as_they_are(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Fleet.fit
+
+    def cut_off(fleet: Fleet, *arguments: Any, **options: Any) -> Any:
+        whole(fleet, *arguments, **options | {"epochs": 2})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fleet, "fit", cut_off)
+    data = trained.parent / "data.csv"
+    assert run("train", data, "--target", "kind", *QUICK, "--out", tmp_path / "run") == 0
+    report = read(tmp_path / "run" / "report.json")
+    assert (report["interrupted"], report["epochs"]) == (True, 2)
+    assert (tmp_path / "run" / "checkpoints" / "model.safetensors").exists()
+
+
+def test_groups_and_own_files_decide_the_rows_of_an_ensemble(trained: Path, tmp_path: Path) -> None:
+    """Folds would put rows of one group on both sides, so the models share the validation rows."""
+    data = trained.parent / "data.csv"
+    other = table(tmp_path / "other.csv", count=60)
+    for option, value in (("--group", "word"), ("--time", "a"), ("--validation", other)):
+        out = tmp_path / option.strip("-")
+        assert run("train", data, "--target", "kind", *QUICK, "--epochs", "2", option, value, "--out", out) == 0
+        about = read(out / "config.json")["data"]
+        assert about["validation_rows"] > 0
+        assert len(read(out / "report.json")["models"]) == 5
+    options = ("--epochs", "2", "--validation", other, "--final-fit", "--out", tmp_path / "final")
+    assert run("train", data, "--target", "kind", *QUICK, *options) == 0
+    # Some rows stand in both files.
+    assert 120 < len(np.load(tmp_path / "final" / "training_rows.npy")) <= 180
+
+
+def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained: Path, tmp_path: Path) -> None:
+    data = trained.parent / "data.csv"
+    options = ("--metric", "auc", "--final-fit", "--out", tmp_path / "run")
+    assert run("train", data, "--target", "kind", *QUICK, *options) == 0
+    assert all("val_auc" in one for one in read(tmp_path / "run" / "report.json")["models"])
+    assert len(np.load(tmp_path / "run" / "training_rows.npy")) == 120
+    assert len(np.load(trained / "training_rows.npy")) == 96
+
+
+def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
+    made = prepare(TrainOptions(data="iris"))
+    X, labels = made.seen(10**9)
+    assert X.shape == (120, 4) and len(labels) == 120
+    fewer, some = made.seen(100)
+    assert fewer.size <= 104 and len(some) == len(fewer)

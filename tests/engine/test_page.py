@@ -1,0 +1,247 @@
+"""``report.html``: well-formed, alone on its page, and showing what it must."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import read, rows, run
+
+from fusemlp.report import evidence as evidence_module
+from fusemlp.report.chart import Line, chart
+from fusemlp.report.metrics import scalars
+from fusemlp.report.page import page, png
+
+CALIBRATED = "a tenth of the rows at each point"
+# Elements without an end.
+VOID = {"meta", "img", "br"}
+
+
+class Parsed(HTMLParser):
+    """Checks that every element is closed in its turn; collects texts, tables by section, and attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.section = ""
+        self.tables: dict[str, list[list[str]]] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), (tag, attrs)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.tables.setdefault(self.section, []).append([])
+        elif tag in ("td", "th"):
+            self.tables[self.section][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.open)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self.open[-1:] == ["h2"]:
+            self.section = data
+        elif {"td", "th"} & set(self.open):
+            self.tables[self.section][-1][-1] += data
+
+    def of(self, tag: str, name: str) -> list[str]:
+        return [value for one, other, value in self.attributes if (one, other) == (tag, name)]
+
+
+def parsed(folder: Path) -> Parsed:
+    text = (folder / "report.html").read_text()
+    found = Parsed(text)
+    # Nothing is loaded: no address but pictures inside the page, no script, no import of a style.
+    assert not re.search(r"https?:|//|@import|url\(|<script|<link|<iframe", re.sub(r"base64,[\w+/=]+", "", text))
+    addresses = [value for _, name, value in found.attributes if name in ("src", "href", "xlink:href", "action")]
+    assert all(value.startswith("data:image/png;base64,") for value in addresses)
+    # Every picture has a text.
+    assert len(found.of("svg", "aria-label")) == text.count("<svg") and all(found.of("svg", "aria-label"))
+    assert len(found.of("img", "alt")) == text.count("<img")
+    assert not re.search(r"\b(nan|inf)\b", text)
+    return found
+
+
+def shown(value: float) -> str:
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 100 else f"{value:.6g}"
+
+
+@pytest.fixture(scope="module")
+def houses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table with words that HTML must escape, missing cells and dates, in which ``area`` decides almost alone."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("houses")
+    count = 400
+    area, noise = rng.gamma(5, 20, count), rng.normal(size=count)
+    city = rng.choice(["<b>Bern</b>", 'O\'Hara & "Sons"', "Zürich"], count)
+    days = np.datetime64("2019-01-01") + rng.integers(0, 700, count)
+    lines = ["area,city,sold,noise,price"]
+    for at in range(count):
+        cell = "" if at % 10 == 0 else f"{area[at]:.1f}"
+        word = city[at].replace('"', '""')
+        lines.append(f'{cell},"{word}",{days[at]},{noise[at]:.3f},{3000 * area[at] + 1000.5:.1f}')
+    (folder / "houses.csv").write_text("\n".join(lines) + "\n")
+    options = ["--target", "price", "--epochs", "30", "--metric", "r2", "--quiet"]
+    assert run("train", folder / "houses.csv", *options, "--out", folder / "run") == 0
+    return folder / "run"
+
+
+def test_a_regression_on_a_table(houses: Path) -> None:
+    found, report = parsed(houses), read(houses / "report.json")
+    for name in ("rmse", "mae", "r2"):
+        assert shown(report["test"][name]) in found.texts
+    table = rows(houses / "metrics.csv")
+    training = found.tables["Training"]
+    for epoch, row in enumerate(table, 1):
+        assert [str(epoch), f"{float(row['loss']):.6g}", f"{float(row['val_loss']):.6g}"] in training
+        assert [str(epoch), f"{float(row['val_r2']):.6g}"] in training
+    assert f"best epoch {report['best_epoch']}" in found.texts
+    importance = found.tables["Importance of the columns"]
+    assert [row[0] for row in importance][:2] == ["column", "area"]
+    # A date is one column, and the columns before one-hot are named.
+    assert {row[0] for row in importance[1:]} == {"area", "city", "sold", "noise"}
+    worst = found.tables["Most wrong rows"]
+    assert worst[0][:5] == ["row", "true", "predicted", "error", "area"]
+    source = (houses.parent / "houses.csv").read_text().splitlines()[1:]
+    errors = [float(row[3]) for row in worst[1:]]
+    assert errors == sorted(errors, reverse=True) and len(errors) == 12
+    for row in worst[1:]:
+        cells = dict(zip(worst[0], row, strict=True))
+        line = source[int(cells["row"])]
+        assert cells["area"] in ("", f"{float(line.partition(',')[0] or 0):g}")
+        assert (cells["area"] == "") == line.startswith(",")
+        # six digits of numbers below a million
+        assert float(cells["true"]) == pytest.approx(float(line.split(",")[-1]), abs=0.5)
+        assert cells["city"].replace('"', '""') in line
+        difference = abs(float(cells["true"]) - float(cells["predicted"]))
+        assert float(cells["error"]) == pytest.approx(difference, abs=1.5)
+
+
+def test_classes_of_a_table(tmp_path: Path) -> None:
+    assert run("train", "breast_cancer", "--epochs", "5", "--quiet", "--out", tmp_path / "run") == 0
+    found, test = parsed(tmp_path / "run"), read(tmp_path / "run/report.json")["test"]
+    for name, value in scalars(test).items():
+        assert shown(value) in found.texts, name
+    names = list(test["classes"])
+    assert found.tables["Confusion matrix"] == [
+        ["true \\ predicted", *names],
+        *([name, *map(str, counts)] for name, counts in zip(names, test["confusion_matrix"], strict=True)),
+    ]
+    assert any(text == f"benign (AUC {test['auc']:.4f})" for text in found.texts)
+    # of each tenth of the rows, by their probability of the second class
+    table = found.tables["Probabilities"]
+    shares = [float(row[1]) for row in table[1 + table.index(["probability of benign", CALIBRATED]) :]]
+    sizes = [len(part) for part in np.array_split(np.arange(test["rows"]), 10)]
+    positive = sum(share * size for share, size in zip(shares, sizes, strict=True))
+    # shares are shown with six digits
+    assert positive == pytest.approx(sum(test["confusion_matrix"][1]), abs=5e-7 * test["rows"])
+    worst = found.tables["Most wrong rows"][1:]
+    assert len(worst) == min(12, test["rows"] - np.trace(test["confusion_matrix"]))
+    assert all(row[1] != row[2] and float(row[3]) <= 0.5 for row in worst)
+
+
+def test_images_are_shown(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    assert run("train", "digits", "--epochs", "2", "--quiet", "--out", tmp_path / "run") == 0
+    found, images = parsed(tmp_path / "run"), load_digits().images
+    assert "Importance of the pixels" in found.texts
+    assert any(label.startswith("The most important square: row ") for label in found.of("svg", "aria-label"))
+    assert len(found.of("rect", "x")) == 64
+    worst = found.tables["Most wrong rows"][1:]
+    for row, source, alt in zip(worst, found.of("img", "src"), found.of("img", "alt"), strict=True):
+        assert alt == f"{row[1]} taken for {row[2]}"
+        assert base64.b64decode(source.partition(",")[2]) == png(images[int(row[0])])
+
+
+def test_a_png_holds_its_pixels() -> None:
+    PIL = pytest.importorskip("PIL.Image")
+    import io
+
+    picture = PIL.open(io.BytesIO(png(np.array([[0.0, 5.0], [10.0, 10.0], [2.0, 0.0]]))))
+    assert np.asarray(picture).tolist() == [[0, 127], [255, 255], [51, 0]]
+
+
+def test_the_page_is_made_again(houses: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (houses / "report.html").read_bytes()
+    (houses / "report.html").unlink()
+    assert run("report", houses, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "run": str(houses),
+        "report": str(houses / "report.html"),
+        "notes": [],
+    }
+    assert (houses / "report.html").read_bytes() == before
+
+
+def test_other_weights_and_changed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, data = tmp_path / "run", tmp_path / "data.csv"
+    rng = np.random.default_rng(1)
+    data.write_text(
+        "a,b,y\n" + "".join(f"{a:.3f},{b:.3f},{'no' if a > 0 else 'yes'}\n" for a, b in rng.normal(size=(80, 2)))
+    )
+    assert run("train", data, "--target", "y", "--epochs", "2", "--quiet", "--out", folder) == 0
+    assert run("report", folder, "--weights", "best") == 0
+    assert f"report {folder}/report.html" in capsys.readouterr().out
+    data.write_text(data.read_text().replace("yes", "no", 1))
+    assert run("report", folder) == 1
+    assert "have changed since the training" in capsys.readouterr().err
+
+
+def test_baselines_stand_beside_the_model() -> None:
+    report: dict[str, Any] = {
+        "test": {"rows": 9, "loss": 0.5, "accuracy": 0.8},
+        "baselines": {"constant": {"accuracy": 0.6}, "linear": {"accuracy": 0.75}},
+    }
+    found = Parsed(page("t", [], report, {}, None))
+    assert found.tables["Scores on 9 test rows"] == [
+        ["", "this model", "constant", "linear"],
+        ["accuracy", "0.8000", "0.6000", "0.7500"],
+    ]
+
+
+def test_a_diverged_run_has_a_page_without_a_model(tmp_path: Path) -> None:
+    options = ["--optimizer", "sgd", "--lr", "1e30", "--epochs", "3", "--quiet"]
+    assert run("train", "diabetes", *options, "--out", tmp_path / "run") == 1
+    found = parsed(tmp_path / "run")
+    assert [text for text in found.texts if text.startswith("divergence: ")] and "Most wrong rows" not in found.texts
+
+
+def test_time_bounds_the_columns_of_a_wide_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_module, "SECONDS", -1.0)
+    rng = np.random.default_rng(2)
+    X = rng.normal(size=(300, 20))
+    np.savez(tmp_path / "wide.npz", X=X, y=(X[:, 17] > 0).astype(np.int64))
+    assert run("train", tmp_path / "wide.npz", "--epochs", "10", "--quiet", "--out", tmp_path / "run") == 0
+    found = parsed(tmp_path / "run")
+    table = found.tables["Importance of the columns"]
+    # The column that varies most with the predictions comes first.
+    assert len(table) == 2 and table[1][0] == "x17"
+    assert any("19 columns were not tried" in text for text in found.texts)
+
+
+def test_charts_of_odd_numbers() -> None:
+    assert chart("empty", [Line("a", [1.0], [math.nan])], x="x", y="y") == ""
+    for ys in ([1.0], [0.0, 0.0], [1e-9, 1e9], [-5.0, math.inf, 3.0], [1e-300, 1e300]):
+        drawn = chart("one", [Line("<a>", range(len(ys)), ys)], x="x", y="y", log=True)
+        Parsed(drawn)
+        numbers = [float(one) for one in re.findall(r'(?:cx|cy|x1|x2|y1|y2)="([^"]+)"', drawn)]
+        numbers += [float(one) for pair in re.findall(r'points="([^"]*)"', drawn) for one in re.split("[ ,]", pair)]
+        assert numbers and all(-1 <= one <= 441 for one in numbers)
+        assert "<a>" not in drawn
