@@ -246,7 +246,7 @@ def test_a_graph_of_the_estimator(fitted: TableClassifier, tmp_path: Path) -> No
 
 
 def test_defaults_are_those_of_the_command_line() -> None:
-    options, estimator = defaults.for_tables(TrainOptions(data="x.csv")), TableClassifier()
+    options, estimator = defaults.filled_in(TrainOptions(data="x.csv")), TableClassifier()
     names = ("activation", "optimizer", "lr", "batch_size", "epochs", "early_stopping", "metric", "validation_fraction")
     names += ("scale", "backend", "precision")
     assert {name: getattr(estimator, name) for name in names} == {name: getattr(options, name) for name in names}

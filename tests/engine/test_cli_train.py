@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.
 
 def test_dead_units_are_said_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # the first large step drives most units below zero for every row
-    options = ["--lr", "30", "--clip-norm", "1e3", "--epochs", "3", "--seed", "1", "--quiet"]
+    options = ["--lr", "30", "--clip-norm", "1e3", "--epochs", "3", "--early-stopping", "0", "--seed", "1", "--quiet"]
     assert run("train", "iris", *options, "--out", tmp_path / "run") == 0
     shown = capsys.readouterr().out
     fraction = read(tmp_path / "run/report.json")["dead_units"]["layer 1"]

@@ -1,4 +1,4 @@
-"""The defaults of a table's training, chosen on the development half of ``python -m bench tables``."""
+"""The defaults of a training, chosen on the development half of ``python -m bench tables``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusemlp.describe.checks import as_count
 
 Fit = TypeVar("Fit", bound=FitOptions)
 
-# Epochs at most, and those without a better validation loss after which training stops.
+# Epochs of a table at most, and those without a better validation loss after which training stops.
 EPOCHS, PATIENCE = 200, 20
 # A table of at most this many rows trains an ensemble of this many models.
 FEW_ROWS, MODELS = 10_000, 5
@@ -21,14 +21,12 @@ FEW_ROWS, MODELS = 10_000, 5
 LEAST_ROWS = 40
 
 
-def for_tables(options: Fit) -> Fit:
-    """Return the options with a table's epochs and early stopping where they are not given."""
-    if not is_a_table(options):
-        return options
+def filled_in(options: Fit) -> Fit:
+    """Return the options with early stopping, and a table's epochs, where they are not given."""
     validates = options.validation_fraction != 0 or getattr(options, "validation", None) is not None
     return replace(
         options,
-        epochs=EPOCHS if options.epochs is None else options.epochs,
+        epochs=EPOCHS if options.epochs is None and is_a_table(options) else options.epochs,
         early_stopping=PATIENCE if options.early_stopping is None and validates else options.early_stopping,
     )
 

@@ -212,13 +212,11 @@ class FitOptions(ModelOptions):
     )
     warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
 
-    epochs: int | None = _training(
-        None, "Passes over the training rows; 60 unless given, for a table at most 200 with early stopping."
-    )
+    epochs: int | None = _training(None, "Passes over the training rows at most; 60 unless given, 200 for a table.")
     early_stopping: int | None = _training(
         None,
         "Stop after this many epochs without a better --metric, and restore the best weights; 0 for no early stopping. "
-        "Unless given: 20 for a table, else 0.",
+        "20 unless given.",
         "EPOCHS",
     )
     metric: str | None = _training(

@@ -164,7 +164,7 @@ def planned(options: SweepOptions) -> Plan:
                 raise ArgumentError(
                     f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
                 )
-    options = defaults.for_tables(options)
+    options = defaults.filled_in(options)
     epochs = checked_epochs(options)
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)

@@ -118,7 +118,7 @@ def new_session(options: TrainOptions) -> Session:
     if options.data is None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
     given = options
-    options = defaults.for_tables(options)
+    options = defaults.filled_in(options)
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, given.data or "", datetime.now())
     prepared = prepare(options)
