@@ -222,7 +222,7 @@ def test_csv_labels(tmp_path: Path, column: list[str], labels: list[Any], kind: 
     [
         ("", "found an empty file"),
         ("a,y\n", "no rows below the header"),
-        ("1.5,2.5\n1,2\n", "first line must hold the names of the columns"),
+        ("1.5,2.5\n1,2\n", "there is no target column 'y'; the columns are 'column_1', 'column_2'"),
         ("a,a,y\n1,2,3\n", "several columns are called 'a'"),
         ("a,y\n1,2\n3\n", r"line 3: expected 2 fields.*found 1"),
         ("a,y\n1,2\n3,4,5\n", r"line 3: expected 2 fields.*found 3"),

@@ -159,11 +159,16 @@ def test_a_form_that_cannot_be(options: dict[str, str], message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
-def test_a_file_without_a_header_is_refused_with_the_mend(tmp_path: Path) -> None:
+def test_a_file_without_a_header(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "5.1,3.5,setosa\n4.9,3.0,setosa\n")
-    with pytest.raises(DataError, match=r"found the numbers '5.1', '3.5', 'setosa'; .* say --no-header"):
-        load_data(path, target="setosa")
-    assert load_data(path, target="column_3", form=Form(header=False)).X.tolist() == [[5.1, 3.5], [4.9, 3.0]]
+    with pytest.raises(DataError, match="there is no target column 'y'; the columns are 'column_1', 'column_2'"):
+        load_data(path, target="y")
+    for form in (None, Form(header=False)):
+        dataset = load_data(path, target="column_3", form=form)
+        assert dataset.X.tolist() == [[5.1, 3.5], [4.9, 3.0]]
+        assert any("no header: the columns are column_1" in note for note in dataset.notes) == (form is None)
+    # new data of such a run have no header either, even where their first line could be one
+    assert load_labelled(write(path, "5,2010,setosa\n4.9,3.0,setosa\n"), dataset)[0].tolist() == [[5, 2010], [4.9, 3]]
     # Years are names.
     assert list(read_table(write(path, "country,2010,2011\nA,1,2\n"))) == ["country", "2010", "2011"]
 

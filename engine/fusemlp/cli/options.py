@@ -96,14 +96,17 @@ class TableOptions:
     sep: str | None = _text(None, "Separator of the columns: one character, or tab; recognised unless given.", "MARK")
     decimal: str | None = _text(None, "Decimal mark of the numbers: . or , (recognised unless given).", "MARK")
     encoding: str | None = _text(None, "Encoding, such as utf-8, cp1252 or latin-1; recognised unless given.")
-    header: bool = _text(True, "Names of columns in the first line; else they are column_1, column_2, ...")
+    header: bool = _text(
+        True, "Names of columns in the first line, unless it holds numbers; else they are column_1, column_2, ..."
+    )
 
     def form(self, run: Mapping[str, Any] | None = None) -> Form:
         """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
         names = "sep", "decimal", "encoding"
         before = run or {}
         given = {name: getattr(self, name) or before.get(name) for name in names}
-        return Form(**given, header=self.header and before.get("header", True))
+        # None: recognised
+        return Form(**given, header=None if self.header and before.get("header", True) else False)
 
 
 @dataclass(frozen=True, kw_only=True)

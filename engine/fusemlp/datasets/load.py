@@ -7,6 +7,7 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,7 +139,7 @@ def load_features(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds = _kinds(preprocessor)
+        kinds, form = _kinds(preprocessor), _form_like(form, preprocessor)
         present = _present(path, preprocessor, form, notes, ignore_unused)
         wanted = [name for name in preprocessor.ids if name in present and ids is not None]
         kinds |= dict.fromkeys(wanted, "word")
@@ -175,6 +176,7 @@ def load_labelled(
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
         kinds, target = _kinds(like), like.target_name
+        form = _form_like(form, like)
         present = _present(path, like, form, notes, ignore_unused)
         if target not in present:
             raise DataError(
@@ -197,6 +199,14 @@ def load_labelled(
     dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, like), y
+
+
+def _form_like(form: Form | None, like: Preprocessor | Dataset) -> Form:
+    """Return the form of a file like that of the training: if its columns had no names, the file has no header."""
+    form, names = form or Form(), like.feature_names
+    if form.header is None and names and all(re.match(r"column_\d+\b", name) for name in names):
+        return replace(form, header=False)
+    return form
 
 
 def _present(

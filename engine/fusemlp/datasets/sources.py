@@ -160,10 +160,10 @@ def _open_excel(path: Path, form: Form) -> Source:
             book.close()
 
     first = next(((texts for _, texts in rows())), [])
-    names = headed(path, first, ".", header=form.header)
+    names, header = headed(path, first, ".", form)
 
     def records() -> Iterator[tuple[int, list[str]]]:
-        for number, texts in itertools.islice(rows(), int(form.header), None):
+        for number, texts in itertools.islice(rows(), int(header), None):
             yield number, [*texts, *[""] * (len(names) - len(texts))]
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:

@@ -75,13 +75,13 @@ class Form:
     """The form of a text file; None is recognised from its beginning.
 
     ``sep`` is one character (or "tab"), ``decimal`` "." or ",", ``encoding`` a name that Python knows. Without
-    ``header`` the columns are called column_1, column_2 and so on.
+    ``header`` (recognised: numbers in the first line) the columns are called column_1, column_2 and so on.
     """
 
     sep: str | None = None
     decimal: str | None = None
     encoding: str | None = None
-    header: bool = True
+    header: bool | None = None
 
     def __post_init__(self) -> None:
         if self.sep in ("tab", "\\t"):
@@ -110,41 +110,44 @@ def open_text(path: Path, form: Form) -> Source:
     sep = form.sep or _separator(sample)
     decimal = form.decimal or _decimal(sample, sep)
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
-    names = headed(path, first, decimal, header=form.header)
+    names, header = headed(path, first, decimal, form)
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
     def records() -> Iterator[tuple[int, list[str]]]:
         with _open(path) as raw, io.TextIOWrapper(raw, encoding, newline="") as stream:
             reader = csv.reader(stream, delimiter=sep, skipinitialspace=True, strict=True)
-            for row in itertools.islice(reader, int(form.header), None):
+            for row in itertools.islice(reader, int(header), None):
                 if row:
                     yield reader.line_num, row
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
         if _is_plain(path, sep, encoding, marks):
-            return _arrow_batches(path, sep, encoding, len(names), columns, ragged, header=form.header, size=size)
+            return _arrow_batches(path, sep, encoding, len(names), columns, ragged, header=header, size=size)
         return as_batches(records(), len(names), columns, ragged)
 
-    return Source(names, batches, decimal, records, sep, _said(path, sep, decimal, encoding))
+    said = _said(path, sep, decimal, encoding, header=header or form.header is False)
+    return Source(names, batches, decimal, records, sep, said)
 
 
-def headed(path: Path, first: list[str], decimal: str, *, header: bool) -> list[str]:
-    """Return the names of the columns: those in the first row, which is the header, or numbers."""
-    if not header:
+def headed(path: Path, first: list[str], decimal: str, form: Form) -> tuple[list[str], bool]:
+    """Return the names of the columns, and whether the first row holds them."""
+    if form.header is False or (form.header is None and _is_data(first, decimal)):
         if not first:
             raise DataError(f"{path}: expected rows of a table, found an empty file")
-        return [f"column_{index}" for index in range(1, len(first) + 1)]
+        return [f"column_{index}" for index in range(1, len(first) + 1)], False
     names = [name.strip() or f"column_{index}" for index, name in enumerate(first, 1)]
-    _check_header(path, names, decimal)
-    return names
+    if not names:
+        raise DataError(f"{path}: expected a header line with the column names, found an empty file")
+    return names, True
 
 
-def _said(path: Path, sep: str, decimal: str, encoding: str) -> str | None:
+def _said(path: Path, sep: str, decimal: str, encoding: str, *, header: bool) -> str | None:
     """Return a line on the form of the file; None for a plain one in UTF-8 with commas and decimal points."""
     found = [] if sep == "," else [f"separated by {SEPARATORS.get(sep, repr(sep))}"]
     found += [] if decimal == "." else [f"decimal mark {decimal!r}"]
     found += [] if encoding == "utf-8-sig" else [f"encoding {encoding}"]
     found += [path.suffix.lower()[1:]] if is_compressed(path) else []
+    found += [] if header else ["no header: the columns are column_1, column_2, ..."]
     return f"{path.name}: {', '.join(found)}" if found else None
 
 
@@ -351,16 +354,11 @@ def _decimal(sample: list[str], sep: str) -> str:
     return "," if sep == ";" and counts["maybe,"] and not counts["maybe."] else "."
 
 
-def _check_header(path: Path, names: list[str], decimal: str) -> None:
-    if not names:
-        raise DataError(f"{path}: expected a header line with the column names, found an empty file")
-    values = [number(name, decimal) for name in names]
+def _is_data(first: list[str], decimal: str) -> bool:
+    """Return True if a first row holds numbers as no header does."""
+    values = [number(name.strip(), decimal) for name in first]
     found = [value for value in values if value is not None]
     # pandas numbers the columns of an unnamed frame from 0; whole numbers may be years.
-    numbered = names == [str(index) for index in range(len(names))]
-    if not numbered and (len(found) == len(names) or any(value != value // 1 for value in found)):
-        raise DataError(
-            f"{path}: the first line must hold the names of the columns, found the numbers "
-            f"{', '.join(repr(name) for name in names[:5])}; if the file has no header, say --no-header "
-            "(in Python Form(header=False))"
-        )
+    numbered = [name.strip() for name in first] == [str(index) for index in range(len(first))]
+    fractions = any(value != value // 1 for value in found)
+    return bool(first) and not numbered and (len(found) == len(first) or fractions)
