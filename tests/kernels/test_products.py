@@ -1,0 +1,90 @@
+"""The products of the NumPy backend: within the bound of any sum, and the same bits whatever the registers' width."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusemlp_kernels.numpy.compiled import products
+from fusemlp_kernels.numpy.compiled.tables import PANEL
+
+SHAPES = [(1, 1, 1), (3, 5, 2), (8, 32, 0), (33, 17, 70), (1, 40, 9), (7, 100, 33), (128, 10, 64), (65, 96, 130)]
+
+
+def bound(terms: Any, length: int, dtype: Any) -> Any:
+    """The error of a sum of ``length`` products in any order: Higham, "Accuracy and Stability", 3.1.
+
+    ``terms``: the sum of their absolute values; two more roundings are for the factors.
+    """
+    unit = (length + 2) * np.finfo(dtype).eps / 2
+    return unit / (1 - unit) * terms
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (-0.5, 0.25), (0.5, 0.0)])
+def test_a_product_from_panels(m: int, n: int, k: int, alpha: float, beta: float, dtype: Any) -> None:
+    rng = np.random.default_rng(m + 10 * n + 100 * k)
+    x, w, b, before = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+    product, pack = (function.ctypes for function in products.by_address(dtype))
+    panels = np.full((-(-n // PANEL), k, PANEL), np.nan, dtype)
+    # in two pieces
+    for first, last in ((0, k // 2 // PANEL * PANEL), (k // 2 // PANEL * PANEL, k)):
+        pack(w.ctypes.data, k, panels.ctypes.data, 0, n, first, last)
+    for row in range(n):
+        assert np.array_equal(panels[row // PANEL, :, row % PANEL], w[row])
+    if beta == 0.0:
+        before[:] = np.nan
+    c = np.full((m + 1, n), 7, dtype)
+    c[:m] = before
+    product(
+        x.ctypes.data, k, 1, panels.ctypes.data, PANEL * k, PANEL, k, b.ctypes.data, 1, alpha, beta, c.ctypes.data, n,
+        m, n,
+    )  # fmt: skip
+    assert (c[m] == 7).all()
+    held = np.zeros(before.shape) if beta == 0.0 else beta * before.astype(np.longdouble)
+    exact = alpha * (x.astype(np.longdouble) @ w.astype(np.longdouble).T + b) + held
+    terms = abs(alpha) * (np.abs(x).astype(np.longdouble) @ np.abs(w).astype(np.longdouble).T + np.abs(b)) + np.abs(
+        held
+    )
+    assert (np.abs(c[:m] - exact) <= bound(terms, k + 2, dtype)).all()
+
+
+TRAINED = """
+import hashlib, sys
+import llvmlite.binding, numba
+features = llvmlite.binding.get_host_cpu_features
+if len(sys.argv) > 1:
+    llvmlite.binding.get_host_cpu_features = lambda: dict.fromkeys(sys.argv[1:], True)
+from fusemlp_kernels.numpy.compiled import tiles
+llvmlite.binding.get_host_cpu_features = features
+import numpy as np
+from fusemlp import MLP, Adam, Engine
+rng = np.random.default_rng(0)
+X, y = rng.standard_normal((300, 45)), rng.integers(0, 10, 300)
+for precision in ("fp32", "fp64"):
+    engine = Engine(MLP([45, 70, 10]), optimizer=Adam(0.01), batch_size=100, seed=1, precision=precision)
+    engine.fit(X, y, epochs=2)
+    values = [*engine.state_dict().values(), engine.predict_proba(X)]
+    print(hashlib.sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest())
+print(tiles.REGISTER_BYTES, file=sys.stderr)
+"""
+
+
+def test_the_bits_do_not_depend_on_the_width_of_the_registers(tmp_path: Path) -> None:
+    """A processor with wide registers computes with its narrower ones too."""
+    found = {}
+    for features in ((), ("avx2",), ("none",)):
+        given = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "FUSEMLP_WHOLE_LOOP": ""}
+        given["NUMBA_CACHE_DIR"] = str(tmp_path / "_".join(features))
+        ran = subprocess.run(
+            [sys.executable, "-c", TRAINED, *features], env=given, check=True, capture_output=True, text=True
+        )
+        found[ran.stderr] = ran.stdout
+    assert len(set(found.values())) == 1, found
