@@ -91,7 +91,7 @@ class Role:
     note: str = ""
 
 
-# The kinds of columns that are neither inputs nor the target, beside ids.
+# The kinds of columns that are no inputs and not the target, beside ids.
 UNUSED = ("group", "time", "dropped", "left out")
 
 

@@ -1,8 +1,8 @@
 """The innermost loops of all products, as intrinsics: a tile of the result stays in vector registers.
 
-Element (i, j) of a tile is the sum over k of ``a[i, k] * b[k, j]``, taken in the order of k with one rounding a step.
-So the bits of a product depend neither on how it is cut into tiles nor on how wide the registers are. a is read number
-by number and may have any strides; a row of b lies together.
+Element (i, j) of a tile is the sum over k of ``a[i, k] * b[k, j]``, taken in the order of k, with one rounding a step
+where the processor multiplies and adds at once. So a product has the same bits however it is cut into tiles, and in
+registers of any width. a is read number by number and may have any strides; a row of b lies together.
 """
 
 from __future__ import annotations
