@@ -217,18 +217,21 @@ def numba_file() -> str:
     def loop(indices: str, body: Iterable[str]) -> list[str]:
         return [f"for i in range({indices}):", *indented(body)]
 
+    def nan(indices: str, place: str) -> list[str]:
+        return loop(indices, [f"{place} = np.nan"])
+
     real = Dialect(wrapped("real({})", ["slope", "undo"]), number)
     for name, row in ACTIVATIONS.items():
-        body = loop("ys.size", [f"z = {'zs' if row.needs_z else 'ys'}[i]", *assigned(lines(row.value, "ys[i]"), real)])
-        function(f"activate_{name}", "ys, zs, slope", body if row.value != "z" else [])
+        body = loop("count", [f"z = {'zs' if row.needs_z else 'ys'}[i]", *assigned(lines(row.value, "ys[i]"), real)])
+        function(f"activate_{name}", "ys, zs, count, slope", body if row.value != "z" else [])
         *before, (_, value) = derivative_lines(row)
         body, result = ["z = zs[i]" if row.needs_z else "y = ys[i]", *assigned(before, real)], "0.0"
         if row.by_slope is not None:
             body.append(f"by_slope += ds[i] * {real(lines(row.by_slope, 'by_slope')[-1][1])}")
             result = "by_slope"
-        body = loop("ds.size", [*body, f"ds[i] *= {real(value)}"]) if row.derivative != "1" else []
+        body = loop("count", [*body, f"ds[i] *= {real(value)}"]) if row.derivative != "1" else []
         start = ["by_slope = 0.0"] if row.by_slope is not None else []
-        function(f"derive_{name}", "ds, ys, zs, slope, undo", [*start, *body, f"return {result}"])
+        function(f"derive_{name}", "ds, ys, zs, count, slope, undo", [*start, *body, f"return {result}"])
     for name, loss in LOSSES.items():
         body = assigned(loss_lines(name), Dialect(number=number))
         body = ["y, t = ys[i], ds[i]", *body, "total += loss", "ds[i] = gradient * factor"]
@@ -237,7 +240,7 @@ def numba_file() -> str:
     flags = {"rate_inside": "rule[SKLEARN] != 0", "decoupled": "rule[DECOUPLED] != 0"}
     loads = Loads("factors[{1}]", "hyper[{1}]", flags)
     scalars = Dialect(functions={"maximum": "max", "sqrt": "math.sqrt"})
-    decay, given = Update(DECAY), "ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper"
+    decay, given = Update(DECAY), "ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper"
     for name, rule in OPTIMIZERS.items():
         update = Update(rule)
         element = Dialect(wrapped("real({})", decay.real + update.real), number, {"sqrt": "math.sqrt"})
@@ -245,19 +248,31 @@ def numba_file() -> str:
         body = [f"{', '.join(['p', 'g', *rule.states])} = {', '.join(['ps[i]', 'gs[i]', *arrays])}"]
         body += assigned(decay.element + update.element, element)
         body.append(f"{', '.join(['ps[i]', *arrays])} = {', '.join(['p', *rule.states])}")
-        function(f"update_{name}", given, [*update.scalar_lines(loads, scalars), *loop("ps.size", body)])
+        function(f"update_{name}", given, [*update.scalar_lines(loads, scalars), *loop("count", body)])
     told = "``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."
-    choice("activate", "activate", ACTIVATIONS, "ys, zs, slope", told, ["ys[:] = np.nan"])
+    choice("activate", "activate", ACTIVATIONS, "ys, zs, count, slope", told, nan("count", "ys[i]"))
     told = "``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."
-    nan = ["ds[:] = np.nan", "return np.nan"]
-    choice("multiply_by_derivative", "derive", ACTIVATIONS, "ds, ys, zs, slope, undo", told, nan)
+    choice(
+        "multiply_by_derivative",
+        "derive",
+        ACTIVATIONS,
+        "ds, ys, zs, count, slope, undo",
+        told,
+        [*nan("count", "ds[i]"), "return np.nan"],
+    )
     told = "The sum of the losses; in ds, where the targets are, the gradients times ``factor``."
-    nan = ["ds[start:stop] = np.nan", "return np.nan"]
-    choice("element_losses", "loss", LOSSES, "ys, ds, start, stop, factor, option", told, nan)
+    choice(
+        "element_losses",
+        "loss",
+        LOSSES,
+        "ys, ds, start, stop, factor, option",
+        told,
+        [*nan("start, stop", "ds[i]"), "return np.nan"],
+    )
     cases = {name: [f"update_{name}({given})"] for name in OPTIMIZERS}
     body = ["code = rule[OPTIMIZER]", *decay.scalar_lines(loads, scalars)]
-    body += chain("code", cases, ["ps[:] = np.nan"], "RULE_")
-    arguments = "ps, gs, states0, states1, rate, decay, rule, factors, hyper"
+    body += chain("code", cases, nan("count", "ps[i]"), "RULE_")
+    arguments = "ps, gs, states0, states1, count, rate, decay, rule, factors, hyper"
     function("update_tensor", arguments, body, "The parameters and their states, from the gradients.")
     return text(*parts)
 
@@ -265,7 +280,7 @@ def numba_file() -> str:
 NUMBA_HEAD = f'''
 # {AGAIN}
 # mypy: disallow-untyped-defs=False
-"""The formulas as loops over flat arrays."""
+"""The formulas as loops over memory: of arrays that lie flat, or of ``views.Memory``."""
 
 from __future__ import annotations
 

@@ -13,21 +13,22 @@ from tolerance import TINY, U32, ULPS, UNIT, activation_bound, activation_grad_b
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import ACTIVATIONS, NEEDS_Z
 from fusemlp_kernels.numpy.compiled import functions, normal
-from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
+from fusemlp_kernels.numpy.compiled.views import elements
 
 SLOPE = 0.25
 TYPES = (np.float32, np.float64)
 
 
-@njit(**EXACT)
+@njit(error_model="numpy")
 def _activate(kind, y, z, slope):
-    activate(kind, y, z, slope)
+    activate(kind, elements(y, y.ctypes.data), elements(z, z.ctypes.data), y.size, slope)
 
 
-@njit(**EXACT)
+@njit(error_model="numpy")
 def _multiply_by_derivative(kind, d, y, z, slope, undo_scale):
-    return multiply_by_derivative(kind, d, y, z, slope, undo_scale)
+    memory = elements(d, d.ctypes.data), elements(y, y.ctypes.data), elements(z, z.ctypes.data)
+    return multiply_by_derivative(kind, *memory, d.size, slope, undo_scale)
 
 
 def values(name, z):
@@ -126,7 +127,7 @@ def test_tanh_is_odd_and_nothing_leaves_its_range(real):
 
 @pytest.mark.parametrize("real", TYPES)
 def test_exponentials_of_the_whole_range(real):
-    @njit(**ELEMENTWISE)
+    @njit(error_model="numpy", fastmath={"contract"})
     def exponentials(y, z):
         for i in range(y.size):
             y[i] = functions.exp(z[i])
@@ -154,7 +155,7 @@ def test_exponentials_of_the_whole_range(real):
     ids=lambda f: f.__name__,
 )
 def test_code_is_of_vectors_and_calls_no_library(function, real):
-    @njit(**ELEMENTWISE)
+    @njit(error_model="numpy", fastmath={"contract"})
     def loop(y, z):
         for i in range(y.size):
             y[i] = function(z[i])

@@ -1,15 +1,28 @@
-"""Loops that numba kept on disk, compiled by several processes, in one process."""
+"""The cache of what numba compiled: of several processes and environments, or none."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numba
+import pytest
+
+import fusemlp_kernels
+from fusemlp_kernels.numpy.compiled import cache
+
 TRAIN = """
+import logging
 import sys
 import numpy as np
+
+logging.basicConfig(format="%(message)s", stream=sys.stderr)
+logging.getLogger("fusemlp.kernels.compile").setLevel("INFO")
+
 from fusemlp import MLP, Engine
 
 X, y = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2
@@ -20,14 +33,31 @@ for weighted in sys.argv[1:]:
 """
 
 
-def losses(cache: Path, *fits: str) -> list[str]:
-    given = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CACHE_DIR": str(cache)}
+def begin(place: Path, *fits: str, package: Path | None = None) -> subprocess.Popen[str]:
+    """A process that trains, with its cache at ``place`` and perhaps another copy of the kernels."""
+    paths = [*([str(package)] if package else []), *sys.path]
+    given = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NUMBA_CACHE_DIR": str(place)}
     # as users have it: a loop for each kind of program
     given["FUSEMLP_WHOLE_LOOP"] = ""
-    run = subprocess.run(
-        [sys.executable, "-c", TRAIN, *fits], env=given, check=True, capture_output=True, text=True, timeout=300
-    )
-    return run.stdout.splitlines()
+    command = [sys.executable, "-c", TRAIN, *fits]
+    return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[list[str], str]:
+    """Its losses, and what it told."""
+    losses, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return losses.splitlines(), told
+
+
+def losses(place: Path, *fits: str) -> list[str]:
+    return end(begin(place, *fits))[0]
+
+
+def copied(to: Path) -> Path:
+    """A copy of the kernels, as another environment has it."""
+    shutil.copytree(Path(fusemlp_kernels.__file__).parent, to / "fusemlp_kernels", ignore=lambda *_: {"__pycache__"})
+    return to
 
 
 def test_loops_of_two_processes_do_not_run_each_others_functions(tmp_path: Path) -> None:
@@ -35,3 +65,35 @@ def test_loops_of_two_processes_do_not_run_each_others_functions(tmp_path: Path)
     assert plain != weighted
     assert losses(tmp_path, "plain", "weighted") == plain + weighted
     assert losses(tmp_path, "weighted", "plain") == weighted + plain
+
+
+def test_processes_that_compile_at_once_and_another_environment_share_a_cache(tmp_path: Path) -> None:
+    both = [begin(tmp_path / "cache", "plain") for _ in range(2)]
+    (first, told), (second, _) = map(end, both)
+    assert first == second
+    assert "compiling work, once for this processor" in told
+    third, told = end(begin(tmp_path / "cache", "plain", package=copied(tmp_path / "other")))
+    assert third == first
+    assert "compiling" not in told
+
+
+def test_without_a_folder_to_write_to_each_process_compiles(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    package = copied(tmp_path / "other")
+    (package / "fusemlp_kernels" / "numpy" / "compiled" / "__pycache__").touch()
+    found, told = end(begin(tmp_path / "file", "plain", package=package))
+    assert found == losses(tmp_path / "cache", "plain")
+    assert f"what numba compiles is not kept in {tmp_path / 'file'}" in told
+
+
+def test_the_folder_is_the_users_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setattr(cache, "AppDirs", lambda *_, **__: type("Dirs", (), {"user_cache_dir": str(tmp_path)}))
+    old, new, foreign = (tmp_path / name for name in ("numba-0.1-00000000", "numba-0.2-00000000", "else"))
+    for made in (old, new, foreign):
+        made.mkdir()
+    for made in (old, foreign):
+        os.utime(made, (0.0, time.time() - cache.UNUSED - 60.0))
+    found = cache.folder.__wrapped__()
+    assert found is not None and found.parent == tmp_path and numba.__version__ in found.name
+    assert {path for path in tmp_path.iterdir() if path != found} == {new, foreign}

@@ -119,10 +119,10 @@ def test_numbers_without_a_formula_give_nan_in_the_compiled_loop():
 
     @numba.njit
     def run(kind, y, z, d, e, p, g, rule, factors, hyper):
-        printed.activate(kind, y, z, 0.5)
-        slope = printed.multiply_by_derivative(kind, d, y, z, 0.5, 1.0)
+        printed.activate(kind, y, z, y.size, 0.5)
+        slope = printed.multiply_by_derivative(kind, d, y, z, d.size, 0.5, 1.0)
         loss = printed.element_losses(kind, z, e, 0, e.size, 1.0, 0.5)
-        printed.update_tensor(p, g, g, g, 0.1, 0.0, rule, factors, hyper)
+        printed.update_tensor(p, g, g, g, p.size, 0.1, 0.0, rule, factors, hyper)
         return slope, loss
 
     for kind in (-1, 97):

@@ -58,7 +58,7 @@ def drop(
     for i in range(rows):
         _draw(pairs, blocks, np.uint64(first + i) & _WORD, c2, c3, k0, k1)
         start = i * columns
-        outputs, kept_row = part(y, start, columns), part(keep, start, columns)
+        outputs, kept_row = part(y, start), part(keep, start)
         for j in range(np.uintp(columns)):
             kept = np.uint32(lanes[j]) >= least
             kept_row[j] = kept
@@ -66,8 +66,8 @@ def drop(
 
 
 @register_jitable(**EXACT)
-def mask(d: Any, keep: Any) -> None:
+def mask(d: Any, keep: Any, count: int) -> None:
     """``d = d where keep, else 0``: a dropped NaN or infinity is zero too."""
     zero = d.dtype.type(0.0)
-    for i in range(d.size):
+    for i in range(count):
         d[i] = d[i] if keep[i] else zero

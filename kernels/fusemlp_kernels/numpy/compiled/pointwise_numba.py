@@ -1,6 +1,6 @@
 # Printed from pointwise.py by `python ci/print_formulas.py`; do not edit.
 # mypy: disallow-untyped-defs=False
-"""The formulas as loops over flat arrays."""
+"""The formulas as loops over memory: of arrays that lie flat, or of ``views.Memory``."""
 
 from __future__ import annotations
 
@@ -23,62 +23,62 @@ MOMENTUM, BETA1, BETA2, EPS = range(4)
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_identity(ys, zs, slope):
+def activate_identity(ys, zs, count, slope):
     pass
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_identity(ds, ys, zs, slope, undo):
+def derive_identity(ds, ys, zs, count, slope, undo):
     return 0.0
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_relu(ys, zs, slope):
+def activate_relu(ys, zs, count, slope):
     real = ys.dtype.type
-    for i in range(ys.size):
+    for i in range(count):
         z = ys[i]
         ys[i] = maximum(z, real(0.0))
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_relu(ds, ys, zs, slope, undo):
+def derive_relu(ds, ys, zs, count, slope, undo):
     real = ds.dtype.type
-    for i in range(ds.size):
+    for i in range(count):
         y = ys[i]
         ds[i] *= step(y, real(0.0))
     return 0.0
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_leaky_relu(ys, zs, slope):
+def activate_leaky_relu(ys, zs, count, slope):
     real = ys.dtype.type
-    for i in range(ys.size):
+    for i in range(count):
         z = ys[i]
         ys[i] = maximum(z, real(0.0)) + real(slope) * minimum(z, real(0.0))
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_leaky_relu(ds, ys, zs, slope, undo):
+def derive_leaky_relu(ds, ys, zs, count, slope, undo):
     real = ds.dtype.type
-    for i in range(ds.size):
+    for i in range(count):
         y = ys[i]
         ds[i] *= step(y, real(slope))
     return 0.0
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_prelu(ys, zs, slope):
+def activate_prelu(ys, zs, count, slope):
     real = ys.dtype.type
-    for i in range(ys.size):
+    for i in range(count):
         z = zs[i]
         ys[i] = maximum(z, real(0.0)) + real(slope) * minimum(z, real(0.0))
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_prelu(ds, ys, zs, slope, undo):
+def derive_prelu(ds, ys, zs, count, slope, undo):
     real = ds.dtype.type
     by_slope = 0.0
-    for i in range(ds.size):
+    for i in range(count):
         z = zs[i]
         by_slope += ds[i] * minimum(z, real(0.0))
         ds[i] *= step(z, real(slope))
@@ -86,16 +86,16 @@ def derive_prelu(ds, ys, zs, slope, undo):
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_sigmoid(ys, zs, slope):
-    for i in range(ys.size):
+def activate_sigmoid(ys, zs, count, slope):
+    for i in range(count):
         z = ys[i]
         ys[i] = sigmoid(z)
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_sigmoid(ds, ys, zs, slope, undo):
+def derive_sigmoid(ds, ys, zs, count, slope, undo):
     real = ds.dtype.type
-    for i in range(ds.size):
+    for i in range(count):
         y = ys[i]
         y = y * real(undo)
         ds[i] *= y * (real(1.0) - y)
@@ -103,16 +103,16 @@ def derive_sigmoid(ds, ys, zs, slope, undo):
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_tanh(ys, zs, slope):
-    for i in range(ys.size):
+def activate_tanh(ys, zs, count, slope):
+    for i in range(count):
         z = ys[i]
         ys[i] = tanh(z)
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_tanh(ds, ys, zs, slope, undo):
+def derive_tanh(ds, ys, zs, count, slope, undo):
     real = ds.dtype.type
-    for i in range(ds.size):
+    for i in range(count):
         y = ys[i]
         y = y * real(undo)
         ds[i] *= real(1.0) - y * y
@@ -120,31 +120,31 @@ def derive_tanh(ds, ys, zs, slope, undo):
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_gelu(ys, zs, slope):
-    for i in range(ys.size):
+def activate_gelu(ys, zs, count, slope):
+    for i in range(count):
         z = zs[i]
         ys[i] = z * normal_cdf(z)
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_gelu(ds, ys, zs, slope, undo):
-    for i in range(ds.size):
+def derive_gelu(ds, ys, zs, count, slope, undo):
+    for i in range(count):
         z = zs[i]
         ds[i] *= normal_cdf(z) + z * normal_pdf(z)
     return 0.0
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_silu(ys, zs, slope):
-    for i in range(ys.size):
+def activate_silu(ys, zs, count, slope):
+    for i in range(count):
         z = zs[i]
         ys[i] = z * sigmoid(z)
 
 
 @register_jitable(**ELEMENTWISE)
-def derive_silu(ds, ys, zs, slope, undo):
+def derive_silu(ds, ys, zs, count, slope, undo):
     real = ds.dtype.type
-    for i in range(ds.size):
+    for i in range(count):
         z = zs[i]
         s = sigmoid(z)
         ds[i] *= s * (real(1.0) + z * (real(1.0) - s))
@@ -237,9 +237,9 @@ def loss_quantile(ys, ds, start, stop, factor, quantile):
 
 
 @register_jitable(**ELEMENTWISE)
-def update_sgd(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+def update_sgd(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
     real = ps.dtype.type
-    for i in range(ps.size):
+    for i in range(count):
         p, g = ps[i], gs[i]
         p = real(kept) * p
         g = g + real(coupled) * p
@@ -248,13 +248,13 @@ def update_sgd(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyp
 
 
 @register_jitable(**ELEMENTWISE)
-def update_momentum(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+def update_momentum(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
     real = ps.dtype.type
     rate_inside = rule[SKLEARN] != 0
     momentum = factors[MOMENTUM]
     inner = -rate if rate_inside else 1.0
     outer = 1.0 if rate_inside else -rate
-    for i in range(ps.size):
+    for i in range(count):
         p, g, velocity = ps[i], gs[i], states0[i]
         p = real(kept) * p
         g = g + real(coupled) * p
@@ -264,7 +264,7 @@ def update_momentum(ps, gs, states0, states1, rate, kept, coupled, rule, factors
 
 
 @register_jitable(**ELEMENTWISE)
-def update_adam(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+def update_adam(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
     real = ps.dtype.type
     bias_correction_2 = hyper[BIAS_CORRECTION_2]
     bias_correction_1 = hyper[BIAS_CORRECTION_1]
@@ -277,7 +277,7 @@ def update_adam(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hy
     least = max(eps if rate_inside else eps * root, 1.1754943508222875e-38)
     rest1 = 1.0 - beta1
     rest2 = 1.0 - beta2
-    for i in range(ps.size):
+    for i in range(count):
         p, g, first_moment, second_moment = ps[i], gs[i], states0[i], states1[i]
         p = real(kept) * p
         g = g + real(coupled) * p
@@ -288,13 +288,13 @@ def update_adam(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hy
 
 
 @register_jitable(**ELEMENTWISE)
-def update_nesterov(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper):
+def update_nesterov(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
     real = ps.dtype.type
     rate_inside = rule[SKLEARN] != 0
     momentum = factors[MOMENTUM]
     inner = -rate if rate_inside else 1.0
     outer = 1.0 if rate_inside else -rate
-    for i in range(ps.size):
+    for i in range(count):
         p, g, velocity = ps[i], gs[i], states0[i]
         p = real(kept) * p
         g = g + real(coupled) * p
@@ -305,49 +305,51 @@ def update_nesterov(ps, gs, states0, states1, rate, kept, coupled, rule, factors
 
 
 @register_jitable(**ELEMENTWISE)
-def activate(kind, ys, zs, slope):
+def activate(kind, ys, zs, count, slope):
     """``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."""
     if kind == IDENTITY:
-        return activate_identity(ys, zs, slope)
+        return activate_identity(ys, zs, count, slope)
     elif kind == RELU:
-        return activate_relu(ys, zs, slope)
+        return activate_relu(ys, zs, count, slope)
     elif kind == LEAKY_RELU:
-        return activate_leaky_relu(ys, zs, slope)
+        return activate_leaky_relu(ys, zs, count, slope)
     elif kind == PRELU:
-        return activate_prelu(ys, zs, slope)
+        return activate_prelu(ys, zs, count, slope)
     elif kind == SIGMOID:
-        return activate_sigmoid(ys, zs, slope)
+        return activate_sigmoid(ys, zs, count, slope)
     elif kind == TANH:
-        return activate_tanh(ys, zs, slope)
+        return activate_tanh(ys, zs, count, slope)
     elif kind == GELU:
-        return activate_gelu(ys, zs, slope)
+        return activate_gelu(ys, zs, count, slope)
     elif kind == SILU:
-        return activate_silu(ys, zs, slope)
+        return activate_silu(ys, zs, count, slope)
     else:
-        ys[:] = np.nan
+        for i in range(count):
+            ys[i] = np.nan
 
 
 @register_jitable(**ELEMENTWISE)
-def multiply_by_derivative(kind, ds, ys, zs, slope, undo):
+def multiply_by_derivative(kind, ds, ys, zs, count, slope, undo):
     """``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."""
     if kind == IDENTITY:
-        return derive_identity(ds, ys, zs, slope, undo)
+        return derive_identity(ds, ys, zs, count, slope, undo)
     elif kind == RELU:
-        return derive_relu(ds, ys, zs, slope, undo)
+        return derive_relu(ds, ys, zs, count, slope, undo)
     elif kind == LEAKY_RELU:
-        return derive_leaky_relu(ds, ys, zs, slope, undo)
+        return derive_leaky_relu(ds, ys, zs, count, slope, undo)
     elif kind == PRELU:
-        return derive_prelu(ds, ys, zs, slope, undo)
+        return derive_prelu(ds, ys, zs, count, slope, undo)
     elif kind == SIGMOID:
-        return derive_sigmoid(ds, ys, zs, slope, undo)
+        return derive_sigmoid(ds, ys, zs, count, slope, undo)
     elif kind == TANH:
-        return derive_tanh(ds, ys, zs, slope, undo)
+        return derive_tanh(ds, ys, zs, count, slope, undo)
     elif kind == GELU:
-        return derive_gelu(ds, ys, zs, slope, undo)
+        return derive_gelu(ds, ys, zs, count, slope, undo)
     elif kind == SILU:
-        return derive_silu(ds, ys, zs, slope, undo)
+        return derive_silu(ds, ys, zs, count, slope, undo)
     else:
-        ds[:] = np.nan
+        for i in range(count):
+            ds[i] = np.nan
         return np.nan
 
 
@@ -367,24 +369,26 @@ def element_losses(kind, ys, ds, start, stop, factor, option):
     elif kind == QUANTILE:
         return loss_quantile(ys, ds, start, stop, factor, option)
     else:
-        ds[start:stop] = np.nan
+        for i in range(start, stop):
+            ds[i] = np.nan
         return np.nan
 
 
 @register_jitable(**ELEMENTWISE)
-def update_tensor(ps, gs, states0, states1, rate, decay, rule, factors, hyper):
+def update_tensor(ps, gs, states0, states1, count, rate, decay, rule, factors, hyper):
     """The parameters and their states, from the gradients."""
     code = rule[OPTIMIZER]
     decoupled = rule[DECOUPLED] != 0
     kept = 1.0 - rate * decay if decoupled else 1.0
     coupled = 0.0 if decoupled else decay
     if code == RULE_SGD:
-        update_sgd(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+        update_sgd(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
     elif code == RULE_MOMENTUM:
-        update_momentum(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+        update_momentum(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
     elif code == RULE_ADAM:
-        update_adam(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+        update_adam(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
     elif code == RULE_NESTEROV:
-        update_nesterov(ps, gs, states0, states1, rate, kept, coupled, rule, factors, hyper)
+        update_nesterov(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
     else:
-        ps[:] = np.nan
+        for i in range(count):
+            ps[i] = np.nan

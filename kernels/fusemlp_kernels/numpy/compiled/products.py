@@ -14,7 +14,8 @@ import numpy as np
 from numba import float64, intp
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.options import EXACT, kept_for_calls
+from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
+from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.tables import PANEL
 from fusemlp_kernels.numpy.compiled.tiles import (
     REGISTER_BYTES,
@@ -41,7 +42,7 @@ def _product(
     a, b, c and start are addresses, the others strides in elements: b_panel from the first PANEL columns of b to the
     next. The same row of start is added to all rows; without start_step it is PANEL numbers, again and again.
     """
-    like = elements(REAL, a, 1)
+    like = elements(REAL, a)
     real, size = like.dtype.type, like.itemsize
     lanes = REGISTER_BYTES // size
     width = TILE_VECTORS * lanes
@@ -76,7 +77,7 @@ def _product(
 
 def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first: int, last: int) -> int:
     """Bring columns first to before last of some rows of w, (N, inputs), into panels; rows_from begins a panel."""
-    like = elements(REAL, w, 1)
+    like = elements(REAL, w)
     size = like.itemsize
     lanes = REGISTER_BYTES // size
     for top in range(rows_from, rows_to, lanes):
@@ -91,8 +92,8 @@ def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first:
             k += lanes
         for i in range(rows):
             row, panel = (
-                elements(like, source + size * i * inputs, last),
-                elements(like, target + size * i, last * PANEL),
+                elements(like, source + size * i * inputs),
+                elements(like, target + size * i),
             )
             for column in range(k, last):
                 panel[column * PANEL] = row[column]
@@ -109,11 +110,11 @@ def column_sums(
     """
     real, size = like.dtype.type, like.itemsize
     a, b = real(alpha), real(beta)
-    result, total = elements(like, out, columns), elements(like, sums, columns)
+    result, total = elements(like, out), elements(like, sums)
     for j in range(columns):
         total[j] = 0
     for i in range(rows):
-        row = elements(like, values + size * i * pitch, columns)
+        row = elements(like, values + size * i * pitch)
         for j in range(columns):
             total[j] += row[j]
     for j in range(columns):

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from fusemlp_kernels.numpy.compiled.cache import kept
 from fusemlp_kernels.numpy.compiled.masks import words
-from fusemlp_kernels.numpy.compiled.options import EXACT, kept
+from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, ROW_ORDER, WORD
 
 _WORD, _HALF, _ROW_ORDER = np.uint64(WORD), np.uint64(32), np.uint64(ROW_ORDER)

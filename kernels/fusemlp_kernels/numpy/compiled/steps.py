@@ -107,7 +107,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     SHARES_PART,
     SLOPE,
     SLOPE_PART,
-    SLOPES_PART,
     STATE0,
     STATE1,
     STEP,
@@ -150,7 +149,7 @@ def _gather(call: Any, like: Any, rows: Any, first: int, count: int) -> None:
     x, out = call[X], call[OUT]
     for i in range(first, first + count):
         if rows[i] < 0:
-            row = elements(like, out + size * i * columns, columns)
+            row = elements(like, out + size * i * columns)
             for j in range(columns):
                 row[j] = 0
         else:
@@ -160,14 +159,14 @@ def _gather(call: Any, like: Any, rows: Any, first: int, count: int) -> None:
 @register_jitable(**EXACT)
 def _slope(call: Any, numbers: Any, like: Any) -> float:
     if call[SLOPE]:
-        return float(elements(like, call[SLOPE], 1)[0])
+        return float(elements(like, call[SLOPE])[0])
     return numbers[FIXED_SLOPE]
 
 
 @register_jitable(**EXACT)
-def _block(like: Any, address: int, first: int, count: int, columns: int) -> Any:
-    """Rows of an array, flat."""
-    return elements(like, address + like.itemsize * first * columns, count * columns)
+def _block(like: Any, address: int, first: int, columns: int) -> Any:
+    """The rows of an array from ``first`` on."""
+    return elements(like, address + like.itemsize * first * columns)
 
 
 @register_jitable(**EXACT)
@@ -176,23 +175,24 @@ def _activate(
 ) -> None:  # fmt: skip
     """The output of a layer from its pre-activation; lanes is an address."""
     outputs = call[N]
-    y, z = _block(like, call[Y], first, count, outputs), _block(like, call[Z], first, count, outputs)
+    y, z = _block(like, call[Y], first, outputs), _block(like, call[Z], first, outputs)
     if call[ACTIVATION] != IDENTITY:
-        activate(call[ACTIVATION], y, z, _slope(call, numbers, like))
+        activate(call[ACTIVATION], y, z, count * outputs, _slope(call, numbers, like))
     if call[KEEP]:
-        keep = elements(np.bool_, call[KEEP] + first * outputs, count * outputs)
+        keep = elements(np.uint8, call[KEEP] + first * outputs)
         drop(
-            y, keep, elements(np.uint64, lanes, 1), elements(np.uint16, lanes, 1), first, count, outputs,
+            y, keep, elements(np.uint64, lanes), elements(np.uint16, lanes), first, count, outputs,
             1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
         )  # fmt: skip
 
 
 @register_jitable(**EXACT)
 def _derivative(
-    call: Any, numbers: Any, like: Any, partials: Any, y: Any, z: Any, dz: Any, undo_scale: float
+    call: Any, numbers: Any, like: Any, partials: Any, y: Any, z: Any, dz: Any, count: int, undo_scale: float
 ) -> None:  # fmt: skip
     if call[ACTIVATION] != IDENTITY:
-        dslope = multiply_by_derivative(call[ACTIVATION], dz, y, z, _slope(call, numbers, like), undo_scale)
+        slope = _slope(call, numbers, like)
+        dslope = multiply_by_derivative(call[ACTIVATION], dz, y, z, count, slope, undo_scale)
         if call[DSLOPE]:
             partials[call[SLOPE_PART]] = dslope
 
@@ -207,11 +207,11 @@ def _backward(call: Any, numbers: Any, integers: Any, like: Any, partials: Any, 
         integers[AT_ZEROS], 0, 1.0 / (1.0 - numbers[RATE]), 0.0, call[OUT] + size * first * inputs, inputs, count,
         inputs,
     )  # fmt: skip
-    out = _block(like, call[OUT], first, count, inputs)
+    out = _block(like, call[OUT], first, inputs)
     if call[KEEP]:
-        mask(out, elements(np.bool_, call[KEEP] + first * inputs, count * inputs))
-    y, z = _block(like, call[Y], first, count, inputs), _block(like, call[Z], first, count, inputs)
-    _derivative(call, numbers, like, partials, y, z, out, 1.0 - numbers[RATE])
+        mask(out, elements(np.uint8, call[KEEP] + first * inputs), count * inputs)
+    y, z = _block(like, call[Y], first, inputs), _block(like, call[Z], first, inputs)
+    _derivative(call, numbers, like, partials, y, z, out, count * inputs, 1.0 - numbers[RATE])
 
 
 @register_jitable(**EXACT)
@@ -221,8 +221,8 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
     whole = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
     first = task * integers[BLOCK]
     count = max(0, min(integers[BLOCK], whole - first))
-    rows = elements(integers, call[ROWS] + 8 * call[WALKS] * counters[ROW_OFFSET], 1)
-    partials = elements(np.float64, integers[AT_PARTIALS] + 8 * integers[PARTIALS] * task, integers[PARTIALS])
+    rows = elements(integers, call[ROWS] + 8 * call[WALKS] * counters[ROW_OFFSET])
+    partials = elements(np.float64, integers[AT_PARTIALS] + 8 * integers[PARTIALS] * task)
     if kind == GATHER:
         _gather(call, like, rows, first, count)
     elif kind == AFFINE:
@@ -235,28 +235,28 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
         _activate(call, numbers, like, first, count, batch_index, lanes)
     elif kind == ENTROPY:
-        labels, target = elements(integers, call[TARGET], 1), elements(like, call[TARGET], 1)
-        weight, class_weight = elements(like, call[WEIGHTED], 1), elements(like, call[CLASS_WEIGHTED], 1)
-        z, dz = _block(like, call[Z], first, count, call[N]), _block(like, call[DZ], first, count, call[N])
+        labels, target = elements(integers, call[TARGET]), elements(like, call[TARGET])
+        weight, class_weight = elements(like, call[WEIGHTED]), elements(like, call[CLASS_WEIGHTED])
+        z, dz = _block(like, call[Z], first, call[N]), _block(like, call[DZ], first, call[N])
         shares = shares_of(labels, weight, class_weight, rows, whole if call[N] else 0, call)
-        own_rows = elements(integers, rows.ctypes.data + 8 * first, 1)
+        own_rows = part(rows, first)
         cross_entropy(
             z, dz, labels, target, weight, class_weight, own_rows, count if call[N] else 0, call[N], call, numbers,
             shares, partials,
         )  # fmt: skip
     elif kind == ELEMENTWISE:
-        labels = elements(integers, call[TARGET], 1)
-        target, weight = elements(like, call[TARGET], 1), elements(like, call[WEIGHTED], 1)
-        y, z = _block(like, call[Y], first, count, call[N]), _block(like, call[Z], first, count, call[N])
-        dz = _block(like, call[DZ], first, count, call[N])
+        labels = elements(integers, call[TARGET])
+        target, weight = elements(like, call[TARGET]), elements(like, call[WEIGHTED])
+        y, z = _block(like, call[Y], first, call[N]), _block(like, call[Z], first, call[N])
+        dz = _block(like, call[DZ], first, call[N])
         shares = shares_of(labels, weight, weight, rows, whole if call[N] else 0, call)
-        own_rows = elements(integers, rows.ctypes.data + 8 * first, 1)
+        own_rows = part(rows, first)
         elementwise(y, dz, target, weight, own_rows, count if call[N] else 0, call[N], call, numbers, shares, partials)
-        _derivative(call, numbers, like, partials, y, z, dz, 1.0)
+        _derivative(call, numbers, like, partials, y, z, dz, count * call[N], 1.0)
     elif kind == PADDING:
         end = min(call[K], first + integers[BLOCK])
-        dz = _block(like, call[DZ], first + count, max(0, end - first - count), call[N])
-        for i in range(dz.size):
+        dz = _block(like, call[DZ], first, call[N])
+        for i in range(count * call[N], (end - first) * call[N]):
             dz[i] = 0
     elif kind == BACKWARD:
         _backward(call, numbers, integers, like, partials, first, count)
@@ -316,15 +316,15 @@ def _after_gradient(
     for row in range(top, bottom):
         at = size * (row * inputs + left)
         if call[PULLS]:
-            shares = elements(factors, integers[AT_PARTIALS], SLOPES_PART)[SHARES_PART]
+            shares = elements(factors, integers[AT_PARTIALS])[SHARES_PART]
             if shares != 0.0:
-                pull, w = numbers[STRENGTH] / shares, elements(like, call[W] + at, width)
-                total += pull * penalise(w, elements(like, call[OUT] + at, width), pull)
+                pull, w = numbers[STRENGTH] / shares, elements(like, call[W] + at)
+                total += pull * penalise(w, elements(like, call[OUT] + at), width, pull)
         if call[PARAM]:
             update_part(
-                elements(like, call[PARAM] + at, width), elements(like, call[OUT] + at, width),
-                elements(like, call[STATE0] + at, width), elements(like, call[STATE1] + at, width),
-                tensor_factors, call[FIRST], integers, factors, hyper, 1.0,
+                elements(like, call[PARAM] + at), elements(like, call[OUT] + at),
+                elements(like, call[STATE0] + at), elements(like, call[STATE1] + at), width, tensor_factors,
+                call[FIRST], integers, factors, hyper, 1.0,
             )  # fmt: skip
     if call[PANELS] and integers[STEP] + 1 < integers[STEPS]:
         _pack(call, integers, piece)
@@ -341,12 +341,12 @@ def _by_piece(
     if kind in (NORM, UPDATE):
         at = tensors[piece[TOP] * TENSOR_COLUMNS + OFFSET] + piece[LEFT]
         size, width = like.itemsize, piece[RIGHT] - piece[LEFT]
-        grads = elements(like, call[DZ] + size * at, width)
+        grads = elements(like, call[DZ] + size * at)
         if kind == NORM:
-            return squares(grads, 1.0)
+            return squares(grads, width, 1.0)
         update_part(
-            elements(like, call[PARAM] + size * at, width), grads, elements(like, call[STATE0] + size * at, width),
-            elements(like, call[STATE1] + size * at, width), tensor_factors, piece[TOP], integers, factors, hyper,
+            elements(like, call[PARAM] + size * at), grads, elements(like, call[STATE0] + size * at),
+            elements(like, call[STATE1] + size * at), width, tensor_factors, piece[TOP], integers, factors, hyper,
             factors[SCALE],
         )  # fmt: skip
         return 0.0
@@ -361,13 +361,13 @@ def _by_piece(
 def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, tasks: int) -> None:
     """Add up the partial results of a call by rows, in the order of its tasks."""
     width = integers[PARTIALS]
-    partials = elements(np.float64, integers[AT_PARTIALS], width * tasks)
+    partials = elements(np.float64, integers[AT_PARTIALS])
     kind = call[KIND_OF_ROW]
     if call[DSLOPE]:
         total = 0.0
         for task in range(tasks):
             total += partials[width * task + call[SLOPE_PART]]
-        elements(like, call[DSLOPE], 1)[0] = total
+        elements(like, call[DSLOPE])[0] = total
     if kind in (ENTROPY, ELEMENTWISE):
         loss, hits, scored = 0.0, 0.0, 0.0
         for task in range(tasks):
@@ -375,15 +375,15 @@ def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, 
             hits += partials[width * task + HITS_PART]
             scored += partials[width * task + SCORED_PART]
         count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
-        stats = elements(np.float64, integers[AT_STATS], 1)
+        stats = elements(np.float64, integers[AT_STATS])
         record(stats, loss, hits, scored, partials[SHARES_PART], call, numbers, count if call[N] else 0)
 
 
 @register_jitable(**EXACT)
 def _table_row(integers: Any, factors: Any, at: int) -> Any:
     """A row of calls and its factors."""
-    call = part(integers, HEAD_COLUMNS + CALL_COLUMNS * at, CALL_COLUMNS)
-    return call, part(factors, HEAD_FACTORS + CALL_FACTORS * at, CALL_FACTORS)
+    call = part(integers, HEAD_COLUMNS + CALL_COLUMNS * at)
+    return call, part(factors, HEAD_FACTORS + CALL_FACTORS * at)
 
 
 @register_jitable(**EXACT)
@@ -395,32 +395,30 @@ def _end_phase(integers: Any, factors: Any, like: Any, counters: Any, phase: Any
             _end_rows(call, numbers, integers, like, counters, phase[TASKS])
     elif phase[CUT] == BY_PIECES:
         total = 0.0
-        tasks = part(integers, integers[AT_TASKS] + TASK_COLUMNS * phase[TASK_FIRST], TASK_COLUMNS * phase[TASKS])
+        tasks = part(integers, integers[AT_TASKS] + TASK_COLUMNS * phase[TASK_FIRST])
         first, end = tasks[PIECE_FIRST], tasks[TASK_COLUMNS * (phase[TASKS] - 1) + PIECE_END]
-        sums = elements(np.float64, integers[AT_SUMS], end)
+        sums = elements(np.float64, integers[AT_SUMS])
         for at in range(first, end):
             total += sums[at]
         call, _ = _table_row(integers, factors, phase[ROW_FIRST])
         if call[KIND_OF_ROW] == NORM:
-            tensors = part(integers, HEAD_COLUMNS + CALL_COLUMNS * integers[CALLS], 1)
-            grads, scale = elements(like, call[DZ], 1), 1.0 / integers[ACCUMULATE]
+            tensors = part(integers, HEAD_COLUMNS + CALL_COLUMNS * integers[CALLS])
+            grads, scale = elements(like, call[DZ]), 1.0 / integers[ACCUMULATE]
             scale *= clip_factor(grads, tensors, call[FIRST], call[END], total, scale, factors[CLIP_NORM])
             factors[SCALE] = scale
         elif total != 0.0:
             # penalties
             count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
-            elements(np.float64, integers[AT_STATS], 1)[PENALTIES] += 0.5 * total * count
+            elements(np.float64, integers[AT_STATS])[PENALTIES] += 0.5 * total * count
 
 
 @register_jitable(**EXACT)
 def _open(integers: Any, factors: Any, like: Any) -> int:
     """End the phase under way and open the next that has tasks; their number, or 0 at the end of the last step."""
-    counters = elements(np.int64, integers[AT_COUNTERS], 1)
+    counters = elements(np.int64, integers[AT_COUNTERS])
     at = integers[PHASE]
     if at >= 0:
-        _end_phase(
-            integers, factors, like, counters, part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at, PHASE_COLUMNS)
-        )
+        _end_phase(integers, factors, like, counters, part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at))
     while True:
         at += 1
         if at == integers[PHASES]:
@@ -428,12 +426,12 @@ def _open(integers: Any, factors: Any, like: Any) -> int:
             if integers[STEP] == integers[STEPS]:
                 return 0
             at = integers[PROLOGUE]
-        phase = part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at, PHASE_COLUMNS)
+        phase = part(integers, integers[AT_PHASES] + PHASE_COLUMNS * at)
         updated = (counters[BATCH_INDEX] + 1) % integers[ACCUMULATE] == 0
         if phase[CUT] == AT_ONCE:
-            hyper, rates = elements(np.float64, integers[AT_HYPER], 1), elements(np.float64, integers[AT_RATES], 1)
-            stats = elements(np.float64, integers[AT_STATS], 1)
-            epoch_stats = elements(np.float64, integers[AT_EPOCH_STATS], 1)
+            hyper, rates = elements(np.float64, integers[AT_HYPER]), elements(np.float64, integers[AT_RATES])
+            stats = elements(np.float64, integers[AT_STATS])
+            epoch_stats = elements(np.float64, integers[AT_EPOCH_STATS])
             advance(counters, hyper, rates, updated, stats, epoch_stats, integers[EPOCHS])
             continue
         call, _ = _table_row(integers, factors, phase[ROW_FIRST])
@@ -454,25 +452,25 @@ def work(job: int, task: int) -> int:
 
     job is the address of a table's integers; ``tables`` says what is in them.
     """
-    integers = elements(np.int64, job, HEAD_COLUMNS)
-    factors = elements(np.float64, integers[AT_FACTORS], HEAD_FACTORS)
-    like = elements(REAL, job, 1)
+    integers = elements(np.int64, job)
+    factors = elements(np.float64, integers[AT_FACTORS])
+    like = elements(REAL, job)
     if task < 0:
         return _open(integers, factors, like)
-    counters = elements(np.int64, integers[AT_COUNTERS], 1)
-    phase = part(integers, integers[AT_PHASES] + PHASE_COLUMNS * integers[PHASE], PHASE_COLUMNS)
+    counters = elements(np.int64, integers[AT_COUNTERS])
+    phase = part(integers, integers[AT_PHASES] + PHASE_COLUMNS * integers[PHASE])
     if phase[CUT] == BY_ROWS:
         for at in range(phase[ROW_FIRST], phase[ROW_END]):
             call, numbers = _table_row(integers, factors, at)
             _by_rows(call, numbers, integers, like, counters, task)
         return 0
-    hyper = elements(np.float64, integers[AT_HYPER], 1)
-    tensors = part(integers, HEAD_COLUMNS + CALL_COLUMNS * integers[CALLS], 1)
-    tensor_factors = part(factors, HEAD_FACTORS + CALL_FACTORS * integers[CALLS], 1)
-    pieces = part(integers, integers[AT_TASKS] + TASK_COLUMNS * (phase[TASK_FIRST] + task), TASK_COLUMNS)
-    sums = elements(np.float64, integers[AT_SUMS], pieces[PIECE_END])
+    hyper = elements(np.float64, integers[AT_HYPER])
+    tensors = part(integers, HEAD_COLUMNS + CALL_COLUMNS * integers[CALLS])
+    tensor_factors = part(factors, HEAD_FACTORS + CALL_FACTORS * integers[CALLS])
+    pieces = part(integers, integers[AT_TASKS] + TASK_COLUMNS * (phase[TASK_FIRST] + task))
+    sums = elements(np.float64, integers[AT_SUMS])
     for at in range(pieces[PIECE_FIRST], pieces[PIECE_END]):
-        piece = part(integers, integers[AT_PIECES] + PIECE_COLUMNS * at, PIECE_COLUMNS)
+        piece = part(integers, integers[AT_PIECES] + PIECE_COLUMNS * at)
         call, numbers = _table_row(integers, factors, piece[PIECE_ROW])
         sums[at] = _by_piece(
             call, numbers, integers, factors, like, counters, hyper, tensors, tensor_factors, piece

@@ -129,7 +129,7 @@ def serve(words: int, me: int, work: int, job: int, members: int) -> None:
 
 def functions() -> Any:
     """``alone`` and ``serve``, compiled or read from the disk."""
-    from fusemlp_kernels.numpy.compiled.options import kept
+    from fusemlp_kernels.numpy.compiled.cache import kept
 
     return kept(alone), kept(serve)
 

@@ -15,20 +15,20 @@ from fusemlp_kernels.numpy.compiled.views import part
 
 
 @register_jitable(**REDUCTION)
-def squares(values: Any, divisor: float) -> float:
+def squares(values: Any, count: int, divisor: float) -> float:
     total = 0.0
-    for i in range(values.size):
+    for i in range(count):
         quotient = values[i] / divisor
         total += quotient * quotient
     return total
 
 
 @register_jitable(**REDUCTION)
-def penalise(p: Any, g: Any, strength: float) -> float:
+def penalise(p: Any, g: Any, count: int, strength: float) -> float:
     """Add the gradient of ``strength / 2 * sum(p ** 2)`` to g; that sum of squares."""
     real = p.dtype.type
     times, total = real(strength), real(0.0)
-    for i in range(p.size):
+    for i in range(count):
         total += p[i] * p[i]
         g[i] += times * p[i]
     return float(total)
@@ -54,7 +54,7 @@ def clip_factor(
             total = 0.0
             for t in range(first, end):
                 start = tensors[t * TENSOR_COLUMNS + OFFSET]
-                total += squares(part(grads, start, tensors[t * TENSOR_COLUMNS + SIZE]), largest)
+                total += squares(part(grads, start), tensors[t * TENSOR_COLUMNS + SIZE], largest)
             norm = largest * math.sqrt(total)
     factor = limit / (norm * scale + 1e-6)
     return 1.0 if factor > 1.0 else factor
@@ -62,12 +62,13 @@ def clip_factor(
 
 @register_jitable(**ELEMENTWISE)
 def update_part(
-    p: Any, g: Any, s0: Any, s1: Any, tensor_factors: Any, t: int, rule: Any, factors: Any, hyper: Any, scale: float,
+    p: Any, g: Any, s0: Any, s1: Any, count: int, tensor_factors: Any, t: int, rule: Any, factors: Any, hyper: Any,
+    scale: float,
 ) -> None:  # fmt: skip
     """Update a part of tensor t from its gradient times ``scale``; g is written to."""
     if scale != 1.0:
         times = p.dtype.type(scale)
-        for i in range(g.size):
+        for i in range(count):
             g[i] *= times
     rate = hyper[LEARNING_RATE] * tensor_factors[t * TENSOR_FACTORS + LR_FACTOR]
-    update_tensor(p, g, s0, s1, rate, tensor_factors[t * TENSOR_FACTORS + DECAY], rule, factors, hyper)
+    update_tensor(p, g, s0, s1, count, rate, tensor_factors[t * TENSOR_FACTORS + DECAY], rule, factors, hyper)
