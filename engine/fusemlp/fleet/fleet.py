@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -24,7 +23,6 @@ from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.runtime.backends import cpu_threads
-from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.training.fit import check_monitor, checked_validation, fit_checked, logged, with_metrics
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
@@ -227,9 +225,7 @@ class Fleet:
             if callback is not None:
                 callback(members[index])
 
-        complaint = first.scale_complaint("X", data.X)
-        if complaint is not None:
-            warnings.warn(complaint, InputScaleWarning, stacklevel=2)
+        first.warn_of_scale("X", data.X, stacklevel=3)
         # all models train on the same rows
         common["taken_in"] = first.take_in(data.X)
         if self._input_scale is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,20 +89,21 @@ class Normalising(DeviceInputs):
             raise DataError(f"state[{SCALE!r}]: expected numbers above 0, got {tensors[SCALE].min():.6g}")
         self.input_scale = InputScale(tensors[MEAN], tensors[SCALE], self._backend)
 
-    def scale_complaint(self, argument: str, X: Any) -> str | None:
-        """Return the text of an InputScaleWarning for checked training rows X, judged by a sample of them, or None."""
+    def warn_of_scale(self, argument: str, X: Any, *, stacklevel: int) -> None:
+        """Warn if checked training rows X are far from unit scale, judged by a sample of them."""
         if self.normalise is not None:
-            return None
+            return
         rows = min(SAMPLE_ROWS, max(1, SAMPLE_NUMBERS // self.network.sizes[0]))
         sample = self.on_host(X[:: -(-len(X) // rows)]).astype(np.float64).ravel()
         count = np.count_nonzero(sample)
         with np.errstate(over="ignore"):
             size = math.sqrt(sample @ sample / max(1, count))
         # a step may bring NaN
-        if not count or not (size < LEAST or size > MOST):
-            return None
-        return (
-            f"{argument}: the inputs are far from unit scale: the root mean square of those that are not zero is "
-            f"{size:.3g}, and networks train well from {LEAST:g} to {MOST:g}. Let the engine scale them, with "
-            "normalise=True, or scale them yourself; normalise=False turns this warning off"
-        )
+        if count and (size < LEAST or size > MOST):
+            warnings.warn(
+                f"{argument}: the inputs are far from unit scale: the root mean square of those that are not zero is "
+                f"{size:.3g}, and networks train well from {LEAST:g} to {MOST:g}. Let the engine scale them, with "
+                "normalise=True, or scale them yourself; normalise=False turns this warning off",
+                InputScaleWarning,
+                stacklevel=stacklevel,
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
-from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.rates import RateTable
@@ -311,9 +309,7 @@ class Session(Predicting):
                 "normalise: no rows were measured yet: fit measures its own; before a loop of steps give the training "
                 "rows to the engine, normalise=X"
             )
-        complaint = self.scale_complaint("x", x)
-        if complaint is not None:
-            warnings.warn(complaint, InputScaleWarning, stacklevel=3)
+        self.warn_of_scale("x", x, stacklevel=4)
 
     def check_scaling(self) -> None:
         """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""

@@ -17,7 +17,6 @@ from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.memory import on_device
-from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
@@ -282,6 +281,4 @@ def _warn(engine: Session, data: Examples, batches: int) -> None:
             found.append(f"y: every label is {labels[0]}; a classifier needs examples of two classes")
     for message in found:
         warnings.warn(message, stacklevel=3)
-    complaint = engine.scale_complaint("X", data.X)
-    if complaint is not None:
-        warnings.warn(complaint, InputScaleWarning, stacklevel=3)
+    engine.warn_of_scale("X", data.X, stacklevel=4)

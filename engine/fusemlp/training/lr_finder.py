@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from fusemlp.describe.schedules import Exponential
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples
 from fusemlp.report.plots import draw, sweep_figure
-from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
 
@@ -80,9 +78,7 @@ def lr_find(
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
     data = engine.examples(X, y, sample_weight)
-    complaint = engine.scale_complaint("X", data.X)
-    if complaint is not None:
-        warnings.warn(complaint, InputScaleWarning, stacklevel=2)
+    engine.warn_of_scale("X", data.X, stacklevel=3)
     unmeasured = engine.normalise and engine.input_scale is None
     scaled = engine.measured(data.X).applied(data.X) if unmeasured else engine.normalised(data.X)
     data = data._replace(X=scaled).map(engine.on_host)
