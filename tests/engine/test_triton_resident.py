@@ -187,3 +187,17 @@ def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) 
     stopped = [engine.history.stopped for engine in fleet.engines if engine.history is not None]
     assert len(stopped) == 2 and all("interrupted" in reason for reason in stopped)
     assert all(engine.epochs_trained <= 2 for engine in fleet.engines)
+
+
+def test_models_in_one_launch_scale_their_inputs_as_one_alone() -> None:
+    rows = 40 * X + 9
+    fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)}, normalise=True)
+    # a second fit keeps the scale of the first, in the memory that the models share
+    for data in (rows, rows[::-1]):
+        results = fleet.fit(data, y, epochs=1, validation_data=(rows[:4], y[:4]))
+    for index in range(2):
+        engine = Engine(NET, batch_size=BATCH, seed=index, backend="triton", plan="resident", normalise=True)
+        for data in (rows, rows[::-1]):
+            engine.fit(data, y, epochs=1, validation_data=(rows[:4], y[:4]))
+        same(results.engine(index), engine)
+        np.testing.assert_array_equal(results.engine(index).predict_proba(rows), engine.predict_proba(rows))

@@ -77,7 +77,11 @@ def lr_find(
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
-    data = engine.examples(X, y, sample_weight).map(engine.on_host)
+    data = engine.examples(X, y, sample_weight)
+    engine.warn_of_scale("X", data.X, stacklevel=3)
+    unmeasured = engine.normalise and engine.input_scale is None
+    scaled = engine.measured(data.X).applied(data.X) if unmeasured else engine.normalised(data.X)
+    data = data._replace(X=scaled).map(engine.on_host)
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = Session(
         engine.network,
@@ -88,8 +92,9 @@ def lr_find(
         backend=engine.backend,
         device=engine.device,
         precision=engine.precision,
+        normalise=False,
     )
-    copy.load_state_dict(engine.state_dict())
+    copy.load_state_dict(engine.tensors(""))
     rates, losses = sweep(copy, data, steps=steps)
     return LearningRateSweep(tuple(rates), tuple(losses), steepest(rates, losses), len(rates) == steps)
 
