@@ -113,10 +113,9 @@ class FleetResults:
 
         ``points``: the parameters of all models of the fleet, if some have not ended.
         """
+        known: dict[int, Point] = dict(enumerate(points or ()))
         if points is None:
             known = {member.index: member.parameters for member in self.members}
-        else:
-            known = dict(enumerate(points))
         return combinations(self.ranked(metric), known, metric or self.metric, self.metric)
 
     def best(self, metric: str | None = None) -> Member:
