@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fusemlp.engine import Engine, load, load_checkpoint
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.fleet.results import Ensemble, FleetResults
+    from fusemlp.runtime.normalising import InputScaleWarning
     from fusemlp.training.history import History
     from fusemlp.training.lr_finder import LearningRateSweep, lr_find
     from fusemlp_kernels.errors import (
@@ -68,6 +69,7 @@ __all__ = [
     "FusemlpError",
     "History",
     "Huber",
+    "InputScaleWarning",
     "LeakyReLU",
     "LearningRateSweep",
     "Loss",
@@ -98,6 +100,7 @@ _NAMES = {
     "fusemlp.engine": "Engine load load_checkpoint",
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
+    "fusemlp.runtime.normalising": "InputScaleWarning",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation LeakyReLU MLP PReLU",

@@ -28,6 +28,11 @@ class Engine(Session):
     "resident". The attributes ``backend``, ``plan`` and ``plan_reason`` hold the choice; with "resident" ``fit`` runs
     many steps in one call, and ``step`` is eager. ``print(engine.program)`` shows the kernel calls of a step.
 
+    ``normalise=True`` subtracts from each column of the inputs its mean in the first ``fit``, and divides by its
+    standard deviation there, in training and prediction alike; ``normalise=X`` measures the rows X (n, K) at once. The
+    numbers stay when the engine is fitted again, and are part of its ``state_dict`` and files. None, the default,
+    scales nothing, and training warns (InputScaleWarning) of inputs far from unit scale; False does not warn.
+
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.
     """

@@ -14,7 +14,7 @@ import pytest
 import torch
 from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, Device, marks_of, usable
 
-from fusemlp import MLP, SGD, Engine, Fleet
+from fusemlp import MLP, SGD, Engine, Fleet, InputScaleWarning
 from fusemlp.describe.losses import CrossEntropy
 from fusemlp_kernels.errors import ArgumentTypeError, DataError, DTypeError, ShapeError
 
@@ -39,9 +39,9 @@ class Place:
         self.backend = device.backend
         self.net = self.engine()
 
-    def engine(self, loss: Any = "cross_entropy") -> Engine:
-        net = MLP([INPUTS, 5, OUTPUTS])
-        return Engine(net, loss=loss, optimizer=SGD(0.1), batch_size=4, backend=self.backend, plan="eager")
+    def engine(self, loss: Any = "cross_entropy", normalise: bool | None = False) -> Engine:
+        net, optimizer = MLP([INPUTS, 5, OUTPUTS]), SGD(0.1)
+        return Engine(net, loss, optimizer, batch_size=4, backend=self.backend, plan="eager", normalise=normalise)
 
     def put(self, array: Array) -> Any:
         """Return a copy of the array on the device, with the same strides, made as users do."""
@@ -115,6 +115,28 @@ def test_a_step_is_that_of_host_arrays(place: Place, loss: str, host_reads: list
         by_device.step(*arrays)
         assert host_reads == []
     assert_same_state(by_device, by_host)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.uint8, np.bool_])
+def test_they_are_normalised_as_host_arrays(place: Place, kind: Any, host_reads: list[tuple[int, ...]]) -> None:
+    rows = (X > 0 if kind == np.bool_ else 100 * np.abs(X)).astype(kind)
+    by_host, by_device = place.engine(normalise=True), place.engine(normalise=True)
+    there, labels = place.put(rows), place.put(LABELS)
+    expected = by_host.fit(rows, LABELS, epochs=2, validation_data=(rows, LABELS))
+    assert by_device.fit(there, labels, epochs=2, validation_data=(there, labels)).history == expected.history
+    host_reads.clear()
+    by_device.step(there[:4], labels[:4])
+    by_host.step(rows[:4], LABELS[:4])
+    assert by_device.evaluate(there, labels) == by_host.evaluate(rows, LABELS)
+    # the scale is on the device
+    assert rows.shape not in host_reads and (INPUTS,) not in host_reads
+    assert_same_state(by_device, by_host)
+    np.testing.assert_array_equal(by_device.predict_proba(there), by_host.predict_proba(rows))
+
+
+def test_inputs_far_from_unit_scale_are_named(place: Place) -> None:
+    with pytest.warns(InputScaleWarning, match="root mean square of those that are not zero is 1e-05"):
+        place.engine(normalise=None).fit(place.put(np.full_like(X, 1e-5)), place.put(LABELS), epochs=1)
 
 
 def address(native: Any) -> int:

@@ -137,7 +137,7 @@ def test_the_estimate_of_an_engine_is_about_what_it_takes() -> None:
     import tracemalloc
 
     net = MLP([64, 32, 10])
-    rows, labels = np.zeros((300, 64)) + np.arange(64), np.arange(300) % 10
+    rows, labels = np.zeros((300, 64)) + np.arange(64) / 64, np.arange(300) % 10
     made = Fleet(net, vary={"seed": range(40)}, backend="numpy")
     made.fit(rows, labels, epochs=1)
     made = Fleet(net, vary={"seed": range(40)}, backend="numpy")

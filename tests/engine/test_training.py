@@ -22,6 +22,7 @@ from fusemlp import (
     CrossEntropy,
     DivergenceError,
     Engine,
+    InputScaleWarning,
     ParameterOptions,
     ReduceOnPlateau,
     StepDecay,
@@ -647,7 +648,8 @@ class TestDivergence:
 
     def test_features_that_were_not_scaled_are_named(self):
         engine = make(optimizer=SGD(0.1), loss="mse")
-        with pytest.raises(DivergenceError, match=r"features as large as .* were not scaled: standardise them"):
+        message = r"features as large as .* were not scaled: standardise them .* normalise=True"
+        with pytest.warns(InputScaleWarning), pytest.raises(DivergenceError, match=message):
             engine.fit(X * 1e5, np.eye(CLASSES)[y], epochs=5)
 
     def test_a_last_update_that_overflows_is_noticed(self):

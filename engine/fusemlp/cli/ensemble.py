@@ -41,6 +41,7 @@ def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: i
         device=options.device,
         precision=options.precision,
         plan=options.plan,
+        normalise=False,
     )
 
 
@@ -137,6 +138,7 @@ def log_pays(dataset: Dataset, rows: Array, options: ModelOptions, *, seed: int)
             device=options.device,
             precision=options.precision,
             plan=options.plan,
+            normalise=False,
         )
         kept, held_out = ([part[place] for part in parts] for place in (0, 1))
         results = fleet.fit(

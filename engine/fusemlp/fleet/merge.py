@@ -20,13 +20,19 @@ def merged(engines: Sequence[Engine]) -> Engine:
     The hidden layers lie side by side: the first stacks the rows of the weights, those between have the members'
     weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
     the prediction is the mean; for classes the probabilities are the geometric mean, made to add up to 1. Dropout is
-    left out. The history is ``mean_history``. Raises ArgumentError for prelu, whose slope belongs to a whole layer.
+    left out. Inputs are normalised as by the engines; if they differ in that, the scales are in the first layer. The
+    history is ``mean_history``. Raises ArgumentError for prelu, whose slope belongs to a whole layer.
     """
     first = engines[0]
     if len(engines) == 1:
         return first
     count, layers = len(engines), first.network.layers
-    states = [engine.state_dict() for engine in engines]
+    scales = [engine.scale_tensors for engine in engines]
+    alike = all(
+        one.keys() == scales[0].keys() and all(np.array_equal(one[name], scales[0][name]) for name in one)
+        for one in scales
+    )
+    states = [engine.tensors("") if alike else _of_raw_inputs(engine) for engine in engines]
     check_mergeable(first.network, count)
     inputs, *hidden, outputs = first.network.sizes
     parameters: dict[str, Array] = {}
@@ -56,11 +62,22 @@ def merged(engines: Sequence[Engine]) -> Engine:
         backend=first.backend,
         device=first.device,
         precision=first.precision,
+        normalise=first.normalise if alike else False,
     )
-    engine.load_state_dict(parameters)
+    engine.load_state_dict({**parameters, **(scales[0] if alike else {})})
     histories = [one.history for one in engines if one.history is not None]
     engine.history = mean_history(histories) if histories else None
     return engine
+
+
+def _of_raw_inputs(engine: Engine) -> dict[str, Array]:
+    """Return parameters of the same network for inputs that are not normalised."""
+    state = engine.tensors("")
+    if engine.input_scale is not None:
+        mean, scale = (np.asarray(one, np.float64) for one in (engine.input_scale.mean, engine.input_scale.scale))
+        weight = state["0.weight"] / scale
+        state |= {"0.weight": weight, "0.bias": state["0.bias"] - weight @ mean}
+    return state
 
 
 def check_mergeable(net: MLP, models: int) -> None:

@@ -7,22 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
 
-def checked_state(net: MLP, state: Mapping[str, Any], real: np.dtype[Any]) -> dict[str, Array]:
-    """Return ``state`` as arrays of the engine's type; it must have exactly the network's keys and shapes."""
+def checked_state(
+    shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any], real: np.dtype[Any]
+) -> dict[str, Array]:
+    """Return ``state`` as arrays of the engine's type; it must have exactly these keys and ``shapes``."""
     if not isinstance(state, Mapping):
         raise ArgumentTypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
-    shapes = net.parameter_shapes()
     missing = [name for name in shapes if name not in state]
     unknown = [str(name) for name in state if name not in shapes]
     if missing or unknown:
         raise ArgumentError(
             f"state: missing keys: {', '.join(missing) or 'none'}; unknown keys: {', '.join(unknown) or 'none'}. "
             f"This network has: {', '.join(shapes)}"
+            + ("; a state with normalise.mean goes into an engine with normalise=True" * ("normalise.mean" in unknown))
         )
     arrays = {}
     for name, shape in shapes.items():

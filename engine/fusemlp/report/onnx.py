@@ -7,11 +7,12 @@ Input ``x`` (rows, K), any number of rows, float32 (double from an engine of pre
 - ``prediction``: the result of ``engine.predict``, shapes included
 - ``probabilities``: the result of ``engine.predict_proba``; only for the cross-entropies
 
-With a ``Preprocessor`` the graph takes the features as they are in the data, with NaN for a missing number, fills in
-and scales them itself, and ``prediction`` holds labels, or values in original units. If features are words, each
-feature has an input of its own (rows, 1) with its name, as converters of scikit-learn's pipelines have it: numbers in
-the graph's type, words as strings without spaces around them, "" for a missing one. An unseen word counts as it does in
-``predict``. A date has a number for each of its parts. Dropout is left out.
+The graph of an engine with ``normalise=True`` scales the inputs. With a ``Preprocessor`` it takes the features as they
+are in the data, with NaN for a missing number, fills in and scales them itself, and ``prediction`` holds labels, or
+values in original units. If features are words, each feature has an input of its own (rows, 1) with its name, as
+converters of scikit-learn's pipelines have it: numbers in the graph's type, words as strings without spaces around
+them, "" for a missing one. An unseen word counts as it does in ``predict``. A date has a number for each of its parts.
+Dropout is left out.
 
 The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), for words those of ai.onnx.ml 3, so older runtimes
 read it too. Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling
@@ -36,6 +37,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.network import Activation
 from fusemlp.report.onnx_features import INPUT, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
+from fusemlp.runtime.inference import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
@@ -85,7 +87,7 @@ def onnx_bytes(
         importlib.import_module("onnx")
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"to_onnx: it needs the library onnx: {HINT}") from error
-    parameters = engine.state_dict()
+    parameters, scale = engine.tensors(""), engine.scale_tensors
     check_finite(parameters, "ONNX file")
     size = sum(array.nbytes for array in parameters.values())
     if size > MOST_BYTES:
@@ -94,12 +96,15 @@ def onnx_bytes(
         )
     if preprocessor is not None:
         _warn_of_blurred(preprocessor, parameters["0.weight"].dtype)
-    graph = _Graph(next(iter(parameters.values())).dtype, {*parameters, *OUTPUTS})
+    graph = _Graph(next(iter(parameters.values())).dtype, {*parameters, *scale, *OUTPUTS})
     if preprocessor is None:
         name = graph.given(INPUT, graph.real, engine.network.sizes[0])
     else:
         own["preprocessor"] = preprocessor.to_json()
         name = network_input(graph, preprocessor)
+    if scale:
+        centred = graph.add("Sub", name, graph.constant(scale[MEAN], MEAN))
+        name = graph.add("Div", centred, graph.constant(scale[SCALE], SCALE))
     for layer, activation in enumerate(engine.network.activations):
         layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
         name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)

@@ -13,18 +13,42 @@ from fusemlp.inputs.targets import Examples
 from fusemlp.program.lowering import Inputs, Step, lower
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace, on_device
-from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, STATS, LossSpec
+from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, STATS, Backend, LossSpec
 
 # The largest batch of a forward pass, in elements of its widest activation: 16 MiB in float32.
 LARGEST = 1 << 22
 SMALLEST_ROWS = 16
+# The names of the statistics of inputs beside the parameters in ``state_dict``.
+MEAN, SCALE = "normalise.mean", "normalise.scale"
+
+
+class InputScale:
+    """The inputs x (n, K) of a network as (x - mean) / scale; ``mean`` and ``scale`` (K,) are host arrays."""
+
+    def __init__(self, mean: Array, scale: Array, backend: Backend) -> None:
+        self.mean, self.scale = mean, scale
+        # On a device a bool or integer array takes a sum, and not all take a difference.
+        self._shift, self._divisor = backend.from_host(-mean), backend.from_host(scale)
+
+    def applied(self, X: Any) -> Any:
+        """Return checked rows, on the host or on the device, as the network takes them."""
+        if isinstance(X, np.ndarray):
+            scaled = X - self.mean
+            scaled /= self.scale
+            return scaled
+        return (X + self._shift) / self._divisor
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """Copies of the statistics by their names in ``state_dict``."""
+        return {MEAN: self.mean.copy(), SCALE: self.scale.copy()}
 
 
 class Inference:
-    """Forward programs of one network, in a few sizes, each made on first use."""
+    """Forward programs of one network, in a few sizes, each made on first use; ``input_scale`` scales its inputs."""
 
-    def __init__(self, net: MLP, memory: Memory) -> None:
-        self.net, self.memory = net, memory
+    def __init__(self, net: MLP, memory: Memory, input_scale: InputScale | None = None) -> None:
+        self.net, self.memory, self.input_scale = net, memory, input_scale
         self.real = np.dtype(f"f{memory.real_bytes}")
         self.counters = memory.backend.allocate(COUNTERS, "int64")
         self.stats = memory.backend.allocate(STATS, "float64")
@@ -76,7 +100,10 @@ class Inference:
         copy, count = self.memory.backend.copy_into, stop - start
         self.counters[ROW_COUNT] = count
         for name, array in arrays.items():
-            copy(bound.arrays[name][:count], array[start:stop])
+            part = array[start:stop]
+            if name == "x" and self.input_scale is not None:
+                part = self.input_scale.applied(part)
+            copy(bound.arrays[name][:count], part)
             if count < rows and len(arrays) > 1:
                 # Rows left from an earlier batch must not reach the sums, if there are any.
                 bound.arrays[name][count:] = 0

@@ -9,19 +9,18 @@ import numpy as np
 
 from fusemlp.describe.metrics import Judged, Metric, as_metrics
 from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.runtime.inference import Evaluation, Inference
 from fusemlp.runtime.memory import Memory
+from fusemlp.runtime.normalising import Normalising
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError
 
 
-class Predicting(DeviceInputs):
+class Predicting(Normalising):
     """The part of an engine that reads its parameters and changes nothing."""
 
     class_weight: Any | None
-    _inference: Inference
 
     def predict(self, X: Any) -> Array:
         """Predict the targets of X (n, K).
@@ -121,7 +120,7 @@ class Predicting(DeviceInputs):
         if apart:
             real, compute = memory.real_bytes, memory.compute_bytes
             memory = Memory(self.network, self._backend, 0, item_bytes=real, compute_bytes=compute)
-        inference = Inference(self.network, memory)
+        inference, data = Inference(self.network, memory), data._replace(X=self.normalised(data.X))
         return Evaluation(inference, data, self.spec_for(data.targets), self.class_weight, repeated=True)
 
     def dead_units(self, X: Any) -> dict[str, float]:

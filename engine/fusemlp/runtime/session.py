@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import Inference
+from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
+from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.rates import RateTable
@@ -42,7 +44,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Session(Predicting):
         device: str | None = None,
         precision: str = "fp32",
         plan: str = "auto",
+        normalise: Any = None,
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -83,7 +86,8 @@ class Session(Predicting):
         self.optimizer.check_network(net)
         self.precision = precision
         self.start(backend, device, plan)
-        self.load_state_dict(net.initial_parameters(self.seed))
+        self.start_normalising(normalise)
+        self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
 
     def description(self) -> dict[str, Any]:
         """Return the arguments of the session, JSON-able; ``start_from`` is its inverse."""
@@ -95,6 +99,7 @@ class Session(Predicting):
             "batch_size": self.batch_size,
             "seed": self.seed,
             "precision": self.precision,
+            "normalise": self.normalise,
         }
 
     def start_from(self, config: Mapping[str, Any], *, backend: str, device: str | None) -> None:
@@ -104,6 +109,8 @@ class Session(Predicting):
         self.optimizer = optimizer_from_config(config["optimizer"])
         self.batch_size, self.seed = config["batch_size"], config["seed"]
         self.precision = config["precision"]
+        # older files do not have it
+        self.normalise = config.get("normalise")
         self.start(backend, device, "auto")
 
     def start(self, name: str, device: str | None, plan: str) -> None:
@@ -120,7 +127,7 @@ class Session(Predicting):
         self.plan, self.plan_reason = choose_plan(plan, traits, self.network.sizes, self.batch_size, self.precision)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
-        self._use_memory(None, None)
+        self._use_memory(None, None, None)
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         self._unchecked_steps = 0
@@ -136,7 +143,9 @@ class Session(Predicting):
         self.epochs_trained = 0
         self.stop_training = False
 
-    def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None) -> None:
+    def _use_memory(
+        self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, scale: InputScale | None
+    ) -> None:
         self.memory = memory = Memory(
             self.network,
             self._backend,
@@ -151,7 +160,7 @@ class Session(Predicting):
         self.rates.schedule = schedule
         self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
-        self._inference = Inference(self.network, memory)
+        self._inference = Inference(self.network, memory, scale)
         self._staged: dict[tuple[bool, bool], BoundProgram] = {}
 
     def move_into(self, arenas: Mapping[str, Any]) -> None:
@@ -161,7 +170,7 @@ class Session(Predicting):
             # the table of rates is filled again
             if name != "rates":
                 array[:] = before[name]
-        self._use_memory(arenas, self.rates.schedule)
+        self._use_memory(arenas, self.rates.schedule, self.input_scale)
 
     @property
     def program(self) -> Program:
@@ -261,7 +270,8 @@ class Session(Predicting):
 
         Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
         waits for the device.
-        Raises ShapeError, DTypeError or DataError, before anything has changed.
+        Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
+        normalised and have not been measured.
         """
         x = self.features("x", x, check_finite=False)
         count = len(x)
@@ -274,12 +284,14 @@ class Session(Predicting):
         weight = self.weights("sample_weight", sample_weight, rows=count)
         if self._step_schedule is None:
             self._step_schedule = self.optimizer.schedule.over(None)
+        if not self._staged and not self.epochs_trained:
+            self._check_scale(x)
         bound = self._staged_program(targets.soft, weight is not None)
         self.rates.cover(self._step_schedule, 1)
         copy = self._backend.copy_into
         arrays = bound.arrays
         arrays["counters"][ROW_STEP] = 0
-        for name, array in (("x", x), ("target", targets.values), ("weight", weight)):
+        for name, array in (("x", self.normalised(x)), ("target", targets.values), ("weight", weight)):
             if array is not None:
                 copy(arrays[name][:count], array)
                 if count < self.batch_size:
@@ -291,6 +303,17 @@ class Session(Predicting):
             if self._unchecked_steps == SCALING_CHECKS:
                 self.check_scaling()
         return self._backend.scalar(arrays["stats"], LAST_LOSS)
+
+    def _check_scale(self, x: Any) -> None:
+        """Check before the first step that inputs can be normalised, or warn if they should be."""
+        if self.normalise and self.input_scale is None:
+            raise ArgumentError(
+                "normalise: no rows were measured yet: fit measures its own; before a loop of steps give the training "
+                "rows to the engine, normalise=X"
+            )
+        complaint = self.scale_complaint("x", x)
+        if complaint is not None:
+            warnings.warn(complaint, InputScaleWarning, stacklevel=3)
 
     def check_scaling(self) -> None:
         """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""
@@ -320,8 +343,12 @@ class Session(Predicting):
         return self._staged[key]
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``."""
-        return self.tensors("")
+        """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``.
+
+        With normalised inputs there are ``normalise.mean`` and ``normalise.scale`` (K,) too: the first layer takes
+        (x - mean) / scale.
+        """
+        return {**self.tensors(""), **self.scale_tensors}
 
     def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
         """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
@@ -358,9 +385,16 @@ class Session(Predicting):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
 
+        The statistics of normalised inputs are among the keys once they are measured, and may be before.
+
         Raises ArgumentError for keys, ShapeError, DTypeError or DataError for values.
         """
-        self.write_tensors(checked_state(self.network, state, self._real), "")
+        shapes = self.network.parameter_shapes()
+        if self.normalise and (self.input_scale is not None or (isinstance(state, Mapping) and MEAN in state)):
+            shapes |= dict.fromkeys((MEAN, SCALE), (self.network.sizes[0],))
+        arrays = checked_state(shapes, state, self._real)
+        self.take_scale({name: arrays.pop(name) for name in (MEAN, SCALE) if name in arrays})
+        self.write_tensors(arrays, "")
 
     def release(self) -> None:
         """Give back the memory that steps and predictions work in; the next ones make it anew."""
@@ -372,5 +406,7 @@ class Session(Predicting):
         return (
             f"{type(self).__name__}({self.network!r}, loss={self.loss!r}, optimizer={self.optimizer!r}, "
             f"batch_size={self.batch_size}, seed={self.seed}, backend={self.backend!r}, device={self.device!r}, "
-            f"precision={self.precision!r}, plan={self.plan!r})"
+            f"precision={self.precision!r}, plan={self.plan!r}"
+            + ("" if self.normalise is None else f", normalise={self.normalise}")
+            + ")"
         )

@@ -226,6 +226,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             "seed": seed,
             "backend": self.backend,
             "precision": self.precision,
+            "normalise": False,
         }
         net = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
         check_mergeable(net, models)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
 from fusemlp.program.layout import short_names
+from fusemlp.runtime.inference import MEAN, SCALE
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp_kernels.contract import UPDATE_COUNT
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -21,7 +22,8 @@ def to_torch(engine: Engine) -> nn.Sequential:
     """Return the engine's network as an ``nn.Sequential`` on the CPU with copies of its parameters, in train mode.
 
     Its ``state_dict`` has the keys of ``engine.state_dict()``. Dropout layers have names such as ``1_dropout``, so the
-    numbers of the other layers do not change. The loss is not included: a classifier returns logits.
+    numbers of the other layers do not change. The module of an engine that normalises its inputs starts with a layer
+    ``normalise``, which does so. The loss is not included: a classifier returns logits.
     """
     if not isinstance(engine, Engine):
         raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
@@ -29,6 +31,8 @@ def to_torch(engine: Engine) -> nn.Sequential:
     state = {name: torch.from_numpy(array) for name, array in engine.state_dict().items()}
     dtype = next(iter(state.values())).dtype
     module = nn.Sequential()
+    if engine.input_scale is not None:
+        module.add_module("normalise", modules.Normalise(engine.input_scale.mean, engine.input_scale.scale))
     for layer, (inputs, outputs) in enumerate(zip(net.sizes, net.sizes[1:], strict=False)):
         module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
         chosen, name = net.activations[layer], str(2 * layer + 1)
@@ -46,10 +50,11 @@ def from_torch(
     """Return an ``Engine`` that continues from the torch objects: network, parameters, loss, optimizer and its moments.
 
     ``loss_fn`` and ``optimizer`` default to the engine's own. ``options`` are the engine's: batch_size, seed, backend,
-    device, plan; ``precision`` is the module's. Frozen parameters, and those in no group, stay frozen. Dropout rates
-    are those of train mode, also for a module in eval mode. Raises ArgumentError for anything that cannot be converted.
+    device, plan, normalise; ``precision`` is the module's, and the layer ``normalise`` of ``to_torch`` is read too.
+    Frozen parameters, and those in no group, stay frozen. Dropout rates are those of train mode, also for a module in
+    eval mode. Raises ArgumentError for anything that cannot be converted.
     """
-    reading = modules.read_module(module, always_drops=True)
+    reading = modules.read_module(module, always_drops=True, may_normalise=True)
     if reading.flattens or reading.squeezes:
         what = "Flatten in front" if reading.flattens else "the squeeze of its output"
         raise ArgumentError(f"module: an engine's x is (n, K) and its output (n, N): take {what} out of the module")
@@ -67,10 +72,14 @@ def from_torch(
         described = _optimizer(optimizer, {name: group_of[one] for name, one in trained.items()}, frozen)
     loss = "cross_entropy" if loss_fn is None else losses.read_loss(loss_fn)
     precision = options.pop("precision", "fp64" if reading.dtype == torch.float64 else "fp32")
+    given = {name: one.detach() for name, one in parameters.items()}
+    if reading.normalise is not None:
+        options["normalise"] = True
+        given |= {MEAN: reading.normalise.mean, SCALE: reading.normalise.scale}
     engine = Engine(net, loss, described, precision=precision, **options)
     # A missing bias is a frozen one of zeros.
     zeros = {name: np.zeros(shape) for name, shape in net.parameter_shapes().items()}
-    engine.load_state_dict({**zeros, **{name: one.detach().cpu().numpy() for name, one in parameters.items()}})
+    engine.load_state_dict({**zeros, **{name: one.cpu().numpy() for name, one in given.items()}})
     if optimizer is not None:
         _copy_moments(engine, optimizer, trained)
     return engine

@@ -8,9 +8,10 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusemlp.describe.network import MLP, Activation
+from fusemlp.inputs.arrays import Array
 from fusemlp.torch.tracing import Part, inner_path, trace_parts
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
 from fusemlp_kernels.pointwise import ACTIVATIONS
@@ -49,6 +50,25 @@ INSTEAD = {
 }
 
 
+class Normalise(nn.Module):
+    """Computes (x - mean) / scale of each column, as an engine with ``normalise=True`` does; both are buffers (K,)."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Array, scale: Array) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.scale
+
+    def extra_repr(self) -> str:
+        """Return what stands in the parentheses of ``print(module)``."""
+        return str(len(self.mean))
+
+
 class Slot(NamedTuple):
     """A parameter, and its path as in ``named_parameters``."""
 
@@ -61,13 +81,14 @@ class Reading:
     """A module as a network. ``slots`` are its parameters by short names (w0, b0, s0), as far as present.
 
     ``flattens``: x may have more than two dimensions. ``squeezes``: one output comes out as (m,), not (m, 1).
-    ``dtype`` and ``device`` are those of all parameters.
+    ``normalise`` scales the inputs. ``dtype`` and ``device`` are those of all parameters.
     """
 
     network: MLP
     slots: dict[str, Slot]
     flattens: bool
     squeezes: bool
+    normalise: Normalise | None
     dtype: torch.dtype
     device: torch.device
 
@@ -94,10 +115,10 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
+def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise: bool = False) -> Reading:
     """Return the network of ``module`` in its present mode: eval mode turns dropout off.
 
-    ``always_drops`` keeps the rates of train mode.
+    ``always_drops`` keeps the rates of train mode; with ``may_normalise`` it may start with Normalise.
 
     Raises ArgumentError with the path of a part that cannot be fused, ArgumentError or DTypeError for parameters.
     """
@@ -108,6 +129,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
             raise ArgumentError(f"module: {Part(path, one)} has hooks, which a fused step would not run; remove them")
     layers: list[_Layer] = []
     flattens = squeezes = False
+    normalise: Normalise | None = None
     for part in _parts(Part("", module)):
         kind = type(part.module)
         if kind is nn.Identity:
@@ -118,6 +140,13 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
             layers.append(_Layer(part))
         elif kind is nn.Flatten and part.module.start_dim == 1:
             flattens = flattens or not layers
+        elif kind is Normalise and not layers and may_normalise:
+            normalise = part.module
+        elif kind is Normalise:
+            raise ArgumentError(
+                f"module: {part} cannot be fused: scale the rows before the step: fuse(module[1:], ...) and "
+                "step(module[0](x), y)"
+            )
         elif not layers:
             raise ArgumentError(f"module: {part}: only Flatten(1) and Identity can stand before the first Linear")
         elif kind is nn.Flatten:
@@ -137,14 +166,14 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
     slots = _slots(layers)
     first = slots["w0"].parameter
-    return Reading(network, slots, flattens, squeezes, first.dtype, first.device)
+    return Reading(network, slots, flattens, squeezes, normalise, first.dtype, first.device)
 
 
 def _parts(part: Part) -> Iterator[Part]:
     """Yield the parts of a module in order; raises ArgumentError for one that the kernels lack."""
     path, module = part
     kind = type(module)
-    if kind is nn.Linear or kind in NAMES or kind in LIMITS:
+    if kind in (nn.Linear, Normalise) or kind in NAMES or kind in LIMITS:
         fits, words = LIMITS.get(kind, (None, ""))
         if fits is not None and not fits(module):
             raise ArgumentError(f"module: {f'{path}: ' if path else ''}{module!r}: {words}")

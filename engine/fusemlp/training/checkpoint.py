@@ -36,6 +36,7 @@ def engine_content(engine: Session, extra: Mapping[str, Any] | None = None) -> d
     memory = engine.memory
     kinds = {kind: engine.tensors(*place) for kind, place in _kinds(engine).items()}
     kinds["best"] = engine.best_parameters or {}
+    kinds["input"] = engine.scale_tensors
     tensors = {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
     for name in ("counters", "hyper", "stats"):
         tensors[name] = memory.backend.to_host(memory.arrays[name])
@@ -72,6 +73,7 @@ def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str,
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
     for kind, place in _kinds(engine).items():
         engine.write_tensors(_of_kind(kind, tensors), *place)
+    engine.take_scale(_of_kind("input", tensors))
     memory = engine.memory
     for name in ("counters", "hyper", "stats"):
         # Older checkpoints have fewer statistics.

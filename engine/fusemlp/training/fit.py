@@ -17,6 +17,7 @@ from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.memory import on_device
+from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
@@ -50,7 +51,8 @@ def fit(
     y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
     (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host memory
     or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``).
-    The kernels read device arrays in place, or copy them once if their type or strides do not suit.
+    The kernels read device arrays in place, or copy them once if their type or strides do not suit. An engine with
+    ``normalise=True`` measures the X of its first fit, and trains on a scaled copy.
 
     validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch, also by ``metrics``: of classes "auc",
     "f1", "balanced_accuracy", "log_loss", of numbers "mae", "rmse", "r2", "pinball"; the history has them as "val_auc".
@@ -66,7 +68,7 @@ def fit(
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
-    no longer finite, with the engine back at the last good epoch.
+    no longer finite, with the engine back at the last good epoch. Warns (InputScaleWarning) of X far from unit scale.
     """
     epochs = as_count("epochs", epochs, minimum=1)
     for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
@@ -135,9 +137,11 @@ def fit_checked(
     callbacks: Sequence[Any] = (),
     order: Callable[[int], Array] | None = None,
     resume: bool = False,
+    taken_in: Any | None = None,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
+    ``taken_in``: X as the network takes it, if the caller has it.
     ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. ``order`` is a function from the
     epoch to the rows; by default their order depends on the seed.
     """
@@ -156,6 +160,7 @@ def fit_checked(
         shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
         return shuffled_rows if rows is None else rows[shuffled_rows]
 
+    data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
     policy = FitPolicy(
         engine,
         data.X,
@@ -219,7 +224,11 @@ def with_metrics(
     kind = engine.kind_of(validation.data.targets)
     both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
     found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
-    for name, value in engine.figures(found.data, found.metrics).items():
+    data = found.data
+    if engine.normalise and engine.input_scale is None:
+        # nothing is measured yet; the targets decide, and predictions of raw inputs might overflow
+        data = data._replace(X=data.X * 0)
+    for name, value in engine.figures(data, found.metrics).items():
         if math.isnan(value):
             raise ArgumentError(
                 f"metrics: {name} is not defined on these {len(found.data.X)} validation rows: it needs rows of two "
@@ -273,3 +282,6 @@ def _warn(engine: Session, data: Examples, batches: int) -> None:
             found.append(f"y: every label is {labels[0]}; a classifier needs examples of two classes")
     for message in found:
         warnings.warn(message, stacklevel=3)
+    complaint = engine.scale_complaint("X", data.X)
+    if complaint is not None:
+        warnings.warn(complaint, InputScaleWarning, stacklevel=3)

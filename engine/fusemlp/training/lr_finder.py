@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fusemlp.describe.schedules import Exponential
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples
 from fusemlp.report.plots import draw, sweep_figure
+from fusemlp.runtime.normalising import InputScaleWarning
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
 
@@ -77,7 +79,13 @@ def lr_find(
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
-    data = engine.examples(X, y, sample_weight).map(engine.on_host)
+    data = engine.examples(X, y, sample_weight)
+    complaint = engine.scale_complaint("X", data.X)
+    if complaint is not None:
+        warnings.warn(complaint, InputScaleWarning, stacklevel=2)
+    unmeasured = engine.normalise and engine.input_scale is None
+    scaled = engine.measured(data.X).applied(data.X) if unmeasured else engine.normalised(data.X)
+    data = data._replace(X=scaled).map(engine.on_host)
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = Session(
         engine.network,
@@ -88,8 +96,9 @@ def lr_find(
         backend=engine.backend,
         device=engine.device,
         precision=engine.precision,
+        normalise=False,
     )
-    copy.load_state_dict(engine.state_dict())
+    copy.load_state_dict(engine.tensors(""))
     rates, losses = sweep(copy, data, steps=steps)
     return LearningRateSweep(tuple(rates), tuple(losses), steepest(rates, losses), len(rates) == steps)
 

@@ -28,7 +28,8 @@ LARGE_FEATURE = 100.0
 class FitPolicy(Policy):
     """Decides as ``fit`` documents it for ``engine``, which trains on X (n, K) up to epoch ``last_epoch``.
 
-    ``rows`` is a function from the epoch to its rows. With ``resumes`` the engine's best parameters are this fit's.
+    X is as the network takes it. ``rows`` is a function from the epoch to its rows. With ``resumes`` the engine's best
+    parameters are this fit's.
     """
 
     rewinds: ClassVar[bool] = True
@@ -89,7 +90,7 @@ class FitPolicy(Policy):
             if self._keeps_best:
                 state.history.best_epoch = state.epoch
                 if self.patience is not None:
-                    engine.best_parameters = engine.state_dict()
+                    engine.best_parameters = engine.tensors("")
         else:
             state.waited += 1
         if isinstance(self.schedule, ReduceOnPlateau):
@@ -101,8 +102,11 @@ class FitPolicy(Policy):
     def divergence(self, rate: float) -> DivergenceError:
         """Return an error that names the likely cause."""
         largest, epoch = self.engine.largest(self.X), self.state.epoch + 1
-        if largest > LARGE_FEATURE:
-            cause = f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1)"
+        if largest > LARGE_FEATURE and not self.engine.normalise:
+            cause = (
+                f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1), as an "
+                "engine with normalise=True does"
+            )
         else:
             lower = min(rate / 10, 0.1)
             cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"

@@ -88,6 +88,9 @@ class ndarray:
 
     __radd__ = __add__
 
+    def __truediv__(self, other: Any) -> ndarray:
+        return _computed(np.divide, self, other)
+
     def __iadd__(self, other: Any) -> ndarray:
         streams.start(lambda: _assign(self, host_of(self) + _value(other)))
         return self
@@ -161,10 +164,10 @@ def _value(operand: Any) -> Any:
 
 
 def _computed(function: np.ufunc, array: ndarray, other: Any) -> ndarray:
-    """Return a new array with this shape and type."""
-    if isinstance(other, ndarray) and (other.shape, other.dtype) != (array.shape, array.dtype):
-        raise Misuse("cupy.ndarray: the stand-in reckons with arrays of one shape and type")
-    out = ndarray(array.shape, array.dtype)
+    """Return a new array, of the shape and type that NumPy's rules give two arrays, or of those of the one."""
+    both = isinstance(other, ndarray)
+    shape = np.broadcast_shapes(array.shape, other.shape) if both else array.shape
+    out = ndarray(shape, np.result_type(array.dtype, other.dtype) if both else array.dtype)
     streams.start(lambda: _assign(out, function(host_of(array), _value(other))))
     return out
 
