@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file
 from same_state import assert_same_state
 from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
 from fusemlp import (
@@ -29,7 +30,9 @@ from fusemlp import (
     load,
     load_checkpoint,
 )
+from fusemlp.cli.app import main
 from fusemlp.fleet.merge import merged
+from fusemlp.sklearn import MLPClassifier, TableClassifier
 from fusemlp.torch import from_torch, fuse, to_torch
 
 Array = np.ndarray[Any, Any]
@@ -365,3 +368,17 @@ class TestWarning:
     def test_the_learning_rate_finder_warns(self) -> None:
         with pytest.warns(InputScaleWarning):
             make(normalise=None).lr_find(X, Y, start=1e-12, end=1e-9, steps=20)
+
+    def test_the_doors_that_scale_or_follow_scikit_learn_are_silent(self, tmp_path: Path) -> None:
+        # warnings are errors in this suite
+        digits, labels = load_digits(return_X_y=True)
+        with pytest.warns(ConvergenceWarning) as found:
+            MLPClassifier(max_iter=2).fit(100 * digits, labels)
+        assert {one.category for one in found} == {ConvergenceWarning}
+        for models in (1, 2):
+            TableClassifier(epochs=1, scale="none", models=models).fit(100 * digits, labels)
+        for command in (["train"], ["train", "--models", "2"], ["sweep", "--vary", "seed=0:2"]):
+            options = ["--scale", "none", "--epochs", "1", "--quiet", "--out", str(tmp_path / "-".join(command))]
+            with pytest.raises(SystemExit) as ended:
+                main([command[0], "wine", *command[1:], *options])
+            assert ended.value.code == 0
