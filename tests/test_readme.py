@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import typer.main
 from fusemlp.cli.app import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "engine/README.md", "kernels/README.md", "bench/README.md")
+PAGES = ("README.md", "engine/README.md", "engine/tutorial/README.md", "kernels/README.md", "bench/README.md")
 
 
 def text_of(page: str) -> str:
@@ -46,35 +48,111 @@ def test_links_lead_to_a_file_and_a_heading(page: str) -> None:
             assert heading in map(anchor, found), target
 
 
-@pytest.mark.parametrize("page", ["README.md", "engine/README.md"])
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_python_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_snippets(page: str, count: int | None = None) -> dict[str, Any]:
+    """Run the Python blocks of a page as typed, one after another, and return the names that they leave."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks(page, "python")[:count], 1):
+        exec(compile(block, f"{page}, Python block {number}", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    generator = np.random.default_rng(0)
-    names: dict[str, Any] = {}
-    ran = 0
-    for block in blocks(page, "python"):
-        columns = 784 if "784" in block else 64
-        X, y = generator.random((200, columns), np.float32), np.arange(200) % 10
-        names |= {"X": X, "y": y, "Xv": X[:40], "yv": y[:40], "x": X[:8]}
-        if "engine.step(x, y)" in block:
-            # the page's y of a single batch
-            block = block.replace("engine.step(x, y)", "engine.step(x, y[:8])")
-        exec(compile(block, f"{page}, block {ran}", "exec"), names)
-        ran += 1
-    assert ran >= 3
+    return tmp_path
 
 
-def test_the_torch_loop_runs() -> None:
+def test_the_snippets_of_the_readme(folder: Path) -> None:
+    names = run_snippets("README.md")
+    X, y = names["Xv"], names["yv"]
+    assert max(names["history"].history["val_accuracy"]) >= 0.965
+    # A network that has learned nothing has log(10); unscaled pixels would begin above it.
+    assert names["history"].history["loss"][0] < np.log(10)
+    assert np.mean(names["engine"].predict(X) == y) >= 0.96
+    assert np.mean(names["fleet"].predict(X).prediction == y) >= 0.96
+    assert names["search"].score(X, y) >= 0.95
+
+
+def test_the_snippets_of_the_engine(folder: Path) -> None:
+    names = run_snippets("engine/README.md")
+    assert max(names["history"].history["val_accuracy"]) >= 0.965
+    assert names["search"].score(names["Xv"], names["yv"]) >= 0.95
+    # Optuna draws the trials without a seed: of ten one learns.
+    assert names["study"].best_value >= 0.8
+    assert np.mean(names["model"].predict(names["table"]) == (names["table"]["size"] > 120)) >= 0.95
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_snippets_of_the_kernels() -> None:
+    names = run_snippets("kernels/README.md")
+    torch = names["torch"]
+    w0, b0, w1, b1 = (names[name].double().requires_grad_() for name in ("w0", "b0", "w1", "b1"))
+    h = torch.relu(names["x"].double() @ w0.T + b0)
+    loss = torch.nn.functional.cross_entropy(h @ w1.T + b1, names["labels"])
+    loss.backward()
+    # Each value comes of three products and sums of 64, 16 and 32 terms in fp32.
+    bound = (64 + 16 + 32) * np.finfo(np.float32).eps
+    for found, expected in ((names["loss"], loss), (names["dw"], w1.grad), (names["db"], b1.grad)):
+        difference = (found.reshape(expected.shape).double() - expected.double()).abs().max()
+        assert difference <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("sign", "-+")
+def test_the_torch_loop_runs_before_and_after(sign: str, folder: Path) -> None:
     torch = pytest.importorskip("torch")
-    import fusemlp.torch
-
+    torch.manual_seed(0)
+    names = run_snippets("README.md", 1)
     (diff,) = blocks("README.md", "diff")
-    loop = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
-    x, y = torch.randn(8, 64), torch.arange(8)
-    names = {"fusemlp": fusemlp, "torch": torch, "nn": torch.nn, "loader": [(x, y)]}
+    loop = "\n".join(line[1:] for line in diff.splitlines() if line[0] in f" {sign}")
     exec(compile(loop, "README.md, loop", "exec"), names)
-    assert torch.isfinite(names["loss"])
+    found = names["module"].eval()(torch.tensor(names["Xv"]).float()).argmax(1)
+    assert np.mean(found.numpy() == names["yv"]) >= 0.95
+
+
+def write_tables() -> None:
+    """Write the files that the commands of the pages name into the working folder."""
+    generator = np.random.default_rng(0)
+    size, patient = generator.integers(40, 200, 60), np.arange(60) % 12
+    price = 3000 * size + 10000 * generator.standard_normal(60)
+    houses = ["size,street,price", *(f"{s},{'ab'[s % 2]},{p:.0f}" for s, p in zip(size, price, strict=True))]
+    Path("houses.csv").write_text("\n".join(houses))
+    visits = [f"v{i},{p},{20 + i},{100 + 3 * i}" for i, p in enumerate(patient)]
+    Path("visits.csv").write_text("\n".join(["name,patient,age,cost", *visits]))
+    pixels = [f"pixel_{row}_{column}" for row in range(8) for column in range(8)]
+    Path("new.csv").write_text(",".join(["size,street", *pixels]) + "\n" + ",".join(["80,a", *"0" * 64]) + "\n")
+
+
+def commands(page: str) -> list[list[str]]:
+    """Return the words of each line of a page's shell blocks that begins with ``fusemlp``."""
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    typed = [shlex.split(line, comments=True) for line in lines if line.startswith("fusemlp ")]
+    # Ten seconds, and tests/engine/test_cli_train.py runs this line.
+    return [words for words in typed if "mnist5k" not in words]
+
+
+@pytest.mark.parametrize("page", ["README.md", "engine/README.md"])
+def test_commands_run_as_typed(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tables()
+    typed = commands(page)
+    assert len(typed) >= 5
+    if page != "README.md":
+        # its commands continue a run of README.md
+        typed.insert(0, shlex.split("fusemlp train digits --epochs 2"))
+    for _, *words in typed:
+        for at, word in enumerate(words):
+            if word.endswith("-..."):
+                words[at] = str(max(folder.glob(word.removesuffix("...") + "*"), key=lambda path: path.stat().st_mtime))
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0, (words, capsys.readouterr().err)
+
+
+def test_the_extras_that_pages_and_messages_name_exist() -> None:
+    known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    sources = [*(ROOT / page for page in PAGES), *(ROOT / "engine").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    named = [name for path in sources for name in re.findall(r"(?:fusemlp|'\.)\[([\w,-]+)\]", path.read_text("utf-8"))]
+    assert len(named) > 10
+    assert set(",".join(named).split(",")) <= known.keys()
 
 
 @pytest.mark.parametrize("page", ["README.md", "engine/README.md"])

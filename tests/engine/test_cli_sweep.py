@@ -21,8 +21,7 @@ from safetensors.numpy import load_file
 
 from fusemlp.cli import standings
 from fusemlp.cli import sweep as command
-from fusemlp.cli.combinations import combinations
-from fusemlp.fleet.results import Member
+from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.training.history import History
 
 
@@ -124,7 +123,7 @@ def test_the_mean_over_seeds_decides() -> None:
     points = [{"lr": lr, "seed": seed} for lr in (0.1, 0.2, 0.3, 0.4) for seed in range(3)]
     losses = [0.1, 0.9, 0.8, 0.5, 0.4, 0.45, 0.2, 0.2, math.nan, 0.01, 0.02]
     members = [member(index, loss, "trained" if loss == loss else "diverged") for index, loss in enumerate(losses)]
-    found = combinations(members, points, "val_loss")
+    found = FleetResults(tuple(members)).combinations("val_loss", points)
     # 0.1 has the luckiest complete seed; 0.4 lacks a seed after Ctrl-C, one of 0.3 diverged: both come later.
     assert [one.parameters["lr"] for one in found] == [0.2, 0.1, 0.4, 0.3]
     assert [one.index for one in found[0].members] == [4, 5, 3]
@@ -134,9 +133,9 @@ def test_the_mean_over_seeds_decides() -> None:
     # Larger accuracies are better.
     for one in members:
         one.scores["val_accuracy"] = one.scores.get("val_loss", math.nan)
-    assert combinations(members, points, "val_accuracy")[0].parameters["lr"] == 0.1
+    assert FleetResults(tuple(members)).combinations("val_accuracy", points)[0].parameters["lr"] == 0.1
     # Seeds alone are judged one by one.
-    alone = combinations(members[:3], [{"seed": seed} for seed in range(3)], "val_loss")
+    alone = FleetResults(tuple(members[:3])).combinations("val_loss", [{"seed": seed} for seed in range(3)])
     assert [one.members[0].index for one in alone] == [0, 2, 1]
 
 
@@ -164,6 +163,19 @@ def test_seeds_of_each_combination(tmp_path: Path, capsys: pytest.CaptureFixture
         "epochs",
         "status",
     ]
+
+
+def test_seeds_alone_are_told_their_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["wine", "--vary", "seed=0:4", "--epochs", "2", "--quiet"]
+    assert run("sweep", *options, "--json", "--out", tmp_path / "a") == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    losses = [float(row["val_loss"]) for row in rows(tmp_path / "a/results.csv")]
+    assert best["scores"]["val_loss"] == min(losses)
+    assert best["mean"] == pytest.approx(np.mean(losses), rel=1e-12)
+    assert best["spread"] == pytest.approx(np.std(losses, ddof=1), rel=1e-9)
+    assert run("sweep", *options, "--out", tmp_path / "b") == 0
+    said = f"mean val_loss of the 4 seeds {best['mean']:.4g}, standard deviation {best['spread']:.2g}: expect this"
+    assert said in capsys.readouterr().out
 
 
 def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fusemlp import MLP, SGD, ArgumentError, ArgumentTypeError, Fleet
-from fusemlp.fleet.results import FleetResults
+from fusemlp.fleet.results import FleetResults, Member
+from fusemlp.training.history import History
 
 random = np.random.default_rng(2)
 X = random.standard_normal((40, 4))
@@ -31,6 +34,37 @@ def test_a_model_and_the_results_are_short_in_print(results: FleetResults) -> No
     failed = results.members[3]
     assert repr(failed) == "Member(3: {'lr': 1e+30, 'seed': 1}, diverged, epochs=0)"
     assert repr(FleetResults((failed,))) == "FleetResults(1 diverged)"
+
+
+def member(index: int, lr: float, seed: int, loss: float) -> Member:
+    status, scores = ("diverged", {}) if math.isnan(loss) else ("trained", {"loss": loss})
+    return Member(index, {"lr": lr, "seed": seed}, None, History(), status, "", scores)  # type: ignore[arg-type]
+
+
+def test_a_lucky_seed_does_not_decide() -> None:
+    # 0.1 has the best model of all, 0.2 the better mean, and one of 0.3 diverged
+    losses = [[0.1, 0.9, 0.8], [0.5, 0.4, 0.45], [0.2, 0.2, math.nan]]
+    members = [
+        member(3 * row + seed, lr, seed, losses[row][seed])
+        for row, lr in enumerate((0.1, 0.2, 0.3))
+        for seed in range(3)
+    ]
+    results = FleetResults(tuple(members))
+    assert results.ranked()[0].index == 0
+    assert results.best().index == 4
+    first = results.combinations()[0]
+    assert first.parameters == {"lr": 0.2} and [one.index for one in first.members] == [4, 5, 3]
+    assert first.mean("loss") == pytest.approx(0.45, rel=1e-15)
+    assert [line.split() for line in results.table(means=True).splitlines()] == [
+        ["model", "lr", "loss", "spread", "seeds", "epochs", "status"],
+        ["4", "0.2", "0.45", "0.05", "3", "0", "trained"],
+        ["0", "0.1", "0.6", "0.43589", "3", "0", "trained"],
+        ["6", "0.3", "0.2", "0", "2", "0", "1", "diverged"],
+    ]
+    # Seeds alone are models of an ensemble: each has its row.
+    alone = FleetResults(tuple(replace(one, parameters={"seed": one.index}) for one in members))
+    assert alone.best().index == 0
+    assert alone.table(means=True) == alone.table()
 
 
 def test_a_table_of_models_with_different_parameters() -> None:

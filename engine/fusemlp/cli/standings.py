@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.callbacks.progress import REDRAW
-from fusemlp.cli.combinations import Point, averages, combinations
 from fusemlp.cli.grid import spelled
-from fusemlp.fleet.results import Member
+from fusemlp.fleet.results import FleetResults, Member
+from fusemlp.fleet.seeds import Point, averages
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,7 @@ def table(members: Collection[Member], points: Sequence[Point], metric: str, *, 
     Models that differ in their seed alone have one row: means of their scores, the spread of ``metric``, the mean of
     the epochs, and as the model the best of them.
     """
-    ranked = combinations(members, points, metric)[:limit]
+    ranked = FleetResults(tuple(members)).combinations(metric, points)[:limit]
     scores = list(dict.fromkeys(name for one in ranked for member in one.members for name in member.scores))
     scores.sort(key=lambda name: (name != metric, not name.startswith("val_")))
     names, several = list(points[0]), averages(points)
@@ -57,11 +57,7 @@ def table(members: Collection[Member], points: Sequence[Point], metric: str, *, 
         if several:
             seeds = f"{len(one.members)} of {one.models}" if len(one.members) < one.models else f"{one.models}"
             figures += [_figure(one.spread(metric)), seeds]
-        epochs = round(sum(len(member.history.epochs) for member in one.members) / len(one.members))
-        status = "diverged" if one.diverged else one.members[0].status
-        if several and 0 < one.diverged < len(one.members):
-            status = f"{one.diverged} diverged"
-        rows.append([str(one.members[0].index), *parameters, *figures, str(epochs), status])
+        rows.append([str(one.members[0].index), *parameters, *figures, str(round(one.epochs)), one.status])
     return rows
 
 

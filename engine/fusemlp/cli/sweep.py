@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any
 
 from fusemlp.cli import columns, defaults, grid, recipe
-from fusemlp.cli.combinations import Combination, Point, averages, combinations
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import finite, show
@@ -25,6 +24,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.metrics import rises
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import FleetResults, Member
+from fusemlp.fleet.seeds import Combination, Point, averages
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
@@ -85,7 +85,11 @@ def sweep(options: SweepOptions) -> None:
         raise
     seconds = time.perf_counter() - began
     write_results(plan, run, members)
-    chosen = combinations(members, plan.points, plan.metric)[0]
+    results = FleetResults(tuple(members))
+    chosen = results.combinations(plan.metric, plan.points)[0]
+    if list(plan.points[0]) == ["seed"]:
+        # One combination, whose mean says more than its best seed.
+        chosen = Combination({}, tuple(results.ranked(plan.metric)), len(plan.points))
     no_plot = draw(plan, run, members, chosen.sound[0])
     if not options.as_json:
         if interrupted:
@@ -96,7 +100,7 @@ def sweep(options: SweepOptions) -> None:
         print(no_plot or f"plot {run.path / PICTURE}")
     if chosen.sound[0].status == "diverged":
         # Raises the error that names the first of all.
-        FleetResults(tuple(members)).best(plan.metric)
+        results.best(plan.metric)
     about = {
         "command": shlex.join(["fusemlp", "sweep", *arguments(options)]),
         "metric": plan.metric,
@@ -133,15 +137,20 @@ def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], start
     spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
     least = "largest" if rises(plan.metric) else "least"
     said = f"model {best.index}, the {least} {plan.metric}: {spelled}"
-    if averages(plan.points):
+    if "seed" in parameters:
         mean, spread = chosen.mean(plan.metric), chosen.spread(plan.metric)
         content["best"] |= {"mean": mean, "spread": finite(spread), "seeds": len(chosen.members)}
-        shared = ", ".join(f"{name} {grid.spelled(value)}" for name, value in chosen.parameters.items())
         deviation = "" if math.isnan(spread) else f", standard deviation {spread:.2g}"
+    if averages(plan.points):
+        shared = ", ".join(f"{name} {grid.spelled(value)}" for name, value in chosen.parameters.items())
         said = (
             f"{shared}: the {least} mean {plan.metric} of its seeds, {mean:.4g} ({len(chosen.members)} seeds"
             f"{deviation})\nkept of them: model {best.index}, seed {parameters['seed']}, {plan.metric} "
             f"{best.scores[plan.metric]:.4g}"
+        )
+    elif "seed" in parameters:
+        said += (
+            f"\nmean {plan.metric} of the {len(chosen.members)} seeds {mean:.4g}{deviation}: expect this of a new seed"
         )
     lines = [
         f"\nbest: {said}",
@@ -287,7 +296,9 @@ def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
     Models that differ in their seed alone stand together, with the mean of their scores.
     """
     ordered = [
-        (one, member) for one in combinations(tuple(members), plan.points, plan.metric) for member in one.members
+        (one, member)
+        for one in FleetResults(tuple(members)).combinations(plan.metric, plan.points)
+        for member in one.members
     ]
     ranked = [member for _, member in ordered]
     scores = list(dict.fromkeys(name for member in ranked for name in member.scores))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.metrics import rises
 from fusemlp.engine import Engine
 from fusemlp.fleet.memory import Kept
+from fusemlp.fleet.seeds import Combination, Point, averages, combinations
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned
 from fusemlp.training.history import History
@@ -104,9 +105,25 @@ class FleetResults:
 
         return sorted(self.members, key=place)
 
+    def combinations(self, metric: str | None = None, points: Sequence[Point] | None = None) -> list[Combination]:
+        """Return the models in groups that differ in their seed alone, the best mean of a score first.
+
+        A group has ``parameters``, ``members``, ``mean(name)`` and ``spread(name)``, the standard deviation over its
+        seeds. If the models differ in nothing but the seed, or have no seeds, each is a group.
+
+        ``points``: the parameters of all models of the fleet, if some have not ended.
+        """
+        known: dict[int, Point] = dict(enumerate(points or ()))
+        if points is None:
+            known = {member.index: member.parameters for member in self.members}
+        return combinations(self.ranked(metric), known, metric or self.metric, self.metric)
+
     def best(self, metric: str | None = None) -> Member:
-        """Return the best model by a score. Raises DivergenceError if every model diverged."""
-        first = self.ranked(metric)[0]
+        """Return the best model by a score; if seeds vary too, of the combination with the best mean over its seeds.
+
+        Raises DivergenceError if every model diverged.
+        """
+        first = self.combinations(metric)[0].sound[0]
         if first.status == "diverged":
             raise DivergenceError(f"loss: all {len(self.members)} models diverged; the first: {first.reason}")
         return first
@@ -124,18 +141,38 @@ class FleetResults:
             for member in self.ranked(metric)
         ]
 
-    def table(self, metric: str | None = None, *, limit: int | None = None) -> str:
-        """Return ``records`` as aligned text, at most ``limit`` rows; a dash for a parameter that a model lacks."""
+    def table(self, metric: str | None = None, *, limit: int | None = None, means: bool = False) -> str:
+        """Return ``records`` as aligned text, at most ``limit`` rows; a dash for a parameter that a model lacks.
+
+        With ``means`` models that differ in their seed alone share a row: the means of their scores, ``spread``, the
+        standard deviation of the score that ranks, the number of seeds that ended, and the best model.
+        """
         if limit is not None:
             as_count("limit", limit, minimum=0)
-        records = self.records(metric)
         # parameters before scores; models of a list need not all have the same parameters
         parameters = dict.fromkeys(name for member in self.members for name in member.parameters)
         scores = dict.fromkeys(name for member in self.ranked(metric) for name in member.scores)
-        columns = ["model", *parameters, *scores, "epochs", "status"]
+        records = self.records(metric)
+        further: list[str] = []
+        if means and averages([member.parameters for member in self.members]):
+            records = [self._mean(one, metric or self.metric, scores) for one in self.combinations(metric)]
+            further = ["spread", "seeds"]
+            del parameters["seed"]
+        columns = ["model", *parameters, *scores, *further, "epochs", "status"]
         rows = [columns, *([_shown(record.get(name)) for name in columns] for record in records[:limit])]
         left_out = "" if limit is None or limit >= len(records) else f"\n... and {len(records) - limit} more"
         return aligned(rows, left=0) + left_out
+
+    def _mean(self, one: Combination, metric: str, scores: Iterable[str]) -> dict[str, Any]:
+        figures = {name: one.mean(name) for name in scores} | {"spread": one.spread(metric)}
+        return {
+            "model": one.members[0].index,
+            **one.parameters,
+            **{name: None if math.isnan(value) else value for name, value in figures.items()},
+            "seeds": len(one.members) - one.diverged,
+            "epochs": round(one.epochs),
+            "status": one.status,
+        }
 
 
 def _shown(value: Any) -> str:

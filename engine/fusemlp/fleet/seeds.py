@@ -1,14 +1,17 @@
-"""Judge the models of a sweep that differ in their seed alone by their mean score."""
+"""Judge models of a fleet that differ in their seed alone by their mean score."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.metrics import rises
-from fusemlp.fleet.results import FleetResults, Member
+
+if TYPE_CHECKING:
+    from fusemlp.fleet.results import Member
 
 Point = Mapping[str, Any]
 
@@ -30,6 +33,18 @@ class Combination:
     def diverged(self) -> int:
         return sum(one.status == "diverged" for one in self.members)
 
+    @property
+    def epochs(self) -> float:
+        """The mean number of epochs of the members."""
+        return sum(len(one.history.epochs) for one in self.members) / len(self.members)
+
+    @property
+    def status(self) -> str:
+        """The status of the best member, or the number of members that diverged."""
+        if 0 < self.diverged < len(self.members):
+            return f"{self.diverged} diverged"
+        return self.members[0].status
+
     def scores(self, name: str) -> list[float]:
         """Return the finite values of a score, of the members that did not diverge."""
         values = (one.scores.get(name, math.nan) for one in self.members if one.status != "diverged")
@@ -50,30 +65,27 @@ class Combination:
 
 def averages(points: Sequence[Point]) -> bool:
     """Return whether models are judged by a mean: they differ in the seed and in something else."""
-    return "seed" in points[0] and len(points[0]) > 1
+    return all("seed" in point for point in points) and any(len(point) > 1 for point in points)
 
 
-def combinations(members: Collection[Member], points: Sequence[Point], metric: str) -> list[Combination]:
-    """Return the combinations of the ended models, the best mean of ``metric`` first.
+def combinations(ranked: Sequence[Member], points: Mapping[int, Point], metric: str, second: str) -> list[Combination]:
+    """Return the combinations of ``ranked``, the ended models from best to worst, the best mean of ``metric`` first.
 
-    Combinations of which a larger share diverged come later, then those of which a smaller share has ended; means of
-    the default metric break ties. Without several seeds a combination is one model, in the order of its own scores.
+    ``points`` has the parameters of all models by index. Combinations of which a larger share diverged come later,
+    then those of which a smaller share has ended; means of ``second`` break ties. Without several seeds a combination
+    is one model, in the order of ``ranked``.
     """
-    results = FleetResults(tuple(members))
-    ranked = results.ranked(metric)
-    if not averages(points):
+    if not averages(list(points.values())):
         return [Combination(points[one.index], (one,), 1) for one in ranked]
-    found: dict[tuple[Any, ...], list[Member]] = {}
+    found: dict[str, list[Member]] = {}
     for member in ranked:
         found.setdefault(_key(points[member.index]), []).append(member)
-    models: dict[tuple[Any, ...], int] = {}
-    for point in points:
-        models[_key(point)] = models.get(_key(point), 0) + 1
+    models = Counter(map(_key, points.values()))
     made = [
         Combination({k: v for k, v in points[own[0].index].items() if k != "seed"}, tuple(own), models[key])
         for key, own in found.items()
     ]
-    sign, second = -1.0 if rises(metric) else 1.0, results.metric
+    sign = -1.0 if rises(metric) else 1.0
 
     def place(one: Combination) -> tuple[float, float, float, float, int]:
         means = sign * one.mean(metric), one.mean(second)
@@ -84,5 +96,6 @@ def combinations(members: Collection[Member], points: Sequence[Point], metric: s
     return sorted(made, key=place)
 
 
-def _key(point: Point) -> tuple[Any, ...]:
-    return tuple(value for name, value in point.items() if name != "seed")
+def _key(point: Point) -> str:
+    # A value may be a list, which has no hash.
+    return repr(sorted((name, value) for name, value in point.items() if name != "seed"))
