@@ -97,7 +97,7 @@ class Normalising(DeviceInputs):
         sample = self.on_host(X[:: -(-len(X) // rows)]).astype(np.float64).ravel()
         count = int(np.count_nonzero(sample))
         with np.errstate(over="ignore"):
-            size = math.sqrt(sample @ sample / max(1, count))
+            size = math.sqrt(float(sample @ sample) / max(1, count))
         # a step may bring NaN
         if count and (size < LEAST or size > MOST):
             warnings.warn(

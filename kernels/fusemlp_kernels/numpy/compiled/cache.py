@@ -43,7 +43,8 @@ def contents() -> int:
 
 
 def _places() -> Iterator[Path]:
-    yield Path(numba.config.CACHE_DIR or AppDirs("fusemlp", appauthor=False).user_cache_dir)
+    config: Any = numba.config
+    yield Path(config.CACHE_DIR or AppDirs("fusemlp", appauthor=False).user_cache_dir)
     yield Path(__file__).parent / "__pycache__"
 
 
@@ -91,7 +92,7 @@ class _Locator(_CacheLocator):
 
 
 class _Files(CompileResultCacheImpl):
-    _locator_classes = (_Locator,)
+    _locator_classes: Any = (_Locator,)
 
 
 class _Cache(FunctionCache):
@@ -104,24 +105,24 @@ class _Cache(FunctionCache):
         return found
 
 
-def _named(function: Callable[..., object], variant: str) -> None:
+def _named(function: Any, variant: str) -> Any:
     """Numba finds what it has kept by the name of a function: let it hold ``variant``."""
     function.__qualname__ = f"{function.__name__}_{zlib.crc32(variant.encode()):08x}"
+    return function
 
 
-def kept(function: Callable[..., object], variant: str = "") -> Callable[..., object]:
+def kept(function: Callable[..., object], variant: str = "") -> Any:
     """``function``, compiled for the types of its arguments when it is first called, or read from the disk."""
-    _named(function, variant)
-    compiled: Any = numba.njit(**WHOLE, no_cfunc_wrapper=True)(function)
+    options: Any = {**WHOLE, "no_cfunc_wrapper": True}
+    compiled: Any = numba.njit(**options)(_named(function, variant))
     if folder():
         compiled._cache = _Cache(function)
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 def kept_for_calls(function: Callable[..., object], variant: str, kinds: Sequence[Any]) -> Any:
     """``function``, which takes arguments of these types and returns a word, as ``kept``, with an ``address``."""
-    _named(function, variant)
-    compiled = CFunc(function, (tuple(kinds), types.intp), {}, WHOLE)
+    compiled: Any = CFunc(_named(function, variant), (tuple(kinds), types.intp), {}, WHOLE)
     if folder():
         compiled._cache = _Cache(function)
     compiled.compile()
