@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusemlp.describe.elsewhere import Elsewhere
+from fusemlp.describe.elsewhere import names_absent
 from fusemlp.describe.network import MLP
 from fusemlp.report import onnx
 from fusemlp.runtime import files
@@ -38,7 +38,7 @@ KERAS = {
 }
 
 
-class Engine(Session, Elsewhere):
+class Engine(Session):
     """Trains ``net`` and predicts with it; owns the parameters, on the device.
 
     ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). ``batch_size`` is the
@@ -53,8 +53,6 @@ class Engine(Session, Elsewhere):
     does not have.
     """
 
-    elsewhere = KERAS
-
     fit = fit.fit
     save_checkpoint = checkpoint.save_checkpoint
     save = saving.save
@@ -67,6 +65,9 @@ class Engine(Session, Elsewhere):
 
     def __setstate__(self, content: dict[str, Any]) -> None:
         checkpoint.restore_engine(self, content, backend="auto", device=None)
+
+
+names_absent(Engine, KERAS)
 
 
 def load_checkpoint(

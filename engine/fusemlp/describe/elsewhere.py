@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from fusemlp_kernels.errors import ArgumentTypeError
 
@@ -30,6 +30,8 @@ def knows_names(elsewhere: Mapping[str, str], *, call: str = "") -> Callable[[Fu
 
         @functools.wraps(function)
         def checked(*given: Any, **named: Any) -> Any:
+            if not named and len(given) <= most:
+                return function(*given)
             for name in named:
                 if name not in names:
                     raise ArgumentTypeError(_refusal(name, elsewhere, shown))
@@ -55,15 +57,25 @@ def _refusal(name: str, elsewhere: Mapping[str, str], known: list[str]) -> str:
     return f"{name}: there is no such argument{hint} are {', '.join(sorted(known))}"
 
 
-class Elsewhere:
-    """The base of classes that other libraries give more attributes; ``elsewhere`` has a sentence for each."""
+class _Absent:
+    """An attribute that is not there: an AttributeError with a sentence.
 
-    elsewhere: ClassVar[Mapping[str, str]] = {}
+    A ``__getattr__`` would slow every attribute of the class down.
+    """
 
-    if not TYPE_CHECKING:  # type checkers know the attributes
+    def __init__(self, text: str) -> None:
+        self.text = text
 
-        def __getattr__(self, name: str) -> Any:
-            kind = type(self)
-            if name in kind.elsewhere:
-                raise AttributeError(f"{kind.__name__} has no attribute {name!r}: {kind.elsewhere[name]}")
-            raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=self)
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError(self.text)
+
+
+def names_absent(cls: Any, elsewhere: Mapping[str, str]) -> None:
+    """Let the error for attributes that other libraries have say what to use; ``dir`` does not list them."""
+    for name, sentence in elsewhere.items():
+        setattr(cls, name, _Absent(f"{cls.__name__} has no attribute {name!r}: {sentence}"))
+
+    def listed(self: object) -> list[str]:
+        return [name for name in object.__dir__(self) if name not in elsewhere]
+
+    cls.__dir__ = listed

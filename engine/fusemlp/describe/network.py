@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
 from fusemlp.describe.description import Description
-from fusemlp.describe.elsewhere import Elsewhere, knows_names
+from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.summary import network_text
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -121,7 +121,7 @@ _OF_ENGINE = "a network is a description, without parameters; make an engine: En
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class MLP(Description, Elsewhere):
+class MLP(Description):
     """A fully connected network of L layers; ``sizes`` are its L + 1 widths, from the input to the output.
 
     ``activation`` and ``dropout`` are one for all hidden layers or one per hidden layer. ``dropout`` is the
@@ -145,12 +145,6 @@ class MLP(Description, Elsewhere):
     activations: tuple[Activation, ...]
     dropouts: tuple[float, ...]
     init: str
-
-    elsewhere: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("compile", "fit", "predict", "evaluate", "save", "state_dict", "parameters"), _OF_ENGINE),
-        "add": "sizes has all widths at once: MLP([784, 128, 10])",
-        "count_params": "it is net.parameter_count",
-    }
 
     @knows_names(_ARGUMENTS, call="MLP([784, 128, 10], activation='relu')")
     def __init__(
@@ -246,6 +240,16 @@ class MLP(Description, Elsewhere):
             options.append(f"dropout={_compact(self.dropouts[:-1])}")
         options.append(f"init={self.init!r}")
         return f"MLP({list(self.sizes)!r}, {', '.join(options)})"
+
+
+names_absent(
+    MLP,
+    {
+        **dict.fromkeys(("compile", "fit", "predict", "evaluate", "save", "state_dict", "parameters"), _OF_ENGINE),
+        "add": "sizes has all widths at once: MLP([784, 128, 10])",
+        "count_params": "it is net.parameter_count",
+    },
+)
 
 
 def _compact(values: Iterable[object]) -> str:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fusemlp.describe.network import MLP
 
 HEADER = ("layer", "shape", "activation", "dropout", "initial weights", "parameters")
-# What optimizers keep beside the parameters, in arrays of their size.
+# Arrays of the size of the parameters that an optimizer keeps beside them.
 STATES = {"SGD": 0, "SGD with momentum": 1, "Adam": 2}
 
 

@@ -34,6 +34,7 @@ from fusemlp_kernels.contract import (
     LEARNING_RATE,
     LOSS_SCALE,
     RATE_SCALE,
+    ROW_COUNT,
     ROW_STEP,
     SKIPPED,
     SKIPPED_IN_A_ROW,
@@ -332,14 +333,13 @@ class Session(Predicting):
     def run_staged(self, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
         """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
         copy, arrays, count = self._backend.copy_into, bound.arrays, len(x)
-        short = count < len(arrays["x"])
-        arrays["counters"][ROW_STEP] = 0
+        short, counters = count < len(arrays["x"]), arrays["counters"]
+        counters[ROW_STEP], counters[ROW_COUNT] = 0, count
         for name, array in (("x", x), ("target", target), ("weight", weight)):
             if array is not None:
                 copy(arrays[name][:count], array)
                 if short:
                     arrays[name][count:] = 0
-        bound.set_row_count(count)
         bound.run()
 
     def check_scaling(self) -> None:

@@ -1,4 +1,4 @@
-"""What ``fit`` makes of checked rows: the share that it validates on, and weights by class."""
+"""Checked rows on their way into ``fit``: the share that is held out for validation, and weights by class."""
 
 from __future__ import annotations
 
