@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Callback,
         CSVLogger,
         EarlyStopping,
+        LearningRateScheduler,
         ModelCheckpoint,
         ProgressBar,
         ReduceLROnPlateau,
@@ -77,6 +78,7 @@ __all__ = [
     "History",
     "Huber",
     "LeakyReLU",
+    "LearningRateScheduler",
     "LearningRateSweep",
     "Loss",
     "MissingLibraryError",
@@ -112,7 +114,8 @@ _NAMES = {
     "fusemlp.describe.network": "Activation LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
     "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
-    "fusemlp.callbacks": "CSVLogger Callback EarlyStopping ModelCheckpoint ProgressBar ReduceLROnPlateau TensorBoard",
+    "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler ModelCheckpoint ProgressBar "
+    "ReduceLROnPlateau TensorBoard",
     "fusemlp.training.history": "History",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -29,6 +29,7 @@ from fusemlp import (
     Engine,
     FusemlpError,
     History,
+    LearningRateScheduler,
     MissingLibraryError,
     ModelCheckpoint,
     ProgressBar,
@@ -541,6 +542,28 @@ class TestReduceLROnPlateau:
         assert caplog.messages[0] == "epoch 2: the learning rate is now 0.002"
 
 
+class TestLearningRateScheduler:
+    @pytest.mark.parametrize(
+        "schedule",
+        [lambda epoch: 0.02 / (1 + epoch), lambda epoch, rate: rate * epoch / (1 + epoch) if epoch else rate],
+    )
+    def test_each_epoch_has_its_rate(self, schedule: Any) -> None:
+        engine, twin = make(), make(optimizer=Adam(0.02 / 2))
+        history = fit(engine, LearningRateScheduler(schedule), epochs=3)
+        assert history.history["learning_rate"] == pytest.approx([0.02, 0.01, 0.02 / 3], rel=1e-12)
+        # the rate of an epoch is that of its updates
+        one = make()
+        fit(one, LearningRateScheduler(lambda epoch: 0.01), epochs=1)
+        fit(twin, epochs=1)
+        assert all(np.array_equal(twin.state_dict()[name], value) for name, value in one.state_dict().items())
+
+    def test_impossible_rates(self) -> None:
+        with pytest.raises(ArgumentError, match=r"schedule\(0\): expected a finite number of at least 0, got -1"):
+            fit(make(), LearningRateScheduler(lambda epoch: -1.0))
+        with pytest.raises(ArgumentError, match=r"schedule\(1\): the optimizer's rate is 0 and stays so"):
+            fit(make(), LearningRateScheduler(lambda epoch: 0.01 * epoch))
+
+
 class TestTensorBoard:
     def test_what_tensorboard_reads(self, tmp_path: Path) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -602,6 +625,7 @@ def test_the_names_of_the_package() -> None:
         "CSVLogger",
         "Callback",
         "EarlyStopping",
+        "LearningRateScheduler",
         "ModelCheckpoint",
         "ProgressBar",
         "ReduceLROnPlateau",
@@ -619,6 +643,7 @@ NOT_MADE: dict[str, tuple[Callable[[], object], type[FusemlpError], str]] = {
     "restore": (lambda: EarlyStopping(restore_best_weights=1), ArgumentTypeError, "restore_best_weights: expected"),
     "factor": (lambda: ReduceLROnPlateau(factor=1.0), ArgumentError, "factor: expected a finite number above 0 and"),
     "cooldown": (lambda: ReduceLROnPlateau(cooldown=-1), ArgumentError, "cooldown: expected a whole number"),
+    "schedule": (lambda: LearningRateScheduler(0.1), ArgumentTypeError, "schedule: expected a function"),
     "lines": (lambda: ProgressBar(lines=2), ArgumentTypeError, "lines: expected True or False"),
     "suffix": (lambda: ModelCheckpoint("m.keras"), ArgumentError, "filepath: expected a name ending in .safetensors"),
     "no path": (lambda: ModelCheckpoint(3), ArgumentTypeError, "filepath: expected the path of a file, got 3"),

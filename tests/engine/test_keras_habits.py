@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 import warnings
@@ -319,6 +320,16 @@ def test_warnings_name_the_line_of_the_call() -> None:
         warnings.simplefilter("always")
         make(batch_size=64).fit(X, Y, epochs=1)
     assert [one.filename for one in caught] == [__file__]
+
+
+def test_another_rate_between_two_fits() -> None:
+    one, other = make(optimizer=SGD(0.1, momentum=0.9)), make(optimizer=SGD(0.1, momentum=0.9))
+    one.fit(X, Y, epochs=1)
+    other.fit(X, Y, epochs=1)
+    one.optimizer = dataclasses.replace(one.optimizer, lr=0.01)
+    assert one.fit(X, Y, epochs=1).history["learning_rate"] == [0.01]
+    other.fit(X, Y, epochs=1, callbacks=fusemlp.LearningRateScheduler(lambda epoch: 0.01))
+    assert same(one, other)
 
 
 def test_the_package_has_the_callback() -> None:

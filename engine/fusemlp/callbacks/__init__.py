@@ -1,7 +1,7 @@
 """Callbacks: objects that ``fit`` calls at its stages, in the library's form or in Keras's, and some ready-made ones.
 
-``EarlyStopping``, ``ModelCheckpoint``, ``ReduceLROnPlateau``, ``CSVLogger`` and ``TensorBoard`` take Keras's arguments
-with Keras's meanings.
+``EarlyStopping``, ``ModelCheckpoint``, ``ReduceLROnPlateau``, ``LearningRateScheduler``, ``CSVLogger`` and
+``TensorBoard`` take Keras's arguments with Keras's meanings.
 ``ProgressBar`` shows the progress of a training.
 """
 
@@ -12,11 +12,13 @@ from fusemlp.callbacks.interrupt import deferred_interrupt
 from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
 from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint, ReduceLROnPlateau
 from fusemlp.callbacks.progress import ProgressBar
+from fusemlp.callbacks.scheduler import LearningRateScheduler
 
 __all__ = [
     "CSVLogger",
     "Callback",
     "EarlyStopping",
+    "LearningRateScheduler",
     "ModelCheckpoint",
     "ProgressBar",
     "ReduceLROnPlateau",

@@ -210,8 +210,8 @@ def _in_own_form(listener: Any) -> Any:
 
 def _form(listener: Any, stage: str, method: Any, keras_only: bool) -> str | None:
     """Return "own" or "keras", by the number of parameters, then by their names; None if both forms fit."""
-    fits_own = not keras_only and stage in OWN and _takes(method, OWN[stage])
-    fits_keras = _takes(method, KERAS[stage])
+    fits_own = not keras_only and stage in OWN and takes(method, OWN[stage])
+    fits_keras = takes(method, KERAS[stage])
     if not fits_own and not fits_keras:
         expected = [_written(stage, OWN)] if stage in OWN else []
         raise ArgumentTypeError(
@@ -227,7 +227,7 @@ def _form(listener: Any, stage: str, method: Any, keras_only: bool) -> str | Non
     return "keras" if names[last : last + 1] == ["logs"] else None
 
 
-def _takes(method: Any, parameters: Sequence[str]) -> bool:
+def takes(method: Any, parameters: Sequence[str]) -> bool:
     """Return whether a method accepts ``parameters``; True if its signature is unknown."""
     try:
         inspect.signature(method).bind(*parameters)
