@@ -73,8 +73,14 @@ class TestValidationSplit:
 
 
 class TestBatchSize:
+    @pytest.mark.parametrize("parts", [False, True])
     @pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.01, accumulate=2)])
-    def test_training_goes_on_as_in_an_engine_made_with_it(self, optimizer: Any) -> None:
+    def test_training_goes_on_as_in_an_engine_made_with_it(
+        self, optimizer: Any, parts: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if parts:
+            # as on a GPU, where the memory of the gradients depends on the batch
+            monkeypatch.setattr("fusemlp.runtime.session.batch_parts", lambda traits, rows, weights: rows // 4)
         one, other = make(optimizer=optimizer), make(optimizer=optimizer, batch_size=8)
         one.fit(X, Y, epochs=2, batch_size=8)
         other.fit(X, Y, epochs=2)

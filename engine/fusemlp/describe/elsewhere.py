@@ -64,7 +64,7 @@ class _Absent:
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text = self.__doc__ = text
 
     def __get__(self, instance: object, owner: type) -> Any:
         raise AttributeError(self.text)

@@ -193,13 +193,17 @@ class Session(Predicting):
         """
         if batch_size == self.batch_size:
             return
-        plan = self.plan if self.plan_reason == ASKED else "auto"
-        chosen = choose_plan(plan, self._backend.traits, self.network.sizes, batch_size, self.precision)
-        before = self.snapshot()
+        plan, traits = self.plan if self.plan_reason == ASKED else "auto", self._backend.traits
+        chosen = choose_plan(plan, traits, self.network.sizes, batch_size, self.precision)
+        parts = batch_parts(traits, batch_size, self.network.parameter_count)
+        before = None if parts == self.memory.gradient_parts else self.snapshot()
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
-        self._use_memory(None, self.rates.schedule)
-        self.restore(before)
+        if before is None:
+            self._staged.clear()
+        else:
+            self._use_memory(None, self.rates.schedule)
+            self.restore(before)
 
     @property
     def program(self) -> Program:

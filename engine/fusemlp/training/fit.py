@@ -151,7 +151,7 @@ def fit(
     if validation is not None:
         named = [monitor, *(getattr(getattr(one, "listener", None), "monitor", None) for one in listeners)]
         validation = with_metrics(engine, validation, asked, named)
-    elif found := as_metrics("metrics", asked, engine.kind_of(data.targets)):
+    elif asked and (found := as_metrics("metrics", asked, engine.kind_of(data.targets))):
         raise ArgumentError(
             "metrics: they are of validation rows; give validation_data=(Xv, yv) or validation_split=0.2 too, got "
             f"{[one.name for one in found]}"
