@@ -121,15 +121,22 @@ def test_an_iterable_begins_again_when_it_ends_and_not_before() -> None:
     assert sequence.ended == 2
 
 
-def test_the_batch_size_is_that_of_the_first_and_a_larger_one_has_room() -> None:
-    engine, first = make(batch_size=4), 10
-    engine.fit([(X[:first], Y[:first]), (X[first:], Y[first:])], epochs=1, steps_per_epoch=2)
-    assert engine.batch_size == first
-    twin = make(batch_size=first)
-    twin.step(X[:first], Y[:first])
-    twin.take_batches_of(34)
-    twin.step(X[first:], Y[first:])
-    assert same(engine, twin)
+@pytest.mark.parametrize("parts", [False, True])
+def test_batches_have_any_size(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if parts:
+        # as on a GPU, where the memory of the gradients depends on the rows
+        monkeypatch.setattr("fusemlp.runtime.session.batch_parts", lambda traits, rows, weights: max(1, rows // 4))
+    engine, twin = make(batch_size=4), make(batch_size=34)
+    engine.fit([(X[:10], Y[:10]), (X[10:], Y[10:])], epochs=2)
+    for _ in range(2):
+        twin.step(X[:10], Y[:10])
+        twin.step(X[10:], Y[10:])
+    assert engine.batch_size == 4 and same(engine, twin)
+    # warnings are errors: a batch smaller than the engine's size is none
+    make(batch_size=64).fit(cut(X, Y), epochs=1)
+    # and arrays are trained on in batches of the engine's size again
+    engine.fit(X, Y, epochs=1)
+    assert engine.update_count == 4 + 11
 
 
 def test_a_generator_may_write_into_the_arrays_that_it_has_given() -> None:

@@ -159,14 +159,14 @@ class Session(Predicting):
         self.epochs_trained = 0
         self.stop_training = False
 
-    def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None) -> None:
+    def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
         self.memory = memory = Memory(
             self.network,
             self._backend,
             self.optimizer.rule().state_count,
             item_bytes=self._real.itemsize,
             compute_bytes=COMPUTE_BYTES.get(self.precision),
-            gradient_parts=batch_parts(self._backend.traits, self.batch_size, self.network.parameter_count),
+            gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
         )
         # the learning rates of the updates to come, for those who launch steps
@@ -187,7 +187,7 @@ class Session(Predicting):
         self._use_memory(arenas, self.rates.schedule)
 
     def take_batches_of(self, batch_size: int) -> None:
-        """Change ``batch_size``: plan and memory become those of an engine made with it, its state stays.
+        """Change ``batch_size``: the engine trains on as one that was made with it.
 
         Raises BackendUnavailableError, before anything has changed, if the plan that was asked for is not there.
         """
@@ -195,14 +195,16 @@ class Session(Predicting):
             return
         plan, traits = self.plan if self.plan_reason == ASKED else "auto", self._backend.traits
         chosen = choose_plan(plan, traits, self.network.sizes, batch_size, self.precision)
-        parts = batch_parts(traits, batch_size, self.network.parameter_count)
-        before = None if parts == self.memory.gradient_parts else self.snapshot()
+        self.make_room_for(batch_size)
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
-        if before is None:
-            self._staged.clear()
-        else:
-            self._use_memory(None, self.rates.schedule)
+        self._staged.clear()
+
+    def make_room_for(self, rows: int) -> None:
+        """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
+        if batch_parts(self._backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
+            before = self.snapshot()
+            self._use_memory(None, self.rates.schedule, rows)
             self.restore(before)
 
     @property

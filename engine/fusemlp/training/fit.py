@@ -85,7 +85,7 @@ def fit(
 
     Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any iterable.
     An epoch is ``steps_per_epoch`` batches, by default len(X); an iterable that ends begins again. One update takes
-    one batch, and ``engine.batch_size`` becomes the rows of the first.
+    one batch, of any size; ``engine.batch_size`` does not matter.
 
     batch_size: the rows of an update, from now on (``engine.batch_size`` changes); None: as before.
     class_weight: a mapping from classes to weights (1 for others), one weight for each class, or "balanced". It
@@ -129,7 +129,6 @@ def fit(
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
         batches = Batches("X", X, steps_per_epoch, "steps_per_epoch")
         data = batches.next(engine, keep=True)
-        size = len(data.X)
     else:
         if steps_per_epoch is not None:
             raise ArgumentError(
@@ -374,7 +373,7 @@ def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> N
             f"accumulate: an update takes {accumulate} batches and this fit has only {batches}: it may end without "
             "one; train for more epochs or lower accumulate"
         )
-    if engine.batch_size > rows:
+    if engine.batch_size > rows and not streamed:
         found.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
     if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1 and not streamed:
         labels = engine.on_host(labels)

@@ -26,6 +26,8 @@ class Stream:
         self, engine: Session, batches: Batches, first: Examples, weighted: Callable[[Examples], Examples]
     ) -> None:
         self._engine, self._batches, self._first, self._weighted = engine, batches, first, weighted
+        # not again for a larger batch: a running loop keeps the memory that it began with
+        engine.make_room_for(len(first.X))
         self._make_room(len(first.X))
 
     def _make_room(self, rows: int) -> None:
