@@ -6,15 +6,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusemlp.describe.elsewhere import names_absent
 from fusemlp.describe.network import MLP
 from fusemlp.report import onnx
 from fusemlp.runtime import files
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.session import Session
-from fusemlp.training import checkpoint, fit, lr_finder, saving
+from fusemlp.training import checkpoint, diagnosing, fit, lr_finder, saving
 from fusemlp_kernels.errors import ArgumentTypeError, CheckpointError
 
 __all__ = ["Engine", "availability", "load", "load_checkpoint"]
+
+
+# Methods and attributes of Keras's models, and their names here.
+KERAS = {
+    "compile": "loss and optimizer are given when it is made: Engine(net, loss='mse', optimizer=Adam(lr=0.001)); "
+    "metrics go to fit",
+    "fit_generator": "fit takes generators: engine.fit(batches, steps_per_epoch=100, epochs=20)",
+    "train_on_batch": "it is called step here: loss = engine.step(x, y)",
+    "test_on_batch": "use evaluate",
+    "predict_on_batch": "use predict",
+    "predict_classes": "predict returns classes, predict_proba probabilities",
+    "save_weights": "use engine.save(path), or state_dict()",
+    "load_weights": "use fusemlp.load(path), or load_state_dict",
+    "get_weights": "it is called state_dict here: a mapping from names such as '0.weight' to arrays",
+    "set_weights": "it is called load_state_dict here",
+    "layers": "engine.network has sizes, activations and dropouts; summary() prints the layers",
+    "count_params": "it is engine.network.parameter_count",
+    "metrics_names": "evaluate and history.history have the names as keys",
+    "to_json": "engine.network.to_config() is JSON-able; save writes the whole model",
+}
 
 
 class Engine(Session):
@@ -42,12 +63,16 @@ class Engine(Session):
     save = saving.save
     to_onnx = onnx.to_onnx
     lr_find = lr_finder.lr_find
+    diagnose = diagnosing.diagnose
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoint.engine_content(self)
 
     def __setstate__(self, content: dict[str, Any]) -> None:
         checkpoint.restore_engine(self, content, backend="auto", device=None)
+
+
+names_absent(Engine, KERAS)
 
 
 def load_checkpoint(

@@ -29,9 +29,11 @@ from fusemlp import (
     Engine,
     FusemlpError,
     History,
+    LearningRateScheduler,
     MissingLibraryError,
     ModelCheckpoint,
     ProgressBar,
+    ReduceLROnPlateau,
     TensorBoard,
     load_checkpoint,
 )
@@ -413,6 +415,154 @@ class TestCSVLogger:
             engine.fit(X, Y, epochs=1, callbacks=CSVLogger(path, append=True))
         assert path.read_bytes() == before
 
+    def test_numbers_of_other_callbacks_get_columns(self, tmp_path: Path) -> None:
+        path = tmp_path / "log.csv"
+        engine = make()
+        history = fit(engine, Writer(), CSVLogger(path), epochs=3)
+        header, *rows = self.rows(path)
+        assert header == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "val_own", "late"]
+        assert [row[-2:] for row in rows] == [["10.0", ""], ["11.0", "7.0"], ["12.0", ""]]
+        assert [float(row[1]) for row in rows] == history.history["loss"]
+        # appended to, also without that callback
+        fit(engine, CSVLogger(path, append=True), epochs=1)
+        assert self.rows(path)[4][-2:] == ["", ""] and len(self.rows(path)) == 5
+
+
+class Writer(Callback):
+    """Adds a number to the logs of each epoch, and one to those of the second."""
+
+    writes = ("val_own",)
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, Any]) -> None:
+        logs["val_own"] = np.float32(10 + epoch)
+        if epoch == 1:
+            logs["late"] = 7
+
+
+class TestAddedLogs:
+    def test_they_reach_the_history_and_later_callbacks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        seen: list[dict[str, float]] = []
+
+        class Reader:
+            def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+                seen.append(dict(logs))
+
+            def on_train_end(self, logs: dict[str, float]) -> None:
+                seen.append(dict(logs))
+
+        history = fit(make(), Writer(), Reader(), ProgressBar(), epochs=3)
+        assert history.history["val_own"] == [10.0, 11.0, 12.0]
+        assert str(history.history["late"]) == "[nan, 7.0, nan]"
+        assert all(type(value) is float for values in history.history.values() for value in values)
+        assert [logs["val_own"] for logs in seen] == [10.0, 11.0, 12.0, 12.0]
+        assert "val_own 12" in capsys.readouterr().err.splitlines()[2]
+        assert [len(row) for row in history.rows()] == [8] * 3
+
+    def test_a_checkpoint_has_them(self, tmp_path: Path) -> None:
+        path = tmp_path / "{epoch}-{val_own:.0f}.safetensors"
+        history = fit(make(), Writer(), ModelCheckpoint(path), epochs=2)
+        restored = load_checkpoint(tmp_path / "2-11.safetensors")
+        assert restored.history is not None and str(restored.history.history) == str(history.history)
+        more = restored.fit(X, Y, epochs=3, validation_data=(XV, YV), resume=True, callbacks=Writer())
+        assert more.history["val_own"] == [10.0, 11.0, 12.0]
+
+    def test_a_monitor_follows_what_is_announced(self) -> None:
+        stopping = EarlyStopping("val_own", mode="min", patience=1)
+        assert len(fit(make(), Writer(), stopping, epochs=5).epochs) == 2
+        with pytest.raises(ArgumentError, match=r"monitor: 'val_own' is not among .*writes = \('val_own',\)"):
+            fit(make(), stopping, Writer())
+
+    def test_what_was_announced_in_vain_is_told(self) -> None:
+        class Silent(Callback):
+            writes = "val_own"
+
+            def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
+                pass
+
+        engine = make()
+        with pytest.warns(UserWarning, match="EarlyStopping: the logs of epoch 1 have no 'val_own'") as caught:
+            fit(engine, Silent(), EarlyStopping("val_own"), epochs=3)
+        assert len(caught) == 1 and engine.epochs_trained == 3
+
+    def test_no_number_is_refused(self) -> None:
+        class Noting(Callback):
+            def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, Any]) -> None:
+                logs["note"] = "better"
+
+        with pytest.raises(ArgumentTypeError, match=r"Noting: logs\['note'\] is 'better'; the history takes a number"):
+            fit(make(), Noting())
+
+
+class TestReduceLROnPlateau:
+    def rates(self, callback: ReduceLROnPlateau, epochs: int = 7, **options: Any) -> list[float]:
+        """Return the rates of a fit whose monitored quantity never improves after the first epoch."""
+
+        class Flat(Callback):
+            writes = "flat"
+
+            def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, Any]) -> None:
+                logs["flat"] = 1.0
+
+        return fit(make(**options), Flat(), callback, epochs=epochs).history["learning_rate"]
+
+    def test_the_rate_falls_after_patience(self) -> None:
+        # the first epoch is the best; two without a better one, then the next epoch has the lower rate
+        rates = self.rates(ReduceLROnPlateau("flat", factor=0.5, patience=2))
+        assert rates == pytest.approx([0.02] * 3 + [0.01] * 2 + [0.005] * 2, rel=1e-12)
+
+    def test_cooldown_and_the_least_rate(self) -> None:
+        rates = self.rates(ReduceLROnPlateau("flat", factor=0.5, patience=1, cooldown=2, min_lr=0.008), 8)
+        # epoch 2 lowers it, epoch 3 cools down, epoch 4 ends the cooling and counts
+        assert rates == pytest.approx([0.02, 0.02, 0.01, 0.01, 0.008, 0.008, 0.008, 0.008], rel=1e-12)
+
+    def test_it_multiplies_a_schedule_and_ends_with_the_fit(self) -> None:
+        schedule = fusemlp.StepDecay(0.02, every=BATCHES * 2, gamma=0.5)
+        rates = self.rates(ReduceLROnPlateau("flat", factor=0.1, patience=2), 5, optimizer=Adam(schedule))
+        # the log has the rate of the next update: the schedule halves it after epochs 2 and 4
+        assert rates == pytest.approx([0.02, 0.01, 0.01, 0.0005, 0.0005], rel=1e-12)
+        engine = make()
+        fit(engine, ReduceLROnPlateau(patience=0, min_delta=10), epochs=3)
+        assert engine.learning_rate < 0.02
+        assert fit(engine, epochs=1).history["learning_rate"] == [0.02]
+
+    def test_a_resumed_fit_goes_on_as_the_whole_one(self, tmp_path: Path) -> None:
+        def callback() -> ReduceLROnPlateau:
+            return ReduceLROnPlateau("loss", patience=2, min_delta=0.2)
+
+        whole = make()
+        expected = fit(whole, callback(), ModelCheckpoint(tmp_path / "{epoch}.safetensors"), epochs=8)
+        assert len(set(expected.history["learning_rate"])) > 1
+        for epoch in range(2, 7):
+            resumed = load_checkpoint(tmp_path / f"{epoch}.safetensors")
+            assert fit(resumed, callback(), epochs=8, resume=True).history == expected.history
+
+    def test_verbose_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, "fusemlp.callbacks"):
+            fit(make(), ReduceLROnPlateau(patience=0, min_delta=10, verbose=1), epochs=2)
+        assert caplog.messages[0] == "epoch 2: the learning rate is now 0.002"
+
+
+class TestLearningRateScheduler:
+    @pytest.mark.parametrize(
+        "schedule",
+        [lambda epoch: 0.02 / (1 + epoch), lambda epoch, rate: rate * epoch / (1 + epoch) if epoch else rate],
+    )
+    def test_each_epoch_has_its_rate(self, schedule: Any) -> None:
+        engine, twin = make(), make(optimizer=Adam(0.02 / 2))
+        history = fit(engine, LearningRateScheduler(schedule), epochs=3)
+        assert history.history["learning_rate"] == pytest.approx([0.02, 0.01, 0.02 / 3], rel=1e-12)
+        # the rate of an epoch is that of its updates
+        one = make()
+        fit(one, LearningRateScheduler(lambda epoch: 0.01), epochs=1)
+        fit(twin, epochs=1)
+        assert all(np.array_equal(twin.state_dict()[name], value) for name, value in one.state_dict().items())
+
+    def test_impossible_rates(self) -> None:
+        with pytest.raises(ArgumentError, match=r"schedule\(0\): expected a finite number of at least 0, got -1"):
+            fit(make(), LearningRateScheduler(lambda epoch: -1.0))
+        with pytest.raises(ArgumentError, match=r"schedule\(1\): the optimizer's rate is 0 and stays so"):
+            fit(make(), LearningRateScheduler(lambda epoch: 0.01 * epoch))
+
 
 class TestTensorBoard:
     def test_what_tensorboard_reads(self, tmp_path: Path) -> None:
@@ -464,14 +614,23 @@ class TestProgressBar:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
 def test_copies_work_as_scikit_learn_makes_them(copied: Callable[[Any], Any], used: bool, tmp_path: Path) -> None:
     callbacks = [EarlyStopping(), ModelCheckpoint(tmp_path / "m.safetensors"), CSVLogger(tmp_path / "log.csv")]
-    callbacks += [TensorBoard(tmp_path), ProgressBar()]
+    callbacks += [TensorBoard(tmp_path), ProgressBar(), ReduceLROnPlateau()]
     if used:
         fit(make(), *callbacks)
     fit(make(), *copied(callbacks))
 
 
 def test_the_names_of_the_package() -> None:
-    for name in ("CSVLogger", "Callback", "EarlyStopping", "ModelCheckpoint", "ProgressBar", "TensorBoard"):
+    for name in (
+        "CSVLogger",
+        "Callback",
+        "EarlyStopping",
+        "LearningRateScheduler",
+        "ModelCheckpoint",
+        "ProgressBar",
+        "ReduceLROnPlateau",
+        "TensorBoard",
+    ):
         assert getattr(fusemlp, name) is getattr(fusemlp.callbacks, name)
 
 
@@ -482,6 +641,10 @@ NOT_MADE: dict[str, tuple[Callable[[], object], type[FusemlpError], str]] = {
     "delta": (lambda: EarlyStopping(min_delta=float("nan")), ArgumentError, "min_delta: expected a finite number"),
     "baseline": (lambda: EarlyStopping(baseline="low"), ArgumentTypeError, "baseline: expected a finite"),
     "restore": (lambda: EarlyStopping(restore_best_weights=1), ArgumentTypeError, "restore_best_weights: expected"),
+    "factor": (lambda: ReduceLROnPlateau(factor=1.0), ArgumentError, "factor: expected a finite number above 0 and"),
+    "cooldown": (lambda: ReduceLROnPlateau(cooldown=-1), ArgumentError, "cooldown: expected a whole number"),
+    "schedule": (lambda: LearningRateScheduler(0.1), ArgumentTypeError, "schedule: expected a function"),
+    "lines": (lambda: ProgressBar(lines=2), ArgumentTypeError, "lines: expected True or False"),
     "suffix": (lambda: ModelCheckpoint("m.keras"), ArgumentError, "filepath: expected a name ending in .safetensors"),
     "no path": (lambda: ModelCheckpoint(3), ArgumentTypeError, "filepath: expected the path of a file, got 3"),
     "save_freq": (

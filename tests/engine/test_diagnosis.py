@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from fusemlp.report.diagnosis import RISE, dead_units, overfitting
+from fusemlp import MLP, MSE, SGD, ArgumentError, DivergenceError, Engine, History
+from fusemlp.report.diagnosis import EXPLODED, RISE, dead_units, diagnose, exploding_loss, overfitting, slow_training
 
 FALLING = [1.0, 0.5, 0.3, 0.2, 0.1]
 
@@ -65,3 +67,82 @@ def test_dead_units_are_named_by_layer() -> None:
     assert "prelu" in str(found)
     assert "learning rate" in str(found)
     assert found.figures == {"layer 1": 0.1, "layer 2": 0.5}
+
+
+def test_a_training_loss_that_ends_above_its_first_value() -> None:
+    found = exploding_loss({"loss": [0.8, 0.5, 2.0]}, python=True)
+    assert found is not None and found.epoch == 2
+    assert "rose from 0.8 in epoch 1 to 2" in str(found)
+    assert "clip_norm=1.0" in str(found) and "--" not in str(found)
+    assert "--clip-norm 1" in str(exploding_loss({"loss": [0.8, 0.5, 2.0]}))
+    # a Poisson loss may be negative
+    assert exploding_loss({"loss": [-1.0, -0.7]}) is not None
+    for losses in ([], [1.0], FALLING, [1.0, 0.5, 1.0 + EXPLODED], [-1.0, -1.0 + EXPLODED], [1.0, 5.0, 0.9]):
+        assert exploding_loss({"loss": losses}) is None
+
+
+def test_a_loss_that_falls_slowly_and_steadily() -> None:
+    slow = [2.0 - 0.01 * epoch for epoch in range(8)]
+    found = slow_training({"loss": slow, "learning_rate": [1e-5] * 8}, python=True)
+    assert found is not None
+    assert "fell by only 3.5% in 8 epochs" in str(found) and "the learning rate of 1e-05 is too small" in str(found)
+    assert "engine.lr_find(X, y)" in str(found)
+    converging = [1.0 + 0.09 * 0.5**epoch for epoch in range(8)]
+    noisy = [2.0, 1.99, 2.0, 1.98, 1.99, 1.97, 1.98, 1.96]
+    for losses in (slow[:4], FALLING, converging, noisy, slow[::-1], [1.0] * 8):
+        assert slow_training({"loss": losses}) is None
+
+
+def test_the_diagnosis_has_all_findings_in_their_order() -> None:
+    history = {"loss": [1.0, 0.5, 0.1], "val_loss": [1.0, 0.6, 0.9]}
+    found = diagnose(history, {"layer 1": 0.9}, divergence="it became NaN")
+    assert [one.name for one in found] == ["divergence", "overfitting", "dead units"]
+    assert "MLP(dropout=0.2)" in str(found[1]) and "epochs=2" in str(found[1])
+    assert not [one for one in found if "--" in str(one)]
+    assert "--dropout" in str(diagnose(history, python=False)[0])
+    assert diagnose({}) == []
+
+
+class TestInPython:
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(60, 5)).astype(np.float32), rng.integers(0, 3, 60)
+
+    def engine(self, **options: object) -> Engine:
+        return Engine(MLP([5, 64, 3]), backend="numpy", batch_size=20, **options)  # type: ignore[arg-type]
+
+    def test_random_labels_overfit(self) -> None:
+        engine = self.engine(optimizer="adam")
+        history = engine.fit(self.X, self.y, epochs=150, validation_split=0.5)
+        names = [one.name for one in engine.diagnose(self.X)]
+        assert "overfitting" in names and names == [one.name for one in history.diagnose()]
+        stopped = engine.fit(self.X, self.y, epochs=50, validation_split=0.5, early_stopping=2)
+        (found,) = [one for one in stopped.diagnose() if one.name == "overfitting"]
+        # early stopping was on: it is no remedy
+        assert "early stopping" not in str(found)
+
+    def test_dead_units_need_the_rows(self) -> None:
+        engine = self.engine()
+        state = engine.state_dict()
+        engine.load_state_dict({**state, "0.bias": np.where(np.arange(64) < 40, -1e3, state["0.bias"])})
+        (found,) = engine.diagnose(self.X)
+        assert found.name == "dead units" and "of layer 1" in str(found)
+        engine.fit(self.X, self.y, epochs=1)
+        assert engine.diagnose() == []
+        assert [one.name for one in engine.diagnose(self.X)] == ["dead units"]
+
+    def test_a_divergence_is_found_in_the_history(self) -> None:
+        engine = Engine(MLP([5, 1]), loss=MSE(), optimizer=SGD(1e20), backend="numpy")
+        with pytest.raises(DivergenceError):
+            engine.fit(self.X, self.X[:, 0], epochs=3)
+        (found,) = engine.diagnose()
+        assert found.name == "divergence" and "became NaN or infinite in epoch 1" in str(found)
+
+    def test_a_small_rate_is_found(self) -> None:
+        engine = self.engine(optimizer=SGD(1e-5))
+        engine.fit(self.X, self.y, epochs=6, shuffle=False)
+        assert [one.name for one in engine.diagnose()] == ["slow training"]
+
+    def test_nothing_to_look_at(self) -> None:
+        with pytest.raises(ArgumentError, match="diagnose: this engine has no training yet; call fit first"):
+            self.engine().diagnose()
+        assert History().diagnose() == []

@@ -125,7 +125,7 @@ class TestTraining:
     def test_a_step_before_rows_were_measured_is_refused(self) -> None:
         engine = make()
         before = engine.state_dict()
-        with pytest.raises(ArgumentError, match="normalise: no rows were measured yet: fit measures its own"):
+        with pytest.raises(ArgumentError, match="normalise: no rows were measured yet: fit measures its arrays"):
             engine.step(X[:4], Y[:4])
         assert engine.update_count == 0
         assert engine.state_dict().keys() == before.keys()
@@ -382,3 +382,16 @@ class TestWarning:
             with pytest.raises(SystemExit) as ended:
                 main([command[0], "wine", *command[1:], *options])
             assert ended.value.code == 0
+
+
+def test_batches_are_scaled_by_rows_that_were_measured_before() -> None:
+    X = np.random.default_rng(0).normal(50.0, 20.0, size=(96, 4)).astype(np.float32)
+    y = (X[:, 0] > 50.0).astype(np.int64)
+    batches = [(X[at : at + 32], y[at : at + 32]) for at in range(0, 96, 32)]
+    with pytest.raises(ArgumentError, match=r"^normalise: no rows were measured yet"):
+        Engine(MLP([4, 8, 2]), batch_size=32, normalise=True).fit(batches, epochs=1)
+    streamed, whole = (Engine(MLP([4, 8, 2]), batch_size=32, normalise=X) for _ in range(2))
+    streamed.fit(batches, epochs=3)
+    whole.fit(X, y, epochs=3, shuffle=False)
+    for name, value in whole.state_dict().items():
+        np.testing.assert_array_equal(streamed.state_dict()[name], value)

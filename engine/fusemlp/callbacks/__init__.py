@@ -1,27 +1,32 @@
 """Callbacks: objects that ``fit`` calls at its stages, in the library's form or in Keras's, and some ready-made ones.
 
-``EarlyStopping``, ``ModelCheckpoint``, ``CSVLogger`` and ``TensorBoard`` take Keras's arguments with Keras's meanings.
+``EarlyStopping``, ``ModelCheckpoint``, ``ReduceLROnPlateau``, ``LearningRateScheduler``, ``CSVLogger`` and
+``TensorBoard`` take Keras's arguments with Keras's meanings.
 ``ProgressBar`` shows the progress of a training.
 """
 
 from __future__ import annotations
 
-from fusemlp.callbacks.forms import Callback, announce, checked_callbacks, exits, overrides
+from fusemlp.callbacks.forms import Callback, announce, checked_callbacks, exits, name_of, overrides
 from fusemlp.callbacks.interrupt import deferred_interrupt
 from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
-from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint
+from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint, ReduceLROnPlateau
 from fusemlp.callbacks.progress import ProgressBar
+from fusemlp.callbacks.scheduler import LearningRateScheduler
 
 __all__ = [
     "CSVLogger",
     "Callback",
     "EarlyStopping",
+    "LearningRateScheduler",
     "ModelCheckpoint",
     "ProgressBar",
+    "ReduceLROnPlateau",
     "TensorBoard",
     "announce",
     "checked_callbacks",
     "deferred_interrupt",
     "exits",
+    "name_of",
     "overrides",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusemlp_kernels.errors import ArgumentTypeError
 
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 class Callback:
     """The base class of a callback; override the methods you need. Epochs and batches count from 0.
 
-    Setting ``engine.stop_training`` ends the training after the batch.
+    Setting ``engine.stop_training`` ends the training after the batch. A callback may add numbers to ``logs``; the
+    names in its attribute ``writes`` can be monitored by later callbacks.
     """
+
+    writes: ClassVar[str | Sequence[str]] = ()
 
     def on_train_begin(self, engine: Engine) -> None:
         """Called before the first epoch."""
@@ -43,7 +46,7 @@ class Callback:
         """Called after each batch of an epoch."""
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        """Called after an epoch; ``logs`` also goes into the history."""
+        """Called after an epoch; all in ``logs``, also numbers that you add, goes into the history and on."""
 
     def on_train_end(self, engine: Engine, history: History) -> None:
         """Called after the last epoch, also if training was interrupted."""
@@ -142,13 +145,23 @@ def checked_callbacks(given: Any) -> list[Any]:
 def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
     """Pass the number of epochs to Keras's form, and let monitors check the ``names`` of the logs.
 
-    Raises their errors before the training.
+    To them belong the names in the attribute ``writes`` of the callbacks before. Raises their errors before the
+    training.
     """
+    known = list(names)
     for callback in callbacks:
+        listener = callback.listener if isinstance(callback, KerasForm) else callback
         if isinstance(callback, KerasForm):
             callback.epochs = epochs
-            if isinstance(callback.listener, Watching):
-                callback.listener.check_logs(names)
+            if isinstance(listener, Watching):
+                listener.check_logs(known)
+        writes = getattr(listener, "writes", ())
+        known += [name for name in ([writes] if isinstance(writes, str) else writes) if name not in known]
+
+
+def name_of(callback: Any) -> str:
+    """Return the name of a callback's class."""
+    return type(callback.listener if isinstance(callback, KerasForm) else callback).__name__
 
 
 @contextlib.contextmanager
@@ -197,8 +210,8 @@ def _in_own_form(listener: Any) -> Any:
 
 def _form(listener: Any, stage: str, method: Any, keras_only: bool) -> str | None:
     """Return "own" or "keras", by the number of parameters, then by their names; None if both forms fit."""
-    fits_own = not keras_only and stage in OWN and _takes(method, OWN[stage])
-    fits_keras = _takes(method, KERAS[stage])
+    fits_own = not keras_only and stage in OWN and takes(method, OWN[stage])
+    fits_keras = takes(method, KERAS[stage])
     if not fits_own and not fits_keras:
         expected = [_written(stage, OWN)] if stage in OWN else []
         raise ArgumentTypeError(
@@ -214,7 +227,7 @@ def _form(listener: Any, stage: str, method: Any, keras_only: bool) -> str | Non
     return "keras" if names[last : last + 1] == ["logs"] else None
 
 
-def _takes(method: Any, parameters: Sequence[str]) -> bool:
+def takes(method: Any, parameters: Sequence[str]) -> bool:
     """Return whether a method accepts ``parameters``; True if its signature is unknown."""
     try:
         inspect.signature(method).bind(*parameters)

@@ -20,7 +20,8 @@ HINT = "pip install 'fusemlp[tensorboard]'"
 class CSVLogger(Watching):
     """Write a row of the logs after each epoch: the epoch, from 0 as in Keras, and the figures of the history.
 
-    Each ``fit`` starts a new file, unless ``append`` continues one with the same columns.
+    Each ``fit`` starts a new file, unless ``append`` continues one with the same columns. Numbers that other callbacks
+    add to the logs get columns of their own; cells of epochs without them are empty.
     """
 
     def __init__(self, filename: str | os.PathLike[str], separator: str = ",", append: bool = False) -> None:
@@ -44,11 +45,12 @@ class CSVLogger(Watching):
         if self._continues():
             with path.open(encoding="utf-8", newline="") as stream:
                 header = next(csv.reader(stream, delimiter=self.separator))
-            if header != self.columns:
+            if header[: len(self.columns)] != self.columns:
                 raise ArgumentError(
                     f"append: {self.filename!r} has the columns {', '.join(header)}, and this fit logs "
                     f"{', '.join(self.columns)}; give another filename"
                 )
+            self.columns = header
 
     def _continues(self) -> bool:
         path = Path(self.filename)
@@ -61,7 +63,19 @@ class CSVLogger(Watching):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Write a row; it is in the file when this returns."""
-        self._write([epoch, *(repr(float(logs[name])) for name in self.columns[1:])], "a")
+        new = [name for name in logs if name not in self.columns]
+        if new:
+            self._widen(new)
+        self._write([epoch, *(repr(float(logs[name])) if name in logs else "" for name in self.columns[1:])], "a")
+
+    def _widen(self, names: Sequence[str]) -> None:
+        """Add columns, empty in the rows that are there."""
+        with open(self.filename, encoding="utf-8", newline="") as stream:
+            rows = list(csv.reader(stream, delimiter=self.separator))[1:]
+        self.columns = [*self.columns, *names]
+        self._write(self.columns, "w")
+        for row in rows:
+            self._write([*row, *[""] * len(names)], "a")
 
     def _write(self, row: Sequence[Any], mode: str) -> None:
         with open(self.filename, mode, encoding="utf-8", newline="") as stream:

@@ -1,4 +1,4 @@
-"""Callbacks that act on a quantity: ``EarlyStopping`` and ``ModelCheckpoint``, with Keras's arguments."""
+"""Callbacks that act on a quantity, with Keras's arguments: stop, save, lower the learning rate."""
 
 from __future__ import annotations
 
@@ -36,13 +36,26 @@ class Monitor(Watching):
         self.sign = 1.0 if grows else -1.0
         self.worst = -self.sign * math.inf
         self.best = self.worst
+        self.missed = False
 
     def check_logs(self, names: Sequence[str]) -> None:
         if self.monitor not in names:
             validation = "; give validation_data to fit" if self.monitor.startswith("val_") else ""
             raise ArgumentError(
-                f"monitor: {self.monitor!r} is not among what this fit logs ({', '.join(names)}){validation}"
+                f"monitor: {self.monitor!r} is not among what this fit logs ({', '.join(names)}){validation}. If a "
+                f"callback before this one adds it to the logs, let that one say so: writes = ({self.monitor!r},)"
             )
+
+    def value(self, epoch: int, logs: dict[str, float]) -> float | None:
+        """Return the quantity; warn once if an epoch is without it, as its callback may have announced it in vain."""
+        if self.monitor not in logs and not self.missed:
+            self.missed = True
+            warnings.warn(
+                f"{type(self).__name__}: the logs of epoch {epoch + 1} have no {self.monitor!r} ({', '.join(logs)}); "
+                "epochs without it do not count",
+                stacklevel=2,
+            )
+        return logs.get(self.monitor)
 
     def better(self, current: float, reference: float) -> bool:
         """Return whether ``current`` is better than ``reference`` by more than ``min_delta``."""
@@ -109,7 +122,10 @@ class EarlyStopping(Monitor):
         """Check the quantity, and end the training when patience runs out."""
         history = self.model.history
         index = epoch if history is None else history.epochs.index(epoch)
-        if self._improves(index, logs[self.monitor]):
+        current = self.value(epoch, logs)
+        if current is None:
+            return
+        if self._improves(index, current):
             self.best_epoch = epoch
             if self.restore_best_weights:
                 self.best_weights = self.model.state_dict()
@@ -209,12 +225,74 @@ class ModelCheckpoint(Monitor):
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Save if this epoch is due."""
         if self.save_best_only:
-            if not self.better(logs[self.monitor], self.best):
+            current = self.value(epoch, logs)
+            if current is None or not self.better(current, self.best):
                 return
-            self.best = logs[self.monitor]
+            self.best = current
         path = self._path(epoch, logs)
         if self.save_weights_only:
             self.model.save(path)
         else:
             self.model.save_checkpoint(path)
         log.log(logging.INFO if self.verbose else logging.DEBUG, "epoch %d: saved %s", epoch + 1, path)
+
+
+class ReduceLROnPlateau(Monitor):
+    """Multiply the learning rate by ``factor`` when a quantity has not improved for ``patience`` epochs.
+
+    After that, ``cooldown`` epochs do not count. The rate does not fall below ``min_lr``. The factors multiply any
+    schedule, are kept in checkpoints, and end with the ``fit``. ``Adam(lr=ReduceOnPlateau(0.01))`` is the same as a
+    schedule of the optimizer.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        factor: float = 0.1,
+        patience: int = 10,
+        verbose: int = 0,
+        mode: str = "auto",
+        min_delta: float = 1e-4,
+        cooldown: int = 0,
+        min_lr: float = 0.0,
+    ) -> None:
+        super().__init__(monitor, mode, min_delta)
+        self.factor = as_number("factor", factor, low=0.0, high=1.0, low_open=True, high_open=True)
+        self.patience = as_count("patience", patience, minimum=0)
+        self.verbose = as_count("verbose", verbose, minimum=0)
+        self.cooldown = as_count("cooldown", cooldown, minimum=0)
+        self.min_lr = as_number("min_lr", min_lr, low=0.0)
+        self.wait = self.cooling = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Start the count, or continue that of a resumed fit."""
+        self.wait = self.cooling = 0
+        self.best = self.worst
+        for value in self.recorded():
+            self._is_due(value)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Check the quantity, and lower the rate when patience runs out."""
+        current = self.value(epoch, logs)
+        if current is None or not self._is_due(current):
+            return
+        rate = self.model.learning_rate
+        lower = max(rate * self.factor, self.min_lr)
+        if lower < rate:
+            self.model.scale_learning_rate(lower / rate)
+            level = logging.INFO if self.verbose else logging.DEBUG
+            log.log(level, "epoch %d: the learning rate is now %.4g", epoch + 1, lower)
+
+    def _is_due(self, current: float) -> bool:
+        """Count an epoch, and return whether the rate shall fall."""
+        if self.cooling:
+            self.cooling -= 1
+            self.wait = 0
+        if self.better(current, self.best):
+            self.best, self.wait = current, 0
+        elif not self.cooling:
+            self.wait += 1
+            if self.wait >= self.patience:
+                self.wait, self.cooling = 0, self.cooldown
+                return True
+        return False

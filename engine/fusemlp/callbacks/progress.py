@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching, first_epoch
+from fusemlp.describe.checks import check_flag
 
 REDRAW = 0.1  # seconds
 BAR = 16  # characters
@@ -21,9 +22,10 @@ def figures(logs: dict[str, float]) -> str:
 
 
 class ProgressBar(Watching):
-    """Show the progress of a ``fit`` on stderr, with the figures of its last epoch."""
+    """Show the progress of a ``fit`` on stderr, with the figures of its last epoch; ``lines``: never as a bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lines: bool = False) -> None:
+        self.lines = check_flag("lines", lines)
         self._epochs = self._first = self._room = 0
         self._began = self._drawn = 0.0
         self._bar: Any = None
@@ -37,7 +39,7 @@ class ProgressBar(Watching):
         """Draw the bar."""
         self._first = first_epoch(self.model)
         self._began, self._drawn = time.perf_counter(), 0.0
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.lines:
             self._open_bar(self.model.epochs_trained - self._first)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:

@@ -11,8 +11,8 @@ from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
 from fusemlp.engine import Engine
-from fusemlp.report import diagnosis
 from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
+from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
@@ -48,17 +48,18 @@ def finish(
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1
-    restored = "restored" in history.stopped
     config = json.loads(run.config.read_text(encoding="utf-8"))
-    overfitting = diagnosis.overfitting(
+    dead = engine.dead_units(prepared.train.X)
+    found = diagnose(
         history.history,
-        restored=restored,
+        dead,
+        divergence="" if failure is None else str(failure),
+        restored="restored" in history.stopped,
         best_epoch=best,
         early_stopping=bool(config["options"].get("early_stopping")),
+        python=False,
     )
-    found = [diagnosis.Finding("divergence", str(failure))] if failure is not None else []
-    dead = engine.dead_units(prepared.train.X)
-    found += [finding for finding in (overfitting, diagnosis.dead_units(dead)) if finding is not None]
+    overfitting = next((finding for finding in found if finding.name == "overfitting"), None)
     report: dict[str, Any] = {
         "task": prepared.dataset.task,
         "epochs": len(history.epochs),

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-import numpy as np
-
 from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions, one_of
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
@@ -15,6 +13,7 @@ from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.class_weights import balanced
 from fusemlp_kernels.errors import ArgumentError
 
 Described = TypeVar("Described")
@@ -132,9 +131,7 @@ def class_weights(given: str | None, codes: Array, classes: int) -> list[float] 
                 f"class_weight: expected balanced, or {classes} numbers, one for each class, got {given!r}"
             )
         return weights
-    counts = np.bincount(codes, minlength=classes)
-    present = int(np.count_nonzero(counts))
-    return [len(codes) / (present * int(count)) if count else 0.0 for count in counts]
+    return balanced(codes, classes)
 
 
 def loss(options: ModelOptions, name: str, weights: list[float] | None) -> Loss:

@@ -98,6 +98,17 @@ METRICS = {
 }
 
 
+_NAMES_ELSEWHERE = {
+    **dict.fromkeys(("acc", "categorical_accuracy", "sparse_categorical_accuracy", "binary_accuracy"), "'accuracy'"),
+    **dict.fromkeys(("f1_score", "F1Score"), "'f1'"),
+    **dict.fromkeys(("AUC", "roc_auc"), "'auc'"),
+    **dict.fromkeys(("mean_absolute_error", "MAE"), "'mae'"),
+    **dict.fromkeys(("mse", "MSE", "mean_squared_error"), "'rmse' (its square root)"),
+    "root_mean_squared_error": "'rmse'",
+    "r2_score": "'r2'",
+}
+
+
 def metrics_for(kind: str) -> dict[str, Metric]:
     """Return the metrics of a kind of targets, by name."""
     return {name: metric for name, metric in METRICS.items() if kind in metric.kinds}
@@ -110,14 +121,26 @@ def rises(name: str) -> bool:
 
 
 def as_metrics(argument: str, given: Iterable[str | Metric], kind: str | None) -> tuple[Metric, ...]:
-    """Check metrics, names or objects, for targets of ``kind``; None: targets that no metric is for."""
+    """Check metrics, names or objects, for targets of ``kind``; None: targets that no metric is for.
+
+    "accuracy" is left out: it is always there, but for numbers.
+    """
     if isinstance(given, str | Metric) or not isinstance(given, Iterable):
         raise ArgumentTypeError(f"{argument}: expected a list of names such as ['auc'], got {given!r}")
     found = {}
     for one in given:
-        metric = one if isinstance(one, Metric) else METRICS.get(one)
+        if one == "accuracy" and kind != "numbers":
+            continue
+        metric = one if isinstance(one, Metric) else METRICS.get(one) if isinstance(one, str) else None
+        if metric is None and not isinstance(one, str):
+            raise ArgumentTypeError(
+                f"{argument}: expected names such as 'auc', or Metric(name, rises, kinds, of) of "
+                f"fusemlp.describe.metrics for a function of your own, got {one!r}"
+            )
+        if metric is None and one in _NAMES_ELSEWHERE:
+            raise ArgumentError(f"{argument}: unknown name {one!r}; it is called {_NAMES_ELSEWHERE[one]} here")
         if metric is None:
-            raise unknown_name(argument, one, METRICS)
+            raise unknown_name(argument, one, ["accuracy", *METRICS] if kind != "numbers" else METRICS)
         if kind not in metric.kinds:
             there = f"for {kind} there are {', '.join(metrics_for(kind))}" if kind else "these targets have none"
             raise ArgumentError(f"{argument}: {metric.name} is for {' and '.join(metric.kinds)}; {there}")

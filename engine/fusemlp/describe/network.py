@@ -17,6 +17,8 @@ import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
 from fusemlp.describe.description import Description
+from fusemlp.describe.elsewhere import knows_names, names_absent
+from fusemlp.describe.summary import network_text
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -105,6 +107,19 @@ def _one_per_hidden_layer(
     return [check(argument, one) for one in values]
 
 
+_INPUTS = "the first of sizes is the number of inputs: MLP([784, 128, 10])"
+_ARGUMENTS = {
+    "hidden": "sizes has all widths: MLP([784, 128, 10])",
+    "units": "sizes has all widths: MLP([784, 128, 10])",
+    "hidden_layer_sizes": "sizes has all widths, inputs and outputs too: MLP([784, 128, 10])",
+    **dict.fromkeys(("input_dim", "input_shape", "in_features"), _INPUTS),
+    "kernel_initializer": "it is called init here: MLP([784, 128, 10], init='he_normal')",
+    "rate": "it is called dropout here: MLP([784, 128, 10], dropout=0.2)",
+    "seed": "it belongs to the engine: Engine(net, seed=0)",
+}
+_OF_ENGINE = "a network is a description, without parameters; make an engine: Engine(net, loss=..., optimizer=...)"
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class MLP(Description):
     """A fully connected network of L layers; ``sizes`` are its L + 1 widths, from the input to the output.
@@ -131,6 +146,7 @@ class MLP(Description):
     dropouts: tuple[float, ...]
     init: str
 
+    @knows_names(_ARGUMENTS, call="MLP([784, 128, 10], activation='relu')")
     def __init__(
         self,
         sizes: Iterable[int],
@@ -179,6 +195,16 @@ class MLP(Description):
                 shapes[f"{2 * layer + 1}.weight"] = (1,)
         return shapes
 
+    def summary(self, print_fn: Callable[[str], object] = print) -> None:
+        """Print layers, shapes, parameters and their memory; ``print_fn`` gets the text instead, as in Keras."""
+        print_fn(network_text(self))
+
+    def init_of(self, layer: int) -> str:
+        """Return the distribution of a layer's initial weights; "auto" depends on the activation."""
+        if self.init != "auto":
+            return self.init
+        return "he_normal" if self.activations[layer].name in _RECTIFIERS else "glorot_uniform"
+
     def initial_parameters(self, seed: int) -> dict[str, Array]:
         """Return initial parameters in float64, named and ordered as in ``state_dict``, drawn with ``seed >= 0``.
 
@@ -188,7 +214,7 @@ class MLP(Description):
         arrays: list[Array] = []
         for layer, (stream, activation) in enumerate(zip(streams, self.activations, strict=True)):
             generator = np.random.Generator(np.random.PCG64(stream))
-            arrays += _draw(generator, self.init, activation, *self.sizes[layer : layer + 2])
+            arrays += _draw(generator, self.init_of(layer), activation, *self.sizes[layer : layer + 2])
             if activation.name == "prelu":
                 arrays.append(np.full(1, activation.slope))
         return dict(zip(self.parameter_shapes(), arrays, strict=True))
@@ -216,6 +242,16 @@ class MLP(Description):
         return f"MLP({list(self.sizes)!r}, {', '.join(options)})"
 
 
+names_absent(
+    MLP,
+    {
+        **dict.fromkeys(("compile", "fit", "predict", "evaluate", "save", "state_dict", "parameters"), _OF_ENGINE),
+        "add": "sizes has all widths at once: MLP([784, 128, 10])",
+        "count_params": "it is net.parameter_count",
+    },
+)
+
+
 def _compact(values: Iterable[object]) -> str:
     """Return the common value if all are equal, else the list."""
     several = list(values)
@@ -232,8 +268,6 @@ def _draw(
     if init == "torch":
         bound = 1.0 / math.sqrt(fan_in)
         return generator.uniform(-bound, bound, shape), generator.uniform(-bound, bound, fan_out)
-    if init == "auto":
-        init = "he_normal" if activation.name in _RECTIFIERS else "glorot_uniform"
     family, distribution = init.split("_")
     # Only leaky_relu and prelu have a nonzero slope.
     variance = {

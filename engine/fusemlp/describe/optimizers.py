@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 from fusemlp.describe.checks import as_number, check_choice
 from fusemlp.describe.description import Count, Description, Flag, Fraction, NonNegative, Positive, from_config
+from fusemlp.describe.elsewhere import knows_names_of
 from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule, as_schedule, schedule_from_config
 from fusemlp_kernels.contract import TensorRule, UpdateRule
@@ -184,6 +185,19 @@ class AdamW(_Adam):
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {cls.kind: cls for cls in (SGD, Adam, AdamW)}
+# Arguments of Keras's optimizers.
+_ELSEWHERE = {
+    "learning_rate": "it is called lr here: Adam(lr=0.001)",
+    "beta_1": "it is called betas here: Adam(betas=(0.9, 0.999))",
+    "beta_2": "it is called betas here: Adam(betas=(0.9, 0.999))",
+    "epsilon": "it is called eps here: Adam(eps=1e-7)",
+    "clipnorm": "it is called clip_norm here",
+    "global_clipnorm": "it is called clip_norm here",
+    "gradient_accumulation_steps": "it is called accumulate here",
+    "decay": "lr takes a schedule: Adam(lr=Exponential(0.001, gamma=0.999))",
+}
+for _cls in OPTIMIZERS.values():
+    knows_names_of(_cls, _ELSEWHERE)
 
 
 def _is_bias_or_slope(name: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP
@@ -23,7 +24,7 @@ from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.runtime.backends import cpu_threads
-from fusemlp.training.fit import check_monitor, checked_validation, fit_checked, logged, with_metrics
+from fusemlp.training.fit import ELSEWHERE, check_monitor, checked_validation, fit_checked, logged, with_metrics
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.policy import FitPolicy
@@ -31,6 +32,19 @@ from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
 _log = logging.getLogger("fusemlp")
+
+
+# Arguments of Engine.fit that a fleet has in another place.
+_ELSEWHERE = {
+    **ELSEWHERE,
+    "validation_split": "give validation_data=(Xv, yv), or each model's validation_rows",
+    "batch_size": "it belongs to the fleet: Fleet(net, batch_size=32), or vary={'batch_size': [32, 64]}",
+    "class_weight": "it belongs to the loss: Fleet(net, loss=CrossEntropy(class_weight=[1.0, 5.0]))",
+    "callbacks": "a fleet has one function for models that have ended: fit(callback=...)",
+    "resume": "a fleet's fit cannot be resumed; a second fit trains on",
+    "seed": "it belongs to the fleet: vary={'seed': range(20)}",
+    **dict.fromkeys(("lr", "learning_rate"), "it belongs to the fleet: vary={'lr': [0.001, 0.01]}"),
+}
 
 
 class Fleet:
@@ -125,6 +139,7 @@ class Fleet:
             self._groups = grouped(engines, self._plan)
         return self._groups
 
+    @knows_names(_ELSEWHERE, call="fit(X, y, epochs=20)")
     def fit(
         self,
         X: Any,
@@ -225,7 +240,7 @@ class Fleet:
             if callback is not None:
                 callback(members[index])
 
-        first.warn_of_scale("X", data.X, stacklevel=3)
+        first.warn_of_scale("X", data.X, stacklevel=4)
         # all models train on the same rows
         common["taken_in"] = first.take_in(data.X)
         if self._input_scale is None:

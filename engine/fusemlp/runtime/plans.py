@@ -16,6 +16,8 @@ from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 from fusemlp_kernels.registry import PLANS
 
+# The reason for a plan that the user named.
+ASKED = "asked for"
 # Steps between two checks for Ctrl-C. Steps on the host take a tenth of a second at most, estimated by their
 # floating-point operations.
 UNINTERRUPTED = 256
@@ -48,7 +50,7 @@ def choose_plan(
         )
     if plan == "resident" and refusal is not None:
         raise BackendUnavailableError(f"plan: {refusal}; use plan='auto'")
-    return plan, "asked for"
+    return plan, ASKED
 
 
 def _quickest(traits: Traits, refusal: str | None, flops: int, models: int) -> tuple[str, str]:

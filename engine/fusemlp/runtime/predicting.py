@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.metrics import Judged, Metric, as_metrics
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.batches import Batches
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.runtime.inference import Evaluation, Inference
 from fusemlp.runtime.memory import Memory
@@ -16,12 +18,23 @@ from fusemlp.runtime.normalising import Normalising
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError
 
+_BY_ITSELF = "rows go through in blocks whose size is chosen by itself; leave it out"
+# Arguments of Keras's methods.
+OF_PREDICT = {
+    "x": "it is called X here",
+    "batch_size": _BY_ITSELF,
+    "verbose": "it prints nothing; leave it out",
+    "callbacks": "callbacks are for fit; leave it out",
+    "return_dict": "evaluate returns a mapping; leave it out",
+}
+
 
 class Predicting(Normalising):
     """The part of an engine that reads its parameters and changes nothing."""
 
     class_weight: Any | None
 
+    @knows_names(OF_PREDICT, call="predict(X)")
     def predict(self, X: Any) -> Array:
         """Predict the targets of X (n, K).
 
@@ -37,6 +50,7 @@ class Predicting(Normalising):
             outputs = np.exp(outputs)
         return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
+    @knows_names(OF_PREDICT, call="predict_proba(X)")
     def predict_proba(self, X: Any) -> Array:
         """Return probabilities (n, N) for X (n, K): of the classes, or of each label; one logit gives (n, 2).
 
@@ -64,19 +78,37 @@ class Predicting(Normalising):
     def _outputs(self, X: Any) -> Array:
         return self._inference.outputs(self.features("X", X))
 
+    @knows_names(OF_PREDICT, call="evaluate(X, y)")
     def evaluate(
-        self, X: Any, y: Any, sample_weight: Any = None, *, metrics: Iterable[str | Metric] = ()
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        metrics: Iterable[str | Metric] = (),
+        steps: int | None = None,
     ) -> dict[str, float]:
         """Return the loss of X (n, K) and y, without dropout, for classes the accuracy, and ``metrics`` by name.
+
+        Without y, X yields batches as in ``fit``; they are collected, ``steps`` of them (by default len(X)).
 
         Returns {"loss": ...} or {"loss": ..., "accuracy": ...}. Hits are not weighted. One-hot targets of mse, mae
         and huber count as classes. metrics: of ``fusemlp.describe.metrics.METRICS``, such as ["auc", "f1"]; they weigh
         rows by ``sample_weight``.
         """
-        data = self.examples(X, y, sample_weight)
+        data = self._rows_of(X, y, sample_weight, steps)
         asked = as_metrics("metrics", metrics, self.kind_of(data.targets)) if metrics else ()
         evaluation = Evaluation(self._inference, data, self.spec_for(data.targets), self.class_weight, repeated=False)
         return {**evaluation.of(self._inference.memory), **self.figures(data, asked)}
+
+    def _rows_of(self, X: Any, y: Any, weight: Any, steps: int | None) -> Examples:
+        if y is not None and steps is None:
+            return self.examples(X, y, weight)
+        if y is not None:
+            raise ArgumentError(f"steps: it counts batches, and X and y are arrays; leave it out, got {steps!r}")
+        if weight is not None:
+            raise ArgumentError("sample_weight: the batches bring their own; let them be (x, y, sample_weight)")
+        return Batches("X", X, steps, "steps").collected(self)
 
     def kind_of(self, targets: Targets) -> str | None:
         """Return which of ``fusemlp.describe.metrics.KINDS`` these targets are; None for probabilities."""

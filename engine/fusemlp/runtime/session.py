@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
@@ -22,7 +25,7 @@ from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
-from fusemlp.runtime.plans import choose_plan
+from fusemlp.runtime.plans import ASKED, choose_plan
 from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels.contract import (
@@ -31,6 +34,7 @@ from fusemlp_kernels.contract import (
     LEARNING_RATE,
     LOSS_SCALE,
     RATE_SCALE,
+    ROW_COUNT,
     ROW_STEP,
     SKIPPED,
     SKIPPED_IN_A_ROW,
@@ -51,6 +55,24 @@ if TYPE_CHECKING:
 
 # Steps between two checks of the loss scaling in ``step``: a check waits for the device.
 SCALING_CHECKS = 32
+_TO_OPTIMIZER = "it belongs to the optimizer: Engine(net, optimizer=Adam(lr=0.001))"
+_TO_FIT = "it belongs to fit: engine.fit(X, y, epochs=20)"
+# Arguments of the constructor in other libraries.
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate", "weight_decay", "momentum", "clip_norm", "schedule"), _TO_OPTIMIZER),
+    **dict.fromkeys(("epochs", "callbacks", "validation_data", "validation_split", "verbose", "shuffle"), _TO_FIT),
+    "metrics": "it belongs to fit and evaluate: engine.fit(X, y, epochs=20, metrics=['auc'])",
+    "class_weight": "it belongs to fit, or to the loss: CrossEntropy(class_weight=[1.0, 5.0])",
+    "early_stopping": _TO_FIT,
+    "dropout": "it belongs to the network: MLP([784, 128, 10], dropout=0.1)",
+    "activation": "it belongs to the network: MLP([784, 128, 10], activation='relu')",
+    "hidden": "the network has all widths: Engine(MLP([784, 128, 10]))",
+    "network": "it is called net here: Engine(net)",
+    "model": "it is called net here: Engine(net)",
+    "loss_fn": "it is called loss here: Engine(net, loss='mse')",
+    "random_state": "it is called seed here: Engine(net, seed=0)",
+    "dtype": "it is called precision here: Engine(net, precision='fp32')",
+}
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
@@ -60,6 +82,7 @@ class Session(Predicting):
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
     """
 
+    @knows_names(ELSEWHERE, call="Engine(net, loss='mse', optimizer=Adam(lr=0.001), batch_size=32)")
     def __init__(
         self,
         net: MLP,
@@ -142,7 +165,11 @@ class Session(Predicting):
         self.stop_training = False
 
     def _use_memory(
-        self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, scale: InputScale | None
+        self,
+        arenas: Mapping[str, Any] | None,
+        schedule: Schedule | None,
+        scale: InputScale | None,
+        rows: int = 0,
     ) -> None:
         self.memory = memory = Memory(
             self.network,
@@ -150,7 +177,7 @@ class Session(Predicting):
             self.optimizer.rule().state_count,
             item_bytes=self._real.itemsize,
             compute_bytes=COMPUTE_BYTES.get(self.precision),
-            gradient_parts=batch_parts(self._backend.traits, self.batch_size, self.network.parameter_count),
+            gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
         )
         # the learning rates of the updates to come, for those who launch steps
@@ -169,6 +196,27 @@ class Session(Predicting):
             if name != "rates":
                 array[:] = before[name]
         self._use_memory(arenas, self.rates.schedule, self.input_scale)
+
+    def take_batches_of(self, batch_size: int) -> None:
+        """Change ``batch_size``: the engine trains on as one that was made with it.
+
+        Raises BackendUnavailableError, before anything has changed, if the plan that was asked for is not there.
+        """
+        if batch_size == self.batch_size:
+            return
+        plan, traits = self.plan if self.plan_reason == ASKED else "auto", self._backend.traits
+        chosen = choose_plan(plan, traits, self.network.sizes, batch_size, self.precision)
+        self.make_room_for(batch_size)
+        self.batch_size = batch_size
+        self.plan, self.plan_reason = chosen
+        self._staged.clear()
+
+    def make_room_for(self, rows: int) -> None:
+        """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
+        if batch_parts(self._backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
+            before = self.snapshot()
+            self._use_memory(None, self.rates.schedule, self.input_scale, rows)
+            self.restore(before)
 
     @property
     def program(self) -> Program:
@@ -256,6 +304,15 @@ class Session(Predicting):
             self.rates.follow(self.optimizer.schedule.over(None))
         return float(self.memory.hyper[LEARNING_RATE])
 
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the rates of the running ``fit`` by ``factor`` from the next update on; checkpoints keep it."""
+        scale = float(self.memory.hyper[RATE_SCALE]) * factor
+        self.rates.rescale(scale)
+        state = self.fit_state
+        if state is not None:
+            best, waited, _ = state.plateau
+            state.plateau = best, waited, scale
+
     @property
     def update_count(self) -> int:
         """The number of updates applied so far."""
@@ -283,33 +340,36 @@ class Session(Predicting):
         if self._step_schedule is None:
             self._step_schedule = self.optimizer.schedule.over(None)
         if not self._staged and not self.epochs_trained:
-            self._check_scale(x)
+            self.check_measured()
+            self.warn_of_scale("x", x, stacklevel=3)
         bound = self._staged_program(targets.soft, weight is not None)
         self.rates.cover(self._step_schedule, 1)
-        copy = self._backend.copy_into
-        arrays = bound.arrays
-        arrays["counters"][ROW_STEP] = 0
-        for name, array in (("x", self.normalised(x)), ("target", targets.values), ("weight", weight)):
-            if array is not None:
-                copy(arrays[name][:count], array)
-                if count < self.batch_size:
-                    arrays[name][count:] = 0
-        bound.set_row_count(count)
-        bound.run()
+        self.run_staged(bound, self.normalised(x), targets.values, weight)
         if self._scaled:
             self._unchecked_steps += 1
             if self._unchecked_steps == SCALING_CHECKS:
                 self.check_scaling()
-        return self._backend.scalar(arrays["stats"], LAST_LOSS)
+        return self._backend.scalar(bound.arrays["stats"], LAST_LOSS)
 
-    def _check_scale(self, x: Any) -> None:
-        """Check before the first step that inputs can be normalised, or warn if they should be."""
+    def run_staged(self, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
+        """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
+        copy, arrays, count = self._backend.copy_into, bound.arrays, len(x)
+        short, counters = count < len(arrays["x"]), arrays["counters"]
+        counters[ROW_STEP], counters[ROW_COUNT] = 0, count
+        for name, array in (("x", x), ("target", target), ("weight", weight)):
+            if array is not None:
+                copy(arrays[name][:count], array)
+                if short:
+                    arrays[name][count:] = 0
+        bound.run()
+
+    def check_measured(self) -> None:
+        """Check that batches can be normalised: one of them is too few rows to measure."""
         if self.normalise and self.input_scale is None:
             raise ArgumentError(
-                "normalise: no rows were measured yet: fit measures its own; before a loop of steps give the training "
-                "rows to the engine, normalise=X"
+                "normalise: no rows were measured yet: fit measures its arrays; before batches or a loop of steps give "
+                "the training rows to the engine, normalise=X"
             )
-        self.warn_of_scale("x", x, stacklevel=4)
 
     def check_scaling(self) -> None:
         """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""
@@ -330,13 +390,43 @@ class Session(Predicting):
     def _staged_program(self, soft: bool, weighted: bool) -> BoundProgram:
         key = (soft, weighted)
         if key not in self._staged:
-            inputs = Inputs(self.batch_size, weighted=weighted)
             spec = self.loss.spec(accuracy=False, soft=soft)
-            # on a GPU the resident kernel is for many steps
-            batches = 1 if self.plan == "resident" and self._backend.traits.on_host else None
-            rule = self.optimizer.rule()
-            self._staged[key] = self.bind(inputs, spec, rule, self.batch_size, {}, resident_batches=batches)
+            self._staged[key] = self.bind_staged(self.batch_size, spec, weighted=weighted)
         return self._staged[key]
+
+    def bind_staged(self, rows: int, spec: LossSpec, *, weighted: bool) -> BoundProgram:
+        """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
+        # on a GPU the resident kernel is for many steps
+        batches = 1 if self.plan == "resident" and self._backend.traits.on_host else None
+        inputs = Inputs(rows, weighted=weighted)
+        return self.bind(inputs, spec, self.optimizer.rule(), rows, {}, resident_batches=batches)
+
+    def summary(self, print_fn: Callable[[str], object] = print) -> None:
+        """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""
+        net, memory = self.network, self.memory
+        frozen = sum(
+            math.prod(shape)
+            for name, shape in net.parameter_shapes().items()
+            if not self.optimizer.options_for(name)[0]
+        )
+        size = memory.layout.size * memory.real_bytes
+        held = {
+            "parameters": size,
+            "optimizer state": size * len(memory.states),
+            "gradients": size * memory.gradient_parts,
+            "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
+        }
+        lines = layer_lines(net)
+        lines[-1] += f", {frozen:,} of them frozen" if frozen else ""
+        lines += [
+            f"loss {self.loss.kind}, optimizer {self.optimizer.kind} with lr {self.optimizer.lr!r}, batch_size "
+            f"{self.batch_size}, seed {self.seed}",
+            f"{self.precision} on {self.backend} ({self.device}), plan {self.plan}: {self.plan_reason}; "
+            f"{len(self.program.calls)} kernel calls a step",
+            f"memory with padding: {', '.join(f'{name} {bytes_text(count)}' for name, count in held.items() if count)} "
+            f"({bytes_text(sum(held.values()))}); {self.epochs_trained} epochs, {self.update_count} updates trained",
+        ]
+        print_fn("\n".join(lines))
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``.

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.callbacks import announce, checked_callbacks, exits
-from fusemlp.describe.checks import as_count, check_choice, check_flag
+from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
+from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.inputs.arrays import Array, to_array
+from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.memory import on_device
+from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
+from fusemlp.training.streaming import Stream
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -27,25 +31,52 @@ if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples, Targets
     from fusemlp.runtime.session import Session
 
+_TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
+_TO_LOADER = "fit starts no workers; give a torch DataLoader, which has num_workers"
+# Arguments of fit in Keras, scikit-learn and other libraries.
+ELSEWHERE = {
+    "x": "it is called X here: fit(X, y, epochs=20)",
+    "initial_epoch": "it is not needed: epochs go on from engine.epochs_trained, and epochs= counts further ones; "
+    "fit(resume=True) ends a fit that was cut off",
+    "validation_freq": "validation follows every epoch; leave it out",
+    "validation_batch_size": "validation chooses its batches by itself; leave it out",
+    **dict.fromkeys(("workers", "use_multiprocessing", "max_queue_size"), _TO_LOADER),
+    **dict.fromkeys(("loss", "optimizer", "seed", "precision", "backend", "device", "plan"), _TO_ENGINE),
+    **dict.fromkeys(("lr", "learning_rate"), _TO_ENGINE),
+    "random_state": "it is the engine's seed: Engine(net, seed=0)",
+    "patience": "it is called early_stopping here: fit(early_stopping=5)",
+    "eval_set": "it is called validation_data here: validation_data=(Xv, yv)",
+    "weight": "it is called sample_weight here",
+    "max_iter": "it is called epochs here",
+    "nb_epoch": "it is called epochs here",
+}
 
+
+@knows_names(ELSEWHERE, call="fit(X, y, epochs=20)")
 def fit(
     engine: Session,
     X: Any,
-    y: Any,
+    y: Any = None,
     *,
     epochs: int,
+    batch_size: int | None = None,
     sample_weight: Any = None,
-    validation_data: tuple[Any, ...] | None = None,
-    metrics: Iterable[str | Metric] = (),
+    class_weight: Any = None,
+    validation_data: Any = None,
+    validation_split: float = 0.0,
+    validation_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    metrics: Iterable[str | Metric] | None = (),
     early_stopping: int | None = None,
     monitor: str | None = None,
-    callbacks: Iterable[Any] = (),
+    callbacks: Iterable[Any] | None = (),
+    verbose: int = 0,
     shuffle: bool = True,
     drop_last: bool = False,
     row_order: Callable[[int], Any] | None = None,
     resume: bool = False,
 ) -> History:
-    """Train ``engine`` on X (n, K) and y for ``epochs`` passes.
+    """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
 
     y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
     (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host memory
@@ -53,12 +84,22 @@ def fit(
     The kernels read device arrays in place, or copy them once if their type or strides do not suit. An engine with
     ``normalise=True`` measures the X of its first fit, and trains on a scaled copy.
 
-    validation_data: (Xv, yv) or (Xv, yv, weights), evaluated after each epoch, also by ``metrics``: of classes "auc",
-    "f1", "balanced_accuracy", "log_loss", of numbers "mae", "rmse", "r2", "pinball"; the history has them as "val_auc".
+    Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any iterable.
+    An epoch is ``steps_per_epoch`` batches, by default len(X); an iterable that ends begins again. One update takes
+    one batch, of any size; ``engine.batch_size`` does not matter.
+
+    batch_size: the rows of an update, from now on (``engine.batch_size`` changes); None: as before.
+    class_weight: a mapping from classes to weights (1 for others), one weight for each class, or "balanced". It
+    multiplies the weights of the training rows; validation is without it.
+
+    validation_data: (Xv, yv) or (Xv, yv, weights), or batches, of which ``validation_steps`` are collected once;
+    evaluated after each epoch, also by ``metrics``: of classes "auc", "f1", "balanced_accuracy", "log_loss", of numbers
+    "mae", "rmse", "r2", "pinball"; the history has them as "val_auc". Accuracy is always logged for classes.
+    validation_split: the share of the rows, the last ones, to validate on in place of validation_data.
     early_stopping: after this many epochs without a better ``monitor`` (val_loss), stop and restore the best weights.
     monitor: the quantity of the history that early stopping, best epoch and ReduceOnPlateau follow, such as "val_auc".
     callbacks: objects like ``Callback``, or like Keras's (``fusemlp.callbacks``); metrics that they or ``monitor``
-    name need not be in ``metrics``.
+    name need not be in ``metrics``. verbose: 1 shows a bar on stderr, 2 a line an epoch, 0 nothing.
 
     The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are; ``row_order``
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
@@ -67,32 +108,69 @@ def fit(
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
-    no longer finite, with the engine back at the last good epoch. Warns (InputScaleWarning) of X far from unit scale.
+    no longer finite, with the engine back at the last good epoch. Later batches of an iterable are checked when they
+    come. Warns (InputScaleWarning) of X far from unit scale.
     """
     epochs = as_count("epochs", epochs, minimum=1)
     for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
         check_flag(argument, flag)
-    data = engine.examples(X, y, sample_weight)
+    size = engine.batch_size if batch_size is None else as_count("batch_size", batch_size)
+    if resume and size != engine.batch_size:
+        raise ArgumentError(
+            f"batch_size: the fit that is resumed has batches of {engine.batch_size} rows, got {size}; leave it out"
+        )
+    share = as_number("validation_split", validation_split, low=0.0, high=1.0, high_open=True)
+    if share and validation_data is not None:
+        raise ArgumentError("validation_split: validation_data has the validation rows already; give one of the two")
+    if verbose not in (0, 1, 2):
+        raise ArgumentError(f"verbose: expected 0 (silent), 1 (a bar) or 2 (a line an epoch), got {verbose!r}")
+    batches = None
+    if y is None:
+        arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
+        _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
+        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch")
+        engine.check_measured()
+        data = batches.next(engine, keep=True)
+    else:
+        if steps_per_epoch is not None:
+            raise ArgumentError(
+                "steps_per_epoch: an epoch goes through all rows of X, in batches of batch_size; it is for batches, "
+                f"fit(batches, steps_per_epoch=...), got {steps_per_epoch!r}"
+            )
+        data = engine.examples(X, y, sample_weight)
+    validation = checked_validation(engine, validation_data, steps=validation_steps)
+    if share:
+        data, held = split(engine, data, share)
+        validation = Validation(held)
+    weighted = by_class(engine, class_weight, data, whole=batches is None)
+    if batches is None:
+        data = weighted(data)
     count = len(data.X)
-    listeners = checked_callbacks(callbacks)
-    validation = checked_validation(engine, validation_data)
+    given = checked_callbacks(() if callbacks is None else callbacks)
+    listeners = [*given, *(checked_callbacks(ProgressBar(lines=verbose == 2)) if verbose else ())]
+    asked = () if metrics is None else metrics
     if validation is not None:
         named = [monitor, *(getattr(getattr(one, "listener", None), "monitor", None) for one in listeners)]
-        validation = with_metrics(engine, validation, metrics, named)
-    elif list(metrics):
-        raise ArgumentError(f"metrics: they are of validation rows; give validation_data=(Xv, yv) too, got {metrics!r}")
+        validation = with_metrics(engine, validation, asked, named)
+    elif asked and (found := as_metrics("metrics", asked, engine.kind_of(data.targets))):
+        raise ArgumentError(
+            "metrics: they are of validation rows; give validation_data=(Xv, yv) or validation_split=0.2 too, got "
+            f"{[one.name for one in found]}"
+        )
     patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
     if patience is not None and validation is None and monitor is None:
-        raise ArgumentError("early_stopping: it watches val_loss, so validation_data=(Xv, yv) is needed too")
+        raise ArgumentError(
+            "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_split=0.2 is needed too"
+        )
     names = logged(engine, data.targets, validation)
     check_monitor(monitor, names)
     announce(listeners, names, epochs)
-    if drop_last and count < engine.batch_size:
-        raise ArgumentError(
-            f"drop_last: {count} rows do not fill one batch of {engine.batch_size}; nothing would be trained"
-        )
+    if drop_last and count < size:
+        raise ArgumentError(f"drop_last: {count} rows do not fill one batch of {size}; nothing would be trained")
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
+    order = _order(count, shuffle, row_order, first_epoch) if batches is None else lambda epoch: np.arange(0)
+    engine.take_batches_of(size)
     loop = fit_checked(
         engine,
         data,
@@ -102,14 +180,29 @@ def fit(
         monitor=monitor,
         drop_last=drop_last,
         # a function of the user's is asked when its epoch comes
-        at_once=None if row_order is None else 1,
+        at_once=None if row_order is None and batches is None else 1,
+        bound=None if batches is None else Stream(engine, batches, data, weighted),
+        batches=None if batches is None else batches.steps,
         callbacks=listeners,
-        order=_order(count, shuffle, row_order, first_epoch),
+        order=order,
         resume=resume,
     )
-    _warn(engine, data, epochs * loop.batches)
+    _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
         return loop.run()
+
+
+def _refuse_with_batches(given: Mapping[str, Any]) -> None:
+    mends = {
+        "sample_weight": "let them be (x, y, sample_weight)",
+        "validation_split": "give validation_data",
+        "batch_size": "it is that of the batches; set it where they are made",
+        "row_order": "they come in their own order",
+        "drop_last": "leave the last one out where they are made",
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ArgumentError(f"{name}: it is for arrays X and y, and without y X yields batches; {mends[name]}")
 
 
 def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
@@ -132,6 +225,7 @@ def fit_checked(
     rows: Array | None = None,
     drop_last: bool = False,
     bound: Steps | None = None,
+    batches: int | None = None,
     at_once: int | None = None,
     callbacks: Sequence[Any] = (),
     order: Callable[[int], Array] | None = None,
@@ -141,12 +235,14 @@ def fit_checked(
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
     ``taken_in``: X as the network takes it, if the caller has it.
-    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. ``order`` is a function from the
+    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. It may have its own data, in
+    ``batches`` batches an epoch, and ``data`` is the first of them. ``order`` is a function from the
     epoch to the rows; by default their order depends on the seed.
     """
     count = len(data.X) if rows is None else len(rows)
     batch_size = min(engine.batch_size, count)
-    batches = count // batch_size if drop_last else -(-count // batch_size)
+    if batches is None:
+        batches = count // batch_size if drop_last else -(-count // batch_size)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
     if not resume:
         state.monitor = monitor or ""
@@ -190,12 +286,25 @@ def fit_checked(
     return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
 
 
-def checked_validation(engine: Session, given: Any, *, common: bool = False) -> Validation | None:
+def checked_validation(
+    engine: Session, given: Any, *, common: bool = False, steps: int | None = None
+) -> Validation | None:
     """Check ``validation_data`` as ``fit`` takes it; ``common``: several models share it."""
+    if given is not None and are_batches(given):
+        data = Batches("validation_data", given, steps, "validation_steps").collected(engine)
+        engine.loss.spec(accuracy=False, soft=data.targets.soft)
+        return Validation(data, common)
+    if steps is not None:
+        raise ArgumentError(
+            f"validation_steps: it counts the batches of validation_data, got {steps!r} without such; all rows of "
+            "arrays are validated on"
+        )
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
-        raise ArgumentTypeError(f"validation_data: expected (X, y) or (X, y, sample_weight), got {_described(given)}")
+        raise ArgumentTypeError(
+            f"validation_data: expected (X, y) or (X, y, sample_weight), or batches of them, got {_described(given)}"
+        )
     weight = given[2] if len(given) == 3 else None
     names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
     data = engine.examples(given[0], given[1], weight, names)
@@ -265,7 +374,7 @@ def _order(n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int
     return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
 
 
-def _warn(engine: Session, data: Examples, batches: int) -> None:
+def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> None:
     rows, accumulate, labels = len(data.X), engine.optimizer.accumulate, data.targets.values
     found = []
     if accumulate > batches:
@@ -273,12 +382,13 @@ def _warn(engine: Session, data: Examples, batches: int) -> None:
             f"accumulate: an update takes {accumulate} batches and this fit has only {batches}: it may end without "
             "one; train for more epochs or lower accumulate"
         )
-    if engine.batch_size > rows:
+    if engine.batch_size > rows and not streamed:
         found.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
-    if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1:
+    if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1 and not streamed:
         labels = engine.on_host(labels)
         if np.all(labels == labels[0]):
             found.append(f"y: every label is {labels[0]}; a classifier needs examples of two classes")
     for message in found:
-        warnings.warn(message, stacklevel=3)
-    engine.warn_of_scale("X", data.X, stacklevel=4)
+        # past fit and its check of names
+        warnings.warn(message, stacklevel=4)
+    engine.warn_of_scale("X", data.X, stacklevel=5)

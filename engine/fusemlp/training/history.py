@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
-from fusemlp_kernels.errors import ArgumentError, ShapeError
+from fusemlp.report.diagnosis import Finding, diagnose
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fusemlp.runtime.session import Session
+
+
+# The beginning of ``History.stopped`` after a divergence.
+DIVERGED = "the loss became NaN or infinite"
 
 
 @dataclass
@@ -34,13 +40,44 @@ class History:
         """Add an epoch."""
         self.epochs.append(epoch)
         self.seconds.append(seconds)
+        self.amend(logs)
+
+    def amend(self, logs: dict[str, Any], author: str = "logs") -> None:
+        """Set quantities of the last epoch, as floats, in ``logs`` too; epochs without a quantity have NaN there.
+
+        Raises ArgumentTypeError, which calls the ``author``, for what is no number.
+        """
+        count = len(self.epochs)
         for name, value in logs.items():
-            self.history.setdefault(name, []).append(value)
+            if type(value) is not float:
+                logs[name] = value = _as_float(author, name, value)
+            values = self.history.setdefault(name, [])
+            values += [math.nan] * (count - len(values))
+            values[-1] = value
+        if len(logs) < len(self.history):
+            for values in self.history.values():
+                values += [math.nan] * (count - len(values))
 
     def rows(self) -> Iterator[dict[str, float]]:
         """Yield for each epoch its number, from 1, and its quantities."""
         for at, epoch in enumerate(self.epochs):
             yield {"epoch": epoch + 1, **{name: values[at] for name, values in self.history.items()}}
+
+    def diagnose(self, dead: Mapping[str, float] | None = None) -> list[Finding]:
+        """Return what is wrong with the training: divergence, an exploding loss, a small rate, overfitting.
+
+        ``dead``: the result of ``engine.dead_units(X)``; ``engine.diagnose(X)`` does both. Print a finding for its
+        evidence and remedies.
+        """
+        stopped = self.stopped
+        return diagnose(
+            self.history,
+            dead,
+            divergence=stopped if stopped.startswith(DIVERGED) else "",
+            restored="restored" in stopped,
+            best_epoch=None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1,
+            early_stopping="not improved" in stopped,
+        )
 
     def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
         """Draw loss and accuracy over the epochs; write the picture to ``path`` (.png, .svg or .pdf) if given.
@@ -54,6 +91,17 @@ class History:
             raise ArgumentError("history: it has no epoch to draw; fit with at least one epoch first")
         best = None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1
         return draw(lambda: curves_figure(self.history, title=title, best_epoch=best), path)
+
+
+def _as_float(author: str, name: Any, value: Any) -> float:
+    try:
+        if isinstance(name, str) and not isinstance(value, str | bytes):
+            return float(value)
+        raise TypeError("no number")
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(
+            f"{author}: logs[{name!r}] is {value!r}; the history takes a number by a name, such as logs['val_f1'] = 0.9"
+        ) from error
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from fusemlp.callbacks import deferred_interrupt, overrides
+from fusemlp.callbacks import deferred_interrupt, name_of, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL
@@ -246,7 +246,10 @@ class EpochLoop(Generic[PolicyT]):
         epoch = state.epoch
         state.history.record(epoch, logs, seconds)
         state.epoch, state.batch = epoch + 1, 0
-        self._call("on_epoch_end", epoch, logs)
+        for callback in self.callbacks:
+            if overrides(callback, "on_epoch_end"):
+                callback.on_epoch_end(self.engine, epoch, logs)
+                state.history.amend(logs, author=name_of(callback))
 
     def finish(self, *, interrupted: bool) -> None:
         """Clean up after the last step."""

@@ -10,6 +10,7 @@ from fusemlp.describe.metrics import rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.inference import metrics_of
+from fusemlp.training.history import DIVERGED
 from fusemlp.training.loop import Policy
 from fusemlp_kernels.errors import DivergenceError
 
@@ -110,7 +111,7 @@ class FitPolicy(Policy):
         else:
             lower = min(rate / 10, 0.1)
             cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"
-        self.state.history.stopped = f"the loss became NaN or infinite in epoch {epoch}"
+        self.state.history.stopped = f"{DIVERGED} in epoch {epoch}"
         return DivergenceError(
             f"loss: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is back at the state "
             "before that epoch"
