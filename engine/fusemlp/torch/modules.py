@@ -28,15 +28,15 @@ LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
     ),
     nn.LeakyReLU: (lambda one: one.negative_slope >= 0.0, "expected a slope >= 0; use PReLU"),
     nn.PReLU: (lambda one: one.num_parameters == 1, "one slope a layer can be fused; use PReLU()"),
+    nn.LogSoftmax: (lambda one: one.dim in (1, -1), "only LogSoftmax(dim=1), over the classes, can be fused"),
     nn.GELU: (lambda one: one.approximate == "none", "only the exact GELU() can be fused"),
 }
 SUPPORTED = (
-    f"Linear, {', '.join(kind.__name__ for kind in NAMES)}, Dropout and Flatten, in nn.Sequential or in a forward that "
-    "torch.fx can trace"
+    f"Linear, {', '.join(kind.__name__ for kind in NAMES)}, Dropout, Flatten, and LogSoftmax at the end, in nn.Sequential "
+    "or in a forward that torch.fx can trace"
 )
 INSTEAD = {
     "Softmax": "leave it out: CrossEntropyLoss takes logits and applies the softmax itself",
-    "LogSoftmax": "leave it out and use CrossEntropyLoss, which takes logits",
     "BatchNorm1d": "fold it into the Linear before it, or train that part with eager PyTorch",
     "LayerNorm": "leave it out, or use FusedLinear within an eager module",
     "Conv2d": "keep the convolutions eager and use FusedMLP for the layers behind them",
@@ -61,6 +61,7 @@ class Reading:
     """A module as a network. ``slots`` are its parameters by short names (w0, b0, s0), as far as present.
 
     ``flattens``: x may have more than two dimensions. ``squeezes``: one output comes out as (m,), not (m, 1).
+    ``log_softmax``: LogSoftmax follows the network's last layer.
     ``dtype`` and ``device`` are those of all parameters.
     """
 
@@ -68,6 +69,7 @@ class Reading:
     slots: dict[str, Slot]
     flattens: bool
     squeezes: bool
+    log_softmax: bool
     dtype: torch.dtype
     device: torch.device
 
@@ -107,13 +109,14 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
         if any(hooks_of(one)):
             raise ArgumentError(f"module: {Part(path, one)} has hooks, which a fused step would not run; remove them")
     layers: list[_Layer] = []
-    flattens = squeezes = False
+    flattens = squeezes = log_softmax = False
     for part in _parts(Part("", module)):
         kind = type(part.module)
         if kind is nn.Identity:
             continue
-        if squeezes:
-            raise ArgumentError(f"module: {part}: nothing can follow the squeeze of the output")
+        if squeezes or log_softmax:
+            last = "LogSoftmax" if log_softmax else "the squeeze of the output"
+            raise ArgumentError(f"module: {part}: nothing can follow {last}")
         if kind is nn.Linear:
             layers.append(_Layer(part))
         elif kind is nn.Flatten and part.module.start_dim == 1:
@@ -122,6 +125,8 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
             raise ArgumentError(f"module: {part}: only Flatten(1) and Identity can stand before the first Linear")
         elif kind is nn.Flatten:
             squeezes = True
+        elif kind is nn.LogSoftmax:
+            log_softmax = True
         elif kind is nn.Dropout:
             _add_dropout(layers[-1], part)
         else:
@@ -137,7 +142,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
     slots = _slots(layers)
     first = slots["w0"].parameter
-    return Reading(network, slots, flattens, squeezes, first.dtype, first.device)
+    return Reading(network, slots, flattens, squeezes, log_softmax, first.dtype, first.device)
 
 
 def _parts(part: Part) -> Iterator[Part]:

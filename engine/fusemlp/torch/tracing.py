@@ -22,6 +22,7 @@ _BY_NAME = [name for name, row in ACTIVATIONS.items() if row.torch and not row.b
 # Functions and methods by name, and the modules that do the same.
 FUNCTIONS: dict[str, Any] = {
     "flatten": nn.Flatten,
+    "log_softmax": nn.LogSoftmax,
     **{name: getattr(nn, str(ACTIVATIONS[name].torch)) for name in _BY_NAME},
 }
 
@@ -122,7 +123,8 @@ def _operation(node: fx.Node, part: Part) -> Part:
     name = called if isinstance(called, str) else getattr(called, "__name__", str(called))
     label = f"{part}: {name}"
     own = isinstance(called, str) or called in (getattr(torch, name, None), getattr(functional, name, None))
-    rest, options = node.args[1:], {key: value for key, value in node.kwargs.items() if key != "input"}
+    unused = ("input", "_stacklevel") if node.kwargs.get("dtype") else ("input", "_stacklevel", "dtype")
+    rest, options = node.args[1:], {key: value for key, value in node.kwargs.items() if key not in unused}
     if own and name in ("contiguous", "clone"):
         return Part(label, nn.Identity())
     if own and name in ("view", "reshape") and _keeps_rows(rest):
