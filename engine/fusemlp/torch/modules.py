@@ -147,21 +147,21 @@ def read_module(module: nn.Module, *, always_drops: bool = False) -> Reading:
 
 def _parts(part: Part) -> Iterator[Part]:
     """Yield the parts of a module in order; raises ArgumentError for one that the kernels lack."""
-    path, module = part
+    path, module, line = part
     kind = type(module)
     if kind is nn.Linear or kind in NAMES or kind in LIMITS:
         fits, words = LIMITS.get(kind, (None, ""))
         if fits is not None and not fits(module):
-            raise ArgumentError(f"module: {f'{path}: ' if path else ''}{module!r}: {words}")
+            raise ArgumentError(f"module: {line}{f'{path}: ' if path else ''}{module!r}: {words}")
         yield part
         return
     if kind.forward is nn.Sequential.forward:
-        inner: Iterator[Part] = (Part(inner_path(path, name), child) for name, child in module._modules.items())
+        inner: Iterator[Part] = (Part(inner_path(path, name), child, line) for name, child in module._modules.items())
     elif kind.__module__.startswith("torch.") or not isinstance(kind.forward, FunctionType):
         advice = INSTEAD.get(
             kind.__name__, "remove it, or keep the model eager and use FusedLinear or FusedMLP within it"
         )
-        raise ArgumentError(f"module: {part} cannot be fused; {advice}. What can be fused: {SUPPORTED}")
+        raise ArgumentError(f"module: {line}{part} cannot be fused; {advice}. What can be fused: {SUPPORTED}")
     else:
         inner = trace_parts(part)
     for one in inner:
