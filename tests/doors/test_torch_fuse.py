@@ -311,6 +311,19 @@ def test_a_loop_over_a_data_loader_on_digits():
     assert (module(X).argmax(dim=1) == y).double().mean() > 0.93
 
 
+@pytest.mark.parametrize("options", [{}, {"return_output": True}])
+def test_numbers_that_overflow_make_no_warning(options):
+    for loss_fn in (nn.MSELoss(), nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))):
+        module = make(dtype=torch.float32)
+        step = door.fuse(module, loss_fn, adam(module), clip_grad_norm=1.0)
+        x, y = torch.full((4, 6), 1e38), torch.zeros(4, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(3):
+                step(x, y, **options)
+        assert module[0].weight.isnan().any()
+
+
 def test_steps_that_are_dropped_leave_the_optimizer_alone():
     module = make()
     optimizer = adam(module)

@@ -1,8 +1,8 @@
 """Fused layers with autograd, for use inside a larger network: forward and backward are the contract's ops.
 
 Every call binds the ops to the tensors' own memory, so nothing is copied in or out, and any number of calls may wait
-for their backward pass. ``torch.compile`` and ``torch.export`` cannot look into them: there the two passes are operators
-of ``torch.library``.
+for their backward pass. ``torch.compile`` cannot trace them: in its programs the two passes are operators of
+``torch.library``.
 """
 
 from __future__ import annotations
@@ -289,7 +289,8 @@ def apply_chain(chain: Chain, x: Tensor, parameters: Sequence[Tensor], masks: Te
         return y
     codes = [ACTIVATIONS.index(one.name) for one in chain.activations]
     slopes = [one.slope for one in chain.activations]
-    return chain_op(x, [*parameters], codes, slopes, [*chain.rates], [*chain.biased], masks)[0]
+    output: list[Tensor] = chain_op(x, [*parameters], codes, slopes, [*chain.rates], [*chain.biased], masks)
+    return output[0]
 
 
 def _through_activation(

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fusemlp_kernels.errors import ArgumentError
 
 # The step of each parameter that one updates.
-_FUSED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_FUSED: Any = WeakIdKeyDictionary()
 _CLIPPERS = {"clip_grad_norm_": "clip_grad_norm", "clip_grad_value_": None}
 
 
@@ -54,7 +54,7 @@ def _check_gradients(parameters: list[Any], name: str, option: str | None) -> No
     if not missing:
         return
     mend = f"pass {option}=max_norm to fuse" if option else "use fuse's clip_grad_norm, or FusedMLP in an eager loop"
-    words = f"{name}: {len(missing)} parameters have no gradient, since a fused step updates them at once and stores none"
+    words = f"{name}: {len(missing)} parameters have no gradient, since a fused step updates them and stores none"
     if all(one.grad is None for one in parameters):
         raise ArgumentError(f"{words}; {mend}")
     warnings.warn(f"{words}, and only the others are clipped; {mend}", stacklevel=5)
@@ -66,9 +66,9 @@ def _is_fused(parameter: Tensor) -> bool:
 
 def warn_of_autocast(dtype: torch.dtype) -> None:
     """Warn that autocast does not reach a fused step."""
-    other = "; fuse(precision='tf32') is faster on a GPU" if dtype == torch.float32 else ""
+    other = "; fuse(precision='tf32') uses a GPU's tensor cores" if dtype == torch.float32 else ""
     warnings.warn(
-        f"autocast has no effect on a fused step, which computes in {dtype}, the module's type: call the step outside of "
-        f"it{other}",
+        f"autocast has no effect on a fused step, which computes in {dtype}, the module's type; call the step outside "
+        f"autocast{other}",
         stacklevel=3,
     )

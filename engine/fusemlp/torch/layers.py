@@ -78,8 +78,8 @@ class FusedMLP(nn.Module):
 
     x (..., sizes[0]) to (..., sizes[-1]). ``state_dict`` has the keys of the plain ``nn.Sequential`` of Linear and
     activations: ``0.weight``, ``0.bias``, ``2.weight``, ... Dropout works in train mode; ``seed`` decides its masks
-    (None draws one from torch's generator), and every call takes the next. Gradients of the first order only. Works under
-    ``torch.compile``, also with ``fullgraph=True``.
+    (None draws one from torch's generator), and every call takes the next. Gradients of the first order only. Works
+    under ``torch.compile``, also with ``fullgraph=True``.
     """
 
     def __init__(

@@ -85,7 +85,8 @@ def read_pos_weight(loss_fn: Any, outputs: int) -> tuple[float, ...] | None:
     count = given.numel()
     if count not in (1, outputs) or given.shape[-1:] not in ((), (count,)):
         raise ShapeError(
-            f"loss_fn: pos_weight has shape {tuple(given.shape)}, expected one number or ({outputs},), one for each output"
+            f"loss_fn: pos_weight has shape {tuple(given.shape)}, expected one number or ({outputs},), one for each "
+            "output"
         )
     values = given.detach().cpu().double().flatten().tolist()
     return tuple(values * (outputs // count))

@@ -32,8 +32,8 @@ LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
     nn.GELU: (lambda one: one.approximate == "none", "only the exact GELU() can be fused"),
 }
 SUPPORTED = (
-    f"Linear, {', '.join(kind.__name__ for kind in NAMES)}, Dropout, Flatten, and LogSoftmax at the end, in nn.Sequential "
-    "or in a forward that torch.fx can trace"
+    f"Linear, {', '.join(kind.__name__ for kind in NAMES)}, Dropout, Flatten, and LogSoftmax at the end, in "
+    "nn.Sequential or in a forward that torch.fx can trace"
 )
 INSTEAD = {
     "Softmax": "leave it out: CrossEntropyLoss takes logits and applies the softmax itself",

@@ -13,7 +13,7 @@ from fusemlp_kernels.contract import UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 REFUSED = ("dampening", "amsgrad", "maximize", "differentiable", "capturable")
-# Why, where it is not plain: what a user could ask.
+# Why the kernels lack an option.
 REASONS = {
     "amsgrad": " (it keeps a third moment, the kernels' updates keep two)",
     "centered": " (it keeps the mean gradient too)",
@@ -25,8 +25,8 @@ OPTIONS = {
     "adam": itemgetter("betas", "eps", "weight_decay", "decoupled_weight_decay", *REFUSED[1:]),
     "rmsprop": itemgetter("alpha", "eps", "weight_decay", "momentum", "centered", *REFUSED[2:]),
 }
-# torch's names of the state arenas; None is one that torch's optimizer lacks. RMSprop is Adam with a first beta of 0 and
-# bias corrections of 1.
+# torch's names of the state arenas; None is one that torch's optimizer lacks. RMSprop is Adam with a first beta of 0
+# and bias corrections of 1.
 MOMENTS: dict[str, tuple[str | None, ...]] = {
     "sgd": ("momentum_buffer",),
     "adam": ("exp_avg", "exp_avg_sq"),
@@ -43,8 +43,8 @@ def optimizer_kind(optimizer: Any) -> str:
     if kind not in KINDS:
         given = f"{kind.__name__} cannot be fused" if isinstance(optimizer, Optimizer) else f"got {optimizer!r}"
         raise ArgumentTypeError(
-            f"optimizer: {given}; expected torch.optim.SGD, Adam, AdamW or RMSprop (no subclass). With another optimizer use "
-            "FusedMLP in an eager loop"
+            f"optimizer: {given}; expected torch.optim.SGD, Adam, AdamW or RMSprop (no subclass). With another "
+            "optimizer use FusedMLP in an eager loop"
         )
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise ArgumentError("optimizer: has step hooks, which a fused step would not run; remove them")
@@ -59,10 +59,11 @@ def read_rate(value: Any, index: int) -> float:
 def read_group(kind: str, group: dict[str, Any], index: int) -> GroupRule:
     """Return the rule of a parameter group; raises ArgumentError with the group and option that cannot be fused."""
     where = f"optimizer.param_groups[{index}]"
-    for name in (*REFUSED, *(("momentum", "centered") if kind == "rmsprop" else ())):
-        if group.get(name):
+    refused = (*REFUSED, "momentum", "centered") if kind == "rmsprop" else REFUSED
+    for name in refused:
+        if value := group.get(name):
             reason = REASONS.get(name, "")
-            raise ArgumentError(f"{where}: {name}={group[name]} cannot be fused{reason}; set it to {type(group[name])()}")
+            raise ArgumentError(f"{where}: {name}={value} cannot be fused{reason}; set it to {type(value)()}")
 
     def number(name: str) -> float:
         return as_number(f"{where}[{name!r}]", group[name], low=0.0)

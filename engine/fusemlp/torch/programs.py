@@ -56,7 +56,7 @@ class Batch:
     def __init__(self, programs: Programs, rows: int, capacity: int, kind: str, returns: bool) -> None:
         self.rows = rows
         self.nothing_scored = False
-        self._programs = programs
+        self._programs, self._running = programs, programs.running
         self._capacity = capacity
         self._returns = returns
         self._x, self._y = programs.input(capacity, "x"), programs.input(capacity, kind)
@@ -75,7 +75,7 @@ class Batch:
 
     def stage(self, x: Tensor, y: Tensor) -> Runnable:
         """Copy the batch and return its program; raises DataError for a label that is no class."""
-        self._programs.running.rows = self.rows
+        self._running.rows = self.rows
         if x.dim() != 2:
             x = x.reshape(self.rows, self._columns)
         if self._squeezes:

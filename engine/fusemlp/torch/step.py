@@ -73,8 +73,9 @@ class FusedStep:
         reading = modules.read_module(module)
         self._kind = optimizers.optimizer_kind(optimizer)
         self._most_states: float = math.inf
-        positive = {"low": 0.0, "low_open": True}
-        self._clip_norm = None if clip_grad_norm is None else as_number("clip_grad_norm", clip_grad_norm, **positive)
+        if clip_grad_norm is not None:
+            clip_grad_norm = as_number("clip_grad_norm", clip_grad_norm, low=0.0, low_open=True)
+        self._clip_norm = clip_grad_norm
         loss, trained, rules, rates = self._read(reading)
         rows = None if batch_size is None else as_count("batch_size", batch_size, minimum=1)
         self._seed = None if seed is None else as_count("seed", seed, minimum=0)
@@ -141,9 +142,8 @@ class FusedStep:
                 parameter.grad = None
         for one in self._sets:
             one.table.cover(UNIT_RATE, 1)
-        with np.errstate(all="ignore"):
-            for call in runnable.calls:
-                call()
+        for call in runnable.calls:
+            call()
         loss = self._after_step(batch)
         if not return_output:
             return loss

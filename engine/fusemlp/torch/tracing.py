@@ -84,8 +84,8 @@ def _graph(part: Part) -> fx.Graph:
         # not the inner workings of torch.fx, in which most such errors are
         reason = "it branches or loops on a value" if isinstance(error, fx.proxy.TraceError) else str(error)
         raise ArgumentError(
-            f"module: {part}: {_line_of_error(error.__traceback__)}torch.fx cannot trace its forward: {reason}; write it "
-            "as nn.Sequential, or without control flow that depends on values"
+            f"module: {part}: {_line_of_error(error.__traceback__)}torch.fx cannot trace its forward: {reason}; write "
+            "it as nn.Sequential, or without control flow that depends on values"
         ) from error
 
 
@@ -138,8 +138,8 @@ def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
         inputs = [one for one in node.all_input_nodes if not _is_shape(one)]
         if node.op == "get_attr" or inputs != [current]:
             raise ArgumentError(
-                f"module: {part}: {_line(node)}a branch or a second operand, such as a residual connection; only a chain "
-                "of layers can be fused. Keep the model eager and use FusedLinear or FusedMLP within it"
+                f"module: {part}: {_line(node)}a branch or a second operand, such as a residual connection; only a "
+                "chain of layers can be fused. Keep the model eager and use FusedLinear or FusedMLP within it"
             )
         if node.op == "call_module":
             target = str(node.target)
@@ -185,8 +185,8 @@ def _operation(node: fx.Node, part: Part) -> Part:
         except TypeError as error:
             raise ArgumentError(f"module: {part}: {line}{name} cannot be fused with these options") from error
     raise ArgumentError(
-        f"module: {part}: {line}{name} cannot be fused; use nn.Dropout for dropout, nn.Linear for products, and for activations "
-        f"{', '.join(_BY_NAME)}"
+        f"module: {part}: {line}{name} cannot be fused; use nn.Dropout for dropout, nn.Linear for products, and for "
+        f"activations {', '.join(_BY_NAME)}"
     )
 
 
