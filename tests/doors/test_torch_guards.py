@@ -94,7 +94,7 @@ def test_autocast_around_a_step_warns_once(dtype, words):
 
 
 def test_autocast_with_positive_weights_and_outputs():
-    """What torch computes of the step stays in the module's type."""
+    """Torch's part of the step stays in the module's type."""
     module = make(dtype=torch.float32)
     step = door.fuse(module, nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), sgd(module))
     x, _ = batch(dtype=torch.float32)
