@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_ as imported_before
 from torch_pair import adam, batch, eager_step, make, sgd
 
 import fusemlp.torch as door
+from fusemlp.torch import guards
 from fusemlp_kernels.errors import ArgumentError
 
 
@@ -59,6 +60,18 @@ def test_clipping_works_elsewhere():
         del step
         gc.collect()
         assert imported_before(module.parameters(), 1.0) == 0.0
+
+
+def test_clipping_functions_without_a_wrapper(monkeypatch):
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        monkeypatch.setattr(nn.utils, name, lambda parameters, limit: limit)
+    guards._watch_torch.__wrapped__()
+    module = make()
+    assert nn.utils.clip_grad_norm_(module.parameters(), 3.0) == 3.0
+    step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module))
+    step(*batch())
+    with pytest.raises(ArgumentError, match="pass clip_grad_norm=max_norm to fuse"):
+        nn.utils.clip_grad_norm_(module.parameters(), 3.0)
 
 
 def test_clipping_can_still_be_compiled():

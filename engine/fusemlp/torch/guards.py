@@ -32,9 +32,13 @@ def _watch_torch() -> None:
     """Put a check into torch's clipping functions: also where user code has imported them by name."""
     for name, option in _CLIPPERS.items():
         function: Any = getattr(torch.nn.utils, name)
-        # both run under a wrapper that calls the function ``func`` without gradients
-        cell = function.__closure__[function.__code__.co_freevars.index("func")]
-        cell.cell_contents = _checked(cell.cell_contents, name, option)
+        free = function.__code__.co_freevars
+        if "func" in free:
+            # torch's wrapper without gradients, around the function ``func``
+            cell = function.__closure__[free.index("func")]
+            cell.cell_contents = _checked(cell.cell_contents, name, option)
+        else:
+            setattr(torch.nn.utils, name, _checked(function, name, option))
 
 
 def _checked(function: Callable[..., Any], name: str, option: str | None) -> Callable[..., Any]:
