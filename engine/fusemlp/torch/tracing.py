@@ -6,6 +6,7 @@ graphs, one a mode, and they must be equal.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import operator
 import re
@@ -110,6 +111,12 @@ def _line_of_error(traceback: TracebackType | None) -> str:
     return found
 
 
+def _line_of_forward(part: Part) -> str:
+    """Return the line on which a module's forward begins, as ``_line``."""
+    code = inspect.unwrap(type(part.module).forward).__code__
+    return _place(code.co_filename, code.co_firstlineno, "")
+
+
 def _place(file: str, line: str | int, code: str) -> str:
     return f"{file}:{line}{f' ({code})' if code else ''}: "
 
@@ -121,17 +128,16 @@ def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
             if current is None:
                 current = node
             elif node.users or not node.args:
-                code = part.module.forward.__code__
-                place = _place(code.co_filename, code.co_firstlineno, "")
                 raise ArgumentError(
-                    f"module: {part}: {place}forward takes a second input, {node.target!r}; one can be fused"
+                    f"module: {part}: {_line_of_forward(part)}forward takes a second input, {node.target!r}; one can be "
+                    "fused"
                 )
             continue
         if node.op == "output":
             if node.args[0] is not current:
-                code = part.module.forward.__code__
-                place = _place(code.co_filename, code.co_firstlineno, "")
-                raise ArgumentError(f"module: {part}: {place}forward must return the one result of its last operation")
+                raise ArgumentError(
+                    f"module: {part}: {_line_of_forward(part)}forward must return the one result of its last operation"
+                )
             return
         if _is_shape(node):
             continue
