@@ -129,8 +129,8 @@ def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
                 current = node
             elif node.users or not node.args:
                 raise ArgumentError(
-                    f"module: {part}: {_line_of_forward(part)}forward takes a second input, {node.target!r}; one can be "
-                    "fused"
+                    f"module: {part}: {_line_of_forward(part)}forward takes a second input, {node.target!r}; one can "
+                    "be fused"
                 )
             continue
         if node.op == "output":
