@@ -1,5 +1,8 @@
 """Time eager PyTorch and ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
 
+The first rows are steps over batches that are there already. Those of ``LOOPS`` include the time for a batch from a
+shuffled ``DataLoader``, or from ``fusemlp.torch.Batches``.
+
 ``python -m bench torch_door`` prints a table. Both run once in each round, in alternating order, with a pause in which
 the threads of the first one's BLAS go to sleep. A turn counts with its median step, which limits the influence of other
 processes; a ratio compares two turns of one round. The losses after the first round must agree, because both sides make
@@ -12,17 +15,18 @@ import copy
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from bench.doors import finish, line, parser
 from bench.measure import AGREEMENT, PAUSE_SECONDS
 from bench.report import Record
 from bench.study import count
-from fusemlp.torch import fuse
+from fusemlp.torch import Batches, fuse
 
 CASES = (((784, 128, 10), 64), ((64, 32, 10), 32))
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -30,7 +34,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD, momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
 }
+# The sources of the batches of the eager loop and of the fused one.
+LOOPS = (("DataLoader", "DataLoader"), ("DataLoader", "Batches"), ("Batches", "Batches"))
 Step = Callable[[Tensor, Tensor], Tensor]
+Data = Iterable[Sequence[Tensor]]
 
 
 def eager_step(module: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
@@ -54,8 +61,22 @@ def batches(width: int, classes: int, rows: int, count: int) -> list[tuple[Tenso
     return [(x, (x @ teacher).argmax(dim=1)) for x in drawn]
 
 
-def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int) -> Record:
-    """Return a row of the table."""
+def source_of(kind: str, data: Sequence[tuple[Tensor, Tensor]]) -> Data:
+    """Return the batches of ``data`` themselves (""), or a source that shuffles their rows anew in each epoch."""
+    if not kind:
+        return data
+    rows = len(data[0][0])
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    if kind == "Batches":
+        return Batches(x, y, batch_size=rows)
+    made: Data = DataLoader(TensorDataset(x, y), batch_size=rows, shuffle=True)
+    return made
+
+
+def compare(
+    sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int, loop: tuple[str, str] = ("", "")
+) -> Record:
+    """Return a row of the table; ``loop``: the sources of the batches of both sides."""
     torch.manual_seed(0)
     layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
     module = nn.Sequential(*layers[:-1])
@@ -66,6 +87,7 @@ def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps:
         fuse(module, loss_fn, OPTIMIZERS[name](module.parameters())),
     ]
     data = batches(sizes[0], sizes[-1], rows, steps)
+    sources = [source_of(kind, data) for kind in loop]
     losses = [0.0, 0.0]
     seconds: list[list[float]] = [[], []]
     for turn in range(rounds + 1):
@@ -74,17 +96,18 @@ def compare(sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps:
             time.sleep(PAUSE_SECONDS)
             for x, y in data[:5]:
                 step(x, y)
-            taken = []
-            for x, y in data:
-                start = time.perf_counter()
+            times = [time.perf_counter()]
+            # the first round compares the losses, and has the same batches for both
+            for x, y in sources[which] if turn else data:
                 loss = step(x, y)
-                taken.append(time.perf_counter() - start)
+                times.append(time.perf_counter())
             losses[which] = float(loss.detach())
             if turn:
-                seconds[which].append(float(np.median(taken)))
+                seconds[which].append(float(np.median(np.diff(times))))
         if turn == 0 and not abs(losses[0] - losses[1]) <= AGREEMENT * abs(losses[0]):
             raise RuntimeError(f"{sizes}, {name}: after {steps} steps the losses are {losses[0]} and {losses[1]}")
-    return line(f"{'-'.join(map(str, sizes))}@{rows}, {name}", *seconds)
+    sides = f", {loop[0]} and {loop[1]}" if any(loop) else ""
+    return line(f"{'-'.join(map(str, sizes))}@{rows}, {name}{sides}", *seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,12 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("torch_door", (__doc__ or "").partition("\n")[0], 15)
     made.add_argument("--steps", type=count, default=100, metavar="N", help="steps of a turn (default: %(default)s)")
     options = made.parse_args(arguments)
-    lines = [
-        compare(sizes, rows, name, rounds=options.rounds, steps=options.steps)
-        for sizes, rows in CASES
-        for name in OPTIMIZERS
-    ]
-    finish("torch_door", ("torch",), lines, options.out, headers=["network@batch, optimizer", "eager PyTorch", "fused"])
+    turns = {"rounds": options.rounds, "steps": options.steps}
+    lines = [compare(sizes, rows, name, **turns) for sizes, rows in CASES for name in OPTIMIZERS]
+    lines += [compare(sizes, rows, "Adam", loop=loop, **turns) for sizes, rows in CASES for loop in LOOPS]
+    headers = ["network@batch, optimizer, source of batches", "eager PyTorch", "fused"]
+    finish("torch_door", ("torch",), lines, options.out, headers=headers)
     return 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch_pair import CLOSE, Pair, adam, batch, each_optimizer, eager_step, make, sgd
+from torch_pair import CLOSE, Pair, adam, batch, each_optimizer, eager_step, make, rmsprop, sgd
 
 import fusemlp.torch as door
 from fusemlp_kernels.errors import ArgumentError
@@ -214,7 +214,7 @@ def test_cleared_optimizer_state_starts_anew():
 def test_replaced_moments_are_taken_over(make_optimizer):
     pair = Pair(make_optimizer=make_optimizer)
     pair.steps()
-    name = {sgd: "momentum_buffer", adam: "exp_avg"}[make_optimizer]
+    name = {sgd: "momentum_buffer", adam: "exp_avg", rmsprop: "square_avg"}[make_optimizer]
 
     def halve(module, optimizer):
         state = optimizer.state[module[0].weight]

@@ -60,6 +60,17 @@ def test_an_engine_goes_on_where_torch_is(make):
         torch.testing.assert_close(torch.from_numpy(own), expected, **CLOSE)
 
 
+def test_log_probabilities_become_logits():
+    net = nn.Sequential(*module(), nn.LogSoftmax(1))
+    engine = from_torch(net, nn.NLLLoss(), torch.optim.SGD(net.parameters(), lr=0.1), backend="numpy")
+    x, y = batch(0)
+    log_probabilities = net(x).detach()
+    found = torch.from_numpy(engine.predict_proba(x.numpy()))
+    torch.testing.assert_close(found, log_probabilities.exp(), **CLOSE)
+    loss = torch.tensor(float(engine.step(x.numpy(), y.numpy())), dtype=torch.float64)
+    torch.testing.assert_close(loss, nn.functional.nll_loss(log_probabilities, y), **CLOSE)
+
+
 def test_values_are_copied():
     net = module()
     engine = from_torch(net, nn.CrossEntropyLoss())
@@ -118,6 +129,21 @@ def uneven(net):
 REFUSED = {
     "an engine of no kind": (lambda: to_torch(module()), ArgumentTypeError, "expected a fusemlp.Engine"),
     "flatten": (lambda: from_torch(nn.Sequential(nn.Flatten(), nn.Linear(6, 3))), ArgumentError, "Flatten in front"),
+    "RMSprop": (
+        lambda: from_torch((net := module()), None, torch.optim.RMSprop(net.parameters())),
+        ArgumentError,
+        "optimizer: an engine has no RMSprop; use SGD",
+    ),
+    "positive weights": (
+        lambda: from_torch(module(), nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))),
+        ArgumentError,
+        "loss_fn: an engine has no pos_weight",
+    ),
+    "log_softmax": (
+        lambda: from_torch(nn.Sequential(*module(), nn.LogSoftmax(1)), nn.CrossEntropyLoss()),
+        ArgumentError,
+        "ends with LogSoftmax; use NLLLoss",
+    ),
     "momentum by group": (
         lambda: from_torch(
             (net := module()),

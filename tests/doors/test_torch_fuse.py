@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch_pair import CLOSE, Pair, adam, batch, each_optimizer, eager_step, make, sgd
+from torch_pair import CLOSE, Pair, adam, batch, each_optimizer, eager_step, make, rmsprop, sgd
 
 import fusemlp
 import fusemlp.torch as door
@@ -120,7 +121,7 @@ def test_an_optimizer_that_has_taken_steps_is_taken_over(make_optimizer):
 def test_moments_are_live_views(make_optimizer):
     pair = Pair(make_optimizer=make_optimizer)
     pair.steps(1)
-    name = {sgd: "momentum_buffer", adam: "exp_avg"}[make_optimizer]
+    name = {sgd: "momentum_buffer", adam: "exp_avg", rmsprop: "square_avg"}[make_optimizer]
     weight = pair.module[0].weight
     moment = pair.optimizer.state[weight][name]
     before = moment.clone()
@@ -311,6 +312,18 @@ def test_a_loop_over_a_data_loader_on_digits():
     assert (module(X).argmax(dim=1) == y).double().mean() > 0.93
 
 
+@pytest.mark.parametrize("options", [{}, {"return_output": True}])
+def test_numbers_that_overflow_make_no_warning(options):
+    module = make(dtype=torch.float32)
+    step = door.fuse(module, nn.MSELoss(), adam(module))
+    x, y = torch.full((4, 6), 1e38), torch.zeros(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            step(x, y, **options)
+    assert module[0].weight.isnan().any()
+
+
 def test_steps_that_are_dropped_leave_the_optimizer_alone():
     module = make()
     optimizer = adam(module)
@@ -318,6 +331,24 @@ def test_steps_that_are_dropped_leave_the_optimizer_alone():
     assert reference() is None
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     eager_step(module, optimizer, *batch())
+
+
+def test_memory_is_freed_with_the_step():
+    """Without the garbage collector: nothing holds the memory in a ring."""
+    module = make()
+    rates = [{"params": [*module[0].parameters()], "lr": 0.2}, {"params": [*module[2].parameters()]}]
+    optimizer = torch.optim.SGD(rates, lr=0.1)
+    gc.disable()
+    try:
+        loss_fn = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))
+        step = door.fuse(module, loss_fn, optimizer, clip_grad_norm=1.0)
+        x, _ = batch()
+        step(x, (x[:, :3] > 0.0).double(), return_output=True)
+        programs = weakref.ref(step._programs)
+        del step
+        assert programs() is None
+    finally:
+        gc.enable()
 
 
 def test_a_step_prints_its_program():

@@ -59,6 +59,11 @@ LOSS_OPTIONS = {
         lambda: nn.CrossEntropyLoss(weight=SHARES, label_smoothing=0.2),
         "probabilities",
     ),
+    "bce, positive weights": (lambda: nn.BCEWithLogitsLoss(pos_weight=SHARES), "binary"),
+    "bce, one positive weight, sum": (
+        lambda: nn.BCEWithLogitsLoss(pos_weight=SHARES[1], reduction="sum"),
+        "probabilities",
+    ),
     "bce, sum": (lambda: nn.BCEWithLogitsLoss(reduction="sum"), "binary"),
     "mse, sum": (lambda: nn.MSELoss(reduction="sum"), "values"),
     "l1, sum": (lambda: nn.L1Loss(reduction="sum"), "values"),
@@ -95,6 +100,9 @@ OPTIMIZER_OPTIONS = {
         lr=0.05,
         weight_decay=0.01,
     ),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "rmsprop, alpha, eps and decay": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9, eps=1e-3, weight_decay=0.02),
+    "rmsprop, groups": lambda p: torch.optim.RMSprop([{"params": p[:2], "alpha": 0.8}, {"params": p[2:]}], lr=0.01),
     "groups of other betas": lambda p: torch.optim.Adam(
         [{"params": p[:2], "betas": (0.5, 0.9)}, {"params": p[2:], "lr": 0.002, "eps": 1e-4}], lr=0.01
     ),
@@ -144,18 +152,28 @@ def batches(kind, steps=STEPS):
         yield x, targets(kind, x, generator)
 
 
-def assert_same_training(module, loss_fn, make_optimizer, kind, make_schedule=None, steps=STEPS):
+def assert_same_training(
+    module, loss_fn, make_optimizer, kind, make_schedule=None, steps=STEPS, clip=None, returns=False
+):
     """Train ``module`` fused and a copy of it eagerly; return the two optimizers."""
     twin = copy.deepcopy(module)
     optimizer, eager = (make_optimizer(list(one.parameters())) for one in (module, twin))
     schedules = [] if make_schedule is None else [make_schedule(one) for one in (optimizer, eager)]
-    step = door.fuse(module, loss_fn, optimizer)
+    step = door.fuse(module, loss_fn, optimizer, clip_grad_norm=clip)
     losses, expected = [], []
     for x, y in batches(kind, steps):
-        losses.append(step(x, y).item())
+        found = step(x, y, return_output=returns)
+        loss, output = found if returns else (found, None)
+        losses.append(loss.item())
         eager.zero_grad()
-        loss = loss_fn(twin(x), y)
+        outputs = twin(x)
+        if returns:
+            assert not output.requires_grad
+            torch.testing.assert_close(output, outputs.detach(), rtol=WHOLE_RUN, atol=WHOLE_RUN)
+        loss = loss_fn(outputs, y)
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(twin.parameters(), clip)
         eager.step()
         expected.append(loss.item())
         for schedule in schedules:
@@ -181,6 +199,126 @@ def test_options_of_losses(loss, kind, record_property):
     record_property("line: torch parity cases", 1)
 
 
+NLL = {
+    "mean": (nn.NLLLoss, "labels"),
+    "sum": (lambda: nn.NLLLoss(reduction="sum"), "labels"),
+    "weights, ignored labels": (lambda: nn.NLLLoss(weight=SHARES), "some ignored"),
+    "function": (lambda: nn.functional.nll_loss, "labels"),
+}
+
+
+class LogProbabilities(nn.Module):
+    """Traced: log_softmax as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x):
+        return nn.functional.log_softmax(self.body(x), dim=-1)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(*network(), nn.LogSoftmax(1)), LogProbabilities])
+@pytest.mark.parametrize("loss, kind", NLL.values(), ids=NLL.keys())
+def test_log_softmax_and_nll(loss, kind, make, record_property):
+    assert_same_training(make(), loss(), OPTIMIZERS["momentum"], kind, returns=True)
+    record_property("line: torch parity cases", 1)
+
+
+ENDS = {
+    "logits": (lambda: network(), nn.CrossEntropyLoss, "labels"),
+    "soft": (lambda: network(), nn.CrossEntropyLoss, "probabilities"),
+    "ignored": (lambda: network(), nn.CrossEntropyLoss, "some ignored"),
+    "prelu": (lambda: nn.Sequential(*network(), nn.PReLU()).double(), nn.MSELoss, "values"),
+    "gelu": (lambda: nn.Sequential(*network(nn.GELU), nn.GELU()), nn.HuberLoss, "values"),
+    "positive weights": (lambda: network(), lambda: nn.BCEWithLogitsLoss(pos_weight=SHARES), "binary"),
+}
+
+
+@pytest.mark.parametrize("make, loss, kind", ENDS.values(), ids=ENDS.keys())
+def test_outputs_of_a_step(make, loss, kind, record_property):
+    assert_same_training(make(), loss(), OPTIMIZERS["adam"], kind, returns=True)
+    record_property("line: torch parity cases", 1)
+
+
+def test_outputs_that_are_squeezed():
+    module = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
+    step = door.fuse(module, nn.MSELoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    for rows in (4, 1):
+        x, y = torch.randn(rows, 3).double(), torch.zeros(rows).double()
+        expected = module(x).detach()
+        loss, output = step(x, y, return_output=True)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(loss, expected.square().mean())
+        # no later step writes into it
+        step(x + 1.0, y, return_output=True)
+        torch.testing.assert_close(output, expected)
+
+
+def test_outputs_are_those_of_the_dropout_of_the_step():
+    """With the same seed and masks, a step that returns the output changes the parameters as one that does not."""
+    found = []
+    for returns in (False, True):
+        module = network()
+        module.insert(2, nn.Dropout(0.5))
+        step = door.fuse(module, nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=0.1), seed=7)
+        for x, y in batches("labels", 5):
+            loss = step(x, y, return_output=returns)
+            if returns:
+                loss, output = loss
+                torch.testing.assert_close(loss, nn.functional.cross_entropy(output, y), rtol=1e-12, atol=1e-14)
+        found.append(module.state_dict())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+# The first norm of the gradients is about one: this clips at the beginning of a run and later does not.
+@pytest.mark.parametrize("clip", [0.3, 0.01])
+@pytest.mark.parametrize(
+    "name", ["sgd", "momentum", "adamw", "rmsprop", "groups of other rules", "only the last layer"]
+)
+def test_clipping(name, clip, record_property):
+    make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
+    module = network()
+    if name == "only the last layer":
+        module[0].requires_grad_(False)
+    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip=clip)
+    record_property("line: torch parity cases", 1)
+
+
+def test_a_tensor_that_is_frozen_is_not_in_the_norm():
+    """Its last gradient stays in the kernels' memory."""
+    module = network()
+    twin = copy.deepcopy(module)
+    optimizers = [OPTIMIZER_OPTIONS["groups of other rates"](list(one.parameters())) for one in (module, twin)]
+    step = door.fuse(module, nn.CrossEntropyLoss(), optimizers[0], clip_grad_norm=0.05)
+    for number, (x, y) in enumerate(batches("labels", 20)):
+        if number == 5:
+            module[0].bias.requires_grad_(False)
+            twin[0].bias.requires_grad_(False)
+        step(x, y)
+        optimizers[1].zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+        optimizers[1].step()
+    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=1e-11, atol=1e-13)
+
+
+def test_positive_weights_can_change():
+    module = network()
+    twin = copy.deepcopy(module)
+    loss_fn = nn.BCEWithLogitsLoss(pos_weight=SHARES.clone())
+    optimizer, eager = (OPTIMIZERS["adam"](list(one.parameters())) for one in (module, twin))
+    step = door.fuse(module, loss_fn, optimizer)
+    for number, (x, y) in enumerate(batches("binary", 8)):
+        if number == 4:
+            loss_fn.pos_weight.mul_(2.0)
+        eager.zero_grad()
+        expected = loss_fn(twin(x), y)
+        expected.backward()
+        eager.step()
+        torch.testing.assert_close(step(x, y), expected.detach(), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("make_optimizer", OPTIMIZER_OPTIONS.values(), ids=OPTIMIZER_OPTIONS.keys())
 def test_options_of_optimizers(make_optimizer, record_property):
     assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels")
@@ -200,7 +338,9 @@ def state_of(optimizer):
     return optimizer.state_dict()["state"]
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "groups of other betas", "only the last layer"])
+@pytest.mark.parametrize(
+    "name", ["momentum", "adam", "adamw", "rmsprop", "groups of other betas", "only the last layer"]
+)
 def test_moments_are_those_of_the_eager_optimizer(name, record_property):
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
     optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", steps=20)

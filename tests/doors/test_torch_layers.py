@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.autograd import gradcheck
 
 from fusemlp import LeakyReLU, PReLU
 from fusemlp.torch import FusedLinear, FusedMLP
+from fusemlp.torch.autograd import chain_op
+from fusemlp_kernels.contract import ACTIVATIONS as ACTIVATION_NAMES
 from fusemlp_kernels.errors import ArgumentError, DTypeError, ShapeError
 
 ACTIVATIONS = {
@@ -143,6 +147,65 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(net(x).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+NETWORKS = {
+    "prelu": {"activation": "prelu", "output_activation": "tanh"},
+    "dropout, seed": {"activation": "gelu", "dropout": 0.4, "seed": 5},
+    "dropout": {"dropout": 0.4},
+}
+
+
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS.keys())
+def test_compiled_without_a_break_in_the_graph(options):
+    """Bitwise the values and gradients of the eager module, with the same masks, and compiled once for all calls."""
+    torch.compiler.reset()
+    counters.clear()
+    net = FusedMLP([4, 6, 5, 2], **options)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    drawn = torch.get_rng_state()
+    twin = copy.deepcopy(net)
+    for rows in (3, 5, 7, 9):
+        x = torch.randn(rows, 4, requires_grad=True)
+        other = x.detach().clone().requires_grad_()
+        if rows == 3:
+            torch.set_rng_state(drawn)
+        y = compiled(x)
+        if rows == 3:
+            torch.set_rng_state(drawn)
+        expected = twin(other)
+        assert torch.equal(y, expected)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.equal(x.grad, other.grad)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    seen = counters["stats"]["unique_graphs"]
+    # the draw of a seed is in a graph of its own
+    assert seen <= (2 if options == {"dropout": 0.4} else 1), seen
+
+
+def test_a_compiled_layer_inside_a_compiled_network():
+    torch.compiler.reset()
+    net = nn.Sequential(
+        nn.Conv1d(1, 2, 3), nn.Flatten(), FusedLinear(12, 5, bias=False, activation="silu"), nn.Linear(5, 1)
+    )
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.randn(7, 1, 8)
+    torch.testing.assert_close(compiled(x), net(x))
+    compiled(x).sum().backward()
+    found = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    net(x).sum().backward()
+    torch.testing.assert_close(found, [parameter.grad for parameter in net.parameters()])
+
+
+def test_operators_keep_torch_s_rules():
+    net = FusedMLP([4, 5, 2], activation="prelu", dropout=0.5)
+    parameters = [one for one in net.parameters()]
+    masks = torch.tensor([3, 1])
+    codes = [ACTIVATION_NAMES.index("prelu"), ACTIVATION_NAMES.index("identity")]
+    given = (random(3, 4).float(), parameters, codes, [0.25, 0.0], [0.5, 0.0], [True, True], masks)
+    torch.library.opcheck(chain_op, given, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def test_modules_can_be_pickled_and_printed():

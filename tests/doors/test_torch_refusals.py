@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 
 import numpy as np
 import pytest
@@ -36,10 +38,12 @@ class Stacked(nn.Module):
 class Forward(nn.Module):
     """A module with two Linears and a given forward."""
 
-    def __init__(self, function):
+    def __init__(self, function, **parts):
         super().__init__()
         self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
         self.function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
 
     def forward(self, x):
         return self.function(self, x)
@@ -82,12 +86,38 @@ def with_parts(*parts):
     return lambda: nn.Sequential(nn.Linear(6, 8), *parts, nn.Linear(8, 3))
 
 
-def functional_dropout(module, x):
-    return module.b(nn.functional.dropout(module.a(x), 0.1, module.training))
+def functional_dropout(m, x):
+    h = m.a(x)
+    h = nn.functional.dropout(h, 0.1, m.training)
+    return m.b(h)
 
 
-def branching(module, x):
-    return module.b(module.a(x) if x.sum() > 0 else x)
+def branching(m, x):
+    if x.sum() > 0:
+        x = m.a(x)
+    return m.b(x)
+
+
+def residual(m, x):
+    h = m.a(x)
+    return m.b(x + h)
+
+
+def normalising(m, x):
+    h = m.a(x)
+    return m.b(m.norm(h))
+
+
+def softplus(m, x):
+    h = m.a(x)
+    return m.b(nn.functional.softplus(h))
+
+
+def line_of(function, code, words):
+    """Return a pattern of the error about a line of a function."""
+    lines, first = inspect.getsourcelines(function)
+    number = first + [line.strip() for line in lines].index(code)
+    return rf"test_torch_refusals\.py:{number} \({re.escape(code)}\): {re.escape(words)}"
 
 
 MODULES = {
@@ -96,6 +126,12 @@ MODULES = {
     "Conv": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)), r"0: Conv2d .* FusedMLP"),
     "named": (lambda: nn.Sequential(nn.Linear(6, 8), Stacked(nn.Conv2d(1, 2, 3))), r"1\.blocks\.0: Conv2d"),
     "softmax": (lambda: nn.Sequential(*plain(), nn.Softmax(1)), r"3: Softmax .* CrossEntropyLoss takes logits"),
+    "log_softmax of rows": (lambda: nn.Sequential(*plain(), nn.LogSoftmax(0)), r"3: LogSoftmax\(dim=0\): only"),
+    "after log_softmax": (
+        lambda: nn.Sequential(*plain(), nn.LogSoftmax(1), nn.ReLU()),
+        "4: ReLU: nothing can follow LogSoftmax",
+    ),
+    "log_softmax for cross-entropy": (lambda: nn.Sequential(*plain(), nn.LogSoftmax(1)), "use NLLLoss, or leave"),
     "ELU": (with_parts(nn.ELU()), r"1: ELU cannot be fused; use SiLU or GELU"),
     "tanh GELU": (with_parts(nn.GELU(approximate="tanh")), r"1: GELU\(approximate='tanh'\)"),
     "PReLU of many": (with_parts(nn.PReLU(8)), r"1: PReLU\(num_parameters=8\): one slope"),
@@ -114,18 +150,39 @@ MODULES = {
     "parameter hooks": (parameter_hooked, r"0\.weight has gradient hooks"),
     "parametrised": (normed, r"0: ParametrizedLinear cannot be fused"),
     "used twice": (lambda: Forward(lambda m, x: m.b(m.a(m.a(x)))), r"a\.weight and a\.weight are one tensor"),
-    "residual": (lambda: Forward(lambda m, x: m.b(x + m.a(x))), "a branch or a second operand"),
-    "functional dropout": (lambda: Forward(functional_dropout), "different things in train and eval mode"),
-    "branch": (lambda: Forward(branching), "torch.fx cannot trace"),
-    "softplus": (lambda: Forward(lambda m, x: m.b(nn.functional.softplus(m.a(x)))), "softplus cannot be fused"),
+    "residual": (lambda: Forward(residual), line_of(residual, "return m.b(x + h)", "a branch or a second operand")),
+    "residual, deep": (lambda: Stacked(Forward(residual)), line_of(residual, "return m.b(x + h)", "a branch")),
+    "LayerNorm in a forward": (
+        lambda: Forward(normalising, norm=nn.LayerNorm(6)),
+        line_of(normalising, "return m.b(m.norm(h))", "norm: LayerNorm cannot be fused"),
+    ),
+    "functional dropout": (
+        lambda: Forward(functional_dropout),
+        line_of(functional_dropout, "h = nn.functional.dropout(h, 0.1, m.training)", "forward does different things"),
+    ),
+    "branch": (
+        lambda: Forward(branching),
+        line_of(branching, "if x.sum() > 0:", "torch.fx cannot trace its forward: it"),
+    ),
+    "softplus": (
+        lambda: Forward(softplus),
+        line_of(softplus, "return m.b(nn.functional.softplus(h))", "softplus cannot be fused"),
+    ),
+    "options of a function": (
+        lambda: Forward(lambda m, x: m.b(nn.functional.log_softmax(m.a(x), 1, dtype=torch.float64))),
+        "log_softmax cannot be fused with these options",
+    ),
     "tanh gelu": (
         lambda: Forward(lambda m, x: m.b(nn.functional.gelu(m.a(x), approximate="tanh"))),
-        r"Forward: gelu: GELU\(approximate='tanh'\): only the exact",
+        r"test_torch_refusals.py:\d+ .* Forward: gelu: GELU\(approximate='tanh'\): only the exact",
     ),
     "scaled": (lambda: Forward(lambda m, x: m.b(m.a(x) * 2.0)), "mul cannot be fused"),
-    "a half result": (lambda: Forward(lambda m, x: (m.b(m.a(x)), x)), "must return the one result"),
+    "a half result": (
+        lambda: Forward(lambda m, x: (m.b(m.a(x)), x)),
+        r"test_torch_refusals.py:\d+: forward must return the one result",
+    ),
     "squeeze": (lambda: Forward(lambda m, x: m.b(m.a(x)).squeeze(-1)), "squeezes 3 outputs"),
-    "two inputs": (Inputs, "a second"),
+    "two inputs": (Inputs, r"test_torch_refusals.py:\d+: forward takes a second input, 'y'"),
     "half": (lambda: plain().half(), r"0\.weight is torch\.float16, expected"),
     "mixed types": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3).double()), r"1\.weight is torch\.float64"),
     "compiled": (lambda: torch.compile(plain(), backend="eager"), r"OptimizedModule cannot be fused; .*_orig_mod"),
@@ -153,10 +210,11 @@ def test_homogeneous_activations_allow_dropout_in_front():
 
 LOSSES = {
     "none": (nn.MSELoss(reduction="none"), r"MSELoss\(reduction='none'\)"),
-    "nll": (nn.NLLLoss(), "NLLLoss cannot be fused; use CrossEntropyLoss"),
+    "nll": (nn.NLLLoss(), "the module does not end with LogSoftmax; add nn.LogSoftmax"),
     "bce": (nn.BCELoss(), "BCELoss cannot be fused; use BCEWithLogitsLoss"),
     "weighted bce": (nn.BCEWithLogitsLoss(weight=torch.ones(3)), r"BCEWithLogitsLoss\(weight"),
-    "positive weights": (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)), r"BCEWithLogitsLoss\(pos_weight"),
+    "positive weights": (nn.BCEWithLogitsLoss(pos_weight=torch.ones(4)), r"pos_weight has shape \(4,\), .* or \(3,\)"),
+    "a column of weights": (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3, 1)), r"pos_weight has shape \(3, 1\)"),
     "smooth l1": (nn.SmoothL1Loss(beta=0.5), r"SmoothL1Loss\(beta=0\.5\)"),
     "poisson of rates": (nn.PoissonNLLLoss(log_input=False), "log_input=True"),
     "weights of the wrong length": (nn.CrossEntropyLoss(weight=torch.ones(4)), "expected 3 weights"),
@@ -168,7 +226,7 @@ LOSSES = {
 @pytest.mark.parametrize("loss_fn, words", LOSSES.values(), ids=LOSSES.keys())
 def test_losses(loss_fn, words):
     module = plain()
-    with pytest.raises((ArgumentError, ArgumentTypeError), match=words):
+    with pytest.raises((ArgumentError, ArgumentTypeError, ShapeError), match=words):
         door.fuse(module, loss_fn, torch.optim.SGD(module.parameters(), lr=0.1))
 
 
@@ -183,10 +241,21 @@ def optimizer_hooked(parameters):
 
 
 OPTIMIZERS = {
-    "RMSprop": (lambda p: torch.optim.RMSprop(p), "RMSprop cannot be fused"),
+    "Adagrad": (lambda p: torch.optim.Adagrad(p), "Adagrad cannot be fused; expected .* RMSprop"),
+    "RMSprop, momentum": (
+        lambda p: torch.optim.RMSprop(p, momentum=0.9),
+        r"momentum=0\.9 cannot be fused \(its veloc.*set",
+    ),
+    "RMSprop, centered": (
+        lambda p: torch.optim.RMSprop(p, centered=True),
+        "centered=True cannot be fused .* set it to F",
+    ),
     "a subclass": (lambda p: Own(p, lr=0.1), "Own cannot be fused"),
     "a name": (lambda p: "sgd", "got 'sgd'"),
-    "amsgrad": (lambda p: torch.optim.Adam(p, amsgrad=True), r"param_groups\[0\]: amsgrad=True"),
+    "amsgrad": (
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+        r"param_groups\[0\]: amsgrad=True .*third moment.* to False",
+    ),
     "maximize": (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), r"maximize=True"),
     "differentiable": (lambda p: torch.optim.SGD(p, lr=0.1, differentiable=True), r"differentiable=True"),
     "dampening": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), r"dampening=0\.5"),
@@ -238,6 +307,7 @@ def test_arguments():
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for options, error, words in [
         ({"batch_size": 0}, ArgumentError, "batch_size"),
+        ({"clip_grad_norm": 0.0}, ArgumentError, "clip_grad_norm: expected a finite number above 0"),
         ({"backend": "nmpy"}, ArgumentError, "numpy"),
         ({"backend": "cupy"}, BackendUnavailableError, "cupy"),
         ({"seed": -1}, ArgumentError, "seed"),
@@ -293,6 +363,13 @@ def test_targets_that_torch_would_broadcast():
     step = door.fuse(module, nn.MSELoss(), torch.optim.SGD(module.parameters(), lr=0.1))
     with pytest.raises(ShapeError, match=r"y: expected shape \(4, 1\).*got \(4,\); torch would broadcast"):
         step(X, torch.zeros(4))
+
+
+def test_probabilities_for_nll():
+    module = nn.Sequential(*plain(), nn.LogSoftmax(1))
+    step = door.fuse(module, nn.NLLLoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises(ShapeError, match=r"y: expected shape \(4,\) for class indices, got \(4, 3\)"):
+        step(X, torch.full((4, 3), 1.0 / 3.0))
 
 
 def test_probabilities_and_an_ignored_class():

@@ -51,6 +51,43 @@ def test_fused_steps(where, make, record_property):
     record_property("line: torch parity cases", 1)
 
 
+HEADS = {
+    "positive weights": (
+        nn.Identity,
+        lambda device: nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0, 1.0, 3.0, 1.0], device=device)),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, eps=1e-3),
+    ),
+    "nll, two rates": (lambda: nn.LogSoftmax(1), lambda _: nn.NLLLoss(), OPTIMIZERS["momentum, two rates"]),
+    "prelu": (nn.PReLU, lambda _: nn.MSELoss(), OPTIMIZERS["adamw"]),
+}
+
+
+@pytest.mark.parametrize("head, make_loss, make", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("where", PLACES)
+def test_outputs_clipping_and_weights(where, head, make_loss, make, record_property):
+    device = "cuda" if where is GPU else "cpu"
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5), head()).to(device)
+    twin = copy.deepcopy(module)
+    optimizer, eager = (make(list(one.parameters())) for one in (module, twin))
+    loss_fn = make_loss(device)
+    step = fuse(module, loss_fn, optimizer, backend="triton", clip_grad_norm=0.2)
+    for rows in (16, 7, 16):
+        x = torch.randn(rows, 12, device=device)
+        y = x[:, :5].argmax(1) if isinstance(loss_fn, nn.NLLLoss) else (x[:, :5] > 0.0).float()
+        loss, output = step(x, y, return_output=True)
+        eager.zero_grad()
+        outputs = twin(x)
+        expected = loss_fn(outputs, y)
+        expected.backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.2)
+        eager.step()
+        torch.testing.assert_close((loss, output), (expected.detach(), outputs.detach()), **CLOSE)
+    torch.testing.assert_close(module.state_dict(), twin.state_dict(), **CLOSE)
+    torch.testing.assert_close(optimizer.state_dict()["state"], eager.state_dict()["state"], **CLOSE)
+    record_property("line: torch parity cases", 1)
+
+
 @pytest.mark.parametrize("where", [pytest.param(GPU, id=GPU.name, marks=marks_of(GPU))])
 def test_layers_on_a_gpu(where):
     net = FusedMLP([12, 9, 5], activation="gelu", device="cuda")

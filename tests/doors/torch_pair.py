@@ -42,7 +42,11 @@ def adam(module, **options):
     return torch.optim.Adam(module.parameters(), **{"lr": 0.01, **options})
 
 
-each_optimizer = pytest.mark.parametrize("make_optimizer", [sgd, adam])
+def rmsprop(module, **options):
+    return torch.optim.RMSprop(module.parameters(), **{"lr": 0.01, **options})
+
+
+each_optimizer = pytest.mark.parametrize("make_optimizer", [sgd, adam, rmsprop])
 
 
 class Pair:

@@ -1,4 +1,4 @@
-"""The door for PyTorch: a training step fused over a module's own parameters, and fused layers with autograd."""
+"""The door for PyTorch: a training step fused over a module's own parameters, batches, and layers with autograd."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if importlib.util.find_spec("torch") is None:
 
 from fusemlp.torch.convert import from_torch, to_torch
 from fusemlp.torch.layers import FusedLinear, FusedMLP
+from fusemlp.torch.loader import Batches
 from fusemlp.torch.step import FusedStep, fuse
 
-__all__ = ["FusedLinear", "FusedMLP", "FusedStep", "from_torch", "fuse", "to_torch"]
+__all__ = ["Batches", "FusedLinear", "FusedMLP", "FusedStep", "from_torch", "fuse", "to_torch"]

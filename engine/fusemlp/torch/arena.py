@@ -26,7 +26,7 @@ class Tie:
         self.optimizer = optimizer
         self.slots = reading.slots
         double = torch.get_default_dtype() == torch.float64
-        # Adam's count of updates in torch's own type, one element a parameter.
+        # The count of updates in torch's own type, one element a parameter; SGD has none.
         self.steps = np.zeros(len(self.slots), np.float64 if double else np.float32)
         self._arrays = memory.arrays
         self._pointers: dict[str, int] = {}
@@ -34,8 +34,9 @@ class Tie:
         self._state: dict[str, dict[str, Tensor]] = {}
         for index, short in enumerate(self.slots):
             views = [torch.as_tensor(memory.arrays[f"{short}.state{i}"]) for i in range(len(memory.states))]
-            self._state[short] = dict(zip(MOMENTS[kind], views, strict=False))
-            if kind == "adam":
+            named = zip(MOMENTS[kind], views, strict=False)
+            self._state[short] = {name: view for name, view in named if name is not None}
+            if kind != "sgd":
                 self._state[short]["step"] = torch.from_numpy(self.steps[index : index + 1])[0]
 
     def move_parameters(self) -> None:

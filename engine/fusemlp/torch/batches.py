@@ -45,11 +45,11 @@ def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss) -> str:
         raise DTypeError(f"x: expected {dtype}, the module's type, got {x.dtype}; use x.to({dtype})")
     rows = shape[0]
     target = tuple(y.shape)
-    if loss.kind == "cross_entropy" and not (target == (rows, outputs) and y.dtype.is_floating_point):
+    soft = not reading.log_softmax and target == (rows, outputs) and y.dtype.is_floating_point
+    if loss.kind == "cross_entropy" and not soft:
         if target != (rows,):
-            raise ShapeError(
-                f"y: expected shape ({rows},) for class indices or ({rows}, {outputs}) for probabilities, got {target}"
-            )
+            other = "" if reading.log_softmax else f" or ({rows}, {outputs}) for probabilities"
+            raise ShapeError(f"y: expected shape ({rows},) for class indices{other}, got {target}")
         if y.dtype != torch.int64:
             raise DTypeError(f"y: expected class indices in torch.int64, got {y.dtype}; use y.long()")
         return "labels"

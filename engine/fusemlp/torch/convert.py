@@ -70,7 +70,11 @@ def from_torch(
     described: Optimizer = Adam(per_parameter=frozen)
     if optimizer is not None:
         described = _optimizer(optimizer, {name: group_of[one] for name, one in trained.items()}, frozen)
-    loss = "cross_entropy" if loss_fn is None else losses.read_loss(loss_fn)
+    loss = "cross_entropy" if loss_fn is None else losses.read_loss(loss_fn, log_softmax=reading.log_softmax)
+    if losses.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
+        raise ArgumentError(
+            "loss_fn: an engine has no pos_weight; leave it out and give fit a sample_weight, or train with fuse"
+        )
     precision = options.pop("precision", "fp64" if reading.dtype == torch.float64 else "fp32")
     given = {name: one.detach() for name, one in parameters.items()}
     if reading.normalise is not None:
@@ -90,6 +94,8 @@ def _optimizer(
 ) -> Optimizer:
     """Return the description of a torch optimizer; ``groups`` maps each trained parameter's name here to its group."""
     kind = optimizers.optimizer_kind(optimizer)
+    if kind == "rmsprop":
+        raise ArgumentError("optimizer: an engine has no RMSprop; use SGD, Adam or AdamW, or train with fuse")
     rules = [optimizers.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
     rates = [optimizers.read_rate(group["lr"], index) for index, group in enumerate(optimizer.param_groups)]
     used = sorted(set(groups.values()))
@@ -121,7 +127,7 @@ def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Map
     for index in range(len(engine.memory.states)):
         tensors = engine.tensors(f".state{index}")
         for name, state in states.items():
-            found = state.get(optimizers.MOMENTS[kind][index])
+            found = state.get(str(optimizers.MOMENTS[kind][index]))
             if found is not None:
                 tensors[name] = found.detach().cpu().numpy()
         engine.write_tensors(tensors, f".state{index}")

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP, Activation, as_activation
-from fusemlp.torch.autograd import Chain, ChainFunction
+from fusemlp.torch.autograd import Chain, apply_chain
 from fusemlp.torch.modules import as_module
 from fusemlp_kernels.errors import DTypeError, ShapeError
 
 
-def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int) -> Tensor:
+def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int, masks: Tensor | None = None) -> Tensor:
     """Apply the chain to x (..., K), any number of rows."""
     if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != width:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -23,8 +23,7 @@ def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int) -> 
     first = parameters[0]
     if x.dtype != first.dtype or x.device != first.device:
         raise DTypeError(f"x: expected {first.dtype} on {first.device}, like the weights, got {x.dtype} on {x.device}")
-    call: Any = ChainFunction.apply
-    y: Tensor = call(chain, x.reshape(-1, width), *parameters)
+    y = apply_chain(chain, x.reshape(-1, width), parameters, masks)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -33,7 +32,7 @@ class FusedLinear(nn.Linear):
 
     x (..., in_features) to (..., out_features), float32, or float64 on the CPU. ``activation`` is a name of the kernel
     contract or ``fusemlp.LeakyReLU(slope)``, ``fusemlp.PReLU(init)``; a PReLU's slope is the parameter ``slope``.
-    Gradients of the first order only.
+    Gradients of the first order only. Works under ``torch.compile``, also with ``fullgraph=True``.
     """
 
     slope: nn.Parameter | None
@@ -79,7 +78,8 @@ class FusedMLP(nn.Module):
 
     x (..., sizes[0]) to (..., sizes[-1]). ``state_dict`` has the keys of the plain ``nn.Sequential`` of Linear and
     activations: ``0.weight``, ``0.bias``, ``2.weight``, ... Dropout works in train mode; ``seed`` decides its masks
-    (None draws one from torch's generator), and every call takes the next. Gradients of the first order only.
+    (None draws one from torch's generator), and every call takes the next. Gradients of the first order only. Works
+    under ``torch.compile``, also with ``fullgraph=True``.
     """
 
     def __init__(
@@ -97,8 +97,9 @@ class FusedMLP(nn.Module):
         self.network = MLP(
             sizes, activation=activation, output_activation=output_activation, dropout=dropout, init="torch"
         )
-        self._seed = None if seed is None else as_count("seed", seed, minimum=0)
-        self._calls = 0
+        self._seed: int | Tensor | None = None if seed is None else as_count("seed", seed, minimum=0)
+        # A tensor: a compiled program would be compiled again for another number.
+        self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
         for layer, (inputs, outputs) in enumerate(zip(self.network.sizes, self.network.sizes[1:], strict=False)):
             self.add_module(str(2 * layer), nn.Linear(inputs, outputs, device=device, dtype=dtype))
             chosen = self.network.activations[layer]
@@ -109,12 +110,17 @@ class FusedMLP(nn.Module):
         """Map x (..., sizes[0]) to (..., sizes[-1])."""
         net = self.network
         rates = net.dropouts if self.training else (0.0,) * net.layers
+        seed, calls, masks = 0, 0, None
         if any(rates):
             if self._seed is None:
-                self._seed = int(torch.randint(0, 1 << 62, ()))
+                self._seed = torch.randint(0, 1 << 62, (), device="cpu")
             self._calls += 1
-        chain = Chain(net.activations, rates, (True,) * net.layers, self._seed or 0, self._calls)
-        return apply(chain, x, [self.get_parameter(name) for name in net.parameter_shapes()], net.sizes[0])
+            if torch.compiler.is_compiling():
+                masks = torch.stack([torch.as_tensor(one, device="cpu") for one in (self._seed, self._calls)])
+            else:
+                seed, calls = int(self._seed), int(self._calls)
+        chain = Chain(net.activations, rates, (True,) * net.layers, seed, calls)
+        return apply(chain, x, [self.get_parameter(name) for name in net.parameter_shapes()], net.sizes[0], masks)
 
     def extra_repr(self) -> str:
         """Return the options for the printed module."""

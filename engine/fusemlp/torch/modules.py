@@ -29,15 +29,15 @@ LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
     ),
     nn.LeakyReLU: (lambda one: one.negative_slope >= 0.0, "expected a slope >= 0; use PReLU"),
     nn.PReLU: (lambda one: one.num_parameters == 1, "one slope a layer can be fused; use PReLU()"),
+    nn.LogSoftmax: (lambda one: one.dim in (1, -1), "only LogSoftmax(dim=1), over the classes, can be fused"),
     nn.GELU: (lambda one: one.approximate == "none", "only the exact GELU() can be fused"),
 }
 SUPPORTED = (
-    f"Linear, {', '.join(kind.__name__ for kind in NAMES)}, Dropout and Flatten, in nn.Sequential or in a forward that "
-    "torch.fx can trace"
+    f"Linear, {', '.join(kind.__name__ for kind in NAMES)}, Dropout, Flatten, and LogSoftmax at the end, in "
+    "nn.Sequential or in a forward that torch.fx can trace"
 )
 INSTEAD = {
     "Softmax": "leave it out: CrossEntropyLoss takes logits and applies the softmax itself",
-    "LogSoftmax": "leave it out and use CrossEntropyLoss, which takes logits",
     "BatchNorm1d": "fold it into the Linear before it, or train that part with eager PyTorch",
     "LayerNorm": "leave it out, or use FusedLinear within an eager module",
     "Conv2d": "keep the convolutions eager and use FusedMLP for the layers behind them",
@@ -81,7 +81,8 @@ class Reading:
     """A module as a network. ``slots`` are its parameters by short names (w0, b0, s0), as far as present.
 
     ``flattens``: x may have more than two dimensions. ``squeezes``: one output comes out as (m,), not (m, 1).
-    ``normalise`` scales the inputs. ``dtype`` and ``device`` are those of all parameters.
+    ``normalise`` scales the inputs. ``log_softmax``: LogSoftmax follows the network's last layer.
+    ``dtype`` and ``device`` are those of all parameters.
     """
 
     network: MLP
@@ -89,6 +90,7 @@ class Reading:
     flattens: bool
     squeezes: bool
     normalise: Normalise | None
+    log_softmax: bool
     dtype: torch.dtype
     device: torch.device
 
@@ -128,14 +130,15 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
         if any(hooks_of(one)):
             raise ArgumentError(f"module: {Part(path, one)} has hooks, which a fused step would not run; remove them")
     layers: list[_Layer] = []
-    flattens = squeezes = False
+    flattens = squeezes = log_softmax = False
     normalise: Normalise | None = None
     for part in _parts(Part("", module)):
         kind = type(part.module)
         if kind is nn.Identity:
             continue
-        if squeezes:
-            raise ArgumentError(f"module: {part}: nothing can follow the squeeze of the output")
+        if squeezes or log_softmax:
+            last = "LogSoftmax" if log_softmax else "the squeeze of the output"
+            raise ArgumentError(f"module: {part}: nothing can follow {last}")
         if kind is nn.Linear:
             layers.append(_Layer(part))
         elif kind is nn.Flatten and part.module.start_dim == 1:
@@ -151,6 +154,8 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
             raise ArgumentError(f"module: {part}: only Flatten(1) and Identity can stand before the first Linear")
         elif kind is nn.Flatten:
             squeezes = True
+        elif kind is nn.LogSoftmax:
+            log_softmax = True
         elif kind is nn.Dropout:
             _add_dropout(layers[-1], part)
         else:
@@ -166,26 +171,26 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
     slots = _slots(layers)
     first = slots["w0"].parameter
-    return Reading(network, slots, flattens, squeezes, normalise, first.dtype, first.device)
+    return Reading(network, slots, flattens, squeezes, normalise, log_softmax, first.dtype, first.device)
 
 
 def _parts(part: Part) -> Iterator[Part]:
     """Yield the parts of a module in order; raises ArgumentError for one that the kernels lack."""
-    path, module = part
+    path, module, line = part
     kind = type(module)
     if kind in (nn.Linear, Normalise) or kind in NAMES or kind in LIMITS:
         fits, words = LIMITS.get(kind, (None, ""))
         if fits is not None and not fits(module):
-            raise ArgumentError(f"module: {f'{path}: ' if path else ''}{module!r}: {words}")
+            raise ArgumentError(f"module: {line}{f'{path}: ' if path else ''}{module!r}: {words}")
         yield part
         return
     if kind.forward is nn.Sequential.forward:
-        inner: Iterator[Part] = (Part(inner_path(path, name), child) for name, child in module._modules.items())
+        inner: Iterator[Part] = (Part(inner_path(path, name), child, line) for name, child in module._modules.items())
     elif kind.__module__.startswith("torch.") or not isinstance(kind.forward, FunctionType):
         advice = INSTEAD.get(
             kind.__name__, "remove it, or keep the model eager and use FusedLinear or FusedMLP within it"
         )
-        raise ArgumentError(f"module: {part} cannot be fused; {advice}. What can be fused: {SUPPORTED}")
+        raise ArgumentError(f"module: {line}{part} cannot be fused; {advice}. What can be fused: {SUPPORTED}")
     else:
         inner = trace_parts(part)
     for one in inner:

@@ -6,6 +6,7 @@ be the ignored index.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,11 @@ from fusemlp.describe.losses import Loss
 from fusemlp.inputs.arrays import as_class_labels
 from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Inputs, lower_training
-from fusemlp.program.program import Program
+from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.torch.batches import check_shapes, check_tensors
+from fusemlp.torch.epilogue import Running, bind_clipping, bind_output, bind_weighted_loss
 from fusemlp.torch.modules import Reading
 from fusemlp.torch.updates import UpdateSet, bind_updates
 from fusemlp_kernels.contract import TensorRule
@@ -31,31 +33,36 @@ EXACT_SIZES = 8
 
 
 class Runnable:
-    """A bound program; its last calls are the updates of ``sets``."""
+    """A bound program: ``before`` are its calls up to the updates of ``sets``, its last ones."""
 
-    def __init__(self, bound: BoundProgram) -> None:
+    def __init__(self, bound: BoundProgram, before: tuple[Callable[[], object], ...]) -> None:
         self.bound = bound
         self.sets: list[UpdateSet] = []
-        self.calls = bound.calls
+        self.calls = before
+        self._before = before
 
     def use(self, sets: list[UpdateSet], memory: Memory) -> None:
         """Bind the updates again, for the rules of ``sets``."""
-        self.calls = (*self.bound.calls[:-1], *bind_updates(self.bound, sets, memory.layout))
+        self.calls = (*self._before, *bind_updates(self.bound, sets, memory.layout))
         self.sets = sets
 
 
 class Batch:
-    """Copies batches of one shape, with ``rows`` rows, into the arrays that the program reads."""
+    """Copies batches of one shape, with ``rows`` rows, into the arrays that the program reads.
 
-    def __init__(self, programs: Programs, rows: int, capacity: int, kind: str) -> None:
+    ``returns``: the program notes the output.
+    """
+
+    def __init__(self, programs: Programs, rows: int, capacity: int, kind: str, returns: bool) -> None:
         self.rows = rows
         self.nothing_scored = False
-        self._programs = programs
+        self._programs, self._running = programs, programs.running
         self._capacity = capacity
+        self._returns = returns
         self._x, self._y = programs.input(capacity, "x"), programs.input(capacity, kind)
         self._rows_of_x, self._rows_of_y = self._x[:rows], self._y[:rows]
         self._host = isinstance(self._x, np.ndarray)
-        self._plain = programs.runnable(capacity, programs.labels if kind == "labels" else kind)
+        self._plain = programs.runnable(capacity, programs.labels if kind == "labels" else kind, returns)
         self._columns, self._classes = programs.reading.network.sizes[0], programs.reading.network.sizes[-1]
         self._squeezes = programs.reading.squeezes
         # Labels on a GPU are checked by the kernels, without a synchronisation.
@@ -68,6 +75,7 @@ class Batch:
 
     def stage(self, x: Tensor, y: Tensor) -> Runnable:
         """Copy the batch and return its program; raises DataError for a label that is no class."""
+        self._running.rows = self.rows
         if x.dim() != 2:
             x = x.reshape(self.rows, self._columns)
         if self._squeezes:
@@ -89,20 +97,32 @@ class Batch:
         ignore_index = self._programs.ignore_index
         as_class_labels("y", self._labels, classes=self._classes, rows=None, ignore_index=ignore_index)
         self.nothing_scored = bool((self._labels == ignore_index).all())
-        return self._programs.runnable(self._capacity, "ignored")
+        return self._programs.runnable(self._capacity, "ignored", self._returns)
 
 
 class Programs:
     """Makes the programs of one network, loss and partition of its parameters, each on first use."""
 
-    def __init__(self, memory: Memory, reading: Reading, loss: Loss, sets: list[UpdateSet], seed: int) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        reading: Reading,
+        loss: Loss,
+        sets: list[UpdateSet],
+        seed: int,
+        *,
+        pos_weight: Sequence[float] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
         self.reading = reading
         self.loss = loss
         self.sets = sets
+        self.running = Running()
+        self._pos_weight, self._clip_norm = pos_weight, clip_norm
         self._memory = memory
         self._seed = seed
         self._workspace = Workspace(memory.backend)
-        self._runnables: dict[tuple[int, str], Runnable] = {}
+        self._runnables: dict[tuple[int, str, bool], Runnable] = {}
         self._inputs: dict[tuple[int, str], Any] = {}
         self._sizes: set[int] = set()
         ignored = loss.spec(accuracy=False).ignore_index
@@ -120,7 +140,7 @@ class Programs:
         """The usual kind of targets of the loss."""
         return self.labels if self.loss.kind == "cross_entropy" else "values"
 
-    def batch(self, x: Any, y: Any) -> Batch:
+    def batch(self, x: Any, y: Any, returns: bool) -> Batch:
         """Check a batch of a new shape, and return the object that copies it."""
         check_tensors(x, y, self.reading.device)
         kind = check_shapes(x, y, self.reading, self.loss)
@@ -132,24 +152,41 @@ class Programs:
         exact = rows in self._sizes or len(self._sizes) < EXACT_SIZES
         if exact:
             self._sizes.add(rows)
-        return Batch(self, rows, rows if exact else 1 << (rows - 1).bit_length(), kind)
+        return Batch(self, rows, rows if exact else 1 << (rows - 1).bit_length(), kind, returns)
 
     def build(self, rows: int) -> None:
         """Make the program for batches of ``rows`` rows."""
         self._sizes.add(rows)
         self.runnable(rows, self.usual)
 
-    def runnable(self, capacity: int, kind: str) -> Runnable:
-        """Return the program for batches of ``capacity`` rows."""
-        key = (capacity, kind)
+    def runnable(self, capacity: int, kind: str, returns: bool = False) -> Runnable:
+        """Return the program for batches of ``capacity`` rows; ``returns``: it notes the output."""
+        key = (capacity, kind, returns)
         if key not in self._runnables:
             target = self.input(capacity, "labels" if kind == "ignored" else kind)
             given = {"x": self.input(capacity, "x"), "target": target}
             if self._class_weight is not None:
                 given["class_weight"] = self._class_weight
-            program = self.lower(capacity, kind)
-            self._runnables[key] = Runnable(BoundProgram(program, self._memory, self._workspace, given))
+            program = self.lower(capacity, kind, returns)
+            bound = BoundProgram(program, self._memory, self._workspace, given)
+            self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)))
         return self._runnables[key]
+
+    def _before_updates(self, bound: BoundProgram, returns: bool) -> Iterator[Callable[[], object]]:
+        """Yield the calls before the updates: the program's, and torch's between them."""
+        arrays = bound.arrays
+        for call, run in zip(bound.program.calls[:-1], bound.calls, strict=False):
+            if call.op == "loss_grad":
+                operands = resolve(call.operands, arrays.__getitem__)
+                if returns:
+                    yield bind_output(self.running, self.reading, operands["z"], operands.get("slope_param"))
+                if self._pos_weight is not None:
+                    yield bind_weighted_loss(self.running, operands, self._pos_weight)
+                    continue
+            yield run
+        if self._clip_norm is not None and len(self.sets) > 1:
+            trained = [short for one in self.sets for short in one.decays]
+            yield bind_clipping([arrays[f"d{short}"] for short in trained], self._clip_norm)
 
     def input(self, capacity: int, kind: str) -> Any:
         """Return the array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind."""
@@ -165,8 +202,11 @@ class Programs:
                 self._inputs[key] = backend.view(flat, 0, (capacity, width), pitch)
         return self._inputs[key]
 
-    def lower(self, capacity: int, kind: str) -> Program:
-        """Return the step as data."""
+    def lower(self, capacity: int, kind: str, returns: bool = False) -> Program:
+        """Return the step as data; ``returns``: the output passes through memory."""
+        traits = self._memory.backend.traits
+        if returns or self._pos_weight is not None:
+            traits = replace(traits, widest_fused_output=0)
         decays = {short: decay for one in self.sets for short, decay in one.decays.items()}
         options = {
             name: (short in decays, TensorRule(1.0, decays.get(short, 0.0)))
@@ -179,7 +219,7 @@ class Programs:
             max((one.rule for one in self.sets), key=lambda rule: rule.state_count),
             options.__getitem__,
             capacity,
-            self._memory.backend.traits,
+            traits,
             self._memory.layout,
             Inputs(capacity, class_weighted=self._class_weight is not None),
             seed=self._seed,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import Loss
 from fusemlp.program.program import Program
 from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
@@ -20,6 +21,7 @@ from fusemlp.runtime.memory import Memory
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp.torch.arena import Tie
 from fusemlp.torch.batches import check_tensors
+from fusemlp.torch.guards import warn_of_autocast, watch_clipping
 from fusemlp.torch.modules import Reading
 from fusemlp.torch.optimizers import GroupRule
 from fusemlp.torch.programs import Batch, Programs
@@ -40,8 +42,11 @@ class FusedStep:
 
     - module: Linear, activations, Dropout and Flatten in ``nn.Sequential`` (nested too), or a module whose ``forward``
       torch.fx can trace to such a chain; float32, or float64 on the CPU
-    - loss_fn: CrossEntropyLoss, BCEWithLogitsLoss, MSELoss, L1Loss, HuberLoss or PoissonNLLLoss; mean or sum
-    - optimizer: SGD, Adam or AdamW; parameters that are frozen or in no group are not updated
+    - loss_fn: CrossEntropyLoss, NLLLoss after LogSoftmax, BCEWithLogitsLoss, MSELoss, L1Loss, HuberLoss or
+      PoissonNLLLoss; mean or sum
+    - optimizer: SGD, Adam, AdamW or RMSprop; parameters that are frozen or in no group are not updated
+    - clip_grad_norm: clips the common norm of the gradients of all updated parameters, as
+      ``torch.nn.utils.clip_grad_norm_`` before an eager step; None does not
     - batch_size: the usual number of rows, to prepare the step at once; batches of any other size work too
     - backend: "auto" (numpy for a module on the CPU, triton on a GPU) or a name
     - precision: "auto" (the module's type), or "tf32" for one TF32 pass in the matrix products of a GPU
@@ -56,6 +61,7 @@ class FusedStep:
         loss_fn: Any,
         optimizer: Optimizer,
         *,
+        clip_grad_norm: float | None = None,
         batch_size: int | None = None,
         backend: str = "auto",
         precision: str = "auto",
@@ -67,6 +73,9 @@ class FusedStep:
         reading = modules.read_module(module)
         self._kind = optimizers.optimizer_kind(optimizer)
         self._most_states: float = math.inf
+        if clip_grad_norm is not None:
+            clip_grad_norm = as_number("clip_grad_norm", clip_grad_norm, low=0.0, low_open=True)
+        self._clip_norm = clip_grad_norm
         loss, trained, rules, rates = self._read(reading)
         rows = None if batch_size is None else as_count("batch_size", batch_size, minimum=1)
         self._seed = None if seed is None else as_count("seed", seed, minimum=0)
@@ -77,7 +86,7 @@ class FusedStep:
         self._memory = memory
         self._tie = Tie(reading, optimizer, self._kind, memory)
         self._tie.check_state(trained)
-        self._clocks = Clocks(memory)
+        self._clocks = Clocks(memory, corrected=self._kind == "adam")
         self._on_host = isinstance(memory.params, np.ndarray)
         # A memoryview reads or writes one item in half the time.
         self._stats: Any = memory.stats.data if self._on_host else memory.stats
@@ -86,6 +95,7 @@ class FusedStep:
         self._sets: list[UpdateSet] = []
         self._key: tuple[Any, ...] = ()
         self._batches: dict[Any, Batch] = {}
+        self._warned = False
 
         self._tie.move_parameters()
         self._follow(reading, loss, trained, rules, rates)
@@ -93,22 +103,35 @@ class FusedStep:
             self._programs.build(rows)
         method = weakref.WeakMethod(self._before_loading)
         optimizer.register_load_state_dict_pre_hook(lambda _, state: (check := method()) and check(state))
+        watch_clipping(self, self._parameters)
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    @overload
+    def __call__(self, x: Tensor, y: Tensor, *, return_output: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Tensor, y: Tensor, *, return_output: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, x: Tensor, y: Tensor, *, return_output: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Update once from x (m, K) and y; return the loss before the update, a 0-d tensor without a graph.
 
         y has the form of the loss's targets: class indices (m,) int64, or values shaped like the module's output.
+        With ``return_output`` return the loss and the output of the module in this step, such as logits, a tensor
+        without a graph.
+
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
         if not self._watch.unchanged():
             self._refresh()
         self._follow_groups()
+        if torch.is_autocast_enabled(self._device_type) and not self._warned:
+            self._warned = True
+            warn_of_autocast(self._reading.dtype)
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.requires_grad or y.requires_grad:
             check_tensors(x, y, self._reading.device)
-        key = (x.shape, x.dtype, x.device, x.layout, y.shape, y.dtype, y.device, y.layout)
+        key = (x.shape, x.dtype, x.device, x.layout, y.shape, y.dtype, y.device, y.layout, return_output)
         batch = self._batches.get(key)
         if batch is None:
-            batch = self._batches[key] = self._programs.batch(x, y)
+            batch = self._batches[key] = self._programs.batch(x, y, return_output)
         runnable = batch.stage(x, y)
         if runnable.sets is not self._sets:
             runnable.use(self._sets, self._memory)
@@ -119,14 +142,19 @@ class FusedStep:
                 parameter.grad = None
         for one in self._sets:
             one.table.cover(UNIT_RATE, 1)
-        with np.errstate(all="ignore"):
-            for call in runnable.calls:
-                call()
-        return self._after_step(batch)
+        for call in runnable.calls:
+            call()
+        loss = self._after_step(batch)
+        if not return_output:
+            return loss
+        running = self._programs.running
+        output, running.output = running.output, None
+        assert output is not None
+        return loss, output
 
     def _after_step(self, batch: Batch) -> Tensor:
         """Report the update to torch, and return the loss."""
-        if self._kind == "adam":
+        if self._kind != "sgd":
             steps = self._tie.steps
             np.add(steps, self._increments, steps)
             for one in self._sets:
@@ -159,8 +187,9 @@ class FusedStep:
 
     def _read(self, reading: Reading) -> tuple[Loss, dict[str, int], list[GroupRule], list[float]]:
         """Return the loss, the group of each trained parameter by short name, and the groups' rules and rates."""
-        loss = losses.read_loss(self.loss_fn)
+        loss = losses.read_loss(self.loss_fn, log_softmax=reading.log_softmax)
         loss.check_network(reading.network)
+        losses.read_pos_weight(self.loss_fn, reading.network.sizes[-1])
         group_of = optimizers.groups_of(self.optimizer, self.module)
         trained = {
             short: group_of[parameter]
@@ -198,6 +227,7 @@ class FusedStep:
         if any(reading.network.dropouts) and self._seed is None:
             self._seed = int(torch.randint(0, 1 << 62, ()))
         self._reading, self._loss, self._trained = reading, loss, trained
+        self._device_type = reading.device.type
         self._real = np.dtype(f"f{reading.dtype.itemsize}")
         self._no_rows = math.nan if loss.reduction == "mean" else 0.0
         self._tie.adopt_state(trained)
@@ -220,6 +250,9 @@ class FusedStep:
             members.setdefault(key, {})[short] = decay
         sets = []
         for index, ((rule, rate, count), decays) in enumerate(members.items()):
+            if len(members) == 1:
+                # one update knows the norm of all gradients
+                rule = replace(rule, clip_norm=self._clip_norm)
             sets.append(UpdateSet(rule, decays, count, self._clocks.get(index, rule)))
             sets[-1].start(rate)
         if [(one.rule, one.decays) for one in sets] == [(one.rule, one.decays) for one in self._sets]:
@@ -229,13 +262,23 @@ class FusedStep:
             self._sets = sets
         # SGD counts no updates.
         self._counted = [(one, positions[next(iter(one.decays))]) for one in sets if one.rule.kind == "adam"]
+        pos_weight = losses.read_pos_weight(self.loss_fn, self._reading.network.sizes[-1])
         network, flattens, squeezes = self._reading.network, self._reading.flattens, self._reading.squeezes
         states = max(one.rule.state_count for one in sets)
-        program_key = (network, flattens, squeezes, self._loss, frozenset(self._trained), states, len(sets) > 1)
+        loss = self._loss, pos_weight
+        program_key = (network, flattens, squeezes, loss, frozenset(self._trained), states, len(sets) > 1)
         if program_key != self._key:
             self._key = program_key
             self._batches.clear()
-            self._programs = Programs(self._memory, self._reading, self._loss, self._sets, self._seed or 0)
+            self._programs = Programs(
+                self._memory,
+                self._reading,
+                self._loss,
+                self._sets,
+                self._seed or 0,
+                pos_weight=pos_weight,
+                clip_norm=self._clip_norm,
+            )
         self._programs.sets = self._sets
 
     def _follow_groups(self) -> None:

@@ -6,8 +6,13 @@ graphs, one a mode, and they must be equal.
 
 from __future__ import annotations
 
+import inspect
+import linecache
 import operator
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +27,20 @@ _BY_NAME = [name for name, row in ACTIVATIONS.items() if row.torch and not row.b
 # Functions and methods by name, and the modules that do the same.
 FUNCTIONS: dict[str, Any] = {
     "flatten": nn.Flatten,
+    "log_softmax": nn.LogSoftmax,
     **{name: getattr(nn, str(ACTIVATIONS[name].torch)) for name in _BY_NAME},
 }
 
 
 class Part(NamedTuple):
-    """One operation of a module: ``module`` computes it, ``path`` leads to it."""
+    """One operation of a module: ``module`` computes it, ``path`` leads to it.
+
+    ``line``: the line of a forward that calls it, as a beginning of an error; empty in ``nn.Sequential``.
+    """
 
     path: str
     module: Any
+    line: str = ""
 
     def __str__(self) -> str:
         kind = type(self.module).__name__
@@ -57,21 +67,58 @@ def trace_parts(part: Part) -> Iterator[Part]:
         for one, mode in modes:
             one.training = mode
     if str(graph) != str(other):
+        pairs = zip(graph.nodes, other.nodes, strict=False)
+        place = next((_line(one) for one, two in pairs if one.format_node() != two.format_node()), "")
         raise ArgumentError(
-            f"module: {part}: forward does different things in train and eval mode; use nn.Dropout for dropout "
+            f"module: {part}: {place}forward does different things in train and eval mode; use nn.Dropout for dropout "
             "(functional.dropout cannot be fused), and nothing else that depends on the mode"
         )
     return _chain(graph, part)
 
 
 def _graph(part: Part) -> fx.Graph:
+    tracer = fx.Tracer()
+    tracer.record_stack_traces = True
     try:
-        return fx.Tracer().trace(part.module)
+        return tracer.trace(part.module)
     except Exception as error:
+        # not the inner workings of torch.fx, in which most such errors are
+        reason = "it branches or loops on a value" if isinstance(error, fx.proxy.TraceError) else str(error)
         raise ArgumentError(
-            f"module: {part}: torch.fx cannot trace its forward ({error}); write it as nn.Sequential, or without "
-            "control flow that depends on values"
+            f"module: {part}: {_line_of_error(error.__traceback__)}torch.fx cannot trace its forward: {reason}; write "
+            "it as nn.Sequential, or without control flow that depends on values"
         ) from error
+
+
+# Code of these folders is not the user's.
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def _line(node: fx.Node) -> str:
+    """Return the line of the user's code that made a node, as ``file.py:12 (x = x + y): ``; empty if unknown."""
+    frames = re.findall(r'File "(.*)", line (\d+), in .*(?:\n    (.*))?', node.stack_trace or "")
+    return next((_place(*frame) for frame in reversed(frames) if not frame[0].startswith(_LIBRARIES)), "")
+
+
+def _line_of_error(traceback: TracebackType | None) -> str:
+    """Return the last line of the user's code in a traceback, as ``_line``."""
+    found = ""
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if not file.startswith(_LIBRARIES):
+            found = _place(file, traceback.tb_lineno, linecache.getline(file, traceback.tb_lineno).strip())
+        traceback = traceback.tb_next
+    return found
+
+
+def _line_of_forward(part: Part) -> str:
+    """Return the line on which a module's forward begins, as ``_line``."""
+    code = inspect.unwrap(type(part.module).forward).__code__
+    return _place(code.co_filename, code.co_firstlineno, "")
+
+
+def _place(file: str, line: str | int, code: str) -> str:
+    return f"{file}:{line}{f' ({code})' if code else ''}: "
 
 
 def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
@@ -81,23 +128,28 @@ def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
             if current is None:
                 current = node
             elif node.users or not node.args:
-                raise ArgumentError(f"module: {part}: forward takes a second input, {node.target!r}; one can be fused")
+                raise ArgumentError(
+                    f"module: {part}: {_line_of_forward(part)}forward takes a second input, {node.target!r}; one can "
+                    "be fused"
+                )
             continue
         if node.op == "output":
             if node.args[0] is not current:
-                raise ArgumentError(f"module: {part}: forward must return the one result of its last operation")
+                raise ArgumentError(
+                    f"module: {part}: {_line_of_forward(part)}forward must return the one result of its last operation"
+                )
             return
         if _is_shape(node):
             continue
         inputs = [one for one in node.all_input_nodes if not _is_shape(one)]
         if node.op == "get_attr" or inputs != [current]:
             raise ArgumentError(
-                f"module: {part}: {node.format_node() or node.name}: a branch or a second operand; only a chain of "
-                "layers can be fused. Keep the model eager and use FusedLinear or FusedMLP within it"
+                f"module: {part}: {_line(node)}a branch or a second operand, such as a residual connection; only a "
+                "chain of layers can be fused. Keep the model eager and use FusedLinear or FusedMLP within it"
             )
         if node.op == "call_module":
             target = str(node.target)
-            yield Part(inner_path(part.path, target), part.module.get_submodule(target))
+            yield Part(inner_path(part.path, target), part.module.get_submodule(target), _line(node))
         else:
             yield _operation(node, part)
         current = node
@@ -120,9 +172,10 @@ def _operation(node: fx.Node, part: Part) -> Part:
     """Return a function or method as the module that does the same."""
     called: Any = node.target
     name = called if isinstance(called, str) else getattr(called, "__name__", str(called))
-    label = f"{part}: {name}"
+    label, line = f"{part}: {name}", _line(node)
     own = isinstance(called, str) or called in (getattr(torch, name, None), getattr(functional, name, None))
-    rest, options = node.args[1:], {key: value for key, value in node.kwargs.items() if key != "input"}
+    unused = ("input", "_stacklevel") if node.kwargs.get("dtype") else ("input", "_stacklevel", "dtype")
+    rest, options = node.args[1:], {key: value for key, value in node.kwargs.items() if key not in unused}
     if own and name in ("contiguous", "clone"):
         return Part(label, nn.Identity())
     if own and name in ("view", "reshape") and _keeps_rows(rest):
@@ -133,10 +186,13 @@ def _operation(node: fx.Node, part: Part) -> Part:
         # The module's default is 1, the function's 0.
         options = {"start_dim": 0, **options}
     if own and name.removesuffix("_") in FUNCTIONS:
-        return Part(label, FUNCTIONS[name.removesuffix("_")](*rest, **options))
+        try:
+            return Part(label, FUNCTIONS[name.removesuffix("_")](*rest, **options), line)
+        except TypeError as error:
+            raise ArgumentError(f"module: {part}: {line}{name} cannot be fused with these options") from error
     raise ArgumentError(
-        f"module: {label} cannot be fused; use nn.Dropout for dropout, nn.Linear for products, and for activations "
-        f"{', '.join(_BY_NAME)}"
+        f"module: {part}: {line}{name} cannot be fused; use nn.Dropout for dropout, nn.Linear for products, and for "
+        f"activations {', '.join(_BY_NAME)}"
     )
 
 

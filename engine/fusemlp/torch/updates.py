@@ -7,7 +7,7 @@ their own segments, hyper and counters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusemlp.describe.schedules import Constant
@@ -53,10 +53,14 @@ class UpdateSet:
 
 
 class Clocks:
-    """Tables of rates, with hyper and counters, for any number of sets; the arrays of the first are the engine's."""
+    """Tables of rates, with hyper and counters, for any number of sets; the arrays of the first are the engine's.
 
-    def __init__(self, memory: Memory) -> None:
+    ``corrected``: the rule's bias corrections apply; else they are 1.
+    """
+
+    def __init__(self, memory: Memory, *, corrected: bool) -> None:
         self._backend = memory.backend
+        self._corrected = corrected
         self._arrays = [(memory.hyper, memory.rates, memory.counters)]
         self._tables: dict[int, tuple[UpdateRule, RateTable]] = {}
 
@@ -67,7 +71,8 @@ class Clocks:
             rates = allocate(rows * RATE_COLUMNS, "float64").reshape(rows, RATE_COLUMNS)
             self._arrays.append((allocate(HYPER, "float64"), rates, allocate(COUNTERS, "int64")))
         if index not in self._tables or self._tables[index][0] != rule:
-            self._tables[index] = rule, RateTable(self._backend, rule, *self._arrays[index])
+            counted = rule if self._corrected else replace(rule, kind="sgd")
+            self._tables[index] = rule, RateTable(self._backend, counted, *self._arrays[index])
         return self._tables[index][1]
 
 
@@ -87,6 +92,8 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> 
                     if short in one.decays
                 ),
             }
+            if "norm" in last.operands:
+                operands["norm"] = arrays["norm"]
         else:
             operands = resolve({**last.operands, **_with_rules(last.operands, one)}, arrays.__getitem__)
         clock = {"hyper": one.table.hyper, "rates": one.table.rates, "counters": one.table.counters, "rule": one.rule}
