@@ -269,3 +269,14 @@ def test_lr_find_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_lr_find_refuses(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("lr-find", *arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_a_flag_shows_no_value_in_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*([command] if command else []), "--help") == 0
+    assert not re.search("bool", capsys.readouterr().out, re.IGNORECASE)
+
+
+def test_a_flag_takes_no_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", "--quiet", "true", "--out", tmp_path / "run") == 2
+    assert "unexpected extra argument" in capsys.readouterr().err

@@ -16,12 +16,36 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
 from fusemlp.cli import options
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
+# A flag takes no value: without this, --help shows the word <bool> after it.
+NO_VALUE = ""
+
+
+class _FlagHelp:
+    """Show ``--help`` itself as a flag."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = NO_VALUE
+        return option
+
+
+class Command(_FlagHelp, TyperCommand):
+    """A command of ``fusemlp``."""
+
+
+class Group(_FlagHelp, TyperGroup):
+    """The program ``fusemlp``."""
+
+
 app = typer.Typer(
+    cls=Group,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,7 +67,10 @@ COMMANDS = {
     "doctor": options.DoctorOptions,
 }
 # The word for a value in --help; typer knows one for numbers.
-METAVARS = {str: "NAME", str | None: "NAME", Path: "FILE", Path | None: "FILE"}
+METAVARS = {
+    **{str: "NAME", str | None: "NAME", Path: "FILE", Path | None: "FILE"},
+    **{bool: NO_VALUE, bool | None: NO_VALUE},
+}
 
 
 def show_version(wanted: bool) -> None:
@@ -55,7 +82,10 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def about(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, metavar=NO_VALUE, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Multi-layer perceptrons, trained by fused kernels. To begin: [bold]fusemlp train digits[/bold]"""
@@ -92,7 +122,7 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
 
 
 for _name, _options in COMMANDS.items():
-    app.command(_name.replace("_", "-"), help=inspect.getdoc(_options))(_command(_name, _options))
+    app.command(_name.replace("_", "-"), cls=Command, help=inspect.getdoc(_options))(_command(_name, _options))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
