@@ -14,7 +14,16 @@ from fusemlp._version import __version__
 install()
 
 if TYPE_CHECKING:
-    from fusemlp.callbacks import Callback, CSVLogger, EarlyStopping, ModelCheckpoint, ProgressBar, TensorBoard
+    from fusemlp.callbacks import (
+        Callback,
+        CSVLogger,
+        EarlyStopping,
+        MLflow,
+        ModelCheckpoint,
+        ProgressBar,
+        TensorBoard,
+        WandB,
+    )
     from fusemlp.datasets.load import load_data
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import MLP, Activation, LeakyReLU, PReLU
@@ -71,6 +80,7 @@ __all__ = [
     "LeakyReLU",
     "LearningRateSweep",
     "Loss",
+    "MLflow",
     "MissingLibraryError",
     "ModelCheckpoint",
     "OneCycle",
@@ -85,6 +95,7 @@ __all__ = [
     "ShapeError",
     "StepDecay",
     "TensorBoard",
+    "WandB",
     "__version__",
     "load",
     "load_checkpoint",
@@ -103,7 +114,7 @@ _NAMES = {
     "fusemlp.describe.network": "Activation LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
     "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
-    "fusemlp.callbacks": "CSVLogger Callback EarlyStopping ModelCheckpoint ProgressBar TensorBoard",
+    "fusemlp.callbacks": "CSVLogger Callback EarlyStopping MLflow ModelCheckpoint ProgressBar TensorBoard WandB",
     "fusemlp.training.history": "History",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -28,7 +28,10 @@ from fusemlp_kernels.errors import (
     ShapeError,
 )
 
-COMMANDS = ("train", "sweep", "evaluate", "predict", "export", "plot", "plan", "lr-find", "doctor")
+COMMANDS = (
+    *("train", "sweep", "evaluate", "report", "predict", "export", "plot", "runs", "plan", "lr-find", "doctor"),
+    "completion",
+)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +44,7 @@ def test_help_names_every_command(flag: str, capsys: pytest.CaptureFixture[str])
     assert run(flag) == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)
-    assert "completion" not in shown
+    assert "--install-completion" not in shown
 
 
 @pytest.mark.parametrize("command", COMMANDS)

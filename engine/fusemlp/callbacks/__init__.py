@@ -1,7 +1,7 @@
 """Callbacks: objects that ``fit`` calls at its stages, in the library's form or in Keras's, and some ready-made ones.
 
 ``EarlyStopping``, ``ModelCheckpoint``, ``CSVLogger`` and ``TensorBoard`` take Keras's arguments with Keras's meanings.
-``ProgressBar`` shows the progress of a training.
+``ProgressBar`` shows the progress of a training. ``MLflow`` and ``WandB`` record it with a tracker.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from fusemlp.callbacks.interrupt import deferred_interrupt
 from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
 from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint
 from fusemlp.callbacks.progress import ProgressBar
+from fusemlp.callbacks.trackers import MLflow, WandB
 
 __all__ = [
     "CSVLogger",
     "Callback",
     "EarlyStopping",
+    "MLflow",
     "ModelCheckpoint",
     "ProgressBar",
     "TensorBoard",
+    "WandB",
     "announce",
     "checked_callbacks",
     "deferred_interrupt",
