@@ -77,7 +77,7 @@ def test_every_layout_needs_less_room_than_the_one_before() -> None:
 def test_losses_come_first_and_the_rate_last() -> None:
     expected = ["loss", "val_loss", "val_auc", "val_accuracy", "accuracy", "learning_rate"]
     assert by_importance(LOGS) == expected
-    # What a callback wrote into the logs stands beside the scores of training rows.
+    # A figure that a callback wrote into the logs stands beside the scores of training rows.
     assert by_importance({"mine": 1.0, **LOGS}) == [*expected[:4], "mine", *expected[4:]]
 
 

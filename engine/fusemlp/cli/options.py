@@ -443,7 +443,7 @@ class PlanOptions(StepOptions):
     sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
     loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.", values=LOSSES)
     optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.", values=OPTIMIZERS)
-    backend: str = _machine("auto", f"{one_of(BACKENDS[1:])}; it need not work on this machine.", values=BACKENDS)
+    backend: str = _machine("auto", f"{one_of(BACKENDS)}; it need not work on this machine.", values=BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True)

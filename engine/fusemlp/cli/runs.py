@@ -165,7 +165,7 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     rate = config["optimizer"]["lr"]
     found["lr"] = rate["lr"] if isinstance(rate, Mapping) else rate
     found["hidden"] = list(config["network"]["sizes"][1:-1])
-    found |= {"loss": config["loss"]["kind"], "epochs": config["epochs"]}
+    found |= {"loss": config["loss"]["kind"], "epochs": config["epochs"], "models": found["models"] or 1}
     return found | {name: config[name] for name in ("backend", "precision", "plan")}
 
 
