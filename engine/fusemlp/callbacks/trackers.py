@@ -311,7 +311,7 @@ class WandB(Tracker):
     def _start(self) -> Any:
         import wandb
 
-        again = {} if self._given_id is None else {"id": self._given_id, "resume": "allow"}
+        again: dict[str, Any] = {} if self._given_id is None else {"id": self._given_id, "resume": "allow"}
         run = wandb.init(project=self.project, name=self.run_name, **again)
         run.define_metric("epoch", hidden=True)
         run.define_metric("*", step_metric="epoch")

