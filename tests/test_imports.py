@@ -48,16 +48,18 @@ OWNERS = {
     "cupy": ("fusemlp_kernels.cupy",),
     "cupyx": ("fusemlp_kernels.cupy",),
     "llvmlite": ("fusemlp_kernels.numpy.compiled",),
+    "mlflow": ("fusemlp.callbacks",),
     "numba": ("fusemlp_kernels.numpy.compiled",),
     "onnx": ("fusemlp.report.onnx",),
     "tensorboard": ("fusemlp.callbacks",),
     "torch": ("fusemlp_kernels.triton", "fusemlp.torch"),
     "triton": ("fusemlp_kernels.triton",),
+    "wandb": ("fusemlp.callbacks",),
 }
 
 HEAVY = (
     *("torch", "triton", "cupy", "numba", "scipy", "sklearn", "typer", "rich", "matplotlib", "onnx", "pandas"),
-    "tensorboard",
+    *("tensorboard", "mlflow", "wandb"),
 )
 IMPORT_LIMIT = 0.060  # seconds above `import numpy`
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         CSVLogger,
         EarlyStopping,
         LearningRateScheduler,
+        MLflow,
         ModelCheckpoint,
         ProgressBar,
         ReduceLROnPlateau,
         TensorBoard,
+        WandB,
     )
     from fusemlp.datasets.load import load_data
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
@@ -83,6 +85,7 @@ __all__ = [
     "LearningRateScheduler",
     "LearningRateSweep",
     "Loss",
+    "MLflow",
     "MissingLibraryError",
     "ModelCheckpoint",
     "OneCycle",
@@ -98,6 +101,7 @@ __all__ = [
     "ShapeError",
     "StepDecay",
     "TensorBoard",
+    "WandB",
     "__version__",
     "load",
     "load_checkpoint",
@@ -117,8 +121,8 @@ _NAMES = {
     "fusemlp.describe.network": "Activation LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
     "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
-    "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler ModelCheckpoint ProgressBar "
-    "ReduceLROnPlateau TensorBoard",
+    "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
+    "ReduceLROnPlateau TensorBoard WandB",
     "fusemlp.training.history": "History",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -28,7 +28,10 @@ from fusemlp_kernels.errors import (
     ShapeError,
 )
 
-COMMANDS = ("train", "sweep", "evaluate", "predict", "export", "plot", "plan", "lr-find", "doctor")
+COMMANDS = (
+    *("train", "sweep", "evaluate", "report", "predict", "export", "plot", "runs", "plan", "lr-find", "doctor"),
+    "completion",
+)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +44,7 @@ def test_help_names_every_command(flag: str, capsys: pytest.CaptureFixture[str])
     assert run(flag) == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)
-    assert "completion" not in shown
+    assert "--install-completion" not in shown
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -269,3 +272,14 @@ def test_lr_find_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_lr_find_refuses(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("lr-find", *arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_a_flag_shows_no_value_in_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*([command] if command else []), "--help") == 0
+    assert not re.search("bool", capsys.readouterr().out, re.IGNORECASE)
+
+
+def test_a_flag_takes_no_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", "--quiet", "true", "--out", tmp_path / "run") == 2
+    assert "unexpected extra argument" in capsys.readouterr().err

@@ -242,7 +242,7 @@ def test_the_test_set_that_comes_with_the_data(tmp_path: Path, capsys: pytest.Ca
     arrays |= {"y_train": np.arange(50) % 3, "y_test": np.array([0, 1, 2, 0, 1, 2, 0])}
     np.savez(tmp_path / "data.npz", **arrays)
     folder = trained(tmp_path / "run", tmp_path / "data.npz", "--epochs", "1", "--json")
-    assert json.loads(capsys.readouterr().out)["test"]["rows"] == 7
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["test"]["rows"] == 7
     data = json.loads((folder / "config.json").read_text())["data"]
     assert (data["training_rows"], data["validation_rows"], data["test_rows"]) == (45, 5, 7)
 

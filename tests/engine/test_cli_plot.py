@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import run
@@ -30,7 +31,11 @@ def test_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == f"plot {tmp_path / 'both.png'}\n"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert run("plot", one, "--out", tmp_path / "one.svg", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"runs": [str(one)], "plot": str(tmp_path / "one.svg")}
+    assert json.loads(capsys.readouterr().out) == {
+        "runs": [str(one)],
+        "plot": str(tmp_path / "one.svg"),
+        "same": {},
+    }
     assert b"<svg" in (tmp_path / "one.svg").read_bytes()
 
 
@@ -48,6 +53,56 @@ def test_the_picture_says_which_run_is_which(tmp_path: Path) -> None:
     assert loss.get_lines()[0].get_color() == loss.get_lines()[1].get_color() != loss.get_lines()[2].get_color()
     assert len(accuracy.get_lines()) == 1
     assert loss.get_ylabel() == "loss (mse)"
+
+
+def test_runs_that_repeat_another_are_visible_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [made(tmp_path / name, CLASSES) for name in ("first", "second", "third")]
+    assert run("plot", *folders, folders[0], "--out", tmp_path / "all.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole = [str(folder) for folder in folders]
+    assert lines[:-1] == [
+        f"{name} has the same curves as {whole[0]}" for name in (whole[1], whole[2], f"{whole[0]} (2)")
+    ]
+
+
+def filled(lines: list[Any]) -> list[tuple[float, float]]:
+    """Return where along the line each of its curves is first drawn, in line widths."""
+    dashes = [line._unscaled_dash_pattern for line in lines]
+    return [(start := -offset % (on + off), start + on) for offset, (on, off) in dashes]
+
+
+def test_same_curves_share_a_line_without_gaps() -> None:
+    history = {"loss": [3.0, 1.0, 0.5], "val_loss": [2.0, 1.5, 1.2]}
+    nearly = {"loss": [3.0, 1.0, 0.5001], "val_loss": [2.0, 1.5, 1.2001]}
+    other = {"loss": [3.0, 2.0, 1.5], "val_loss": [2.0, 1.9, 1.7]}
+    runs = [plots.Curves(name, one, "mse") for name, one in zip("abcd", (history, other, history, nearly), strict=True)]
+    assert plots.repeats(runs) == {"c": "a"}
+    figure = plots.comparison_figure(runs, title="four")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][:4] == ["a", "b", "c: same curves as a", "d"]
+    lines = figure.axes[0].get_lines()
+    training, validation = lines[::2], lines[1::2]
+    for part, (dash, gap) in ((training, plots.DASHES["training"]), (validation, plots.DASHES["validation"])):
+        together = [part[0], part[2], part[3]]
+        each = dash + gap
+        assert filled(together) == [(place * each, place * each + dash) for place in range(3)]
+        assert all(sum(line._unscaled_dash_pattern[1]) == 3 * each for line in together)
+    # The run that differs keeps its whole lines.
+    assert [training[1].get_linestyle(), validation[1].get_linestyle()] == ["--", "-"]
+
+
+def test_a_shorter_run_lies_over_the_one_that_goes_on() -> None:
+    short, long = {"loss": [3.0, 1.0]}, {"loss": [3.0, 1.0, 0.5]}
+    runs = [plots.Curves("short", short, "mse"), plots.Curves("long", long, "mse")]
+    assert plots.repeats(runs) == {}
+    first, second = plots.comparison_figure(runs, title="two").axes[0].get_lines()
+    assert first.get_zorder() > second.get_zorder()
+
+
+def test_no_two_of_many_runs_look_alike() -> None:
+    runs = [plots.Curves(str(number), {"loss": [1.0 + number, 1.0, 0.0]}, "mse") for number in range(20)]
+    lines = plots.comparison_figure(runs, title="many").axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
 
 
 def test_losses_of_different_kinds_are_named_with_the_runs() -> None:

@@ -142,7 +142,7 @@ def test_the_mean_over_seeds_decides() -> None:
 def test_seeds_of_each_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--vary", "lr=0.001:0.1:log:30", "--sample", "2", "--epochs", "2", "--quiet"]
     assert run("sweep", "wine", *options, "--seeds", "3", "--seed", "7", "--json", "--out", tmp_path / "a") == 0
-    best = json.loads(capsys.readouterr().out)["best"]
+    best = json.loads(capsys.readouterr().out.splitlines()[-1])["best"]
     table = rows(tmp_path / "a/results.csv")
     assert len({row["lr"] for row in table}) == 2
     assert [sorted(row["seed"] for row in table[at : at + 3]) for at in (0, 3)] == [["7", "8", "9"]] * 2
@@ -181,7 +181,7 @@ def test_seeds_alone_are_told_their_mean(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--vary", "seed=0:6", "--epochs", "3", "--quiet", "--json"]
     assert run("sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a") == 0
-    best = json.loads(capsys.readouterr().out)["best"]
+    best = json.loads(capsys.readouterr().out.splitlines()[-1])["best"]
     table = rows(tmp_path / "a/results.csv")
     # numbers stay numbers in JSON, and models are in the order of the seeds
     assert best["parameters"] == {"seed": best["model"]}
@@ -191,7 +191,7 @@ def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         min((r for r in table if r["val_accuracy"] == most), key=lambda r: r["val_loss"])["model"]
     )
     assert run("sweep", "wine", *options, "--validation-fraction", "0", "--out", tmp_path / "b") == 0
-    assert json.loads(capsys.readouterr().out)["metric"] == "loss"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metric"] == "loss"
 
 
 def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Callbacks: objects that ``fit`` calls at its stages, in the library's form or in Keras's, and some ready-made ones.
 
 ``EarlyStopping``, ``ModelCheckpoint``, ``ReduceLROnPlateau``, ``LearningRateScheduler``, ``CSVLogger`` and
-``TensorBoard`` take Keras's arguments with Keras's meanings.
-``ProgressBar`` shows the progress of a training.
+``TensorBoard`` take Keras's arguments with Keras's meanings. ``ProgressBar`` shows the progress of a training.
+``MLflow`` and ``WandB`` record it with a tracker.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
 from fusemlp.callbacks.monitors import EarlyStopping, ModelCheckpoint, ReduceLROnPlateau
 from fusemlp.callbacks.progress import ProgressBar
 from fusemlp.callbacks.scheduler import LearningRateScheduler
+from fusemlp.callbacks.trackers import MLflow, WandB
 
 __all__ = [
     "CSVLogger",
     "Callback",
     "EarlyStopping",
     "LearningRateScheduler",
+    "MLflow",
     "ModelCheckpoint",
     "ProgressBar",
     "ReduceLROnPlateau",
     "TensorBoard",
+    "WandB",
     "announce",
     "checked_callbacks",
     "deferred_interrupt",

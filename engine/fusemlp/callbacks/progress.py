@@ -1,24 +1,58 @@
 """Show the progress of a training on stderr: a bar on a terminal, one line an epoch elsewhere.
 
-The bar is drawn at the end of an epoch, at most ten times a second and without a thread, so its cost is negligible.
+The bar is drawn at the end of an epoch, at most ten times a second and without a thread, so its cost is negligible. A
+narrow terminal gets short names, then fewer parts: nothing is cut in the middle.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching, first_epoch
 from fusemlp.describe.checks import check_flag
 
 REDRAW = 0.1  # seconds
-BAR = 16  # characters
+BARS = (16, 8, 0)  # characters, the first that fits
+SHORT = {"learning_rate": "lr", "accuracy": "acc", "balanced_accuracy": "bal_acc"}
 
 
-def figures(logs: dict[str, float]) -> str:
-    """Return an epoch's figures as ``loss 0.1234  accuracy 0.9612  ...``."""
-    return "  ".join(f"{'lr' if name == 'learning_rate' else name} {value:.4g}" for name, value in logs.items())
+def figures(logs: Mapping[str, float], *, short: bool = False) -> str:
+    """Return an epoch's figures as ``loss 0.1234  accuracy 0.9612  ...``; ``short``: with short names."""
+    return "  ".join(f"{_name(name, short)} {value:.4g}" for name, value in logs.items())
+
+
+def _name(name: str, short: bool) -> str:
+    part = "val_" if short and name.startswith("val_") else ""
+    word = name.removeprefix(part)
+    return part + SHORT.get(word, word) if short or name == "learning_rate" else name
+
+
+def by_importance(logs: Mapping[str, float]) -> list[str]:
+    """Return the names of the logs: the losses, scores of validation rows (those that were asked for first), others."""
+    ranks = {"loss": 0, "val_loss": 1, "val_accuracy": 3, "learning_rate": 5}
+    return sorted(logs, key=lambda name: ranks.get(name, 2 if name.startswith("val_") else 4))
+
+
+def layouts(count: int) -> list[tuple[int, bool, bool, int]]:
+    """Return the layouts of a line with ``count`` figures, from the widest: bar, remaining time, short names, figures.
+
+    A narrow line has short names first, then a small bar, and then does without: the last figures down to three, the
+    bar, the remaining time, the other figures.
+    """
+    wide, small, none = BARS
+    least = min(count, 3)
+    return [
+        (wide, True, False, count),
+        (wide, True, True, count),
+        (small, True, True, count),
+        *((small, True, True, kept) for kept in range(count - 1, least - 1, -1)),
+        (none, True, True, least),
+        *((none, False, True, kept) for kept in range(least, -1, -1)),
+    ]
 
 
 class ProgressBar(Watching):
@@ -26,9 +60,10 @@ class ProgressBar(Watching):
 
     def __init__(self, *, lines: bool = False) -> None:
         self.lines = check_flag("lines", lines)
-        self._epochs = self._first = self._room = 0
+        self._epochs = self._first = self._layout = self._width = 0
         self._began = self._drawn = 0.0
         self._bar: Any = None
+        self._columns: tuple[Any, ...] = ()
         self._latest: tuple[int, dict[str, float]] | None = None
 
     def set_params(self, params: dict[str, Any]) -> None:
@@ -39,7 +74,9 @@ class ProgressBar(Watching):
         """Draw the bar."""
         self._first = first_epoch(self.model)
         self._began, self._drawn = time.perf_counter(), 0.0
-        if sys.stderr.isatty() and not self.lines:
+        # A dumb terminal cannot draw over a line.
+        dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+        if sys.stderr.isatty() and not dumb and not self.lines:
             self._open_bar(self.model.epochs_trained - self._first)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
@@ -65,20 +102,43 @@ class ProgressBar(Watching):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        counter = TextColumn("epoch {task.completed:.0f}/{task.total:.0f}")
-        columns = (counter, BarColumn(BAR), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-        console = Console(stderr=True)
-        # Four columns with a blank between them, the third 7 wide. The figures get the rest, so no column is truncated.
-        self._room = max(0, console.width - len(f"epoch {self._epochs}/{self._epochs}") - BAR - 7 - 4)
-        self._bar = Progress(*columns, console=console, auto_refresh=False)
+        self._columns = (
+            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(BARS[0]),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+        )
+        self._bar = Progress(console=Console(stderr=True), auto_refresh=False)
         self._bar.add_task("", total=self._epochs, completed=done, figures="")
+        self._layout = 0
+        self._arrange({})
         self._bar.start()
 
     def _draw(self) -> None:
         if self._latest is not None:
             done, logs = self._latest
-            # the end of the bar may be cut off
-            first = [name for name in logs if name == "loss" or name.startswith("val_")]
-            text = figures({name: logs[name] for name in dict.fromkeys([*first, *logs])})[: self._room]
-            self._bar.update(self._bar.task_ids[0], completed=done, figures=text, refresh=True)
+            self._bar.update(self._bar.task_ids[0], completed=done, figures=self._arrange(logs), refresh=True)
             self._latest = None
+
+    def _arrange(self, logs: Mapping[str, float]) -> str:
+        """Use the widest layout that fits, and return its figures.
+
+        A line that became narrower stays so, or it would flicker with the digits, unless the terminal is resized.
+        """
+        width, names = self._bar.console.width, by_importance(logs)
+        if width != self._width:
+            self._width, self._layout = width, 0
+        counter, bar, remaining, latest = self._columns
+        fixed = len(f"epoch {self._epochs}/{self._epochs}"), max(8, len(remaining.render(self._bar.tasks[0]).plain))
+        known = layouts(len(names))
+        for at, (size, timed, short, kept) in enumerate(known):
+            text = figures({name: logs[name] for name in names[:kept]}, short=short)
+            parts = [fixed[0], size, fixed[1] if timed else 0, len(text)]
+            # A blank between two parts.
+            if at >= self._layout and sum(parts) + sum(map(bool, parts)) - 1 <= width:
+                break
+        self._layout = at if logs else 0
+        bar.bar_width = size
+        shown = zip((counter, bar, remaining, latest), (True, size, timed, text), strict=True)
+        self._bar.columns = tuple(column for column, wanted in shown if wanted)
+        return text

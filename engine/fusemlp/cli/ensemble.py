@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +46,18 @@ def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: i
 
 
 def train_ensemble(
-    prepared: Prepared, options: TrainOptions, epochs: int, scheduled: int, watched: Mapping[str, Any]
+    prepared: Prepared,
+    options: TrainOptions,
+    epochs: int,
+    scheduled: int,
+    watched: Mapping[str, Any],
+    told: Callable[[Member], None],
 ) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None]:
     """Train all models; return the merged engine with the mean history, a record a model, and how it ended.
 
     The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``. The third is True after Ctrl-C, which keeps the models as they are then. A model that diverged is left
-    out; the error is returned if all did.
+    ``--metric``; ``told`` is called with each model that has ended. The third is True after Ctrl-C, which keeps the
+    models as they are then. A model that diverged is left out; the error is returned if all did.
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
@@ -64,6 +69,7 @@ def train_ensemble(
     def ended(member: Member) -> None:
         if not options.quiet:
             print(f"model {member.index + 1} of {prepared.models}: {_told(member)}", file=sys.stderr)
+        told(member)
 
     patience = options.early_stopping or None
     try:

@@ -13,13 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemlp.datasets.load import NAMES
+from fusemlp.callbacks.trackers import TRACKERS
+from fusemlp.cli.choices import Choices, among, names_or_files, run_folders
+from fusemlp.datasets.load import NAMES, TASKS
+from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
+from fusemlp.report.runs import WEIGHTS
 from fusemlp_kernels.contract import ACTIVATIONS
 
 
@@ -30,14 +34,29 @@ def one_of(names: Iterable[str], word: str = "or") -> str:
 
 
 def field_of(
-    panel: str, default: Any, help: str, metavar: str | None = None, names: tuple[str, ...] | None = ()
+    panel: str,
+    default: Any,
+    help: str,
+    metavar: str | None = None,
+    names: tuple[str, ...] | None = (),
+    values: Iterable[str] | Choices = (),
 ) -> Any:
     """Return the field of an option.
 
-    ``metavar`` replaces the usual word for its type, ``names`` the field's name; an argument has None.
+    ``metavar`` replaces the usual word for its type, ``names`` the field's name; an argument has None. A shell
+    completes ``values``.
     """
-    return field(default=default, metadata={"panel": panel, "help": help, "metavar": metavar, "names": names})
+    choices = values if callable(values) else among(values)
+    about = {"panel": panel, "help": help, "metavar": metavar, "names": names, "choices": choices}
+    return field(default=default, metadata=about)
 
+
+BACKENDS = ("auto", "triton", "cupy", "numpy")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
+PLANS = ("auto", "eager", "graph", "resident")
+SHELLS = ("bash", "zsh", "fish", "powershell")
+# The quantities of each epoch, by which a training may be judged.
+MONITORS = ("val_loss", "val_accuracy", *METRICS, "loss", "accuracy")
 
 # The panels of --help, in their order.
 PANELS = (
@@ -71,7 +90,7 @@ class ForceOption:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    backend: str = _machine("auto", "auto, triton, cupy or numpy; fusemlp doctor says which work here.")
+    backend: str = _machine("auto", f"{one_of(BACKENDS)}; fusemlp doctor says which work here.", values=BACKENDS)
     device: str | None = _machine(None, "Which card, such as cuda:1.")
 
 
@@ -79,14 +98,18 @@ class MachineOptions:
 class StepOptions:
     """The options of a training step, as ``plan`` prints it."""
 
-    activation: str = _network("relu", f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.")
+    activation: str = _network(
+        "relu", f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.", values=ACTIVATIONS
+    )
     slope: float | None = _network(None, "Slope of leaky_relu (0.01 unless given); where prelu's starts (0.25).")
-    output_activation: str = _network("identity", "Of the output layer; the cross-entropies and poisson need identity.")
+    output_activation: str = _network(
+        "identity", "Of the output layer; the cross-entropies and poisson need identity.", values=ACTIVATIONS
+    )
     dropout: str = _network(
         "0", "Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).", "RATE"
     )
     batch_size: int = _training(32, "Rows a step.")
-    precision: str = _machine("fp32", "fp32, tf32, bf16, fp16 or fp64.")
+    precision: str = _machine("fp32", f"{one_of(PRECISIONS)}.", values=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +142,12 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
         ".zip), .parquet, .feather or .xlsx with --target, or a folder of IDX files.",
         "DATA",
         None,
+        names_or_files(NAMES),
     )
 
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
-        None, "classification or regression. The default: words and few distinct whole numbers are classes."
+        None, f"{one_of(TASKS)}. The default: words and few distinct whole numbers are classes.", values=TASKS
     )
     drop: list[str] | None = _data(None, "A column of a table to leave out; the option once for each.", "COLUMN")
     keep: list[str] | None = _data(
@@ -150,6 +174,7 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
         "Features, by statistics of the training rows: robust (median 0, interquartile range 1, far values smoothly "
         "clipped), quantile (normal scores), standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a "
         "regression likewise, for the first two by standard.",
+        values=SCALES,
     )
     log_target: bool | None = _data(
         None,
@@ -165,12 +190,13 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
         "given: one layer of 128.",
         "WIDTHS",
     )
-    init: str = _network("auto", f"Initial weights: {one_of(INITS)}; auto chooses by activation.")
+    init: str = _network("auto", f"Initial weights: {one_of(INITS)}; auto chooses by activation.", values=INITS)
 
     loss: str | None = _loss(
         None,
         f"{one_of(LOSSES)}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
         "classes; mse, mae and huber train classes as one-hot rows.",
+        values=LOSSES,
     )
     label_smoothing: float | None = _loss(None, "For cross_entropy: weight of the uniform distribution in the target.")
     class_weight: str | None = _loss(
@@ -178,11 +204,12 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
         "balanced (inversely to how often each class occurs in the training rows), or a number for each class: "
         "1,2.5,1.",
         "WEIGHTS",
+        values=("balanced",),
     )
     delta: float | None = _loss(None, "For huber: errors above this count linearly (1).")
     quantile: float | None = _loss(None, "For the loss quantile: the quantile to learn (0.5).")
 
-    optimizer: str = _optimizer("adam", f"{one_of(OPTIMIZERS)}.")
+    optimizer: str = _optimizer("adam", f"{one_of(OPTIMIZERS)}.", values=OPTIMIZERS)
     lr: float | None = _optimizer(None, "Learning rate; 0.01 for sgd, 0.001 for adam and adamw unless given.")
     momentum: float | None = _optimizer(None, "For sgd, 0 or more and less than 1 (0).")
     nesterov: bool = _optimizer(False, "For sgd: Nesterov's momentum.")
@@ -195,14 +222,14 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
     seed: int = _training(0, "Seed of the split, the initial weights, dropout and row order.")
-    plan: str = _machine("auto", "auto, eager, graph or resident.")
+    plan: str = _machine("auto", f"{one_of(PLANS)}.", values=PLANS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(ModelOptions):
     """The further options of ``train`` and ``sweep``: the schedule, the training and its output."""
 
-    schedule: str = _rate("constant", f"{one_of(SCHEDULES)}.")
+    schedule: str = _rate("constant", f"{one_of(SCHEDULES)}.", values=SCHEDULES)
     lr_step: float | None = _rate(None, "For step: epochs between two reductions.")
     lr_gamma: float | None = _rate(
         None, "Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1)."
@@ -227,11 +254,24 @@ class FitOptions(ModelOptions):
         "Score of each epoch by which training stops early, lowers the rate on a plateau and keeps the best weights, "
         f"and a sweep ranks: val_loss (default), val_accuracy, or of the validation rows {one_of(METRICS)}; loss or "
         "accuracy of the training rows.",
+        values=MONITORS,
     )
     drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
 
     out: str | None = _output(None, "The run folder, new or empty; runs/DATA-DATE-TIME unless given.", "DIR")
-    quiet: bool = _output(False, "Show no progress.", names=("--quiet", "-q"))
+    quiet: bool = _output(False, "Show no progress; with --json only the last line.", names=("--quiet", "-q"))
+    as_json: bool = _output(
+        False,
+        "Print JSON lines: an object at the start, for each epoch or model, and at the end.",
+        names=("--json",),
+    )
+    track: str | None = _output(
+        None,
+        f"Record the run, of a sweep each model, with {one_of(TRACKERS)}; their own variables, such as "
+        "MLFLOW_TRACKING_URI or WANDB_MODE, say where.",
+        "TRACKER",
+        values=TRACKERS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +288,7 @@ class TrainOptions(FitOptions):
         "Continue the run in this folder from its last checkpoint, exactly as if it had never stopped; --epochs may be "
         "raised.",
         "RUN",
+        values=run_folders,
     )
     models: int | None = _training(
         None,
@@ -259,6 +300,7 @@ class TrainOptions(FitOptions):
         False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )
     checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
+    track_model: bool = _output(False, "With --track: also store the run folder there, with model and report.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,9 +356,11 @@ class FindOptions(ModelOptions, ForceOption):
 class RunOptions(JsonOption):
     """The options of the commands that use the model of a run."""
 
-    run: Path = _option(MISSING, "A run folder from train.", "RUN", None)
+    run: Path = _option(MISSING, "A run folder from train.", "RUN", None, run_folders)
     weights: str = _option(
-        "model", "The run's weights: model (end of training), best (best epoch by --metric) or last (last checkpoint)."
+        "model",
+        "The run's weights: model (end of training), best (best epoch by --metric) or last (last checkpoint).",
+        values=WEIGHTS,
     )
 
 
@@ -333,7 +377,12 @@ class ApplyOptions(RunOptions, MachineOptions, TableOptions):
 class EvaluateOptions(ApplyOptions):
     """Score the model of a run on its test rows, or on other labelled data."""
 
-    data: str | None = _option(None, "Labelled data by name or path; the run's own test rows unless given.", "DATA")
+    data: str | None = _option(
+        None,
+        "Labelled data by name or path; the run's own test rows unless given.",
+        "DATA",
+        values=names_or_files(NAMES),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +429,7 @@ class ExportOptions(RunOptions, ForceOption):
 class PlotOptions(JsonOption, ForceOption):
     """Draw the curves of several runs into one picture, to compare them."""
 
-    runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None)
+    runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None, run_folders)
     out: Path = _option(Path("comparison.png"), "File for the picture: .png, .svg or .pdf.")
 
 
@@ -392,11 +441,42 @@ class PlanOptions(StepOptions):
     """
 
     sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
-    loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.")
-    optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.")
-    backend: str = _machine("auto", "triton, cupy or numpy; it need not work on this machine.")
+    loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.", values=LOSSES)
+    optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.", values=OPTIMIZERS)
+    backend: str = _machine("auto", f"{one_of(BACKENDS)}; it need not work on this machine.", values=BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(JsonOption):
     """Say which backends work here, and for each that does not, why and how to get it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions(JsonOption):
+    """List the run folders in FOLDER, best score first: score, date, and the options in which they differ.
+
+    Runs of one data set stand together. The score is the one that the trainings were judged by (--metric), of the best
+    epoch, where they share it; else the first test score.
+    """
+
+    folder: Path = _option(Path("runs"), "A folder of run folders, or one of them; runs unless given.", "FOLDER", None)
+    sort: str | None = _option(
+        None,
+        "Score to sort by: a test score such as test_accuracy, or a quantity of the epochs such as val_loss.",
+        "SCORE",
+        values=(*MONITORS[:2], "test_accuracy", *(f"test_{name}" for name in METRICS), "test_loss"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOptions:
+    """Print the script by which SHELL completes commands, options, data sets and run folders.
+
+    bash: fusemlp completion bash >> ~/.bashrc
+
+    zsh: fusemlp completion zsh >> ~/.zshrc, after compinit
+
+    fish: fusemlp completion fish > ~/.config/fish/completions/fusemlp.fish
+    """
+
+    shell: str = _option(MISSING, f"{one_of(SHELLS)}.", "SHELL", None, SHELLS)

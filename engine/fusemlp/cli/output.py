@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError
@@ -19,9 +20,21 @@ def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, war
     These go to stderr too, unless a terminal shows both.
     """
     warned = [f"warning: {warning}" for warning in warnings]
-    print(json.dumps(finite(content)) if as_json else "\n".join([*lines, *warned]), flush=True)
+    if as_json:
+        print_json(content, sys.stdout)
+    else:
+        print(*lines, *warned, sep="\n", flush=True)
     if warned and (as_json or not sys.stdout.isatty()):
         print(*warned, sep="\n", file=sys.stderr)
+
+
+def print_json(content: Mapping[str, Any], stream: TextIO) -> None:
+    """Print ``content`` as a line; the program goes on if nothing reads the lines any more."""
+    try:
+        print(json.dumps(finite(content)), file=stream, flush=True)
+    except BrokenPipeError:
+        # The flush at the end of the process would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def finite(content: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fusemlp.cli.options import PlotOptions
 from fusemlp.cli.output import check_output, show, write_output
-from fusemlp.report.plots import FORMATS, HINT, Curves, can_plot, comparison_figure, picture
+from fusemlp.report.plots import FORMATS, HINT, Curves, can_plot, comparison_figure, picture, repeats
 from fusemlp.report.runs import open_run, read_metrics
 from fusemlp_kernels.errors import CheckpointError, MissingLibraryError
 
@@ -22,13 +22,22 @@ def plot(options: PlotOptions) -> None:
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figure = comparison_figure(runs, title=title)
     write_output("out", out, picture(figure, out.suffix.lower().removeprefix(".")))
-    show({"runs": [str(path) for path in paths], "plot": str(out)}, [f"plot {out}"], as_json=options.as_json)
+    same = repeats(runs)
+    lines = [*(f"{name} has the same curves as {first}" for name, first in same.items()), f"plot {out}"]
+    content = {"runs": [str(path) for path in paths], "plot": str(out), "same": same}
+    show(content, lines, as_json=options.as_json)
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """Return labels for the runs: the names of their folders, or whole paths if names repeat."""
-    short = [path.resolve().name for path in paths]
-    return short if len(set(short)) == len(short) else [str(path) for path in paths]
+    """Return labels for the runs: the names of their folders, or whole paths if names repeat.
+
+    A folder that is given twice has a number at its second label.
+    """
+    labels = [path.resolve().name for path in paths]
+    if len(set(labels)) < len(labels):
+        labels = [str(path) for path in paths]
+    before = [labels[:place].count(label) for place, label in enumerate(labels)]
+    return [f"{label} ({count + 1})" if count else label for label, count in zip(labels, before, strict=True)]
 
 
 def _curves(path: Path, name: str) -> Curves:

@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import columns, defaults, grid, recipe
+from fusemlp.cli import columns, defaults, grid, recipe, tracking
+from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import finite, show
@@ -67,6 +68,13 @@ class Plan:
 
 def sweep(options: SweepOptions) -> None:
     """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
+    with events(as_json=options.as_json, quiet=options.quiet) as told:
+        content, lines = worked(options, told)
+    show(content, lines, as_json=options.as_json, warnings=content["worse_than"])
+
+
+def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[str]]:
+    """Return the results of a whole sweep, and lines on the best model."""
     started = datetime.now()
     if options.data is None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}")
@@ -76,9 +84,10 @@ def sweep(options: SweepOptions) -> None:
     run = create_run(folder)
     if not options.quiet:
         print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
+    told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described(plan))
     began = time.perf_counter()
     try:
-        members, interrupted = trained(plan, run)
+        members, interrupted = trained(plan, run, told)
     except BaseException:
         # Remove the empty folder, so that the same command works again.
         discard_if_empty(run, itself=not was_there)
@@ -110,11 +119,19 @@ def sweep(options: SweepOptions) -> None:
         "seconds": seconds,
         "best": chosen.sound[0].index,
     }
-    keep(plan, run, chosen, about, started, no_plot=bool(no_plot))
+    return keep(plan, run, chosen, about, started, no_plot=bool(no_plot))
 
 
-def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], started: datetime, *, no_plot: bool) -> None:
-    """Write the best model of the best combination as a run of ``train``, and print it."""
+def described(plan: Plan) -> dict[str, Any]:
+    """Return the options of a sweep and the values that vary, for the first line of ``--json``."""
+    vary = {axis.name: [grid.spelled(value) for value in axis.values] for axis in plan.axes}
+    return {"options": asdict(plan.options), "vary": vary, "metric": plan.metric, "data": plan.prepared.summary}
+
+
+def keep(
+    plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], started: datetime, *, no_plot: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Write the best model of the best combination as a run of ``train``; return its results, and lines on it."""
     best = chosen.sound[0]
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
     columns.write(plan.prepared, run)
@@ -125,6 +142,7 @@ def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], start
     report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
     parameters = plan.points[best.index]
     content: dict[str, Any] = {
+        "event": "end",
         **about,
         "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
         "train": config["command"],
@@ -159,7 +177,7 @@ def keep(plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], start
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
     ]
-    show(content, lines, as_json=plan.options.as_json, warnings=report["worse_than"])
+    return content, lines
 
 
 def planned(options: SweepOptions) -> Plan:
@@ -175,6 +193,7 @@ def planned(options: SweepOptions) -> Plan:
                 )
     options = defaults.filled_in(options)
     epochs = checked_epochs(options)
+    tracking.tracker(options, "sweep")
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)
     split_seed = options.seed if options.split_seed is None else options.split_seed
@@ -211,7 +230,7 @@ def planned(options: SweepOptions) -> Plan:
 
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     """Return the options of ``train`` for this model."""
-    changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False}
+    changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False, "track": None}
     if defaults.is_a_table(options):
         changes["models"] = 1
     for name, value in point.items():
@@ -260,7 +279,7 @@ def describe(plan: Plan) -> str:
     )
 
 
-def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
+def trained(plan: Plan, run: Run, told: Events) -> tuple[list[Member], bool]:
     """Return the finished models in the order of the points, and True if Ctrl-C came before the end."""
     options = plan.options
     members: dict[int, Member] = {}
@@ -271,6 +290,8 @@ def trained(plan: Plan, run: Run) -> tuple[list[Member], bool]:
             def ended(member: Member) -> None:
                 members[member.index] = member
                 update(members.values())
+                told.model(member, len(plan.points), plan.points[member.index])
+                tracking.record_model(options, run.path.name, member, plan.trained_by[member.index], plan.epochs)
                 seldom.do(lambda: write_results(plan, run, members.values()))
 
             plan.fleet.fit(

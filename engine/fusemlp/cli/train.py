@@ -14,7 +14,9 @@ from typing import Any
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import ProgressBar
-from fusemlp.cli import columns, defaults, ensemble, recipe
+from fusemlp.callbacks.trackers import Tracker
+from fusemlp.cli import columns, defaults, ensemble, recipe, tracking
+from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
 from fusemlp.cli.output import show
@@ -44,7 +46,8 @@ from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceErr
 
 DEFAULT_EPOCHS = 60
 # The options that --resume accepts; all others keep the values of the run.
-_FREE = frozenset({"resume", "epochs", "backend", "device", "checkpoint_every", "as_json", "quiet"})
+_FREE = frozenset({field.name for field in fields(TrainOptions) if not tracking.counts(field)} - {"out"})
+_FREE |= {"epochs", "backend", "device"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,31 +63,54 @@ class Session:
     models: list[dict[str, Any]] = field(default_factory=list)
     # the epochs that the schedule spans
     scheduled: int = 0
+    # open, with --track
+    tracker: Tracker | None = None
 
 
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
+    with events(as_json=options.as_json, quiet=options.quiet) as told:
+        content, lines, failure = trained(options, told)
+    show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
+    if failure is not None:
+        raise failure
+
+
+def trained(options: TrainOptions, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
+    """Return the results of a whole training, lines on them, and the error if it diverged."""
     session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
-    found = columns.stored(session.run)
+    with tracking.closing(session.tracker):
+        return worked(session, told)
+
+
+def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
+    """Return what ``trained`` does, of a session whose tracker is open."""
+    options, run = session.options, session.run
+    found = columns.stored(run)
     if not options.quiet:
-        print(*columns.lines(found, session.run), describe(session), sep="\n", file=sys.stderr)
+        print(*columns.lines(found, run), describe(session), sep="\n", file=sys.stderr)
+    config = json.loads(run.config.read_text(encoding="utf-8"))
+    told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, run=str(run.path), config=config)
     if session.prepared.models > 1:
         engine, models, interrupted, failure = ensemble.train_ensemble(
             session.prepared,
-            session.options,
+            options,
             session.epochs,
             session.scheduled,
-            watched(session.options, session.prepared),
+            watched(options, session.prepared),
+            lambda member: told.model(member, session.prepared.models, {"seed": options.seed + member.index}),
         )
         session = replace(session, engine=engine, models=models)
         for row in (engine.history or History()).rows():
-            append_metrics(session.run, row)
+            append_metrics(run, row)
+            told.epoch(row)
+            if session.tracker is not None:
+                session.tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
     else:
-        interrupted, failure = run_session(session)
-    run = session.run
+        interrupted, failure = run_session(session, told)
     final = refused = None
-    if session.options.final_fit and not interrupted and failure is None:
+    if options.final_fit and not interrupted and failure is None:
         try:
             final = final_fit(session)
             write_training_rows(run, session.prepared.hashes(every=True))
@@ -99,18 +125,21 @@ def train(options: TrainOptions) -> None:
         models=session.models,
         final=final,
     )
+    failure = failure or refused
+    tracked = None
+    if session.tracker is not None:
+        tracked = {"tracker": options.track, "run_id": session.tracker.run_id}
+        tracking.end(session.tracker, run, options, report, failure)
     plot = str(run.curves) if run.curves.exists() else None
     lines = [
         *outcome(report),
         f"run folder {run.path}",
         f"report {run.page}",
         f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
+        *([f"tracked by {options.track}: run {tracked['run_id']}"] if tracked else []),
     ]
     content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
-    show(content, lines, as_json=options.as_json, warnings=report.get("worse_than", ()))
-    failure = failure or refused
-    if failure is not None:
-        raise failure
+    return {"event": "end", **content, "tracked": tracked}, lines, failure
 
 
 def new_session(options: TrainOptions) -> Session:
@@ -121,15 +150,21 @@ def new_session(options: TrainOptions) -> Session:
     options = defaults.filled_in(options)
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, given.data or "", datetime.now())
+    tracker = tracking.tracker(options, folder.name)
     prepared = prepare(options)
     watched(options, prepared)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
-    run = create_run(folder)
-    command = shlex.join(["fusemlp", "train", *arguments(given)])
-    write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
-    columns.write(prepared, run)
-    return Session(run, options, prepared, engine, epochs, scheduled=epochs)
+    if tracker is not None:
+        tracker.open(tracking.parameters(options, engine, epochs))
+    with tracking.closing(tracker):
+        run = create_run(folder)
+        command = shlex.join(["fusemlp", "train", *arguments(given)])
+        write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
+        columns.write(prepared, run)
+        if tracker is not None:
+            tracking.note_id(run, options, tracker)
+    return Session(run, options, prepared, engine, epochs, scheduled=epochs, tracker=tracker)
 
 
 def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine:
@@ -189,6 +224,7 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
     for left_over in run.path.rglob(".*.tmp"):
         left_over.unlink(missing_ok=True)
     scheduled = checked_epochs(stored)
+    tracker = tracking.tracker(options, run.path.resolve().name, tracking.last_id(run, options))
     if last.exists() and prepared.models == 1:
         engine = load_checkpoint(last, backend=options.backend, device=options.device, network=prepared.network)
     else:
@@ -198,10 +234,13 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
         report = json.loads(run.report.read_text(encoding="utf-8"))
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
         _check_unfinished(report, done, epochs)
+    if tracker is not None:
+        tracker.open(tracking.parameters(options, engine, epochs))
+        tracking.note_id(run, options, tracker)
     keep_metrics(run, engine.epochs_trained)
     if epochs > config["epochs"]:
         write_json(run.config, config | {"epochs": epochs})
-    return Session(run, options, prepared, engine, epochs, scheduled=scheduled)
+    return Session(run, options, prepared, engine, epochs, scheduled=scheduled, tracker=tracker)
 
 
 def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
@@ -296,17 +335,19 @@ def describe_data(prepared: Prepared) -> str:
     return f"{notes}{about['name']}: {training}, {about['test_rows']} test rows; {inputs} inputs, {target}"
 
 
-def run_session(session: Session) -> tuple[bool, DivergenceError | None]:
+def run_session(session: Session, told: Events) -> tuple[bool, DivergenceError | None]:
     """Train to the end, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
     engine, options = session.engine, session.options
-    recorder = Recorder(session.run, every=options.checkpoint_every)
+    callbacks: list[Any] = [Recorder(session.run, every=options.checkpoint_every), told]
+    callbacks += [] if session.tracker is None else [session.tracker]
+    callbacks += [] if options.quiet else [ProgressBar()]
     try:
         engine.fit(
             **session.prepared.fit_data,
             **watched(options, session.prepared),
             epochs=session.epochs,
             early_stopping=options.early_stopping or None,
-            callbacks=[recorder] if options.quiet else [recorder, ProgressBar()],
+            callbacks=callbacks,
             drop_last=options.drop_last,
             resume=engine.fit_state is not None,
         )

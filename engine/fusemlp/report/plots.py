@@ -34,6 +34,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "training": {"linestyle": "--", "linewidth": 1.0},
     "validation": {"linestyle": "-", "linewidth": 1.6},
 }
+# The quantities of training and of validation are called loss and val_loss.
+PREFIXES = {"training": "", "validation": "val_"}
+# Markers of the first, the second, ... run of a colour.
+MARKERS = (None, "o", "s", "^", "D")
+# The length of a stripe of one colour and the gap after it, in line widths.
+DASHES = {"training": (4.0, 2.0), "validation": (5.0, 0.0)}
 # A loss that spans more than this factor is drawn on a logarithmic axis.
 LOG_SPAN = 50.0
 # The best of many scores matter; a few bad ones would compress them.
@@ -103,25 +109,79 @@ class Curves:
 
 
 def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
-    """Draw several trainings in one picture: a colour each, training dashed, validation solid."""
+    """Draw several trainings in one picture: a colour each, training dashed, validation solid.
+
+    Curves that look the same are one line of alternating colours, and the legend names the run whose curves another
+    repeats. From the eighth run on the colours repeat, with markers.
+    """
     from matplotlib.lines import Line2D
 
     losses = {run.loss for run in runs}
     loss = runs[0].loss if len(losses) == 1 else None
     figure, panels = _over_epochs([run.history for run in runs], loss, title, height=4.2 + 0.22 * len(runs))
-    handles = []
-    for number, run in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
-        for metric, axes in panels.items():
-            _line(axes, run.history.get(metric, ()), color=colour, **STYLES["training"])
-            _line(axes, run.history.get(f"val_{metric}", ()), color=colour, **STYLES["validation"])
-        name = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
-        handles.append(Line2D([], [], color=colour, linewidth=1.6, label=name))
+    quantities = [(axes, metric, part) for metric, axes in panels.items() for part in STYLES]
+    curves = [[run.history.get(f"{PREFIXES[part]}{metric}", ()) for run in runs] for _, metric, part in quantities]
+    places = [_alike(one) for one in curves]
+    looks: list[dict[str, Any]] = []
+    for number in range(len(runs)):
+        turn, colour = divmod(number, len(COLOURS))
+        looks.append({"color": COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)], "markersize": 4.0})
+        for (axes, _, part), values, alike in zip(quantities, curves, places, strict=True):
+            (place, count), curve = alike[number], values[number]
+            style = STYLES[part] | ({"linestyle": _stripes(part, place, count)} if count > 1 else {})
+            # A shorter curve lies over a longer one that begins alike.
+            _line(axes, curve, first=place, zorder=2 + 1 / (1 + len(curve)), **looks[number], **style)
+    same, handles = repeats(runs), []
+    for run, look in zip(runs, looks, strict=True):
+        label = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
+        label += f": same curves as {same[run.name]}" if run.name in same else ""
+        handles.append(Line2D([], [], linewidth=1.6, label=label, **look))
     for part, style in STYLES.items():
         if part == "training" or any("val_loss" in run.history for run in runs):
             handles.append(Line2D([], [], color=GREY, label=part, **style))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(panels), frameon=False)
     return figure
+
+
+def repeats(runs: Sequence[Curves]) -> dict[str, str]:
+    """Return, for each run whose history an earlier run has too, the name of the first such run."""
+    first: dict[str, str] = {}
+    for number, run in enumerate(runs):
+        for other in runs[:number]:
+            if other.loss == run.loss and other.history == run.history:
+                first[run.name] = first.get(other.name, other.name)
+                break
+    return first
+
+
+def _alike(curves: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """Return, for each curve, its place among those that look the same, and their number."""
+    groups: list[list[int]] = []
+    for number, curve in enumerate(curves):
+        group = next((one for one in groups if _look_the_same(curves[one[0]], curve)), None)
+        if group is None:
+            groups.append([number])
+        else:
+            group.append(number)
+    places = {number: (place, len(group)) for group in groups for place, number in enumerate(group)}
+    return [places[number] for number in range(len(curves))]
+
+
+def _look_the_same(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two curves differ by less than a line's width, half a percent of their height."""
+    if len(one) != len(other) or not one:
+        return False
+    first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    finite = first[np.isfinite(first)]
+    height = float(np.ptp(finite)) if len(finite) else 0.0
+    return bool(np.allclose(first, second, rtol=1e-3, atol=0.005 * height, equal_nan=True))
+
+
+def _stripes(part: str, place: int, count: int) -> tuple[float, tuple[float, float]]:
+    """Return the dashes of one of ``count`` curves that fill one line in turn, in line widths."""
+    dash, gap = DASHES[part]
+    each = dash + gap
+    return -place * each, (dash, gap + (count - 1) * each)
 
 
 def _over_epochs(
@@ -149,10 +209,17 @@ def _over_epochs(
     return figure, panels
 
 
-def _line(axes: Axes, values: Sequence[float], **style: Any) -> None:
-    """Draw a quantity over the epochs from 1 on."""
+def _line(axes: Axes, values: Sequence[float], *, marker: str | None = None, first: int = 0, **style: Any) -> None:
+    """Draw a quantity over the epochs from 1 on; a marker stands at about ten of them, from ``first`` on.
+
+    A curve of one or two epochs has one at each.
+    """
     if values:
-        axes.plot(np.arange(1, len(values) + 1), values, marker="o" if len(values) < 3 else None, **style)
+        every = max(1, len(values) // 10)
+        few = "o" if len(values) < 3 else None
+        axes.plot(
+            np.arange(1, len(values) + 1), values, marker=marker or few, markevery=(first % every, every), **style
+        )
 
 
 def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> Figure:

@@ -1,7 +1,8 @@
 """Write and read a run folder.
 
 ``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json``, ``report.html``, ``curves.png``;
-``training_rows.npy`` (a hash of each training row) and, of a table, ``columns.csv`` (what each column became).
+``training_rows.npy`` (a hash of each training row), of a table ``columns.csv`` (what each column became), and of a run
+with ``--track`` its id there in ``tracking.json``.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class Run:
     @property
     def training_rows(self) -> Path:
         return self.path / "training_rows.npy"
+
+    @property
+    def tracking(self) -> Path:
+        return self.path / "tracking.json"
 
     def checkpoint(self, name: str) -> Path:
         """Return the path of one of ``WEIGHTS``; the file need not exist."""

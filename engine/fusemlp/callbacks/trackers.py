@@ -1,0 +1,382 @@
+"""Callbacks that record a training with an experiment tracker: ``MLflow`` and ``WandB`` (Weights & Biases).
+
+Each works as a callback of ``fit``, or is driven by hand: ``open``, ``log``, ``summary``, ``upload``, ``close``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusemlp.callbacks.forms import Watching
+from fusemlp.describe.checks import check_flag
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, FusemlpError, MissingLibraryError
+
+FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
+# Seconds between two writes to MLflow, each of which takes some milliseconds; and the most entries that one may have.
+WRITE, MOST_METRICS, MOST_PARAMS = 1.0, 1000, 100
+# MLflow refuses a longer value of a parameter.
+LONGEST_PARAM = 500
+
+log = logging.getLogger("fusemlp.callbacks")
+
+
+class Tracker(Watching):
+    """The base of the trackers.
+
+    A training has one run: its parameters are the configuration and ``params``, its metrics the logs of each epoch, and
+    the step is the epoch, from 1. ``log_model`` adds the final model as the artifact model.safetensors, which
+    ``fusemlp.load`` reads. A run that is open already is used, and left open. Else a run is opened, by ``run_name``, or
+    the one with ``run_id`` is continued, and closed as finished, interrupted (Ctrl-C) or failed. The attribute
+    ``run_id`` is the id of the last run.
+
+    A tracker that fails during a training gets one warning, and the training goes on without it.
+    """
+
+    library = extra = title = ""
+
+    def __init__(
+        self,
+        run_name: str | None = None,
+        *,
+        run_id: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        log_model: bool = False,
+    ) -> None:
+        self.run_name = _name("run_name", run_name)
+        self.run_id = _name("run_id", run_id)
+        if not isinstance(params, Mapping | None):
+            raise ArgumentTypeError(f"params: expected a dictionary of names and values, got {params!r}")
+        self.params = dict(params or {})
+        self.log_model = check_flag("log_model", log_model)
+        self._given_id = self.run_id
+        self._run: Any = None
+        self._joined = self._ours = self._silent = False
+        self._ended = ""
+        self._epochs: int | None = None
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        """Receive the number of epochs of the fit."""
+        self._epochs = params["epochs"]
+
+    def check_logs(self, names: Sequence[str]) -> None:
+        if importlib.util.find_spec(self.library) is None:
+            raise MissingLibraryError(
+                f"{type(self).__name__}: it needs the library {self.library}: pip install 'fusemlp[{self.extra}]'"
+            )
+        named = {**self._place(), "run_name": self.run_name, "run_id": self._given_id}
+        argument = next((name for name, value in named.items() if value is not None), None)
+        if self._run is None and argument is not None and self._active() is not None:
+            raise ArgumentError(
+                f"{argument}: a run of {self.title} is open already, and is used; end it first, or give no {argument}"
+            )
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Open a run unless there is one, and log the configuration."""
+        self._ours, self._ended = self._run is None, ""
+        params = {**configured(self.model, self._epochs), **self.params}
+        if self._ours:
+            self.open(params)
+        else:
+            self._try(self._log_params, flat(params))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Log the metrics."""
+        self.log({name: float(value) for name, value in logs.items()}, epoch + 1)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Note how the training ended."""
+        stopped = "" if self.model.history is None else self.model.history.stopped
+        self._ended = INTERRUPTED if stopped.startswith("interrupted") else FINISHED
+
+    def on_exit(self) -> None:
+        """Log the model, and close the run if ``fit`` opened it."""
+        if self._run is None or not self._ours:
+            return
+        reason = "" if self.model.history is None else self.model.history.stopped
+        if not self._ended:
+            error = sys.exception()
+            self._ended = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+            reason = reason or str(error or "")
+        if self.log_model and self._ended != FAILED:
+            self._try(self._log_model)
+        self.close(self._ended, reason)
+
+    def open(self, params: Mapping[str, Any]) -> None:
+        """Open the run, or join the open one, and log ``params``; FusemlpError if the tracker fails."""
+        self._silent = False
+        try:
+            self._run = self._active()
+            self._joined = self._run is not None
+            if not self._joined:
+                self._run = self._start()
+            self.run_id = self._id()
+            self._log_params(flat(params))
+        except Exception as error:
+            if self._run is not None and not self._joined:
+                self._try(self._end, FAILED)
+            self._run = None
+            raise FusemlpError(f"{type(self).__name__}: no run can be opened: {_one_line(error)}") from error
+
+    def log(self, figures: Mapping[str, float], epoch: int) -> None:
+        """Log the metrics of an epoch."""
+        self._try(self._log_metrics, figures, epoch)
+
+    def summary(self, figures: Mapping[str, float]) -> None:
+        """Log figures of the whole training, such as test scores."""
+        self._try(self._log_summary, figures)
+
+    def upload(self, path: Path) -> None:
+        """Store a file, or the content of a folder, as an artifact of the run."""
+        self._try(self._upload, path)
+
+    def close(self, status: str, reason: str = "") -> None:
+        """Mark the run as finished, interrupted or failed, and end it unless it was open before."""
+        if self._run is None:
+            return
+        self._try(self._mark, status, reason or status)
+        if not self._joined:
+            self._try(self._end, status)
+        self._run = None
+
+    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
+        if self._run is None or self._silent:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._silent = action != self._end
+            log.warning(
+                "%s: the training goes on unrecorded, since %s failed: %s", type(self).__name__, self.title, error
+            )
+
+    def _log_model(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.safetensors")
+            self.model.save(path)
+            self._upload(path)
+
+    def _place(self) -> dict[str, str | None]:
+        """Return the argument that says where runs belong, and its value."""
+        raise NotImplementedError
+
+    def _active(self) -> Any:
+        """Return the open run, or None."""
+        raise NotImplementedError
+
+    def _start(self) -> Any:
+        raise NotImplementedError
+
+    def _id(self) -> str:
+        raise NotImplementedError
+
+    def _log_params(self, params: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _log_metrics(self, figures: Mapping[str, float], epoch: int) -> None:
+        raise NotImplementedError
+
+    def _log_summary(self, figures: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def _upload(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def _mark(self, status: str, reason: str) -> None:
+        raise NotImplementedError
+
+    def _end(self, status: str) -> None:
+        raise NotImplementedError
+
+
+class MLflow(Tracker):
+    """Record a training with MLflow; needs the extra ``mlflow``.
+
+    The run is in ``experiment``, which is made if it is new. The server is the one of MLflow's own settings:
+    ``mlflow.set_tracking_uri`` or MLFLOW_TRACKING_URI. An interrupted run has the status KILLED, a failed one FAILED;
+    the tags ``fusemlp.status`` and ``fusemlp.stopped`` say why.
+    """
+
+    library, extra, title = "mlflow", "mlflow", "MLflow"
+
+    def __init__(self, experiment: str | None = None, run_name: str | None = None, **options: Any) -> None:
+        super().__init__(run_name, **options)
+        self.experiment = _name("experiment", experiment)
+        self._rows: list[tuple[str, float, int, int]] = []
+        self._written = 0.0
+
+    def _place(self) -> dict[str, str | None]:
+        return {"experiment": self.experiment}
+
+    def _active(self) -> Any:
+        return importlib.import_module("mlflow").active_run()
+
+    @property
+    def _client(self) -> Any:
+        return importlib.import_module("mlflow").MlflowClient()
+
+    def _start(self) -> Any:
+        import mlflow
+
+        self._rows.clear()
+        if self._given_id is not None:
+            return mlflow.start_run(run_id=self._given_id)
+        place = None
+        if self.experiment is not None:
+            found = mlflow.get_experiment_by_name(self.experiment)
+            place = mlflow.create_experiment(self.experiment) if found is None else found.experiment_id
+        return mlflow.start_run(experiment_id=place, run_name=self.run_name)
+
+    def _id(self) -> str:
+        return str(self._run.info.run_id)
+
+    def _log_params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self.run_id).data.params
+        texts = {name: _short(value) for name, value in params.items()}
+        new = [Param(name, text) for name, text in texts.items() if name not in known]
+        for first in range(0, len(new), MOST_PARAMS):
+            self._client.log_batch(self.run_id, params=new[first : first + MOST_PARAMS])
+        changed = [name for name, text in texts.items() if known.get(name, text) != text]
+        if changed:
+            log.warning("MLflow keeps the first value of a parameter; this training changed %s", ", ".join(changed))
+
+    def _log_metrics(self, figures: Mapping[str, float], epoch: int) -> None:
+        now = time.time()
+        self._rows += [(name, value, int(1000 * now), epoch) for name, value in figures.items()]
+        if now - self._written >= WRITE or now < self._written:
+            self._write()
+
+    def _write(self) -> None:
+        from mlflow.entities import Metric
+
+        rows, self._rows = self._rows, []
+        for first in range(0, len(rows), MOST_METRICS):
+            self._client.log_batch(self.run_id, metrics=[Metric(*row) for row in rows[first : first + MOST_METRICS]])
+        self._written = time.time()
+
+    def _log_summary(self, figures: Mapping[str, float]) -> None:
+        self._rows += [(name, value, int(1000 * time.time()), 0) for name, value in figures.items()]
+        self._write()
+
+    def _upload(self, path: Path) -> None:
+        store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        store(self.run_id, str(path))
+
+    def _mark(self, status: str, reason: str) -> None:
+        self._write()
+        self._client.set_tag(self.run_id, "fusemlp.status", status)
+        self._client.set_tag(self.run_id, "fusemlp.stopped", reason)
+
+    def _end(self, status: str) -> None:
+        import mlflow
+
+        self._write()
+        mlflow.end_run({FINISHED: "FINISHED", INTERRUPTED: "KILLED", FAILED: "FAILED"}[status])
+
+    def close(self, status: str, reason: str = "") -> None:
+        """Mark the run as finished, interrupted or failed, and end it unless it was open before."""
+        self._try(self._write)
+        super().close(status, reason)
+
+
+class WandB(Tracker):
+    """Record a training with Weights & Biases; needs the extra ``wandb``.
+
+    The run is in ``project``. Everything else is as the variables of wandb say: WANDB_ENTITY, WANDB_MODE=offline. An
+    interrupted run has the exit code 130, a failed one 1; ``status`` and ``stopped`` of its summary say why.
+    """
+
+    library, extra, title = "wandb", "wandb", "Weights & Biases"
+
+    def __init__(self, project: str | None = None, run_name: str | None = None, **options: Any) -> None:
+        super().__init__(run_name, **options)
+        self.project = _name("project", project)
+
+    def _place(self) -> dict[str, str | None]:
+        return {"project": self.project}
+
+    def _active(self) -> Any:
+        return importlib.import_module("wandb").run
+
+    def _start(self) -> Any:
+        import wandb
+
+        again: dict[str, Any] = {} if self._given_id is None else {"id": self._given_id, "resume": "allow"}
+        run = wandb.init(project=self.project, name=self.run_name, **again)
+        run.define_metric("epoch", hidden=True)
+        run.define_metric("*", step_metric="epoch")
+        return run
+
+    def _id(self) -> str:
+        return str(self._run.id)
+
+    def _log_params(self, params: Mapping[str, Any]) -> None:
+        self._run.config.update(dict(params), allow_val_change=True)
+
+    def _log_metrics(self, figures: Mapping[str, float], epoch: int) -> None:
+        # A step of its own would clash with the steps of what the user logs into the same run.
+        self._run.log({**figures, "epoch": epoch})
+
+    def _log_summary(self, figures: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(figures))
+
+    def _upload(self, path: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{'run' if path.is_dir() else 'model'}-{self.run_id}", type="model")
+        add = artifact.add_dir if path.is_dir() else artifact.add_file
+        add(os.fspath(path))
+        self._run.log_artifact(artifact)
+
+    def _mark(self, status: str, reason: str) -> None:
+        self._run.summary.update({"status": status, "stopped": reason})
+
+    def _end(self, status: str) -> None:
+        self._run.finish(exit_code={FINISHED: 0, INTERRUPTED: 130, FAILED: 1}[status])
+
+
+TRACKERS: dict[str, type[MLflow] | type[WandB]] = {"mlflow": MLflow, "wandb": WandB}
+
+
+def configured(engine: Any, epochs: int | None) -> dict[str, Any]:
+    """Return the configuration of an engine that trains for ``epochs`` epochs."""
+    descriptions = {name: getattr(engine, name).to_config() for name in ("network", "loss", "optimizer")}
+    rest = ("batch_size", "seed", "backend", "device", "precision", "plan")
+    count = {"parameters": engine.network.parameter_count}
+    return {**descriptions, **{name: getattr(engine, name) for name in rest}, "epochs": epochs, **count}
+
+
+def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested parameters with names such as ``optimizer.lr``, without those that are None."""
+    found: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _name(argument: str, given: Any) -> str | None:
+    if given is not None and (not isinstance(given, str) or not given.strip()):
+        raise ArgumentTypeError(f"{argument}: expected a name, got {given!r}")
+    return given
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_PARAM else f"{text[: LONGEST_PARAM - 3]}..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,164 @@
+"""``fusemlp runs``: run folders with their scores, and what differs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import read, rows, run
+
+from fusemlp.cli import runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two data sets, one of them a sweep, and folders of other kinds."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in {
+        "slow": ["iris", "--epochs", "3"],
+        "fast": ["iris", "--epochs", "6", "--lr", "0.05", "--hidden", "16,8"],
+        "numbers": ["diabetes", "--epochs", "2", "--models", "1"],
+        "other": ["diabetes", "--epochs", "2", "--models", "1", "--loss", "mae", "--metric", "r2"],
+    }.items():
+        assert run("train", *options, "--quiet", "--out", folder / name) == 0
+    sweep = ["--vary", "lr=0.001,0.002", "--epochs", "3", "--quiet", "--out", folder / "swept"]
+    assert run("sweep", "iris", *sweep) == 0
+    shutil.copytree(folder / "slow", folder / "cut off")
+    (folder / "cut off/report.json").unlink()
+    for name, content in {"broken": "{", "strange": '{"format": 1}', "newer": '{"format": 99}', "list": "[]"}.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(content)
+    shutil.copytree(folder / "slow", folder / "torn")
+    (folder / "torn/metrics.csv").write_text("epoch,loss\n1,much\n")
+    (folder / "pictures").mkdir()
+    (folder / ".hidden").mkdir()
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def listed(folder: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run("runs", folder, "--json", *options) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_runs_by_data_set_and_score(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = listed(trained, capsys=capsys)["runs"]
+    assert {one["data"] for one in found} == {"iris", "diabetes"}
+    flowers = {Path(one["run"]).name: one for one in found if one["data"] == "iris"}
+    assert flowers.keys() == {"slow", "fast", "swept", "cut off"}
+    scores = [one["score"] for one in flowers.values()]
+    assert scores == sorted(scores)
+    for name, one in flowers.items():
+        table = rows(trained / name / "metrics.csv")
+        assert one["sorted_by"] == "val_loss"
+        assert one["score"] == min(float(row["val_loss"]) for row in table)
+        assert one["started"] == read(trained / name / "config.json")["started"]
+    assert flowers["fast"]["scores"]["test_accuracy"] == read(trained / "fast/report.json")["test"]["accuracy"]
+    statuses = {name: one["status"] for name, one in flowers.items()}
+    assert statuses == {"slow": "trained", "fast": "trained", "swept": "best of 2", "cut off": "unfinished"}
+
+
+def test_only_what_differs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    differs = {Path(one["run"]).name: one["differs"] for one in listed(trained, capsys=capsys)["runs"]}
+    assert differs["slow"] == {"hidden": [128], "lr": 0.001, "epochs": 3}
+    assert differs["fast"] == {"hidden": [16, 8], "lr": 0.05, "epochs": 6}
+    assert differs["numbers"] == {"loss": "mse", "metric": None}
+    assert differs["other"] == {"loss": "mae", "metric": "r2"}
+
+
+def test_losses_of_different_kinds_are_not_compared(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [one for one in listed(trained, capsys=capsys)["runs"] if one["data"] == "diabetes"]
+    assert {one["sorted_by"] for one in found} == {"test_rmse"}
+    assert found[0]["score"] <= found[1]["score"]
+
+
+def test_what_is_no_run_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = {Path(one["path"]).name: one["reason"] for one in listed(trained, capsys=capsys)["left_out"]}
+    words = {
+        "broken": "config.json: cannot be read",
+        "strange": "its files are not those of a run (KeyError: 'options')",
+        "newer": "expected a configuration of format 1, found 99",
+        "list": "expected a configuration of format 1, found 'list'",
+        "torn": "its files are not those of a run (ValueError",
+        "pictures": "no run folder, it has no config.json",
+    }
+    assert reasons.keys() == words.keys()
+    assert all(words[name] in reason for name, reason in reasons.items())
+
+
+def test_the_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("runs", trained) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("iris: 4 runs, by val_loss, the least first")
+    assert lines[at + 1].split() == ["run", "val_loss", "test_accuracy", "started", "epochs", "status", "hidden", "lr"]
+    fast = next(line for line in lines[at:] if line.startswith("fast"))
+    assert fast.split()[-3:] == ["trained", "16,8", "0.05"]
+    cut_off = next(line for line in lines if line.startswith("cut off"))
+    assert cut_off.split()[3] == "-"
+    assert sum(line.startswith("left out: ") for line in lines) == 6
+
+
+def test_another_score(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [one for one in listed(trained, "--sort", "test_accuracy", capsys=capsys)["runs"] if one["data"] == "iris"]
+    scores = [one["score"] for one in found]
+    # An unfinished run has no test score, and is last.
+    assert scores[-1] is None
+    assert scores[:-1] == sorted(scores[:-1], reverse=True)
+    assert run("runs", trained, "--sort", "accurracy") == 2
+    assert "--sort: no run has 'accurracy'; expected accuracy, loss, test_accuracy" in capsys.readouterr().err
+
+
+def test_a_run_folder_itself(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = listed(trained / "slow", capsys=capsys)
+    assert [Path(one["run"]).name for one in found["runs"]] == ["slow"]
+    assert found["runs"][0]["differs"] == {}
+
+
+def test_a_folder_without_runs_and_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("runs", tmp_path) == 0
+    assert capsys.readouterr().out == f"no run in {tmp_path}\n"
+    monkeypatch.chdir(tmp_path)
+    assert run("runs") == 2
+    assert (
+        "there is no folder 'runs'; give one with run folders in it, or make the first run" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("width", [30, 50, 60, 80, 100])
+def test_a_narrow_terminal_leaves_columns_out_and_says_so(
+    width: int, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("runs", trained) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("iris: 4 runs, by val_loss, the least first")
+    table = lines[at + 1 : at + 6]
+    assert max(map(len, table)) <= width
+    header, note = table[0].split(), lines[at + 6]
+    assert header[:2] == ["run", "val_loss"]
+    every = {"run", "val_loss", "test_accuracy", "started", "epochs", "status", "hidden", "lr"}
+    left_out = note.removeprefix("no room for ").removesuffix(": --json shows all").split(", ") if note else []
+    assert {*header, *left_out} == every
+    # The options in which runs differ stay longer than date and status.
+    assert "hidden" not in left_out or {"started", "status"} <= set(left_out)
+
+
+def test_runs_of_an_earlier_release_have_the_defaults_of_newer_options(trained: Path, tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        shutil.copytree(trained / "slow", tmp_path / name)
+    config = read(tmp_path / "old/config.json")
+    for option in ("track", "final_fit", "split_seed", "drop_last"):
+        del config["options"][option]
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    found, skipped = runs.read_all(tmp_path)
+    assert skipped == []
+    assert runs.differences(found) == []

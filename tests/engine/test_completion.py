@@ -1,0 +1,112 @@
+"""``fusemlp completion``: the scripts, and what they complete."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from commands import run
+
+from fusemlp.cli import app, choices, options
+from fusemlp.datasets.load import NAMES
+from fusemlp.describe.losses import LOSSES
+
+WORDS = {
+    "commands": ("tr", {"train"}),
+    "data sets": ("train ", set(NAMES)),
+    "data sets and files": ("train d", {"digits", "diabetes", "data.csv"}),
+    "options": ("train digits --weight-", {"--weight-decay"}),
+    "a flag's other name": ("train digits --no-h", {"--no-header"}),
+    "values": ("train digits --loss ", set(LOSSES)),
+    "one of several values": ("train digits --activation relu,si", {"relu,sigmoid", "relu,silu"}),
+    "trackers": ("train digits --track ", {"mlflow", "wandb"}),
+    "run folders": ("evaluate ", {"runs/iris-1", "runs/iris-2"}),
+    "several run folders": ("plot runs/iris-1 runs/iris-2", {"runs/iris-2"}),
+    "checkpoints": ("predict runs/iris-1 --weights ", {"model", "best", "last"}),
+    "shells": ("completion ", {"bash", "zsh", "fish", "powershell"}),
+    "nothing": ("train nowhere/", set()),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two runs and two files."""
+    for name in ("iris-1", "iris-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").touch()
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "data.csv").touch()
+    (tmp_path / ".data").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_what_is_completed(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed, expected = WORDS[case]
+    monkeypatch.setenv(app.COMPLETE_VARIABLE, "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"fusemlp {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" "))))
+    assert run() == 0
+    assert set(capsys.readouterr().out.split()) == expected
+
+
+def test_options_whose_help_lists_values_complete_them() -> None:
+    """The names in an option's help and those that a shell completes come from one list."""
+    for described in app.COMMANDS.values():
+        for field in fields(described):
+            for name in field.metadata["choices"](""):
+                if field.name not in ("run", "runs", "resume", "data", "output_activation", "sort"):
+                    assert name in field.metadata["help"], f"{described.__name__}.{field.name}: {name}"
+
+
+@pytest.mark.parametrize("shell", options.SHELLS)
+def test_a_script_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert app.COMPLETE_VARIABLE in script
+    assert f"complete_{shell}" in script
+
+
+def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("completion", "zhs") == 2
+    assert "did you mean 'zsh'" in capsys.readouterr().err
+
+
+# In each shell: complete "fusemlp train dig", and print what comes of it.
+IN_SHELLS = {
+    "bash": 'COMP_WORDS=(fusemlp train dig); COMP_CWORD=2; _fusemlp_completion fusemlp; echo "${COMPREPLY[*]}"',
+    "zsh": "_arguments() { print -r -- $* }; words=(fusemlp train dig); CURRENT=3; _fusemlp_completion",
+    "fish": 'complete -C "fusemlp train dig"',
+}
+
+
+@pytest.mark.parametrize("shell", IN_SHELLS)
+def test_a_shell_runs_its_script(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    # A compdef as after compinit, and the program by its name.
+    (tmp_path / "fusemlp").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fusemlp "$@"\n')
+    (tmp_path / "fusemlp").chmod(0o755)
+    before = {"zsh": "compdef() { }\n", "fish": f"set -x PATH {tmp_path} $PATH\n"}.get(shell, "")
+    path = {"fish": ""}.get(shell, f'PATH="{tmp_path}:$PATH"\n')
+    done = subprocess.run(
+        [program, "-c", f"{path}{before}{script}\n{IN_SHELLS[shell]}"], capture_output=True, text=True
+    )
+    assert "digits" in done.stdout, done.stderr
+
+
+def test_folders_that_cannot_be_read_complete_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert choices.run_folders("") == []
+    (tmp_path / "runs").touch()
+    assert choices.run_folders("") == []
