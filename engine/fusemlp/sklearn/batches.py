@@ -19,6 +19,7 @@ from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import Evaluation, Inference
+from fusemlp.runtime.memory import Memory
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp_kernels.contract import (
@@ -103,23 +104,27 @@ class HeldLoss:
         weight: Array | None,
         constants: Array | None,
     ) -> None:
-        engine, n = model.engine, len(data["x"])
+        self._engine, n = model.engine, len(data["x"])
         weights = np.ones(n) if weight is None else weight.astype(np.float64)
         self._scale, self._total = objective.factor / objective.reported_by, float(weights.sum())
         self._constant = 0.0 if constants is None else float(weights @ constants)
         if weight is not None:
             data = {**data, "weight": weight.astype(model.dtype)}
         given = model.on_device(data)
-        examples = Examples(given["x"], Targets(given["target"], False), given.get("weight"))
-        one_class = engine.loss.is_classification and data["target"].reshape(n, -1).shape[1] == 1
-        spec = replace(model.loop_loss, reduction="sum", accuracy=one_class and weight is None)
-        self._evaluation = Evaluation(Inference(engine.network, engine.memory), examples, spec, None, repeated=True)
-        self._memory = engine.memory
+        self._examples = Examples(given["x"], Targets(given["target"], False), given.get("weight"))
+        one_class = self._engine.loss.is_classification and data["target"].reshape(n, -1).shape[1] == 1
+        self._spec = replace(model.loop_loss, reduction="sum", accuracy=one_class and weight is None)
+        self._memory: Memory | None = None
 
     def __call__(self) -> tuple[float, float | None]:
         """Return the loss at the model's present parameters, and the accuracy or None."""
+        memory = self._engine.memory
+        if memory is not self._memory:
+            # a launch of several models has moved the parameters
+            inference, self._memory = Inference(self._engine.network, memory), memory
+            self._evaluation = Evaluation(inference, self._examples, self._spec, None, repeated=True)
         with np.errstate(all="ignore"):
-            found = self._evaluation.of(self._memory)
+            found = self._evaluation.of(memory)
             loss = np.float64(self._scale) * (found["loss"] + self._constant) / self._total
         return float(loss), found.get("accuracy")
 
