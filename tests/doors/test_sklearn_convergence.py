@@ -40,7 +40,7 @@ def test_a_fit_outside_a_search_warns_as_before():
 
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_a_search_counts(kind):
-    # two candidates on three folds, of which one never converges, and the best one on all rows
+    # two candidates on three folds, one of them never converging, and the best on all rows
     search = kind(MODEL, GRID, cv=3)
     (told,) = heard(lambda: search.fit(X, Y))
     unconverged = 3 + (search.best_params_["tol"] < 1.0)

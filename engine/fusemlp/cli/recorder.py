@@ -8,6 +8,7 @@ import os
 from fusemlp.callbacks import Callback
 from fusemlp.engine import Engine
 from fusemlp.report.runs import Run, append_metrics
+from fusemlp.runtime.files import replace_file
 
 
 class Recorder(Callback):
@@ -43,6 +44,6 @@ class Recorder(Callback):
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
                 os.link(last, temporary)
-                temporary.replace(best)
+                replace_file(temporary, best)
                 return
         engine.save_checkpoint(best)

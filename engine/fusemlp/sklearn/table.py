@@ -284,6 +284,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, labels)
             counted = weight != 0
+            if not counted.any():
+                raise DataError("sample_weight: expected at least one non-zero number, got zeros alone")
             table, labels, weight = table.filter(counted), labels[counted], weight[counted]
         target = "y"
         while target in table.column_names:
