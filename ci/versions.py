@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -172,8 +173,19 @@ def check_cell(uv: str, interpreter: str, versions: str, wheel: Path, folder: Pa
         run("fusemlp train digits", train, cwd=work, **settings)
         paths = [ROOT / test for test in tests]
         # Warnings of a dependency's other versions are no failures of this code.
-        options = ("-q", "-W", "default", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml")
-        printed = run("pytest", [python, "-m", "pytest", *options, *paths], cwd=work, **settings)
+        options = (
+            "-q",
+            "--disable-warnings",
+            "-W",
+            "default",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            ROOT,
+            "-c",
+            ROOT / "pyproject.toml",
+        )
+        printed = run("pytest", [python, "-B", "-m", "pytest", *options, *paths], cwd=work, **settings)
         result = ", ".join(LAST.findall(printed)[-1:]) or "passed"
     except Failed as failure:
         result = f"FAILED: {failure}"
@@ -218,6 +230,8 @@ def main() -> None:
     )
     parser.add_argument("--keep", metavar="FOLDER", help="keep the environments in this new folder")
     given = parser.parse_args()
+    # The tests send Ctrl-C, which a shell lets commands in the background ignore, and so their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="fusemlp-versions-") as name:
         folder = Path(name).resolve()
         if given.keep:

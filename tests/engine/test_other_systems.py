@@ -84,9 +84,10 @@ def test_the_command_that_makes_a_folder_is_that_of_the_system(windows, tmp_path
         CSVLogger(str(tmp_path / "no" / "log.csv")).check_logs(["loss"])
 
 
-def test_a_handler_outside_python_is_left_in_place(monkeypatch):
-    """A program that embeds Python may have set one, which Python returns as None and cannot put back."""
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+@pytest.mark.parametrize("handler", [None, signal.SIG_IGN], ids=["outside Python", "ignored"])
+def test_a_handler_that_is_not_pythons_is_left_in_place(handler, monkeypatch):
+    """A program that embeds Python may have set one; a shell lets commands in the background ignore Ctrl-C."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
     monkeypatch.setattr(signal, "signal", lambda *given: pytest.fail("the handler was replaced"))
     with deferred_interrupt() as interrupted:
         assert interrupted() is False

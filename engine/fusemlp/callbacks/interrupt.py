@@ -14,7 +14,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Record Ctrl-C instead of raising it, so that no update is cut in two; raise a second one at once.
 
     Yields a function that returns whether Ctrl-C came. Only the main thread gets signals; elsewhere it returns False,
-    as in a program that handles Ctrl-C outside Python.
+    as in a program that ignores Ctrl-C or handles it outside Python.
     """
     came = False
 
@@ -26,8 +26,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     previous = signal.getsignal(signal.SIGINT)
     try:
-        if threading.current_thread() is not threading.main_thread() or previous is None:
-            # None: a program that embeds Python has a handler of its own, which could not be put back
+        if threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
+            # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell
+            # has started this in the background, and Ctrl-C is for the command in the foreground.
             raise ValueError
         signal.signal(signal.SIGINT, handler)
     except ValueError:

@@ -231,6 +231,8 @@ class _Graph:
                 inputs = [self._expression(argument, known) for argument in arguments]
                 if name == "normal_cdf":
                     return self._normal_cdf(*inputs)
+                if name == "sigmoid" and self.real == np.float64:
+                    return self._exact_sigmoid(*inputs)
                 if name == "log1p":
                     return self.add("Log", self.add("Add", *inputs, self.constant(1.0)))
                 if name in FUNCTIONS:
@@ -245,6 +247,11 @@ class _Graph:
         else:
             erf = self.add("Erf", scaled)
         return self.add("Mul", self.add("Add", erf, self.constant(1.0)), self.constant(0.5))
+
+    def _exact_sigmoid(self, z: str) -> str:
+        """Append ``1 / (1 + exp(-z))``: onnxruntime makes ``z * Sigmoid(z)`` an operator that has no double."""
+        one = self.constant(1.0)
+        return self.add("Div", one, self.add("Add", one, self.add("Exp", self.add("Neg", z))))
 
     def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper
