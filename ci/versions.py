@@ -41,7 +41,6 @@ TESTS = (
     "tests/doors/test_sklearn_convergence.py",
     "tests/doors/test_sklearn_files.py",
     "tests/doors/test_sklearn_own_tests.py",
-    "tests/doors/test_sklearn_search.py",
     "tests/doors/test_sklearn_table.py",
     "tests/engine/test_callbacks.py",
     "tests/engine/test_cli_train.py",
@@ -171,21 +170,10 @@ def check_cell(uv: str, interpreter: str, versions: str, wheel: Path, folder: Pa
         found = installed(uv, python, work)
         train = [scripts(environment) / "fusemlp", "train", "digits", "--epochs", "3", "--out", "run"]
         run("fusemlp train digits", train, cwd=work, **settings)
-        paths = [ROOT / test for test in tests]
         # Warnings of a dependency's other versions are no failures of this code.
-        options = (
-            "-q",
-            "--disable-warnings",
-            "-W",
-            "default",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            ROOT,
-            "-c",
-            ROOT / "pyproject.toml",
-        )
-        printed = run("pytest", [python, "-B", "-m", "pytest", *options, *paths], cwd=work, **settings)
+        options = ["-q", "--disable-warnings", "-W", "default", "--durations=12", "-p", "no:cacheprovider"]
+        options += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *(str(ROOT / test) for test in tests)]
+        printed = run("pytest", [python, "-B", "-m", "pytest", *options], cwd=work, **settings)
         result = ", ".join(LAST.findall(printed)[-1:]) or "passed"
     except Failed as failure:
         result = f"FAILED: {failure}"
