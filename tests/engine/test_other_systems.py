@@ -14,6 +14,7 @@ import pytest
 import fusemlp
 from fusemlp import ArgumentError, CSVLogger
 from fusemlp.callbacks import deferred_interrupt
+from fusemlp.cli import output
 from fusemlp.cli.recorder import Recorder
 from fusemlp.describe import checks
 from fusemlp.report.runs import create_run
@@ -82,6 +83,13 @@ def test_the_command_that_makes_a_folder_is_that_of_the_system(windows, tmp_path
         engine.save(tmp_path / "no" / "model")
     with pytest.raises(ArgumentError, match=r"filename: .*make it first: mkdir [^-]"):
         CSVLogger(str(tmp_path / "no" / "log.csv")).check_logs(["loss"])
+
+
+def test_a_command_is_quoted_for_the_shell_of_the_system(monkeypatch):
+    words = ["fusemlp", "train", "my houses.csv"]
+    assert output.command_line(words) == "fusemlp train 'my houses.csv'"
+    monkeypatch.setattr(output, "WINDOWS", True)
+    assert output.command_line(words) == 'fusemlp train "my houses.csv"'
 
 
 @pytest.mark.parametrize("handler", [None, signal.SIG_IGN], ids=["outside Python", "ignored"])

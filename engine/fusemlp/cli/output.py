@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusemlp.describe.checks import WINDOWS
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError
 
@@ -22,6 +25,11 @@ def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, war
     print(json.dumps(finite(content)) if as_json else "\n".join([*lines, *warned]), flush=True)
     if warned and (as_json or not sys.stdout.isatty()):
         print(*warned, sep="\n", file=sys.stderr)
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return a command as this system's shell reads it."""
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 
 def finite(content: Any) -> Any:

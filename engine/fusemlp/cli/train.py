@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -17,7 +16,7 @@ from fusemlp.callbacks import ProgressBar
 from fusemlp.cli import columns, defaults, ensemble, recipe
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
-from fusemlp.cli.output import show
+from fusemlp.cli.output import command_line, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
@@ -126,7 +125,7 @@ def new_session(options: TrainOptions) -> Session:
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     run = create_run(folder)
-    command = shlex.join(["fusemlp", "train", *arguments(given)])
+    command = command_line(["fusemlp", "train", *arguments(given)])
     write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
     columns.write(prepared, run)
     return Session(run, options, prepared, engine, epochs, scheduled=epochs)
@@ -236,7 +235,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
     libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
     return {
         "format": FORMAT,
-        "command": shlex.join(["fusemlp", "train", *arguments(options)]),
+        "command": command_line(["fusemlp", "train", *arguments(options)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "options": asdict(options) | own_files(options),
         "data": {"source": source, **prepared.summary},
