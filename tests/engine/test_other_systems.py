@@ -14,7 +14,7 @@ import pytest
 import fusemlp
 from fusemlp import ArgumentError, CSVLogger
 from fusemlp.callbacks import deferred_interrupt
-from fusemlp.cli import output
+from fusemlp.cli import output, recorder
 from fusemlp.cli.recorder import Recorder
 from fusemlp.describe import checks
 from fusemlp.report.runs import create_run
@@ -75,6 +75,35 @@ def test_checkpoints_of_a_run_that_are_looked_at(windows, monkeypatch, tmp_path)
     engine.fit(X, y, epochs=2, validation_data=(X, y), callbacks=[Recorder(run, every=1)])
     assert len(windows) == 2
     assert fusemlp.load_checkpoint(run.checkpoint("best")).epochs_trained == 2
+
+
+def test_metrics_that_another_program_has_open_follow_later(monkeypatch, tmp_path):
+    run, rows, open_in_excel = create_run(tmp_path / "run"), [], [2, 3, 4]
+
+    def append(run, row):
+        if heard[-1] in open_in_excel:
+            raise PermissionError(13, "The process cannot access the file", "metrics.csv")
+        rows.append(row["epoch"])
+
+    class Listener(fusemlp.Callback):
+        def on_epoch_begin(self, engine, epoch):
+            heard.append(epoch)
+
+    heard: list[int] = []
+    monkeypatch.setattr(recorder, "append_metrics", append)
+    engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
+    X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
+    given = {"epochs": 7, "callbacks": [Listener(), Recorder(run, every=9)]}
+    with pytest.raises(PermissionError):
+        engine.fit(X, y, **given)
+    monkeypatch.setattr(recorder, "WINDOWS", True)
+    rows.clear()
+    heard.clear()
+    given["callbacks"] = [Listener(), Recorder(run, every=9)]
+    engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
+    with pytest.warns(UserWarning, match=r"metrics\.csv: another program has it open") as told:
+        engine.fit(X, y, **given)
+    assert rows == [1, 2, 3, 4, 5, 6, 7] and len(told) == 1
 
 
 def test_the_command_that_makes_a_folder_is_that_of_the_system(windows, tmp_path):
