@@ -154,7 +154,7 @@ def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Draw the pictures if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        say("no pictures: matplotlib is not installed (pip install 'fusemlp[plot]')")
+        say('no pictures: matplotlib is not installed (pip install "fusemlp[plot]")')
         return
     from bench.plots import pictures
 

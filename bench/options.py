@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         description="Time a training step of fusemlp and of other libraries, in turn, after a check that they\n"
         "compute the same. The tables go to stdout, progress to stderr, the figures with\n"
         "machine and versions to a file of JSON lines, pictures beside it. What is not installed is\n"
-        "listed with how to get it: pip install 'fusemlp[bench]' brings most.",
+        'listed with how to get it: pip install "fusemlp[bench]" brings most.',
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -123,7 +123,7 @@ def finish(
     else:
         print(f"{text}\n\n{caption(common)}")
     if draw is not None and importlib.util.find_spec("matplotlib") is None:
-        say("no picture: it needs matplotlib, pip install 'fusemlp[bench]'")
+        say('no picture: it needs matplotlib, pip install "fusemlp[bench]"')
     elif draw is not None:
         picture = path.with_suffix(".png")
         draw(lines).savefig(picture, dpi=150)

@@ -255,7 +255,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(
     monkeypatch.setitem(peers.PEERS, "torch_eager", peers.Peer("PyTorch eager", "no_such_package"))
     assert main(["--peer", "torch_eager"]) == 2
     assert "no_such_package is not installed" in (message := capsys.readouterr().err)
-    assert "pip install 'fusemlp[bench]'" in message
+    assert 'pip install "fusemlp[bench]"' in message
 
 
 @pytest.mark.parametrize(

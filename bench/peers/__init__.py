@@ -129,7 +129,7 @@ REFERENCE, FLEET_REFERENCE = "engine", "fleet"
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 # The C++ compilers that torch.compile looks for on a CPU.
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))
-BENCH_EXTRA = "pip install 'fusemlp[bench]'"
+BENCH_EXTRA = 'pip install "fusemlp[bench]"'
 HOW_TO_GET = {"tinycudann": "built from source with nvcc: github.com/NVlabs/tiny-cuda-nn"}
 
 

@@ -93,7 +93,7 @@ def _triton_reason() -> str | None:
     if missing and sys.platform != "linux":
         return f"Triton has no release for {sys.platform}; use backend='cupy' for an NVIDIA card, or 'numpy'"
     if missing:
-        return f"{' and '.join(missing)} cannot be imported; get it with: pip install 'fusemlp[triton]'"
+        return f'{" and ".join(missing)} cannot be imported; get it with: pip install "fusemlp[triton]"'
     if interprets_triton():
         return None
     if not any(os.path.exists(path) for path in GPU_DEVICES):

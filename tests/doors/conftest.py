@@ -1,4 +1,4 @@
-"""Report lines of tests, and counts of results by group, at the end of the run."""
+"""The backend of scikit-learn's estimators, and lines and counts of results by group at the end of the run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from fusemlp.sklearn import settings
+
 # Properties of reports return from the workers of pytest-xdist too.
 LINE, GROUP = "summary line", "summary group"
+
+
+@pytest.fixture(autouse=True)
+def numpy_by_default(monkeypatch):
+    """Keep scikit-learn's estimators on NumPy on a machine with a card too: the tests compare bits and float64."""
+    monkeypatch.setattr(settings, "working_backend", lambda: "numpy")
 
 
 @pytest.fixture

@@ -94,7 +94,8 @@ class Kept:
             if isinstance(value, plain) and not name.endswith(("backend", "memory"))
         }
         key = (float(np.asarray(X).sum()), *sorted(options.items()))
-        self.models[key] = (last.coefs_, getattr(last, "loss_curve_", []), last.n_iter_)
+        losses = [*getattr(last, "loss_curve_", []), *(getattr(last, "validation_loss_curve_", None) or [])]
+        self.models[key] = (last.coefs_, losses, last.n_iter_)
         return model.score(X, y)
 
 

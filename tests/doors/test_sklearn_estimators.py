@@ -27,7 +27,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import fusemlp
 from fusemlp import sklearn as ours
-from fusemlp.sklearn import MLPClassifier, MLPRegressor
+from fusemlp.sklearn import MLPClassifier, MLPRegressor, settings
 from fusemlp.sklearn.classifier import _fitted_binarizer
 
 X, Y = load_iris(return_X_y=True)
@@ -185,12 +185,26 @@ def test_every_loss_is_minimised(loss):
     assert estimator.loss_ < 0.8 * estimator.loss_curve_[0]
 
 
-@pytest.mark.parametrize("precision, backend", [("fp32", "numpy"), ("fp64", "numpy"), ("auto", "auto")])
+@pytest.mark.parametrize("precision, backend", [("fp32", "numpy"), ("fp64", "numpy"), ("fp64", "auto")])
 def test_precision_and_backend(precision, backend):
     estimator = quiet(MLPRegressor(precision=precision, backend=backend, max_iter=2), X, Y)
-    if backend == "numpy":
-        assert estimator.coefs_[0].dtype == {"fp32": np.float32, "fp64": np.float64}[precision]
+    assert estimator.coefs_[0].dtype == {"fp32": np.float32, "fp64": np.float64}[precision]
     assert np.isfinite(estimator.predict(X)).all()
+
+
+def test_by_default_the_first_backend_that_works_is_taken(monkeypatch):
+    assert MLPClassifier().backend == MLPRegressor().backend == "auto"
+    chosen = quiet(MLPClassifier(max_iter=2, random_state=0), X, Y)
+    named = quiet(MLPClassifier(max_iter=2, random_state=0, backend="numpy"), X, Y)
+    np.testing.assert_array_equal(chosen.coefs_[0], named.coefs_[0], strict=True)
+
+    # lbfgs and fp64 have a backend that can do them, on a machine with a card too
+    monkeypatch.setattr(settings, "working_backend", lambda: "triton")
+    assert settings.backend_of(MLPClassifier()) == settings.backend_of(MLPClassifier(precision="bf16")) == "triton"
+    for options in ({"solver": "lbfgs"}, {"precision": "fp64"}):
+        estimator = quiet(MLPClassifier(max_iter=2, random_state=0, **options), X, Y)
+        assert estimator._model.engine.backend == "numpy" and estimator.coefs_[0].dtype == np.float64
+    assert settings.backend_of(MLPClassifier(backend="cupy", precision="fp64")) == "cupy"
 
 
 FITTED = quiet(MLPClassifier(max_iter=1), X, Y)

@@ -8,8 +8,11 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.sparse
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import train_test_split
 
 import fusemlp
 from fusemlp import CSVLogger, EarlyStopping, ModelCheckpoint, ProgressBar
@@ -118,7 +121,7 @@ class Listener:
 def test_callbacks_hear_of_the_stages_and_can_end_training():
     listener = Listener(stop_after=1)
     estimator = MLPRegressor(callbacks=[listener], hidden_layer_sizes=3).fit(X, Y, X_val=X[:9], y_val=Y[:9])
-    names = ["learning_rate", "loss", "val_score"]
+    names = ["learning_rate", "loss", "val_loss", "val_score"]
     assert listener.heard == ["begin", (0, names), (1, names), ("end", [0, 1])]
     assert estimator.n_iter_ == 2
 
@@ -147,6 +150,87 @@ def test_own_held_out_rows_of_labels_and_of_values():
     assert several.score(X, labels) == several.validation_scores_[-1]
     values = quiet(MLPRegressor(max_iter=4), X, labels * 0.5, X_val=X, y_val=(labels * 0.5).tolist())
     assert values.score(X, labels * 0.5) == pytest.approx(values.validation_scores_[-1], rel=1e-12)
+
+
+def row_losses(estimator, rows, targets):
+    """Return the losses of rows by scikit-learn's definitions, from the predictions."""
+    if isinstance(estimator, MLPRegressor):
+        predicted = estimator.predict(rows)
+        if estimator.loss == "poisson":
+            return targets * np.log(np.where(targets > 0, targets, 1.0) / predicted) - targets + predicted
+        return (0.5 * (predicted - targets) ** 2).reshape(len(rows), -1).mean(axis=1)
+    chances = estimator.predict_proba(rows)
+    if targets.ndim == 2:
+        return -np.log(np.where(targets == 1, chances, 1.0 - chances)).sum(axis=1)
+    return -np.log(chances[np.arange(len(rows)), np.searchsorted(estimator.classes_, targets)])
+
+
+LABELS = np.column_stack([Y, 1 - Y, Y])
+WATCHED = {
+    "two classes": (MLPClassifier(), Y),
+    "three classes": (MLPClassifier(), np.where(X[:, 0] > 1.0, "c", np.where(Y, "a", "b"))),
+    "several labels": (MLPClassifier(), LABELS),
+    "squares": (MLPRegressor(), X[:, 0] * 3.0),
+    "two values": (MLPRegressor(), LABELS[:, :2] * 0.5),
+    "counts": (MLPRegressor("poisson"), LABELS[:, 0] * 2.0),
+}
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_the_loss_of_held_out_rows_is_recorded(name):
+    model, targets = WATCHED[name]
+    options = {"hidden_layer_sizes": 5, "max_iter": 4, "random_state": 1, "alpha": 10.0, "dropout": 0.2}
+    estimator = quiet(clone(model).set_params(**options), X[:70], targets[:70], X_val=X[70:], y_val=targets[70:])
+    assert len(estimator.validation_loss_curve_) == estimator.n_iter_ == 4
+    expected = row_losses(estimator, X[70:], targets[70:]).mean()
+    assert estimator.validation_loss_curve_[-1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_loss_of_held_out_rows_has_the_weights_of_the_loss():
+    given = {"hidden_layer_sizes": 5, "max_iter": 3, "random_state": 1}
+    weighted = quiet(MLPClassifier(class_weight={0: 3.0, 1: 1.0}, **given), X[:70], Y[:70], X_val=X[70:], y_val=Y[70:])
+    losses, weight = row_losses(weighted, X[70:], Y[70:]), np.where(Y[70:], 1.0, 3.0)
+    assert weighted.validation_loss_curve_[-1] == pytest.approx(np.average(losses, weights=weight), rel=1e-12)
+    # the score counts rows
+    assert weighted.validation_scores_[-1] == weighted.score(X[70:], Y[70:])
+
+    weight = np.linspace(0.5, 2.0, len(Y))
+    split = MLPClassifier(early_stopping=True, n_iter_no_change=99, **given)
+    split.set_params(learning_rate_init=1e-300)
+    quiet(split, X, Y, weight)
+    _, held = train_test_split(np.arange(len(Y)), random_state=_after_initial_weights(split), test_size=0.1, stratify=Y)
+    losses = row_losses(split, X[held], Y[held])
+    expected = np.average(losses, weights=weight[held])
+    assert split.validation_loss_curve_ == [pytest.approx(expected, rel=1e-12)] * 3
+
+
+def _after_initial_weights(estimator):
+    state = np.random.RandomState(estimator.random_state)
+    for coef, intercept in zip(estimator.coefs_, estimator.intercepts_, strict=True):
+        state.uniform(size=coef.shape)
+        state.uniform(size=intercept.shape)
+    return state
+
+
+def test_the_loss_of_held_out_rows_without_any_and_over_warm_starts():
+    options = {"hidden_layer_sizes": 5, "max_iter": 2, "random_state": 1, "warm_start": True}
+    estimator = quiet(MLPClassifier(**options), X, Y)
+    assert estimator.validation_loss_curve_ is None
+    stopping = MLPClassifier(early_stopping=True, **options)
+    quiet(quiet(stopping, X, Y), X, Y)
+    assert len(stopping.validation_loss_curve_) == len(stopping.validation_scores_) == 4
+    sparse = scipy.sparse.csr_matrix(X)
+    lone = {**options, "warm_start": False}
+    same = [quiet(MLPClassifier(**lone), rows, Y, X_val=rows, y_val=Y) for rows in (X, sparse)]
+    assert same[0].validation_loss_curve_ == same[1].validation_loss_curve_
+
+
+def test_callbacks_can_watch_the_loss_of_held_out_rows():
+    stop = EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+    options = {"hidden_layer_sizes": 5, "random_state": 1, "learning_rate_init": 0.5, "callbacks": [stop]}
+    estimator = MLPClassifier(**options).fit(X[:70], Y[:70], X_val=X[70:], y_val=Y[70:])
+    assert estimator.n_iter_ == stop.best_epoch + 3 < 200
+    assert stop.best == min(estimator.validation_loss_curve_)
 
 
 class Batches:
@@ -185,7 +269,7 @@ def test_ready_made_callbacks(tmp_path):
     assert estimator.n_iter_ == stop.best_epoch + 4 < 60
     assert estimator.score(X[70:], Y[70:]) == max(estimator.validation_scores_) == stop.best
     header, *rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert header == "epoch,loss,learning_rate,val_score"
+    assert header == "epoch,loss,learning_rate,val_loss,val_score"
     assert [float(row.split(",")[1]) for row in rows] == estimator.loss_curve_
     best = fusemlp.load(tmp_path / "best.safetensors")
     np.testing.assert_array_equal(best.state_dict()["0.weight"], estimator.coefs_[0].T)

@@ -584,7 +584,7 @@ class TestTensorBoard:
     def test_without_the_library_it_says_how_to_get_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         engine = make()
-        with pytest.raises(MissingLibraryError, match=r"pip install 'fusemlp\[tensorboard\]'"):
+        with pytest.raises(MissingLibraryError, match=r'pip install "fusemlp\[tensorboard\]"'):
             fit(engine, TensorBoard(tmp_path))
         assert engine.update_count == 0
 

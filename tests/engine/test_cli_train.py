@@ -262,7 +262,7 @@ def test_no_plot_without_matplotlib(
 ) -> None:
     monkeypatch.setattr(finish, "can_plot", lambda: False)
     assert run("train", "iris", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
-    assert "no plot: it needs matplotlib: pip install 'fusemlp[plot]'" in capsys.readouterr().out
+    assert 'no plot: it needs matplotlib: pip install "fusemlp[plot]"' in capsys.readouterr().out
     assert not (tmp_path / "run/curves.png").exists()
 
 

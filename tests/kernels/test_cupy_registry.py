@@ -56,15 +56,15 @@ def test_a_machine_with_a_driver_and_its_wheel_has_it_and_auto_takes_it(machine,
     ("version", "wheel", "refusal", "said"),
     [
         (None, None, None, "neither an NVIDIA driver nor CuPy (libcuda.so.1 cannot be loaded)"),
-        (None, None, None, "pip install 'fusemlp[cupy-cuda12x]', or use backend='numpy'"),
+        (None, None, None, "pip install \"fusemlp[cupy-cuda12x]\", or use backend='numpy'"),
         (
             None,
             "cupy-cuda12x",
             None,
             "no NVIDIA driver (libcuda.so.1 cannot be loaded); install the driver of an NVIDIA card,",
         ),
-        ((12, 8), None, None, "the driver runs CUDA 12.8: get it with: pip install 'fusemlp[cupy-cuda12x]'"),
-        ((13, 1), None, None, "the driver runs CUDA 13.1: get it with: pip install 'fusemlp[cupy-cuda13x]'"),
+        ((12, 8), None, None, 'the driver runs CUDA 12.8: get it with: pip install "fusemlp[cupy-cuda12x]"'),
+        ((13, 1), None, None, 'the driver runs CUDA 13.1: get it with: pip install "fusemlp[cupy-cuda13x]"'),
         ((11, 4), None, None, "the driver runs CUDA 11.4, and CuPy needs 12.0 or newer: update the driver"),
         ((12, 8), "cupy-cuda13x", None, "too old for cupy-cuda13x: pip uninstall cupy-cuda13x, then pip install "),
         (
@@ -73,7 +73,7 @@ def test_a_machine_with_a_driver_and_its_wheel_has_it_and_auto_takes_it(machine,
             "libcublas.so.12: no such file",
             "but CuPy says: libcublas.so.12: no such file; what it",
         ),
-        ((12, 8), "cupy-cuda12x", "there is no card", "comes with: pip install 'fusemlp[cupy-cuda12x]'"),
+        ((12, 8), "cupy-cuda12x", "there is no card", 'comes with: pip install "fusemlp[cupy-cuda12x]"'),
     ],
 )
 def test_one_sentence_says_what_is_missing_and_how_to_get_it(machine, version, wheel, refusal, said, caplog):

@@ -43,7 +43,7 @@ def test_a_machine_with_everything_has_it(machine):
 @pytest.mark.parametrize(
     ("lacks", "said"),
     [
-        ({"missing": ("triton",)}, "triton cannot be imported; get it with: pip install 'fusemlp[triton]'"),
+        ({"missing": ("triton",)}, 'triton cannot be imported; get it with: pip install "fusemlp[triton]"'),
         ({"missing": ("triton", "torch")}, "triton and torch cannot be imported"),
         ({"missing": ("triton",), "platform": "win32"}, "Triton has no release for win32; use backend='cupy'"),
         ({"torch": "2.13.0+cpu"}, "torch 2.13.0+cpu is the build without GPU support"),

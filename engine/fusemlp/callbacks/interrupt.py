@@ -13,7 +13,8 @@ from typing import Any
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Record Ctrl-C instead of raising it, so that no update is cut in two; raise a second one at once.
 
-    Yields a function that returns whether Ctrl-C came. Only the main thread gets signals; elsewhere it returns False.
+    Yields a function that returns whether Ctrl-C came. Only the main thread gets signals; elsewhere it returns False,
+    as in a program that ignores Ctrl-C or handles it outside Python.
     """
     came = False
 
@@ -23,10 +24,17 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         came = True
 
-    if threading.current_thread() is not threading.main_thread():
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        if threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
+            # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell
+            # has started this in the background, and Ctrl-C is for the command in the foreground.
+            raise ValueError
+        signal.signal(signal.SIGINT, handler)
+    except ValueError:
+        # or the main thread of a subinterpreter
         yield lambda: False
         return
-    previous = signal.signal(signal.SIGINT, handler)
     try:
         yield lambda: came
     finally:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching
-from fusemlp.describe.checks import check_flag
+from fusemlp.describe.checks import check_flag, no_folder
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
 
-HINT = "pip install 'fusemlp[tensorboard]'"
+HINT = 'pip install "fusemlp[tensorboard]"'
 
 
 class CSVLogger(Watching):
@@ -39,8 +39,7 @@ class CSVLogger(Watching):
         if path.exists() and not path.is_file():
             raise ArgumentError(f"filename: {self.filename!r} is no file; expected a file, there already or new")
         if not path.parent.is_dir():
-            folder = str(path.parent)
-            raise ArgumentError(f"filename: there is no folder {folder!r}; make it first: mkdir -p {folder}")
+            raise no_folder("filename", path.parent)
         self.columns = ["epoch", *names]
         if self._continues():
             with path.open(encoding="utf-8", newline="") as stream:

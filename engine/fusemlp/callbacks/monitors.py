@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching
-from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, no_folder
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -207,8 +207,7 @@ class ModelCheckpoint(Monitor):
                 f"{', '.join(names)}"
             ) from error
         if not example.parent.is_dir():
-            folder = str(example.parent)
-            raise ArgumentError(f"filepath: there is no folder {folder!r}; make it first: mkdir -p {folder}")
+            raise no_folder("filepath", example.parent)
         if example.is_dir():
             raise ArgumentError(f"filepath: {str(example)!r} is a folder; expected a file, there already or new")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import os
 import sys
 import warnings
@@ -177,6 +178,10 @@ def _options_of_all() -> set[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; what fusemlp raises on purpose becomes one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        # on Windows a redirected output has a code page that lacks most letters of the world
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 NOT_HERE = (
     "error: the benchmark comes with a checkout of fusemlp, and this is an installed copy ({place}). In a checkout, "
-    "with pip install -e '.[bench]': fusemlp bench --quick"
+    'with pip install -e ".[bench]": fusemlp bench --quick'
 )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from fusemlp.describe.checks import WINDOWS
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError
 
@@ -35,6 +38,11 @@ def print_json(content: Mapping[str, Any], stream: TextIO) -> None:
     except BrokenPipeError:
         # The flush at the end of the process would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return a command as this system's shell reads it."""
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 
 def finite(content: Any) -> Any:

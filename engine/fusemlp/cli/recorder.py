@@ -4,35 +4,61 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 
 from fusemlp.callbacks import Callback
+from fusemlp.describe.checks import WINDOWS
 from fusemlp.engine import Engine
 from fusemlp.report.runs import Run, append_metrics
+from fusemlp.runtime.files import replace_file
+from fusemlp.training.history import History
 
 
 class Recorder(Callback):
     """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
 
     The checkpoint ``best`` is of the best epoch, also of a resumed run. The row is written before the
-    checkpoint, so a killed run has a row for each epoch of its checkpoint.
+    checkpoint, so a killed run has a row for each epoch of its checkpoint; unless on Windows another program, such as
+    Excel, has the file open: its rows then follow when it is closed.
     """
 
     def __init__(self, run: Run, *, every: int) -> None:
         self.run = run
         self.every = every
+        # the rows that are still to be written
+        self._rows: list[dict[str, float]] = []
 
     def on_train_begin(self, engine: Engine) -> None:
         if not self.run.checkpoint("last").exists():
             engine.save_checkpoint(self.run.checkpoint("last"))
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        append_metrics(self.run, {"epoch": epoch + 1, **logs})
+        self._rows.append({"epoch": epoch + 1, **logs})
+        self._write_rows()
         is_last = engine.fit_state is not None and engine.fit_state.last_epoch == epoch + 1
         due = is_last or (epoch + 1) % self.every == 0
         if due:
             engine.save_checkpoint(self.run.checkpoint("last"))
         if engine.history is not None and engine.history.best_epoch == epoch:
             self._save_best(engine, linked=due)
+
+    def on_train_end(self, engine: Engine, history: History) -> None:
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        while self._rows:
+            try:
+                append_metrics(self.run, self._rows[0])
+            except PermissionError:
+                if not WINDOWS:
+                    raise
+                if len(self._rows) == 1:
+                    warnings.warn(
+                        f"{self.run.metrics}: another program has it open; close it there, its rows follow then",
+                        stacklevel=2,
+                    )
+                return
+            del self._rows[0]
 
     def _save_best(self, engine: Engine, *, linked: bool) -> None:
         """Link the checkpoint ``last`` to ``best`` if it was just written, else write ``best``."""
@@ -43,6 +69,6 @@ class Recorder(Callback):
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
                 os.link(last, temporary)
-                temporary.replace(best)
+                replace_file(temporary, best)
                 return
         engine.save_checkpoint(best)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from fusemlp.cli import columns, defaults, grid, recipe, tracking
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
-from fusemlp.cli.output import finite, show
+from fusemlp.cli.output import command_line, finite, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.standings import Seldom, counts, standings, table
 from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data, given_options, watched
@@ -111,7 +110,7 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         # Raises the error that names the first of all.
         results.best(plan.metric)
     about = {
-        "command": shlex.join(["fusemlp", "sweep", *arguments(options)]),
+        "command": command_line(["fusemlp", "sweep", *arguments(options)]),
         "metric": plan.metric,
         "models": len(plan.points),
         "ended": len(members),

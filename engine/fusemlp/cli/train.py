@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -19,7 +18,7 @@ from fusemlp.cli import columns, defaults, ensemble, recipe, tracking
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions
-from fusemlp.cli.output import show
+from fusemlp.cli.output import command_line, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
@@ -159,7 +158,7 @@ def new_session(options: TrainOptions) -> Session:
         tracker.open(tracking.parameters(options, engine, epochs))
     with tracking.closing(tracker):
         run = create_run(folder)
-        command = shlex.join(["fusemlp", "train", *arguments(given)])
+        command = command_line(["fusemlp", "train", *arguments(given)])
         write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
         columns.write(prepared, run)
         if tracker is not None:
@@ -275,7 +274,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
     libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
     return {
         "format": FORMAT,
-        "command": shlex.join(["fusemlp", "train", *arguments(options)]),
+        "command": command_line(["fusemlp", "train", *arguments(options)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "options": asdict(options) | own_files(options),
         "data": {"source": source, **prepared.summary},

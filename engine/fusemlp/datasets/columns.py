@@ -262,7 +262,7 @@ class Column:
         for row in np.flatnonzero(wrong[codes]).tolist():
             text = words[codes[row]]
             self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
-        table: Array = np.array([np.datetime64("NaT") if m is None else m for m in moments], "datetime64[us]")
+        table: Array = np.array([np.datetime64("NaT", "us") if m is None else m for m in moments], "datetime64[us]")
         return table[codes]
 
     def _wrong(self, row: int, text: str) -> None:

@@ -1,16 +1,27 @@
-"""Checks of numbers, names and flags where the user meets the library."""
+"""Checks of numbers, names, flags and folders where the user meets the library."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
+import os
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+WINDOWS = os.name == "nt"
+
+
+def no_folder(argument: str, folder: Path, purpose: str = "") -> ArgumentError:
+    """Return the error for a folder that is not there, with the command that makes it."""
+    # cmd.exe makes the folders above it too, and would make one called -p
+    command = "mkdir" if WINDOWS else "mkdir -p"
+    return ArgumentError(f"{argument}: there is no folder {str(folder)!r}{purpose}; make it first: {command} {folder}")
 
 
 def check_flag(argument: str, value: object) -> bool:

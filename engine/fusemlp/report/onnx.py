@@ -7,12 +7,12 @@ Input ``x`` (rows, K), any number of rows, float32 (double from an engine of pre
 - ``prediction``: the result of ``engine.predict``, shapes included
 - ``probabilities``: the result of ``engine.predict_proba``; only for the cross-entropies
 
-The graph of an engine with ``normalise=True`` scales the inputs. With a ``Preprocessor`` it takes the features as they
-are in the data, with NaN for a missing number, fills in and scales them itself, and ``prediction`` holds labels, or
-values in original units. If features are words, each feature has an input of its own (rows, 1) with its name, as
-converters of scikit-learn's pipelines have it: numbers in the graph's type, words as strings without spaces around
-them, "" for a missing one. An unseen word counts as it does in ``predict``. A date has a number for each of its parts.
-Dropout is left out.
+The graph of an engine with ``normalise=True`` scales the inputs. With ``classes``, ``prediction`` holds these labels.
+With a ``Preprocessor`` the graph takes the features as they are in the data, with NaN for a missing number, fills in
+and scales them itself, and ``prediction`` holds labels, or values in original units. If features are words, each
+feature has an input of its own (rows, 1) with its name, as converters of scikit-learn's pipelines have it: numbers in
+the graph's type, words as strings without spaces around them, "" for a missing one. An unseen word counts as it does in
+``predict``. A date has a number for each of its parts. Dropout is left out.
 
 The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), for words those of ai.onnx.ml 3, so older runtimes
 read it too. Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling
@@ -26,7 +26,7 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from fusemlp_kernels.pointwise import lines
 
 Array = np.ndarray[Any, Any]
 
-HINT = "pip install 'fusemlp[onnx]'"
+HINT = 'pip install "fusemlp[onnx]"'
 OPSET, ML_OPSET, IR_VERSION = 17, 3, 8
 OUTPUTS = ("logits", "output", "prediction", "probabilities")
 # The limit of a protobuf message, less room for the graph.
@@ -65,23 +65,30 @@ def to_onnx(
     path: str | Path,
     *,
     preprocessor: Preprocessor | None = None,
+    classes: Sequence[Any] | Array | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the graph of ``engine`` to ``path`` atomically.
 
+    ``classes`` are the labels in ``prediction`` in place of the indices of the classes; a preprocessor has its own.
     ``metadata`` are entries of your own beside those of the file.
 
     Raises ArgumentError or ArgumentTypeError for an impossible path and for a network of more than 2 GiB,
     DivergenceError where parameters are no longer finite, MissingLibraryError without the library
     onnx, OSError from the disk.
     """
-    write_atomically(target_file(path), onnx_bytes(engine, preprocessor, metadata))
+    write_atomically(target_file(path), onnx_bytes(engine, preprocessor, metadata, classes=classes))
 
 
 def onnx_bytes(
-    engine: Session, preprocessor: Preprocessor | None = None, metadata: Mapping[str, str] | None = None
+    engine: Session,
+    preprocessor: Preprocessor | None = None,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    classes: Sequence[Any] | Array | None = None,
 ) -> bytes:
     """Return the content of the file of ``to_onnx``."""
+    labels = _labels(engine, preprocessor, classes)
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     try:
         importlib.import_module("onnx")
@@ -109,8 +116,26 @@ def onnx_bytes(
         layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
         name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)
         name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
-    _add_outputs(graph, name, engine, preprocessor)
+    _add_outputs(graph, name, engine, preprocessor, labels)
     return graph.to_bytes(engine, own)
+
+
+def _labels(engine: Session, preprocessor: Preprocessor | None, classes: Any) -> Array | None:
+    """Return the labels of the classes, or None for a graph that predicts numbers."""
+    if preprocessor is not None:
+        if classes is not None:
+            raise ArgumentError("classes: the preprocessor has the classes; leave one of the two out")
+        return None if preprocessor.classes is None else np.array(preprocessor.classes)
+    if classes is None:
+        return None
+    labels = np.array(list(classes))
+    outputs = engine.network.sizes[-1]
+    several = engine.loss.kind == "binary_cross_entropy" and outputs > 1
+    if not engine.loss.is_classification or several:
+        raise ArgumentError(f"classes: a row of this engine has no single class (loss {engine.loss!r}); leave it out")
+    if labels.shape != (max(outputs, 2),):
+        raise ArgumentError(f"classes: expected {max(outputs, 2)} labels, got {len(labels)}: {classes!r}")
+    return labels
 
 
 def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
@@ -210,6 +235,8 @@ class _Graph:
                 inputs = [self._expression(argument, known) for argument in arguments]
                 if name == "normal_cdf":
                     return self._normal_cdf(*inputs)
+                if name == "sigmoid" and self.real == np.float64:
+                    return self._exact_sigmoid(*inputs)
                 if name == "log1p":
                     return self.add("Log", self.add("Add", *inputs, self.constant(1.0)))
                 if name in FUNCTIONS:
@@ -224,6 +251,11 @@ class _Graph:
         else:
             erf = self.add("Erf", scaled)
         return self.add("Mul", self.add("Add", erf, self.constant(1.0)), self.constant(0.5))
+
+    def _exact_sigmoid(self, z: str) -> str:
+        """Append ``1 / (1 + exp(-z))``: onnxruntime makes ``z * Sigmoid(z)`` an operator that has no double."""
+        one = self.constant(1.0)
+        return self.add("Div", one, self.add("Add", one, self.add("Exp", self.add("Neg", z))))
 
     def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper
@@ -242,28 +274,28 @@ class _Graph:
         return content
 
 
-def _add_outputs(graph: _Graph, name: str, engine: Session, preprocessor: Preprocessor | None) -> None:
+def _add_outputs(
+    graph: _Graph, name: str, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
+) -> None:
     """Append the outputs of the module's docstring; ``name`` is the output of the last layer."""
     width, loss = engine.network.sizes[-1], engine.loss
     raw = graph.add("Identity", name, output="logits" if loss.is_classification else "output")
     graph.outputs.append(graph.value(raw, graph.real, width))
-    classes = None if preprocessor is None else preprocessor.classes
-    coded = loss.kind == "cross_entropy" or classes is not None
+    coded = loss.kind == "cross_entropy" or labels is not None
     if coded and width > 1:
         found, kind = graph.add("ArgMax", raw, axis=1, keepdims=0), np.dtype(np.int64)
     elif loss.kind == "binary_cross_entropy":
         found, kind = graph.cast(graph.add("Greater", raw, graph.constant(0.0)), np.int64), np.dtype(np.int64)
     else:
         found, kind = (graph.add("Exp", raw) if loss.kind == "poisson" else raw), graph.real
-    if classes is None and preprocessor is not None:
+    if labels is None and preprocessor is not None:
         scaled = graph.add("Mul", found, graph.constant(np.array(preprocessor.target_scale, np.float64)))
         found = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
         if preprocessor.target_log:
             found = graph.add("Exp", found)
     if width == 1:
         found = graph.add("Squeeze", found, graph.constant(np.array([1])))
-    if classes is not None:
-        labels = np.array(classes)
+    if labels is not None:
         kind = graph.real if labels.dtype.kind == "f" else labels.dtype
         found = graph.add("Gather", graph.constant(labels), found)
     graph.add("Identity", found, output="prediction")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HINT = "it needs matplotlib: pip install 'fusemlp[plot]'"
+HINT = 'it needs matplotlib: pip install "fusemlp[plot]"'
 Array = np.ndarray[Any, Any]
 
 # Okabe and Ito's palette for colour-blind readers.

@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusemlp.describe.checks import WINDOWS, no_folder
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DivergenceError
 
@@ -37,6 +39,9 @@ MODEL = FileKind("model", "fusemlp_model", 1, "engine.save", "copy or save it ag
 # The entry with the SHA-256 of the content.
 DIGEST = "sha256"
 
+# Seconds before each further try to replace a file that another program has open; 2.5 in all.
+WAITS = tuple(0.01 * 2.0**number for number in range(8))
+
 
 def target_file(path: str | Path) -> Path:
     """Return the file to write, with symbolic links resolved."""
@@ -45,10 +50,7 @@ def target_file(path: str | Path) -> Path:
     if target.exists() and not target.is_file():
         raise ArgumentError(f"path: {str(path)!r} is {what_it_is(target)}; expected a file, there already or new")
     if not target.parent.is_dir():
-        folder = str(target.parent)
-        raise ArgumentError(
-            f"path: there is no folder {folder!r} for {target.name!r}; make it first: mkdir -p {folder}"
-        )
+        raise no_folder("path", target.parent, f" for {target.name!r}")
     return target
 
 
@@ -83,7 +85,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -95,6 +97,21 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``, in the place of a file that may be there.
+
+    Windows refuses that with a PermissionError while another program has the old or the new file open, as a virus
+    scanner or an indexer has for a moment.
+    """
+    for seconds in WAITS if WINDOWS else ():
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(temporary, path)
 
 
 def digest_of(config: str, tensors: Mapping[str, Array]) -> str:

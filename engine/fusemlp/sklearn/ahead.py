@@ -3,7 +3,7 @@
 scikit-learn's search fits one candidate on one fold after another. Here the models of the next fits are set up in the
 same thread, and train meanwhile: on NumPy on a thread for each core, on Triton in one launch for all of one shape. A
 fit takes a trained model over if its parameters, rows, targets and weights are the same; every other fit trains by
-itself. So scores, failures and warnings are those of fits one after another.
+itself. So scores and failures are those of fits one after another.
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,11 +19,12 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
-from fusemlp.runtime.backends import TRAITS, first_available
+from fusemlp.report.onnx import to_onnx
+from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.plans import shares_launches
-from fusemlp.sklearn import settings
+from fusemlp.sklearn import saving, settings
 from fusemlp.sklearn.ahead import current
-from fusemlp.sklearn.batches import CalledBatches, ResidentBatches
+from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates
 from fusemlp.sklearn.settings import Objective
@@ -29,6 +33,9 @@ from fusemlp.training.history import FitState, History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 
 Array = np.ndarray[Any, Any]
+
+# attributes that a file holds as tensors, makes anew, or leaves out
+NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_label_binarizer", "_metadata_request")
 
 
 def has_steps(estimator: Any) -> bool:
@@ -106,8 +113,9 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit to X (n, K), dense or sparse, and its targets: values or classes y (n,), values or labels y (n, N).
 
-        sample_weight: (n,). X_val, y_val: validation data; its score is recorded in ``validation_scores_`` after each
-        epoch and, with ``early_stopping``, decides in place of a part of X.
+        sample_weight: (n,). X_val, y_val: validation data; its score and loss after each epoch are recorded in
+        ``validation_scores_`` and ``validation_loss_curve_``, and with ``early_stopping`` the score decides in place of
+        that of a part of X.
         """
         return self._fit(X, y, sample_weight, (X_val, y_val))
 
@@ -154,7 +162,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
         last_epoch = 1 if incremental else self.max_iter
         if stochastic:
-            scores = ["val_score"] if self.early_stopping or X_val is not None else []
+            scores = ["val_loss", "val_score"] if self.early_stopping or X_val is not None else []
             announce(callbacks, ["loss", "learning_rate", *scores], last_epoch)
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         X, y = self._validate_input(X, y, incremental, first)
@@ -204,6 +212,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if first and stochastic else None
         state = FitState(0, 0, last_epoch, total_updates=0, history=History())
         policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
+        if stochastic and validation is not None:
+            policy.held_loss = self._held_loss(model, validation)
         counts = size, len(batches.starts), batches.at_once
         return EpochLoop(model.engine, batches.steps, policy, state, *counts, callbacks)
 
@@ -261,6 +271,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if self.best_loss_ is None and not self.early_stopping:
             self.best_loss_ = np.inf
         self.validation_scores_ = kept.get("validation_scores_")
+        self.validation_loss_curve_ = kept.get("validation_loss_curve_") or ([] if scored else None)
         if self.validation_scores_ is None:
             self.validation_scores_ = [] if scored else None
             self.best_validation_score_ = -np.inf if scored else None
@@ -278,7 +289,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
                 "The validation set is too small. Increase 'validation_fraction' or the size of your dataset."
             )
         score_weights = None if weight is None else weight[held]
-        validation = ValidationScore(X[held], self._truth(y[held]), score_weights, True)
+        loss_weights = None if row_weights is None else row_weights[held]
+        validation = ValidationScore(X[held], y[held], self._truth(y[held]), score_weights, loss_weights, True)
         return X[trained], y[trained], None if row_weights is None else row_weights[trained], validation
 
     def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> ValidationScore:
@@ -292,14 +304,20 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         y_val = y_val.reshape(-1, 1) if y_val.ndim == 1 else y_val
         if y_val.shape[1] != outputs:
             raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {outputs}.")
-        return ValidationScore(X_val, self._truth(y_val), None, bool(self.early_stopping))
+        row_weights = self._row_weights(y_val, None, False)
+        return ValidationScore(X_val, y_val, self._truth(y_val), None, row_weights, bool(self.early_stopping))
+
+    def _held_loss(self, model: Model, validation: ValidationScore) -> HeldLoss:
+        """Return the loss of validation rows, as the model's parameters have it when it is asked for."""
+        X, y, weight = validation.X, validation.y, validation.loss_weight
+        target, constants = self._targets(y, model.dtype)
+        rows = np.require(X.toarray() if hasattr(X, "toarray") else X, model.dtype, ["C", "A"])
+        return HeldLoss(model, self._objective(y.shape[1]), {"x": rows, "target": target}, weight, constants)
 
     def _model_for(self, network: Any, incremental: bool, random_state: np.random.RandomState, batches: int) -> Model:
         """Return a new model, or the one that ``partial_fit`` goes on with."""
-        backend = first_available() if self.backend == "auto" else self.backend
-        precision = self.precision
+        backend, precision = settings.backend_of(self), self.precision
         if precision == "auto":
-            # lbfgs's line search needs exact differences
             exact = self.solver == "lbfgs" or self.coefs_[0].dtype == np.float64
             precision = "fp64" if exact and "fp64" in TRAITS[backend].precisions else "fp32"
         loss = self._objective(self.n_outputs_).loss
@@ -319,9 +337,15 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         return Model(network, loss, optimizer, schedule, rates, seed=seed, backend=backend, precision=precision)
 
     def _ask(self, question: str, X: Any) -> Array:
-        """Return the model's answer with ``coefs_`` and ``intercepts_``, which the user may have changed."""
+        """Return the model's answer."""
         check_is_fitted(self)
         X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
+        with self._own_model() as model:
+            return model.ask(question, X)
+
+    @contextmanager
+    def _own_model(self) -> Iterator[Model]:
+        """Give the model with ``coefs_`` and ``intercepts_``, which the user may have changed, to one thread."""
         model: Model | None = getattr(self, "_model", None)
         if model is None:
             sizes = [len(self.coefs_[0]), *(len(bias) for bias in self.intercepts_)]
@@ -329,7 +353,56 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             model = self._model_for(network, False, np.random.RandomState(0), 1)
         with model.lock:
             model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
-            return model.ask(question, X)
+            yield model
+
+    def to_onnx(self, path: str | Path) -> None:
+        """Write an ONNX graph, ``fusemlp.onnx``, that takes X and whose ``prediction`` is that of ``predict``.
+
+        X is float32, and double if the model is fp64, as on NumPy after a fit to float64. Steps before the estimator in
+        a ``Pipeline`` are not in the graph.
+        """
+        check_is_fitted(self)
+        with self._own_model() as model:
+            to_onnx(model.engine, path, classes=self._onnx_classes())
+
+    def _onnx_classes(self) -> Any:
+        """Return the labels that an ONNX graph predicts, or None for numbers."""
+        return None
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted estimator to one safetensors file, without pickle; ``load`` reads it.
+
+        The file is a checkpoint of the network too, for ``fusemlp.load``. ``partial_fit`` continues from it with the
+        same bits. ``callbacks``, metadata requests and a ``random_state`` that is no number are left out.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path and for a parameter that no file can hold,
+        OSError from the disk.
+        """
+        check_is_fitted(self)
+        with self._own_model() as model:
+            rates = model.rates
+            state = {"schedule": model.schedule, "rates": (rates.kind, rates.initial, rates.power)}
+            more = {**state, "plateau": model.plateau, **self._saved_beside()}
+            saving.save(self, model.engine, path, without=NOT_AS_JSON, **more)
+
+    def _saved_beside(self) -> dict[str, Any]:
+        """Return what ``_restore`` needs from a file."""
+        return {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Return the estimator that ``save`` wrote. Raises CheckpointError for any other file.
+
+        On a machine without its backend NumPy takes its place.
+        """
+        estimator, beside, content = saving.read(cls, path)
+        estimator._restore(content, **beside)
+        made: Self = estimator
+        return made
+
+    def _restore(self, content: Any, *, schedule: Schedule, rates: Any, plateau: Any) -> None:
+        self._model = Model.restored(content, schedule, rates, plateau)
+        self._take(*self._model.parameters())
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -10,13 +10,16 @@ two last calls of a step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.inference import Evaluation, Inference
+from fusemlp.runtime.memory import Memory
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp_kernels.contract import (
@@ -84,6 +87,46 @@ class Batches(ABC):
         sums = np.add.reduceat(weight, self.starts)
         # a batch whose weights are all 0 has no loss
         return sums, weight / np.repeat(np.where(sums == 0.0, np.inf, sums), self.lengths)
+
+
+class HeldLoss:
+    """The loss of held-out rows as ``Batches.loss`` has it, but as one batch, without dropout and without the penalty.
+
+    ``weight`` (n,) are the rows' weights in it. Rows whose weights are all 0 have the loss NaN. Without weights the
+    accuracy, if each row has one class, comes from the same pass.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        data: dict[str, Array],
+        weight: Array | None,
+        constants: Array | None,
+    ) -> None:
+        self._engine, n = model.engine, len(data["x"])
+        weights = np.ones(n) if weight is None else weight.astype(np.float64)
+        self._scale, self._total = objective.factor / objective.reported_by, float(weights.sum())
+        self._constant = 0.0 if constants is None else float(weights @ constants)
+        if weight is not None:
+            data = {**data, "weight": weight.astype(model.dtype)}
+        given = model.on_device(data)
+        self._examples = Examples(given["x"], Targets(given["target"], False), given.get("weight"))
+        one_class = self._engine.loss.is_classification and data["target"].reshape(n, -1).shape[1] == 1
+        self._spec = replace(model.loop_loss, reduction="sum", accuracy=one_class and weight is None)
+        self._memory: Memory | None = None
+
+    def __call__(self) -> tuple[float, float | None]:
+        """Return the loss at the model's present parameters, and the accuracy or None."""
+        memory = self._engine.memory
+        if memory is not self._memory:
+            # a launch of several models has moved the parameters
+            inference, self._memory = Inference(self._engine.network, memory), memory
+            self._evaluation = Evaluation(inference, self._examples, self._spec, None, repeated=True)
+        with np.errstate(all="ignore"):
+            found = self._evaluation.of(memory)
+            loss = np.float64(self._scale) * (found["loss"] + self._constant) / self._total
+        return float(loss), found.get("accuracy")
 
 
 class ResidentBatches(Batches):

@@ -161,6 +161,24 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(probabilities, out=probabilities))
 
+    def _onnx_classes(self) -> Any:
+        # labels of several a row are 0 and 1
+        if self._label_binarizer.y_type_.startswith("multilabel"):
+            return None
+        # a single class is predicted by either sign of the logit
+        return np.repeat(self.classes_, 2) if len(self.classes_) == 1 else self.classes_
+
+    def _saved_beside(self) -> dict[str, Any]:
+        return {"several_labels": self._label_binarizer.y_type_.startswith("multilabel")}
+
+    def _restore(self, content: Any, *, several_labels: bool = False, **state: Any) -> None:
+        super()._restore(content, **state)
+        if several_labels:
+            self._label_binarizer = LabelBinarizer().fit(np.eye(self.n_outputs_, dtype=np.int64))
+        else:
+            # three rows a class, or scikit-learn would warn
+            self._label_binarizer = LabelBinarizer().fit(np.repeat(self.classes_, 3))
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True

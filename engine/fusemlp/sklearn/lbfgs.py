@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import scipy.optimize
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.optimize import _check_optimize_result
 
+from fusemlp.sklearn.convergence import fit_ended, search_around
 from fusemlp.sklearn.stochastic import SklearnPolicy
 
 Array = np.ndarray[Any, Any]
@@ -37,5 +40,11 @@ def minimise(policy: SklearnPolicy) -> None:
         options={"maxfun": estimator.max_fun, "maxiter": estimator.max_iter, "gtol": estimator.tol},
     )
     backend.copy_into(memory.params, result.x.astype(model.dtype, copy=False))
-    estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
     estimator.loss_ = result.fun
+    if search_around() is None:
+        estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
+        return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ConvergenceWarning)
+        estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
+    fit_ended(str(told[0].message) if told else None, stacklevel=1)

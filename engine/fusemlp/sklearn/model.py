@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.losses import Loss
+from fusemlp.describe.losses import Loss, loss_from_config
 from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
 from fusemlp.runtime.bound import BoundProgram
@@ -63,6 +63,30 @@ class Model:
         self.staged: tuple[Any, BoundProgram] | None = None
         # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
+
+    @classmethod
+    def restored(
+        cls, content: Mapping[str, Any], schedule: Schedule, rates: Sequence[Any], plateau: PlateauState
+    ) -> Model:
+        """Return the model of a checkpoint's ``content``, as a pickle restores it."""
+        config, tensors = content["config"], content["tensors"]
+        optimizer = optimizer_from_config(config["optimizer"])
+        states = [f"state{index}/" for index in range(optimizer.rule().state_count)]
+        model = cls.__new__(cls)
+        model.__setstate__(
+            {
+                "arguments": (MLP.from_config(config["network"]), loss_from_config(config["loss"]), optimizer),
+                "schedule": schedule,
+                "rates": Rates(*rates),
+                "plateau": plateau,
+                "options": {name: config[name] for name in ("seed", "backend", "precision")},
+                "states": [_named(state, tensors) for state in states],
+                "counters": tensors["counters"],
+                "hyper": tensors["hyper"],
+            }
+        )
+        model.engine.write_tensors(_named("parameter/", tensors), "")
+        return model
 
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
         """Return whether ``partial_fit`` can go on with this model."""
@@ -137,3 +161,8 @@ class Model:
         memory.backend.copy_into(memory.counters, state["counters"])
         memory.backend.copy_into(memory.hyper, state["hyper"])
         self.engine.rates.forget()
+
+
+def _named(start: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the tensors of a checkpoint whose names have this start, without it."""
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

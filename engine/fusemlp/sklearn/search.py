@@ -21,6 +21,7 @@ from fusemlp.fleet.memory import available_memory
 from fusemlp.runtime.backends import cpu_threads, one_thread
 from fusemlp.sklearn.ahead import TrainedAhead
 from fusemlp.sklearn.base import BaseMLP
+from fusemlp.sklearn.convergence import one_warning
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
@@ -54,7 +55,7 @@ class _FleetSearch(BaseSearchCV):
         self._given = X, y, params
         try:
             self.estimator = estimator if sharing is None else sharing
-            with joblib.parallel_config(backend="sequential"):
+            with one_warning(self), joblib.parallel_config(backend="sequential"):
                 super().fit(X, y, **params)
         finally:
             self.estimator, self.cv = estimator, cv
@@ -105,12 +106,12 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
     estimator as it is. ``n_jobs``: how many models train at once; None for one a core, and on Triton for as many as
     there is memory for, at most 256.
 
-    A model that cannot be fitted, or whose parameters are no longer finite, gets ``error_score`` with a
-    FitFailedWarning. On NumPy each model trains in one compiled loop, and ends with the same bits as one that is fitted
-    alone; there are rows of two folds a core in memory, and no more. On Triton models of one
-    shape, from all candidates and folds, train in one launch, which one that has converged leaves; within rounding they
-    end where models end that are fitted alone. On CuPy, with callbacks, ``verbose``, ``warm_start`` or L-BFGS they
-    train one after another.
+    One ConvergenceWarning counts the fits that reached ``max_iter``. A model that cannot be fitted, or whose parameters
+    are no longer finite, gets ``error_score`` with a FitFailedWarning. On NumPy each model trains in one compiled loop,
+    and ends with the same bits as one that is fitted alone; there are rows of two folds a core in memory, and no more.
+    On Triton models of one shape, from all candidates and folds, train in one launch, which one that has converged
+    leaves; within rounding they end where models end that are fitted alone. On CuPy, with callbacks, ``verbose``,
+    ``warm_start`` or L-BFGS they train one after another.
     """
 
     _space, _plain = "param_grid", "GridSearchCV"

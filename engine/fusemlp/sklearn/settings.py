@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
@@ -16,6 +17,7 @@ from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
+from fusemlp.runtime.backends import first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")
@@ -50,17 +52,18 @@ class Parameters:
         ``learning_rate_init``. A schedule without a length of its own spans ``max_iter`` epochs.
     dropout : float in [0, 1), or a list with one for each hidden layer. Not with lbfgs.
     clip_norm : float or None. The gradient, penalty included, is scaled down to this norm. Not with lbfgs.
-    backend : "numpy", "auto" (the first that works of triton, cupy, numpy), or a name.
+    backend : "auto" (the first that works of triton, cupy, numpy; NumPy with lbfgs or fp64), or a name.
     precision : "auto" (on NumPy the type of X, or fp64 with lbfgs; elsewhere fp32), or one that the backend has.
     callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
-        data, val_score. Not with lbfgs.
+        data, val_loss and val_score. Not with lbfgs.
 
     All other parameters mean what they mean in scikit-learn. With the same ``random_state`` the initial parameters, the
     validation rows and the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within
     rounding.
 
-    Attributes beside scikit-learn's: ``learning_rate_`` is the rate of the next update, ``slopes_`` the learned slopes
-    of PReLU layers (only if there are any).
+    Attributes beside scikit-learn's: ``validation_loss_curve_`` is the loss of the validation rows after each epoch,
+    without dropout and the penalty ``alpha`` (None without such rows), ``learning_rate_`` the rate of the next update,
+    ``slopes_`` the learned slopes of PReLU layers (only if there are any).
     """
 
     hidden_layer_sizes: Any = (100,)
@@ -89,7 +92,7 @@ class Parameters:
     max_fun: int = 15000
     dropout: Any = 0.0
     clip_norm: float | None = None
-    backend: str = "numpy"
+    backend: str = "auto"
     precision: str = "auto"
     callbacks: Any = None
 
@@ -106,6 +109,18 @@ class Objective:
     factor: float = 1.0
     reported_by: int = 1
     out_activation: str = "identity"
+
+
+# A search asks for every model, and looking for the libraries takes longer than the rest of its set-up.
+working_backend = functools.cache(first_available)
+
+
+def backend_of(estimator: Any) -> str:
+    """Return the name of an estimator's backend; with "auto" one that has what the estimator needs."""
+    if estimator.backend != "auto":
+        return str(estimator.backend)
+    # The line search of lbfgs needs exact differences.
+    return "numpy" if estimator.solver == "lbfgs" or estimator.precision == "fp64" else working_backend()
 
 
 def hidden_widths(hidden_layer_sizes: Any) -> list[int]:

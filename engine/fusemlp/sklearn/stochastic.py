@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
-from fusemlp.sklearn.batches import Batches
+from fusemlp.sklearn.batches import Batches, HeldLoss
+from fusemlp.sklearn.convergence import fit_ended
 from fusemlp.sklearn.model import Model
 from fusemlp.training.history import FitState
 from fusemlp.training.loop import EpochLoop, Policy
@@ -26,11 +26,16 @@ ADAPTIVE_DIVISOR = 5.0
 
 @dataclass(frozen=True)
 class ValidationScore:
-    """Validation rows, their targets as the model predicts them, and weights; ``decides``: the score ends training."""
+    """Validation rows, their targets as numbers and as the model predicts them, and weights of score and loss.
+
+    ``decides``: the score ends training.
+    """
 
     X: Any
+    y: Array
     truth: Array
     weight: Array | None
+    loss_weight: Array | None
     decides: bool
 
 
@@ -51,14 +56,13 @@ def train(epochs: EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
 
 def warn_unconverged(epochs: EpochLoop[SklearnPolicy]) -> None:
     """Warn if all epochs were trained and the losses still improve."""
-    estimator = epochs.policy.estimator
+    estimator, message = epochs.policy.estimator, None
     if estimator.n_iter_ == estimator.max_iter and not (epochs.policy.converged or epochs.engine.stop_training):
-        warnings.warn(
+        message = (
             f"Stochastic Optimizer: Maximum iterations ({estimator.max_iter}) reached and the optimization "
-            "hasn't converged yet.",
-            ConvergenceWarning,
-            stacklevel=6,
+            "hasn't converged yet."
         )
+    fit_ended(message, stacklevel=6)
 
 
 @dataclass(eq=False)
@@ -79,6 +83,7 @@ class SklearnPolicy(Policy):
     # coefs, intercepts and slopes with the best validation score
     best: tuple[list[Array], list[Array], list[Any]] | None
     converged: bool = False
+    held_loss: HeldLoss | None = None
 
     def __post_init__(self) -> None:
         self.schedule = self.model.schedule
@@ -144,6 +149,7 @@ class SklearnPolicy(Policy):
             self._stall("Validation score" if by_score else "Training loss")
         logs = {"loss": loss, "learning_rate": estimator.learning_rate_}
         if validation is not None:
+            logs["val_loss"] = estimator.validation_loss_curve_[-1]
             logs["val_score"] = estimator.validation_scores_[-1]
         return logs
 
@@ -151,10 +157,14 @@ class SklearnPolicy(Policy):
         self.estimator._stalled_epochs = self.estimator._stalled_epochs + 1 if stalled else 0
 
     def _score(self, validation: ValidationScore) -> None:
-        """Record the validation score; if it decides, keep the best parameters so far."""
+        """Record score and loss of the validation rows; if it decides, keep the best parameters so far."""
         estimator = self.estimator
-        predicted = self.model.ask("predict", validation.X)
-        score = float(estimator._score_of(predicted, validation.truth, validation.weight))
+        assert self.held_loss is not None
+        loss, score = self.held_loss()
+        if score is None or validation.weight is not None:
+            predicted = self.model.ask("predict", validation.X)
+            score = float(estimator._score_of(predicted, validation.truth, validation.weight))
+        estimator.validation_loss_curve_.append(loss)
         estimator.validation_scores_.append(score)
         if estimator.verbose:
             print(f"Validation score: {score:f}")

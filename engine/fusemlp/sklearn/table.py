@@ -10,7 +10,7 @@ import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +39,7 @@ from fusemlp.fleet.merge import check_mergeable, merged_members
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
+from fusemlp.sklearn import saving
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -284,6 +285,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, labels)
             counted = weight != 0
+            if not counted.any():
+                raise DataError("sample_weight: expected at least one non-zero number, got zeros alone")
             table, labels, weight = table.filter(counted), labels[counted], weight[counted]
         target = "y"
         while target in table.column_names:
@@ -359,6 +362,32 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         """Write an ONNX graph that takes the columns as they are in the table: ``fusemlp.onnx``."""
         check_is_fitted(self)
         to_onnx(self.engine_, path, preprocessor=self.preprocessor_)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted estimator to one safetensors file, without pickle; ``load`` reads it.
+
+        The file is a checkpoint of the network too, for ``fusemlp.load_checkpoint``. ``callbacks``, metadata requests
+        and a ``random_state`` that is no number are left out.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path and for a parameter that no file can hold,
+        OSError from the disk.
+        """
+        check_is_fitted(self)
+        # a merged or opened model has a record that its checkpoint lacks
+        record = asdict(self.history_) if self.engine_.fit_state is None else None
+        more = {"preprocessor": self.preprocessor_.to_json(), "history": record}
+        saving.save(self, self.engine_, path, without=("engine_", "preprocessor_", "_metadata_request"), **more)
+
+    @classmethod
+    def load(cls, path: str | Path, *, backend: str = "auto", device: str | None = None) -> Self:
+        """Return the estimator that ``save`` wrote, on any backend. Raises CheckpointError for any other file."""
+        estimator, beside, _ = saving.read(cls, path)
+        estimator.engine_ = load_checkpoint(path, backend=backend, device=device)
+        estimator.preprocessor_ = Preprocessor.from_json(beside["preprocessor"])
+        if beside["history"] is not None:
+            estimator.engine_.history = History(**beside["history"])
+        made: Self = estimator
+        return made
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

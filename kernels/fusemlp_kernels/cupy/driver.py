@@ -57,7 +57,7 @@ def reason() -> str | None:
     wheel = wheel_for(version)
     installed = importlib.util.find_spec("cupy") is not None
     if version is None:
-        install = "" if installed else f" and CuPy with: pip install 'fusemlp[{wheel}]'"
+        install = "" if installed else f' and CuPy with: pip install "fusemlp[{wheel}]"'
         missing = "no NVIDIA driver" if installed else "neither an NVIDIA driver nor CuPy"
         return (
             f"this machine has {missing} ({LIBRARY} cannot be loaded); install the driver of an NVIDIA card{install}, "
@@ -67,15 +67,15 @@ def reason() -> str | None:
     if wheel is None:
         return f"{has}, and CuPy needs {OLDEST}.0 or newer: update the driver, or use backend='numpy'"
     if not installed:
-        return f"cupy cannot be imported; {has}: get it with: pip install 'fusemlp[{wheel}]'"
+        return f'cupy cannot be imported; {has}: get it with: pip install "fusemlp[{wheel}]"'
     built_for = installed_wheel()
     if built_for is not None and version[0] < built_for:
         present = WHEELS[built_for]
-        return f"{has}, which is too old for {present}: pip uninstall {present}, then pip install 'fusemlp[{wheel}]'"
+        return f'{has}, which is too old for {present}: pip uninstall {present}, then pip install "fusemlp[{wheel}]"'
     said = refusal()
     if said is not None:
         return (
-            f"{has}, but CuPy says: {said}; what it needs of CUDA comes with: pip install 'fusemlp[{wheel}]', or use "
+            f'{has}, but CuPy says: {said}; what it needs of CUDA comes with: pip install "fusemlp[{wheel}]", or use '
             "backend='numpy'"
         )
     return None

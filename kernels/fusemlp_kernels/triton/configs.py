@@ -122,7 +122,7 @@ def table_text(tables: Mapping[str, Any]) -> str:
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
 # fields of ``Tile``. "resident": those of ``ResidentTile``, narrowest first.
-TABLES = json.loads(TABLE_FILE.read_text())
+TABLES = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
 
 
 def _kind(precision: str) -> str:

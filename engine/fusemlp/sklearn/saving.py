@@ -1,0 +1,115 @@
+"""Estimators in files: a checkpoint of the estimator's engine, with its parameters and fitted attributes as JSON.
+
+The file is an engine's checkpoint too: ``fusemlp.load`` reads the network without the estimator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusemlp.describe.description import Description
+from fusemlp.describe.losses import Loss, loss_from_config
+from fusemlp.describe.network import Activation, activation_from_config
+from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
+from fusemlp.describe.schedules import Schedule, schedule_from_config
+from fusemlp.runtime.session import Session
+from fusemlp.training.checkpoint import read_content, save_checkpoint
+from fusemlp_kernels.errors import ArgumentError, CheckpointError
+
+ENTRY = "estimator"
+DESCRIBED = {
+    "activation": (Activation, activation_from_config),
+    "loss": (Loss, loss_from_config),
+    "optimizer": (Optimizer, optimizer_from_config),
+    "schedule": (Schedule, schedule_from_config),
+}
+
+
+def save(estimator: Any, engine: Session, path: str | Path, *, without: tuple[str, ...], **more: Any) -> None:
+    """Write a fitted estimator; ``without``: attributes that the file has in another form, ``more`` what it has beside.
+
+    ``callbacks`` and a RandomState are left out. Raises ArgumentError for a parameter that no file can hold, before
+    anything is written, and what ``Engine.save_checkpoint`` raises.
+    """
+    parameters = estimator.get_params(deep=False)
+    kept = {name: value for name, value in parameters.items() if name != "callbacks" and not _draws(value)}
+    fitted = {name: value for name, value in vars(estimator).items() if name not in {*parameters, *without}}
+    entry = {"class": type(estimator).__name__, "parameters": _encoded_all(kept), "fitted": _encoded_all(fitted)}
+    save_checkpoint(engine, path, extra={ENTRY: entry | _encoded_all(more)})
+
+
+def read(cls: Any, path: str | Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Return the estimator of a file without its engine, what the file has beside it, and the checkpoint's content.
+
+    Raises CheckpointError for a file that holds no estimator of ``cls``.
+    """
+    content = read_content(path)
+    entry = content["config"]["extra"].get(ENTRY)
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"path: {str(path)!r} holds an engine, and no estimator; use fusemlp.load(path)")
+    if entry["class"] != cls.__name__:
+        raise CheckpointError(f"path: {str(path)!r} holds a {entry['class']}; use {entry['class']}.load(path)")
+    estimator = cls()
+    parameters = _decoded_all(entry["parameters"])
+    unknown = sorted(set(parameters) - set(estimator.get_params(deep=False)))
+    if unknown:
+        raise CheckpointError(
+            f"path: {str(path)!r} has the parameter {unknown[0]!r}, which this version of fusemlp does not know; it "
+            f"was written by {content['config']['version']}"
+        )
+    estimator.set_params(**parameters)
+    vars(estimator).update(_decoded_all(entry["fitted"]))
+    beside = {name: value for name, value in entry.items() if name not in ("class", "parameters", "fitted")}
+    return estimator, _decoded_all(beside), content
+
+
+def _draws(value: Any) -> bool:
+    return isinstance(value, np.random.RandomState | np.random.Generator)
+
+
+def _encoded_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _encoded(name, value) for name, value in values.items()}
+
+
+def _decoded_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _decoded(value) for name, value in values.items()}
+
+
+def _encoded(name: str, value: Any) -> Any:
+    """Return a value as JSON holds it; what is no number, text, flag, None or list becomes ``{kind: content}``."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [_encoded(name, one) for one in value]
+    if isinstance(value, tuple | range):
+        return {"tuple": [_encoded(name, one) for one in value]}
+    if isinstance(value, Mapping):
+        return {"dict": [[_encoded(name, one) for one in pair] for pair in value.items()]}
+    if isinstance(value, np.ndarray):
+        return {"array": [value.dtype.str, _encoded(name, value.tolist())]}
+    if isinstance(value, Description):
+        kinds = [kind for kind, (base, _) in DESCRIBED.items() if isinstance(value, base)]
+        return {kinds[0]: value.to_config()}
+    raise ArgumentError(f"{name}: a file cannot hold {value!r}; use joblib.dump, which pickles it")
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tuple":
+        return tuple(map(_decoded, content))
+    if kind == "dict":
+        return {_decoded(key): _decoded(one) for key, one in content}
+    if kind == "array":
+        dtype, values = content
+        return np.array(_decoded(values), dtype)
+    return DESCRIBED[kind][1](content)

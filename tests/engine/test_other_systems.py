@@ -1,0 +1,172 @@
+"""The facts of Windows, macOS and embedded interpreters that can be simulated here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import fusemlp
+from fusemlp import ArgumentError, CSVLogger
+from fusemlp.callbacks import deferred_interrupt
+from fusemlp.cli import output, recorder
+from fusemlp.cli.recorder import Recorder
+from fusemlp.describe import checks
+from fusemlp.report.runs import create_run
+from fusemlp.runtime import files
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Take the ways of Windows, and return the seconds that were waited."""
+    waited = []
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(checks, "WINDOWS", True)
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    return waited
+
+
+def locked(monkeypatch, times):
+    """Refuse to replace files, as Windows does while another program has one open."""
+    real, left = os.replace, [times]
+
+    def replace(source, target):
+        if left[0] > 0:
+            left[0] -= 1
+            raise PermissionError(13, "The process cannot access the file", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_a_file_that_another_program_has_open_is_tried_again(windows, monkeypatch, tmp_path):
+    locked(monkeypatch, 3)
+    files.write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert windows == list(files.WAITS[:3])
+
+
+def test_a_file_that_stays_open_keeps_its_content(windows, monkeypatch, tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    locked(monkeypatch, 99)
+    with pytest.raises(PermissionError):
+        files.write_atomically(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert 1.0 < sum(windows) < 5.0
+
+
+def test_other_systems_do_not_wait(monkeypatch, tmp_path):
+    locked(monkeypatch, 1)
+    with pytest.raises(PermissionError):
+        files.write_atomically(tmp_path / "file", b"new")
+
+
+def test_checkpoints_of_a_run_that_are_looked_at(windows, monkeypatch, tmp_path):
+    run = create_run(tmp_path / "run")
+    engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
+    X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
+    locked(monkeypatch, 2)
+    engine.fit(X, y, epochs=2, validation_data=(X, y), callbacks=[Recorder(run, every=1)])
+    assert len(windows) == 2
+    assert fusemlp.load_checkpoint(run.checkpoint("best")).epochs_trained == 2
+
+
+def test_metrics_that_another_program_has_open_follow_later(monkeypatch, tmp_path):
+    run, rows, open_in_excel = create_run(tmp_path / "run"), [], [2, 3, 4]
+
+    def append(run, row):
+        if heard[-1] in open_in_excel:
+            raise PermissionError(13, "The process cannot access the file", "metrics.csv")
+        rows.append(row["epoch"])
+
+    class Listener(fusemlp.Callback):
+        def on_epoch_begin(self, engine, epoch):
+            heard.append(epoch)
+
+    heard: list[int] = []
+    monkeypatch.setattr(recorder, "append_metrics", append)
+    engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
+    X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
+    given = {"epochs": 7, "callbacks": [Listener(), Recorder(run, every=9)]}
+    with pytest.raises(PermissionError):
+        engine.fit(X, y, **given)
+    monkeypatch.setattr(recorder, "WINDOWS", True)
+    rows.clear()
+    heard.clear()
+    given["callbacks"] = [Listener(), Recorder(run, every=9)]
+    engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
+    with pytest.warns(UserWarning, match=r"metrics\.csv: another program has it open") as told:
+        engine.fit(X, y, **given)
+    assert rows == [1, 2, 3, 4, 5, 6, 7] and len(told) == 1
+
+
+def test_the_command_that_makes_a_folder_is_that_of_the_system(windows, tmp_path):
+    engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy")
+    with pytest.raises(ArgumentError, match=r"make it first: mkdir [^-]"):
+        engine.save(tmp_path / "no" / "model")
+    with pytest.raises(ArgumentError, match=r"filename: .*make it first: mkdir [^-]"):
+        CSVLogger(str(tmp_path / "no" / "log.csv")).check_logs(["loss"])
+
+
+def test_a_command_is_quoted_for_the_shell_of_the_system(monkeypatch):
+    words = ["fusemlp", "train", "my houses.csv"]
+    assert output.command_line(words) == "fusemlp train 'my houses.csv'"
+    monkeypatch.setattr(output, "WINDOWS", True)
+    assert output.command_line(words) == 'fusemlp train "my houses.csv"'
+
+
+@pytest.mark.parametrize("handler", [None, signal.SIG_IGN], ids=["outside Python", "ignored"])
+def test_a_handler_that_is_not_pythons_is_left_in_place(handler, monkeypatch):
+    """A program that embeds Python may have set one; a shell lets commands in the background ignore Ctrl-C."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr(signal, "signal", lambda *given: pytest.fail("the handler was replaced"))
+    with deferred_interrupt() as interrupted:
+        assert interrupted() is False
+
+
+def test_a_subinterpreter_gets_no_signals(monkeypatch):
+    def refuse(number, handler):
+        raise ValueError("signal only works in main thread of the main interpreter")
+
+    monkeypatch.setattr(signal, "signal", refuse)
+    with deferred_interrupt() as interrupted:
+        assert interrupted() is False
+
+
+def test_the_handler_is_put_back_and_threads_have_none():
+    before = signal.getsignal(signal.SIGINT)
+    with deferred_interrupt() as interrupted:
+        assert signal.getsignal(signal.SIGINT) is not before
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted() is True
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def elsewhere():
+        with deferred_interrupt() as interrupted:
+            found.append((interrupted(), signal.getsignal(signal.SIGINT)))
+
+    found: list[object] = []
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
+
+
+def test_letters_that_an_output_lacks_end_no_command(tmp_path):
+    """A redirected output has a code page on Windows."""
+    table = tmp_path / "表.csv"
+    rows = "".join(f"{number % 7},{'猫' if number % 2 else '犬'}\n" for number in range(80))
+    table.write_text(f"größe,種\n{rows}", encoding="utf-8")
+    command = [sys.executable, "-m", "fusemlp", "train", str(table), "--target", "種", "--epochs", "1"]
+    for stream in ("cp1252", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": stream, "PYTHONUTF8": "0"}
+        out = ["--out", str(tmp_path / stream)]
+        done = subprocess.run([*command, *out], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        assert b"\\u8868" in done.stdout + done.stderr
