@@ -91,7 +91,7 @@ def test_labels_from_raw_features(species: Path, tmp_path: Path, capsys: pytest.
     [
         (),
         ("--loss", "poisson"),
-        *(("--scale", scale) for scale in ("quantile", "standard", "minmax", "none")),
+        *(("--scale", scale) for scale in ("piecewise", "quantile", "standard", "minmax", "none")),
         ("--models", "1", "--log-target"),
     ],
     ids=" ".join,
@@ -111,7 +111,7 @@ def test_both_files_and_what_they_take(species: Path, tmp_path: Path, capsys: py
     assert run("export", species, *files, "--bare") == 0
     shown = capsys.readouterr().out.splitlines()
     takes = (
-        "  takes 2 columns as the run scales them (robust), gives class indices; its metadata entry 'preprocessor' "
+        "  takes 32 columns as the run scales them (piecewise), gives class indices; its metadata entry 'preprocessor' "
         "has the scaling"
     )
     assert shown == [f"onnx {files[1]}", takes, f"safetensors {files[3]}", takes]

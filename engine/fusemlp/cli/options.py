@@ -145,11 +145,12 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     )
     validation: str | None = _data(None, "A file with the validation rows, in the form of DATA.", "FILE")
     test: str | None = _data(None, "A file with the test rows; no fifth of DATA is held out then.", "FILE")
-    scale: str = _data(
-        "robust",
+    scale: str | None = _data(
+        None,
         "Features, by statistics of the training rows: robust (median 0, interquartile range 1, far values smoothly "
-        "clipped), quantile (normal scores), standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a "
-        "regression likewise, for the first two by standard.",
+        "clipped), piecewise (each number cut into 16 pieces with an input for each), quantile (normal scores), "
+        "standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a regression likewise, for the first "
+        "three by standard. Unless given: robust, or for a table the better of the first two on held-out rows.",
     )
     log_target: bool | None = _data(
         None,

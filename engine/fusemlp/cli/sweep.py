@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import columns, defaults, grid, recipe
+from fusemlp.cli import columns, defaults, ensemble, grid, recipe
 from fusemlp.cli.combinations import Combination, Point, averages, combinations
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
@@ -173,10 +173,9 @@ def planned(options: SweepOptions) -> Plan:
     trained_by = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
         prepared = prepare(trained_by[0])
-        if prepared.preprocessor.classes is None:
-            # The trial's outcome depends on the options that vary.
-            tried = prepared.preprocessor.target_log if prepared.target_note else options.log_target
-            trained_by = [replace(one, log_target=tried) for one in trained_by]
+        # What trials say depends on the options that vary.
+        found = ensemble.decisions(prepared)
+        trained_by = [replace(one, **found) for one in trained_by]
         rows = len(prepared.train)
         rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
         optimizer = recipe.optimizer(trained_by[0], rates[0])

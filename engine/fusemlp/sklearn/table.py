@@ -34,6 +34,7 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, merged_members
 from fusemlp.report.metrics import predicted_codes, predictions
@@ -64,7 +65,8 @@ class TableParameters:
         rows than that needs are all trained on, for all epochs.
     models : train this many with seeds from random_state on, each with its own fold of the rows held out, and merge
         them into one that gives their mean; the command line trains 5 on a table of up to 10,000 rows.
-    scale : "robust", "quantile", "standard", "minmax" or "none"; from the training rows.
+    scale : "auto" (robust or piecewise, as small trainings on folds of the training rows say), "robust", "piecewise",
+        "quantile", "standard", "minmax" or "none"; from the training rows.
     log_target : learn the logarithm of a positive target.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
@@ -89,7 +91,7 @@ class TableParameters:
     metric: str | None = None
     validation_fraction: float = 0.1
     models: int = 1
-    scale: str = "robust"
+    scale: str = "auto"
     log_target: bool = False
     drop: Any = ()
     keep: Any = ()
@@ -216,7 +218,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                 cut += folds(labels, models, seed=seed, stratify=self.task == "classification")
             else:
                 training, held = self._held_out(dataset, seed, notes)
-        made = fit_preprocessor(dataset, training, loss=loss.kind, scale=self.scale, log_targets=self.log_target)
+        made = self._prepared(dataset, training, loss, seed)
         first, last = network_ends(made, loss.kind)
         fewest = min((len(one) for one, _ in cut), default=len(training))
         described: dict[str, Any] = {
@@ -274,6 +276,25 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         self._take(engine, made, (*dataset.notes, *notes))
         _tell(self.notes_)
         return self
+
+    def _prepared(self, dataset: Dataset, training: Array, loss: Loss, seed: int) -> Preprocessor:
+        """Return the preprocessor; small trainings choose the scale that is left to them."""
+
+        def prepare(*given: Any, **how: Any) -> Preprocessor:
+            return fit_preprocessor(*given, loss=loss.kind, **how)
+
+        def fleet(made: Preprocessor) -> Fleet:
+            first, last = network_ends(made, loss.kind)
+            net = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
+            size = as_count("batch_size", self.batch_size)
+            options = {"backend": self.backend, "precision": self.precision, "vary": {"seed": range(trials.TRIALS)}}
+            return Fleet(net, loss.kind, self._optimizer(), size, **options)
+
+        scale, log_target = None if self.scale == "auto" else self.scale, bool(self.log_target)
+        scale, log_target, _ = trials.chosen(
+            dataset, training, prepare, fleet, scale=scale, log_target=log_target, seed=seed
+        )
+        return prepare(dataset, training, scale=scale, log_targets=log_target)
 
     def _read(self, X: Any, labels: Array, sample_weight: Any) -> tuple[Dataset, Array | None]:
         """Return the data set of all rows with a weight that is not 0, and their weights."""
