@@ -111,7 +111,7 @@ def test_both_files_and_what_they_take(species: Path, tmp_path: Path, capsys: py
     assert run("export", species, *files, "--bare") == 0
     shown = capsys.readouterr().out.splitlines()
     takes = (
-        "  takes 32 columns as the run scales them (piecewise), gives class indices; its metadata entry 'preprocessor' "
+        "  takes 2 columns as the run scales them (robust), gives class indices; its metadata entry 'preprocessor' "
         "has the scaling"
     )
     assert shown == [f"onnx {files[1]}", takes, f"safetensors {files[3]}", takes]

@@ -173,7 +173,7 @@ def planned(options: SweepOptions) -> Plan:
     trained_by = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
         prepared = prepare(trained_by[0])
-        # What trials say depends on the options that vary.
+        # The trials depend on the options that vary: their outcome holds for all.
         found = ensemble.decisions(prepared)
         trained_by = [replace(one, **found) for one in trained_by]
         rows = len(prepared.train)

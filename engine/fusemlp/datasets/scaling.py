@@ -17,8 +17,8 @@ SCALES = ("robust", "piecewise", "quantile", "standard", "minmax", "none")
 KNEE, CLIP = 3.0, 10.0
 # The quantiles of a column that quantile scaling stores; the outermost stand for this share of the rows.
 QUANTILES = 128
-# Piecewise scaling cuts a column into this many pieces of as many rows each, if it has so many different values. Beyond
-# the outer edges the first and the last piece go on, for BEYOND times their width.
+# Piecewise scaling cuts a column of at least MANY_VALUES different values into this many pieces of as many rows each.
+# Beyond the outer edges the first and the last piece go on, for BEYOND times their width.
 PIECES, MANY_VALUES, BEYOND = 16, 10, 2.0
 
 

@@ -17,8 +17,8 @@ from fusemlp.inputs.arrays import Array
 ROWS, TRIALS, EPOCHS, PATIENCE = 5_000, 3, 60, 5
 # A target with at least this skewness may be learned in logarithms.
 SKEWED = 1.0
-# Scalings of features, of which the first needs no reason.
-SCALES = ("robust", "piecewise")
+# Scalings of features, of which the first needs no reason, and the second this many rows.
+SCALES, MANY_ROWS = ("robust", "piecewise"), 200
 
 Prepare = Callable[..., Preprocessor]
 Make = Callable[[Preprocessor], Fleet]
@@ -48,10 +48,9 @@ def chosen(
             _error(dataset, some, prepare(dataset, some, scale=s, log_targets=log), fleet, seed) for s, log in options
         ]
 
-    enough = len(rows) >= 2 * FOLDS
     if scale is None:
         scale = SCALES[0]
-        if enough and _has_pieces(dataset, some, prepare):
+        if len(rows) >= MANY_ROWS and _has_pieces(dataset, some, prepare):
             plain, cut = errors([(one, bool(log_target)) for one in SCALES])
             scale = SCALES[cut < plain]
             of = "loss" if dataset.task == "classification" else "rmse"
@@ -61,7 +60,7 @@ def chosen(
             )
     if log_target is None:
         log_target = False
-        if enough and _may_be_logarithms(dataset, rows):
+        if len(rows) >= 2 * FOLDS and _may_be_logarithms(dataset, rows):
             plain, logarithms = errors([(scale, False), (scale, True)])
             log_target = logarithms < plain
             notes.append(

@@ -65,8 +65,8 @@ class TableParameters:
         rows than that needs are all trained on, for all epochs.
     models : train this many with seeds from random_state on, each with its own fold of the rows held out, and merge
         them into one that gives their mean; the command line trains 5 on a table of up to 10,000 rows.
-    scale : "auto" (robust or piecewise, as small trainings on folds of the training rows say), "robust", "piecewise",
-        "quantile", "standard", "minmax" or "none"; from the training rows.
+    scale : "robust", "piecewise", "quantile", "standard", "minmax" or "none", from the training rows; None is the
+        better of the first two in small trainings on folds of these rows.
     log_target : learn the logarithm of a positive target.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
@@ -91,7 +91,7 @@ class TableParameters:
     metric: str | None = None
     validation_fraction: float = 0.1
     models: int = 1
-    scale: str = "auto"
+    scale: str | None = None
     log_target: bool = False
     drop: Any = ()
     keep: Any = ()
@@ -287,12 +287,15 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             first, last = network_ends(made, loss.kind)
             net = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
             size = as_count("batch_size", self.batch_size)
-            options = {"backend": self.backend, "precision": self.precision, "vary": {"seed": range(trials.TRIALS)}}
+            options: dict[str, Any] = {
+                "backend": self.backend,
+                "precision": self.precision,
+                "vary": {"seed": range(trials.TRIALS)},
+            }
             return Fleet(net, loss.kind, self._optimizer(), size, **options)
 
-        scale, log_target = None if self.scale == "auto" else self.scale, bool(self.log_target)
         scale, log_target, _ = trials.chosen(
-            dataset, training, prepare, fleet, scale=scale, log_target=log_target, seed=seed
+            dataset, training, prepare, fleet, scale=self.scale, log_target=bool(self.log_target), seed=seed
         )
         return prepare(dataset, training, scale=scale, log_targets=log_target)
 
