@@ -20,6 +20,7 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.uncertainty import HeldOut, errors_of, joined
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: i
 
 def train_ensemble(
     prepared: Prepared, options: TrainOptions, epochs: int, scheduled: int, watched: Mapping[str, Any]
-) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None]:
-    """Train all models; return the merged engine with the mean history, a record a model, and how it ended.
+) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, HeldOut | None]:
+    """Train all models; return a merged engine with the mean history, a record a model, how it ended, held-out errors.
 
     The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``. The third is True after Ctrl-C, which keeps the models as they are then. A model that diverged is left
-    out; the error is returned if all did.
+    ``--metric``. The errors are those of each model on its own fold. The third is True after Ctrl-C, which keeps the
+    models as they are then. A model that diverged is left out; the error is returned if all did.
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
@@ -71,7 +72,7 @@ def train_ensemble(
         engines = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
         if not engines:
             raise
-        return merged(engines), [], True, None
+        return merged(engines), [], True, None, None
     records = [
         {
             "seed": options.seed + member.index,
@@ -83,9 +84,16 @@ def train_ensemble(
         for member in results.members
     ]
     try:
-        return merged_members(results.members), records, False, None
+        engine = merged_members(results.members)
     except DivergenceError as error:
-        return results.members[0].engine, records, False, error
+        return results.members[0].engine, records, False, error, None
+    made, rows_of = prepared.preprocessor, prepared.train
+    errors = [
+        errors_of(member.engine, made, rows_of.X[held], rows_of.labels[held])
+        for member, (_, held) in zip(results.members, parts, strict=False)
+        if member.status != "diverged"
+    ]
+    return engine, records, False, None, joined(errors)
 
 
 def _told(member: Member) -> str:

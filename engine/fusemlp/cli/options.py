@@ -355,6 +355,12 @@ class PredictOptions(ApplyOptions, ForceOption):
     data: str = _option(MISSING, "Features: a table (.csv, .parquet, .xlsx, ...), .npz with X, IDX folder.", "FILE")
     out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
     proba: bool = _option(False, "Also write the probability of each class.")
+    interval: float | None = _option(
+        None,
+        "Also write an interval (low, high) around each number, or the set of classes, that holds the truth for this "
+        "share of new rows, such as 0.9; by the errors of the rows that validated the training.",
+        "SHARE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

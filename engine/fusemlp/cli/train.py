@@ -27,7 +27,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.diagnosis import Finding
-from fusemlp.report.metrics import headline
+from fusemlp.report.metrics import headline, spelled
 from fusemlp.report.runs import (
     FORMAT,
     Run,
@@ -39,6 +39,7 @@ from fusemlp.report.runs import (
     write_json,
     write_training_rows,
 )
+from fusemlp.report.uncertainty import HeldOut, errors_of
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
@@ -70,7 +71,7 @@ def train(options: TrainOptions) -> None:
     if not options.quiet:
         print(*columns.lines(found, session.run), describe(session), sep="\n", file=sys.stderr)
     if session.prepared.models > 1:
-        engine, models, interrupted, failure = ensemble.train_ensemble(
+        engine, models, interrupted, failure, held_out = ensemble.train_ensemble(
             session.prepared,
             session.options,
             session.epochs,
@@ -82,6 +83,10 @@ def train(options: TrainOptions) -> None:
             append_metrics(session.run, row)
     else:
         interrupted, failure = run_session(session)
+        held_out = None
+    made, validation = session.prepared.preprocessor, session.prepared.validation
+    if validation is not None and failure is None:
+        held_out = HeldOut.of(errors_of(session.engine, made, validation.X, validation.labels))
     run = session.run
     final = refused = None
     if session.options.final_fit and not interrupted and failure is None:
@@ -98,6 +103,7 @@ def train(options: TrainOptions) -> None:
         failure=failure,
         models=session.models,
         final=final,
+        held_out=held_out,
     )
     plot = str(run.curves) if run.curves.exists() else None
     lines = [
@@ -106,7 +112,8 @@ def train(options: TrainOptions) -> None:
         f"report {run.page}",
         f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
     ]
-    content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
+    told = {name: value for name, value in report.items() if name != "held_out"}
+    content = {**told, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
     show(content, lines, as_json=options.as_json, warnings=report.get("worse_than", ()))
     failure = failure or refused
     if failure is not None:
@@ -330,6 +337,16 @@ def final_fit(session: Session) -> tuple[Engine, dict[str, int]]:
     return engine, {"epochs": epochs, "rows": rows}
 
 
+def interval_line(report: dict[str, Any]) -> list[str]:
+    """Return a line on the intervals or sets of classes of the test rows."""
+    if "intervals" not in report:
+        return []
+    found = report["intervals"]
+    size = f"{found['classes']:.2f} classes" if "classes" in found else f"width {spelled(found['width'])}"
+    level, share = found["level"], found["coverage"]
+    return [f"predict --interval {level:g}: {size} on average, which cover {share:.0%} of the test rows"]
+
+
 def outcome(report: dict[str, Any]) -> list[str]:
     """Return lines on the end of the training, the scores and the diagnosis."""
     lines = []
@@ -344,7 +361,7 @@ def outcome(report: dict[str, Any]) -> list[str]:
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += headline(report.get("test", {}))
-    lines += baseline_line(report)
+    lines += [*baseline_line(report), *interval_line(report)]
     if report.get("final_fit"):
         final = report["final_fit"]
         lines.append(

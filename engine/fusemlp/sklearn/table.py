@@ -6,6 +6,7 @@ options and seed, an estimator has the model of the command line.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -40,6 +41,7 @@ from fusemlp.fleet.merge import check_mergeable, merged_members
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
+from fusemlp.report.uncertainty import HeldOut, errors_of, intervals, joined, sets
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -76,7 +78,8 @@ class TableParameters:
     callbacks : objects like ``fusemlp.Callback``, for one model; verbose=True shows a progress bar, or a line a model.
 
     Attributes: ``engine_``, ``preprocessor_``, ``history_``, ``n_iter_`` (epochs), ``notes_`` (lines on what became of
-    the columns), ``n_features_in_`` and, if X has names, ``feature_names_in_``.
+    the columns), ``held_out_`` (errors of the rows that validated the training, or None), ``n_features_in_`` and, if X
+    has names, ``feature_names_in_``.
     """
 
     hidden: Any = (128,)
@@ -109,6 +112,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
     task: str
     engine_: Engine
     preprocessor_: Preprocessor
+    held_out_: HeldOut | None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -189,6 +193,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         # The command line's 0 is None here.
         estimator.early_stopping = estimator.early_stopping or None
         estimator._take(engine, made, tuple(config["data"]["notes"]))
+        told = json.loads(opened.report.read_text(encoding="utf-8")) if opened.report.exists() else {}
+        estimator.held_out_ = HeldOut.from_config(told["held_out"]) if "held_out" in told else None
         dates = part_names(name for name, _ in made.dates)
         columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
         estimator.feature_names_in_ = np.array(list(columns), object)
@@ -249,7 +255,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
             watched = rows(features, labels_val)
-        validates = watched is not None or bool(cut)
+        validates, errors = watched is not None or bool(cut), list[Array]()
         given: dict[str, Any] = {
             "X": train.X,
             "y": train.y,
@@ -266,6 +272,11 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                     given |= {"rows": [one for one, _ in cut], "validation_rows": [one for _, one in cut]}
                 results = fleet.fit(**given, callback=print if self.verbose else None)
                 engine = merged_members(results.members)
+                errors = [
+                    errors_of(member.engine, made, train.X[fold], train.labels[fold])
+                    for member, (_, fold) in zip(results.members, cut, strict=False)
+                    if member.status != "diverged"
+                ]
             else:
                 callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
                 engine.fit(**given, callbacks=callbacks)
@@ -273,7 +284,10 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             if engine.history is None or not engine.history.stopped:
                 raise
             warnings.warn("Training interrupted by user.", stacklevel=3)
+        if watched is not None:
+            errors = [errors_of(engine, made, watched.X, watched.labels)]
         self._take(engine, made, (*dataset.notes, *notes))
+        self.held_out_ = joined(errors)
         _tell(self.notes_)
         return self
 
@@ -367,6 +381,14 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         features = load_features(self._table(X), self.preprocessor_, notes=notes)
         _tell(notes)
         return network_inputs(self.preprocessor_, features, self.engine_.precision)
+
+    def _held_out_errors(self) -> HeldOut:
+        check_is_fitted(self)
+        if self.held_out_ is None:
+            raise ArgumentError(
+                "coverage: the model was fitted without held-out rows; fit with early_stopping, or with X_val and y_val"
+            )
+        return self.held_out_
 
     @property
     def history_(self) -> History:
@@ -493,6 +515,16 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
         inputs = self._inputs(X)
         return self.engine_.predict_proba(inputs)
 
+    @available_if(_gives_probabilities)
+    def predict_set(self, X: Any, *, coverage: float = 0.9) -> Array:
+        """Return bool (n, classes): sets of classes, which hold the true one for this share of new rows.
+
+        By the errors of the rows that validated the training (``fusemlp.report.uncertainty``). Raises ArgumentError if
+        there were none, or too few.
+        """
+        held = self._held_out_errors()
+        return sets(self.predict_proba(X), held, coverage)
+
 
 @dataclass(eq=False, repr=False)
 class TableRegressor(RegressorMixin, _TableEstimator):
@@ -517,6 +549,15 @@ class TableRegressor(RegressorMixin, _TableEstimator):
         """Return the values (n,) or (n, targets) of a table's rows, in the units of y."""
         inputs = self._inputs(X)
         return predictions(self.engine_, self.preprocessor_, inputs)
+
+    def predict_interval(self, X: Any, *, coverage: float = 0.9) -> tuple[Array, Array]:
+        """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.
+
+        By the errors of the rows that validated the training (``fusemlp.report.uncertainty``); of several targets each
+        for itself. Raises ArgumentError if there were none, or too few.
+        """
+        held = self._held_out_errors()
+        return intervals(self.preprocessor_, self.predict(X), held, coverage)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
