@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ MODELS = {
     "linear": "linear",
     "trees": "HistGradientBoosting",
     "sklearn_mlp": "scikit-learn's MLP",
+    "realmlp": "RealMLP-TD",
+    "tabm": "TabM-D",
 }
+# Those of the package pytabkit, which the bench extra does not install.
+PYTABKIT = {"realmlp": "RealMLP_TD", "tabm": "TabM_D"}
 MOST_WORDS = 50
 
 
@@ -132,6 +137,13 @@ def other(name: str, one: Table, words: Sequence[str], numbers: Sequence[str], s
     from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 
     classify = one.task == CLASSES
+    if name in PYTABKIT:
+        import pytabkit
+
+        numeric = SimpleImputer(strategy="median", keep_empty_features=True)
+        made = ColumnTransformer([("words", "passthrough", words), ("numbers", numeric, numbers)])
+        model = getattr(pytabkit, f"{PYTABKIT[name]}_{'Classifier' if classify else 'Regressor'}")
+        return make_pipeline(made.set_output(transform="pandas"), model(random_state=seed, device="cpu"))
     if name == "constant":
         return DummyClassifier(strategy="prior") if classify else DummyRegressor()
     if name == "trees":
@@ -290,18 +302,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("tables", (__doc__ or "").partition("\n")[0])
     made.add_argument("--half", choices=HALVES, help="default: both; defaults are chosen on development alone")
     made.add_argument("--table", nargs="+", choices=[one.name for one in TABLES], metavar="NAME", help="default: all")
-    made.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    made.add_argument("--models", nargs="+", choices=MODELS, help="default: all that are installed")
     made.add_argument("--seeds", type=count, default=3, metavar="N", help="default: %(default)s")
     made.add_argument("--options", default="{}", metavar="JSON", help="options of fusemlp train: '{\"lr\": 0.01}'")
     options = parse(made, arguments)
+    models = options.models or [name for name in MODELS if name not in PYTABKIT or find_spec("pytabkit")]
     names = options.table or [one.name for one in TABLES if options.half in (None, one.half)]
     lines: list[Record] = []
     for one in TABLES:
         if one.name not in names:
             continue
         for seed in range(options.seeds):
-            lines += measure(one, seed, options.models, json.loads(options.options))
-        say(f"{one.name}: {', '.join(_told(lines, one.name, model) for model in options.models)}")
+            lines += measure(one, seed, models, json.loads(options.options))
+        say(f"{one.name}: {', '.join(_told(lines, one.name, model) for model in models)}")
     finish("tables", options, lines, text(lines), None)
     return 0
 

@@ -91,7 +91,7 @@ def test_labels_from_raw_features(species: Path, tmp_path: Path, capsys: pytest.
     [
         (),
         ("--loss", "poisson"),
-        *(("--scale", scale) for scale in ("quantile", "standard", "minmax", "none")),
+        *(("--scale", scale) for scale in ("piecewise", "quantile", "standard", "minmax", "none")),
         ("--models", "1", "--log-target"),
     ],
     ids=" ".join,

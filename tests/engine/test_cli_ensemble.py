@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from commands import read, rows, run
 
@@ -18,6 +19,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, merged
 from fusemlp.report.baselines import worse_than
+from fusemlp.sklearn import TableRegressor
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
@@ -213,12 +215,35 @@ def test_a_skewed_target_is_learned_in_logarithms_where_they_help(tmp_path: Path
     assert run("train", data, "--target", "price", *plain) == 0
     assert not read(tmp_path / "plain" / "config.json")["preprocessor"]["target_log"]
     assert report["test"]["rmse"] < read(tmp_path / "plain" / "report.json")["test"]["rmse"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "target learned in logarithms" in page
+    assert run("report", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report.html").read_text() == page
     # evaluate prepares the same rows again, predict returns original units
     assert run("evaluate", tmp_path / "run") == 0
     assert run("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "out.csv") == 0
     said = np.array([float(row["prediction"]) for row in rows(tmp_path / "out.csv")])
     truth = np.array([float(row["price"]) for row in rows(data)])
     assert np.corrcoef(np.log(said), np.log(truth))[0, 1] > 0.95
+
+
+def test_numbers_are_cut_into_pieces_where_that_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(2, 400))
+    steps = np.where(a > 0.3, 3.0, 0.0) + np.where((b > 0) & (b < 0.5), 2.0, 0.0) + 0.1 * generator.normal(size=400)
+    lines = ["a,b,y", *(f"{x:.4f},{z:.4f},{y:.4f}" for x, z, y in zip(a, b, steps, strict=True))]
+    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+    found = {}
+    for name, options in (("tried", ()), ("robust", ("--scale", "robust"))):
+        assert run("train", tmp_path / "data.csv", "--target", "y", "--out", tmp_path / name, *options) == 0
+        assert ("numbers cut into pieces: rmse of held-out rows" in capsys.readouterr().err) == (name == "tried")
+        found[name] = read(tmp_path / name / "config.json"), read(tmp_path / name / "report.json")["test"]["r2"]
+    config, r2 = found["tried"]
+    assert config["options"]["scale"] == config["preprocessor"]["scale"] == "piecewise"
+    assert r2 > found["robust"][1] + 0.05
+    frame = pandas.read_csv(tmp_path / "data.csv")
+    estimator = TableRegressor().fit(frame[["a", "b"]], frame["y"])
+    assert estimator.preprocessor_.scale == "piecewise"
 
 
 def test_logarithms_are_for_positive_numbers(trained: Path, tmp_path: Path, capsys: Any) -> None:
@@ -248,7 +273,7 @@ def test_interrupted_models_are_merged_as_they_are(
 
     monkeypatch.setattr(Fleet, "fit", cut_off)
     data = trained.parent / "data.csv"
-    assert run("train", data, "--target", "kind", *QUICK, "--out", tmp_path / "run") == 0
+    assert run("train", data, "--target", "kind", "--scale", "robust", *QUICK, "--out", tmp_path / "run") == 0
     report = read(tmp_path / "run" / "report.json")
     assert (report["interrupted"], report["epochs"]) == (True, 2)
     assert (tmp_path / "run" / "checkpoints" / "model.safetensors").exists()

@@ -136,6 +136,34 @@ def test_quantiles_become_normal_scores() -> None:
     assert Preprocessor.from_json(made.to_json()) == made
 
 
+def test_numbers_become_inputs_of_pieces() -> None:
+    generator = np.random.default_rng(0)
+    X = np.column_stack([np.exp(generator.normal(size=4000)), generator.integers(0, 3, 4000)])
+    X[::9, 0] = np.nan
+    data = dataset(X, X[:, 1].astype(int))
+    made = Preprocessor.fit(data, np.arange(4000), scale="piecewise")
+    # 16 pieces and a mark for missing cells; a column of three values is scaled.
+    assert made.widths == (17, 1) and made.width == 18
+    edges = np.array(made.feature_knots[0][0])
+    median = np.nanmedian(X[:, 0])
+    np.testing.assert_allclose(edges, np.quantile(np.where(np.isnan(X[:, 0]), median, X[:, 0]), np.arange(17) / 16))
+    inputs = made.transform_features(X)
+    # The pieces add up to the value, each to a sixteenth of the rows.
+    filled = np.isnan(X[:, 0])
+    np.testing.assert_array_equal(inputs[:, 16], filled)
+    np.testing.assert_allclose(edges[0] + inputs[:, :16] @ np.diff(edges), np.where(filled, median, X[:, 0]))
+    assert (inputs[:, :16] >= 0).all() and (inputs[:, :16] <= 1).all()
+    robust = Preprocessor.fit(data, np.arange(4000), scale="robust").transform_features(X)
+    np.testing.assert_array_equal(inputs[:, 17], robust[:, -1])
+    # Beyond the outer edges the straight lines go on, twice their pieces' width.
+    inner = (edges[0] + edges[1]) / 2
+    rows = [[edges[0] - 1e-3, 0], [inner, 0], [edges[-1] + (edges[16] - edges[15]), 0], [1e308, 0], [-1e308, 0]]
+    far = made.transform_features(rows)[:, :16]
+    assert -2 < far[0, 0] < 0 and far[1, 0] == pytest.approx(0.5) and (far[:2, 1:] == 0).all()
+    assert far[2, 15] == pytest.approx(2.0) and far[3, 15] == 3.0 and far[4, 0] == -2.0
+    assert Preprocessor.from_json(made.to_json()) == made
+
+
 def test_words_become_one_column_a_category() -> None:
     data = dataset([[0, 5.0], [2, 7.0], [1, 9.0]], [0, 1, 0], categories=(("g", "r", "y"), None))
     made = Preprocessor.fit(data, [0, 1, 2], scale="minmax")
@@ -256,7 +284,7 @@ def test_regression_targets_in_several_columns_or_unscaled() -> None:
     assert numbers([3, 5], "regression", scale_targets=False).encode_targets([3, 5]).tolist() == [[3], [5]]
     assert numbers([3, 5], "regression", scale="none").encode_targets([3, 5]).tolist() == [[3], [5]]
     assert numbers([3, 5], "regression", scale="minmax").encode_targets([3, 5]).tolist() == [[0], [1]]
-    for scale in ("robust", "quantile"):
+    for scale in ("robust", "piecewise", "quantile"):
         assert numbers([3, 5], "regression", scale=scale).encode_targets([3, 5]).tolist() == [[-1], [1]]
 
 

@@ -12,20 +12,19 @@ import numpy as np
 from fusemlp.cli import recipe
 from fusemlp.cli.options import ModelOptions, TrainOptions
 from fusemlp.datasets.load import Dataset
-from fusemlp.datasets.parts import FOLDS, folds
+from fusemlp.datasets.prepare import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine
+from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.uncertainty import HeldOut, errors_of, joined
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.cli.prepare import Prepared
-
-# A target with at least this skewness may be learned in logarithms; rows and folds of the training that decides.
-SKEWED, TRIAL_ROWS, TRIAL_FOLDS, TRIAL_EPOCHS, TRIAL_PATIENCE = 1.0, 5_000, 3, 60, 5
 
 
 def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: int) -> Fleet:
@@ -52,12 +51,13 @@ def train_ensemble(
     scheduled: int,
     watched: Mapping[str, Any],
     told: Callable[[Member], None],
-) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None]:
-    """Train all models; return the merged engine with the mean history, a record a model, and how it ended.
+) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, HeldOut | None]:
+    """Train all models; return a merged engine with the mean history, a record a model, how it ended, held-out errors.
 
     The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``; ``told`` is called with each model that has ended. The third is True after Ctrl-C, which keeps the
-    models as they are then. A model that diverged is left out; the error is returned if all did.
+    ``--metric``; ``told`` is called with each model that has ended. The errors are those of each model on its own fold.
+    The third is True after Ctrl-C, which keeps the models as they are then. A model that diverged is left out; the
+    error is returned if all did.
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
@@ -80,7 +80,7 @@ def train_ensemble(
         engines = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
         if not engines:
             raise
-        return merged(engines), [], True, None
+        return merged(engines), [], True, None, None
     records = [
         {
             "seed": options.seed + member.index,
@@ -92,9 +92,16 @@ def train_ensemble(
         for member in results.members
     ]
     try:
-        return merged_members(results.members), records, False, None
+        engine = merged_members(results.members)
     except DivergenceError as error:
-        return results.members[0].engine, records, False, error
+        return results.members[0].engine, records, False, error, None
+    made, rows_of = prepared.preprocessor, prepared.train
+    errors = [
+        errors_of(member.engine, made, rows_of.X[held], rows_of.labels[held])
+        for member, (_, held) in zip(results.members, parts, strict=False)
+        if member.status != "diverged"
+    ]
+    return engine, records, False, None, joined(errors)
 
 
 def _told(member: Member) -> str:
@@ -118,61 +125,41 @@ def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> t
         raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
 
 
-def log_pays(dataset: Dataset, rows: Array, options: ModelOptions, *, seed: int) -> tuple[bool, str]:
-    """Return whether the targets are better learned in logarithms, and a note if that was tried.
+def decided(
+    dataset: Dataset, rows: Array, options: ModelOptions, loss: str, *, seed: int
+) -> tuple[str, bool, list[str]]:
+    """Return the scale, whether targets are learned in logarithms, and notes; small trainings decide what is open."""
 
-    Positive, skewed targets are tried: two small trainings on at most ``TRIAL_ROWS`` of ``rows`` are compared by the
-    squared error of held-out rows in original units.
-    """
-    targets = dataset.y[rows].astype(np.float64)
-    if targets.ndim > 1 or len(rows) < 2 * FOLDS or targets.min() <= 0 or not _skewness(targets) >= SKEWED:
-        return False, ""
-    chosen = np.random.default_rng(seed).permutation(rows)[:TRIAL_ROWS]
-    parts = folds(dataset.y[chosen], TRIAL_FOLDS, seed=seed, stratify=False)
-    errors = []
-    for log_targets in (False, True):
-        made = Preprocessor.fit(dataset, chosen, scale=options.scale, log_targets=log_targets)
-        X, y = made.transform_features(dataset.X[chosen]), made.encode_targets(dataset.y[chosen])
-        widths = recipe.hidden_widths(options.hidden)
-        fleet = Fleet(
-            recipe.network((made.width, *widths, 1), options, init=options.init),
-            "mse",
+    def prepare(*given: Any, **how: Any) -> Preprocessor:
+        return fit_preprocessor(*given, loss=loss, **how)
+
+    def fleet(made: Preprocessor) -> Fleet:
+        first, last = network_ends(made, loss)
+        return Fleet(
+            recipe.network((first, *recipe.hidden_widths(options.hidden), last), options, init=options.init),
+            loss,
             recipe.optimizer(options),
             options.batch_size,
-            vary={"seed": range(TRIAL_FOLDS)},
+            vary={"seed": range(trials.TRIALS)},
             backend=options.backend,
             device=options.device,
             precision=options.precision,
             plan=options.plan,
             normalise=False,
         )
-        kept, held_out = ([part[place] for part in parts] for place in (0, 1))
-        results = fleet.fit(
-            X, y, epochs=TRIAL_EPOCHS, early_stopping=TRIAL_PATIENCE, rows=kept, validation_rows=held_out
-        )
-        errors.append(
-            sum(
-                float(np.sum((made.decode_predictions(member.engine.predict(X[held])) - dataset.y[chosen][held]) ** 2))
-                for member, (_, held) in zip(results.members, parts, strict=True)
-            )
-        )
-    count = sum(len(held) for _, held in parts)
-    plain, logarithms = (float(np.sqrt(error / count)) for error in errors)
-    pays = logarithms < plain
-    instead = "--no-log-target" if pays else "--log-target"
-    return pays, (
-        f"target learned {'in logarithms' if pays else 'as it is'}: rmse of held-out rows {logarithms:.4g} in "
-        f"logarithms, {plain:.4g} without ({instead} decides otherwise)"
-    )
+
+    classes = dataset.task == "classification"
+    # other losses have other units, or a user who knows what the targets are
+    log_target = options.log_target if loss == "mse" and not classes else bool(options.log_target)
+    return trials.chosen(dataset, rows, prepare, fleet, scale=options.scale, log_target=log_target, seed=seed)
 
 
-def _skewness(values: Array) -> float:
-    centred = values - values.mean()
-    deviation = float(np.sqrt(np.mean(centred**2)))
-    return float(np.mean(centred**3)) / deviation**3 if deviation > 0 else 0.0
+def decisions(prepared: Prepared) -> dict[str, Any]:
+    """Return the options that the data decided, for a run's configuration."""
+    made = prepared.preprocessor
+    return {"scale": made.scale, "log_target": made.target_log if made.classes is None else None}
 
 
 def described(prepared: Prepared, options: TrainOptions) -> TrainOptions:
-    """Return the options with what the data decided, for the run's configuration."""
-    tried = prepared.preprocessor.target_log if prepared.target_note else options.log_target
-    return replace(options, models=prepared.models, log_target=tried)
+    """Return the options with what the data decided."""
+    return replace(options, models=prepared.models, **decisions(prepared))

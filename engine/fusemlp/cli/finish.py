@@ -16,6 +16,7 @@ from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
+from fusemlp.report.uncertainty import COVERAGE, HeldOut, summary
 from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
@@ -30,12 +31,15 @@ def finish(
     failure: DivergenceError | None,
     models: Sequence[dict[str, Any]] = (),
     final: tuple[Engine, dict[str, int]] | None = None,
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report.
 
     ``models`` are the records of an ensemble, whose merged ``engine`` is the best one too. ``final`` is the model of
     all rows, which is kept in place of ``engine``, with its epochs and rows; the scores are those of ``engine``, which
     is the best one then.
+
+    ``held_out`` are the errors of rows that no model was trained on, for intervals.
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
@@ -78,6 +82,10 @@ def finish(
         seen = prepared.seen(MOST_NUMBERS // max(1, len(prepared.preprocessor.classes or ())))
         report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)
         report["worse_than"] = list(worse_than(report))
+        if held_out is not None:
+            report["held_out"] = held_out.to_config()
+            if held_out.reaches(COVERAGE):
+                report["intervals"] = summary(engine, prepared.preprocessor, held_out, test.X, test.labels)
     if models:
         report["models"] = list(models)
     if final is not None:

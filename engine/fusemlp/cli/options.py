@@ -169,11 +169,12 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     )
     validation: str | None = _data(None, "A file with the validation rows, in the form of DATA.", "FILE")
     test: str | None = _data(None, "A file with the test rows; no fifth of DATA is held out then.", "FILE")
-    scale: str = _data(
-        "robust",
+    scale: str | None = _data(
+        None,
         "Features, by statistics of the training rows: robust (median 0, interquartile range 1, far values smoothly "
-        "clipped), quantile (normal scores), standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a "
-        "regression likewise, for the first two by standard.",
+        "clipped), piecewise (each number cut into 16 pieces with an input for each), quantile (normal scores), "
+        "standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a regression likewise, for the first "
+        "three by standard. Unless given: robust, or for a table the better of the first two on held-out rows.",
         values=SCALES,
     )
     log_target: bool | None = _data(
@@ -403,6 +404,12 @@ class PredictOptions(ApplyOptions, ForceOption):
     data: str = _option(MISSING, "Features: a table (.csv, .parquet, .xlsx, ...), .npz with X, IDX folder.", "FILE")
     out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
     proba: bool = _option(False, "Also write the probability of each class.")
+    interval: float | None = _option(
+        None,
+        "Also write an interval (low, high) around each number, or the set of classes, that holds the truth for this "
+        "share of new rows, such as 0.9; by the errors of the rows that validated the training.",
+        "SHARE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

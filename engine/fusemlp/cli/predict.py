@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import predictions
-from fusemlp.report.runs import csv_bytes, open_run, weights_path
+from fusemlp.report.runs import Run, csv_bytes, open_run, weights_path
+from fusemlp.report.uncertainty import HeldOut, intervals, sets
 from fusemlp_kernels.errors import ArgumentError
 
 OUTPUTS = (".csv", ".npz")
@@ -41,45 +43,80 @@ def predict(options: PredictOptions) -> None:
             f"proba: the run was trained with {engine.loss.kind}, which gives no probabilities; "
             "train with cross_entropy"
         )
+    held = None if options.interval is None else _held_out(options, options.interval)
     notes: list[str] = []
     form = options.form(config["options"])
     ids: dict[str, Array] = {}
     features = load_features(data, preprocessor, form=form, notes=notes, ids=ids, ignore_unused=options.ignore_unused)
     X = network_inputs(preprocessor, features, engine.precision)
     predicted = predictions(engine, preprocessor, X)
-    probabilities = engine.predict_proba(X) if options.proba else None
+    more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))
+    if options.proba:
+        more["probabilities"] = engine.predict_proba(X)
     content = _npz if out.suffix.lower() == ".npz" else _csv
-    write_output("out", out, content(preprocessor, ids, predicted, probabilities))
+    write_output("out", out, content(preprocessor, ids, predicted, more))
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
     lines = [*notes, f"predictions of {len(X)} rows {out}"]
     show(about | {"notes": notes}, lines, as_json=options.as_json)
 
 
-def _csv(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, probabilities: Array | None) -> bytes:
+def _held_out(options: PredictOptions, coverage: float) -> HeldOut:
+    """Return the errors of held-out rows that the run's report keeps, enough of them for the coverage."""
+    file = Run(options.run).report
+    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "held_out" not in report:
+        raise ArgumentError(
+            f"interval: the report of {str(options.run)!r} has no errors of held-out rows; train with validation rows, "
+            "to the end, with this release"
+        )
+    held = HeldOut.from_config(report["held_out"])
+    try:
+        held.bound(coverage)
+    except ArgumentError as error:
+        raise ArgumentError(f"interval: {str(error).removeprefix('coverage: ')}") from None
+    return held
+
+
+def _ends(
+    engine: Engine, preprocessor: Preprocessor, X: Array, predicted: Array, held: HeldOut, coverage: float
+) -> dict[str, Array]:
+    """Return the ends of intervals, or which classes are in each set."""
+    if preprocessor.classes is None:
+        low, high = intervals(preprocessor, predicted, held, coverage)
+        return {"low": low, "high": high}
+    chances = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+    return {"in_set": sets(chances, held, coverage)}
+
+
+def _csv(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:
     columns = predicted.reshape(len(predicted), -1)
-    many = columns.shape[1] > 1
-    names = [f"prediction_{index}" if many else "prediction" for index in range(columns.shape[1])]
-    table = columns.tolist()
-    if probabilities is not None:
-        names += [f"probability_{label}" for label in preprocessor.classes or ()]
-        table = [row + more for row, more in zip(table, probabilities.tolist(), strict=True)]
+    count, classes = columns.shape[1], preprocessor.classes or ()
+    blocks = [(["prediction"] if count == 1 else [f"prediction_{index}" for index in range(count)], columns.tolist())]
+    for name in ("low", "high"):
+        if name in more:
+            ends = more[name].reshape(len(predicted), -1)
+            blocks.append(([name] if count == 1 else [f"{name}_{index}" for index in range(count)], ends.tolist()))
+    if "in_set" in more:
+        words = ["|".join(str(label) for label, one in zip(classes, row, strict=True) if one) for row in more["in_set"]]
+        blocks.append((["set"], [[text] for text in words]))
+    if "probabilities" in more:
+        blocks.append(([f"probability_{label}" for label in classes], more["probabilities"].tolist()))
     if ids:
-        names = [*ids, *names]
-        named = zip(*(column.tolist() for column in ids.values()), strict=True)
-        table = [[*texts, *row] for texts, row in zip(named, table, strict=True)]
-    return csv_bytes([names, *table])
+        named = [list(row) for row in zip(*(column.tolist() for column in ids.values()), strict=True)]
+        blocks.insert(0, ([*ids], named))
+    names = [name for header, _ in blocks for name in header]
+    rows = zip(*(part for _, part in blocks), strict=True)
+    return csv_bytes([names, *([cell for cells in row for cell in cells] for row in rows)])
 
 
-def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, probabilities: Array | None) -> bytes:
-    arrays: dict[str, Array] = {"predictions": predicted}
+def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:
+    arrays: dict[str, Array] = {"predictions": predicted, **more}
     if ids:
         # (rows, columns): the names of columns need not be those of arrays.
         arrays["ids"] = np.column_stack([column.astype(str) for column in ids.values()])
         arrays["id_names"] = np.array(list(ids))
     if preprocessor.classes is not None:
         arrays["classes"] = np.array(preprocessor.classes)
-    if probabilities is not None:
-        arrays["probabilities"] = probabilities
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, **arrays)
     return stream.getvalue()

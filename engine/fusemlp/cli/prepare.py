@@ -50,7 +50,7 @@ class Prepared:
     own_test: bool = False
     models: int = 1
     folds: tuple[Fold, ...] = ()
-    target_note: str = ""
+    tried: tuple[str, ...] = ()
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
@@ -102,8 +102,7 @@ class Prepared:
             else []
         )
         line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
-        log = [self.target_note] if self.target_note else []
-        return (*self.dataset.notes, *([line] if rare else []), *log)
+        return (*self.dataset.notes, *([line] if rare else []), *self.tried)
 
     def seen(self, most: int) -> tuple[Array, Array]:
         """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
@@ -173,7 +172,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     if options.split_seed is not None:
         seed = as_count("split_seed", options.split_seed, minimum=0)
     as_number("validation_fraction", options.validation_fraction, low=0.0, high=1.0, high_open=True)
-    check_choice("scale", options.scale, SCALES)
+    if options.scale is not None:
+        check_choice("scale", options.scale, SCALES)
     widths = recipe.hidden_widths(options.hidden)
     assert options.data is not None, "checked where the options come in"
     columns = Columns(
@@ -210,12 +210,12 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
 
     classes = len(dataset.classes) if classify else 0
     name = recipe.loss_name(options, dataset.task, classes)
-    log_target, target_note = bool(options.log_target), ""
+    scale, log_target, tried = options.scale or SCALES[0], bool(options.log_target), list[str]()
     if options.log_target is not None and classify:
         raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
-    if like is None and options.log_target is None and not classify and name == "mse" and defaults.is_a_table(options):
-        log_target, target_note = ensemble.log_pays(dataset, training, options, seed=seed)
-    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=options.scale, log_targets=log_target)
+    if like is None and defaults.is_a_table(options):
+        scale, log_target, tried = ensemble.decided(dataset, training, options, name, seed=seed)
+    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
     first, last = network_ends(preprocessor, name)
     net = recipe.network((first, *widths, last), options, init=options.init)
     check_memory(
@@ -250,5 +250,5 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         options.test is not None,
         models,
         parts,
-        target_note,
+        tuple(tried),
     )

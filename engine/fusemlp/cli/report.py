@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fusemlp.cli.evaluate import before_final_fit, own_data
@@ -26,6 +27,9 @@ def report(options: ReportOptions) -> None:
     notes: list[str] = []
     engine, preprocessor, config = open_model(before_final_fit(options, notes))
     prepared = own_data(config, preprocessor)
+    # what the training tried is not tried again
+    tried = tuple(note for note in config["data"]["notes"] if note not in prepared.notes)
+    prepared = replace(prepared, tried=tried)
     test = prepared.test
     if not found.get("diverged"):
         found["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import columns, defaults, grid, recipe, tracking
+from fusemlp.cli import columns, defaults, ensemble, grid, recipe, tracking
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
@@ -200,10 +200,9 @@ def planned(options: SweepOptions) -> Plan:
     trained_by = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
         prepared = prepare(trained_by[0])
-        if prepared.preprocessor.classes is None:
-            # The trial's outcome depends on the options that vary.
-            tried = prepared.preprocessor.target_log if prepared.target_note else options.log_target
-            trained_by = [replace(one, log_target=tried) for one in trained_by]
+        # The trials depend on the options that vary: their outcome holds for all.
+        found = ensemble.decisions(prepared)
+        trained_by = [replace(one, **found) for one in trained_by]
         rows = len(prepared.train)
         rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
         optimizer = recipe.optimizer(trained_by[0], rates[0])

@@ -28,7 +28,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.diagnosis import Finding
-from fusemlp.report.metrics import headline
+from fusemlp.report.metrics import headline, spelled
 from fusemlp.report.runs import (
     FORMAT,
     Run,
@@ -40,6 +40,7 @@ from fusemlp.report.runs import (
     write_json,
     write_training_rows,
 )
+from fusemlp.report.uncertainty import HeldOut, errors_of
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
@@ -92,7 +93,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
     config = json.loads(run.config.read_text(encoding="utf-8"))
     told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, run=str(run.path), config=config)
     if session.prepared.models > 1:
-        engine, models, interrupted, failure = ensemble.train_ensemble(
+        engine, models, interrupted, failure, held_out = ensemble.train_ensemble(
             session.prepared,
             options,
             session.epochs,
@@ -108,6 +109,10 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
                 session.tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
     else:
         interrupted, failure = run_session(session, told)
+        held_out = None
+    made, validation = session.prepared.preprocessor, session.prepared.validation
+    if validation is not None and failure is None:
+        held_out = HeldOut.of(errors_of(session.engine, made, validation.X, validation.labels))
     final = refused = None
     if options.final_fit and not interrupted and failure is None:
         try:
@@ -123,6 +128,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         failure=failure,
         models=session.models,
         final=final,
+        held_out=held_out,
     )
     failure = failure or refused
     tracked = None
@@ -137,7 +143,8 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
         *([f"tracked by {options.track}: run {tracked['run_id']}"] if tracked else []),
     ]
-    content = {**report, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
+    shown = {name: value for name, value in report.items() if name != "held_out"}
+    content = {**shown, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
     return {"event": "end", **content, "tracked": tracked}, lines, failure
 
 
@@ -370,6 +377,16 @@ def final_fit(session: Session) -> tuple[Engine, dict[str, int]]:
     return engine, {"epochs": epochs, "rows": rows}
 
 
+def interval_line(report: dict[str, Any]) -> list[str]:
+    """Return a line on the intervals or sets of classes of the test rows."""
+    if "intervals" not in report:
+        return []
+    found = report["intervals"]
+    size = f"{found['classes']:.2f} classes" if "classes" in found else f"width {spelled(found['width'])}"
+    level, share = found["level"], found["coverage"]
+    return [f"predict --interval {level:g}: {size} on average, which cover {share:.0%} of the test rows"]
+
+
 def outcome(report: dict[str, Any]) -> list[str]:
     """Return lines on the end of the training, the scores and the diagnosis."""
     lines = []
@@ -384,7 +401,7 @@ def outcome(report: dict[str, Any]) -> list[str]:
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += headline(report.get("test", {}))
-    lines += baseline_line(report)
+    lines += [*baseline_line(report), *interval_line(report)]
     if report.get("final_fit"):
         final = report["final_fit"]
         lines.append(

@@ -15,7 +15,7 @@ from fusemlp.datasets.coding import Features
 from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.roles import UNUSED
-from fusemlp.datasets.scaling import SCALES, Knots, by_quantiles, clipped, knots, statistics
+from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
@@ -65,17 +65,17 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
 class Preprocessor:
     """Scaling of features, one column a category, and encoding of labels or scaling of targets; ``fit`` makes one.
 
-    A column c of numbers becomes (c - shift) / scale, after it by ``scale`` "robust" ``scaling.clipped``, and by
-    "quantile" the scores of ``feature_knots``; its missing cells (NaN) become the median of the training rows
-    (``feature_fill``). If training rows had missing cells (``missing_inputs``), a further column is 1 at missing
-    cells. A column of words becomes one 0/1 column for each of its categories, without those in ``shared``, which are
-    rare or absent in the training rows. They and unseen words (NaN) are one other category: it has a column if training
-    rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of these four may be empty: no column has
-    any. ``dates`` are the columns of dates whose parts are features, with the order of day, month and year in their
-    text. ``classes`` are the labels in sorted order (None for a regression), whose targets become
-    (y - target_shift) / target_scale, with ``target_log`` of their logarithms; a target below ``target_low``, the least
-    of the training rows, counts as that one there. ``ids`` are the columns that name the rows of a table, ``unused``
-    its other columns that are no inputs.
+    A column c of numbers becomes (c - shift) / scale, after it by ``scale`` "robust" ``scaling.clipped``, by "quantile"
+    the scores of ``feature_knots``, and by "piecewise" an input for each piece between them; its missing cells (NaN)
+    become the median of the training rows (``feature_fill``). If training rows had missing cells (``missing_inputs``),
+    a further column is 1 at missing cells. A column of words becomes one 0/1 column for each of its categories, without
+    those in ``shared``, which are rare or absent in the training rows. They and unseen words (NaN) are one other
+    category: it has a column if training rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of
+    these four may be empty: no column has any. ``dates`` are the columns of dates whose parts are features, with the
+    order of day, month and year in their text. ``classes`` are the labels in sorted order (None for a regression),
+    whose targets become (y - target_shift) / target_scale, with ``target_log`` of their logarithms; a target below
+    ``target_low``, the least of the training rows, counts as that one there. ``ids`` are the columns that name the rows
+    of a table, ``unused`` its other columns that are no inputs.
     """
 
     task: str
@@ -114,9 +114,10 @@ class Preprocessor:
     ) -> Preprocessor:
         """Return a Preprocessor with the statistics of the training ``rows`` of a data set.
 
-        ``scale``: "robust" (median 0, interquartile range 1, smoothly clipped), "quantile" (normal scores), "standard"
+        ``scale``: "robust" (median 0, interquartile range 1, smoothly clipped), "piecewise" (an input for each piece of
+        a column, ``scaling.by_pieces``; robust for a column of few values), "quantile" (normal scores), "standard"
         (mean 0, variance 1), "minmax" (0 to 1) or "none". The targets of a regression are scaled in the same way, by
-        "standard" for the first two, unless ``scale_targets`` is False (a Poisson loss needs its counts);
+        "standard" for the first three, unless ``scale_targets`` is False (a Poisson loss needs its counts);
         ``log_targets`` takes their logarithms before. Constant columns are only shifted. The classes are those of the
         whole data set.
         """
@@ -159,7 +160,7 @@ class Preprocessor:
                         f"log_targets: the target {dataset.target_name!r} holds {low:g}, and has no logarithm"
                     )
                 targets = np.log(targets)
-            how = "standard" if scale in ("robust", "quantile") else scale
+            how = "standard" if scale in ("robust", "piecewise", "quantile") else scale
             target_shift, target_factor = statistics(targets, how if scale_targets else "none", names)
         return cls(
             task=dataset.task,
@@ -181,9 +182,7 @@ class Preprocessor:
             dates=dataset.dates,
             ids=tuple(dataset.ids),
             unused=tuple(role.name for role in dataset.roles if role.kind in UNUSED),
-            feature_knots=tuple(knots(X[:, column]) if number else None for column, number in enumerate(numbers))
-            if scale == "quantile"
-            else (),
+            feature_knots=_knots(X, numbers, scale),
             target_log=log_targets and classes is None,
             target_low=low if log_targets else 0.0,
         )
@@ -197,7 +196,7 @@ class Preprocessor:
     def widths(self) -> tuple[int, ...]:
         """The number of columns that ``transform_features`` returns for each feature."""
         return tuple(
-            1 + self._is_marked(column) if words is None else 1 + int(self.word_inputs(column).max())
+            self.pieces(column) + self._is_marked(column) if words is None else 1 + int(self.word_inputs(column).max())
             for column, words in enumerate(self.categories)
         )
 
@@ -210,6 +209,11 @@ class Preprocessor:
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, for reports; empty for a regression."""
         return self.class_names or tuple(str(label) for label in self.classes or ())
+
+    def pieces(self, column: int) -> int:
+        """Return the number of inputs of a column of numbers, without the one for missing cells."""
+        at = self.feature_knots[column] if self.scale == "piecewise" else None
+        return 1 if at is None else len(at[0]) - 1
 
     def _is_marked(self, column: int) -> bool:
         """Return whether the column of numbers has an input that marks its missing cells."""
@@ -247,19 +251,24 @@ class Preprocessor:
             given = np.where(missing & numbers, np.array([0.0 if value is None else value for value in fill]), given)
         scaled: Features = given - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
-        if self.scale == "robust":
+        if self.scale in ("robust", "piecewise"):
             scaled = clipped(scaled)
-        for column, at in enumerate(self.feature_knots):
-            if at is not None:
-                scaled[:, column] = by_quantiles(given[:, column], at)
-        if numbers.all() and not any(self.missing_inputs):
+        if self.scale == "quantile":
+            for column, at in enumerate(self.feature_knots):
+                if at is not None:
+                    scaled[:, column] = by_quantiles(given[:, column], at)
+        if numbers.all() and self.width == len(names):
             return scaled
         result: Features = np.zeros((len(given), self.width))
         start = 0
         for column, words in enumerate(self.categories):
             if words is None:
-                result[:, start] = scaled[:, column]
-                start += 1
+                pieces = self.pieces(column)
+                at = self.feature_knots[column] if pieces > 1 else None
+                result[:, start : start + pieces] = (
+                    scaled[:, column : column + 1] if at is None else by_pieces(given[:, column], at)
+                )
+                start += pieces
                 if self._is_marked(column):
                     result[:, start] = missing[:, column]
                     start += 1
@@ -363,6 +372,12 @@ class Preprocessor:
         except json.JSONDecodeError as error:
             raise CheckpointError(f"preprocessor: expected JSON, got {text[:40]!r} ({error})") from error
         return cls.from_config(config)
+
+
+def _knots(X: Features, numbers: npt.NDArray[np.bool_], scale: str) -> tuple[Knots | None, ...]:
+    """Return what quantile and piecewise scaling know of each column."""
+    of = {"quantile": knots, "piecewise": edges}.get(scale)
+    return tuple(of(X[:, column]) if number else None for column, number in enumerate(numbers)) if of else ()
 
 
 def _tuples(value: Any) -> Any:

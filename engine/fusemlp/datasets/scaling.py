@@ -1,4 +1,4 @@
-"""Scaling of columns by statistics of the training rows: shift and factor, a smooth clip, or quantiles."""
+"""Scaling of columns by statistics of the training rows: shift and factor, a smooth clip, quantiles, or pieces."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from fusemlp_kernels.errors import DataError
 Columns = np.ndarray[Any, np.dtype[np.float64]]
 Knots = tuple[tuple[float, ...], tuple[float, ...]]
 
-SCALES = ("robust", "quantile", "standard", "minmax", "none")
+SCALES = ("robust", "piecewise", "quantile", "standard", "minmax", "none")
 # Robust scaling is linear up to about KNEE interquartile ranges, logarithmic after it, and never passes CLIP.
 KNEE, CLIP = 3.0, 10.0
 # The quantiles of a column that quantile scaling stores; the outermost stand for this share of the rows.
 QUANTILES = 128
 # The numbers of a block of rows: 2 MiB in float64.
 BLOCK = 1 << 18
+# Piecewise scaling cuts a column of at least MANY_VALUES different values into this many pieces of as many rows each.
+# Beyond the outer edges the first and the last piece go on, for BEYOND times their width.
+PIECES, MANY_VALUES, BEYOND = 16, 10, 2.0
 
 
 def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Columns, Columns]:
@@ -27,7 +30,7 @@ def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Colum
     if scale in ("none", "quantile"):
         return np.zeros(count), np.ones(count)
     with np.errstate(over="ignore", invalid="ignore"):
-        if scale == "robust":
+        if scale in ("robust", "piecewise"):
             low, first, shift, third, high = np.quantile(values, (0.0, 0.25, 0.5, 0.75, 1.0), axis=0)
             # Half of the rows or more may share one value.
             factor = np.where(third > first, third - first, (high - low) / 2)
@@ -102,3 +105,29 @@ def knots(values: Columns) -> Knots:
 def by_quantiles(values: Columns, at: Knots) -> Columns:
     """Return the scores of a column: straight lines between the knots, constant outside them."""
     return np.interp(values, *at)
+
+
+def edges(values: Columns) -> Knots | None:
+    """Return the edges of a column's pieces, without scores; None for a column of few values, which has none."""
+    if len(np.unique(values)) < MANY_VALUES:
+        return None
+    found = np.unique(np.quantile(values, np.linspace(0.0, 1.0, PIECES + 1)))
+    return (tuple(found.tolist()), ()) if len(found) > 3 else None
+
+
+def limits(pieces: int) -> tuple[Columns, Columns]:
+    """Return the least and the greatest input of each piece."""
+    low, high = np.zeros(pieces), np.ones(pieces)
+    low[0], high[-1] = -BEYOND, 1.0 + BEYOND
+    return low, high
+
+
+def by_pieces(values: Columns, at: Knots) -> Columns:
+    """Return an input for each piece of a column (n, pieces): 0 below it, 1 above it, a straight line within.
+
+    The encoding of Gorishniy et al., "On embeddings for numerical features in tabular deep learning", 2022.
+    """
+    points = np.array(at[0])
+    with np.errstate(over="ignore"):
+        inside: Columns = (values[:, None] - points[:-1]) / np.diff(points)
+    return np.clip(inside, *limits(len(points) - 1))

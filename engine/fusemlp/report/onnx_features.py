@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.scaling import CLIP, KNEE, Knots
+from fusemlp.datasets.scaling import CLIP, KNEE, Knots, limits
 from fusemlp.datasets.textfiles import MISSING
 
 INPUT = "x"
@@ -53,14 +53,20 @@ def network_input(graph: Graph, preprocessor: Preprocessor) -> str:
         given, x = [], graph.given(INPUT, graph.real, len(names))
     if numbers:
         filled, missing = _filled(graph, x, preprocessor, numbers)
-        blocks.append(_scaled(graph, filled, preprocessor, numbers))
-        places = {column: [index] for index, column in enumerate(numbers)}
-        count = len(numbers)
+        cut = [column for column in numbers if preprocessor.pieces(column) > 1]
+        whole = [column for column in numbers if column not in cut]
+        for some, append in ((whole, _scaled), (cut, _by_pieces)):
+            if some:
+                own = filled if some == numbers else graph.add("Gather", filled, _indices(graph, numbers, some), axis=1)
+                blocks.append(append(graph, own, preprocessor, some))
+            for column in some:
+                places[column] = list(range(count, count + preprocessor.pieces(column)))
+                count += preprocessor.pieces(column)
         if missing and any(preprocessor.missing_inputs):
             blocks.append(graph.cast(missing, graph.real))
             for index, column in enumerate(numbers):
                 places[column] += [count + index] * preprocessor.missing_inputs[column]
-            count *= 2
+            count += len(numbers)
     for column, words in enumerate(categories):
         if words is not None:
             inputs = preprocessor.word_inputs(column)
@@ -91,12 +97,12 @@ def _filled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]
 
 def _scaled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]) -> str:
     """Append the scaling of the columns of numbers: ``scaling.statistics``, ``clipped`` and ``by_quantiles``."""
-    if preprocessor.feature_knots:
+    if preprocessor.scale == "quantile":
         return _by_quantiles(graph, x, [at for at in preprocessor.feature_knots if at is not None])
     shift = graph.constant(np.array(preprocessor.feature_shift, np.float64)[numbers])
     scale = graph.constant(np.array(preprocessor.feature_scale, np.float64)[numbers])
     scaled = graph.add("Div", graph.add("Sub", x, shift), scale)
-    if preprocessor.scale != "robust":
+    if preprocessor.scale not in ("robust", "piecewise"):
         return scaled
     # The square stays finite in float32.
     far = graph.add("Clip", scaled, graph.constant(-1e15), graph.constant(1e15))
@@ -109,6 +115,21 @@ def _scaled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]
 
 def _root_of_one_and_square(graph: Graph, x: str) -> str:
     return graph.add("Sqrt", graph.add("Add", graph.add("Mul", x, x), graph.constant(1.0)))
+
+
+def _indices(graph: Graph, columns: list[int], some: list[int]) -> str:
+    return graph.constant(np.array([columns.index(column) for column in some]))
+
+
+def _by_pieces(graph: Graph, x: str, preprocessor: Preprocessor, cut: list[int]) -> str:
+    """Append the inputs of columns that are cut into pieces: ``scaling.by_pieces``."""
+    edges = [np.array((preprocessor.feature_knots[column] or ((),))[0]) for column in cut]
+    column = np.repeat(np.arange(len(cut)), [len(points) - 1 for points in edges])
+    low, high = (np.concatenate(some) for some in zip(*(limits(len(points) - 1) for points in edges), strict=True))
+    starts, widths = np.concatenate([p[:-1] for p in edges]), np.concatenate([np.diff(p) for p in edges])
+    wide = graph.add("Gather", x, graph.constant(column), axis=1)
+    inside = graph.add("Div", graph.add("Sub", wide, graph.constant(starts)), graph.constant(widths))
+    return graph.add("Min", graph.add("Max", inside, graph.constant(low)), graph.constant(high))
 
 
 def _by_quantiles(graph: Graph, x: str, knots: Sequence[Knots]) -> str:

@@ -6,6 +6,7 @@ options and seed, an estimator has the model of the command line.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -34,11 +35,13 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, merged_members
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
+from fusemlp.report.uncertainty import HeldOut, errors_of, intervals, joined, sets
 from fusemlp.sklearn import saving
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -65,7 +68,8 @@ class TableParameters:
         rows than that needs are all trained on, for all epochs.
     models : train this many with seeds from random_state on, each with its own fold of the rows held out, and merge
         them into one that gives their mean; the command line trains 5 on a table of up to 10,000 rows.
-    scale : "robust", "quantile", "standard", "minmax" or "none"; from the training rows.
+    scale : "robust", "piecewise", "quantile", "standard", "minmax" or "none", from the training rows; None is the
+        better of the first two in small trainings on folds of these rows.
     log_target : learn the logarithm of a positive target.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
@@ -75,7 +79,8 @@ class TableParameters:
     callbacks : objects like ``fusemlp.Callback``, for one model; verbose=True shows a progress bar, or a line a model.
 
     Attributes: ``engine_``, ``preprocessor_``, ``history_``, ``n_iter_`` (epochs), ``notes_`` (lines on what became of
-    the columns), ``n_features_in_`` and, if X has names, ``feature_names_in_``.
+    the columns), ``held_out_`` (errors of the rows that validated the training, or None), ``n_features_in_`` and, if X
+    has names, ``feature_names_in_``.
     """
 
     hidden: Any = (128,)
@@ -90,7 +95,7 @@ class TableParameters:
     metric: str | None = None
     validation_fraction: float = 0.1
     models: int = 1
-    scale: str = "robust"
+    scale: str | None = None
     log_target: bool = False
     drop: Any = ()
     keep: Any = ()
@@ -108,6 +113,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
     task: str
     engine_: Engine
     preprocessor_: Preprocessor
+    held_out_: HeldOut | None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -188,6 +194,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         # The command line's 0 is None here.
         estimator.early_stopping = estimator.early_stopping or None
         estimator._take(engine, made, tuple(config["data"]["notes"]))
+        told = json.loads(opened.report.read_text(encoding="utf-8")) if opened.report.exists() else {}
+        estimator.held_out_ = HeldOut.from_config(told["held_out"]) if "held_out" in told else None
         dates = part_names(name for name, _ in made.dates)
         columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
         estimator.feature_names_in_ = np.array(list(columns), object)
@@ -217,7 +225,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                 cut += folds(labels, models, seed=seed, stratify=self.task == "classification")
             else:
                 training, held = self._held_out(dataset, seed, notes)
-        made = fit_preprocessor(dataset, training, loss=loss.kind, scale=self.scale, log_targets=self.log_target)
+        made = self._prepared(dataset, training, loss, seed)
         first, last = network_ends(made, loss.kind)
         fewest = min((len(one) for one, _ in cut), default=len(training))
         described: dict[str, Any] = {
@@ -249,7 +257,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
             watched = rows(features, labels_val)
-        validates = watched is not None or bool(cut)
+        validates, errors = watched is not None or bool(cut), list[Array]()
         given: dict[str, Any] = {
             "X": train.X,
             "y": train.y,
@@ -266,6 +274,11 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                     given |= {"rows": [one for one, _ in cut], "validation_rows": [one for _, one in cut]}
                 results = fleet.fit(**given, callback=print if self.verbose else None)
                 engine = merged_members(results.members)
+                errors = [
+                    errors_of(member.engine, made, train.X[fold], train.labels[fold])
+                    for member, (_, fold) in zip(results.members, cut, strict=False)
+                    if member.status != "diverged"
+                ]
             else:
                 callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
                 engine.fit(**given, callbacks=callbacks)
@@ -273,9 +286,35 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             if engine.history is None or not engine.history.stopped:
                 raise
             warnings.warn("Training interrupted by user.", stacklevel=3)
+        if watched is not None:
+            errors = [errors_of(engine, made, watched.X, watched.labels)]
         self._take(engine, made, (*dataset.notes, *notes))
+        self.held_out_ = joined(errors)
         _tell(self.notes_)
         return self
+
+    def _prepared(self, dataset: Dataset, training: Array, loss: Loss, seed: int) -> Preprocessor:
+        """Return the preprocessor; small trainings choose the scale that is left to them."""
+
+        def prepare(*given: Any, **how: Any) -> Preprocessor:
+            return fit_preprocessor(*given, loss=loss.kind, **how)
+
+        def fleet(made: Preprocessor) -> Fleet:
+            first, last = network_ends(made, loss.kind)
+            net = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
+            size = as_count("batch_size", self.batch_size)
+            options: dict[str, Any] = {
+                "backend": self.backend,
+                "precision": self.precision,
+                "vary": {"seed": range(trials.TRIALS)},
+                "normalise": False,
+            }
+            return Fleet(net, loss.kind, self._optimizer(), size, **options)
+
+        scale, log_target, _ = trials.chosen(
+            dataset, training, prepare, fleet, scale=self.scale, log_target=bool(self.log_target), seed=seed
+        )
+        return prepare(dataset, training, scale=scale, log_targets=log_target)
 
     def _read(self, X: Any, labels: Array, sample_weight: Any) -> tuple[Dataset, Array | None]:
         """Return the data set of all rows with a weight that is not 0, and their weights."""
@@ -348,6 +387,14 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         _tell(notes)
         return network_inputs(self.preprocessor_, features, self.engine_.precision)
 
+    def _held_out_errors(self) -> HeldOut:
+        check_is_fitted(self)
+        if self.held_out_ is None:
+            raise ArgumentError(
+                "coverage: the model was fitted without held-out rows; fit with early_stopping, or with X_val and y_val"
+            )
+        return self.held_out_
+
     @property
     def history_(self) -> History:
         """The record of the training: ``history_.history["val_loss"]``, ``best_epoch``, ``stopped``."""
@@ -375,8 +422,10 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         check_is_fitted(self)
         # a merged or opened model has a record that its checkpoint lacks
         record = asdict(self.history_) if self.engine_.fit_state is None else None
-        more = {"preprocessor": self.preprocessor_.to_json(), "history": record}
-        saving.save(self, self.engine_, path, without=("engine_", "preprocessor_", "_metadata_request"), **more)
+        held = None if self.held_out_ is None else self.held_out_.to_config()
+        more = {"preprocessor": self.preprocessor_.to_json(), "history": record, "held_out": held}
+        without = ("engine_", "preprocessor_", "held_out_", "_metadata_request")
+        saving.save(self, self.engine_, path, without=without, **more)
 
     @classmethod
     def load(cls, path: str | Path, *, backend: str = "auto", device: str | None = None) -> Self:
@@ -384,6 +433,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         estimator, beside, _ = saving.read(cls, path)
         estimator.engine_ = load_checkpoint(path, backend=backend, device=device)
         estimator.preprocessor_ = Preprocessor.from_json(beside["preprocessor"])
+        held = beside["held_out"]
+        estimator.held_out_ = None if held is None else HeldOut.from_config(held)
         if beside["history"] is not None:
             estimator.engine_.history = History(**beside["history"])
         made: Self = estimator
@@ -499,6 +550,16 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
         inputs = self._inputs(X)
         return self.engine_.predict_proba(inputs)
 
+    @available_if(_gives_probabilities)
+    def predict_set(self, X: Any, *, coverage: float = 0.9) -> Array:
+        """Return bool (n, classes): sets of classes, which hold the true one for this share of new rows.
+
+        By the errors of the rows that validated the training (``fusemlp.report.uncertainty``). Raises ArgumentError if
+        there were none, or too few.
+        """
+        held = self._held_out_errors()
+        return sets(self.predict_proba(X), held, coverage)
+
 
 @dataclass(eq=False, repr=False)
 class TableRegressor(RegressorMixin, _TableEstimator):
@@ -523,6 +584,15 @@ class TableRegressor(RegressorMixin, _TableEstimator):
         """Return the values (n,) or (n, targets) of a table's rows, in the units of y."""
         inputs = self._inputs(X)
         return predictions(self.engine_, self.preprocessor_, inputs)
+
+    def predict_interval(self, X: Any, *, coverage: float = 0.9) -> tuple[Array, Array]:
+        """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.
+
+        By the errors of the rows that validated the training (``fusemlp.report.uncertainty``); of several targets each
+        for itself. Raises ArgumentError if there were none, or too few.
+        """
+        held = self._held_out_errors()
+        return intervals(self.preprocessor_, self.predict(X), held, coverage)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

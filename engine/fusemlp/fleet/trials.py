@@ -1,0 +1,109 @@
+"""Small trainings that decide how a table is prepared: the errors of held-out rows say what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.parts import FOLDS, folds
+from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.inputs.arrays import Array
+
+# Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
+ROWS, TRIALS, EPOCHS, PATIENCE = 5_000, 3, 60, 5
+# A target with at least this skewness may be learned in logarithms.
+SKEWED = 1.0
+# Scalings of features, of which the first needs no reason, and the second this many rows.
+SCALES, MANY_ROWS = ("robust", "piecewise"), 200
+
+Prepare = Callable[..., Preprocessor]
+Make = Callable[[Preprocessor], Fleet]
+
+
+def chosen(
+    dataset: Dataset,
+    rows: Array,
+    prepare: Prepare,
+    fleet: Make,
+    *,
+    scale: str | None,
+    log_target: bool | None,
+    seed: int,
+) -> tuple[str, bool, list[str]]:
+    """Return scale and log_target where they are None, and a note on each that was tried.
+
+    ``prepare(dataset, rows, scale=..., log_targets=...)`` makes a preprocessor of training rows, and ``fleet`` an
+    untrained fleet of ``TRIALS`` seeds for it. The trainings see at most ``ROWS`` of ``rows``. The targets of a
+    regression are compared in their own units.
+    """
+    some = np.random.default_rng(seed).permutation(rows)[:ROWS]
+    notes: list[str] = []
+
+    def errors(options: Sequence[tuple[str, bool]]) -> list[float]:
+        return [
+            _error(dataset, some, prepare(dataset, some, scale=s, log_targets=log), fleet, seed) for s, log in options
+        ]
+
+    if scale is None:
+        scale = SCALES[0]
+        if len(rows) >= MANY_ROWS and _has_pieces(dataset, some, prepare):
+            plain, cut = errors([(one, bool(log_target)) for one in SCALES])
+            scale = SCALES[cut < plain]
+            of = "loss" if dataset.task == "classification" else "rmse"
+            notes.append(
+                f"numbers {'cut into pieces' if cut < plain else 'scaled as they are'}: {of} of held-out rows "
+                f"{cut:.4g} in pieces, {plain:.4g} without (--scale {SCALES[cut >= plain]} decides otherwise)"
+            )
+    if log_target is None:
+        log_target = False
+        if len(rows) >= 2 * FOLDS and _may_be_logarithms(dataset, rows):
+            plain, logarithms = errors([(scale, False), (scale, True)])
+            log_target = logarithms < plain
+            notes.append(
+                f"target learned {'in logarithms' if log_target else 'as it is'}: rmse of held-out rows "
+                f"{logarithms:.4g} in logarithms, {plain:.4g} without "
+                f"({'--no-log-target' if log_target else '--log-target'} decides otherwise)"
+            )
+    return scale, log_target, notes
+
+
+def _has_pieces(dataset: Dataset, rows: Array, prepare: Prepare) -> bool:
+    made = prepare(dataset, rows, scale="piecewise", log_targets=False)
+    return any(at is not None for at in made.feature_knots)
+
+
+def _may_be_logarithms(dataset: Dataset, rows: Array) -> bool:
+    if dataset.task == "classification":
+        return False
+    targets = dataset.y[rows].astype(np.float64)
+    return targets.ndim == 1 and bool(targets.min() > 0) and _skewness(targets) >= SKEWED
+
+
+def _skewness(values: Array) -> float:
+    centred = values - values.mean()
+    deviation = float(np.sqrt(np.mean(centred**2)))
+    return float(np.mean(centred**3)) / deviation**3 if deviation > 0 else 0.0
+
+
+def _error(dataset: Dataset, rows: Array, made: Preprocessor, fleet: Make, seed: int) -> float:
+    """Return the error of all rows, each predicted by the model that did not see it: root mean square, or the loss."""
+    classify = made.classes is not None
+    parts = folds(dataset.y[rows], TRIALS, seed=seed, stratify=classify)
+    X, labels = network_inputs(made, dataset.X[rows], "fp32"), dataset.y[rows]
+    kept, held_out = ([part[place] for part in parts] for place in (0, 1))
+    results = fleet(made).fit(
+        X, made.encode_targets(labels), epochs=EPOCHS, early_stopping=PATIENCE, rows=kept, validation_rows=held_out
+    )
+    total = 0.0
+    for member, held in zip(results.members, held_out, strict=True):
+        if classify:
+            total += member.scores["val_loss"] * len(held)
+        else:
+            found = made.decode_predictions(member.engine.predict(X[held]))
+            total += float(np.sum((found - labels[held]) ** 2)) / found[0].size
+    mean = total / sum(map(len, held_out))
+    return mean if classify else float(np.sqrt(mean))

@@ -1,0 +1,126 @@
+"""Intervals and sets of classes with a chosen coverage, from the errors of held-out rows.
+
+Split conformal prediction (Lei et al., "Distribution-free predictive inference for regression", 2018; for classes
+Sadinle, Lei and Wasserman, "Least ambiguous set-valued classifiers", 2019): of new rows like these, at least the chosen
+share has its truth inside, whatever the model. An ensemble's errors are those of each model on its own held-out rows,
+which are no smaller than the ensemble's: its intervals are wide rather than narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import as_number
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.metrics import predictions
+from fusemlp.runtime.session import Session
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+# A report keeps the errors at this many ranks.
+KEPT = 1000
+# The coverage that a report tells of.
+COVERAGE = 0.9
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The errors of ``rows`` held-out rows at some ``ranks``, in rising order; ``errors`` has a list for each target.
+
+    Of numbers: the distance of truth and prediction, in original units, or with ``target_log`` in logarithms. Of
+    classes: one minus the probability of the true class.
+    """
+
+    rows: int
+    ranks: tuple[int, ...]
+    errors: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, errors: Array) -> HeldOut:
+        """Return what is kept of errors (rows,) or (rows, targets)."""
+        ordered = np.sort(errors.reshape(len(errors), -1), axis=0)
+        places = np.unique(np.linspace(0, len(ordered) - 1, min(KEPT, len(ordered))).round().astype(np.int64))
+        return cls(len(ordered), tuple((places + 1).tolist()), tuple(map(tuple, ordered[places].T.tolist())))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> HeldOut:
+        """Invert ``to_config``."""
+        return cls(config["rows"], tuple(config["ranks"]), tuple(map(tuple, config["errors"])))
+
+    def to_config(self) -> dict[str, Any]:
+        """Return plain numbers and tuples."""
+        return asdict(self)
+
+    def reaches(self, coverage: float) -> bool:
+        """Return whether the rows are enough for this coverage."""
+        return math.ceil((self.rows + 1) * coverage) <= self.rows
+
+    def bound(self, coverage: float) -> Array:
+        """Return for each target the error that at least this share of new rows does not exceed."""
+        coverage = as_number("coverage", coverage, low=0.0, high=1.0, low_open=True, high_open=True)
+        if not self.reaches(coverage):
+            # rounding may make it one more
+            needed = math.ceil(coverage / (1.0 - coverage) - 1e-9)
+            raise ArgumentError(
+                f"coverage: {coverage:g} needs at least {needed} held-out rows, and the model has {self.rows}; "
+                "choose a smaller one, or hold out more rows"
+            )
+        # the next rank that is kept
+        place = int(np.searchsorted(self.ranks, math.ceil((self.rows + 1) * coverage)))
+        return np.array([errors[place] for errors in self.errors])
+
+
+def errors_of(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) -> Array:
+    """Return the errors of rows, (n,) or (n, targets); X is the network's input, labels are those of the data."""
+    if preprocessor.classes is not None:
+        chances = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+        wrong: Array = 1.0 - chances[np.arange(len(X)), preprocessor.class_codes(labels)].astype(np.float64)
+        return wrong
+    truth = _comparable(preprocessor, np.asarray(labels, np.float64))
+    found: Array = np.abs(_comparable(preprocessor, predictions(engine, preprocessor, X)) - truth)
+    return found
+
+
+def _comparable(preprocessor: Preprocessor, values: Array) -> Array:
+    """Return values (n, targets), in logarithms where the model learns these."""
+    values = values.reshape(len(values), -1)
+    return np.log(np.maximum(values, preprocessor.target_low)) if preprocessor.target_log else values
+
+
+def intervals(preprocessor: Preprocessor, predicted: Array, held: HeldOut, coverage: float) -> tuple[Array, Array]:
+    """Return the lower and the upper ends around predicted values, shaped like these."""
+    if preprocessor.classes is not None:
+        raise DataError("intervals are of numbers, and the model predicts classes; ask for sets of classes")
+    centre, bound = _comparable(preprocessor, predicted), held.bound(coverage)
+    ends = centre - bound, centre + bound
+    low, high = (np.exp(end) if preprocessor.target_log else end for end in ends)
+    return low.reshape(predicted.shape), high.reshape(predicted.shape)
+
+
+def sets(probabilities: Array, held: HeldOut, coverage: float) -> Array:
+    """Return which classes are in the set of each row, bool (n, classes); the most probable one always is."""
+    chosen: Array = 1.0 - probabilities.astype(np.float64) <= held.bound(coverage)[0]
+    chosen[np.arange(len(chosen)), probabilities.argmax(axis=1)] = True
+    return chosen
+
+
+def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, X: Array, labels: Array) -> dict[str, Any]:
+    """Return how intervals or sets of ``COVERAGE`` do on test rows: the share that they cover, and their mean size."""
+    bound = held.bound(COVERAGE)
+    inside = errors_of(engine, preprocessor, X, labels).reshape(len(X), -1) <= bound
+    found = {"level": COVERAGE, "coverage": float(np.mean(inside))}
+    if preprocessor.classes is not None:
+        chances = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+        return found | {"classes": float(sets(chances, held, COVERAGE).sum(axis=1).mean())}
+    low, high = intervals(preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
+    return found | {"width": float(np.mean(high - low))}
+
+
+def joined(parts: Sequence[Array]) -> HeldOut | None:
+    """Return what is kept of the errors of several parts of the rows; None without any."""
+    return HeldOut.of(np.concatenate(parts)) if parts else None

@@ -1,0 +1,143 @@
+"""Intervals and sets of classes: their coverage on new rows, what is kept of the errors, and the commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from commands import read, rows, run
+from scipy.stats import binom
+
+from fusemlp.report.uncertainty import KEPT, HeldOut
+from fusemlp.sklearn import TableClassifier, TableRegressor
+from fusemlp_kernels.errors import ArgumentError
+
+
+def numbers(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(count, 2))
+    return X, X @ [2.0, -1.0] + generator.standard_t(4, size=count)
+
+
+def least(count: int, share: float) -> int:
+    """How many of ``count`` new rows are covered with all but a chance of one in 100,000."""
+    return int(binom.ppf(1e-5, count, share))
+
+
+@pytest.mark.parametrize("models", [1, 4])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_intervals_cover_their_share_of_new_rows(models: int, log_target: bool) -> None:
+    X, y = numbers(900, 0)
+    new, truth = numbers(4000, 1)
+    if log_target:
+        y, truth = np.exp(y), np.exp(truth)
+    model = TableRegressor(models=models, log_target=log_target, epochs=30, validation_fraction=0.4).fit(X, y)
+    widths = []
+    for coverage in (0.5, 0.9):
+        low, high = model.predict_interval(new, coverage=coverage)
+        predicted = model.predict(new)
+        # in float64, around a prediction that exponentials may have rounded
+        assert (low <= predicted * (1 + 1e-12) + 1e-12).all() and (predicted <= high * (1 + 1e-12) + 1e-12).all()
+        covered = np.count_nonzero((low <= truth) & (truth <= high))
+        # the share that some 360 held-out rows give is itself uncertain
+        assert least(4000, coverage - 4 * math.sqrt(coverage * (1 - coverage) / 360)) <= covered
+        assert covered <= 4000 - least(4000, 1 - coverage - 4 * math.sqrt(coverage * (1 - coverage) / 360))
+        widths.append(np.median(high - low))
+    assert widths[0] < widths[1]
+    if log_target:
+        assert (model.predict_interval(new)[0] > 0).all()
+
+
+def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class() -> None:
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(1200, 2))
+    y = np.array(["a", "b", "c"])[
+        np.argmax(X @ generator.normal(size=(2, 3)) + generator.gumbel(size=(1200, 3)), axis=1)
+    ]
+    model = TableClassifier(models=4, epochs=30).fit(X[:800], y[:800])
+    predicted = model.predict(X[800:])
+    codes = np.searchsorted(model.classes_, y[800:])
+    for coverage in (0.6, 0.95):
+        sets = model.predict_set(X[800:], coverage=coverage)
+        assert sets.dtype == bool and sets.shape == (400, 3)
+        assert sets[np.arange(400), np.searchsorted(model.classes_, predicted)].all()
+        share = coverage - 4 * math.sqrt(coverage * (1 - coverage) / 800)
+        assert np.count_nonzero(sets[np.arange(400), codes]) >= least(400, share)
+    assert sets.sum() > model.predict_set(X[800:], coverage=0.6).sum()
+
+
+def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept() -> None:
+    errors = np.random.default_rng(0).exponential(size=(300, 2))
+    held = HeldOut.of(errors)
+    assert HeldOut.from_config(held.to_config()) == held
+    np.testing.assert_array_equal(held.bound(0.9), np.sort(errors, axis=0)[math.ceil(301 * 0.9) - 1])
+    many = np.random.default_rng(0).exponential(size=50_000)
+    kept = HeldOut.of(many)
+    assert len(kept.ranks) == KEPT
+    rank = math.ceil(50_001 * 0.9)
+    assert np.sort(many)[rank - 1] <= kept.bound(0.9)[0] <= np.sort(many)[rank - 1 + 50]
+    with pytest.raises(ArgumentError, match=r"^coverage: 0.9 needs at least 9 held-out rows, and the model has 8;"):
+        HeldOut.of(errors[:8]).bound(0.9)
+    assert HeldOut.of(errors[:9]).bound(0.9)[0] == errors[:9, 0].max()
+    with pytest.raises(ArgumentError, match=r"^coverage: .*1.0"):
+        held.bound(1.0)
+
+
+def test_models_without_held_out_rows_have_no_intervals() -> None:
+    X, y = numbers(80, 0)
+    model = TableRegressor(early_stopping=None, epochs=2).fit(X, y)
+    with pytest.raises(ArgumentError, match=r"^coverage: the model was fitted without held-out rows"):
+        model.predict_interval(X)
+
+
+def test_the_command_writes_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    X, y = numbers(400, 0)
+    lines = ["a,b,y", *(f"{a:.4f},{b:.4f},{value:.4f}" for (a, b), value in zip(X, y, strict=True))]
+    data, out = tmp_path / "data.csv", tmp_path / "out.csv"
+    data.write_text("\n".join(lines) + "\n")
+    assert run("train", data, "--target", "y", "--hidden", "8", "--epochs", "40", "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    report = read(tmp_path / "run" / "report.json")
+    assert report["held_out"]["rows"] == 320 and report["intervals"]["level"] == 0.9
+    assert report["intervals"]["coverage"] * 80 >= least(80, 0.9 - 4 * math.sqrt(0.09 / 320))
+    assert f"cover {report['intervals']['coverage']:.0%} of the test rows" in shown
+    assert run("predict", tmp_path / "run", "--data", data, "--out", out, "--interval", "0.8") == 0
+    table = rows(out)
+    assert list(table[0]) == ["prediction", "low", "high"]
+    said = np.array([[float(row[name]) for name in ("low", "prediction", "high")] for row in table])
+    bound = HeldOut.from_config(report["held_out"]).bound(0.8)[0]
+    np.testing.assert_allclose(np.diff(said, axis=1), bound, rtol=1e-9)
+    estimator = TableRegressor.from_run(tmp_path / "run")
+    np.testing.assert_allclose(
+        np.transpose(estimator.predict_interval(pandas.read_csv(data)[["a", "b"]], coverage=0.8)), said[:, [0, 2]]
+    )
+    estimator.save(tmp_path / "estimator.safetensors")
+    assert TableRegressor.load(tmp_path / "estimator.safetensors").held_out_ == estimator.held_out_
+    capsys.readouterr()
+    arguments = ("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "more.npz", "--interval")
+    assert run(*arguments, "0.999") == 2
+    assert "--interval: 0.999 needs at least 999 held-out rows, and the model has 320" in capsys.readouterr().err
+    assert run(*arguments, "0.8") == 0
+    with np.load(tmp_path / "more.npz") as found:
+        np.testing.assert_array_equal(found["low"], said[:, 0])
+    changed = read(tmp_path / "run" / "report.json")
+    del changed["held_out"]
+    (tmp_path / "run" / "report.json").write_text(json.dumps(changed))
+    assert run(*arguments, "0.8", "--force") == 2
+    assert "has no errors of held-out rows" in capsys.readouterr().err
+
+
+def test_the_command_writes_sets_of_classes(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    assert run("train", "iris", "--epochs", "30", "--quiet", "--out", tmp_path / "run") == 0
+    names = read(tmp_path / "run" / "config.json")["preprocessor"]["feature_names"]
+    (tmp_path / "new.csv").write_text(",".join(names) + "\n5.1,3.5,1.4,0.2\n6.3,2.7,4.9,1.7\n")
+    arguments = ("predict", tmp_path / "run", "--data", tmp_path / "new.csv", "--out", out, "--interval", "0.9")
+    assert run(*arguments, "--proba") == 0
+    first, second = rows(out)
+    assert first["set"] == first["prediction"] and second["prediction"] in second["set"].split("|")
+    assert list(first)[:2] == ["prediction", "set"] and len(first) == 5
