@@ -24,7 +24,7 @@ def numbers(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def least(count: int, share: float) -> int:
-    """How many of ``count`` new rows are covered with all but a chance of one in 100,000."""
+    """Return the number of ``count`` new rows that are covered with all but a chance of one in 100,000."""
     return int(binom.ppf(1e-5, count, share))
 
 

@@ -16,7 +16,7 @@ from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
-from fusemlp.report.uncertainty import COVERAGE, HeldOut, summary
+from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
 from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
@@ -39,7 +39,7 @@ def finish(
     all rows, which is kept in place of ``engine``, with its epochs and rows; the scores are those of ``engine``, which
     is the best one then.
 
-    ``held_out`` are the errors of rows that no model was trained on, for intervals.
+    ``held_out`` are the errors of rows that no model was trained on, for intervals; by default of the validation rows.
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
@@ -82,10 +82,13 @@ def finish(
         seen = prepared.seen(MOST_NUMBERS // max(1, len(prepared.preprocessor.classes or ())))
         report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)
         report["worse_than"] = list(worse_than(report))
+        made, validation = prepared.preprocessor, prepared.validation
+        if validation is not None:
+            held_out = HeldOut.of(errors_of(engine, made, validation.X, validation.labels))
         if held_out is not None:
             report["held_out"] = held_out.to_config()
             if held_out.reaches(COVERAGE):
-                report["intervals"] = summary(engine, prepared.preprocessor, held_out, test.X, test.labels)
+                report["intervals"] = summary(engine, made, held_out, test.X, test.labels)
     if models:
         report["models"] = list(models)
     if final is not None:

@@ -40,7 +40,6 @@ from fusemlp.report.runs import (
     write_json,
     write_training_rows,
 )
-from fusemlp.report.uncertainty import HeldOut, errors_of
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
@@ -92,6 +91,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         print(*columns.lines(found, run), describe(session), sep="\n", file=sys.stderr)
     config = json.loads(run.config.read_text(encoding="utf-8"))
     told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, run=str(run.path), config=config)
+    held_out = None
     if session.prepared.models > 1:
         engine, models, interrupted, failure, held_out = ensemble.train_ensemble(
             session.prepared,
@@ -109,10 +109,6 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
                 session.tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
     else:
         interrupted, failure = run_session(session, told)
-        held_out = None
-    made, validation = session.prepared.preprocessor, session.prepared.validation
-    if validation is not None and failure is None:
-        held_out = HeldOut.of(errors_of(session.engine, made, validation.X, validation.labels))
     final = refused = None
     if options.final_fit and not interrupted and failure is None:
         try:
