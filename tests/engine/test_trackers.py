@@ -147,23 +147,24 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 class Offline:
-    """A finished offline run of wandb, as it would be sent to the server."""
+    """An offline run of wandb after ``parts`` trainings, as it would be sent to the server."""
 
-    def __init__(self, folder: Path, run_id: str) -> None:
+    def __init__(self, folder: Path, run_id: str, parts: int = 1) -> None:
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.artifacts: dict[str, list[str]] = {}
         self.exit: int | None = None
-        path, deadline = sorted(folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb"))[-1], time.monotonic() + 60
-        # Another process writes the file, and may be at it still.
-        found: list[Any] = []
-        while not any(one.WhichOneof("record_type") == "exit" for one in found):
-            assert time.monotonic() < deadline, f"{path} has no end"
+        deadline, found = time.monotonic() + 60, list[list[Any]]()
+        # Another process writes the files, and may be at it still.
+        while sum(one.WhichOneof("record_type") == "exit" for part in found for one in part) < parts:
+            assert time.monotonic() < deadline, f"the run {run_id} has no end"
             time.sleep(0.05)
-            found = list(records(path))
-        for record in found:
-            self._take(record)
+            paths = sorted(folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb"))
+            found = [list(records(path)) for path in paths]
+        for part in found:
+            for record in part:
+                self._take(record)
 
     def _take(self, record: Any) -> None:
         kind = record.WhichOneof("record_type")
@@ -407,9 +408,12 @@ class TestWandB:
         assert (found.project, found.name, found.exit) == ("fusemlp", "one", 0)
         assert found.config["data"] == "iris"
         assert found.summary["test_accuracy"] == pytest.approx(lines[-1]["test"]["accuracy"])
+        # The second is part of the name of an offline folder.
+        time.sleep(1.1)
         assert run("train", "--resume", folder, "--epochs", "3", "--quiet") == 0
-        again = Offline(tmp_path, run_id)
-        assert [row["epoch"] for row in again.history] == [3]
+        again = Offline(tmp_path, run_id, parts=2)
+        assert [row["epoch"] for row in again.history] == [1, 2, 3]
+        assert again.exit == 0
 
 
 @pytest.mark.parametrize("tracker", [MLflow, WandB])
