@@ -55,7 +55,8 @@ TESTS = (
     "tests/kernels/test_compiled_cache.py",
 )
 SHOWN = ("numpy", "scipy", "numba", "scikit-learn", "pyarrow", "pandas", "onnx")
-LAST = re.compile(r"^=* ?(\d.*) in [\d.]+s.*$", re.MULTILINE)
+# "873 passed, 2 xfailed" of pytest's last line.
+COUNTS = re.compile(r"^=* ?(\d+ [a-z]+(?:, \d+ (?!warnings?)[a-z]+)*)(?:, \d+ warnings?)? in [\d.]+s", re.MULTILINE)
 
 
 class Failed(Exception):
@@ -171,10 +172,10 @@ def check_cell(uv: str, interpreter: str, versions: str, wheel: Path, folder: Pa
         train = [scripts(environment) / "fusemlp", "train", "digits", "--epochs", "3", "--out", "run"]
         run("fusemlp train digits", train, cwd=work, **settings)
         # Warnings of a dependency's other versions are no failures of this code.
-        options = ["-q", "--disable-warnings", "-W", "default", "--durations=12", "-p", "no:cacheprovider"]
+        options = ["-q", "--disable-warnings", "-W", "default", "-p", "no:cacheprovider"]
         options += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *(str(ROOT / test) for test in tests)]
         printed = run("pytest", [python, "-B", "-m", "pytest", *options], cwd=work, **settings)
-        result = ", ".join(LAST.findall(printed)[-1:]) or "passed"
+        result = COUNTS.findall(printed)[-1]
     except Failed as failure:
         result = f"FAILED: {failure}"
     return Cell(label, versions, found, result, time.monotonic() - began)

@@ -50,6 +50,18 @@ def test_the_tests_of_a_cell_are_there_and_need_no_torch():
         assert not re.search(r"^(import|from) (torch|triton)\b", text, re.MULTILINE), test
 
 
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        ("873 passed, 2 xfailed, 30 warnings in 311.74s (0:05:11)", "873 passed, 2 xfailed"),
+        ("===== 7 passed, 1 skipped in 2.30s =====", "7 passed, 1 skipped"),
+        ("1 passed, 1 warning in 0.10s", "1 passed"),
+    ],
+)
+def test_the_counts_of_pytest_are_the_result(line, counts):
+    assert versions.COUNTS.findall(f"some output\n{line}\n") == [counts]
+
+
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """Build no wheel, and know Python 3.11 alone; a cell of the newest versions fails."""

@@ -194,6 +194,15 @@ def test_the_loss_of_held_out_rows_has_the_weights_of_the_loss():
     # the score counts rows
     assert weighted.validation_scores_[-1] == weighted.score(X[70:], Y[70:])
 
+    # balanced are the training rows, of which the first class has 10
+    rows = np.concatenate([np.flatnonzero(Y == 0)[:10], np.flatnonzero(Y == 1)[:40]])
+    balanced = MLPClassifier(class_weight="balanced", **given)
+    quiet(balanced, X[rows], Y[rows], X_val=X, y_val=Y)
+    losses, weight = row_losses(balanced, X, Y), np.where(Y, 50 / (2 * 40), 50 / (2 * 10))
+    assert balanced.validation_loss_curve_[-1] == pytest.approx(np.average(losses, weights=weight), rel=1e-12)
+    several = quiet(MLPClassifier(class_weight="balanced", **given), X, LABELS, X_val=X[:50], y_val=LABELS[:50])
+    assert len(several.validation_loss_curve_) == 3
+
     weight = np.linspace(0.5, 2.0, len(Y))
     split = MLPClassifier(early_stopping=True, n_iter_no_change=99, **given)
     split.set_params(learning_rate_init=1e-300)

@@ -89,6 +89,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         """Return the rows' weights in the loss; ``y`` as ``_validate_input`` returns it."""
         return weight
 
+    def _held_weights(self, y_val: Array, y: Array) -> Array | None:
+        """Return the weights in the loss of validation rows y_val, for training rows y."""
+        return None
+
     def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
         """Return X and the targets, checked and as numbers."""
         X, y = validate_data(
@@ -178,7 +182,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         row_weights = self._row_weights(y, weight, incremental)
         if row_weights is not None and not row_weights.any():
             raise ValueError("Sample weights must contain at least one non-zero number.")
-        validation = None if X_val is None else self._given_validation(X_val, y_val, y.shape[1])
+        validation = None if X_val is None else self._given_validation(X_val, y_val, y)
 
         self.n_outputs_ = y.shape[1]
         random_state = check_random_state(self.random_state)
@@ -293,7 +297,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         validation = ValidationScore(X[held], y[held], self._truth(y[held]), score_weights, loss_weights, True)
         return X[trained], y[trained], None if row_weights is None else row_weights[trained], validation
 
-    def _given_validation(self, X_val: Any, y_val: Any, outputs: int) -> ValidationScore:
+    def _given_validation(self, X_val: Any, y_val: Any, y: Array) -> ValidationScore:
         X_val = validate_data(self, X_val, accept_sparse=["csr", "csc"], reset=False)
         dtype = None if isinstance(self, ClassifierMixin) else "numeric"
         y_val = check_array(y_val, accept_sparse="csr", ensure_2d=False, dtype=dtype, input_name="y_val")
@@ -302,9 +306,9 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             y_val = column_or_1d(y_val, warn=True)
         y_val = self._validate_targets(y_val)
         y_val = y_val.reshape(-1, 1) if y_val.ndim == 1 else y_val
-        if y_val.shape[1] != outputs:
-            raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {outputs}.")
-        row_weights = self._row_weights(y_val, None, False)
+        if y_val.shape[1] != y.shape[1]:
+            raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {y.shape[1]}.")
+        row_weights = self._held_weights(y_val, y)
         return ValidationScore(X_val, y_val, self._truth(y_val), None, row_weights, bool(self.early_stopping))
 
     def _held_loss(self, model: Model, validation: ValidationScore) -> HeldLoss:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.preprocessing import LabelBinarizer
-from sklearn.utils import compute_sample_weight
+from sklearn.utils import compute_class_weight, compute_sample_weight
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
@@ -103,6 +103,21 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
             )
         by_class = compute_sample_weight(self.class_weight, self._label_binarizer.inverse_transform(y))
         return np.asarray(by_class if weight is None else by_class * weight)
+
+    def _held_weights(self, y_val: Array, y: Array) -> Array | None:
+        if self.class_weight is None:
+            return None
+        labels, given = self._label_binarizer.inverse_transform(y), self.class_weight
+        if isinstance(given, str):
+            # balanced are the training rows
+            columns = labels.reshape(len(labels), -1).T
+            found = [(np.unique(one), one) for one in columns]
+            by_column = [
+                dict(zip(classes.tolist(), compute_class_weight(given, classes=classes, y=one), strict=True))
+                for classes, one in found
+            ]
+            given = by_column if labels.ndim == 2 else by_column[0]
+        return np.asarray(compute_sample_weight(given, self._label_binarizer.inverse_transform(y_val)))
 
     def _objective(self, outputs: int) -> Objective:
         if not self._picks_one:
