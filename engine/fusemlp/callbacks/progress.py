@@ -10,8 +10,10 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
+from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.callbacks.forms import Watching, first_epoch
 from fusemlp.describe.checks import check_flag
 
@@ -62,6 +64,7 @@ class ProgressBar(Watching):
         self.lines = check_flag("lines", lines)
         self._epochs = self._first = self._layout = self._width = 0
         self._began = self._drawn = 0.0
+        self._around = ExitStack()
         self._bar: Any = None
         self._columns: tuple[Any, ...] = ()
         self._latest: tuple[int, dict[str, float]] | None = None
@@ -77,6 +80,7 @@ class ProgressBar(Watching):
         # A dumb terminal cannot draw over a line.
         dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         if sys.stderr.isatty() and not dumb and not self.lines:
+            self._around.enter_context(compilations_shown())
             self._open_bar(self.model.epochs_trained - self._first)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
@@ -93,6 +97,7 @@ class ProgressBar(Watching):
 
     def on_exit(self) -> None:
         """Leave the finished bar on the screen."""
+        self._around.close()
         if self._bar is not None:
             self._draw()
             self._bar.stop()

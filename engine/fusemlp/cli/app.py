@@ -22,6 +22,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
+from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import options
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
@@ -187,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             if COMPLETE_VARIABLE in os.environ:
                 completion_init()
-            app(arguments, prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE)
+            words = sys.argv[1:] if arguments is None else arguments
+            with compilations_shown(quiet="--quiet" in words):
+                app(arguments, prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE)
         except FusemlpError as error:
             message, code = one_line(error), exit_code(error)
         except MemoryError as error:

@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLoca
 from numba.core.ccallback import CFunc
 from numba.misc.appdirs import AppDirs
 
+from fusemlp_kernels.compiling import told
 from fusemlp_kernels.numpy.compiled.options import WHOLE
 
 _log = logging.getLogger("fusemlp.kernels.compile")
@@ -96,12 +98,19 @@ class _Files(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
+    """The cache of a function; ``absent`` is called if it is not there."""
+
     _impl_class = _Files
+
+    def __init__(self, function: Any, absent: Callable[[], object] = lambda: None) -> None:
+        super().__init__(function)
+        self._absent = absent
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         found = super().load_overload(sig, target_context)
         if found is None:
             _log.info("compiling %s, once for this processor", self._py_func.__name__)
+            self._absent()
         return found
 
 
@@ -123,7 +132,10 @@ def kept(function: Callable[..., object], variant: str = "") -> Any:
 def kept_for_calls(function: Callable[..., object], variant: str, kinds: Sequence[Any]) -> Any:
     """``function``, which takes arguments of these types and returns a word, as ``kept``, with an ``address``."""
     compiled: Any = CFunc(_named(function, variant), (tuple(kinds), types.intp), {}, WHOLE)
-    if folder():
-        compiled._cache = _Cache(function)
-    compiled.compile()
+    with ExitStack() as stack:
+        if folder():
+            compiled._cache = _Cache(function, lambda: stack.enter_context(told()))
+        else:
+            stack.enter_context(told())
+        compiled.compile()
     return compiled

@@ -1,0 +1,65 @@
+"""The line that tells that the training is being compiled."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from fusemlp.callbacks.compiling import REDRAW, compilations_shown
+from fusemlp_kernels.compiling import told, watchers
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def test_a_compilation_is_shown_with_its_time_and_wiped_out(terminal: Terminal) -> None:
+    with compilations_shown():
+        with told():
+            time.sleep(5 * REDRAW)
+        time.sleep(2 * REDRAW)
+        # one compilation after another counts as one
+        with told():
+            time.sleep(5 * REDRAW)
+    first, *_, last, end = [line for line in terminal.getvalue().split("\r\x1b[K") if line] + [terminal.getvalue()[-4:]]
+    assert first == "compiling, once on this machine: 0.1 s"
+    assert last.startswith("compiling, once on this machine: ") and float(last.split()[-2]) >= 12 * REDRAW - 0.11
+    assert end == "\r\x1b[K"
+    assert not watchers
+
+
+def test_the_line_is_shown_once_and_not_for_short_compilations(terminal: Terminal) -> None:
+    with compilations_shown(), compilations_shown():
+        assert len(watchers) == 1
+        with told():
+            pass
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_nothing_is_shown_elsewhere_or_when_quiet(
+    quiet: bool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not quiet:
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with compilations_shown(quiet=quiet), told():
+        time.sleep(2 * REDRAW)
+    assert not watchers and terminal.getvalue() == ""
+
+
+def test_an_error_of_the_compiler_ends_the_line(terminal: Terminal) -> None:
+    with pytest.raises(KeyboardInterrupt), compilations_shown(), told():
+        time.sleep(3 * REDRAW)
+        raise KeyboardInterrupt
+    assert terminal.getvalue().endswith("\r\x1b[K") and not watchers
