@@ -126,7 +126,7 @@ def commands(page: str) -> list[list[str]]:
     """Return the words of each line of a page's shell blocks that begins with ``fusemlp``."""
     lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
     # without what the shell does with the output
-    own = [re.split(r" (?:2>|\||>) ", line)[0] for line in lines if line.startswith("fusemlp ")]
+    own = [re.split(r" (?:2?>>?|\|) ", line)[0] for line in lines if line.startswith("fusemlp ")]
     typed = [shlex.split(line, comments=True) for line in own]
     # tests/engine/test_cli_train.py runs the one, which takes ten seconds, and test_trackers.py the other
     return [words for words in typed if not {"mnist5k", "--track"} & set(words)]

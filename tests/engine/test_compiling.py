@@ -17,14 +17,14 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     return stream
 
 
-def test_a_compilation_is_shown_with_its_time_and_wiped_out(terminal: Terminal) -> None:
+def test_a_compilation_is_shown_with_its_time_and_wiped_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     with compilations_shown():
         with told():
             time.sleep(5 * REDRAW)
@@ -39,7 +39,8 @@ def test_a_compilation_is_shown_with_its_time_and_wiped_out(terminal: Terminal) 
     assert not watchers
 
 
-def test_the_line_is_shown_once_and_not_for_short_compilations(terminal: Terminal) -> None:
+def test_the_line_is_shown_once_and_not_for_short_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     with compilations_shown(), compilations_shown():
         assert len(watchers) == 1
         with told():
@@ -48,9 +49,8 @@ def test_the_line_is_shown_once_and_not_for_short_compilations(terminal: Termina
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_nothing_is_shown_elsewhere_or_when_quiet(
-    quiet: bool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_shown_elsewhere_or_when_quiet(quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     if not quiet:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
     with compilations_shown(quiet=quiet), told():
@@ -58,7 +58,8 @@ def test_nothing_is_shown_elsewhere_or_when_quiet(
     assert not watchers and terminal.getvalue() == ""
 
 
-def test_an_error_of_the_compiler_ends_the_line(terminal: Terminal) -> None:
+def test_an_error_of_the_compiler_ends_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
     with pytest.raises(KeyboardInterrupt), compilations_shown(), told():
         time.sleep(3 * REDRAW)
         raise KeyboardInterrupt
