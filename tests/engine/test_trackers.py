@@ -422,7 +422,7 @@ def test_without_the_library_nothing_has_begun(tracker: Any, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     engine = make()
-    with pytest.raises(MissingLibraryError, match=rf"the library {library}: pip install 'fusemlp\[{library}\]'"):
+    with pytest.raises(MissingLibraryError, match=rf"the library {library}: pip install \"fusemlp\[{library}\]\""):
         fit(engine, tracker())
     assert engine.update_count == 0
     assert run("train", "iris", "--track", library, "--out", tmp_path / "run") == 1

@@ -70,7 +70,7 @@ class Tracker(Watching):
     def check_logs(self, names: Sequence[str]) -> None:
         if importlib.util.find_spec(self.library) is None:
             raise MissingLibraryError(
-                f"{type(self).__name__}: it needs the library {self.library}: pip install 'fusemlp[{self.extra}]'"
+                f'{type(self).__name__}: it needs the library {self.library}: pip install "fusemlp[{self.extra}]"'
             )
         named = {**self._place(), "run_name": self.run_name, "run_id": self._given_id}
         argument = next((name for name, value in named.items() if value is not None), None)

