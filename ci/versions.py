@@ -32,7 +32,7 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 VERSIONS = {"lowest": "lowest-direct", "newest": "highest"}
 # Several GB, or tools that read the source: ci/test has them, in one version each.
 LEFT_OUT = ("build", "hatchling", "mypy", "nvidia-cuda-nvrtc-cu12", "ruff", "torch", "triton", "ziglang")
-EXTRAS = ("excel", "onnx", "plot", "tensorboard")
+EXTRAS = ("data", "excel", "onnx", "plot", "tensorboard")
 # Tests of what comes from dependencies, without torch: a few minutes a cell.
 TESTS = (
     "tests/doors/test_onnx.py",
