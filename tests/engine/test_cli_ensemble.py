@@ -16,6 +16,7 @@ from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.parts import folds
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, merged
 from fusemlp.report.baselines import worse_than
@@ -310,3 +311,13 @@ def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
     assert X.shape == (120, 4) and len(labels) == 120
     fewer, some = made.seen(100)
     assert fewer.size <= 104 and len(some) == len(fewer)
+
+
+def test_long_tables_keep_one_input_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = table(tmp_path / "data.csv", count=300)
+    # 32 inputs for two numbers, 3 for a word
+    for most, scale in ((300 * 35, "piecewise"), (300 * 35 - 1, "robust")):
+        monkeypatch.setattr(trials, "MOST_INPUTS", most)
+        monkeypatch.setattr(trials, "_error", lambda *given: 0.0 if given[2].scale == "piecewise" else 1.0)
+        made = prepare(TrainOptions(data=str(data), target="kind")).preprocessor
+        assert made.scale == scale

@@ -8,7 +8,6 @@ import numpy as np
 
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.parts import FOLDS, folds
-from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
@@ -17,8 +16,9 @@ from fusemlp.inputs.arrays import Array
 ROWS, TRIALS, EPOCHS, PATIENCE = 5_000, 3, 60, 5
 # A target with at least this skewness may be learned in logarithms.
 SKEWED = 1.0
-# Scalings of features, of which the first needs no reason, and the second this many rows.
-SCALES, MANY_ROWS = ("robust", "piecewise"), 200
+# Scalings of features, of which the first needs no reason, and the second this many rows, but not more than this many
+# inputs of all rows: half a gigabyte in fp32.
+SCALES, MANY_ROWS, MOST_INPUTS = ("robust", "piecewise"), 200, 1 << 27
 
 Prepare = Callable[..., Preprocessor]
 Make = Callable[[Preprocessor], Fleet]
@@ -73,7 +73,7 @@ def chosen(
 
 def _has_pieces(dataset: Dataset, rows: Array, prepare: Prepare) -> bool:
     made = prepare(dataset, rows, scale="piecewise", log_targets=False)
-    return any(at is not None for at in made.feature_knots)
+    return any(at is not None for at in made.feature_knots) and made.width * len(dataset.y) <= MOST_INPUTS
 
 
 def _may_be_logarithms(dataset: Dataset, rows: Array) -> bool:
@@ -93,7 +93,7 @@ def _error(dataset: Dataset, rows: Array, made: Preprocessor, fleet: Make, seed:
     """Return the error of all rows, each predicted by the model that did not see it: root mean square, or the loss."""
     classify = made.classes is not None
     parts = folds(dataset.y[rows], TRIALS, seed=seed, stratify=classify)
-    X, labels = network_inputs(made, dataset.X[rows], "fp32"), dataset.y[rows]
+    X, labels = made.transform_features(dataset.X[rows]), dataset.y[rows]
     kept, held_out = ([part[place] for part in parts] for place in (0, 1))
     results = fleet(made).fit(
         X, made.encode_targets(labels), epochs=EPOCHS, early_stopping=PATIENCE, rows=kept, validation_rows=held_out
