@@ -93,7 +93,7 @@ class Group:
 
     @property
     def whole(self) -> bool:
-        """Whether the engines still lie in the arenas and have one signature: each may have been trained alone."""
+        """True while the engines lie in the arenas and have one signature: each may have been trained alone."""
         kept = all(engine.memory is own for engine, own in zip(self.engines, self._own, strict=True))
         return kept and len(set(map(signature, self.engines))) == 1
 
