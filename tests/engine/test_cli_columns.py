@@ -266,3 +266,41 @@ def test_a_time_that_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
     assert run("evaluate", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == printed["test"]["accuracy"]
+
+
+def ages(path: Path, *, each: int, different: int = 42) -> Path:
+    """Write a table whose target is whole numbers, ``each`` in this many rows."""
+    values = np.random.default_rng(0).permutation(np.arange(different).repeat(each))
+    path.write_text("a,price\n" + "".join(f"{value * 0.37 % 1:.3f},{value}\n" for value in values))
+    return path
+
+
+@pytest.mark.parametrize(
+    "command", [("train", "--epochs", "1"), ("sweep", "--epochs", "1", "--vary", "lr=0.1,0.2"), ("lr-find",)]
+)
+def test_a_guess_of_many_classes_is_printed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *options = command
+    data = ages(tmp_path / "ages.csv", each=20)
+    assert run(name, data, "--target", "price", "--hidden", "4", *options) == 0
+    said = "".join(capsys.readouterr())
+    guess = "'price': 42 different whole numbers, taken as classes (--task regression takes them as numbers)\n"
+    assert said.count(guess) == 1
+    assert run(name, data, "--target", "price", "--hidden", "4", "--task", "regression", *options) == 0
+    assert "taken as classes" not in "".join(capsys.readouterr())
+
+
+def test_a_split_that_fails_says_that_the_classes_were_guessed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ages(tmp_path / "ages.csv", each=8)
+    options = ("--target", "price", "--models", "1", "--out", tmp_path / "run")
+    assert run("train", data, *options) == 1
+    said = capsys.readouterr().err
+    assert "--validation-fraction: 0.1 of 268 rows leaves 241 rows to train on and 27 held out" in said
+    assert "; 'price': 42 different whole numbers, taken as classes (--task regression" in said
+    assert run("train", data, *options, "--task", "classification") == 1
+    assert "--validation-fraction: 0.1 of 268" in (said := capsys.readouterr().err)
+    assert "taken as classes" not in said

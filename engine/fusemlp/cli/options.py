@@ -15,7 +15,7 @@ from typing import Any
 
 from fusemlp.callbacks.trackers import TRACKERS
 from fusemlp.cli.choices import Choices, among, names_or_files, run_folders
-from fusemlp.datasets.load import NAMES, TASKS
+from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.losses import LOSSES
@@ -147,7 +147,9 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
 
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
-        None, f"{one_of(TASKS)}. The default: words and few distinct whole numbers are classes.", values=TASKS
+        None,
+        f"{one_of(TASKS)}. The default: words and at most {MOST_CLASSES} different whole numbers are classes.",
+        values=TASKS,
     )
     drop: list[str] | None = _data(None, "A column of a table to leave out; the option once for each.", "COLUMN")
     keep: list[str] | None = _data(

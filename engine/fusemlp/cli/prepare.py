@@ -155,11 +155,12 @@ def labelled_hashes(preprocessor: Preprocessor, X: Array, labels: Array, rows: I
 
 
 def _split(name: str, dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Call ``hold_out``; its error names the purpose of the rows."""
+    """Call ``hold_out``; its error names the purpose of the rows, and classes that are a guess."""
     try:
         return hold_out(dataset, rows, fraction=fraction, seed=seed)
     except DataError as error:
-        raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
+        guess = f"; {dataset.guess}" if dataset.guess else ""
+        raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}{guess}") from None
 
 
 def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
