@@ -296,7 +296,8 @@ class TrainOptions(FitOptions):
     models: int | None = _training(
         None,
         "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
-        "own validation rows, a fold of a cross-validation. Unless given: 5 for a table of up to 10,000 rows, else 1.",
+        "own validation rows, a fold of a cross-validation; with --group, --time or --validation all share theirs. "
+        "Unless given: 5 for a table of up to 10,000 rows, else 1.",
         "COUNT",
     )
     final_fit: bool = _training(
