@@ -304,3 +304,43 @@ def test_a_split_that_fails_says_that_the_classes_were_guessed(
     assert run("train", data, *options, "--task", "classification") == 1
     assert "--validation-fraction: 0.1 of 268" in (said := capsys.readouterr().err)
     assert "taken as classes" not in said
+
+
+@pytest.mark.parametrize("command", [("train",), ("sweep", "--vary", "lr=0.1,0.2"), ("lr-find",)])
+def test_measurements_are_no_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # 0 stands in 4 rows, all others in one
+    targets = [0.0] * 4 + [0.5 + row for row in range(96)]
+    data = tmp_path / "houses.csv"
+    data.write_text("size,price\n" + "".join(f"{row % 7},{value}\n" for row, value in enumerate(targets)))
+    name, *options = command
+    assert run(name, data, "--target", "price", "--task", "classification", *options) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "error: --task: 'price' holds 97 different numbers in 100 rows (96 of them in one row only), too many for "
+        "classes; --task regression takes them as numbers\n"
+    )
+    assert captured.out == ""
+    assert not (tmp_path / "runs").exists()
+    assert run(name, data, "--target", "price", "--task", "classification", "--time", "size", *options) == 2
+    assert "--task: 'price' holds 97 different numbers" in capsys.readouterr().err
+
+
+def test_numbers_of_which_some_repeat_and_names_are_no_classes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("train", "diabetes", "--task", "classification", "--out", tmp_path / "run") == 2
+    assert "--task: 'target' holds 214 different numbers in 442 rows" in capsys.readouterr().err
+    data = people(tmp_path / "people.csv")
+    assert run("train", data, "--target", "name", "--out", tmp_path / "run") == 2
+    said = "error: --target: 'name' holds 60 different labels in 60 rows (60 of them in one row only)"
+    assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_many_classes_with_rows_enough_are_learned(tmp_path: Path) -> None:
+    data = ages(tmp_path / "ages.csv", each=20)
+    options = ("--target", "price", "--hidden", "4", "--epochs", "1", "--quiet", "--task", "classification")
+    assert run("train", data, *options, "--out", tmp_path / "run") == 0

@@ -34,7 +34,7 @@ NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
 # More classes than this are worth a note if they are a guess.
-_MANY_CLASSES = 10
+MANY_CLASSES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +263,7 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
         f"{dataset.target_name!r}: {different} different whole numbers, taken as classes (--task regression takes them "
         "as numbers)"
     )
-    noted = [guess] if different > _MANY_CLASSES else []
+    noted = [guess] if different > MANY_CLASSES else []
     return replace(dataset, task=chosen, guess=guess, notes=(*dataset.notes, *noted))
 
 
