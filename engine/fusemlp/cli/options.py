@@ -440,7 +440,11 @@ class PlotOptions(JsonOption, ForceOption):
     """Draw the curves of several runs into one picture, to compare them."""
 
     runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None, run_folders)
-    out: Path = _option(Path("comparison.png"), "File for the picture: .png, .svg or .pdf.")
+    out: Path | None = _option(
+        None,
+        "File for the picture: .png, .svg or .pdf; comparison.png unless given, or comparison-2.png and so on if that "
+        "exists.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
