@@ -344,3 +344,23 @@ def test_many_classes_with_rows_enough_are_learned(tmp_path: Path) -> None:
     data = ages(tmp_path / "ages.csv", each=20)
     options = ("--target", "price", "--hidden", "4", "--epochs", "1", "--quiet", "--task", "classification")
     assert run("train", data, *options, "--out", tmp_path / "run") == 0
+
+
+def test_columns_in_other_letters_are_asked_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ages(tmp_path / "ages.csv", each=2)
+    assert run("train", data, "--target", "PRICE", "--out", tmp_path / "run") == 1
+    assert "no target column 'PRICE'; the columns are 'a', 'price'; did you mean 'price'?" in capsys.readouterr().err
+    assert run("train", data, "--target", "price", "--drop", "Prise", "--out", tmp_path / "run") == 1
+    assert "no columns 'Prise' to drop; the columns are 'a', 'price'; did you mean" in capsys.readouterr().err
+    options = ("--task", "regression", "--models", "1", "--epochs", "1", "--out", tmp_path / "run")
+    assert run("train", data, "--target", "price", *options) == 0
+    data.write_text(data.read_text().replace("a,price", "A,Price"))
+    capsys.readouterr()
+    assert run("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "p.csv") == 1
+    said = "no feature columns 'a'; the columns are 'A', 'Price'; did you mean 'A'? If so, rename in the table."
+    assert said in capsys.readouterr().err
+    assert run("evaluate", tmp_path / "run", "--data", data) == 1
+    assert "the columns are 'A', 'Price'; did you mean 'Price'?" in capsys.readouterr().err
+    data.write_text("zzz,price\n1,2\n")
+    assert run("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "p.csv") == 1
+    assert "did you mean" not in capsys.readouterr().err

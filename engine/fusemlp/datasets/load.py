@@ -21,7 +21,7 @@ from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
 from fusemlp.datasets.roles import Columns as Columns
 from fusemlp.datasets.roles import Role, missing_share, roles, times
 from fusemlp.datasets.sources import TABLES, Frame, Place, as_frame, is_table
-from fusemlp.datasets.tables import listed, read_names, read_table
+from fusemlp.datasets.tables import listed, meant, read_names, read_table
 from fusemlp.datasets.textfiles import COMPRESSED, Form
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
@@ -184,7 +184,7 @@ def load_labelled(
         if target not in present:
             raise DataError(
                 f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
-                f"{listed(present)}; fusemlp predict takes rows without a target"
+                f"{listed(present)}{meant([target], present)}; fusemlp predict takes rows without a target"
             )
         label_words = _label_words(like)
         table = read_table(
