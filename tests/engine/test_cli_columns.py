@@ -266,3 +266,101 @@ def test_a_time_that_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
     assert run("evaluate", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == printed["test"]["accuracy"]
+
+
+def ages(path: Path, *, each: int, different: int = 42) -> Path:
+    """Write a table whose target is whole numbers, ``each`` in this many rows."""
+    values = np.random.default_rng(0).permutation(np.arange(different).repeat(each))
+    path.write_text("a,price\n" + "".join(f"{value * 0.37 % 1:.3f},{value}\n" for value in values))
+    return path
+
+
+@pytest.mark.parametrize(
+    "command", [("train", "--epochs", "1"), ("sweep", "--epochs", "1", "--vary", "lr=0.1,0.2"), ("lr-find",)]
+)
+def test_a_guess_of_many_classes_is_printed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *options = command
+    data = ages(tmp_path / "ages.csv", each=20)
+    assert run(name, data, "--target", "price", "--hidden", "4", *options) == 0
+    said = "".join(capsys.readouterr())
+    guess = "'price': 42 different whole numbers, taken as classes (--task regression takes them as numbers)\n"
+    assert said.count(guess) == 1
+    assert run(name, data, "--target", "price", "--hidden", "4", "--task", "regression", *options) == 0
+    assert "taken as classes" not in "".join(capsys.readouterr())
+
+
+def test_a_split_that_fails_says_that_the_classes_were_guessed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ages(tmp_path / "ages.csv", each=8)
+    options = ("--target", "price", "--models", "1", "--out", tmp_path / "run")
+    assert run("train", data, *options) == 1
+    said = capsys.readouterr().err
+    assert "--validation-fraction: 0.1 of 268 rows leaves 241 rows to train on and 27 held out" in said
+    assert "; 'price': 42 different whole numbers, taken as classes (--task regression" in said
+    assert run("train", data, *options, "--task", "classification") == 1
+    assert "--validation-fraction: 0.1 of 268" in (said := capsys.readouterr().err)
+    assert "taken as classes" not in said
+
+
+@pytest.mark.parametrize("command", [("train",), ("sweep", "--vary", "lr=0.1,0.2"), ("lr-find",)])
+def test_measurements_are_no_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # 0 stands in 4 rows, all others in one
+    targets = [0.0] * 4 + [0.5 + row for row in range(96)]
+    data = tmp_path / "houses.csv"
+    data.write_text("size,price\n" + "".join(f"{row % 7},{value}\n" for row, value in enumerate(targets)))
+    name, *options = command
+    assert run(name, data, "--target", "price", "--task", "classification", *options) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "error: --task: 'price' holds 97 different numbers in 100 rows (96 of them in one row only), too many for "
+        "classes; --task regression takes them as numbers\n"
+    )
+    assert captured.out == ""
+    assert not (tmp_path / "runs").exists()
+    assert run(name, data, "--target", "price", "--task", "classification", "--time", "size", *options) == 2
+    assert "--task: 'price' holds 97 different numbers" in capsys.readouterr().err
+
+
+def test_numbers_of_which_some_repeat_and_names_are_no_classes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("train", "diabetes", "--task", "classification", "--out", tmp_path / "run") == 2
+    assert "--task: 'target' holds 214 different numbers in 442 rows" in capsys.readouterr().err
+    data = people(tmp_path / "people.csv")
+    assert run("train", data, "--target", "name", "--out", tmp_path / "run") == 2
+    said = "error: --target: 'name' holds 60 different labels in 60 rows (60 of them in one row only)"
+    assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_many_classes_with_rows_enough_are_learned(tmp_path: Path) -> None:
+    data = ages(tmp_path / "ages.csv", each=20)
+    options = ("--target", "price", "--hidden", "4", "--epochs", "1", "--quiet", "--task", "classification")
+    assert run("train", data, *options, "--out", tmp_path / "run") == 0
+
+
+def test_columns_in_other_letters_are_asked_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ages(tmp_path / "ages.csv", each=2)
+    assert run("train", data, "--target", "PRICE", "--out", tmp_path / "run") == 1
+    assert "no target column 'PRICE'; the columns are 'a', 'price'; did you mean 'price'?" in capsys.readouterr().err
+    assert run("train", data, "--target", "price", "--drop", "Prise", "--out", tmp_path / "run") == 1
+    assert "no columns 'Prise' to drop; the columns are 'a', 'price'; did you mean" in capsys.readouterr().err
+    options = ("--task", "regression", "--models", "1", "--epochs", "1", "--out", tmp_path / "run")
+    assert run("train", data, "--target", "price", *options) == 0
+    data.write_text(data.read_text().replace("a,price", "A,Price"))
+    capsys.readouterr()
+    assert run("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "p.csv") == 1
+    said = "no feature columns 'a'; the columns are 'A', 'Price'; did you mean 'A'? If so, rename in the table."
+    assert said in capsys.readouterr().err
+    assert run("evaluate", tmp_path / "run", "--data", data) == 1
+    assert "the columns are 'A', 'Price'; did you mean 'Price'?" in capsys.readouterr().err
+    data.write_text("zzz,price\n1,2\n")
+    assert run("predict", tmp_path / "run", "--data", data, "--out", tmp_path / "p.csv") == 1
+    assert "did you mean" not in capsys.readouterr().err

@@ -281,16 +281,21 @@ def test_interrupted_models_are_merged_as_they_are(
     assert (tmp_path / "run" / "checkpoints" / "model.safetensors").exists()
 
 
-def test_groups_and_own_files_decide_the_rows_of_an_ensemble(trained: Path, tmp_path: Path) -> None:
+def test_groups_and_own_files_decide_the_rows_of_an_ensemble(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Folds would put rows of one group on both sides, so the models share the validation rows."""
     data = trained.parent / "data.csv"
     other = table(tmp_path / "other.csv", count=60)
     for option, value in (("--group", "word"), ("--time", "a"), ("--validation", other)):
         out = tmp_path / option.strip("-")
-        assert run("train", data, "--target", "kind", *QUICK, "--epochs", "2", option, value, "--out", out) == 0
+        assert run("train", data, "--target", "kind", *QUICK[:-1], "--epochs", "2", option, value, "--out", out) == 0
+        assert "\n5 models, which share these validation rows, of " in capsys.readouterr().err
         about = read(out / "config.json")["data"]
         assert about["validation_rows"] > 0
         assert len(read(out / "report.json")["models"]) == 5
+    assert run("train", data, "--target", "kind", *QUICK[:-1], "--epochs", "1", "--out", tmp_path / "folds") == 0
+    assert "\n5 models of " in capsys.readouterr().err
     options = ("--epochs", "2", "--validation", other, "--final-fit", "--out", tmp_path / "final")
     assert run("train", data, "--target", "kind", *QUICK, *options) == 0
     # Some rows stand in both files.

@@ -39,6 +39,22 @@ def test_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert b"<svg" in (tmp_path / "one.svg").read_bytes()
 
 
+def test_a_second_picture_has_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = made(tmp_path / "a", CLASSES)
+    Path("comparison.png").write_text("mine")
+    for name in ("comparison-2.png", "comparison-3.png"):
+        assert run("plot", one) == 0
+        assert capsys.readouterr().out == f"plot {name}\n"
+        assert Path(name).read_bytes().startswith(b"\x89PNG")
+    assert Path("comparison.png").read_text() == "mine"
+    assert run("plot", one, "--force") == 0
+    assert Path("comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path("comparison-4.png").exists()
+
+
 def test_the_picture_says_which_run_is_which(tmp_path: Path) -> None:
     runs = [
         plots.Curves("first", {"loss": [3.0, 1.0], "val_loss": [2.0, 1.5]}, "mse"),
@@ -128,6 +144,7 @@ def test_what_cannot_be_drawn(
     for arguments, code, words in (
         ((), 2, "Missing argument"),
         ((good, "nowhere"), 1, "'nowhere' is not a run folder"),
+        (("nowhere", "--out", "there.png"), 1, "'nowhere' is not a run folder"),
         ((good, empty), 1, "has no complete epoch yet"),
         ((good, "--out", "x.jpg"), 2, "--out: expected a file name ending in .png or .svg or .pdf"),
         ((good, "--out", "there.png"), 2, "exists; give another name, or --force"),

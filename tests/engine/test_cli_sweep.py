@@ -178,6 +178,17 @@ def test_seeds_alone_are_told_their_mean(tmp_path: Path, capsys: pytest.CaptureF
     assert said in capsys.readouterr().out
 
 
+def test_one_seed_is_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["wine", "--epochs", "2", "--quiet"]
+    for name, more in (("a", []), ("b", ["--seeds", "1"])):
+        assert run("sweep", *options, "--vary", "lr=0.01,0.02", *more, "--out", tmp_path / name) == 0
+        assert "mean val_loss" not in capsys.readouterr().out
+    without, with_one = (rows(tmp_path / name / "results.csv") for name in "ab")
+    assert [list(row) for row in without] == [list(row) for row in with_one]
+    assert run("sweep", *options, "--vary", "seed=3", "--out", tmp_path / "c") == 0
+    assert "mean val_loss" not in capsys.readouterr().out
+
+
 def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--vary", "seed=0:6", "--epochs", "3", "--quiet", "--json"]
     assert run("sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a") == 0
@@ -310,6 +321,7 @@ def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch: py
 
 WRONG = {
     "nothing varies": ([], "--vary: say what the models differ in"),
+    "one seed": (["--seeds", "1"], "--vary: say what the models differ in"),
     "no data": (None, "DATA: say what to train on"),
     "no values": (["--vary", "lr"], "--vary: expected NAME=VALUES, such as"),
     "empty values": (["--vary", "lr="], "lr: a value is missing in 'lr='"),

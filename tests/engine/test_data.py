@@ -12,7 +12,7 @@ import numpy as np
 import pandas
 import pytest
 
-from fusemlp.datasets.load import MOST_CLASSES, NAMES, infer_task, load_data, load_features, load_labelled
+from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS, infer_task, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -149,6 +149,17 @@ def test_csv_and_parquet_mean_the_same(tmp_path: Path) -> None:
 )
 def test_task_is_inferred(y: Any, task: str) -> None:
     assert infer_task(y) == task
+
+
+@pytest.mark.parametrize(("different", "noted"), [(10, False), (11, True)])
+def test_a_guess_of_many_classes_is_noted(tmp_path: Path, different: int, noted: bool) -> None:
+    path = npz(tmp_path / "a.npz", X=np.ones((3 * different, 1)), y=np.arange(different).repeat(3))
+    guess = f"'y': {different} different whole numbers, taken as classes (--task regression takes them as numbers)"
+    assert load_data(path).guess == guess
+    assert load_data(path).notes == ((guess,) if noted else ())
+    for task in TASKS:
+        told = load_data(path, task=task)
+        assert (told.guess, told.notes) == ("", ())
 
 
 def test_task_is_overridden(tmp_path: Path) -> None:

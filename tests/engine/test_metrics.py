@@ -256,7 +256,12 @@ def test_the_command_line_trains_by_a_metric(tmp_path: Path, capsys: pytest.Capt
     assert "log_loss" not in out  # it is the loss
     assert report["test"]["log_loss"] == pytest.approx(report["test"]["loss"], rel=1e-5)
     assert run("train", "breast_cancer", "--metric", "mae", "--out", tmp_path / "other") == 2
-    assert "--metric: unknown name 'mae'" in capsys.readouterr().err
+    said = "--metric: 'mae' is a score of numbers, and the target holds classes; expected one of: balanced_accuracy, "
+    assert said in capsys.readouterr().err
+    for metric in ("accuracy", "val_accuracy", "auc"):
+        assert run("train", "diabetes", "--metric", metric, "--out", tmp_path / "other") == 2
+        said = f"--metric: '{metric}' is a score of classes, and the target holds numbers; expected one of: rmse, mae, "
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

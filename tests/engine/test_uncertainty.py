@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,22 @@ def test_the_command_writes_intervals(tmp_path: Path, capsys: pytest.CaptureFixt
     del changed["held_out"]
     (tmp_path / "run" / "report.json").write_text(json.dumps(changed))
     assert run(*arguments, "0.8", "--force") == 2
-    assert "has no errors of held-out rows" in capsys.readouterr().err
+    because = "has no errors of held-out rows, because"
+    assert f"{because} an earlier release wrote it" in capsys.readouterr().err
+    config = read(tmp_path / "run" / "config.json")
+    report = tmp_path / "run" / "report.json"
+    for causes, said in (
+        ({}, f"{because} Ctrl-C cut the training off"),
+        ({"validation_fraction": 0.0}, f"{because} of --validation-fraction 0"),
+        ({"validation_fraction": 0.0, "validation": "other.csv"}, f"{because} Ctrl-C"),
+    ):
+        report.write_text(json.dumps(changed | {"interrupted": True}))
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"options": config["options"] | causes}))
+        assert run(*arguments, "0.8", "--force") == 2
+        assert said in capsys.readouterr().err
+    report.unlink()
+    assert run(*arguments, "0.8", "--force") == 2
+    assert re.search(r"--interval: the report of .* is missing: .*train --resume", capsys.readouterr().err)
 
 
 def test_the_command_writes_sets_of_classes(tmp_path: Path) -> None:

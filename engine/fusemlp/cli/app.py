@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -24,8 +25,11 @@ from typer.core import TyperCommand, TyperGroup
 from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import options
+from fusemlp.datasets.load import NAMES
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
+# Options that take several numbers, joined by commas.
+LISTS = ("hidden", "dropout", "class_weight")
 # A flag takes no value: without this, --help shows the word <bool> after it.
 NO_VALUE = ""
 
@@ -41,7 +45,33 @@ class _FlagHelp:
 
 
 class Command(_FlagHelp, TyperCommand):
-    """A command of ``fusemlp``."""
+    """A command of ``fusemlp``; its error for words too many shows where they belong."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, allowed = list(args), ctx.allow_extra_args
+        ctx.allow_extra_args = True
+        extra = super().parse_args(ctx, args)
+        ctx.allow_extra_args = allowed
+        if extra and not allowed and not ctx.resilient_parsing:
+            words = " ".join(word if word.isprintable() else repr(word) for word in extra)
+            ctx.fail(f"Got unexpected extra argument(s) ({words}){self._meant(given, extra)}")
+        return extra
+
+    def _meant(self, given: Sequence[str], extra: Sequence[str]) -> str:
+        """Return the option that words without one were meant for, "" if there is none."""
+        known = {name: one for one in self.params for name in one.opts}
+        for place, name in enumerate(given[:-2]):
+            values = list(itertools.takewhile(lambda word: not word.startswith("-"), given[place + 1 :]))
+            option = known.get(name) if name.startswith("-") else None
+            numbers = list(itertools.takewhile(lambda word: word.replace(".", "").isdigit(), values))
+            if option is not None and option.name in LISTS and len(numbers) > 1:
+                return f"; did you mean {name} {','.join(numbers)}?"
+            if getattr(option, "multiple", False) and values[1:] and set(values[1:]) <= set(extra):
+                return f"; did you mean {' '.join(f'{name} {value}' for value in values)}?"
+        meant = next((name for name in ("--target", "--data") if name in known and name not in given), "")
+        if not meant or set(given) & set(NAMES):
+            return ""
+        return f"; did you mean {meant} {extra[0]}?"
 
 
 class Group(_FlagHelp, TyperGroup):

@@ -15,7 +15,7 @@ from typing import Any
 
 from fusemlp.callbacks.trackers import TRACKERS
 from fusemlp.cli.choices import Choices, among, names_or_files, run_folders
-from fusemlp.datasets.load import NAMES, TASKS
+from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.losses import LOSSES
@@ -147,7 +147,9 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
 
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
-        None, f"{one_of(TASKS)}. The default: words and few distinct whole numbers are classes.", values=TASKS
+        None,
+        f"{one_of(TASKS)}. The default: words and at most {MOST_CLASSES} different whole numbers are classes.",
+        values=TASKS,
     )
     drop: list[str] | None = _data(None, "A column of a table to leave out; the option once for each.", "COLUMN")
     keep: list[str] | None = _data(
@@ -294,7 +296,8 @@ class TrainOptions(FitOptions):
     models: int | None = _training(
         None,
         "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
-        "own validation rows, a fold of a cross-validation. Unless given: 5 for a table of up to 10,000 rows, else 1.",
+        "own validation rows, a fold of a cross-validation; with --group, --time or --validation all share theirs. "
+        "Unless given: 5 for a table of up to 10,000 rows, else 1.",
         "COUNT",
     )
     final_fit: bool = _training(
@@ -437,7 +440,11 @@ class PlotOptions(JsonOption, ForceOption):
     """Draw the curves of several runs into one picture, to compare them."""
 
     runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None, run_folders)
-    out: Path = _option(Path("comparison.png"), "File for the picture: .png, .svg or .pdf.")
+    out: Path | None = _option(
+        None,
+        "File for the picture: .png, .svg or .pdf; comparison.png unless given, or comparison-2.png and so on if that "
+        "exists.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

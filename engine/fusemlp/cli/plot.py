@@ -11,14 +11,17 @@ from fusemlp.report.plots import FORMATS, HINT, Curves, can_plot, comparison_fig
 from fusemlp.report.runs import open_run, read_metrics
 from fusemlp_kernels.errors import CheckpointError, MissingLibraryError
 
+DEFAULT = Path("comparison.png")
+
 
 def plot(options: PlotOptions) -> None:
     """Draw loss and accuracy of the runs over their epochs."""
-    paths, out = options.runs, options.out
+    paths = options.runs
+    runs = [_curves(path, name) for path, name in zip(paths, names(paths), strict=True)]
+    out = _free_name(options.force) if options.out is None else options.out
     check_output("out", out, FORMATS, force=options.force)
     if not can_plot():
         raise MissingLibraryError(f"plot: {HINT}")
-    runs = [_curves(path, name) for path, name in zip(paths, names(paths), strict=True)]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figure = comparison_figure(runs, title=title)
     write_output("out", out, picture(figure, out.suffix.lower().removeprefix(".")))
@@ -26,6 +29,15 @@ def plot(options: PlotOptions) -> None:
     lines = [*(f"{name} has the same curves as {first}" for name, first in same.items()), f"plot {out}"]
     content = {"runs": [str(path) for path in paths], "plot": str(out), "same": same}
     show(content, lines, as_json=options.as_json)
+
+
+def _free_name(force: bool) -> Path:
+    """Return the name of a picture without ``--out``: with a number if a file has it, unless that is overwritten."""
+    path, number = DEFAULT, 1
+    while path.exists() and not force:
+        number += 1
+        path = DEFAULT.with_stem(f"{DEFAULT.stem}-{number}")
+    return path
 
 
 def names(paths: Sequence[Path]) -> list[str]:

@@ -43,7 +43,7 @@ def predict(options: PredictOptions) -> None:
             f"proba: the run was trained with {engine.loss.kind}, which gives no probabilities; "
             "train with cross_entropy"
         )
-    held = None if options.interval is None else _held_out(options, options.interval)
+    held = None if options.interval is None else _held_out(options, options.interval, config)
     notes: list[str] = []
     form = options.form(config["options"])
     ids: dict[str, Array] = {}
@@ -60,15 +60,23 @@ def predict(options: PredictOptions) -> None:
     show(about | {"notes": notes}, lines, as_json=options.as_json)
 
 
-def _held_out(options: PredictOptions, coverage: float) -> HeldOut:
+def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:
     """Return the errors of held-out rows that the run's report keeps, enough of them for the coverage."""
     file = Run(options.run).report
     report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if "held_out" not in report:
-        raise ArgumentError(
-            f"interval: the report of {str(options.run)!r} has no errors of held-out rows; train with validation rows, "
-            "to the end, with this release"
-        )
+        given = config["options"]
+        if not report:
+            reason = "is missing: the training has not come to its end; go on with fusemlp train --resume"
+        elif given.get("validation") is None and given["validation_fraction"] == 0:
+            reason = (
+                "has no errors of held-out rows, because of --validation-fraction 0; train again without that option"
+            )
+        elif report["interrupted"]:
+            reason = "has no errors of held-out rows, because Ctrl-C cut the training off; train to the end"
+        else:
+            reason = "has no errors of held-out rows, because an earlier release wrote it; train again with this one"
+        raise ArgumentError(f"interval: the report of {str(options.run)!r} {reason}")
     held = HeldOut.from_config(report["held_out"])
     try:
         held.bound(coverage)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusemlp.cli import defaults, ensemble, recipe
 from fusemlp.cli.options import ModelOptions
-from fusemlp.datasets.load import Columns, Dataset, load_data
+from fusemlp.datasets.load import MANY_CLASSES, Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Fold, Hashes, folds, hold_out, row_hashes, with_files
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
@@ -155,11 +155,35 @@ def labelled_hashes(preprocessor: Preprocessor, X: Array, labels: Array, rows: I
 
 
 def _split(name: str, dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Call ``hold_out``; its error names the purpose of the rows."""
+    """Call ``hold_out``; its error names the purpose of the rows, and classes that are a guess."""
     try:
         return hold_out(dataset, rows, fraction=fraction, seed=seed)
     except DataError as error:
-        raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}") from None
+        _check_classes(dataset)
+        guess = f"; {dataset.guess}" if dataset.guess else ""
+        raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}{guess}") from None
+
+
+def _check_classes(dataset: Dataset) -> None:
+    """Raise ArgumentError for a target that was called classes, with too few rows of each to split and to learn."""
+    if dataset.task != "classification" or dataset.guess:
+        return
+    count = len(dataset.y)
+    rows = np.unique(dataset.y, return_counts=True)[1]
+    single = int((rows == 1).sum())
+    numbers = dataset.y.dtype.kind in "iuf"
+    drawn = dataset.test is None and dataset.groups is None and dataset.times is None
+    # The test rows would be fewer than the classes that have rows to share.
+    cannot_split = drawn and int(np.ceil(TEST_FRACTION * (count - single))) < max(1, len(rows) - single)
+    if len(rows) <= MANY_CLASSES or not (cannot_split or (numbers and 2 * single > count)):
+        return
+    values, instead = ("numbers", "--task regression takes them as numbers")
+    if not numbers:
+        values, instead = ("labels", "choose another --target, or join rare ones")
+    raise ArgumentError(
+        f"{'task' if numbers else 'target'}: {dataset.target_name!r} holds {len(rows)} different {values} in {count} "
+        f"rows ({single} of them in one row only), too many for classes; {instead}"
+    )
 
 
 def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
@@ -193,6 +217,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     form = options.form()
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
     dataset = with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
+    if dataset.y.dtype.kind in "iuf":
+        _check_classes(dataset)
     classify = dataset.task == "classification"
     # The held-out rows depend only on the whole data set and this seed.
     training = np.arange(len(dataset.y), dtype=np.int64)

@@ -165,7 +165,7 @@ def keep(
             f"{deviation})\nkept of them: model {best.index}, seed {parameters['seed']}, {plan.metric} "
             f"{best.scores[plan.metric]:.4g}"
         )
-    elif "seed" in parameters:
+    elif "seed" in parameters and len(chosen.members) > 1:
         said += (
             f"\nmean {plan.metric} of the {len(chosen.members)} seeds {mean:.4g}{deviation}: expect this of a new seed"
         )
@@ -181,6 +181,9 @@ def keep(
 
 def planned(options: SweepOptions) -> Plan:
     """Check all options, and raise their errors before the folder exists."""
+    if options.seeds == 1:
+        # One seed is no mean: train as without the option.
+        options = replace(options, seeds=None)
     axes = grid.axes(options.vary or (), seeds=options.seeds, first=options.seed)
     given = given_options(options)
     for axis in axes:

@@ -312,7 +312,10 @@ def describe(session: Session) -> str:
     engine, net = session.engine, session.engine.network
     rate = engine.optimizer.schedule
     interpreted = engine.device == "cpu" and not engine.memory.backend.traits.on_host
-    several = f"{session.prepared.models} models of " if session.prepared.models > 1 else ""
+    several = ""
+    if session.prepared.models > 1:
+        shared = "" if session.prepared.validation is None else ", which share these validation rows,"
+        several = f"{session.prepared.models} models{shared} of "
     note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
     return (
         f"{describe_data(session.prepared)}\n"

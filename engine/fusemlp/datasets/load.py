@@ -21,7 +21,7 @@ from fusemlp.datasets.files import Array, read_idx_pair, read_npz, reason
 from fusemlp.datasets.roles import Columns as Columns
 from fusemlp.datasets.roles import Role, missing_share, roles, times
 from fusemlp.datasets.sources import TABLES, Frame, Place, as_frame, is_table
-from fusemlp.datasets.tables import listed, read_names, read_table
+from fusemlp.datasets.tables import listed, meant, read_names, read_table
 from fusemlp.datasets.textfiles import COMPRESSED, Form
 from fusemlp.inputs.arrays import as_features
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
@@ -33,6 +33,8 @@ TASKS = ("classification", "regression")
 NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
+# More classes than this are worth a note if they are a guess.
+MANY_CLASSES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class Dataset:
     month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
     reading: the form of the file, columns left out, missing cells. ``roles`` tell what each column of a table became.
     ``ids`` are the columns that name the rows, as text; ``groups`` and ``times`` (n,) are those that decide which rows
-    are held out.
+    are held out. ``guess`` says that whole numbers were taken as classes, if nothing had told so.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Dataset:
     groups: Array | None = None
     times: Array | None = None
     validation: tuple[Features, Array] | None = None
+    guess: str = ""
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -181,7 +184,7 @@ def load_labelled(
         if target not in present:
             raise DataError(
                 f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
-                f"{listed(present)}; fusemlp predict takes rows without a target"
+                f"{listed(present)}{meant([target], present)}; fusemlp predict takes rows without a target"
             )
         label_words = _label_words(like)
         table = read_table(
@@ -253,7 +256,15 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
             f"{dataset.name}: the test set has X and y of shapes {dataset.test[0].shape}, "
             f"{dataset.test[1].shape}, which do not go with {dataset.X.shape}, {y.shape} of the training set"
         )
-    return replace(dataset, task=chosen)
+    if task or dataset.task or chosen == "regression" or y.dtype.kind not in "iuf":
+        return replace(dataset, task=chosen)
+    different = len(np.unique(y))
+    guess = (
+        f"{dataset.target_name!r}: {different} different whole numbers, taken as classes (--task regression takes them "
+        "as numbers)"
+    )
+    noted = [guess] if different > MANY_CLASSES else []
+    return replace(dataset, task=chosen, guess=guess, notes=(*dataset.notes, *noted))
 
 
 def _read(source: str | Path) -> Dataset:

@@ -16,7 +16,7 @@ from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.losses import Loss
-from fusemlp.describe.metrics import Judged, metrics_for
+from fusemlp.describe.metrics import METRICS, Judged, metrics_for
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -59,6 +59,13 @@ def watch(metric: str | None, preprocessor: Preprocessor, loss: Loss, *, validat
     named = [f"val_{name}" for name in (*of_training, *metrics)] if validates else of_training
     if metric.startswith("val_") and not validates:
         raise ArgumentError(f"metric: {metric!r} is of validation rows, and there are none")
+    bare = metric.removeprefix("val_")
+    if (bare == "accuracy" and numbers) or (bare in METRICS and ("numbers" in METRICS[bare].kinds) != numbers):
+        judged, holds = ("classes", "numbers") if numbers else ("numbers", "classes")
+        raise ArgumentError(
+            f"metric: {metric!r} is a score of {judged}, and the target holds {holds}; expected one of: "
+            f"{', '.join(dict.fromkeys([*metrics, *named]))}"
+        )
     short = f"val_{metric}" if metric in metrics else metric
     monitor = check_choice("metric", short, [*dict.fromkeys([*named, *of_training])])
     found = metrics.get(monitor.removeprefix("val_"))

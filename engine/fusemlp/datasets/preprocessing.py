@@ -42,11 +42,8 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
     kept = np.empty(0, np.int64)
     labels = None
     if stratify:
-        classes, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+        _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
         alone = counts[codes] == 1
-        if alone.any():
-            names = ", ".join(repr(label) for label in classes[counts == 1].tolist()[:10])
-            warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
         rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
     tested = int(np.ceil(fraction * len(rows)))
     needed = 1 if labels is None else max(1, len(np.unique(labels)))
@@ -57,6 +54,9 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
             + (", one for each class" if stratify else "")
             + "; choose another fraction or give more rows"
         )
+    if len(kept):
+        names = ", ".join(repr(label) for label in np.unique(y[kept]).tolist()[:10])
+        warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
     train, test = train_test_split(rows, test_size=tested, random_state=seed % 2**32, stratify=labels)
     return np.concatenate([train, kept]), test
 

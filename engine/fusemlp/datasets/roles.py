@@ -10,7 +10,7 @@ import numpy as np
 
 from fusemlp.datasets.files import Array
 from fusemlp.datasets.sources import Place
-from fusemlp.datasets.tables import listed
+from fusemlp.datasets.tables import listed, meant
 from fusemlp.datasets.textfiles import MISSING
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -63,7 +63,7 @@ class Columns:
                 purpose = {"id": "name the rows by", "group": "group the rows by", "time": "order the rows by"}
                 raise DataError(
                     f"{path}: no columns {listed(absent)} to {purpose.get(option, option)}; the columns are "
-                    f"{listed(names)}"
+                    f"{listed(names)}{meant(absent, names)}"
                 )
         for option in ("drop", "keep", "categorical"):
             both = [name for name in options[option] if name in self.texts]

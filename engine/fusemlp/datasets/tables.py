@@ -7,6 +7,7 @@ names the file and the places in it.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from array import array
 from collections import Counter
@@ -72,9 +73,15 @@ def choose_columns(
     wanted = present - set(drop) if features is None else set(features)
     missing = [name for name in features or () if name not in present]
     if target is not None and target not in present:
-        raise DataError(f"{source}: there is no target column {target!r}; the columns are {listed(names)}")
+        raise DataError(
+            f"{source}: there is no target column {target!r}; the columns are {listed(names)}{meant([target], names)}"
+        )
     if missing:
-        raise DataError(f"{source}: no feature columns {listed(missing)}; the columns are {listed(names)}")
+        near = meant(missing, [name for name in names if name not in wanted])
+        raise DataError(
+            f"{source}: no feature columns {listed(missing)}; the columns are {listed(names)}{near}"
+            f"{' If so, rename in the table.' if near else ''}"
+        )
     return [name for name in names if name in wanted or name == target]
 
 
@@ -160,6 +167,14 @@ def _refuse(source: Place, problems: Problems, opened: Source) -> None:
             )
     problems.check(lambda row: f"line {lines[row]}")
     raise DataError(f"{source}: some rows have another number of fields than the header, which has {len(opened.names)}")
+
+
+def meant(given: Iterable[str], names: Iterable[str]) -> str:
+    """Return a question that names the columns nearest to the ``given`` names, in small letters or capitals."""
+    known = {name.lower(): name for name in names}
+    near = [difflib.get_close_matches(name.lower(), known, n=1) for name in given]
+    found = list(dict.fromkeys(known[one] for names in near for one in names))
+    return f"; did you mean {listed(found)}?" if found else ""
 
 
 def listed(names: Iterable[object]) -> str:

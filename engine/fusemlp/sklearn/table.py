@@ -66,8 +66,9 @@ class TableParameters:
     metric : the score of these rows by which it stops: None for the loss, or "auc", "f1", "r2" and so on, as --metric.
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
-    models : train this many with seeds from random_state on, each with its own fold of the rows held out, and merge
-        them into one that gives their mean; the command line trains 5 on a table of up to 10,000 rows.
+    models : train this many with seeds from random_state on, each with its own fold of the rows held out (with group or
+        time all hold out the same), and merge them into one that gives their mean; the command line trains 5 on a table
+        of up to 10,000 rows.
     scale : "robust", "piecewise", "quantile", "standard", "minmax" or "none", from the training rows; None is the
         better of the first two in small trainings on folds of these rows.
     log_target : learn the logarithm of a positive target.
