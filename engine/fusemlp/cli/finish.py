@@ -61,6 +61,8 @@ def finish(
         restored="restored" in history.stopped,
         best_epoch=best,
         early_stopping=bool(config["options"].get("early_stopping")),
+        chance_loss=history.chance_loss,
+        in_use=history.in_use if prepared.preprocessor.scale == "none" else [*history.in_use, "scaling"],
         python=False,
     )
     overfitting = next((finding for finding in found if finding.name == "overfitting"), None)

@@ -46,7 +46,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError, ShapeError
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
