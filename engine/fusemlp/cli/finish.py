@@ -103,11 +103,15 @@ def finish(
         test_figures = report.get("test", {})
         figure = next((name for name in ("accuracy", "rmse") if name in test_figures), None)
         result = f", test {figure} {test_figures[figure]:.4g}" if figure else ""
+        sizes = "-".join(map(str, prepared.network.sizes))
+        if prepared.models > 1:
+            sizes = f"mean of {prepared.models} models of {sizes}"
         drawn = curves_figure(
             history.history,
             loss=engine.loss.kind,
-            title=f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}{result}",
-            best_epoch=best,
+            title=f"{prepared.dataset.name}: {sizes}{result}",
+            # the models of an ensemble have a best epoch each
+            best_epoch=None if prepared.models > 1 else best,
             overfitting=overfitting,
         )
         write_atomically(run.curves, picture(drawn))
