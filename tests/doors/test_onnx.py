@@ -194,6 +194,13 @@ def test_a_feature_that_float32_blurs_is_warned_of(tmp_path: Path) -> None:
         fusemlp.onnx.to_onnx(Engine(MLP([WIDTH, 3])), tmp_path / "net.onnx", preprocessor=scaling)
 
 
+def test_a_piece_that_float32_blurs_is_warned_of(tmp_path: Path) -> None:
+    edges = (5e4, 5e4 + 0.1, 5e4 + 1.0, 5e4 + 9.0)
+    scaling = preprocessor(scale="piecewise", feature_knots=((edges, ()), *(None,) * (WIDTH - 1)))
+    with pytest.warns(UserWarning, match="the feature 'f0' lies 5e\\+05 times its scale from zero"):
+        fusemlp.onnx.to_onnx(Engine(MLP([scaling.width, 3])), tmp_path / "net.onnx", preprocessor=scaling)
+
+
 def test_without_onnx_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)

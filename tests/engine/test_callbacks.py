@@ -560,8 +560,12 @@ class TestLearningRateScheduler:
     def test_impossible_rates(self) -> None:
         with pytest.raises(ArgumentError, match=r"schedule\(0\): expected a finite number of at least 0, got -1"):
             fit(make(), LearningRateScheduler(lambda epoch: -1.0))
-        with pytest.raises(ArgumentError, match=r"schedule\(1\): the optimizer's rate is 0 and stays so"):
-            fit(make(), LearningRateScheduler(lambda epoch: 0.01 * epoch))
+        with pytest.raises(ArgumentError, match=r"rate: the optimizer's own rate is 0 now, and 0.01 no multiple of it"):
+            fit(make(optimizer=Adam(0.0)), LearningRateScheduler(lambda epoch: 0.01))
+
+    def test_rates_may_begin_at_zero(self) -> None:
+        history = fit(make(), LearningRateScheduler(lambda epoch: 0.01 * epoch), epochs=3)
+        assert history.history["learning_rate"] == pytest.approx([0.0, 0.01, 0.02], rel=1e-12)
 
 
 class TestTensorBoard:

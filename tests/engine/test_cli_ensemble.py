@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,7 @@ def test_long_tables_keep_one_input_a_number(tmp_path: Path, monkeypatch: pytest
     # 32 inputs for two numbers, 3 for a word
     for most, scale in ((300 * 35, "piecewise"), (300 * 35 - 1, "robust")):
         monkeypatch.setattr(trials, "MOST_INPUTS", most)
-        monkeypatch.setattr(trials, "_error", lambda *given: 0.0 if given[2].scale == "piecewise" else 1.0)
+        monkeypatch.setattr(trials, "_error", lambda *given: 0.0 if given[3].scale == "piecewise" else 1.0)
         made = prepare(TrainOptions(data=str(data), target="kind")).preprocessor
         assert made.scale == scale
 
@@ -360,3 +361,32 @@ def test_the_picture_marks_the_best_epoch_of_a_single_model(
     text = (tmp_path / "run" / "report.html").read_text()
     assert "<dt>width of 90% intervals</dt>" in text
     assert (f"best epoch {read(tmp_path / 'run' / 'report.json')['best_epoch']}<" in text) is (models == 1)
+
+
+def test_trials_hold_out_whole_groups_and_the_last_rows(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    groups, values = generator.integers(0, 40, 300).tolist(), generator.normal(size=300).tolist()
+    lines = [f"g{one},{when},{x:.4f},{x:.4f}" for one, when, x in zip(groups, range(300), values, strict=True)]
+    (tmp_path / "data.csv").write_text("\n".join(["group,when,x,y", *lines]) + "\n")
+    options = TrainOptions(data=str(tmp_path / "data.csv"), target="y", scale="robust")
+    rows = np.random.default_rng(1).permutation(300)[:200]
+    grouped = prepare(replace(options, group="group")).dataset
+    assert grouped.groups is not None
+    for kept, held in trials._parts(grouped, rows, 0):
+        named = [set(grouped.groups[rows[part]].tolist()) for part in (kept, held)]
+        assert not named[0] & named[1] and len(kept) + len(held) == 200
+    timed = prepare(replace(options, time="when")).dataset
+    assert timed.times is not None
+    for kept, held in trials._parts(timed, rows, 0):
+        assert timed.times[rows[kept]].max() < timed.times[rows[held]].min()
+    assert trials._parts(replace(grouped, groups=np.zeros(300)), rows, 0) == []
+
+
+def test_a_rate_that_diverges_in_the_trial_ends_as_a_training_that_diverges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = table(tmp_path / "data.csv", count=300)
+    assert run("train", data, "--target", "kind", "--lr", "1e30", "--out", tmp_path / "run") == 1
+    shown = capsys.readouterr().err
+    assert "error: loss: it became NaN or infinite" in shown and "held-out rows" not in shown
+    assert read(tmp_path / "run" / "report.json")["diverged"]

@@ -8,7 +8,6 @@ and whole runs are promised to agree to 1e-9.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -361,22 +360,3 @@ def test_many_classes(targets: str) -> None:
     classes = generator.integers(0, 131, ROWS)
     soft = generator.dirichlet(np.ones(131), ROWS)
     assert_plans_agree(MLP([WIDTH, 7, 131]), classes if targets == "classes" else soft, optimizer=SGD(0.5))
-
-
-def test_where_nothing_can_be_kept_on_disk_it_is_compiled_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import numba
-
-    from fusemlp_kernels.numpy.compiled import options
-
-    def without_folder(**given: Any) -> Any:
-        if given.pop("cache", False):
-            raise RuntimeError("cannot cache function: no locator available")
-        return numba.njit(**given)
-
-    monkeypatch.setattr(options, "numba", SimpleNamespace(njit=without_folder))
-    with caplog.at_level("INFO", logger="fusemlp"):
-        double = options.kept(lambda number: 2 * number)
-    assert double(21) == 42
-    assert "each process compiles it" in caplog.text

@@ -74,7 +74,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         warnings.simplefilter("ignore")
         library = pytest.importorskip("mlflow", reason="mlflow is not installed")
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    library.MlflowClient(f"sqlite:///{path}").search_experiments()
+    # the first experiment keeps its files where the store was made
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.chdir(path.parent)
+        library.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 

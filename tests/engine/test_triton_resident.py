@@ -148,6 +148,18 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
+def test_members_trained_alone_in_other_batches_leave_the_others_as_they_are() -> None:
+    made: dict[str, Any] = {"optimizer": SGD(0.1), "backend": "triton", "plan": "resident"}
+    fleet = Fleet(NET, batch_size=BATCH, vary={"seed": range(2)}, **made)
+    fleet.engines[0].fit(X, y, epochs=1, batch_size=BATCH // 2)
+    # rows of a batch that have their gradients summed in several parts
+    fleet.engines[0].fit([(np.tile(X, (160, 1)), np.tile(y, 160))], epochs=1)
+    results = fleet.fit(X, y, epochs=2)
+    engine = Engine(NET, batch_size=BATCH, seed=1, **made)
+    engine.fit(X, y, epochs=2)
+    same(results.engine(1), engine)
+
+
 def test_folds_of_different_lengths_and_a_model_that_diverges() -> None:
     folds = [np.arange(11), np.arange(3, 13), np.arange(2, 8)]
     held_out = [np.arange(11, 13), np.arange(3), np.arange(8, 13)]

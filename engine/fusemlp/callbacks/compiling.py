@@ -16,21 +16,23 @@ _CLEAR = "\r\x1b[K"
 
 
 class _Notice:
-    """A line on a terminal while something is compiled; one compilation after another counts as one."""
+    """A line on a terminal while something is compiled, with the seconds of all compilations so far."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._began = 0.0
+        # seconds of the compilations before this one, and when it began
+        self._before = self._began = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __call__(self, begins: bool) -> None:
         if begins:
-            self._began = self._began or time.perf_counter()
+            self._began = time.perf_counter()
             self._ended.clear()
             self._thread = threading.Thread(target=self._show, daemon=True)
             self._thread.start()
         elif self._thread is not None:
+            self._before += time.perf_counter() - self._began
             self._ended.set()
             self._thread.join()
             self._thread = None
@@ -39,7 +41,7 @@ class _Notice:
         shown = False
         while not self._ended.wait(REDRAW):
             shown = True
-            seconds = time.perf_counter() - self._began
+            seconds = self._before + time.perf_counter() - self._began
             print(f"{_CLEAR}compiling, once on this machine: {seconds:.1f} s", end="", file=self._stream, flush=True)
         if shown:
             print(_CLEAR, end="", file=self._stream, flush=True)

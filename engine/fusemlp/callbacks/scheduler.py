@@ -8,7 +8,7 @@ from typing import Any
 
 from fusemlp.callbacks.forms import Watching, takes
 from fusemlp.describe.checks import as_count, as_number
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentTypeError
 
 log = logging.getLogger("fusemlp.callbacks")
 
@@ -32,9 +32,5 @@ class LearningRateScheduler(Watching):
         rate = as_number(f"schedule({epoch})", given, low=0.0)
         if rate == now:
             return
-        if not now:
-            raise ArgumentError(
-                f"schedule({epoch}): the optimizer's rate is 0 and stays so; give it one, Adam(lr=0.001)"
-            )
-        self.model.scale_learning_rate(rate / now)
+        self.model.set_learning_rate(rate)
         log.log(logging.INFO if self.verbose else logging.DEBUG, "epoch %d: the learning rate is %.4g", epoch + 1, rate)

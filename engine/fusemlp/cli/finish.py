@@ -103,9 +103,9 @@ def finish(
         test_figures = report.get("test", {})
         figure = next((name for name in ("accuracy", "rmse") if name in test_figures), None)
         result = f", test {figure} {test_figures[figure]:.4g}" if figure else ""
-        sizes = "-".join(map(str, prepared.network.sizes))
+        sizes = "-".join(map(str, engine.network.sizes))
         if prepared.models > 1:
-            sizes = f"mean of {prepared.models} models of {sizes}"
+            sizes = f"mean of {prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}"
         drawn = curves_figure(
             history.history,
             loss=engine.loss.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -16,9 +17,12 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
 from fusemlp.report.metrics import scalars
 from fusemlp.report.runs import Run, write_json
+from fusemlp_kernels.errors import FusemlpError
 
 # The experiment or project of the runs, unless one of the variables names another.
 PLACE = "fusemlp"
+# Sweeps whose tracker could not open a run: they go on without it.
+_refused: set[str] = set()
 VARIABLES = {"mlflow": ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"), "wandb": ("WANDB_PROJECT",)}
 
 
@@ -57,7 +61,8 @@ def last_id(run: Run, options: FitOptions) -> str | None:
 
 def note_id(run: Run, options: FitOptions, tracker: Tracker) -> None:
     """Write the id into the run folder, where ``--resume`` finds it."""
-    write_json(run.tracking, {str(options.track): tracker.run_id})
+    known = json.loads(run.tracking.read_text(encoding="utf-8")) if run.tracking.exists() else {}
+    write_json(run.tracking, {**known, str(options.track): tracker.run_id})
 
 
 def end(
@@ -86,10 +91,15 @@ def closing(tracker: Tracker | None) -> Iterator[None]:
 
 def record_model(options: SweepOptions, sweep: str, member: Member, trained_by: FitOptions, epochs: int) -> None:
     """Record a finished model of a sweep as a run of its own."""
-    made = tracker(options, f"{sweep}-{member.index}")
+    made = None if sweep in _refused else tracker(options, f"{sweep}-{member.index}")
     if made is None:
         return
-    made.open({**parameters(trained_by, member.engine, epochs), "sweep": sweep, "model": member.index})
+    try:
+        made.open({**parameters(trained_by, member.engine, epochs), "sweep": sweep, "model": member.index})
+    except FusemlpError as error:
+        _refused.add(sweep)
+        warnings.warn(f"the models from {member.index} on are not tracked: {error}", stacklevel=2)
+        return
     for row in member.history.rows():
         made.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
     made.close(FAILED if member.status == "diverged" else FINISHED, member.reason)

@@ -135,7 +135,7 @@ class Fleet:
             # they would keep the engines of this part while those of the next are built
             self._groups = None
             return grouped(engines, self._plan)
-        if self._groups is None:
+        if self._groups is None or not all(group.whole for group, _ in self._groups):
             self._groups = grouped(engines, self._plan)
         return self._groups
 

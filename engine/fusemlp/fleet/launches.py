@@ -89,6 +89,13 @@ class Group:
                 size = len(arena) // models
                 own[name] = arena[index * size : (index + 1) * size]
             engine.move_into(own)
+        self._own = [engine.memory for engine in engines]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the engines still lie in the arenas and have one signature: each may have been trained alone."""
+        kept = all(engine.memory is own for engine, own in zip(self.engines, self._own, strict=True))
+        return kept and len(set(map(signature, self.engines))) == 1
 
     def places(
         self, batch: int, counts: Sequence[int], at_once: Sequence[int], firsts: Sequence[int] | None = None

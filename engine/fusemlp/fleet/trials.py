@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fusemlp.datasets.load import Dataset
-from fusemlp.datasets.parts import FOLDS, folds
+from fusemlp.datasets.parts import FOLDS, Fold, folds, hold_out
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
+from fusemlp_kernels.errors import DataError
 
 # Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
 ROWS, TRIALS, EPOCHS, PATIENCE = 5_000, 3, 60, 5
@@ -43,32 +45,55 @@ def chosen(
     some = np.random.default_rng(seed).permutation(rows)[:ROWS]
     notes: list[str] = []
 
+    parts = _parts(dataset, some, seed)
+
     def errors(options: Sequence[tuple[str, bool]]) -> list[float]:
-        return [
-            _error(dataset, some, prepare(dataset, some, scale=s, log_targets=log), fleet, seed) for s, log in options
-        ]
+        made = (prepare(dataset, some, scale=one, log_targets=logarithms) for one, logarithms in options)
+        return [_error(dataset, some, parts, one, fleet) for one in made]
+
+    def tell(found: tuple[float, float], note: str) -> None:
+        # where both diverge, nothing was learned
+        if math.isfinite(min(found)):
+            notes.append(note)
 
     if scale is None:
         scale = SCALES[0]
-        if len(rows) >= MANY_ROWS and _has_pieces(dataset, some, prepare):
+        if parts and len(rows) >= MANY_ROWS and _has_pieces(dataset, some, prepare):
             plain, cut = errors([(one, bool(log_target)) for one in SCALES])
             scale = SCALES[cut < plain]
             of = "loss" if dataset.task == "classification" else "rmse"
-            notes.append(
+            tell(
+                (plain, cut),
                 f"numbers {'cut into pieces' if cut < plain else 'scaled as they are'}: {of} of held-out rows "
-                f"{cut:.4g} in pieces, {plain:.4g} without (--scale {SCALES[cut >= plain]} decides otherwise)"
+                f"{cut:.4g} in pieces, {plain:.4g} without (--scale {SCALES[cut >= plain]} decides otherwise)",
             )
     if log_target is None:
         log_target = False
-        if len(rows) >= 2 * FOLDS and _may_be_logarithms(dataset, rows):
+        if parts and _may_be_logarithms(dataset, rows):
             plain, logarithms = errors([(scale, False), (scale, True)])
             log_target = logarithms < plain
-            notes.append(
+            tell(
+                (plain, logarithms),
                 f"target learned {'in logarithms' if log_target else 'as it is'}: rmse of held-out rows "
                 f"{logarithms:.4g} in logarithms, {plain:.4g} without "
-                f"({'--no-log-target' if log_target else '--log-target'} decides otherwise)"
+                f"({'--no-log-target' if log_target else '--log-target'} decides otherwise)",
             )
     return scale, log_target, notes
+
+
+def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
+    """Return kept and held-out rows for each trial, as indices of ``rows``: whole groups, or the last ones, where the
+    data set has groups or times. Empty if there are too few."""
+    if len(rows) < 2 * FOLDS:
+        return []
+    if dataset.groups is None and dataset.times is None:
+        return list(folds(dataset.y[rows], TRIALS, seed=seed, stratify=dataset.task == "classification"))
+    try:
+        cut = [hold_out(dataset, rows, fraction=1 / TRIALS, seed=seed + trial) for trial in range(TRIALS)]
+    except DataError:
+        # one group, or one time
+        return []
+    return [(np.flatnonzero(np.isin(rows, kept)), np.flatnonzero(np.isin(rows, held))) for kept, held in cut]
 
 
 def _has_pieces(dataset: Dataset, rows: Array, prepare: Prepare) -> bool:
@@ -89,10 +114,9 @@ def _skewness(values: Array) -> float:
     return float(np.mean(centred**3)) / deviation**3 if deviation > 0 else 0.0
 
 
-def _error(dataset: Dataset, rows: Array, made: Preprocessor, fleet: Make, seed: int) -> float:
-    """Return the error of all rows, each predicted by the model that did not see it: root mean square, or the loss."""
+def _error(dataset: Dataset, rows: Array, parts: Sequence[Fold], made: Preprocessor, fleet: Make) -> float:
+    """Return the error of the held-out rows: root mean square, or the loss; infinite if a model diverged."""
     classify = made.classes is not None
-    parts = folds(dataset.y[rows], TRIALS, seed=seed, stratify=classify)
     X, labels = made.transform_features(dataset.X[rows]), dataset.y[rows]
     kept, held_out = ([part[place] for part in parts] for place in (0, 1))
     results = fleet(made).fit(
@@ -100,6 +124,8 @@ def _error(dataset: Dataset, rows: Array, made: Preprocessor, fleet: Make, seed:
     )
     total = 0.0
     for member, held in zip(results.members, held_out, strict=True):
+        if member.status == "diverged":
+            return math.inf
         if classify:
             total += member.scores["val_loss"] * len(held)
         else:

@@ -143,6 +143,10 @@ def _labels(engine: Session, preprocessor: Preprocessor | None, classes: Any) ->
 def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
     """Warn of a feature whose differences float32 cannot hold."""
     ratios = np.abs(preprocessor.feature_shift) / np.array(preprocessor.feature_scale)
+    for place, at in enumerate(preprocessor.feature_knots if preprocessor.scale == "piecewise" else ()):
+        if at is not None:
+            # the scale of its narrowest piece
+            ratios[place] = np.abs(at[0]).max() / np.diff(at[0]).min()
     if real == np.float32 and ratios.max() > FARTHEST:
         column = int(np.argmax(ratios))
         warnings.warn(

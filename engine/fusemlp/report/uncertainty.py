@@ -81,7 +81,9 @@ def errors_of(engine: Session, preprocessor: Preprocessor, X: Array, labels: Arr
         chances = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
         wrong: Array = 1.0 - chances[np.arange(len(X)), preprocessor.class_codes(labels)].astype(np.float64)
         return wrong
-    truth = _comparable(preprocessor, np.asarray(labels, np.float64))
+    truth = np.asarray(labels, np.float64)
+    # as the training counts them
+    truth = _comparable(preprocessor, np.maximum(truth, preprocessor.target_low) if preprocessor.target_log else truth)
     found: Array = np.abs(_comparable(preprocessor, predictions(engine, preprocessor, X)) - truth)
     return found
 
@@ -89,7 +91,7 @@ def errors_of(engine: Session, preprocessor: Preprocessor, X: Array, labels: Arr
 def _comparable(preprocessor: Preprocessor, values: Array) -> Array:
     """Return values (n, targets), in logarithms where the model learns these."""
     values = values.reshape(len(values), -1)
-    return np.log(np.maximum(values, preprocessor.target_low)) if preprocessor.target_log else values
+    return np.log(np.maximum(values, np.finfo(np.float64).tiny)) if preprocessor.target_log else values
 
 
 def intervals(preprocessor: Preprocessor, predicted: Array, held: HeldOut, coverage: float) -> tuple[Array, Array]:

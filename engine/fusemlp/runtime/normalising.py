@@ -105,7 +105,8 @@ class Normalising(DeviceInputs):
         sample = self.on_host(X[:: -(-len(X) // rows)]).astype(np.float64).ravel()
         count = int(np.count_nonzero(sample))
         with np.errstate(over="ignore"):
-            size = math.sqrt(float(sample @ sample) / max(1, count))
+            # no BLAS: its threads would go on spinning beside those of the training
+            size = math.sqrt(float(np.square(sample).sum()) / max(1, count))
         # a step may bring NaN
         if count and (size < LEAST or size > MOST):
             warnings.warn(

@@ -63,9 +63,14 @@ class RateTable:
 
     def rescale(self, scale: float) -> None:
         """Multiply the rates of the schedule by ``scale`` from the next update on."""
-        assert self.schedule is not None
         self.hyper[RATE_SCALE] = scale
-        self.hyper[LEARNING_RATE] = self.schedule.at(int(self.counters[UPDATE_COUNT])) * scale
+        self.hyper[LEARNING_RATE] = self.base * scale
+
+    @property
+    def base(self) -> float:
+        """The rate of the schedule for the next update, without the factor on it."""
+        assert self.schedule is not None
+        return self.schedule.at(int(self.counters[UPDATE_COUNT]))
 
     def after(self, updates: int) -> float:
         """The learning rate of the update that follows ``updates`` others."""

@@ -46,7 +46,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
@@ -306,7 +306,21 @@ class Session(Predicting):
 
     def scale_learning_rate(self, factor: float) -> None:
         """Multiply the rates of the running ``fit`` by ``factor`` from the next update on; checkpoints keep it."""
-        scale = float(self.memory.hyper[RATE_SCALE]) * factor
+        self._take_rate_scale(float(self.memory.hyper[RATE_SCALE]) * factor)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Let the next update have this rate, and those after it the rates of the schedule in the same proportion.
+
+        Raises ArgumentError if the rate of the optimizer's own schedule is 0 now.
+        """
+        base = self.rates.base
+        if not base:
+            raise ArgumentError(
+                f"rate: the optimizer's own rate is 0 now, and {rate!r} no multiple of it; give it one, Adam(lr=0.001)"
+            )
+        self._take_rate_scale(rate / base)
+
+    def _take_rate_scale(self, scale: float) -> None:
         self.rates.rescale(scale)
         state = self.fit_state
         if state is not None:

@@ -15,7 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,10 @@ def folder() -> Path | None:
 def _delete_unused(place: Path) -> None:
     """Delete the folders of other versions that have not been used for long."""
     for other in place.glob("numba-*-*"):
-        if time.time() - other.stat().st_mtime > UNUSED:
-            shutil.rmtree(other, ignore_errors=True)
+        # another process may delete it at the same time
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > UNUSED:
+                shutil.rmtree(other)
 
 
 class _Locator(_CacheLocator):
