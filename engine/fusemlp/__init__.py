@@ -128,13 +128,21 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 # Modules that are attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
 _SUBMODULES = frozenset({*PATHS, "callbacks", "engine", "fleet", "sklearn", "torch"})
+# Names of Keras and torch, and their equivalents.
+_ELSEWHERE = {
+    "load_model": "use fusemlp.load(path)",
+    **dict.fromkeys(("Sequential", "Model"), "write Engine(MLP([784, 128, 10], activation='relu'))"),
+    **dict.fromkeys(("Dense", "Linear"), "layers are widths: MLP([784, 128, 10], activation='relu')"),
+    "Dropout": "it is an argument: MLP([784, 128, 10], dropout=0.1)",
+}
 
 
 def __getattr__(name: str) -> object:
     if name in _SUBMODULES:
         return importlib.import_module(f"fusemlp.{name}")
     if name not in __all__:
-        raise AttributeError(f"module 'fusemlp' has no attribute {name!r}")
+        hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+        raise AttributeError(f"module 'fusemlp' has no attribute {name!r}{hint}")
     value = getattr(importlib.import_module(_MODULE_OF.get(name, "fusemlp_kernels.errors")), name)
     globals()[name] = value
     return value

@@ -113,6 +113,26 @@ def test_a_loader_of_torch(tmp_path: Path) -> None:
         make().fit(data, epochs=1)
 
 
+@pytest.mark.parametrize("kind", ["list", "generator", "loader"])
+def test_batches_beside_y_are_refused(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.utils.data import DataLoader, TensorDataset
+
+    given = {
+        "list": lambda: cut(X, Y),
+        "generator": lambda: iter(cut(X, Y)),
+        "loader": lambda: DataLoader(TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=SIZE),
+    }[kind]
+    engine = make()
+    for call in (lambda: engine.fit(given(), Y, epochs=1), lambda: engine.evaluate(given(), Y)):
+        with pytest.raises(ArgumentError, match=r"^y: leave it out: X holds batches"):
+            call()
+    # rows in tuples are rows
+    engine.fit([tuple(row) for row in X.tolist()], Y, epochs=1)
+    with pytest.raises(ShapeError, match="X: the rows of this list differ in length"):
+        engine.fit([(1.0, 2.0), (1.0,)], Y[:2], epochs=1)
+
+
 def test_an_iterable_begins_again_when_it_ends_and_not_before() -> None:
     endless, sequence = Endless(cut(X, Y)), Sequence(cut(X, Y))
     make().fit(endless, epochs=3, steps_per_epoch=2)

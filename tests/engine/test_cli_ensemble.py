@@ -21,6 +21,7 @@ from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, merged
 from fusemlp.report.baselines import worse_than
+from fusemlp.report.plots import curves_figure
 from fusemlp.sklearn import TableRegressor
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
@@ -327,6 +328,44 @@ def test_long_tables_keep_one_input_a_number(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(trials, "_error", lambda *given: 0.0 if given[3].scale == "piecewise" else 1.0)
         made = prepare(TrainOptions(data=str(data), target="kind")).preprocessor
         assert made.scale == scale
+
+
+def test_the_report_says_that_the_model_is_an_ensemble(trained: Path) -> None:
+    report, sizes = read(trained / "report.json"), read(trained / "config.json")["network"]["sizes"]
+    for again in (False, True):
+        if again:
+            assert run("report", trained) == 0
+        text = (trained / "report.html").read_text()
+        assert f"5 models of {sizes[0]}-8-{sizes[-1]}, merged, " in text
+        assert "96 training rows, in 5 folds to validate on, 24 test rows" in text
+        assert "0 validation" not in text and "best epoch" not in text
+        assert "The curves are the mean of 5 models." in text
+        intervals = report["intervals"]
+        assert f"<dt>classes in 90% sets</dt><dd>{intervals['classes']:.4f}</dd>" in text
+        assert f"<dt>their coverage</dt><dd>{intervals['coverage']:.4f}</dd>" in text
+
+
+@pytest.mark.parametrize("models", [1, 3])
+def test_the_picture_marks_the_best_epoch_of_a_single_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: int
+) -> None:
+    drawn: list[Any] = []
+
+    def kept(*given: Any, **options: Any) -> Any:
+        drawn.append(curves_figure(*given, **options))
+        return drawn[0]
+
+    monkeypatch.setattr("fusemlp.cli.finish.curves_figure", kept)
+    data = table(tmp_path / "data.csv", target="price")
+    options = ("--target", "price", "--models", models, "--epochs", "3", *QUICK)
+    assert run("train", data, *options, "--out", tmp_path / "run") == 0
+    (figure,) = drawn
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert any("best epoch" in label for label in labels) is (models == 1)
+    assert ("mean of 3 models of 5-8-1" in figure.get_suptitle()) is (models == 3)
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<dt>width of 90% intervals</dt>" in text
+    assert (f"best epoch {read(tmp_path / 'run' / 'report.json')['best_epoch']}<" in text) is (models == 1)
 
 
 def test_trials_hold_out_whole_groups_and_the_last_rows(tmp_path: Path) -> None:

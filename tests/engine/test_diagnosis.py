@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
-from fusemlp import MLP, MSE, SGD, ArgumentError, DivergenceError, Engine, History
-from fusemlp.report.diagnosis import EXPLODED, RISE, dead_units, diagnose, exploding_loss, overfitting, slow_training
+from fusemlp import MLP, MSE, SGD, ArgumentError, DivergenceError, EarlyStopping, Engine, History
+from fusemlp.report.diagnosis import (
+    EXPLODED,
+    RISE,
+    dead_units,
+    diagnose,
+    exploding_loss,
+    no_learning,
+    overfitting,
+    slow_training,
+)
 
 FALLING = [1.0, 0.5, 0.3, 0.2, 0.1]
 
@@ -30,7 +42,7 @@ def test_a_gap_between_the_accuracies() -> None:
     assert found.figures["accuracy_gap"] == pytest.approx(0.15)
     assert "90.0% of the training rows are right, but only 75.0% in validation" in found.message
     assert "early stopping" in str(found)
-    assert "early stopping" not in str(overfitting(history, early_stopping=True))
+    assert "early stopping" not in str(overfitting(history, in_use=["early stopping"]))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +55,8 @@ def test_a_gap_between_the_accuracies() -> None:
         # both rise: that is no overfitting
         {"loss": [1.0, 0.5, 0.6], "val_loss": [1.0, 0.5, 0.7]},
         {"loss": FALLING, "val_loss": FALLING, "accuracy": [0.9] * 5, "val_accuracy": [0.85] * 5},
+        # the training loss is still above the validation loss
+        {"loss": [0.7, 0.6395], "val_loss": [0.5232, 0.5594]},
     ],
 )
 def test_nothing_is_said_of_a_sound_training(history: dict[str, list[float]]) -> None:
@@ -93,6 +107,32 @@ def test_a_loss_that_falls_slowly_and_steadily() -> None:
         assert slow_training({"loss": losses}) is None
 
 
+def test_a_training_that_ends_no_better_than_a_constant_prediction() -> None:
+    chance = float(np.log(10))
+    blown = {"loss": [1304.0, 8.0], "accuracy": [0.1, 0.1], "val_accuracy": [0.1, 0.096]}
+    found = no_learning(blown, chance, python=True)
+    assert found is not None and found.name == "no learning"
+    assert "ended at 8, a constant prediction has 2.303; 9.6% of the validation rows are right" in str(found)
+    assert "a lower learning rate" in str(found) and "normalise=True" in str(found)
+    assert "normalise" not in str(no_learning(blown, chance, in_use=["scaling"], python=True))
+    assert "--scale standard" in str(no_learning(blown, chance))
+    flat = [2.4, 2.305, 2.31, 2.304, 2.306]
+    assert no_learning({"loss": flat}, chance) is not None
+    for losses in (flat[:4], [2.4, 2.3, 2.2, 2.25, 2.2], [2.5, 2.48, 2.46, 2.44, 2.42], [14.3, 13.5, 12.8], [1304.0]):
+        assert no_learning({"loss": losses}, chance) is None
+    # rows far from the boundary may cost much, where most are right
+    assert no_learning({**blown, "val_accuracy": [0.1, 0.6]}, chance) is None
+    assert no_learning(blown, None) is None
+    assert [one.name for one in diagnose(blown, chance_loss=chance)] == ["no learning"]
+
+
+def test_a_remedy_in_use_is_not_advised() -> None:
+    history = {"loss": [1.0, 0.5, 0.1], "val_loss": [1.0, 0.6, 0.9]}
+    assert "early stopping" not in str(diagnose(history, early_stopping=True)[0])
+    (found,) = diagnose(history, in_use=["dropout"])
+    assert "early stopping" in str(found) and "dropout" not in str(found)
+
+
 def test_the_diagnosis_has_all_findings_in_their_order() -> None:
     history = {"loss": [1.0, 0.5, 0.1], "val_loss": [1.0, 0.6, 0.9]}
     found = diagnose(history, {"layer 1": 0.9}, divergence="it became NaN")
@@ -141,6 +181,28 @@ class TestInPython:
         engine = self.engine(optimizer=SGD(1e-5))
         engine.fit(self.X, self.y, epochs=6, shuffle=False)
         assert [one.name for one in engine.diagnose()] == ["slow training"]
+
+    @pytest.mark.parametrize(("scale", "lr"), [(16.0, 0.3), (1.0, 30.0)])
+    def test_a_rate_that_is_too_large_for_the_inputs_is_found(self, scale: float, lr: float) -> None:
+        X, y = load_digits(return_X_y=True)
+        engine = Engine(MLP([64, 32, 10]), optimizer=SGD(lr), backend="numpy")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            history = engine.fit(X / 16 * scale, y, epochs=6, validation_split=0.2)
+        assert history.history["val_accuracy"][-1] < 0.15
+        (found,) = [one for one in history.diagnose() if one.name == "no learning"]
+        assert "a lower learning rate" in str(found) and "normalise=True" in str(found)
+
+    def test_early_stopping_that_did_not_stop_is_not_advised(self) -> None:
+        engine = self.engine(optimizer="adam")
+        for given in ({"early_stopping": 1000}, {"callbacks": [EarlyStopping(patience=1000)]}):
+            history = engine.fit(self.X, self.y, epochs=150, validation_split=0.5, **given)
+            (found,) = [one for one in history.diagnose() if one.name == "overfitting"]
+            assert "early stopping" not in str(found) and "dropout" in str(found)
+
+    def test_what_the_engine_does_already_is_in_use(self) -> None:
+        engine = Engine(MLP([5, 8, 3], dropout=0.2), backend="numpy", normalise=True)
+        assert engine.fit(self.X, self.y, epochs=1).in_use == ["dropout", "scaling"]
 
     def test_nothing_to_look_at(self) -> None:
         with pytest.raises(ArgumentError, match="diagnose: this engine has no training yet; call fit first"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -294,6 +295,19 @@ def test_a_method_of_keras_is_an_error_that_names_ours(name: str) -> None:
     assert not hasattr(engine, name)
     with pytest.raises(AttributeError, match=f"Engine has no attribute '{name}': "):
         getattr(engine, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "equivalent"),
+    [("load_model", "use fusemlp.load(path)"), ("Sequential", "write Engine(MLP("), ("Dense", "MLP([784, 128, 10]")],
+)
+def test_a_name_of_keras_in_the_package_is_an_error_that_names_ours(name: str, equivalent: str) -> None:
+    assert not hasattr(fusemlp, name) and name not in dir(fusemlp)
+    with pytest.raises(AttributeError, match=re.escape(f"module 'fusemlp' has no attribute '{name}': ")) as raised:
+        getattr(fusemlp, name)
+    assert equivalent in str(raised.value)
+    with pytest.raises(AttributeError, match=r"^module 'fusemlp' has no attribute 'nonsense'$"):
+        fusemlp.nonsense  # noqa: B018
 
 
 def test_missing_attributes_stay_what_they_were() -> None:

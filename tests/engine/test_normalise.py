@@ -132,6 +132,36 @@ class TestTraining:
         engine.fit(X, Y, epochs=1)
         engine.step(X[:4], Y[:4])
 
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda engine, _: engine.predict(X),
+            lambda engine, _: engine.predict_proba(X),
+            lambda engine, _: engine.evaluate(X, Y),
+            lambda engine, _: engine.evaluate(X, Y, metrics=["f1"]),
+            lambda engine, _: engine.dead_units(X),
+            lambda engine, _: to_torch(engine),
+            lambda engine, folder: engine.to_onnx(folder / "model.onnx"),
+        ],
+        ids=["predict", "predict_proba", "evaluate", "metrics", "dead_units", "to_torch", "to_onnx"],
+    )
+    def test_predictions_and_exports_before_rows_were_measured_are_refused(self, tmp_path: Path, use: Any) -> None:
+        engine = make()
+        with pytest.raises(ArgumentError, match="normalise: no rows were measured yet: fit measures its arrays"):
+            use(engine, tmp_path)
+        assert not list(tmp_path.iterdir())
+        use(make(normalise=X), tmp_path)
+        engine.load_state_dict(make(normalise=X).state_dict())
+        use(engine, tmp_path)
+
+    def test_an_engine_without_measured_rows_is_saved_and_fitted_later(self, tmp_path: Path) -> None:
+        make().save(tmp_path / "model.safetensors")
+        again = load(tmp_path / "model.safetensors")
+        with pytest.raises(ArgumentError, match="normalise: no rows were measured yet"):
+            again.predict(X)
+        again.fit(X, Y, epochs=1)
+        assert again.predict(X).shape == (60,)
+
     def test_a_refused_fit_measures_nothing(self) -> None:
         engine = make()
         with pytest.raises(ArgumentError):

@@ -34,6 +34,7 @@ from fusemlp import (
     PReLU,
     load_checkpoint,
 )
+from fusemlp.sklearn import TableClassifier
 
 SIZES = (6, 9, 7, 5, 3)
 RNG = np.random.default_rng(0)
@@ -243,3 +244,15 @@ def test_labels_stay_labels(tmp_path: Path) -> None:
     engine.fit(X, LABELS, epochs=1)
     engine.save(tmp_path / "m")
     np.testing.assert_array_equal(fusemlp.load(tmp_path / "m").predict(X), engine.predict(X))
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5", ".hdf5", ".pkl", ".pickle", ".joblib", ".pt", ".PTH", ".onnx"])
+def test_a_name_of_another_format_is_refused(ending: str, tmp_path: Path) -> None:
+    engine = Engine(MLP(SIZES))
+    estimator = TableClassifier(epochs=1, hidden=(4,)).fit(X, LABELS)
+    for save in (engine.save, engine.save_checkpoint, estimator.save):
+        with pytest.raises(ArgumentError, match=r"path: the file holds safetensors; expected .*'m\.safetensors', got"):
+            save(tmp_path / f"m{ending}")
+    assert not list(tmp_path.iterdir())
+    engine.save(tmp_path / "m.v1")
+    assert fusemlp.load(tmp_path / "m.v1").network == engine.network

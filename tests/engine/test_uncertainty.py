@@ -51,6 +51,7 @@ def test_intervals_cover_their_share_of_new_rows(models: int, log_target: bool) 
     assert widths[0] < widths[1]
     if log_target:
         assert (model.predict_interval(new)[0] > 0).all()
+    np.testing.assert_array_equal(model.predict_interval(new, 0.5), model.predict_interval(new, coverage=0.5))
 
 
 def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class() -> None:
@@ -68,7 +69,7 @@ def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class() -> Non
         assert sets[np.arange(400), np.searchsorted(model.classes_, predicted)].all()
         share = coverage - 4 * math.sqrt(coverage * (1 - coverage) / 800)
         assert np.count_nonzero(sets[np.arange(400), codes]) >= least(400, share)
-    assert sets.sum() > model.predict_set(X[800:], coverage=0.6).sum()
+    assert sets.sum() > model.predict_set(X[800:], 0.6).sum()
 
 
 def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept() -> None:

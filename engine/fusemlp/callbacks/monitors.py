@@ -149,6 +149,8 @@ class EarlyStopping(Monitor):
         """Restore the best weights if wanted, and add a note to the history."""
         history = self.model.history
         interrupted = history is not None and history.stopped.startswith("interrupted")
+        if history is not None and "early stopping" not in history.in_use:
+            history.in_use.append("early stopping")
         weights = None if interrupted else self.best_weights
         if weights is not None:
             self.model.load_state_dict(weights)

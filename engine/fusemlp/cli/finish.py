@@ -61,6 +61,8 @@ def finish(
         restored="restored" in history.stopped,
         best_epoch=best,
         early_stopping=bool(config["options"].get("early_stopping")),
+        chance_loss=history.chance_loss,
+        in_use=history.in_use if prepared.preprocessor.scale == "none" else [*history.in_use, "scaling"],
         python=False,
     )
     overfitting = next((finding for finding in found if finding.name == "overfitting"), None)
@@ -101,11 +103,15 @@ def finish(
         test_figures = report.get("test", {})
         figure = next((name for name in ("accuracy", "rmse") if name in test_figures), None)
         result = f", test {figure} {test_figures[figure]:.4g}" if figure else ""
+        sizes = "-".join(map(str, engine.network.sizes))
+        if prepared.models > 1:
+            sizes = f"mean of {prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}"
         drawn = curves_figure(
             history.history,
             loss=engine.loss.kind,
-            title=f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}{result}",
-            best_epoch=best,
+            title=f"{prepared.dataset.name}: {sizes}{result}",
+            # the models of an ensemble have a best epoch each
+            best_epoch=None if prepared.models > 1 else best,
             overfitting=overfitting,
         )
         write_atomically(run.curves, picture(drawn))

@@ -73,6 +73,13 @@ class Prepared:
             "notes": list(self.notes),
         }
 
+    @property
+    def training_rows(self) -> str:
+        """The rows to train and to validate on, as text."""
+        if self.folds:
+            return f"{len(self.train)} training rows, in {len(self.folds)} folds to validate on"
+        return f"{len(self.train)} training, {len(self.validation or ())} validation"
+
     def _tested_by(self) -> str:
         if self.dataset.test is not None:
             return "a file of its own" if self.own_test else "the data's own test set"

@@ -51,10 +51,13 @@ def write_page(
 ) -> None:
     """Write ``report.html`` of an engine whose report is ``found``; without a test no model is judged."""
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
+    sizes = "-".join(map(str, net.sizes))
+    if prepared.models > 1 and not found.get("diverged"):
+        sizes = f"{prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}, merged"
     lines = [
-        f"{about['training_rows']} training, {about['validation_rows']} validation, {about['test_rows']} test rows "
-        f"({about['test']}); target {prepared.dataset.target_name}",
-        f"{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
+        f"{prepared.training_rows}, {about['test_rows']} test rows ({about['test']}); "
+        f"target {prepared.dataset.target_name}",
+        f"{sizes}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, batch {engine.batch_size}; {epochs} epochs"
         + (f" in {found['seconds']:.1f} s" if "seconds" in found else ""),
         command,

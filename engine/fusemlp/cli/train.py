@@ -333,11 +333,10 @@ def describe_data(prepared: Prepared) -> str:
     if classes is None and prepared.preprocessor.outputs > 1:
         target = f"{prepared.preprocessor.outputs} targets"
     notes = "".join(f"{note}\n" for note in prepared.notes)
-    training = f"{about['training_rows']} training, {about['validation_rows']} validation"
-    if prepared.folds:
-        training = f"{about['training_rows']} training rows, in {len(prepared.folds)} folds to validate on"
     inputs = prepared.network.sizes[0]
-    return f"{notes}{about['name']}: {training}, {about['test_rows']} test rows; {inputs} inputs, {target}"
+    return (
+        f"{notes}{about['name']}: {prepared.training_rows}, {about['test_rows']} test rows; {inputs} inputs, {target}"
+    )
 
 
 def run_session(session: Session, told: Events) -> tuple[bool, DivergenceError | None]:

@@ -96,10 +96,11 @@ def merged_members(members: Sequence[Member]) -> Engine:
 
 def mean_history(histories: Sequence[History]) -> History:
     """Return the means of each epoch; a model that has stopped counts with its best epoch."""
-    mean = History()
+    first = histories[0]
+    mean = History(chance_loss=first.chance_loss, in_use=list(first.in_use))
     bests = [one.best_epoch for one in histories if one.best_epoch is not None]
     for epoch in range(max(len(one.epochs) for one in histories)):
-        logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in histories[0].history}
+        logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in first.history}
         mean.record(epoch, logs, sum(one.seconds[epoch] for one in histories if epoch < len(one.seconds)))
     mean.best_epoch = round(float(np.mean(bests))) if bests else None
     if all("restored" in one.stopped for one in histories):

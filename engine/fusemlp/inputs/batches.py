@@ -26,6 +26,13 @@ def are_batches(given: Any) -> bool:
     return hasattr(given, "__iter__") or (hasattr(given, "__getitem__") and hasattr(given, "__len__"))
 
 
+def holds_batches(refused: Any) -> bool:
+    """Return whether what was refused as an array is batches, rather than rows or a matrix that is no array."""
+    if isinstance(refused, list):
+        return bool(refused) and all(isinstance(one, tuple) and one and np.ndim(one[0]) > 0 for one in refused)
+    return are_batches(refused) and not hasattr(refused, "shape")
+
+
 class Batches:
     """Batches of an iterable, ``steps`` an epoch: by default its length.
 

@@ -14,8 +14,10 @@ import numpy as np
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array, as_features, as_weights
+from fusemlp.inputs.batches import holds_batches
 from fusemlp.inputs.targets import Examples, Targets, are_one_hot, as_targets
 from fusemlp_kernels.contract import Backend
+from fusemlp_kernels.errors import ArgumentError, FusemlpError
 
 
 class DeviceInputs:
@@ -74,7 +76,14 @@ class DeviceInputs:
         self, X: Any, y: Any, weight: Any, names: tuple[str, str, str] = ("X", "y", "sample_weight")
     ) -> Examples:
         """Return all of these checked; error messages call them by ``names``."""
-        features = self.features(names[0], X)
+        try:
+            features = self.features(names[0], X)
+        except FusemlpError as error:
+            if holds_batches(X):
+                raise ArgumentError(
+                    f"{names[1]}: leave it out: {names[0]} holds batches, which bring theirs"
+                ) from error
+            raise
         rows = len(features)
         return Examples(features, self.targets(names[1], y, rows=rows), self.weights(names[2], weight, rows=rows))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-# Overfitting: the validation loss rises by this share above its best while the training loss falls.
+# Overfitting: the validation loss rises by this share above its best while the training loss falls, and ends above it.
 RISE = 0.05
 # Exploding loss: the training loss ends by more than this share above its first value.
 EXPLODED = 0.25
@@ -18,6 +19,11 @@ DEAD_FRACTION = 0.3
 FEWEST_EPOCHS = 5
 SLOW = 0.1
 STEADY = 0.75
+# No learning: the training loss ends above this share of that of a constant prediction, and no more than this multiple
+# of a constant prediction's share of the rows are right. A loss above this multiple of it needs no FEWEST_EPOCHS.
+CONSTANT = 0.99
+RIGHT = 1.5
+BLOWN_UP = 2.0
 # Remedies as the command line has them, and as Python has them.
 REMEDIES = {
     "early stopping": ("early stopping (--early-stopping 10)", "early stopping (fit(early_stopping=10))"),
@@ -28,15 +34,15 @@ REMEDIES = {
     "lower rate": ("a lower learning rate (--lr)", "a lower learning rate (Adam(lr=...))"),
     "higher rate": ("a higher learning rate (--lr; fusemlp lr-find)", "a higher learning rate (engine.lr_find(X, y))"),
     "clipping": ("--clip-norm 1", "Adam(clip_norm=1.0)"),
-    "scaling": ("--scale standard", "standardised features (mean 0, variance 1)"),
+    "scaling": ("--scale standard", "inputs of unit scale (Engine(normalise=True))"),
     "epochs": ("more --epochs", "more epochs"),
 }
 OVERFITTING_REMEDIES = ("early stopping", "dropout", "weight decay", "data")
 DEAD_REMEDIES = ("leaky", "lower rate")
 
 
-def _remedies(names: Sequence[str], *, python: bool) -> tuple[str, ...]:
-    return tuple(REMEDIES[name][int(python)] for name in names)
+def _remedies(names: Sequence[str], *, python: bool, in_use: Collection[str] = ()) -> tuple[str, ...]:
+    return tuple(REMEDIES[name][int(python)] for name in names if name not in in_use)
 
 
 @dataclass(frozen=True)
@@ -62,24 +68,34 @@ def diagnose(
     restored: bool = False,
     best_epoch: int | None = None,
     early_stopping: bool = False,
+    chance_loss: float | None = None,
+    in_use: Collection[str] = (),
     python: bool = True,
 ) -> list[Finding]:
     """Return all that is found in a history and, if given, in the shares of ``dead`` units by layer.
 
     ``divergence``: the error that ended the training. ``python``: remedies as Python has them, not the command line.
-    The others: see ``overfitting``.
+    ``in_use``: the names in ``REMEDIES`` of those that the training has, which no finding advises.
+    The others: see ``overfitting`` and ``no_learning``.
     """
+    in_use = {*in_use, "early stopping"} if early_stopping else set(in_use)
+    exploded = exploding_loss(history, in_use=in_use, python=python)
+    slow = slow_training(history, python=python)
+    explained = divergence or exploded or slow
     found = [
         Finding("divergence", divergence) if divergence else None,
-        exploding_loss(history, python=python),
-        slow_training(history, python=python),
-        overfitting(history, restored=restored, best_epoch=best_epoch, early_stopping=early_stopping, python=python),
+        exploded,
+        slow,
+        None if explained else no_learning(history, chance_loss, in_use=in_use, python=python),
+        overfitting(history, restored=restored, best_epoch=best_epoch, in_use=in_use, python=python),
         dead_units(dead or {}, python=python),
     ]
     return [finding for finding in found if finding is not None]
 
 
-def exploding_loss(history: Mapping[str, Sequence[float]], *, python: bool = False) -> Finding | None:
+def exploding_loss(
+    history: Mapping[str, Sequence[float]], *, in_use: Collection[str] = (), python: bool = False
+) -> Finding | None:
     """Find a training loss that ends more than ``EXPLODED`` above its first value."""
     losses = history.get("loss", ())
     if len(losses) < 2 or not losses[-1] > losses[0] + EXPLODED * abs(losses[0]):
@@ -90,7 +106,7 @@ def exploding_loss(history: Mapping[str, Sequence[float]], *, python: bool = Fal
     return Finding(
         "exploding loss",
         message,
-        _remedies(("lower rate", "clipping", "scaling"), python=python),
+        _remedies(("lower rate", "clipping", "scaling"), python=python, in_use=in_use),
         best + 1,
         figures,
     )
@@ -118,26 +134,56 @@ def slow_training(history: Mapping[str, Sequence[float]], *, python: bool = Fals
     return Finding("slow training", message, _remedies(("higher rate", "epochs"), python=python), None, {"fall": share})
 
 
+def no_learning(
+    history: Mapping[str, Sequence[float]],
+    chance_loss: float | None,
+    *,
+    in_use: Collection[str] = (),
+    python: bool = False,
+) -> Finding | None:
+    """Find a training that ends no better than a constant prediction.
+
+    ``chance_loss``: the loss where all classes are equally probable; None if the loss has none. A loss that falls in
+    every epoch, to no less than half, is only slow.
+    """
+    losses = history.get("loss", ())
+    if chance_loss is None or len(losses) < 2 or not losses[-1] > CONSTANT * chance_loss:
+        return None
+    right = next((history[name][-1] for name in ("val_accuracy", "accuracy") if name in history), None)
+    if right is not None and right > RIGHT * math.exp(-chance_loss):
+        return None
+    if losses[-1] > losses[0] / 2 and all(after < before for before, after in pairwise(losses)):
+        return None
+    if len(losses) < FEWEST_EPOCHS and max(losses) <= BLOWN_UP * chance_loss:
+        return None
+    message = f"the training loss ended at {losses[-1]:.4g}, a constant prediction has {chance_loss:.4g}"
+    if right is not None:
+        message += f"; {right:.1%} of the {'validation' if 'val_accuracy' in history else 'training'} rows are right"
+    figures = {"last_loss": losses[-1], "chance_loss": chance_loss}
+    remedies = _remedies(("lower rate", "scaling"), python=python, in_use=in_use)
+    return Finding("no learning", message, remedies, None, figures)
+
+
 def overfitting(
     history: Mapping[str, Sequence[float]],
     *,
     restored: bool = False,
     best_epoch: int | None = None,
-    early_stopping: bool = False,
+    in_use: Collection[str] = (),
     python: bool = False,
 ) -> Finding | None:
     """Find overfitting: training improves and validation does not.
 
     The criterion: the last validation loss is more than ``RISE`` above its minimum while the training loss fell since
-    then, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were restored,
-    those of ``best_epoch`` (from 1; None: of the lowest validation loss). ``early_stopping``: it was on, so no remedy.
+    then, to below it, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were
+    restored, those of ``best_epoch`` (from 1; None: of the lowest validation loss). ``in_use``: see ``diagnose``.
     """
     training, validation = history.get("loss", ()), history.get("val_loss", ())
     if not validation:
         return None
     best = min(range(len(validation)), key=validation.__getitem__)
     lowest, last = validation[best], validation[-1]
-    rising = last > lowest + RISE * abs(lowest) and training[-1] < training[best]
+    rising = last > lowest + RISE * abs(lowest) and training[-1] < min(training[best], last)
     right, right_validation = history.get("accuracy", ()), history.get("val_accuracy", ())
     gap = right[-1] - right_validation[-1] if right and right_validation else 0.0
     if not rising and not gap > ACCURACY_GAP:
@@ -147,9 +193,9 @@ def overfitting(
         figures["accuracy_gap"] = gap
     if not rising:
         message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
-        remedies = _remedies(OVERFITTING_REMEDIES[int(early_stopping) :], python=python)
+        remedies = _remedies(OVERFITTING_REMEDIES, python=python, in_use=in_use)
         return Finding("overfitting", message, remedies, None, figures)
-    epoch, remedies = best + 1, _remedies(OVERFITTING_REMEDIES[1:], python=python)
+    epoch, remedies = best + 1, _remedies(OVERFITTING_REMEDIES[1:], python=python, in_use=in_use)
     message = (
         f"after epoch {epoch} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
         f"to {training[-1]:.4g}"
@@ -159,7 +205,9 @@ def overfitting(
             "overfitting", f"{message}; the weights of epoch {best_epoch or epoch} were restored", (), epoch, figures
         )
     shown = f"epochs={epoch}" if python else f"--epochs {epoch}"
-    return Finding("overfitting", message, (f"early stopping (here: {shown})", *remedies), epoch, figures)
+    if "early stopping" not in in_use:
+        remedies = (f"early stopping (here: {shown})", *remedies)
+    return Finding("overfitting", message, remedies, epoch, figures)
 
 
 def dead_units(fractions: Mapping[str, float], *, python: bool = False) -> Finding | None:

@@ -73,7 +73,8 @@ def to_onnx(
     ``classes`` are the labels in ``prediction`` in place of the indices of the classes; a preprocessor has its own.
     ``metadata`` are entries of your own beside those of the file.
 
-    Raises ArgumentError or ArgumentTypeError for an impossible path and for a network of more than 2 GiB,
+    Raises ArgumentError or ArgumentTypeError for an impossible path, for a network of more than 2 GiB and for an
+    engine that shall normalise its inputs and has not measured any,
     DivergenceError where parameters are no longer finite, MissingLibraryError without the library
     onnx, OSError from the disk.
     """
@@ -90,6 +91,7 @@ def onnx_bytes(
     """Return the content of the file of ``to_onnx``."""
     labels = _labels(engine, preprocessor, classes)
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
+    engine.check_measured()
     try:
         importlib.import_module("onnx")
     except ModuleNotFoundError as error:

@@ -87,7 +87,8 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not report.get("test"):
         return
     found = scalars(report["test"])
-    tiles = "".join(f"<div><dt>{_named(name)}</dt><dd>{_short(value)}</dd></div>" for name, value in found.items())
+    shown = {_named(name): value for name, value in found.items()} | _intervals(report.get("intervals", {}))
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{_short(value)}</dd></div>" for name, value in shown.items())
     content = f'<dl class="tiles">{tiles}</dl>'
     models = {"this model": found, **report.get("baselines", {})}
     if len(models) > 1:
@@ -102,11 +103,24 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield f"Scores on {report['test']['rows']} test rows", content
 
 
+def _intervals(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the mean size of the intervals, or sets of classes, of the test rows, and the share that they cover."""
+    if not found:
+        return {}
+    level = f"{found['level']:.0%}"
+    size = {f"width of {level} intervals": found["width"]} if "width" in found else {}
+    size |= {f"classes in {level} sets": found["classes"]} if "classes" in found else {}
+    return {name: one for name, one in {**size, "their coverage": found["coverage"]}.items() if one is not None}
+
+
 def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:
     """Yield the end of the training, its diagnosis, and each quantity over the epochs."""
     said = [] if report.get("diverged") else [report.get("stopped", "")]
     said += [str(Finding(**finding)) for finding in report.get("diagnosis", ())]
-    best, charts = report.get("best_epoch"), []
+    # the models of an ensemble have a best epoch each
+    several = len(report.get("models", ()))
+    said += [f"The curves are the mean of {several} models."] if several else []
+    best, charts = None if several else report.get("best_epoch"), []
     mark = None if best is None else (f"best epoch {best}", float(best))
     for name in dict.fromkeys(name.removeprefix("val_") for name in history):
         if name == "learning_rate" and len(set(history[name])) == 1:

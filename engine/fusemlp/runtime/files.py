@@ -39,6 +39,9 @@ MODEL = FileKind("model", "fusemlp_model", 1, "engine.save", "copy or save it ag
 # The entry with the SHA-256 of the content.
 DIGEST = "sha256"
 
+# Endings of other formats, whose readers would take the file for a broken one of theirs.
+OTHERS = (".keras", ".h5", ".hdf5", ".pkl", ".pickle", ".joblib", ".pt", ".pth", ".onnx")
+
 # Seconds before each further try to replace a file that another program has open; 2.5 in all.
 WAITS = tuple(0.01 * 2.0**number for number in range(8))
 
@@ -52,6 +55,18 @@ def target_file(path: str | Path) -> Path:
     if not target.parent.is_dir():
         raise no_folder("path", target.parent, f" for {target.name!r}")
     return target
+
+
+def model_file(path: str | Path) -> Path:
+    """Return the safetensors file to write as ``target_file`` does; ArgumentError for the ending of another format."""
+    check_path(path)
+    if Path(path).suffix.lower() in OTHERS:
+        hint = "; to_onnx(path) writes ONNX" if Path(path).suffix.lower() == ".onnx" else ""
+        raise ArgumentError(
+            f"path: the file holds safetensors; expected a name such as "
+            f"{Path(path).with_suffix('.safetensors').name!r}, got {str(path)!r}{hint}"
+        )
+    return target_file(path)
 
 
 def check_path(path: object) -> None:

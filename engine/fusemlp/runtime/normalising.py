@@ -14,7 +14,7 @@ from fusemlp.describe.checks import check_flag
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.device import DeviceInputs
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
-from fusemlp_kernels.errors import ArgumentTypeError, DataError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
 # The root mean square of the inputs that are not zero. On digits and breast_cancer, standardised and then multiplied,
 # 20 epochs of SGD with rate 0.1 or Adam lose up to 3 points of accuracy at the ends of this range, more beyond them.
@@ -69,6 +69,14 @@ class Normalising(DeviceInputs):
         if self.normalise and self.input_scale is None:
             self.input_scale = self.measured(X)
         return self.normalised(X)
+
+    def check_measured(self) -> None:
+        """Check that rows can be normalised: batches are too few rows to measure, and predictions measure nothing."""
+        if self.normalise and self.input_scale is None:
+            raise ArgumentError(
+                "normalise: no rows were measured yet: fit measures its arrays; before predictions, an export, batches "
+                "or a loop of steps give the training rows to the engine, normalise=X"
+            )
 
     def normalised(self, X: Any) -> Any:
         """Return checked rows as the network takes them."""

@@ -76,7 +76,9 @@ class Predicting(Normalising):
         return np.asarray(expit(outputs))
 
     def _outputs(self, X: Any) -> Array:
-        return self._inference.outputs(self.features("X", X))
+        X = self.features("X", X)
+        self.check_measured()
+        return self._inference.outputs(X)
 
     @knows_names(OF_PREDICT, call="evaluate(X, y)")
     def evaluate(
@@ -97,6 +99,7 @@ class Predicting(Normalising):
         rows by ``sample_weight``.
         """
         data = self._rows_of(X, y, sample_weight, steps)
+        self.check_measured()
         asked = as_metrics("metrics", metrics, self.kind_of(data.targets)) if metrics else ()
         evaluation = Evaluation(self._inference, data, self.spec_for(data.targets), self.class_weight, repeated=False)
         return {**evaluation.of(self._inference.memory), **self.figures(data, asked)}
@@ -158,6 +161,7 @@ class Predicting(Normalising):
     def dead_units(self, X: Any) -> dict[str, float]:
         """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X."""
         features = self.features("X", X)
+        self.check_measured()
         hidden = enumerate(self.network.activations[:-1])
         relu = [layer for layer, activation in hidden if activation.name == "relu"]
         return {f"layer {layer + 1}": self._inference.silent(features, layer) for layer in relu}

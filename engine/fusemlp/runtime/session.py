@@ -377,14 +377,6 @@ class Session(Predicting):
                     arrays[name][count:] = 0
         bound.run()
 
-    def check_measured(self) -> None:
-        """Check that batches can be normalised: one of them is too few rows to measure."""
-        if self.normalise and self.input_scale is None:
-            raise ArgumentError(
-                "normalise: no rows were measured yet: fit measures its arrays; before batches or a loop of steps give "
-                "the training rows to the engine, normalise=X"
-            )
-
     def check_scaling(self) -> None:
         """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""
         self._unchecked_steps = 0

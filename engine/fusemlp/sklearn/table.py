@@ -552,7 +552,7 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
         return self.engine_.predict_proba(inputs)
 
     @available_if(_gives_probabilities)
-    def predict_set(self, X: Any, *, coverage: float = 0.9) -> Array:
+    def predict_set(self, X: Any, coverage: float = 0.9) -> Array:
         """Return bool (n, classes): sets of classes, which hold the true one for this share of new rows.
 
         By the errors of the rows that validated the training (``fusemlp.report.uncertainty``). Raises ArgumentError if
@@ -586,7 +586,7 @@ class TableRegressor(RegressorMixin, _TableEstimator):
         inputs = self._inputs(X)
         return predictions(self.engine_, self.preprocessor_, inputs)
 
-    def predict_interval(self, X: Any, *, coverage: float = 0.9) -> tuple[Array, Array]:
+    def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[Array, Array]:
         """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.
 
         By the errors of the rows that validated the training (``fusemlp.report.uncertainty``); of several targets each

@@ -27,6 +27,7 @@ def to_torch(engine: Engine) -> nn.Sequential:
     """
     if not isinstance(engine, Engine):
         raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
+    engine.check_measured()
     net = engine.network
     state = {name: torch.from_numpy(array) for name, array in engine.state_dict().items()}
     dtype = next(iter(state.values())).dtype

@@ -18,8 +18,8 @@ from fusemlp.runtime.files import (
     MODEL,
     check_finite,
     checked_config,
+    model_file,
     read_file,
-    target_file,
     to_bytes,
     write_atomically,
 )
@@ -95,7 +95,7 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
     Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
     longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
     """
-    target = target_file(path)
+    target = model_file(path)
     content = engine_content(engine, _checked_extra(extra))
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))

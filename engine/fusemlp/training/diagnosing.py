@@ -13,8 +13,8 @@ from fusemlp_kernels.errors import ArgumentError
 def diagnose(engine: Session, X: Any = None) -> list[Finding]:
     """Return what is wrong with the last ``fit``, and with X (n, K), its training rows, the dead relu units.
 
-    Findings: divergence, exploding loss, slow training, overfitting, dead units. Print one for its evidence and
-    remedies. An empty list means that none of these was found.
+    Findings: divergence, exploding loss, slow training, no learning, overfitting, dead units. Print one for its
+    evidence and remedies. An empty list means that none of these was found.
 
     Raises ArgumentError without a training and without X.
     """

@@ -332,11 +332,16 @@ def with_metrics(
     kind = engine.kind_of(validation.data.targets)
     both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
     found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
-    data = found.data
-    if engine.normalise and engine.input_scale is None:
-        # nothing is measured yet; the targets decide, and predictions of raw inputs might overflow
-        data = data._replace(X=data.X * 0)
-    for name, value in engine.figures(data, found.metrics).items():
+    unmeasured = engine.normalise and engine.input_scale is None
+    if unmeasured:
+        # for this look alone: predictions of raw inputs might overflow
+        engine.input_scale = engine.measured(found.data.X)
+    try:
+        figures = engine.figures(found.data, found.metrics)
+    finally:
+        if unmeasured:
+            engine.input_scale = None
+    for name, value in figures.items():
         if math.isnan(value):
             raise ArgumentError(
                 f"metrics: {name} is not defined on these {len(found.data.X)} validation rows: it needs rows of two "

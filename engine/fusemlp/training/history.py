@@ -28,6 +28,8 @@ class History:
 
     ``epochs``: the numbers of the epochs; ``seconds``: the time of each; ``best_epoch``: the one with the best
     val_loss, or of the quantity that ``fit`` monitored; ``stopped``: the reason for an early end, or empty.
+    For ``diagnose``: ``chance_loss`` is the loss where all classes are equally probable, None if the loss has none;
+    ``in_use`` are the remedies that the training had.
     """
 
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -35,6 +37,8 @@ class History:
     seconds: list[float] = field(default_factory=list)
     best_epoch: int | None = None
     stopped: str = ""
+    chance_loss: float | None = None
+    in_use: list[str] = field(default_factory=list)
 
     def record(self, epoch: int, logs: dict[str, float], seconds: float) -> None:
         """Add an epoch."""
@@ -64,7 +68,7 @@ class History:
             yield {"epoch": epoch + 1, **{name: values[at] for name, values in self.history.items()}}
 
     def diagnose(self, dead: Mapping[str, float] | None = None) -> list[Finding]:
-        """Return what is wrong with the training: divergence, an exploding loss, a small rate, overfitting.
+        """Return what is wrong with the training: divergence, exploding loss, small rate, no learning, overfitting.
 
         ``dead``: the result of ``engine.dead_units(X)``; ``engine.diagnose(X)`` does both. Print a finding for its
         evidence and remedies.
@@ -77,6 +81,8 @@ class History:
             restored="restored" in stopped,
             best_epoch=None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1,
             early_stopping="not improved" in stopped,
+            chance_loss=self.chance_loss,
+            in_use=self.in_use,
         )
 
     def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
@@ -141,8 +147,20 @@ def fresh_state(engine: Session, epochs: int, batches: int) -> FitState:
         batch=0,
         last_epoch=engine.epochs_trained + epochs,
         total_updates=engine.update_count + updates,
-        history=History(),
+        history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
     )
+
+
+def _chance_loss(engine: Session) -> float | None:
+    loss = engine.loss
+    if not loss.is_classification or loss.reduction != "mean":
+        return None
+    return math.log(engine.network.sizes[-1] if loss.kind == "cross_entropy" else 2)
+
+
+def _in_use(engine: Session) -> list[str]:
+    dropout, scaling = any(engine.network.dropouts), bool(engine.normalise)
+    return ["dropout"] * dropout + ["scaling"] * scaling
 
 
 def resumed_state(engine: Session, epochs: int, batches: int, rows: int) -> FitState:

@@ -58,6 +58,8 @@ class FitPolicy(Policy):
         engine, state = self.engine, self.state
         state.last_epoch = self.last_epoch
         state.history.stopped = ""
+        if self.patience is not None and "early stopping" not in state.history.in_use:
+            state.history.in_use.append("early stopping")
         engine.fit_state = state
         if not self.resumes:
             engine.best_parameters = None

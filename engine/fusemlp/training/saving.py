@@ -17,7 +17,7 @@ from fusemlp.runtime.files import (
     MODEL,
     check_finite,
     checked_metadata,
-    target_file,
+    model_file,
     to_bytes,
     write_atomically,
 )
@@ -35,7 +35,7 @@ def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | Non
     Raises ArgumentError or ArgumentTypeError for an impossible path or metadata, DivergenceError where parameters are
     no longer finite, OSError from the disk; an older file at ``path`` then stays intact.
     """
-    target = target_file(path)
+    target = model_file(path)
     write_atomically(target, model_bytes(engine, metadata))
 
 
