@@ -239,6 +239,37 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
     return figure
 
 
+def importance_figure(
+    names: Sequence[str], values: Array, deviations: Array | None, *, unit: str, title: str
+) -> Figure:
+    """Draw a horizontal bar for each column, the first on top, with its deviation if there is one."""
+    figure = _figure(6.4, 1.2 + 0.28 * len(names), title)
+    axes = figure.add_subplot(1, 1, 1)
+    axes.barh(range(len(names)), values, xerr=deviations, color=TRAINING, error_kw={"ecolor": GREY, "linewidth": 1.0})
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def heat_figure(maps: Mapping[str, Array], *, unit: str, title: str) -> Figure:
+    """Draw a heat map (height, width) for each name on one scale, red above 0 and blue below."""
+    columns = min(len(maps), 5)
+    lines = -(-len(maps) // columns)
+    figure = _figure(max(4.0, 1.9 * columns), 2.1 * lines + 0.9, title)
+    panels = figure.subplots(lines, columns, squeeze=False)
+    most = max(float(np.abs(one).max()) for one in maps.values()) or 1.0
+    for axes, (name, one) in zip(panels.flat, maps.items(), strict=False):
+        image = axes.imshow(one, cmap="RdBu_r", vmin=-most, vmax=most)
+        axes.set_title(name, fontsize=10)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=panels.ravel().tolist(), label=unit, shrink=0.8)
+    return figure
+
+
 @dataclass(frozen=True)
 class Varied:
     """A parameter that several models differ in: ``values`` has one for each.

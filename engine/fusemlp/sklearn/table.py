@@ -24,7 +24,6 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
 
 from fusemlp.callbacks import ProgressBar
-from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
 from fusemlp.datasets.parts import Fold, folds, hold_out
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
@@ -197,9 +196,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         estimator._take(engine, made, tuple(config["data"]["notes"]))
         told = json.loads(opened.report.read_text(encoding="utf-8")) if opened.report.exists() else {}
         estimator.held_out_ = HeldOut.from_config(told["held_out"]) if "held_out" in told else None
-        dates = part_names(name for name, _ in made.dates)
-        columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
-        estimator.feature_names_in_ = np.array(list(columns), object)
+        estimator.feature_names_in_ = np.array(list(dict.fromkeys(made.sources)), object)
         estimator.n_features_in_ = len(estimator.feature_names_in_)
         return estimator
 
