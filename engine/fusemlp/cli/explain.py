@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +17,12 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.evidence import Evidence, image_shape
-from fusemlp.report.explanations import column_attributions
+from fusemlp.report.evidence import image_shape
+from fusemlp.report.explanations import column_attributions, permutation_importance
 from fusemlp.report.metrics import aligned, spelled
 from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, picture
 from fusemlp.report.runs import csv_bytes
-from fusemlp_kernels.errors import ArgumentError, DataError, MissingLibraryError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, MissingLibraryError, unknown_name
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
 REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
@@ -159,19 +158,18 @@ def _rows(
 
 
 def _permuted(engine: Engine, made: Preprocessor, given: _Rows, image: tuple[int, int] | None) -> _Found:
-    evidence = Evidence(engine, made, given.cells, given.labels, given.rows)
-    found = evidence.importance(most=len(given.rows), repeats=REPEATS, seconds=math.inf)
-    if found is None:
-        raise DataError("rows: the error is not defined on these rows; give others, or choose --method integrated")
+    rows = given.rows
+    found = permutation_importance(engine, made, given.cells[rows], given.labels[rows], repeats=REPEATS)
     unit = f"{found.metric.replace('_', ' ')} worse by"
-    table = [["column", "importance", "deviation"]]
-    table += [list(row) for row in zip(found.names, found.worse.tolist(), found.deviation.tolist(), strict=True)]
-    maps = {}
+    names, maps = found.names, {}
     if image is not None:
-        places = np.array([name.split() for name in found.names], np.int64)
+        places = np.array([name.split() for name in names], np.int64)
         maps[""] = np.zeros(places.max(axis=0) + 1)
         maps[""][tuple(places.T)] = found.worse
-    return _Found(unit, found.names, found.worse, "deviation", found.deviation, table, maps)
+        names = [f"square {name}" for name in names]
+    table = [["column", "importance", "deviation"]]
+    table += map(list, zip(names, found.worse.tolist(), found.deviation.tolist(), strict=True))
+    return _Found(unit, names, found.worse, "deviation", found.deviation, table, maps)
 
 
 def _attributed(
