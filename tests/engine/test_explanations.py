@@ -43,7 +43,7 @@ def make(loss: Any = "mse", sizes: tuple[int, ...] = (5, 7, 6, 3), **options: An
     described = {name: given.pop(name) for name in ("activation", "output_activation", "dropout") if name in given}
     engine = Engine(MLP(sizes, init="torch", **{"activation": "tanh", **described}), loss, **given)
     state = engine.state_dict()
-    # not the slopes of prelu, nor the scale of the inputs
+    # without the slopes of prelu and the scale of the inputs
     large = {name: 2.5 * array for name, array in state.items() if array.size > 1 and name.split(".")[0].isdigit()}
     engine.load_state_dict(state | large)
     return engine

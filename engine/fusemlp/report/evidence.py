@@ -124,12 +124,12 @@ class Evidence:
         return {group: np.array(features) for group, features in members.items()}
 
     def importance(
-        self, *, most: int = PERMUTED_ROWS, repeats: int = REPEATS, seconds: float = SECONDS, seed: int = 0
+        self, *, most: int = PERMUTED_ROWS, repeats: int = REPEATS, seconds: float | None = None, seed: int = 0
     ) -> Importance | None:
         """Permute each column of ``most`` rows ``repeats`` times (L. Breiman, "Random Forests", 2001).
 
-        Columns that vary with the predictions come first; after ``seconds`` no further one is tried. Return None if the
-        score is not defined on the rows.
+        Columns that vary with the predictions come first; after ``seconds``, ``SECONDS`` unless given, no further one
+        is tried. Return None if the score is not defined on the rows.
         """
         rng, said = (
             np.random.default_rng(seed),
@@ -151,7 +151,7 @@ class Evidence:
         if not np.isfinite(base):
             return None
         for _, together in groups:
-            if worse and time.perf_counter() - began > seconds:
+            if worse and time.perf_counter() - began > (SECONDS if seconds is None else seconds):
                 break
             worse.append([])
             for _ in range(repeats):

@@ -19,6 +19,9 @@ from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.memory import Workspace
 from fusemlp_kernels.contract import NEEDS_Z, UpdateRule
 
+# Elements of the widest activation of the points that a CPU takes at a time: they stay in its cache.
+IN_CACHE = 1 << 17
+
 
 def path_gradient(inference: Inference, X: Any, baseline: Any, seed: Array, points: Array, weights: Array) -> Array:
     """Return the sum over p of weights[p] times the gradient at baseline + points[p] * (X - baseline), (n, K).
@@ -35,7 +38,8 @@ def path_gradient(inference: Inference, X: Any, baseline: Any, seed: Array, poin
     start = inference.outputs(baseline, head)
     step = inference.outputs(X, head) - start
     start = np.broadcast_to(start, step.shape)
-    rows = max(1, min(len(step), forward.LARGEST // (max(net.sizes[1:]) * len(points))))
+    most = min(forward.LARGEST, IN_CACHE) if inference.memory.backend.traits.on_host else forward.LARGEST
+    rows = max(1, min(len(step), most // (max(net.sizes[1:]) * len(points))))
     lines, mean = _Lines(inference, rows, points, weights), np.empty_like(step)
     for first in range(0, len(step), rows):
         part = slice(first, first + rows)
