@@ -116,13 +116,13 @@ def test_images_get_a_heat_map_for_each_class(digits: Path, tmp_path: Path, caps
     found = answer(capsys, digits, "--rows", "50", "--class", "3", "--out", out, "--force")
     assert {row["explained"] for row in rows(out)} == {"3"}
     found = answer(capsys, digits, "--rows", "50", "--method", "permutation", "--plot", plot, "--force")
-    assert found["columns"][0]["column"].startswith("square ")
+    assert {one["column"] for one in found["columns"]} == {f"square {at // 8} {at % 8}" for at in range(64)}
 
 
 MISTAKES = {
     "method": (["--method", "integratd"], "--method: unknown name 'integratd'; did you mean 'integrated'"),
     "class": (["--class", "three"], "--class: unknown name 'three'"),
-    "class of a permutation": (["--class", "3", "--method", "permutation"], "--class: permutation looks at the error"),
+    "class of a permutation": (["--class", "3", "--method", "permutation"], "--class: permutation reads the error"),
     "rows": (["--rows", "0"], "--rows: "),
     "out": (["--out", "x.txt"], "--out: expected a file name ending in .csv"),
     "plot": (["--plot", "x.pdf"], "--plot: expected a file name ending in .png"),

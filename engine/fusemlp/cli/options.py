@@ -395,10 +395,7 @@ class EvaluateOptions(ApplyOptions):
 class ExplainOptions(ApplyOptions, ForceOption):
     """Say which columns the model of a run goes by, on its test rows or on other data.
 
-    permutation: how far the error rises when a column's values are permuted. The others attribute the outputs of single
-    rows: integrated gradients, expected gradients, gradient times input.
-
-    Example: fusemlp explain runs/houses-... --plot columns.png
+    permutation: how much worse the error gets when a column is permuted; the others attribute outputs row by row.
 
     Example: fusemlp explain runs/houses-... --data new.csv --method integrated --out attributions.csv
     """

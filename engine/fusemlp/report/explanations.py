@@ -38,14 +38,12 @@ class Attributions:
     @property
     def error(self) -> Array:
         """The completeness error of each row (n,): ``outputs - base`` less the sum of its attributions."""
-        missing: Array = self.outputs - self.base - self.values.sum(axis=1)
-        return missing
+        return np.asarray(self.outputs - self.base - self.values.sum(axis=1))
 
     @property
     def importance(self) -> Array:
         """The mean absolute attribution of each column (K,)."""
-        found: Array = np.abs(self.values).mean(axis=0)
-        return found
+        return np.asarray(np.abs(self.values).mean(axis=0))
 
 
 def attributions(
@@ -75,30 +73,41 @@ def attributions(
     Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
     """
     check_choice("method", method, METHODS)
-    count = STEPS[method] if steps is None else as_count("steps", steps, minimum=1)
+    count, drawn = as_count("steps", STEPS[method] if steps is None else steps), as_count("seed", seed, minimum=0)
     expected = method == "expected"
-    rows = engine.on_host(engine.features("X", X))
-    engine.check_measured()
+    if expected and background is None:
+        raise ArgumentError("background: expected gradients draw baselines from rows; give them, background=X")
     if (baseline if expected else background) is not None:
         unused = "baseline" if expected else "background"
         raise ArgumentError(f"{unused}: the method {method!r} has none; leave it out")
-    chosen = engine.chosen(rows, output)
+    rows = _checked(engine, "X", X)
+    engine.check_measured()
     if expected:
-        if background is None:
-            raise ArgumentError("background: expected gradients draw baselines from rows; give them, background=X")
-        start = engine.on_host(engine.features("background", background))
-        base = (engine.seeds(chosen) * engine.outputs(start).mean(axis=0)).sum(axis=1)
-        random, values = np.random.default_rng(as_count("seed", seed, minimum=0)), np.zeros_like(rows)
+        start = _checked(engine, "background", background)
+    elif baseline is not None:
+        start = _checked(engine, "baseline", np.atleast_2d(baseline))
+        if len(start) not in (1, len(rows)):
+            raise ShapeError(f"baseline: expected one row, or {len(rows)}, one for each row of X, got {len(start)}")
+    else:
+        start = np.zeros_like(rows[:1]) if engine.input_scale is None else engine.input_scale.mean[None]
+    chosen = engine.chosen(rows, output)
+    seeds, base = engine.seeds(chosen), engine.outputs(start)
+    if expected:
+        base, random, values = base.mean(axis=0), np.random.default_rng(drawn), np.zeros_like(rows)
         for _ in range(count):
             line = rows - start[random.integers(0, len(start), len(rows))]
             point = rows - line * random.uniform(size=(len(rows), 1)).astype(rows.dtype)
             values += line * engine.input_gradient(point, output=chosen) / count
     else:
-        start = _baseline(engine, baseline, rows)
-        base = (engine.seeds(chosen) * engine.outputs(start)).sum(axis=1)
         points, weights = _rule(count) if method == "integrated" else (np.ones(1), np.ones(1))
         values = (rows - start) * engine.path_gradient(rows, start, chosen, points, weights)
-    return Attributions(values, (engine.seeds(chosen) * engine.outputs(rows)).sum(axis=1), base, chosen)
+    return Attributions(values, (seeds * engine.outputs(rows)).sum(axis=1), (seeds * base).sum(axis=1), chosen)
+
+
+def _checked(engine: Session, argument: str, X: Any) -> Array:
+    """Return checked rows on the host, in the type of the outputs."""
+    rows = engine.on_host(engine.features(argument, X))
+    return rows.astype(np.float64 if engine.precision == "fp64" else np.float32, copy=False)
 
 
 @lru_cache
@@ -106,17 +115,6 @@ def _rule(count: int) -> tuple[Array, Array]:
     """Return the points and weights of the Gauss-Legendre rule on [0, 1]."""
     points, weights = np.polynomial.legendre.leggauss(count)
     return (1 + points) / 2, weights / 2
-
-
-def _baseline(engine: Session, given: Any, rows: Array) -> Array:
-    """Return the baseline of checked rows (n, K): (1, K) or (n, K)."""
-    if given is None:
-        scale = engine.input_scale
-        return np.zeros_like(rows[:1]) if scale is None else scale.mean[None]
-    start = engine.on_host(engine.features("baseline", np.atleast_2d(given)))
-    if len(start) not in (1, len(rows)):
-        raise ShapeError(f"baseline: expected one row, or {len(rows)}, one for each row of X, got {len(start)}")
-    return start
 
 
 def column_attributions(
@@ -143,16 +141,12 @@ def column_attributions(
     if options.get("output") is None and preprocessor.classes is not None:
         options["output"] = predicted_codes(engine, preprocessor, X)
     found = attributions(engine, X, method=method, baseline=baseline, **options)
-    scale, shift = np.ones(1), np.zeros(1)
-    if preprocessor.classes is None:
-        scale, shift = (
-            np.array(preprocessor.target_scale)[found.chosen],
-            np.array(preprocessor.target_shift)[found.chosen],
-        )
     names, values = preprocessor.by_column(found.values)
-    return Attributions(
-        values * scale[:, None], found.outputs * scale + shift, found.base * scale + shift, found.chosen, names
-    )
+    outputs, base = found.outputs, found.base
+    if preprocessor.classes is None:
+        scale, shift = (np.array(one)[found.chosen] for one in (preprocessor.target_scale, preprocessor.target_shift))
+        values, outputs, base = values * scale[:, None], outputs * scale + shift, base * scale + shift
+    return Attributions(values, outputs, base, found.chosen, names)
 
 
 def permutation_importance(

@@ -240,12 +240,13 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
 
 
 def importance_figure(
-    names: Sequence[str], values: Array, deviations: Array | None, *, unit: str, title: str
+    columns: Sequence[tuple[str, float, float]], *, unit: str, title: str, deviations: bool
 ) -> Figure:
-    """Draw a horizontal bar for each column, the first on top, with its deviation if there is one."""
+    """Draw a bar for each column (name, importance, deviation), the first on top."""
+    names, values, spread = zip(*columns, strict=True)
     figure = _figure(6.4, 1.2 + 0.28 * len(names), title)
     axes = figure.add_subplot(1, 1, 1)
-    axes.barh(range(len(names)), values, xerr=deviations, color=TRAINING, error_kw={"ecolor": GREY, "linewidth": 1.0})
+    axes.barh(range(len(names)), values, xerr=spread if deviations else None, color=TRAINING, ecolor=GREY)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
