@@ -222,6 +222,21 @@ def integrated_by_hand(engine: Engine, baseline: Array, output: Any, steps: int)
     return (X - baseline) * total
 
 
+@pytest.mark.parametrize(
+    ("gradient", "output", "calls"),
+    [
+        (0, "identity", ["linear", "linear", "grad_input", "grad_input", "grad_input"]),
+        (0, "tanh", ["linear", "linear", "linear", "grad_input", "grad_input", "grad_input", "grad_input"]),
+        # from the first hidden layer on, without its product and that of the data
+        (1, "identity", ["linear", "grad_input", "grad_input"]),
+    ],
+)
+def test_a_program_has_no_more_calls_than_it_needs(gradient: int, output: str, calls: list[str]) -> None:
+    engine = make(output_activation=output)
+    program = engine._inference.bind(engine.network, 16, gradient=gradient).program
+    assert [call.op for call in program.calls] == calls
+
+
 class TestIntegratedGradients:
     @pytest.mark.parametrize("sizes", [(5, 3), (5, 7, 3), (5, 9, 6, 3)], ids=str)
     @pytest.mark.parametrize("hidden", HIDDEN, ids=str)

@@ -252,6 +252,8 @@ def importance_figure(
     axes.set_xlabel(unit)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
+    axes.margins(y=0.02)
+    axes.locator_params(axis="x", nbins=6)
     return figure
 
 
