@@ -17,6 +17,7 @@ PATHS = {
     "checkpoint": "training.checkpoint",
     "data": "datasets.load",
     "ensemble": "fleet.results",
+    "explanations": "report.explanations",
     "history": "training.history",
     "losses": "describe.losses",
     "lr_finder": "training.lr_finder",

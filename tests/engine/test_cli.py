@@ -30,7 +30,7 @@ from fusemlp_kernels.errors import (
 
 COMMANDS = (
     *("train", "sweep", "evaluate", "report", "predict", "export", "plot", "runs", "plan", "lr-find", "doctor"),
-    "completion",
+    *("completion", "explain"),
 )
 
 

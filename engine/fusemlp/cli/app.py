@@ -93,6 +93,7 @@ COMMANDS = {
     "sweep": options.SweepOptions,
     "evaluate": options.EvaluateOptions,
     "report": options.ReportOptions,
+    "explain": options.ExplainOptions,
     "predict": options.PredictOptions,
     "export": options.ExportOptions,
     "plot": options.PlotOptions,

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusemlp.cli.prepare import Prepared
-from fusemlp.datasets.dates import part_names
 from fusemlp.report.metrics import aligned
 from fusemlp.report.runs import Run, csv_bytes, write_training_rows
 from fusemlp.runtime.files import write_atomically
@@ -23,10 +22,9 @@ def records(prepared: Prepared) -> list[dict[str, Any]]:
     The list is empty for data without named columns.
     """
     made = prepared.preprocessor
-    parts = part_names(name for name, _ in made.dates)
     inputs: Counter[str] = Counter()
-    for name, width in zip(made.feature_names, made.widths, strict=True):
-        inputs[parts.get(name, name)] += width
+    for name, width in zip(made.sources, made.widths, strict=True):
+        inputs[name] += width
     return [
         {
             "column": role.name,

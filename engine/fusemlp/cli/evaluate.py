@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fusemlp.cli.options import EvaluateOptions, ReportOptions, TrainOptions
+from fusemlp.cli.options import EvaluateOptions, ExplainOptions, ReportOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare
@@ -23,7 +23,7 @@ from fusemlp_kernels.errors import CheckpointError
 # A terminal is too narrow for the confusion matrix of more classes.
 MOST_PRINTED_CLASSES = 20
 
-Judging = TypeVar("Judging", EvaluateOptions, ReportOptions)
+Judging = TypeVar("Judging", EvaluateOptions, ExplainOptions, ReportOptions)
 
 
 def evaluate(options: EvaluateOptions) -> None:

@@ -23,6 +23,7 @@ from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
+from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
 from fusemlp_kernels.contract import ACTIVATIONS
 
@@ -54,6 +55,7 @@ def field_of(
 BACKENDS = ("auto", "triton", "cupy", "numpy")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 PLANS = ("auto", "eager", "graph", "resident")
+EXPLAIN_METHODS = ("permutation", *METHODS)
 SHELLS = ("bash", "zsh", "fish", "powershell")
 # The quantities of each epoch, by which a training may be judged.
 MONITORS = ("val_loss", "val_accuracy", *METRICS, "loss", "accuracy")
@@ -386,6 +388,38 @@ class EvaluateOptions(ApplyOptions):
         "Labelled data by name or path; the run's own test rows unless given.",
         "DATA",
         values=names_or_files(NAMES),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(ApplyOptions, ForceOption):
+    """Say which columns the model of a run goes by, on its test rows or on other data.
+
+    permutation: how much worse the error gets when a column is permuted; the others attribute outputs row by row.
+
+    Example: fusemlp explain runs/houses-... --data new.csv --method integrated --out attributions.csv
+    """
+
+    data: str | None = _option(
+        None,
+        "Data by name or path, for permutation labelled; the run's own test rows unless given.",
+        "DATA",
+        values=names_or_files(NAMES),
+    )
+    method: str | None = _option(
+        None, f"{one_of(EXPLAIN_METHODS)}; permutation unless given, for images integrated.", values=EXPLAIN_METHODS
+    )
+    rows: int = _option(500, "Explain at most this many rows, drawn at random.")
+    of_class: str | None = _option(
+        None,
+        "Attribute the output of this class; of each row's predicted class unless given. Of several targets the index.",
+        names=("--class",),
+    )
+    out: Path | None = _output(
+        None, "File (.csv) for the importance of every column, or for each row the attributions of its columns."
+    )
+    plot: Path | None = _output(
+        None, "Draw the columns as bars, or the pixels of images as a heat map for each class, into this PNG file."
     )
 
 

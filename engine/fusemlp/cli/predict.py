@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.options import EvaluateOptions, PredictOptions, ReportOptions
+from fusemlp.cli.options import EvaluateOptions, ExplainOptions, PredictOptions, ReportOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
@@ -25,7 +25,7 @@ OUTPUTS = (".csv", ".npz")
 
 
 def open_model(
-    options: EvaluateOptions | PredictOptions | ReportOptions,
+    options: EvaluateOptions | ExplainOptions | PredictOptions | ReportOptions,
 ) -> tuple[Engine, Preprocessor, dict[str, Any]]:
     """Return the engine, the preprocessor and the configuration of a run."""
     run, config = open_run(options.run)

@@ -201,6 +201,18 @@ class Preprocessor:
         )
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The table's column of each feature: of the parts of a date the date."""
+        dates = part_names(name for name, _ in self.dates)
+        return tuple(dates.get(name, name) for name in self.feature_names)
+
+    def by_column(self, values: Array) -> tuple[tuple[str, ...], Array]:
+        """Return the names of the columns, and for each the sum of ``values`` (n, ``width``) of its inputs."""
+        names = tuple(dict.fromkeys(self.sources))
+        column_of = np.repeat([names.index(name) for name in self.sources], self.widths)
+        return names, values @ (column_of[:, None] == np.arange(len(names))).astype(np.float64)
+
+    @property
     def outputs(self) -> int:
         """The number of classes, or of a regression's targets."""
         return len(self.target_shift) if self.classes is None else len(self.classes)

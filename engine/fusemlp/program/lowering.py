@@ -62,6 +62,10 @@ class Step(NamedTuple):
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
     penalty beside the loss, for such a loop.
+
+    With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
+    outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
+    output, which is data (so is z1 where the derivative needs it), and ends at dz1. Nothing is dropped.
     """
 
     net: MLP
@@ -80,6 +84,7 @@ class Step(NamedTuple):
     most_parts: int = 1
     resident: bool = False
     ridge: Ridge | None = None
+    gradient: int | None = None
 
 
 def lower_training(
@@ -111,16 +116,16 @@ def lower_training(
 def lower(step: Step) -> Program:
     """Return the program of a step; the models of a fleet share it, so it is remembered."""
     build, last = _Builder(step), step.net.layers - 1
-    for layer in range(last):
+    for layer in range(step.gradient or 0, last):
         build.linear(layer, f"h{layer + 1}", build.activation(layer))
     if step.rule is not None:
         build.add("hyper", (HYPER,), "float64", "control")
         build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
-    if step.spec is None:
-        build.linear(last, "y", build.activation(last))
-    else:
+    if step.spec is not None:
         build.loss(step.spec)
-    for layer in range(last, build.first, -1):
+    elif step.gradient is None or build.top > last:
+        build.linear(last, "y", build.activation(last))
+    for layer in range(build.top, build.first, -1):
         build.grad_input(layer)
     if step.rule is not None:
         build.update(step.rule)
@@ -141,12 +146,24 @@ class _Builder:
         self.states = range(0 if step.rule is None else step.rule.state_count)
         # Below the first layer with something to train no gradient is needed.
         self.first = min((int(short[1:]) for short in self.rules), default=self.net.layers)
+        # The last layer that a gradient goes back through; one more than there are stands for the output's activation.
+        self.top = self.net.layers - 1
+        if step.gradient is not None:
+            self.first = step.gradient - 1
+            self.top += step.spec is None and self.net.activations[-1].name != "identity"
         for name, place in step.layout.places.items():
             self.add(name, place.shape, "real", "parameter")
             if self.mixed and name.startswith("w"):
                 self.add(f"{name}.shadow", place.shape, "compute", "shadow")
         inputs = step.inputs
-        self.x = self.add("x", (inputs.rows, self.net.sizes[0]), self.matrix, "data")
+        self.x, start = Ref("x"), step.gradient or 0
+        given = [("h1" if start else "x", start)]
+        given += [("z1", 1)] if start and self.net.activations[0].name in NEEDS_Z else []
+        given += [("seed", -1)] if step.gradient is not None and step.spec is None else []
+        for name, level in given:
+            self.add(name, (inputs.rows, self.net.sizes[level]), self.matrix, "data")
+        if self.top == self.net.layers:
+            self.add("unit", (self.net.sizes[-1],) * 2, self.matrix, "data")
         self.counters = self.add("counters", (COUNTERS,), "int64", "control")
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
         copied = inputs.indexed and not self.traits.gathers_in_load
@@ -257,20 +274,24 @@ class _Builder:
             self.call("loss_grad", spec.kind, z=z, **operands)
 
     def grad_input(self, layer: int) -> None:
-        """From dz of ``layer`` to dz of the layer before it."""
-        before, (inputs, outputs) = layer - 1, self.net.sizes[layer : layer + 2]
-        name, dropout = self.net.activations[before].name, self.dropout(before)
+        """From dz of ``layer`` to dz of the layer before it, or to dx; after the last layer through its activation."""
+        before, end = layer - 1, self.net.layers
+        inputs, outputs = self.net.sizes[layer], self.net.sizes[min(layer + 1, end)]
+        # the data has no activation
+        activation = self.activation(before) if layer else {"activation": "identity"}
+        name, dropout = activation["activation"], self.dropout(before)
+        seeded = layer == self.top and self.step.spec is None
         self.call(
             "grad_input",
             name,
             [(self.batch, inputs, outputs)],
-            dz=Ref(f"dz{layer + 1}"),
-            w=self.weight(layer),
-            y=Ref(f"h{layer}"),
-            dz_prev=self.work(f"dz{layer}", inputs),
-            **self.activation(before),
+            dz=Ref("seed" if seeded else f"dz{layer + 1}"),
+            w=self.weight(layer) if layer < end else Ref("unit"),
+            y=Ref("x" if layer == 0 else f"h{layer}" if layer < end else "y"),
+            dz_prev=self.work(f"dz{layer}" if layer else "dx", inputs),
+            **activation,
             z=Ref(f"z{layer}") if name in NEEDS_Z else None,
-            dslope=self.slope_gradient(before),
+            dslope=self.slope_gradient(before) if layer else None,
             dropout=dropout,
             counters=self.counters if dropout else None,
             keep=Ref(f"keep{layer}") if dropout and self.traits.stores_masks else None,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.metrics import METRICS
 from fusemlp.inputs.arrays import Array
@@ -32,8 +31,8 @@ _PIXEL = re.compile(r"pixel_(\d+)_(\d+)")
 class Importance(NamedTuple):
     """The loss of the score ``metric`` when the columns ``names`` are permuted, the most important first.
 
-    ``features`` are those of each column, ``worse`` and ``deviation`` of ``REPEATS`` permutations of ``rows`` rows;
-    ``left_out`` columns were not tried.
+    ``features`` are those of each column, ``worse`` and ``deviation`` are mean and standard deviation over the
+    permutations of ``rows`` rows; ``left_out`` columns were not tried.
     """
 
     metric: str
@@ -43,6 +42,14 @@ class Importance(NamedTuple):
     deviation: Array
     rows: int
     left_out: int
+
+
+def image_shape(preprocessor: Preprocessor) -> tuple[int, int] | None:
+    """Return height and width if the columns are the pixels of an image, else None."""
+    names = preprocessor.feature_names
+    last = _PIXEL.fullmatch(names[-1])
+    shape = (int(last[1]) + 1, int(last[2]) + 1) if last else (0, 0)
+    return shape if shape[0] * shape[1] == len(names) else None
 
 
 @dataclass(eq=False)
@@ -64,10 +71,7 @@ class Evidence:
             self.rows = np.sort(np.random.default_rng(0).choice(self.rows, MOST_ROWS, replace=False))
         self.cells = self.X[self.rows]
         self.judged = judge(self.engine, self.preprocessor, self._inputs(self.cells), self.y[self.rows])
-        last = _PIXEL.fullmatch(self.preprocessor.feature_names[-1])
-        shape = (int(last[1]) + 1, int(last[2]) + 1) if last else (0, 0)
-        # height and width if the columns are pixels
-        self.image = shape if shape[0] * shape[1] == self.cells.shape[1] else None
+        self.image = image_shape(self.preprocessor)
 
     def _inputs(self, cells: Array) -> Array:
         return self.preprocessor.transform_features(cells)
@@ -110,27 +114,28 @@ class Evidence:
 
     def _groups(self) -> dict[str, Array]:
         """Return the features that are permuted together: a column, all parts of a date, a square of pixels."""
-        names = self.preprocessor.feature_names
-        sources = part_names(name for name, _ in self.preprocessor.dates)
-        each = [sources.get(name, name) for name in names]
+        each = list(self.preprocessor.sources)
         if self.image is not None:
             side = -(-max(self.image) // SIDE)
-            each = [f"{at // self.image[1] // side} {at % self.image[1] // side}" for at in range(len(names))]
+            each = [f"{at // self.image[1] // side} {at % self.image[1] // side}" for at in range(len(each))]
         members: dict[str, list[int]] = {}
         for feature, group in enumerate(each):
             members.setdefault(group, []).append(feature)
         return {group: np.array(features) for group, features in members.items()}
 
-    def importance(self) -> Importance | None:
-        """Permute each column of some rows ``REPEATS`` times (L. Breiman, "Random Forests", 2001).
+    def importance(
+        self, *, most: int = PERMUTED_ROWS, repeats: int = REPEATS, seconds: float | None = None, seed: int = 0
+    ) -> Importance | None:
+        """Permute each column of ``most`` rows ``repeats`` times (L. Breiman, "Random Forests", 2001).
 
-        Columns that vary with the predictions come first. Return None if the score is not defined on the rows.
+        Columns that vary with the predictions come first; after ``seconds``, ``SECONDS`` unless given, no further one
+        is tried. Return None if the score is not defined on the rows.
         """
         rng, said = (
-            np.random.default_rng(0),
+            np.random.default_rng(seed),
             self.judged.predicted if self.judged.scores is None else self.judged.scores,
         )
-        rows = rng.permutation(len(self.cells))[:PERMUTED_ROWS]
+        rows = rng.permutation(len(self.cells))[:most]
         cells, labels, said = self.cells[rows], self.y[self.rows[rows]], said[rows] - said[rows].mean(axis=0)
         centred = np.nan_to_num(cells - np.nan_to_num(cells).mean(axis=0))
         varies = np.abs(centred.T @ said).sum(axis=1) / np.maximum(np.sqrt((centred**2).sum(axis=0)), 1e-300)
@@ -146,10 +151,10 @@ class Evidence:
         if not np.isfinite(base):
             return None
         for _, together in groups:
-            if worse and time.perf_counter() - began > SECONDS:
+            if worse and time.perf_counter() - began > (SECONDS if seconds is None else seconds):
                 break
             worse.append([])
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 changed = cells.copy()
                 changed[:, together] = cells[rng.permutation(len(rows))][:, together]
                 worse[-1].append(scored(changed) - base)

@@ -239,6 +239,40 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
     return figure
 
 
+def importance_figure(
+    columns: Sequence[tuple[str, float, float]], *, unit: str, title: str, deviations: bool
+) -> Figure:
+    """Draw a bar for each column (name, importance, deviation), the first on top."""
+    names, values, spread = zip(*columns, strict=True)
+    figure = _figure(6.4, 1.2 + 0.28 * len(names), title)
+    axes = figure.add_subplot(1, 1, 1)
+    axes.barh(range(len(names)), values, xerr=spread if deviations else None, color=TRAINING, ecolor=GREY)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.margins(y=0.02)
+    axes.locator_params(axis="x", nbins=6)
+    return figure
+
+
+def heat_figure(maps: Mapping[str, Array], *, unit: str, title: str) -> Figure:
+    """Draw a heat map (height, width) for each name on one scale, red above 0 and blue below."""
+    columns = min(len(maps), 5)
+    lines = -(-len(maps) // columns)
+    figure = _figure(max(4.0, 1.9 * columns), 2.1 * lines + 0.9, title)
+    panels = figure.subplots(lines, columns, squeeze=False)
+    most = max(float(np.abs(one).max()) for one in maps.values()) or 1.0
+    for axes, (name, one) in zip(panels.flat, maps.items(), strict=False):
+        image = axes.imshow(one, cmap="RdBu_r", vmin=-most, vmax=most)
+        axes.set_title(name, fontsize=10)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=panels.ravel().tolist(), label=unit, shrink=0.8)
+    return figure
+
+
 @dataclass(frozen=True)
 class Varied:
     """A parameter that several models differ in: ``values`` has one for each.

@@ -58,7 +58,7 @@ class Inference:
         """Release the programs and their memory."""
         # A separate workspace: predictions must not disturb a step or keep the large training buffers alive.
         self.workspace = Workspace(self.memory.backend)
-        self._bound: dict[tuple[int, LossSpec | None, bool, bool], BoundProgram] = {}
+        self._bound: dict[tuple[MLP, int, LossSpec | None, bool, bool, int | None], BoundProgram] = {}
 
     def _rows_for(self, n: int) -> int:
         """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
@@ -66,25 +66,49 @@ class Inference:
         return min(most, max(SMALLEST_ROWS, 1 << (n - 1).bit_length()))
 
     def program(
-        self, rows: int, spec: LossSpec | None = None, class_weight: Any | None = None, *, weighted: bool = False
+        self,
+        rows: int,
+        spec: LossSpec | None = None,
+        class_weight: Any | None = None,
+        *,
+        weighted: bool = False,
+        net: MLP | None = None,
+        gradient: int | None = None,
     ) -> BoundProgram:
-        """Return the pass over ``rows`` rows up to the outputs, or with ``spec`` up to the loss."""
-        key = (rows, spec, class_weight is not None, weighted)
+        """Return the pass over ``rows`` rows up to the outputs, or with ``spec`` up to the loss.
+
+        ``net`` is the first layers of the network, ``gradient`` as in ``Step``.
+        """
+        net = net or self.net
+        key = (net, rows, spec, class_weight is not None, weighted, gradient)
         if key not in self._bound:
-            self._bound[key] = self._bind(self.net, rows, spec, class_weight, weighted=weighted)
+            self._bound[key] = self.bind(net, rows, spec, class_weight, weighted=weighted, gradient=gradient)
         return self._bound[key]
 
-    def _bind(
-        self, net: MLP, rows: int, spec: LossSpec | None, class_weight: Any | None, *, weighted: bool
+    def bind(
+        self,
+        net: MLP,
+        rows: int,
+        spec: LossSpec | None = None,
+        class_weight: Any | None = None,
+        *,
+        weighted: bool = False,
+        gradient: int | None = None,
+        own: Mapping[str, Any] | None = None,
+        workspace: Workspace | None = None,
     ) -> BoundProgram:
+        """Return a new program as ``program`` describes it; ``own`` are arrays for its data."""
         memory = self.memory
         inputs = Inputs(rows, weighted=weighted, class_weighted=class_weight is not None)
         traits, sizes = memory.backend.traits, (memory.real_bytes, memory.compute_bytes)
-        given = {"counters": self.counters, "stats": self.stats}
+        given = {"counters": self.counters, "stats": self.stats, **(own or {})}
         if class_weight is not None:
             given["class_weight"] = class_weight
-        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes))
-        return BoundProgram(program, memory, self.workspace, given)
+        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient))
+        bound = BoundProgram(program, memory, workspace or self.workspace, given)
+        if "unit" in program.values:
+            memory.backend.copy_into(bound.arrays["unit"], np.eye(net.sizes[-1], dtype=self.real))
+        return bound
 
     def batches(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
         """Copy each batch of ``arrays`` in, run it, and yield its first row and the row after its last."""
@@ -108,20 +132,43 @@ class Inference:
                 # Rows left from an earlier batch must not reach the sums, if there are any.
                 bound.arrays[name][count:] = 0
 
-    def outputs(self, X: Any) -> Array:
-        """Return the network's outputs (n, N) for X (n, K)."""
+    def outputs(self, X: Any, net: MLP | None = None) -> Array:
+        """Return the outputs (n, N) for X (n, K) of the network, or of ``net``, its first layers."""
         rows = self._rows_for(len(X))
-        bound = self.program(rows)
-        y = np.empty((len(X), self.net.sizes[-1]), self.real)
-        for start, stop in self.batches(bound, rows, {"x": X}):
-            y[start:stop] = self.memory.backend.to_host(bound.arrays["y"][: stop - start])
-        return y
+        bound = self.program(rows, net=net)
+        return self._collected("y", bound, rows, {"x": X})
+
+    def input_gradient(
+        self,
+        X: Any,
+        arrays: Mapping[str, Any],
+        spec: LossSpec | None = None,
+        class_weight: Any | None = None,
+        net: MLP | None = None,
+    ) -> Array:
+        """Return the gradient by X (n, K) of the loss ``spec``, a sum over rows, or of outputs weighed by ``seed``.
+
+        ``arrays`` holds ``target``, or ``seed`` (n, N) for the network or its first layers ``net``.
+        """
+        rows = self._rows_for(len(X))
+        bound = self.program(rows, spec, class_weight, net=net, gradient=0)
+        found = self._collected("dx", bound, rows, {"x": X, **arrays})
+        if self.input_scale is not None:
+            found /= self.input_scale.scale
+        return found
+
+    def _collected(self, name: str, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Array:
+        """Return a value of the program for all rows, on the host."""
+        found = np.empty((len(arrays["x"]), bound.program.values[name].shape[1]), self.real)
+        for start, stop in self.batches(bound, rows, arrays):
+            found[start:stop] = self.memory.backend.to_host(bound.arrays[name][: stop - start])
+        return found
 
     def silent(self, X: Any, layer: int) -> float:
         """Return the share of a hidden layer's units whose output is zero for every row of X."""
         rows, sizes, activations = self._rows_for(len(X)), self.net.sizes, self.net.activations
         head = MLP(sizes[: layer + 2], activation=activations[:layer], output_activation=activations[layer])
-        bound = self._bind(head, rows, None, None, weighted=False)
+        bound = self.bind(head, rows)
         silent = np.ones(head.sizes[-1], np.bool_)
         for start, stop in self.batches(bound, rows, {"x": X}):
             silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)

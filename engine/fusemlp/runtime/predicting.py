@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.runtime.inference import Evaluation, Inference
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.normalising import Normalising
+from fusemlp.runtime.paths import path_gradient
 from fusemlp_kernels.contract import LossSpec
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 _BY_ITSELF = "rows go through in blocks whose size is chosen by itself; leave it out"
 # Arguments of Keras's methods.
@@ -41,7 +43,7 @@ class Predicting(Normalising):
         cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N). Other
         losses: values (n, N), or (n,) for one output; for poisson the expected counts.
         """
-        outputs = self._outputs(X)
+        outputs = self.outputs(X)
         if self.loss.kind == "cross_entropy":
             return np.asarray(outputs.argmax(axis=1))
         if self.loss.kind == "binary_cross_entropy":
@@ -63,7 +65,7 @@ class Predicting(Normalising):
             )
         from scipy.special import expit
 
-        outputs = self._outputs(X)
+        outputs = self.outputs(X)
         if self.loss.kind == "cross_entropy":
             # In place: SciPy's softmax takes longer to identify the kind of array than to compute.
             with np.errstate(invalid="ignore"):
@@ -75,10 +77,82 @@ class Predicting(Normalising):
             return np.asarray(np.hstack([expit(-outputs), expit(outputs)]))
         return np.asarray(expit(outputs))
 
-    def _outputs(self, X: Any) -> Array:
+    def outputs(self, X: Any) -> Array:
+        """Return the network's outputs (n, N) for X (n, K), as the loss takes them."""
         X = self.features("X", X)
         self.check_measured()
         return self._inference.outputs(X)
+
+    @knows_names(OF_PREDICT, call="input_gradient(X, y)")
+    def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:
+        """Return gradients by the inputs, (n, K) of the engine's type, for X (n, K); nothing is dropped.
+
+        With y (as in ``fit``): row i is the gradient of the loss of that row alone, ``evaluate(X[i : i + 1], y[i : i +
+        1])["loss"]``, so the number of rows and other rows do not matter; rows of an ignored class have zeros.
+
+        Without y: of one output of each row, before the loss's softmax or sigmoid; ``output`` as in ``chosen``. With
+        normalised inputs the gradients are by the raw ones.
+
+        Raises ArgumentError, ShapeError, DTypeError or DataError, before anything has been computed.
+        """
+        if y is None:
+            X = self.features("X", X)
+            self.check_measured()
+            return self._inference.input_gradient(X, {"seed": self.seeds(self.chosen(X, output))})
+        if output is not None:
+            raise ArgumentError("output: the loss of y reads all outputs; leave output or y out")
+        data = self.examples(X, y, None)
+        self.check_measured()
+        spec, values = self.spec_for(data.targets), data.targets.values
+        summed = replace(spec, reduction="sum")
+        found = self._inference.input_gradient(data.X, {"target": values}, summed, self.class_weight)
+        if spec.reduction == "mean" and spec.kind != "cross_entropy":
+            found /= self.network.sizes[-1]
+        elif spec.reduction == "mean" and self.class_weight is not None and not spec.soft:
+            labels = self.on_host(values)
+            counted = labels != spec.ignore_index
+            own = self.on_host(self.class_weight)[np.where(counted, labels, 0)]
+            found *= np.divide(counted, own, out=np.zeros_like(own), where=own > 0)[:, None]
+        return found
+
+    def path_gradient(self, X: Array, baseline: Array, output: Array, points: Array, weights: Array) -> Array:
+        """Return ``paths.path_gradient`` of one output of each of the checked rows X, ``output`` (n,)."""
+        return path_gradient(self._inference, X, baseline, self.seeds(output), points, weights)
+
+    def chosen(self, X: Any, output: Any = None) -> Array:
+        """Return (n,) int64: the index of the output that is explained of each of the checked rows X.
+
+        ``output`` is the index of a class or target, or (n,) one for each row; None stands for the predicted class, or
+        for the only target. One logit has the classes 0 and 1. Raises ArgumentError, ArgumentTypeError or ShapeError.
+        """
+        outputs, single = self.network.sizes[-1], self._has_one_logit
+        if output is None:
+            if single or self.loss.kind == "cross_entropy":
+                return np.asarray(self.predict(X))
+            if outputs > 1:
+                raise ArgumentError(f"output: the network has {outputs} outputs; give the index of one, output=0")
+            output = 0
+        given, last = np.asarray(output), max(outputs, 1 + single) - 1
+        if given.dtype.kind not in "iu":
+            raise ArgumentTypeError(f"output: expected the index of an output, or one a row, got {output!r}")
+        if given.shape not in ((), (len(X),)):
+            raise ShapeError(f"output: expected one index, or {len(X)}, one a row, got shape {given.shape}")
+        if given.min() < 0 or given.max() > last:
+            raise ArgumentError(f"output: expected an index from 0 to {last}, got {output!r}")
+        return np.broadcast_to(given.astype(np.int64), len(X))
+
+    def seeds(self, output: Array) -> Array:
+        """Return (n, N): the weights of a row's outputs in the explained one, whose index is ``output`` (n,).
+
+        It is what the loss takes: the logit of a class, the logarithm of a count. Of one logit class 0 has its minus.
+        """
+        if self._has_one_logit:
+            return np.asarray(np.where(output == 1, 1, -1)[:, None], self._real)
+        return np.asarray(output[:, None] == np.arange(self.network.sizes[-1]), self._real)
+
+    @property
+    def _has_one_logit(self) -> bool:
+        return self.loss.kind == "binary_cross_entropy" and self.network.sizes[-1] == 1
 
     @knows_names(OF_PREDICT, call="evaluate(X, y)")
     def evaluate(

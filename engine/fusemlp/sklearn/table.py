@@ -24,7 +24,6 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
 
 from fusemlp.callbacks import ProgressBar
-from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
 from fusemlp.datasets.parts import Fold, folds, hold_out
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
@@ -38,6 +37,8 @@ from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, merged_members
+from fusemlp.report.evidence import Importance
+from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
@@ -197,9 +198,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         estimator._take(engine, made, tuple(config["data"]["notes"]))
         told = json.loads(opened.report.read_text(encoding="utf-8")) if opened.report.exists() else {}
         estimator.held_out_ = HeldOut.from_config(told["held_out"]) if "held_out" in told else None
-        dates = part_names(name for name, _ in made.dates)
-        columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
-        estimator.feature_names_in_ = np.array(list(columns), object)
+        estimator.feature_names_in_ = np.array(list(dict.fromkeys(made.sources)), object)
         estimator.n_features_in_ = len(estimator.feature_names_in_)
         return estimator
 
@@ -387,6 +386,26 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         features = load_features(self._table(X), self.preprocessor_, notes=notes)
         _tell(notes)
         return network_inputs(self.preprocessor_, features, self.engine_.precision)
+
+    def explain(
+        self, X: Any, y: Any = None, *, method: str = "permutation", background: Any = None, **options: Any
+    ) -> Importance | Attributions:
+        """Return the importance of a table's columns for the error by y, or their attributions in each row of X.
+
+        ``method`` "permutation" needs y: ``fusemlp.explanations.permutation_importance``. The others are those of
+        ``attributions`` there, with ``background`` a table, by default X; ``output`` is an index in ``classes_``.
+        ``options`` are further arguments of these functions.
+        """
+        check_is_fitted(self)
+        if (method == "permutation") != (y is not None):
+            raise ArgumentError(f"y: permutation reads the targets, and no other method does; method is {method!r}")
+        made = self.preprocessor_
+        if y is not None:
+            features, labels = load_features(self._table(X), made), self._checked_targets(y)
+            check_consistent_length(features, labels)
+            return permutation_importance(self.engine_, made, features, labels, **options)
+        rows = None if background is None else self._inputs(background)
+        return column_attributions(self.engine_, made, self._inputs(X), method=method, background=rows, **options)
 
     def _held_out_errors(self) -> HeldOut:
         check_is_fitted(self)

@@ -1,0 +1,164 @@
+"""``fusemlp explain``: the columns that a run's model goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusemlp.cli.evaluate import before_final_fit, own_data
+from fusemlp.cli.options import EXPLAIN_METHODS, ExplainOptions
+from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.predict import open_model
+from fusemlp.datasets.load import load_features, load_labelled
+from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.engine import Engine
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.evidence import image_shape
+from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
+from fusemlp.report.metrics import aligned, spelled
+from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, picture
+from fusemlp.report.runs import csv_bytes
+from fusemlp_kernels.errors import ArgumentError, MissingLibraryError, unknown_name
+
+# Permutations of each column; columns that are printed and drawn; classes that are drawn.
+REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
+
+
+class _Rows(NamedTuple):
+    """Rows as in the data, the indices of those that are explained, and columns that name these."""
+
+    cells: Array
+    labels: Any
+    chosen: Array
+    ids: Mapping[str, Array]
+    # inputs of the network, for baselines
+    background: Array | None
+
+
+def explain(options: ExplainOptions) -> None:
+    """Print the most important columns, and write all of them, or the attributions of each row, and a picture."""
+    for name, path, suffix in (("out", options.out, ".csv"), ("plot", options.plot, ".png")):
+        if path is not None:
+            check_output(name, path, (suffix,), force=options.force)
+    if options.plot is not None and not can_plot():
+        raise MissingLibraryError(f"plot: {HINT}")
+    as_count("rows", options.rows, minimum=1)
+    notes: list[str] = []
+    if options.data is None:
+        options = before_final_fit(options, notes)
+    engine, made, config = open_model(options)
+    image = image_shape(made)
+    method = options.method or ("permutation" if image is None else "integrated")
+    permuted = check_choice("method", method, EXPLAIN_METHODS) == "permutation"
+    known = made.labels or tuple(map(str, range(made.outputs)))
+    output = _output_index(options.of_class, known, made, permuted=permuted)
+    given = _rows(options, made, config, notes, labelled=permuted)
+    content: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights}
+    content |= {"notes": notes, "method": method, "rows": len(given.chosen)}
+    title = f"{len(given.chosen)} {'test ' if options.data is None else ''}rows, "
+    maps: dict[str, Array] = {}
+    if permuted:
+        chosen = given.chosen
+        moved = permutation_importance(engine, made, given.cells[chosen], given.labels[chosen], repeats=REPEATS)
+        title += f"each column permuted {REPEATS} times"
+        unit, beside = f"{moved.metric.replace('_', ' ')} worse by", "deviation"
+        names = moved.names if image is None else [f"square {name}" for name in moved.names]
+        columns = list(zip(names, moved.worse.tolist(), moved.deviation.tolist(), strict=True))
+        table: list[Sequence[Any]] = [("column", "importance", beside), *columns]
+    else:
+        found = _attributed(engine, made, given, method, output, black=image is not None)
+        title += "gradient times input" if method == "gradient" else f"{method} gradients"
+        unit, beside = "mean absolute attribution", "mean"
+        figures = found.importance.tolist(), found.values.mean(axis=0).tolist()
+        columns = sorted(zip(found.names, *figures, strict=True), key=lambda column: -column[1])
+        explained = [known[at] for at in found.chosen] if len(known) > 1 else [made.target_name] * len(given.chosen)
+        table = _table(found, given, explained)
+        for at in np.unique(found.chosen)[:MOST_CLASSES].tolist() if image is not None else ():
+            maps[known[at]] = found.values[found.chosen == at].mean(axis=0).reshape(image)
+    shown = columns[:MOST_COLUMNS]
+    rows = [[name, spelled(importance), spelled(other)] for name, importance, other in shown]
+    lines = [*notes, title, aligned([["column", unit, beside], *rows])]
+    lines += [f"{len(columns) - len(shown)} others matter less"] if len(columns) > len(shown) else []
+    content["columns"] = [{"column": name, "importance": one, beside: other} for name, one, other in columns]
+    if not permuted and method != "gradient":
+        error = np.abs(found.error)
+        summed = {"mean": error.mean(), "most": error.max(), "difference": np.abs(found.outputs - found.base).mean()}
+        content["completeness"] = {name: float(value) for name, value in summed.items()}
+        mean, most, difference = map(spelled, content["completeness"].values())
+        lines.append(
+            f"completeness: the attributions of a row sum to its output less the baseline's ({difference} on average) "
+            f"within {mean} on average, {most} at most"
+        )
+    if options.out is not None:
+        write_output("out", options.out, csv_bytes(table))
+        lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
+        content["out"] = str(options.out)
+    if options.plot is not None:
+        figure = importance_figure(shown, unit=unit, title=title, deviations=permuted)
+        if maps:
+            figure = heat_figure(maps, unit="mean attribution", title=title)
+        write_output("plot", options.plot, picture(figure))
+        lines.append(f"plot {options.plot}")
+        content["plot"] = str(options.plot)
+    show(content, lines, as_json=options.as_json)
+
+
+def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *, permuted: bool) -> int | None:
+    """Return the index of the output that ``--class`` names; None for the predicted class or the only target."""
+    if permuted and name is not None:
+        raise ArgumentError("class: permutation reads the error of all classes; leave it out, or --method integrated")
+    if name is None:
+        if made.classes is None and len(known) > 1 and not permuted:
+            raise ArgumentError(f"class: the run has {len(known)} targets; give the index of one: --class 0")
+        return None
+    if made.classes is None and len(known) == 1:
+        raise ArgumentError(f"class: the run predicts numbers, and has no class {name!r}; leave it out")
+    if name not in known:
+        raise unknown_name("class", name, known)
+    return known.index(name)
+
+
+def _rows(
+    options: ExplainOptions, made: Preprocessor, config: dict[str, Any], notes: list[str], *, labelled: bool
+) -> _Rows:
+    """Return the run's test rows or those of ``--data``, at most ``--rows`` of them drawn at random."""
+    ids: dict[str, Array] = {}
+    labels, background = None, None
+    if options.data is None:
+        prepared = own_data(config, made)
+        cells, labels, rows = prepared.test_rows
+        background = prepared.train.X
+        ids |= prepared.dataset.ids if prepared.dataset.test is None else {}
+    else:
+        read: dict[str, Any] = {"form": options.form(config["options"]), "notes": notes}
+        read["ignore_unused"] = options.ignore_unused
+        if labelled:
+            cells, labels = load_labelled(options.data, made, **read)
+        else:
+            cells = load_features(options.data, made, ids=ids, **read)
+        rows = np.arange(len(cells))
+    if len(rows) > options.rows:
+        rows = np.sort(np.random.default_rng(0).choice(rows, options.rows, replace=False))
+    return _Rows(cells, labels, rows, {name: column[rows] for name, column in ids.items()}, background)
+
+
+def _attributed(
+    engine: Engine, made: Preprocessor, given: _Rows, method: str, output: int | None, *, black: bool
+) -> Attributions:
+    """Return the attributions of the rows; ``black``: from zeros of the inputs."""
+    X = network_inputs(made, given.cells, engine.precision, given.chosen)
+    baseline = np.zeros(made.width) if black and method != "expected" else None
+    options: dict[str, Any] = {"background": given.background, "baseline": baseline, "output": output}
+    return column_attributions(engine, made, X, method=method, **options)
+
+
+def _table(found: Attributions, given: _Rows, explained: Sequence[str]) -> list[Sequence[Any]]:
+    """Return a row of text for each explained row, below a header."""
+    figures = (column.tolist() for column in (found.outputs, found.base, *found.values.T, found.error))
+    named = (column.tolist() for column in given.ids.values())
+    header = ["row", *given.ids, "explained", "output", "baseline", *found.names, "error"]
+    return [header, *zip(given.chosen.tolist(), *named, explained, *figures, strict=True)]

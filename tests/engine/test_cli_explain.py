@@ -1,0 +1,187 @@
+"""``fusemlp explain`` and the table estimators' ``explain``: the columns that a model goes by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from commands import rows, run
+
+from fusemlp import ArgumentError
+from fusemlp.datasets.load import load_data
+from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.report.evidence import Importance
+from fusemlp.report.explanations import Attributions, attributions
+from fusemlp.sklearn import TableClassifier, TableRegressor
+
+COLUMNS = ["noise", "only", "word", "when"]
+
+
+def table(count: int, *, seed: int = 0) -> pd.DataFrame:
+    """Return rows whose target follows from ``only`` alone, beside a column with missing cells, words and dates."""
+    random = np.random.default_rng(seed)
+    only = random.normal(size=count)
+    noise = np.where(random.random(count) < 0.2, np.nan, random.normal(size=count))
+    when = pd.Timestamp("2020-01-01") + pd.to_timedelta(random.integers(0, 900, count), "D")
+    words = random.choice(["red", "green", "blue"], count)
+    frame = pd.DataFrame({"name": np.arange(count) + 100, "noise": noise, "only": only, "word": words, "when": when})
+    return frame.assign(price=1000.0 + 50.0 * only)
+
+
+@pytest.fixture(scope="module")
+def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prices")
+    table(300).to_csv(folder / "prices.csv", index=False)
+    options = ["--target", "price", "--id", "name", "--models", "2", "--scale", "piecewise", "--epochs", "40"]
+    assert run("train", folder / "prices.csv", *options, "--lr", "0.01", "--quiet", "--out", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    assert run("train", "digits", "--hidden", "16", "--epochs", "3", "--quiet", "--out", folder) == 0
+    return folder
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    capsys.readouterr()
+    assert run("explain", *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# The mean of a date's pieces is like no row: a baseline that gives the date a share.
+@pytest.mark.parametrize(
+    ("method", "share"), [("permutation", 0.05), ("expected", 0.1), ("integrated", 0.4), ("gradient", 0.5)]
+)
+def test_the_only_column_that_matters_comes_first(
+    prices: Path, method: str, share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = answer(capsys, prices, "--method", method)
+    importance = {one["column"]: one["importance"] for one in found["columns"]}
+    assert next(iter(importance)) == "only" and sorted(importance) == sorted(COLUMNS)
+    assert all(importance[name] < share * importance["only"] for name in COLUMNS if name != "only")
+    assert found["rows"] == 60
+    if method == "permutation":
+        # the values of two independent normal rows differ by a standard deviation of sqrt(2)
+        assert 0.5 * 70 < importance["only"] < 1.3 * 70
+
+
+def test_prints_and_writes_the_columns(prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plot = tmp_path / "importance.csv", tmp_path / "importance.png"
+    assert run("explain", prices, "--out", out, "--plot", plot, "--rows", "40") == 0
+    shown = capsys.readouterr().out
+    assert "40 test rows, each column permuted 10 times" in shown and "rmse worse by" in shown
+    written = rows(out)
+    assert [row["column"] for row in written] == [line.split()[0] for line in shown.splitlines()[2:6]]
+    assert list(written[0]) == ["column", "importance", "deviation"] and float(written[0]["deviation"]) > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert run("explain", prices, "--out", out) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_attributions_of_new_rows_add_up_to_their_predictions(
+    prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, out, predicted = tmp_path / "new.csv", tmp_path / "out.csv", tmp_path / "predicted.csv"
+    table(30, seed=1).drop(columns="price").to_csv(new, index=False)
+    found = answer(capsys, prices, "--method", "integrated", "--data", new, "--out", out)
+    assert run("predict", prices, "--data", new, "--out", predicted) == 0
+    written = rows(out)
+    assert list(written[0]) == ["row", "name", "explained", "output", "baseline", *COLUMNS, "error"]
+    for row, other in zip(written, rows(predicted), strict=True):
+        assert row["name"] == other["name"] and row["explained"] == "price"
+        output = float(row["output"])
+        assert output == pytest.approx(float(other["prediction"]), rel=1e-6)
+        # the columns of a table get everything: words, marks of missing cells, parts of dates, pieces
+        missing = output - float(row["baseline"]) - sum(float(row[name]) for name in COLUMNS)
+        assert missing == pytest.approx(float(row["error"]), abs=1e-6)
+    assert found["completeness"]["most"] < 0.02 * found["completeness"]["difference"]
+    assert run("explain", prices, "--data", new) == 1
+    assert "no target column 'price'" in capsys.readouterr().err
+
+
+def test_images_get_a_heat_map_for_each_class(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot, out = tmp_path / "digits.png", tmp_path / "digits.csv"
+    found = answer(capsys, digits, "--rows", "50", "--plot", plot, "--out", out)
+    assert found["method"] == "integrated" and found["rows"] == 50 and len(found["columns"]) == 64
+    assert found["completeness"]["most"] < 0.1 * found["completeness"]["difference"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len({row["explained"] for row in rows(out)}) > 5
+    found = answer(capsys, digits, "--rows", "50", "--class", "3", "--out", out, "--force")
+    assert {row["explained"] for row in rows(out)} == {"3"}
+    found = answer(capsys, digits, "--rows", "50", "--method", "permutation", "--plot", plot, "--force")
+    assert {one["column"] for one in found["columns"]} == {f"square {at // 8} {at % 8}" for at in range(64)}
+
+
+MISTAKES = {
+    "method": (["--method", "integratd"], "--method: unknown name 'integratd'; did you mean 'integrated'"),
+    "class": (["--class", "three"], "--class: unknown name 'three'"),
+    "class of a permutation": (["--class", "3", "--method", "permutation"], "--class: permutation reads the error"),
+    "rows": (["--rows", "0"], "--rows: "),
+    "out": (["--out", "x.txt"], "--out: expected a file name ending in .csv"),
+    "plot": (["--plot", "x.pdf"], "--plot: expected a file name ending in .png"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(digits: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", digits, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_have_no_class(prices: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", prices, "--method", "integrated", "--class", "red") == 2
+    assert "--class: the run predicts numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["robust", "piecewise"])
+def test_attributions_of_columns_are_sums_of_their_inputs(scale: str) -> None:
+    frame = table(80)
+    model = TableRegressor(hidden=(8,), epochs=3, scale=scale, early_stopping=None).fit(frame[COLUMNS], frame["price"])
+    made, engine = model.preprocessor_, model.engine_
+    found = model.explain(frame[COLUMNS], method="integrated")
+    assert isinstance(found, Attributions) and found.names == tuple(COLUMNS)
+    X = model._inputs(frame[COLUMNS])
+    inputs = attributions(engine, X, baseline=X.mean(axis=0, dtype=np.float64))
+    start, widths = 0, dict.fromkeys(COLUMNS, 0)
+    for name, width in zip(made.sources, made.widths, strict=True):
+        widths[name] += width
+    assert widths["when"] > 3 and widths["word"] == 3 and widths["noise"] > (2 if scale == "piecewise" else 1)
+    for at, name in enumerate(COLUMNS):
+        own = inputs.values[:, start : start + widths[name]].sum(axis=1, dtype=np.float64) * made.target_scale[0]
+        np.testing.assert_allclose(found.values[:, at], own, rtol=1e-4, atol=1e-4)
+        start += widths[name]
+    np.testing.assert_allclose(found.outputs, model.predict(frame[COLUMNS]), rtol=1e-5)
+
+
+def test_estimators_permute_the_columns_of_a_table() -> None:
+    frame = table(120)
+    labels = np.where(frame["only"] > 0, "high", "low")
+    model = TableClassifier(hidden=(8,), epochs=30, lr=0.01, scale="robust", early_stopping=None)
+    model.fit(frame[COLUMNS], labels)
+    found = model.explain(frame[COLUMNS], labels, repeats=3, seed=1)
+    assert isinstance(found, Importance) and found.metric == "log_loss" and found.names[0] == "only"
+    again = model.explain(frame[COLUMNS], labels, repeats=3, seed=1)
+    assert isinstance(again, Importance)
+    np.testing.assert_array_equal(again.worse, found.worse)
+    expected = model.explain(frame[:5][COLUMNS], method="expected", background=frame[COLUMNS], steps=3, output=0)
+    assert isinstance(expected, Attributions) and (expected.chosen == 0).all()
+    with pytest.raises(ArgumentError, match="y: permutation reads the targets, and no other method does"):
+        model.explain(frame[COLUMNS])
+    with pytest.raises(ArgumentError, match="y: permutation reads the targets, and no other method does"):
+        model.explain(frame[COLUMNS], labels, method="integrated")
+
+
+def test_columns_of_a_data_set_of_numbers_are_its_inputs() -> None:
+    data = load_data("iris")
+    made = Preprocessor.fit(data, np.arange(100))
+    X = network_inputs(made, data.X, "fp64")
+    names, values = made.by_column(X)
+    assert names == made.feature_names
+    np.testing.assert_array_equal(values, X)

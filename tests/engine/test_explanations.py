@@ -1,0 +1,361 @@
+"""Gradients by the inputs and attributions, against torch's autograd, finite differences and their own promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from devices import CUPY_GPU, GPU, INTERPRETER, NUMPY, STAND_IN, marks_of, usable
+from tolerance import UNIT, assert_within
+from torch_oracle import TORCH_ACTIVATIONS, assert_close, numpy, tensor, torch_loss
+
+from fusemlp import (
+    MLP,
+    ArgumentError,
+    ArgumentTypeError,
+    CrossEntropy,
+    Engine,
+    Huber,
+    LeakyReLU,
+    Poisson,
+    PReLU,
+    Quantile,
+    ShapeError,
+)
+from fusemlp.report.explanations import Attributions, attributions
+from fusemlp.runtime import inference as inference_module
+
+Array = np.ndarray[Any, Any]
+
+RNG = np.random.default_rng(7)
+X = RNG.standard_normal((21, 5))
+LABELS = RNG.integers(0, 3, 21)
+VALUES = RNG.standard_normal((21, 3))
+BINARY = RNG.random((21, 3)) < 0.5
+HIDDEN = ["relu", LeakyReLU(0.2), PReLU(0.3), "sigmoid", "tanh", "gelu", "silu", "identity"]
+
+
+def make(loss: Any = "mse", sizes: tuple[int, ...] = (5, 7, 6, 3), **options: Any) -> Engine:
+    """Return an engine with large weights, and biases that are not zero."""
+    given = {"backend": "numpy", "precision": "fp64", "seed": 3, "normalise": False, **options}
+    described = {name: given.pop(name) for name in ("activation", "output_activation", "dropout") if name in given}
+    engine = Engine(MLP(sizes, init="torch", **{"activation": "tanh", **described}), loss, **given)
+    state = engine.state_dict()
+    # without the slopes of prelu and the scale of the inputs
+    large = {name: 2.5 * array for name, array in state.items() if array.size > 1 and name.split(".")[0].isdigit()}
+    engine.load_state_dict(state | large)
+    return engine
+
+
+def forward(engine: Engine, x: torch.Tensor) -> torch.Tensor:
+    """Return the outputs in torch's double precision."""
+    state = engine.state_dict()
+    if engine.input_scale is not None:
+        x = (x - tensor(engine.input_scale.mean)) / tensor(engine.input_scale.scale)
+    for layer, chosen in enumerate(engine.network.activations):
+        z = x @ tensor(state[f"{2 * layer}.weight"]).T + tensor(state[f"{2 * layer}.bias"])
+        slope = state.get(f"{2 * layer + 1}.weight", [chosen.slope])
+        x = TORCH_ACTIVATIONS[chosen.name](z, np.asarray(slope, np.float64)[0])
+    return x
+
+
+def torch_gradient(engine: Engine, rows: Array, output: Any) -> Array:
+    """Return the gradient of one output of each row, by autograd."""
+    x = tensor(rows, grad=True)
+    y = forward(engine, x)
+    y[torch.arange(len(rows)), torch.as_tensor(np.broadcast_to(output, len(rows)).copy())].sum().backward()
+    return numpy(x.grad)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass takes 16 rows at a time, and a path one row."""
+    monkeypatch.setattr(inference_module, "LARGEST", 1)
+
+
+class TestGradientOfAnOutput:
+    @pytest.mark.parametrize("sizes", [(5, 3), (5, 7, 3), (5, 7, 6, 3)], ids=str)
+    @pytest.mark.parametrize("output", ["identity", "tanh", "silu", PReLU(0.3)], ids=str)
+    @pytest.mark.parametrize("hidden", HIDDEN, ids=str)
+    def test_is_autograds(self, hidden: Any, output: Any, sizes: tuple[int, ...]) -> None:
+        engine = make(sizes=sizes, activation=hidden, output_activation=output)
+        assert_close(engine.input_gradient(X, output=1), torch_gradient(engine, X, 1))
+
+    def test_is_that_of_the_predicted_class(self) -> None:
+        engine = make("cross_entropy")
+        predicted = engine.predict(X)
+        assert len(set(predicted.tolist())) > 1
+        assert_close(engine.input_gradient(X), torch_gradient(engine, X, predicted))
+        np.testing.assert_array_equal(engine.input_gradient(X), engine.input_gradient(X, output=predicted))
+
+    def test_of_one_logit_class_0_has_its_minus(self) -> None:
+        engine = make("binary_cross_entropy", sizes=(5, 7, 1))
+        plain = torch_gradient(engine, X, 0)
+        assert_close(engine.input_gradient(X, output=1), plain)
+        assert_close(engine.input_gradient(X, output=0), -plain)
+        predicted = engine.predict(X)
+        assert 0 < predicted.sum() < len(X)
+        assert_close(engine.input_gradient(X), np.where(predicted[:, None] == 1, plain, -plain))
+
+    def test_of_the_only_target_needs_no_index(self) -> None:
+        engine = make(sizes=(5, 7, 1))
+        assert_close(engine.input_gradient(X), torch_gradient(engine, X, 0))
+
+    @pytest.mark.parametrize("n", [1, 15, 16, 17, 21])
+    def test_batches_change_no_row(self, n: int, small_batches: None) -> None:
+        engine = make()
+        assert_close(engine.input_gradient(X[:n], output=2), torch_gradient(engine, X[:n], 2))
+
+    @pytest.mark.parametrize("labels", [None, LABELS])
+    def test_normalised_inputs_give_the_gradient_by_raw_ones(self, labels: Array | None) -> None:
+        raw = X * [1e3, 1e-3, 1.0, 50.0, 7.0] + 5.0
+        engine = make("cross_entropy", normalise=raw)
+        x = tensor(raw, grad=True)
+        if labels is None:
+            y = forward(engine, x).max(dim=1).values
+        else:
+            y = torch.nn.functional.cross_entropy(forward(engine, x), torch.tensor(labels), reduction="none")
+        y.sum().backward()
+        assert_close(engine.input_gradient(raw, labels), numpy(x.grad))
+
+    def test_nothing_is_dropped_and_nothing_disturbed(self) -> None:
+        engine, plain = make(dropout=0.5), make()
+        before = engine.snapshot()
+        np.testing.assert_array_equal(engine.input_gradient(X, output=0), plain.input_gradient(X, output=0))
+        engine.input_gradient(X, VALUES)
+        attributions(engine, X, output=0)
+        for name, array in engine.snapshot().items():
+            np.testing.assert_array_equal(array, before[name], err_msg=name)
+
+
+WEIGHTS = [0.5, 2.0, 0.0]
+IGNORED = np.where(LABELS == 1, -100, LABELS)
+SOFT = RNG.dirichlet(np.ones(3), 21)
+LOSSES = {
+    "cross_entropy": ("cross_entropy", LABELS),
+    "class weights": (CrossEntropy(class_weight=WEIGHTS), LABELS),
+    "smoothed": (CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2.0, 1.0]), LABELS),
+    "ignored": (CrossEntropy(ignore_index=-100, class_weight=WEIGHTS), IGNORED),
+    "soft": (CrossEntropy(class_weight=WEIGHTS), SOFT),
+    "sum": (CrossEntropy(reduction="sum", class_weight=WEIGHTS), LABELS),
+    "binary": ("binary_cross_entropy", BINARY.astype(np.float64)),
+    "mse": ("mse", VALUES),
+    "mae": ("mae", VALUES),
+    "huber": (Huber(0.5), VALUES),
+    "poisson": (Poisson(), RNG.poisson(1.5, (21, 3)).astype(np.float64)),
+    "quantile, sum": (Quantile(q=0.8, reduction="sum"), VALUES),
+}
+
+
+class TestGradientOfTheLoss:
+    @pytest.mark.parametrize(("loss", "y"), LOSSES.values(), ids=LOSSES)
+    def test_is_autograds_of_each_row_alone(self, loss: Any, y: Array) -> None:
+        engine = make(loss)
+        spec = engine.spec_for(engine.targets("y", y, rows=len(y)))
+        weights = None if engine.class_weight is None else np.asarray(engine.class_weight)
+        wanted = np.zeros_like(X)
+        for row in range(len(X)):
+            x = tensor(X[row : row + 1], grad=True)
+            torch_loss(spec, forward(engine, x), y[row : row + 1], None, weights).backward()
+            # torch's mean of no weight is NaN, the contract's is zero
+            wanted[row] = numpy(torch.nan_to_num(x.grad))[0]
+        assert np.abs(wanted).max() > 0.01
+        assert_close(engine.input_gradient(X, y), wanted)
+
+    @pytest.mark.parametrize(("loss", "y"), [LOSSES["smoothed"], LOSSES["binary"], LOSSES["poisson"]])
+    def test_is_that_of_finite_differences(self, loss: Any, y: Array) -> None:
+        engine, step = make(loss, activation=["gelu", "tanh"]), 1e-5
+        found = engine.input_gradient(X[:4], y[:4])
+        for row in range(4):
+            for column in range(5):
+                ends = []
+                for sign in (1.0, -1.0):
+                    moved = X[row : row + 1].copy()
+                    moved[0, column] += sign * step
+                    ends.append(engine.evaluate(moved, y[row : row + 1])["loss"])
+                slope = (ends[0] - ends[1]) / (2 * step)
+                assert abs(found[row, column] - slope) <= 1e-6 * np.abs(found[row]).max()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("output", "error", "message"),
+        [
+            (3, ArgumentError, "output: expected an index from 0 to 2, got 3"),
+            ([0, 1], ShapeError, r"output: expected one index, or 21, one a row, got shape \(2,\)"),
+            (1.0, ArgumentTypeError, "output: expected the index of an output"),
+            (None, ArgumentError, "output: the network has 3 outputs; give the index of one, output=0"),
+        ],
+    )
+    def test_output(self, output: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            make().input_gradient(X, output=output)
+
+    def test_y_and_output(self) -> None:
+        with pytest.raises(ArgumentError, match="output: the loss of y reads all outputs; leave output or y out"):
+            make().input_gradient(X, VALUES, output=1)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"method": "integratd"}, ArgumentError, "method: .*did you mean 'integrated'"),
+            ({"steps": 0}, ArgumentError, "steps: "),
+            ({"baseline": X[:2]}, ShapeError, "baseline: expected one row, or 21, one for each row of X, got 2"),
+            ({"background": X}, ArgumentError, "background: the method 'integrated' has none; leave it out"),
+            ({"method": "expected"}, ArgumentError, "background: expected gradients draw baselines from rows"),
+            ({"method": "expected", "background": X, "baseline": X}, ArgumentError, "baseline: the method 'expected'"),
+        ],
+    )
+    def test_attributions(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            attributions(make(), X, output=0, **options)
+
+
+def integrated_by_hand(engine: Engine, baseline: Array, output: Any, steps: int) -> Array:
+    """Return integrated gradients with the Gauss-Legendre rule, point by point, by autograd."""
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    total = np.zeros_like(X)
+    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+        total += weight * torch_gradient(engine, baseline + point * (X - baseline), output)
+    return (X - baseline) * total
+
+
+@pytest.mark.parametrize(
+    ("gradient", "output", "calls"),
+    [
+        (0, "identity", ["linear", "linear", "grad_input", "grad_input", "grad_input"]),
+        (0, "tanh", ["linear", "linear", "linear", "grad_input", "grad_input", "grad_input", "grad_input"]),
+        # from the first hidden layer on, without its product and that of the data
+        (1, "identity", ["linear", "grad_input", "grad_input"]),
+    ],
+)
+def test_a_program_has_no_more_calls_than_it_needs(gradient: int, output: str, calls: list[str]) -> None:
+    engine = make(output_activation=output)
+    program = engine._inference.bind(engine.network, 16, gradient=gradient).program
+    assert [call.op for call in program.calls] == calls
+
+
+class TestIntegratedGradients:
+    @pytest.mark.parametrize("sizes", [(5, 3), (5, 7, 3), (5, 9, 6, 3)], ids=str)
+    @pytest.mark.parametrize("hidden", HIDDEN, ids=str)
+    def test_are_those_of_a_rule_by_hand(self, hidden: Any, sizes: tuple[int, ...]) -> None:
+        engine = make(sizes=sizes, activation=hidden, output_activation="sigmoid")
+        found = attributions(engine, X, output=2, steps=6)
+        assert_close(found.values, integrated_by_hand(engine, np.zeros(5), 2, 6))
+        assert_close(found.outputs, engine.predict(X)[:, 2])
+        assert_close(found.base, np.full(len(X), engine.predict(np.zeros((1, 5)))[0, 2]))
+
+    @pytest.mark.parametrize("baseline", [X[3], X[::-1]], ids=["a row", "one a row"])
+    def test_start_from_any_baseline(self, baseline: Array, small_batches: None) -> None:
+        engine = make("cross_entropy")
+        output = engine.predict(X)
+        found = attributions(engine, X, baseline=baseline, steps=5)
+        assert_close(found.values, integrated_by_hand(engine, np.array(baseline), output, 5))
+        np.testing.assert_array_equal(found.chosen, output)
+
+    def test_of_normalised_inputs_start_from_their_mean(self) -> None:
+        raw = X * [1e3, 1e-3, 1.0, 50.0, 7.0] + 5.0
+        engine, scaled = make(normalise=raw), make()
+        inputs = (raw - engine.input_scale.mean) / engine.input_scale.scale
+        assert_close(attributions(engine, raw, output=1).values, attributions(scaled, inputs, output=1).values)
+
+    @pytest.mark.parametrize("hidden", ["tanh", "gelu", "sigmoid"])
+    def test_of_smooth_networks_are_complete(self, hidden: str) -> None:
+        for seed in range(5):
+            found = attributions(make("cross_entropy", activation=hidden, seed=seed), X, baseline=X[0])
+            assert np.abs(found.outputs - found.base).max() > 0.05
+            assert np.abs(found.error).max() < 1e-9
+
+    def test_of_networks_with_kinks_miss_no_more_than_the_slope_varies(self) -> None:
+        # A rule with positive weights misses the integral of g by at most the variation of g times its largest weight.
+        steps = 40
+        largest = np.polynomial.legendre.leggauss(steps)[1].max() / 2
+        for seed in range(5):
+            engine = make("cross_entropy", activation="relu", seed=seed)
+            found = attributions(engine, X, steps=steps)
+            slopes = [
+                (torch_gradient(engine, place * X, found.chosen) * X).sum(axis=1) for place in np.linspace(0, 1, 500)
+            ]
+            varies = np.abs(np.diff(slopes, axis=0)).sum(axis=0)
+            assert np.abs(found.error).max() > 0
+            assert (np.abs(found.error) <= largest * varies + 1e-9).all()
+
+
+class TestOtherMethods:
+    def test_expected_gradients_are_the_mean_over_the_draws(self) -> None:
+        engine, background, steps = make("cross_entropy"), RNG.standard_normal((9, 5)), 4
+        output, random, total = engine.predict(X), np.random.default_rng(5), np.zeros_like(X)
+        for _ in range(steps):
+            start = background[random.integers(0, 9, len(X))]
+            place = random.uniform(size=(len(X), 1))
+            total += (X - start) * torch_gradient(engine, X - place * (X - start), output)
+        found = attributions(engine, X, method="expected", background=background, steps=steps, seed=5)
+        assert_close(found.values, total / steps)
+        assert_close(found.base, engine.outputs(background).mean(axis=0)[output])
+
+    def test_expected_gradients_are_complete_on_average(self) -> None:
+        engine, background = make("cross_entropy"), RNG.standard_normal((9, 5))
+        options: dict[str, Any] = {"method": "expected", "background": background, "output": 0}
+        errors = [attributions(engine, X, **options, steps=50, seed=seed).error for seed in range(20)]
+        mean, spread = np.mean(errors, axis=0), np.std(errors, axis=0, ddof=1) / np.sqrt(20)
+        assert (np.abs(mean) < 5 * spread).all()
+        assert np.abs(attributions(engine, X, **options, steps=50).outputs).max() > 10 * spread.max()
+
+    def test_gradient_times_input(self) -> None:
+        engine = make()
+        found = attributions(engine, X, method="gradient", output=1)
+        assert_close(found.values, X * torch_gradient(engine, X, 1))
+
+    def test_importance_is_the_mean_size(self) -> None:
+        values = np.array([[1.0, -2.0], [-3.0, 0.0]])
+        found = Attributions(values, np.array([1.0, 2.0]), np.array([0.5, 0.5]), np.zeros(2, np.int64))
+        np.testing.assert_array_equal(found.importance, [2.0, 1.0])
+        np.testing.assert_array_equal(found.error, [1.5, 4.5])
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "relu": {"activation": "relu"},
+    "gelu and prelu": {"activation": ["gelu", PReLU(0.3)], "output_activation": "silu"},
+    "sigmoid": {"activation": "sigmoid", "sizes": (5, 9, 3)},
+    "no hidden layer": {"sizes": (5, 3)},
+}
+ELSEWHERE = [
+    pytest.param(device, precision, case, id=f"{device.name}, {precision}, {case}", marks=marks_of(device))
+    for device in (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)
+    for precision in ("fp32", "fp16")
+    for case in CASES
+    # in 16 bits a network says enough
+    if precision in device.precisions and (precision == "fp32" or case == "gelu and prelu")
+]
+
+
+@pytest.mark.parametrize(("device", "precision", "case"), ELSEWHERE)
+def test_every_backend_agrees_with_autograd(device: Any, precision: str, case: str) -> None:
+    # On numbers of order one: roundings of inputs, weights and values in a chain of at most three layers.
+    unit = 2.0**-11 if precision == "fp16" else UNIT["float32"]
+    described = CASES[case]
+    with usable(device):
+        engine = make(backend=device.backend, precision=precision, **described)
+        oracle = make(**described)
+        oracle.load_state_dict(engine.state_dict())
+        rows, y = X.astype(np.float32), VALUES.astype(np.float32)
+        pairs = [
+            (engine.input_gradient(rows, output=1), oracle.input_gradient(rows, output=1)),
+            (engine.input_gradient(rows, y), oracle.input_gradient(rows, y)),
+            (
+                attributions(engine, rows, output=1, steps=3).values,
+                attributions(oracle, rows, output=1, steps=3).values,
+            ),
+        ]
+    for found, wanted in pairs:
+        assert np.abs(wanted).max() > 0.05
+        assert_within(found, wanted, 32 * unit * np.maximum(1.0, np.abs(wanted)))
+
+
+def test_a_classifier_of_one_logit_explains_its_prediction() -> None:
+    engine = make("binary_cross_entropy", sizes=(5, 7, 1))
+    found = attributions(engine, X)
+    np.testing.assert_array_equal(found.chosen, engine.predict(X))
+    assert (found.outputs > 0).all()
