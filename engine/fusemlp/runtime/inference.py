@@ -108,24 +108,29 @@ class Inference:
                 # Rows left from an earlier batch must not reach the sums, if there are any.
                 bound.arrays[name][count:] = 0
 
-    def outputs(self, X: Any) -> Array:
-        """Return the network's outputs (n, N) for X (n, K)."""
+    def outputs(self, X: Any, layers: int | None = None) -> Array:
+        """Return the outputs (n, N) of the network, or of its first ``layers`` layers, for X (n, K)."""
         rows = self._rows_for(len(X))
-        bound = self.program(rows)
-        y = np.empty((len(X), self.net.sizes[-1]), self.real)
+        bound = self.program(rows) if layers is None else self._bind_first(layers, rows)
+        y = np.empty((len(X), self.net.sizes[-1 if layers is None else layers]), self.real)
         for start, stop in self.batches(bound, rows, {"x": X}):
             y[start:stop] = self.memory.backend.to_host(bound.arrays["y"][: stop - start])
         return y
 
     def silent(self, X: Any, layer: int) -> float:
         """Return the share of a hidden layer's units whose output is zero for every row of X."""
-        rows, sizes, activations = self._rows_for(len(X)), self.net.sizes, self.net.activations
-        head = MLP(sizes[: layer + 2], activation=activations[:layer], output_activation=activations[layer])
-        bound = self._bind(head, rows, None, None, weighted=False)
-        silent = np.ones(head.sizes[-1], np.bool_)
+        rows = self._rows_for(len(X))
+        bound = self._bind_first(layer + 1, rows)
+        silent = np.ones(self.net.sizes[layer + 1], np.bool_)
         for start, stop in self.batches(bound, rows, {"x": X}):
             silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
         return float(silent.mean())
+
+    def _bind_first(self, layers: int, rows: int) -> BoundProgram:
+        """Return the pass over ``rows`` rows up to the output of the first ``layers`` layers."""
+        sizes, activations = self.net.sizes[: layers + 1], self.net.activations
+        first = MLP(sizes, activation=activations[: layers - 1], output_activation=activations[layers - 1])
+        return self._bind(first, rows, None, None, weighted=False)
 
 
 class Evaluation:

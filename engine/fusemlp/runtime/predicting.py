@@ -80,6 +80,10 @@ class Predicting(Normalising):
         self.check_measured()
         return self._inference.outputs(X)
 
+    def outputs_of(self, X: Any, layers: int) -> Array:
+        """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""
+        return self._inference.outputs(X, layers)
+
     @knows_names(OF_PREDICT, call="evaluate(X, y)")
     def evaluate(
         self,
