@@ -26,6 +26,7 @@ PATHS = {
     "preprocessing": "datasets.preprocessing",
     "saving": "training.saving",
     "schedules": "describe.schedules",
+    "transfer": "training.transfer",
 }
 
 

@@ -226,6 +226,7 @@ def initial(
                 X,
                 y,
                 epochs=options.probe,
+                batch_size=min(options.batch_size, len(X)),
                 sample_weight=weight,
                 validation_data=validation,
                 early_stopping=None if validation is None else options.early_stopping or None,
