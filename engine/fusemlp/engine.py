@@ -88,12 +88,10 @@ class Engine(Session):
         """Return an engine that starts from the first layers of another network, for a new task.
 
         ``source``: an engine, a file of ``save`` or ``save_checkpoint``, a run folder, or the parameters of an
-        ``nn.Sequential`` in torch: its ``state_dict`` or a safetensors file. Of parameters alone ``net`` tells the
-        network. The first ``layers`` layers are kept; the others start from the values that the engine's seed draws.
-
-        The network is the source's, or ``net``, or the kept layers with those of ``head`` after them: the width of a
-        new output layer, or the widths of several layers. Layers kept unless given: all if the widths are the source's,
-        else all but the source's last.
+        ``nn.Sequential`` in torch, a ``state_dict`` or a safetensors file; of parameters alone ``net`` is the network.
+        The first ``layers`` layers are kept, and those after them start from the values that the engine's seed draws.
+        ``head`` replaces these by a new output layer of this width, or by layers of several widths. Layers kept unless
+        given: all but the source's last if there is a head or ``net`` ends otherwise, else all.
 
         ``freeze``: this many of the kept layers, from the first on, are not trained. ``layer_decay``: the factor from
         each layer's learning rate to that of the layer before it. ``loss`` and ``precision`` are the source's unless
@@ -103,27 +101,18 @@ class Engine(Session):
         has another shape in ``net``, CheckpointError for a file that cannot be read.
         """
         known = _read_source(source, options)
-        described = known if isinstance(known, Session) else None
-        chosen, kept = transfer.network_from(described.network if described else None, net, layers, head)
-        state = transfer.in_sequence(known) if described is None else described.state_dict()
+        state = known.state_dict() if isinstance(known, Session) else transfer.in_sequence(known)
+        chosen, kept = transfer.network_from(getattr(known, "network", None), net, layers, head)
         start, count = transfer.taken_over(chosen, state, kept)
         if as_count("freeze", freeze, minimum=0) > count:
-            raise ArgumentError(
-                f"freeze: only the {count} layers that are kept can be frozen, since the others know nothing yet, got "
-                f"{freeze}"
-            )
-        normalise = options.pop("normalise", None)
-        if MEAN in start:
-            if normalise is not None and normalise is not True:
-                raise ArgumentError("normalise: the source scales its inputs, and its scale goes along; leave it out")
-            normalise = True
-        elif described is not None and normalise is None:
-            normalise = described.normalise
-        if described is not None:
-            options.setdefault("precision", described.precision)
-            loss = described.loss if loss is None else loss
+            raise ArgumentError(f"freeze: only the {count} layers that are kept can be frozen, got {freeze}")
+        if isinstance(known, Session):
+            options = {"precision": known.precision, "normalise": known.normalise, **options}
+            loss = known.loss if loss is None else loss
+        if MEAN in start and options.setdefault("normalise", True) is not True:
+            raise ArgumentError("normalise: the source scales its inputs, and its scale goes along; leave it out")
         made = transfer.by_layers(as_optimizer(optimizer), chosen, freeze=freeze, layer_decay=layer_decay)
-        engine = cls(chosen, "cross_entropy" if loss is None else loss, made, normalise=normalise, **options)
+        engine = cls(chosen, "cross_entropy" if loss is None else loss, made, **options)
         engine.load_state_dict({**engine.state_dict(), **start})
         return engine
 

@@ -68,7 +68,7 @@ def test_a_run_takes_over_preparation_layers_and_head(
     said = capsys.readouterr().err
     assert f"from {big}: the preparation of the columns; hidden layers: 32 tanh; the output layer, since the" in said
     assert (
-        "frozen: layer 1 of 2\nthe output layer is trained alone first, for up to 3 epochs\nlearning rate of a" in said
+        "\nfirst 1 of 2 layers frozen; the output layer alone is trained first, for up to 3 epochs; learning " in said
     )
     assert "probe: val_loss " in said
     config, report, before = read(out / "config.json"), read(out / "report.json"), read(big / "config.json")
@@ -176,7 +176,7 @@ def test_options_that_make_no_sense_are_refused_by_name(
         assert run("train", small, "--from", big, *words, "--out", tmp_path / "run") == 2
         assert message in capsys.readouterr().err
     for words, message in (
-        (("--freeze", "1"), "--freeze: it is for layers that are learned already"),
+        (("--freeze", "1"), "--freeze: it is for layers that have learned already"),
         (("--from", tmp_path / "none"), "is not a run folder (there is no such folder)"),
     ):
         assert run("train", small, "--target", "price", *words, "--out", tmp_path / "run") in (1, 2)

@@ -25,6 +25,7 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.runs import read_training_rows
 from fusemlp.training.transfer import by_layers
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -273,7 +274,7 @@ def prepare(
     if source is not None:
         assert isinstance(options, TrainOptions), "no other command has --from"
         preprocessor, net, start = source.start(dataset, training, options, name)
-        tried = transfer.lines(start, net)
+        tried = start.lines(net)
     else:
         preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
         first, last = network_ends(preprocessor, name)
@@ -316,7 +317,7 @@ def prepare(
     if source is None or start is None or start.about["new_output_layer"]:
         return prepared
     X, labels, at = prepared.test_rows
-    known = source.trained_on
+    known = read_training_rows(source.run)
     seen = 0 if known is None else among(labelled_hashes(preprocessor, X, labels[at], at), known)
     note = f"{seen} of {len(at)} test rows are training rows of {source.run.path}, so the test scores flatter the model"
     return replace(prepared, tried=(*tried, note)) if seen else prepared

@@ -151,9 +151,7 @@ def new_session(options: TrainOptions) -> Session:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
     given = options
     options = defaults.filled_in(options)
-    source = transfer.Source.opened(options)
-    if source is not None:
-        options = source.filled_in(options)
+    source, options = transfer.opened(options)
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, given.data or "", datetime.now())
     tracker = tracking.tracker(options, folder.name)
@@ -166,7 +164,8 @@ def new_session(options: TrainOptions) -> Session:
     with tracking.closing(tracker):
         run = create_run(folder)
         if prepared.start is not None:
-            prepared.start.write(run)
+            # a training that was cut off may have to start anew
+            engine.save(run.checkpoint("start"))
         command = command_line(["fusemlp", "train", *arguments(given)])
         write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
         columns.write(prepared, run)
@@ -229,8 +228,7 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
             f"run: the data {source!r} are not those that the run was started with; put the old ones back, or start a "
             "new run"
         )
-    if "from" in config:
-        prepared = replace(prepared, start=transfer.Start.stored(run, config["from"], net, options))
+    prepared = replace(prepared, start=transfer.stored(run, config, net, options))
     last = run.checkpoint("last")
     for left_over in run.path.rglob(".*.tmp"):
         left_over.unlink(missing_ok=True)

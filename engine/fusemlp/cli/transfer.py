@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,35 +23,51 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.runs import Run, open_run, read_training_rows, weights_path
+from fusemlp.report.runs import Run, open_run, weights_path
 from fusemlp.training.transfer import taken_over
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.cli.prepare import Prepared
 
-# Options that decide what the run has decided.
+# Options that need a run, and options that decide what the run has decided.
+_OWN = ("freeze", "probe", "layer_decay")
 _DECIDED = ("hidden", "activation", "slope", "output_activation", "init", "scale", "drop", "keep", "categorical")
 _LOSS = ("loss", "label_smoothing", "delta", "quantile")
+# Fields of a preprocessor that the new data decide, the last of them unless the target means the same.
+_OF_DATA = ("task", "target_name", "classes", "class_names", "one_hot_targets", "ids", "unused")
+_OF_TARGET = ("target_shift", "target_scale", "target_log", "target_low")
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """The ``parameters`` that a training starts with, of the network in ``engine``; ``about`` them, for the report."""
+class Start(NamedTuple):
+    """The ``parameters`` that a training starts with, and ``about`` them for ``report.json``."""
 
     parameters: Mapping[str, Array]
-    engine: Engine
     about: dict[str, Any]
 
-    def write(self, run: Run) -> None:
-        """Keep the network in the run's folder: a training that was cut off may have to start anew."""
-        self.engine.save(run.checkpoint("start"))
+    def lines(self, net: MLP) -> list[str]:
+        """Return lines on it and on the layers of its network that are frozen or slower."""
+        about = self.about
+        units = zip(net.sizes[1:-1], net.activations, strict=False)
+        hidden = ", ".join(f"{width} {activation.name}" for width, activation in units) or "none"
+        new = about["new_output_layer"]
+        head = f"a new output layer, since {new}" if new else "the output layer, since the target is the same"
+        told = {
+            "freeze": f"first {about['freeze']} of {net.layers} layers frozen",
+            "probe": f"the output layer alone is trained first, for up to {about['probe']} epochs",
+            "layer_decay": f"learning rate of each layer {about['layer_decay']:g} times that of the next",
+        }
+        changed = [told[name] for name in _OWN if about[name] != getattr(TrainOptions, name)]
+        first = f"from {about['run']}: the preparation of the columns; hidden layers: {hidden}; {head}"
+        return [first, *(["; ".join(changed)] if changed else [])]
 
-    @classmethod
-    def stored(cls, run: Run, about: dict[str, Any], net: MLP, options: TrainOptions) -> Start:
-        """Return the start of a run for its network."""
-        engine = _loaded(run.checkpoint("start"), options)
-        return cls(taken_over(net, engine.state_dict(), about["layers"])[0], engine, about)
+
+def stored(run: Run, config: Mapping[str, Any], net: MLP, options: TrainOptions) -> Start | None:
+    """Return the start of a run that began with ``--from``: its folder keeps the network."""
+    if "from" not in config:
+        return None
+    engine = _loaded(run.checkpoint("start"), options)
+    return Start(taken_over(net, engine.state_dict(), config["from"]["layers"])[0], config["from"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,66 +79,9 @@ class Source:
     preprocessor: Preprocessor
     engine: Engine
 
-    @classmethod
-    def opened(cls, options: TrainOptions) -> Source | None:
-        """Return the run of the options, None without ``--from``; refuse options that do not go with it."""
-        if options.from_run is None:
-            for name in ("freeze", "probe", "layer_decay"):
-                if getattr(options, name) != getattr(TrainOptions, name):
-                    raise ArgumentError(
-                        f"{name}: it is for layers that are learned already; say of which run: --from RUN"
-                    )
-            return None
-        for name in _DECIDED:
-            if getattr(options, name) != getattr(TrainOptions, name):
-                raise ArgumentError(
-                    f"{name}: the run of --from decides it, with its network and the preparation of its columns; leave "
-                    "one of the options out"
-                )
-        as_count("probe", options.probe, minimum=0)
-        run, config = open_run(options.from_run)
-        engine = _loaded(weights_path(run, "model"), options)
-        if options.probe and engine.network.layers == 1:
-            raise ArgumentError(f"probe: {options.from_run!r} has no hidden layer, so the output layer is all there is")
-        return cls(run, config, Preprocessor.from_config(config["preprocessor"]), engine)
-
-    def filled_in(self, options: TrainOptions) -> TrainOptions:
-        """Return the options with the run's target, and of the same target its task and its loss, unless given."""
-        changes: dict[str, Any] = {}
-        name = self.preprocessor.target_name
-        inputs = self.columns
-        if is_a_table(options) and is_table(Path(self.config["data"]["source"])):
-            if options.target in (None, name):
-                changes = {"target": name, "task": options.task or self.preprocessor.task}
-                if changes["task"] == self.preprocessor.task and options.loss is None:
-                    changes |= {one: self.config["options"][one] for one in _LOSS if getattr(options, one) is None}
-            for option in ("target", "group", *(["id"] if options.id else [])):
-                given = getattr(options, option)
-                for one in given if isinstance(given, list) else [given]:
-                    if one in inputs:
-                        raise ArgumentError(
-                            f"{option}: {one!r} is an input of the network of {str(self.run.path)!r}; choose another "
-                            "column, or train without --from"
-                        )
-        if options.models is None and any(one.name == "prelu" for one in self.engine.network.activations):
-            # such networks cannot be merged
-            changes["models"] = 1
-        return replace(options, **changes)
-
-    @property
-    def trained_on(self) -> Array | None:
-        """The hashes of the run's training rows; None for a run of an earlier release."""
-        return read_training_rows(self.run)
-
-    @property
-    def columns(self) -> set[str]:
-        """The columns of a table that are inputs."""
-        parts = part_names(name for name, _ in self.preprocessor.dates)
-        return {parts.get(name, name) for name in self.preprocessor.feature_names}
-
     def noted(self, dataset: Dataset) -> Dataset:
         """Return the data set with a note on columns that the run did not have."""
-        known = {*self.columns, *self.preprocessor.ids, *self.preprocessor.unused}
+        known = {*_columns(self.preprocessor), *self.preprocessor.ids, *self.preprocessor.unused}
         strange = [role.name for role in dataset.roles if role.kind == "dropped" and role.name not in known]
         note = f"columns that {self.run.path} did not have, ignored: {listed(strange)}"
         return replace(dataset, notes=(*dataset.notes, note)) if strange else dataset
@@ -133,34 +92,27 @@ class Source:
         The output layer, with the scale of a regression's targets, is the run's if the target means the same.
         """
         like, known = self.preprocessor, self.engine.network
-        other = self._difference(dataset, loss, options)
-        made = fit_preprocessor(dataset, rows, loss=loss, like=like, log_targets=bool(other and options.log_target))
-        if not other:
-            names = ("target_shift", "target_scale", "target_log", "target_low")
-            made = replace(made, **{name: getattr(like, name) for name in names})
-        elif known.layers == 1:
-            raise ArgumentError(f"from: {str(self.run.path)!r} has an output layer alone, and it is of no use: {other}")
-        sizes = (*known.sizes[:-1], network_ends(made, loss)[1])
-        dropouts = (
-            known.dropouts if options.dropout == TrainOptions.dropout else recipe.network(sizes, options).dropouts
+        new = self._difference(dataset, loss, options)
+        if new and known.layers == 1:
+            raise ArgumentError(f"from: {str(self.run.path)!r} has an output layer alone, and it is of no use: {new}")
+        fitted = fit_preprocessor(
+            dataset, rows, loss=loss, scale=like.scale, log_targets=bool(new and options.log_target)
         )
+        names = (*_OF_DATA, *(_OF_TARGET if new else ()))
+        made = replace(like, **{name: getattr(fitted, name) for name in names})
+        sizes = (*known.sizes[:-1], network_ends(made, loss)[1])
+        given = known if options.dropout == TrainOptions.dropout else recipe.network(sizes, options)
         net = MLP(
             sizes,
             activation=known.activations[:-1],
-            output_activation="identity" if other else known.activations[-1],
-            dropout=dropouts[:-1],
+            output_activation="identity" if new else known.activations[-1],
+            dropout=given.dropouts[:-1],
             init=known.init,
         )
-        kept = known.layers - 1 if other else known.layers
-        parameters, _ = taken_over(net, self.engine.state_dict(), kept)
-        about = {
-            "run": str(self.run.path.absolute()),
-            "layers": kept,
-            "of_layers": known.layers,
-            "new_output_layer": other or None,
-            **{name: getattr(options, name) for name in ("freeze", "probe", "layer_decay")},
-        }
-        return made, net, Start(parameters, self.engine, about)
+        parameters, kept = taken_over(net, self.engine.state_dict(), known.layers - 1 if new else known.layers)
+        about = {"run": str(self.run.path.absolute()), "layers": kept, "of_layers": known.layers}
+        about |= {"new_output_layer": new or None, **{name: getattr(options, name) for name in _OWN}}
+        return made, net, Start(parameters, about)
 
     def _difference(self, dataset: Dataset, loss: str, options: TrainOptions) -> str:
         """Return the reason for which the target is not that of the run; empty if it means the same."""
@@ -171,7 +123,7 @@ class Source:
             return f"the target there is of a {like.task}"
         if like.classes is not None and tuple(dataset.classes.tolist()) != like.classes:
             return f"the classes there are {listed(like.classes)}"
-        if like.classes is None and (1 if dataset.y.ndim == 1 else dataset.y.shape[1]) != like.outputs:
+        if like.classes is None and dataset.y[0].size != like.outputs:
             return f"there are {like.outputs} targets there"
         if loss != kind:
             return f"the loss there is {kind}"
@@ -180,24 +132,45 @@ class Source:
         return ""
 
 
-def lines(start: Start, net: MLP) -> list[str]:
-    """Return lines on the parts that a training with this network takes over."""
-    about, freeze = start.about, start.about["freeze"]
-    hidden = ", ".join(
-        f"{width} {activation.name}" for width, activation in zip(net.sizes[1:-1], net.activations, strict=False)
+def opened(options: TrainOptions) -> tuple[Source | None, TrainOptions]:
+    """Return the run of ``--from``, if given, and the options with what it decides unless they do.
+
+    This is the target, and of the same target the task and the loss. Raises ArgumentError for options that do not go
+    together.
+    """
+    for name in _OWN if options.from_run is None else _DECIDED:
+        if getattr(options, name) != getattr(TrainOptions, name):
+            reason = "the run of --from decides it, with its network and the preparation of its columns; leave one out"
+            if options.from_run is None:
+                reason = "it is for layers that have learned already; say of which run: --from RUN"
+            raise ArgumentError(f"{name}: {reason}")
+    if options.from_run is None:
+        return None, options
+    as_count("probe", options.probe, minimum=0)
+    run, config = open_run(options.from_run)
+    source = Source(
+        run, config, Preprocessor.from_config(config["preprocessor"]), _loaded(weights_path(run, "model"), options)
     )
-    head = about["new_output_layer"]
-    said = [
-        f"from {about['run']}: the preparation of the columns; hidden layers: {hidden or 'none'}; "
-        + (f"a new output layer, since {head}" if head else "the output layer, since the target is the same")
-    ]
-    if freeze:
-        said.append(f"frozen: {'layer 1' if freeze == 1 else f'layers 1 to {freeze}'} of {net.layers}")
-    if about["probe"]:
-        said.append(f"the output layer is trained alone first, for up to {about['probe']} epochs")
-    if about["layer_decay"] != 1:
-        said.append(f"learning rate of a layer: {about['layer_decay']:g} times that of the next")
-    return said
+    net, made = source.engine.network, source.preprocessor
+    if options.probe and net.layers == 1:
+        raise ArgumentError(f"probe: {options.from_run!r} has no hidden layer, so the output layer is all there is")
+    changes: dict[str, Any] = {}
+    if is_a_table(options) and is_table(Path(config["data"]["source"])) and options.target in (None, made.target_name):
+        changes = {"target": made.target_name, "task": options.task or made.task}
+        if changes["task"] == made.task and options.loss is None:
+            changes |= {name: config["options"][name] for name in _LOSS if getattr(options, name) is None}
+    if options.models is None and any(one.name == "prelu" for one in net.activations):
+        # such networks cannot be merged
+        changes["models"] = 1
+    for option in ("target", "group", "id"):
+        given = getattr(options, option) or ()
+        both = _columns(made) & {*([given] if isinstance(given, str) else given)}
+        if both:
+            raise ArgumentError(
+                f"{option}: {listed(both)} is an input of the network of {options.from_run!r}; choose another "
+                "column, or train without --from"
+            )
+    return source, replace(options, **changes)
 
 
 def initial(
@@ -207,18 +180,16 @@ def initial(
 
     ``data`` are the arguments of ``Fleet.fit`` that hold rows, ``watched`` those for ``--metric``.
     """
-    start = prepared.start
-    if start is None:
-        return ()
-    if not options.probe:
-        return [start.parameters] * models
-    found, losses = [], []
+    if prepared.start is None or not options.probe:
+        return () if prepared.start is None else [prepared.start.parameters] * models
+    found, losses, whole = [], [], slice(None)
+    name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
     for index in range(models):
-        kept, held = (data[name][index] if name in data else None for name in ("rows", "validation_rows"))
-        X, y, weight = (_picked(data[name], kept) for name in ("X", "y", "sample_weight"))
+        rows = data["rows"][index] if "rows" in data else whole
         validation = data.get("validation_data")
-        if held is not None:
-            validation = tuple(_picked(data[name], held) for name in ("X", "y", "sample_weight"))
+        if "validation_rows" in data:
+            validation = _picked(data, data["validation_rows"][index])
+        X, y, weight = _picked(data, rows)
         schedule = recipe.schedule(options, rows=len(X), epochs=options.probe)
         engine = prepared.engine(replace(options, seed=options.seed + index), schedule)
         try:
@@ -229,21 +200,27 @@ def initial(
                 batch_size=min(options.batch_size, len(X)),
                 sample_weight=weight,
                 validation_data=validation,
-                early_stopping=None if validation is None else options.early_stopping or None,
+                early_stopping=options.early_stopping or None if name == "val_loss" else None,
                 drop_last=options.drop_last,
                 **watched,
             )
-            losses.append(min(history.history["loss" if validation is None else "val_loss"]))
+            losses.append(min(history.history[name]))
         except DivergenceError as error:
             print(f"the probe diverged, and the training starts where it was before: {error}", file=sys.stderr)
         found.append(engine.state_dict())
     if losses and not options.quiet:
-        print(f"probe: {'val_' if validation is not None else ''}loss {np.mean(losses):.4g}", file=sys.stderr)
+        print(f"probe: {name} {np.mean(losses):.4g}", file=sys.stderr)
     return found
 
 
-def _picked(array: Array | None, rows: Array | None) -> Any:
-    return array if array is None or rows is None else array[rows]
+def _picked(data: Mapping[str, Any], rows: Any) -> tuple[Any, ...]:
+    return tuple(None if data[name] is None else data[name][rows] for name in ("X", "y", "sample_weight"))
+
+
+def _columns(made: Preprocessor) -> set[str]:
+    """Return the columns of a table that are inputs."""
+    parts = part_names(name for name, _ in made.dates)
+    return {parts.get(name, name) for name in made.feature_names}
 
 
 def _loaded(path: Path, options: TrainOptions) -> Engine:

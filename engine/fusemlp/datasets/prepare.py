@@ -6,7 +6,6 @@ The command line and the estimators of tables share it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,15 +38,9 @@ class Rows:
         return len(self.X)
 
 
-def fit_preprocessor(
-    dataset: Dataset, rows: npt.ArrayLike, *, loss: str, like: Preprocessor | None = None, **options: Any
-) -> Preprocessor:
-    """Return a Preprocessor of the training ``rows`` with targets as ``loss`` takes them; its features are ``like``'s.
-
-    ``options`` are those of ``Preprocessor.fit``, with ``like`` those of ``for_targets``.
-    """
-    made = Preprocessor.fit if like is None else partial(Preprocessor.for_targets, like)
-    return made(dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=loss != "poisson", **options)
+def fit_preprocessor(dataset: Dataset, rows: npt.ArrayLike, *, loss: str, **options: Any) -> Preprocessor:
+    """Return a Preprocessor of the training ``rows`` with targets as ``loss`` takes them."""
+    return Preprocessor.fit(dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=loss != "poisson", **options)
 
 
 def network_ends(preprocessor: Preprocessor, loss: str) -> tuple[int, int]:

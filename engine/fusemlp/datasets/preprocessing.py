@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -146,36 +146,46 @@ class Preprocessor:
         sources = [parts.get(name, name) for name in dataset.feature_names]
         first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
         shift, factor = np.where(numbers, shift, 0.0), np.where(numbers, factor, 1.0)
+        classes, low = None, 0.0
+        target_shift, target_factor = np.empty(0), np.empty(0)
+        if dataset.task == "classification":
+            classes = tuple(dataset.classes.tolist())
+        else:
+            targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[chosen]
+            names = (dataset.target_name,) * targets.shape[1]
+            low = float(targets.min())
+            if log_targets:
+                if low <= 0:
+                    raise DataError(
+                        f"log_targets: the target {dataset.target_name!r} holds {low:g}, and has no logarithm"
+                    )
+                targets = np.log(targets)
+            how = "standard" if scale in ("robust", "piecewise", "quantile") else scale
+            target_shift, target_factor = statistics(targets, how if scale_targets else "none", names)
         return cls(
+            task=dataset.task,
             scale=scale,
             feature_names=dataset.feature_names,
             categories=dataset.categories,
             feature_shift=tuple(shift.tolist()),
             feature_scale=tuple(factor.tolist()),
+            target_name=dataset.target_name,
+            classes=classes,
+            class_names=dataset.class_names,
+            target_shift=tuple(target_shift.tolist()),
+            target_scale=tuple(target_factor.tolist()),
+            one_hot_targets=one_hot_targets and classes is not None,
             feature_fill=tuple(fill),
             missing_inputs=tuple((missing.any(axis=0) & numbers & first).tolist()),
             shared=tuple(shared),
             other_inputs=tuple(other_inputs),
             dates=dataset.dates,
+            ids=tuple(dataset.ids),
+            unused=tuple(role.name for role in dataset.roles if role.kind in UNUSED),
             feature_knots=_knots(X, numbers, scale),
-            **_target(dataset, chosen, scale if scale_targets else "none", one_hot_targets, log_targets),
+            target_log=log_targets and classes is None,
+            target_low=low if log_targets else 0.0,
         )
-
-    def for_targets(
-        self,
-        dataset: Dataset,
-        rows: npt.ArrayLike,
-        *,
-        one_hot_targets: bool = False,
-        scale_targets: bool = True,
-        log_targets: bool = False,
-    ) -> Preprocessor:
-        """Return a Preprocessor of the same features for the targets of another data set, read by this one's columns.
-
-        The arguments are those of ``fit``.
-        """
-        scale = self.scale if scale_targets else "none"
-        return replace(self, **_target(dataset, np.asarray(rows), scale, one_hot_targets, log_targets))
 
     @property
     def width(self) -> int:
@@ -362,39 +372,6 @@ class Preprocessor:
         except json.JSONDecodeError as error:
             raise CheckpointError(f"preprocessor: expected JSON, got {text[:40]!r} ({error})") from error
         return cls.from_config(config)
-
-
-def _target(dataset: Dataset, rows: Array, scale: str, one_hot: bool, logarithms: bool) -> dict[str, Any]:
-    """Return the fields of a Preprocessor on targets and on columns that are no inputs.
-
-    ``scale`` is that of the features, or "none".
-    """
-    classes, low = None, 0.0
-    shift, factor = np.empty(0), np.empty(0)
-    if dataset.task == "classification":
-        classes = tuple(dataset.classes.tolist())
-    else:
-        targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[rows]
-        low = float(targets.min())
-        if logarithms:
-            if low <= 0:
-                raise DataError(f"log_targets: the target {dataset.target_name!r} holds {low:g}, and has no logarithm")
-            targets = np.log(targets)
-        how = "standard" if scale in ("robust", "piecewise", "quantile") else scale
-        shift, factor = statistics(targets, how, (dataset.target_name,) * targets.shape[1])
-    return {
-        "task": dataset.task,
-        "target_name": dataset.target_name,
-        "classes": classes,
-        "class_names": dataset.class_names,
-        "target_shift": tuple(shift.tolist()),
-        "target_scale": tuple(factor.tolist()),
-        "one_hot_targets": one_hot and classes is not None,
-        "target_log": logarithms and classes is None,
-        "target_low": low if logarithms else 0.0,
-        "ids": tuple(dataset.ids),
-        "unused": tuple(role.name for role in dataset.roles if role.kind in UNUSED),
-    }
 
 
 def _knots(X: Features, numbers: npt.NDArray[np.bool_], scale: str) -> tuple[Knots | None, ...]:

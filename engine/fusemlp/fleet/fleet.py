@@ -64,8 +64,7 @@ class Fleet:
     histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` of this fleet is refused, since
     the optimizers' state is gone.
 
-    ``initial``: parameters by the names of ``state_dict`` with which the models start, a mapping for all or one a
-    model; those that it leaves out are drawn from the model's seed.
+    ``initial``: for each model parameters to start with, by the names of ``state_dict``; its seed draws the others.
 
     ``normalise`` is that of ``Engine``; all models scale their inputs alike, by the mean and deviation of all rows of
     the first ``fit``.
@@ -88,7 +87,7 @@ class Fleet:
         plan: str = "auto",
         normalise: Any = None,
         memory: int | None = None,
-        initial: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
+        initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -100,13 +99,11 @@ class Fleet:
         self._machine: dict[str, Any] = {"backend": backend, "device": device, "precision": precision, "plan": plan}
         self._machine["normalise"] = normalise
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
-        each = [initial] * len(self.candidates) if isinstance(initial, Mapping) else list(initial)
-        if each and len(each) != len(self.candidates):
+        self._initial = initial or [{}] * len(self.candidates)
+        if len(self._initial) != len(self.candidates):
             raise ArgumentError(
-                f"initial: expected parameters for all models alike, or for each of the {len(self.candidates)}, got "
-                f"{len(each)}"
+                f"initial: expected parameters for each of the {len(self.candidates)} models, got {len(initial)}"
             )
-        self._initial = each
         # the first engine checks the machine and resolves "auto" for all
         self._built = [self._started(0, self._machine)]
         first = self._built[0]
@@ -134,7 +131,7 @@ class Fleet:
     def _started(self, index: int, machine: Mapping[str, Any]) -> Engine:
         """Return a new engine of a model with the initial parameters that were given for it."""
         engine = self.candidates[index].engine(machine)
-        if self._initial:
+        if self._initial[index]:
             engine.load_state_dict({**engine.state_dict(), **self._initial[index]})
         return engine
 

@@ -17,7 +17,7 @@ from fusemlp.inputs.batches import are_batches
 from fusemlp.runtime.inference import MEAN, SCALE
 from fusemlp.runtime.plans import ASKED
 from fusemlp.training.fit import fit
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
@@ -71,56 +71,37 @@ def by_layers(optimizer: Optimizer, net: MLP, *, freeze: int = 0, layer_decay: f
     return replace(optimizer, per_parameter=changed)
 
 
-def network_from(known: MLP | None, net: MLP | None, layers: int | None, head: Any) -> tuple[MLP, int | None]:
-    """Return the network that starts from one like ``known`` (None: from parameters alone), and the layers it keeps.
+def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> tuple[MLP, int | None]:
+    """Return the new network and the layers to keep, None for those that the parameters tell.
 
-    The arguments are those of ``Engine.from_pretrained``; None stands for as many layers as the parameters tell.
+    ``known`` is the source's network, None for parameters alone; the others are arguments of
+    ``Engine.from_pretrained``.
     """
-    count = None if layers is None else as_count("layers", layers, minimum=1)
-    if net is not None and not isinstance(net, MLP):
-        raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
-    if known is None:
-        if net is None:
-            raise ArgumentError(
-                "net: parameters alone do not tell the activations; give the network that they are for, such as "
-                "net=MLP([784, 128, 10], activation='relu')"
-            )
-        if head is not None:
-            raise ArgumentError(f"head: net has all widths already, got {head!r}; give one of them")
-        return net, count
-    if count is not None and count > known.layers:
-        raise ArgumentError(f"layers: expected 1 to {known.layers}, the layers of the source, got {count}")
-    if net is not None and head is not None:
-        raise ArgumentError(f"head: net has all widths already, got {head!r}; give one of them")
-    if head is not None:
-        several = isinstance(head, Iterable) and not isinstance(head, str)
-        widths = [as_count("head", width) for width in (head if several else (head,))]
-        if not widths:
-            raise ArgumentError("head: expected the width of at least the output layer, got none")
-        kept = known.layers - 1 if count is None else count
-        if kept == 0:
-            raise ArgumentError("head: the source has one layer, and nothing would be left of it; give layers=1 too")
-        hidden = [*known.activations[:kept]]
-        net = MLP(
-            [*known.sizes[: kept + 1], *widths],
-            activation=[*hidden, *[hidden[-1]] * (len(widths) - 1)],
-            output_activation=known.activations[-1],
-            dropout=[*known.dropouts[:kept], *[0.0] * (len(widths) - 1)],
-            init=known.init,
+    if (known is None) != isinstance(net, MLP) or (known is None and head is not None):
+        raise ArgumentError(
+            f"net: parameters alone need their network, net=MLP([784, 128, 10], activation='relu'), and no head; other "
+            f"sources have one, and take head=10 for a new output layer; got net={net!r}, head={head!r}"
         )
-        return net, kept
-    if net is None:
+    count = None if layers is None else as_count("layers", layers, minimum=1)
+    if known is None:
+        return net, count
+    if head is None:
         return known, known.layers if count is None else count
-    kept = count or (known.layers if net.sizes == known.sizes else known.layers - 1)
-    for layer in range(min(kept, net.layers)):
-        wanted, own = known.activations[layer], net.activations[layer]
-        # the output layer of the source may become a hidden one
-        if own != wanted and layer < known.layers - 1:
-            raise ArgumentError(
-                f"net: layer {layer + 1} has the activation {own!r}, and in the source {wanted!r}, for which its "
-                "weights were learned; give net the same, or keep fewer layers"
-            )
-    return net, kept
+    widths = [as_count("head", width) for width in (head if isinstance(head, list | tuple) else (head,))]
+    kept = known.layers - 1 if count is None else min(count, known.layers)
+    if not kept or not widths:
+        raise ArgumentError(
+            f"head: expected the width of at least an output layer, and a source with layers before it, got {head!r} "
+            f"for {known!r}"
+        )
+    made = MLP(
+        [*known.sizes[: kept + 1], *widths],
+        activation=[*known.activations[:kept], *known.activations[kept - 1 : kept] * (len(widths) - 1)],
+        output_activation=known.activations[-1],
+        dropout=[*known.dropouts[:kept], *[0.0] * (len(widths) - 1)],
+        init=known.init,
+    )
+    return made, kept if count is None else count
 
 
 def in_sequence(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,29 +143,26 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
     number of layers is returned too. Raises ArgumentError or ShapeError, which names them, for parameters that are
     missing or of another shape.
     """
-    count = 1 + max(layer_of(name) for name in state if name not in (MEAN, SCALE))
-    shapes = net.parameter_shapes()
+    own = {name: one for name, one in state.items() if name not in (MEAN, SCALE)}
+    shapes, count = net.parameter_shapes(), 1 + max(map(layer_of, own))
     if layers is None:
-        same = count == net.layers and state[f"{2 * count - 2}.weight"].shape == shapes[f"{2 * count - 2}.weight"]
-        layers = count if same else count - 1
-    if not 1 <= layers <= count:
-        raise ArgumentError(f"layers: expected 1 to {count}, the layers of the source, got {layers}")
-    if layers > net.layers:
-        raise ArgumentError(f"net: it has {net.layers} layers, and {layers} of the source are kept; give it as many")
+        last = f"{2 * count - 2}.weight"
+        layers = count if count == net.layers and own[last].shape == shapes[last] else count - 1
+    most = min(count, net.layers)
+    if not 1 <= layers <= most:
+        raise ArgumentError(f"layers: expected 1 to {most}, which source and network have, got {layers}")
     wanted = {name: shape for name, shape in shapes.items() if layer_of(name) < layers}
-    given = {name for name in state if name not in (MEAN, SCALE) and layer_of(name) < layers}
-    if given != set(wanted):
-        missing, more = sorted(set(wanted) - given), sorted(given - set(wanted))
+    differ = {name for name in own if layer_of(name) < layers} ^ set(wanted)
+    if differ:
         raise ArgumentError(
-            f"source: of the first {layers} layers of net it has no {', '.join(missing) or 'parameter less'}, and has "
-            f"{', '.join(more) or 'no parameter'} besides; give zeros for a bias that is missing, and net the "
-            "activation PReLU() for a slope (1,)"
+            f"source: source or network lacks {', '.join(sorted(differ))}; give zeros for a missing bias, and the "
+            "network the activation PReLU() for a slope (1,)"
         )
-    other = {name: tuple(state[name].shape) for name, shape in wanted.items() if tuple(state[name].shape) != shape}
+    other = {name: tuple(own[name].shape) for name, shape in wanted.items() if tuple(own[name].shape) != shape}
     if other:
         told = ", ".join(f"{name} is {shape} and in net {wanted[name]}" for name, shape in other.items())
         first = min(map(layer_of, other))
-        widths = [state["0.weight"].shape[1], *(state[f"{2 * layer}.weight"].shape[0] for layer in range(layers))]
+        widths = [own["0.weight"].shape[1], *(own[f"{2 * layer}.weight"].shape[0] for layer in range(layers))]
         mend = f"; or keep the layers before them alone, layers={first}" if first else ""
         raise ShapeError(f"source: {told}; let the widths of net begin with {widths}{mend}")
     return {name: state[name] for name in (*wanted, MEAN, SCALE) if name in state}, layers
@@ -220,8 +198,10 @@ def probe(
         )
     if y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data)):
         raise ArgumentError("X: a probe computes the outputs of all rows once; give arrays X and y, not batches")
-    options_of = dict(by_layers(engine.optimizer, net).per_parameter)
-    later = {name: own for name, own in options_of.items() if layer_of(name) >= kept}
+
+    def later(given: Mapping[str, Any]) -> dict[str, Any]:
+        return shifted({name: one for name, one in given.items() if layer_of(name) >= kept}, -kept)
+
     tail = type(engine)(
         MLP(
             net.sizes[kept:],
@@ -231,7 +211,7 @@ def probe(
             init=net.init,
         ),
         engine.loss,
-        replace(engine.optimizer, per_parameter=shifted(later, -kept)),
+        replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
         engine.batch_size,
         engine.seed,
         engine.backend,
@@ -242,14 +222,14 @@ def probe(
         normalise=False,
     )
     start = engine.tensors("")
-    tail.write_tensors(shifted({name: one for name, one in start.items() if layer_of(name) >= kept}, -kept), "")
+    tail.write_tensors(later(start), "")
     rows = engine.features("X", X)
     scale = engine.input_scale
     engine.warn_of_scale("X", rows, stacklevel=3)
     if engine.normalise and scale is None:
         engine.input_scale = engine.measured(rows)
     try:
-        if validation_data is not None:
+        if isinstance(validation_data, tuple | list) and validation_data:
             Xv, *others = validation_data
             validation_data = (engine.outputs_of(engine.features("validation_data[0]", Xv), kept), *others)
         given = engine.outputs_of(rows, kept)
