@@ -138,6 +138,17 @@ def test_another_target_gets_a_new_output_layer(
     assert run("evaluate", tmp_path / "run") == 0
 
 
+def test_the_same_classes_keep_their_output_layer(tmp_path: Path) -> None:
+    quick = ("--models", "1", "--epochs", "1", "--quiet")
+    data = table(tmp_path / "data.csv", FEW, 1, target="level")
+    assert run("train", data, "--target", "level", *quick, "--out", tmp_path / "a") == 0
+    more = table(tmp_path / "more.csv", FEW, 2, target="level")
+    assert run("train", more, "--from", tmp_path / "a", "--lr", "0", *quick, "--out", tmp_path / "b") == 0
+    assert read(tmp_path / "b" / "config.json")["from"]["new_output_layer"] is None
+    states = [load_checkpoint(tmp_path / one / "checkpoints" / "model.safetensors").state_dict() for one in "ab"]
+    assert all(np.array_equal(array, states[1][name]) for name, array in states[0].items())
+
+
 def test_the_loss_of_the_same_target_is_taken_over(small: Path, tmp_path: Path) -> None:
     loss = ("--loss", "huber", "--delta", "0.5", "--models", "1", "--epochs", "2", "--quiet")
     assert run("train", small, "--target", "price", *loss, "--out", tmp_path / "huber") == 0
@@ -209,6 +220,7 @@ def test_a_model_of_five_digits_learns_the_other_five(tmp_path: Path, capsys: py
     assert config["from"]["new_output_layer"] == "the classes there are 0, 1, 2, 3, 4"
     assert config["preprocessor"]["classes"] == [5, 6, 7, 8, 9]
     assert report["test"]["accuracy"] > 0.9
+    assert run("evaluate", tmp_path / "b", "--data", tmp_path / "second.npz") == 0
     source, end = (load_checkpoint(tmp_path / one / "checkpoints" / "model.safetensors").state_dict() for one in "ab")
     np.testing.assert_array_equal(source["0.weight"], end["0.weight"])
     assert run("train", "digits", "--from", tmp_path / "a", "--epochs", "1", "--out", tmp_path / "all") == 0

@@ -217,8 +217,7 @@ def prepare(
     """Load the data of the options and prepare a training; equal options give equal results.
 
     ``like`` and ``network`` are those of a run, which are used in place of new ones; ``source`` is the run of
-    ``--from``. Raises the errors for all options of
-    data, network and loss.
+    ``--from``. Raises the errors for all options of data, network and loss.
     """
     seed = as_count("seed", options.seed, minimum=0)
     if options.split_seed is not None:
