@@ -98,7 +98,10 @@ def test_frozen_layers_keep_their_bits(source: Engine, device: Any) -> None:
             optimizer = AdamW(0.1, weight_decay=0.1)
             options = {"optimizer": optimizer, "precision": "fp32", "backend": device.backend, "plan": plan}
             engine = Engine.from_pretrained(source, head=3, freeze=2, **options)
+            start = engine.state_dict()
+            engine.probe(X, y, epochs=1)
             before = engine.state_dict()
+            assert [name for name, array in before.items() if (array != start[name]).any()] == ["4.weight", "4.bias"]
             engine.fit(X, y, epochs=2)
             for name, array in engine.state_dict().items():
                 kept = name in ("0.weight", "0.bias", "2.weight", "2.bias")
