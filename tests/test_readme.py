@@ -77,6 +77,7 @@ def test_the_snippets_of_the_engine(folder: Path) -> None:
     names = run_snippets("engine/README.md")
     assert max(names["history"].history["val_accuracy"]) >= 0.965
     assert names["search"].score(names["Xv"], names["yv"]) >= 0.95
+    assert np.mean(names["odd"].predict(names["Xv"]) == names["yv"] % 2) >= 0.85
     # Optuna draws the trials without a seed: of ten one learns.
     assert names["study"].best_value >= 0.8
     assert np.mean(names["model"].predict(names["table"]) == (names["table"]["size"] > 120)) >= 0.95
@@ -116,6 +117,9 @@ def write_tables() -> None:
     price = 3000 * size + 10000 * generator.standard_normal(60)
     houses = ["size,street,price", *(f"{s},{'ab'[s % 2]},{p:.0f}" for s, p in zip(size, price, strict=True))]
     Path("houses.csv").write_text("\n".join(houses))
+    Path("flats.csv").write_text(
+        "\n".join([houses[0], *(f"{s + 5},a,{p:.0f}" for s, p in zip(size, price, strict=True))])
+    )
     visits = [f"v{i},{p},{20 + i},{100 + 3 * i}" for i, p in enumerate(patient)]
     Path("visits.csv").write_text("\n".join(["name,patient,age,cost", *visits]))
     pixels = [f"pixel_{row}_{column}" for row in range(8) for column in range(8)]

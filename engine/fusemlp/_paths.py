@@ -27,6 +27,7 @@ PATHS = {
     "preprocessing": "datasets.preprocessing",
     "saving": "training.saving",
     "schedules": "describe.schedules",
+    "transfer": "training.transfer",
 }
 
 

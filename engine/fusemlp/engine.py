@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import names_absent
+from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.report import onnx
+from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import files
 from fusemlp.runtime.backends import availability
+from fusemlp.runtime.inference import MEAN
 from fusemlp.runtime.session import Session
-from fusemlp.training import checkpoint, diagnosing, fit, lr_finder, saving
-from fusemlp_kernels.errors import ArgumentTypeError, CheckpointError
+from fusemlp.training import checkpoint, diagnosing, fit, lr_finder, saving, transfer
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 __all__ = ["Engine", "availability", "load", "load_checkpoint"]
 
@@ -59,11 +64,57 @@ class Engine(Session):
     """
 
     fit = fit.fit
+    probe = transfer.probe
     save_checkpoint = checkpoint.save_checkpoint
     save = saving.save
     to_onnx = onnx.to_onnx
     lr_find = lr_finder.lr_find
     diagnose = diagnosing.diagnose
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Any,
+        net: MLP | None = None,
+        *,
+        layers: int | None = None,
+        head: Any = None,
+        loss: str | Loss | None = None,
+        optimizer: str | Optimizer = "adam",
+        freeze: int = 0,
+        layer_decay: float = 1.0,
+        **options: Any,
+    ) -> Engine:
+        """Return an engine that starts from the first layers of another network, for a new task.
+
+        ``source``: an engine, a file of ``save`` or ``save_checkpoint``, a run folder, or the parameters of an
+        ``nn.Sequential`` in torch, a ``state_dict`` or a safetensors file; of parameters alone ``net`` is the network.
+        The first ``layers`` layers are kept, and those after them start from the values that the engine's seed draws.
+        ``head`` replaces these by a new output layer of this width, or by layers of several widths. Layers kept unless
+        given: all but the source's last if there is a head or ``net`` ends otherwise, else all.
+
+        ``freeze``: this many of the kept layers, from the first on, are not trained. ``layer_decay``: the factor from
+        each layer's learning rate to that of the layer before it. ``loss`` and ``precision`` are the source's unless
+        given, and the scale of its inputs (``normalise``) goes along; ``options`` are the other arguments of an engine.
+
+        Raises ArgumentError or ArgumentTypeError for arguments that do not go together, ShapeError if a kept parameter
+        has another shape in ``net``, CheckpointError for a file that cannot be read.
+        """
+        known = _read_source(source, options)
+        state = known.state_dict() if isinstance(known, Session) else transfer.in_sequence(known)
+        chosen, kept = transfer.network_from(getattr(known, "network", None), net, layers, head)
+        start, count = transfer.taken_over(chosen, state, kept)
+        if as_count("freeze", freeze, minimum=0) > count:
+            raise ArgumentError(f"freeze: only the {count} layers that are kept can be frozen, got {freeze}")
+        if isinstance(known, Session):
+            options = {"precision": known.precision, "normalise": known.normalise, **options}
+            loss = known.loss if loss is None else loss
+        if MEAN in start and options.setdefault("normalise", True) is not True:
+            raise ArgumentError("normalise: the source scales its inputs, and its scale goes along; leave it out")
+        made = transfer.by_layers(as_optimizer(optimizer), chosen, freeze=freeze, layer_decay=layer_decay)
+        engine = cls(chosen, "cross_entropy" if loss is None else loss, made, **options)
+        engine.load_state_dict({**engine.state_dict(), **start})
+        return engine
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoint.engine_content(self)
@@ -115,6 +166,25 @@ def load(path: str | Path, *, backend: str = "auto", device: str | None = None, 
         f"path: {str(path)!r} is a safetensors file that does not say which network it is of; make the engine, "
         "Engine(MLP([...])), and then engine.load_state_dict(safetensors.numpy.load_file(path))"
     )
+
+
+def _read_source(source: Any, options: Mapping[str, Any]) -> Any:
+    """Return the engine of a source, or the parameters by name of one that holds nothing else."""
+    if isinstance(source, Session | Mapping):
+        return source
+    if not isinstance(source, str | Path):
+        hint = "; for a module give fusemlp.torch.from_torch(module)" if hasattr(source, "state_dict") else ""
+        raise ArgumentTypeError(
+            f"source: expected an Engine, a path, or a mapping of names to arrays, got {type(source).__name__}{hint}"
+        )
+    path = Path(source)
+    if path.is_dir():
+        path = weights_path(open_run(path)[0], "model")
+    metadata, tensors = files.read_file(path, files.MODEL)
+    if not {files.MODEL.entry, files.CHECKPOINT.entry} & metadata.keys():
+        return tensors
+    machine = {name: options[name] for name in ("device", "precision") if name in options}
+    return load(path, backend=options.get("backend", "auto"), **machine)
 
 
 def _restored(content: Mapping[str, Any], backend: str, device: str | None) -> Engine:

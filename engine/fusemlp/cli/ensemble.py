@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.cli import recipe
+from fusemlp.cli import recipe, transfer
 from fusemlp.cli.options import ModelOptions, TrainOptions
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from fusemlp.cli.prepare import Prepared
 
 
-def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: int) -> Fleet:
-    """Return the untrained models: those of the run's seed and the seeds after it."""
+def fleet_of(
+    prepared: Prepared, options: TrainOptions, schedule: Any, models: int, initial: Sequence[Mapping[str, Array]]
+) -> Fleet:
+    """Return the untrained models: those of the run's seed and the seeds after it; ``initial`` as of ``Fleet``."""
     return Fleet(
         prepared.network,
         prepared.loss,
-        recipe.optimizer(options, schedule),
+        prepared.optimizer(options, schedule),
         options.batch_size,
         options.seed,
         vary={"seed": range(options.seed, options.seed + models)},
@@ -41,6 +43,7 @@ def fleet_of(prepared: Prepared, options: ModelOptions, schedule: Any, models: i
         precision=options.precision,
         plan=options.plan,
         normalise=False,
+        initial=initial,
     )
 
 
@@ -61,10 +64,12 @@ def train_ensemble(
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
-    fleet = fleet_of(prepared, options, recipe.schedule(options, rows=rows, epochs=scheduled), prepared.models)
     given = prepared.fit_data
     if parts:
         given |= {"rows": [one for one, _ in parts], "validation_rows": [one for _, one in parts]}
+    initial = transfer.initial(prepared, options, given, watched, prepared.models)
+    schedule = recipe.schedule(options, rows=rows, epochs=scheduled)
+    fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
 
     def ended(member: Member) -> None:
         if not options.quiet:
@@ -115,10 +120,11 @@ def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> t
     parts += [prepared.test] if prepared.dataset.test is None else []
     X, y = (np.concatenate([getattr(part, name) for part in parts]) for name in ("X", "y"))
     weights = [part.weight for part in parts if part.weight is not None]
-    fleet = fleet_of(prepared, options, recipe.schedule(options, rows=len(X), epochs=epochs), prepared.models)
-    results = fleet.fit(
-        X, y, sample_weight=np.concatenate(weights) if weights else None, epochs=epochs, drop_last=options.drop_last
-    )
+    data: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
+    initial = transfer.initial(prepared, options, data, {}, prepared.models)
+    schedule = recipe.schedule(options, rows=len(X), epochs=epochs)
+    fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
+    results = fleet.fit(**data, epochs=epochs, drop_last=options.drop_last)
     try:
         return merged_members(results.members), len(X)
     except DivergenceError as error:

@@ -15,6 +15,7 @@ from fusemlp.datasets.parts import among
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import listed
+from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
 from fusemlp.report.runs import Run, read_training_rows
@@ -85,7 +86,8 @@ def _trained_on(
 def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
     """Return the run's rows, computed again from the data and the seed."""
     source = config["data"]["source"]
-    prepared = prepare(TrainOptions(**{**config["options"], "data": source}), preprocessor)
+    options = TrainOptions(**{**config["options"], "data": source})
+    prepared = prepare(options, preprocessor, MLP.from_config(config["network"]))
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
         files = listed(file for file in (source, *map(config["options"].get, ("validation", "test"))) if file)
         raise CheckpointError(

@@ -91,6 +91,8 @@ def finish(
             report["held_out"] = held_out.to_config()
             if held_out.reaches(COVERAGE):
                 report["intervals"] = summary(engine, made, held_out, test.X, test.labels)
+    if prepared.start is not None:
+        report["from"] = prepared.start.about
     if models:
         report["models"] = list(models)
     if final is not None:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,12 @@ def field_of(
     choices = values if callable(values) else among(values)
     about = {"panel": panel, "help": help, "metavar": metavar, "names": names, "choices": choices}
     return field(default=default, metadata=about)
+
+
+def name_of(option: Field[Any]) -> str:
+    """Return the name of an option on the command line, without its dashes."""
+    names = option.metadata["names"]
+    return str(names[0]).removeprefix("--") if names else option.name.replace("_", "-")
 
 
 BACKENDS = ("auto", "triton", "cupy", "numpy")
@@ -295,6 +301,21 @@ class TrainOptions(FitOptions):
         "RUN",
         values=run_folders,
     )
+    from_run: str | None = _network(
+        None,
+        "Start from this run: its preparation of the columns, its hidden layers and, if the target means the same, its "
+        "output layer.",
+        "RUN",
+        ("--from",),
+        run_folders,
+    )
+    freeze: int = _network(0, "With --from: leave this many of the first layers as they are.", "LAYERS")
+    layer_decay: float = _optimizer(
+        1.0,
+        "With --from: learning rate of each layer as a multiple of that of the next, above 0 and at most 1.",
+        "FACTOR",
+    )
+    probe: int = _training(0, "With --from: first train the output layer alone, for up to this many epochs.", "EPOCHS")
     models: int | None = _training(
         None,
         "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "

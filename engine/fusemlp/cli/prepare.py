@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fusemlp.cli import defaults, ensemble, recipe
-from fusemlp.cli.options import ModelOptions
+from fusemlp.cli import defaults, ensemble, recipe, transfer
+from fusemlp.cli.options import ModelOptions, TrainOptions
 from fusemlp.datasets.load import MANY_CLASSES, Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
-from fusemlp.datasets.parts import Fold, Hashes, folds, hold_out, row_hashes, with_files
+from fusemlp.datasets.parts import Fold, Hashes, among, folds, hold_out, row_hashes, with_files
 from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.preprocessing import Rows as Indices
@@ -20,10 +20,13 @@ from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.runs import read_training_rows
+from fusemlp.training.transfer import by_layers
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 TEST_FRACTION = 0.2
@@ -51,6 +54,8 @@ class Prepared:
     models: int = 1
     folds: tuple[Fold, ...] = ()
     tried: tuple[str, ...] = ()
+    # of a new training with --from
+    start: transfer.Start | None = None
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
@@ -131,10 +136,10 @@ class Prepared:
 
     def engine(self, options: ModelOptions, schedule: Schedule | None = None) -> Engine:
         """Return a new engine; ``schedule`` None is the constant rate of the options."""
-        return Engine(
+        engine = Engine(
             self.network,
             loss=self.loss,
-            optimizer=recipe.optimizer(options, schedule),
+            optimizer=self.optimizer(options, schedule),
             batch_size=options.batch_size,
             seed=options.seed,
             backend=options.backend,
@@ -144,6 +149,16 @@ class Prepared:
             # the preprocessor has scaled them
             normalise=False,
         )
+        if self.start is not None:
+            engine.load_state_dict({**engine.state_dict(), **self.start.parameters})
+        return engine
+
+    def optimizer(self, options: ModelOptions, schedule: Schedule | None) -> Optimizer:
+        """Return the optimizer of the options, with ``--freeze`` and ``--layer-decay``."""
+        made = recipe.optimizer(options, schedule)
+        if not isinstance(options, TrainOptions):
+            return made
+        return by_layers(made, self.network, freeze=options.freeze, layer_decay=options.layer_decay)
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -193,11 +208,16 @@ def _check_classes(dataset: Dataset) -> None:
     )
 
 
-def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared:
+def prepare(
+    options: ModelOptions,
+    like: Preprocessor | None = None,
+    network: MLP | None = None,
+    source: transfer.Source | None = None,
+) -> Prepared:
     """Load the data of the options and prepare a training; equal options give equal results.
 
-    ``like`` is the preprocessor of a run, which is used in place of a new one. Raises the errors for all options of
-    data, network and loss.
+    ``like`` and ``network`` are those of a run, which are used in place of new ones; ``source`` is the run of
+    ``--from``. Raises the errors for all options of data, network and loss.
     """
     seed = as_count("seed", options.seed, minimum=0)
     if options.split_seed is not None:
@@ -214,7 +234,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         options.id or (),
         options.group,
         options.time,
-        like,
+        like if source is None else source.preprocessor,
     )
     for option in ("group", "time"):
         if getattr(options, option) is not None and options.validation is not None and options.test is not None:
@@ -223,6 +243,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         raise ArgumentError("validation_fraction: --validation has the validation rows; give one of the options")
     form = options.form()
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
+    dataset = dataset if source is None else source.noted(dataset)
     dataset = with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
     if dataset.y.dtype.kind in "iuf":
         _check_classes(dataset)
@@ -246,11 +267,17 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     scale, log_target, tried = options.scale or SCALES[0], bool(options.log_target), list[str]()
     if options.log_target is not None and classify:
         raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
-    if like is None and defaults.is_a_table(options):
+    if like is None and source is None and defaults.is_a_table(options):
         scale, log_target, tried = ensemble.decided(dataset, training, options, name, seed=seed)
-    preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
-    first, last = network_ends(preprocessor, name)
-    net = recipe.network((first, *widths, last), options, init=options.init)
+    start = None
+    if source is not None:
+        assert isinstance(options, TrainOptions), "no other command has --from"
+        preprocessor, net, start = source.start(dataset, training, options, name)
+        tried = start.lines(net)
+    else:
+        preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
+        first, last = network_ends(preprocessor, name)
+        net = network or recipe.network((first, *widths, last), options, init=options.init)
     check_memory(
         preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
@@ -270,7 +297,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         return rows_for(preprocessor, X, labels, precision=options.precision, rows=at, weight=weight)
 
     validates = dataset.validation is not None or len(validated) > 0
-    return Prepared(
+    prepared = Prepared(
         dataset,
         preprocessor,
         net,
@@ -284,4 +311,12 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         models,
         parts,
         tuple(tried),
+        start,
     )
+    if source is None or start is None or start.about["new_output_layer"]:
+        return prepared
+    X, labels, at = prepared.test_rows
+    known = read_training_rows(source.run)
+    seen = 0 if known is None else among(labelled_hashes(preprocessor, X, labels[at], at), known)
+    note = f"{seen} of {len(at)} test rows are training rows of {source.run.path}, so the test scores flatter the model"
+    return replace(prepared, tried=(*tried, note)) if seen else prepared

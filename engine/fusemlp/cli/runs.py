@@ -162,6 +162,7 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
         for field in fields(TrainOptions)
         if counts(field) and field.name != "data"
     }
+    found["from"] = found.pop("from_run")
     rate = config["optimizer"]["lr"]
     found["lr"] = rate["lr"] if isinstance(rate, Mapping) else rate
     found["hidden"] = list(config["network"]["sizes"][1:-1])

@@ -14,10 +14,10 @@ from typing import Any
 from fusemlp._version import __version__
 from fusemlp.callbacks import ProgressBar
 from fusemlp.callbacks.trackers import Tracker
-from fusemlp.cli import columns, defaults, ensemble, recipe, tracking
+from fusemlp.cli import columns, defaults, ensemble, recipe, tracking, transfer
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
-from fusemlp.cli.options import FitOptions, TrainOptions
+from fusemlp.cli.options import FitOptions, TrainOptions, name_of
 from fusemlp.cli.output import command_line, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
@@ -25,6 +25,7 @@ from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.prepare import watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.diagnosis import Finding
@@ -150,10 +151,11 @@ def new_session(options: TrainOptions) -> Session:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
     given = options
     options = defaults.filled_in(options)
+    source, options = transfer.opened(options)
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, given.data or "", datetime.now())
     tracker = tracking.tracker(options, folder.name)
-    prepared = prepare(options)
+    prepared = prepare(options, source=source)
     watched(options, prepared)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
@@ -161,6 +163,9 @@ def new_session(options: TrainOptions) -> Session:
         tracker.open(tracking.parameters(options, engine, epochs))
     with tracking.closing(tracker):
         run = create_run(folder)
+        if prepared.start is not None:
+            # a training that was cut off may have to start anew
+            engine.save(run.checkpoint("start"))
         command = command_line(["fusemlp", "train", *arguments(given)])
         write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
         columns.write(prepared, run)
@@ -199,10 +204,10 @@ def given_options(options: FitOptions) -> dict[str, Any]:
 def resumed_session(options: TrainOptions, folder: str) -> Session:
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
     given = given_options(options)
-    for name in given:
-        if name not in _FREE:
+    for option in fields(options):
+        if option.name in given and option.name not in _FREE:
             raise ArgumentError(
-                f"{name}: a resumed run keeps its own; leave it out, or start a new run without --resume"
+                f"{name_of(option)}: a resumed run keeps its own; leave it out, or start a new run without --resume"
             )
     run, config = open_run(folder)
     if "sweep" in config:
@@ -216,12 +221,14 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
     epochs = as_count("epochs", given.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
-    prepared = prepare(options, Preprocessor.from_config(config["preprocessor"]))
+    net = MLP.from_config(config["network"])
+    prepared = prepare(options, Preprocessor.from_config(config["preprocessor"]), net)
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
         raise CheckpointError(
             f"run: the data {source!r} are not those that the run was started with; put the old ones back, or start a "
             "new run"
         )
+    prepared = replace(prepared, start=transfer.stored(run, config, net, options))
     last = run.checkpoint("last")
     for left_over in run.path.rglob(".*.tmp"):
         left_over.unlink(missing_ok=True)
@@ -258,10 +265,11 @@ def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
 def arguments(options: FitOptions) -> list[str]:
     """Return the words of the command line for these options."""
     words = [options.data or ""]
-    for option, value in given_options(options).items():
-        name = option.removeprefix("as_").replace("_", "-")
-        if option == "data":
+    given = given_options(options)
+    for option in fields(options):
+        if option.name == "data" or option.name not in given:
             continue
+        name, value = name_of(option), given[option.name]
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
@@ -287,6 +295,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         "optimizer": engine.optimizer.to_config(),
         "batch_size": engine.batch_size,
         "epochs": epochs,
+        **({} if prepared.start is None else {"from": prepared.start.about}),
         "seed": options.seed,
         "backend": engine.backend,
         "device": engine.device,
@@ -302,8 +311,8 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
 
 
 def own_files(options: FitOptions) -> dict[str, str]:
-    """Return the given files of validation and test rows; a run stores their absolute paths."""
-    given = {name: getattr(options, name) for name in ("validation", "test")}
+    """Return the given files of validation and test rows and the run of --from; a run stores their absolute paths."""
+    given = {name: getattr(options, name, None) for name in ("validation", "test", "from_run")}
     return {name: file if file in NAMES else str(Path(file).absolute()) for name, file in given.items() if file}
 
 
@@ -346,6 +355,9 @@ def run_session(session: Session, told: Events) -> tuple[bool, DivergenceError |
     callbacks += [] if session.tracker is None else [session.tracker]
     callbacks += [] if options.quiet else [ProgressBar()]
     try:
+        if engine.fit_state is None and options.probe:
+            judged = watched(options, session.prepared)
+            engine.load_state_dict(*transfer.initial(session.prepared, options, session.prepared.fit_data, judged, 1))
         engine.fit(
             **session.prepared.fit_data,
             **watched(options, session.prepared),

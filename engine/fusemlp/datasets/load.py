@@ -120,7 +120,10 @@ def load_data(
         for option in (option for option, value in options.items() if value):
             what = "one" if option == "target" else "columns with names"
             raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have {what}, not {str(source)!r}")
-    return _with_task(_read(source), task)
+    dataset = _read(source)
+    if columns is not None and columns.like is not None:
+        _matching(place, dataset.X, columns.like)
+    return _with_task(dataset, task)
 
 
 def load_features(
@@ -346,7 +349,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
         form=form,
         drop={*columns.drop} - {time},
         kinds=kinds,
-        known_labels=() if like is None else _label_words(like),
+        known_labels=() if like is None or target != like.target_name else _label_words(like),
         notes=notes,
     )
     y = table.pop(target)

@@ -64,6 +64,8 @@ class Fleet:
     histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` of this fleet is refused, since
     the optimizers' state is gone.
 
+    ``initial``: for each model parameters to start with, by the names of ``state_dict``; its seed draws the others.
+
     ``normalise`` is that of ``Engine``; all models scale their inputs alike, by the mean and deviation of all rows of
     the first ``fit``.
 
@@ -85,6 +87,7 @@ class Fleet:
         plan: str = "auto",
         normalise: Any = None,
         memory: int | None = None,
+        initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -96,8 +99,13 @@ class Fleet:
         self._machine: dict[str, Any] = {"backend": backend, "device": device, "precision": precision, "plan": plan}
         self._machine["normalise"] = normalise
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
+        self._initial = initial or [{}] * len(self.candidates)
+        if len(self._initial) != len(self.candidates):
+            raise ArgumentError(
+                f"initial: expected parameters for each of the {len(self.candidates)} models, got {len(initial)}"
+            )
         # the first engine checks the machine and resolves "auto" for all
-        self._built = [self.candidates[0].engine(self._machine)]
+        self._built = [self._started(0, self._machine)]
         first = self._built[0]
         # rows to measure were measured by the first
         self._machine["normalise"], self._input_scale = first.normalise, first.input_scale
@@ -116,8 +124,15 @@ class Fleet:
 
     def _engine(self, index: int) -> Engine:
         """Return a new engine of a model."""
-        engine = self.candidates[index].engine(self._found)
+        engine = self._started(index, self._found)
         engine.input_scale = self._input_scale
+        return engine
+
+    def _started(self, index: int, machine: Mapping[str, Any]) -> Engine:
+        """Return a new engine of a model with the initial parameters that were given for it."""
+        engine = self.candidates[index].engine(machine)
+        if self._initial[index]:
+            engine.load_state_dict({**engine.state_dict(), **self._initial[index]})
         return engine
 
     @property

@@ -166,13 +166,17 @@ class Inference:
 
     def silent(self, X: Any, layer: int) -> float:
         """Return the share of a hidden layer's units whose output is zero for every row of X."""
-        rows, sizes, activations = self._rows_for(len(X)), self.net.sizes, self.net.activations
-        head = MLP(sizes[: layer + 2], activation=activations[:layer], output_activation=activations[layer])
-        bound = self.bind(head, rows)
-        silent = np.ones(head.sizes[-1], np.bool_)
+        rows = self._rows_for(len(X))
+        bound = self.bind(self.first(layer + 1), rows)
+        silent = np.ones(self.net.sizes[layer + 1], np.bool_)
         for start, stop in self.batches(bound, rows, {"x": X}):
             silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
         return float(silent.mean())
+
+    def first(self, layers: int) -> MLP:
+        """Return the network's first ``layers`` layers."""
+        sizes, activations = self.net.sizes[: layers + 1], self.net.activations
+        return MLP(sizes, activation=activations[: layers - 1], output_activation=activations[layers - 1])
 
 
 class Evaluation:

@@ -154,6 +154,10 @@ class Predicting(Normalising):
     def _has_one_logit(self) -> bool:
         return self.loss.kind == "binary_cross_entropy" and self.network.sizes[-1] == 1
 
+    def outputs_of(self, X: Any, layers: int) -> Array:
+        """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""
+        return self._inference.outputs(X, self._inference.first(layers))
+
     @knows_names(OF_PREDICT, call="evaluate(X, y)")
     def evaluate(
         self,

@@ -1,0 +1,227 @@
+"""``train --from RUN``: the parts of another run that a training takes over, and the probe before it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fusemlp.cli import recipe
+from fusemlp.cli.defaults import is_a_table
+from fusemlp.cli.options import TrainOptions
+from fusemlp.datasets.dates import part_names
+from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.prepare import fit_preprocessor, network_ends
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.sources import is_table
+from fusemlp.datasets.tables import listed
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.network import MLP
+from fusemlp.engine import Engine, load
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.runs import Run, open_run, weights_path
+from fusemlp.training.transfer import taken_over
+from fusemlp_kernels.errors import ArgumentError, DivergenceError
+
+if TYPE_CHECKING:
+    from fusemlp.cli.prepare import Prepared
+
+# Options that need a run, and options that decide what the run has decided.
+_OWN = ("freeze", "probe", "layer_decay")
+_DECIDED = ("hidden", "activation", "slope", "output_activation", "init", "scale", "drop", "keep", "categorical")
+_LOSS = ("loss", "label_smoothing", "delta", "quantile")
+# Fields of a preprocessor that the new data decide, the last of them unless the target means the same.
+_OF_DATA = ("task", "target_name", "classes", "class_names", "one_hot_targets", "ids", "unused")
+_OF_TARGET = ("target_shift", "target_scale", "target_log", "target_low")
+
+
+class Start(NamedTuple):
+    """The ``parameters`` that a training starts with, and ``about`` them for ``report.json``."""
+
+    parameters: Mapping[str, Array]
+    about: dict[str, Any]
+
+    def lines(self, net: MLP) -> list[str]:
+        """Return lines on it and on the layers of its network that are frozen or slower."""
+        about = self.about
+        units = zip(net.sizes[1:-1], net.activations, strict=False)
+        hidden = ", ".join(f"{width} {activation.name}" for width, activation in units) or "none"
+        new = about["new_output_layer"]
+        head = f"a new output layer, since {new}" if new else "the output layer, since the target is the same"
+        told = {
+            "freeze": f"first {about['freeze']} of {net.layers} layers frozen",
+            "probe": f"the output layer alone is trained first, for up to {about['probe']} epochs",
+            "layer_decay": f"learning rate of each layer {about['layer_decay']:g} times that of the next",
+        }
+        changed = [told[name] for name in _OWN if about[name] != getattr(TrainOptions, name)]
+        first = f"from {about['run']}: the preparation of the columns; hidden layers: {hidden}; {head}"
+        return [first, *(["; ".join(changed)] if changed else [])]
+
+
+def stored(run: Run, config: Mapping[str, Any], net: MLP, options: TrainOptions) -> Start | None:
+    """Return the start of a run that began with ``--from``: its folder keeps the network."""
+    if "from" not in config:
+        return None
+    engine = _loaded(run.checkpoint("start"), options)
+    return Start(taken_over(net, engine.state_dict(), config["from"]["layers"])[0], config["from"])
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The run of ``--from``."""
+
+    run: Run
+    config: dict[str, Any]
+    preprocessor: Preprocessor
+    engine: Engine
+
+    def noted(self, dataset: Dataset) -> Dataset:
+        """Return the data set with a note on columns that the run did not have."""
+        known = {*_columns(self.preprocessor), *self.preprocessor.ids, *self.preprocessor.unused}
+        strange = [role.name for role in dataset.roles if role.kind == "dropped" and role.name not in known]
+        note = f"columns that {self.run.path} did not have, ignored: {listed(strange)}"
+        return replace(dataset, notes=(*dataset.notes, note)) if strange else dataset
+
+    def start(self, dataset: Dataset, rows: Array, options: TrainOptions, loss: str) -> tuple[Preprocessor, MLP, Start]:
+        """Return preprocessor and network for a data set with these training rows, and the start of the training.
+
+        The output layer, with the scale of a regression's targets, is the run's if the target means the same.
+        """
+        like, known = self.preprocessor, self.engine.network
+        new = self._difference(dataset, loss, options)
+        if new and known.layers == 1:
+            raise ArgumentError(f"from: {str(self.run.path)!r} has an output layer alone, and it is of no use: {new}")
+        fitted = fit_preprocessor(
+            dataset, rows, loss=loss, scale=like.scale, log_targets=bool(new and options.log_target)
+        )
+        names = (*_OF_DATA, *(_OF_TARGET if new else ()))
+        made = replace(like, **{name: getattr(fitted, name) for name in names})
+        sizes = (*known.sizes[:-1], network_ends(made, loss)[1])
+        given = known if options.dropout == TrainOptions.dropout else recipe.network(sizes, options)
+        net = MLP(
+            sizes,
+            activation=known.activations[:-1],
+            output_activation="identity" if new else known.activations[-1],
+            dropout=given.dropouts[:-1],
+            init=known.init,
+        )
+        parameters, kept = taken_over(net, self.engine.state_dict(), known.layers - 1 if new else known.layers)
+        about = {"run": str(self.run.path.absolute()), "layers": kept, "of_layers": known.layers}
+        about |= {"new_output_layer": new or None, **{name: getattr(options, name) for name in _OWN}}
+        return made, net, Start(parameters, about)
+
+    def _difference(self, dataset: Dataset, loss: str, options: TrainOptions) -> str:
+        """Return the reason for which the target is not that of the run; empty if it means the same."""
+        like, kind = self.preprocessor, self.config["loss"]["kind"]
+        if dataset.roles and dataset.target_name != like.target_name:
+            return f"the target there is {like.target_name!r}"
+        if dataset.task != like.task:
+            return f"the target there is of a {like.task}"
+        if like.classes is not None and tuple(dataset.classes.tolist()) != like.classes:
+            return f"the classes there are {listed(like.classes)}"
+        if like.classes is None and dataset.y[0].size != like.outputs:
+            return f"there are {like.outputs} targets there"
+        if loss != kind:
+            return f"the loss there is {kind}"
+        if options.log_target not in (None, like.target_log):
+            return f"targets there are learned {'in logarithms' if like.target_log else 'as they are'}"
+        return ""
+
+
+def opened(options: TrainOptions) -> tuple[Source | None, TrainOptions]:
+    """Return the run of ``--from``, if given, and the options with what it decides unless they do.
+
+    This is the target, and of the same target the task and the loss. Raises ArgumentError for options that do not go
+    together.
+    """
+    for name in _OWN if options.from_run is None else _DECIDED:
+        if getattr(options, name) != getattr(TrainOptions, name):
+            reason = "the run of --from decides it, with its network and the preparation of its columns; leave one out"
+            if options.from_run is None:
+                reason = "it is for layers that have learned already; say of which run: --from RUN"
+            raise ArgumentError(f"{name}: {reason}")
+    if options.from_run is None:
+        return None, options
+    as_count("probe", options.probe, minimum=0)
+    run, config = open_run(options.from_run)
+    source = Source(
+        run, config, Preprocessor.from_config(config["preprocessor"]), _loaded(weights_path(run, "model"), options)
+    )
+    net, made = source.engine.network, source.preprocessor
+    if options.probe and net.layers == 1:
+        raise ArgumentError(f"probe: {options.from_run!r} has no hidden layer, so the output layer is all there is")
+    changes: dict[str, Any] = {}
+    if is_a_table(options) and is_table(Path(config["data"]["source"])) and options.target in (None, made.target_name):
+        changes = {"target": made.target_name, "task": options.task or made.task}
+        if changes["task"] == made.task and options.loss is None:
+            changes |= {name: config["options"][name] for name in _LOSS if getattr(options, name) is None}
+    if options.models is None and any(one.name == "prelu" for one in net.activations):
+        # such networks cannot be merged
+        changes["models"] = 1
+    for option in ("target", "group", "id"):
+        given = getattr(options, option) or ()
+        both = _columns(made) & {*([given] if isinstance(given, str) else given)}
+        if both:
+            raise ArgumentError(
+                f"{option}: {listed(both)} is an input of the network of {options.from_run!r}; choose another "
+                "column, or train without --from"
+            )
+    return source, replace(options, **changes)
+
+
+def initial(
+    prepared: Prepared, options: TrainOptions, data: Mapping[str, Any], watched: Mapping[str, Any], models: int
+) -> Sequence[Mapping[str, Array]]:
+    """Return the parameters that each model starts with, none without ``--from``; with ``--probe`` after the probe.
+
+    ``data`` are the arguments of ``Fleet.fit`` that hold rows, ``watched`` those for ``--metric``.
+    """
+    if prepared.start is None or not options.probe:
+        return () if prepared.start is None else [prepared.start.parameters] * models
+    found, losses, whole = [], [], slice(None)
+    name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
+    for index in range(models):
+        rows = data["rows"][index] if "rows" in data else whole
+        validation = data.get("validation_data")
+        if "validation_rows" in data:
+            validation = _picked(data, data["validation_rows"][index])
+        X, y, weight = _picked(data, rows)
+        schedule = recipe.schedule(options, rows=len(X), epochs=options.probe)
+        engine = prepared.engine(replace(options, seed=options.seed + index), schedule)
+        try:
+            history = engine.probe(
+                X,
+                y,
+                epochs=options.probe,
+                batch_size=min(options.batch_size, len(X)),
+                sample_weight=weight,
+                validation_data=validation,
+                early_stopping=options.early_stopping or None if name == "val_loss" else None,
+                drop_last=options.drop_last,
+                **watched,
+            )
+            losses.append(min(history.history[name]))
+        except DivergenceError as error:
+            print(f"the probe diverged, and the training starts where it was before: {error}", file=sys.stderr)
+        found.append(engine.state_dict())
+    if losses and not options.quiet:
+        print(f"probe: {name} {np.mean(losses):.4g}", file=sys.stderr)
+    return found
+
+
+def _picked(data: Mapping[str, Any], rows: Any) -> tuple[Any, ...]:
+    return tuple(None if data[name] is None else data[name][rows] for name in ("X", "y", "sample_weight"))
+
+
+def _columns(made: Preprocessor) -> set[str]:
+    """Return the columns of a table that are inputs."""
+    parts = part_names(name for name, _ in made.dates)
+    return {parts.get(name, name) for name in made.feature_names}
+
+
+def _loaded(path: Path, options: TrainOptions) -> Engine:
+    return load(path, backend=options.backend, device=options.device, precision=options.precision)

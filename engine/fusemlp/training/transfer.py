@@ -1,0 +1,242 @@
+"""Transfer learning: start from the layers of another network, freeze or slow them, train the others first."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast
+
+from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer, ParameterOptions
+from fusemlp.inputs.arrays import Array, to_array
+from fusemlp.inputs.batches import are_batches
+from fusemlp.runtime.inference import MEAN, SCALE
+from fusemlp.runtime.plans import ASKED
+from fusemlp.training.fit import fit
+from fusemlp_kernels.errors import ArgumentError, ShapeError
+
+if TYPE_CHECKING:
+    from fusemlp.runtime.session import Session
+    from fusemlp.training.history import History
+
+_NAME = re.compile(r"(\d+)\.(weight|bias)")
+
+
+def layer_of(name: str) -> int:
+    """Return the layer of a parameter by its name: layer l has the numbers 2l and, for a PReLU's slope, 2l + 1."""
+    return int(name.partition(".")[0]) // 2
+
+
+def shifted(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Return tensors, by the names of a network's parameters, as those of ``layers`` layers further on."""
+    found = {}
+    for name, tensor in tensors.items():
+        number, _, kind = name.partition(".")
+        found[f"{int(number) + 2 * layers}.{kind}"] = tensor
+    return found
+
+
+def by_layers(optimizer: Optimizer, net: MLP, *, freeze: int = 0, layer_decay: float = 1.0) -> Optimizer:
+    """Return ``optimizer`` with the first ``freeze`` layers of ``net`` frozen and a learning rate for each layer.
+
+    The last layer keeps the rate, and each layer before it has ``layer_decay``, above 0 and at most 1, times the rate
+    of the next one (discriminative fine-tuning: Howard and Ruder, Universal language model fine-tuning, 2018, with
+    1 / 2.6). The factors multiply those of ``per_parameter``, and what is frozen there stays frozen.
+
+    Raises ArgumentError if no layer would be trained or the factor is out of range.
+    """
+    last = net.layers - 1
+    if as_count("freeze", freeze, minimum=0) > last:
+        raise ArgumentError(
+            f"freeze: expected 0 to {last}, since the last of the {net.layers} layers is trained, got {freeze}"
+        )
+    factor = as_number("layer_decay", layer_decay, low=0.0, high=1.0, low_open=True)
+    # the class has checked them, and keeps them as pairs
+    patterns = cast(Iterable[tuple[str, ParameterOptions]], optimizer.per_parameter)
+    changed: dict[str, ParameterOptions] = {}
+    for name in net.parameter_shapes():
+        given = next((one for pattern, one in patterns if fnmatchcase(name, pattern)), ParameterOptions())
+        layer = layer_of(name)
+        own = replace(
+            given,
+            trainable=given.trainable and layer >= freeze,
+            lr_factor=given.lr_factor * factor ** (last - layer),
+        )
+        if own != ParameterOptions():
+            changed[name] = own
+    return replace(optimizer, per_parameter=changed)
+
+
+def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> tuple[MLP, int | None]:
+    """Return the new network and the layers to keep, None for those that the parameters tell.
+
+    ``known`` is the source's network, None for parameters alone; the others are arguments of
+    ``Engine.from_pretrained``.
+    """
+    if (known is None) != isinstance(net, MLP) or (known is None and head is not None):
+        raise ArgumentError(
+            f"net: parameters alone need their network, net=MLP([784, 128, 10], activation='relu'), and no head; other "
+            f"sources have one, and take head=10 for a new output layer; got net={net!r}, head={head!r}"
+        )
+    count = None if layers is None else as_count("layers", layers, minimum=1)
+    if known is None:
+        return net, count
+    if head is None:
+        return known, known.layers if count is None else count
+    widths = [as_count("head", width) for width in (head if isinstance(head, list | tuple) else (head,))]
+    kept = known.layers - 1 if count is None else min(count, known.layers)
+    if not kept or not widths:
+        raise ArgumentError(
+            f"head: expected the width of at least an output layer, and a source with layers before it, got {head!r} "
+            f"for {known!r}"
+        )
+    made = MLP(
+        [*known.sizes[: kept + 1], *widths],
+        activation=[*known.activations[:kept], *known.activations[kept - 1 : kept] * (len(widths) - 1)],
+        output_activation=known.activations[-1],
+        dropout=[*known.dropouts[:kept], *[0.0] * (len(widths) - 1)],
+        init=known.init,
+    )
+    return made, kept if count is None else count
+
+
+def in_sequence(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of an ``nn.Sequential`` by the names of this package: matrix l is ``{2l}.weight``.
+
+    Modules without parameters, such as Dropout, have numbers there and none here. Raises ArgumentError for names and
+    shapes that are no Linear layers and PReLU slopes.
+    """
+    scale = {name: state[name] for name in (MEAN, SCALE) if name in state}
+    arrays = {str(name): to_array(f"source[{name!r}]", array) for name, array in state.items() if name not in scale}
+    matched = {name: _NAME.fullmatch(name) for name in arrays}
+    matrices = sorted(
+        int(match[1]) for name, match in matched.items() if match and match[2] == "weight" and arrays[name].ndim == 2
+    )
+    found: dict[str, Any] = {}
+    strange = []
+    for name, match in matched.items():
+        number, kind = (int(match[1]), match[2]) if match else (-1, "")
+        # the last matrix up to this number
+        layer = bisect_right(matrices, number) - 1
+        if layer >= 0 and matrices[layer] == number:
+            found[f"{2 * layer}.{kind}"] = arrays[name]
+        elif layer >= 0 and kind == "weight" and arrays[name].shape == (1,):
+            found[f"{2 * layer + 1}.weight"] = arrays[name]
+        else:
+            strange.append(name)
+    if strange or not matrices:
+        raise ArgumentError(
+            "source: expected the parameters of an nn.Sequential of Linear layers, 0.weight, 0.bias, 2.weight, ..., "
+            f"got {', '.join(strange or map(str, state)) or 'none'}; rename them, or leave them out"
+        )
+    return {**found, **scale}
+
+
+def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[dict[str, Array], int]:
+    """Return the parameters of the first ``layers`` layers of ``net`` in ``state``, with the scale of the inputs.
+
+    None: of all layers if the last of ``net`` has the shape of the last in ``state``, else of all but that one. The
+    number of layers is returned too. Raises ArgumentError or ShapeError, which names them, for parameters that are
+    missing or of another shape.
+    """
+    own = {name: one for name, one in state.items() if name not in (MEAN, SCALE)}
+    shapes, count = net.parameter_shapes(), 1 + max(map(layer_of, own))
+    if layers is None:
+        last = f"{2 * count - 2}.weight"
+        layers = count if count == net.layers and own[last].shape == shapes[last] else count - 1
+    most = min(count, net.layers)
+    if not 1 <= layers <= most:
+        raise ArgumentError(f"layers: expected 1 to {most}, which source and network have, got {layers}")
+    wanted = {name: shape for name, shape in shapes.items() if layer_of(name) < layers}
+    differ = {name for name in own if layer_of(name) < layers} ^ set(wanted)
+    if differ:
+        raise ArgumentError(
+            f"source: source or network lacks {', '.join(sorted(differ))}; give zeros for a missing bias, and the "
+            "network the activation PReLU() for a slope (1,)"
+        )
+    other = {name: tuple(own[name].shape) for name, shape in wanted.items() if tuple(own[name].shape) != shape}
+    if other:
+        told = ", ".join(f"{name} is {shape} and in net {wanted[name]}" for name, shape in other.items())
+        first = min(map(layer_of, other))
+        widths = [own["0.weight"].shape[1], *(own[f"{2 * layer}.weight"].shape[0] for layer in range(layers))]
+        mend = f"; or keep the layers before them alone, layers={first}" if first else ""
+        raise ShapeError(f"source: {told}; let the widths of net begin with {widths}{mend}")
+    return {name: state[name] for name in (*wanted, MEAN, SCALE) if name in state}, layers
+
+
+def probe(
+    engine: Session,
+    X: Any,
+    y: Any,
+    *,
+    epochs: int,
+    layers: int | None = None,
+    validation_data: Any = None,
+    **options: Any,
+) -> History:
+    """Train the layers after the first ``layers`` (None: the output layer) alone for ``epochs`` passes.
+
+    The first layers do not change, and their outputs for X (n, K), as in predictions, without dropout, are computed
+    once. A fit that follows then starts from a head that suits the features, and distorts them less (LP-FT: Kumar et
+    al., Fine-tuning can distort pretrained features and underperform out-of-distribution, 2022). The probe has an
+    optimizer of its own, like the engine's, which stays as it is, as do the engine's history and its count of epochs.
+
+    ``validation_data`` and ``options`` are those of ``fit``, for arrays; callbacks see an engine of the trained layers.
+    Returns the history. Ctrl-C and a divergence leave the engine with the parameters reached, as in ``fit``. Raises
+    the errors of ``fit``, and ArgumentError for impossible layers.
+    """
+    net = engine.network
+    kept = net.layers - 1 if layers is None else as_count("layers", layers)
+    if not 1 <= kept < net.layers:
+        raise ArgumentError(
+            f"layers: expected 1 to {net.layers - 1}, so that some of the {net.layers} layers stay and some are "
+            f"trained, got {kept}"
+        )
+    if y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data)):
+        raise ArgumentError("X: a probe computes the outputs of all rows once; give arrays X and y, not batches")
+
+    def later(given: Mapping[str, Any]) -> dict[str, Any]:
+        return shifted({name: one for name, one in given.items() if layer_of(name) >= kept}, -kept)
+
+    tail = type(engine)(
+        MLP(
+            net.sizes[kept:],
+            activation=net.activations[kept:-1],
+            output_activation=net.activations[-1],
+            dropout=net.dropouts[kept:-1],
+            init=net.init,
+        ),
+        engine.loss,
+        replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
+        engine.batch_size,
+        engine.seed,
+        engine.backend,
+        engine.device,
+        engine.precision,
+        engine.plan if engine.plan_reason == ASKED else "auto",
+        # scaled by the layers before
+        normalise=False,
+    )
+    start = engine.tensors("")
+    tail.write_tensors(later(start), "")
+    rows = engine.features("X", X)
+    scale = engine.input_scale
+    engine.warn_of_scale("X", rows, stacklevel=3)
+    if engine.normalise and scale is None:
+        engine.input_scale = engine.measured(rows)
+    try:
+        if isinstance(validation_data, tuple | list) and validation_data:
+            Xv, *others = validation_data
+            validation_data = (engine.outputs_of(engine.features("validation_data[0]", Xv), kept), *others)
+        given = engine.outputs_of(rows, kept)
+        return fit(tail, given, y, epochs=epochs, validation_data=validation_data, **options)
+    finally:
+        if tail.history is None:
+            # an argument was wrong: nothing has changed
+            engine.input_scale = scale
+        else:
+            engine.write_tensors({**start, **shifted(tail.tensors(""), kept)}, "")

@@ -1,0 +1,254 @@
+"""``fusemlp train --from RUN``: a run that starts from another one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import read, rows, run
+from sklearn.datasets import load_digits
+
+from fusemlp import MLP, load, load_checkpoint
+from fusemlp.cli.options import TrainOptions
+
+FEW = 60
+
+
+def table(path: Path, count: int, seed: int, *, gap: float = 0.0, target: str = "price", more: str = "") -> Path:
+    """Write five numbers, a word, and a target that depends on them in a way that takes many rows to learn."""
+    random, same = np.random.default_rng(seed), np.random.default_rng(42)
+    numbers, zones = random.normal(size=(count, 5)), random.integers(0, 3, count)
+    values = np.tanh(numbers @ same.normal(size=(5, 6))) @ same.normal(size=6) + np.array([-1.0, 0.0, 1.0])[zones]
+    lines = [f"a,b,c,d,e,zone,{target}{',' * bool(more)}{more}"]
+    for row, zone, value in zip(numbers, zones, (1 - gap) * values + gap * values**2 + gap, strict=True):
+        value = ("low", "high")[int(value > 0)] if target == "level" else f"{value:.4f}"
+        cells = ",".join(f"{one:.4f}" for one in row)
+        lines.append(f"{cells},{'xyz'[zone]},{value}{',1.5' * bool(more)}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a large table: one model of 32 units, whose numbers are not cut into pieces."""
+    folder = tmp_path_factory.mktemp("transfer")
+    data = table(folder / "big.csv", 1500, 0)
+    options = ("--hidden", "32", "--activation", "tanh", "--models", "1", "--lr", "0.01", "--scale", "robust")
+    assert run("train", data, "--target", "price", *options, "--epochs", "60", "--quiet", "--out", folder / "big") == 0
+    return folder / "big"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return table(tmp_path / "small.csv", FEW, 1, gap=0.05)
+
+
+def test_transfer_to_few_rows_beats_a_training_from_scratch(big: Path, small: Path, tmp_path: Path) -> None:
+    test = table(tmp_path / "test.csv", 500, 2, gap=0.05)
+    errors = []
+    for name, options in (("scratch", ()), ("from", ("--from", big))):
+        assert run("train", small, "--target", "price", *options, "--quiet", "--out", tmp_path / name) == 0
+        predicted = tmp_path / f"{name}.csv"
+        assert run("predict", tmp_path / name, "--data", test, "--out", predicted) == 0
+        found = np.array([float(row["prediction"]) for row in rows(predicted)])
+        truth = np.array([float(row["price"]) for row in rows(test)])
+        errors.append(float(np.sqrt(np.mean((found - truth) ** 2))))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_a_run_takes_over_preparation_layers_and_head(
+    big: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = ("--from", big, "--freeze", "1", "--layer-decay", "0.5", "--probe", "3", "--epochs", "4")
+    assert run("train", small, *options, "--out", out) == 0
+    said = capsys.readouterr().err
+    assert f"from {big}: the preparation of the columns; hidden layers: 32 tanh; the output layer, since the" in said
+    assert (
+        "\nfirst 1 of 2 layers frozen; the output layer alone is trained first, for up to 3 epochs; learning " in said
+    )
+    assert "probe: val_loss " in said
+    config, report, before = read(out / "config.json"), read(out / "report.json"), read(big / "config.json")
+    about = {"run": str(big), "layers": 2, "of_layers": 2, "new_output_layer": None}
+    assert report["from"] == config["from"] == {**about, "freeze": 1, "probe": 3, "layer_decay": 0.5}
+    prepared, source = config["preprocessor"], before["preprocessor"]
+    assert all(prepared[name] == source[name] for name in source)
+    assert config["network"]["sizes"] == [8, 32, 1]
+    assert f"--from {big} --freeze 1 --layer-decay 0.5 --probe 3" in config["command"]
+    # five models, whose hidden layers stand side by side, each with the bits of the source
+    kept, found = (load_checkpoint(one / "checkpoints" / "model.safetensors").state_dict() for one in (big, out))
+    np.testing.assert_array_equal(found["0.weight"], np.tile(kept["0.weight"], (5, 1)))
+    assert not np.array_equal(found["2.weight"][:, :32] * 5, kept["2.weight"])
+
+
+@pytest.mark.parametrize("models", ["1", "2"])
+def test_all_commands_take_such_a_run_without_its_source(big: Path, small: Path, tmp_path: Path, models: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(big, source)
+    options = ("--from", source, "--models", models, "--probe", "2", "--final-fit", "--freeze", "1", "--quiet")
+    assert run("train", small, *options, "--epochs", "3", "--out", tmp_path / "cut") == 0
+    assert run("train", small, *options, "--epochs", "5", "--out", tmp_path / "whole") == 0
+    shutil.rmtree(source)
+    cut = tmp_path / "cut"
+    assert run("train", "--resume", cut, "--epochs", "5", "--quiet") == 0
+    ends = [load_checkpoint(tmp_path / one / "checkpoints" / "model.safetensors") for one in ("cut", "whole")]
+    for name, array in ends[0].state_dict().items():
+        np.testing.assert_array_equal(array, ends[1].state_dict()[name])
+    for words in (("evaluate", cut), ("evaluate", cut, "--data", small), ("report", cut)):
+        assert run(*words) == 0
+    assert run("predict", cut, "--data", small, "--out", tmp_path / "out.csv") == 0
+    assert run("export", cut, "--safetensors", tmp_path / "m.safetensors") == 0
+    assert load(tmp_path / "m.safetensors").network.sizes[0] == 8
+    # the merged network can be a source in its turn
+    assert run("train", small, "--from", cut, "--models", "1", "--epochs", "1", "--out", tmp_path / "next") == 0
+    assert read(tmp_path / "next" / "config.json")["network"]["sizes"][1] == 32 * int(models)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "reason", "sizes"),
+    [
+        ("rent", (), "the target there is 'price'", [8, 32, 1]),
+        ("level", (), "the target there is 'price'", [8, 32, 2]),
+        ("price", ("--loss", "mae"), "the loss there is mse", [8, 32, 1]),
+        ("price", ("--task", "classification"), "the target there is of a regression", None),
+    ],
+)
+def test_another_target_gets_a_new_output_layer(
+    big: Path, tmp_path: Path, target: str, options: tuple[str, ...], reason: str, sizes: list[int] | None
+) -> None:
+    data = table(tmp_path / "data.csv", FEW, 1, target=target)
+    if sizes is None:
+        lines = data.read_text().splitlines()
+        data.write_text(
+            "\n".join([lines[0], *(f"{line.rpartition(',')[0]},{n % 2}" for n, line in enumerate(lines[1:]))])
+        )
+        sizes = [8, 32, 2]
+    words = ("--target", target, "--from", big, "--models", "1", "--epochs", "2", "--quiet", *options)
+    assert run("train", data, *words, "--out", tmp_path / "run") == 0
+    config = read(tmp_path / "run" / "config.json")
+    assert (config["from"]["new_output_layer"], config["from"]["layers"]) == (reason, 1)
+    assert config["network"]["sizes"] == sizes
+    start = MLP.from_config(config["network"]).initial_parameters(0)
+    assert start["2.weight"].shape[0] == sizes[-1]
+    scale = read(big / "config.json")["preprocessor"]
+    assert (config["preprocessor"]["target_shift"] == scale["target_shift"]) is False
+    assert run("evaluate", tmp_path / "run") == 0
+
+
+def test_the_same_classes_keep_their_output_layer(tmp_path: Path) -> None:
+    quick = ("--models", "1", "--epochs", "1", "--quiet")
+    data = table(tmp_path / "data.csv", FEW, 1, target="level")
+    assert run("train", data, "--target", "level", *quick, "--out", tmp_path / "a") == 0
+    more = table(tmp_path / "more.csv", FEW, 2, target="level")
+    assert run("train", more, "--from", tmp_path / "a", "--lr", "0", *quick, "--out", tmp_path / "b") == 0
+    assert read(tmp_path / "b" / "config.json")["from"]["new_output_layer"] is None
+    states = [load_checkpoint(tmp_path / one / "checkpoints" / "model.safetensors").state_dict() for one in "ab"]
+    assert all(np.array_equal(array, states[1][name]) for name, array in states[0].items())
+
+
+def test_the_loss_of_the_same_target_is_taken_over(small: Path, tmp_path: Path) -> None:
+    loss = ("--loss", "huber", "--delta", "0.5", "--models", "1", "--epochs", "2", "--quiet")
+    assert run("train", small, "--target", "price", *loss, "--out", tmp_path / "huber") == 0
+    assert run("train", small, "--from", tmp_path / "huber", "--epochs", "1", "--out", tmp_path / "run") == 0
+    config = read(tmp_path / "run" / "config.json")
+    assert (config["loss"]["kind"], config["loss"]["delta"]) == ("huber", 0.5)
+    assert config["from"]["new_output_layer"] is None
+
+
+def test_columns_that_lack_or_are_new_are_told(big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = table(tmp_path / "more.csv", FEW, 1, more="colour")
+    assert run("train", data, "--from", big, "--models", "1", "--epochs", "1", "--out", tmp_path / "run") == 0
+    assert f"columns that {big} did not have, ignored: 'colour'" in capsys.readouterr().err
+    lacks = tmp_path / "less.csv"
+    lacks.write_text(data.read_text().replace("a,b,c,", "a,b,see,", 1))
+    assert run("train", lacks, "--from", big, "--out", tmp_path / "none") == 1
+    assert "no feature columns 'c'; the columns are 'a', 'b', 'see'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_options_that_make_no_sense_are_refused_by_name(
+    big: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, message in (
+        (("--hidden", "8"), "--hidden: the run of --from decides it"),
+        (("--activation", "gelu"), "--activation: the run of --from decides it"),
+        (("--scale", "minmax"), "--scale: the run of --from decides it"),
+        (("--drop", "a"), "--drop: the run of --from decides it"),
+        (("--target", "a"), "--target: 'a' is an input of the network of"),
+        (("--group", "zone"), "--group: 'zone' is an input of the network of"),
+        (("--id", "a"), "--id: 'a' is an input of the network of"),
+        (("--freeze", "2"), "--freeze: expected 0 to 1, since the last of the 2 layers is trained, got 2"),
+        (("--layer-decay", "2"), "--layer-decay: expected"),
+        (("--probe", "-1"), "--probe: expected"),
+    ):
+        assert run("train", small, "--from", big, *words, "--out", tmp_path / "run") == 2
+        assert message in capsys.readouterr().err
+    for words, message in (
+        (("--freeze", "1"), "--freeze: it is for layers that have learned already"),
+        (("--from", tmp_path / "none"), "is not a run folder (there is no such folder)"),
+    ):
+        assert run("train", small, "--target", "price", *words, "--out", tmp_path / "run") in (1, 2)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run("train", "--resume", big, "--from", big) == 2
+    assert "--from: a resumed run keeps its own" in capsys.readouterr().err
+
+
+def test_test_rows_that_trained_the_source_are_told(
+    big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, options = big.parent / "big.csv", ("--from", big, "--models", "1", "--epochs", "1")
+    assert run("train", data, *options, "--seed", "1", "--out", tmp_path / "other") == 0
+    assert f"of 300 test rows are training rows of {big}, so the test scores flatter" in capsys.readouterr().err
+    # the same seed holds the same rows out
+    assert run("train", data, *options, "--out", tmp_path / "same") == 0
+    assert "flatter" not in capsys.readouterr().err
+
+
+def test_a_model_of_five_digits_learns_the_other_five(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    X, y = load_digits(return_X_y=True)
+    for name, chosen in (("first", y < 5), ("second", y >= 5)):
+        np.savez(tmp_path / f"{name}.npz", X=X[chosen], y=y[chosen])
+    quick = ("--epochs", "5", "--lr", "0.01", "--quiet")
+    assert run("train", tmp_path / "first.npz", "--hidden", "64,32", *quick, "--out", tmp_path / "a") == 0
+    options = ("--from", tmp_path / "a", "--probe", "5", "--freeze", "1")
+    assert run("train", tmp_path / "second.npz", *options, *quick, "--out", tmp_path / "b") == 0
+    config, report = read(tmp_path / "b" / "config.json"), read(tmp_path / "b" / "report.json")
+    assert config["from"]["new_output_layer"] == "the classes there are 0, 1, 2, 3, 4"
+    assert config["preprocessor"]["classes"] == [5, 6, 7, 8, 9]
+    assert report["test"]["accuracy"] > 0.9
+    assert run("evaluate", tmp_path / "b", "--data", tmp_path / "second.npz") == 0
+    source, end = (load_checkpoint(tmp_path / one / "checkpoints" / "model.safetensors").state_dict() for one in "ab")
+    np.testing.assert_array_equal(source["0.weight"], end["0.weight"])
+    assert run("train", "digits", "--from", tmp_path / "a", "--epochs", "1", "--out", tmp_path / "all") == 0
+    assert run("train", "iris", "--from", tmp_path / "a", "--out", tmp_path / "none") == 1
+    assert "has 4 features a row, the network was trained on 64" in capsys.readouterr().err
+
+
+def test_a_source_of_prelu_trains_one_model(small: Path, tmp_path: Path) -> None:
+    options: tuple[Any, ...] = ("--activation", "prelu", "--hidden", "8", "--epochs", "2", "--quiet")
+    assert run("train", small, "--target", "price", *options, "--out", tmp_path / "a") == 0
+    assert run("train", small, "--from", tmp_path / "a", "--epochs", "2", "--quiet", "--out", tmp_path / "b") == 0
+    assert "models" not in read(tmp_path / "b" / "report.json")
+
+
+def test_a_source_without_hidden_layers_gives_its_output_layer_alone(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: tuple[Any, ...] = ("--hidden", "none", "--epochs", "2", "--quiet")
+    assert run("train", small, "--target", "price", *options, "--out", tmp_path / "a") == 0
+    again = ("--from", tmp_path / "a", "--epochs", "1", "--quiet", "--out", tmp_path / "b")
+    assert run("train", small, *again) == 0
+    other = table(tmp_path / "other.csv", FEW, 1, target="level")
+    assert run("train", other, "--target", "level", *again[:-1], tmp_path / "c") == 2
+    assert "--from: " in (said := capsys.readouterr().err) and "the target there is 'price'" in said
+    assert run("train", small, "--probe", "2", *again[:-1], tmp_path / "c") == 2
+    assert "--probe: " in capsys.readouterr().err
+
+
+def test_defaults_start_nowhere() -> None:
+    options = TrainOptions()
+    assert (options.from_run, options.freeze, options.probe, options.layer_decay) == (None, 0, 0, 1.0)
