@@ -17,10 +17,9 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import merged, merged_members
+from fusemlp.fleet.merge import merged, sound
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.uncertainty import HeldOut, errors_of, joined
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -51,13 +50,13 @@ def train_ensemble(
     scheduled: int,
     watched: Mapping[str, Any],
     told: Callable[[Member], None],
-) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, HeldOut | None]:
-    """Train all models; return a merged engine with the mean history, a record a model, how it ended, held-out errors.
+) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, list[tuple[Engine, Array]]]:
+    """Train all models; return a merged engine with the mean history, a record a model, how it ended, and models
+    with the rows of their folds.
 
     The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``; ``told`` is called with each model that has ended. The errors are those of each model on its own fold.
-    The third is True after Ctrl-C, which keeps the models as they are then. A model that diverged is left out; the
-    error is returned if all did.
+    ``--metric``; ``told`` is called with each model that has ended. The third is True after Ctrl-C,
+    which keeps the models as they are then. A model that diverged is left out; the error is returned if all did.
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
@@ -77,10 +76,10 @@ def train_ensemble(
             **given, **watched, epochs=epochs, early_stopping=patience, drop_last=options.drop_last, callback=ended
         )
     except KeyboardInterrupt:
-        engines = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
-        if not engines:
+        begun = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
+        if not begun:
             raise
-        return merged(engines), [], True, None, None
+        return merged(begun), [], True, None, []
     records = [
         {
             "seed": options.seed + member.index,
@@ -92,16 +91,11 @@ def train_ensemble(
         for member in results.members
     ]
     try:
-        engine = merged_members(results.members)
+        engines = sound(results.members)
     except DivergenceError as error:
-        return results.members[0].engine, records, False, error, None
-    made, rows_of = prepared.preprocessor, prepared.train
-    errors = [
-        errors_of(member.engine, made, rows_of.X[held], rows_of.labels[held])
-        for member, (_, held) in zip(results.members, parts, strict=False)
-        if member.status != "diverged"
-    ]
-    return engine, records, False, None, joined(errors)
+        return results.members[0].engine, records, False, error, []
+    held = [(engine, parts[index][1]) for index, engine in engines.items()] if parts else []
+    return merged([*engines.values()]), records, False, None, held
 
 
 def _told(member: Member) -> str:
@@ -120,7 +114,7 @@ def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> t
         X, y, sample_weight=np.concatenate(weights) if weights else None, epochs=epochs, drop_last=options.drop_last
     )
     try:
-        return merged_members(results.members), len(X)
+        return merged([*sound(results.members).values()]), len(X)
     except DivergenceError as error:
         raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
 

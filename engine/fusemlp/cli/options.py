@@ -413,6 +413,11 @@ class PredictOptions(ApplyOptions, ForceOption):
         "share of new rows, such as 0.9; by the errors of the rows that validated the training.",
         "SHARE",
     )
+    spread: bool = _option(
+        False,
+        "Also write the standard deviation of the predictions of an ensemble's models: of numbers in original units, "
+        "of classes of the probability of the predicted class.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

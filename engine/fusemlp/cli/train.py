@@ -40,6 +40,8 @@ from fusemlp.report.runs import (
     write_json,
     write_training_rows,
 )
+from fusemlp.report.temperature import scale_logits
+from fusemlp.report.uncertainty import judged
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
@@ -91,15 +93,15 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         print(*columns.lines(found, run), describe(session), sep="\n", file=sys.stderr)
     config = json.loads(run.config.read_text(encoding="utf-8"))
     told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, run=str(run.path), config=config)
-    held_out = None
-    if session.prepared.models > 1:
-        engine, models, interrupted, failure, held_out = ensemble.train_ensemble(
-            session.prepared,
+    prepared, held = session.prepared, list[tuple[Engine, Any]]()
+    if prepared.models > 1:
+        engine, models, interrupted, failure, held = ensemble.train_ensemble(
+            prepared,
             options,
             session.epochs,
             session.scheduled,
-            watched(options, session.prepared),
-            lambda member: told.model(member, session.prepared.models, {"seed": options.seed + member.index}),
+            watched(options, prepared),
+            lambda member: told.model(member, prepared.models, {"seed": options.seed + member.index}),
         )
         session = replace(session, engine=engine, models=models)
         for row in (engine.history or History()).rows():
@@ -109,22 +111,30 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
                 session.tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
     else:
         interrupted, failure = run_session(session, told)
-    final = refused = None
+    final = refused = held_out = temperature = None
+    if prepared.validation is not None and failure is None:
+        held = [(session.engine, slice(None))]
+    if held:
+        rows = prepared.validation or prepared.train
+        held_out, temperature = judged(session.engine, held, prepared.preprocessor, rows)
     if options.final_fit and not interrupted and failure is None:
         try:
             final = final_fit(session)
-            write_training_rows(run, session.prepared.hashes(every=True))
+            if temperature is not None:
+                scale_logits(final[0], temperature)
+            write_training_rows(run, prepared.hashes(every=True))
         except DivergenceError as error:
             refused = error
     report = finish(
         run,
         session.engine,
-        session.prepared,
+        prepared,
         interrupted=interrupted,
         failure=failure,
         models=session.models,
         final=final,
         held_out=held_out,
+        temperature=temperature,
     )
     failure = failure or refused
     tracked = None
@@ -134,6 +144,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
     plot = str(run.curves) if run.curves.exists() else None
     lines = [
         *outcome(report),
+        *([] if temperature is None else [str(temperature)]),
         f"run folder {run.path}",
         f"report {run.page}",
         f"plot {plot}" if plot else f"no plot: {report['no_plot']}",

@@ -41,7 +41,7 @@ class Predicting(Normalising):
         cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N). Other
         losses: values (n, N), or (n,) for one output; for poisson the expected counts.
         """
-        outputs = self._outputs(X)
+        outputs = self.outputs(X)
         if self.loss.kind == "cross_entropy":
             return np.asarray(outputs.argmax(axis=1))
         if self.loss.kind == "binary_cross_entropy":
@@ -63,7 +63,7 @@ class Predicting(Normalising):
             )
         from scipy.special import expit
 
-        outputs = self._outputs(X)
+        outputs = self.outputs(X)
         if self.loss.kind == "cross_entropy":
             # In place: SciPy's softmax takes longer to identify the kind of array than to compute.
             with np.errstate(invalid="ignore"):
@@ -75,7 +75,8 @@ class Predicting(Normalising):
             return np.asarray(np.hstack([expit(-outputs), expit(outputs)]))
         return np.asarray(expit(outputs))
 
-    def _outputs(self, X: Any) -> Array:
+    def outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, N) for X (n, K): the logits of the cross-entropies."""
         X = self.features("X", X)
         self.check_measured()
         return self._inference.outputs(X)

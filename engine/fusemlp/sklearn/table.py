@@ -37,11 +37,11 @@ from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import check_mergeable, merged_members
+from fusemlp.fleet.merge import check_mergeable, members, merged, sound
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
-from fusemlp.report.uncertainty import HeldOut, errors_of, intervals, joined, sets
+from fusemlp.report.uncertainty import HeldOut, intervals, judged, sets, spread
 from fusemlp.sklearn import saving
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -80,8 +80,9 @@ class TableParameters:
     callbacks : objects like ``fusemlp.Callback``, for one model; verbose=True shows a progress bar, or a line a model.
 
     Attributes: ``engine_``, ``preprocessor_``, ``history_``, ``n_iter_`` (epochs), ``notes_`` (lines on what became of
-    the columns), ``held_out_`` (errors of the rows that validated the training, or None), ``n_features_in_`` and, if X
-    has names, ``feature_names_in_``.
+    the columns), ``held_out_`` (errors of the rows that validated the training, or None), ``temperature_`` (the number
+    by which these rows had the logits of classes divided, 1.0 for none), ``n_features_in_`` and, if X has names,
+    ``feature_names_in_``.
     """
 
     hidden: Any = (128,)
@@ -115,6 +116,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
     engine_: Engine
     preprocessor_: Preprocessor
     held_out_: HeldOut | None
+    temperature_: float
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -197,6 +199,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         estimator._take(engine, made, tuple(config["data"]["notes"]))
         told = json.loads(opened.report.read_text(encoding="utf-8")) if opened.report.exists() else {}
         estimator.held_out_ = HeldOut.from_config(told["held_out"]) if "held_out" in told else None
+        estimator.temperature_ = told.get("temperature", 1.0)
         dates = part_names(name for name, _ in made.dates)
         columns = dict.fromkeys(dates.get(name, name) for name in made.feature_names)
         estimator.feature_names_in_ = np.array(list(columns), object)
@@ -258,7 +261,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
             watched = rows(features, labels_val)
-        validates, errors = watched is not None or bool(cut), list[Array]()
+        validates, own = watched is not None or bool(cut), list[tuple[Engine, Any]]()
         given: dict[str, Any] = {
             "X": train.X,
             "y": train.y,
@@ -274,12 +277,9 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                 if cut:
                     given |= {"rows": [one for one, _ in cut], "validation_rows": [one for _, one in cut]}
                 results = fleet.fit(**given, callback=print if self.verbose else None)
-                engine = merged_members(results.members)
-                errors = [
-                    errors_of(member.engine, made, train.X[fold], train.labels[fold])
-                    for member, (_, fold) in zip(results.members, cut, strict=False)
-                    if member.status != "diverged"
-                ]
+                engines = sound(results.members)
+                engine = merged([*engines.values()])
+                own = [(engine, cut[index][1]) for index, engine in engines.items()] if cut else []
             else:
                 callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
                 engine.fit(**given, callbacks=callbacks)
@@ -287,10 +287,13 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             if engine.history is None or not engine.history.stopped:
                 raise
             warnings.warn("Training interrupted by user.", stacklevel=3)
+        errors = temperature = None
         if watched is not None:
-            errors = [errors_of(engine, made, watched.X, watched.labels)]
+            own = [(engine, slice(None))]
+        if own:
+            errors, temperature = judged(engine, own, made, watched or train)
         self._take(engine, made, (*dataset.notes, *notes))
-        self.held_out_ = joined(errors)
+        self.held_out_, self.temperature_ = errors, 1.0 if temperature is None else temperature.value
         _tell(self.notes_)
         return self
 
@@ -581,10 +584,21 @@ class TableRegressor(RegressorMixin, _TableEstimator):
             )
         return loss
 
-    def predict(self, X: Any) -> Array:
-        """Return the values (n,) or (n, targets) of a table's rows, in the units of y."""
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Return the values (n,) or (n, targets) of a table's rows, in the units of y.
+
+        With return_std return them and, of the same shape, the standard deviation of the predictions of an ensemble's
+        models; ArgumentError for a single model.
+        """
         inputs = self._inputs(X)
-        return predictions(self.engine_, self.preprocessor_, inputs)
+        values = predictions(self.engine_, self.preprocessor_, inputs)
+        if not return_std:
+            return values
+        try:
+            models = members(self.engine_)
+        except ArgumentError as error:
+            raise ArgumentError(f"return_std: {str(error).removeprefix('engine: ')}") from None
+        return values, spread(models, self.preprocessor_, inputs, values)
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[Array, Array]:
         """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.
