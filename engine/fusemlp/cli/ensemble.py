@@ -49,19 +49,21 @@ def train_ensemble(
     epochs: int,
     scheduled: int,
     watched: Mapping[str, Any],
+    seconds: float | None,
     told: Callable[[Member], None],
 ) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, list[tuple[Engine, Array]]]:
-    """Train all models; return a merged engine with the mean history, a record a model, how it ended, and models
-    with the rows of their folds.
+    """Train all models; return a merged engine with the mean history, a record a model, how it ended, and models with
+    the rows of their folds.
 
     The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``; ``told`` is called with each model that has ended. The third is True after Ctrl-C,
-    which keeps the models as they are then. A model that diverged is left out; the error is returned if all did.
+    ``--metric``; ``seconds`` are a limit; ``told`` is called with each model that has ended. The third is True after
+    Ctrl-C, which keeps the models as they are then. A model that diverged is left out; the error is returned if all
+    did.
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
     fleet = fleet_of(prepared, options, recipe.schedule(options, rows=rows, epochs=scheduled), prepared.models)
-    given = prepared.fit_data
+    given = {**prepared.fit_data, **watched, "time_limit": seconds}
     if parts:
         given |= {"rows": [one for one, _ in parts], "validation_rows": [one for _, one in parts]}
 
@@ -73,7 +75,7 @@ def train_ensemble(
     patience = options.early_stopping or None
     try:
         results = fleet.fit(
-            **given, **watched, epochs=epochs, early_stopping=patience, drop_last=options.drop_last, callback=ended
+            **given, epochs=epochs, early_stopping=patience, drop_last=options.drop_last, callback=ended
         )
     except KeyboardInterrupt:
         begun = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
@@ -103,16 +105,28 @@ def _told(member: Member) -> str:
     return f"{member.status} after {len(member.history.epochs)} epochs; {scores}"
 
 
-def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> tuple[Engine, int]:
+def within(prepared: Prepared, options: TrainOptions) -> Prepared:
+    """Return what has the models that the time limit is enough for, and a note if these are fewer."""
+    seconds = trials.seconds_left(prepared.began, options.time_limit)
+    if seconds is None or prepared.models == 1:
+        return prepared
+    fleet = fleet_of(prepared, options, recipe.schedule(options, rows=len(prepared.train), epochs=1), prepared.models)
+    notes = [*prepared.tried]
+    models = trials.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
+    return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
+
+
+def fit_on_all_rows(
+    prepared: Prepared, options: TrainOptions, epochs: int, seconds: float | None
+) -> tuple[Engine, int]:
     """Return the model of all rows, those of a test file excepted, after ``epochs`` epochs, and the number of rows."""
     parts = [prepared.train, *([] if prepared.validation is None else [prepared.validation])]
     parts += [prepared.test] if prepared.dataset.test is None else []
     X, y = (np.concatenate([getattr(part, name) for part in parts]) for name in ("X", "y"))
     weights = [part.weight for part in parts if part.weight is not None]
+    weight = np.concatenate(weights) if weights else None
     fleet = fleet_of(prepared, options, recipe.schedule(options, rows=len(X), epochs=epochs), prepared.models)
-    results = fleet.fit(
-        X, y, sample_weight=np.concatenate(weights) if weights else None, epochs=epochs, drop_last=options.drop_last
-    )
+    results = fleet.fit(X, y, sample_weight=weight, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
     try:
         return merged([*sound(results.members).values()]), len(X)
     except DivergenceError as error:
@@ -145,7 +159,10 @@ def decided(
     classes = dataset.task == "classification"
     # other losses have other units, or a user who knows what the targets are
     log_target = options.log_target if loss == "mse" and not classes else bool(options.log_target)
-    return trials.chosen(dataset, rows, prepare, fleet, scale=options.scale, log_target=log_target, seed=seed)
+    limit = options.time_limit if isinstance(options, TrainOptions) else None
+    return trials.chosen(
+        dataset, rows, prepare, fleet, scale=options.scale, log_target=log_target, seed=seed, time_limit=limit
+    )
 
 
 def decisions(prepared: Prepared) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def finish(
         kept.save_checkpoint(run.checkpoint("model"))
         if prepared.models > 1 or final is not None:
             engine.save_checkpoint(run.checkpoint("best"))
-        elif temperature is not None:
+        elif temperature is not None and run.checkpoint("best").exists():
             best_engine = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
             scale_logits(best_engine, temperature)
             best_engine.save_checkpoint(run.checkpoint("best"))

@@ -300,6 +300,13 @@ class TrainOptions(FitOptions):
         "Unless given: 5 for a table of up to 10,000 rows, else 1.",
         "COUNT",
     )
+    time_limit: float | None = _training(
+        None,
+        "End training in time and restore the best weights. The seconds count from the end of the reading of DATA: the "
+        "trials that decide --scale and --log-target, all models and --final-fit share nine tenths of them, the last "
+        "is for scores and report. If they are too few for all --models, fewer are trained.",
+        "SECONDS",
+    )
     final_fit: bool = _training(
         False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )

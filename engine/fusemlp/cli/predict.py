@@ -45,7 +45,7 @@ def predict(options: PredictOptions) -> None:
             "train with cross_entropy"
         )
     held = None if options.interval is None else _held_out(options, options.interval, config)
-    models = _models(engine, options) if options.spread else []
+    models = members(engine, "spread") if options.spread else []
     notes: list[str] = []
     form = options.form(config["options"])
     ids: dict[str, Array] = {}
@@ -62,15 +62,6 @@ def predict(options: PredictOptions) -> None:
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
     lines = [*notes, f"predictions of {len(X)} rows {out}"]
     show(about | {"notes": notes}, lines, as_json=options.as_json)
-
-
-def _models(engine: Engine, options: PredictOptions) -> list[Engine]:
-    """Return the models of a run's ensemble."""
-    try:
-        return members(engine)
-    except ArgumentError as error:
-        reason = str(error).removeprefix("engine: ")
-        raise ArgumentError(f"spread: the model of {str(options.run)!r} has none: {reason}") from None
 
 
 def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:

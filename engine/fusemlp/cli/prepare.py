@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,8 @@ class Prepared:
     models: int = 1
     folds: tuple[Fold, ...] = ()
     tried: tuple[str, ...] = ()
+    # when the data had been read, as ``time.monotonic`` tells it
+    began: float = 0.0
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
@@ -224,6 +227,7 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     form = options.form()
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
     dataset = with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
+    began = time.monotonic()
     if dataset.y.dtype.kind in "iuf":
         _check_classes(dataset)
     classify = dataset.task == "classification"
@@ -284,4 +288,5 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
         models,
         parts,
         tuple(tried),
+        began,
     )

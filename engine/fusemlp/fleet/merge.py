@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,32 +59,29 @@ def merged(engines: Sequence[Engine]) -> Engine:
     return engine
 
 
-def members(engine: Engine) -> list[Engine]:
+def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     """Return the models that ``merged`` made ``engine`` of, to rounding: their blocks of the hidden layers.
 
     Raises ArgumentError for an engine that was not merged, and for one without hidden layers, whose weights are means.
     """
     own, net = engine.merged_biases, engine.network
     if own is None or net.layers == 1:
-        if own is None:
-            raise ArgumentError("engine: it is a single model, or an earlier release merged it; train several models")
-        raise ArgumentError("engine: without hidden layers it is the mean of its models; train with hidden layers")
-    count, state, last = len(own), engine.state_dict(), net.layers - 1
+        reason = "is a single one, or an earlier release merged it" if own is None else "has no hidden layers to part"
+        raise ArgumentError(f"{argument}: the model {reason}; train an ensemble with hidden layers (models=5)")
+    count, state, last = len(own), engine.state_dict(), 2 * (net.layers - 1)
     inputs, *hidden, outputs = net.sizes
     widths = inputs, *(width // count for width in hidden), outputs
     found = []
     for place, bias in enumerate(own):
-        block = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]
-        parameters = {
-            name: state[name][block[layer + 1], *([block[layer]] if kind == "weight" else [])]
-            for layer in range(net.layers)
-            for kind in ("weight", "bias")
-            for name in [f"{2 * layer}.{kind}"]
-        }
-        parameters[f"{2 * last}.weight"] = parameters[f"{2 * last}.weight"] * count
-        parameters[f"{2 * last}.bias"] = parameters[f"{2 * last}.bias"] + bias
+        blocks = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]
+        parameters = dict(engine.scale_tensors)
+        for layer, (columns, rows) in enumerate(pairwise(blocks)):
+            parameters[f"{2 * layer}.weight"] = state[f"{2 * layer}.weight"][rows, columns]
+            parameters[f"{2 * layer}.bias"] = state[f"{2 * layer}.bias"][rows]
+        parameters[f"{last}.weight"] = parameters[f"{last}.weight"] * count
+        parameters[f"{last}.bias"] = parameters[f"{last}.bias"] + bias
         one = _like(engine, widths, normalise=engine.normalise)
-        one.load_state_dict({**parameters, **engine.scale_tensors})
+        one.load_state_dict(parameters)
         found.append(one)
     return found
 
@@ -133,7 +131,11 @@ def sound(members: Sequence[Member]) -> dict[int, Engine]:
 
 
 def mean_history(histories: Sequence[History]) -> History:
-    """Return the means of each epoch; a model that has stopped counts with its best epoch."""
+    """Return the means of each epoch; a model that has stopped counts with its best epoch.
+
+    One without a whole epoch counts only if all are.
+    """
+    histories = [one for one in histories if one.epochs] or histories
     first = histories[0]
     mean = History(chance_loss=first.chance_loss, in_use=list(first.in_use))
     bests = [one.best_epoch for one in histories if one.best_epoch is not None]
@@ -141,7 +143,11 @@ def mean_history(histories: Sequence[History]) -> History:
         logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in first.history}
         mean.record(epoch, logs, sum(one.seconds[epoch] for one in histories if epoch < len(one.seconds)))
     mean.best_epoch = round(float(np.mean(bests))) if bests else None
-    if all("restored" in one.stopped for one in histories):
+    late = [one for one in histories if "time limit" in one.stopped]
+    if late:
+        mean.stopped = f"the time limit was reached by {len(late)} of {len(histories)} models"
+        mean.stopped += "; the best weights of each were restored" if "restored" in late[0].stopped else ""
+    elif all("restored" in one.stopped for one in histories):
         mean.stopped = "no model improved any more on its validation rows; the best weights of each were restored"
     return mean
 

@@ -13,8 +13,8 @@ import numpy as np
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 
-# Fewer held-out rows decide nothing.
-LEAST_ROWS = 100
+# Fewer held-out rows decide nothing, and a smaller gain in their log loss is none.
+LEAST_ROWS, LEAST_GAIN = 100, 1e-4
 # The number's logarithm is normal beforehand, with this deviation: few rows move it little. Without that, tables of the
 # half "development" of ``python -m bench tables`` lost by it up to some 500 rows.
 DEVIATION = 0.15
@@ -54,7 +54,7 @@ def temperature_of(parts: Iterable[tuple[Array, Array, Array]]) -> Temperature |
     """Return the most probable number by held-out rows, given as ``held_out_logits`` returns them, by model.
 
     It minimises the sum of their log losses and ``(log T / DEVIATION) ** 2 / 2``. None with fewer than ``LEAST_ROWS``
-    rows of a weight above 0, and if their log loss does not fall.
+    rows of a weight above 0, and if their log loss falls by less than ``LEAST_GAIN``.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
@@ -74,7 +74,7 @@ def temperature_of(parts: Iterable[tuple[Array, Array, Array]]) -> Temperature |
     found = minimize_scalar(objective, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-4})
     value = round(float(np.exp(found.x)), 4)
     before, after = log_loss(0.0), log_loss(np.log(value))
-    return Temperature(value, rows, before, after) if after < before else None
+    return Temperature(value, rows, before, after) if before - after >= LEAST_GAIN else None
 
 
 def scale_logits(engine: Session, temperature: Temperature) -> None:

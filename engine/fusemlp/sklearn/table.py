@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -69,6 +70,7 @@ class TableParameters:
     models : train this many with seeds from random_state on, each with its own fold of the rows held out (with group or
         time all hold out the same), and merge them into one that gives their mean; the command line trains 5 on a table
         of up to 10,000 rows.
+    time_limit : seconds for all of fit but the reading of X; None for no limit. The models share them, or fewer train.
     scale : "robust", "piecewise", "quantile", "standard", "minmax" or "none", from the training rows; None is the
         better of the first two in small trainings on folds of these rows.
     log_target : learn the logarithm of a positive target.
@@ -97,6 +99,7 @@ class TableParameters:
     metric: str | None = None
     validation_fraction: float = 0.1
     models: int = 1
+    time_limit: float | None = None
     scale: str | None = None
     log_target: bool = False
     drop: Any = ()
@@ -192,7 +195,17 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             backend=backend,
             precision=engine.precision,
         )
-        given = ("drop", "keep", "categorical", "group", "time", "early_stopping", "metric", "validation_fraction")
+        given = (
+            "drop",
+            "keep",
+            "categorical",
+            "group",
+            "time",
+            "early_stopping",
+            "metric",
+            "validation_fraction",
+            "time_limit",
+        )
         estimator.set_params(**{name: options[name] for name in given if name in options})
         # The command line's 0 is None here.
         estimator.early_stopping = estimator.early_stopping or None
@@ -229,6 +242,9 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                 cut += folds(labels, models, seed=seed, stratify=self.task == "classification")
             else:
                 training, held = self._held_out(dataset, seed, notes)
+        limit, began = self.time_limit, time.monotonic()
+        if limit is not None:
+            as_number("time_limit", limit, low=0.0, low_open=True)
         made = self._prepared(dataset, training, loss, seed)
         first, last = network_ends(made, loss.kind)
         fewest = min((len(one) for one, _ in cut), default=len(training))
@@ -271,9 +287,18 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             "early_stopping": self.early_stopping if validates else None,
             **watch(self.metric, made, loss, validates=validates),
         }
+
+        def fleet_of(models: int) -> Fleet:
+            return Fleet(net, **described, vary={"seed": range(seed, seed + models)})
+
+        seconds = trials.seconds_left(began, limit)
+        if seconds is not None and models > 1:
+            models = trials.models_within(seconds, fleet_of(models), train.X, train.y, notes)
+            cut = cut[:models]
+        given["time_limit"] = trials.seconds_left(began, limit)
         try:
             if models > 1:
-                fleet = Fleet(net, **described, vary={"seed": range(seed, seed + models)})
+                fleet = fleet_of(models)
                 if cut:
                     given |= {"rows": [one for one, _ in cut], "validation_rows": [one for _, one in cut]}
                 results = fleet.fit(**given, callback=print if self.verbose else None)
@@ -316,7 +341,14 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             return Fleet(net, loss.kind, self._optimizer(), size, **options)
 
         scale, log_target, _ = trials.chosen(
-            dataset, training, prepare, fleet, scale=self.scale, log_target=bool(self.log_target), seed=seed
+            dataset,
+            training,
+            prepare,
+            fleet,
+            scale=self.scale,
+            log_target=bool(self.log_target),
+            seed=seed,
+            time_limit=self.time_limit,
         )
         return prepare(dataset, training, scale=scale, log_targets=log_target)
 
@@ -594,11 +626,7 @@ class TableRegressor(RegressorMixin, _TableEstimator):
         values = predictions(self.engine_, self.preprocessor_, inputs)
         if not return_std:
             return values
-        try:
-            models = members(self.engine_)
-        except ArgumentError as error:
-            raise ArgumentError(f"return_std: {str(error).removeprefix('engine: ')}") from None
-        return values, spread(models, self.preprocessor_, inputs, values)
+        return values, spread(members(self.engine_, "return_std"), self.preprocessor_, inputs, values)
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[Array, Array]:
         """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.
