@@ -15,11 +15,12 @@ from fusemlp import MLP, Engine, load_checkpoint
 from fusemlp.cli import train as command
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
+from fusemlp.datasets.load import load_features
 from fusemlp.datasets.parts import folds
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import mean_history, merged
+from fusemlp.fleet.merge import mean_history, members, merged
 from fusemlp.report.baselines import worse_than
 from fusemlp.report.plots import curves_figure
 from fusemlp.sklearn import TableRegressor
@@ -395,3 +396,72 @@ def test_a_rate_that_diverges_in_the_trial_ends_as_a_training_that_diverges(
     shown = capsys.readouterr().err
     assert "error: loss: it became NaN or infinite" in shown and "held-out rows" not in shown
     assert read(tmp_path / "run" / "report.json")["diverged"]
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 2), (3, 5, 4, 2)])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_members_undo_the_merge_also_from_a_file(sizes: tuple[int, ...], normalise: bool, tmp_path: Path) -> None:
+    X = np.random.default_rng(0).normal(3.0, 2.0, size=(20, 3))
+    engines = [
+        Engine(MLP(sizes, activation="tanh"), loss="mse", seed=seed, precision="fp64", normalise=normalise and X)
+        for seed in range(3)
+    ]
+    for seed, engine in enumerate(engines):
+        # biases start at zero
+        state = engine.state_dict()
+        engine.load_state_dict(state | {name: one + seed for name, one in state.items() if name.endswith("bias")})
+    whole = merged(engines)
+    whole.save_checkpoint(tmp_path / "m.safetensors")
+    again = load_checkpoint(tmp_path / "m.safetensors")
+    # sums of at most 15 products of numbers below 4, in float64
+    atol = 64 * 15 * 4 * 2.0**-53
+    for one, engine in zip(members(again), engines, strict=True):
+        np.testing.assert_allclose(one.predict(X), engine.predict(X), rtol=0, atol=atol)
+    np.testing.assert_allclose(merged(members(whole)).predict(X), whole.predict(X), rtol=0, atol=atol)
+    for name, tensor in merged(members(whole)).state_dict().items():
+        np.testing.assert_allclose(tensor, whole.state_dict()[name], rtol=0, atol=atol)
+
+
+def test_the_spread_is_that_of_the_models(trained: Path, tmp_path: Path) -> None:
+    data, made = trained.parent / "data.csv", Preprocessor.from_config(read(trained / "config.json")["preprocessor"])
+    words = ("predict", trained, "--data", data, "--spread", "--out")
+    assert run(*words, tmp_path / "out.csv", "--proba") == 0
+    table_of = pandas.read_csv(tmp_path / "out.csv")
+    assert list(table_of) == ["prediction", "spread", "probability_no", "probability_yes"]
+    X = made.transform_features(load_features(str(data), made))
+    each = np.stack(
+        [one.predict_proba(X) for one in members(load_checkpoint(trained / "checkpoints/model.safetensors"))]
+    )
+    codes = (table_of["prediction"] == "yes").to_numpy(int)
+    assert len(each) == 5
+    np.testing.assert_allclose(table_of["spread"], each[:, np.arange(len(X)), codes].std(axis=0), atol=1e-6)
+    assert run(*words, tmp_path / "out.npz") == 0
+    assert np.load(tmp_path / "out.npz")["spread"].shape == (len(X),)
+
+
+def test_the_spread_of_numbers_is_in_their_units(tmp_path: Path) -> None:
+    X = np.random.default_rng(0).normal(size=(90, 2))
+    y = 1000.0 * X + 50.0
+    model = TableRegressor(hidden=8, models=3, epochs=5, scale="standard").fit(X, y)
+    values, deviation = model.predict(X, return_std=True)
+    np.testing.assert_array_equal(values, model.predict(X))
+    each = [TableRegressor(hidden=8, epochs=5, scale="standard", random_state=seed) for seed in range(3)]
+    inputs = model.preprocessor_.transform_features(X)
+    decoded = [model.preprocessor_.decode_predictions(one.predict(inputs)) for one in members(model.engine_)]
+    np.testing.assert_allclose(deviation, np.std(decoded, axis=0), rtol=1e-5)
+    assert values.shape == deviation.shape == (90, 2) and 1.0 < deviation.mean() < 3000.0
+    with pytest.raises(ArgumentError, match=r"^return_std: the model is a single one.*train an ensemble"):
+        each[0].fit(X, y).predict(X, return_std=True)
+    linear = TableRegressor(hidden=(), models=3, epochs=2, scale="standard").fit(X, y)
+    with pytest.raises(ArgumentError, match=r"^return_std: the model has no hidden layers"):
+        linear.predict(X, return_std=True)
+
+
+def test_a_single_model_has_no_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = table(tmp_path / "data.csv")
+    assert (
+        run("train", data, "--target", "kind", *QUICK, "--models", "1", "--epochs", "2", "--out", tmp_path / "r") == 0
+    )
+    assert run("predict", tmp_path / "r", "--data", data, "--spread", "--out", tmp_path / "o.csv") == 2
+    assert "spread: the model is a single one" in capsys.readouterr().err
+    assert not (tmp_path / "o.csv").exists()

@@ -17,10 +17,9 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import merged, merged_members
+from fusemlp.fleet.merge import merged, sound
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.uncertainty import HeldOut, errors_of, joined
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -53,14 +52,16 @@ def train_ensemble(
     epochs: int,
     scheduled: int,
     watched: Mapping[str, Any],
+    seconds: float | None,
     told: Callable[[Member], None],
-) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, HeldOut | None]:
-    """Train all models; return a merged engine with the mean history, a record a model, how it ended, held-out errors.
+) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, list[tuple[Engine, Array]]]:
+    """Train all models; return a merged engine with the mean history, a record a model, how it ended, and models with
+    the rows of their folds.
 
     The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``; ``told`` is called with each model that has ended. The errors are those of each model on its own fold.
-    The third is True after Ctrl-C, which keeps the models as they are then. A model that diverged is left out; the
-    error is returned if all did.
+    ``--metric``; ``seconds`` are a limit; ``told`` is called with each model that has ended. The third is True after
+    Ctrl-C, which keeps the models as they are then. A model that diverged is left out; the error is returned if all
+    did.
     """
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
@@ -79,13 +80,19 @@ def train_ensemble(
     patience = options.early_stopping or None
     try:
         results = fleet.fit(
-            **given, **watched, epochs=epochs, early_stopping=patience, drop_last=options.drop_last, callback=ended
+            **given,
+            **watched,
+            epochs=epochs,
+            early_stopping=patience,
+            drop_last=options.drop_last,
+            callback=ended,
+            time_limit=seconds,
         )
     except KeyboardInterrupt:
-        engines = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
-        if not engines:
+        begun = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
+        if not begun:
             raise
-        return merged(engines), [], True, None, None
+        return merged(begun), [], True, None, []
     records = [
         {
             "seed": options.seed + member.index,
@@ -97,16 +104,11 @@ def train_ensemble(
         for member in results.members
     ]
     try:
-        engine = merged_members(results.members)
+        engines = sound(results.members)
     except DivergenceError as error:
-        return results.members[0].engine, records, False, error, None
-    made, rows_of = prepared.preprocessor, prepared.train
-    errors = [
-        errors_of(member.engine, made, rows_of.X[held], rows_of.labels[held])
-        for member, (_, held) in zip(results.members, parts, strict=False)
-        if member.status != "diverged"
-    ]
-    return engine, records, False, None, joined(errors)
+        return results.members[0].engine, records, False, error, []
+    held = [(engine, parts[index][1]) for index, engine in engines.items()] if parts else []
+    return merged([*engines.values()]), records, False, None, held
 
 
 def _told(member: Member) -> str:
@@ -114,7 +116,20 @@ def _told(member: Member) -> str:
     return f"{member.status} after {len(member.history.epochs)} epochs; {scores}"
 
 
-def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> tuple[Engine, int]:
+def within(prepared: Prepared, options: TrainOptions) -> Prepared:
+    """Return what has the models that the time limit is enough for, and a note if these are fewer."""
+    seconds = trials.seconds_left(prepared.began, options.time_limit)
+    if seconds is None or prepared.models == 1:
+        return prepared
+    fleet = fleet_of(prepared, options, recipe.schedule(options, rows=len(prepared.train), epochs=1), prepared.models)
+    notes = [*prepared.tried]
+    models = trials.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
+    return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
+
+
+def fit_on_all_rows(
+    prepared: Prepared, options: TrainOptions, epochs: int, seconds: float | None
+) -> tuple[Engine, int]:
     """Return the model of all rows, those of a test file excepted, after ``epochs`` epochs, and the number of rows."""
     parts = [prepared.train, *([] if prepared.validation is None else [prepared.validation])]
     parts += [prepared.test] if prepared.dataset.test is None else []
@@ -124,9 +139,9 @@ def fit_on_all_rows(prepared: Prepared, options: TrainOptions, epochs: int) -> t
     initial = transfer.initial(prepared, options, data, {}, prepared.models)
     schedule = recipe.schedule(options, rows=len(X), epochs=epochs)
     fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
-    results = fleet.fit(**data, epochs=epochs, drop_last=options.drop_last)
+    results = fleet.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
     try:
-        return merged_members(results.members), len(X)
+        return merged([*sound(results.members).values()]), len(X)
     except DivergenceError as error:
         raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
 
@@ -157,7 +172,10 @@ def decided(
     classes = dataset.task == "classification"
     # other losses have other units, or a user who knows what the targets are
     log_target = options.log_target if loss == "mse" and not classes else bool(options.log_target)
-    return trials.chosen(dataset, rows, prepare, fleet, scale=options.scale, log_target=log_target, seed=seed)
+    limit = options.time_limit if isinstance(options, TrainOptions) else None
+    return trials.chosen(
+        dataset, rows, prepare, fleet, scale=options.scale, log_target=log_target, seed=seed, time_limit=limit
+    )
 
 
 def decisions(prepared: Prepared) -> dict[str, Any]:

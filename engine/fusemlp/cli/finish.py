@@ -10,12 +10,13 @@ from typing import Any
 from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
-from fusemlp.engine import Engine
+from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
 from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.runs import Run, write_json
+from fusemlp.report.temperature import Temperature, scale_logits
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
 from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
@@ -32,6 +33,7 @@ def finish(
     models: Sequence[dict[str, Any]] = (),
     final: tuple[Engine, dict[str, int]] | None = None,
     held_out: HeldOut | None = None,
+    temperature: Temperature | None = None,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report.
 
@@ -40,6 +42,7 @@ def finish(
     is the best one then.
 
     ``held_out`` are the errors of rows that no model was trained on, for intervals; by default of the validation rows.
+    ``temperature`` has scaled ``engine`` and ``final``; it scales the best weights of a single model too.
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
@@ -49,6 +52,10 @@ def finish(
         kept.save_checkpoint(run.checkpoint("model"))
         if prepared.models > 1 or final is not None:
             engine.save_checkpoint(run.checkpoint("best"))
+        elif temperature is not None and run.checkpoint("best").exists():
+            best_engine = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
+            scale_logits(best_engine, temperature)
+            best_engine.save_checkpoint(run.checkpoint("best"))
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1
@@ -85,7 +92,9 @@ def finish(
         report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)
         report["worse_than"] = list(worse_than(report))
         made, validation = prepared.preprocessor, prepared.validation
-        if validation is not None:
+        if temperature is not None:
+            report["temperature"] = temperature.value
+        if validation is not None and held_out is None:
             held_out = HeldOut.of(errors_of(engine, made, validation.X, validation.labels))
         if held_out is not None:
             report["held_out"] = held_out.to_config()

@@ -323,6 +323,13 @@ class TrainOptions(FitOptions):
         "Unless given: 5 for a table of up to 10,000 rows, else 1.",
         "COUNT",
     )
+    time_limit: float | None = _training(
+        None,
+        "End training in time and restore the best weights. The seconds count from the end of the reading of DATA: the "
+        "trials that decide --scale and --log-target, all models and --final-fit share nine tenths of them, the last "
+        "is for scores and report. If they are too few for all --models, fewer are trained.",
+        "SECONDS",
+    )
     final_fit: bool = _training(
         False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )
@@ -467,6 +474,11 @@ class PredictOptions(ApplyOptions, ForceOption):
         "Also write an interval (low, high) around each number, or the set of classes, that holds the truth for this "
         "share of new rows, such as 0.9; by the errors of the rows that validated the training.",
         "SHARE",
+    )
+    spread: bool = _option(
+        False,
+        "Also write the standard deviation of the predictions of an ensemble's models: of numbers in original units, "
+        "of classes of the probability of the predicted class.",
     )
 
 

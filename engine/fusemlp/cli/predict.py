@@ -15,10 +15,11 @@ from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.metrics import predictions
+from fusemlp.report.metrics import class_scores, predicted_codes, predictions
 from fusemlp.report.runs import Run, csv_bytes, open_run, weights_path
-from fusemlp.report.uncertainty import HeldOut, intervals, sets
+from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp_kernels.errors import ArgumentError
 
 OUTPUTS = (".csv", ".npz")
@@ -44,6 +45,7 @@ def predict(options: PredictOptions) -> None:
             "train with cross_entropy"
         )
     held = None if options.interval is None else _held_out(options, options.interval, config)
+    models = members(engine, "spread") if options.spread else []
     notes: list[str] = []
     form = options.form(config["options"])
     ids: dict[str, Array] = {}
@@ -51,6 +53,8 @@ def predict(options: PredictOptions) -> None:
     X = network_inputs(preprocessor, features, engine.precision)
     predicted = predictions(engine, preprocessor, X)
     more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))
+    if models:
+        more["spread"] = spread(models, preprocessor, X, predicted_codes(engine, preprocessor, X))
     if options.proba:
         more["probabilities"] = engine.predict_proba(X)
     content = _npz if out.suffix.lower() == ".npz" else _csv
@@ -92,15 +96,14 @@ def _ends(
     if preprocessor.classes is None:
         low, high = intervals(preprocessor, predicted, held, coverage)
         return {"low": low, "high": high}
-    chances = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
-    return {"in_set": sets(chances, held, coverage)}
+    return {"in_set": sets(class_scores(engine, X), held, coverage)}
 
 
 def _csv(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:
     columns = predicted.reshape(len(predicted), -1)
     count, classes = columns.shape[1], preprocessor.classes or ()
     blocks = [(["prediction"] if count == 1 else [f"prediction_{index}" for index in range(count)], columns.tolist())]
-    for name in ("low", "high"):
+    for name in ("low", "high", "spread"):
         if name in more:
             ends = more[name].reshape(len(predicted), -1)
             blocks.append(([name] if count == 1 else [f"{name}_{index}" for index in range(count)], ends.tolist()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +57,8 @@ class Prepared:
     tried: tuple[str, ...] = ()
     # of a new training with --from
     start: transfer.Start | None = None
+    # when the data had been read, as ``time.monotonic`` tells it
+    began: float = 0.0
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
@@ -245,6 +248,7 @@ def prepare(
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
     dataset = dataset if source is None else source.noted(dataset)
     dataset = with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
+    began = time.monotonic()
     if dataset.y.dtype.kind in "iuf":
         _check_classes(dataset)
     classify = dataset.task == "classification"
@@ -312,6 +316,7 @@ def prepare(
         parts,
         tuple(tried),
         start,
+        began,
     )
     if source is None or start is None or start.about["new_output_layer"]:
         return prepared

@@ -24,9 +24,10 @@ from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.prepare import watch
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.fleet.trials import seconds_left
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline, spelled
@@ -41,10 +42,14 @@ from fusemlp.report.runs import (
     write_json,
     write_training_rows,
 )
+from fusemlp.report.temperature import scale_logits
+from fusemlp.report.uncertainty import judged
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
 DEFAULT_EPOCHS = 60
+# The share of a time limit for the training before --final-fit, whose rows are more.
+BEFORE_FINAL_FIT = 0.4
 # The options that --resume accepts; all others keep the values of the run.
 _FREE = frozenset({field.name for field in fields(TrainOptions) if not tracking.counts(field)} - {"out"})
 _FREE |= {"epochs", "backend", "device"}
@@ -92,15 +97,19 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         print(*columns.lines(found, run), describe(session), sep="\n", file=sys.stderr)
     config = json.loads(run.config.read_text(encoding="utf-8"))
     told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, run=str(run.path), config=config)
-    held_out = None
-    if session.prepared.models > 1:
-        engine, models, interrupted, failure, held_out = ensemble.train_ensemble(
-            session.prepared,
+    prepared, held = session.prepared, list[tuple[Engine, Any]]()
+    seconds = seconds_left(prepared.began, options.time_limit)
+    if seconds is not None and options.final_fit:
+        seconds *= BEFORE_FINAL_FIT
+    if prepared.models > 1:
+        engine, models, interrupted, failure, held = ensemble.train_ensemble(
+            prepared,
             options,
             session.epochs,
             session.scheduled,
-            watched(options, session.prepared),
-            lambda member: told.model(member, session.prepared.models, {"seed": options.seed + member.index}),
+            watched(options, prepared),
+            seconds,
+            lambda member: told.model(member, prepared.models, {"seed": options.seed + member.index}),
         )
         session = replace(session, engine=engine, models=models)
         for row in (engine.history or History()).rows():
@@ -109,23 +118,31 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
             if session.tracker is not None:
                 session.tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
     else:
-        interrupted, failure = run_session(session, told)
-    final = refused = None
+        interrupted, failure = run_session(session, told, seconds)
+    final = refused = held_out = temperature = None
+    if prepared.validation is not None and failure is None:
+        held = [(session.engine, slice(None))]
+    if held:
+        rows = prepared.validation or prepared.train
+        held_out, temperature = judged(session.engine, held, prepared.preprocessor, rows)
     if options.final_fit and not interrupted and failure is None:
         try:
             final = final_fit(session)
-            write_training_rows(run, session.prepared.hashes(every=True))
+            if temperature is not None:
+                scale_logits(final[0], temperature)
+            write_training_rows(run, prepared.hashes(every=True))
         except DivergenceError as error:
             refused = error
     report = finish(
         run,
         session.engine,
-        session.prepared,
+        prepared,
         interrupted=interrupted,
         failure=failure,
         models=session.models,
         final=final,
         held_out=held_out,
+        temperature=temperature,
     )
     failure = failure or refused
     tracked = None
@@ -135,6 +152,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
     plot = str(run.curves) if run.curves.exists() else None
     lines = [
         *outcome(report),
+        *([] if temperature is None else [str(temperature)]),
         f"run folder {run.path}",
         f"report {run.page}",
         f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
@@ -155,8 +173,11 @@ def new_session(options: TrainOptions) -> Session:
     epochs = checked_epochs(options)
     folder = choose_folder(options.out, given.data or "", datetime.now())
     tracker = tracking.tracker(options, folder.name)
+    if options.time_limit is not None:
+        as_number("time_limit", options.time_limit, low=0.0, low_open=True)
     prepared = prepare(options, source=source)
     watched(options, prepared)
+    prepared = ensemble.within(prepared, options)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     if tracker is not None:
@@ -348,8 +369,8 @@ def describe_data(prepared: Prepared) -> str:
     )
 
 
-def run_session(session: Session, told: Events) -> tuple[bool, DivergenceError | None]:
-    """Train to the end, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
+def run_session(session: Session, told: Events, seconds: float | None) -> tuple[bool, DivergenceError | None]:
+    """Train to the end or the limit, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
     engine, options = session.engine, session.options
     callbacks: list[Any] = [Recorder(session.run, every=options.checkpoint_every), told]
     callbacks += [] if session.tracker is None else [session.tracker]
@@ -366,6 +387,7 @@ def run_session(session: Session, told: Events) -> tuple[bool, DivergenceError |
             callbacks=callbacks,
             drop_last=options.drop_last,
             resume=engine.fit_state is not None,
+            time_limit=seconds,
         )
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:
@@ -383,8 +405,9 @@ def final_fit(session: Session) -> tuple[Engine, dict[str, int]]:
     history = session.engine.history
     best = None if history is None else history.best_epoch
     epochs = session.epochs if best is None else best + 1
-    engine, rows = ensemble.fit_on_all_rows(session.prepared, session.options, epochs)
-    return engine, {"epochs": epochs, "rows": rows}
+    seconds = seconds_left(session.prepared.began, session.options.time_limit)
+    engine, rows = ensemble.fit_on_all_rows(session.prepared, session.options, epochs, seconds)
+    return engine, {"epochs": len((engine.history or History()).epochs), "rows": rows}
 
 
 def interval_line(report: dict[str, Any]) -> list[str]:

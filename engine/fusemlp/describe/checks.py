@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import os
+import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,10 @@ def as_number(
     most = "" if high is None else f" below {high:g}" if high_open else f" at most {high:g}"
     wanted = f"{argument}: expected a finite number{least}{' and' * bool(least and most)}{most}, got {value!r}"
     raise ArgumentError(wanted) if real else ArgumentTypeError(f"{wanted} ({type(value).__name__})")
+
+
+def as_deadline(argument: str, seconds: Any) -> float:
+    """Return when ``seconds`` from now are over, as ``time.monotonic`` tells it; infinity for None."""
+    if seconds is None:
+        return math.inf
+    return time.monotonic() + as_number(argument, seconds, low=0.0, low_open=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.describe.checks import as_count, as_deadline, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.metrics import Metric
@@ -171,6 +172,7 @@ class Fleet:
         drop_last: bool = False,
         jobs: int | None = None,
         callback: Callable[[Member], object] | None = None,
+        time_limit: float | None = None,
     ) -> FleetResults:
         """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
 
@@ -183,8 +185,12 @@ class Fleet:
         the others train on meanwhile. An error in it ends training like Ctrl-C: all models stop after their batches,
         and ``fit`` raises it. ``results`` is None then, and ``engines`` have the parameters reached.
 
+        ``time_limit``: seconds that the models share evenly, from this call on: they take turns, and each ends as by
+        its early stopping.
+
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
+        end = as_deadline("time_limit", time_limit)
         epochs = as_count("epochs", epochs, minimum=1)
         patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
         workers = cpu_threads() if jobs is None else as_count("jobs", jobs, minimum=1)
@@ -247,7 +253,9 @@ class Fleet:
         }
 
         def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
-            held_out, own = validations[index], trained_on[index]
+            held_out, own, now = validations[index], trained_on[index], time.monotonic()
+            # those that train at once have their part of the time that is left to all that have not ended
+            options["deadline"] = now + (end - now) * peers[index] / (len(self) - len(members))
             return fit_checked(engines[index], data, validation=held_out, rows=own, **common, **options)
 
         def ended(index: int, error: DivergenceError | None) -> None:
@@ -267,6 +275,7 @@ class Fleet:
         while len(members) < len(self):
             engines = self._next_part(len(members), most)
             groups = self._grouped(engines)
+            peers = {key: len(keys) for _, keys in groups for key in keys}
             if groups:
                 at_once = {
                     index: epochs_at_once(engine, epochs, counts[index], asked=validations[index] is not None)
@@ -276,8 +285,10 @@ class Fleet:
                 train_together(groups, fit, arrays, counts=counts, at_once=at_once, ended=ended)
             alone = [index for index in engines if index not in members]
             if alone:
+                peers |= dict.fromkeys(alone, len(alone))
                 trainings = ((index, partial(_launches, fit, index)) for index in alone)
-                run_side_by_side(trainings, min(workers, len(alone)), ended)
+                turns = None if time_limit is None else len(alone)
+                run_side_by_side(trainings, min(workers, len(alone)), ended, turns)
                 del trainings
             # gone before the next are built
             del groups

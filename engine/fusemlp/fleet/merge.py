@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +22,8 @@ def merged(engines: Sequence[Engine]) -> Engine:
     weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
     the prediction is the mean; for classes the probabilities are the geometric mean, made to add up to 1. Dropout is
     left out. Inputs are normalised as by the engines; if they differ in that, the scales are in the first layer. The
-    history is ``mean_history``. Raises ArgumentError for prelu, whose slope belongs to a whole layer.
+    history is ``mean_history``. ``members`` is the inverse. Raises ArgumentError for prelu, whose slope belongs to a
+    whole layer.
     """
     first = engines[0]
     if len(engines) == 1:
@@ -48,9 +50,47 @@ def merged(engines: Sequence[Engine]) -> Engine:
         else:
             weight, bias = np.concatenate(weights, axis=1) / count, np.mean(biases, axis=0)
         parameters |= {f"{2 * layer}.weight": weight, f"{2 * layer}.bias": bias}
-    engine = Engine(
+    widths = inputs, *(count * width for width in hidden), outputs
+    engine = _like(first, widths, normalise=first.normalise if alike else False)
+    engine.load_state_dict({**parameters, **(scales[0] if alike else {})})
+    engine.merged_biases = np.array(biases) - bias
+    histories = [one.history for one in engines if one.history is not None]
+    engine.history = mean_history(histories) if histories else None
+    return engine
+
+
+def members(engine: Engine, argument: str = "engine") -> list[Engine]:
+    """Return the models that ``merged`` made ``engine`` of, to rounding: their blocks of the hidden layers.
+
+    Raises ArgumentError for an engine that was not merged, and for one without hidden layers, whose weights are means.
+    """
+    own, net = engine.merged_biases, engine.network
+    if own is None or net.layers == 1:
+        reason = "is a single one, or an earlier release merged it" if own is None else "has no hidden layers to part"
+        raise ArgumentError(f"{argument}: the model {reason}; train an ensemble with hidden layers (models=5)")
+    count, state, last = len(own), engine.state_dict(), 2 * (net.layers - 1)
+    inputs, *hidden, outputs = net.sizes
+    widths = inputs, *(width // count for width in hidden), outputs
+    found = []
+    for place, bias in enumerate(own):
+        blocks = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]
+        parameters = dict(engine.scale_tensors)
+        for layer, (columns, rows) in enumerate(pairwise(blocks)):
+            parameters[f"{2 * layer}.weight"] = state[f"{2 * layer}.weight"][rows, columns]
+            parameters[f"{2 * layer}.bias"] = state[f"{2 * layer}.bias"][rows]
+        parameters[f"{last}.weight"] = parameters[f"{last}.weight"] * count
+        parameters[f"{last}.bias"] = parameters[f"{last}.bias"] + bias
+        one = _like(engine, widths, normalise=engine.normalise)
+        one.load_state_dict(parameters)
+        found.append(one)
+    return found
+
+
+def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> Engine:
+    """Return an untrained engine of these widths without dropout, in all else as ``first``."""
+    return Engine(
         MLP(
-            (inputs, *(count * width for width in hidden), outputs),
+            widths,
             activation=first.network.activations[:-1],
             output_activation=first.network.activations[-1],
             init=first.network.init,
@@ -62,12 +102,8 @@ def merged(engines: Sequence[Engine]) -> Engine:
         backend=first.backend,
         device=first.device,
         precision=first.precision,
-        normalise=first.normalise if alike else False,
+        normalise=normalise,
     )
-    engine.load_state_dict({**parameters, **(scales[0] if alike else {})})
-    histories = [one.history for one in engines if one.history is not None]
-    engine.history = mean_history(histories) if histories else None
-    return engine
 
 
 def _of_raw_inputs(engine: Engine) -> dict[str, Array]:
@@ -86,16 +122,20 @@ def check_mergeable(net: MLP, models: int) -> None:
         raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model")
 
 
-def merged_members(members: Sequence[Member]) -> Engine:
-    """Return the merged engine of the members that did not diverge; DivergenceError if all did."""
-    sound = [member.engine for member in members if member.status != "diverged"]
-    if not sound:
+def sound(members: Sequence[Member]) -> dict[int, Engine]:
+    """Return the engines of the members that did not diverge, by their index; DivergenceError if all did."""
+    found = {member.index: member.engine for member in members if member.status != "diverged"}
+    if not found:
         raise DivergenceError(members[0].reason)
-    return merged(sound)
+    return found
 
 
 def mean_history(histories: Sequence[History]) -> History:
-    """Return the means of each epoch; a model that has stopped counts with its best epoch."""
+    """Return the means of each epoch; a model that has stopped counts with its best epoch.
+
+    One without a whole epoch counts only if all are.
+    """
+    histories = [one for one in histories if one.epochs] or histories
     first = histories[0]
     mean = History(chance_loss=first.chance_loss, in_use=list(first.in_use))
     bests = [one.best_epoch for one in histories if one.best_epoch is not None]
@@ -103,7 +143,11 @@ def mean_history(histories: Sequence[History]) -> History:
         logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in first.history}
         mean.record(epoch, logs, sum(one.seconds[epoch] for one in histories if epoch < len(one.seconds)))
     mean.best_epoch = round(float(np.mean(bests))) if bests else None
-    if all("restored" in one.stopped for one in histories):
+    late = [one for one in histories if "time limit" in one.stopped]
+    if late:
+        mean.stopped = f"the time limit was reached by {len(late)} of {len(histories)} models"
+        mean.stopped += "; the best weights of each were restored" if "restored" in late[0].stopped else ""
+    elif all("restored" in one.stopped for one in histories):
         mean.stopped = "no model improved any more on its validation rows; the best weights of each were restored"
     return mean
 

@@ -94,11 +94,13 @@ def run_side_by_side(
     trainings: Iterable[tuple[int, Callable[[Stop], Training]]],
     workers: int,
     ended: Callable[[int, DivergenceError | None], None],
+    most: int | None = None,
 ) -> None:
     """Run numbered trainings to their end; each is told how to find out whether it shall stop.
 
-    With one worker they run one after another. After Ctrl-C, or an error, the trainings that have begun stop after
-    their launches, no other begins, and KeyboardInterrupt or the error is raised.
+    ``most``: begin this many at once, which take turns; by default with one worker they run one after another. After
+    Ctrl-C, or an error, the trainings that have begun stop after their launches, no other begins, and KeyboardInterrupt
+    or the error is raised.
     """
     waiting = iter(trainings)
     failed = False
@@ -114,6 +116,7 @@ def run_side_by_side(
                 ended(number, error)
 
         threads = LaunchThreads(workers, told)
+        threads.most = most or threads.most
         try:
             while True:
                 while threads.active < threads.most and not stop():

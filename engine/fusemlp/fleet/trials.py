@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +14,7 @@ from fusemlp.datasets.parts import FOLDS, Fold, folds, hold_out
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.backends import cpu_threads
 from fusemlp_kernels.errors import DataError
 
 # Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
@@ -21,6 +24,11 @@ SKEWED = 1.0
 # Scalings of features, of which the first needs no reason, and the second this many rows, but not more than this many
 # inputs of all rows: half a gigabyte in fp32.
 SCALES, MANY_ROWS, MOST_INPUTS = ("robust", "piecewise"), 200, 1 << 27
+
+# Share of a time limit for all trials; epochs that it should leave each model of an ensemble, and the batches and the
+# share of the limit by which an epoch is timed. A share of it is for what follows the training, and as much remains for
+# the training however long the preparation took.
+SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
 Prepare = Callable[..., Preprocessor]
 Make = Callable[[Preprocessor], Fleet]
@@ -35,25 +43,29 @@ def chosen(
     scale: str | None,
     log_target: bool | None,
     seed: int,
+    time_limit: float | None = None,
 ) -> tuple[str, bool, list[str]]:
     """Return scale and log_target where they are None, and a note on each that was tried.
 
     ``prepare(dataset, rows, scale=..., log_targets=...)`` makes a preprocessor of training rows, and ``fleet`` an
-    untrained fleet of ``TRIALS`` seeds for it. The trainings see at most ``ROWS`` of ``rows``. The targets of a
-    regression are compared in their own units.
+    untrained fleet of ``TRIALS`` seeds for it. The trials take ``SHARE`` of ``time_limit`` seconds. They see at most
+    ``ROWS`` of ``rows``. The targets of a regression are compared in their own units.
     """
     some = np.random.default_rng(seed).permutation(rows)[:ROWS]
     notes: list[str] = []
-
+    # two choices, two trainings each
+    limit = None if time_limit is None else time_limit * SHARE / 4
     parts = _parts(dataset, some, seed)
 
     def errors(options: Sequence[tuple[str, bool]]) -> list[float]:
         made = (prepare(dataset, some, scale=one, log_targets=logarithms) for one, logarithms in options)
-        return [_error(dataset, some, parts, one, fleet) for one in made]
+        return [_error(dataset, some, parts, one, fleet, limit) for one in made]
 
     def tell(found: tuple[float, float], note: str) -> None:
+        if math.isnan(sum(found)):
+            notes.append("time limit: too short for the trials that decide --scale and --log-target")
         # where both diverge, nothing was learned
-        if math.isfinite(min(found)):
+        elif math.isfinite(min(found)):
             notes.append(note)
 
     if scale is None:
@@ -79,6 +91,37 @@ def chosen(
                 f"({'--no-log-target' if log_target else '--log-target'} decides otherwise)",
             )
     return scale, log_target, notes
+
+
+def seconds_left(began: float, limit: float | None) -> float | None:
+    """Return what is left for training of a limit in seconds since ``began``, as ``time.monotonic`` tells it."""
+    return None if limit is None else max(LEAST * limit, began + (1.0 - LEAST) * limit - time.monotonic())
+
+
+def models_within(seconds: float, fleet: Fleet, X: Array, y: Array, notes: list[str]) -> int:
+    """Return how many of a fleet's models have time for ``LEAST_EPOCHS`` epochs each, and note if these are fewer.
+
+    At least two are, and one a core. The first is trained to time an epoch of these rows, as ``fit`` takes them.
+    """
+    engine, some = fleet.first, BATCHES * fleet.first.batch_size
+    on_host = engine.memory.backend.traits.on_host
+    if engine.plan == "resident" and not on_host:
+        # all in one launch
+        return len(fleet)
+    with warnings.catch_warnings():
+        # the training itself warns of its rows
+        warnings.simplefilter("ignore")
+        engine.fit(X[: engine.batch_size], y[: engine.batch_size], epochs=1)
+        before, began = engine.update_count, time.monotonic()
+        engine.fit(X[:some], y[:some], epochs=1, time_limit=TIMING * seconds)
+    taken = time.monotonic() - began
+    done = (engine.update_count - before) * engine.optimizer.accumulate * engine.batch_size
+    epoch = taken * len(X) / max(1, min(done, len(X)))
+    workers = cpu_threads() if on_host and engine.plan == "resident" else 1
+    models = max(2, workers, int(workers * seconds / (LEAST_EPOCHS * epoch)))
+    if models < len(fleet):
+        notes.append(f"time limit: {models} of {len(fleet)} models are trained, so that each has time to learn")
+    return min(len(fleet), models)
 
 
 def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
@@ -114,18 +157,36 @@ def _skewness(values: Array) -> float:
     return float(np.mean(centred**3)) / deviation**3 if deviation > 0 else 0.0
 
 
-def _error(dataset: Dataset, rows: Array, parts: Sequence[Fold], made: Preprocessor, fleet: Make) -> float:
-    """Return the error of the held-out rows: root mean square, or the loss; infinite if a model diverged."""
+def _error(
+    dataset: Dataset,
+    rows: Array,
+    parts: Sequence[Fold],
+    made: Preprocessor,
+    fleet: Make,
+    time_limit: float | None,
+) -> float:
+    """Return the error of the held-out rows: root mean square, or the loss.
+
+    Infinite if a model diverged, NaN if the time was too short for an epoch, which decides nothing.
+    """
     classify = made.classes is not None
     X, labels = made.transform_features(dataset.X[rows]), dataset.y[rows]
     kept, held_out = ([part[place] for part in parts] for place in (0, 1))
     results = fleet(made).fit(
-        X, made.encode_targets(labels), epochs=EPOCHS, early_stopping=PATIENCE, rows=kept, validation_rows=held_out
+        X,
+        made.encode_targets(labels),
+        epochs=EPOCHS,
+        early_stopping=PATIENCE,
+        rows=kept,
+        validation_rows=held_out,
+        time_limit=time_limit,
     )
     total = 0.0
     for member, held in zip(results.members, held_out, strict=True):
         if member.status == "diverged":
             return math.inf
+        if not member.history.epochs:
+            return math.nan
         if classify:
             total += member.scores["val_loss"] * len(held)
         else:

@@ -23,6 +23,11 @@ def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Ar
     return codes
 
 
+def class_scores(engine: Session, X: Array) -> Array:
+    """Return the probabilities (n, classes); after one-hot training the outputs."""
+    return engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+
+
 def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """Return labels (n,), or values (n,) or (n, targets) in original units; X is ``transform_features``'s result."""
     return preprocessor.decode_predictions(predicted_codes(engine, preprocessor, X))
@@ -34,7 +39,7 @@ def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) 
         truth = np.asarray(labels, np.float64).reshape(len(X), -1)
         predicted = predictions(engine, preprocessor, X).reshape(truth.shape)
         return Judged(truth, predicted, quantile=getattr(engine.loss, "q", 0.5))
-    scores = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+    scores = class_scores(engine, X)
     return Judged(preprocessor.class_codes(labels), scores.argmax(axis=1), scores)
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.prepare import Rows
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_number
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.metrics import predictions
+from fusemlp.report.metrics import class_scores, predictions
+from fusemlp.report.temperature import Temperature, held_out_logits, scale_logits, temperature_of
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -75,12 +77,32 @@ class HeldOut:
         return np.array([errors[place] for errors in self.errors])
 
 
+def judged(
+    engine: Session, models: Sequence[tuple[Session, Array | slice]], preprocessor: Preprocessor, rows: Rows
+) -> tuple[HeldOut, Temperature | None]:
+    """Scale the logits of classifiers by the temperature of held-out rows; return the errors of these rows, and it.
+
+    ``engine`` is the only one of the ``models`` or merged of them. Each model comes with those of the ``rows`` that it
+    was not trained on.
+    """
+    temperature = None
+    if engine.loss.is_classification:
+        temperature = temperature_of(
+            held_out_logits(model, rows.X[held], rows.y[held], None if rows.weight is None else rows.weight[held])
+            for model, held in models
+        )
+    if temperature is not None:
+        for one in {id(one): one for one in (engine, *(model for model, _ in models))}.values():
+            scale_logits(one, temperature)
+    errors = [errors_of(model, preprocessor, rows.X[held], rows.labels[held]) for model, held in models]
+    return HeldOut.of(np.concatenate(errors)), temperature
+
+
 def errors_of(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) -> Array:
     """Return the errors of rows, (n,) or (n, targets); X is the network's input, labels are those of the data."""
     if preprocessor.classes is not None:
-        chances = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
-        wrong: Array = 1.0 - chances[np.arange(len(X)), preprocessor.class_codes(labels)].astype(np.float64)
-        return wrong
+        right = class_scores(engine, X)[np.arange(len(X)), preprocessor.class_codes(labels)]
+        return np.asarray(1.0 - right.astype(np.float64))
     truth = np.asarray(labels, np.float64)
     # as the training counts them
     truth = _comparable(preprocessor, np.maximum(truth, preprocessor.target_low) if preprocessor.target_log else truth)
@@ -104,6 +126,19 @@ def intervals(preprocessor: Preprocessor, predicted: Array, held: HeldOut, cover
     return low.reshape(predicted.shape), high.reshape(predicted.shape)
 
 
+def spread(models: Sequence[Session], preprocessor: Preprocessor, X: Array, chosen: Array) -> Array:
+    """Return the standard deviation over models of their predictions, shaped like ``chosen``, in original units.
+
+    Of classes it is that of the probability of ``chosen``, the codes (n,) of the merged model's classes.
+    """
+    every = np.arange(len(X))
+    each = [
+        predictions(model, preprocessor, X) if preprocessor.classes is None else class_scores(model, X)[every, chosen]
+        for model in models
+    ]
+    return np.asarray(np.std(each, axis=0))
+
+
 def sets(probabilities: Array, held: HeldOut, coverage: float) -> Array:
     """Return which classes are in the set of each row, bool (n, classes); the most probable one always is."""
     chosen: Array = 1.0 - probabilities.astype(np.float64) <= held.bound(coverage)[0]
@@ -117,12 +152,6 @@ def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, X: Array
     inside = errors_of(engine, preprocessor, X, labels).reshape(len(X), -1) <= bound
     found = {"level": COVERAGE, "coverage": float(np.mean(inside))}
     if preprocessor.classes is not None:
-        chances = engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
-        return found | {"classes": float(sets(chances, held, COVERAGE).sum(axis=1).mean())}
+        return found | {"classes": float(sets(class_scores(engine, X), held, COVERAGE).sum(axis=1).mean())}
     low, high = intervals(preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
     return found | {"width": float(np.mean(high - low))}
-
-
-def joined(parts: Sequence[Array]) -> HeldOut | None:
-    """Return what is kept of the errors of several parts of the rows; None without any."""
-    return HeldOut.of(np.concatenate(parts)) if parts else None

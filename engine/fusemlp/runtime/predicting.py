@@ -78,7 +78,7 @@ class Predicting(Normalising):
         return np.asarray(expit(outputs))
 
     def outputs(self, X: Any) -> Array:
-        """Return the network's outputs (n, N) for X (n, K), as the loss takes them."""
+        """Return the last layer's outputs (n, N) for X (n, K), as the loss takes them: the logits of cross-entropies."""
         X = self.features("X", X)
         self.check_measured()
         return self._inference.outputs(X)

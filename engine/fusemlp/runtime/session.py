@@ -161,6 +161,8 @@ class Session(Predicting):
         self.history: History | None = None
         self.fit_state: FitState | None = None
         self.best_parameters: dict[str, Array] | None = None
+        # (models, N): how far the last biases of merged models lie from their mean
+        self.merged_biases: Array | None = None
         self.epochs_trained = 0
         self.stop_training = False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -36,13 +37,13 @@ from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import check_mergeable, merged_members
+from fusemlp.fleet.merge import check_mergeable, members, merged, sound
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
-from fusemlp.report.uncertainty import HeldOut, errors_of, intervals, joined, sets
+from fusemlp.report.uncertainty import HeldOut, intervals, judged, sets, spread
 from fusemlp.sklearn import saving
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -70,6 +71,7 @@ class TableParameters:
     models : train this many with seeds from random_state on, each with its own fold of the rows held out (with group or
         time all hold out the same), and merge them into one that gives their mean; the command line trains 5 on a table
         of up to 10,000 rows.
+    time_limit : seconds for all of fit but the reading of X; None for no limit. The models share them, or fewer train.
     scale : "robust", "piecewise", "quantile", "standard", "minmax" or "none", from the training rows; None is the
         better of the first two in small trainings on folds of these rows.
     log_target : learn the logarithm of a positive target.
@@ -81,8 +83,9 @@ class TableParameters:
     callbacks : objects like ``fusemlp.Callback``, for one model; verbose=True shows a progress bar, or a line a model.
 
     Attributes: ``engine_``, ``preprocessor_``, ``history_``, ``n_iter_`` (epochs), ``notes_`` (lines on what became of
-    the columns), ``held_out_`` (errors of the rows that validated the training, or None), ``n_features_in_`` and, if X
-    has names, ``feature_names_in_``.
+    the columns), ``held_out_`` (errors of the rows that validated the training, or None), ``temperature_`` (the number
+    by which these rows had the logits of classes divided, 1.0 for none), ``n_features_in_`` and, if X has names,
+    ``feature_names_in_``.
     """
 
     hidden: Any = (128,)
@@ -97,6 +100,7 @@ class TableParameters:
     metric: str | None = None
     validation_fraction: float = 0.1
     models: int = 1
+    time_limit: float | None = None
     scale: str | None = None
     log_target: bool = False
     drop: Any = ()
@@ -116,6 +120,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
     engine_: Engine
     preprocessor_: Preprocessor
     held_out_: HeldOut | None
+    temperature_: float
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -191,13 +196,24 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             backend=backend,
             precision=engine.precision,
         )
-        given = ("drop", "keep", "categorical", "group", "time", "early_stopping", "metric", "validation_fraction")
+        given = (
+            "drop",
+            "keep",
+            "categorical",
+            "group",
+            "time",
+            "early_stopping",
+            "metric",
+            "validation_fraction",
+            "time_limit",
+        )
         estimator.set_params(**{name: options[name] for name in given if name in options})
         # The command line's 0 is None here.
         estimator.early_stopping = estimator.early_stopping or None
         estimator._take(engine, made, tuple(config["data"]["notes"]))
         told = json.loads(opened.report.read_text(encoding="utf-8")) if opened.report.exists() else {}
         estimator.held_out_ = HeldOut.from_config(told["held_out"]) if "held_out" in told else None
+        estimator.temperature_ = told.get("temperature", 1.0)
         estimator.feature_names_in_ = np.array(list(dict.fromkeys(made.sources)), object)
         estimator.n_features_in_ = len(estimator.feature_names_in_)
         return estimator
@@ -225,6 +241,9 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                 cut += folds(labels, models, seed=seed, stratify=self.task == "classification")
             else:
                 training, held = self._held_out(dataset, seed, notes)
+        limit, began = self.time_limit, time.monotonic()
+        if limit is not None:
+            as_number("time_limit", limit, low=0.0, low_open=True)
         made = self._prepared(dataset, training, loss, seed)
         first, last = network_ends(made, loss.kind)
         fewest = min((len(one) for one, _ in cut), default=len(training))
@@ -257,7 +276,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             features = load_features(self._table(X_val), made, notes=notes)
             check_consistent_length(features, labels_val)
             watched = rows(features, labels_val)
-        validates, errors = watched is not None or bool(cut), list[Array]()
+        validates, own = watched is not None or bool(cut), list[tuple[Engine, Any]]()
         given: dict[str, Any] = {
             "X": train.X,
             "y": train.y,
@@ -267,18 +286,24 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             "early_stopping": self.early_stopping if validates else None,
             **watch(self.metric, made, loss, validates=validates),
         }
+
+        def fleet_of(models: int) -> Fleet:
+            return Fleet(net, **described, vary={"seed": range(seed, seed + models)})
+
+        seconds = trials.seconds_left(began, limit)
+        if seconds is not None and models > 1:
+            models = trials.models_within(seconds, fleet_of(models), train.X, train.y, notes)
+            cut = cut[:models]
+        given["time_limit"] = trials.seconds_left(began, limit)
         try:
             if models > 1:
-                fleet = Fleet(net, **described, vary={"seed": range(seed, seed + models)})
+                fleet = fleet_of(models)
                 if cut:
                     given |= {"rows": [one for one, _ in cut], "validation_rows": [one for _, one in cut]}
                 results = fleet.fit(**given, callback=print if self.verbose else None)
-                engine = merged_members(results.members)
-                errors = [
-                    errors_of(member.engine, made, train.X[fold], train.labels[fold])
-                    for member, (_, fold) in zip(results.members, cut, strict=False)
-                    if member.status != "diverged"
-                ]
+                engines = sound(results.members)
+                engine = merged([*engines.values()])
+                own = [(engine, cut[index][1]) for index, engine in engines.items()] if cut else []
             else:
                 callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
                 engine.fit(**given, callbacks=callbacks)
@@ -286,10 +311,13 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             if engine.history is None or not engine.history.stopped:
                 raise
             warnings.warn("Training interrupted by user.", stacklevel=3)
+        errors = temperature = None
         if watched is not None:
-            errors = [errors_of(engine, made, watched.X, watched.labels)]
+            own = [(engine, slice(None))]
+        if own:
+            errors, temperature = judged(engine, own, made, watched or train)
         self._take(engine, made, (*dataset.notes, *notes))
-        self.held_out_ = joined(errors)
+        self.held_out_, self.temperature_ = errors, 1.0 if temperature is None else temperature.value
         _tell(self.notes_)
         return self
 
@@ -312,7 +340,14 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             return Fleet(net, loss.kind, self._optimizer(), size, **options)
 
         scale, log_target, _ = trials.chosen(
-            dataset, training, prepare, fleet, scale=self.scale, log_target=bool(self.log_target), seed=seed
+            dataset,
+            training,
+            prepare,
+            fleet,
+            scale=self.scale,
+            log_target=bool(self.log_target),
+            seed=seed,
+            time_limit=self.time_limit,
         )
         return prepare(dataset, training, scale=scale, log_targets=log_target)
 
@@ -600,10 +635,17 @@ class TableRegressor(RegressorMixin, _TableEstimator):
             )
         return loss
 
-    def predict(self, X: Any) -> Array:
-        """Return the values (n,) or (n, targets) of a table's rows, in the units of y."""
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Return the values (n,) or (n, targets) of a table's rows, in the units of y.
+
+        With return_std return them and, of the same shape, the standard deviation of the predictions of an ensemble's
+        models; ArgumentError for a single model.
+        """
         inputs = self._inputs(X)
-        return predictions(self.engine_, self.preprocessor_, inputs)
+        values = predictions(self.engine_, self.preprocessor_, inputs)
+        if not return_std:
+            return values
+        return values, spread(members(self.engine_, "return_std"), self.preprocessor_, inputs, values)
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[Array, Array]:
         """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.

@@ -37,6 +37,7 @@ def engine_content(engine: Session, extra: Mapping[str, Any] | None = None) -> d
     kinds = {kind: engine.tensors(*place) for kind, place in _kinds(engine).items()}
     kinds["best"] = engine.best_parameters or {}
     kinds["input"] = engine.scale_tensors
+    kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
     tensors = {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
     for name in ("counters", "hyper", "stats"):
         tensors[name] = memory.backend.to_host(memory.arrays[name])
@@ -79,6 +80,7 @@ def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str,
         # Older checkpoints have fewer statistics.
         memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
     engine.best_parameters = _of_kind("best", tensors) or None
+    engine.merged_biases = tensors.get("merged/bias")
     engine.epochs_trained = config["epochs_trained"]
     if config["fit"] is not None:
         engine.fit_state = FitState.from_config(config["fit"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
-from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
+from fusemlp.describe.checks import as_count, as_deadline, as_number, check_choice, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.inputs.arrays import Array, to_array
@@ -75,6 +75,7 @@ def fit(
     drop_last: bool = False,
     row_order: Callable[[int], Any] | None = None,
     resume: bool = False,
+    time_limit: float | None = None,
 ) -> History:
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
 
@@ -104,13 +105,15 @@ def fit(
     The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are; ``row_order``
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
-    the beginning of that call.
+    the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
+    seconds; the launch that runs is finished.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
     no longer finite, with the engine back at the last good epoch. Later batches of an iterable are checked when they
     come. Warns (InputScaleWarning) of X far from unit scale.
     """
+    deadline = as_deadline("time_limit", time_limit)
     epochs = as_count("epochs", epochs, minimum=1)
     for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
         check_flag(argument, flag)
@@ -186,6 +189,7 @@ def fit(
         callbacks=listeners,
         order=order,
         resume=resume,
+        deadline=deadline,
     )
     _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
@@ -231,6 +235,7 @@ def fit_checked(
     order: Callable[[int], Array] | None = None,
     resume: bool = False,
     taken_in: Any | None = None,
+    deadline: float = math.inf,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
@@ -266,6 +271,7 @@ def fit_checked(
         validation=validation,
         patience=patience,
         resumes=resume,
+        deadline=deadline,
     )
     resident = engine.plan == "resident"
     if at_once is None:

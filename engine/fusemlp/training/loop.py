@@ -55,6 +55,10 @@ class Policy:
         """Return how many epochs to train whatever their losses are; 0 ends training."""
         raise NotImplementedError
 
+    def late(self) -> bool:
+        """Return whether the time is up; training ends after the launch."""
+        return False
+
     def order(self, epoch: int) -> Array:
         """Return the rows (n,) of an epoch in their order; asked for each epoch of a launch before it starts."""
         raise NotImplementedError
@@ -146,7 +150,7 @@ class EpochLoop(Generic[PolicyT]):
         at_once, again = self.at_once, 0
 
         def ends() -> bool:
-            return not again and (engine.stop_training or interrupted())
+            return not again and (engine.stop_training or interrupted() or policy.late())
 
         # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
         while (wanted := policy.wanted()) and not ends():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,6 +45,8 @@ class FitPolicy(Policy):
     validation: Validation | None
     patience: int | None
     resumes: bool
+    # of ``time.monotonic``
+    deadline: float
 
     def __post_init__(self) -> None:
         self.rule = self.engine.optimizer.rule()
@@ -69,12 +72,17 @@ class FitPolicy(Policy):
         """Return the epochs that are left, or 0 after ``patience`` epochs without a better monitored quantity."""
         state = self.state
         if self.patience is not None and state.waited >= self.patience:
-            state.history.stopped = (
-                f"{self._monitor} has not improved for {state.waited} epochs; the weights of epoch "
-                f"{(state.history.best_epoch or 0) + 1} were restored"
-            )
+            state.history.stopped = f"{self._monitor} has not improved for {state.waited} epochs{self._restored}"
             return 0
         return max(0, state.last_epoch - state.epoch)
+
+    @property
+    def _restored(self) -> str:
+        return f"; the weights of epoch {(self.state.history.best_epoch or 0) + 1} were restored"
+
+    def late(self) -> bool:
+        """Return whether the deadline is over."""
+        return time.monotonic() >= self.deadline
 
     def order(self, epoch: int) -> Array:
         """Return the rows of an epoch in their order."""
@@ -127,5 +135,8 @@ class FitPolicy(Policy):
             state.history.stopped = f"interrupted {place}"
         elif engine.stop_training:
             state.history.stopped = "a callback stopped the training"
+        elif not state.history.stopped and state.epoch < state.last_epoch:
+            restored = self.patience is not None and engine.best_parameters is not None
+            state.history.stopped = f"the time limit was reached{self._restored if restored else ''}"
         if self.patience is not None and engine.best_parameters is not None and not interrupted:
             engine.write_tensors(engine.best_parameters, "")
