@@ -119,7 +119,7 @@ class Update:
 
 def derivative_lines(row: Activation) -> list[Line]:
     """The lines of a derivative ``d``, with the scale that dropout has put on y undone where that matters."""
-    undone = [] if row.needs_z or row.scale_free else lines("y = y * undo")
+    undone = [] if row.needs_z or row.homogeneous else lines("y = y * undo")
     return undone + lines(row.derivative, "d")
 
 

@@ -135,7 +135,10 @@ MODULES = {
     "ELU": (with_parts(nn.ELU()), r"1: ELU cannot be fused; use SiLU or GELU"),
     "tanh GELU": (with_parts(nn.GELU(approximate="tanh")), r"1: GELU\(approximate='tanh'\)"),
     "PReLU of many": (with_parts(nn.PReLU(8)), r"1: PReLU\(num_parameters=8\): one slope"),
-    "negative slope": (with_parts(nn.LeakyReLU(-0.1)), r"1: LeakyReLU\(negative_slope=-0\.1\): expected"),
+    "negative slope": (
+        with_parts(nn.LeakyReLU(-0.1)),
+        r"1: LeakyReLU\(negative_slope=-0\.1\): expected negative_slope >= 0",
+    ),
     "two activations": (with_parts(nn.ReLU(), nn.Tanh()), r"2: Tanh: a second activation .* 1: ReLU"),
     "two dropouts": (with_parts(nn.ReLU(), nn.Dropout(), nn.Dropout()), r"3: Dropout: a second dropout"),
     "dropout before tanh": (with_parts(nn.Dropout(), nn.Tanh()), r"2: Tanh after 1: Dropout: put the Dropout behind"),

@@ -47,8 +47,12 @@ def test_sizes_may_be_numpy_integers() -> None:
 def test_every_activation_of_the_contract_has_a_name() -> None:
     for name in ACTIVATIONS:
         assert as_activation("activation", name).name == name
-    assert as_activation("activation", "leaky_relu") == LeakyReLU() == LeakyReLU(0.01)
-    assert as_activation("activation", "prelu") == PReLU() == PReLU(0.25)
+    assert as_activation("activation", "leaky_relu") == Activation("leaky_relu") == LeakyReLU() == LeakyReLU(0.01)
+    assert as_activation("activation", "prelu") == Activation("prelu") == PReLU() == PReLU(0.25)
+
+
+def test_a_slope_of_zero_is_shown() -> None:
+    assert "LeakyReLU(0.0)" in repr(MLP([2, 3, 1], activation=LeakyReLU(0.0)))
 
 
 def test_parameters_have_the_names_shapes_and_order_of_torch() -> None:

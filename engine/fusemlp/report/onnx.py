@@ -214,15 +214,13 @@ class _Graph:
         return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
 
     def activation(self, z: str, activation: Activation, slope: Array | None) -> str:
-        match activation.name:
-            case "relu":
-                return self.add("Relu", z)
-            case "leaky_relu":
-                return self.add("LeakyRelu", z, alpha=activation.slope)
-            case "prelu":
-                return self.add("PRelu", z, self.constant(slope))
+        row, fixed = ROWS[activation.name], activation.fixed_slope
+        if row.onnx:
+            learned = [self.constant(slope)] if row.learned else []
+            options: dict[str, Any] = {} if fixed is None else {"alpha": fixed}
+            return self.add(row.onnx, z, *learned, **options)
         known = {"z": z}
-        for name, value in lines(ROWS[activation.name].value, "y"):
+        for name, value in lines(row.value, "y"):
             known[name] = self._expression(value, known)
         return known["y"]
 
