@@ -108,6 +108,11 @@ class Optimizer:
     element: str
 
 
+# m = exp(z) - 1 below zero, which is accurate near zero too, and 0 above
+_ELU = "t = tanh(0.5 * minimum(z, 0)); m = 2 * t / (1 - t); "
+# tanh(softplus(z)) = w / (w + 2), of which float64 makes 1 at 30 and the square of exp(z) is still a float32
+_MISH = "m = minimum(z, 30); h = exp(m); w = h * (h + 2); "
+
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation("z", "1", "Identity", homogeneous=True),
     # He et al. (2015) derived their variance for an activation that keeps about half of a symmetric input
@@ -139,6 +144,38 @@ ACTIVATIONS: dict[str, Activation] = {
     # the exact form of Hendrycks and Gimpel, "Gaussian error linear units", 2016
     "gelu": Activation("z * normal_cdf(z)", "normal_cdf(z) + z * normal_pdf(z)", "GELU", init="he_normal"),
     "silu": Activation("z * sigmoid(z)", "s = sigmoid(z); s * (1 + z * (1 - s))", "SiLU", init="he_normal"),
+    # Clevert et al., "Fast and accurate deep network learning by exponential linear units", 2016, with the weights of
+    # He et al.
+    "elu": Activation(
+        _ELU + "maximum(z, 0) + slope * m",
+        "step(y, slope) + minimum(y, 0)",
+        "ELU",
+        "Elu",
+        slope=1.0,
+        argument="alpha",
+        init="he_normal",
+    ),
+    # Klambauer et al., "Self-normalizing neural networks", 2017, which assumes the variance 1 / fan_in
+    "selu": Activation(
+        _ELU + "1.0507009873554805 * maximum(z, 0) + 1.7580993408473766 * m",
+        "s = step(y, 0); 1.0507009873554805 * s + 1.7580993408473766 * (1 - s) + minimum(y, 0)",
+        "SELU",
+        "Selu",
+        init="lecun_normal",
+    ),
+    # Dugas et al., "Incorporating second-order functional knowledge for better option pricing", 2000; the derivative
+    # 1 - exp(-y) by tanh, which keeps small y accurate
+    "softplus": Activation(
+        "maximum(z, 0) + log1p(exp(-abs(z)))", "t = tanh(0.5 * y); 2 * t / (1 + t)", "Softplus", "Softplus"
+    ),
+    # Misra, "Mish: a self regularized non-monotonic activation function", 2020: z * tanh(softplus(z))
+    "mish": Activation(
+        _MISH + "z * (w / (w + 2))",
+        _MISH + "(w + m * (4 * h * (h + 1) / (w + 2))) / (w + 2)",
+        "Mish",
+        "Mish",
+        init="he_normal",
+    ),
 }
 
 LOSSES: dict[str, Loss] = {

@@ -132,7 +132,9 @@ MODULES = {
         "4: ReLU: nothing can follow LogSoftmax",
     ),
     "log_softmax for cross-entropy": (lambda: nn.Sequential(*plain(), nn.LogSoftmax(1)), "use NLLLoss, or leave"),
-    "ELU": (with_parts(nn.ELU()), r"1: ELU cannot be fused; use SiLU or GELU"),
+    "CELU": (with_parts(nn.CELU()), r"1: CELU cannot be fused; use ELU"),
+    "negative alpha": (with_parts(nn.ELU(-0.1)), r"1: ELU\(alpha=-0\.1\): expected alpha >= 0"),
+    "scaled softplus": (with_parts(nn.Softplus(2)), r"1: Softplus\(beta=2.*\): expected beta 1 and a threshold >= 20"),
     "tanh GELU": (with_parts(nn.GELU(approximate="tanh")), r"1: GELU\(approximate='tanh'\)"),
     "PReLU of many": (with_parts(nn.PReLU(8)), r"1: PReLU\(num_parameters=8\): one slope"),
     "negative slope": (

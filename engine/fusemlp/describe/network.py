@@ -36,10 +36,10 @@ _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmo
 
 @dataclass(frozen=True, init=False, repr=False)
 class Activation(Description):
-    """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, or prelu's initial one.
+    """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, prelu's initial one, or elu's alpha.
 
-    By default the slope is that of ``SLOPES``, and 0 for an activation without one. leaky_relu needs ``slope >= 0``,
-    because its derivative follows from the sign of its output.
+    By default the slope is that of ``SLOPES``, and 0 for an activation without one. leaky_relu and elu need
+    ``slope >= 0``, because their derivative follows from the sign of the output.
     """
 
     name: str
@@ -72,6 +72,11 @@ def LeakyReLU(negative_slope: float = 0.01) -> Activation:
 def PReLU(init: float = 0.25) -> Activation:
     """``z if z > 0 else a * z``, one learned ``a`` a layer, starting at ``init`` (He et al., 2015)."""
     return Activation("prelu", init)
+
+
+def ELU(alpha: float = 1.0) -> Activation:
+    """``z if z > 0 else alpha * (exp(z) - 1)``, with a fixed ``alpha >= 0`` (Clevert et al., 2016)."""
+    return Activation("elu", alpha)
 
 
 def activation_from_config(config: Mapping[str, Any]) -> Activation:
@@ -130,13 +135,14 @@ class MLP(Description):
 
     ``init`` names the distribution of the initial weights; biases start at zero except with "torch".
 
-    - he_normal, he_uniform: variance ``2 / fan_in``, with a slope ``2 / ((1 + slope**2) * fan_in)``
+    - he_normal, he_uniform: variance ``2 / fan_in``, before leaky_relu and prelu ``2 / ((1 + slope**2) * fan_in)``
       (He et al., Delving deep into rectifiers, 2015)
     - glorot_normal, glorot_uniform: variance ``2 / (fan_in + fan_out)`` (Glorot and Bengio, 2010)
     - lecun_normal, lecun_uniform: variance ``1 / fan_in`` (LeCun et al., Efficient BackProp, 1998)
     - torch: weights and biases uniform in ``+-1 / sqrt(fan_in)``, the default of ``torch.nn.Linear``
     - zeros: all zero
-    - auto: he_normal before relu, leaky_relu, prelu, gelu and silu, glorot_uniform before the others
+    - auto: he_normal before relu, leaky_relu, prelu, gelu, silu, elu and mish, lecun_normal before selu
+      (Klambauer et al., Self-normalizing neural networks, 2017), glorot_uniform before the others
 
     Raises ArgumentError or ArgumentTypeError for impossible values.
     """

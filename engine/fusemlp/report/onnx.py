@@ -46,7 +46,7 @@ from fusemlp_kernels.pointwise import lines
 Array = np.ndarray[Any, Any]
 
 HINT = 'pip install "fusemlp[onnx]"'
-OPSET, ML_OPSET, IR_VERSION = 17, 3, 8
+OPSET, ML_OPSET, IR_VERSION = 18, 3, 8
 OUTPUTS = ("logits", "output", "prediction", "probabilities")
 # The limit of a protobuf message, less room for the graph.
 MOST_BYTES = 2**31 - 2**20

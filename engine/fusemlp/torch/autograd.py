@@ -46,6 +46,8 @@ ATEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "tanh": lambda dy, y, slope: torch.ops.aten.tanh_backward(dy, y),
     "gelu": lambda dy, z, slope: torch.ops.aten.gelu_backward(dy, z),
     "silu": lambda dy, z, slope: torch.ops.aten.silu_backward(dy, z),
+    "elu": lambda dy, y, alpha: torch.ops.aten.elu_backward(dy, alpha, 1.0, 1.0, True, y),
+    "mish": lambda dy, z, slope: torch.ops.aten.mish_backward(dy, z),
 }
 
 

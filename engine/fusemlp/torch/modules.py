@@ -36,6 +36,8 @@ LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
     **{kind: _not_negative(row.argument) for kind, row in _ROWS.items() if row.argument and not row.needs_z},
     nn.PReLU: (lambda one: one.num_parameters == 1, "one slope a layer can be fused; use PReLU()"),
     nn.LogSoftmax: (lambda one: one.dim in (1, -1), "only LogSoftmax(dim=1), over the classes, can be fused"),
+    # above the threshold torch is the identity, which differs by 2e-9 at 20
+    nn.Softplus: (lambda one: one.beta == 1.0 and one.threshold >= 20.0, "expected beta 1 and a threshold >= 20"),
     nn.GELU: (lambda one: one.approximate == "none", "only the exact GELU() can be fused"),
 }
 SUPPORTED = (
@@ -47,7 +49,7 @@ INSTEAD = {
     "BatchNorm1d": "fold it into the Linear before it, or train that part with eager PyTorch",
     "LayerNorm": "leave it out, or use FusedLinear within an eager module",
     "Conv2d": "keep the convolutions eager and use FusedMLP for the layers behind them",
-    "ELU": "use SiLU or GELU",
+    "CELU": "use ELU",
     "Hardtanh": "use Tanh",
     "ReLU6": "use ReLU",
     "OptimizedModule": "fuse the module that was compiled: module._orig_mod",
