@@ -108,9 +108,9 @@ def normalising(m, x):
     return m.b(m.norm(h))
 
 
-def softplus(m, x):
+def softsign(m, x):
     h = m.a(x)
-    return m.b(nn.functional.softplus(h))
+    return m.b(nn.functional.softsign(h))
 
 
 def line_of(function, code, words):
@@ -170,8 +170,8 @@ MODULES = {
         line_of(branching, "if x.sum() > 0:", "torch.fx cannot trace its forward: it"),
     ),
     "softplus": (
-        lambda: Forward(softplus),
-        line_of(softplus, "return m.b(nn.functional.softplus(h))", "softplus cannot be fused"),
+        lambda: Forward(softsign),
+        line_of(softsign, "return m.b(nn.functional.softsign(h))", "softsign cannot be fused"),
     ),
     "options of a function": (
         lambda: Forward(lambda m, x: m.b(nn.functional.log_softmax(m.a(x), 1, dtype=torch.float64))),
