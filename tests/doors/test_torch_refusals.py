@@ -169,7 +169,7 @@ MODULES = {
         lambda: Forward(branching),
         line_of(branching, "if x.sum() > 0:", "torch.fx cannot trace its forward: it"),
     ),
-    "softplus": (
+    "softsign": (
         lambda: Forward(softsign),
         line_of(softsign, "return m.b(nn.functional.softsign(h))", "softsign cannot be fused"),
     ),

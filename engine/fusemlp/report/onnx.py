@@ -14,7 +14,7 @@ feature has an input of its own (rows, 1) with its name, as converters of scikit
 the graph's type, words as strings without spaces around them, "" for a missing one. An unseen word counts as it does in
 ``predict``. A date has a number for each of its parts. Dropout is left out.
 
-The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), for words those of ai.onnx.ml 3, so older runtimes
+The graph uses operators of opset 18 (ONNX 1.13, onnxruntime 1.14), for words those of ai.onnx.ml 3, so older runtimes
 read it too. Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling
 in the graph. A feature that is called as an output or a parameter has an input with an underscore after its name.
 """
