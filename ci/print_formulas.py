@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fusemlp_kernels import pointwise
@@ -119,7 +119,7 @@ class Update:
 
 def derivative_lines(row: Activation) -> list[Line]:
     """The lines of a derivative ``d``, with the scale that dropout has put on y undone where that matters."""
-    undone = [] if row.needs_z or row.scale_free else lines("y = y * undo")
+    undone = [] if row.needs_z or row.homogeneous else lines("y = y * undo")
     return undone + lines(row.derivative, "d")
 
 
@@ -310,7 +310,7 @@ def triton_file() -> str:
 
     def spelled(name: Callable[[str], str] = str) -> Dialect:
         functions = {"abs": "tl.abs", "exp": "tl.exp", "sqrt": "tl.sqrt_rn"}
-        return Dialect(name, functions=functions, quotient="tl.div_rn")
+        return Dialect(name, functions=functions)
 
     nan = 'float("nan")'
     values = {name: assigned(lines(row.value, "y"), spelled()) for name, row in ACTIVATIONS.items()}
@@ -343,7 +343,8 @@ def triton_file() -> str:
     stored: dict[str, list[str]] = {}
     for name, rule in {"decay": DECAY, **OPTIMIZERS}.items():
         update, places = Update(rule), list(zip(rule.states, ("first_at", "second_at"), strict=False))
-        real = spelled(wrapped("{}.to(tl.float32)", update.real))
+        # an activation's quotient may be two units off, which saves registers
+        real = replace(spelled(wrapped("{}.to(tl.float32)", update.real)), quotient="tl.div_rn")
         stored[name] = update.scalar_lines(loads, scalars)
         stored[name] += [f"{state} = tl.load({place}, mask=mask, other=0.0)" for state, place in places]
         stored[name] += assigned(update.element, real)

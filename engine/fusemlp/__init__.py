@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from fusemlp.datasets.load import load_data
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
-    from fusemlp.describe.network import MLP, Activation, LeakyReLU, PReLU
+    from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
     from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
     from fusemlp.engine import Engine, load, load_checkpoint
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ELU",
     "MAE",
     "MLP",
     "MSE",
@@ -118,7 +119,7 @@ _NAMES = {
     "fusemlp.runtime.normalising": "InputScaleWarning",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
-    "fusemlp.describe.network": "Activation LeakyReLU MLP PReLU",
+    "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
     "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "

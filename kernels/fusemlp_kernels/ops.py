@@ -106,7 +106,7 @@ _RULE = Operand("rule", note="UpdateRule")
 _ROWS = Operand("rows", "M", "int64", optional=True, hidden=True, note="row numbers; -1 is padding and comes last")
 _DROPOUT = Operand("dropout", optional=True, note="Dropout; needs counters")
 _SLOPES = (
-    Operand("slope", optional=True, default=0.0, note="float: leaky_relu's slope"),
+    Operand("slope", optional=True, default=0.0, note="float: leaky_relu's slope, elu's alpha"),
     Operand("slope_param", "1", optional=True, note="prelu's slope"),
 )
 _ACTIVATION = (Operand("activation", note="a name of ACTIVATIONS"), *_SLOPES)

@@ -12,9 +12,11 @@ A formula is Python arithmetic (``+ - * /``) over names, numbers and the functio
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
+from types import CodeType
+from typing import Any
 
 # Functions of one element that each backend writes by hand. ``step(x, below)`` is 1 above zero, ``below`` elsewhere;
 # ``log1p`` is for arguments from 0 to 1. All give NaN where their first argument is NaN; only there may the second one
@@ -28,17 +30,26 @@ FUNCTIONS = (
 class Activation:
     """y = f(z), and f' from z, or from y if the formula names y.
 
-    ``by_slope``: the derivative of y by ``slope``, for an activation that learns it. ``scale_free``: the derivative at
-    2 y is that at y, so dropout's scale on y changes nothing. ``rectifier``: about half of a symmetric input is kept,
-    as He et al. (2015) assume. ``torch``: the class in ``torch.nn``.
+    ``torch``: the class in ``torch.nn``. ``onnx``: the operator, if there is one. ``slope``: the default of the number
+    of this name that formulas read, and ``argument``: its name in torch's class. ``by_slope``: the derivative of y by
+    ``slope``, for an activation that learns it. ``homogeneous``: f(2 z) = 2 f(z), so dropout's scale on y leaves f' as
+    it is. ``init``: the default distribution of the weights before it.
     """
 
     value: str
     derivative: str
-    by_slope: str | None = None
-    scale_free: bool = False
-    rectifier: bool = False
     torch: str | None = None
+    onnx: str | None = None
+    slope: float | None = None
+    argument: str = ""
+    by_slope: str | None = None
+    homogeneous: bool = False
+    init: str = "glorot_uniform"
+
+    @property
+    def learned(self) -> bool:
+        """True if the slope is a parameter."""
+        return self.by_slope is not None
 
     @property
     def needs_z(self) -> bool:
@@ -97,29 +108,74 @@ class Optimizer:
     element: str
 
 
+# m = exp(z) - 1 below zero, which is accurate near zero too, and 0 above
+_ELU = "t = tanh(0.5 * minimum(z, 0)); m = 2 * t / (1 - t); "
+# tanh(softplus(z)) = w / (w + 2), of which float64 makes 1 at 30 and the square of exp(z) is still a float32
+_MISH = "m = minimum(z, 30); h = exp(m); w = h * (h + 2); "
+
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation("z", "1", scale_free=True, torch="Identity"),
-    "relu": Activation("maximum(z, 0)", "step(y, 0)", scale_free=True, rectifier=True, torch="ReLU"),
+    "identity": Activation("z", "1", "Identity", homogeneous=True),
+    # He et al. (2015) derived their variance for an activation that keeps about half of a symmetric input
+    "relu": Activation("maximum(z, 0)", "step(y, 0)", "ReLU", "Relu", homogeneous=True, init="he_normal"),
     # with a slope that is not negative the output has the sign of z
     "leaky_relu": Activation(
         "maximum(z, 0) + slope * minimum(z, 0)",
         "step(y, slope)",
-        scale_free=True,
-        rectifier=True,
-        torch="LeakyReLU",
+        "LeakyReLU",
+        "LeakyRelu",
+        slope=0.01,
+        argument="negative_slope",
+        homogeneous=True,
+        init="he_normal",
     ),
     "prelu": Activation(
         "maximum(z, 0) + slope * minimum(z, 0)",
         "step(z, slope)",
+        "PReLU",
+        "PRelu",
+        slope=0.25,
+        argument="init",
         by_slope="minimum(z, 0)",
-        rectifier=True,
-        torch="PReLU",
+        homogeneous=True,
+        init="he_normal",
     ),
-    "sigmoid": Activation("sigmoid(z)", "y * (1 - y)", torch="Sigmoid"),
-    "tanh": Activation("tanh(z)", "1 - y * y", torch="Tanh"),
+    "sigmoid": Activation("sigmoid(z)", "y * (1 - y)", "Sigmoid"),
+    "tanh": Activation("tanh(z)", "1 - y * y", "Tanh"),
     # the exact form of Hendrycks and Gimpel, "Gaussian error linear units", 2016
-    "gelu": Activation("z * normal_cdf(z)", "normal_cdf(z) + z * normal_pdf(z)", rectifier=True, torch="GELU"),
-    "silu": Activation("z * sigmoid(z)", "s = sigmoid(z); s * (1 + z * (1 - s))", rectifier=True, torch="SiLU"),
+    "gelu": Activation("z * normal_cdf(z)", "normal_cdf(z) + z * normal_pdf(z)", "GELU", init="he_normal"),
+    "silu": Activation("z * sigmoid(z)", "s = sigmoid(z); s * (1 + z * (1 - s))", "SiLU", init="he_normal"),
+    # Clevert et al., "Fast and accurate deep network learning by exponential linear units", 2016, with the weights of
+    # He et al.
+    "elu": Activation(
+        _ELU + "maximum(z, 0) + slope * m",
+        "step(y, slope) + minimum(y, 0)",
+        "ELU",
+        "Elu",
+        slope=1.0,
+        argument="alpha",
+        init="he_normal",
+    ),
+    # Klambauer et al., "Self-normalizing neural networks", 2017, which assumes the variance 1 / fan_in
+    "selu": Activation(
+        _ELU + "1.0507009873554805 * maximum(z, 0) + 1.7580993408473766 * m",
+        "s = step(y, 0); 1.0507009873554805 * s + 1.7580993408473766 * (1 - s) + minimum(y, 0)",
+        "SELU",
+        "Selu",
+        init="lecun_normal",
+    ),
+    # Dugas et al., "Incorporating second-order functional knowledge for better option pricing", 2000; the derivative
+    # 1 - exp(-y) by tanh, which keeps small y accurate
+    "softplus": Activation(
+        "maximum(z, 0) + log1p(exp(-abs(z)))", "t = tanh(0.5 * y); 2 * t / (1 + t)", "Softplus", "Softplus"
+    ),
+    # Misra, "Mish: a self regularized non-monotonic activation function", 2020: z * tanh(softplus(z))
+    "mish": Activation(
+        _MISH + "z * (w / (w + 2))",
+        _MISH + "(w + m * (4 * h * (h + 1) / (w + 2))) / (w + 2)",
+        "Mish",
+        "Mish",
+        init="he_normal",
+    ),
 }
 
 LOSSES: dict[str, Loss] = {
@@ -240,6 +296,19 @@ def lines(formula: str, result: str = "") -> list[Line]:
             case _:
                 raise ValueError(f"formula: expected `name = expression`, got {ast.unparse(statement)!r}")
     return found
+
+
+def evaluate(formula: str, known: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> Any:
+    """Return the value of a formula that ends with an expression, from the values of the names that it reads."""
+    values = dict(known)
+    for name, code in _compiled(formula):
+        values[name] = eval(code, {"__builtins__": {}, **functions}, values)
+    return values["result"]
+
+
+@cache
+def _compiled(formula: str) -> list[tuple[str, CodeType]]:
+    return [(name, compile(ast.Expression(value), formula, "eval")) for name, value in lines(formula, "result")]
 
 
 def named(found: Iterable[Line]) -> list[str]:

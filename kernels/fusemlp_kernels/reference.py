@@ -47,7 +47,27 @@ def normal_density(z: Array) -> Array:
     return np.asarray(np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi))
 
 
-# f(z) and f'(z); a is the slope below zero. heaviside is 0 up to 0, then 1, and NaN at NaN.
+def elu(z: Array, a: Any) -> Array:
+    """z above zero, a (exp(z) - 1) elsewhere (Clevert et al., 2016)."""
+    return np.where(z > 0, z, a * np.expm1(np.minimum(z, 0.0)))
+
+
+def elu_grad(z: Array, a: Any) -> Array:
+    """The derivative of ``elu``; at z = 0 it is a."""
+    return np.where(z > 0, 1.0, a * np.exp(np.minimum(z, 0.0)))
+
+
+def mish_grad(z: Array) -> Array:
+    """The derivative of z tanh(softplus(z)) (Misra, 2020): with g = sigmoid(-z), tanh' = 4 g**2 / (1 + g**2)**2."""
+    g = sigmoid(-z)
+    # the product is 0 from 400 on, at infinity too
+    return np.asarray(np.tanh(softplus(z)) + np.minimum(z, 400.0) * (sigmoid(z) * 4.0 * g**2 / (1.0 + g**2) ** 2))
+
+
+# scale and alpha (Klambauer et al., 2017): with them mean 0 and variance 1 of z are a fixed point
+SELU = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+
+# f(z) and f'(z); a is the slope below zero, or elu's factor. heaviside is 0 up to 0, then 1, and NaN at NaN.
 # gelu is the exact form (Hendrycks and Gimpel, 2016), its derivative contains the normal density.
 _ACTIVATIONS: dict[str, tuple[Callable[[Array, Any], Array], Callable[[Array, Any], Array]]] = {
     "identity": (lambda z, a: z.copy(), lambda z, a: np.ones_like(z)),
@@ -57,18 +77,22 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Array, Any], Array], Callable[[Array, An
     "tanh": (lambda z, a: np.tanh(z), lambda z, a: 1.0 - np.tanh(z) ** 2),
     "gelu": (lambda z, a: z * normal_cdf(z), lambda z, a: normal_cdf(z) + z * normal_density(z)),
     "silu": (lambda z, a: z * sigmoid(z), lambda z, a: sigmoid(z) * (1.0 + z * sigmoid(-z))),
+    "elu": (elu, elu_grad),
+    "selu": (lambda z, a: SELU[0] * elu(z, SELU[1]), lambda z, a: SELU[0] * elu_grad(z, SELU[1])),
+    "softplus": (lambda z, a: softplus(z), lambda z, a: sigmoid(z)),
+    "mish": (lambda z, a: z * np.tanh(softplus(z)), lambda z, a: mish_grad(z)),
 }
 # The slope is given for leaky_relu and learned for prelu.
 _ACTIVATIONS["prelu"] = _ACTIVATIONS["leaky_relu"]
 
 
 def activation(name: str, z: Array, slope: Any = 0.0) -> Array:
-    """y = f(z), shaped like z. ``slope`` is the factor below zero of leaky_relu and prelu."""
+    """y = f(z), shaped like z. ``slope`` is the factor below zero of leaky_relu, prelu and elu."""
     return _ACTIVATIONS[name][0](z, slope)
 
 
 def activation_grad(name: str, z: Array, slope: Any = 0.0) -> Array:
-    """f'(z), shaped like z. At the kink z = 0 relu' is 0 and leaky_relu' is the slope, as in torch."""
+    """f'(z), shaped like z. At the kink z = 0 relu' is 0, leaky_relu' and elu' are the slope, as in torch."""
     return _ACTIVATIONS[name][1](z, slope)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import fusemlp
 from fusemlp import (
+    ELU,
     MLP,
     Activation,
     ArgumentError,
@@ -33,7 +34,7 @@ Array = np.ndarray[Any, Any]
 TOLERANCE = 1e-5
 WIDTH = 6
 X = np.random.default_rng(0).normal(size=(33, WIDTH)) * 2.0
-ALL = [*ACTIVATIONS, LeakyReLU(0.2), PReLU(-0.3)]
+ALL = [*ACTIVATIONS, LeakyReLU(0.2), PReLU(-0.3), ELU(0.7)]
 
 
 def run(path: Path, X: Array) -> dict[str, Array]:

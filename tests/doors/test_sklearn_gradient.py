@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 import fusemlp
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.batches import CalledBatches
+from fusemlp_kernels.contract import ACTIVATIONS
 
 RANDOM = np.random.RandomState(0)
 X = RANDOM.standard_normal((9, 4))
@@ -84,9 +85,7 @@ def check_gradient(estimator, y, weight=None):
     np.testing.assert_allclose(gradient[used], slopes[used], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    "activation", ["identity", "logistic", "tanh", "relu", "leaky_relu", "prelu", "gelu", "silu", ["tanh", "silu"]]
-)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "logistic", ["tanh", "silu"]])
 @pytest.mark.parametrize("case", ["classes", "two classes"])
 def test_every_activation(case, activation):
     y, options = CLASSIFIERS[case]

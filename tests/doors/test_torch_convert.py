@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fusemlp import MLP, Engine, LeakyReLU, PReLU
+from fusemlp import ELU, MLP, Engine, LeakyReLU, PReLU
 from fusemlp.torch import from_torch, to_torch
+from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
@@ -91,9 +92,7 @@ def test_frozen_parameters_and_missing_biases():
     assert not before["0.bias"].any()
 
 
-@pytest.mark.parametrize(
-    "activation", ["relu", "sigmoid", "tanh", "gelu", "silu", "identity", LeakyReLU(0.3), PReLU(0.1)]
-)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, LeakyReLU(0.3), PReLU(0.1), ELU(0.7)])
 def test_a_torch_module_predicts_as_the_engine(activation):
     net = MLP([6, 8, 5, 3], activation=activation, output_activation="tanh", dropout=[0.5, 0.0])
     engine = Engine(net, "mse", backend="numpy", precision="fp64")

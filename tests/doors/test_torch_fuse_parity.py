@@ -25,6 +25,10 @@ ACTIVATIONS = {
     "tanh": nn.Tanh,
     "gelu": nn.GELU,
     "silu": nn.SiLU,
+    "elu": lambda: nn.ELU(0.7),
+    "selu": nn.SELU,
+    "softplus": nn.Softplus,
+    "mish": nn.Mish,
 }
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, weight_decay=0.01),

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd import gradcheck
 
-from fusemlp import LeakyReLU, PReLU
+from fusemlp import ELU, LeakyReLU, PReLU
 from fusemlp.torch import FusedLinear, FusedMLP
 from fusemlp.torch.autograd import chain_op
 from fusemlp_kernels.contract import ACTIVATIONS as ACTIVATION_NAMES
@@ -26,6 +26,10 @@ ACTIVATIONS = {
     "tanh": ("tanh", nn.Tanh),
     "gelu": ("gelu", nn.GELU),
     "silu": ("silu", nn.SiLU),
+    "elu": (ELU(0.7), lambda: nn.ELU(0.7)),
+    "selu": ("selu", nn.SELU),
+    "softplus": ("softplus", nn.Softplus),
+    "mish": ("mish", nn.Mish),
 }
 each_activation = pytest.mark.parametrize("name, twin", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 

@@ -108,9 +108,9 @@ def normalising(m, x):
     return m.b(m.norm(h))
 
 
-def softplus(m, x):
+def softsign(m, x):
     h = m.a(x)
-    return m.b(nn.functional.softplus(h))
+    return m.b(nn.functional.softsign(h))
 
 
 def line_of(function, code, words):
@@ -132,10 +132,15 @@ MODULES = {
         "4: ReLU: nothing can follow LogSoftmax",
     ),
     "log_softmax for cross-entropy": (lambda: nn.Sequential(*plain(), nn.LogSoftmax(1)), "use NLLLoss, or leave"),
-    "ELU": (with_parts(nn.ELU()), r"1: ELU cannot be fused; use SiLU or GELU"),
+    "CELU": (with_parts(nn.CELU()), r"1: CELU cannot be fused; use ELU"),
+    "negative alpha": (with_parts(nn.ELU(-0.1)), r"1: ELU\(alpha=-0\.1\): expected alpha >= 0"),
+    "scaled softplus": (with_parts(nn.Softplus(2)), r"1: Softplus\(beta=2.*\): expected beta 1 and a threshold >= 20"),
     "tanh GELU": (with_parts(nn.GELU(approximate="tanh")), r"1: GELU\(approximate='tanh'\)"),
     "PReLU of many": (with_parts(nn.PReLU(8)), r"1: PReLU\(num_parameters=8\): one slope"),
-    "negative slope": (with_parts(nn.LeakyReLU(-0.1)), r"1: LeakyReLU\(negative_slope=-0\.1\): expected"),
+    "negative slope": (
+        with_parts(nn.LeakyReLU(-0.1)),
+        r"1: LeakyReLU\(negative_slope=-0\.1\): expected negative_slope >= 0",
+    ),
     "two activations": (with_parts(nn.ReLU(), nn.Tanh()), r"2: Tanh: a second activation .* 1: ReLU"),
     "two dropouts": (with_parts(nn.ReLU(), nn.Dropout(), nn.Dropout()), r"3: Dropout: a second dropout"),
     "dropout before tanh": (with_parts(nn.Dropout(), nn.Tanh()), r"2: Tanh after 1: Dropout: put the Dropout behind"),
@@ -164,9 +169,9 @@ MODULES = {
         lambda: Forward(branching),
         line_of(branching, "if x.sum() > 0:", "torch.fx cannot trace its forward: it"),
     ),
-    "softplus": (
-        lambda: Forward(softplus),
-        line_of(softplus, "return m.b(nn.functional.softplus(h))", "softplus cannot be fused"),
+    "softsign": (
+        lambda: Forward(softsign),
+        line_of(softsign, "return m.b(nn.functional.softsign(h))", "softsign cannot be fused"),
     ),
     "options of a function": (
         lambda: Forward(lambda m, x: m.b(nn.functional.log_softmax(m.a(x), 1, dtype=torch.float64))),

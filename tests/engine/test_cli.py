@@ -135,7 +135,7 @@ WRONG = {
     "dropout word": (["digits", "--dropout", "some"], 2, "--dropout: expected a number"),
     "dropouts": (["digits", "--dropout", "0.1,0.2"], 2, "--dropout: expected one value, or 1"),
     "activation": (["digits", "--activation", "rel"], 2, "--activation: unknown name 'rel'; did you mean 'relu'"),
-    "slope of relu": (["digits", "--slope", "0.1"], 2, "--slope: only leaky_relu and prelu"),
+    "slope of relu": (["digits", "--slope", "0.1"], 2, "--slope: only leaky_relu, prelu and elu"),
     "init": (["digits", "--init", "he"], 2, "--init: unknown name 'he'"),
     "loss": (["digits", "--loss", "mce"], 2, "--loss: unknown name 'mce'; did you mean 'mse'"),
     "loss of numbers": (["digits", "--loss", "poisson"], 2, "--loss: 'poisson' is for numbers"),

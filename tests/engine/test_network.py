@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.describe.network import INITS, MLP, Activation, LeakyReLU, PReLU, as_activation
+from fusemlp.describe.network import ELU, INITS, MLP, Activation, LeakyReLU, PReLU, as_activation
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -47,8 +47,13 @@ def test_sizes_may_be_numpy_integers() -> None:
 def test_every_activation_of_the_contract_has_a_name() -> None:
     for name in ACTIVATIONS:
         assert as_activation("activation", name).name == name
-    assert as_activation("activation", "leaky_relu") == LeakyReLU() == LeakyReLU(0.01)
-    assert as_activation("activation", "prelu") == PReLU() == PReLU(0.25)
+    assert as_activation("activation", "leaky_relu") == Activation("leaky_relu") == LeakyReLU() == LeakyReLU(0.01)
+    assert as_activation("activation", "elu") == Activation("elu") == ELU() == ELU(1.0)
+    assert as_activation("activation", "prelu") == Activation("prelu") == PReLU() == PReLU(0.25)
+
+
+def test_a_slope_of_zero_is_shown() -> None:
+    assert "LeakyReLU(0.0)" in repr(MLP([2, 3, 1], activation=LeakyReLU(0.0)))
 
 
 def test_parameters_have_the_names_shapes_and_order_of_torch() -> None:
@@ -119,10 +124,11 @@ def test_weights_have_the_stated_distribution(init: str, activation: Any) -> Non
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_auto_is_he_before_rectifiers_and_glorot_before_the_others(name: str) -> None:
-    rectifier = name in ("relu", "leaky_relu", "prelu", "gelu", "silu")
+def test_auto_is_he_before_rectifiers_lecun_before_selu_and_glorot_before_the_others(name: str) -> None:
+    rectifier = name in ("relu", "leaky_relu", "prelu", "gelu", "silu", "elu", "mish")
+    other = "lecun_normal" if name == "selu" else "glorot_uniform"
     auto = MLP([5, 4], output_activation=name).initial_parameters(0)
-    chosen = MLP([5, 4], output_activation=name, init="he_normal" if rectifier else "glorot_uniform")
+    chosen = MLP([5, 4], output_activation=name, init="he_normal" if rectifier else other)
     np.testing.assert_array_equal(auto["0.weight"], chosen.initial_parameters(0)["0.weight"])
 
 
@@ -199,11 +205,12 @@ def test_impossible_networks_are_refused(arguments: dict[str, Any], error: type[
     ("name", "slope", "error", "words"),
     [
         ("leaky_relu", -0.1, ArgumentError, "slope of leaky_relu: .*at least 0, got -0.1"),
+        ("elu", -0.1, ArgumentError, "slope of elu: .*at least 0, got -0.1"),
         ("prelu", math.nan, ArgumentError, "slope of prelu: .*got nan"),
         ("prelu", math.inf, ArgumentError, "slope of prelu: .*got inf"),
         ("prelu", "a", ArgumentTypeError, "slope of prelu: .*got 'a'"),
         ("relu", 0.1, ArgumentError, "slope: relu has none, got 0.1"),
-        ("mish", 0.0, ArgumentError, "activation: unknown name 'mish'"),
+        ("softsign", 0.0, ArgumentError, "activation: unknown name 'softsign'"),
     ],
 )
 def test_impossible_activations_are_refused(name: str, slope: Any, error: type[Exception], words: str) -> None:

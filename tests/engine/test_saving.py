@@ -51,6 +51,10 @@ TORCH: dict[str, Callable[[], torch.nn.Module]] = {
     "tanh": torch.nn.Tanh,
     "gelu": torch.nn.GELU,
     "silu": torch.nn.SiLU,
+    "elu": torch.nn.ELU,
+    "selu": torch.nn.SELU,
+    "softplus": torch.nn.Softplus,
+    "mish": torch.nn.Mish,
 }
 
 
@@ -68,7 +72,8 @@ def trained(*activations: str | fusemlp.Activation, **options: Any) -> Engine:
 
 
 @pytest.mark.parametrize(
-    "activations", [("relu", "prelu", "tanh"), ("gelu", "silu", "sigmoid"), ("prelu", "leaky_relu", "prelu")]
+    "activations",
+    [("relu", "prelu", "tanh"), ("gelu", "silu", "sigmoid"), ("prelu", "leaky_relu", "prelu"), ("elu", "selu", "mish")],
 )
 def test_torch_reads_it_into_the_plain_sequential(activations: tuple[str, ...], tmp_path: Path) -> None:
     engine = trained(*activations, precision="fp64")

@@ -13,6 +13,7 @@ from tolerance import assert_within, update_bound
 from torch_oracle import torch_loss
 
 from fusemlp import (
+    ELU,
     MAE,
     MLP,
     MSE,
@@ -83,10 +84,10 @@ class TorchTwin:
             chosen = self.net.activations[layer]
             if chosen.name == "prelu":
                 x = f.prelu(x, self.parameters[f"{2 * layer + 1}.weight"])
-            elif chosen.name == "leaky_relu":
-                x = f.leaky_relu(x, chosen.slope)
+            elif chosen.name in ("leaky_relu", "elu"):
+                x = getattr(f, chosen.name)(x, chosen.slope)
             elif chosen.name != "identity":
-                x = getattr(f, chosen.name)(x) if chosen.name in ("gelu", "silu") else getattr(torch, chosen.name)(x)
+                x = getattr(f, chosen.name)(x)
             rate = self.net.dropouts[layer]
             if rate:
                 keep = dropout_keep(rate, layer, self.engine.seed, batch_index, *x.shape)
@@ -303,6 +304,10 @@ NETWORKS = {
     "sigmoid": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="sigmoid")),
     "gelu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="gelu")),
     "silu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="silu")),
+    "elu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation=ELU(0.7), dropout=0.25)),
+    "selu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="selu", dropout=0.25)),
+    "softplus": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="softplus", dropout=0.25)),
+    "mish": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="mish")),
     "identity": Case(SGD(0.03), sgd(lr=0.03), net=MLP(HIDDEN, activation="identity")),
     "mixed": Case(Adam(0.01), adam(lr=0.01), net=MLP(HIDDEN, activation=["gelu", PReLU(0.1)], dropout=[0.0, 0.4])),
     "no hidden layer": Case(Adam(0.01), adam(lr=0.01), net=MLP([INPUTS, OUTPUTS])),

@@ -24,15 +24,20 @@ from fusemlp_kernels.contract import (
     TensorRule,
     UpdateRule,
 )
+from fusemlp_kernels.pointwise import ACTIVATIONS
 
 # The learning rate where a test does not care.
 RATE = 0.1
 
 
+# Activations whose slope is given.
+SLOPED = {name for name, row in ACTIVATIONS.items() if row.slope is not None and not row.learned}
+
+
 def slope_operands(activation, slope, dtype):
     if activation == "prelu":
         return {"slope_param": np.full(1, slope, dtype)}
-    return {"slope": slope} if activation == "leaky_relu" else {}
+    return {"slope": slope} if activation in SLOPED else {}
 
 
 def gathering(variant, rows, **workspace):

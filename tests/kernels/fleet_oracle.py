@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from calls import SLOPED
 from step_bounds import TwoBytes, traced
 from tolerance import U32, assert_within, update_bound
 
@@ -50,7 +51,7 @@ class Oracle:
         layers, keeps = [], []
         for index, name in enumerate(shape.activations):
             rate = model.rate if index < len(shape.activations) - 1 else 0.0
-            slope = self.before.get(f"s{index}", model.slope if name == "leaky_relu" else 0.0)
+            slope = self.before.get(f"s{index}", model.slope if name in SLOPED else 0.0)
             w = fleet.variant.rounded(self.before[f"w{index}"]).astype(np.float64)
             layers.append(reference.Layer(w, self.before[f"b{index}"], name, slope, rate))
             width = shape.sizes[index + 1]

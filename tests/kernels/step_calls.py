@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calls import SLOPED
+
 from fusemlp_kernels.contract import NEEDS_Z, Dropout, LossSpec, Ridge, Segment, TensorRule, Traits, UpdateRule
 
 
@@ -56,7 +58,7 @@ def step_calls(
 
     def activation(index: int) -> dict[str, Any]:
         found: dict[str, Any] = {"activation": layers[index].activation}
-        if layers[index].activation == "leaky_relu":
+        if layers[index].activation in SLOPED:
             found["slope"] = layers[index].slope
         if layers[index].activation == "prelu":
             found["slope_param"] = tensors[f"s{index}"]

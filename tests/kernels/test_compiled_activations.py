@@ -62,6 +62,7 @@ def test_values_and_derivatives_are_within_the_budget(name, real):
     u = UNIT[np.dtype(real).name]
     with np.errstate(over="ignore"):
         wanted, slope = reference.activation(name, exact, SLOPE), reference.activation_grad(name, exact, SLOPE)
+        wanted[wanted > np.finfo(real).max] = np.inf
         y = values(name, z)
         assert_within(y, wanted, activation_bound(name, exact, 0.0, SLOPE, u))
         # the derivative is had from y, whose own error it carries on
@@ -70,12 +71,14 @@ def test_values_and_derivatives_are_within_the_budget(name, real):
         assert_within(derivatives(name, z, y), slope, error + carried)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "elu", "softplus", "mish"])
 def test_values_are_near_in_units_of_their_own_last_place(name):
     """Three units of the result itself, not of 1: small results are as exact as large ones."""
     z = numbers(np.float32)
-    wanted = reference.activation(name, z.astype(np.float64))
-    assert_within(values(name, z), wanted, 6.0 * U32 * np.abs(wanted) + TINY)
+    wanted = reference.activation(name, z.astype(np.float64), SLOPE)
+    # the exponential is zero a little before it leaves the normal numbers; mish has it times z
+    lost = 2.0 * TINY * np.maximum(1.0, np.where(z < 0, -z, 1.0)) if name == "mish" else 2.0 * TINY
+    assert_within(values(name, z), wanted, 6.0 * U32 * np.abs(wanted) + lost)
 
 
 @pytest.mark.parametrize("real", TYPES)
@@ -96,14 +99,15 @@ def test_ends_zeros_and_nan_are_the_oracles(name, real):
             function(name, z.astype(np.float64), SLOPE)
             for function in (reference.activation, reference.activation_grad)
         )
-    y = values(name, z)
-    np.testing.assert_array_equal(y, wanted.astype(real))
-    if name in ("tanh", "gelu", "silu", "prelu", "leaky_relu"):
-        zeros = z == 0.0
+    y, zeros = values(name, z), z == 0.0
+    # only softplus has an irrational value at zero
+    rounding = ULPS[name] * 2.0 * UNIT[np.dtype(real).name] if name == "softplus" else 0.0
+    assert_within(y, wanted.astype(real), np.where(zeros, rounding, 0.0))
+    if name in ("tanh", "gelu", "silu", "prelu", "leaky_relu", "mish"):
         np.testing.assert_array_equal(np.signbit(y[zeros]), np.signbit(z[zeros]))
     d = derivatives(name, z, y)
     # of an infinity times nothing the oracle makes NaN, too
-    np.testing.assert_array_equal(d, slope.astype(real))
+    assert_within(d, slope.astype(real), np.where(zeros, rounding, 0.0))
 
 
 @pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - NEEDS_Z - {"identity"}))

@@ -18,7 +18,7 @@ from fusemlp_kernels.reference import Batch, Layer
 # f''' of order one they balance at h = u^(1/3), 4.8e-6, where both are about u^(2/3) = 2.3e-11.
 U = UNIT["float64"]
 STEP = U ** (1 / 3)
-KINKED = {"relu", "leaky_relu", "prelu"}
+KINKED = {"relu", "leaky_relu", "prelu", "elu", "selu"}
 SMOOTH_LOSSES = {"cross_entropy", "binary_cross_entropy", "mse", "poisson"}
 # Third derivatives here come from products of up to three layers' weights, inputs and curvatures, each below 3: less
 # than 3^6 of the unit; the loss itself takes some hundred operations.
@@ -59,7 +59,7 @@ def case(hidden, kind, weighted):
 
 
 def slope_of(name, rng):
-    return {"leaky_relu": 0.1, "prelu": rng.uniform(0.1, 0.4, 1)}.get(name, 0.0)
+    return {"leaky_relu": 0.1, "prelu": rng.uniform(0.1, 0.4, 1), "elu": 1.3}.get(name, 0.0)
 
 
 def targets(spec, rng, rows, columns):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from calls import gathering, kept, slope_operands
+from calls import SLOPED, gathering, kept, slope_operands
 from devices import STRIDED, VARIANT_PARAMETERS, Variant
 from hypothesis import strategies as st
 from memory import ROW_MULTIPLE, place, poisoned
@@ -26,7 +26,7 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.philox import dropout_keep
 
 RATES = (0.1, 0.5, 0.9)
-# leaky_relu reads its derivative off the output, so its slope is not negative; prelu's may be anything
+# leaky_relu and elu read their derivative off the output, so their slope is not negative; prelu's may be anything
 SLOPES = (0.0, 0.01, 0.3, 1.0, 1.7)
 LEARNED_SLOPES = (*SLOPES, -0.4)
 
@@ -34,7 +34,7 @@ LEARNED_SLOPES = (*SLOPES, -0.4)
 @st.composite
 def slopes(draw, activation):
     """The operands slope and slope_param, and the slope as the oracle takes it."""
-    if activation == "leaky_relu":
+    if activation in SLOPED:
         return draw(st.sampled_from(SLOPES))
     return draw(st.sampled_from(LEARNED_SLOPES)) if activation == "prelu" else 0.0
 
@@ -49,15 +49,32 @@ def assert_output(variant, actual, expected, limit):
     assert_within(actual, expected, variant.result_bound(limit, expected))
 
 
-def before_activation(activation, y):
+SELU_SCALE, SELU_ALPHA = reference.SELU
+
+
+def before_activation(activation, y, slope):
     """A z whose derivative is the one that is read off y, whatever rounding has made of y."""
-    if activation == "sigmoid":
-        with np.errstate(divide="ignore"):
-            return np.log(y) - np.log1p(-y)
-    if activation == "tanh":
-        with np.errstate(divide="ignore"):
-            return np.arctanh(y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        match activation:
+            case "sigmoid":
+                return np.log(y) - np.log1p(-y)
+            case "tanh":
+                return np.arctanh(y)
+            case "elu":
+                return np.where(y < 0, np.log1p(y / slope), y)
+            case "selu":
+                return np.where(y < 0, np.log1p(y / (SELU_SCALE * SELU_ALPHA)), y)
+            case "softplus":
+                return y + np.log(-np.expm1(-y))
     return y
+
+
+def possible(variant, activation, y, slope, rate):
+    """y, nearer to zero where it is rounded to more than any z gives before dropout grows it."""
+    least = {"sigmoid": 0.0, "tanh": -1.0, "elu": -slope, "selu": -SELU_SCALE * SELU_ALPHA}.get(activation, -np.inf)
+    most = {"sigmoid": 1.0, "tanh": 1.0}.get(activation, np.inf)
+    before = exact(y) * (1.0 - rate)
+    return variant.rounded(np.where((before < least) | (before > most), y * variant.real(1.0 - 2.0**-7), y))
 
 
 @dataclass(frozen=True)
@@ -168,11 +185,7 @@ def test_grad_input(case):
     z = place(values.factors(m, k, scale=case.scale), case.layouts[2])
     keep = dropout_keep(case.rate, 3, case.dropout_seed, 5, m, k) if case.rate else None
     y = reference.dropout(reference.activation(case.activation, exact(z), slope), keep, case.rate)
-    y = variant.rounded(y)
-    if case.activation in ("sigmoid", "tanh"):
-        # rounded up, a saturated output may lie beyond what any z gives
-        y = variant.rounded(np.where(np.abs(exact(y)) * (1.0 - case.rate) > 1.0, y * variant.real(1.0 - 2.0**-7), y))
-    y = place(y, case.layouts[2])
+    y = place(possible(variant, case.activation, variant.rounded(y), slope, case.rate), case.layouts[2])
     dz_prev = poisoned((m, k), variant.compute, case.output_layout)
     operands = {"dz": dz, "w": w, "y": y, "dz_prev": dz_prev, "activation": case.activation}
     operands |= slope_operands(case.activation, slope, variant.real)
@@ -188,7 +201,7 @@ def test_grad_input(case):
     run = variant.bind("grad_input", **operands)
     source = exact(z)
     if case.activation not in NEEDS_Z:
-        source = before_activation(case.activation, exact(y) * (1.0 - case.rate))
+        source = before_activation(case.activation, exact(y) * (1.0 - case.rate), slope)
     exacts = exact(dz), exact(w), source
     expected = reference.grad_input(*exacts, case.activation, slope, keep, case.rate)
     limit = grad_input_bound(*exacts, case.activation, slope, keep, case.rate, variant.unit, variant.products)
@@ -324,7 +337,7 @@ def test_gradients_of_a_batch_in_parts(m, n, k, parts, variant, by_row, placed, 
 def test_layers_of_many_blocks(variant, activation, direction):
     """More elements than a pass over them takes at a time, in rows and in columns."""
     values, (m, k) = Values(9, variant), variant.device.blocks[direction == "wide"]
-    slope = rounded_slope(activation, 0.3, variant.real) if activation in ("leaky_relu", "prelu") else 0.0
+    slope = rounded_slope(activation, 0.3, variant.real) if activation in (*SLOPED, "prelu") else 0.0
     slope_given = slope_operands(activation, slope, variant.real)
     x, w, b = values.factors(m, 4), values.factors(k, 4), values.normal(k)
     y = poisoned((m, k), variant.compute)
@@ -338,8 +351,9 @@ def test_layers_of_many_blocks(variant, activation, direction):
         poisoned((m, k), variant.compute),
     )
     operands = {"dz": dz, "w": w, "dz_prev": dz_prev, "activation": activation, **slope_given}
-    operands["y"] = variant.rounded(reference.activation(activation, exact(z), slope))
-    source = exact(z) if activation in NEEDS_Z else before_activation(activation, exact(operands["y"]))
+    y = variant.rounded(reference.activation(activation, exact(z), slope))
+    operands["y"] = possible(variant, activation, y, slope, 0.0)
+    source = exact(z) if activation in NEEDS_Z else before_activation(activation, exact(operands["y"]), slope)
     operands |= {"z": z} if activation in NEEDS_Z else {}
     dslope = poisoned(1, variant.real) if activation == "prelu" else None
     variant.bind("grad_input", **operands, dslope=dslope)()
@@ -387,3 +401,19 @@ def test_every_operand_may_lie_in_its_own_way(variant, ways):
     expected, magnitudes = (reference.grad_weight(f(exact(dz)), f(exact(x))) for f in (np.array, np.abs))
     for found, wanted, magnitude in zip((dw, db), expected, magnitudes, strict=True):
         assert_within(found, wanted, bound(m, magnitude, u, output=wanted, products=products))
+
+
+@pytest.mark.parametrize("variant", [p for p in VARIANT_PARAMETERS if p.values[0].precision in ("fp32", "fp64")])
+def test_the_tail_of_softplus_keeps_its_leading_digits(variant):
+    """Of 1 + exp(z) as it is rounded nothing would be left, and no gradient."""
+    x = np.arange(-60.0, 3.0).astype(variant.real)[:, None]
+    one, y, dz_prev = np.ones((1, 1), variant.real), poisoned(x.shape, variant.real), poisoned(x.shape, variant.real)
+    variant.bind("linear", x=x, w=one, b=np.zeros(1, variant.real), y=y, activation="softplus")()
+    # an exponential's error may grow with its argument
+    budget = 2.0 * variant.unit * (np.abs(exact(x)) + 12.0)
+    wanted = reference.activation("softplus", exact(x))
+    assert_within(y, wanted, budget * wanted)
+    operands = {"dz": np.ones_like(x), "w": one, "y": y, "dz_prev": dz_prev}
+    variant.bind("grad_input", **operands, activation="softplus")()
+    wanted = reference.activation_grad("softplus", exact(x))
+    assert_within(dz_prev, wanted, budget * wanted)

@@ -38,7 +38,7 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError
 
-SLOPE = {"leaky_relu": 0.1, "prelu": 0.25}
+SLOPE = {"leaky_relu": 0.1, "prelu": 0.25, "elu": 1.3}
 SOURCE_ROWS = 29
 
 

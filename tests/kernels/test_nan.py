@@ -31,7 +31,7 @@ from fusemlp_kernels.philox import dropout_keep
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_nan_goes_through_a_layer_and_its_derivative(variant, activation, rate):
     real, compute = variant.real, variant.compute
-    slope = {"leaky_relu": 0.1, "prelu": 0.2}.get(activation, 0.0)
+    slope = {"leaky_relu": 0.1, "prelu": 0.2, "elu": 1.3}.get(activation, 0.0)
     slopes_given = slope_operands(activation, slope, real)
     x, w, b = np.ones((4, 3), compute), np.ones((20, 3), compute), np.ones(20, real)
     x[1, 1], w[2, 0], b[5] = np.nan, np.nan, np.nan

@@ -75,6 +75,10 @@ CASES = [
     (LossSpec("mae"), "adamw", ("gelu", "prelu"), {"frozen": frozenset({"w0"})}),
     (LossSpec("huber", delta=0.4), "scikit-learn adam", ("silu", "sigmoid"), {}),
     (LossSpec("poisson", reduction="sum"), "accumulated", ("relu", "identity"), {"frozen": frozenset({"w0", "b0"})}),
+    (LossSpec("mse"), "adam", ("elu", "softplus"), {}),
+    (LossSpec("mse"), "nesterov", ("softplus", "selu"), {"weighted": True}),
+    (LossSpec("huber", delta=0.4), "adamw", ("selu", "mish"), {}),
+    (LossSpec("mae"), "sgd", ("mish", "elu"), {}),
     (LossSpec("quantile", quantile=0.3), "adam", ("silu", "gelu"), {"sizes": (5, 3), "activations": ("gelu",)}),
     (
         ENTROPY, "adamw", (),

@@ -19,18 +19,25 @@ U32 = UNIT["float32"]
 # Below the smallest normal number the error is absolute, or the result is flushed to zero.
 TINY = 2.0**-126
 
-# Budgets in ulps of the function's scale: 1 for sigmoid and tanh (each may be computed from the other), else |z|.
+# Budgets in ulps of the function's scale: 1 for sigmoid and tanh (each may be computed from the other), max(1, |z|) for
+# softplus, else |z|. Half an ulp a rounding, beside FUNCTION_ULPS of a function:
+# 2 of a quotient on Triton:
+# - elu: f 7.5 = tanh 4, quotient 2, and the slope, 1 - t, the product; f' half more by its sum
+# - selu: f 7.5 times 1.76; f', from f, 2.7 more by two numbers and two sums
+# - softplus: f 5.7 = exp 4 / 2, log1p 4 log(2), sum 0.85; f' 5.5 = half of these, tanh 4 / 3, quotient 1
+# - mish: f 5.3 = exp 4 / 3, quotient 2, four roundings; f' 5.9 = exp 4 / 3, 3.5 of f / z, 4 of the other term, 0.264
 ULPS = {
     "identity": 0, "relu": 0, "leaky_relu": 1, "prelu": 1, "sigmoid": 4, "tanh": 4, "gelu": 6, "silu": 5,
+    "elu": 8, "selu": 16, "softplus": 6, "mish": 6,
 }  # fmt: skip
 # The largest |f'| and |f''|, rounded up. A kink has no second derivative: the exact sign decides the side.
 LIPSCHITZ = {
     "identity": 1.0, "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "sigmoid": 0.25, "tanh": 1.0, "gelu": 1.13,
-    "silu": 1.1,
+    "silu": 1.1, "elu": 1.0, "selu": 1.76, "softplus": 1.0, "mish": 1.09,
 }  # fmt: skip
 CURVATURE = {
     "identity": 0.0, "relu": 0.0, "leaky_relu": 0.0, "prelu": 0.0, "sigmoid": 0.1, "tanh": 0.77, "gelu": 0.8,
-    "silu": 0.5,
+    "silu": 0.5, "elu": 1.0, "selu": 1.76, "softplus": 0.25, "mish": 0.65,
 }  # fmt: skip
 # z g(z): an error of g' counts |z| times.
 GATED = {"gelu", "silu"}
@@ -92,18 +99,19 @@ def rounded(error, value, output_unit, output_tiny=TINY):
 
 def activation_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
     """Return the error of f(z), from the error of z."""
-    scale = 1.0 if name in ("sigmoid", "tanh") else np.abs(z)
+    scale = 1.0 if name in ("sigmoid", "tanh") else np.maximum(np.abs(z), 1.0 if name == "softplus" else 0.0)
     steepest = np.maximum(LIPSCHITZ[name], np.abs(slope))
     return steepest * z_bound + 2.0 * ULPS[name] * u * scale * np.maximum(1.0, np.abs(slope)) + TINY
 
 
 def activation_grad_bound(name, z, z_bound=0.0, slope=0.0, u=U32):
     """Return the error of f'(z), from z or from an f(z) rounded once. A kink within z_bound may go either way."""
-    error = CURVATURE[name] * z_bound + 2.0 * ULPS[name] * u * np.maximum(1.0, np.abs(slope))
+    error = (CURVATURE[name] * z_bound + 2.0 * ULPS[name] * u) * np.maximum(1.0, np.abs(slope))
     if name in GATED:
         error = error + 2.0 * ULPS[name] * u * np.abs(z)
-    if name in ("relu", "leaky_relu", "prelu"):
-        error = error + np.where(np.abs(z) <= z_bound, np.abs(1.0 - slope), 0.0) * (np.asarray(z_bound) > 0)
+    if name in ("relu", "leaky_relu", "prelu", "elu", "selu"):
+        jump = 0.71 if name == "selu" else np.abs(1.0 - slope)
+        error = error + np.where(np.abs(z) <= z_bound, jump, 0.0) * (np.asarray(z_bound) > 0)
     return error
 
 

@@ -37,6 +37,11 @@ TORCH_ACTIVATIONS = {
     "tanh": lambda z, a: torch.tanh(z),
     "gelu": lambda z, a: torch.nn.functional.gelu(z),
     "silu": lambda z, a: torch.nn.functional.silu(z),
+    "elu": lambda z, a: torch.nn.functional.elu(z, float(a)),
+    "selu": lambda z, a: torch.selu(z),
+    # torch is the identity above a threshold, by default 20
+    "softplus": lambda z, a: torch.nn.functional.softplus(z, threshold=50.0),
+    "mish": lambda z, a: torch.nn.functional.mish(z),
 }
 
 

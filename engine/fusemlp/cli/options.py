@@ -20,7 +20,7 @@ from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
-from fusemlp.describe.network import INITS
+from fusemlp.describe.network import INITS, SLOPES
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
 from fusemlp.report.explanations import METHODS
@@ -66,6 +66,8 @@ SHELLS = ("bash", "zsh", "fish", "powershell")
 # The quantities of each epoch, by which a training may be judged.
 MONITORS = ("val_loss", "val_accuracy", *METRICS, "loss", "accuracy")
 
+_SLOPES = one_of((f"{name} ({slope} unless given)" for name, slope in SLOPES.items()), "and")
+
 # The panels of --help, in their order.
 PANELS = (
     *(
@@ -109,7 +111,7 @@ class StepOptions:
     activation: str = _network(
         "relu", f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.", values=ACTIVATIONS
     )
-    slope: float | None = _network(None, "Slope of leaky_relu (0.01 unless given); where prelu's starts (0.25).")
+    slope: float | None = _network(None, f"Of {_SLOPES}; prelu's starts there.")
     output_activation: str = _network(
         "identity", "Of the output layer; the cross-entropies and poisson need identity.", values=ACTIVATIONS
     )

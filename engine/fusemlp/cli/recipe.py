@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions, one_of
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
-from fusemlp.describe.network import MLP, Activation, as_activation
+from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.inputs.arrays import Array
@@ -81,12 +81,14 @@ def _numbers(argument: str, text: str) -> list[float]:
 
 
 def network(sizes: Sequence[int], options: StepOptions, *, init: str = "auto") -> MLP:
-    """Return the network of these widths; ``slope`` of the options applies to leaky_relu and prelu."""
+    """Return the network of these widths; ``slope`` of the options applies to the activations that have one."""
     activations = [as_activation("activation", name.strip()) for name in options.activation.split(",")]
     if options.slope is not None:
-        if not any(one.slope for one in activations):
-            raise ArgumentError(f"slope: only leaky_relu and prelu have one, and activation is {options.activation!r}")
-        activations = [Activation(one.name, options.slope) if one.slope else one for one in activations]
+        if not any(one.name in SLOPES for one in activations):
+            raise ArgumentError(
+                f"slope: only {one_of(SLOPES, 'and')} have one, and activation is {options.activation!r}"
+            )
+        activations = [Activation(one.name, options.slope) if one.name in SLOPES else one for one in activations]
     dropouts = _numbers("dropout", options.dropout)
     return MLP(
         sizes,

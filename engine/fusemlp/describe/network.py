@@ -28,34 +28,38 @@ Checked = TypeVar("Checked")
 
 _FAMILIES = ("he", "glorot", "lecun")
 INITS = ("auto", *(f"{family}_{shape}" for family in _FAMILIES for shape in ("normal", "uniform")), "torch", "zeros")
-# Activations that keep about half of a symmetric input; He et al. derived their variance for these.
-_RECTIFIERS = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.rectifier)
-_DEFAULT_SLOPES = {"leaky_relu": 0.01, "prelu": 0.25}
+# The slopes of the activations that have one.
+SLOPES = {name: row.slope for name, row in pointwise.ACTIVATIONS.items() if row.slope is not None}
+_WITH_SLOPE = " or ".join(f"{pointwise.ACTIVATIONS[name].torch}({slope})" for name, slope in SLOPES.items())
 _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmoid", "swish": "silu"}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Activation(Description):
-    """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, or prelu's initial one.
+    """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, prelu's initial one, or elu's alpha.
 
-    leaky_relu needs ``slope >= 0``, because its derivative follows from the sign of its output.
+    By default the slope is that of ``SLOPES``, and 0 for an activation without one. leaky_relu and elu need
+    ``slope >= 0``, because their derivative follows from the sign of the output.
     """
 
     name: str
-    slope: float = 0.0
+    slope: float
 
-    def __post_init__(self) -> None:
-        check_choice("activation", self.name, ACTIVATIONS)
-        low = 0.0 if self.name == "leaky_relu" else None
-        slope = as_number(f"slope of {self.name}", self.slope, low=low)
-        if slope and self.name not in _DEFAULT_SLOPES:
-            raise ArgumentError(
-                f"slope: {self.name} has none, got {slope!r}; use LeakyReLU(slope) or PReLU(slope) for one"
-            )
-        freeze(self, slope=slope)
+    def __init__(self, name: str, slope: float | None = None) -> None:
+        row = pointwise.ACTIVATIONS[check_choice("activation", name, ACTIVATIONS)]
+        low = None if row.slope is None or row.needs_z else 0.0
+        number = as_number(f"slope of {name}", SLOPES.get(name, 0.0) if slope is None else slope, low=low)
+        if number and row.slope is None:
+            raise ArgumentError(f"slope: {name} has none, got {number!r}; use {_WITH_SLOPE} for one")
+        freeze(self, name=name, slope=number)
+
+    @property
+    def fixed_slope(self) -> float | None:
+        """The slope, or None if the activation has none or learns it."""
+        return self.slope if self.name in SLOPES and not pointwise.ACTIVATIONS[self.name].learned else None
 
     def __repr__(self) -> str:
-        if self.name in _DEFAULT_SLOPES:
+        if self.name in SLOPES:
             return f"{pointwise.ACTIVATIONS[self.name].torch}({self.slope!r})"
         return f"Activation({self.name!r})"
 
@@ -70,6 +74,11 @@ def PReLU(init: float = 0.25) -> Activation:
     return Activation("prelu", init)
 
 
+def ELU(alpha: float = 1.0) -> Activation:
+    """``z if z > 0 else alpha * (exp(z) - 1)``, with a fixed ``alpha >= 0`` (Clevert et al., 2016)."""
+    return Activation("elu", alpha)
+
+
 def activation_from_config(config: Mapping[str, Any]) -> Activation:
     """Invert ``Activation.to_config``."""
     check_keys("activation", config, ("name", "slope"))
@@ -77,10 +86,7 @@ def activation_from_config(config: Mapping[str, Any]) -> Activation:
 
 
 def as_activation(argument: str, value: str | Activation) -> Activation:
-    """Return the activation for a name or an object; errors call it ``argument``.
-
-    By name, leaky_relu has the slope 0.01 and prelu starts at 0.25.
-    """
+    """Return the activation for a name or an object; errors call it ``argument``."""
     if isinstance(value, Activation):
         return value
     if value == "softmax":
@@ -88,9 +94,8 @@ def as_activation(argument: str, value: str | Activation) -> Activation:
             f"{argument}: 'softmax' is part of the loss: cross_entropy takes logits, so use 'identity' here; "
             "predict_proba applies the softmax"
         )
-    expected = "a name such as 'relu', or LeakyReLU(0.01) or PReLU(0.25)"
-    name = check_choice(argument, value, ACTIVATIONS, expected=expected, elsewhere=_NAMES_ELSEWHERE)
-    return Activation(name, _DEFAULT_SLOPES.get(name, 0.0))
+    expected = f"a name such as 'relu', or {_WITH_SLOPE}"
+    return Activation(check_choice(argument, value, ACTIVATIONS, expected=expected, elsewhere=_NAMES_ELSEWHERE))
 
 
 def _one_per_hidden_layer(
@@ -130,13 +135,14 @@ class MLP(Description):
 
     ``init`` names the distribution of the initial weights; biases start at zero except with "torch".
 
-    - he_normal, he_uniform: variance ``2 / fan_in``, with a slope ``2 / ((1 + slope**2) * fan_in)``
+    - he_normal, he_uniform: variance ``2 / fan_in``, before leaky_relu and prelu ``2 / ((1 + slope**2) * fan_in)``
       (He et al., Delving deep into rectifiers, 2015)
     - glorot_normal, glorot_uniform: variance ``2 / (fan_in + fan_out)`` (Glorot and Bengio, 2010)
     - lecun_normal, lecun_uniform: variance ``1 / fan_in`` (LeCun et al., Efficient BackProp, 1998)
     - torch: weights and biases uniform in ``+-1 / sqrt(fan_in)``, the default of ``torch.nn.Linear``
     - zeros: all zero
-    - auto: he_normal before relu, leaky_relu, prelu, gelu and silu, glorot_uniform before the others
+    - auto: he_normal before relu, leaky_relu, prelu, gelu, silu, elu and mish, lecun_normal before selu
+      (Klambauer et al., Self-normalizing neural networks, 2017), glorot_uniform before the others
 
     Raises ArgumentError or ArgumentTypeError for impossible values.
     """
@@ -203,7 +209,7 @@ class MLP(Description):
         """Return the distribution of a layer's initial weights; "auto" depends on the activation."""
         if self.init != "auto":
             return self.init
-        return "he_normal" if self.activations[layer].name in _RECTIFIERS else "glorot_uniform"
+        return pointwise.ACTIVATIONS[self.activations[layer].name].init
 
     def initial_parameters(self, seed: int) -> dict[str, Array]:
         """Return initial parameters in float64, named and ordered as in ``state_dict``, drawn with ``seed >= 0``.
@@ -233,7 +239,7 @@ class MLP(Description):
         )
 
     def __repr__(self) -> str:
-        shown = [activation if activation.slope else activation.name for activation in self.activations]
+        shown = [activation if activation.name in SLOPES else activation.name for activation in self.activations]
         options = [f"activation={_compact(shown[:-1])}"] if self.layers > 1 else []
         options.append(f"output_activation={shown[-1]!r}")
         if any(self.dropouts):
@@ -269,9 +275,10 @@ def _draw(
         bound = 1.0 / math.sqrt(fan_in)
         return generator.uniform(-bound, bound, shape), generator.uniform(-bound, bound, fan_out)
     family, distribution = init.split("_")
-    # Only leaky_relu and prelu have a nonzero slope.
+    # The output below zero is the slope times z only then.
+    slope = activation.slope if pointwise.ACTIVATIONS[activation.name].homogeneous else 0.0
     variance = {
-        "he": 2.0 / ((1.0 + activation.slope**2) * fan_in),
+        "he": 2.0 / ((1.0 + slope**2) * fan_in),
         "glorot": 2.0 / (fan_in + fan_out),
         "lecun": 1.0 / fan_in,
     }[family]

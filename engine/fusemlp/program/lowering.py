@@ -203,7 +203,7 @@ class _Builder:
         chosen = self.net.activations[layer]
         return {
             "activation": chosen.name,
-            "slope": chosen.slope if chosen.name == "leaky_relu" else None,
+            "slope": chosen.fixed_slope,
             "slope_param": Ref(f"s{layer}") if chosen.name == "prelu" else None,
         }
 

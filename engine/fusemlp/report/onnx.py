@@ -14,7 +14,7 @@ feature has an input of its own (rows, 1) with its name, as converters of scikit
 the graph's type, words as strings without spaces around them, "" for a missing one. An unseen word counts as it does in
 ``predict``. A date has a number for each of its parts. Dropout is left out.
 
-The graph uses operators of opset 17 (ONNX 1.12, onnxruntime 1.12), for words those of ai.onnx.ml 3, so older runtimes
+The graph uses operators of opset 18 (ONNX 1.13, onnxruntime 1.14), for words those of ai.onnx.ml 3, so older runtimes
 read it too. Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling
 in the graph. A feature that is called as an output or a parameter has an input with an underscore after its name.
 """
@@ -46,7 +46,7 @@ from fusemlp_kernels.pointwise import lines
 Array = np.ndarray[Any, Any]
 
 HINT = 'pip install "fusemlp[onnx]"'
-OPSET, ML_OPSET, IR_VERSION = 17, 3, 8
+OPSET, ML_OPSET, IR_VERSION = 18, 3, 8
 OUTPUTS = ("logits", "output", "prediction", "probabilities")
 # The limit of a protobuf message, less room for the graph.
 MOST_BYTES = 2**31 - 2**20
@@ -214,15 +214,13 @@ class _Graph:
         return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
 
     def activation(self, z: str, activation: Activation, slope: Array | None) -> str:
-        match activation.name:
-            case "relu":
-                return self.add("Relu", z)
-            case "leaky_relu":
-                return self.add("LeakyRelu", z, alpha=activation.slope)
-            case "prelu":
-                return self.add("PRelu", z, self.constant(slope))
+        row, fixed = ROWS[activation.name], activation.fixed_slope
+        if row.onnx:
+            learned = [self.constant(slope)] if row.learned else []
+            options: dict[str, Any] = {} if fixed is None else {"alpha": fixed}
+            return self.add(row.onnx, z, *learned, **options)
         known = {"z": z}
-        for name, value in lines(ROWS[activation.name].value, "y"):
+        for name, value in lines(row.value, "y"):
             known[name] = self._expression(value, known)
         return known["y"]
 

@@ -45,8 +45,8 @@ CONSTRAINTS: dict[str, Any] = {
 class Parameters:
     """The parameters of both estimators, scikit-learn's first; their documentation ends that of each estimator.
 
-    activation : also "leaky_relu", "prelu", "gelu", "silu", "sigmoid" (another word for "logistic"), an ``Activation``
-        of fusemlp's, or a list with one of these for each hidden layer.
+    activation : also every other name of ``MLP``, such as "gelu" or "selu" ("sigmoid" is another word for "logistic"),
+        an ``Activation`` of fusemlp's, or a list with one of these for each hidden layer.
     solver : also "adamw", whose decay ``alpha`` is decoupled: not divided by the batch, and no part of ``loss_``.
     learning_rate : also a schedule of ``fusemlp.schedules``, for every solver but lbfgs, with its own rate in place of
         ``learning_rate_init``. A schedule without a length of its own spans ``max_iter`` epochs.

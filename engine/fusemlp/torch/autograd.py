@@ -7,7 +7,8 @@ for their backward pass. ``torch.compile`` cannot trace them: in its programs th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -22,10 +23,32 @@ from fusemlp.describe.network import Activation
 from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, NEEDS_Z, Backend, Dropout, UpdateRule
 from fusemlp_kernels.errors import DTypeError
+from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
+from fusemlp_kernels.pointwise import evaluate
 
 PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
 # grad_weight uses only the rule's accumulation.
 ONE_BATCH = UpdateRule("sgd")
+# Functions of the kernels' formulas.
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(torch, name) for name in ("abs", "exp", "log1p", "sigmoid", "sign", "sqrt", "tanh")},
+    "maximum": lambda x, other: x.clamp(min=other),
+    "minimum": lambda x, other: x.clamp(max=other),
+    "normal_cdf": torch.special.ndtr,
+    "normal_pdf": lambda x: torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi),
+    "step": lambda x, below: torch.where(x > 0, 1.0, torch.where(x <= 0, below, x)),
+}
+# Derivatives, times a gradient, for which torch has one kernel: from dy, from y or z, and from the slope.
+ATEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "relu": lambda dy, y, slope: torch.ops.aten.threshold_backward(dy, y, 0.0),
+    "leaky_relu": lambda dy, y, slope: torch.ops.aten.leaky_relu_backward(dy, y, slope, True),
+    "sigmoid": lambda dy, y, slope: torch.ops.aten.sigmoid_backward(dy, y),
+    "tanh": lambda dy, y, slope: torch.ops.aten.tanh_backward(dy, y),
+    "gelu": lambda dy, z, slope: torch.ops.aten.gelu_backward(dy, z),
+    "silu": lambda dy, z, slope: torch.ops.aten.silu_backward(dy, z),
+    "elu": lambda dy, y, alpha: torch.ops.aten.elu_backward(dy, alpha, 1.0, 1.0, True, y),
+    "mish": lambda dy, z, slope: torch.ops.aten.mish_backward(dy, z),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +73,8 @@ class Chain:
         """Return the operands that describe a layer's activation and dropout."""
         activation, rate = self.activations[layer], self.rates[layer]
         described: dict[str, Any] = {"activation": activation.name}
-        if activation.name == "leaky_relu":
-            described["slope"] = activation.slope
+        if activation.fixed_slope is not None:
+            described["slope"] = activation.fixed_slope
         if slope is not None:
             described["slope_param"] = slope
         return {**described, "dropout": Dropout(rate, layer, self.seed) if rate else None}
@@ -297,14 +320,13 @@ def _through_activation(
     activation: Activation, dy: Tensor, y: Tensor, z: Tensor | None, slope: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return dz of the last layer and its slope's gradient; no op of the contract takes an external gradient."""
-    name, dy = activation.name, dy.contiguous()
+    name, dy, row = activation.name, dy.contiguous(), ROWS[activation.name]
     if name == "identity":
         return dy, None
-    if name == "prelu":
-        assert z is not None and slope is not None
-        dz, terms = torch.where(z > 0, dy, dy * slope), dy * z.clamp(max=0.0)
-        return dz.contiguous(), terms.sum().reshape(1)
-    backward = getattr(torch.ops.aten, "threshold_backward" if name == "relu" else f"{name}_backward")
-    options = {"relu": (0.0,), "leaky_relu": (activation.slope, True)}.get(name, ())
-    dz = backward(dy, y if z is None else z, *options)
-    return dz, None
+    if name in ATEN:
+        return ATEN[name](dy, y if z is None else z, activation.slope), None
+    known = {"y": y, "z": z, "slope": activation.slope if slope is None else slope}
+    dz = (dy * evaluate(row.derivative, known, FUNCTIONS)).contiguous()
+    if row.by_slope is None:
+        return dz, None
+    return dz, (dy * evaluate(row.by_slope, known, FUNCTIONS)).sum().reshape(1)

@@ -31,7 +31,8 @@ class FusedLinear(nn.Linear):
     """``act(x @ weight.T + bias)`` in one call, with autograd: nn.Linear with its parameters and initial values.
 
     x (..., in_features) to (..., out_features), float32, or float64 on the CPU. ``activation`` is a name of the kernel
-    contract or ``fusemlp.LeakyReLU(slope)``, ``fusemlp.PReLU(init)``; a PReLU's slope is the parameter ``slope``.
+    contract, or ``LeakyReLU(slope)``, ``PReLU(init)`` or ``ELU(alpha)`` of fusemlp; a PReLU's slope is the parameter
+    ``slope``.
     Gradients of the first order only. Works under ``torch.compile``, also with ``fullgraph=True``.
     """
 

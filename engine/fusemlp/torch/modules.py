@@ -18,8 +18,13 @@ from fusemlp_kernels.pointwise import ACTIVATIONS
 
 # The kernels' names of torch's activations.
 NAMES: dict[type[nn.Module], str] = {getattr(nn, row.torch): name for name, row in ACTIVATIONS.items() if row.torch}
-# With f(a z) = a f(z) for a >= 0, dropout before the activation equals dropout after it.
-HOMOGENEOUS = ("identity", "relu", "leaky_relu", "prelu")
+_ROWS = {kind: ACTIVATIONS[name] for kind, name in NAMES.items()}
+
+
+def _not_negative(argument: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda one: getattr(one, argument) >= 0.0, f"expected {argument} >= 0"
+
+
 # Modules with options: a test for those that the kernels have, and the error for the others.
 LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
     nn.Dropout: (lambda one: 0.0 <= one.p < 1.0, "drops everything; expected 0 <= p < 1"),
@@ -27,9 +32,12 @@ LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
         lambda one: one.start_dim in (0, 1) and one.end_dim == -1,
         "only Flatten(1), which keeps the rows, and Flatten(0) behind a single output can be fused",
     ),
-    nn.LeakyReLU: (lambda one: one.negative_slope >= 0.0, "expected a slope >= 0; use PReLU"),
+    # The derivative follows from the sign of the output.
+    **{kind: _not_negative(row.argument) for kind, row in _ROWS.items() if row.argument and not row.needs_z},
     nn.PReLU: (lambda one: one.num_parameters == 1, "one slope a layer can be fused; use PReLU()"),
     nn.LogSoftmax: (lambda one: one.dim in (1, -1), "only LogSoftmax(dim=1), over the classes, can be fused"),
+    # above the threshold torch is the identity, which differs by 2e-9 at 20
+    nn.Softplus: (lambda one: one.beta == 1.0 and one.threshold >= 20.0, "expected beta 1 and a threshold >= 20"),
     nn.GELU: (lambda one: one.approximate == "none", "only the exact GELU() can be fused"),
 }
 SUPPORTED = (
@@ -41,7 +49,7 @@ INSTEAD = {
     "BatchNorm1d": "fold it into the Linear before it, or train that part with eager PyTorch",
     "LayerNorm": "leave it out, or use FusedLinear within an eager module",
     "Conv2d": "keep the convolutions eager and use FusedMLP for the layers behind them",
-    "ELU": "use SiLU or GELU",
+    "CELU": "use ELU",
     "Hardtanh": "use Tanh",
     "ReLU6": "use ReLU",
     "OptimizedModule": "fuse the module that was compiled: module._orig_mod",
@@ -106,9 +114,9 @@ class _Layer:
 
 def as_module(activation: Activation, **factory: Any) -> nn.Module:
     """Return torch's module of an activation; ``factory``: the dtype and device of its parameters."""
-    made = getattr(nn, str(ACTIVATIONS[activation.name].torch))
-    options = {"leaky_relu": {"negative_slope": activation.slope}, "prelu": {"init": activation.slope, **factory}}
-    module: nn.Module = made(**options.get(activation.name, {}))
+    row = ACTIVATIONS[activation.name]
+    slope = {row.argument: activation.slope} if row.argument else {}
+    module: nn.Module = getattr(nn, str(row.torch))(**slope, **(factory if row.learned else {}))
     return module
 
 
@@ -206,7 +214,8 @@ def _add_dropout(layer: _Layer, part: Part) -> None:
 def _add_activation(layer: _Layer, part: Part) -> None:
     if layer.activation is not None:
         raise ArgumentError(f"module: {part}: a second activation on one layer, after {layer.activation}; keep one")
-    if layer.dropout is not None and NAMES[type(part.module)] not in HOMOGENEOUS:
+    # With f(a z) = a f(z) for a >= 0, dropout before the activation equals dropout after it.
+    if layer.dropout is not None and not _ROWS[type(part.module)].homogeneous:
         raise ArgumentError(f"module: {part} after {layer.dropout}: put the Dropout behind the activation")
     layer.activation = part
 
@@ -220,7 +229,8 @@ def _network(layers: list[_Layer], always_drops: bool) -> MLP:
             raise ArgumentError(f"module: {layer.linear} takes {linear.in_features} features, it is given {sizes[-1]}")
         sizes.append(linear.out_features)
         chosen = nn.Identity() if layer.activation is None else layer.activation.module
-        activations.append(Activation(NAMES[type(chosen)], getattr(chosen, "negative_slope", 0.0)))
+        argument = _ROWS[type(chosen)].argument
+        activations.append(Activation(NAMES[type(chosen)], getattr(chosen, argument) if argument else None))
         rates.append(drop.p if drop is not None and (drop.training or always_drops) else 0.0)
     return MLP(sizes, activation=activations[:-1], output_activation=activations[-1], dropout=rates[:-1], init="torch")
 

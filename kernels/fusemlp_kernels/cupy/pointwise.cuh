@@ -4,7 +4,7 @@
 #include "counters.cuh"
 #include "functions.cuh"
 
-enum Activation { IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU };
+enum Activation { IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLUS, MISH };
 
 enum Kind { CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE };
 
@@ -43,6 +43,24 @@ __device__ __forceinline__ float activate(float z, int code, float slope) {
         return z * normal_cdf(z);
     case SILU:
         return z * sigmoid(z);
+    case ELU: {
+        float t = tanhf(0.5f * minimum(z, 0.0f));
+        float m = 2.0f * t / (1.0f - t);
+        return maximum(z, 0.0f) + slope * m;
+    }
+    case SELU: {
+        float t = tanhf(0.5f * minimum(z, 0.0f));
+        float m = 2.0f * t / (1.0f - t);
+        return 1.0507009873554805f * maximum(z, 0.0f) + 1.7580993408473766f * m;
+    }
+    case SOFTPLUS:
+        return maximum(z, 0.0f) + log1pf(expf(-fabsf(z)));
+    case MISH: {
+        float m = minimum(z, 30.0f);
+        float h = expf(m);
+        float w = h * (h + 2.0f);
+        return z * (w / (w + 2.0f));
+    }
     default:
         return not_a_number();
     }
@@ -50,7 +68,7 @@ __device__ __forceinline__ float activate(float z, int code, float slope) {
 
 // True where f' is computed from z; the others read it off y = f(z).
 __device__ __forceinline__ bool needs_z(int code) {
-    return code == PRELU || code == GELU || code == SILU;
+    return code == PRELU || code == GELU || code == SILU || code == MISH;
 }
 
 // f'(z) from `v`: z where needs_z, else y = f(z).
@@ -72,6 +90,22 @@ __device__ __forceinline__ float derivative(float v, int code, float slope) {
     case SILU: {
         float s = sigmoid(v);
         return s * (1.0f + v * (1.0f - s));
+    }
+    case ELU:
+        return step(v, slope) + minimum(v, 0.0f);
+    case SELU: {
+        float s = step(v, 0.0f);
+        return 1.0507009873554805f * s + 1.7580993408473766f * (1.0f - s) + minimum(v, 0.0f);
+    }
+    case SOFTPLUS: {
+        float t = tanhf(0.5f * v);
+        return 2.0f * t / (1.0f + t);
+    }
+    case MISH: {
+        float m = minimum(v, 30.0f);
+        float h = expf(m);
+        float w = h * (h + 2.0f);
+        return (w + m * (4.0f * h * (h + 1.0f) / (w + 2.0f))) / (w + 2.0f);
     }
     default:
         return not_a_number();

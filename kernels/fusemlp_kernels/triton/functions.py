@@ -42,8 +42,9 @@ def normal_pdf(z):
 
 @triton.jit
 def log1p(z):
-    """log(1 + z) for 0 <= z <= 1."""
-    return tl.log(1.0 + z)
+    """log(1 + z) for 0 <= z <= 1; the quotient restores what the sum has rounded away, which is all of a small z."""
+    s = 1.0 + z
+    return tl.log(s) + (z - (s - 1.0)) / s
 
 
 @triton.jit

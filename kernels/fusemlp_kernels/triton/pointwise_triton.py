@@ -9,9 +9,15 @@ import triton.language as tl
 from fusemlp_kernels.triton.clock import BIAS_CORRECTION_1, BIAS_CORRECTION_2, DECOUPLED, INSIDE, LEARNING_RATE
 from fusemlp_kernels.triton.functions import log1p, maximum, minimum, normal_cdf, normal_pdf, sigmoid, sign, step, tanh
 
-IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = (tl.constexpr(code) for code in range(8))
-CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = (tl.constexpr(code) for code in range(7))
-RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = (tl.constexpr(code) for code in range(4))
+(
+    IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLUS, MISH,
+) = (tl.constexpr(code) for code in range(12))  # fmt: skip
+(
+    CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE,
+) = (tl.constexpr(code) for code in range(7))  # fmt: skip
+(
+    RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV,
+) = (tl.constexpr(code) for code in range(4))  # fmt: skip
 # places of the hyperparameters in a rule
 MOMENTUM, BETA1, BETA2, EPS = (tl.constexpr(place) for place in range(1, 5))
 RULES: tl.constexpr = tl.constexpr(4)
@@ -34,6 +40,21 @@ def activate(z, code, slope):
         y = z * normal_cdf(z)
     elif code == SILU:
         y = z * sigmoid(z)
+    elif code == ELU:
+        t = tanh(0.5 * minimum(z, 0.0))
+        m = 2.0 * t / (1.0 - t)
+        y = maximum(z, 0.0) + slope * m
+    elif code == SELU:
+        t = tanh(0.5 * minimum(z, 0.0))
+        m = 2.0 * t / (1.0 - t)
+        y = 1.0507009873554805 * maximum(z, 0.0) + 1.7580993408473766 * m
+    elif code == SOFTPLUS:
+        y = maximum(z, 0.0) + log1p(tl.exp(-tl.abs(z)))
+    elif code == MISH:
+        m = minimum(z, 30.0)
+        h = tl.exp(m)
+        w = h * (h + 2.0)
+        y = z * (w / (w + 2.0))
     else:
         y = z + float("nan")
     return y
@@ -42,7 +63,7 @@ def activate(z, code, slope):
 @triton.jit
 def needs_z(code):
     """True where the derivative is computed from z; the others read it off y."""
-    return (code == PRELU) | (code == GELU) | (code == SILU)
+    return (code == PRELU) | (code == GELU) | (code == SILU) | (code == MISH)
 
 
 @triton.jit
@@ -63,6 +84,19 @@ def derivative(v, code, slope):
     elif code == SILU:
         s = sigmoid(v)
         d = s * (1.0 + v * (1.0 - s))
+    elif code == ELU:
+        d = step(v, slope) + minimum(v, 0.0)
+    elif code == SELU:
+        s = step(v, 0.0)
+        d = 1.0507009873554805 * s + 1.7580993408473766 * (1.0 - s) + minimum(v, 0.0)
+    elif code == SOFTPLUS:
+        t = tanh(0.5 * v)
+        d = 2.0 * t / (1.0 + t)
+    elif code == MISH:
+        m = minimum(v, 30.0)
+        h = tl.exp(m)
+        w = h * (h + 2.0)
+        d = (w + m * (4.0 * h * (h + 1.0) / (w + 2.0))) / (w + 2.0)
     else:
         d = v + float("nan")
     return d

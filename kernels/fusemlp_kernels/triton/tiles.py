@@ -83,22 +83,28 @@ def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def part_of(tile, piece: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return one part of a tile (ROWS, COLS) that is cut into 1, 2 or 4 parts side by side.
+    """Return one part of a tile (ROWS, COLS) that is cut into 1, 2, 4 or 8 parts side by side.
 
     An epilogue runs part by part, so that its loads and results fit the registers beside the sums: the stores of one
     part keep the compiler from moving the loads of the next before them.
     """
-    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "a tile is cut into 1, 2 or 4 parts")
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4 or PARTS == 8, "a tile is cut into 1, 2, 4 or 8 parts")
     if PARTS > 1:
         left, right = halves(tile, ROWS, COLS)
         if piece < PARTS // 2:
             tile = left
         else:
             tile = right
-    if PARTS == 4:
-        first, second = halves(tile, ROWS, COLS // 2)
-        if piece % 2 == 0:
-            tile = first
+    if PARTS > 2:
+        left, right = halves(tile, ROWS, COLS // 2)
+        if piece % (PARTS // 2) < PARTS // 4:
+            tile = left
         else:
-            tile = second
+            tile = right
+    if PARTS > 4:
+        left, right = halves(tile, ROWS, COLS // 4)
+        if piece % 2 == 0:
+            tile = left
+        else:
+            tile = right
     return tile

@@ -15,7 +15,7 @@ from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
 from fusemlp_kernels.numpy.compiled.tables import DECOUPLED, OPTIMIZER, SKLEARN
 
-IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU = range(8)
+IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLUS, MISH = range(12)
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = range(7)
 RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = range(4)
 # places of the hyperparameters in a rule
@@ -148,6 +148,89 @@ def derive_silu(ds, ys, zs, count, slope, undo):
         z = zs[i]
         s = sigmoid(z)
         ds[i] *= s * (real(1.0) + z * (real(1.0) - s))
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_elu(ys, zs, count, slope):
+    real = ys.dtype.type
+    for i in range(count):
+        z = ys[i]
+        t = tanh(real(0.5) * minimum(z, real(0.0)))
+        m = real(2.0) * t / (real(1.0) - t)
+        ys[i] = maximum(z, real(0.0)) + real(slope) * m
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_elu(ds, ys, zs, count, slope, undo):
+    real = ds.dtype.type
+    for i in range(count):
+        y = ys[i]
+        y = y * real(undo)
+        ds[i] *= step(y, real(slope)) + minimum(y, real(0.0))
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_selu(ys, zs, count, slope):
+    real = ys.dtype.type
+    for i in range(count):
+        z = ys[i]
+        t = tanh(real(0.5) * minimum(z, real(0.0)))
+        m = real(2.0) * t / (real(1.0) - t)
+        ys[i] = real(1.0507009873554805) * maximum(z, real(0.0)) + real(1.7580993408473766) * m
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_selu(ds, ys, zs, count, slope, undo):
+    real = ds.dtype.type
+    for i in range(count):
+        y = ys[i]
+        y = y * real(undo)
+        s = step(y, real(0.0))
+        ds[i] *= real(1.0507009873554805) * s + real(1.7580993408473766) * (real(1.0) - s) + minimum(y, real(0.0))
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_softplus(ys, zs, count, slope):
+    real = ys.dtype.type
+    for i in range(count):
+        z = ys[i]
+        ys[i] = maximum(z, real(0.0)) + log1p(exp(-abs(z)))
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_softplus(ds, ys, zs, count, slope, undo):
+    real = ds.dtype.type
+    for i in range(count):
+        y = ys[i]
+        y = y * real(undo)
+        t = tanh(real(0.5) * y)
+        ds[i] *= real(2.0) * t / (real(1.0) + t)
+    return 0.0
+
+
+@register_jitable(**ELEMENTWISE)
+def activate_mish(ys, zs, count, slope):
+    real = ys.dtype.type
+    for i in range(count):
+        z = zs[i]
+        m = minimum(z, real(30.0))
+        h = exp(m)
+        w = h * (h + real(2.0))
+        ys[i] = z * (w / (w + real(2.0)))
+
+
+@register_jitable(**ELEMENTWISE)
+def derive_mish(ds, ys, zs, count, slope, undo):
+    real = ds.dtype.type
+    for i in range(count):
+        z = zs[i]
+        m = minimum(z, real(30.0))
+        h = exp(m)
+        w = h * (h + real(2.0))
+        ds[i] *= (w + m * (real(4.0) * h * (h + real(1.0)) / (w + real(2.0)))) / (w + real(2.0))
     return 0.0
 
 
@@ -323,6 +406,14 @@ def activate(kind, ys, zs, count, slope):
         return activate_gelu(ys, zs, count, slope)
     elif kind == SILU:
         return activate_silu(ys, zs, count, slope)
+    elif kind == ELU:
+        return activate_elu(ys, zs, count, slope)
+    elif kind == SELU:
+        return activate_selu(ys, zs, count, slope)
+    elif kind == SOFTPLUS:
+        return activate_softplus(ys, zs, count, slope)
+    elif kind == MISH:
+        return activate_mish(ys, zs, count, slope)
     else:
         for i in range(count):
             ys[i] = np.nan
@@ -347,6 +438,14 @@ def multiply_by_derivative(kind, ds, ys, zs, count, slope, undo):
         return derive_gelu(ds, ys, zs, count, slope, undo)
     elif kind == SILU:
         return derive_silu(ds, ys, zs, count, slope, undo)
+    elif kind == ELU:
+        return derive_elu(ds, ys, zs, count, slope, undo)
+    elif kind == SELU:
+        return derive_selu(ds, ys, zs, count, slope, undo)
+    elif kind == SOFTPLUS:
+        return derive_softplus(ds, ys, zs, count, slope, undo)
+    elif kind == MISH:
+        return derive_mish(ds, ys, zs, count, slope, undo)
     else:
         for i in range(count):
             ds[i] = np.nan
