@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def fleet_of(
-    prepared: Prepared, options: TrainOptions, schedule: Any, models: int, initial: Sequence[Mapping[str, Array]]
+    prepared: Prepared, options: TrainOptions, schedule: Any, models: int, initial: Sequence[Mapping[str, Array]] = ()
 ) -> Fleet:
     """Return the untrained models: those of the run's seed and the seeds after it; ``initial`` as of ``Fleet``."""
     return Fleet(

@@ -78,7 +78,7 @@ class Predicting(Normalising):
         return np.asarray(expit(outputs))
 
     def outputs(self, X: Any) -> Array:
-        """Return the last layer's outputs (n, N) for X (n, K), as the loss takes them: the logits of cross-entropies."""
+        """Return the last layer's outputs (n, N) for X (n, K): logits, if the loss is a cross-entropy."""
         X = self.features("X", X)
         self.check_measured()
         return self._inference.outputs(X)
