@@ -26,7 +26,7 @@ import numpy as np
 from bench.report import Record
 from bench.study import count, finish, parse, parser, say, table
 
-HALVES = ("development", "final")
+HALVES = ("development", "final", "development, large", "final, large")
 CLASSES, NUMBERS = "classification", "regression"
 SCORES = {CLASSES: ("accuracy", "auc", "log_loss"), NUMBERS: ("r2",)}
 LOWER_IS_BETTER = frozenset({"log_loss"})
@@ -98,6 +98,18 @@ TABLES = (
     Table("wooldridge", "gpa2", "colgpa", NUMBERS, (), "final"),
     Table("carData", "Salaries", "salary", NUMBERS, (), "final"),
     Table("AER", "CPS1988", "wage", NUMBERS, (), "final"),
+    Table("carData", "MplsStops", "problem", CLASSES, ("idNum",), "development, large"),
+    Table("ratdat", "surveys", "sex", CLASSES, ("record_id",), "development, large"),
+    Table("stevedata", "TV16", "votetrump", CLASSES, ("uid",), "development, large"),
+    Table("ggplot2", "diamonds", "price", NUMBERS, (), "development, large"),
+    Table("modeldata", "hotel_rates", "avg_price_per_room", NUMBERS, (), "development, large"),
+    Table("modeldata", "deliveries", "time_to_delivery", NUMBERS, (), "development, large"),
+    Table("dplyr", "storms", "status", CLASSES, ("category",), "final, large"),
+    Table("Ecdat", "HI", "whi", CLASSES, (), "final, large"),
+    Table("openintro", "yrbss", "helmet_12m", CLASSES, (), "final, large"),
+    Table("sampleSelection", "nlswork", "ln_wage", NUMBERS, ("idcode",), "final, large"),
+    Table("stevedata", "gss_wages", "realrinc", NUMBERS, (), "final, large"),
+    Table("Ecdat", "BudgetFood", "wfood", NUMBERS, (), "final, large"),
 )
 
 
@@ -168,7 +180,7 @@ def scores(one: Table, truth: Any, labels: Sequence[Any], predicted: Any, probab
         return {"r2": float(r2_score(truth, predicted))}
     codes = np.array([list(labels).index(label) for label in truth])
     # float32 rounds the sums of the rows
-    probability = np.asarray(probability, np.float64)
+    probability = np.array(probability, np.float64)
     probability /= probability.sum(axis=1, keepdims=True)
     positive = probability[:, 1] if len(labels) == 2 else probability
     return {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from fusemlp.cli import finish
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.cli.recorder import Recorder
-from fusemlp.cli.train import new_engine
+from fusemlp.cli.train import new_engine, train
+from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.report.runs import Run
 
 
@@ -326,3 +328,16 @@ def test_the_bar_on_a_terminal(
     shown = capsys.readouterr()
     assert "epoch 2/2" in shown.err
     assert "test accuracy" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, CLASS_DECAY), ({"weight_decay": 0.0}, 0.0), ({"optimizer": "sgd"}, 0.0), ({"task": "regression"}, 0.0)],
+)
+def test_classes_of_a_table_decay(tmp_path: Path, given: dict[str, Any], expected: float) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("a,b,y\n" + "".join(f"{i % 7},{i % 5},{i % 3}\n" for i in range(60)))
+    run = tmp_path / "run"
+    options = {"data": str(file), "target": "y", "out": str(run), "epochs": 1, "models": 1, "quiet": True}
+    train(TrainOptions(**{**options, **given}))
+    assert json.loads((run / "config.json").read_text())["optimizer"].get("weight_decay", 0.0) == expected

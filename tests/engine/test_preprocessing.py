@@ -164,6 +164,18 @@ def test_numbers_become_inputs_of_pieces() -> None:
     assert Preprocessor.from_json(made.to_json()) == made
 
 
+def test_many_rows_have_finer_pieces() -> None:
+    generator = np.random.default_rng(0)
+    X = np.column_stack([generator.normal(size=8000), generator.integers(0, 31, 8000), generator.integers(0, 70, 8000)])
+    made = Preprocessor.fit(dataset(X, X[:, 1].astype(int)), np.arange(8000), scale="piecewise")
+    smooth, days, minutes = (knots[0] for knots in made.feature_knots if knots is not None)
+    np.testing.assert_allclose(smooth, np.quantile(X[:, 0], np.arange(33) / 32))
+    # Up to 64 values have an edge each, so that a network can tell any of them from its neighbours.
+    assert days == tuple(range(31)) and len(minutes) == 33
+    fewer = Preprocessor.fit(dataset(X, X[:, 1].astype(int)), np.arange(7999), scale="piecewise")
+    assert fewer.widths == (16, 16, 16)
+
+
 def test_words_become_one_column_a_category() -> None:
     data = dataset([[0, 5.0], [2, 7.0], [1, 9.0]], [0, 1, 0], categories=(("g", "r", "y"), None))
     made = Preprocessor.fit(data, [0, 1, 2], scale="minmax")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from fusemlp.cli.options import FitOptions, ModelOptions, TrainOptions
 from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.datasets.sources import is_table
 from fusemlp.describe.checks import as_count
 
@@ -16,7 +17,7 @@ Fit = TypeVar("Fit", bound=FitOptions)
 # Epochs of a table at most, and those without a better validation loss after which training stops.
 EPOCHS, PATIENCE = 200, 20
 # A table of at most this many rows trains an ensemble of this many models.
-FEW_ROWS, MODELS = 10_000, 5
+FEW_ROWS, MODELS = 100_000, 5
 # Fewer rows leave too few to each fold.
 LEAST_ROWS = 40
 
@@ -34,6 +35,12 @@ def filled_in(options: Fit) -> Fit:
 def is_a_table(options: ModelOptions) -> bool:
     """Return whether the options train on a file that holds a table."""
     return options.data is not None and is_table(Path(options.data))
+
+
+def weight_decay(options: ModelOptions, dataset: Dataset) -> float | None:
+    """Return the weight decay of the options, or the default for this task; None stands for the optimizer's."""
+    classes = dataset.task == "classification" and options.optimizer == "adam" and is_a_table(options)
+    return CLASS_DECAY if options.weight_decay is None and classes else options.weight_decay
 
 
 def models_of(options: ModelOptions, dataset: Dataset, *, new: bool) -> int:

@@ -181,7 +181,8 @@ def decided(
 def decisions(prepared: Prepared) -> dict[str, Any]:
     """Return the options that the data decided, for a run's configuration."""
     made = prepared.preprocessor
-    return {"scale": made.scale, "log_target": made.target_log if made.classes is None else None}
+    log_target = made.target_log if made.classes is None else None
+    return {"scale": made.scale, "log_target": log_target, "weight_decay": prepared.weight_decay}
 
 
 def described(prepared: Prepared, options: TrainOptions) -> TrainOptions:

@@ -184,7 +184,8 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     scale: str | None = _data(
         None,
         "Features, by statistics of the training rows: robust (median 0, interquartile range 1, far values smoothly "
-        "clipped), piecewise (each number cut into 16 pieces with an input for each), quantile (normal scores), "
+        "clipped), piecewise (each number cut into 16 pieces, 32 from 8,000 rows on, with an input for each), "
+        "quantile (normal scores), "
         "standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a regression likewise, for the first "
         "three by standard. Unless given: robust, or for a table the better of the first two on held-out rows.",
         values=SCALES,
@@ -226,7 +227,9 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     lr: float | None = _optimizer(None, "Learning rate; 0.01 for sgd, 0.001 for adam and adamw unless given.")
     momentum: float | None = _optimizer(None, "For sgd, 0 or more and less than 1 (0).")
     nesterov: bool = _optimizer(False, "For sgd: Nesterov's momentum.")
-    weight_decay: float | None = _optimizer(None, "L2 penalty for sgd and adam (0), decoupled decay for adamw (0.01).")
+    weight_decay: float | None = _optimizer(
+        None, "L2 penalty for sgd and adam (0; adam on a table's classes 0.0003), decoupled decay for adamw (0.01)."
+    )
     decay_biases: bool = _optimizer(True, "Whether weight decay acts on biases.")
     beta1: float | None = _optimizer(None, "For adam and adamw: average of gradients (0.9).")
     beta2: float | None = _optimizer(None, "For adam and adamw: average of their squares (0.999).")
@@ -322,7 +325,7 @@ class TrainOptions(FitOptions):
         None,
         "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
         "own validation rows, a fold of a cross-validation; with --group, --time or --validation all share theirs. "
-        "Unless given: 5 for a table of up to 10,000 rows, else 1.",
+        "Unless given: 5 for a table of up to 100,000 rows, else 1.",
         "COUNT",
     )
     time_limit: float | None = _training(

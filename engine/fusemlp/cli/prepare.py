@@ -57,6 +57,7 @@ class Prepared:
     tried: tuple[str, ...] = ()
     # of a new training with --from
     start: transfer.Start | None = None
+    weight_decay: float | None = None
     # when the data had been read, as ``time.monotonic`` tells it
     began: float = 0.0
 
@@ -249,6 +250,8 @@ def prepare(
     dataset = dataset if source is None else source.noted(dataset)
     dataset = with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
     began = time.monotonic()
+    if like is None:
+        options = replace(options, weight_decay=defaults.weight_decay(options, dataset))
     if dataset.y.dtype.kind in "iuf":
         _check_classes(dataset)
     classify = dataset.task == "classification"
@@ -316,6 +319,7 @@ def prepare(
         parts,
         tuple(tried),
         start,
+        options.weight_decay,
         began,
     )
     if source is None or start is None or start.about["new_output_layer"]:

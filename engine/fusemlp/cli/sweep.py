@@ -205,7 +205,10 @@ def planned(options: SweepOptions) -> Plan:
         prepared = prepare(trained_by[0])
         # The trials depend on the options that vary: their outcome holds for all.
         found = ensemble.decisions(prepared)
-        trained_by = [replace(one, **found) for one in trained_by]
+        trained_by = [
+            replace(one, **{name: value for name, value in found.items() if getattr(one, name) is None})
+            for one in trained_by
+        ]
         rows = len(prepared.train)
         rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
         optimizer = recipe.optimizer(trained_by[0], rates[0])

@@ -22,6 +22,8 @@ from fusemlp_kernels.errors import ArgumentError, DataError
 
 # Losses that train classes as one-hot rows.
 ONE_HOT = frozenset({"mse", "mae", "huber"})
+# Adam's weight decay where a table's classes are learned and none is given; numbers do without.
+CLASS_DECAY = 3e-4
 _PIECE = 2**15
 
 

@@ -19,9 +19,11 @@ KNEE, CLIP = 3.0, 10.0
 QUANTILES = 128
 # The numbers of a block of rows: 2 MiB in float64.
 BLOCK = 1 << 18
-# Piecewise scaling cuts a column of at least MANY_VALUES different values into this many pieces of as many rows each.
+# Piecewise scaling cuts a column of at least MANY_VALUES different values into PIECES pieces of as many rows each. A
+# column of MANY_ROWS rows has FINE_PIECES, and an edge at each value if there are at most FINE_VALUES of them.
 # Beyond the outer edges the first and the last piece go on, for BEYOND times their width.
 PIECES, MANY_VALUES, BEYOND = 16, 10, 2.0
+FINE_PIECES, FINE_VALUES, MANY_ROWS = 32, 64, 8_000
 
 
 def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Columns, Columns]:
@@ -109,9 +111,12 @@ def by_quantiles(values: Columns, at: Knots) -> Columns:
 
 def edges(values: Columns) -> Knots | None:
     """Return the edges of a column's pieces, without scores; None for a column of few values, which has none."""
-    if len(np.unique(values)) < MANY_VALUES:
+    found = np.unique(values)
+    if len(found) < MANY_VALUES:
         return None
-    found = np.unique(np.quantile(values, np.linspace(0.0, 1.0, PIECES + 1)))
+    fine = len(values) >= MANY_ROWS
+    if not fine or len(found) > FINE_VALUES:
+        found = np.unique(np.quantile(values, np.linspace(0.0, 1.0, (FINE_PIECES if fine else PIECES) + 1)))
     return (tuple(found.tolist()), ()) if len(found) > 3 else None
 
 

@@ -18,7 +18,7 @@ from fusemlp.runtime.backends import cpu_threads
 from fusemlp_kernels.errors import DataError
 
 # Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
-ROWS, TRIALS, EPOCHS, PATIENCE = 5_000, 3, 60, 5
+ROWS, TRIALS, EPOCHS, PATIENCE = 20_000, 3, 60, 5
 # A target with at least this skewness may be learned in logarithms.
 SKEWED = 1.0
 # Scalings of features, of which the first needs no reason, and the second this many rows, but not more than this many

@@ -27,7 +27,7 @@ from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fi
 from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
 from fusemlp.datasets.parts import Fold, folds, hold_out
-from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
+from fusemlp.datasets.prepare import CLASS_DECAY, Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import Frame, as_frame
 from fusemlp.describe.checks import as_count, as_number
@@ -60,7 +60,8 @@ class TableParameters:
     hidden : widths of the hidden layers; () for none.
     activation, dropout : one for all hidden layers, or a sequence with one for each.
     loss : a name or an object such as ``Huber(2.0)``; None is cross_entropy for classes, mse for numbers.
-    optimizer : a name or an object such as ``AdamW(weight_decay=0.1)``.
+    optimizer : a name or an object such as ``AdamW(weight_decay=0.1)``; of a classifier "adam" is
+        ``Adam(weight_decay=0.0003)``.
     lr : a number or a schedule such as ``Cosine(0.01)``; None leaves the optimizer's own.
     batch_size, epochs : rows of an update, and most passes over the training rows.
     early_stopping : stop after this many epochs without a better loss of the held-out rows, and restore the best
@@ -70,7 +71,7 @@ class TableParameters:
         rows than that needs are all trained on, for all epochs.
     models : train this many with seeds from random_state on, each with its own fold of the rows held out (with group or
         time all hold out the same), and merge them into one that gives their mean; the command line trains 5 on a table
-        of up to 10,000 rows.
+        of up to 100,000 rows.
     time_limit : seconds for all of fit but the reading of X; None for no limit. The models share them, or fewer train.
     scale : "robust", "piecewise", "quantile", "standard", "minmax" or "none", from the training rows; None is the
         better of the first two in small trainings on folds of these rows.
@@ -412,6 +413,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         optimizer = as_optimizer(self.optimizer)
         # each optimizer has a rate
         changes: Any = {} if self.lr is None else {"lr": self.lr}
+        if self.optimizer == "adam" and self.task == "classification":
+            changes["weight_decay"] = CLASS_DECAY
         return replace(optimizer, **changes)
 
     def _inputs(self, X: Any) -> Array:
