@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
+from fusemlp.describe.privacy import DPSGD, Accountant, as_privacy, joined, usual_delta
 from fusemlp.describe.schedules import Schedule
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.lowering import Inputs, Privacy, lower_training
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
@@ -42,11 +44,18 @@ from fusemlp_kernels.contract import (
     STATS,
     UPDATE_COUNT,
     LossSpec,
+    Noise,
     Ridge,
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendUnavailableError,
+    DivergenceError,
+    ShapeError,
+)
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
@@ -95,6 +104,7 @@ class Session(Predicting):
         precision: str = "fp32",
         plan: str = "auto",
         normalise: Any = None,
+        privacy: DPSGD | None = None,
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -106,6 +116,9 @@ class Session(Predicting):
         self.loss.check_network(net)
         self.optimizer.check_network(net)
         self.precision = precision
+        self.privacy = as_privacy(privacy)
+        if self.privacy is not None:
+            self.privacy.check(net, self.loss, self.optimizer, normalise=normalise)
         self.start(backend, device, plan)
         self.start_normalising(normalise)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
@@ -121,6 +134,7 @@ class Session(Predicting):
             "seed": self.seed,
             "precision": self.precision,
             "normalise": self.normalise,
+            "privacy": None if self.privacy is None else {**self.privacy.to_config(), "spent": self.steps_spent},
         }
 
     def start_from(self, config: Mapping[str, Any], *, backend: str, device: str | None) -> None:
@@ -130,9 +144,13 @@ class Session(Predicting):
         self.optimizer = optimizer_from_config(config["optimizer"])
         self.batch_size, self.seed = config["batch_size"], config["seed"]
         self.precision = config["precision"]
-        # older files do not have it
+        # older files do not have them
         self.normalise = config.get("normalise")
+        privacy = dict(config.get("privacy") or {})
+        spent = privacy.pop("spent", ())
+        self.privacy = DPSGD(**privacy) if privacy else None
         self.start(backend, device, "auto")
+        self._spent = [(rate, count) for rate, count in spent]
 
     def start(self, name: str, device: str | None, plan: str) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""
@@ -141,6 +159,10 @@ class Session(Predicting):
                 raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
         if device is not None and not isinstance(device, str):
             raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
+        if self.privacy is not None and name != "numpy":
+            if name != "auto":
+                raise BackendUnavailableError(f"backend: privacy needs the numpy backend, got {name!r}")
+            name = "numpy"
         self._backend = backend(name, device, self.precision)
         traits = self._backend.traits
         self.backend = traits.name
@@ -163,6 +185,13 @@ class Session(Predicting):
         self.best_parameters: dict[str, Array] | None = None
         self.epochs_trained = 0
         self.stop_training = False
+        # private steps of earlier fits; the sampling rate of the last one, and the updates before it
+        self._spent: list[tuple[float, int]] = []
+        self._sampling = 0.0, 0
+        self._expected_rows = self.batch_size
+        if self.privacy is not None:
+            self._accountant = Accountant(self.privacy.noise)
+            self._private_seed = secrets.randbits(64) if self.privacy.seed is None else self.privacy.seed
 
     def _use_memory(
         self,
@@ -260,7 +289,47 @@ class Session(Predicting):
             keep_gradients=keep_gradients,
             resident=resident,
             ridge=ridge,
+            privacy=self._lowered_privacy(),
         )
+
+    def _lowered_privacy(self) -> Privacy | None:
+        if self.privacy is None:
+            return None
+        noise, clip = self.privacy.noise, self.privacy.clip
+        return Privacy(clip, Noise(noise * clip, float(self._expected_rows), self._private_seed))
+
+    def sample_privately(self, rows: int, rate: float) -> int:
+        """Let the steps from now on take each of ``rows`` rows with probability ``rate``; return the seed for that."""
+        assert self.privacy is not None
+        if self.privacy.delta is None:
+            self.privacy = replace(self.privacy, delta=usual_delta(rows))
+        self._spent, self._sampling = self.steps_spent, (rate, self.update_count)
+        self._expected_rows = min(self.batch_size, rows)
+        return self._private_seed
+
+    @property
+    def steps_spent(self) -> list[tuple[float, int]]:
+        """The private steps so far: pairs of a sampling rate and the number of steps with it."""
+        rate, first = self._sampling
+        return joined([*self._spent, (rate, self.update_count - first)])
+
+    def privacy_spent(self) -> dict[str, Any]:
+        """The privacy that training has spent: "epsilon", "delta", "steps", and "noise" and "clip" of ``DPSGD``.
+
+        epsilon is an upper bound for all fits together, of the same rows. Raises ArgumentError if the engine does not
+        train privately or has not begun, MissingLibraryError without dp-accounting.
+        """
+        if self.privacy is None or self.privacy.delta is None:
+            raise ArgumentError(
+                "privacy: the engine has not trained privately; make it with privacy=DPSGD(noise=1.1, clip=1.0), and "
+                "then fit"
+            )
+        spent = self.steps_spent
+        return {
+            "epsilon": self._accountant.epsilon(spent, self.privacy.delta),
+            **self.privacy.to_config(),
+            "steps": sum(count for _, count in spent),
+        }
 
     def bind(
         self,
@@ -342,6 +411,8 @@ class Session(Predicting):
         Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
         normalised and have not been measured.
         """
+        if self.privacy is not None:
+            raise ArgumentError("step: a private engine draws the rows of each step at random from all; use fit")
         x = self.features("x", x, check_finite=False)
         count = len(x)
         if count > self.batch_size:
@@ -500,5 +571,6 @@ class Session(Predicting):
             f"batch_size={self.batch_size}, seed={self.seed}, backend={self.backend!r}, device={self.device!r}, "
             f"precision={self.precision!r}, plan={self.plan!r}"
             + ("" if self.normalise is None else f", normalise={self.normalise}")
+            + ("" if self.privacy is None else f", privacy={self.privacy}")
             + ")"
         )

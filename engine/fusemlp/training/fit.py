@@ -14,6 +14,7 @@ from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
+from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.program.lowering import Inputs
@@ -23,6 +24,7 @@ from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
+from fusemlp.training.private import PoissonRows, check_private
 from fusemlp.training.streaming import Stream
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -124,6 +126,15 @@ def fit(
         raise ArgumentError("validation_split: validation_data has the validation rows already; give one of the two")
     if verbose not in (0, 1, 2):
         raise ArgumentError(f"verbose: expected 0 (silent), 1 (a bar) or 2 (a line an epoch), got {verbose!r}")
+    if engine.privacy is not None:
+        check_private(
+            engine,
+            {"y": y is None, "shuffle": not shuffle, "row_order": row_order, "drop_last": drop_last},
+            class_weight,
+            validates=bool(share) or validation_data is not None,
+            stops=early_stopping is not None,
+            monitor=monitor,
+        )
     batches = None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
@@ -208,6 +219,7 @@ def _refuse_with_batches(given: Mapping[str, Any]) -> None:
 def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
     """Return the names of an epoch's logs, in their order."""
     names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
+    names += [] if engine.privacy is None else ["epsilon"]
     if validation is not None:
         names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.data.targets) else [])]
         names += [f"val_{metric.name}" for metric in validation.metrics]
@@ -241,7 +253,9 @@ def fit_checked(
     """
     count = len(data.X) if rows is None else len(rows)
     batch_size = min(engine.batch_size, count)
-    if batches is None:
+    if engine.privacy is not None:
+        batches = steps_of_an_epoch(count, batch_size)
+    elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
     if not resume:
@@ -255,6 +269,11 @@ def fit_checked(
         shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
         return shuffled_rows if rows is None else rows[shuffled_rows]
 
+    first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
+    if engine.privacy is not None:
+        seed = engine.sample_privately(count, sampling_rate(count, batch_size))
+        sampled = PoissonRows(count, batch_size, seed, range(first_epoch, first_epoch + epochs))
+        order, batch_size, at_once = sampled.order, sampled.size, 1
     data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
     policy = FitPolicy(
         engine,
@@ -262,7 +281,7 @@ def fit_checked(
         state,
         engine.spec_for(data.targets),
         by_seed if order is None else order,
-        last_epoch=(state.history.epochs[0] if state.history.epochs else state.epoch) + epochs,
+        last_epoch=first_epoch + epochs,
         validation=validation,
         patience=patience,
         resumes=resume,

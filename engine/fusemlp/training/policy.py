@@ -86,6 +86,8 @@ class FitPolicy(Policy):
         logs = dict(metrics_of(stats, self.spec))
         if self._validate is not None:
             logs |= {f"val_{name}": value for name, value in self._validate().items()}
+        if engine.privacy is not None:
+            logs["epsilon"] = engine.privacy_spent()["epsilon"]
         logs["learning_rate"] = rate
         watched = self._sign * logs[self._monitor]
         if watched < state.best_loss:
