@@ -20,6 +20,7 @@ from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
+from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.fleet.merge import check_mergeable
@@ -129,7 +130,9 @@ class Prepared:
             "validation_data": None if held_out is None else (held_out.X, held_out.y, held_out.weight),
         }
 
-    def engine(self, options: ModelOptions, schedule: Schedule | None = None) -> Engine:
+    def engine(
+        self, options: ModelOptions, schedule: Schedule | None = None, privacy: DPSGD | None = None
+    ) -> Engine:
         """Return a new engine; ``schedule`` None is the constant rate of the options."""
         return Engine(
             self.network,
@@ -143,6 +146,7 @@ class Prepared:
             plan=options.plan,
             # the preprocessor has scaled them
             normalise=False,
+            privacy=privacy,
         )
 
 
@@ -246,7 +250,8 @@ def prepare(options: ModelOptions, like: Preprocessor | None = None) -> Prepared
     scale, log_target, tried = options.scale or SCALES[0], bool(options.log_target), list[str]()
     if options.log_target is not None and classify:
         raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
-    if like is None and defaults.is_a_table(options):
+    # small trainings would read the private rows
+    if like is None and defaults.is_a_table(options) and not defaults.is_private(options):
         scale, log_target, tried = ensemble.decided(dataset, training, options, name, seed=seed)
     preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
     first, last = network_ends(preprocessor, name)
