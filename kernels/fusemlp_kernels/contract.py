@@ -81,9 +81,8 @@ class LossSpec(pointwise.LossOptions):
     """A loss and its options; the meaning of each is in ``reference.loss_grad``.
 
     ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
-    divide. "rows" has the statistics of "mean", but dz of each row is that of its own loss: divided by N alone, and that
-    for the element-wise losses. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats``
-    counts hits.
+    divide. "rows" has the statistics of "mean", but dz of each row is that of its own loss: for the element-wise losses
+    divided by N. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats`` counts hits.
     """
 
     kind: str

@@ -227,8 +227,8 @@ OPS = {op.name: op for op in (
         Operand("keep", "MK", "bool", optional=True, note="what linear has written"),
     )),
     Op("clip_examples",
-        "the rows of all dz times min(1, clip / norm), norm being that of the gradient of the row's loss by all trained "
-        "parameters: norm**2 is the sum over layers of |dz|**2 * (|x|**2 with a trained w + 1 with a trained b)", (
+        "the rows of all dz times min(1, clip / norm) with the norm of the row's gradient by all trained parameters: "
+        "norm**2 is the sum over layers of |dz|**2 * (|x|**2 with a trained w + 1 with a trained b)", (
         Operand("layers", fields=(
             replace(_LAYER[0], use=UPDATED),
             *_LAYER[1:],
@@ -297,12 +297,12 @@ OPS = {op.name: op for op in (
         ),
         Operand(
             "noise", optional=True,
-            note="Noise, which comes before the optimizer; without accumulation and clipping. Tensor i of philox.normal "
-            "is that of segment i",
+            note="Noise, before the optimizer's rule; without accumulation and clip_norm. Tensor i of philox.normal is "
+            "that of segment i",
         ),
         Operand(
             "rows", "M", "int64", optional=True, hidden=True,
-            note="with noise: those of the calls. The clock counts the rows of the next batch, leaving out -1 at its end",
+            note="with noise: those of the calls. The clock counts the rows of the next batch, without -1 at its end",
         ),
         *_PARTS,
     )),

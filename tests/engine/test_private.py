@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from commands import read, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +84,7 @@ LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poiss
     activation=st.sampled_from(("relu", "tanh", "gelu", "leaky_relu", "sigmoid")),
     dropout=st.sampled_from((0.0, 0.4)),
     optimizer=st.sampled_from((SGD(lr=0.3), SGD(lr=0.1, momentum=0.9, weight_decay=0.1), Adam(lr=0.05))),
-    batch_size=st.integers(1, 30),
+    batch_size=st.integers(1, ROWS),
     clip=st.sampled_from((0.1, 1.0, 30.0)),
     plan=st.sampled_from(("eager", "resident")),
     weighted=st.booleans(),
@@ -121,7 +122,8 @@ def test_the_plans_agree_bit_for_bit(precision):
         return engine.state_dict(), history.history
 
     (eager, first), (resident, second) = trained("eager"), trained("resident")
-    assert first == second
+    # losses are added task by task, and a plan cuts its own tasks
+    assert first == {name: pytest.approx(values, rel=1e-12) for name, values in second.items()}
     assert all(np.array_equal(eager[name], resident[name]) for name in eager)
 
 
@@ -169,7 +171,9 @@ def test_batches_are_drawn_row_by_row():
     for one, other in ((hits[:-1], hits[1:]), (hits[:, :-1], hits[:, 1:])):
         assert abs(np.mean((one - 0.1) * (other - 0.1))) < 4.5 * 0.09 / math.sqrt(one.size)
     assert np.array_equal(sampled.order(3), PoissonRows(rows, batch, 5, range(epochs)).order(3))
-    assert not np.array_equal(sampled.order(3), PoissonRows(rows, batch, 6, range(epochs)).order(3)[: sampled.size * 10])
+    assert not np.array_equal(
+        sampled.order(3), PoissonRows(rows, batch, 6, range(epochs)).order(3)[: sampled.size * 10]
+    )
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(1, 1), (1, 50), (7, 50), (3, 1)])
@@ -241,7 +245,7 @@ def test_the_noise_is_chosen_for_an_epsilon():
     assert history.history["epsilon"][-1] == spent["epsilon"]
     with pytest.raises(ArgumentError, match=r"epsilon: no noise up to 10000 times clip reaches 1e-06 in 200 steps"):
         DPSGD.for_epsilon(1e-6, **told)
-    with pytest.raises(ArgumentError, match="delta: expected a finite number above 0 and below 1, got 1.5"):
+    with pytest.raises(ArgumentError, match=r"delta: expected a finite number above 0 and below 1, got 1\.5"):
         DPSGD.for_epsilon(1.0, **told, delta=1.5)
 
 
@@ -256,7 +260,7 @@ def test_epsilon_goes_on_in_a_second_fit_and_after_files(tmp_path):
     engine.save(tmp_path / "model.safetensors")
     engine.save_checkpoint(tmp_path / "last.safetensors")
     for again in (fusemlp.load(tmp_path / "model.safetensors"), fusemlp.load_checkpoint(tmp_path / "last.safetensors")):
-        assert again.privacy_spent() == engine.privacy_spent() and again.privacy.delta == 1e-2
+        assert again.privacy_spent() == pytest.approx(engine.privacy_spent(), rel=1e-9) and again.privacy.delta == 1e-2
         again.fit(X, y, epochs=1)
         assert again.steps_spent == [(0.25, 12), (0.5, 6)]
 
@@ -287,7 +291,7 @@ def test_a_resumed_fit_counts_each_step_once(tmp_path):
 
 def test_seeds_are_secret_unless_given(tmp_path):
     X, y = problem("cross_entropy")
-    first, second = (Engine(MLP([INPUTS, OUTPUTS]), privacy=DPSGD(1.0), seed=0) for _ in range(2))
+    first, second = (Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=DPSGD(1.0), seed=0) for _ in range(2))
     assert first._private_seed != second._private_seed
     for engine in (first, second):
         engine.fit(X, y, epochs=1)
@@ -339,7 +343,7 @@ def test_other_backends_and_other_objects_are_refused():
     ],
 )
 def test_fits_that_are_not_private_are_refused(options, said):
-    engine = Engine(MLP([INPUTS, OUTPUTS]), privacy=PRIVATE)
+    engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=PRIVATE)
     before = engine.state_dict()
     with pytest.raises(ArgumentError, match=said):
         engine.fit(*problem("cross_entropy"), epochs=1, **options)
@@ -348,14 +352,14 @@ def test_fits_that_are_not_private_are_refused(options, said):
 
 def test_ways_around_the_sampling_are_refused():
     X, y = problem("cross_entropy")
-    engine = Engine(MLP([INPUTS, OUTPUTS]), privacy=PRIVATE)
+    engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=PRIVATE)
     with pytest.raises(ArgumentError, match="step: a private engine draws the rows of each step at random"):
         engine.step(X, y)
     with pytest.raises(ArgumentError, match="y: the engine trains privately; give arrays X and y"):
         engine.fit([(X, y)], epochs=1)
     with pytest.raises(ArgumentError, match="engine: the sweep's losses are of the private rows"):
         engine.lr_find(X, y)
-    plateau = Engine(MLP([INPUTS, OUTPUTS]), optimizer=SGD(lr=ReduceOnPlateau(0.1)), privacy=PRIVATE)
+    plateau = Engine(MLP([INPUTS, OUTPUTS]), optimizer=SGD(lr=ReduceOnPlateau(0.1)), batch_size=10, privacy=PRIVATE)
     with pytest.raises(ArgumentError, match="monitor: 'loss' is of the private rows"):
         plateau.fit(X, y, epochs=1)
     plateau.fit(X, y, epochs=1, validation_data=(X, y))
@@ -366,7 +370,52 @@ def test_without_dp_accounting_nothing_is_trained(monkeypatch):
 
     privacy._loss_of_steps.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "dp_accounting.pld.privacy_loss_distribution", None)
-    engine = Engine(MLP([INPUTS, OUTPUTS]), privacy=PRIVATE)
+    engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=PRIVATE)
     with pytest.raises(MissingLibraryError, match=r"pip install 'fusemlp\[privacy\]'"):
         engine.fit(*problem("cross_entropy"), epochs=1)
     assert engine.update_count == 0
+
+
+QUICK = ("--epochs", "4", "--batch-size", "100", "--hidden", "8", "--quiet")
+
+
+def test_a_command_trains_privately(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run("train", "digits", "--dp-epsilon", "2", "--dp-clip", "0.5", *QUICK, "--out", folder) == 0
+    assert "privacy: epsilon 2 at delta 0.0001, for adding or removing a training row" in capsys.readouterr().out
+    found = read(folder / "report.json")["privacy"]
+    assert 1.9 < found["epsilon"] <= 2.0 and (found["clip"], found["steps"]) == (0.5, 52)
+    assert "privacy: epsilon 2" in (folder / "report.html").read_text()
+    assert run("train", "--resume", folder, "--epochs", "5") == 2
+    assert "--epochs: more than 4 would spend more than the epsilon of 2" in capsys.readouterr().err
+
+
+def test_a_table_trains_one_private_model_with_the_default_scale(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    rows = [f"{a:.3f},{b:.3f},{'yes' if a > 0 else 'no'}" for a, b in generator.normal(size=(240, 2))]
+    data = tmp_path / "ill.csv"
+    data.write_text("\n".join(["a,b,ill", *rows]))
+    options = ("--target", "ill", "--dp-epsilon", "5", "--dp-delta", "1e-6")
+    assert run("train", data, *options, *QUICK, "--out", tmp_path / "run") == 0
+    config = read(tmp_path / "run" / "config.json")
+    assert config["options"]["models"] == 1 and config["preprocessor"]["scale"] == "robust"
+    assert read(tmp_path / "run" / "report.json")["privacy"]["delta"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--dp-delta", "1e-5"), "--dp-delta: it is for private training; give --dp-epsilon too"),
+        (("--dp-epsilon", "0"), "--dp-epsilon: expected a finite number above 0"),
+        (("--dp-epsilon", "1", "--dp-delta", "2"), "--dp-delta: expected a finite number above 0 and below 1"),
+        (("--dp-epsilon", "1", "--models", "2"), "--models: private training makes one model"),
+        (("--dp-epsilon", "1", "--final-fit"), "--final-fit: private training makes one model"),
+        (("--dp-epsilon", "1", "--drop-last"), "--drop-last: the batches of private training"),
+        (("--dp-epsilon", "1", "--class-weight", "balanced"), "--class-weight: balanced counts the private rows"),
+        (("--dp-epsilon", "1", "--metric", "accuracy"), "--metric: accuracy is of the private rows"),
+        (("--dp-epsilon", "1", "--clip-norm", "1"), "--clip-norm: privacy clips the gradient of each row"),
+    ],
+)
+def test_commands_that_are_not_private_are_refused(tmp_path, capsys, options, said):
+    assert run("train", "digits", *options, "--out", tmp_path / "run") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()

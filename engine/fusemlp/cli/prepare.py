@@ -130,9 +130,7 @@ class Prepared:
             "validation_data": None if held_out is None else (held_out.X, held_out.y, held_out.weight),
         }
 
-    def engine(
-        self, options: ModelOptions, schedule: Schedule | None = None, privacy: DPSGD | None = None
-    ) -> Engine:
+    def engine(self, options: ModelOptions, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
         """Return a new engine; ``schedule`` None is the constant rate of the options."""
         return Engine(
             self.network,

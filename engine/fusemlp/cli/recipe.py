@@ -199,7 +199,9 @@ def privacy(options: TrainOptions, *, rows: int, epochs: int) -> DPSGD | None:
     if not is_private(options):
         for name in ("dp_delta", "dp_clip"):
             if getattr(options, name) is not None:
-                raise ArgumentError(f"{name}: it is for private training; give --dp-epsilon too, such as --dp-epsilon 3")
+                raise ArgumentError(
+                    f"{name}: it is for private training; give --dp-epsilon too, such as --dp-epsilon 3"
+                )
         return None
     for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
         if given:
@@ -211,8 +213,10 @@ def privacy(options: TrainOptions, *, rows: int, epochs: int) -> DPSGD | None:
     validates = options.validation_fraction != 0 or options.validation is not None
     if options.metric in ("loss", "accuracy") or (options.schedule == "reduce_on_plateau" and not validates):
         raise ArgumentError(
-            f"metric: {options.metric or 'loss'} is of the private rows; choose one of validation rows, such as val_loss"
+            f"metric: {options.metric or 'loss'} is of the private rows; choose one of validation rows: val_loss"
         )
     chosen = {name: getattr(options, f"dp_{name}") for name in ("epsilon", "delta", "clip")}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return _made("privacy", DPSGD.for_epsilon, rows=rows, batch_size=min(options.batch_size, rows), epochs=epochs, **given)
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return _made(
+        "privacy", DPSGD.for_epsilon, rows=rows, batch_size=min(options.batch_size, rows), epochs=epochs, **chosen
+    )

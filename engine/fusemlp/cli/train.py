@@ -223,8 +223,8 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
     if epochs > config["epochs"] and stored.dp_epsilon is not None:
         raise ArgumentError(
-            f"epochs: more than {config['epochs']} would spend more than the epsilon of {stored.dp_epsilon:g}; leave it "
-            "out, or start a new run"
+            f"epochs: more than {config['epochs']} would spend more than the epsilon of {stored.dp_epsilon:g}; leave "
+            "it out, or start a new run"
         )
     prepared = prepare(options, Preprocessor.from_config(config["preprocessor"]))
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
@@ -340,11 +340,11 @@ def private_note(engine: Engine) -> str:
     """Return lines on private training."""
     if engine.privacy is None:
         return ""
+    privacy = engine.privacy
     return (
-        f"\nprivate training: noise {engine.privacy.noise:.4g}, clip {engine.privacy.clip:g}, delta "
-        f"{engine.privacy.delta:g}; it covers the parameters and each training row. Not covered: scaling and categories, "
-        "the curves and baselines, early stopping on the validation rows, the scores. Share the exported model, not the "
-        "run folder"
+        f"\nprivate training: noise {privacy.noise:.4g}, clip {privacy.clip:g}, delta {privacy.delta:g}; it covers the "
+        "parameters and each training row. Not covered: scaling and categories, curves, baselines and scores, and the "
+        "validation rows, which decide when to stop. Share the exported model, not the run folder"
     )
 
 

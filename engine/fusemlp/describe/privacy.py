@@ -19,7 +19,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibr
 
 # Steps, and the probability with which each took each row.
 Spent: TypeAlias = Sequence[tuple[float, int]]
-# The accountant rounds a privacy loss up to a multiple of the first; a tail of the second weight counts as unbounded loss.
+# The accountant rounds a privacy loss up to a multiple of the first; a tail of the second weight is unbounded loss.
 ROUNDING, NEGLECTED = 1e-3, 1e-15
 # Noise for a given epsilon is sought from the first up to the second number.
 LEAST_NOISE, MOST_NOISE = 0.25, 1e4
@@ -66,8 +66,10 @@ class DPSGD(Description):
         rows, batch_size = as_count("rows", rows), as_count("batch_size", batch_size)
         steps = as_count("epochs", epochs) * steps_of_an_epoch(rows, batch_size)
         spent = [(sampling_rate(rows, batch_size), steps)]
-        delta = usual_delta(rows) if delta is None else as_number(
-            "delta", delta, low=0.0, high=1.0, low_open=True, high_open=True
+        delta = (
+            usual_delta(rows)
+            if delta is None
+            else as_number("delta", delta, low=0.0, high=1.0, low_open=True, high_open=True)
         )
 
         def is_enough(noise: float) -> bool:
@@ -103,7 +105,7 @@ class DPSGD(Description):
         for name, usual in (("clip_norm", None), ("accumulate", 1)):
             if getattr(optimizer, name) != usual:
                 raise ArgumentError(
-                    f"{name}: privacy clips the gradient of each row and takes the batch in one step; leave it out, got "
+                    f"{name}: privacy clips the gradient of each row and takes one batch a step; leave it out, got "
                     f"{getattr(optimizer, name)!r}"
                 )
         if normalise is True:

@@ -324,7 +324,11 @@ class _Builder:
                 "clip_examples",
                 f"{private.clip:g}",
                 layers=tuple(
-                    {**self.inputs(layer), "w_trained": f"w{layer}" in self.rules, "b_trained": f"b{layer}" in self.rules}
+                    {
+                        **self.inputs(layer),
+                        "w_trained": f"w{layer}" in self.rules,
+                        "b_trained": f"b{layer}" in self.rules,
+                    }
                     for layer in self.having("wb")
                 ),
                 clip=private.clip,
@@ -374,7 +378,7 @@ class _Builder:
         return [layer for layer in range(self.net.layers) if any(f"{kind}{layer}" in self.rules for kind in kinds)]
 
     def inputs(self, layer: int) -> dict[str, Any]:
-        """What the gradients by a layer's weights and biases are made of."""
+        """The operands of which the gradients by a layer's weights and biases are made."""
         given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": Ref(f"h{layer}")}
         if layer == 0:
             given["x"] = self.gathered or self.x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,13 @@ from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
-from fusemlp.describe.privacy import DPSGD, Accountant, as_privacy, joined, usual_delta
+from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Inputs, Privacy, lower_training
+from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
@@ -30,6 +29,7 @@ from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan
 from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.rates import RateTable
+from fusemlp.runtime.spending import Spending
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LAST_LOSS,
@@ -44,7 +44,6 @@ from fusemlp_kernels.contract import (
     STATS,
     UPDATE_COUNT,
     LossSpec,
-    Noise,
     Ridge,
     UpdateRule,
     batch_parts,
@@ -85,7 +84,7 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Predicting):
+class Session(Predicting, Spending):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
@@ -119,6 +118,7 @@ class Session(Predicting):
         self.privacy = as_privacy(privacy)
         if self.privacy is not None:
             self.privacy.check(net, self.loss, self.optimizer, normalise=normalise)
+        self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
@@ -134,7 +134,7 @@ class Session(Predicting):
             "seed": self.seed,
             "precision": self.precision,
             "normalise": self.normalise,
-            "privacy": None if self.privacy is None else {**self.privacy.to_config(), "spent": self.steps_spent},
+            "privacy": self.privacy_config(),
         }
 
     def start_from(self, config: Mapping[str, Any], *, backend: str, device: str | None) -> None:
@@ -146,11 +146,8 @@ class Session(Predicting):
         self.precision = config["precision"]
         # older files do not have them
         self.normalise = config.get("normalise")
-        privacy = dict(config.get("privacy") or {})
-        spent = privacy.pop("spent", ())
-        self.privacy = DPSGD(**privacy) if privacy else None
+        self.start_spending_from(config.get("privacy"))
         self.start(backend, device, "auto")
-        self._spent = [(rate, count) for rate, count in spent]
 
     def start(self, name: str, device: str | None, plan: str) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""
@@ -185,13 +182,6 @@ class Session(Predicting):
         self.best_parameters: dict[str, Array] | None = None
         self.epochs_trained = 0
         self.stop_training = False
-        # private steps of earlier fits; the sampling rate of the last one, and the updates before it
-        self._spent: list[tuple[float, int]] = []
-        self._sampling = 0.0, 0
-        self._expected_rows = self.batch_size
-        if self.privacy is not None:
-            self._accountant = Accountant(self.privacy.noise)
-            self._private_seed = secrets.randbits(64) if self.privacy.seed is None else self.privacy.seed
 
     def _use_memory(
         self,
@@ -289,47 +279,8 @@ class Session(Predicting):
             keep_gradients=keep_gradients,
             resident=resident,
             ridge=ridge,
-            privacy=self._lowered_privacy(),
+            privacy=self.lowered_privacy(),
         )
-
-    def _lowered_privacy(self) -> Privacy | None:
-        if self.privacy is None:
-            return None
-        noise, clip = self.privacy.noise, self.privacy.clip
-        return Privacy(clip, Noise(noise * clip, float(self._expected_rows), self._private_seed))
-
-    def sample_privately(self, rows: int, rate: float) -> int:
-        """Let the steps from now on take each of ``rows`` rows with probability ``rate``; return the seed for that."""
-        assert self.privacy is not None
-        if self.privacy.delta is None:
-            self.privacy = replace(self.privacy, delta=usual_delta(rows))
-        self._spent, self._sampling = self.steps_spent, (rate, self.update_count)
-        self._expected_rows = min(self.batch_size, rows)
-        return self._private_seed
-
-    @property
-    def steps_spent(self) -> list[tuple[float, int]]:
-        """The private steps so far: pairs of a sampling rate and the number of steps with it."""
-        rate, first = self._sampling
-        return joined([*self._spent, (rate, self.update_count - first)])
-
-    def privacy_spent(self) -> dict[str, Any]:
-        """The privacy that training has spent: "epsilon", "delta", "steps", and "noise" and "clip" of ``DPSGD``.
-
-        epsilon is an upper bound for all fits together, of the same rows. Raises ArgumentError if the engine does not
-        train privately or has not begun, MissingLibraryError without dp-accounting.
-        """
-        if self.privacy is None or self.privacy.delta is None:
-            raise ArgumentError(
-                "privacy: the engine has not trained privately; make it with privacy=DPSGD(noise=1.1, clip=1.0), and "
-                "then fit"
-            )
-        spent = self.steps_spent
-        return {
-            "epsilon": self._accountant.epsilon(spent, self.privacy.delta),
-            **self.privacy.to_config(),
-            "steps": sum(count for _, count in spent),
-        }
 
     def bind(
         self,

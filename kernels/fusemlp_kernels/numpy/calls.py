@@ -217,7 +217,7 @@ def _grad_input(
 
 
 def _input(layer: Operands) -> Array:
-    """What a layer was given: ``linear`` has gathered what is read by row number."""
+    """A layer's input: ``linear`` has gathered what is read by row number."""
     found: Array = layer["x"] if layer.get("rows") is None else layer["gathered"]
     return found
 

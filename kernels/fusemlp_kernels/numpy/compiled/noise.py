@@ -30,7 +30,7 @@ _SINE = tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1))
 def _squares(values: Any, count: int) -> float:
     total = 0.0
     for i in range(count):
-        total += float(values[i]) * float(values[i])
+        total += np.float64(values[i]) * np.float64(values[i])
     return total
 
 
@@ -96,7 +96,7 @@ def _normals(words: Any, numbers: Any) -> None:
 def _mix(g: Any, numbers: Any, count: int, deviation: float, share: float) -> None:
     real = g.dtype.type
     for i in range(np.uintp(count)):
-        g[i] = real((float(g[i]) + deviation * numbers[i]) * share)
+        g[i] = real((np.float64(g[i]) + deviation * numbers[i]) * share)
 
 
 @register_jitable(**EXACT)

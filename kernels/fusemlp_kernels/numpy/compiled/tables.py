@@ -63,8 +63,9 @@ DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its update where there is a PARAM;
-# NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
+# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them. By pieces of a tensor: WEIGHT,
+# BIAS, SLOPES: a gradient, with its update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE;
+# PACK: weights into panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -101,8 +102,8 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # threshold of its random numbers. The rows of the table of tensors from FIRST to before END that an update is of. A
 # gradient may be updated from at once: PARAM and its states, of tensor FIRST; with DESCENDS the product lands in the
 # parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights (arrays),
-# and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a target; WIDE: a row of classes fills the vector registers.
-# AFRESH: the norms begin with this layer.
+# and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a target; WIDE: a
+# row of classes fills the vector registers. AFRESH: the norms begin with this layer.
 (
     KIND_OF_ROW,
     N,
