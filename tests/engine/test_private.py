@@ -328,6 +328,8 @@ def test_other_backends_and_other_objects_are_refused():
         Engine(net, privacy=1.1)
     with pytest.raises(ArgumentError, match="noise: expected a finite number above 0, got 0"):
         DPSGD(0)
+    with pytest.raises(TypeError, match=r"max_grad_norm: it is called clip here: DPSGD\(noise=1.1, clip=1.0\)"):
+        DPSGD(noise=1.1, max_grad_norm=1.0)
     with pytest.raises(TypeError, match="privacy"):
         fusemlp.Fleet(net, privacy=PRIVATE, vary={"seed": [0]})
 
@@ -340,6 +342,7 @@ def test_other_backends_and_other_objects_are_refused():
         ({"drop_last": True}, "drop_last: the engine trains privately"),
         ({"class_weight": "balanced"}, "class_weight: 'balanced' counts the private rows"),
         ({"early_stopping": 2, "monitor": "loss"}, "monitor: 'loss' is of the private rows"),
+        ({"callbacks": [fusemlp.EarlyStopping("accuracy")]}, "monitor: 'accuracy' is of the private rows"),
     ],
 )
 def test_fits_that_are_not_private_are_refused(options, said):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.description import Description, OpenFraction, Positive
+from fusemlp.describe.elsewhere import knows_names_of
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
@@ -113,6 +114,15 @@ class DPSGD(Description):
                 "normalise: True measures the private rows, which privacy does not cover; give rows that are public, "
                 "normalise=X_public, or scale by bounds that are known"
             )
+
+
+# Arguments of Opacus and TensorFlow Privacy.
+_ELSEWHERE = {
+    "noise_multiplier": "it is called noise here: DPSGD(noise=1.1)",
+    **dict.fromkeys(("max_grad_norm", "l2_norm_clip"), "it is called clip here: DPSGD(noise=1.1, clip=1.0)"),
+    "epsilon": "it decides the noise: DPSGD.for_epsilon(3.0, rows=60000, batch_size=256, epochs=20)",
+}
+knows_names_of(DPSGD, _ELSEWHERE)
 
 
 def as_privacy(value: object) -> DPSGD | None:

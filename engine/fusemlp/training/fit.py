@@ -105,6 +105,7 @@ def fit(
 
     The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are; ``row_order``
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
+    A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
     the beginning of that call.
 
@@ -126,6 +127,7 @@ def fit(
         raise ArgumentError("validation_split: validation_data has the validation rows already; give one of the two")
     if verbose not in (0, 1, 2):
         raise ArgumentError(f"verbose: expected 0 (silent), 1 (a bar) or 2 (a line an epoch), got {verbose!r}")
+    given = checked_callbacks(() if callbacks is None else callbacks)
     if engine.privacy is not None:
         check_private(
             engine,
@@ -133,7 +135,7 @@ def fit(
             class_weight,
             validates=bool(share) or validation_data is not None,
             stops=early_stopping is not None,
-            monitor=monitor,
+            monitors=[monitor, *_monitors(given)],
         )
     batches = None
     if y is None:
@@ -157,12 +159,10 @@ def fit(
     if batches is None:
         data = weighted(data)
     count = len(data.X)
-    given = checked_callbacks(() if callbacks is None else callbacks)
     listeners = [*given, *(checked_callbacks(ProgressBar(lines=verbose == 2)) if verbose else ())]
     asked = () if metrics is None else metrics
     if validation is not None:
-        named = [monitor, *(getattr(getattr(one, "listener", None), "monitor", None) for one in listeners)]
-        validation = with_metrics(engine, validation, asked, named)
+        validation = with_metrics(engine, validation, asked, [monitor, *_monitors(listeners)])
     elif asked and (found := as_metrics("metrics", asked, engine.kind_of(data.targets))):
         raise ArgumentError(
             "metrics: they are of validation rows; give validation_data=(Xv, yv) or validation_split=0.2 too, got "
@@ -201,6 +201,11 @@ def fit(
     _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
         return loop.run()
+
+
+def _monitors(callbacks: Iterable[Any]) -> list[Any]:
+    """Return the quantities that callbacks follow; None for one that follows none."""
+    return [getattr(getattr(one, "listener", None), "monitor", None) for one in callbacks]
 
 
 def _refuse_with_batches(given: Mapping[str, Any]) -> None:

@@ -53,13 +53,19 @@ class PoissonRows:
 
 
 def check_private(
-    engine: Session, given: Mapping[str, Any], class_weight: Any, *, validates: bool, stops: bool, monitor: str | None
+    engine: Session,
+    given: Mapping[str, Any],
+    class_weight: Any,
+    *,
+    validates: bool,
+    stops: bool,
+    monitors: Iterable[Any],
 ) -> None:
     """Raise ArgumentError for arguments of ``fit`` that a private engine does not take, MissingLibraryError without
     dp-accounting.
 
-    ``given``: arguments that it refuses unless they are false. It trains with validation rows if it ``validates``, and
-    ``stops`` early.
+    ``given``: arguments that it refuses unless they are false. It has validation rows if it ``validates``, and
+    ``stops`` early by the first of ``monitors``; callbacks follow the others.
     """
     mends = {
         "y": "give arrays X and y: each step draws its rows at random from all",
@@ -75,10 +81,13 @@ def check_private(
             "class_weight: 'balanced' counts the private rows, which privacy does not cover; give the weight of each "
             "class"
         )
-    follows = stops or isinstance(engine.optimizer.schedule, ReduceOnPlateau)
-    if follows and not (validates if monitor is None else monitor.startswith("val_")):
-        raise ArgumentError(
-            f"monitor: {monitor or 'loss'!r} is of the private rows, which privacy does not cover; give "
-            "validation_data=(Xv, yv) of rows that need no protection"
-        )
+    first, *others = monitors
+    if first is None and (stops or isinstance(engine.optimizer.schedule, ReduceOnPlateau)):
+        first = "val_loss" if validates else "loss"
+    for monitor in (first, *others):
+        if monitor in ("loss", "accuracy"):
+            raise ArgumentError(
+                f"monitor: {monitor!r} is of the private rows, which privacy does not cover; give "
+                "validation_data=(Xv, yv) of rows that need no protection, and follow val_loss"
+            )
     check_accountant()
