@@ -37,7 +37,7 @@ def layers_of(engine):
 def private_steps(engine, X, y, weight, steps, frozen=()):
     """The oracle's parameters after the first steps of a fit: each row's gradient by itself, then noise and update."""
     layers, rule, privacy = layers_of(engine), engine.optimizer.rule(), engine.privacy
-    sampled = PoissonRows(len(X), engine.batch_size, SEED, range(1))
+    sampled = PoissonRows(len(X), engine.batch_size, SEED, {0: 0})
     batches = sampled.order(0).reshape(sampled.steps, sampled.size)
     state = reference.initial_state(rule, layers)
     spec = engine.loss.spec(accuracy=False, soft=False)
@@ -140,7 +140,7 @@ def test_the_history_has_the_mean_loss_of_the_rows_that_were_drawn():
     X, y = problem("mse")
     engine = Engine(MLP([INPUTS, OUTPUTS]), "mse", SGD(lr=1e-12), 4, precision="fp64", privacy=DPSGD(1.0, seed=SEED))
     before = engine.predict(X)
-    sampled = PoissonRows(ROWS, 4, SEED, range(1))
+    sampled = PoissonRows(ROWS, 4, SEED, {0: 0})
     rows = sampled.order(0)
     history = engine.fit(X, y, epochs=1)
     drawn = rows[rows >= 0]
@@ -149,7 +149,8 @@ def test_the_history_has_the_mean_loss_of_the_rows_that_were_drawn():
 
 def test_batches_are_drawn_row_by_row():
     rows, batch, epochs = 400, 40, 60
-    sampled = PoissonRows(rows, batch, 5, range(epochs))
+    updates = {epoch: 10 * epoch for epoch in range(epochs)}
+    sampled = PoissonRows(rows, batch, 5, updates)
     assert (sampled.rate, sampled.steps) == (0.1, 10)
     orders = [sampled.order(epoch).reshape(sampled.steps, sampled.size) for epoch in range(epochs)]
     for order in orders:
@@ -170,15 +171,13 @@ def test_batches_are_drawn_row_by_row():
     np.put_along_axis(hits, np.where(batches >= 0, batches, batches[:, :1]), 1.0, axis=1)
     for one, other in ((hits[:-1], hits[1:]), (hits[:, :-1], hits[:, 1:])):
         assert abs(np.mean((one - 0.1) * (other - 0.1))) < 4.5 * 0.09 / math.sqrt(one.size)
-    assert np.array_equal(sampled.order(3), PoissonRows(rows, batch, 5, range(epochs)).order(3))
-    assert not np.array_equal(
-        sampled.order(3), PoissonRows(rows, batch, 6, range(epochs)).order(3)[: sampled.size * 10]
-    )
+    assert np.array_equal(sampled.order(3), PoissonRows(rows, batch, 5, updates).order(3))
+    assert not np.array_equal(sampled.order(3), PoissonRows(rows, batch, 6, updates).order(3)[: sampled.size * 10])
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(1, 1), (1, 50), (7, 50), (3, 1)])
 def test_few_rows_are_drawn_too(rows, batch):
-    sampled = PoissonRows(rows, batch, 0, range(20))
+    sampled = PoissonRows(rows, batch, 0, {epoch: epoch for epoch in range(20)})
     assert sampled.steps == steps_of_an_epoch(rows, batch)
     for epoch in range(20):
         order = sampled.order(epoch)
@@ -190,7 +189,7 @@ def test_few_rows_are_drawn_too(rows, batch):
 def test_a_batch_may_be_empty():
     engine = Engine(MLP([INPUTS, 4, OUTPUTS]), batch_size=1, precision="fp64", privacy=DPSGD(1.0, seed=SEED))
     X, y = problem("cross_entropy", 4)
-    sampled = PoissonRows(4, 1, SEED, range(1))
+    sampled = PoissonRows(4, 1, SEED, {0: 0})
     assert (sampled.order(0).reshape(4, -1)[:, 0] < 0).any()
     wanted = private_steps(engine, X, y, None, 4)
     engine.fit(X, y, epochs=1)
@@ -287,6 +286,29 @@ def test_a_resumed_fit_counts_each_step_once(tmp_path):
     assert all(np.array_equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert resumed.steps_spent == whole.steps_spent == [(1 / 6, 18)]
     np.testing.assert_allclose(continued.history["epsilon"], history.history["epsilon"], rtol=1e-3)
+
+
+def test_an_epoch_that_is_begun_anew_has_other_batches(monkeypatch):
+    X, y = problem("cross_entropy", 60)
+    drawn = []
+    order_of = PoissonRows.order
+
+    def order(self, epoch):
+        drawn.append(order_of(self, epoch))
+        return drawn[-1]
+
+    monkeypatch.setattr(PoissonRows, "order", order)
+
+    class Stop(fusemlp.Callback):
+        def on_batch_end(self, engine, batch):
+            engine.stop_training = True
+
+    engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=DPSGD(1.0, seed=SEED))
+    engine.fit(X, y, epochs=1, callbacks=[Stop()])
+    engine.fit(X, y, epochs=1)
+    assert engine.steps_spent == [(1 / 6, 7)] and engine.epochs_trained == 1
+    first, second = (set(map(tuple, order.reshape(6, -1)[:, :8])) for order in drawn)
+    assert not first & second
 
 
 def test_seeds_are_secret_unless_given(tmp_path):

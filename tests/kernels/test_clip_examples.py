@@ -1,13 +1,15 @@
-"""``clip_examples`` and the noise of ``update``, on the NumPy backend: against their definitions."""
+"""``clip_examples`` and the noise of ``update`` against their definitions, and the clipping of the oracle."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
 from devices import NUMPY, Variant
 
-from fusemlp_kernels import philox
+from fusemlp_kernels import philox, reference
 from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
@@ -16,6 +18,7 @@ from fusemlp_kernels.contract import (
     ROW_STEP,
     ROW_TOTAL,
     UPDATE_COUNT,
+    LossSpec,
     Noise,
     Segment,
     TensorRule,
@@ -115,3 +118,25 @@ def test_noise_is_for_one_batch():
     given = dict.fromkeys(("params", "grads", "hyper", "rates", "counters"), np.zeros(8))
     with pytest.raises(ArgumentError, match="noise: it is for one batch's clipped gradients"):
         VARIANTS[0].backend().bind("update", **given, states=(), segments=(), rule=rule, noise=Noise(1.0, 1.0, 0))
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "mse"])
+def test_the_oracle_clips_each_row(kind):
+    generator = np.random.default_rng(2)
+    sizes = (4, 6, 3)
+    layers = [
+        reference.Layer(generator.normal(size=(n, k)), generator.normal(size=n), name)
+        for k, n, name in zip(sizes[:-1], sizes[1:], ("tanh", "identity"), strict=True)
+    ]
+    x = generator.normal(size=(7, 4))
+    target = generator.integers(0, 3, 7) if kind == "cross_entropy" else generator.normal(size=(7, 3))
+    batch, spec = reference.Batch(x, target), LossSpec(kind, reduction="sum")
+    # unclipped they are the gradients of the sum of the rows' losses, of which each is a mean over the outputs
+    _, sums = reference.gradients(layers, spec, batch)
+    found = reference.clipped_gradients(layers, spec, batch, math.inf)
+    for whole, rows in zip(sums, found, strict=True):
+        for g, own in zip(whole, rows, strict=True):
+            np.testing.assert_allclose(own, g / (1 if kind == "cross_entropy" else 3), rtol=1e-12, atol=1e-12)
+    one = reference.Batch(x[:1], target[:1])
+    clipped = reference.clipped_gradients(layers, spec, one, 0.01)
+    assert math.sqrt(sum(np.sum(g**2) for own in clipped for g in own)) == pytest.approx(0.01)

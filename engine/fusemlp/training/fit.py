@@ -277,7 +277,9 @@ def fit_checked(
     first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
     if engine.privacy is not None:
         seed = engine.sample_privately(count, sampling_rate(count, batch_size))
-        sampled = PoissonRows(count, batch_size, seed, range(first_epoch, first_epoch + epochs))
+        now = engine.update_count - state.batch - state.epoch * batches
+        updates = {epoch: now + epoch * batches for epoch in range(first_epoch, first_epoch + epochs)}
+        sampled = PoissonRows(count, batch_size, seed, updates)
         order, batch_size, at_once = sampled.order, sampled.size, 1
     data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
     policy = FitPolicy(

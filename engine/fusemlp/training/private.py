@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 class PoissonRows:
     """The batches of epochs: ``steps`` an epoch, each with room for ``size`` rows, as many as the largest batch has.
 
-    The batches are drawn twice, first for ``size``; none is ever cut. They are a function of ``seed`` and epoch.
+    The batches are drawn twice, first for ``size``; none is ever cut. They are a function of ``seed`` and of how many
+    updates were before the epoch, which ``updates`` says: an epoch that is begun anew after Ctrl-C has other batches.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, epochs: Iterable[int]) -> None:
-        self.rows, self.seed = rows, seed
+    def __init__(self, rows: int, batch_size: int, seed: int, updates: Mapping[int, int]) -> None:
+        self.rows, self.seed, self.updates = rows, seed, updates
         self.rate, self.steps = sampling_rate(rows, batch_size), steps_of_an_epoch(rows, batch_size)
-        self.size = max([1, *(int(np.bincount(self._drawn(epoch)[0]).max(initial=0)) for epoch in epochs)])
+        self.size = max([1, *(int(np.bincount(self._drawn(epoch)[0]).max(initial=0)) for epoch in updates)])
 
     def _drawn(self, epoch: int) -> tuple[Array, Array]:
         """The steps of an epoch, and for each a row that it takes, both in order.
 
         From one success of independent trials to the next there are geometrically many: no trial is drawn by itself.
         """
-        generator, trials = np.random.default_rng((self.seed, epoch)), self.steps * self.rows
+        generator, trials = np.random.default_rng((self.seed, self.updates[epoch])), self.steps * self.rows
         expected = trials * self.rate
         count, last, parts = int(expected + 4.0 * math.sqrt(expected)) + 8, -1, []
         while last < trials:
