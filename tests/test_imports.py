@@ -48,6 +48,7 @@ SHARED = (
 OWNERS = {
     "cupy": ("fusemlp_kernels.cupy",),
     "cupyx": ("fusemlp_kernels.cupy",),
+    "dp_accounting": ("fusemlp.describe.privacy",),
     "llvmlite": ("fusemlp_kernels.numpy.compiled",),
     "mlflow": ("fusemlp.callbacks",),
     "numba": ("fusemlp_kernels.numpy.compiled",),
@@ -60,7 +61,7 @@ OWNERS = {
 
 HEAVY = (
     *("torch", "triton", "cupy", "numba", "scipy", "sklearn", "typer", "rich", "matplotlib", "onnx", "pandas"),
-    *("tensorboard", "mlflow", "wandb"),
+    *("tensorboard", "mlflow", "wandb", "dp_accounting"),
 )
 IMPORT_LIMIT = 0.060  # seconds above `import numpy`
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
+    from fusemlp.describe.privacy import DPSGD
     from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
     from fusemlp.engine import Engine, load, load_checkpoint
     from fusemlp.fleet.fleet import Fleet
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DPSGD",
     "ELU",
     "MAE",
     "MLP",
@@ -121,6 +123,7 @@ _NAMES = {
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
+    "fusemlp.describe.privacy": "DPSGD",
     "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",

@@ -138,6 +138,8 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
         kind = given["loss"].kind
         if kind not in LOSSES:
             raise unknown_name(f"{op}: loss", kind, LOSSES)
+        if given["loss"].reduction == "rows":
+            raise ArgumentError(f"{op}: loss: the reduction 'rows' is the numpy backend's; expected 'mean' or 'sum'")
         if kind == "cross_entropy" and activation != "identity":
             raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
     if op == "grad_input":

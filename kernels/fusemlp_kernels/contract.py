@@ -81,7 +81,8 @@ class LossSpec(pointwise.LossOptions):
     """A loss and its options; the meaning of each is in ``reference.loss_grad``.
 
     ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
-    divide. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats`` counts hits.
+    divide. "rows" has the statistics of "mean", but dz of each row is that of its own loss: for the element-wise losses
+    divided by N. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats`` counts hits.
     """
 
     kind: str
@@ -170,6 +171,19 @@ class Ridge:
 
     strength: float = 0.0
     divisor: float | None = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise for the sum of clipped gradients (Abadi et al., "Deep learning with differential privacy", 2016).
+
+    The gradient g of a tensor becomes (g + ``deviation`` * z) / ``divisor`` with z standard normal: see
+    ``philox.normal``, whose key is ``seed``.
+    """
+
+    deviation: float
+    divisor: float
+    seed: int
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 REFUSED = {
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
+    ("triton", "clip_examples"): "it trains without privacy",
+    ("cupy", "clip_examples"): "it trains without privacy",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
 }
@@ -224,6 +226,18 @@ OPS = {op.name: op for op in (
         replace(_COUNTERS, optional=True),
         Operand("keep", "MK", "bool", optional=True, note="what linear has written"),
     )),
+    Op("clip_examples",
+        "the rows of all dz times min(1, clip / norm) with the norm of the row's gradient by all trained parameters: "
+        "norm**2 is the sum over layers of |dz|**2 * (|x|**2 with a trained w + 1 with a trained b)", (
+        Operand("layers", fields=(
+            replace(_LAYER[0], use=UPDATED),
+            *_LAYER[1:],
+            Operand("w_trained", note="bool"),
+            Operand("b_trained", note="bool"),
+        )),
+        Operand("clip", note="float: the largest norm"),
+        _COUNTERS,
+    )),
     Op("grad_weight",
         "dw = dz.T @ x, db = sum over rows of dz, for all layers; with rule.accumulate k > 1 added to what is "
         "there, unless counters[BATCH_INDEX] is a multiple of k", (
@@ -280,6 +294,15 @@ OPS = {op.name: op for op in (
             default=False,
             note="True: the gradients carry hyper[LOSS_SCALE]. Where they overflow nothing is updated, the "
             "batch is skipped and the scale halved; after GROWTH_INTERVAL updates without one it is doubled",
+        ),
+        Operand(
+            "noise", optional=True,
+            note="Noise, before the optimizer's rule; without accumulation and clip_norm. Tensor i of philox.normal is "
+            "that of segment i",
+        ),
+        Operand(
+            "rows", "M", "int64", optional=True, hidden=True,
+            note="with noise: those of the calls. The clock counts the rows of the next batch, without -1 at its end",
         ),
         *_PARTS,
     )),

@@ -8,6 +8,7 @@ The key is the seed (its low 32 bits and the next 32). The four counter words, e
 
     dropout     (col // 8, batch row, layer, batch_index)
     row order   (half of the index, Feistel round, 2**32 - 1, epoch): no network has that many layers
+    noise       (element % 128 // 4, element // 128, 2**32 - 2 - tensor, update_count), under a seed of its own
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ LANES = 8
 WORD = 0xFFFFFFFF
 _LOW, _HALF = np.array(WORD, np.uint64), np.array(32, np.uint64)
 ROW_ORDER = WORD
+# The numbers of a tensor's noise that have one second word.
+NORMALS = 128
 # With halves of at least eight values, six rounds leave no bias that 60,000 permutations of five rows show.
 FEISTEL_ROUNDS = 6
 FEISTEL_MIN_RADIX = 8
@@ -47,6 +50,29 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Ar
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
     w0, w1, w2, w3 = (c.astype(np.uint32) for c in np.broadcast_arrays(c0, c1, c2, c3))
     return w0, w1, w2, w3
+
+
+def normal(seed: int, tensor: int, update: int, size: int) -> Array:
+    """Return the standard normal noise of a tensor's elements in one update, (size,) float64: the definition.
+
+    Box and Muller, "A note on the generation of random normal deviates", 1958. Words 0 and 1 of a block make its first
+    two numbers, words 2 and 3 the others. The first word of a pair is the radius; the second, the angle in a quadrant,
+    which its two lowest bits choose. No number is larger than 6.8.
+
+    Philox is no cryptographic generator, and float64 has gaps (Mironov, "On significance of the least significant bits
+    for differential privacy", 2012).
+    """
+    block = np.arange(-(-size // 4))
+    words = philox((block % (NORMALS // 4), block // (NORMALS // 4), WORD - 1 - tensor, update), seed_key(seed))
+    numbers = []
+    for radius, angle in (words[:2], words[2:]):
+        length = np.sqrt(-2.0 * np.log((radius + 0.5) / 2.0**32))
+        turn = 0.5 * math.pi * (angle + 0.5) / 2.0**32
+        numbers += [
+            np.where(angle & 1, -1.0, 1.0) * length * np.cos(turn),
+            np.where(angle & 2, -1.0, 1.0) * length * np.sin(turn),
+        ]
+    return np.stack(numbers, axis=-1).reshape(-1)[:size]
 
 
 def threshold(rate: float) -> int:

@@ -121,7 +121,8 @@ def loss_of_output(
     q = target * (1 - eps) + eps / N the loss of a row is -sum_c q_c * class_weight_c * log softmax(y)_c, and with
     integer targets a row's share of the normaliser is its weight times its class's. Rows of ``ignore_index`` weigh
     nothing, and so do labels outside range(N). A zero normaliser gives loss 0 and gradient 0. At a residual of zero
-    mae and quantile take the subgradient 0.
+    mae and quantile take the subgradient 0. "rows": the loss is that of "mean", and row i of dy is the gradient of row
+    i's own loss, which for the element-wise losses is the mean over N.
     """
     rows, columns = y.shape
     weights = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
@@ -139,17 +140,17 @@ def loss_of_output(
         log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
         total = -(q * log_softmax).sum()
         dy = np.exp(log_softmax) * q.sum(axis=1, keepdims=True) - q
-        normaliser = shares.sum()
+        each, normaliser = 1, shares.sum()
     else:
         loss, slope = _elementwise(spec, y, target)
         total = (weights[:, None] * loss).sum()
         dy = weights[:, None] * slope
-        normaliser = weights.sum() * columns
+        each, normaliser = columns, weights.sum() * columns
     if spec.reduction == "sum":
         return float(total), dy
     if normaliser == 0:
         return 0.0, np.zeros_like(dy)
-    return float(total / normaliser), dy / normaliser
+    return float(total / normaliser), dy / (each if spec.reduction == "rows" else normaliser)
 
 
 def _elementwise(spec: LossSpec, y: Array, t: Array) -> tuple[Array, Array]:
@@ -305,6 +306,26 @@ def gradients(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> tuple[fl
         if i > 0:
             dy = output_grad(dz, layer.w, keeps[i - 1], layers[i - 1].rate)
     return loss, grads
+
+
+def clipped_gradients(
+    layers: Sequence[Layer], spec: LossSpec, batch: Batch, clip: float, frozen: Iterable[tuple[int, int]] = ()
+) -> list[tuple[Array, ...]]:
+    """The sums over the rows of their gradients, each clipped to the norm ``clip`` (Abadi et al., 2016).
+
+    A row's gradient is that of its own loss, by all parameters but the ``frozen`` (layer, place in ``parameters``).
+    """
+    totals = [[np.zeros_like(p) for p in layer.parameters] for layer in layers]
+    for i in range(len(batch.x)):
+        keeps = None if batch.keeps is None else [None if keep is None else keep[i : i + 1] for keep in batch.keeps]
+        weight = None if batch.weight is None else batch.weight[i : i + 1]
+        row = Batch(batch.x[i : i + 1], batch.target[i : i + 1], weight, batch.class_weight, keeps)
+        _, grads = gradients(layers, replace(spec, reduction="rows"), row)
+        trained = {(k, j): g for k, own in enumerate(grads) for j, g in enumerate(own) if (k, j) not in set(frozen)}
+        norm = math.sqrt(sum(float(np.sum(g**2)) for g in trained.values()))
+        for (k, j), g in trained.items():
+            totals[k][j] += g if norm <= clip else g * (clip / norm)
+    return [tuple(own) for own in totals]
 
 
 def initial_state(rule: UpdateRule, layers: Sequence[Layer]) -> State:

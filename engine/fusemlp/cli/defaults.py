@@ -27,7 +27,7 @@ def filled_in(options: Fit) -> Fit:
     validates = options.validation_fraction != 0 or getattr(options, "validation", None) is not None
     return replace(
         options,
-        epochs=EPOCHS if options.epochs is None and is_a_table(options) else options.epochs,
+        epochs=EPOCHS if options.epochs is None and is_a_table(options) and not is_private(options) else options.epochs,
         early_stopping=PATIENCE if options.early_stopping is None and validates else options.early_stopping,
     )
 
@@ -43,11 +43,16 @@ def weight_decay(options: ModelOptions, dataset: Dataset) -> float | None:
     return CLASS_DECAY if options.weight_decay is None and classes else options.weight_decay
 
 
+def is_private(options: ModelOptions) -> bool:
+    """Return whether the options train with differential privacy."""
+    return isinstance(options, TrainOptions) and options.dp_epsilon is not None
+
+
 def models_of(options: ModelOptions, dataset: Dataset, *, new: bool) -> int:
     """Return the number of models that the options train on a data set; a ``new`` training takes the default."""
     if not isinstance(options, TrainOptions):
         return 1
     if options.models is not None:
         return as_count("models", options.models)
-    few = LEAST_ROWS <= len(dataset.y) <= FEW_ROWS
+    few = LEAST_ROWS <= len(dataset.y) <= FEW_ROWS and not is_private(options)
     return MODELS if new and few and is_a_table(options) and "prelu" not in options.activation else 1

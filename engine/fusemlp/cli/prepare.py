@@ -22,6 +22,7 @@ from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.fleet.merge import check_mergeable
@@ -138,7 +139,7 @@ class Prepared:
             "validation_data": None if held_out is None else (held_out.X, held_out.y, held_out.weight),
         }
 
-    def engine(self, options: ModelOptions, schedule: Schedule | None = None) -> Engine:
+    def engine(self, options: ModelOptions, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
         """Return a new engine; ``schedule`` None is the constant rate of the options."""
         engine = Engine(
             self.network,
@@ -152,6 +153,7 @@ class Prepared:
             plan=options.plan,
             # the preprocessor has scaled them
             normalise=False,
+            privacy=privacy,
         )
         if self.start is not None:
             engine.load_state_dict({**engine.state_dict(), **self.start.parameters})
@@ -274,7 +276,9 @@ def prepare(
     scale, log_target, tried = options.scale or SCALES[0], bool(options.log_target), list[str]()
     if options.log_target is not None and classify:
         raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
-    if like is None and source is None and defaults.is_a_table(options):
+    # small trainings would read the private rows
+    decides = like is None and source is None and not defaults.is_private(options)
+    if decides and defaults.is_a_table(options):
         scale, log_target, tried = ensemble.decided(dataset, training, options, name, seed=seed)
     start = None
     if source is not None:

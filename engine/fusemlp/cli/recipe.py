@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions, one_of
+from fusemlp.cli.defaults import is_private
+from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions, TrainOptions, one_of
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
 from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
+from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
 from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.class_weights import balanced
@@ -32,6 +34,7 @@ _FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
         "lr_final": ("final", "min_lr"),
         "lr_patience": ("patience",),
     },
+    "privacy": {"dp_epsilon": ("epsilon",), "dp_delta": ("delta",), "dp_clip": ("clip",)},
 }
 
 
@@ -175,6 +178,8 @@ def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
     described = SCHEDULES[kind]
     batch_size = min(as_count("batch_size", options.batch_size), rows)
     batches = rows // batch_size if options.drop_last else -(-rows // batch_size)
+    if is_private(options):
+        batches = steps_of_an_epoch(rows, batch_size)
     each = batches / as_count("accumulate", options.accumulate)
     given["warmup"] = round(as_number("warmup", options.warmup, low=0.0) * each)
     if "steps" in {field.name for field in fields(described)}:
@@ -189,3 +194,31 @@ def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
             raise ArgumentError("lr_gamma: the schedule exponential needs it: --lr-gamma 0.95 for 5 % less each epoch")
         given["gamma"] = as_number("lr_gamma", options.lr_gamma, low=0.0, low_open=True) ** (1.0 / each)
     return _made("schedule", described, rate, **given)
+
+
+def privacy(options: TrainOptions, *, rows: int, epochs: int) -> DPSGD | None:
+    """Return the privacy that spends ``--dp-epsilon`` on this many training rows and epochs; None without it."""
+    if not is_private(options):
+        for name in ("dp_delta", "dp_clip"):
+            if getattr(options, name) is not None:
+                raise ArgumentError(
+                    f"{name}: it is for private training; give --dp-epsilon too, such as --dp-epsilon 3"
+                )
+        return None
+    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
+        if given:
+            raise ArgumentError(f"{name}: private training makes one model of the training rows; leave it out")
+    if options.drop_last:
+        raise ArgumentError("drop_last: the batches of private training have no common length; leave it out")
+    if options.class_weight == "balanced":
+        raise ArgumentError("class_weight: balanced counts the private rows; give a number for each class")
+    validates = options.validation_fraction != 0 or options.validation is not None
+    if options.metric in ("loss", "accuracy") or (options.schedule == "reduce_on_plateau" and not validates):
+        raise ArgumentError(
+            f"metric: {options.metric or 'loss'} is of the private rows; choose one of validation rows: val_loss"
+        )
+    chosen = {name: getattr(options, f"dp_{name}") for name in ("epsilon", "delta", "clip")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return _made(
+        "privacy", DPSGD.for_epsilon, rows=rows, batch_size=min(options.batch_size, rows), epochs=epochs, **chosen
+    )

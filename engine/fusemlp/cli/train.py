@@ -30,7 +30,7 @@ from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.trials import seconds_left
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.diagnosis import Finding
-from fusemlp.report.metrics import headline, spelled
+from fusemlp.report.metrics import headline, privacy_line, spelled
 from fusemlp.report.runs import (
     FORMAT,
     Run,
@@ -196,7 +196,12 @@ def new_session(options: TrainOptions) -> Session:
 
 
 def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine:
-    return prepared.engine(options, recipe.schedule(options, rows=len(prepared.train), epochs=epochs))
+    rows = len(prepared.train)
+    return prepared.engine(
+        options,
+        recipe.schedule(options, rows=rows, epochs=epochs),
+        recipe.privacy(options, rows=rows, epochs=epochs),
+    )
 
 
 def checked_epochs(options: FitOptions) -> int:
@@ -242,6 +247,11 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
     epochs = as_count("epochs", given.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
+    if epochs > config["epochs"] and stored.dp_epsilon is not None:
+        raise ArgumentError(
+            f"epochs: more than {config['epochs']} would spend more than the epsilon of {stored.dp_epsilon:g}; leave "
+            "it out, or start a new run"
+        )
     net = MLP.from_config(config["network"])
     prepared = prepare(options, Preprocessor.from_config(config["preprocessor"]), net)
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
@@ -352,7 +362,19 @@ def describe(session: Session) -> str:
         f"{several}{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {recipe.learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
-        f"{note if interpreted else ''}"
+        f"{note if interpreted else ''}{private_note(engine)}"
+    )
+
+
+def private_note(engine: Engine) -> str:
+    """Return lines on private training."""
+    if engine.privacy is None:
+        return ""
+    privacy = engine.privacy
+    return (
+        f"\nprivate training: noise {privacy.noise:.4g}, clip {privacy.clip:g}, delta {privacy.delta:g}; it covers the "
+        "parameters and each training row. Not covered: scaling and categories, curves, baselines and scores, and the "
+        "validation rows, which decide when to stop. Share the exported model, not the run folder"
     )
 
 
@@ -434,7 +456,7 @@ def outcome(report: dict[str, Any]) -> list[str]:
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += headline(report.get("test", {}))
-    lines += [*baseline_line(report), *interval_line(report)]
+    lines += [*baseline_line(report), *interval_line(report), *privacy_line(report)]
     if report.get("final_fit"):
         final = report["final_fit"]
         lines.append(

@@ -154,6 +154,8 @@ def opened(options: TrainOptions) -> tuple[Source | None, TrainOptions]:
     net, made = source.engine.network, source.preprocessor
     if options.probe and options.time_limit is not None:
         raise ArgumentError("probe: --time-limit does not count its epochs; give one of the options")
+    if options.probe and options.dp_epsilon is not None:
+        raise ArgumentError("probe: it trains without noise, and --dp-epsilon needs noise; use --freeze in its place")
     if options.probe and net.layers == 1:
         raise ArgumentError(f"probe: {options.from_run!r} has no hidden layer, so the output layer is all there is")
     changes: dict[str, Any] = {}

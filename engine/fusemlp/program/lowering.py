@@ -2,13 +2,14 @@
 
 A step of L layers is L forward calls (the last with loss and dz), L - 1 ``grad_input`` and one grouped
 ``grad_weight_update`` at the end, when nothing reads the old weights any more: 2L calls. Clipping and accumulation
-need the gradients of the whole network at once: then ``grad_weight`` and ``update`` stand at the end.
+need the gradients of the whole network at once: then ``grad_weight`` and ``update`` stand at the end. Privacy puts
+``clip_examples`` before them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from fusemlp_kernels.contract import (
     STATS,
     Dropout,
     LossSpec,
+    Noise,
     Ridge,
     Segment,
     TensorRule,
@@ -50,6 +52,13 @@ class Inputs:
     class_weighted: bool = False
 
 
+class Privacy(NamedTuple):
+    """The largest norm of a row's gradient, and the noise of their sum."""
+
+    clip: float
+    noise: Noise
+
+
 class Step(NamedTuple):
     """A training step over batches of ``batch_size`` rows; without ``rule`` a forward pass, without ``spec`` up to y.
 
@@ -61,7 +70,7 @@ class Step(NamedTuple):
     With ``keep_gradients`` the last two calls are ``grad_weight`` and ``update``, on every backend and for every
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
-    penalty beside the loss, for such a loop.
+    penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
@@ -85,6 +94,7 @@ class Step(NamedTuple):
     resident: bool = False
     ridge: Ridge | None = None
     gradient: int | None = None
+    privacy: Privacy | None = None
 
 
 def lower_training(
@@ -242,6 +252,8 @@ class _Builder:
         With ``scaled`` the gradient is multiplied by the loss scale in ``hyper``.
         """
         step, net, inputs, last = self.step, self.net, self.step.inputs, self.net.layers - 1
+        if step.privacy is not None:
+            spec = replace(spec, reduction="rows")
         outputs, gradient = net.sizes[-1], self.first < net.layers
         integer = spec.kind == "cross_entropy" and not spec.soft
         shape, dtype = ((), "int64") if integer else ((outputs,), "real")
@@ -308,7 +320,8 @@ class _Builder:
         # models of one launch have the same calls, whatever their numbers
         penalised = step.ridge is not None and (step.ridge.strength != 0.0 or self.traits.resident is not None)
         clipped = step.scaled or rule.clip_norm is not None
-        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised
+        private = step.privacy
+        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised or private is not None
         parts = 1
         if not (whole or step.resident):
             weights = sum(places[short].size for short in self.rules)
@@ -327,6 +340,21 @@ class _Builder:
             ),
             **clock,
         }
+        if private is not None:
+            self.call(
+                "clip_examples",
+                f"{private.clip:g}",
+                layers=tuple(
+                    {
+                        **self.inputs(layer),
+                        "w_trained": f"w{layer}" in self.rules,
+                        "b_trained": f"b{layer}" in self.rules,
+                    }
+                    for layer in self.having("wb")
+                ),
+                clip=private.clip,
+                counters=self.counters,
+            )
         sizes = self.net.sizes
         products = [(sizes[layer + 1], sizes[layer], self.batch) for layer in self.having("w")]
         if fused:
@@ -362,20 +390,26 @@ class _Builder:
             **common,
             shadow=Ref("shadow") if self.mixed else None,
             scaled=True if step.scaled else None,
+            noise=None if private is None else private.noise,
+            rows=None if private is None else self.rows,
         )
 
     def having(self, kinds: str) -> list[int]:
         """The layers with a trained tensor of one of these kinds."""
         return [layer for layer in range(self.net.layers) if any(f"{kind}{layer}" in self.rules for kind in kinds)]
 
-    def layer_gradient(self, layer: int, *, fused: bool) -> dict[str, Any]:
-        """One of the ``layers`` of the gradients by weights and biases."""
+    def inputs(self, layer: int) -> dict[str, Any]:
+        """The operands of which the gradients by a layer's weights and biases are made."""
         given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": Ref(f"h{layer}")}
         if layer == 0:
             given["x"] = self.gathered or self.x
             if self.rows is not None and self.gathered is None:
                 given["rows"] = self.rows
-        return {**given, **self.tensor("w", layer, fused=fused), **self.tensor("b", layer, fused=fused)}
+        return given
+
+    def layer_gradient(self, layer: int, *, fused: bool) -> dict[str, Any]:
+        """One of the ``layers`` of the gradients by weights and biases."""
+        return {**self.inputs(layer), **self.tensor("w", layer, fused=fused), **self.tensor("b", layer, fused=fused)}
 
     def tensor(self, kind: str, layer: int, *, fused: bool) -> dict[str, Any]:
         """The operands of a tensor where its gradient is computed; ``fused``: and applied."""

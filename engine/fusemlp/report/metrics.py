@@ -86,6 +86,17 @@ def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
         yield f"{name} {figure} {spelled(value)}"
 
 
+def privacy_line(report: Mapping[str, Any]) -> list[str]:
+    """Return a line on the privacy that the training spent."""
+    if "privacy" not in report:
+        return []
+    found = report["privacy"]
+    return [
+        f"privacy: epsilon {found['epsilon']:.3g} at delta {found['delta']:g}, for adding or removing a training row "
+        f"(noise {found['noise']:.4g}, clip {found['clip']:g}, {found['steps']} steps)"
+    ]
+
+
 def spelled(value: float) -> str:
     """Return a score as text."""
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"

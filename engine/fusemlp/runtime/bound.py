@@ -126,7 +126,8 @@ def walk_rows(
     # behind the last batch the clock has gone back to the first
     offset = first_batch * size if first_batch * size < count else 0
     counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset
-    counters[ROW_COUNT] = min(size, count - offset)
+    # private batches have padding each
+    counters[ROW_COUNT] = np.count_nonzero(np.asarray(order[offset : min(count, offset + size)]) >= 0)
 
 
 def _in_order(steps: tuple[Callable[..., object], ...], on_host: bool) -> Callable[[], None]:

@@ -15,6 +15,7 @@ from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
+from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
@@ -28,6 +29,7 @@ from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan
 from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.rates import RateTable
+from fusemlp.runtime.spending import Spending
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LAST_LOSS,
@@ -46,7 +48,13 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendUnavailableError,
+    DivergenceError,
+    ShapeError,
+)
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
@@ -76,7 +84,7 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Predicting):
+class Session(Predicting, Spending):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
@@ -95,6 +103,7 @@ class Session(Predicting):
         precision: str = "fp32",
         plan: str = "auto",
         normalise: Any = None,
+        privacy: DPSGD | None = None,
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -106,6 +115,10 @@ class Session(Predicting):
         self.loss.check_network(net)
         self.optimizer.check_network(net)
         self.precision = precision
+        self.privacy = as_privacy(privacy)
+        if self.privacy is not None:
+            self.privacy.check(net, self.loss, self.optimizer, normalise=normalise)
+        self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
@@ -121,6 +134,7 @@ class Session(Predicting):
             "seed": self.seed,
             "precision": self.precision,
             "normalise": self.normalise,
+            "privacy": self.privacy_config(),
         }
 
     def start_from(self, config: Mapping[str, Any], *, backend: str, device: str | None) -> None:
@@ -130,8 +144,9 @@ class Session(Predicting):
         self.optimizer = optimizer_from_config(config["optimizer"])
         self.batch_size, self.seed = config["batch_size"], config["seed"]
         self.precision = config["precision"]
-        # older files do not have it
+        # older files do not have them
         self.normalise = config.get("normalise")
+        self.start_spending_from(config.get("privacy"))
         self.start(backend, device, "auto")
 
     def start(self, name: str, device: str | None, plan: str) -> None:
@@ -141,6 +156,10 @@ class Session(Predicting):
                 raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
         if device is not None and not isinstance(device, str):
             raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
+        if self.privacy is not None and name != "numpy":
+            if name != "auto":
+                raise BackendUnavailableError(f"backend: privacy needs the numpy backend, got {name!r}")
+            name = "numpy"
         self._backend = backend(name, device, self.precision)
         traits = self._backend.traits
         self.backend = traits.name
@@ -262,6 +281,7 @@ class Session(Predicting):
             keep_gradients=keep_gradients,
             resident=resident,
             ridge=ridge,
+            privacy=self.lowered_privacy(),
         )
 
     def bind(
@@ -344,6 +364,8 @@ class Session(Predicting):
         Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
         normalised and have not been measured.
         """
+        if self.privacy is not None:
+            raise ArgumentError("step: a private engine draws the rows of each step at random from all; use fit")
         x = self.features("x", x, check_finite=False)
         count = len(x)
         if count > self.batch_size:
@@ -502,5 +524,6 @@ class Session(Predicting):
             f"batch_size={self.batch_size}, seed={self.seed}, backend={self.backend!r}, device={self.device!r}, "
             f"precision={self.precision!r}, plan={self.plan!r}"
             + ("" if self.normalise is None else f", normalise={self.normalise}")
+            + ("" if self.privacy is None else f", privacy={self.privacy}")
             + ")"
         )

@@ -14,6 +14,7 @@ from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
 from fusemlp.describe.checks import as_count, as_deadline, as_number, check_choice, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
+from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.program.lowering import Inputs
@@ -23,6 +24,7 @@ from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
+from fusemlp.training.private import PoissonRows, check_private
 from fusemlp.training.streaming import Stream
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -104,6 +106,7 @@ def fit(
 
     The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are; ``row_order``
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
+    A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
     the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
     seconds; the launch that runs is finished.
@@ -127,6 +130,16 @@ def fit(
         raise ArgumentError("validation_split: validation_data has the validation rows already; give one of the two")
     if verbose not in (0, 1, 2):
         raise ArgumentError(f"verbose: expected 0 (silent), 1 (a bar) or 2 (a line an epoch), got {verbose!r}")
+    given = checked_callbacks(() if callbacks is None else callbacks)
+    if engine.privacy is not None:
+        check_private(
+            engine,
+            {"y": y is None, "shuffle": not shuffle, "row_order": row_order, "drop_last": drop_last},
+            class_weight,
+            validates=bool(share) or validation_data is not None,
+            stops=early_stopping is not None,
+            monitors=[monitor, *_monitors(given)],
+        )
     batches = None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
@@ -149,12 +162,10 @@ def fit(
     if batches is None:
         data = weighted(data)
     count = len(data.X)
-    given = checked_callbacks(() if callbacks is None else callbacks)
     listeners = [*given, *(checked_callbacks(ProgressBar(lines=verbose == 2)) if verbose else ())]
     asked = () if metrics is None else metrics
     if validation is not None:
-        named = [monitor, *(getattr(getattr(one, "listener", None), "monitor", None) for one in listeners)]
-        validation = with_metrics(engine, validation, asked, named)
+        validation = with_metrics(engine, validation, asked, [monitor, *_monitors(listeners)])
     elif asked and (found := as_metrics("metrics", asked, engine.kind_of(data.targets))):
         raise ArgumentError(
             "metrics: they are of validation rows; give validation_data=(Xv, yv) or validation_split=0.2 too, got "
@@ -196,6 +207,11 @@ def fit(
         return loop.run()
 
 
+def _monitors(callbacks: Iterable[Any]) -> list[Any]:
+    """Return the quantities that callbacks follow; None for one that follows none."""
+    return [getattr(getattr(one, "listener", None), "monitor", None) for one in callbacks]
+
+
 def _refuse_with_batches(given: Mapping[str, Any]) -> None:
     mends = {
         "sample_weight": "let them be (x, y, sample_weight)",
@@ -212,6 +228,7 @@ def _refuse_with_batches(given: Mapping[str, Any]) -> None:
 def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
     """Return the names of an epoch's logs, in their order."""
     names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
+    names += [] if engine.privacy is None else ["epsilon"]
     if validation is not None:
         names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.data.targets) else [])]
         names += [f"val_{metric.name}" for metric in validation.metrics]
@@ -246,7 +263,9 @@ def fit_checked(
     """
     count = len(data.X) if rows is None else len(rows)
     batch_size = min(engine.batch_size, count)
-    if batches is None:
+    if engine.privacy is not None:
+        batches = steps_of_an_epoch(count, batch_size)
+    elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
     if not resume:
@@ -260,6 +279,13 @@ def fit_checked(
         shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
         return shuffled_rows if rows is None else rows[shuffled_rows]
 
+    first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
+    if engine.privacy is not None:
+        seed = engine.sample_privately(count, sampling_rate(count, batch_size))
+        now = engine.update_count - state.batch - state.epoch * batches
+        updates = {epoch: now + epoch * batches for epoch in range(first_epoch, first_epoch + epochs)}
+        sampled = PoissonRows(count, batch_size, seed, updates)
+        order, batch_size, at_once = sampled.order, sampled.size, 1
     data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
     policy = FitPolicy(
         engine,
@@ -267,7 +293,7 @@ def fit_checked(
         state,
         engine.spec_for(data.targets),
         by_seed if order is None else order,
-        last_epoch=(state.history.epochs[0] if state.history.epochs else state.epoch) + epochs,
+        last_epoch=first_epoch + epochs,
         validation=validation,
         patience=patience,
         resumes=resume,

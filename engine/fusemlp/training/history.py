@@ -160,7 +160,7 @@ def _chance_loss(engine: Session) -> float | None:
 
 def _in_use(engine: Session) -> list[str]:
     dropout, scaling = any(engine.network.dropouts), bool(engine.normalise)
-    return ["dropout"] * dropout + ["scaling"] * scaling
+    return ["dropout"] * dropout + ["scaling"] * scaling + ["clipping"] * (engine.privacy is not None)
 
 
 def resumed_state(engine: Session, epochs: int, batches: int, rows: int) -> FitState:

@@ -94,6 +94,8 @@ class FitPolicy(Policy):
         logs = dict(metrics_of(stats, self.spec))
         if self._validate is not None:
             logs |= {f"val_{name}": value for name, value in self._validate().items()}
+        if engine.privacy is not None:
+            logs["epsilon"] = engine.privacy_spent()["epsilon"]
         logs["learning_rate"] = rate
         watched = self._sign * logs[self._monitor]
         if watched < state.best_loss:
@@ -120,7 +122,8 @@ class FitPolicy(Policy):
             )
         else:
             lower = min(rate / 10, 0.1)
-            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}, or clip_norm=1.0"
+            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}"
+            cause += "" if self.engine.privacy else ", or clip_norm=1.0"
         self.state.history.stopped = f"{DIVERGED} in epoch {epoch}"
         return DivergenceError(
             f"loss: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is back at the state "

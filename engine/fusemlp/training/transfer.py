@@ -196,6 +196,8 @@ def probe(
             f"layers: expected 1 to {net.layers - 1}, so that some of the {net.layers} layers stay and some are "
             f"trained, got {kept}"
         )
+    if engine.privacy is not None:
+        raise ArgumentError("privacy: a probe trains without noise; freeze the first layers in its place (by_layers)")
     if y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data)):
         raise ArgumentError("X: a probe computes the outputs of all rows once; give arrays X and y, not batches")
 

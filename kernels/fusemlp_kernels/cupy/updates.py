@@ -77,7 +77,7 @@ def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
     return in_sequence([sums.bind(sgd=plain), *products, *([] if plain else [tensors.bind_update()])])
 
 
-@binds("update", without=_NO_PARTS)
+@binds("update", without=(*_NO_PARTS, "noise", "rows"))
 def bind_update(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``update``: one launch, and one for the norm if it is needed and not given."""
     before: list[Run] = []

@@ -16,6 +16,7 @@ from fusemlp_kernels.contract import (
     NEEDS_Z,
     Dropout,
     LossSpec,
+    Noise,
     Ridge,
     Segment,
     UpdateRule,
@@ -153,13 +154,13 @@ def _loss_grad(
             y = table.scratch(count, outputs)
         if activation != "identity":
             table.add("ACTIVATE", numbers, N=outputs, Y=y, Z=z, **columns)
-    table.names.add(loss.kind.upper())
+    table.names.update([loss.kind.upper()], ["BY_ITSELF"] if loss.reduction == "rows" else [])
     divisor = (1.0 if entropy else float(outputs)) if ridge is None or ridge.divisor is None else ridge.divisor
     numbers |= {t.SMOOTHING: loss.label_smoothing, t.OPTION: loss.option, t.DIVISOR: divisor}
     smoothed, ignores = loss.soft or loss.label_smoothing != 0.0, loss.ignore_index is not None
     table.add(
         "ENTROPY" if entropy else "ELEMENTWISE", numbers, N=outputs, Y=y, Z=z,
-        DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=loss.reduction == "mean",
+        DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=t.REDUCTIONS.index(loss.reduction),
         SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
         WIDE=outputs >= WIDE, TARGET=target, WEIGHTED=weight, CLASS_WEIGHTED=class_weight, **columns,
         **_rows(rows, count),
@@ -215,12 +216,32 @@ def _grad_input(
     return len(dz_prev)
 
 
+def _input(layer: Operands) -> Array:
+    """A layer's input: ``linear`` has gathered what is read by row number."""
+    found: Array = layer["x"] if layer.get("rows") is None else layer["gathered"]
+    return found
+
+
+def _clip_examples(table: Table, *, layers: Sequence[Operands], clip: float, counters: Array) -> int:
+    norms = table.scratch(_batch(layers), dtype=np.float64)
+    for index, layer in enumerate(layers):
+        x, dz = _input(layer), layer["dz"]
+        inputs = x.shape[1] if layer["w_trained"] else 0
+        table.height = max(table.height, len(dz))
+        table.add(
+            "SQUARES", N=dz.shape[1], K=inputs, X=x, DZ=dz, B=layer["b_trained"], OUT=norms, AFRESH=index == 0
+        )  # fmt: skip
+    for layer in layers:
+        table.add("SHRINK", {t.LARGEST: clip}, N=layer["dz"].shape[1], DZ=layer["dz"], OUT=norms)
+    table.control(counters)
+    return t.COUNTED
+
+
 def _gradients(
     table: Table, layer: Operands, w: Mapping[str, Any] | None, b: Mapping[str, Any] | None
 ) -> None:  # fmt: skip
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
-    # ``linear`` has gathered what is read by row number
-    x, dz = layer["x"] if layer.get("rows") is None else layer["gathered"], layer["dz"]
+    x, dz = _input(layer), layer["dz"]
     table.height = max(table.height, len(dz))
     if w is not None:
         table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, **w)
@@ -297,7 +318,13 @@ def _update(
     hyper: Array,
     rates: Array,
     counters: Array,
+    noise: Noise | None = None,
+    rows: Array | None = None,
 ) -> int:
+    if noise is not None:
+        if rule.clip_norm is not None or rule.accumulate != 1:
+            raise ArgumentError("noise: it is for one batch's clipped gradients; leave out clip_norm and accumulate")
+        table.noise(noise, rows)
     tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
     # an optimizer without state reads none
     one, two = (*states, params, params)[:2]
@@ -349,6 +376,7 @@ ENTRIES: dict[str, Callable[..., int]] = {
     "loss_grad": _loss_grad,
     "linear_loss_grad": _linear_loss_grad,
     "grad_input": _grad_input,
+    "clip_examples": _clip_examples,
     "grad_weight": _grad_weight,
     "grad_weight_update": _grad_weight_update,
     "update": _update,

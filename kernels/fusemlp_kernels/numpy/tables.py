@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels import philox
-from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, LOSSES, TensorRule, UpdateRule
+from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, LOSSES, Noise, TensorRule, UpdateRule
 from fusemlp_kernels.errors import MissingLibraryError
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan
 from fusemlp_kernels.numpy.team import launch
 from fusemlp_kernels.ops import READ, Operand
-from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, radix, seed_key
+from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, NORMALS, radix, seed_key
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 Array = np.ndarray[Any, Any]
@@ -35,6 +35,7 @@ NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
+        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF"),
         *("PARAM", "PANELS", "PULLS"),
         *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
         *("DESCENDS", "SLOPE", "DSLOPE"),
@@ -285,6 +286,15 @@ class Table:
         self.enter(t.AT_HYPER, hyper)
         self.enter(t.AT_RATES, rates)
 
+    def noise(self, noise: Noise, rows: Array | None) -> None:
+        """Enter the noise of the update; ``rows``: those of the batches."""
+        head, factors = self.integers, self.factors
+        self.names.add("NOISY")
+        head[t.NOISE_LOW], head[t.NOISE_HIGH] = seed_key(noise.seed)
+        factors[t.DEVIATION], factors[t.SHARED_BY] = noise.deviation, noise.divisor
+        # without rows the batch is a whole one, whatever its length
+        self.enter(t.NOISY, np.zeros(1, np.int64) if rows is None else rows)
+
     def bind(self, batch: int, *, alone: bool = False) -> Run:
         """``run(steps=1)`` for batches of this many rows; COUNTED: as many as the counters say.
 
@@ -305,9 +315,10 @@ class Table:
         self.enter(t.AT_PARTIALS, self.scratch(found.most, head[t.PARTIALS], dtype=np.float64))
         self.enter(t.AT_SUMS, self.scratch(len(found.pieces) // t.PIECE_COLUMNS, dtype=np.float64))
         self.enter(t.AT_ZEROS, self.scratch(t.PANEL))
-        if "KEEP" in self.names:
-            # what philox draws for a row, eight columns to two words
-            head[t.LANES_ROW] = 2 * (-(-self.widest // LANES))
+        # what philox draws for a row, eight columns to two words; for noise, its numbers too
+        drops, noisy = "KEEP" in self.names, "NOISY" in self.names
+        head[t.LANES_ROW] = max(drops * 2 * (-(-self.widest // LANES)), noisy * (NORMALS // 2 + NORMALS))
+        if head[t.LANES_ROW]:
             self.enter(t.AT_LANES, self.scratch(found.most, head[t.LANES_ROW], dtype=np.uint64))
         names = frozenset(self.names & NAMES)
         work = work_for(names, self.real, alone=True) if alone else _loaded(names, self.real)

@@ -138,7 +138,7 @@ def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
     return launch_clock(device, given)
 
 
-@binds("update")
+@binds("update", without=("noise", "rows"))
 def bind_update(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``update``."""
     params, grads, states, rule = given.params, given.grads, given.states, given.rule

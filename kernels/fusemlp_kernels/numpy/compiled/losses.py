@@ -18,6 +18,7 @@ from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.pointwise_numba import BINARY_CROSS_ENTROPY, element_losses
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCURACY,
+    BY_ITSELF,
     CLASS_WEIGHTED,
     DIVISOR,
     HITS_PART,
@@ -144,6 +145,12 @@ def _scale(shares: float, call: Any, numbers: Any) -> float:
 
 
 @register_jitable(**EXACT)
+def _row_scale(shares: float, call: Any, numbers: Any) -> float:
+    """The factor of a row's gradient."""
+    return 1.0 / numbers[DIVISOR] if call[MEAN] == BY_ITSELF else _scale(shares, call, numbers)
+
+
+@register_jitable(**EXACT)
 def record(
     stats: Any, value: float, correct: float, scored: float, shares: float, call: Any, numbers: Any, count: int
 ) -> None:  # fmt: skip
@@ -177,7 +184,7 @@ def cross_entropy(
     scored, smooth_mass = 0, 0.0
     for j in range(columns):
         smooth_mass += (class_weight[j] if by_class else 1.0) * (smoothing / columns)
-    scale = _scale(shares, call, numbers)
+    scale = _row_scale(shares, call, numbers)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
@@ -249,7 +256,7 @@ def elementwise(
     """
     real = y.dtype.type
     kind, weighted = call[KIND], call[WEIGHTED] != 0
-    option, scale = real(numbers[OPTION]), _scale(shares, call, numbers)
+    option, scale = real(numbers[OPTION]), _row_scale(shares, call, numbers)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns

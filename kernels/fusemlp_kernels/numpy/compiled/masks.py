@@ -29,7 +29,7 @@ def words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 
 @register_jitable(**EXACT)
-def _draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> None:
+def draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> None:
     """The Philox words of the blocks of a row, two numbers a block: side by side in vector registers."""
     two, one = np.uintp(2), np.uintp(1)
     for j in range(np.uintp(blocks)):
@@ -56,7 +56,7 @@ def drop(
     # the first lane is in a number's lowest bits, which are the first in memory (all that numba compiles for)
     blocks = (columns + LANES - 1) // LANES
     for i in range(rows):
-        _draw(pairs, blocks, np.uint64(first + i) & _WORD, c2, c3, k0, k1)
+        draw(pairs, blocks, np.uint64(first + i) & _WORD, c2, c3, k0, k1)
         start = i * columns
         outputs, kept_row = part(y, start), part(keep, start)
         for j in range(np.uintp(columns)):

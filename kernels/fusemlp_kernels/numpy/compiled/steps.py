@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET
+from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET, UPDATE_COUNT
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
+from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.products import column_sums
@@ -23,6 +24,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ACTIVATE,
     ACTIVATION,
     AFFINE,
+    AFRESH,
     AT_COUNTERS,
     AT_EPOCH_STATS,
     AT_FACTORS,
@@ -57,6 +59,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     DECAY,
     DEPTH,
     DESCENDS,
+    DEVIATION,
     DSLOPE,
     DZ,
     ELEMENTWISE,
@@ -75,10 +78,14 @@ from fusemlp_kernels.numpy.compiled.tables import (
     KEY_LOW,
     KIND_OF_ROW,
     LANES_ROW,
+    LARGEST,
     LEFT,
     LOSS_PART,
     LR_FACTOR,
     MASK_LAYER,
+    NOISE_HIGH,
+    NOISE_LOW,
+    NOISY,
     NORM,
     OFFSET,
     OUT,
@@ -104,9 +111,12 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ROWS,
     SCALE,
     SCORED_PART,
+    SHARED_BY,
     SHARES_PART,
+    SHRINK,
     SLOPE,
     SLOPE_PART,
+    SQUARES,
     STATE0,
     STATE1,
     STEP,
@@ -260,6 +270,12 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
             dz[i] = 0
     elif kind == BACKWARD:
         _backward(call, numbers, integers, like, partials, first, count)
+    elif kind == SQUARES:
+        x, dz = _block(like, call[X], first, call[K]), _block(like, call[DZ], first, call[N])
+        add_squares(elements(np.float64, call[OUT] + 8 * first), x, dz, count, call[K], call[N], call[B], call[AFRESH])
+    elif kind == SHRINK:
+        norms = elements(np.float64, call[OUT] + 8 * first)
+        shrink(norms, _block(like, call[DZ], first, call[N]), count, call[N], numbers[LARGEST])
 
 
 @register_jitable(**EXACT)
@@ -301,10 +317,23 @@ def _pack(call: Any, integers: Any, piece: Any) -> None:
 
 
 @register_jitable(**EXACT)
+def _noise(
+    integers: Any, factors: Any, counters: Any, grads: Any, first: int, count: int, tensor: int, task: int
+) -> None:
+    """Add noise to elements of a gradient, from ``first`` on, and divide them."""
+    lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
+    add_noise(
+        grads, elements(np.uint64, lanes), elements(np.float64, lanes + 8 * WORDS), first, count, tensor,
+        counters[UPDATE_COUNT], integers[NOISE_LOW], integers[NOISE_HIGH], factors[DEVIATION], factors[SHARED_BY],
+    )  # fmt: skip
+
+
+@register_jitable(**EXACT)
 def _after_gradient(
-    call: Any, numbers: Any, integers: Any, factors: Any, like: Any, hyper: Any, tensor_factors: Any, piece: Any,
+    call: Any, numbers: Any, integers: Any, factors: Any, like: Any, counters: Any, hyper: Any, tensor_factors: Any,
+    piece: Any, task: int,
 ) -> float:  # fmt: skip
-    """The penalty and the update of a piece, and its panels for the next step; the sum of squares of a penalty."""
+    """Penalty, noise and update of a piece, and its panels for the next step; the sum of squares of a penalty."""
     size, left, width = like.itemsize, piece[LEFT], piece[RIGHT] - piece[LEFT]
     inputs, top, bottom = call[K], piece[TOP], piece[BOTTOM]
     if call[KIND_OF_ROW] != WEIGHT:
@@ -321,8 +350,11 @@ def _after_gradient(
                 pull, w = numbers[STRENGTH] / shares, elements(like, call[W] + at)
                 total += pull * penalise(w, elements(like, call[OUT] + at), width, pull)
         if call[PARAM]:
+            grads = elements(like, call[OUT] + at)
+            if integers[NOISY]:
+                _noise(integers, factors, counters, grads, row * inputs + left, width, call[FIRST], task)
             update_part(
-                elements(like, call[PARAM] + at), elements(like, call[OUT] + at),
+                elements(like, call[PARAM] + at), grads,
                 elements(like, call[STATE0] + at), elements(like, call[STATE1] + at), width, tensor_factors,
                 call[FIRST], integers, factors, hyper, 1.0,
             )  # fmt: skip
@@ -334,7 +366,7 @@ def _after_gradient(
 @register_jitable(**EXACT)
 def _by_piece(
     call: Any, numbers: Any, integers: Any, factors: Any, like: Any, counters: Any, hyper: Any, tensors: Any,
-    tensor_factors: Any, piece: Any,
+    tensor_factors: Any, piece: Any, task: int,
 ) -> float:  # fmt: skip
     """A piece of a tensor; what it adds to the sums of its phase."""
     kind = call[KIND_OF_ROW]
@@ -344,6 +376,8 @@ def _by_piece(
         grads = elements(like, call[DZ] + size * at)
         if kind == NORM:
             return squares(grads, width, 1.0)
+        if integers[NOISY]:
+            _noise(integers, factors, counters, grads, piece[LEFT], width, piece[TOP], task)
         update_part(
             elements(like, call[PARAM] + size * at), grads, elements(like, call[STATE0] + size * at),
             elements(like, call[STATE1] + size * at), width, tensor_factors, piece[TOP], integers, factors, hyper,
@@ -354,7 +388,7 @@ def _by_piece(
         _pack(call, integers, piece)
         return 0.0
     _gradient(call, integers, like, counters, tensor_factors, hyper, piece)
-    return _after_gradient(call, numbers, integers, factors, like, hyper, tensor_factors, piece)
+    return _after_gradient(call, numbers, integers, factors, like, counters, hyper, tensor_factors, piece, task)
 
 
 @register_jitable(**EXACT)
@@ -433,6 +467,10 @@ def _open(integers: Any, factors: Any, like: Any) -> int:
             stats = elements(np.float64, integers[AT_STATS])
             epoch_stats = elements(np.float64, integers[AT_EPOCH_STATS])
             advance(counters, hyper, rates, updated, stats, epoch_stats, integers[EPOCHS])
+            if integers[NOISY]:
+                rows = elements(integers, integers[NOISY] + 8 * counters[ROW_OFFSET])
+                while counters[ROW_COUNT] > 0 and rows[counters[ROW_COUNT] - 1] < 0:
+                    counters[ROW_COUNT] -= 1
             continue
         call, _ = _table_row(integers, factors, phase[ROW_FIRST])
         kind = call[KIND_OF_ROW]
@@ -473,6 +511,6 @@ def work(job: int, task: int) -> int:
         piece = part(integers, integers[AT_PIECES] + PIECE_COLUMNS * at)
         call, numbers = _table_row(integers, factors, piece[PIECE_ROW])
         sums[at] = _by_piece(
-            call, numbers, integers, factors, like, counters, hyper, tensors, tensor_factors, piece
+            call, numbers, integers, factors, like, counters, hyper, tensors, tensor_factors, piece, task
         )  # fmt: skip
     return 0

@@ -13,7 +13,8 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 # control arrays, and how many epochs the statistics are of. The factors, and where in the integers phases, tasks and
 # pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
 # words a task; zeros. The functions of products and panels. The plan: rows a task, phases, and how many of them come
-# before the first step only. The state of a launch: the steps to do, the step, the phase.
+# before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY: the address of the row
+# numbers where the gradients get noise; its key.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -46,11 +47,14 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     STEPS,
     STEP,
     PHASE,
+    NOISY,
+    NOISE_LOW,
+    NOISE_HIGH,
     HEAD_COLUMNS,
-) = range(32)
-# The factors before those of the calls: the hyperparameters in their order, then the largest norm, and what gradients
-# are multiplied by in the update.
-CLIP_NORM, SCALE, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(3))
+) = range(35)
+# The factors before those of the calls: the hyperparameters in their order, then the largest norm, what gradients are
+# multiplied by in the update, and the deviation and the divisor of noise.
+CLIP_NORM, SCALE, DEVIATION, SHARED_BY, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(5))
 COUNTED = -1
 # Rows of a weight matrix that lie together for the forward pass, a multiple of the columns of any tile.
 PANEL = 32
@@ -59,8 +63,9 @@ DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its update where there is a PARAM;
-# NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
+# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them. By pieces of a tensor: WEIGHT,
+# BIAS, SLOPES: a gradient, with its update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE;
+# PACK: weights into panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -76,7 +81,9 @@ DEPTH = 512
     UPDATE,
     PACK,
     CLOCK,
-) = range(14)
+    SQUARES,
+    SHRINK,
+) = range(16)
 
 # A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
 # holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
@@ -95,7 +102,8 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # threshold of its random numbers. The rows of the table of tensors from FIRST to before END that an update is of. A
 # gradient may be updated from at once: PARAM and its states, of tensor FIRST; with DESCENDS the product lands in the
 # parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights (arrays),
-# and its options; SMOOTHED: every class of a row has a target; WIDE: a row of classes fills the vector registers.
+# and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a target; WIDE: a
+# row of classes fills the vector registers. AFRESH: the norms begin with this layer.
 (
     KIND_OF_ROW,
     N,
@@ -138,11 +146,14 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     IGNORED,
     ACCURACY,
     WIDE,
+    AFRESH,
     CALL_COLUMNS,
-) = range(42)
+) = range(43)
+REDUCTIONS = ("sum", "mean", "rows")
+BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
-# by beside the row weights.
-FIXED_SLOPE, RATE, STRENGTH, SMOOTHING, OPTION, DIVISOR, CALL_FACTORS = range(7)
+# by beside the row weights; the largest norm of a row's gradient.
+FIXED_SLOPE, RATE, STRENGTH, SMOOTHING, OPTION, DIVISOR, LARGEST, CALL_FACTORS = range(8)
 
 # A row a trained tensor
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
