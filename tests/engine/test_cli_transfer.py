@@ -183,6 +183,8 @@ def test_options_that_make_no_sense_are_refused_by_name(
         (("--freeze", "2"), "--freeze: expected 0 to 1, since the last of the 2 layers is trained, got 2"),
         (("--layer-decay", "2"), "--layer-decay: expected"),
         (("--probe", "-1"), "--probe: expected"),
+        (("--probe", "2", "--time-limit", "9"), "--probe: --time-limit does not count its epochs"),
+        (("--probe", "2", "--dp-epsilon", "3"), "--probe: it trains without noise"),
     ):
         assert run("train", small, "--from", big, *words, "--out", tmp_path / "run") == 2
         assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from commands import read, run
 from scipy.special import expit, log_softmax, softmax
 
-from fusemlp import MLP, CrossEntropy, Engine, load_checkpoint
+from fusemlp import MLP, Adam, CrossEntropy, Engine, load_checkpoint
 from fusemlp.cli import defaults, ensemble
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
@@ -21,6 +21,8 @@ from fusemlp.sklearn import TableClassifier
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 OVERFIT = (
+    "--weight-decay",
+    "0",
     "--models",
     "1",
     "--scale",
@@ -196,7 +198,7 @@ def test_other_losses_and_no_held_out_rows_have_none(options: tuple[str, ...], d
 def test_a_table_classifier_gains_by_it_on_its_held_out_rows(more: dict[str, Any], tmp_path: Path) -> None:
     table = noisy()
     X, y = table.drop(columns="kind"), table["kind"]
-    model = TableClassifier(hidden=64, lr=0.02, epochs=20, early_stopping=30, scale="robust", **more)
+    model = TableClassifier(hidden=64, optimizer=Adam(0.02), epochs=20, early_stopping=30, scale="robust", **more)
     model.fit(X[:500], y[:500], X_val=X[500:], y_val=y[500:])
     codes = (y[500:] == "yes").to_numpy(int)
     chances = model.predict_proba(X[500:])[:, 1].astype(np.float64)

@@ -15,6 +15,7 @@ from torch import nn
 
 import fusemlp.torch
 from fusemlp import (
+    DPSGD,
     MLP,
     SGD,
     Adam,
@@ -192,6 +193,8 @@ def test_wrong_arguments_of_a_probe_change_nothing(source: Engine) -> None:
     assert engine.input_scale is None
     with pytest.raises(ArgumentError, match="layers: expected 1 to 0"):
         Engine(MLP([6, 3])).probe(X, y, epochs=1)
+    with pytest.raises(ArgumentError, match="privacy: a probe trains without noise"):
+        Engine(MLP(SIZES), privacy=DPSGD(noise=1.0)).probe(X, y, epochs=1)
 
 
 def test_every_kind_of_source_gives_the_same_layers(source: Engine, tmp_path: Path) -> None:
