@@ -30,7 +30,17 @@ if TYPE_CHECKING:
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
-    from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
+    from fusemlp.describe.schedules import (
+        Constant,
+        Cosine,
+        CosLog4,
+        Exponential,
+        FlatCosine,
+        OneCycle,
+        ReduceOnPlateau,
+        Schedule,
+        StepDecay,
+    )
     from fusemlp.engine import Engine, load, load_checkpoint
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.fleet.results import Ensemble, FleetResults
@@ -66,6 +76,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Constant",
+    "CosLog4",
     "Cosine",
     "CrossEntropy",
     "DTypeError",
@@ -75,6 +86,7 @@ __all__ = [
     "Engine",
     "Ensemble",
     "Exponential",
+    "FlatCosine",
     "Fleet",
     "FleetResults",
     "FusemlpError",
@@ -120,7 +132,9 @@ _NAMES = {
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
-    "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
+    "fusemlp.describe.schedules": (
+        "Constant CosLog4 Cosine Exponential FlatCosine OneCycle ReduceOnPlateau Schedule StepDecay"
+    ),
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",
     "fusemlp.training.history": "History",

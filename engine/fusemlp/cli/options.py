@@ -238,7 +238,7 @@ class FitOptions(ModelOptions):
         None, "Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1)."
     )
     lr_final: float | None = _rate(
-        None, "The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0)."
+        None, "The final rate of cosine and flat_cosine (0), one_cycle (lr / 250000); minimum of reduce_on_plateau (0)."
     )
     lr_patience: int | None = _rate(
         None, "For reduce_on_plateau: epochs without a better --metric before a reduction (10)."

@@ -166,7 +166,7 @@ def learning_rate(options: ModelOptions) -> float:
 def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
     """Return the schedule, with lengths converted from epochs into updates for ``rows`` training rows.
 
-    It fixes the length of cosine and one_cycle, so a run keeps its rates when its epochs are raised later.
+    It fixes the length of a schedule that has one, so a run keeps its rates when its epochs are raised later.
     """
     kind, rate = options.schedule, learning_rate(options)
     given = _chosen(options, "schedule", kind, SCHEDULES)
