@@ -222,6 +222,10 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     beta2: float | None = _optimizer(None, "For adam and adamw: average of their squares (0.999).")
     eps: float | None = _optimizer(None, "For adam and adamw: epsilon (1e-8).")
     clip_norm: float | None = _optimizer(None, "Scale gradients with a greater global norm down to this norm.")
+    ema: float = _optimizer(
+        0.0,
+        "Predict, validate and save with a moving average of the weights that has this decay, such as 0.99; 0: none.",
+    )
     accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
     seed: int = _training(0, "Seed of the split, the initial weights, dropout and row order.")

@@ -150,7 +150,7 @@ def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimi
         usual: Any = described()
         asked = zip((options.beta1, options.beta2), usual.betas, strict=True)
         given["betas"] = tuple(default if one is None else one for one, default in asked)
-    given |= {"clip_norm": options.clip_norm, "accumulate": options.accumulate, "decay_biases": options.decay_biases}
+    given |= {name: getattr(options, name) for name in ("clip_norm", "ema", "accumulate", "decay_biases")}
     rate = learning_rate(options) if schedule is None else schedule
     return _made("optimizer", described, rate, **given)
 

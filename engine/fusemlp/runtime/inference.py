@@ -48,7 +48,12 @@ class Inference:
     """Forward programs of one network, in a few sizes, each made on first use; ``input_scale`` scales its inputs."""
 
     def __init__(self, net: MLP, memory: Memory, input_scale: InputScale | None = None) -> None:
-        self.net, self.memory, self.input_scale = net, memory, input_scale
+        self.net, self.input_scale = net, input_scale
+        # what is trained, and what the programs read
+        self.trained = self.memory = memory
+        if memory.evaluated:
+            real, compute = memory.real_bytes, memory.compute_bytes
+            self.memory = Memory(net, memory.backend, 0, item_bytes=real, compute_bytes=compute)
         self.real = np.dtype(f"f{memory.real_bytes}")
         self.counters = memory.backend.allocate(COUNTERS, "int64")
         self.stats = memory.backend.allocate(STATS, "float64")
@@ -110,6 +115,7 @@ class Inference:
 
     def outputs(self, X: Any) -> Array:
         """Return the network's outputs (n, N) for X (n, K)."""
+        self.memory.read_evaluated(self.trained)
         rows = self._rows_for(len(X))
         bound = self.program(rows)
         y = np.empty((len(X), self.net.sizes[-1]), self.real)
@@ -121,6 +127,7 @@ class Inference:
         """Return the share of a hidden layer's units whose output is zero for every row of X."""
         rows, sizes, activations = self._rows_for(len(X)), self.net.sizes, self.net.activations
         head = MLP(sizes[: layer + 2], activation=activations[:layer], output_activation=activations[layer])
+        self.memory.read_evaluated(self.trained)
         bound = self._bind(head, rows, None, None, weighted=False)
         silent = np.ones(head.sizes[-1], np.bool_)
         for start, stop in self.batches(bound, rows, {"x": X}):
@@ -150,13 +157,10 @@ class Evaluation:
             self._left = on_device(inference.memory.backend, data.arrays) if repeated else data.arrays
 
     def of(self, memory: Memory) -> dict[str, float]:
-        """Return the metrics of the parameters in ``memory``: see ``metrics_of``."""
+        """Return the metrics of what predictions read of ``memory``: see ``metrics_of``."""
         inference, bound = self._inference, self._bound
         own = inference.memory
-        if memory is not own:
-            for name in ("params", "shadow"):
-                if name in own.arrays:
-                    own.backend.copy_into(own.arrays[name], memory.arrays[name])
+        own.read_evaluated(memory)
         inference.stats[:] = 0.0
         if self._left:
             for _ in inference.batches(bound, self._size, self._left):

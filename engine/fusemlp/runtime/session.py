@@ -179,6 +179,7 @@ class Session(Predicting):
             compute_bytes=COMPUTE_BYTES.get(self.precision),
             gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
+            average=self.optimizer.rule().average,
         )
         # the learning rates of the updates to come, for those who launch steps
         self.rates = RateTable(self._backend, self.optimizer.rule(), memory.hyper, memory.rates, memory.counters)
@@ -437,10 +438,15 @@ class Session(Predicting):
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``.
 
+        With the optimizer's ``ema`` they are the averages that ``predict`` uses.
         With normalised inputs there are ``normalise.mean`` and ``normalise.scale`` (K,) too: the first layer takes
         (x - mean) / scale.
         """
-        return {**self.tensors(""), **self.scale_tensors}
+        return {**self.evaluated_tensors(), **self.scale_tensors}
+
+    def evaluated_tensors(self) -> dict[str, Array]:
+        """Copies of what predictions use: the parameters, or their averages."""
+        return self.tensors(self.memory.evaluated)
 
     def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
         """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
@@ -448,7 +454,12 @@ class Session(Predicting):
         return {name: self._backend.to_host(arrays[f"{prefix}{short}{suffix}"]) for short, name in self._names.items()}
 
     def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
-        """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there."""
+        """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there.
+
+        An average of the parameters begins anew with them.
+        """
+        if not suffix and not prefix and self.memory.evaluated:
+            self.write_tensors(tensors, self.memory.evaluated)
         arena = suffix.removeprefix(".") or ("grads" if prefix else "params")
         self.memory.arrays[arena][:] = 0.0
         for short, name in self._names.items():
