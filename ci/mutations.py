@@ -481,7 +481,7 @@ MUTATIONS = (
     ),
     *_bugs(
         "fleets.py",
-        ("second moment is the first", '"second": states[-1]', '"second": states[0]', FLEET),
+        ("second moment is the first", '"second": states[1]', '"second": states[0]', FLEET),
         (
             "steps of the first launch for all",
             "if entries != listed:",
