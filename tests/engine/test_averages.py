@@ -15,6 +15,8 @@ from same_state import bits
 from fusemlp import MLP, SGD, Adam, AdamW, Callback, Engine, Fleet, ParameterOptions, load, load_checkpoint
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.fleet.merge import merged
+from fusemlp_kernels import clock
+from fusemlp_kernels.contract import SHARE
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 RANDOM = np.random.default_rng(3)
@@ -152,3 +154,21 @@ def test_a_wrong_decay_is_refused() -> None:
     keras: Any = {"ema_momentum": 0.99}
     with pytest.raises(ArgumentTypeError, match="ema_momentum: it is called ema here"):
         Adam(**keras)
+
+
+@pytest.mark.parametrize("other", [Adam(0.02), SGD(0.1, momentum=0.9), SGD(0.1, ema=0.9)], ids=repr)
+def test_another_optimizer_between_two_fits_has_the_same_state(other: Optimizer) -> None:
+    engine = engine_of(Adam(0.02, ema=0.9))
+    engine.fit(X, Y, epochs=1)
+    before = engine.state_dict()
+    engine.optimizer = other
+    with pytest.raises(ArgumentError, match=r"optimizer: it keeps .*first_moment, second_moment, average; make a new"):
+        engine.fit(X, Y, epochs=1)
+    assert all(bits(array) == bits(before[name]) for name, array in engine.state_dict().items())
+    engine.optimizer = Adam(0.001, betas=(0.8, 0.9), ema=0.5)
+    engine.fit(X, Y, epochs=1)
+    assert_reads_the_average(engine)
+    # as a table for the new numbers has it, in another engine
+    expected = clock.hyper_at(engine.optimizer.rule(), 0.001, engine.update_count)
+    np.testing.assert_array_equal(engine.memory.hyper[:3], expected[:3])
+    assert engine.memory.hyper[SHARE] == expected[SHARE]

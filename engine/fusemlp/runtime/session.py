@@ -171,18 +171,20 @@ class Session(Predicting):
         scale: InputScale | None,
         rows: int = 0,
     ) -> None:
+        rule = self.optimizer.rule()
+        self._states = rule.states
         self.memory = memory = Memory(
             self.network,
             self._backend,
-            self.optimizer.rule().state_count,
+            rule.state_count,
             item_bytes=self._real.itemsize,
             compute_bytes=COMPUTE_BYTES.get(self.precision),
             gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
-            average=self.optimizer.rule().average,
+            average=rule.average,
         )
         # the learning rates of the updates to come, for those who launch steps
-        self.rates = RateTable(self._backend, self.optimizer.rule(), memory.hyper, memory.rates, memory.counters)
+        self.rates = RateTable(self._backend, rule, memory.hyper, memory.rates, memory.counters)
         self.rates.schedule = schedule
         self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
@@ -281,7 +283,19 @@ class Session(Predicting):
         With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
         gradients in the engine's memory. With ``resident_batches`` the steps run in one loop, over rows of ``epochs``
         epochs of this many batches, or over the data as the batch, with ``ridge`` as a penalty beside the loss.
+
+        Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
         """
+        if rule.states != self._states:
+            kept = [", ".join(states) or "no state" for states in (rule.states, self._states)]
+            raise ArgumentError(
+                f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
+                "engine, and give it the weights by load_state_dict"
+            )
+        if rule != self.rates.rule:
+            # another optimizer since the last fit
+            memory = self.memory
+            self.rates = RateTable(self._backend, rule, memory.hyper, memory.rates, memory.counters)
         arrays = dict(given)
         if self.class_weight is not None:
             arrays["class_weight"] = self.class_weight
@@ -421,6 +435,7 @@ class Session(Predicting):
             "parameters": size,
             "optimizer state": size * len(memory.states),
             "gradients": size * memory.gradient_parts,
+            "copy of the average": size * bool(memory.evaluated),
             "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
         }
         lines = layer_lines(net)
