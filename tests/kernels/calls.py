@@ -134,7 +134,6 @@ RULES = {
     "scikit-learn's": UpdateRule("sgd", momentum=0.9, convention="scikit-learn"),
     "adam": UpdateRule("adam"),
     "sgd, average": UpdateRule("sgd", ema=0.9),
-    "momentum, average": UpdateRule("sgd", momentum=0.9, ema=0.99),
     "adam, average": UpdateRule("adam", ema=0.9),
 }
 
