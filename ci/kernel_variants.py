@@ -52,7 +52,7 @@ HEAVIEST = "adam"
 POINTERS = {
     **dict.fromkeys(("x", "w", "y", "z", "dz", "out", "compute", "shadow", "weights"), "compute"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
-    **dict.fromkeys(("real", "parameters", "grads", "first", "second", "slopes", "shares"), "fp32"),
+    **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
     **dict.fromkeys(("measured", "epoch_stats"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),

@@ -293,6 +293,7 @@ MUTATIONS = (
         ),
         ("weight decay coupled", "decoupled = tl.load(rule + DECOUPLED)", "decoupled = tl.load(rule + INSIDE)", UPDATE),
         ("velocity with the wrong sign", "velocity + inner.to(tl.float32)", "velocity - inner.to(tl.float32)", UPDATE),
+        ("average away from the parameters", "average + share.to", "average - share.to", UPDATE),
         ("Nesterov's step ignored", "(change + momentum.to(tl.float32) * velocity)", "velocity", UPDATE),
         ("missing bias correction", "root / bias_correction_1", "root", UPDATE),
         (
@@ -481,7 +482,8 @@ MUTATIONS = (
     ),
     *_bugs(
         "fleets.py",
-        ("second moment is the first", '"second": states[-1]', '"second": states[0]', FLEET),
+        ("second moment is the first", '"second": states[1]', '"second": states[0]', FLEET),
+        ("average is the second moment", '"average": states[2]', '"average": states[1]', FLEET),
         (
             "steps of the first launch for all",
             "if entries != listed:",

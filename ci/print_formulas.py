@@ -15,6 +15,7 @@ from pathlib import Path
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.pointwise import (
     ACTIVATIONS,
+    AVERAGE,
     DECAY,
     FUNCTIONS,
     HYPERPARAMETERS,
@@ -79,12 +80,12 @@ class _Translated(ast.NodeTransformer):
         return ast.Name(self.dialect.choice.format(*map(ast.unparse, (test, body, otherwise))))
 
 
-CORRECTIONS = ("bias_correction_1", "bias_correction_2")
+CORRECTIONS = ("bias_correction_1", "bias_correction_2", "share")
 
 
 @dataclass(frozen=True)
 class Loads:
-    """The way a language reads the numbers of a rule: hyperparameters and bias corrections."""
+    """The way a language reads the numbers of a rule: hyperparameters, and what the hyper array holds."""
 
     field: str
     correction: str
@@ -249,6 +250,11 @@ def numba_file() -> str:
         body += assigned(decay.element + update.element, element)
         body.append(f"{', '.join(['ps[i]', *arrays])} = {', '.join(['p', *rule.states])}")
         function(f"update_{name}", given, [*update.scalar_lines(loads, scalars), *loop("count", body)])
+    average = Update(AVERAGE)
+    body = ["p, average = ps[i], averages[i]"]
+    body += [*assigned(average.element, Dialect(wrapped("real({})", average.real), number)), "averages[i] = average"]
+    body = [*average.scalar_lines(loads, scalars), *loop("count", body)]
+    function("update_average", "ps, averages, count, hyper", body, "The average of the parameters, after an update.")
     told = "``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."
     choice("activate", "activate", ACTIVATIONS, "ys, zs, count, slope", told, nan("count", "ys[i]"))
     told = "``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."
@@ -289,7 +295,7 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
+from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2, SHARE
 from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
 from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
@@ -341,8 +347,9 @@ def triton_file() -> str:
     loads = Loads("tl.load(rule + {1})", "tl.load(hyper + {1})", flags)
     scalars = Dialect(functions={"maximum": "tl.maximum", "sqrt": "tl.sqrt"}, choice="tl.where({0}, {1}, {2})")
     stored: dict[str, list[str]] = {}
-    for name, rule in {"decay": DECAY, **OPTIMIZERS}.items():
-        update, places = Update(rule), list(zip(rule.states, ("first_at", "second_at"), strict=False))
+    for name, rule in {"decay": DECAY, "average": AVERAGE, **OPTIMIZERS}.items():
+        arrays = ("average_at",) if rule is AVERAGE else ("first_at", "second_at")
+        update, places = Update(rule), list(zip(rule.states, arrays, strict=False))
         # an activation's quotient may be two units off, which saves registers
         real = replace(spelled(wrapped("{}.to(tl.float32)", update.real)), quotient="tl.div_rn")
         stored[name] = update.scalar_lines(loads, scalars)
@@ -350,18 +357,21 @@ def triton_file() -> str:
         stored[name] += assigned(update.element, real)
         stored[name] += [f"tl.store({place}, {state}, mask=mask)" for state, place in places]
     body = ["rate = tl.load(hyper + LEARNING_RATE) * factor", "p = tl.load(p_at, mask=mask, other=0.0)"]
-    body += [*stored.pop("decay"), *chain("RULE", stored, [f"p += {nan}"], "RULE_")]
+    before, after = stored.pop("decay"), stored.pop("average")
+    body += [*before, *chain("RULE", stored, [f"p += {nan}"], "RULE_")]
+    body += ["if tl.load(rule + EMA) != 0.0:", *indented(after)]
     body += ["tl.store(p_at, p, mask=mask)", "if shadowed != 0:"]
     body.append("    tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)")
     arguments = (
-        "g, p_at, first_at, second_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE: tl.constexpr"
+        "g, p_at, first_at, second_at, average_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, "
+        "RULE: tl.constexpr"
     )
     function("stored_update", arguments, TRITON_STORED, body)
     return text(*parts)
 
 
-TRITON_STORED = """Update the parameters at ``p_at`` and their states by the gradient ``g``, where ``mask`` is set;
-    ``shadow_at`` receives the parameter rounded, where ``shadowed``."""
+TRITON_STORED = """Update the parameters at ``p_at`` and their states by the gradient ``g``, where ``mask`` is set,
+    and with an ``ema`` their average; ``shadow_at`` receives the parameter rounded, where ``shadowed``."""
 TRITON_HEAD = f'''
 # {AGAIN}
 """The formulas inside kernels."""
@@ -371,7 +381,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.clock import BIAS_CORRECTION_1, BIAS_CORRECTION_2, DECOUPLED, INSIDE, LEARNING_RATE
+from fusemlp_kernels.triton.clock import BIAS_CORRECTION_1, BIAS_CORRECTION_2, DECOUPLED, INSIDE, LEARNING_RATE, SHARE
 from fusemlp_kernels.triton.functions import log1p, maximum, minimum, normal_cdf, normal_pdf, sigmoid, sign, step, tanh
 '''
 
@@ -438,8 +448,9 @@ def cuda_file() -> str:
 
     loads = Loads("rule.{0}", "hyper[{1}]", {"rate_inside": "rule.inside != 0", "decoupled": "rule.decoupled != 0"})
     doubles = Dialect(choice="({0} ? {1} : {2})")
-    decay, updates = Update(DECAY), {name: Update(rule) for name, rule in OPTIMIZERS.items()}
-    members = list(dict.fromkeys(name for update in (decay, *updates.values()) for name in update.real))
+    decay, average = Update(DECAY), Update(AVERAGE)
+    updates = {name: Update(rule) for name, rule in OPTIMIZERS.items()}
+    members = list(dict.fromkeys(name for update in (decay, average, *updates.values()) for name in update.real))
     fields = "\n".join(indented(f"float {name};" for name in members))
     parts.append(f"// Numbers of the optimizers, in the type of the parameters.\nstruct Scalars {{\n{fields}\n}};")
 
@@ -450,7 +461,7 @@ def cuda_file() -> str:
     cases = {name: [*prepared(update), "return scalars;"] for name, update in updates.items()}
     head = "const Rule& rule, long long code, double rate, double decay, const double* hyper)"
     head = f"{DEVICE} Scalars scalars_of(\n    {head}"
-    body = ["Scalars scalars = {};", *prepared(decay), *switch(cases, "return scalars", "RULE_")]
+    body = ["Scalars scalars = {};", *prepared(decay), *prepared(average), *switch(cases, "return scalars", "RULE_")]
     function("The scalars of a rule, once a thread.", head, body)
     element = spelled(wrapped("scalars.{}", members))
     for name, update in updates.items():
@@ -467,6 +478,9 @@ def cuda_file() -> str:
     # without decay an infinite parameter must not make the gradient NaN
     body = [shrink, f"if (scalars.coupled != 0.0f) {pull}", *switch(cases, "return not_a_number()", "RULE_")]
     function("One parameter: its new value, with its states in place.", head, body)
+    body = ["float average = *place;", *declared(average.element, element, ["average"]), "*place = average;"]
+    head = f"{DEVICE} void update_average(float p, float* place, const Scalars& scalars)"
+    function("The average of a parameter, in place.", head, body)
     return "\n\n".join(parts) + "\n"
 
 

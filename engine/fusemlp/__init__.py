@@ -31,7 +31,17 @@ if TYPE_CHECKING:
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
     from fusemlp.describe.privacy import DPSGD
-    from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
+    from fusemlp.describe.schedules import (
+        Constant,
+        Cosine,
+        CosLog4,
+        Exponential,
+        FlatCosine,
+        OneCycle,
+        ReduceOnPlateau,
+        Schedule,
+        StepDecay,
+    )
     from fusemlp.engine import Engine, load, load_checkpoint
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.fleet.results import Ensemble, FleetResults
@@ -69,6 +79,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Constant",
+    "CosLog4",
     "Cosine",
     "CrossEntropy",
     "DTypeError",
@@ -78,6 +89,7 @@ __all__ = [
     "Engine",
     "Ensemble",
     "Exponential",
+    "FlatCosine",
     "Fleet",
     "FleetResults",
     "FusemlpError",
@@ -124,7 +136,9 @@ _NAMES = {
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
     "fusemlp.describe.privacy": "DPSGD",
-    "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
+    "fusemlp.describe.schedules": (
+        "Constant CosLog4 Cosine Exponential FlatCosine OneCycle ReduceOnPlateau Schedule StepDecay"
+    ),
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",
     "fusemlp.training.history": "History",

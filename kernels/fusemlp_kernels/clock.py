@@ -20,7 +20,9 @@ from fusemlp_kernels.contract import (
     LEARNING_RATE,
     RATE_COLUMNS,
     RATE_SCALE,
+    RATE_SHARE,
     ROWS_FILLED,
+    SHARE,
     UpdateRule,
 )
 
@@ -66,6 +68,7 @@ def rate_table(rule: UpdateRule, rates: Array | Sequence[float], first: int = 0)
     read = _read(list(pointwise.OPTIMIZERS.values())[rule.code].scalars)
     table[1:, BIAS_CORRECTION_1] = corrections(rule.beta1, first, count) if "bias_correction_1" in read else 1.0
     table[1:, BIAS_CORRECTION_2] = corrections(rule.beta2, first, count) if "bias_correction_2" in read else 1.0
+    table[1:, RATE_SHARE] = (1.0 - rule.ema) / corrections(rule.ema, first, count) if rule.ema else 1.0
     return table
 
 
@@ -76,6 +79,7 @@ def hyper_at(rule: UpdateRule, rate: float, update_count: int = 0, rate_scale: f
     """
     hyper = np.ones(HYPER)
     hyper[RATE_SCALE], hyper[GOOD_UPDATES] = rate_scale, 0.0
-    hyper[:RATE_COLUMNS] = rate_table(rule, [rate], update_count)[1]
+    row = rate_table(rule, [rate], update_count)[1]
+    hyper[:RATE_SHARE], hyper[SHARE] = row[:RATE_SHARE], row[RATE_SHARE]
     hyper[LEARNING_RATE] *= rate_scale
     return hyper

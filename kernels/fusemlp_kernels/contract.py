@@ -13,12 +13,13 @@ Binding may allocate scratch memory; running may not. The engine's plans and the
 in one launch. They also add up BATCH_LOSSES and PENALTIES in stats.
 
 Advancing the clock: BATCH_INDEX grows by one; after an applied update UPDATE_COUNT grows by one and hyper receives the
-learning rate and the bias corrections of the next update; after a skipped one SKIPPED and SKIPPED_IN_A_ROW grow by one.
+learning rate, the bias corrections and the share of the next update; after a skipped one SKIPPED and SKIPPED_IN_A_ROW
+grow by one.
 
 The host computes the rates ahead of the launches that read them (``clock.rate_table``). rates[0] holds FIRST_UPDATE and
-ROWS_FILLED, at most R; row 1 + i holds the learning rate and the two bias corrections of update FIRST_UPDATE + i,
-counted from 0. The clock copies the row of UPDATE_COUNT into hyper, the learning rate times hyper[RATE_SCALE]. The last
-filled row serves all later updates, so a constant rate needs one row.
+ROWS_FILLED, at most R; row 1 + i holds the learning rate, the two bias corrections and the share of update
+FIRST_UPDATE + i, counted from 0. The clock copies the row of UPDATE_COUNT into hyper, the learning rate times
+hyper[RATE_SCALE]. The last filled row serves all later updates, so a constant rate needs one row.
 
 ``rows`` may be those of several batches, one after another: the batch is the M rows from counters[ROW_OFFSET] on. If
 counters[ROW_STEP] is not 0, the clock adds it to ROW_OFFSET, goes back to 0 at ROW_TOTAL, and sets ROW_COUNT to the
@@ -49,11 +50,13 @@ LOSSES = pointwise.LOSS_NAMES
 
 # counters, int64
 BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, ROW_OFFSET, ROW_TOTAL, ROW_STEP, SKIPPED, SKIPPED_IN_A_ROW, COUNTERS = range(9)
-# hyper, float64: of the next update; the loss scale, and the number of updates since it last changed
-LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, LOSS_SCALE, GOOD_UPDATES, HYPER = range(7)
-# rates, float64: the first row; the others have the columns LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2
+# hyper, float64: of the next update; the loss scale, and the number of updates since it last changed; the share of the
+# next parameters in their average, last, since older files lack it
+LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, LOSS_SCALE, GOOD_UPDATES, SHARE, HYPER = range(8)
+# rates, float64: the first row; the columns of the others are LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2 and
+# RATE_SHARE
 FIRST_UPDATE, ROWS_FILLED = range(2)
-RATE_COLUMNS = 3
+RATE_SHARE, RATE_COLUMNS = 3, 4
 # Dynamic loss scaling (Micikevicius et al., "Mixed precision training", 2018): first scale, and updates until it grows.
 FIRST_LOSS_SCALE = 65536.0
 GROWTH_INTERVAL = 2000
@@ -133,13 +136,25 @@ class UpdateRule(pointwise.Hyperparameters):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The names of the arrays, shaped like the parameters, that the optimizer keeps."""
-        return list(pointwise.OPTIMIZERS.values())[self.code].states
+        """The names of the arrays, shaped like the parameters, that the optimizer keeps; an average comes last."""
+        return list(pointwise.OPTIMIZERS.values())[self.code].states + (pointwise.AVERAGE.states if self.ema else ())
 
     @property
     def state_count(self) -> int:
         """The number of ``states``."""
         return len(self.states)
+
+    @property
+    def average(self) -> int | None:
+        """The number of the state that predictions read in place of the parameters; None if they read these."""
+        return self.state_count - 1 if self.ema else None
+
+    def places(self, states: Sequence[Any], spare: Any) -> tuple[Any, Any, Any]:
+        """Return the first and the second array of state of the optimizer itself, and the average; ``spare`` stands
+        for those that it does not have."""
+        own = states[: self.average]
+        first, second = (*own, spare, spare)[:2]
+        return first, second, states[-1] if self.ema else spare
 
 
 @dataclass(frozen=True)

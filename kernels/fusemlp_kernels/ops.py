@@ -17,7 +17,7 @@ from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, Tenso
 from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
 
 # Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
-FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS, "3": RATE_COLUMNS}
+FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS, "4": RATE_COLUMNS}
 COMMON = "Mn"
 READ, WRITTEN, UPDATED = "read", "written", "updated"
 
@@ -121,7 +121,7 @@ _DSLOPE = Operand("dslope", "1", use=WRITTEN, optional=True, note="the gradient 
 _CLOCK = (
     _RULE,
     replace(_HYPER, use=UPDATED, kind="control"),
-    Operand("rates", "R3", "float64", hidden=True, note="1 + R rows, see contract"),
+    Operand("rates", "R4", "float64", hidden=True, note="1 + R rows, see contract"),
     replace(_COUNTERS, use=UPDATED, kind="control"),
 )
 _PARTS = _optional(

@@ -82,13 +82,15 @@ class LossOptions:
 class Hyperparameters:
     """Numbers that formulas of optimizers read, with their defaults; ``UpdateRule`` has them too.
 
-    Every backend gives all of them to its kernels, in this order. ``beta1`` and ``beta2`` have bias corrections.
+    Every backend gives all of them to its kernels, in this order. ``beta1``, ``beta2`` and ``ema`` have bias
+    corrections; with an ``ema`` above 0 the average of ``AVERAGE`` follows the parameters.
     """
 
     momentum: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    ema: float = 0.0
 
 
 HYPERPARAMETERS = tuple(one.name for one in fields(Hyperparameters))
@@ -230,6 +232,12 @@ DECAY = Optimizer(
     g = g + coupled * p
     """,
 )
+
+# The lines that come after those of every optimizer, with ``ema``: predictions use an average of the parameters after
+# each update (Polyak and Juditsky, 1992), in which each weighs ``ema`` times as much as the next. ``share``, in the
+# hyper array, is (1 - ema) / (1 - ema ** t) at update t from 1 on: the weights always sum to 1, as Adam corrects its
+# moments, and the initial parameters have none.
+AVERAGE = Optimizer(("average",), "", "average = average + share * (p - average)")
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer((), "", "p = p - rate * g"),

@@ -235,12 +235,17 @@ def update(
     """One tensor's new value and new optimizer state, from its gradient g; all shaped like p.
 
     t counts the updates before this one; lr is the learning rate. state: () for plain SGD, (velocity,) with momentum,
-    (first moment, second moment) for Adam; all start at zero.
+    (first moment, second moment) for Adam; all start at zero. With ``ema`` an average of the new values comes last, in
+    which each weighs ``ema`` times as much as the one after it; as Adam's moments it is divided by the sum of weights.
 
     Weight decay is added to the gradient, or, ``decoupled`` (Loshchilov and Hutter, 2019), shrinks p by itself.
     scikit-learn's convention differs from torch's in two places: the learning rate is kept inside the velocity, and
     Adam's eps comes before the bias correction (Kingma and Ba, 2015, the remark at the end of section 2).
     """
+    if rule.ema:
+        p, own = update(replace(rule, ema=0.0), tensor, p, g, state[:-1], t, lr)
+        share = (1.0 - rule.ema) / (1.0 - rule.ema ** (t + 1))
+        return p, (*own, (1.0 - share) * state[-1] + share * p)
     lr = lr * tensor.lr_factor
     inside = rule.convention == "scikit-learn"
     if rule.decoupled:

@@ -13,7 +13,17 @@ from fusemlp.cli.options import ModelOptions, TrainOptions
 from fusemlp.describe.losses import CrossEntropy, Huber, Quantile
 from fusemlp.describe.network import LeakyReLU, PReLU
 from fusemlp.describe.optimizers import SGD, Adam, AdamW
-from fusemlp.describe.schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, Schedule, StepDecay
+from fusemlp.describe.schedules import (
+    Constant,
+    Cosine,
+    CosLog4,
+    Exponential,
+    FlatCosine,
+    OneCycle,
+    ReduceOnPlateau,
+    Schedule,
+    StepDecay,
+)
 
 PLAIN = TrainOptions(data="digits")
 
@@ -74,6 +84,8 @@ SCHEDULES: list[tuple[dict[str, Any], Schedule]] = [
     ({"schedule": "cosine", "drop_last": True}, Cosine(0.1, steps=30)),
     ({"schedule": "cosine", "accumulate": 3}, Cosine(0.1, steps=13)),
     ({"schedule": "one_cycle"}, OneCycle(0.1, steps=40)),
+    ({"schedule": "flat_cosine", "lr_final": 0.01}, FlatCosine(0.1, final=0.01, steps=40)),
+    ({"schedule": "coslog4"}, CosLog4(0.1, steps=40)),
     (
         {"schedule": "reduce_on_plateau", "lr_patience": 3, "lr_gamma": 0.5, "lr_final": 0.01},
         ReduceOnPlateau(0.1, factor=0.5, patience=3, min_lr=0.01),

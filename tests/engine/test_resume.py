@@ -86,6 +86,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"validation_data": held_out(), "early_stopping": 3},
     ),
+    "average, early stopping": (
+        {"net": MLP([WIDTH, 8, CLASSES], dropout=0.1), "optimizer": Adam(0.02, ema=0.9)},
+        {"validation_data": held_out(), "early_stopping": 3},
+    ),
     "patience runs out": (
         {"net": MLP([WIDTH, 8, CLASSES], dropout=0.1), "optimizer": Adam(0.05)},
         {"validation_data": never_better(), "early_stopping": 2, "epochs": 9},

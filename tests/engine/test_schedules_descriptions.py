@@ -15,7 +15,9 @@ from fusemlp.describe.schedules import (
     SCHEDULES,
     Constant,
     Cosine,
+    CosLog4,
     Exponential,
+    FlatCosine,
     OneCycle,
     ReduceOnPlateau,
     Schedule,
@@ -35,6 +37,8 @@ EXAMPLES = [
     Cosine(0.1, final=0.01, steps=50),
     OneCycle(0.1),
     OneCycle(0.1, steps=20, peak_fraction=0.4, final=1e-5, warmup=2),
+    FlatCosine(0.1, flat_fraction=0.5, final=0.01),
+    CosLog4(0.1, warmup=2),
     ReduceOnPlateau(0.1, factor=0.5, patience=3, min_lr=1e-3, min_delta=0.0),
 ]
 
@@ -58,6 +62,25 @@ def test_rates_by_hand() -> None:
 
 def test_a_cosine_ends_with_the_training() -> None:
     close(rates(Cosine(1.0), 4, 6), [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_flat_cosine_is_constant_and_then_a_cosine(share: float) -> None:
+    found = rates(FlatCosine(0.3, flat_fraction=share, final=0.1), 40, 50)
+    flat = int(40 * share)
+    assert found[:flat] == [0.3] * flat
+    close(found[flat:], rates(Cosine(0.3, final=0.1, steps=40 - flat), 50 - flat))
+    # RealMLP's, as its paper writes it
+    paper = [0.5 * (1.0 + math.cos(math.pi * (max(1.0, 2.0 * t / 40) - 1.0))) for t in range(40)]
+    close(rates(FlatCosine(1.0, flat_fraction=0.5), 40), paper)
+
+
+def test_coslog4_is_the_formula_of_its_paper() -> None:
+    paper = [0.5 * (1.0 - math.cos(2.0 * math.pi * math.log2(1.0 + 15.0 * t / 150))) for t in range(150)]
+    close(rates(CosLog4(1.0), 150), paper)
+    # four waves: zeros where 1 + 15 t is a power of two, and the peaks between them
+    close(CosLog4(0.5, steps=15).rates(0, 17).take([0, 1, 3, 7, 15, 16]).tolist(), [0.0] * 6)
+    assert CosLog4(0.5, steps=15000).rates(0, 15000).max() == pytest.approx(0.5)
 
 
 def test_warmup_stands_in_front_of_any_schedule() -> None:

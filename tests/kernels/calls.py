@@ -18,6 +18,7 @@ from fusemlp_kernels.contract import (
     ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
+    SHARE,
     STATS,
     UPDATE_COUNT,
     Segment,
@@ -117,11 +118,14 @@ class Clock:
             t = self.first + self._row() + 1
             assert self.hyper[BIAS_CORRECTION_1] == 1.0 - self.rule.beta1**t
             assert self.hyper[BIAS_CORRECTION_2] == 1.0 - self.rule.beta2**t
+        if self.rule.ema:
+            ema = self.rule.ema
+            assert self.hyper[SHARE] == (1.0 - ema) / (1.0 - ema ** (self.first + self._row() + 1))
         return updated
 
 
 def state_arrays(rule, values, *shape):
-    """A state in the middle of training: a velocity, or a first and a second moment."""
+    """A state in the middle of training: a velocity, or a first and a second moment; perhaps an average."""
     arrays = [values.normal(*shape) for _ in range(rule.state_count)]
     if rule.kind == "adam":
         arrays[1] = np.abs(arrays[1])
@@ -134,6 +138,8 @@ RULES = {
     "nesterov": UpdateRule("sgd", momentum=0.9, nesterov=True),
     "scikit-learn's": UpdateRule("sgd", momentum=0.9, convention="scikit-learn"),
     "adam": UpdateRule("adam"),
+    "sgd, average": UpdateRule("sgd", ema=0.9),
+    "adam, average": UpdateRule("adam", ema=0.9),
 }
 
 

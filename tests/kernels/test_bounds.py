@@ -78,7 +78,7 @@ def test_the_bound_tells_the_options_of_a_loss_apart(variant):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @on_every_device
 def test_the_bound_tells_an_optimizer_from_its_neighbours(variant, rule):
-    """A wrong rate, momentum, convention, beta or decay is further away than rounding."""
+    """A wrong rate, momentum, convention, beta, decay or average is further away than rounding."""
     values = Values(8, variant)
     p, g, t = values.normal(200), values.normal(200), 3
     tensor, wrong_tensor = TensorRule(1.0, 0.01), TensorRule(1.0, 0.0101)
@@ -88,6 +88,8 @@ def test_the_bound_tells_an_optimizer_from_its_neighbours(variant, rule):
         "nesterov": {"nesterov": False},
         "scikit-learn's": {"convention": "torch"},
         "adam": {"beta2": 0.9991},
+        "sgd, average": {"ema": 0.901},
+        "adam, average": {"ema": 0.901},
     }
     name = next(key for key, value in RULES.items() if value is rule)
     wrong_rule = UpdateRule(**{**vars(rule), **wrong_rules[name]})
@@ -106,8 +108,14 @@ def test_the_bound_tells_an_optimizer_from_its_neighbours(variant, rule):
         operands = {"params": params, "grads": g.copy(), "states": states}
         operands["segments"] = (Segment(0, 200, other_tensor),)
         variant.bind("update", **operands, **clock.operands)()
-        if other == rule and other_tensor is tensor and rate == 0.1:
+
+        def check(params=params, states=states):
             assert_within(params, expected[0], limits[0])
+            for state, wanted, limit in zip(states, expected[1], limits[1], strict=True):
+                assert_within(state, wanted, limit)
+
+        if other == rule and other_tensor is tensor and rate == 0.1:
+            check()
         else:
             with pytest.raises(AssertionError, match="out of bound"):
-                assert_within(params, expected[0], limits[0])
+                check()

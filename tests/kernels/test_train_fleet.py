@@ -55,6 +55,8 @@ RULES = {
     "scikit-learn adam": replace(ADAM, convention="scikit-learn", eps=1e-3),
     "clipped": UpdateRule("sgd", clip_norm=0.2),
     "accumulated": replace(ADAM, accumulate=2, clip_norm=0.5),
+    "averaged": replace(ADAM, ema=0.9),
+    "averaged, clipped": UpdateRule("sgd", momentum=0.9, clip_norm=0.2, ema=0.5),
 }
 # the learning rates of those that have another one at every update
 RATES = {
@@ -88,6 +90,8 @@ CASES = [
             "batch": 18, "data": 40,
         },
     ),
+    (ENTROPY, "averaged", ("tanh", "identity"), {}),
+    (LossSpec("mse"), "averaged, clipped", ("prelu", "identity"), {"frozen": frozenset({"w0"})}),
 ]  # fmt: skip
 
 

@@ -47,6 +47,7 @@ RULES = {
     "momentum": UpdateRule("sgd", momentum=0.9),
     "adam": UpdateRule("adam"),
     "clipped": UpdateRule("sgd", clip_norm=0.1),
+    "averaged": UpdateRule("sgd", ema=0.9),
 }
 # another learning rate at every update
 RATES = [0.05 * 0.9**updates for updates in range(30)]

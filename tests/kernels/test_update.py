@@ -41,6 +41,7 @@ def update_rules(draw):
         eps=draw(st.sampled_from((1e-8, 1e-3))),
         decoupled=draw(st.booleans()),
         convention=draw(st.sampled_from(("torch", "scikit-learn"))),
+        ema=draw(st.sampled_from((0.0, 0.5, 0.999))),
     )
 
 

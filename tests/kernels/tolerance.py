@@ -8,7 +8,7 @@ have a budget in ulps, one ulp being 2 u; the other functions here carry these e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -224,6 +224,14 @@ def _elementwise_bound(spec, y, y_bound, target, weight, class_weight, u):
 
 def update_bound(rule, tensor, p, g, state, t, lr, g_bound=0.0, u=U32):
     """Return the errors of the new parameter and states, from the error of the gradient; p and states are exact."""
+    if rule.ema:
+        p_error, errors = update_bound(replace(rule, ema=0.0), tensor, p, g, state[:-1], t, lr, g_bound, u)
+        new, (*_, average) = reference.update(rule, tensor, p, g, state, t, lr)
+        share = (1.0 - rule.ema) / (1.0 - rule.ema ** (t + 1))
+        # of the share, the difference, their product and the sum; and the oracle's own in fp64
+        old = np.abs(state[-1])
+        rounding = u * (4.0 * share * (np.abs(new) + old) + 2.0 * old + 2.0 * np.abs(average)) + TINY
+        return p_error, (*errors, share * p_error + rounding)
     lr = lr * tensor.lr_factor
     g_error = g_bound + 3.0 * u * (np.abs(g) + tensor.weight_decay * np.abs(p))
     g = g if rule.decoupled else g + tensor.weight_decay * p

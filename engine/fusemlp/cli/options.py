@@ -235,6 +235,10 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     beta2: float | None = _optimizer(None, "For adam and adamw: average of their squares (0.999).")
     eps: float | None = _optimizer(None, "For adam and adamw: epsilon (1e-8).")
     clip_norm: float | None = _optimizer(None, "Scale gradients with a greater global norm down to this norm.")
+    ema: float = _optimizer(
+        0.0,
+        "Predict, validate and save with a moving average of the weights that has this decay, such as 0.99; 0: none.",
+    )
     accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
     seed: int = _training(0, "Seed of the split, the initial weights, dropout and row order.")
@@ -251,7 +255,7 @@ class FitOptions(ModelOptions):
         None, "Factor on the rate: at each step (0.1), each epoch (exponential), on a plateau (0.1)."
     )
     lr_final: float | None = _rate(
-        None, "The final rate of cosine (0) and one_cycle (lr / 250000); the minimum of reduce_on_plateau (0)."
+        None, "The final rate of cosine and flat_cosine (0), one_cycle (lr / 250000); minimum of reduce_on_plateau (0)."
     )
     lr_patience: int | None = _rate(
         None, "For reduce_on_plateau: epochs without a better --metric before a reduction (10)."

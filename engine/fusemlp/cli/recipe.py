@@ -155,7 +155,7 @@ def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimi
         usual: Any = described()
         asked = zip((options.beta1, options.beta2), usual.betas, strict=True)
         given["betas"] = tuple(default if one is None else one for one, default in asked)
-    given |= {"clip_norm": options.clip_norm, "accumulate": options.accumulate, "decay_biases": options.decay_biases}
+    given |= {name: getattr(options, name) for name in ("clip_norm", "ema", "accumulate", "decay_biases")}
     rate = learning_rate(options) if schedule is None else schedule
     return _made("optimizer", described, rate, **given)
 
@@ -171,7 +171,7 @@ def learning_rate(options: ModelOptions) -> float:
 def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
     """Return the schedule, with lengths converted from epochs into updates for ``rows`` training rows.
 
-    It fixes the length of cosine and one_cycle, so a run keeps its rates when its epochs are raised later.
+    It fixes the length of a schedule that has one, so a run keeps its rates when its epochs are raised later.
     """
     kind, rate = options.schedule, learning_rate(options)
     given = _chosen(options, "schedule", kind, SCHEDULES)

@@ -8,6 +8,8 @@ Options of all of them, by keyword:
 - ``lr``: a learning rate >= 0, or a schedule
 - ``weight_decay``: coupled (an L2 penalty in the gradient) for SGD and Adam, decoupled for AdamW
 - ``clip_norm``: gradients with a greater global norm are scaled down to this norm
+- ``ema``: 0, or the decay of a moving average of the parameters, such as 0.999 (Polyak and Juditsky, 1992): training
+  goes on from the parameters, and all else reads the average: ``predict``, validation, ``state_dict``, files
 - ``accumulate``: the number of batches whose mean gradient makes one update
 - ``decay_biases``: False excludes the biases, and the PReLU slopes, from weight decay
 - ``per_parameter``: a mapping of patterns (as in file names: ``0.*``, ``*.bias``) to ``ParameterOptions``;
@@ -95,6 +97,7 @@ class Optimizer(Description):
     _: KW_ONLY
     weight_decay: NonNegative = 0.0
     clip_norm: Positive | None = None
+    ema: Fraction = 0.0
     accumulate: Count = 1
     decay_biases: Flag = True
     per_parameter: Annotated[PerParameter, _check_patterns] = ()
@@ -191,6 +194,8 @@ _ELSEWHERE = {
     "beta_1": "it is called betas here: Adam(betas=(0.9, 0.999))",
     "beta_2": "it is called betas here: Adam(betas=(0.9, 0.999))",
     "epsilon": "it is called eps here: Adam(eps=1e-7)",
+    "use_ema": "give the decay alone: Adam(ema=0.99)",
+    "ema_momentum": "it is called ema here: Adam(ema=0.99)",
     "clipnorm": "it is called clip_norm here",
     "global_clipnorm": "it is called clip_norm here",
     "gradient_accumulation_steps": "it is called accumulate here",
@@ -216,7 +221,8 @@ def as_optimizer(value: str | Optimizer) -> Optimizer:
 
 def optimizer_from_config(config: Mapping[str, Any]) -> Optimizer:
     """Invert ``to_config``."""
-    options = dict(config)
+    # older files have no average
+    options = {"ema": 0.0, **config}
     if isinstance(options.get("lr"), Mapping):
         options["lr"] = schedule_from_config(options["lr"])
     if "per_parameter" in options:

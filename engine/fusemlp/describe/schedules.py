@@ -224,6 +224,45 @@ class OneCycle(Schedule):
 
 
 @dataclass(frozen=True)
+class FlatCosine(Schedule):
+    """The rate ``lr`` for a share ``flat_fraction`` of ``steps``, then half a cosine to ``final``.
+
+    fastai's ``fit_flat_cos`` (Howard and Gugger, 2020); with ``flat_fraction=0.5`` the flat_cos of RealMLP (Holzmüller
+    et al., 2024).
+    """
+
+    kind = "flat_cosine"
+    lr: NonNegative
+    _: KW_ONLY
+    final: NonNegative = 0.0
+    steps: Count | None = None
+    flat_fraction: OpenFraction = 0.75
+
+    def after_warmup(self, t: Array) -> Array:
+        assert self.steps is not None
+        flat = self.flat_fraction * self.steps
+        return _half_cosine(self.lr, self.final, np.clip((t - flat) / (self.steps - flat), 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class CosLog4(Schedule):
+    """Four waves from 0 up to ``lr`` and back over ``steps`` updates, each longer than the last.
+
+    ``lr * (1 - cos(2 pi log2(1 + 15 t / steps))) / 2``: RealMLP's (Holzmüller et al., "Better by default", 2024).
+    """
+
+    kind = "coslog4"
+    lr: NonNegative
+    _: KW_ONLY
+    steps: Count | None = None
+
+    def after_warmup(self, t: Array) -> Array:
+        assert self.steps is not None
+        waves = _each(math.log2, 1.0 + 15.0 * np.minimum(t / self.steps, 1.0))
+        return _half_cosine(0.0, self.lr, 2.0 * waves)
+
+
+@dataclass(frozen=True)
 class ReduceOnPlateau(Schedule):
     """The rate ``lr``, multiplied by ``factor`` when the validation loss stops improving, down to ``min_lr``.
 
@@ -263,7 +302,7 @@ def plateau_step(schedule: ReduceOnPlateau, state: PlateauState, value: float) -
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    cls.kind: cls for cls in (Constant, StepDecay, Exponential, Cosine, OneCycle, ReduceOnPlateau)
+    cls.kind: cls for cls in (Constant, StepDecay, Exponential, Cosine, OneCycle, FlatCosine, CosLog4, ReduceOnPlateau)
 }
 
 

@@ -68,7 +68,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 def engine_bytes(engine: Engine) -> int:
     """Estimate the bytes of an engine: arenas, table of rates, the best weights of early stopping, its objects."""
     memory = engine.memory
-    arenas = memory.gradient_parts + 2 + len(memory.states)
+    arenas = memory.gradient_parts + 2 + len(memory.states) + bool(memory.evaluated)
     shadow = 0 if memory.shadow is None else memory.shadow.nbytes
     return int(arenas * memory.params.nbytes + shadow + memory.rates.nbytes + ENGINE_OBJECTS)
 

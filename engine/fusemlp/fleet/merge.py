@@ -34,7 +34,7 @@ def merged(engines: Sequence[Engine]) -> Engine:
         one.keys() == scales[0].keys() and all(np.array_equal(one[name], scales[0][name]) for name in one)
         for one in scales
     )
-    states = [engine.tensors("") if alike else _of_raw_inputs(engine) for engine in engines]
+    states = [engine.evaluated_tensors() if alike else _of_raw_inputs(engine) for engine in engines]
     check_mergeable(first.network, count)
     inputs, *hidden, outputs = first.network.sizes
     parameters: dict[str, Array] = {}
@@ -108,7 +108,7 @@ def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> En
 
 def _of_raw_inputs(engine: Engine) -> dict[str, Array]:
     """Return parameters of the same network for inputs that are not normalised."""
-    state = engine.tensors("")
+    state = engine.evaluated_tensors()
     if engine.input_scale is not None:
         mean, scale = (np.asarray(one, np.float64) for one in (engine.input_scale.mean, engine.input_scale.scale))
         weight = state["0.weight"] / scale

@@ -96,7 +96,7 @@ def onnx_bytes(
         importlib.import_module("onnx")
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"to_onnx: it needs the library onnx: {HINT}") from error
-    parameters, scale = engine.tensors(""), engine.scale_tensors
+    parameters, scale = engine.evaluated_tensors(), engine.scale_tensors
     check_finite(parameters, "ONNX file")
     size = sum(array.nbytes for array in parameters.values())
     if size > MOST_BYTES:

@@ -48,7 +48,12 @@ class Inference:
     """Forward programs of one network, in a few sizes, each made on first use; ``input_scale`` scales its inputs."""
 
     def __init__(self, net: MLP, memory: Memory, input_scale: InputScale | None = None) -> None:
-        self.net, self.memory, self.input_scale = net, memory, input_scale
+        self.net, self.input_scale = net, input_scale
+        # what is trained, and what the programs read
+        self.trained = self.memory = memory
+        if memory.evaluated:
+            real, compute = memory.real_bytes, memory.compute_bytes
+            self.memory = Memory(net, memory.backend, 0, item_bytes=real, compute_bytes=compute)
         self.real = np.dtype(f"f{memory.real_bytes}")
         self.counters = memory.backend.allocate(COUNTERS, "int64")
         self.stats = memory.backend.allocate(STATS, "float64")
@@ -159,6 +164,7 @@ class Inference:
 
     def _collected(self, name: str, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Array:
         """Return a value of the program for all rows, on the host."""
+        self.memory.read_evaluated(self.trained)
         found = np.empty((len(arrays["x"]), bound.program.values[name].shape[1]), self.real)
         for start, stop in self.batches(bound, rows, arrays):
             found[start:stop] = self.memory.backend.to_host(bound.arrays[name][: stop - start])
@@ -169,6 +175,7 @@ class Inference:
         rows = self._rows_for(len(X))
         bound = self.bind(self.first(layer + 1), rows)
         silent = np.ones(self.net.sizes[layer + 1], np.bool_)
+        self.memory.read_evaluated(self.trained)
         for start, stop in self.batches(bound, rows, {"x": X}):
             silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
         return float(silent.mean())
@@ -201,13 +208,10 @@ class Evaluation:
             self._left = on_device(inference.memory.backend, data.arrays) if repeated else data.arrays
 
     def of(self, memory: Memory) -> dict[str, float]:
-        """Return the metrics of the parameters in ``memory``: see ``metrics_of``."""
+        """Return the metrics of what predictions read of ``memory``: see ``metrics_of``."""
         inference, bound = self._inference, self._bound
         own = inference.memory
-        if memory is not own:
-            for name in ("params", "shadow"):
-                if name in own.arrays:
-                    own.backend.copy_into(own.arrays[name], memory.arrays[name])
+        own.read_evaluated(memory)
         inference.stats[:] = 0.0
         if self._left:
             for _ in inference.batches(bound, self._size, self._left):

@@ -39,6 +39,7 @@ def new_arenas(
 class Memory:
     """The memory between steps: parameters, gradients, optimizer state, counters, all on the device.
 
+    ``average`` is the number of the state that predictions read in place of the parameters, or None.
     ``item_bytes``: bytes of a parameter; ``compute_bytes``: of what the matrix products read, where that is another
     type. ``arenas``: its arrays, those of ``new_arenas`` by default.
     """
@@ -53,8 +54,11 @@ class Memory:
         compute_bytes: int | None = None,
         gradient_parts: int = 1,
         arenas: Mapping[str, Any] | None = None,
+        average: int | None = None,
     ) -> None:
         self.backend = backend
+        # the suffix of what predictions read: of the parameters, or of their average
+        self.evaluated = "" if average is None else f".state{average}"
         self.real_bytes, self.compute_bytes = item_bytes, compute_bytes
         mixed = compute_bytes is not None
         self.layout = layout.parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
@@ -76,6 +80,17 @@ class Memory:
         self.arrays |= {f"d{name}": view for name, view in views(backend, self.grads).items()}
         for arena in (*states, *rounded):
             self.arrays |= {f"{name}.{arena}": view for name, view in views(backend, arenas[arena]).items()}
+
+    def read_evaluated(self, memory: Memory) -> None:
+        """Take over what predictions read of ``memory``."""
+        if memory is self:
+            return
+        copy = self.backend.copy_into
+        copy(self.params, memory.arrays[memory.evaluated.removeprefix(".") or "params"])
+        if memory.evaluated:
+            self.refresh_shadow()
+        elif self.shadow is not None:
+            copy(self.shadow, memory.shadow)
 
     def refresh_shadow(self) -> None:
         """Round the parameters into the shadow, after they were written from outside a step."""

@@ -180,7 +180,7 @@ class Predicting(Normalising):
         self.check_measured()
         asked = as_metrics("metrics", metrics, self.kind_of(data.targets)) if metrics else ()
         evaluation = Evaluation(self._inference, data, self.spec_for(data.targets), self.class_weight, repeated=False)
-        return {**evaluation.of(self._inference.memory), **self.figures(data, asked)}
+        return {**evaluation.of(self._inference.trained), **self.figures(data, asked)}
 
     def _rows_of(self, X: Any, y: Any, weight: Any, steps: int | None) -> Examples:
         if y is not None and steps is None:

@@ -15,6 +15,8 @@ from fusemlp_kernels.contract import (
     BIAS_CORRECTION_2,
     LEARNING_RATE,
     RATE_SCALE,
+    RATE_SHARE,
+    SHARE,
     UPDATE_COUNT,
     Backend,
     UpdateRule,
@@ -32,7 +34,7 @@ class RateTable:
         self.hyper, self.rates, self.counters = hyper, rates, counters
         self.schedule: Schedule | None = None
         self._backend = backend
-        self._rule = rule
+        self.rule = rule
         # what the table was filled with, and of which update its first row is
         self._filled: Array = np.empty((0, 0))
         self._first = 0
@@ -60,6 +62,7 @@ class RateTable:
         row = self._filled[first - self._first]
         hyper[LEARNING_RATE] = row[LEARNING_RATE] * scale
         hyper[BIAS_CORRECTION_1], hyper[BIAS_CORRECTION_2] = row[BIAS_CORRECTION_1], row[BIAS_CORRECTION_2]
+        hyper[SHARE] = row[RATE_SHARE]
 
     def rescale(self, scale: float) -> None:
         """Multiply the rates of the schedule by ``scale`` from the next update on."""
@@ -95,9 +98,9 @@ class RateTable:
     def _fill(self, first: int) -> None:
         assert self.schedule is not None
         rows = len(self.rates) - 1
-        if self.schedule.constant and first >= self.schedule.warmup and self._rule.kind == "sgd":
+        if self.schedule.constant and first >= self.schedule.warmup and self.rule.kind == "sgd" and not self.rule.ema:
             rows = 1
-        table = rate_table(self._rule, self.schedule.rates(first, rows), first)
+        table = rate_table(self.rule, self.schedule.rates(first, rows), first)
         self._backend.copy_into(self.rates[: len(table)], table)
         # on the host the table is kept once
         self._first, self._filled = first, (self.rates if isinstance(self.rates, np.ndarray) else table)[1 : len(table)]
@@ -108,8 +111,9 @@ class RateTable:
         ahead = first - self._first
         row = self._filled[ahead]
         settled = self.schedule.constant and first >= self.schedule.warmup
-        # with the bias corrections at 1, a constant rate's row stands for all that follow
-        if settled and row[BIAS_CORRECTION_1] == 1.0 and row[BIAS_CORRECTION_2] == 1.0:
+        # with bias corrections that are 1, those of the average too, a constant rate's row stands for all that follow
+        corrected = row[BIAS_CORRECTION_1] == row[BIAS_CORRECTION_2] == 1.0 and row[RATE_SHARE] == 1.0 - self.rule.ema
+        if settled and corrected:
             self._batches = sys.maxsize
         else:
-            self._batches = (len(self._filled) - 1 - ahead) * self._rule.accumulate
+            self._batches = (len(self._filled) - 1 - ahead) * self.rule.accumulate

@@ -192,17 +192,20 @@ class Session(Predicting, Spending):
         scale: InputScale | None,
         rows: int = 0,
     ) -> None:
+        rule = self.optimizer.rule()
+        self._states = rule.states
         self.memory = memory = Memory(
             self.network,
             self._backend,
-            self.optimizer.rule().state_count,
+            rule.state_count,
             item_bytes=self._real.itemsize,
             compute_bytes=COMPUTE_BYTES.get(self.precision),
             gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
+            average=rule.average,
         )
         # the learning rates of the updates to come, for those who launch steps
-        self.rates = RateTable(self._backend, self.optimizer.rule(), memory.hyper, memory.rates, memory.counters)
+        self.rates = RateTable(self._backend, rule, memory.hyper, memory.rates, memory.counters)
         self.rates.schedule = schedule
         self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
@@ -302,7 +305,19 @@ class Session(Predicting, Spending):
         With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
         gradients in the engine's memory. With ``resident_batches`` the steps run in one loop, over rows of ``epochs``
         epochs of this many batches, or over the data as the batch, with ``ridge`` as a penalty beside the loss.
+
+        Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
         """
+        if rule.states != self._states:
+            kept = [", ".join(states) or "no state" for states in (rule.states, self._states)]
+            raise ArgumentError(
+                f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
+                "engine, and give it the weights by load_state_dict"
+            )
+        if rule != self.rates.rule:
+            # another optimizer since the last fit
+            memory = self.memory
+            self.rates = RateTable(self._backend, rule, memory.hyper, memory.rates, memory.counters)
         arrays = dict(given)
         if self.class_weight is not None:
             arrays["class_weight"] = self.class_weight
@@ -444,6 +459,7 @@ class Session(Predicting, Spending):
             "parameters": size,
             "optimizer state": size * len(memory.states),
             "gradients": size * memory.gradient_parts,
+            "copy of the average": size * bool(memory.evaluated),
             "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
         }
         lines = layer_lines(net)
@@ -461,10 +477,15 @@ class Session(Predicting, Spending):
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``.
 
+        With the optimizer's ``ema`` they are the averages that ``predict`` uses.
         With normalised inputs there are ``normalise.mean`` and ``normalise.scale`` (K,) too: the first layer takes
         (x - mean) / scale.
         """
-        return {**self.tensors(""), **self.scale_tensors}
+        return {**self.evaluated_tensors(), **self.scale_tensors}
+
+    def evaluated_tensors(self) -> dict[str, Array]:
+        """Copies of what predictions use: the parameters, or their averages."""
+        return self.tensors(self.memory.evaluated)
 
     def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
         """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
@@ -472,7 +493,12 @@ class Session(Predicting, Spending):
         return {name: self._backend.to_host(arrays[f"{prefix}{short}{suffix}"]) for short, name in self._names.items()}
 
     def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
-        """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there."""
+        """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there.
+
+        An average of the parameters begins anew with them.
+        """
+        if not suffix and not prefix and self.memory.evaluated:
+            self.write_tensors(tensors, self.memory.evaluated)
         arena = suffix.removeprefix(".") or ("grads" if prefix else "params")
         self.memory.arrays[arena][:] = 0.0
         for short, name in self._names.items():

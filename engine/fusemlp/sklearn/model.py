@@ -159,7 +159,8 @@ class Model:
         for index, tensors in enumerate(state["states"]):
             self.engine.write_tensors(tensors, f".state{index}")
         memory.backend.copy_into(memory.counters, state["counters"])
-        memory.backend.copy_into(memory.hyper, state["hyper"])
+        # older pickles lack the last number
+        memory.backend.copy_into(memory.hyper[: len(state["hyper"])], state["hyper"])
         self.engine.rates.forget()
 
 

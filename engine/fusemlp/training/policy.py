@@ -103,7 +103,7 @@ class FitPolicy(Policy):
             if self._keeps_best:
                 state.history.best_epoch = state.epoch
                 if self.patience is not None:
-                    engine.best_parameters = engine.tensors("")
+                    engine.best_parameters = engine.evaluated_tensors()
         else:
             state.waited += 1
         if isinstance(self.schedule, ReduceOnPlateau):

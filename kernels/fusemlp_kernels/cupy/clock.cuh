@@ -45,4 +45,5 @@ __device__ inline void advance_clock(
     hyper[LEARNING_RATE] = row[LEARNING_RATE] * hyper[RATE_SCALE];
     hyper[BIAS_CORRECTION_1] = row[BIAS_CORRECTION_1];
     hyper[BIAS_CORRECTION_2] = row[BIAS_CORRECTION_2];
+    hyper[SHARE] = row[RATE_SHARE];
 }

@@ -17,6 +17,7 @@ struct Rule {
     double beta1;
     double beta2;
     double eps;
+    double ema;
     long long decoupled;
     long long inside;  // scikit-learn's convention
     double clip_norm;  // infinite: no clipping
@@ -168,6 +169,7 @@ __device__ __forceinline__ float element_loss(float y, float t, long long code, 
 struct Scalars {
     float kept;
     float coupled;
+    float share;
     float rate;
     float momentum;
     float inner;
@@ -189,6 +191,8 @@ __device__ __forceinline__ Scalars scalars_of(
     auto coupled = (decoupled ? 0.0 : decay);
     scalars.kept = static_cast<float>(kept);
     scalars.coupled = static_cast<float>(coupled);
+    auto share = hyper[SHARE];
+    scalars.share = static_cast<float>(share);
     switch (code) {
     case RULE_SGD: {
         scalars.rate = static_cast<float>(rate);
@@ -277,4 +281,11 @@ __device__ __forceinline__ float updated(
     default:
         return not_a_number();
     }
+}
+
+// The average of a parameter, in place.
+__device__ __forceinline__ void update_average(float p, float* place, const Scalars& scalars) {
+    float average = *place;
+    average = average + scalars.share * (p - average);
+    *place = average;
 }

@@ -68,7 +68,8 @@ class Tensors(Table):
         shadow: Array | None = None,
     ) -> None:  # fmt: skip
         """Add one tensor: matrices or vectors, all of one shape."""
-        arrays = dict(zip(("s0", "s1"), states, strict=False), g=g, p=p, shadow=shadow)
+        places = self.given.rule.places(states, None) if states else ()
+        arrays = dict(zip(("s0", "s1", "average"), places, strict=False), g=g, p=p, shadow=shadow)
         arrays = {name: array for name, array in arrays.items() if array is not None}
         if all(array.flags.c_contiguous for array in arrays.values()):
             arrays = {name: array.reshape(-1) for name, array in arrays.items()}

@@ -17,6 +17,7 @@ struct Tensor {
     Matrix<const float> g;
     Matrix<float> s0;
     Matrix<float> s1;
+    Matrix<float> average;
     Matrix<Compute> shadow;  // the parameter rounded; null: not kept
     double factor;
     double decay;
@@ -71,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) 
             float* s1 = tensor.s1.data ? tensor.s1.at(row, column) : nullptr;
             float value = updated(*p, g, s0, s1, rule.code, scalars);
             *p = value;
+            if (tensor.average.data) update_average(value, tensor.average.at(row, column), scalars);
             if (tensor.shadow.data) store(tensor.shadow.at(row, column), value);
         }
     }

@@ -52,7 +52,7 @@ def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
     the card. Otherwise, and if the weights have a rounded copy, the gradients pass through memory of the call's own.
     """
     sums, tensors = Sums(device, given), Tensors(device, given)
-    plain = given.rule.name == "sgd" and all(layer.w_shadow is None for layer in given.layers)
+    plain = given.rule.name == "sgd" and not given.rule.ema and all(layer.w_shadow is None for layer in given.layers)
     products: list[Run] = []
     for index, layer in enumerate(given.layers):
         if layer.w is not None:

@@ -290,12 +290,10 @@ def _grad_weight_update(
             return None
         columns = {"FIRST": table.tensor(owner[f"{own}rule"], 0, param.size), "W": param}
         columns["PANELS"] = table.panels_of(param)
-        if rule.code == t.SGD and _batch(layers) <= t.DEPTH:
+        if rule.code == t.SGD and not rule.ema and _batch(layers) <= t.DEPTH:
             # with nothing else to do with the gradient the product lands in the parameter
             return columns | {"OUT": param, "DESCENDS": True}
-        # an optimizer without state reads none
-        one, two = (*owner[f"{own}state"], param, param)[:2]
-        return columns | {"OUT": table.scratch(*param.shape), "PARAM": param, "STATE0": one, "STATE1": two}
+        return columns | {"OUT": table.scratch(*param.shape), **_updated(rule, param, owner[f"{own}state"])}
 
     for layer in layers:
         _gradients(table, layer, updated(layer, "w", "w_"), updated(layer, "b", "b_"))
@@ -305,6 +303,12 @@ def _grad_weight_update(
         _slope(table, slope["dslope"], columns)
     _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
     return _batch(layers)
+
+
+def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[str, Array]:
+    """The columns of what an update writes."""
+    one, two, average = rule.places(states, param)
+    return {"PARAM": param, "STATE0": one, "STATE1": two, **({"AVERAGE": average} if rule.ema else {})}
 
 
 def _update(
@@ -326,9 +330,7 @@ def _update(
             raise ArgumentError("noise: it is for one batch's clipped gradients; leave out clip_norm and accumulate")
         table.noise(noise, rows)
     tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
-    # an optimizer without state reads none
-    one, two = (*states, params, params)[:2]
-    columns = {"PARAM": params, "STATE0": one, "STATE1": two}
+    columns = _updated(rule, params, states)
     at_once = rule.clip_norm is None and rule.accumulate == 1
     if not (at_once and _with_gradients(table, grads, columns, segments, tensors)):
         first, end = (tensors[0], tensors[-1] + 1) if tensors else (0, 0)

@@ -36,7 +36,7 @@ NAMES = frozenset(
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
         *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF"),
-        *("PARAM", "PANELS", "PULLS"),
+        *("PARAM", "AVERAGE", "PANELS", "PULLS"),
         *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
         *("DESCENDS", "SLOPE", "DSLOPE"),
         *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),

@@ -31,8 +31,10 @@ BIAS_CORRECTION_2: tl.constexpr = tl.constexpr(contract.BIAS_CORRECTION_2)
 RATE_SCALE: tl.constexpr = tl.constexpr(contract.RATE_SCALE)
 LOSS_SCALE: tl.constexpr = tl.constexpr(contract.LOSS_SCALE)
 GOOD_UPDATES: tl.constexpr = tl.constexpr(contract.GOOD_UPDATES)
+SHARE: tl.constexpr = tl.constexpr(contract.SHARE)
 FIRST_UPDATE: tl.constexpr = tl.constexpr(contract.FIRST_UPDATE)
 ROWS_FILLED: tl.constexpr = tl.constexpr(contract.ROWS_FILLED)
+RATE_SHARE: tl.constexpr = tl.constexpr(contract.RATE_SHARE)
 RATE_COLUMNS: tl.constexpr = tl.constexpr(contract.RATE_COLUMNS)
 GROWTH_INTERVAL: tl.constexpr = tl.constexpr(contract.GROWTH_INTERVAL)
 
@@ -112,6 +114,7 @@ def advance_clock(counters, hyper, rates, rule, applied, skipped):
         tl.store(hyper + LEARNING_RATE, tl.load(row + LEARNING_RATE) * tl.load(hyper + RATE_SCALE))
         tl.store(hyper + BIAS_CORRECTION_1, tl.load(row + BIAS_CORRECTION_1))
         tl.store(hyper + BIAS_CORRECTION_2, tl.load(row + BIAS_CORRECTION_2))
+        tl.store(hyper + SHARE, tl.load(row + RATE_SHARE))
 
 
 @triton.jit

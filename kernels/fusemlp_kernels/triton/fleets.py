@@ -288,10 +288,10 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
     factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in step.segments] or [[0.0, 0.0]] for step in steps]
     epochs = 0 if epoch_stats is None else epoch_stats.shape[1]
     live = device.zeros(models * len(resident_tables.LIVE_FIELDS), "int64").view(models, -1)
-    states = [arenas[f"state{index}"] for index in range(count)]
+    states = first.rule.places([arenas[f"state{index}"] for index in range(count)], params)
     arguments = {
         "compute": device.far_base(work.base), "weights": weights, "parameters": params,
-        "grads": arenas["grads"], "first": states[0] if count else params, "second": states[-1] if count else params,
+        "grads": arenas["grads"], "first": states[0], "second": states[1], "average": states[2],
         "rows": rows, **target_arguments(device, output), "slopes": device.zeros(models * len(table), "real"),
         "measured": device.numbers([_measures(step.ridge, step.loss, outputs) for step in steps], "float64"),
         "settings": device.numbers([loss_settings(step.loss, output) for step in steps], "real"),

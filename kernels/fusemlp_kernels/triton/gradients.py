@@ -95,12 +95,13 @@ def grad_input_kernel(
 # A row of the table of ``grad_weight``'s tasks, int64. Offsets are in elements, from the two base pointers.
 TASK_FIELDS = (
     "first_tile", "kind", "N", "K", "gather", "dz", "dz_row", "dz_col", "x", "x_row", "x_col",
-    "p", "p_row", "p_col", "s0", "s0_row", "s0_col", "s1", "s1_row", "s1_col", "shadow", "shadow_row", "shadow_col",
-    "shadowed",
+    "p", "p_row", "p_col", "s0", "s0_row", "s0_col", "s1", "s1_row", "s1_col",
+    "average", "average_row", "average_col", "shadow", "shadow_row", "shadow_col", "shadowed",
 )  # fmt: skip
 (
     FIRST_TILE, KIND, TASK_N, TASK_K, GATHER, DZ, DZ_ROW, DZ_COL, X, X_ROW, X_COL,
-    P, P_ROW, P_COL, S0, S0_ROW, S0_COL, S1, S1_ROW, S1_COL, SHADOW, SHADOW_ROW, SHADOW_COL, SHADOWED,
+    P, P_ROW, P_COL, S0, S0_ROW, S0_COL, S1, S1_ROW, S1_COL,
+    AVERAGE, AVERAGE_ROW, AVERAGE_COL, SHADOW, SHADOW_ROW, SHADOW_COL, SHADOWED,
 ) = (tl.constexpr(place) for place in range(len(TASK_FIELDS)))  # fmt: skip
 FIELDS: tl.constexpr = tl.constexpr(len(TASK_FIELDS))
 WEIGHT: tl.constexpr = tl.constexpr(0)
@@ -185,7 +186,7 @@ def square_sum(g):
 
 @triton.jit
 def finished(
-    g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, tensors, task, counters, wants_norm, shadowed,
+    g, p_at, s0_at, s1_at, average_at, shadow_at, mask, hyper, rule, tensors, task, counters, wants_norm, shadowed,
     UPDATES: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Update the parameter by its gradient, or store the gradient. With ``wants_norm`` return the sum of the squares of
@@ -194,7 +195,7 @@ def finished(
     if UPDATES:
         factor = tl.load(tensors + task * TENSOR_FIELDS)
         decay = tl.load(tensors + task * TENSOR_FIELDS + 1)
-        stored_update(g, p_at, s0_at, s1_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE)
+        stored_update(g, p_at, s0_at, s1_at, average_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE)
     else:
         g = stored_gradient(tl.where(mask, g, 0.0), p_at, mask, counters, rule)
         if wants_norm != 0:
@@ -235,6 +236,7 @@ def grad_weight_kernel(
     p = real + whole(tl.load(row + P) + shift, ALIGNED)
     s0 = real + whole(tl.load(row + S0), ALIGNED)
     s1 = real + whole(tl.load(row + S1), ALIGNED)
+    average = real + whole(tl.load(row + AVERAGE), ALIGNED)
     shadow = compute + whole(tl.load(row + SHADOW), ALIGNED)
     shadowed = tl.load(row + SHADOWED)
     dz = compute + whole(tl.load(row + DZ), ALIGNED)
@@ -258,18 +260,19 @@ def grad_weight_kernel(
             near = tile_k * BK + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
             stored = (at_n < N)[:, None] & (near < masked_width(K, ALIGNED))
             if ALIGNED:
-                # one set of offsets for all four: four sets of addresses would take too many registers
+                # one set of offsets for all five: five sets of addresses would take too many registers
                 at_p = far * pitch + near
-                at_s0, at_s1, at_shadow = at_p, at_p, at_p
+                at_s0, at_s1, at_average, at_shadow = at_p, at_p, at_p, at_p
             else:
                 at_p = far * pitch + near * tl.load(row + P_COL)
                 at_s0 = far * tl.load(row + S0_ROW) + near * tl.load(row + S0_COL)
                 at_s1 = far * tl.load(row + S1_ROW) + near * tl.load(row + S1_COL)
+                at_average = far * tl.load(row + AVERAGE_ROW) + near * tl.load(row + AVERAGE_COL)
                 at_shadow = far * tl.load(row + SHADOW_ROW) + near * tl.load(row + SHADOW_COL)
             # 0 * NaN is NaN, and a NaN in the padding would stay there
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             squares += finished(
-                g, p + at_p, s0 + at_s0, s1 + at_s1, shadow + at_shadow, stored,
+                g, p + at_p, s0 + at_s0, s1 + at_s1, average + at_average, shadow + at_shadow, stored,
                 hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, RULE,
             )  # fmt: skip
     else:
@@ -285,7 +288,8 @@ def grad_weight_kernel(
         element = at_n.to(tl.int64)
         squares += finished(
             sums, p + element * tl.load(row + P_ROW), s0 + element * tl.load(row + S0_ROW),
-            s1 + element * tl.load(row + S1_ROW), shadow + element * tl.load(row + SHADOW_ROW), inside_n,
+            s1 + element * tl.load(row + S1_ROW), average + element * tl.load(row + AVERAGE_ROW),
+            shadow + element * tl.load(row + SHADOW_ROW), inside_n,
             hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, RULE,
         )  # fmt: skip
     if UPDATES:

@@ -53,7 +53,7 @@ class _Tasks:
                 row |= self._place(name, value)
             elif value is not None:
                 row[name] = value
-        pitches = {row[f"{name}_row"] for name in ("p", "s0", "s1", "shadow") if row.get(f"{name}_row")}
+        pitches = {row[f"{name}_row"] for name in ("p", "s0", "s1", "average", "shadow") if row.get(f"{name}_row")}
         self.aligned &= row["kind"] != WEIGHT or len(pitches) <= 1
         self.rows.append(row)
         self.rules.append((rule.lr_factor, rule.weight_decay))
@@ -79,16 +79,16 @@ def _collect(device: Device, given: SimpleNamespace, updates: bool) -> _Tasks:
             if updates:
                 states, rule = getattr(layer, f"{name}_state"), getattr(layer, f"{name}_rule")
                 shadow = layer.w_shadow if kind == WEIGHT else None
-            first, second = (*states, None, None)[:2]
+            first, second, average = given.rule.places(states, None) if updates else (None, None, None)
             tasks.add(
                 rule, kind=kind, N=layer.N, K=layer.K if kind == WEIGHT else 1, gather=int(layer.rows is not None),
-                dz=layer.dz, x=layer.x, p=tensor, s0=first, s1=second, shadow=shadow,
-                shadowed=int(shadow is not None),
+                dz=layer.dz, x=layer.x, p=tensor, s0=first, s1=second, average=average,
+                shadow=shadow, shadowed=int(shadow is not None),
             )  # fmt: skip
     for slope in given.slopes:
-        first, second = (*(slope.state if updates else ()), None, None)[:2]
+        first, second, average = given.rule.places(slope.state, None) if updates else (None, None, None)
         tensor, rule = (slope.param, slope.rule) if updates else (slope.grad, PLAIN)
-        tasks.add(rule, kind=SLOPE, N=1, K=1, x=slope.dslope, p=tensor, s0=first, s1=second)
+        tasks.add(rule, kind=SLOPE, N=1, K=1, x=slope.dslope, p=tensor, s0=first, s1=second, average=average)
     return tasks
 
 
@@ -153,9 +153,9 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
     table, tensors, programs = tasks.tables(tile.columns, 1)
     if programs == 0:
         return launch_clock(device, given, scaled=given.scaled)
-    spare = states[0] if states else params
+    first, second, average = rule.places(states, params)
     arguments: dict[str, Any] = {
-        "parameters": params, "grads": grads, "first": spare, "second": states[-1] if states else spare,
+        "parameters": params, "grads": grads, "first": first, "second": second, "average": average,
         "shadow": params if shadow is None else shadow, "norm": given.hyper if norm is None else norm,
         "table": table, "tensors": tensors, "hyper": given.hyper, "rates": given.rates, "counters": given.counters,
         "rule": device.numbers(clock.rule_values(rule, scaled=given.scaled), "float64"),

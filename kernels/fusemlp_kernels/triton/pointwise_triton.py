@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.clock import BIAS_CORRECTION_1, BIAS_CORRECTION_2, DECOUPLED, INSIDE, LEARNING_RATE
+from fusemlp_kernels.triton.clock import BIAS_CORRECTION_1, BIAS_CORRECTION_2, DECOUPLED, INSIDE, LEARNING_RATE, SHARE
 from fusemlp_kernels.triton.functions import log1p, maximum, minimum, normal_cdf, normal_pdf, sigmoid, sign, step, tanh
 
 (
@@ -19,7 +19,7 @@ from fusemlp_kernels.triton.functions import log1p, maximum, minimum, normal_cdf
     RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV,
 ) = (tl.constexpr(code) for code in range(4))  # fmt: skip
 # places of the hyperparameters in a rule
-MOMENTUM, BETA1, BETA2, EPS = (tl.constexpr(place) for place in range(1, 5))
+MOMENTUM, BETA1, BETA2, EPS, EMA = (tl.constexpr(place) for place in range(1, 6))
 RULES: tl.constexpr = tl.constexpr(4)
 
 
@@ -146,10 +146,10 @@ def element_loss(y, t, kind, option):
 
 @triton.jit
 def stored_update(
-    g, p_at, first_at, second_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE: tl.constexpr
+    g, p_at, first_at, second_at, average_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, RULE: tl.constexpr
 ):
-    """Update the parameters at ``p_at`` and their states by the gradient ``g``, where ``mask`` is set;
-    ``shadow_at`` receives the parameter rounded, where ``shadowed``."""
+    """Update the parameters at ``p_at`` and their states by the gradient ``g``, where ``mask`` is set,
+    and with an ``ema`` their average; ``shadow_at`` receives the parameter rounded, where ``shadowed``."""
     rate = tl.load(hyper + LEARNING_RATE) * factor
     p = tl.load(p_at, mask=mask, other=0.0)
     decoupled = tl.load(rule + DECOUPLED) != 0.0
@@ -199,6 +199,11 @@ def stored_update(
         tl.store(first_at, velocity, mask=mask)
     else:
         p += float("nan")
+    if tl.load(rule + EMA) != 0.0:
+        share = tl.load(hyper + SHARE)
+        average = tl.load(average_at, mask=mask, other=0.0)
+        average = average + share.to(tl.float32) * (p - average)
+        tl.store(average_at, average, mask=mask)
     tl.store(p_at, p, mask=mask)
     if shadowed != 0:
         tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)

@@ -259,10 +259,10 @@ NUMBERS = [
 
 @triton.jit(do_not_specialize=NUMBERS)
 def resident_kernel(
-    compute, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, slopes, measured,
-    layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, epoch_stats, live,
-    M, depth, lowest, trained, work_size, size, rows_size, rates_size, label_step, target_row, target_col, weight_step,
-    ignored_low, ignored_high, entropy, stored, shadowed,
+    compute, weights, parameters, grads, first, second, average, rows, labels, target, weight, class_weight, slopes,
+    measured, layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, epoch_stats,
+    live, M, depth, lowest, trained, work_size, size, rows_size, rates_size, label_step, target_row, target_col,
+    weight_step, ignored_low, ignored_high, entropy, stored, shadowed,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
     BO: tl.constexpr, OUTPUTS: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -306,15 +306,15 @@ def resident_kernel(
             tl.debug_barrier()
         for index in range(lowest, depth):
             gradients_of_layer(
-                compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
-                tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+                compute, weights, parameters, grads, first, second, average, rows, layers, slopes, counters, hyper,
+                rules, tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
                 WN, WK, BM, PRODUCT, PARTS,
             )  # fmt: skip
         tl.debug_barrier()
         if stored != 0:
             update_from_memory(
-                weights, parameters, grads, first, second, segments, counters, hyper, rules, tensors, live, trained,
-                size, shadowed,
+                weights, parameters, grads, first, second, average, segments, counters, hyper, rules, tensors, live,
+                trained, size, shadowed,
             )  # fmt: skip
             tl.debug_barrier()
         tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size)

@@ -58,23 +58,25 @@ from fusemlp_kernels.triton.update import clip_factor
 
 
 @triton.jit
-def update_elements(g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, code, shadowed):
+def update_elements(
+    g, at, mask, pull, weights, params, first, second, average, hyper, rule, tensors, task, code, shadowed,
+):  # fmt: skip
     """Update the elements ``at`` of the arenas. A ridge pulls as a coupled weight decay does; with a decoupled one the
     gradients contain it already."""
     factor = tl.load(tensors + task * TENSOR_FIELDS)
     decay = tl.load(tensors + task * TENSOR_FIELDS + 1) + pull
-    p, s0, s1, shadow = params + at, first + at, second + at, weights + at
+    p, s0, s1, a, shadow = params + at, first + at, second + at, average + at, weights + at
     for each in tl.static_range(RULES):
         if code == each:
-            stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, each)
+            stored_update(g, p, s0, s1, a, shadow, mask, hyper, rule, factor, decay, shadowed, each)
     if (code < 0) | (code >= RULES):
-        stored_update(g, p, s0, s1, shadow, mask, hyper, rule, factor, decay, shadowed, -1)
+        stored_update(g, p, s0, s1, a, shadow, mask, hyper, rule, factor, decay, shadowed, -1)
 
 
 @triton.jit
 def finish_gradient(
-    g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, code, stored,
-    shadowed,
+    g, at, mask, pull, weights, params, grads, first, second, average, counters, hyper, rule, tensors, task, code,
+    stored, shadowed,
 ):  # fmt: skip
     """Update the elements ``at`` by their gradient, or with ``stored`` store the gradient, with ``pull`` times the
     parameters added."""
@@ -84,13 +86,15 @@ def finish_gradient(
             g += pull.to(tl.float32) * tl.load(params + at, mask=mask, other=0.0)
         stored_gradient(g, grads + at, mask, counters, rule)
     else:
-        update_elements(g, at, mask, pull, weights, params, first, second, hyper, rule, tensors, task, code, shadowed)
+        update_elements(
+            g, at, mask, pull, weights, params, first, second, average, hyper, rule, tensors, task, code, shadowed
+        )
 
 
 @triton.jit(noinline=True)
 def gradients_of_layer(
-    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
-    measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+    compute, weights, params, grads, first, second, average, rows, layers, slopes, counters, hyper, rules, tensors,
+    live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients by a layer's weights, bias and slope; update by them, or store them."""
@@ -103,6 +107,7 @@ def gradients_of_layer(
     grads += arena
     first += arena
     second += arena
+    average += arena
     slopes += model * depth
     counters += model * COUNTERS
     hyper += model * HYPER
@@ -133,7 +138,7 @@ def gradients_of_layer(
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             finish_gradient(
                 g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first, second,
-                counters, hyper, rule, tensors, task, code, stored, shadowed,
+                average, counters, hyper, rule, tensors, task, code, stored, shadowed,
             )  # fmt: skip
     # the bias, then the slope
     for vector in range(2):
@@ -148,8 +153,8 @@ def gradients_of_layer(
             else:
                 g = tl.load(slopes + index + at, mask=mask, other=0.0)
             finish_gradient(
-                g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
-                code, stored, 0,
+                g, start + at, mask, 0.0, weights, params, grads, first, second, average, counters, hyper, rule,
+                tensors, task, code, stored, 0,
             )  # fmt: skip
 
 
@@ -161,7 +166,8 @@ def is_due(counters, rule):
 
 @triton.jit(noinline=True)
 def update_from_memory(
-    weights, params, grads, first, second, segments, counters, hyper, rules, tensors, live, trained, size, shadowed,
+    weights, params, grads, first, second, average, segments, counters, hyper, rules, tensors, live, trained, size,
+    shadowed,
 ):  # fmt: skip
     """Update all tensors by the mean of the accumulated gradients, clipped by their global norm, if this batch is the
     last that the update accumulates."""
@@ -172,6 +178,7 @@ def update_from_memory(
     grads += arena
     first += arena
     second += arena
+    average += arena
     hyper += model * HYPER
     rule = rules + model * RULE_COLUMNS
     tensors += model * trained * TENSOR_FIELDS
@@ -195,8 +202,8 @@ def update_from_memory(
             # a factor that is NaN must not get into the padding
             g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
             update_elements(
-                g, start + at, at < length, 0.0, weights, params, first, second, hyper, rule, tensors, task, code,
-                shadowed,
+                g, start + at, at < length, 0.0, weights, params, first, second, average, hyper, rule, tensors, task,
+                code, shadowed,
             )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def clip_factor(norm, limit):
 
 @triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "shadowed"])
 def update_kernel(
-    parameters, grads, first, second, shadow, norm, table, tensors, hyper, rates, rule, counters, ticket,
+    parameters, grads, first, second, average, shadow, norm, table, tensors, hyper, rates, rule, counters, ticket,
     tasks, programs, parts, part, shadowed,
     BLOCK: tl.constexpr, RULE: tl.constexpr, TASKS: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def update_kernel(
         # a factor that is NaN must not get into the padding
         g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
         stored_update(
-            g, parameters + at, first + at, second + at, shadow + at, mask, hyper, rule,
+            g, parameters + at, first + at, second + at, average + at, shadow + at, mask, hyper, rule,
             tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, RULE,
         )  # fmt: skip
     if is_last(ticket, programs):

@@ -18,11 +18,13 @@ from fusemlp_kernels.contract import (
     LOSS_SUM,
     RATE_COLUMNS,
     RATE_SCALE,
+    RATE_SHARE,
     ROW_COUNT,
     ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
     ROWS_FILLED,
+    SHARE,
     STATS,
     UPDATE_COUNT,
 )
@@ -62,3 +64,4 @@ def advance(
     hyper[LEARNING_RATE] = rates[start + LEARNING_RATE] * hyper[RATE_SCALE]
     hyper[BIAS_CORRECTION_1] = rates[start + BIAS_CORRECTION_1]
     hyper[BIAS_CORRECTION_2] = rates[start + BIAS_CORRECTION_2]
+    hyper[SHARE] = rates[start + RATE_SHARE]

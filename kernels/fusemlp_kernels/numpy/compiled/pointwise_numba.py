@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2
+from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2, SHARE
 from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
 from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
@@ -19,7 +19,7 @@ IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLU
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = range(7)
 RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = range(4)
 # places of the hyperparameters in a rule
-MOMENTUM, BETA1, BETA2, EPS = range(4)
+MOMENTUM, BETA1, BETA2, EPS, EMA = range(5)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -385,6 +385,17 @@ def update_nesterov(ps, gs, states0, states1, count, rate, kept, coupled, rule, 
         velocity = real(momentum) * velocity + change
         p = p + real(outer) * (change + real(momentum) * velocity)
         ps[i], states0[i] = p, velocity
+
+
+@register_jitable(**ELEMENTWISE)
+def update_average(ps, averages, count, hyper):
+    """The average of the parameters, after an update."""
+    real = ps.dtype.type
+    share = hyper[SHARE]
+    for i in range(count):
+        p, average = ps[i], averages[i]
+        average = average + real(share) * (p - average)
+        averages[i] = average
 
 
 @register_jitable(**ELEMENTWISE)

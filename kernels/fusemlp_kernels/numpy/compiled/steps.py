@@ -17,7 +17,7 @@ from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, re
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
+from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative, update_average
 from fusemlp_kernels.numpy.compiled.products import column_sums
 from fusemlp_kernels.numpy.compiled.tables import (
     ACCUMULATE,
@@ -41,6 +41,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     AT_SUMS,
     AT_TASKS,
     AT_ZEROS,
+    AVERAGE,
     BACKWARD,
     BATCH,
     BIAS,
@@ -358,6 +359,8 @@ def _after_gradient(
                 elements(like, call[STATE0] + at), elements(like, call[STATE1] + at), width, tensor_factors,
                 call[FIRST], integers, factors, hyper, 1.0,
             )  # fmt: skip
+            if call[AVERAGE]:
+                update_average(elements(like, call[PARAM] + at), elements(like, call[AVERAGE] + at), width, hyper)
     if call[PANELS] and integers[STEP] + 1 < integers[STEPS]:
         _pack(call, integers, piece)
     return total
@@ -383,6 +386,9 @@ def _by_piece(
             elements(like, call[STATE1] + size * at), width, tensor_factors, piece[TOP], integers, factors, hyper,
             factors[SCALE],
         )  # fmt: skip
+        if call[AVERAGE]:
+            at = size * at
+            update_average(elements(like, call[PARAM] + at), elements(like, call[AVERAGE] + at), width, hyper)
         return 0.0
     if kind == PACK:
         _pack(call, integers, piece)

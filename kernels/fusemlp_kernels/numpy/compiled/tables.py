@@ -100,10 +100,10 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
 # it, dropout's mask. SLOPE_PART: the place of a slope's gradient among the partial results. Dropout: key, layer and
 # threshold of its random numbers. The rows of the table of tensors from FIRST to before END that an update is of. A
-# gradient may be updated from at once: PARAM and its states, of tensor FIRST; with DESCENDS the product lands in the
-# parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights (arrays),
-# and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a target; WIDE: a
-# row of classes fills the vector registers. AFRESH: the norms begin with this layer.
+# gradient may be updated from at once: PARAM, its states and its AVERAGE, of tensor FIRST; with DESCENDS the product
+# lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
+# (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a target;
+# WIDE: a row of classes fills the vector registers. AFRESH: the norms begin with this layer.
 (
     KIND_OF_ROW,
     N,
@@ -132,6 +132,7 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     PARAM,
     STATE0,
     STATE1,
+    AVERAGE,
     DESCENDS,
     PULLS,
     SUMS,
@@ -148,7 +149,7 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     WIDE,
     AFRESH,
     CALL_COLUMNS,
-) = range(43)
+) = range(44)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
