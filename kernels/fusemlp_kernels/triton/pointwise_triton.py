@@ -199,11 +199,11 @@ def stored_update(
         tl.store(first_at, velocity, mask=mask)
     else:
         p += float("nan")
+    tl.store(p_at, p, mask=mask)
+    if shadowed != 0:
+        tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)
     if tl.load(rule + EMA) != 0.0:
         share = tl.load(hyper + SHARE)
         average = tl.load(average_at, mask=mask, other=0.0)
         average = average + share.to(tl.float32) * (p - average)
         tl.store(average_at, average, mask=mask)
-    tl.store(p_at, p, mask=mask)
-    if shadowed != 0:
-        tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)
