@@ -102,8 +102,8 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # threshold of its random numbers. The rows of the table of tensors from FIRST to before END that an update is of. A
 # gradient may be updated from at once: PARAM, its states and its AVERAGE, of tensor FIRST; with DESCENDS the product
 # lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
-# (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a target;
-# WIDE: a row of classes fills the vector registers. AFRESH: the norms begin with this layer.
+# (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
+# target; WIDE: a row of classes fills the vector registers. AFRESH: the norms begin with this layer.
 (
     KIND_OF_ROW,
     N,
