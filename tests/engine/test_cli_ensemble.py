@@ -420,6 +420,13 @@ def test_members_undo_the_merge_also_from_a_file(sizes: tuple[int, ...], normali
     np.testing.assert_allclose(merged(members(whole)).predict(X), whole.predict(X), rtol=0, atol=atol)
     for name, tensor in merged(members(whole)).state_dict().items():
         np.testing.assert_allclose(tensor, whole.state_dict()[name], rtol=0, atol=atol)
+    # one hidden layer has no weights between the parts: whatever it learns, it is the mean of them
+    whole.fit(X, X[:, :2], epochs=2, batch_size=10)
+    if len(sizes) == 3:
+        np.testing.assert_allclose(np.mean([one.predict(X) for one in members(whole)], axis=0), whole.predict(X))
+    else:
+        with pytest.raises(ArgumentError, match=r"^engine: the model was trained after its parts were merged"):
+            members(whole)
 
 
 def test_the_spread_is_that_of_the_models(trained: Path, tmp_path: Path) -> None:

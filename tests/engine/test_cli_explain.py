@@ -135,6 +135,15 @@ def test_mistakes(digits: Path, options: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+def test_a_single_row_or_none(prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    none = "there are no rows"
+    for count, mistakes in ((1, ("X: permutation mixes", "background: a single row")), (0, (none, none))):
+        table(count).to_csv(tmp_path / "rows.csv", index=False)
+        for method, mistake in zip(("permutation", "integrated"), mistakes, strict=True):
+            assert run("explain", prices, "--data", tmp_path / "rows.csv", "--method", method) != 0
+            assert mistake in capsys.readouterr().err
+
+
 def test_numbers_have_no_class(prices: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("explain", prices, "--method", "integrated", "--class", "red") == 2
     assert "--class: the run predicts numbers" in capsys.readouterr().err

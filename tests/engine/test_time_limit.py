@@ -17,9 +17,11 @@ from fusemlp.fleet import fleet as fleets
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
-from fusemlp.fleet.merge import mean_history
+from fusemlp.fleet.merge import mean_history, sound
+from fusemlp.fleet.results import Member
 from fusemlp.sklearn import TableClassifier
 from fusemlp.training import policy
+from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError
 
 # more than any test has time for
@@ -70,6 +72,18 @@ def test_a_fit_ends_at_the_limit_with_its_best_weights(patience: int | None) -> 
     if patience is not None:
         # without patience the last epoch may have been cut
         np.testing.assert_array_equal(engine.predict_proba(X), whole.predict_proba(X))
+
+
+def test_a_limit_shorter_than_the_set_up_trains_an_epoch() -> None:
+    assert len(Engine(MLP([3, 4, 2])).fit(*rows(), epochs=500, validation_data=rows(20), time_limit=1e-9).epochs) == 1
+
+
+def test_models_without_an_epoch_are_left_out_unless_all_are() -> None:
+    engines = [Engine(MLP([3, 4, 2]), seed=seed) for seed in range(3)]
+    engines[1].fit(*rows(), epochs=1)
+    ended = [Member(at, {}, one, one.history or History(), "stopped", "", {}) for at, one in enumerate(engines)]
+    assert sound(ended) == {1: engines[1]}
+    assert sound([ended[0], ended[2]]) == {0: engines[0], 2: engines[2]}
 
 
 @pytest.mark.usefixtures("clock")

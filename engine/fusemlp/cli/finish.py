@@ -23,6 +23,18 @@ from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
 
 
+def _scale_best(run: Run, engine: Engine, history: History, temperature: float) -> None:
+    """Divide the logits of the checkpoint ``best``; those of an epoch before a resumption have been divided once."""
+    if run.report.exists():
+        before = json.loads(run.report.read_text(encoding="utf-8"))
+        if history.best_epoch is not None and history.best_epoch < before["epochs"]:
+            temperature /= before.get("temperature", 1.0)
+    if temperature != 1.0 and run.checkpoint("best").exists():
+        best = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
+        scale_logits(best, temperature)
+        best.save_checkpoint(run.checkpoint("best"))
+
+
 def finish(
     run: Run,
     engine: Engine,
@@ -52,10 +64,8 @@ def finish(
         kept.save_checkpoint(run.checkpoint("model"))
         if prepared.models > 1 or final is not None:
             engine.save_checkpoint(run.checkpoint("best"))
-        elif temperature is not None and run.checkpoint("best").exists():
-            best_engine = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
-            scale_logits(best_engine, temperature)
-            best_engine.save_checkpoint(run.checkpoint("best"))
+        else:
+            _scale_best(run, engine, history, 1.0 if temperature is None else temperature.value)
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1

@@ -129,7 +129,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         try:
             final = final_fit(session)
             if temperature is not None:
-                scale_logits(final[0], temperature)
+                scale_logits(final[0], temperature.value)
             write_training_rows(run, prepared.hashes(every=True))
         except DivergenceError as error:
             refused = error

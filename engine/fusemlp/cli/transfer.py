@@ -13,7 +13,6 @@ import numpy as np
 from fusemlp.cli import recipe
 from fusemlp.cli.defaults import is_a_table
 from fusemlp.cli.options import TrainOptions
-from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
@@ -81,7 +80,7 @@ class Source:
 
     def noted(self, dataset: Dataset) -> Dataset:
         """Return the data set with a note on columns that the run did not have."""
-        known = {*_columns(self.preprocessor), *self.preprocessor.ids, *self.preprocessor.unused}
+        known = {*self.preprocessor.sources, *self.preprocessor.ids, *self.preprocessor.unused}
         strange = [role.name for role in dataset.roles if role.kind == "dropped" and role.name not in known]
         note = f"columns that {self.run.path} did not have, ignored: {listed(strange)}"
         return replace(dataset, notes=(*dataset.notes, note)) if strange else dataset
@@ -168,7 +167,7 @@ def opened(options: TrainOptions) -> tuple[Source | None, TrainOptions]:
         changes["models"] = 1
     for option in ("target", "group", "id"):
         given = getattr(options, option) or ()
-        both = _columns(made) & {*([given] if isinstance(given, str) else given)}
+        both = {*made.sources} & {*([given] if isinstance(given, str) else given)}
         if both:
             raise ArgumentError(
                 f"{option}: {listed(both)} is an input of the network of {options.from_run!r}; choose another "
@@ -219,12 +218,6 @@ def initial(
 
 def _picked(data: Mapping[str, Any], rows: Any) -> tuple[Any, ...]:
     return tuple(None if data[name] is None else data[name][rows] for name in ("X", "y", "sample_weight"))
-
-
-def _columns(made: Preprocessor) -> set[str]:
-    """Return the columns of a table that are inputs."""
-    parts = part_names(name for name, _ in made.dates)
-    return {parts.get(name, name) for name in made.feature_names}
 
 
 def _loaded(path: Path, options: TrainOptions) -> Engine:

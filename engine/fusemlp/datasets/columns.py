@@ -270,7 +270,7 @@ class Column:
 
     def finish(self, notes: list[str]) -> Array:
         notes += self.notes
-        if self.kind is None:
+        if self.kind is None or not self.grown.length:
             # No cell of the column has a value.
             return np.full(sum(map(len, self.waiting)), np.nan)
         whole, self.grown = self.grown.values, _Growing()

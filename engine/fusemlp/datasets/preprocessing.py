@@ -208,9 +208,12 @@ class Preprocessor:
 
     def by_column(self, values: Array) -> tuple[tuple[str, ...], Array]:
         """Return the names of the columns, and for each the sum of ``values`` (n, ``width``) of its inputs."""
-        names = tuple(dict.fromkeys(self.sources))
-        column_of = np.repeat([names.index(name) for name in self.sources], self.widths)
-        return names, values @ (column_of[:, None] == np.arange(len(names))).astype(np.float64)
+        places: dict[str, int] = {}
+        column_of = np.repeat([places.setdefault(name, len(places)) for name in self.sources], self.widths)
+        sums = np.zeros((len(places), len(values)))
+        for place, column in zip(column_of, values.T, strict=True):
+            sums[place] += column
+        return tuple(places), sums.T
 
     @property
     def outputs(self) -> int:

@@ -62,7 +62,8 @@ def merged(engines: Sequence[Engine]) -> Engine:
 def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     """Return the models that ``merged`` made ``engine`` of, to rounding: their blocks of the hidden layers.
 
-    Raises ArgumentError for an engine that was not merged, and for one without hidden layers, whose weights are means.
+    Raises ArgumentError for an engine that was not merged or was trained since, and for one without hidden layers,
+    whose weights are means.
     """
     own, net = engine.merged_biases, engine.network
     if own is None or net.layers == 1:
@@ -71,6 +72,10 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     count, state, last = len(own), engine.state_dict(), 2 * (net.layers - 1)
     inputs, *hidden, outputs = net.sizes
     widths = inputs, *(width // count for width in hidden), outputs
+    for layer in range(1, net.layers - 1):
+        grid = state[f"{2 * layer}.weight"].reshape(count, widths[layer + 1], count, widths[layer]).swapaxes(1, 2)
+        if grid[~np.eye(count, dtype=np.bool_)].any():
+            raise ArgumentError(f"{argument}: the model was trained after its parts were merged; part it before that")
     found = []
     for place, bias in enumerate(own):
         blocks = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]
@@ -123,11 +128,15 @@ def check_mergeable(net: MLP, models: int) -> None:
 
 
 def sound(members: Sequence[Member]) -> dict[int, Engine]:
-    """Return the engines of the members that did not diverge, by their index; DivergenceError if all did."""
-    found = {member.index: member.engine for member in members if member.status != "diverged"}
+    """Return the engines of the members that did not diverge, by their index; DivergenceError if all did.
+
+    Those for whose first epoch a time limit was too short are left out, unless all are.
+    """
+    found = [member for member in members if member.status != "diverged"]
     if not found:
         raise DivergenceError(members[0].reason)
-    return found
+    kept = [member for member in found if member.history.epochs] or found
+    return {member.index: member.engine for member in kept}
 
 
 def mean_history(histories: Sequence[History]) -> History:

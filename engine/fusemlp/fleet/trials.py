@@ -167,7 +167,7 @@ def _error(
 ) -> float:
     """Return the error of the held-out rows: root mean square, or the loss.
 
-    Infinite if a model diverged, NaN if the time was too short for an epoch, which decides nothing.
+    Infinite if a model diverged, NaN if the time was too short for more than ``PATIENCE`` epochs.
     """
     classify = made.classes is not None
     X, labels = made.transform_features(dataset.X[rows]), dataset.y[rows]
@@ -185,7 +185,7 @@ def _error(
     for member, held in zip(results.members, held_out, strict=True):
         if member.status == "diverged":
             return math.inf
-        if not member.history.epochs:
+        if len(member.history.epochs) <= PATIENCE:
             return math.nan
         if classify:
             total += member.scores["val_loss"] * len(held)

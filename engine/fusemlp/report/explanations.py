@@ -134,6 +134,8 @@ def column_attributions(
     and ``baseline`` is by default their mean.
     """
     rows = X if background is None else background
+    if background is None and baseline is None and len(X) == 1:
+        raise ArgumentError("background: a single row is its own baseline; explain several rows, or give other rows")
     if method == "expected":
         options["background"] = rows
     elif baseline is None:
@@ -159,6 +161,8 @@ def permutation_importance(
 
     Raises ArgumentError, and DataError if the error is not defined on these rows.
     """
+    if len(X) < 2:
+        raise DataError(f"X: permutation mixes rows; expected two or more, got {len(X)}")
     many, drawn = as_count("repeats", repeats, minimum=1), as_count("seed", seed, minimum=0)
     evidence = Evidence(engine, preprocessor, X, y, np.arange(len(X)))
     found = evidence.importance(most=len(X), repeats=many, seconds=math.inf, seed=drawn)

@@ -77,11 +77,11 @@ def temperature_of(parts: Iterable[tuple[Array, Array, Array]]) -> Temperature |
     return Temperature(value, rows, before, after) if before - after >= LEAST_GAIN else None
 
 
-def scale_logits(engine: Session, temperature: Temperature) -> None:
-    """Divide the last layer's weights and biases by a temperature."""
+def scale_logits(engine: Session, value: float) -> None:
+    """Divide the last layer's weights and biases by the number ``value``."""
     state, last = engine.state_dict(), 2 * (engine.network.layers - 1)
     for name in (f"{last}.weight", f"{last}.bias"):
-        state[name] = state[name] / temperature.value
+        state[name] = state[name] / value
     engine.load_state_dict(state)
     if engine.merged_biases is not None:
-        engine.merged_biases = engine.merged_biases / temperature.value
+        engine.merged_biases = engine.merged_biases / value

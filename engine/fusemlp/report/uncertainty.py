@@ -93,7 +93,7 @@ def judged(
         )
     if temperature is not None:
         for one in {id(one): one for one in (engine, *(model for model, _ in models))}.values():
-            scale_logits(one, temperature)
+            scale_logits(one, temperature.value)
     errors = [errors_of(model, preprocessor, rows.X[held], rows.labels[held]) for model, held in models]
     return HeldOut.of(np.concatenate(errors)), temperature
 

@@ -109,7 +109,7 @@ def fit(
     A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
     the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
-    seconds; the launch that runs is finished.
+    seconds; the launch that runs, the first at least, is finished.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is

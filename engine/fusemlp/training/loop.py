@@ -147,10 +147,10 @@ class EpochLoop(Generic[PolicyT]):
         engine, state, policy = self.engine, self.state, self.policy
         good: dict[str, Array] = {}
         # ``again``: epochs to train once more after a divergence, all of them to their end
-        at_once, again = self.at_once, 0
+        at_once, again, begun = self.at_once, 0, False
 
         def ends() -> bool:
-            return not again and (engine.stop_training or interrupted() or policy.late())
+            return not again and (engine.stop_training or interrupted() or (begun and policy.late()))
 
         # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
         while (wanted := policy.wanted()) and not ends():
@@ -162,6 +162,8 @@ class EpochLoop(Generic[PolicyT]):
             began = time.perf_counter()
             if first_batch == 0:
                 self._call("on_epoch_begin", first_epoch)
+            # the set-up alone may take as long as a short time limit
+            begun = True
             yield from self._walk(ends, epochs)
             left = state.batch % self.batches
             ended = state.epoch - first_epoch + (0 if left else 1)
