@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,29 @@ def test_mistakes(digits: Path, options: list[str], message: str, capsys: pytest
 
 
 def test_a_single_row_or_none(prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    none = "there are no rows"
-    for count, mistakes in ((1, ("X: permutation mixes", "background: a single row")), (0, (none, none))):
-        table(count).to_csv(tmp_path / "rows.csv", index=False)
-        for method, mistake in zip(("permutation", "integrated"), mistakes, strict=True):
-            assert run("explain", prices, "--data", tmp_path / "rows.csv", "--method", method) != 0
-            assert mistake in capsys.readouterr().err
+    none, rows = "there are no rows", tmp_path / "rows.csv"
+    for count, method, mistake in (
+        (1, "permutation", "X: permutation mixes"),
+        (0, "permutation", none),
+        (0, "integrated", none),
+    ):
+        table(count).to_csv(rows, index=False)
+        assert run("explain", prices, "--data", rows, "--method", method) != 0
+        assert mistake in capsys.readouterr().err
+    # Its baseline is the mean of the run's training rows, and where these are gone there is none.
+    table(1).to_csv(rows, index=False)
+    assert run("explain", prices, "--data", rows, "--method", "integrated", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["completeness"]["difference"] > 0
+    gone = tmp_path / "run"
+    shutil.copytree(prices, gone)
+    config = json.loads((gone / "config.json").read_text())
+    config["data"]["source"] = str(tmp_path / "gone.csv")
+    (gone / "config.json").write_text(json.dumps(config))
+    assert run("explain", gone, "--data", rows, "--method", "integrated") != 0
+    assert "background: a single row" in capsys.readouterr().err
+    table(9).to_csv(rows, index=False)
+    assert run("explain", gone, "--data", rows, "--method", "integrated") == 0
+    assert "baselines are these rows" in capsys.readouterr().out
 
 
 def test_numbers_have_no_class(prices: Path, capsys: pytest.CaptureFixture[str]) -> None:

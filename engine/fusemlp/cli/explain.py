@@ -22,7 +22,7 @@ from fusemlp.report.explanations import Attributions, column_attributions, permu
 from fusemlp.report.metrics import aligned, spelled
 from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, picture
 from fusemlp.report.runs import csv_bytes
-from fusemlp_kernels.errors import ArgumentError, MissingLibraryError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, FusemlpError, MissingLibraryError, unknown_name
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
 REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
@@ -140,6 +140,11 @@ def _rows(
             cells, labels = load_labelled(options.data, made, **read)
         else:
             cells = load_features(options.data, made, ids=ids, **read)
+            try:
+                background = own_data(config, made).train.X
+            except FusemlpError as error:
+                # several rows are baselines of each other
+                notes.append(f"baselines are these rows, since the training rows are not to be had: {error}")
         rows = np.arange(len(cells))
     if len(rows) > options.rows:
         rows = np.sort(np.random.default_rng(0).choice(rows, options.rows, replace=False))
