@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.describe.checks import as_count
-from fusemlp.describe.elsewhere import names_absent
+from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -16,7 +16,7 @@ from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import files
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.inference import MEAN
-from fusemlp.runtime.session import Session
+from fusemlp.runtime.session import ELSEWHERE, Session
 from fusemlp.training import checkpoint, diagnosing, fit, lr_finder, saving, transfer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
@@ -41,6 +41,9 @@ KERAS = {
     "metrics_names": "evaluate and history.history have the names as keys",
     "to_json": "engine.network.to_config() is JSON-able; save writes the whole model",
 }
+
+# Arguments that from_pretrained hands on to the engine.
+_HANDED_ON = ("batch_size", "seed", "backend", "device", "precision", "plan", "normalise")
 
 
 class Engine(Session):
@@ -74,6 +77,7 @@ class Engine(Session):
     diagnose = diagnosing.diagnose
 
     @classmethod
+    @knows_names(ELSEWHERE, also=_HANDED_ON)
     def from_pretrained(
         cls,
         source: Any,
@@ -107,7 +111,7 @@ class Engine(Session):
         chosen, kept = transfer.network_from(getattr(known, "network", None), net, layers, head)
         start, count = transfer.taken_over(chosen, state, kept)
         if as_count("freeze", freeze, minimum=0) > count:
-            raise ArgumentError(f"freeze: only the {count} layers that are kept can be frozen, got {freeze}")
+            raise ArgumentError(f"freeze: expected 0 to {count}, the number of layers that are kept, got {freeze}")
         if isinstance(known, Session):
             options = {"precision": known.precision, "normalise": known.normalise, **options}
             loss = known.loss if loss is None else loss

@@ -47,8 +47,9 @@ class DivergenceError(FusemlpError, ArithmeticError):
 
 
 def unknown_name(argument: str, given: object, known: Iterable[str]) -> ArgumentError:
-    """Return the error for a name that is not in ``known``; it proposes the nearest valid name."""
+    """Return the error for a name that is not in ``known``; it proposes the nearest, in any case."""
     names = list(known)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    lowered = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(given).lower(), lowered, n=1, cutoff=0.4)
+    hint = f"; did you mean {lowered[near[0]]!r}?" if near else "."
     return ArgumentError(f"{argument}: unknown name {given!r}{hint} Expected one of: {', '.join(names)}")

@@ -137,6 +137,7 @@ WRONG = {
     "activation": (["digits", "--activation", "rel"], 2, "--activation: unknown name 'rel'; did you mean 'relu'"),
     "slope of relu": (["digits", "--slope", "0.1"], 2, "--slope: only leaky_relu, prelu and elu"),
     "init": (["digits", "--init", "he"], 2, "--init: unknown name 'he'"),
+    "activation of torch": (["digits", "--activation", "ELU"], 2, "unknown name 'ELU'; did you mean 'elu'"),
     "loss": (["digits", "--loss", "mce"], 2, "--loss: unknown name 'mce'; did you mean 'mse'"),
     "loss of numbers": (["digits", "--loss", "poisson"], 2, "--loss: 'poisson' is for numbers"),
     "loss of classes": (["diabetes", "--loss", "cross_entropy"], 2, "--loss: 'cross_entropy' is for classes"),

@@ -162,6 +162,22 @@ def test_a_single_row_or_none(prices: Path, tmp_path: Path, capsys: pytest.Captu
     assert "baselines are these rows" in capsys.readouterr().out
 
 
+def test_the_title_names_the_explained_output(
+    prices: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, title in (
+        ((prices, "--method", "integrated"), "60 test rows, integrated gradients of 'price'"),
+        ((digits, "--rows", "9"), "9 test rows, integrated gradients of the logit of each row's predicted class"),
+        ((digits, "--rows", "9", "--class", "3"), "9 test rows, integrated gradients of the logit of '3'"),
+    ):
+        assert run("explain", *given) == 0
+        assert title in capsys.readouterr().out.splitlines()
+    unlabelled = tmp_path / "new.csv"
+    table(5).drop(columns="price").to_csv(unlabelled, index=False)
+    assert run("explain", prices, "--data", unlabelled) == 1
+    assert "--method integrated" in capsys.readouterr().err
+
+
 def test_numbers_have_no_class(prices: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("explain", prices, "--method", "integrated", "--class", "red") == 2
     assert "--class: the run predicts numbers" in capsys.readouterr().err
@@ -199,10 +215,16 @@ def test_estimators_permute_the_columns_of_a_table() -> None:
     np.testing.assert_array_equal(again.worse, found.worse)
     expected = model.explain(frame[:5][COLUMNS], method="expected", background=frame[COLUMNS], steps=3, output=0)
     assert isinstance(expected, Attributions) and (expected.chosen == 0).all()
-    with pytest.raises(ArgumentError, match="y: permutation reads the targets, and no other method does"):
-        model.explain(frame[COLUMNS])
-    with pytest.raises(ArgumentError, match="y: permutation reads the targets, and no other method does"):
-        model.explain(frame[COLUMNS], labels, method="integrated")
+    named = model.explain(frame[:5][COLUMNS], method="integrated", output="low")
+    assert isinstance(named, Attributions) and (named.chosen == 1).all()
+    for given, options, message in (
+        ((), {}, "y: permutation needs the targets"),
+        ((labels,), {"method": "integrated"}, "y: the method 'integrated' reads no targets"),
+        ((), {"method": "permutatoin"}, "did you mean 'permutation'"),
+        ((), {"method": "integrated", "output": "lo"}, "output: unknown name 'lo'; did you mean 'low'"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            model.explain(frame[COLUMNS], *given, **options)
 
 
 def test_columns_of_a_data_set_of_numbers_are_its_inputs() -> None:

@@ -354,6 +354,11 @@ def test_every_backend_agrees_with_autograd(device: Any, precision: str, case: s
         assert_within(found, wanted, 32 * unit * np.maximum(1.0, np.abs(wanted)))
 
 
+def test_a_network_without_an_engine_is_refused() -> None:
+    with pytest.raises(ArgumentTypeError, match="engine: expected an Engine, got MLP"):
+        attributions(MLP([5, 2]), X)  # type: ignore[arg-type]
+
+
 def test_a_classifier_of_one_logit_explains_its_prediction() -> None:
     engine = make("binary_cross_entropy", sizes=(5, 7, 1))
     found = attributions(engine, X)

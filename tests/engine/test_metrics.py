@@ -16,7 +16,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
 from fusemlp import MLP, Adam, Engine, Fleet, ReduceOnPlateau, load_checkpoint
 from fusemlp.callbacks import EarlyStopping
 from fusemlp.describe.metrics import METRICS, Judged, rises
-from fusemlp.report.metrics import headline
+from fusemlp.report.metrics import headline, spelled
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 RNG = np.random.default_rng(5)
@@ -294,3 +294,20 @@ def test_lines_leave_out_what_repeats_or_is_undefined() -> None:
     assert list(headline({"loss": 0.5, "log_loss": 0.7, "mae": 2.0, "pinball": 0.4}))[1::2] == [
         *("test log_loss 0.7000", "test pinball 0.4000"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ((0.65021,), "0.6502"),
+        ((99.12345,), "99.1235"),
+        ((-2292.9407,), "-2292.94"),
+        ((158083.9847,), "158084"),
+        ((1.5e6,), "1.5e+06"),
+        ((2e-5,), "2e-05"),
+        ((-5.0619, 8676.7), "-5.06"),
+        ((-0.00001, 0.5), "0.0000"),
+    ],
+)
+def test_scores_have_six_digits_or_four_decimals(given: tuple[float, ...], text: str) -> None:
+    assert spelled(*given) == text

@@ -52,6 +52,13 @@ def test_every_activation_of_the_contract_has_a_name() -> None:
     assert as_activation("activation", "prelu") == Activation("prelu") == PReLU() == PReLU(0.25)
 
 
+def test_a_module_of_torch_is_no_activation() -> None:
+    from torch import nn
+
+    with pytest.raises(ArgumentTypeError, match=r"or fusemlp.ELU\(1.0\), got ELU\(alpha=1.0\)"):
+        as_activation("activation", nn.ELU())  # type: ignore[arg-type]
+
+
 def test_a_slope_of_zero_is_shown() -> None:
     assert "LeakyReLU(0.0)" in repr(MLP([2, 3, 1], activation=LeakyReLU(0.0)))
 

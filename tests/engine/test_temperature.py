@@ -229,4 +229,6 @@ def test_label_smoothing_is_undone_by_a_temperature_below_one(data: Path, tmp_pa
     assert options.label_smoothing == 0.6
     smooth = ("--label-smoothing", "0.6", "--models", "2", "--hidden", "16", "--scale", "robust", "--quiet")
     assert run("train", data, "--target", "kind", *smooth, "--out", tmp_path / "run") == 0
-    assert read(tmp_path / "run" / "report.json")["temperature"] < 0.9
+    value = read(tmp_path / "run" / "report.json")["temperature"]
+    assert value < 0.9
+    assert f"temperature {value:.4g} divides the logits" in (tmp_path / "run" / "report.html").read_text("utf-8")

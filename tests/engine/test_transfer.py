@@ -285,6 +285,10 @@ def test_a_fleet_starts_from_given_parameters(source: Engine) -> None:
             assert all(np.array_equal(found[name], array) for name, array in alone.state_dict().items())
     with pytest.raises(ArgumentError, match="initial: expected parameters for each of the 2 models, got 1"):
         Fleet(source.network, vary={"seed": [3, 4]}, initial=[start])
+    with pytest.raises(
+        ArgumentTypeError, match=r"got one dict; for one start of all give \[engine.state_dict\(\)\] \* 2"
+    ):
+        Fleet(source.network, vary={"seed": [3, 4]}, initial=start)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"state\['0.weight'\]: expected shape \(3, 6\), got \(9, 6\)"):
         Fleet(MLP([6, 3, 4]), vary={"seed": [3]}, initial=[{"0.weight": start["0.weight"]}])
 
@@ -351,10 +355,16 @@ def test_wrong_sources_and_arguments_are_refused(source: Engine, tmp_path: Path)
             "source or network lacks 1.weight; give zeros for",
         ),
         ((source,), {"freeze": 3}, ArgumentError, "freeze: expected 0 to 2, since the last of the 3 layers is trained"),
-        ((source,), {"freeze": 2, "layers": 1}, ArgumentError, "freeze: only the 1 layers that are kept can be frozen"),
+        ((source,), {"freeze": 2, "layers": 1}, ArgumentError, "freeze: expected 0 to 1, the number of layers"),
         ((source,), {"layer_decay": 0}, ArgumentError, "layer_decay: expected"),
         ((source,), {"layer_decay": 1.5}, ArgumentError, "layer_decay: expected"),
         ((source,), {"lr": 0.1}, TypeError, "lr"),
+        (
+            (source,),
+            {"heads": 2},
+            ArgumentTypeError,
+            "heads: there is no such argument; did you mean 'head'? There are",
+        ),
     ]
     for arguments, options, error, message in wrong:
         with pytest.raises(error, match=re.escape(message)):

@@ -72,6 +72,7 @@ def explain(options: ExplainOptions) -> None:
     else:
         found = _attributed(engine, made, given, method, output, black=image is not None)
         title += "gradient times input" if method == "gradient" else f"{method} gradients"
+        title += f" of {_of_output(engine, made, known, output)}"
         unit, beside = "mean absolute attribution", "mean"
         figures = found.importance.tolist(), found.values.mean(axis=0).tolist()
         columns = sorted(zip(found.names, *figures, strict=True), key=lambda column: -column[1])
@@ -80,7 +81,8 @@ def explain(options: ExplainOptions) -> None:
         for at in np.unique(found.chosen)[:MOST_CLASSES].tolist() if image is not None else ():
             maps[known[at]] = found.values[found.chosen == at].mean(axis=0).reshape(image)
     shown = columns[:MOST_COLUMNS]
-    rows = [[name, spelled(importance), spelled(other)] for name, importance, other in shown]
+    most = max((abs(importance) for _, importance, _ in shown), default=0.0)
+    rows = [[name, spelled(importance, most), spelled(other, most)] for name, importance, other in shown]
     lines = [*notes, title, aligned([["column", unit, beside], *rows])]
     lines += [f"{len(columns) - len(shown)} others matter less"] if len(columns) > len(shown) else []
     content["columns"] = [{"column": name, "importance": one, beside: other} for name, one, other in columns]
@@ -88,10 +90,10 @@ def explain(options: ExplainOptions) -> None:
         error = np.abs(found.error)
         summed = {"mean": error.mean(), "most": error.max(), "difference": np.abs(found.outputs - found.base).mean()}
         content["completeness"] = {name: float(value) for name, value in summed.items()}
-        mean, most, difference = map(spelled, content["completeness"].values())
+        mean, worst, difference = map(spelled, content["completeness"].values())
         lines.append(
             f"completeness: the attributions of a row sum to its output less the baseline's ({difference} on average) "
-            f"within {mean} on average, {most} at most"
+            f"within {mean} on average, {worst} at most"
         )
     if options.out is not None:
         write_output("out", options.out, csv_bytes(table))
@@ -120,6 +122,14 @@ def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *,
     if name not in known:
         raise unknown_name("class", name, known)
     return known.index(name)
+
+
+def _of_output(engine: Engine, made: Preprocessor, known: Sequence[str], output: int | None) -> str:
+    """Return words for the explained output, with its unit."""
+    if made.classes is None:
+        return repr(made.target_name) if output is None else f"target {output}"
+    kind = "logit" if engine.loss.kind.endswith("cross_entropy") else "output"
+    return f"the {kind} of " + ("each row's predicted class" if output is None else repr(known[output]))
 
 
 def _rows(

@@ -329,7 +329,7 @@ class TrainOptions(FitOptions):
         None,
         "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
         "own validation rows, a fold of a cross-validation; with --group, --time or --validation all share theirs. "
-        "Unless given: 5 for a table of up to 100,000 rows, else 1.",
+        "Unless given: 5 for a table of 40 to 100,000 rows, else 1.",
         "COUNT",
     )
     time_limit: float | None = _training(

@@ -62,6 +62,7 @@ def write_page(
         + (f" in {found['seconds']:.1f} s" if "seconds" in found else ""),
         command,
         *prepared.notes,
+        *([f"temperature {found['temperature']:.4g} divides the logits"] if "temperature" in found else []),
     ]
     evidence = None
     if found.get("test"):

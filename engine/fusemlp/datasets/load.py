@@ -187,7 +187,8 @@ def load_labelled(
         if target not in present:
             raise DataError(
                 f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
-                f"{listed(present)}{meant([target], present)}; fusemlp predict takes rows without a target"
+                f"{listed(present)}{meant([target], present)}; without a target there are "
+                "fusemlp predict and explain --method integrated"
             )
         label_words = _label_words(like)
         table = read_table(
@@ -472,7 +473,10 @@ def _labels(path: Path, name: str, array: Array) -> Array:
 def _matching(path: Path, X: Features, like: Preprocessor | Dataset) -> Features:
     width = len(like.feature_names)
     if X.shape[1] != width:
-        raise DataError(f"{path}: has {X.shape[1]} features a row, the network was trained on {width}")
+        names = f"{listed(like.feature_names[:6])}{', ...' if width > 6 else ''}"
+        raise DataError(
+            f"{path}: has {X.shape[1]} features a row, the network was trained on {width}; give data with {names}"
+        )
     if any(words is not None for words in like.categories):
         raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(TABLES)})")
     return X

@@ -78,10 +78,8 @@ def choose_columns(
         )
     if missing:
         near = meant(missing, [name for name in names if name not in wanted])
-        raise DataError(
-            f"{source}: no feature columns {listed(missing)}; the columns are {listed(names)}{near}"
-            f"{' If so, rename in the table.' if near else ''}"
-        )
+        mend = " If so, rename in the table." if near else "; add what is missing, with empty cells where unknown"
+        raise DataError(f"{source}: no feature columns {listed(missing)}; the columns are {listed(names)}{near}{mend}")
     return [name for name in names if name in wanted or name == target]
 
 

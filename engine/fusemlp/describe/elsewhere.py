@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, cast
 
 from fusemlp_kernels.errors import ArgumentTypeError
@@ -13,20 +13,24 @@ from fusemlp_kernels.errors import ArgumentTypeError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_WITHOUT_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD)
 
 
-def knows_names(elsewhere: Mapping[str, str], *, call: str = "") -> Callable[[Function], Function]:
+def knows_names(
+    elsewhere: Mapping[str, str], *, call: str = "", also: Collection[str] = ()
+) -> Callable[[Function], Function]:
     """Return a decorator that refuses keywords that the function does not have, and says what to write.
 
     ``elsewhere`` has a sentence for each name of another library. For other names the error proposes the nearest
-    parameter. ``call`` shows a call, for too many arguments without names. Raises ArgumentTypeError, a TypeError.
+    parameter. ``call`` shows a call, for too many arguments without names; ``also`` are keywords that the function
+    hands on. Raises ArgumentTypeError, a TypeError.
     """
 
     def decorate(function: Function) -> Function:
         parameters = inspect.signature(function).parameters.values()
-        names = {one.name for one in parameters if one.kind is not inspect.Parameter.POSITIONAL_ONLY}
+        names = {*also, *(one.name for one in parameters if one.kind not in _WITHOUT_NAME)}
         most = sum(one.kind in _POSITIONAL for one in parameters)
-        shown = [one for one in names if one not in ("self", "engine")]
+        shown = [one for one in names if one not in ("self", "cls", "engine")]
 
         @functools.wraps(function)
         def checked(*given: Any, **named: Any) -> Any:

@@ -30,7 +30,7 @@ _FAMILIES = ("he", "glorot", "lecun")
 INITS = ("auto", *(f"{family}_{shape}" for family in _FAMILIES for shape in ("normal", "uniform")), "torch", "zeros")
 # The slopes of the activations that have one.
 SLOPES = {name: row.slope for name, row in pointwise.ACTIVATIONS.items() if row.slope is not None}
-_WITH_SLOPE = " or ".join(f"{pointwise.ACTIVATIONS[name].torch}({slope})" for name, slope in SLOPES.items())
+_WITH_SLOPE = " or ".join(f"fusemlp.{pointwise.ACTIVATIONS[name].torch}({slope})" for name, slope in SLOPES.items())
 _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmoid", "swish": "silu"}
 
 

@@ -101,6 +101,11 @@ class Fleet:
         self._machine["normalise"] = normalise
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
         self._initial = initial or [{}] * len(self.candidates)
+        if isinstance(initial, Mapping | Engine):
+            raise ArgumentTypeError(
+                f"initial: expected parameters for each of the {len(self.candidates)} models, got one "
+                f"{type(initial).__name__}; for one start of all give [engine.state_dict()] * {len(self.candidates)}"
+            )
         if len(self._initial) != len(self.candidates):
             raise ArgumentError(
                 f"initial: expected parameters for each of the {len(self.candidates)} models, got {len(initial)}"

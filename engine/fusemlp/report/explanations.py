@@ -15,7 +15,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import Evidence, Importance
 from fusemlp.report.metrics import predicted_codes
 from fusemlp.runtime.session import Session
-from fusemlp_kernels.errors import ArgumentError, DataError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
 
 METHODS = ("integrated", "expected", "gradient")
 # The points on each line: those of a quadrature rule, and random ones.
@@ -72,6 +72,8 @@ def attributions(
 
     Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
     """
+    if not isinstance(engine, Session):
+        raise ArgumentTypeError(f"engine: expected an Engine, got {type(engine).__name__}")
     check_choice("method", method, METHODS)
     count, drawn = as_count("steps", STEPS[method] if steps is None else steps), as_count("seed", seed, minimum=0)
     expected = method == "expected"

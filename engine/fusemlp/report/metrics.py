@@ -97,9 +97,12 @@ def privacy_line(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def spelled(value: float) -> str:
-    """Return a score as text."""
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+def spelled(value: float, beside: float | None = None) -> str:
+    """Return a score as text, with six digits from 100 on; ``beside``: with the decimals of this larger score."""
+    size = abs(value if beside is None else beside)
+    if not 1e-3 <= size < 1e6:
+        return f"{value:.4g}"
+    return f"{value:z.{max(places for places in range(5) if size < 10 ** (6 - places))}f}"
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:

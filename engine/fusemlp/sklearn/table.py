@@ -30,7 +30,7 @@ from fusemlp.datasets.parts import Fold, folds, hold_out
 from fusemlp.datasets.prepare import CLASS_DECAY, Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import Frame, as_frame
-from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -39,14 +39,14 @@ from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, members, merged, sound
 from fusemlp.report.evidence import Importance
-from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
+from fusemlp.report.explanations import METHODS, Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, judged, sets, spread
 from fusemlp.sklearn import saving
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import ArgumentError, DataError
+from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
 Array = np.ndarray[Any, Any]
 
@@ -431,18 +431,26 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         """Return the importance of a table's columns for the error by y, or their attributions in each row of X.
 
         ``method`` "permutation" needs y: ``fusemlp.explanations.permutation_importance``. The others are those of
-        ``attributions`` there, with ``background`` a table, by default X; ``output`` is an index in ``classes_``.
+        ``attributions`` there, with ``background`` a table, by default X; ``output`` is a word of ``classes_``, or an
+        index in them.
         ``options`` are further arguments of these functions.
         """
         check_is_fitted(self)
-        if (method == "permutation") != (y is not None):
-            raise ArgumentError(f"y: permutation reads the targets, and no other method does; method is {method!r}")
+        check_choice("method", method, ("permutation", *METHODS))
+        if method == "permutation" and y is None:
+            raise ArgumentError("y: permutation needs the targets, explain(X, y); or choose method='integrated'")
+        if method != "permutation" and y is not None:
+            raise ArgumentError(f"y: the method {method!r} reads no targets; leave it out")
         made = self.preprocessor_
         if y is not None:
             features, labels = load_features(self._table(X), made), self._checked_targets(y)
             check_consistent_length(features, labels)
             return permutation_importance(self.engine_, made, features, labels, **options)
         rows = None if background is None else self._inputs(background)
+        if isinstance(output := options.get("output"), str) and made.labels:
+            if output not in made.labels:
+                raise unknown_name("output", output, made.labels)
+            options["output"] = made.labels.index(output)
         return column_attributions(self.engine_, made, self._inputs(X), method=method, background=rows, **options)
 
     def _held_out_errors(self) -> HeldOut:
