@@ -226,7 +226,9 @@ def _measures(ridge: Ridge, loss: LossSpec, outputs: int) -> list[float]:
 
 def _is_stored(rule: UpdateRule, ridge: Ridge) -> bool:
     """Return whether gradients go through memory. With a coupled weight decay a ridge is a part of it."""
-    return rule.accumulate > 1 or rule.clip_norm is not None or (rule.decoupled and ridge.strength != 0.0)
+    penalised = rule.decoupled and ridge.strength != 0.0
+    # the function with the products has no register left for an average
+    return rule.accumulate > 1 or rule.clip_norm is not None or bool(rule.ema) or penalised
 
 
 def _check_arenas(op: str, device: Device, arenas: Mapping[str, Tensor], models: int, count: int) -> None:

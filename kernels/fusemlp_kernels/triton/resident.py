@@ -306,8 +306,8 @@ def resident_kernel(
             tl.debug_barrier()
         for index in range(lowest, depth):
             gradients_of_layer(
-                compute, weights, parameters, grads, first, second, average, rows, layers, slopes, counters, hyper,
-                rules, tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+                compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
+                tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
                 WN, WK, BM, PRODUCT, PARTS,
             )  # fmt: skip
         tl.debug_barrier()

@@ -75,8 +75,8 @@ def update_elements(
 
 @triton.jit
 def finish_gradient(
-    g, at, mask, pull, weights, params, grads, first, second, average, counters, hyper, rule, tensors, task, code,
-    stored, shadowed,
+    g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, code, stored,
+    shadowed,
 ):  # fmt: skip
     """Update the elements ``at`` by their gradient, or with ``stored`` store the gradient, with ``pull`` times the
     parameters added."""
@@ -86,15 +86,16 @@ def finish_gradient(
             g += pull.to(tl.float32) * tl.load(params + at, mask=mask, other=0.0)
         stored_gradient(g, grads + at, mask, counters, rule)
     else:
+        # no average: its gradients are stored
         update_elements(
-            g, at, mask, pull, weights, params, first, second, average, hyper, rule, tensors, task, code, shadowed
+            g, at, mask, pull, weights, params, first, second, second, hyper, rule, tensors, task, code, shadowed
         )
 
 
 @triton.jit(noinline=True)
 def gradients_of_layer(
-    compute, weights, params, grads, first, second, average, rows, layers, slopes, counters, hyper, rules, tensors,
-    live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
+    measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients by a layer's weights, bias and slope; update by them, or store them."""
@@ -107,7 +108,6 @@ def gradients_of_layer(
     grads += arena
     first += arena
     second += arena
-    average += arena
     slopes += model * depth
     counters += model * COUNTERS
     hyper += model * HYPER
@@ -138,7 +138,7 @@ def gradients_of_layer(
             g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
             finish_gradient(
                 g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first, second,
-                average, counters, hyper, rule, tensors, task, code, stored, shadowed,
+                counters, hyper, rule, tensors, task, code, stored, shadowed,
             )  # fmt: skip
     # the bias, then the slope
     for vector in range(2):
@@ -153,8 +153,8 @@ def gradients_of_layer(
             else:
                 g = tl.load(slopes + index + at, mask=mask, other=0.0)
             finish_gradient(
-                g, start + at, mask, 0.0, weights, params, grads, first, second, average, counters, hyper, rule,
-                tensors, task, code, stored, 0,
+                g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
+                code, stored, 0,
             )  # fmt: skip
 
 
