@@ -6,14 +6,14 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lowered import FROZEN, cases, inference_program, planned, training_program
 
 from fusemlp import MLP, SGD, Adam
 from fusemlp.program.program import Call, Ref, Value
 from fusemlp.program.verifier import ProgramError, lifetimes, verify
-from fusemlp_kernels.contract import Segment, TensorRule
+from fusemlp_kernels.contract import Ridge, Segment, TensorRule
 
 CASES = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -77,11 +77,22 @@ def test_a_random_program_with_two_calls_swapped_or_one_dropped_fails(case, data
     i = data.draw(st.integers(0, len(calls) - 1))
     j = data.draw(st.integers(0, len(calls) - 1))
     if i == j:
+        # a penalty of strength 0 changes nothing
+        assume(calls[i].op != "penalty" or calls[i].operands["ridge"].strength)
         del calls[i]
     else:
         calls[i], calls[j] = calls[j], calls[i]
     with pytest.raises(ProgramError):
         verify(replace(program, calls=tuple(calls)), places)
+
+
+def test_a_penalty_may_not_be_left_out():
+    net = MLP([1, 2], output_activation="identity")
+    program = training_program(net, "binary_cross_entropy", backend="triton", resident=True, ridge=Ridge(0.1))
+    calls = [call for call in program.calls if call.op != "penalty"]
+    assert len(calls) == len(program.calls) - 1
+    with pytest.raises(ProgramError, match="no call adds the penalty"):
+        verify(replace(program, calls=tuple(calls)), planned(program, net, "triton"))
 
 
 def call_named(program, op, last=False):

@@ -89,6 +89,9 @@ def _check_order(program: Program) -> None:
             own.add(name)
             writers[name] = index
         defined |= own
+    ridges = [call.operands["ridge"] for call in program.calls if call.operands.get("ridge")]
+    if program.trainable and any(ridge.strength for ridge in ridges) and "shares" not in read:
+        raise ProgramError("no call adds the penalty of the loss's ridge")
     for value in program.values.values():
         if value.kind == "data" and value.name not in read:
             raise ProgramError(f"no call reads {value.name!r}")
