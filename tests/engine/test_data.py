@@ -144,6 +144,10 @@ def test_csv_and_parquet_mean_the_same(tmp_path: Path) -> None:
         (np.arange(MOST_CLASSES).repeat(2), "classification"),
         (np.arange(MOST_CLASSES + 1).repeat(2), "regression"),
         (np.arange(10), "regression"),
+        # of more than 10 numbers each is a class if none is rare, as the high ones of counts are
+        (np.r_[np.arange(20).repeat(50), 20, 20, 20], "classification"),
+        (np.r_[np.arange(20).repeat(50), 20, 20], "regression"),
+        (np.r_[np.arange(9).repeat(50), 9], "classification"),
         (np.ones((3, 2)), "regression"),
     ],
 )

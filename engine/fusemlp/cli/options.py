@@ -158,7 +158,8 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
         None,
-        f"{one_of(TASKS)}. The default: words and at most {MOST_CLASSES} different whole numbers are classes.",
+        f"{one_of(TASKS)}. The default: words and at most {MOST_CLASSES} different whole numbers are classes, "
+        "unless they look like counts.",
         values=TASKS,
     )
     drop: list[str] | None = _data(None, "A column of a table to leave out; the option once for each.", "COLUMN")

@@ -33,8 +33,8 @@ TASKS = ("classification", "regression")
 NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
-# More classes than this are worth a note if they are a guess.
-MANY_CLASSES = 10
+# More classes than this are worth a note if they are a guess, and counts if one has this share of the mean class.
+MANY_CLASSES, RARE = 10, 1 / 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +105,9 @@ def load_data(
     otherwise. Missing cells are allowed; rows without a target are left out.
 
     ``task`` None infers: words and truth values are classes; numbers with decimals are measurements; whole numbers
-    are classes if there are at most ``MOST_CLASSES`` distinct ones and at least twice as many rows. Small whole
-    numbers such as counts and ages are ambiguous: pass ``task="regression"`` for them.
+    are classes if there are at most ``MOST_CLASSES`` distinct ones and at least twice as many rows, unless there are
+    more than ``MANY_CLASSES`` and some are rare, as of counts. Small whole numbers such as counts and ages are
+    ambiguous: pass ``task="regression"`` for them.
 
     Raises ArgumentError for an unknown name, DataError for any problem with the files.
     """
@@ -239,8 +240,10 @@ def infer_task(y: Array) -> str:
         return "classification"
     if y.dtype.kind == "f" and (y != np.floor(y)).any():
         return "regression"
-    different = len(np.unique(y))
-    return "classification" if different <= MOST_CLASSES and 2 * different <= len(y) else "regression"
+    rows = np.unique(y, return_counts=True)[1]
+    counts = len(rows) > MANY_CLASSES and rows.min() < RARE * rows.mean()
+    classes = len(rows) <= MOST_CLASSES and 2 * len(rows) <= len(y) and not counts
+    return "classification" if classes else "regression"
 
 
 def _with_task(dataset: Dataset, task: str | None) -> Dataset:
