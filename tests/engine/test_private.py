@@ -77,7 +77,7 @@ def problem(kind, rows=ROWS, seed=0):
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poisson", "quantile")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     loss=st.sampled_from(LOSSES),
     hidden=st.lists(st.integers(1, 9), max_size=3),
@@ -97,10 +97,14 @@ def test_steps_are_those_of_the_oracle(
     if frozen:
         still = ParameterOptions(trainable=False)
         optimizer = replace(optimizer, per_parameter={"0.weight": still, f"{2 * len(hidden)}.bias": still})
+    noise = 0.7
+    if clip > 1.0:
+        # steps of this norm, with noise as large, would make Poisson's exponential overflow
+        optimizer, noise = replace(optimizer, lr=0.01), 0.7 / clip
     engine = Engine(
         MLP([INPUTS, *hidden, OUTPUTS], activation=activation, dropout=dropout if hidden else 0.0),
         loss, optimizer, batch_size, seed=4, precision="fp64", plan=plan,
-        privacy=DPSGD(0.7, clip, delta=1e-5, seed=SEED),
+        privacy=DPSGD(noise, clip, delta=1e-5, seed=SEED),
     )  # fmt: skip
     X, y = problem(loss)
     weight = np.random.default_rng(1).uniform(0.2, 2.0, ROWS) if weighted else None
