@@ -73,11 +73,11 @@ NEW.loc[[0, 1], "colour"] = "violet"
 
 
 def classifier(**options: Any) -> TableClassifier:
-    return TableClassifier(**{"hidden": (8,), "epochs": 30, "lr": 0.02, **NUMPY, **options})
+    return TableClassifier(**{"hidden": (8,), "epochs": 30, "lr": 0.02, "models": 1, **NUMPY, **options})
 
 
 def regressor(**options: Any) -> TableRegressor:
-    return TableRegressor(**{"hidden": (8,), "epochs": 60, "lr": 0.02, **NUMPY, **options})
+    return TableRegressor(**{"hidden": (8,), "epochs": 60, "lr": 0.02, "models": 1, **NUMPY, **options})
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +248,25 @@ def test_a_graph_of_the_estimator(fitted: TableClassifier, tmp_path: Path) -> No
 def test_defaults_are_those_of_the_command_line() -> None:
     options, estimator = defaults.filled_in(TrainOptions(data="x.csv")), TableClassifier()
     names = ("activation", "optimizer", "lr", "batch_size", "epochs", "early_stopping", "metric", "validation_fraction")
-    names += ("scale", "backend", "precision")
+    names += ("scale", "backend", "precision", "models", "log_target")
     assert {name: getattr(estimator, name) for name in names} == {name: getattr(options, name) for name in names}
     assert (estimator.hidden, estimator.random_state) == ((DEFAULT_WIDTH,), options.seed)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        (39, {}, 1),
+        (40, {}, 5),
+        (100_000, {"activation": ("relu", "tanh"), "hidden": (8, 8)}, 5),
+        (100_001, {}, 1),
+        (40, {"activation": "prelu"}, 1),
+        (40, {"callbacks": [fusemlp.Callback()]}, 1),
+        (10, {"models": 3}, 3),
+    ],
+)
+def test_tables_of_a_middling_size_train_five_models(rows: int, options: dict[str, Any], expected: int) -> None:
+    assert TableClassifier(**options)._models(rows) == expected
 
 
 @pytest.mark.parametrize("models", [1, 3])

@@ -452,7 +452,7 @@ def test_the_spread_of_numbers_is_in_their_units(tmp_path: Path) -> None:
     model = TableRegressor(hidden=8, models=3, epochs=5, scale="standard").fit(X, y)
     values, deviation = model.predict(X, return_std=True)
     np.testing.assert_array_equal(values, model.predict(X))
-    each = [TableRegressor(hidden=8, epochs=5, scale="standard", random_state=seed) for seed in range(3)]
+    each = [TableRegressor(hidden=8, models=1, epochs=5, scale="standard", random_state=seed) for seed in range(3)]
     inputs = model.preprocessor_.transform_features(X)
     decoded = [model.preprocessor_.decode_predictions(one.predict(inputs)) for one in members(model.engine_)]
     np.testing.assert_allclose(deviation, np.std(decoded, axis=0), rtol=1e-5)

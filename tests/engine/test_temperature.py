@@ -206,7 +206,7 @@ def test_a_table_classifier_gains_by_it_on_its_held_out_rows(more: dict[str, Any
     X, y = table.drop(columns="kind"), table["kind"]
     # without the weight decay of the default, which leaves little to gain
     options: dict[str, Any] = {"optimizer": Adam(lr=0.02), "epochs": 20, "early_stopping": 30, "scale": "robust"}
-    model = TableClassifier(hidden=64, **options, **more)
+    model = TableClassifier(hidden=64, models=1, **options, **more)
     model.fit(X[:500], y[:500], X_val=X[500:], y_val=y[500:])
     codes = (y[500:] == "yes").to_numpy(int)
     chances = model.predict_proba(X[500:])[:, 1].astype(np.float64)

@@ -11,15 +11,12 @@ from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.datasets.sources import is_table
 from fusemlp.describe.checks import as_count
+from fusemlp.fleet.merge import default_models
 
 Fit = TypeVar("Fit", bound=FitOptions)
 
 # Epochs of a table at most, and those without a better validation loss after which training stops.
 EPOCHS, PATIENCE = 200, 20
-# A table of at most this many rows trains an ensemble of this many models.
-FEW_ROWS, MODELS = 100_000, 5
-# Fewer rows leave too few to each fold.
-LEAST_ROWS = 40
 
 
 def filled_in(options: Fit) -> Fit:
@@ -54,5 +51,5 @@ def models_of(options: ModelOptions, dataset: Dataset, *, new: bool) -> int:
         return 1
     if options.models is not None:
         return as_count("models", options.models)
-    few = LEAST_ROWS <= len(dataset.y) <= FEW_ROWS and not is_private(options)
-    return MODELS if new and few and is_a_table(options) and "prelu" not in options.activation else 1
+    merges = new and is_a_table(options) and not is_private(options)
+    return default_models(len(dataset.y), options.activation.split(",")) if merges else 1

@@ -14,6 +14,15 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
+# A table of at most this many rows trains an ensemble of this many models. Fewer than the least leave too few to each
+# fold.
+FEW_ROWS, LEAST_ROWS, MODELS = 100_000, 40, 5
+
+
+def default_models(rows: int, activations: Sequence[str]) -> int:
+    """Return how many models a table of ``rows`` rows trains, to be merged, unless somebody decides otherwise."""
+    return MODELS if LEAST_ROWS <= rows <= FEW_ROWS and "prelu" not in activations else 1
+
 
 def merged(engines: Sequence[Engine]) -> Engine:
     """Return an engine whose last layer computes the mean of what the engines' last layers do, before its activation.

@@ -37,7 +37,7 @@ from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import check_mergeable, members, merged, sound
+from fusemlp.fleet.merge import check_mergeable, default_models, members, merged, sound
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import METHODS, Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import predicted_codes, predictions
@@ -55,7 +55,7 @@ log = logging.getLogger("fusemlp.sklearn")
 
 @dataclass(eq=False, repr=False)
 class TableParameters:
-    """The parameters of both estimators, with the defaults of ``fusemlp train --models 1``.
+    """The parameters of both estimators, with the defaults of ``fusemlp train``.
 
     hidden : widths of the hidden layers; () for none.
     activation, dropout : one for all hidden layers, or a sequence with one for each.
@@ -70,12 +70,12 @@ class TableParameters:
     validation_fraction : the share of the rows that early stopping holds out, unless fit gets X_val and y_val. Fewer
         rows than that needs are all trained on, for all epochs.
     models : train this many with seeds from random_state on, each with its own fold of the rows held out (with group or
-        time all hold out the same), and merge them into one that gives their mean; the command line trains 5 on a table
-        of up to 100,000 rows.
+        time all hold out the same), and merge them into one that gives their mean. None is 5 with 40 to 100,000 rows,
+        otherwise and with callbacks 1.
     time_limit : seconds for all of fit but the reading of X; None for no limit. The models share them, or fewer train.
     scale : "robust", "piecewise", "quantile", "standard", "minmax" or "none", from the training rows; None is the
         better of the first two in small trainings on folds of these rows.
-    log_target : learn the logarithm of a positive target.
+    log_target : learn the logarithm of a positive target; None where these trainings say that it helps.
     drop, keep, categorical : names of columns to leave out; to keep although they are constant, count the rows or hold
         another word in nearly every row; to take as words although they hold numbers. An array's columns are x0, x1 ...
     group, time : a column whose rows of one value are held out together; one whose last rows are held out.
@@ -100,10 +100,10 @@ class TableParameters:
     early_stopping: int | None = 20
     metric: str | None = None
     validation_fraction: float = 0.1
-    models: int = 1
+    models: int | None = None
     time_limit: float | None = None
     scale: str | None = None
-    log_target: bool = False
+    log_target: bool | None = None
     drop: Any = ()
     keep: Any = ()
     categorical: Any = ()
@@ -234,7 +234,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         dataset, weight = self._read(X, self._checked_targets(y), sample_weight)
         labels = dataset.y
         training, held = np.arange(len(labels)), np.arange(0)
-        models, cut = as_count("models", self.models), list[Fold]()
+        models, cut = self._models(len(labels)), list[Fold]()
         if models > 1 and self.callbacks:
             raise ArgumentError(f"callbacks: they see the epochs of one model, and models is {models}; leave one out")
         if self.early_stopping is not None and X_val is None:
@@ -322,6 +322,12 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         _tell(self.notes_)
         return self
 
+    def _models(self, rows: int) -> int:
+        if self.models is not None:
+            return as_count("models", self.models)
+        net = MLP((1, *self._widths(), 1), activation=self.activation)
+        return 1 if self.callbacks else default_models(rows, [one.name for one in net.activations])
+
     def _prepared(self, dataset: Dataset, training: Array, loss: Loss, seed: int) -> Preprocessor:
         """Return the preprocessor; small trainings choose the scale that is left to them."""
 
@@ -346,7 +352,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
             prepare,
             fleet,
             scale=self.scale,
-            log_target=bool(self.log_target),
+            log_target=self.log_target,
             seed=seed,
             time_limit=self.time_limit,
         )
