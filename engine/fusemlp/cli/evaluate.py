@@ -17,6 +17,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import listed
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.certification import certified_line, certify
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
 from fusemlp.report.runs import Run, read_training_rows
 from fusemlp_kernels.errors import CheckpointError
@@ -35,8 +36,9 @@ def evaluate(options: EvaluateOptions) -> None:
         options = before_final_fit(options, notes)
     engine, preprocessor, config = open_model(options)
     if options.data is None:
-        test = own_data(config, preprocessor).test
-        X, labels, weight = test.X, test.labels, test.weight
+        prepared = own_data(config, preprocessor)
+        test, (cells, _, rows) = prepared.test, prepared.test_rows
+        X, labels, weight, features = test.X, test.labels, test.weight, cells[rows]
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(
@@ -46,6 +48,9 @@ def evaluate(options: EvaluateOptions) -> None:
         X, weight = network_inputs(preprocessor, features, engine.precision), None
     report = score(engine, preprocessor, X, labels, weight)
     lines = [*notes, *headline(report)]
+    if options.certify is not None:
+        report["certified"] = certify(engine, preprocessor, features, labels, options.certify)
+        lines.append(certified_line(report["certified"]))
     if "classes" in report:
         lines += ["", aligned(class_table(report))]
         if len(report["classes"]) <= MOST_PRINTED_CLASSES:

@@ -438,6 +438,14 @@ class EvaluateOptions(ApplyOptions):
         "DATA",
         values=names_or_files(NAMES),
     )
+    certify: float | None = _option(
+        None,
+        "Say which share of the rows is predicted right however the numbers of a row change by at most EPS, or for "
+        "numbers the mean width of the bounds of a prediction. EPS counts in what --scale divides a column by "
+        "(interquartile range, standard deviation or range), for pixels in the data's own unit. Words, dates and "
+        "missing cells do not change.",
+        "EPS",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,10 +175,8 @@ class Propagation:
             low, high = self._through(self.layers[: -1 if plain else None], *box)
             for label in set(np.unique(own).tolist()) & set(range(len(last.b))):
                 at = np.flatnonzero(own == label)
-                if plain:
-                    margin = self._margins(last, low[at], high[at], label)
-                else:
-                    margin = low[at, label, None] - high[at]
+                apart = low[at, label, None] - high[at]
+                margin = self._margins(last, low[at], high[at], label) if plain else apart
                 margin[:, label] = np.inf
                 found[start + at] = (margin > 0.0).all(axis=1)
             start += len(own)
@@ -193,11 +191,11 @@ class Propagation:
         """Yield blocks of boxes as the network takes them; rounded inputs of a box are in it too."""
         how = self.arithmetic
         for start in range(0, len(low), self.rows):
-            ends = [end[start : start + self.rows] for end in (low, high)]
+            least, most = (end[start : start + self.rows].astype(np.float64) for end in (low, high))
             if self.scale is not None:
                 mean, scale = self.scale.mean.astype(np.float64), self.scale.scale.astype(np.float64)
-                ends = [(end - mean) / scale for end in ends]
-            yield _widened(*ends, 4.0 * (how.unit + OWN), how.tiny)
+                least, most = (least - mean) / scale, (most - mean) / scale
+            yield _widened(least, most, 4.0 * (how.unit + OWN), how.tiny)
 
     @np.errstate(all="ignore")
     def _through(self, layers: list[Layer], low: Array, high: Array) -> Box:

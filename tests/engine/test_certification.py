@@ -1,0 +1,120 @@
+"""Certified scores of runs: the cells that move, how far, and what no such change does to a prediction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run
+
+from fusemlp import MLP, Engine, load_data
+from fusemlp.datasets.prepare import fit_preprocessor, network_ends, network_inputs
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.scaling import SCALES
+from fusemlp.report.certification import certify, distances, reach
+from fusemlp.report.metrics import predictions
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table for each target; it depends on numbers with missing cells, words and dates."""
+    rng = np.random.default_rng(3)
+    folder = tmp_path_factory.mktemp("tables")
+    lines: dict[str, list[str]] = {target: [f"area,age,town,sold,{target}"] for target in ("cheap", "price")}
+    for _ in range(240):
+        area, age = rng.normal(100.0, 30.0), rng.exponential(20.0)
+        town, month = rng.choice(["a", "b", "c"]), rng.integers(1, 13)
+        price = 3.0 * area - age + 40.0 * (town == "a") + month + rng.normal() + 200.0
+        cells = f"{area:.3f},{'' if rng.random() < 0.1 else f'{age:.3f}'},{town},2021-{month:02d}-11"
+        lines["cheap"].append(f"{cells},{'yes' if price < 500 else 'no'}")
+        lines["price"].append(f"{cells},{price:.2f}")
+    for target, text in lines.items():
+        (folder / f"{target}.csv").write_text("\n".join(text))
+    return folder
+
+
+def fitted(tables: Path, target: str, scale: str, loss: str) -> tuple[Engine, Preprocessor, np.ndarray, np.ndarray]:
+    data = load_data(str(tables / f"{target}.csv"), target=target)
+    rows = np.arange(len(data.X))
+    made = fit_preprocessor(data, rows, loss=loss, scale=scale)
+    first, last = network_ends(made, loss)
+    engine = Engine(MLP([first, 12, last]), loss, backend="numpy", seed=1, normalise=False)
+    engine.fit(network_inputs(made, data.X, "fp32"), made.encode_targets(data.y), epochs=8)
+    return engine, made, data.X, data.y
+
+
+def moved(made: Preprocessor, cells: np.ndarray, eps: float, rng: np.random.Generator) -> np.ndarray:
+    """Return rows whose cells have moved by up to ``eps``, half of them to an end."""
+    change = rng.uniform(-1.0, 1.0, cells.shape)
+    change = np.where(rng.random(cells.shape) < 0.5, np.sign(change), change)
+    return cells + eps * distances(made) * change
+
+
+@pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "none"])
+@pytest.mark.parametrize(("target", "loss"), [("cheap", "cross_entropy"), ("price", "mse"), ("price", "poisson")])
+def test_no_change_of_the_cells_breaks_a_certified_score(tables, scale, target, loss):
+    eps, rng = 0.05, np.random.default_rng(4)
+    engine, made, cells, labels = fitted(tables, target, scale, loss)
+    names = list(made.feature_names)
+    still = distances(made) == 0.0
+    assert [names[at] for at in np.flatnonzero(~still)] == ["area", "age"]
+    low, high = reach(made, cells, eps, "fp32")
+    others = [moved(made, cells, eps, rng) for _ in range(30)]
+    inputs = [network_inputs(made, other, "fp32") for other in others]
+    # to the rounding of a cell
+    room = 4e-7 * np.maximum(1.0, np.abs(high))
+    assert all(((low - room <= x) & (x <= high + room)).all() for x in inputs)
+    found = certify(engine, made, cells, labels, eps)
+    outcomes = np.array([predictions(engine, made, x) for x in inputs])
+    if target == "cheap":
+        robust = (outcomes == labels).all(axis=0).mean()
+        assert 0.3 < found["accuracy"] <= robust
+        assert found["accuracy"] > certify(engine, made, cells, labels, 10 * eps)["accuracy"]
+    else:
+        width = np.ptp(outcomes, axis=0).mean()
+        assert width <= found["width"] < 8 * width
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        ("robust", "iqr"),
+        ("piecewise", "iqr"),
+        ("quantile", "iqr"),
+        ("standard", "std"),
+        ("minmax", "ptp"),
+        ("none", ""),
+    ],
+)
+def test_cells_move_in_units_of_their_column(tables, scale, expected):
+    made = fitted(tables, "price", scale, "mse")[1]
+    area = load_data(str(tables / "price.csv"), target="price").X[:, 0]
+    units = {"iqr": np.ptp(np.quantile(area, [0.25, 0.75])), "std": area.std(), "ptp": np.ptp(area), "": 1.0}
+    # quantile scaling knows the quartiles to 1 / 128 of the rows
+    assert distances(made)[0] == pytest.approx(units[expected], rel=0.03 if scale == "quantile" else 1e-9)
+
+
+def test_pixels_move_in_their_own_unit():
+    data = load_data("digits")
+    made = fit_preprocessor(data, np.arange(100), loss="cross_entropy", scale="robust")
+    assert (distances(made) == 1.0).all()
+
+
+def test_the_command_says_what_is_certified(tables, tmp_path, capsys):
+    folder = tmp_path / "run"
+    table = tables / "cheap.csv"
+    assert run("train", table, "--target", "cheap", "--epochs", "5", "--out", folder) == 0
+    capsys.readouterr()
+    shares = []
+    for eps in ("0", "0.05", "0.1"):
+        assert run("evaluate", folder, "--certify", eps, "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["certified"]["eps"] == float(eps)
+        shares.append(report["certified"]["accuracy"])
+    assert report["accuracy"] == shares[0] >= shares[1] >= shares[2]
+    assert run("evaluate", folder, "--data", table, "--certify", "0.05") == 0
+    assert "test certified accuracy 0." in capsys.readouterr().out
+    assert run("evaluate", folder, "--certify", "-1") == 2
+    assert "--certify: expected a finite number of at least 0, got -1.0" in capsys.readouterr().err
