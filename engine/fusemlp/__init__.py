@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         WandB,
     )
     from fusemlp.datasets.load import load_data
+    from fusemlp.describe.intervals import IBP
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DPSGD",
     "ELU",
+    "IBP",
     "MAE",
     "MLP",
     "MSE",
@@ -131,6 +133,7 @@ _NAMES = {
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
     "fusemlp.runtime.normalising": "InputScaleWarning",
+    "fusemlp.describe.intervals": "IBP",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",

@@ -22,6 +22,7 @@ from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.memory import on_device
 from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
+from fusemlp.training.intervals import IntervalSteps, check_intervals, check_labels
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows, check_private
@@ -30,6 +31,7 @@ from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
+    from fusemlp.describe.intervals import IBP
     from fusemlp.inputs.targets import Examples, Targets
     from fusemlp.runtime.session import Session
 
@@ -78,6 +80,7 @@ def fit(
     row_order: Callable[[int], Any] | None = None,
     resume: bool = False,
     time_limit: float | None = None,
+    adversarial: IBP | None = None,
 ) -> History:
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
 
@@ -109,7 +112,8 @@ def fit(
     A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
     the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
-    seconds; the launch that runs, the first at least, is finished.
+    seconds; the launch that runs, the first at least, is finished. ``adversarial``, ``IBP(eps)``: train for certified
+    accuracy, call by call; ``loss`` and ``accuracy`` of the history are those of the rows as they are.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
@@ -140,6 +144,8 @@ def fit(
             stops=early_stopping is not None,
             monitors=[monitor, *_monitors(given)],
         )
+    if adversarial is not None:
+        check_intervals(engine, adversarial, {"y": y is None})
     batches = None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
@@ -158,6 +164,8 @@ def fit(
     if share:
         data, held = split(engine, data, share)
         validation = Validation(held)
+    if adversarial is not None:
+        check_labels(data.targets)
     weighted = by_class(engine, class_weight, data, whole=batches is None)
     if batches is None:
         data = weighted(data)
@@ -201,6 +209,7 @@ def fit(
         order=order,
         resume=resume,
         deadline=deadline,
+        adversarial=adversarial,
     )
     _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
@@ -253,6 +262,7 @@ def fit_checked(
     resume: bool = False,
     taken_in: Any | None = None,
     deadline: float = math.inf,
+    adversarial: IBP | None = None,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
@@ -268,11 +278,16 @@ def fit_checked(
     elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
+    told = None if adversarial is None else adversarial.to_config()
     if not resume:
-        state.monitor = monitor or ""
+        state.monitor, state.adversarial = monitor or "", told
     elif state.monitor != (monitor or ""):
         raise ArgumentError(
             f"monitor: the fit that is resumed follows {state.monitor or None!r}, got {monitor!r}; give the same"
+        )
+    elif state.adversarial != told:
+        raise ArgumentError(
+            f"adversarial: the fit that is resumed trains against {state.adversarial}, got {told}; give the same"
         )
 
     def by_seed(epoch: int) -> Array:
@@ -299,7 +314,7 @@ def fit_checked(
         resumes=resume,
         deadline=deadline,
     )
-    resident = engine.plan == "resident"
+    resident = engine.plan == "resident" and adversarial is None
     if at_once is None:
         at_once = epochs_at_once(engine, epochs, count, asked=validation is not None or bool(callbacks) or not resident)
     if bound is None:
@@ -314,7 +329,12 @@ def fit_checked(
             given,
             resident_batches=batches if resident else None,
             epochs=at_once,
+            keep_gradients=adversarial is not None,
         )
+        if adversarial is not None:
+            now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
+            spec = engine.loss.spec(accuracy=False, soft=False)
+            bound = IntervalSteps(engine, bound, spec, adversarial, batch_size, now, state.total_updates)
     return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
 
 
