@@ -13,7 +13,7 @@ from fusemlp import MLP, Engine, load_data
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends, network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
-from fusemlp.report.certification import certify, distances, reach
+from fusemlp.report.certification import certify, reach
 from fusemlp.report.metrics import predictions
 
 
@@ -46,10 +46,17 @@ def fitted(tables: Path, target: str, scale: str, loss: str) -> tuple[Engine, Pr
 
 
 def moved(made: Preprocessor, cells: np.ndarray, eps: float, rng: np.random.Generator) -> np.ndarray:
-    """Return rows whose cells have moved by up to ``eps``, half of them to an end."""
-    change = rng.uniform(-1.0, 1.0, cells.shape)
-    change = np.where(rng.random(cells.shape) < 0.5, np.sign(change), change)
-    return cells + eps * distances(made) * change
+    """Return the inputs of rows whose numbers have moved by up to ``eps``, half of them to an end."""
+    change = rng.uniform(-1.0, 1.0, (len(cells), 2))
+    change = eps * np.where(rng.random(change.shape) < 0.5, np.sign(change), change)
+    if made.scale == "piecewise":
+        # area and age are its first columns
+        return network_inputs(
+            made, cells + np.pad(change * made.feature_scale[:2], ((0, 0), (0, len(cells[0]) - 2))), "fp32"
+        )
+    inputs = network_inputs(made, cells, "fp32")
+    inputs[:, :2] += np.where(np.isnan(cells[:, :2]), 0.0, change)
+    return inputs
 
 
 @pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "none"])
@@ -57,13 +64,9 @@ def moved(made: Preprocessor, cells: np.ndarray, eps: float, rng: np.random.Gene
 def test_no_change_of_the_cells_breaks_a_certified_score(tables, scale, target, loss):
     eps, rng = 0.05, np.random.default_rng(4)
     engine, made, cells, labels = fitted(tables, target, scale, loss)
-    names = list(made.feature_names)
-    still = distances(made) == 0.0
-    assert [names[at] for at in np.flatnonzero(~still)] == ["area", "age"]
     low, high = reach(made, cells, eps, "fp32")
-    others = [moved(made, cells, eps, rng) for _ in range(30)]
-    inputs = [network_inputs(made, other, "fp32") for other in others]
-    # to the rounding of a cell
+    inputs = [moved(made, cells, eps, rng) for _ in range(30)]
+    # to the rounding of an input
     room = 4e-7 * np.maximum(1.0, np.abs(high))
     assert all(((low - room <= x) & (x <= high + room)).all() for x in inputs)
     found = certify(engine, made, cells, labels, eps)
@@ -77,29 +80,27 @@ def test_no_change_of_the_cells_breaks_a_certified_score(tables, scale, target, 
         assert width <= found["width"] < 8 * width
 
 
-@pytest.mark.parametrize(
-    ("scale", "expected"),
-    [
-        ("robust", "iqr"),
-        ("piecewise", "iqr"),
-        ("quantile", "iqr"),
-        ("standard", "std"),
-        ("minmax", "ptp"),
-        ("none", ""),
-    ],
-)
-def test_cells_move_in_units_of_their_column(tables, scale, expected):
-    made = fitted(tables, "price", scale, "mse")[1]
-    area = load_data(str(tables / "price.csv"), target="price").X[:, 0]
-    units = {"iqr": np.ptp(np.quantile(area, [0.25, 0.75])), "std": area.std(), "ptp": np.ptp(area), "": 1.0}
-    # quantile scaling knows the quartiles to 1 / 128 of the rows
-    assert distances(made)[0] == pytest.approx(units[expected], rel=0.03 if scale == "quantile" else 1e-9)
+def test_words_dates_and_missing_cells_do_not_move(tables):
+    made, cells = fitted(tables, "price", "standard", "mse")[1:3]
+    low, high = reach(made, cells, 0.25, "fp32")
+    width = np.round(high - low, 6)
+    assert set(made.feature_names[:2]) == {"area", "age"}
+    assert (width[:, 0] == 0.5).all()
+    # age, and the mark of its missing cells
+    missing = np.isnan(cells[:, 1])
+    assert missing.any()
+    assert np.array_equal(width[:, 1], np.where(missing, 0.0, 0.5))
+    assert (width[:, 2:] == 0.0).all()
 
 
-def test_pixels_move_in_their_own_unit():
+def test_pixels_stay_within_those_of_the_rows():
     data = load_data("digits")
-    made = fit_preprocessor(data, np.arange(100), loss="cross_entropy", scale="robust")
-    assert (distances(made) == 1.0).all()
+    for scale, limits in (("none", (0.0, 16.0)), ("minmax", (0.0, 1.0)), ("standard", (-np.inf, np.inf))):
+        made = fit_preprocessor(data, np.arange(len(data.X)), loss="cross_entropy", scale=scale)
+        low, high = reach(made, data.X, 0.3, "fp32")
+        assert limits[0] <= low.min()
+        assert high.max() <= limits[1]
+        assert np.isclose((high - low).max(), 0.6)
 
 
 def test_the_command_says_what_is_certified(tables, tmp_path, capsys):

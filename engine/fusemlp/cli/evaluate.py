@@ -49,7 +49,7 @@ def evaluate(options: EvaluateOptions) -> None:
     report = score(engine, preprocessor, X, labels, weight)
     lines = [*notes, *headline(report)]
     if options.certify is not None:
-        report["certified"] = certify(engine, preprocessor, features, labels, options.certify)
+        report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
         lines.append(certified_line(report["certified"]))
     if "classes" in report:
         lines += ["", aligned(class_table(report))]

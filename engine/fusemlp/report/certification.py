@@ -19,44 +19,38 @@ from fusemlp.runtime.intervals import Propagation
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
 
-# The normal scores of the quartiles.
-QUARTILES = -0.6744897501960817, 0.6744897501960817
-
-
-def distances(preprocessor: Preprocessor) -> Array:
-    """Return how far the cells of each column (columns,) move for an eps of 1.
-
-    A pixel moves by 1, another number by the scale of its column: with "robust", "piecewise" and "quantile" the
-    interquartile range of the training rows, with "standard" the standard deviation, with "minmax" the range, with
-    "none" 1. Words and the parts of dates do not move.
-    """
-    names, scale = preprocessor.feature_names, np.array(preprocessor.feature_scale)
-    if image_shape(preprocessor) is not None:
-        return np.ones(len(names))
-    if preprocessor.scale == "quantile":
-        knots = [at or ((0.0,), (0.0,)) for at in preprocessor.feature_knots]
-        scale = np.array([np.ptp(np.interp(QUARTILES, scores, values)) for values, scores in knots])
-    dates = part_names(name for name, _ in preprocessor.dates)
-    moves = [words is None and name not in dates for name, words in zip(names, preprocessor.categories, strict=True)]
-    return np.where(moves, scale, 0.0)
-
 
 def reach(preprocessor: Preprocessor, cells: Array, eps: float, precision: str) -> tuple[Array, Array]:
-    """Return the least and the greatest inputs of the network (n, width) when the cells move by ``eps`` at most.
+    """Return the least and the greatest inputs of the network (n, width) when numbers move by ``eps`` at most.
 
-    Each input rises with its cell. A missing cell stays missing.
+    The input of a number moves by eps after scaling. A column of pieces moves by eps interquartile ranges, and its
+    inputs with it. Words, dates and missing cells do not move. Pixels that are not scaled, or by "minmax", stay within
+    the least and the greatest of these rows.
     """
-    move = eps * distances(preprocessor)
-    least, most = (network_inputs(preprocessor, end, precision) for end in (cells - move, cells + move))
+    dates = part_names(name for name, _ in preprocessor.dates)
+    of_words = zip(preprocessor.feature_names, preprocessor.categories, strict=True)
+    moves = np.array([words is None and name not in dates for name, words in of_words])
+    cut = np.array([preprocessor.pieces(column) > 1 for column in range(len(moves))])
+    shift = eps * np.where(moves & cut, preprocessor.feature_scale, 0.0)
+    low, high = (network_inputs(preprocessor, end, precision) for end in (cells - shift, cells + shift))
+    alone = np.flatnonzero(moves & ~cut)
+    first = (np.cumsum(preprocessor.widths) - preprocessor.widths)[alone]
+    radius = np.zeros(low.shape)
+    radius[:, first] = np.where(np.isnan(cells[:, alone]), 0.0, eps)
+    least, most = low - radius, high + radius
+    if image_shape(preprocessor) is not None and preprocessor.scale in ("none", "minmax"):
+        least, most = np.maximum(least, low.min()), np.minimum(most, high.max())
     return least, most
 
 
-def certify(engine: Session, preprocessor: Preprocessor, cells: Array, labels: Array, eps: Any) -> dict[str, float]:
+def certify(
+    engine: Session, preprocessor: Preprocessor, cells: Array, labels: Array, eps: Any, *, argument: str = "eps"
+) -> dict[str, float]:
     """Return the certified accuracy of rows as in the data, or of numbers the mean width of the bounds.
 
-    Raises ArgumentError or ArgumentTypeError unless ``eps`` is a number of at least 0.
+    Raises ArgumentError or ArgumentTypeError unless ``eps``, which errors call ``argument``, is at least 0.
     """
-    eps = as_number("certify", eps, low=0.0)
+    eps = as_number(argument, eps, low=0.0)
     low, high = reach(preprocessor, cells, eps, engine.precision)
     found = Propagation(engine)
     if preprocessor.classes is None:
