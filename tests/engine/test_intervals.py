@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import INTERPRETER, STAND_IN, usable
 from tolerance import ULPS, UNIT
 from torch_oracle import TORCH_ACTIVATIONS, tensor
 
@@ -91,6 +92,22 @@ def test_bounds_hold_in_every_point(activation, precision):
             # rounding alone: (K + 2) u a layer, and what a layer makes of the errors before it
             scale = max(1.0, float(np.abs(x).max()))
             assert (high - low).max() < 3e4 * scale * UNIT["float32" if precision == "fp32" else "float64"]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [(INTERPRETER, "fp32"), (INTERPRETER, "fp16"), (STAND_IN, "fp32"), (STAND_IN, "fp16")]
+)
+def test_bounds_hold_for_what_other_backends_compute(device, precision):
+    rng = np.random.default_rng(12)
+    with usable(device):
+        engine = make("gelu", output_activation="sigmoid", precision=precision, backend=device.backend)
+        x, eps = rng.normal(size=5), 0.01
+        for radius in (eps, 0.0):
+            low, high = engine.bounds(x[None], radius)
+            outputs = engine.outputs(rng.uniform(x - radius, x + radius, (64, 5)))
+            assert ((low <= outputs) & (outputs <= high)).all()
+        # rounding alone
+        assert (high - low).max() < (0.1 if precision == "fp16" else 2e-4)
 
 
 def torch_bounds(engine: Engine, low: Array, high: Array) -> tuple[Array, Array]:
