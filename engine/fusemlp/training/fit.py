@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_deadline, as_number, check_choice, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
@@ -20,6 +21,7 @@ from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.memory import on_device
+from fusemlp.training.adversarial import check_adversarial, lowered_attack
 from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
@@ -78,6 +80,7 @@ def fit(
     row_order: Callable[[int], Any] | None = None,
     resume: bool = False,
     time_limit: float | None = None,
+    adversarial: Attack | None = None,
 ) -> History:
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
 
@@ -108,7 +111,9 @@ def fit(
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
     A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
-    the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
+    the beginning of that call. ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes
+    it, without dropout, at the parameters of the step; ``loss`` and ``accuracy`` of the history are of what it made, and
+    validation is of the rows as they are. ``time_limit``: end training, as early stopping does, when this call has taken this many
     seconds; the launch that runs, the first at least, is finished.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
@@ -140,6 +145,8 @@ def fit(
             stops=early_stopping is not None,
             monitors=[monitor, *_monitors(given)],
         )
+    if adversarial is not None:
+        check_adversarial(engine, adversarial, {"y": y is None})
     batches = None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
@@ -201,6 +208,7 @@ def fit(
         order=order,
         resume=resume,
         deadline=deadline,
+        attack=adversarial,
     )
     _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
@@ -253,6 +261,7 @@ def fit_checked(
     resume: bool = False,
     taken_in: Any | None = None,
     deadline: float = math.inf,
+    attack: Attack | None = None,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
@@ -267,12 +276,18 @@ def fit_checked(
         batches = steps_of_an_epoch(count, batch_size)
     elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
+    lowered = lowered_attack(engine, attack, data.X)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
+    told = None if attack is None else attack.to_config()
     if not resume:
-        state.monitor = monitor or ""
+        state.monitor, state.adversarial = monitor or "", told
     elif state.monitor != (monitor or ""):
         raise ArgumentError(
             f"monitor: the fit that is resumed follows {state.monitor or None!r}, got {monitor!r}; give the same"
+        )
+    elif state.adversarial != told:
+        raise ArgumentError(
+            f"adversarial: the fit that is resumed trains against {state.adversarial}, got {told}; give the same"
         )
 
     def by_seed(epoch: int) -> Array:
@@ -299,7 +314,7 @@ def fit_checked(
         resumes=resume,
         deadline=deadline,
     )
-    resident = engine.plan == "resident"
+    resident = engine.plan == "resident" and (lowered is None or engine.memory.backend.traits.on_host)
     if at_once is None:
         at_once = epochs_at_once(engine, epochs, count, asked=validation is not None or bool(callbacks) or not resident)
     if bound is None:
@@ -314,6 +329,7 @@ def fit_checked(
             given,
             resident_batches=batches if resident else None,
             epochs=at_once,
+            attack=lowered,
         )
     return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
 

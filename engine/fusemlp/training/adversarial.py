@@ -1,0 +1,45 @@
+"""Training on attacked batches: what it goes with, and what the step is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fusemlp.describe.adversarial import as_attack
+from fusemlp.program import lowering
+from fusemlp.runtime.attacking import check_within
+from fusemlp.runtime.plans import ASKED
+from fusemlp_kernels.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fusemlp.runtime.session import Session
+
+
+def check_adversarial(engine: Session, attack: Any, given: Mapping[str, Any]) -> None:
+    """Raise ArgumentError or ArgumentTypeError for what ``fit`` cannot do beside ``attack``.
+
+    ``given``: arguments of ``fit`` that it refuses unless they are false.
+    """
+    chosen = as_attack("adversarial", attack)
+    if chosen.plain.restarts > 1:
+        raise ArgumentError("adversarial: restarts are for attack and evaluate; training takes one, restarts=1")
+    if engine.privacy is not None:
+        raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
+    if engine.normalise:
+        raise ArgumentError(
+            "adversarial: eps would be in the units of each scaled column, and attack takes raw ones; scale X yourself, "
+            "and make the engine with normalise=False"
+        )
+    for name, value in given.items():
+        if value:
+            raise ArgumentError(f"{name}: adversarial training takes arrays X and y, not batches; give both")
+    if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
+        raise ArgumentError("plan: the resident kernel does not attack its batches; use plan='auto'")
+
+
+def lowered_attack(engine: Session, attack: Any, X: Any) -> lowering.Attack | None:
+    """Return the attack for the step on checked rows X; None for none. Raises DataError for rows outside its bounds."""
+    if attack is None:
+        return None
+    check_within(engine, "X", X, attack)
+    return lowering.Attack(attack.plain.steps, attack.perturbation())
