@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from fusemlp.describe import adversarial
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
@@ -65,6 +66,11 @@ class Attack(NamedTuple):
 
     steps: int
     change: Perturbation
+
+
+def lowered_attack(attack: adversarial.Attack) -> Attack:
+    """Return what a step is told of an attack."""
+    return Attack(attack.plain.steps, attack.perturbation())
 
 
 class Step(NamedTuple):

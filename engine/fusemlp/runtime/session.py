@@ -12,6 +12,7 @@ import numpy as np
 from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names
+from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
@@ -21,7 +22,7 @@ from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Attack, Inputs, lower_training
+from fusemlp.program.lowering import Attack, Inputs, lower_training, lowered_attack
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
@@ -245,12 +246,21 @@ class Session(Predicting, Spending):
     @property
     def program(self) -> Program:
         """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
+        return self._program(None, resident=self.plan == "resident")
+
+    def program_against(self, adversarial: Any) -> Program:
+        """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
+        attack = lowered_attack(as_attack("adversarial", adversarial))
+        return self._program(attack, resident=self.plan == "resident" and self._backend.traits.on_host)
+
+    def _program(self, attack: Attack | None, *, resident: bool) -> Program:
         return self.lower(
             Inputs(self.batch_size, indexed=True),
             self.loss.spec(accuracy=self.loss.is_classification),
             self.optimizer.rule(),
             self.batch_size,
-            resident=self.plan == "resident",
+            resident=resident,
+            attack=attack,
         )
 
     def lower(

@@ -1,4 +1,4 @@
-"""Training on attacked batches: what it goes with, and what the step is told."""
+"""Training on attacked batches: what it goes with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.adversarial import as_attack
-from fusemlp.program import lowering
-from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.plans import ASKED
 from fusemlp_kernels.errors import ArgumentError
 
@@ -35,11 +33,3 @@ def check_adversarial(engine: Session, attack: Any, given: Mapping[str, Any]) ->
             raise ArgumentError(f"{name}: adversarial training takes arrays X and y, not batches; give both")
     if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
         raise ArgumentError("plan: the resident kernel does not attack its batches; use plan='auto'")
-
-
-def lowered_attack(engine: Session, attack: Any, X: Any) -> lowering.Attack | None:
-    """Return the attack for the step on checked rows X; None for none. Raises DataError for rows outside its bounds."""
-    if attack is None:
-        return None
-    check_within(engine, "X", X, attack)
-    return lowering.Attack(attack.plain.steps, attack.perturbation())

@@ -18,10 +18,11 @@ from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
-from fusemlp.program.lowering import Inputs
+from fusemlp.program.lowering import Inputs, lowered_attack
+from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.memory import on_device
-from fusemlp.training.adversarial import check_adversarial, lowered_attack
+from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
@@ -161,6 +162,8 @@ def fit(
                 f"fit(batches, steps_per_epoch=...), got {steps_per_epoch!r}"
             )
         data = engine.examples(X, y, sample_weight)
+        if adversarial is not None:
+            check_within(engine, "X", data.X, adversarial)
     validation = checked_validation(engine, validation_data, steps=validation_steps)
     if share:
         data, held = split(engine, data, share)
@@ -276,7 +279,7 @@ def fit_checked(
         batches = steps_of_an_epoch(count, batch_size)
     elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
-    lowered = lowered_attack(engine, attack, data.X)
+    lowered = None if attack is None else lowered_attack(attack)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
     told = None if attack is None else attack.to_config()
     if not resume:
