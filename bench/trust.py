@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from fusemlp.explanations import attributions
 from torch import Tensor, nn
 
 from bench.doors import finish, line, parser
 from bench.measure import AGREEMENT, PAUSE_SECONDS
 from bench.report import Record
 from fusemlp import DPSGD, MLP, PGD, SGD, Engine
-from fusemlp.explanations import attributions
 
 SIZES, ROWS, BATCHES, RATE = (784, 128, 10), 128, 20, 0.05
 EPS, STEPS, POINTS = 0.1, 10, 50
@@ -153,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told: dict[str, Any] = {"rounds": options.rounds, "calls": BATCHES}
     lines = [
         compare(f"PGD-{STEPS} training step: torch", pgd(), agree=True, **told),
-        compare("DP-SGD step: fusemlp's plain step", (own_turn(), own_turn(privacy=DPSGD(NOISE, CLIP, seed=0))), **told),
+        compare(
+            "DP-SGD step: fusemlp's plain step", (own_turn(), own_turn(privacy=DPSGD(NOISE, CLIP, seed=0))), **told
+        ),
     ]
     if "opacus" not in missing:
         for name, mode in zip(LIBRARIES["opacus"], ("hooks", "ghost"), strict=True):

@@ -204,7 +204,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How far ``perturb`` moves inputs x: up to ``eps`` in the norm "inf" or "2", and within ``low`` to ``high``.
+    """Limits of what ``perturb`` does to inputs x: ``eps`` in the norm "inf" or "2", and bounds ``low`` and ``high``.
 
     ``step`` is the length of a step, in the same norm. ``seed`` is that of a random start; None: x itself.
     """

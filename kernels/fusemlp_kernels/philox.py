@@ -8,7 +8,7 @@ The key is the seed (its low 32 bits and the next 32). The four counter words, e
 
     dropout     (col // 8, batch row, layer, batch_index)
     row order   (half of the index, Feistel round, 2**32 - 1, epoch): no network has that many layers
-    start       (col // 4, batch row, 2**31, batch_index): nor that many
+    start       (col // 4, batch row, 2**31, batch_index): that is no layer either
     noise       (element % 128 // 4, element // 128, 2**32 - 2 - tensor, update_count), under a seed of its own
 """
 

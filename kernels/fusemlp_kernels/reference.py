@@ -341,7 +341,7 @@ def input_gradient(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> Arr
         inputs = activation(layer.activation, zs[-1], layer.slope)
     _, dy = loss_of_output(spec, inputs, batch.target, batch.weight, batch.class_weight)
     for layer, z in zip(reversed(layers), reversed(zs), strict=True):
-        dy = (dy * activation_grad(layer.activation, z, layer.slope)) @ layer.w
+        dy = output_grad(dy * activation_grad(layer.activation, z, layer.slope), layer.w, None, 0.0)
     return dy
 
 
@@ -353,7 +353,7 @@ def perturb(x: Array, d: Array, change: Perturbation, dx: Array | None = None) -
     """
 
     def norms(a: Array) -> Array:
-        return np.sqrt(np.sum(a**2, axis=1, keepdims=True))
+        return np.asarray(np.sqrt(np.sum(a**2, axis=1, keepdims=True)))
 
     if dx is not None:
         lengths = norms(dx)

@@ -175,7 +175,9 @@ TORCH_LOSSES = {
 }
 
 
-@pytest.mark.parametrize("how", [PGD(0.1, steps=7, bounds=(0, 1), seed=2), PGD(0.3, norm=2, steps=5), FGSM(0.2)], ids=str)
+@pytest.mark.parametrize(
+    "how", [PGD(0.1, steps=7, bounds=(0, 1), seed=2), PGD(0.3, norm=2, steps=5), FGSM(0.2)], ids=str
+)
 @pytest.mark.parametrize("kind", TORCH_LOSSES)
 def test_attack_and_training_are_those_of_a_torch_loop(kind, how):
     torch = pytest.importorskip("torch")
@@ -208,7 +210,12 @@ def test_attack_and_training_are_those_of_a_torch_loop(kind, how):
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(how=ATTACKS, restarts=st.sampled_from((1, 2)), loss=st.sampled_from(LOSSES), precision=st.sampled_from(("fp32", "fp64")))
+@given(
+    how=ATTACKS,
+    restarts=st.sampled_from((1, 2)),
+    loss=st.sampled_from(LOSSES),
+    precision=st.sampled_from(("fp32", "fp64")),
+)
 def test_attacks_stay_within_eps_and_bounds_and_raise_the_loss(how, restarts, loss, precision):
     how = replace(how, restarts=restarts) if getattr(how, "random_start", False) else how
     X, y = problem(loss)

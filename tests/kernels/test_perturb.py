@@ -46,8 +46,7 @@ def expected(variant, change, read, dx, rows):
     """The definition's result, and the bound of its error.
 
     Each of at most eight operations rounds by a unit of what it makes, no more than |x|, the move so far and a step
-    together. Where the move is shortened, an error of its length, which is at most that of the errors, reaches each
-    element.
+    together. A move that is shortened passes an error of its length, at most that of all errors, on to each element.
     """
     x = read["x"] if rows is None else np.where(rows[:, None] < 0, 0.0, read["x"][rows])
     so_far = read["adv"] - x
@@ -75,7 +74,9 @@ def test_a_start_and_a_step_are_those_of_the_definition(variant, norm, bounds):
         picked = rng.permutation(rows + 2)[:rows]
         picked[-1:] = -1 if rows > 1 else picked[-1:]
         for given in (None, picked):
-            start, read = perturbed(variant, change, x[:rows] if given is None else x, np.full((rows, columns), 0.5), rows=given)
+            start, read = perturbed(
+                variant, change, x[:rows] if given is None else x, np.full((rows, columns), 0.5), rows=given
+            )
             assert_within(start, *expected(variant, change, read, None, given))
             dx = rng.normal(size=(rows, columns))
             dx[0, 0] = 0.0

@@ -10,7 +10,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp_kernels.errors import ArgumentError
 
-_KINDS = {"pgd": PGD, "fgsm": FGSM}
+_KINDS: dict[str, type[FGSM] | type[PGD]] = {"pgd": PGD, "fgsm": FGSM}
 # Fields of PGD by the options for them.
 _FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
 
@@ -28,7 +28,7 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
         for name in given:
             raise ArgumentError(f"{name}: it is of an attack; give --{option} too, such as --{option} pgd")
         return None
-    described = _KINDS[check_choice(option, kind, _KINDS)]
+    described: type[FGSM] | type[PGD] = _KINDS[check_choice(option, kind, _KINDS)]
     if "attack_eps" not in given:
         raise ArgumentError(
             "attack_eps: say how far an input may move, in its units after --scale, such as --attack-eps 0.1"

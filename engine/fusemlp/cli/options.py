@@ -65,9 +65,9 @@ PLANS = ("auto", "eager", "graph", "resident")
 EXPLAIN_METHODS = ("permutation", *METHODS)
 ATTACKS = ("pgd", "fgsm")
 ATTACK_EPS = (
-    "How far the attack may move an input: in standard deviations of a column after --scale standard, as a share of its "
-    "range after minmax, in the data's own units after none (of grey levels from 0 to 255, 8 is usual), in units of the "
-    "scaled input after the others."
+    "The most by which an input may move: in standard deviations of a column after --scale standard, as a share of its "
+    "range after minmax, in the data's own units after none (of grey levels from 0 to 255, 8 is usual), and in units of "
+    "the scaled input after the others."
 )
 ATTACK_STEPS = "For pgd: its steps (10), each 2.5 * eps / steps long."
 ATTACK_NORM = "For pgd: inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
@@ -460,8 +460,8 @@ class EvaluateOptions(ApplyOptions):
     attack: str | None = _option(
         None,
         f"{one_of(ATTACKS)}: also score the rows as this attack changes them to raise the loss of their labels. For "
-        "inputs that are numbers; words and missing cells are refused. Pixels stay within the least and the greatest of "
-        "the rows, after --scale none or minmax.",
+        "inputs that are numbers; words and missing cells are refused. Pixels stay within the least and the greatest "
+        "of the rows, after --scale none or minmax.",
         "ATTACK",
         values=ATTACKS,
     )

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.description import Count, Description, Flag, Positive
 from fusemlp.describe.elsewhere import knows_names_of
-from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
 from fusemlp_kernels.contract import Perturbation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -87,7 +85,8 @@ class PGD(Attack):
         super().__post_init__()
         if self.restarts > 1 and not self.random_start:
             raise ArgumentError(
-                f"restarts: without a random start all {self.restarts} attacks are the same; leave out random_start=False"
+                f"restarts: without a random start all {self.restarts} attacks are the same; leave out "
+                "random_start=False"
             )
 
     @property

@@ -254,17 +254,17 @@ class _Builder:
 
     def attack(self, attack: Attack) -> None:
         """Move the batch; what follows reads it in place of x."""
-        first, rows = self.first, {"rows": self.rows, "counters": self.counters, "change": attack.change}
+        first, spec = self.first, self.step.spec
+        assert spec is not None
+        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters, "change": attack.change}
         x, self.x = self.x, self.add("adv", (self.batch, self.net.sizes[0]), self.matrix, "control")
         self.call("perturb", "start", x=x, adv=self.x, **rows)
         # the gradient goes back to the inputs
         self.first = -1
-        spec = replace(self.step.spec, accuracy=False) if self.step.spec else None
-        assert spec is not None
         for self.attacking in range(attack.steps):
             for layer in range(self.net.layers - 1):
                 self.linear(layer, f"h{layer + 1}", self.activation(layer))
-            self.loss(spec)
+            self.loss(replace(spec, accuracy=False))
             for layer in range(self.top, -1, -1):
                 self.grad_input(layer)
             self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, **rows)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp._version import __version__
+from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names
-from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
@@ -343,7 +343,11 @@ class Session(Predicting, Spending):
                 epoch_stats = allocate(epochs * STATS, "float64")
                 arrays["epoch_stats"] = self._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
         program = self.lower(
-            *(inputs, spec, rule, batch_size), keep_gradients=keep_gradients, resident=resident, ridge=ridge, attack=attack
+            *(inputs, spec, rule, batch_size),
+            keep_gradients=keep_gradients,
+            resident=resident,
+            ridge=ridge,
+            attack=attack,
         )
         plan = self.plan
         if attack is not None and plan == "resident" and not resident:

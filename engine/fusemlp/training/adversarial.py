@@ -25,8 +25,8 @@ def check_adversarial(engine: Session, attack: Any, given: Mapping[str, Any]) ->
         raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
     if engine.normalise:
         raise ArgumentError(
-            "adversarial: eps would be in the units of each scaled column, and attack takes raw ones; scale X yourself, "
-            "and make the engine with normalise=False"
+            "adversarial: eps would be in the units of the scaled columns, and that of attack is in raw ones; scale X "
+            "yourself, and make the engine with normalise=False"
         )
     for name, value in given.items():
         if value:

@@ -112,10 +112,11 @@ def fit(
     is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
     A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
     ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
-    the beginning of that call. ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes
-    it, without dropout, at the parameters of the step; ``loss`` and ``accuracy`` of the history are of what it made, and
-    validation is of the rows as they are. ``time_limit``: end training, as early stopping does, when this call has taken this many
+    the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
     seconds; the launch that runs, the first at least, is finished.
+
+    ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters of
+    the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows unchanged.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is

@@ -129,7 +129,7 @@ struct Attack {
     double high;
 };
 
-// What is added to x at a column of a row, before it is brought back.
+// The change of x at a column of a row, before it is brought back.
 __device__ __forceinline__ float displacement(
     const Attack& call, long long row, long long column, float x, float factor) {
     if (call.dx.data) {

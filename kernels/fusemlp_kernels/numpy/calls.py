@@ -163,8 +163,8 @@ def _loss_grad(
         "ENTROPY" if entropy else "ELEMENTWISE", numbers, N=outputs, Y=y, Z=z,
         DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=t.REDUCTIONS.index(loss.reduction),
         SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
-        WIDE=outputs >= WIDE, RECORDED=stats is not None, TARGET=target, WEIGHTED=weight, CLASS_WEIGHTED=class_weight, **columns,
-        **_rows(rows, count),
+        WIDE=outputs >= WIDE, RECORDED=stats is not None, TARGET=target, WEIGHTED=weight,
+        CLASS_WEIGHTED=class_weight, **columns, **_rows(rows, count),
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", N=outputs, K=count, DZ=dz)
@@ -248,18 +248,18 @@ def _perturb(
     dx: Array | None = None,
     rows: Array | None = None,
 ) -> int:
-    count, columns = adv.shape
-    table.height = max(table.height, count)
+    columns: int = adv.shape[1]
+    table.height = max(table.height, len(adv))
     drawn = dx is None and change.seed is not None
     low, high = seed_key(change.seed or 0)
     table.lanes = max(table.lanes, drawn * -(-columns // 4))
     numbers = {t.LARGEST: change.eps, t.LENGTH: change.step, t.LOW: change.low, t.HIGH: change.high}
     table.add(
         "PERTURB", numbers, N=columns, K=columns, X=x, DZ=dx, OUT=adv, ROUND=change.norm == "2", DRAWN=drawn,
-        KEY_LOW=low, KEY_HIGH=high, **_rows(rows, count),
+        KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(adv)),
     )  # fmt: skip
     table.control(counters)
-    return count
+    return len(adv)
 
 
 def _gradients(
