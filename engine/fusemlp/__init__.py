@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         WandB,
     )
     from fusemlp.datasets.load import load_data
+    from fusemlp.describe.adversarial import FGSM, PGD
     from fusemlp.describe.intervals import IBP
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
@@ -65,10 +66,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DPSGD",
     "ELU",
+    "FGSM",
     "IBP",
     "MAE",
     "MLP",
     "MSE",
+    "PGD",
     "SGD",
     "Activation",
     "Adam",
@@ -138,6 +141,7 @@ _NAMES = {
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
+    "fusemlp.describe.adversarial": "FGSM PGD",
     "fusemlp.describe.privacy": "DPSGD",
     "fusemlp.describe.schedules": (
         "Constant CosLog4 Cosine Exponential FlatCosine OneCycle ReduceOnPlateau Schedule StepDecay"

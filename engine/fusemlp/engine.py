@@ -13,7 +13,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.report import onnx
 from fusemlp.report.runs import open_run, weights_path
-from fusemlp.runtime import files, intervals
+from fusemlp.runtime import attacking, files, intervals
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.inference import MEAN
 from fusemlp.runtime.session import ELSEWHERE, Session
@@ -69,6 +69,7 @@ class Engine(Session):
     """
 
     fit = fit.fit
+    attack = attacking.attack
     probe = transfer.probe
     save_checkpoint = checkpoint.save_checkpoint
     save = saving.save

@@ -32,7 +32,7 @@ from fusemlp import (
 Array = np.ndarray[Any, Any]
 ROWS, BATCH, EPOCHS = 70, 16, 8
 RNG = np.random.default_rng(11)
-X = RNG.normal(size=(ROWS, 6))
+X = np.clip(RNG.normal(size=(ROWS, 6)), -1.5, 1.5)
 LABELS = (X @ RNG.normal(size=(6, 3))).argmax(axis=1)
 WEIGHT = RNG.uniform(0.2, 2.0, ROWS)
 
@@ -99,8 +99,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], IBP, Any, dict[str, Any]]] = {
         str(activation): (activation, {}, IBP(0.2), momentum, {})
         for activation in ("relu", LeakyReLU(0.2), "sigmoid", "tanh", ELU(0.7), "selu", "softplus", "identity")
     },
-    "bounds": ("relu", {}, IBP(0.3, 0.2, warmup=0.0, ramp=0.9, bounds=(-1.0, 1.5)), momentum, {}),
-    "scaled inputs": ("relu", {"normalise": X}, IBP(0.3, bounds=(-1.0, 1.5)), momentum, {}),
+    "bounds": ("relu", {}, IBP(0.3, 0.2, warmup=0.0, ramp=0.9, bounds=(-1.5, 1.5)), momentum, {}),
+    "scaled inputs": ("relu", {"normalise": X}, IBP(0.3, bounds=(-1.5, 1.5)), momentum, {}),
     "weights": ("relu", {}, IBP(0.1), momentum, {"sample_weight": WEIGHT}),
     "loss": (
         "relu",
@@ -204,7 +204,12 @@ def test_eps_and_kappa_go_up_and_down():
         ({"privacy": DPSGD(1.0)}, {}, ArgumentError, "adversarial: the engine trains privately"),
         ({}, {"y": np.eye(3)[LABELS]}, ArgumentError, "y: IBP takes class labels"),
         ({}, {"X": [(X, LABELS)], "y": None}, ArgumentError, "y: IBP takes arrays X and y, not batches"),
-        ({}, {"adversarial": 0.1}, ArgumentTypeError, r"adversarial: expected IBP\(0.1\), got 0.1"),
+        (
+            {},
+            {"adversarial": 0.1},
+            ArgumentTypeError,
+            r"adversarial: expected an attack such as PGD\(0.1\), or IBP\(0.1\), got 0.1",
+        ),
     ],
 )
 def test_refusals_change_nothing(options, given, error, message):

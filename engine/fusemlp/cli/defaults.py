@@ -48,11 +48,16 @@ def is_private(options: ModelOptions) -> bool:
     return isinstance(options, TrainOptions) and options.dp_epsilon is not None
 
 
+def trains_plainly(options: ModelOptions) -> bool:
+    """Return whether small trainings may decide for the options: not with privacy, and not against attacks."""
+    return not is_private(options) and getattr(options, "adversarial", None) is None
+
+
 def models_of(options: ModelOptions, dataset: Dataset, *, new: bool) -> int:
     """Return the number of models that the options train on a data set; a ``new`` training takes the default."""
     if not isinstance(options, TrainOptions):
         return 1
     if options.models is not None:
         return as_count("models", options.models)
-    few = LEAST_ROWS <= len(dataset.y) <= FEW_ROWS and not is_private(options)
+    few = LEAST_ROWS <= len(dataset.y) <= FEW_ROWS and trains_plainly(options)
     return MODELS if new and few and is_a_table(options) and "prelu" not in options.activation else 1

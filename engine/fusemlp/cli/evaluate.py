@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from fusemlp.cli import attacks
 from fusemlp.cli.options import EvaluateOptions, ExplainOptions, ReportOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
@@ -19,6 +20,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.certification import certified_line, certify
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
+from fusemlp.report.robustness import robust_lines, robust_score
 from fusemlp.report.runs import Run, read_training_rows
 from fusemlp_kernels.errors import CheckpointError
 
@@ -46,8 +48,11 @@ def evaluate(options: EvaluateOptions) -> None:
         )
         seen = _trained_on(options, preprocessor, features, labels, notes)
         X, weight = network_inputs(preprocessor, features, engine.precision), None
+    how = attacks.chosen(options, preprocessor, X)
     report = score(engine, preprocessor, X, labels, weight)
-    lines = [*notes, *headline(report)]
+    if how is not None:
+        report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
+    lines = [*notes, *headline(report), *robust_lines(report)]
     if options.certify is not None:
         report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
         lines.append(certified_line(report["certified"]))

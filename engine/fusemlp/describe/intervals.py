@@ -1,11 +1,11 @@
 """Training with interval bounds as a description (Gowal et al., "On the effectiveness of interval bound propagation for
 training verifiably robust models", 2018)."""
 
-from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
+from fusemlp.describe.adversarial import as_bounds
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.description import Description, Fraction, Positive
 from fusemlp.describe.elsewhere import knows_names_of
@@ -13,19 +13,9 @@ from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp_kernels import pointwise
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentError
 
 Share = Annotated[float, partial(as_number, low=0.0, high=1.0)]
-
-
-def as_bounds(argument: str, value: Any) -> tuple[float, float]:
-    """Return a pair of numbers, the lower one first."""
-    if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := tuple(value)) != 2:
-        raise ArgumentTypeError(f"{argument}: expected (low, high) such as (0.0, 1.0), or None, got {value!r}")
-    low, high = (as_number(argument, one) for one in pair)
-    if low >= high:
-        raise ArgumentError(f"{argument}: expected (low, high) with low < high, got {value!r}")
-    return low, high
 
 
 @dataclass(frozen=True)
@@ -83,10 +73,3 @@ _ELSEWHERE = {
     **dict.fromkeys(("ramp_epochs", "rampup"), "it is called ramp here, a share of the updates: ramp=0.5"),
 }
 knows_names_of(IBP, _ELSEWHERE)
-
-
-def as_ibp(argument: str, value: object) -> IBP:
-    """Return ``value`` if it is an IBP; raises ArgumentTypeError."""
-    if not isinstance(value, IBP):
-        raise ArgumentTypeError(f"{argument}: expected IBP(0.1), got {value!r}")
-    return value

@@ -63,9 +63,11 @@ def _expand(program: Program, names: tuple[str, ...]) -> list[str]:
 
 
 def _check_order(program: Program) -> None:
-    """Everything read was written before, once; what the caller gave is read and not written."""
+    """Everything read was written before, and again only by calls of one op that find it read by others; what the
+    caller gave is read and not written."""
     defined = {value.name for value in program.values.values() if value.kind not in ("work", "gradient")}
     read: set[str] = set()
+    unread: set[str] = set()
     writers: dict[str, int] = {}
     for index, call in enumerate(program.calls):
         where, op = _where(index, call), OPS[call.op]
@@ -74,6 +76,7 @@ def _check_order(program: Program) -> None:
             if name not in defined:
                 raise ProgramError(f"{where}: reads {name!r}, which no call before it has written")
         own: set[str] = set()
+        unread.difference_update(_expand(program, call.reads))
         written = [pair for pair in call.references if pair[0] in op.written]
         for operand, name in ((operand, member) for operand, arena in written for member in program.members(arena)):
             kind, wanted = program.values[name].kind, op.by_name[operand].kind
@@ -84,9 +87,11 @@ def _check_order(program: Program) -> None:
             if name in own:
                 raise ProgramError(f"{where}: writes {name!r} twice")
             again = name in writers and program.calls[writers[name]].op == call.op
-            if name in writers and (operand in op.only_written or (operand == "stats" and again)):
+            anew = again and name not in unread and name not in call.reads
+            if name in writers and (again if operand == "stats" else operand in op.only_written and not anew):
                 raise ProgramError(f"{where}: writes {name!r}, which call {writers[name]} has written")
             own.add(name)
+            unread.add(name)
             writers[name] = index
         defined |= own
     ridges = [call.operands["ridge"] for call in program.calls if call.operands.get("ridge")]

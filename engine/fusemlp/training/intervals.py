@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.describe.intervals import as_ibp
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.contract import STATS, LossSpec, UpdateRule
+from fusemlp_kernels.contract import LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp64", "tf32")
 
 
-def check_intervals(engine: Session, ibp: Any, given: Mapping[str, Any]) -> None:
-    """Raise ArgumentError or ArgumentTypeError for what ``fit`` cannot do beside ``ibp``.
+def check_intervals(engine: Session, ibp: IBP, given: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for what ``fit`` cannot do beside ``ibp``.
 
     ``given``: arguments of ``fit`` that it refuses unless they are false.
     """
-    as_ibp("adversarial", ibp).check(engine.network, engine.loss, engine.optimizer)
+    ibp.check(engine.network, engine.loss, engine.optimizer)
     if engine.privacy is not None:
         raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
     if engine.precision not in PRECISIONS:
@@ -151,8 +150,7 @@ class _WorstCase:
         if not backend.traits.gathers_in_load:
             given["target_rows"] = flat(rows, "int64")
             given |= {"weight_rows": flat(rows)} if "weight" in given else {}
-        stats = backend.allocate(STATS, "float64")
-        self.loss = backend.bind("loss_grad", z=self.logits, dz=self.dlogits, loss=spec, stats=stats, **given)
+        self.loss = backend.bind("loss_grad", z=self.logits, dz=self.dlogits, loss=spec, **given)
         self.backward: list[Callable[..., object]] = [
             backend.bind(
                 "grad_input",
