@@ -66,8 +66,8 @@ EXPLAIN_METHODS = ("permutation", *METHODS)
 ATTACKS = ("pgd", "fgsm")
 ATTACK_EPS = (
     "The most by which an input may move: in standard deviations of a column after --scale standard, as a share of its "
-    "range after minmax, in the data's own units after none (of grey levels from 0 to 255, 8 is usual), and in units of "
-    "the scaled input after the others."
+    "range after minmax, in the data's own units after none (8 is usual for grey levels from 0 to 255), in units of the "
+    "scaled input after the others."
 )
 ATTACK_STEPS = "For pgd: its steps (10), each 2.5 * eps / steps long."
 ATTACK_NORM = "For pgd: inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
