@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run
+from commands import read, run
 
 from fusemlp import MLP, Engine, load_data
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends, network_inputs
@@ -119,3 +119,30 @@ def test_the_command_says_what_is_certified(tables, tmp_path, capsys):
     assert "test certified accuracy 0." in capsys.readouterr().out
     assert run("evaluate", folder, "--certify", "-1") == 2
     assert "--certify: expected a finite number of at least 0, got -1.0" in capsys.readouterr().err
+
+
+def test_training_with_bounds_certifies_a_run(tmp_path, capsys):
+    how = ("--adversarial", "ibp", "--attack-eps", "0.05")
+    shares = []
+    for name, options in (("plain", ()), ("firm", how)):
+        folder = tmp_path / name
+        given = ("--scale", "minmax", "--hidden", "48", "--epochs", "20", "--early-stopping", "0", "--quiet")
+        assert run("train", "digits", *given, *options, "--out", folder) == 0
+        capsys.readouterr()
+        assert run("evaluate", folder, "--attack", "pgd", "--eps", "0.05", "--certify", "0.05", "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["certified"]["accuracy"] <= report["robust"]["accuracy"] <= report["accuracy"]
+        shares.append(report["certified"])
+    assert shares[0]["accuracy"] < 0.2
+    assert shares[1]["accuracy"] > 0.6
+    assert read(folder / "report.json")["certified"] == shares[1]
+    assert "test certified accuracy" in (folder / "report.html").read_text()
+    for options, message in (
+        (("--early-stopping", "5"), "--early-stopping: IBP makes the task harder"),
+        (("--activation", "gelu"), "--adversarial: IBP takes activations that rise everywhere"),
+        (("--attack-steps", "3"), "--attack-steps: ibp takes no steps"),
+    ):
+        assert run("train", "digits", *how, *options, "--out", tmp_path / "none") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
+    assert run("evaluate", folder, "--attack", "ibp", "--eps", "0.05") == 2

@@ -206,6 +206,12 @@ def test_eps_and_kappa_go_up_and_down():
         ({}, {"X": [(X, LABELS)], "y": None}, ArgumentError, "y: IBP takes arrays X and y, not batches"),
         (
             {},
+            {"early_stopping": 3, "validation_split": 0.2},
+            ArgumentError,
+            "early_stopping: IBP makes the task harder",
+        ),
+        (
+            {},
             {"adversarial": 0.1},
             ArgumentTypeError,
             r"adversarial: expected an attack such as PGD\(0.1\), or IBP\(0.1\), got 0.1",

@@ -1,4 +1,4 @@
-"""The options of attacks as a description: for ``evaluate --attack`` and ``train --adversarial``."""
+"""The options of attacks, and of IBP, as a description: for ``evaluate --attack`` and ``train --adversarial``."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ from fusemlp.cli.options import EvaluateOptions, TrainOptions, one_of
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import FGSM, PGD, Attack
 from fusemlp.describe.checks import check_choice
+from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp_kernels.errors import ArgumentError
 
-_KINDS: dict[str, type[FGSM] | type[PGD]] = {"pgd": PGD, "fgsm": FGSM}
+Kind = type[FGSM] | type[PGD] | type[IBP]
+_ATTACKS: dict[str, Kind] = {"pgd": PGD, "fgsm": FGSM}
+_TRAININGS: dict[str, Kind] = {**_ATTACKS, "ibp": IBP}
 # Fields of PGD by the options for them.
 _FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
 
 
-def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array) -> Attack | None:
+def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array) -> Attack | IBP | None:
     """Return the attack of the options on rows X, as the network takes them; None if there is none.
 
     Pixels that are not scaled one by one stay within the least and the greatest of these rows. Raises ArgumentError for
     options that do not go together, and for inputs that no small change of a cell can give.
     """
-    option = "adversarial" if isinstance(options, TrainOptions) else "attack"
+    option, kinds = ("adversarial", _TRAININGS) if isinstance(options, TrainOptions) else ("attack", _ATTACKS)
     kind: str | None = getattr(options, option)
     given = {name: getattr(options, name) for name in _FIELDS if getattr(options, name) is not None}
     if kind is None:
         for name in given:
             raise ArgumentError(f"{name}: it is of an attack; give --{option} too, such as --{option} pgd")
         return None
-    described: type[FGSM] | type[PGD] = _KINDS[check_choice(option, kind, _KINDS)]
+    described = kinds[check_choice(option, kind, kinds)]
     if "attack_eps" not in given:
         raise ArgumentError(
             "attack_eps: say how far an input may move, in its units after --scale, such as --attack-eps 0.1"
         )
-    if described is FGSM and len(given) > 1:
-        raise ArgumentError(f"{[*given][1]}: fgsm is one step in the norm inf; leave it out, or take pgd")
+    if described is not PGD and len(given) > 1:
+        reason = "is one step in the norm inf" if described is FGSM else "takes no steps, and the norm inf"
+        raise ArgumentError(f"{[*given][1]}: {kind} {reason}; leave it out, or take pgd")
     _check_columns(option, made)
     within = image_shape(made) is not None and made.scale in ("none", "minmax")
     bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None

@@ -25,10 +25,13 @@ LEAST_ROWS = 40
 def filled_in(options: Fit) -> Fit:
     """Return the options with early stopping, and a table's epochs, where they are not given."""
     validates = options.validation_fraction != 0 or getattr(options, "validation", None) is not None
+    certifies = getattr(options, "adversarial", None) == "ibp"
+    stops = options.early_stopping is None and validates and not certifies
+    many = options.epochs is None and is_a_table(options) and not (certifies or is_private(options))
     return replace(
         options,
-        epochs=EPOCHS if options.epochs is None and is_a_table(options) and not is_private(options) else options.epochs,
-        early_stopping=PATIENCE if options.early_stopping is None and validates else options.early_stopping,
+        epochs=EPOCHS if many else options.epochs,
+        early_stopping=PATIENCE if stops else options.early_stopping,
     )
 
 

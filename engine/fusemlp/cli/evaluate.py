@@ -16,9 +16,10 @@ from fusemlp.datasets.parts import among
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import listed
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.certification import certified_line, certify
+from fusemlp.report.certification import certified_lines, certify
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
 from fusemlp.report.robustness import robust_lines, robust_score
 from fusemlp.report.runs import Run, read_training_rows
@@ -50,12 +51,11 @@ def evaluate(options: EvaluateOptions) -> None:
         X, weight = network_inputs(preprocessor, features, engine.precision), None
     how = attacks.chosen(options, preprocessor, X)
     report = score(engine, preprocessor, X, labels, weight)
-    if how is not None:
+    if isinstance(how, Attack):
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
-    lines = [*notes, *headline(report), *robust_lines(report)]
     if options.certify is not None:
         report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
-        lines.append(certified_line(report["certified"]))
+    lines = [*notes, *headline(report), *robust_lines(report), *certified_lines(report)]
     if "classes" in report:
         lines += ["", aligned(class_table(report))]
         if len(report["classes"]) <= MOST_PRINTED_CLASSES:

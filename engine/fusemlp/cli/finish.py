@@ -11,8 +11,10 @@ from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
 from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
+from fusemlp.report.certification import certify
 from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
@@ -48,7 +50,7 @@ def finish(
     final: tuple[Engine, dict[str, int]] | None = None,
     held_out: HeldOut | None = None,
     temperature: Temperature | None = None,
-    attack: Attack | None = None,
+    attack: Attack | IBP | None = None,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report.
 
@@ -104,7 +106,10 @@ def finish(
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
-        if attack is not None:
+        if isinstance(attack, IBP):
+            cells, labels, rows = prepared.test_rows
+            report["certified"] = certify(engine, prepared.preprocessor, cells[rows], labels[rows], attack.eps)
+        elif attack is not None:
             report["robust"] = robust_score(engine, prepared.preprocessor, test.X, test.labels, attack, test.weight)
         seen = prepared.seen(MOST_NUMBERS // max(1, len(prepared.preprocessor.classes or ())))
         report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)

@@ -66,8 +66,8 @@ EXPLAIN_METHODS = ("permutation", *METHODS)
 ATTACKS = ("pgd", "fgsm")
 ATTACK_EPS = (
     "The most by which an input may move: in standard deviations of a column after --scale standard, as a share of its "
-    "range after minmax, in the data's own units after none (8 is usual for grey levels from 0 to 255), in units of the "
-    "scaled input after the others."
+    "range after minmax, in the data's own units after none (8 is usual for grey levels from 0 to 255), and in units "
+    "of the scaled input after the others."
 )
 ATTACK_STEPS = "For pgd: its steps (10), each 2.5 * eps / steps long."
 ATTACK_NORM = "For pgd: inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
@@ -362,10 +362,11 @@ class TrainOptions(FitOptions):
     dp_clip: float | None = _training(None, "With --dp-epsilon: the largest norm of a row's gradient (1).")
     adversarial: str | None = _training(
         None,
-        f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. For "
-        "inputs that are numbers; words and missing cells are refused. Trains one model.",
+        f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
+        "ibp: train for certified accuracy within --attack-eps, without early stopping. For inputs that are numbers; "
+        "words and missing cells are refused. Trains one model.",
         "ATTACK",
-        values=ATTACKS,
+        values=(*ATTACKS, "ibp"),
     )
     attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
     attack_steps: int | None = _training(None, ATTACK_STEPS)

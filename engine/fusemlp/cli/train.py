@@ -25,10 +25,12 @@ from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.prepare import watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.trials import seconds_left
 from fusemlp.report.baselines import baseline_line
+from fusemlp.report.certification import certified_lines
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline, privacy_line, spelled
 from fusemlp.report.robustness import robust_lines
@@ -45,6 +47,7 @@ from fusemlp.report.runs import (
 )
 from fusemlp.report.temperature import scale_logits
 from fusemlp.report.uncertainty import judged
+from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
@@ -180,10 +183,13 @@ def new_session(options: TrainOptions) -> Session:
     attacks.check_trained(options)
     prepared = prepare(options, source=source)
     watched(options, prepared)
-    attacks.chosen(options, prepared.preprocessor, prepared.train.X)
+    against = attacks.chosen(options, prepared.preprocessor, prepared.train.X)
     prepared = ensemble.within(prepared, options)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
+    if against is not None:
+        stops = isinstance(against, IBP) and bool(options.early_stopping)
+        check_adversarial(engine, against, {"early_stopping": stops})
     if tracker is not None:
         tracker.open(tracking.parameters(options, engine, epochs))
     with tracking.closing(tracker):
@@ -461,7 +467,13 @@ def outcome(report: dict[str, Any]) -> list[str]:
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += headline(report.get("test", {}))
-    lines += [*baseline_line(report), *interval_line(report), *privacy_line(report), *robust_lines(report)]
+    lines += [
+        *baseline_line(report),
+        *interval_line(report),
+        *privacy_line(report),
+        *robust_lines(report),
+        *certified_lines(report),
+    ]
     if report.get("final_fit"):
         final = report["final_fit"]
         lines.append(

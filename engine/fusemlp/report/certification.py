@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,8 +68,12 @@ def certify(
     return {"eps": eps, "accuracy": float(certified.mean())}
 
 
-def certified_line(found: Mapping[str, float]) -> str:
-    """Return a line on what ``certify`` found on test rows."""
+def certified_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line on what ``certify`` found on test rows, if it was asked."""
+    if "certified" not in report:
+        return
+    found, within = report["certified"], f"within eps {report['certified']['eps']:g}"
     if "accuracy" in found:
-        return f"test certified accuracy {spelled(found['accuracy'])} within eps {found['eps']:g}"
-    return f"test certified width {spelled(found['width'])}, of the bounds of predictions within eps {found['eps']:g}"
+        yield f"test certified accuracy {spelled(found['accuracy'])} {within}"
+    else:
+        yield f"test certified width {spelled(found['width'])}, of the bounds of predictions {within}"

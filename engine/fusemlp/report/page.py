@@ -13,6 +13,7 @@ import numpy as np
 
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.certification import certified_lines
 from fusemlp.report.chart import Line, chart, table
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance
@@ -118,7 +119,7 @@ def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]])
     """Yield the end of the training, its diagnosis, and each quantity over the epochs."""
     said = [] if report.get("diverged") else [report.get("stopped", "")]
     said += [str(Finding(**finding)) for finding in report.get("diagnosis", ())]
-    said += [*privacy_line(report), *robust_lines(report)]
+    said += [*privacy_line(report), *robust_lines(report), *certified_lines(report)]
     # the models of an ensemble have a best epoch each
     several = len(report.get("models", ()))
     said += [f"The curves are the mean of {several} models."] if several else []

@@ -38,9 +38,13 @@ def check_intervals(engine: Session, ibp: IBP, given: Mapping[str, Any]) -> None
             f"adversarial: IBP trains in {', '.join(PRECISIONS)}, this engine in {engine.precision}; give another "
             "precision"
         )
+    mends = {
+        "y": "IBP takes arrays X and y, not batches; give both",
+        "early_stopping": "IBP makes the task harder from epoch to epoch, and would keep an early one; leave it out",
+    }
     for name, value in given.items():
         if value:
-            raise ArgumentError(f"{name}: IBP takes arrays X and y, not batches; give both")
+            raise ArgumentError(f"{name}: {mends[name]}")
 
 
 def check_labels(targets: Targets) -> None:
