@@ -18,7 +18,7 @@ _FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
 def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array) -> Attack | None:
     """Return the attack of the options on rows X, as the network takes them; None if there is none.
 
-    Pixels that are not scaled one by one stay within the least and the greatest of these rows. Raises ArgumentError for
+    Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
     options that do not go together, and for inputs that no small change of a cell can give.
     """
     option = "adversarial" if isinstance(options, TrainOptions) else "attack"
@@ -36,7 +36,7 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
     if described is FGSM and len(given) > 1:
         raise ArgumentError(f"{[*given][1]}: fgsm is one step in the norm inf; leave it out, or take pgd")
     _check_columns(option, made)
-    within = image_shape(made) is not None and made.scale in ("none", "minmax")
+    within = image_shape(made) is not None and made.scale == "none"
     bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None
     try:
         return described(**{_FIELDS[name]: value for name, value in given.items()}, bounds=bounds)

@@ -66,8 +66,8 @@ EXPLAIN_METHODS = ("permutation", *METHODS)
 ATTACKS = ("pgd", "fgsm")
 ATTACK_EPS = (
     "The most by which an input may move: in standard deviations of a column after --scale standard, as a share of its "
-    "range after minmax, in the data's own units after none (8 is usual for grey levels from 0 to 255), in units of the "
-    "scaled input after the others."
+    "range after minmax, in the data's own units after none (8 is usual for grey levels from 0 to 255), and in units "
+    "of the scaled input after the others."
 )
 ATTACK_STEPS = "For pgd: its steps (10), each 2.5 * eps / steps long."
 ATTACK_NORM = "For pgd: inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
@@ -460,8 +460,8 @@ class EvaluateOptions(ApplyOptions):
     attack: str | None = _option(
         None,
         f"{one_of(ATTACKS)}: also score the rows as this attack changes them to raise the loss of their labels. For "
-        "inputs that are numbers; words and missing cells are refused. Pixels stay within the least and the greatest "
-        "of the rows, after --scale none or minmax.",
+        "inputs that are numbers; words and missing cells are refused. After --scale none, pixels stay within the "
+        "least and the greatest of the rows.",
         "ATTACK",
         values=ATTACKS,
     )
