@@ -2,8 +2,8 @@
 
 ``python -m bench trust`` prints a table, for 784-128-10 and 128 rows. Both sides run once in each round, in alternating
 order, in one process. PGD-10 training beside a plain torch loop, and integrated gradients beside captum, must agree in
-their results. Private steps are beside plain ones, and beside Opacus, which draws other noise. What is not installed is
-named as left out.
+their results. Private steps are beside plain ones, and beside Opacus, which draws other noise. Libraries that are not
+installed are named as left out.
 """
 
 from __future__ import annotations

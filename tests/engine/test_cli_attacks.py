@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import read, run
 
-from fusemlp import PGD, load_checkpoint
+from fusemlp import FGSM, PGD, load_checkpoint
 from fusemlp.cli.evaluate import own_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report.runs import Run
@@ -54,8 +54,7 @@ def test_training_on_attacks_is_told_and_makes_the_run_robust(
     attack = ("--attack", "pgd", "--eps", "0.1")
     plain, robust = (scores(capsys, digits[name], *attack) for name in ("plain", "robust"))
     assert plain["robust"]["accuracy"] + 0.1 < robust["robust"]["accuracy"] < robust["accuracy"]
-    assert robust["robust"]["attack"] | {"bounds": None} == PGD(0.1).to_config()
-    assert robust["robust"]["attack"]["bounds"] == [0.0, 1.0]
+    assert robust["robust"]["attack"] == PGD(0.1).to_config()
     report = read(digits["robust"] / "report.json")
     assert report["robust"]["attack"]["steps"] == 4 and 0.3 < report["robust"]["accuracy"] < report["test"]["accuracy"]
     assert "robust" not in read(digits["plain"] / "report.json")
@@ -71,7 +70,7 @@ def test_scores_are_those_of_the_engine(digits: dict[str, Path], capsys: pytest.
     test = own_data(config, made := Preprocessor.from_config(config["preprocessor"])).test
     engine = load_checkpoint(Run(run_folder).checkpoint("model"))
     y = made.encode_targets(test.labels)
-    moved = engine.attack(test.X, y, PGD(0.5, steps=3, norm=2, bounds=(test.X.min(), test.X.max())))
+    moved = engine.attack(test.X, y, PGD(0.5, steps=3, norm=2))
     found = scores(capsys, run_folder, "--attack", "pgd", "--eps", "0.5", "--attack-steps", "3", "--attack-norm", "2")
     assert found["robust"]["accuracy"] == engine.evaluate(moved, y)["accuracy"]
 
@@ -94,6 +93,12 @@ def test_a_resumed_run_keeps_its_attack(digits: dict[str, Path], tmp_path: Path)
     assert run("train", "--resume", tmp_path / "parts", "--epochs", "4", "--quiet") == 0
     losses = [read(tmp_path / name / "report.json")["final"]["loss"] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+def test_pixels_without_a_scale_stay_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "digits", "--scale", "none", *SHORT, "--epochs", "1", "--out", tmp_path / "run") == 0
+    found = scores(capsys, tmp_path / "run", "--attack", "fgsm", "--eps", "2")
+    assert found["robust"]["attack"] == FGSM(2.0, bounds=(0.0, 16.0)).to_config()
 
 
 def test_numbers_are_attacked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ _FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
 def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array) -> Attack | IBP | None:
     """Return the attack of the options on rows X, as the network takes them; None if there is none.
 
-    Pixels that are not scaled one by one stay within the least and the greatest of these rows. Raises ArgumentError for
+    Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
     options that do not go together, and for inputs that no small change of a cell can give.
     """
     option, kinds = ("adversarial", _TRAININGS) if isinstance(options, TrainOptions) else ("attack", _ATTACKS)
@@ -40,7 +40,7 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
         reason = "is one step in the norm inf" if described is FGSM else "takes no steps, and the norm inf"
         raise ArgumentError(f"{[*given][1]}: {kind} {reason}; leave it out, or take pgd")
     _check_columns(option, made)
-    within = image_shape(made) is not None and made.scale in ("none", "minmax")
+    within = image_shape(made) is not None and made.scale == "none"
     bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None
     try:
         return described(**{_FIELDS[name]: value for name, value in given.items()}, bounds=bounds)

@@ -461,8 +461,8 @@ class EvaluateOptions(ApplyOptions):
     attack: str | None = _option(
         None,
         f"{one_of(ATTACKS)}: also score the rows as this attack changes them to raise the loss of their labels. For "
-        "inputs that are numbers; words and missing cells are refused. Pixels stay within the least and the greatest "
-        "of the rows, after --scale none or minmax.",
+        "inputs that are numbers; words and missing cells are refused. After --scale none, pixels stay within the "
+        "least and the greatest of the rows.",
         "ATTACK",
         values=ATTACKS,
     )
