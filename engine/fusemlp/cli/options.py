@@ -474,8 +474,8 @@ class EvaluateOptions(ApplyOptions):
         "Also say which share of the rows is predicted right however their numbers move by at most EPS, or of numbers "
         "the mean width of the bounds of a prediction. EPS is in standard deviations of a column after --scale "
         "standard, a share of its range after minmax, in the data's own units after none, of the scaled input after "
-        "the others (of piecewise in interquartile ranges). Words, dates and missing cells do not move; pixels stay "
-        "within the least and the greatest of the rows, after --scale none or minmax.",
+        "the others (of piecewise in interquartile ranges). Words, dates and missing cells do not move; after --scale "
+        "none, pixels stay within the least and the greatest of the rows.",
         "EPS",
     )
 

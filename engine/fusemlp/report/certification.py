@@ -24,8 +24,8 @@ def reach(preprocessor: Preprocessor, cells: Array, eps: float, precision: str) 
     """Return the least and the greatest inputs of the network (n, width) when numbers move by ``eps`` at most.
 
     The input of a number moves by eps after scaling. A column of pieces moves by eps interquartile ranges, and its
-    inputs with it. Words, dates and missing cells do not move. Pixels that are not scaled, or by "minmax", stay within
-    the least and the greatest of these rows.
+    inputs with it. Words, dates and missing cells do not move. Pixels that are not scaled stay within the least and the
+    greatest of these rows.
     """
     dates = part_names(name for name, _ in preprocessor.dates)
     of_words = zip(preprocessor.feature_names, preprocessor.categories, strict=True)
@@ -38,7 +38,7 @@ def reach(preprocessor: Preprocessor, cells: Array, eps: float, precision: str) 
     radius = np.zeros(low.shape)
     radius[:, first] = np.where(np.isnan(cells[:, alone]), 0.0, eps)
     least, most = low - radius, high + radius
-    if image_shape(preprocessor) is not None and preprocessor.scale in ("none", "minmax"):
+    if image_shape(preprocessor) is not None and preprocessor.scale == "none":
         least, most = np.maximum(least, low.min()), np.minimum(most, high.max())
     return least, most
 
