@@ -100,14 +100,31 @@ def test_bounds_hold_in_every_point(activation, precision):
 def test_bounds_hold_for_what_other_backends_compute(device, precision):
     rng = np.random.default_rng(12)
     with usable(device):
-        engine = make("gelu", output_activation="sigmoid", precision=precision, backend=device.backend)
-        x, eps = rng.normal(size=5), 0.01
-        for radius in (eps, 0.0):
-            low, high = engine.bounds(x[None], radius)
-            outputs = engine.outputs(rng.uniform(x - radius, x + radius, (64, 5)))
-            assert ((low <= outputs) & (outputs <= high)).all()
-        # rounding alone
-        assert (high - low).max() < (0.1 if precision == "fp16" else 2e-4)
+        for activation, last in (("gelu", "sigmoid"), ("identity", "identity")):
+            engine = make(activation, output_activation=last, precision=precision, backend=device.backend)
+            x, eps = rng.normal(size=5), 0.01
+            for radius in (eps, 0.0):
+                low, high = engine.bounds(x[None], radius)
+                outputs = engine.outputs(rng.uniform(x - radius, x + radius, (64, 5)))
+                assert ((low <= outputs) & (outputs <= high)).all()
+            # rounding alone
+            assert (high - low).max() < (0.5 if precision == "fp16" else 2e-3)
+
+
+def test_margins_have_the_rounding_of_both_outputs():
+    rng = np.random.default_rng(13)
+    engine = make(sizes=(300, 4), loss="cross_entropy")
+    X = rng.normal(size=(30, 300))
+    found = intervals.Propagation(engine)
+    low, high = engine.bounds(X, 0.0)
+    box = next(found._blocks(*intervals.ball(engine, X, 0.0)))
+    for label in range(4):
+        margins = found._margins(found.layers[-1], *box, label)
+        others = np.arange(4) != label
+        # rounding is all there is, and it is a part of 1e-4 of the outputs
+        apart = low[:, label, None] - high
+        np.testing.assert_allclose(margins[:, others], apart[:, others], rtol=0, atol=1e-5)
+        assert (high - low).min() > 4e-5
 
 
 def torch_bounds(engine: Engine, low: Array, high: Array) -> tuple[Array, Array]:
