@@ -242,14 +242,15 @@ OPS = {op.name: op for op in (
         _COUNTERS,
     )),
     Op("perturb",
-        "adv = x + d, within the bounds: d is 0 or a random start, or with dx what adv has moved so far and a step in "
-        "the direction of dx, brought back to norm eps. The direction is sign(dx) in the norm inf, dx / |dx| in the "
-        "norm 2 (0 where dx is 0), of each row", (
+        "start = x + d within the bounds, d being 0 or random; or adv = x + d, d being adv - x and a step in the "
+        "direction of dx, brought back to norm eps. The direction is sign(dx) in the norm inf, dx / |dx| in the norm 2 "
+        "(0 where dx is 0), of each row. Where rows is -1, zeros", (
         _ROWS,
         Operand("x", "MK", "compute", rows="rows"),
-        Operand("dx", "MK", "compute", optional=True, note="the gradient by adv; left out at the start"),
-        Operand("adv", "MK", "compute", UPDATED, kind="control", note="read with dx; zeros where rows is -1"),
-        Operand("change", note="Perturbation; the start is random as philox.uniform says"),
+        Operand("start", "MK", "compute", WRITTEN, optional=True, note="random as philox.uniform says"),
+        Operand("dx", "MK", "compute", optional=True, note="with adv: the gradient by it"),
+        Operand("adv", "MK", "compute", UPDATED, optional=True, note="in place of start"),
+        Operand("change", note="Perturbation"),
         _COUNTERS,
     )),
     Op("grad_weight",

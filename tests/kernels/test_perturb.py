@@ -31,7 +31,8 @@ def perturbed(variant, change, x, adv, dx=None, rows=None):
     """Run the op on copies; its result, and the arrays as the kernel reads them."""
     counters = np.zeros(COUNTERS, np.int64)
     counters[[BATCH_INDEX, ROW_COUNT]] = 6, len(adv)
-    given = {"x": variant.rounded(x), "adv": variant.rounded(adv)}
+    out = "start" if dx is None else "adv"
+    given = {"x": variant.rounded(x), out: variant.rounded(adv)}
     given |= {} if dx is None else {"dx": variant.rounded(dx)}
     if rows is not None:
         # those of another batch come first
@@ -39,7 +40,7 @@ def perturbed(variant, change, x, adv, dx=None, rows=None):
         given["rows"] = np.concatenate([np.zeros(len(adv), np.int64), rows])
     read = {name: exact(array) for name, array in given.items()}
     variant.bind("perturb", change=change, counters=counters, **given)()
-    return exact(given["adv"]), read
+    return exact(given[out]), read
 
 
 def expected(variant, change, read, dx, rows):
@@ -49,8 +50,9 @@ def expected(variant, change, read, dx, rows):
     together. A move that is shortened passes an error of its length, at most that of all errors, on to each element.
     """
     x = read["x"] if rows is None else np.where(rows[:, None] < 0, 0.0, read["x"][rows])
-    so_far = read["adv"] - x
-    if dx is None:
+    if dx is not None:
+        so_far = read["adv"] - x
+    else:
         so_far = change.eps * philox.uniform(change.seed, 6, *x.shape) if change.seed is not None else np.zeros_like(x)
     wanted = reference.perturb(x, so_far, change, None if dx is None else read["dx"])
     error = 8.0 * variant.unit * (np.abs(x) + np.abs(so_far) + (0.0 if dx is None else change.step))

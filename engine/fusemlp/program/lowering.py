@@ -200,8 +200,8 @@ class _Builder:
         self.gathered = self.work("gathered", self.net.sizes[0]) if self.copies and not attacked else None
         # the rows of x, where the first layer picks its batch from it
         self.picks = None if attacked else self.rows
-        # the step of the attack that is being lowered
-        self.attacking: int | None = None
+        # whether the calls are those of the attack
+        self.attacking = False
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
         self.values[name] = Value(name, shape, dtype, kind)
@@ -244,12 +244,11 @@ class _Builder:
     def slope_gradient(self, layer: int) -> Ref | None:
         """The gradient by the slope of the prelu after a layer."""
         learned = self.net.activations[layer].name == "prelu"
-        name = f"dslope{layer}" if self.attacking is None else f"dslope{layer}.{self.attacking}"
-        return self.add(name, (1,), "real", "work") if learned else None
+        return self.add(f"dslope{layer}", (1,), "real", "work") if learned else None
 
     def dropout(self, layer: int) -> Dropout | None:
         """The dropout after a layer, in training."""
-        rate = self.net.dropouts[layer] if self.step.rule is not None and self.attacking is None else 0.0
+        rate = self.net.dropouts[layer] if self.step.rule is not None and not self.attacking else 0.0
         return Dropout(rate, layer, self.step.seed) if rate else None
 
     def attack(self, attack: Attack) -> None:
@@ -257,18 +256,19 @@ class _Builder:
         first, spec = self.first, self.step.spec
         assert spec is not None
         rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters, "change": attack.change}
-        x, self.x = self.x, self.add("adv", (self.batch, self.net.sizes[0]), self.matrix, "control")
-        self.call("perturb", "start", x=x, adv=self.x, **rows)
+        x, self.x = self.x, self.work("adv", self.net.sizes[0])
+        self.call("perturb", "start", x=x, start=self.x, **rows)
         # the gradient goes back to the inputs
         self.first = -1
-        for self.attacking in range(attack.steps):
+        self.attacking = True
+        for _ in range(attack.steps):
             for layer in range(self.net.layers - 1):
                 self.linear(layer, f"h{layer + 1}", self.activation(layer))
             self.loss(replace(spec, accuracy=False))
             for layer in range(self.top, -1, -1):
                 self.grad_input(layer)
             self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, **rows)
-        self.first, self.attacking = first, None
+        self.first, self.attacking = first, False
 
     def linear(self, layer: int, output: str, activation: dict[str, Any]) -> Ref:
         """A layer forward, with its activation; returns its output."""
@@ -301,7 +301,7 @@ class _Builder:
         integer = spec.kind == "cross_entropy" and not spec.soft
         shape, dtype = ((), "int64") if integer else ((outputs,), "real")
         # a resident loop reads the targets through the rows
-        counted = self.attacking is None
+        counted = not self.attacking
         copied = self.copies and not step.resident and counted
         ridge = step.ridge if counted else None
         operands: dict[str, Any] = {

@@ -36,8 +36,8 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     target, spec = engine.on_host(data.targets.values), engine.spec_for(data.targets)
     steps = backend("numpy", None, "fp64" if engine.precision == "fp64" else "fp32")
     adv, dx, counters = np.empty_like(x), np.empty_like(x), np.zeros(COUNTERS, np.int64)
-    operands: dict[str, Any] = {"x": x, "adv": adv, "change": change, "counters": counters}
-    start, move = steps.bind("perturb", **operands), steps.bind("perturb", dx=dx, **operands)
+    operands: dict[str, Any] = {"x": x, "change": change, "counters": counters}
+    start, move = steps.bind("perturb", start=adv, **operands), steps.bind("perturb", dx=dx, adv=adv, **operands)
     best, losses = adv, np.full(len(x), -np.inf)
     for restart in range(own.restarts):
         counters[BATCH_INDEX] = restart

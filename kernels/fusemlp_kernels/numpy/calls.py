@@ -242,24 +242,27 @@ def _perturb(
     table: Table,
     *,
     x: Array,
-    adv: Array,
     change: Perturbation,
     counters: Array,
+    start: Array | None = None,
     dx: Array | None = None,
+    adv: Array | None = None,
     rows: Array | None = None,
 ) -> int:
-    columns: int = adv.shape[1]
-    table.height = max(table.height, len(adv))
-    drawn = dx is None and change.seed is not None
+    out = adv if start is None else start
+    assert out is not None
+    columns: int = out.shape[1]
+    table.height = max(table.height, len(out))
+    drawn = start is not None and change.seed is not None
     low, high = seed_key(change.seed or 0)
     table.lanes = max(table.lanes, drawn * -(-columns // 4))
     numbers = {t.LARGEST: change.eps, t.LENGTH: change.step, t.LOW: change.low, t.HIGH: change.high}
     table.add(
-        "PERTURB", numbers, N=columns, K=columns, X=x, DZ=dx, OUT=adv, ROUND=change.norm == "2", DRAWN=drawn,
-        KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(adv)),
+        "PERTURB", numbers, N=columns, K=columns, X=x, DZ=dx, OUT=out, ROUND=change.norm == "2", DRAWN=drawn,
+        KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(out)),
     )  # fmt: skip
     table.control(counters)
-    return len(adv)
+    return len(out)
 
 
 def _gradients(
