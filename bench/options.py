@@ -17,6 +17,7 @@ COMMANDS = {
     "readme": "write the tables of the README pages from committed results, or check them",
     "sklearn_door": "time a fit of scikit-learn's estimators and of fusemlp's",
     "torch_door": "time a training step of eager PyTorch and the fused one",
+    "trust": "time adversarial and private steps, and integrated gradients, beside torch's libraries",
     "fleet_search": "time a grid search: fusemlp, scikit-learn and JAX",
     "tables": "score fusemlp train with its defaults on real tables, beside scikit-learn's models",
     "time_to_result": "time from arrays to an accuracy, imports and compilation included",

@@ -19,6 +19,7 @@ from mutations import (
     NAN_LAYER,
     OVERFLOW,
     OWN_WAY,
+    PERTURB,
     SCALED,
     UPDATE,
     WEIGHTS,
@@ -115,6 +116,19 @@ CUDA_MUTATIONS = (
         ),
         ("kept outputs scaled the other way", "y * scale : 0.0f", "y / scale : 0.0f", LINEAR),
         ("dropped gradients kept", "? values[i] * scale : 0.0f", "? values[i] * scale : values[i]", GRAD_INPUT),
+        ("change beyond eps on one side", "d = minimum(maximum(d, -eps), eps);", "d = maximum(d, -eps);", PERTURB),
+        (
+            "gradient's norm of one thread's columns",
+            "sqrt(block_sum(squares));\n            factor",
+            "sqrt(squares);\n            factor",
+            PERTURB,
+        ),
+        (
+            "random start of every row that of the first",
+            "static_cast<unsigned>(row), 0x80000000u",
+            "0u, 0x80000000u",
+            PERTURB,
+        ),
     ),
     *_bugs(
         "philox.cuh",

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, resident, update
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, perturb, resident, update
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -37,6 +37,7 @@ KERNELS = {
     "update": update.update_kernel,
     "norm": update.norm_kernel,
     "advance": clock.advance_kernel,
+    "perturb": perturb.perturb_kernel,
     "resident": resident.resident_kernel,
 }
 PRODUCTS = ("linear", "grad_input", "grad_weight", "linear_loss_grad", "resident")
@@ -50,7 +51,7 @@ HEAVIEST = "adam"
 # The element types of the kernels' pointers, by name; "compute" is that of the matrix products. A number that is not
 # in FLOATS is an integer.
 POINTERS = {
-    **dict.fromkeys(("x", "w", "y", "z", "dz", "out", "compute", "shadow", "weights"), "compute"),
+    **dict.fromkeys(("x", "w", "y", "z", "dz", "dx", "adv", "out", "compute", "shadow", "weights"), "compute"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
@@ -58,7 +59,7 @@ POINTERS = {
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     "ticket": "i32",
 }
-FLOATS = ("slope", "keep_scale", "kept_share")
+FLOATS = ("slope", "keep_scale", "kept_share", "length", "eps", "low", "high")
 # Pointers whose offsets reach beyond their own memory; see ``Device.far_base``.
 BASES = ("compute", "real")
 
@@ -130,6 +131,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
             constants = {"BLOCK": configs.SWEEP.columns, "RULE": RULES.index(rule), "TASKS": tasks}
             yield Variant("update", ELEMENTS[precision], configs.SWEEP, constants)
+    yield Variant("perturb", ELEMENTS[precision], configs.SWEEP, {"BLOCK": configs.SWEEP.columns})
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product)

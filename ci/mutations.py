@@ -24,6 +24,8 @@ FLEET = "test_train_fleet.py::test_steps_of_each_model_are_the_oracles"
 RIDGES = "test_fleet_epochs.py::test_steps_with_ridges_and_divisors_are_the_oracles"
 EPOCHS = "test_fleet_epochs.py::test_steps_through_three_epochs_are_the_oracles_and_each_has_its_account"
 RACES = "test_train_fleet.py::test_between_two_barriers_nobody_reads_what_another_writes"
+PERTURB = "test_perturb.py::test_a_start_and_a_step_are_those_of_the_definition"
+TINY = "test_perturb.py::test_tiny_gradients_move_as_far_and_nan_stays_in_its_row"
 NAN_LAYER = "test_nan.py::test_nan_goes_through_a_layer_and_its_derivative"
 
 
@@ -135,6 +137,28 @@ MUTATIONS = (
         ),
         ("derivative of relu swallows NaN", "tl.where(z <= 0, below, z))", "below)", NAN_LAYER),
         ("far branch of tanh without its sign", "far = tl.where(z < 0, -far, far)", "far = far", LINEAR),
+    ),
+    *_bugs(
+        "perturb.py",
+        (
+            "attack on the first rows of the epoch",
+            "tl.load(this_batch(rows, counters, gather) + row)",
+            "tl.load(rows + row)",
+            PERTURB,
+        ),
+        ("change beyond eps on one side", "d = minimum(maximum(d, -eps), eps)", "d = maximum(d, -eps)", PERTURB),
+        (
+            "words of a random start in the wrong order",
+            "tl.join(tl.join(w0, w2), tl.join(w1, w3))",
+            "tl.join(tl.join(w0, w1), tl.join(w2, w3))",
+            PERTURB,
+        ),
+        (
+            "squares of small gradients underflow",
+            "other=0.0).to(tl.float64)",
+            "other=0.0).to(tl.float32)",
+            TINY,
+        ),
     ),
     *_bugs(
         "loss.py",

@@ -13,7 +13,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.report import onnx
 from fusemlp.report.runs import open_run, weights_path
-from fusemlp.runtime import files
+from fusemlp.runtime import attacking, files, intervals
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.inference import MEAN
 from fusemlp.runtime.session import ELSEWHERE, Session
@@ -69,12 +69,15 @@ class Engine(Session):
     """
 
     fit = fit.fit
+    attack = attacking.attack
     probe = transfer.probe
     save_checkpoint = checkpoint.save_checkpoint
     save = saving.save
     to_onnx = onnx.to_onnx
     lr_find = lr_finder.lr_find
     diagnose = diagnosing.diagnose
+    bounds = intervals.bounds
+    certified = intervals.certified
 
     @classmethod
     @knows_names(ELSEWHERE, also=_HANDED_ON)

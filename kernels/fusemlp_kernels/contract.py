@@ -34,6 +34,7 @@ NaN goes through every op as NaN. A zero normaliser (all weights zero) gives los
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
@@ -199,6 +200,21 @@ class Noise:
     deviation: float
     divisor: float
     seed: int
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Limits of what ``perturb`` does to inputs x: ``eps`` in the norm "inf" or "2", and bounds ``low`` and ``high``.
+
+    ``step`` is the length of a step, in the same norm. ``seed`` is that of a random start; None: x itself.
+    """
+
+    eps: float
+    step: float
+    norm: str = "inf"
+    low: float = -math.inf
+    high: float = math.inf
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,10 @@ _PARTS = _optional(
 _LOSS = (
     Operand("target", "target", rows="rows"),
     _COUNTERS,
-    Operand("stats", "S", "float64", UPDATED, kind="control", note="LAST_LOSS, and the sums after it"),
+    Operand(
+        "stats", "S", "float64", UPDATED, kind="control", optional=True,
+        note="LAST_LOSS, and the sums after it; left out, the loss is not counted",
+    ),
     Operand("loss", note="LossSpec"),
     Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
     Operand("class_weight", "N", optional=True, hidden=True),
@@ -236,6 +239,18 @@ OPS = {op.name: op for op in (
             Operand("b_trained", note="bool"),
         )),
         Operand("clip", note="float: the largest norm"),
+        _COUNTERS,
+    )),
+    Op("perturb",
+        "start = x + d within the bounds, d being 0 or random; or adv = x + d, d being adv - x and a step in the "
+        "direction of dx, brought back to norm eps. The direction is sign(dx) in the norm inf, dx / |dx| in the norm 2 "
+        "(0 where dx is 0), of each row. Where rows is -1, zeros", (
+        _ROWS,
+        Operand("x", "MK", "compute", rows="rows"),
+        Operand("start", "MK", "compute", WRITTEN, optional=True, note="random as philox.uniform says"),
+        Operand("dx", "MK", "compute", optional=True, note="with adv: the gradient by it"),
+        Operand("adv", "MK", "compute", UPDATED, optional=True, note="in place of start"),
+        Operand("change", note="Perturbation"),
         _COUNTERS,
     )),
     Op("grad_weight",

@@ -8,6 +8,7 @@ The key is the seed (its low 32 bits and the next 32). The four counter words, e
 
     dropout     (col // 8, batch row, layer, batch_index)
     row order   (half of the index, Feistel round, 2**32 - 1, epoch): no network has that many layers
+    start       (col // 4, batch row, 2**31, batch_index): that is no layer either
     noise       (element % 128 // 4, element // 128, 2**32 - 2 - tensor, update_count), under a seed of its own
 """
 
@@ -27,6 +28,7 @@ LANES = 8
 WORD = 0xFFFFFFFF
 _LOW, _HALF = np.array(WORD, np.uint64), np.array(32, np.uint64)
 ROW_ORDER = WORD
+START = 1 << 31
 # The numbers of a tensor's noise that have one second word.
 NORMALS = 128
 # With halves of at least eight values, six rounds leave no bias that 60,000 permutations of five rows show.
@@ -73,6 +75,17 @@ def normal(seed: int, tensor: int, update: int, size: int) -> Array:
             np.where(angle & 2, -1.0, 1.0) * length * np.sin(turn),
         ]
     return np.stack(numbers, axis=-1).reshape(-1)[:size]
+
+
+def uniform(seed: int, batch_index: int, rows: int, cols: int) -> Array:
+    """Return the random start of inputs, (rows, cols) float64 from -1 to 1: the definition.
+
+    Element (row, col) has word ``col % 4`` of its counter. Its 23 highest bits are taken, so that float32 holds it.
+    """
+    blocks = -(-cols // 4)
+    words = philox((np.arange(blocks)[None, :], np.arange(rows)[:, None], START, batch_index), seed_key(seed))
+    highest = np.stack(words, axis=-1).reshape(rows, blocks * 4)[:, :cols] >> np.uint64(9)
+    return (highest + 0.5) / 2.0**22 - 1.0
 
 
 def threshold(rate: float) -> int:

@@ -12,6 +12,7 @@ A formula is Python arithmetic (``+ - * /``) over names, numbers and the functio
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
@@ -33,7 +34,8 @@ class Activation:
     ``torch``: the class in ``torch.nn``. ``onnx``: the operator, if there is one. ``slope``: the default of the number
     of this name that formulas read, and ``argument``: its name in torch's class. ``by_slope``: the derivative of y by
     ``slope``, for an activation that learns it. ``homogeneous``: f(2 z) = 2 f(z), so dropout's scale on y leaves f' as
-    it is. ``init``: the default distribution of the weights before it.
+    it is. ``init``: the default distribution of the weights before it. ``turn``: the place of the least value, where y
+    falls before it and rises after it; by default it rises everywhere.
     """
 
     value: str
@@ -45,6 +47,7 @@ class Activation:
     by_slope: str | None = None
     homogeneous: bool = False
     init: str = "glorot_uniform"
+    turn: float = -math.inf
 
     @property
     def learned(self) -> bool:
@@ -144,8 +147,20 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation("sigmoid(z)", "y * (1 - y)", "Sigmoid"),
     "tanh": Activation("tanh(z)", "1 - y * y", "Tanh"),
     # the exact form of Hendrycks and Gimpel, "Gaussian error linear units", 2016
-    "gelu": Activation("z * normal_cdf(z)", "normal_cdf(z) + z * normal_pdf(z)", "GELU", init="he_normal"),
-    "silu": Activation("z * sigmoid(z)", "s = sigmoid(z); s * (1 + z * (1 - s))", "SiLU", init="he_normal"),
+    "gelu": Activation(
+        "z * normal_cdf(z)",
+        "normal_cdf(z) + z * normal_pdf(z)",
+        "GELU",
+        init="he_normal",
+        turn=-0.7517915246935645,
+    ),
+    "silu": Activation(
+        "z * sigmoid(z)",
+        "s = sigmoid(z); s * (1 + z * (1 - s))",
+        "SiLU",
+        init="he_normal",
+        turn=-1.2784645427610738,
+    ),
     # Clevert et al., "Fast and accurate deep network learning by exponential linear units", 2016, with the weights of
     # He et al.
     "elu": Activation(
@@ -177,6 +192,7 @@ ACTIVATIONS: dict[str, Activation] = {
         "Mish",
         "Mish",
         init="he_normal",
+        turn=-1.1924312145154952,
     ),
 }
 

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fusemlp_kernels.contract import LossSpec, TensorRule, UpdateRule
+from fusemlp_kernels.contract import LossSpec, Perturbation, TensorRule, UpdateRule
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 # The optimizer's arrays, for each layer and each of its parameters.
@@ -331,6 +331,39 @@ def clipped_gradients(
         for (k, j), g in trained.items():
             totals[k][j] += g if norm <= clip else g * (clip / norm)
     return [tuple(own) for own in totals]
+
+
+def input_gradient(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> Array:
+    """The gradient of the loss by the inputs (M, K); nothing is dropped."""
+    inputs, zs = batch.x, []
+    for layer in layers:
+        zs.append(linear(inputs, layer.w, layer.b))
+        inputs = activation(layer.activation, zs[-1], layer.slope)
+    _, dy = loss_of_output(spec, inputs, batch.target, batch.weight, batch.class_weight)
+    for layer, z in zip(reversed(layers), reversed(zs), strict=True):
+        dy = output_grad(dy * activation_grad(layer.activation, z, layer.slope), layer.w, None, 0.0)
+    return dy
+
+
+def perturb(x: Array, d: Array, change: Perturbation, dx: Array | None = None) -> Array:
+    """The inputs x + d (M, K) after a step that raises the loss, dx being its gradient there; None: no step.
+
+    Goodfellow, Shlens and Szegedy, "Explaining and harnessing adversarial examples", 2015; projected: Madry et al.,
+    "Towards deep learning models resistant to adversarial attacks", 2018.
+    """
+
+    def norms(a: Array) -> Array:
+        return np.asarray(np.sqrt(np.sum(a**2, axis=1, keepdims=True)))
+
+    if dx is not None:
+        lengths = norms(dx)
+        direction = np.sign(dx) if change.norm == "inf" else dx / np.where(lengths == 0, 1.0, lengths)
+        d = d + change.step * direction
+    if change.norm == "inf":
+        d = np.clip(d, -change.eps, change.eps)
+    else:
+        d = d * (change.eps / np.maximum(norms(d), change.eps))
+    return np.asarray(np.clip(x + d, change.low, change.high))
 
 
 def initial_state(rule: UpdateRule, layers: Sequence[Layer]) -> State:

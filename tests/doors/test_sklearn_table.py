@@ -424,3 +424,16 @@ def test_wrong_tables_to_predict(fitted: TableClassifier) -> None:
         fitted.predict(frame_with(size="wide"))
     with pytest.raises(ArgumentError, match="y_val: it is missing"):
         classifier().fit(X, Y, X_val=X)
+
+
+def test_certified_scores_are_those_of_the_inputs() -> None:
+    frame, y, values = mixed()
+    model = TableClassifier(**NUMPY, epochs=5, random_state=0).fit(frame, y)
+    shares = [model.certify(frame, y, eps)["accuracy"] for eps in (0.0, 0.05, 5.0)]
+    assert shares[0] == pytest.approx(np.mean(model.predict(frame) == y))
+    assert shares[0] >= shares[1] > shares[2]
+    regressor = TableRegressor(**NUMPY, epochs=5, random_state=0).fit(frame, values)
+    widths = [regressor.certify(frame, values, eps)["width"] for eps in (0.0, 0.1, 0.2)]
+    assert widths[0] < 1.0 < widths[1] < widths[2]
+    with pytest.raises(ArgumentError, match="eps: expected a finite number of at least 0, got -1"):
+        regressor.certify(frame, values, -1)

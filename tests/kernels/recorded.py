@@ -16,7 +16,7 @@ import kernel_variants
 import numpy as np
 import torch
 
-from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine
+from fusemlp import MLP, PGD, SGD, Adam, CrossEntropy, Engine
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import Device
 
@@ -79,6 +79,8 @@ def launches(target: str, precision: str) -> list[Recorded]:
             engine.step(x, y)
             if batch == 40:
                 engine.step(x, y, weights)
+        engine = Engine(MLP([6, 9, 4]), batch_size=20, backend="triton", precision=precision, plan="eager")
+        engine.fit(rng.standard_normal((40, 6)), labels, epochs=1, adversarial=PGD(0.1))
         if precision in kernel_variants.RESIDENT_PRECISIONS:
             for net in (MLP([6, 9, 4], dropout=0.2), MLP([6, 100, 90])):
                 options = {"backend": "triton", "precision": precision, "plan": "resident"}

@@ -22,10 +22,13 @@ EPOCHS, PATIENCE = 200, 20
 def filled_in(options: Fit) -> Fit:
     """Return the options with early stopping, and a table's epochs, where they are not given."""
     validates = options.validation_fraction != 0 or getattr(options, "validation", None) is not None
+    certifies = getattr(options, "adversarial", None) == "ibp"
+    stops = options.early_stopping is None and validates and not certifies
+    many = options.epochs is None and is_a_table(options) and not (certifies or is_private(options))
     return replace(
         options,
-        epochs=EPOCHS if options.epochs is None and is_a_table(options) and not is_private(options) else options.epochs,
-        early_stopping=PATIENCE if options.early_stopping is None and validates else options.early_stopping,
+        epochs=EPOCHS if many else options.epochs,
+        early_stopping=PATIENCE if stops else options.early_stopping,
     )
 
 
@@ -45,11 +48,16 @@ def is_private(options: ModelOptions) -> bool:
     return isinstance(options, TrainOptions) and options.dp_epsilon is not None
 
 
+def trains_plainly(options: ModelOptions) -> bool:
+    """Return whether small trainings may decide for the options: not with privacy, and not against attacks."""
+    return not is_private(options) and getattr(options, "adversarial", None) is None
+
+
 def models_of(options: ModelOptions, dataset: Dataset, *, new: bool) -> int:
     """Return the number of models that the options train on a data set; a ``new`` training takes the default."""
     if not isinstance(options, TrainOptions):
         return 1
     if options.models is not None:
         return as_count("models", options.models)
-    merges = new and is_a_table(options) and not is_private(options)
+    merges = new and is_a_table(options) and trains_plainly(options)
     return default_models(len(dataset.y), options.activation.split(",")) if merges else 1

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from fusemlp.cli import attacks
 from fusemlp.cli.options import EvaluateOptions, ExplainOptions, ReportOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
@@ -15,9 +16,12 @@ from fusemlp.datasets.parts import among
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import listed
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.certification import certified_lines, certify
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
+from fusemlp.report.robustness import robust_lines, robust_score
 from fusemlp.report.runs import Run, read_training_rows
 from fusemlp_kernels.errors import CheckpointError
 
@@ -35,8 +39,9 @@ def evaluate(options: EvaluateOptions) -> None:
         options = before_final_fit(options, notes)
     engine, preprocessor, config = open_model(options)
     if options.data is None:
-        test = own_data(config, preprocessor).test
-        X, labels, weight = test.X, test.labels, test.weight
+        prepared = own_data(config, preprocessor)
+        test, (cells, _, rows) = prepared.test, prepared.test_rows
+        X, labels, weight, features = test.X, test.labels, test.weight, cells[rows]
     else:
         form = options.form(config["options"])
         features, labels = load_labelled(
@@ -44,8 +49,13 @@ def evaluate(options: EvaluateOptions) -> None:
         )
         seen = _trained_on(options, preprocessor, features, labels, notes)
         X, weight = network_inputs(preprocessor, features, engine.precision), None
+    how = attacks.chosen(options, preprocessor, X)
     report = score(engine, preprocessor, X, labels, weight)
-    lines = [*notes, *headline(report)]
+    if isinstance(how, Attack):
+        report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
+    if options.certify is not None:
+        report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
+    lines = [*notes, *headline(report), *robust_lines(report), *certified_lines(report)]
     if "classes" in report:
         lines += ["", aligned(class_table(report))]
         if len(report["classes"]) <= MOST_PRINTED_CLASSES:

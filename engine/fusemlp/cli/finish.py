@@ -10,11 +10,15 @@ from typing import Any
 from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
+from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
+from fusemlp.report.certification import certify
 from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
+from fusemlp.report.robustness import robust_score
 from fusemlp.report.runs import Run, write_json
 from fusemlp.report.temperature import Temperature, scale_logits
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
@@ -46,6 +50,7 @@ def finish(
     final: tuple[Engine, dict[str, int]] | None = None,
     held_out: HeldOut | None = None,
     temperature: Temperature | None = None,
+    attack: Attack | IBP | None = None,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report.
 
@@ -54,7 +59,8 @@ def finish(
     is the best one then.
 
     ``held_out`` are the errors of rows that no model was trained on, for intervals; by default of the validation rows.
-    ``temperature`` has scaled ``engine`` and ``final``; it scales the best weights of a single model too.
+    ``temperature`` has scaled ``engine`` and ``final``; it scales the best weights of a single model too. ``attack``:
+    the scores of the test rows under it are in the report.
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
@@ -100,6 +106,11 @@ def finish(
     if failure is None:
         test = prepared.test
         report["test"] = score(engine, prepared.preprocessor, test.X, test.labels, test.weight)
+        if isinstance(attack, IBP):
+            cells, labels, rows = prepared.test_rows
+            report["certified"] = certify(engine, prepared.preprocessor, cells[rows], labels[rows], attack.eps)
+        elif attack is not None:
+            report["robust"] = robust_score(engine, prepared.preprocessor, test.X, test.labels, attack, test.weight)
         seen = prepared.seen(MOST_NUMBERS // max(1, len(prepared.preprocessor.classes or ())))
         report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)
         report["worse_than"] = list(worse_than(report))

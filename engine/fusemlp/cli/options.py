@@ -18,6 +18,7 @@ from fusemlp.cli.choices import Choices, among, names_or_files, run_folders
 from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.textfiles import Form
+from fusemlp.describe.adversarial import NORMS
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
@@ -62,6 +63,14 @@ BACKENDS = ("auto", "triton", "cupy", "numpy")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 PLANS = ("auto", "eager", "graph", "resident")
 EXPLAIN_METHODS = ("permutation", *METHODS)
+ATTACKS = ("pgd", "fgsm")
+ATTACK_EPS = (
+    "The most by which an input may move: in standard deviations of a column after --scale standard, as a share of its "
+    "range after minmax, in the data's own units after none (8 is usual for grey levels from 0 to 255), and in units "
+    "of the scaled input after the others."
+)
+ATTACK_STEPS = "For pgd: its steps (10), each 2.5 * eps / steps long."
+ATTACK_NORM = "For pgd: inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
 SHELLS = ("bash", "zsh", "fish", "powershell")
 # The quantities of each epoch, by which a training may be judged.
 MONITORS = ("val_loss", "val_accuracy", *METRICS, "loss", "accuracy")
@@ -351,6 +360,17 @@ class TrainOptions(FitOptions):
         None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
     )
     dp_clip: float | None = _training(None, "With --dp-epsilon: the largest norm of a row's gradient (1).")
+    adversarial: str | None = _training(
+        None,
+        f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
+        "ibp: train for certified accuracy within --attack-eps, without early stopping. For inputs that are numbers; "
+        "words and missing cells are refused. Trains one model.",
+        "ATTACK",
+        values=(*ATTACKS, "ibp"),
+    )
+    attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
+    attack_steps: int | None = _training(None, ATTACK_STEPS)
+    attack_norm: str | None = _training(None, ATTACK_NORM, values=NORMS)
     final_fit: bool = _training(
         False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )
@@ -437,6 +457,26 @@ class EvaluateOptions(ApplyOptions):
         "Labelled data by name or path; the run's own test rows unless given.",
         "DATA",
         values=names_or_files(NAMES),
+    )
+    attack: str | None = _option(
+        None,
+        f"{one_of(ATTACKS)}: also score the rows as this attack changes them to raise the loss of their labels. For "
+        "inputs that are numbers; words and missing cells are refused. After --scale none, pixels stay within the "
+        "least and the greatest of the rows.",
+        "ATTACK",
+        values=ATTACKS,
+    )
+    attack_eps: float | None = _option(None, ATTACK_EPS, "EPS", ("--attack-eps", "--eps"))
+    attack_steps: int | None = _option(None, ATTACK_STEPS)
+    attack_norm: str | None = _option(None, ATTACK_NORM, values=NORMS)
+    certify: float | None = _option(
+        None,
+        "Also say which share of the rows is predicted right however their numbers move by at most EPS, or of numbers "
+        "the mean width of the bounds of a prediction. EPS is in standard deviations of a column after --scale "
+        "standard, a share of its range after minmax, in the data's own units after none, of the scaled input after "
+        "the others (of piecewise in interquartile ranges). Words, dates and missing cells do not move; after --scale "
+        "none, pixels stay within the least and the greatest of the rows.",
+        "EPS",
     )
 
 

@@ -276,8 +276,8 @@ def prepare(
     scale, log_target, tried = options.scale or SCALES[0], bool(options.log_target), list[str]()
     if options.log_target is not None and classify:
         raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes")
-    # small trainings would read the private rows
-    decides = like is None and source is None and not defaults.is_private(options)
+    # small trainings would read the private rows, and may choose inputs that no attack can move
+    decides = like is None and source is None and defaults.trains_plainly(options)
     if decides and defaults.is_a_table(options):
         scale, log_target, tried = ensemble.decided(dataset, training, options, name, seed=seed)
     start = None

@@ -14,7 +14,7 @@ from typing import Any
 from fusemlp._version import __version__
 from fusemlp.callbacks import ProgressBar
 from fusemlp.callbacks.trackers import Tracker
-from fusemlp.cli import columns, defaults, ensemble, recipe, tracking, transfer
+from fusemlp.cli import attacks, columns, defaults, ensemble, recipe, tracking, transfer
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.options import FitOptions, TrainOptions, name_of
@@ -25,12 +25,15 @@ from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.prepare import watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.trials import seconds_left
 from fusemlp.report.baselines import baseline_line
+from fusemlp.report.certification import certified_lines
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline, privacy_line, spelled
+from fusemlp.report.robustness import robust_lines
 from fusemlp.report.runs import (
     FORMAT,
     Run,
@@ -44,6 +47,7 @@ from fusemlp.report.runs import (
 )
 from fusemlp.report.temperature import scale_logits
 from fusemlp.report.uncertainty import judged
+from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
@@ -143,6 +147,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         final=final,
         held_out=held_out,
         temperature=temperature,
+        attack=attacks.chosen(options, prepared.preprocessor, prepared.test.X),
     )
     failure = failure or refused
     tracked = None
@@ -175,11 +180,16 @@ def new_session(options: TrainOptions) -> Session:
     tracker = tracking.tracker(options, folder.name)
     if options.time_limit is not None:
         as_number("time_limit", options.time_limit, low=0.0, low_open=True)
+    attacks.check_trained(options)
     prepared = prepare(options, source=source)
     watched(options, prepared)
+    against = attacks.chosen(options, prepared.preprocessor, prepared.train.X)
     prepared = ensemble.within(prepared, options)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
+    if against is not None:
+        stops = isinstance(against, IBP) and bool(options.early_stopping)
+        check_adversarial(engine, against, {"early_stopping": stops})
     if tracker is not None:
         tracker.open(tracking.parameters(options, engine, epochs))
     with tracking.closing(tracker):
@@ -410,6 +420,7 @@ def run_session(session: Session, told: Events, seconds: float | None) -> tuple[
             drop_last=options.drop_last,
             resume=engine.fit_state is not None,
             time_limit=seconds,
+            adversarial=attacks.chosen(options, session.prepared.preprocessor, session.prepared.train.X),
         )
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:
@@ -456,7 +467,13 @@ def outcome(report: dict[str, Any]) -> list[str]:
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += headline(report.get("test", {}))
-    lines += [*baseline_line(report), *interval_line(report), *privacy_line(report)]
+    lines += [
+        *baseline_line(report),
+        *interval_line(report),
+        *privacy_line(report),
+        *robust_lines(report),
+        *certified_lines(report),
+    ]
     if report.get("final_fit"):
         final = report["final_fit"]
         lines.append(

@@ -42,6 +42,7 @@ _ELSEWHERE = {
     "batch_size": "it belongs to the fleet: Fleet(net, batch_size=32), or vary={'batch_size': [32, 64]}",
     "class_weight": "it belongs to the loss: Fleet(net, loss=CrossEntropy(class_weight=[1.0, 5.0]))",
     "callbacks": "a fleet has one function for models that have ended: fit(callback=...)",
+    "adversarial": "fleets do not train against attacks; use Engine.fit, a model at a time",
     "resume": "a fleet's fit cannot be resumed; a second fit trains on",
     "seed": "it belongs to the fleet: vary={'seed': range(20)}",
     **dict.fromkeys(("lr", "learning_rate"), "it belongs to the fleet: vary={'lr': [0.001, 0.01]}"),

@@ -3,7 +3,7 @@
 A step of L layers is L forward calls (the last with loss and dz), L - 1 ``grad_input`` and one grouped
 ``grad_weight_update`` at the end, when nothing reads the old weights any more: 2L calls. Clipping and accumulation
 need the gradients of the whole network at once: then ``grad_weight`` and ``update`` stand at the end. Privacy puts
-``clip_examples`` before them.
+``clip_examples`` before them. Adversarial training begins with the calls that move the batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from fusemlp.describe import adversarial
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
@@ -25,6 +26,7 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     Noise,
+    Perturbation,
     Ridge,
     Segment,
     TensorRule,
@@ -59,6 +61,18 @@ class Privacy(NamedTuple):
     noise: Noise
 
 
+class Attack(NamedTuple):
+    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them."""
+
+    steps: int
+    change: Perturbation
+
+
+def lowered_attack(attack: adversarial.Attack) -> Attack:
+    """Return what a step is told of an attack."""
+    return Attack(attack.plain.steps, attack.perturbation())
+
+
 class Step(NamedTuple):
     """A training step over batches of ``batch_size`` rows; without ``rule`` a forward pass, without ``spec`` up to y.
 
@@ -70,7 +84,8 @@ class Step(NamedTuple):
     With ``keep_gradients`` the last two calls are ``grad_weight`` and ``update``, on every backend and for every
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
-    penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise.
+    penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise. With
+    ``attack`` the step trains on the moved batch.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
@@ -95,6 +110,7 @@ class Step(NamedTuple):
     ridge: Ridge | None = None
     gradient: int | None = None
     privacy: Privacy | None = None
+    attack: Attack | None = None
 
 
 def lower_training(
@@ -126,6 +142,8 @@ def lower_training(
 def lower(step: Step) -> Program:
     """Return the program of a step; the models of a fleet share it, so it is remembered."""
     build, last = _Builder(step), step.net.layers - 1
+    if step.attack is not None:
+        build.attack(step.attack)
     for layer in range(step.gradient or 0, last):
         build.linear(layer, f"h{layer + 1}", build.activation(layer))
     if step.rule is not None:
@@ -176,8 +194,14 @@ class _Builder:
             self.add("unit", (self.net.sizes[-1],) * 2, self.matrix, "data")
         self.counters = self.add("counters", (COUNTERS,), "int64", "control")
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
-        copied = inputs.indexed and not self.traits.gathers_in_load
-        self.gathered = self.work("gathered", self.net.sizes[0]) if copied else None
+        # whether a batch that is picked by row is copied first
+        self.copies = inputs.indexed and not self.traits.gathers_in_load
+        attacked = step.attack is not None
+        self.gathered = self.work("gathered", self.net.sizes[0]) if self.copies and not attacked else None
+        # the rows of x, where the first layer picks its batch from it
+        self.picks = None if attacked else self.rows
+        # whether the calls are those of the attack
+        self.attacking = False
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
         self.values[name] = Value(name, shape, dtype, kind)
@@ -206,7 +230,7 @@ class _Builder:
 
     def picked(self, layer: int, rows: str = "rows") -> dict[str, Any]:
         """The operands by which the first layer finds its batch."""
-        return {} if layer else {rows: self.rows, "gathered": self.gathered}
+        return {} if layer else {rows: self.picks, "gathered": self.gathered}
 
     def activation(self, layer: int) -> dict[str, Any]:
         """The operands that describe the activation after a layer."""
@@ -224,8 +248,27 @@ class _Builder:
 
     def dropout(self, layer: int) -> Dropout | None:
         """The dropout after a layer, in training."""
-        rate = self.net.dropouts[layer] if self.step.rule is not None else 0.0
+        rate = self.net.dropouts[layer] if self.step.rule is not None and not self.attacking else 0.0
         return Dropout(rate, layer, self.step.seed) if rate else None
+
+    def attack(self, attack: Attack) -> None:
+        """Move the batch; what follows reads it in place of x."""
+        first, spec = self.first, self.step.spec
+        assert spec is not None
+        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters, "change": attack.change}
+        x, self.x = self.x, self.work("adv", self.net.sizes[0])
+        self.call("perturb", "start", x=x, start=self.x, **rows)
+        # the gradient goes back to the inputs
+        self.first = -1
+        self.attacking = True
+        for _ in range(attack.steps):
+            for layer in range(self.net.layers - 1):
+                self.linear(layer, f"h{layer + 1}", self.activation(layer))
+            self.loss(replace(spec, accuracy=False))
+            for layer in range(self.top, -1, -1):
+                self.grad_input(layer)
+            self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, **rows)
+        self.first, self.attacking = first, False
 
     def linear(self, layer: int, output: str, activation: dict[str, Any]) -> Ref:
         """A layer forward, with its activation; returns its output."""
@@ -258,16 +301,18 @@ class _Builder:
         integer = spec.kind == "cross_entropy" and not spec.soft
         shape, dtype = ((), "int64") if integer else ((outputs,), "real")
         # a resident loop reads the targets through the rows
-        copied = self.gathered is not None and not step.resident
+        counted = not self.attacking
+        copied = self.copies and not step.resident and counted
+        ridge = step.ridge if counted else None
         operands: dict[str, Any] = {
             "target": self.add("target", (inputs.rows, *shape), dtype, "data"),
             "counters": self.counters,
-            "stats": self.add("stats", (STATS,), "float64", "control"),
+            "stats": self.add("stats", (STATS,), "float64", "control") if counted else None,
             "loss": spec,
             **self.activation(last),
             "hyper": Ref("hyper") if step.scaled and self.rules else None,
-            "ridge": step.ridge,
-            "shares": self.add("shares", (1,), "float64", "work") if step.ridge else None,
+            "ridge": ridge,
+            "shares": self.add("shares", (1,), "float64", "work") if ridge else None,
             "weight": self.add("weight", (inputs.rows,), "real", "data") if inputs.weighted else None,
             "class_weight": self.add("class_weight", (outputs,), "real", "control") if inputs.class_weighted else None,
             "rows": self.rows,
@@ -299,7 +344,7 @@ class _Builder:
             [(self.batch, inputs, outputs)],
             dz=Ref("seed" if seeded else f"dz{layer + 1}"),
             w=self.weight(layer) if layer < end else Ref("unit"),
-            y=Ref("x" if layer == 0 else f"h{layer}" if layer < end else "y"),
+            y=self.x if layer == 0 else Ref(f"h{layer}" if layer < end else "y"),
             dz_prev=self.work(f"dz{layer}" if layer else "dx", inputs),
             **activation,
             z=Ref(f"z{layer}") if name in NEEDS_Z else None,
@@ -403,8 +448,8 @@ class _Builder:
         given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": Ref(f"h{layer}")}
         if layer == 0:
             given["x"] = self.gathered or self.x
-            if self.rows is not None and self.gathered is None:
-                given["rows"] = self.rows
+            if self.picks is not None and self.gathered is None:
+                given["rows"] = self.picks
         return given
 
     def layer_gradient(self, layer: int, *, fused: bool) -> dict[str, Any]:

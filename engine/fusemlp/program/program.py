@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fusemlp_kernels.contract import Dropout, LossSpec, Noise, Ridge, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import Dropout, LossSpec, Noise, Perturbation, Ridge, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.ops import OPS
 
 # The origin of a value: "parameter", "gradient", "state", "shadow" (the parameters in 16 bits): a stretch of the
@@ -25,7 +25,7 @@ _RECORDS = [operand for op in OPS.values() for operand in op.by_name.values()]
 THROUGH_ROWS = frozenset(operand.name for operand in _RECORDS if operand.rows)
 UNPRINTED = frozenset(operand.name for operand in _RECORDS if operand.hidden)
 # Operands, and parts of them, that are no matter of a program's structure, and the descriptions that these are in.
-NUMBERS = (float, UpdateRule, TensorRule, Dropout, Ridge, Noise)
+NUMBERS = (float, UpdateRule, TensorRule, Dropout, Ridge, Noise, Perturbation)
 DESCRIPTIONS = (LossSpec, Segment)
 
 

@@ -63,16 +63,30 @@ def _expand(program: Program, names: tuple[str, ...]) -> list[str]:
 
 
 def _check_order(program: Program) -> None:
-    """Everything read was written before, once; what the caller gave is read and not written."""
+    """Everything read was written before, from values that have not changed since; it is written again only if one has.
+    Data of the caller are read and not written."""
     defined = {value.name for value in program.values.values() if value.kind not in ("work", "gradient")}
     read: set[str] = set()
     writers: dict[str, int] = {}
+    # of each value the last writers of what it was made from; a value that is updated in place is made from itself
+    sources: dict[str, dict[str, int | None]] = {}
+
+    def stale(name: str) -> str | None:
+        """Return a value that has been written again since ``name`` was made from it."""
+        return next((one for one, writer in sources.get(name, {}).items() if writers.get(one) != writer), None)
+
     for index, call in enumerate(program.calls):
         where, op = _where(index, call), OPS[call.op]
-        for name in _expand(program, call.reads):
+        reads = _expand(program, call.reads)
+        for name in reads:
             read.add(name)
             if name not in defined:
                 raise ProgramError(f"{where}: reads {name!r}, which no call before it has written")
+            if (source := stale(name)) is not None:
+                raise ProgramError(f"{where}: reads {name!r}, made from {source!r} before call {writers[source]}")
+        if "stats" in writers and "stats" not in call.writes and program.calls[writers["stats"]].op == call.op:
+            raise ProgramError(f"{where}: call {writers['stats']} has counted the loss already")
+        before = {name: writers.get(name) for name in reads}
         own: set[str] = set()
         written = [pair for pair in call.references if pair[0] in op.written]
         for operand, name in ((operand, member) for operand, arena in written for member in program.members(arena)):
@@ -84,10 +98,15 @@ def _check_order(program: Program) -> None:
             if name in own:
                 raise ProgramError(f"{where}: writes {name!r} twice")
             again = name in writers and program.calls[writers[name]].op == call.op
-            if name in writers and (operand in op.only_written or (operand == "stats" and again)):
+            anew = operand in op.only_written and not (again and stale(name) is not None)
+            if name in writers and (again if operand == "stats" else anew):
                 raise ProgramError(f"{where}: writes {name!r}, which call {writers[name]} has written")
             own.add(name)
+        # parameters are those of the whole step: see _check_updates
+        made_from = {name: at for name, at in before.items() if program.values[name].kind == "work" and name not in own}
+        for name in own:
             writers[name] = index
+            sources[name] = {} if name in before else made_from
         defined |= own
     ridges = [call.operands["ridge"] for call in program.calls if call.operands.get("ridge")]
     if program.trainable and any(ridge.strength for ridge in ridges) and "shares" not in read:

@@ -13,10 +13,12 @@ import numpy as np
 
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.certification import certified_lines
 from fusemlp.report.chart import Line, chart, table
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance
 from fusemlp.report.metrics import class_table, privacy_line, scalars
+from fusemlp.report.robustness import robust_lines
 
 # Classes of a confusion matrix; columns of the most wrong rows; bars of importance; points and targets of a regression.
 MOST_CLASSES, MOST_CELLS, MOST_BARS, MOST_POINTS, MOST_TARGETS = 30, 12, 30, 800, 4
@@ -117,7 +119,7 @@ def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]])
     """Yield the end of the training, its diagnosis, and each quantity over the epochs."""
     said = [] if report.get("diverged") else [report.get("stopped", "")]
     said += [str(Finding(**finding)) for finding in report.get("diagnosis", ())]
-    said += privacy_line(report)
+    said += [*privacy_line(report), *robust_lines(report), *certified_lines(report)]
     # the models of an ensemble have a best epoch each
     several = len(report.get("models", ()))
     said += [f"The curves are the mean of {several} models."] if several else []

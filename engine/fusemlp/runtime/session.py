@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp._version import __version__
+from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
@@ -21,7 +22,7 @@ from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.lowering import Attack, Inputs, lower_training, lowered_attack
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
@@ -245,12 +246,21 @@ class Session(Predicting, Spending):
     @property
     def program(self) -> Program:
         """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
+        return self._program(None, resident=self.plan == "resident")
+
+    def program_against(self, adversarial: Any) -> Program:
+        """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
+        attack = lowered_attack(as_attack("adversarial", adversarial))
+        return self._program(attack, resident=self.plan == "resident" and self._backend.traits.on_host)
+
+    def _program(self, attack: Attack | None, *, resident: bool) -> Program:
         return self.lower(
             Inputs(self.batch_size, indexed=True),
             self.loss.spec(accuracy=self.loss.is_classification),
             self.optimizer.rule(),
             self.batch_size,
-            resident=self.plan == "resident",
+            resident=resident,
+            attack=attack,
         )
 
     def lower(
@@ -263,6 +273,7 @@ class Session(Predicting, Spending):
         keep_gradients: bool = False,
         resident: bool = False,
         ridge: Ridge | None = None,
+        attack: Attack | None = None,
     ) -> Program:
         """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights."""
         if self.class_weight is not None:
@@ -285,6 +296,7 @@ class Session(Predicting, Spending):
             resident=resident,
             ridge=ridge,
             privacy=self.lowered_privacy(),
+            attack=attack,
         )
 
     def bind(
@@ -299,6 +311,7 @@ class Session(Predicting, Spending):
         resident_batches: int | None = None,
         epochs: int = 1,
         ridge: Ridge | None = None,
+        attack: Attack | None = None,
     ) -> BoundProgram:
         """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
@@ -330,9 +343,17 @@ class Session(Predicting, Spending):
                 epoch_stats = allocate(epochs * STATS, "float64")
                 arrays["epoch_stats"] = self._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
         program = self.lower(
-            inputs, spec, rule, batch_size, keep_gradients=keep_gradients, resident=resident, ridge=ridge
+            *(inputs, spec, rule, batch_size),
+            keep_gradients=keep_gradients,
+            resident=resident,
+            ridge=ridge,
+            attack=attack,
         )
-        return BoundProgram(program, self.memory, self._workspace, arrays, plan=self.plan)
+        plan = self.plan
+        if attack is not None and plan == "resident" and not resident:
+            # the steps of an attack are many launches
+            plan = self._backend.traits.plans[-2]
+        return BoundProgram(program, self.memory, self._workspace, arrays, plan=plan)
 
     @property
     def learning_rate(self) -> float:

@@ -38,6 +38,7 @@ from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, default_models, members, merged, sound
+from fusemlp.report.certification import certify
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import METHODS, Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import predicted_codes, predictions
@@ -458,6 +459,17 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
                 raise unknown_name("output", output, made.labels)
             options["output"] = made.labels.index(output)
         return column_attributions(self.engine_, made, self._inputs(X), method=method, background=rows, **options)
+
+    def certify(self, X: Any, y: Any, eps: float) -> dict[str, float]:
+        """Return the share of rows that are predicted right however their numbers move by ``eps`` at most.
+
+        ``eps`` counts in units of the scaled inputs; words, dates and missing cells do not move. Returns {"eps": ...,
+        "accuracy": ...}, or of a regressor {"eps": ..., "width": ...}, the mean width of a prediction's bounds.
+        """
+        check_is_fitted(self)
+        features, labels = load_features(self._table(X), self.preprocessor_), self._checked_targets(y)
+        check_consistent_length(features, labels)
+        return certify(self.engine_, self.preprocessor_, features, labels, eps)
 
     def _held_out_errors(self) -> HeldOut:
         check_is_fitted(self)

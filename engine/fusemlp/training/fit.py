@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_deadline, as_number, check_choice, check_flag
 from fusemlp.describe.elsewhere import knows_names
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
-from fusemlp.program.lowering import Inputs
+from fusemlp.program.lowering import Inputs, lowered_attack
+from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.memory import on_device
+from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
+from fusemlp.training.intervals import IntervalSteps, check_labels
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows, check_private
@@ -78,6 +83,7 @@ def fit(
     row_order: Callable[[int], Any] | None = None,
     resume: bool = False,
     time_limit: float | None = None,
+    adversarial: Attack | IBP | None = None,
 ) -> History:
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
 
@@ -111,6 +117,10 @@ def fit(
     the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
     seconds; the launch that runs, the first at least, is finished.
 
+    ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters of
+    the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows unchanged.
+    ``IBP(eps)``: train for certified accuracy, call by call; the history is of the rows as they are.
+
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
     no longer finite, with the engine back at the last good epoch. Later batches of an iterable are checked when they
@@ -140,6 +150,9 @@ def fit(
             stops=early_stopping is not None,
             monitors=[monitor, *_monitors(given)],
         )
+    if adversarial is not None:
+        stops = isinstance(adversarial, IBP) and early_stopping is not None
+        check_adversarial(engine, adversarial, {"y": y is None, "early_stopping": stops})
     batches = None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
@@ -154,10 +167,14 @@ def fit(
                 f"fit(batches, steps_per_epoch=...), got {steps_per_epoch!r}"
             )
         data = engine.examples(X, y, sample_weight)
+        if adversarial is not None:
+            check_within(engine, "X", data.X, adversarial)
     validation = checked_validation(engine, validation_data, steps=validation_steps)
     if share:
         data, held = split(engine, data, share)
         validation = Validation(held)
+    if isinstance(adversarial, IBP):
+        check_labels(data.targets)
     weighted = by_class(engine, class_weight, data, whole=batches is None)
     if batches is None:
         data = weighted(data)
@@ -201,6 +218,7 @@ def fit(
         order=order,
         resume=resume,
         deadline=deadline,
+        against=adversarial,
     )
     _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
@@ -253,6 +271,7 @@ def fit_checked(
     resume: bool = False,
     taken_in: Any | None = None,
     deadline: float = math.inf,
+    against: Attack | IBP | None = None,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
@@ -267,12 +286,19 @@ def fit_checked(
         batches = steps_of_an_epoch(count, batch_size)
     elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
+    certifies = isinstance(against, IBP)
+    lowered = None if against is None or isinstance(against, IBP) else lowered_attack(against)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
+    told = None if against is None else against.to_config()
     if not resume:
-        state.monitor = monitor or ""
+        state.monitor, state.adversarial = monitor or "", told
     elif state.monitor != (monitor or ""):
         raise ArgumentError(
             f"monitor: the fit that is resumed follows {state.monitor or None!r}, got {monitor!r}; give the same"
+        )
+    elif state.adversarial != told:
+        raise ArgumentError(
+            f"adversarial: the fit that is resumed trains against {state.adversarial}, got {told}; give the same"
         )
 
     def by_seed(epoch: int) -> Array:
@@ -299,7 +325,8 @@ def fit_checked(
         resumes=resume,
         deadline=deadline,
     )
-    resident = engine.plan == "resident"
+    called = certifies or (lowered is not None and not engine.memory.backend.traits.on_host)
+    resident = engine.plan == "resident" and not called
     if at_once is None:
         at_once = epochs_at_once(engine, epochs, count, asked=validation is not None or bool(callbacks) or not resident)
     if bound is None:
@@ -314,7 +341,13 @@ def fit_checked(
             given,
             resident_batches=batches if resident else None,
             epochs=at_once,
+            keep_gradients=certifies,
+            attack=lowered,
         )
+        if isinstance(against, IBP):
+            now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
+            spec = engine.loss.spec(accuracy=False, soft=False)
+            bound = IntervalSteps(engine, bound, spec, against, batch_size, now, state.total_updates)
     return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
 
 

@@ -115,7 +115,8 @@ class FitState:
     """The position of a call of ``fit``; together with parameters and counters it is enough to continue.
 
     ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
-    ``best_loss`` is the best of the quantity ``monitor`` (empty: the default), negated if it rises.
+    ``best_loss`` is the best of the quantity ``monitor`` (empty: the default), negated if it rises. ``adversarial``
+    describes what the training is against.
     """
 
     epoch: int
@@ -127,6 +128,7 @@ class FitState:
     waited: int = 0
     plateau: PlateauState = PLATEAU_START
     monitor: str = ""
+    adversarial: dict[str, Any] | None = None
 
     def to_config(self) -> dict[str, Any]:
         """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""

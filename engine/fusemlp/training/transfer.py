@@ -198,6 +198,10 @@ def probe(
         )
     if engine.privacy is not None:
         raise ArgumentError("privacy: a probe trains without noise; freeze the first layers in its place (by_layers)")
+    if options.get("adversarial") is not None:
+        raise ArgumentError(
+            "adversarial: a probe sees features, and attacks change inputs; give it to the fit after it"
+        )
     if y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data)):
         raise ArgumentError("X: a probe computes the outputs of all rows once; give arrays X and y, not batches")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
-from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
+from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear, bind_perturb
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.updates import bind_advance, bind_grad_weight, bind_grad_weight_update, bind_update
 from fusemlp_kernels.ops import check_names
@@ -25,6 +25,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "grad_weight": bind_grad_weight,
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
+    "perturb": bind_perturb,
     "advance": bind_advance,
 }
 

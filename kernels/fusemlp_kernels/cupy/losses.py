@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusemlp_kernels.checks import binds
-from fusemlp_kernels.contract import LOSSES
+from fusemlp_kernels.contract import LOSSES, STATS
 from fusemlp_kernels.cupy.device import Array, Device, Run, in_sequence
 from fusemlp_kernels.cupy.layers import activation_fields, bind_batch, product_place
 from fusemlp_kernels.cupy.products import bind_product, transposed
@@ -24,14 +24,15 @@ def _bind_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bi
     Targets and weights are gathered as they are loaded.
     """
     m, n, loss = given.M, given.N, given.loss
+    stats = device.allocate(STATS, "float64") if given.stats is None else given.stats
     if m * n == 0:
         # the loss of no rows, or of no outputs, is zero
-        zeros = [array for array in (given.stats[:1], given.dslope) if array is not None]
+        zeros = [array for array in (stats[:1], given.dslope) if array is not None]
         return in_sequence([device.clear(array) for array in zeros])
     blocks = m if n > LONG_ROW else -(-m // ROWS_A_BLOCK)
     entropy = loss.kind == "cross_entropy"
     fields: dict[str, Any] = {
-        "z": z, "bias": bias, "dz": given.dz, "indices": given.rows, "counters": given.counters, "stats": given.stats,
+        "z": z, "bias": bias, "dz": given.dz, "indices": given.rows, "counters": given.counters, "stats": stats,
         "labels" if entropy and not loss.soft else "target": given.target, "weight": given.weight,
         "class_weight": given.class_weight, "dslope": given.dslope, "hyper": given.hyper, "rows": m, "columns": n,
         "kind": LOSSES.index(loss.kind), "mean": loss.reduction == "mean", "soft": loss.soft, "accuracy": loss.accuracy,

@@ -17,6 +17,7 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     Noise,
+    Perturbation,
     Ridge,
     Segment,
     UpdateRule,
@@ -118,8 +119,8 @@ def _loss_grad(
     dz: Array | None,
     target: Array,
     counters: Array,
-    stats: Array,
     loss: LossSpec,
+    stats: Array | None = None,
     activation: str = "identity",
     slope: float = 0.0,
     slope_param: Array | None = None,
@@ -162,8 +163,8 @@ def _loss_grad(
         "ENTROPY" if entropy else "ELEMENTWISE", numbers, N=outputs, Y=y, Z=z,
         DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=t.REDUCTIONS.index(loss.reduction),
         SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
-        WIDE=outputs >= WIDE, TARGET=target, WEIGHTED=weight, CLASS_WEIGHTED=class_weight, **columns,
-        **_rows(rows, count),
+        WIDE=outputs >= WIDE, RECORDED=stats is not None, TARGET=target, WEIGHTED=weight,
+        CLASS_WEIGHTED=class_weight, **columns, **_rows(rows, count),
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", N=outputs, K=count, DZ=dz)
@@ -235,6 +236,33 @@ def _clip_examples(table: Table, *, layers: Sequence[Operands], clip: float, cou
         table.add("SHRINK", {t.LARGEST: clip}, N=layer["dz"].shape[1], DZ=layer["dz"], OUT=norms)
     table.control(counters)
     return t.COUNTED
+
+
+def _perturb(
+    table: Table,
+    *,
+    x: Array,
+    change: Perturbation,
+    counters: Array,
+    start: Array | None = None,
+    dx: Array | None = None,
+    adv: Array | None = None,
+    rows: Array | None = None,
+) -> int:
+    out = adv if start is None else start
+    assert out is not None
+    columns: int = out.shape[1]
+    table.height = max(table.height, len(out))
+    drawn = start is not None and change.seed is not None
+    low, high = seed_key(change.seed or 0)
+    table.lanes = max(table.lanes, drawn * -(-columns // 4))
+    numbers = {t.LARGEST: change.eps, t.LENGTH: change.step, t.LOW: change.low, t.HIGH: change.high}
+    table.add(
+        "PERTURB", numbers, N=columns, K=columns, X=x, DZ=dx, OUT=out, ROUND=change.norm == "2", DRAWN=drawn,
+        KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(out)),
+    )  # fmt: skip
+    table.control(counters)
+    return len(out)
 
 
 def _gradients(
@@ -379,6 +407,7 @@ ENTRIES: dict[str, Callable[..., int]] = {
     "linear_loss_grad": _linear_loss_grad,
     "grad_input": _grad_input,
     "clip_examples": _clip_examples,
+    "perturb": _perturb,
     "grad_weight": _grad_weight,
     "grad_weight_update": _grad_weight_update,
     "update": _update,
@@ -410,7 +439,8 @@ def bind_train_resident(
         run = memo["form"].bind(arrays, epoch_stats)
         if run is not None:
             return run
-    output = next((operands for op, operands in calls if op == "linear_loss_grad"), None)
+    losses = [operands for op, operands in calls if op == "linear_loss_grad" and operands.get("stats") is not None]
+    output = next(iter(losses), None)
     if output is None or "rule" not in calls[-1][1]:
         raise ArgumentError(
             "train_resident: calls: expected those of a training step, with linear_loss_grad and last what advances "

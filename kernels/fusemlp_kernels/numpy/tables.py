@@ -35,7 +35,7 @@ NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
-        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF"),
+        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN"),
         *("PARAM", "AVERAGE", "PANELS", "PULLS"),
         *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
         *("DESCENDS", "SLOPE", "DSLOPE"),
@@ -142,6 +142,8 @@ class Table:
         self.kept: dict[int, tuple[Array, int, list[tuple[int, int]]]] = {}
         self.made: dict[int, Array] = {}
         self.widest = 1
+        # the most counters whose words a row of a random start takes
+        self.lanes = 0
         self.names: set[str] = set()
         # whether arrays are copied; copies that follow an operand, and (destination, source) before and after a run
         self.converts = False
@@ -317,7 +319,8 @@ class Table:
         self.enter(t.AT_ZEROS, self.scratch(t.PANEL))
         # what philox draws for a row, eight columns to two words; for noise, its numbers too
         drops, noisy = "KEEP" in self.names, "NOISY" in self.names
-        head[t.LANES_ROW] = max(drops * 2 * (-(-self.widest // LANES)), noisy * (NORMALS // 2 + NORMALS))
+        dropped, noise = drops * 2 * (-(-self.widest // LANES)), noisy * (NORMALS // 2 + NORMALS)
+        head[t.LANES_ROW] = max(dropped, noise, 2 * self.lanes)
         if head[t.LANES_ROW]:
             self.enter(t.AT_LANES, self.scratch(found.most, head[t.LANES_ROW], dtype=np.uint64))
         names = frozenset(self.names & NAMES)

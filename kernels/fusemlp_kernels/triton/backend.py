@@ -25,6 +25,7 @@ from fusemlp_kernels.triton.layers import (
     bind_linear,
     bind_linear_loss_grad,
     bind_loss_grad,
+    bind_perturb,
 )
 
 _log = logging.getLogger("fusemlp.kernels")
@@ -43,7 +44,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     bind.__name__.removeprefix("bind_"): bind
     for bind in (
         *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_grad_weight),
-        *(bind_grad_weight_update, bind_update, bind_advance, bind_train_resident, bind_train_fleet),
+        *(bind_grad_weight_update, bind_update, bind_advance, bind_perturb, bind_train_resident, bind_train_fleet),
     )
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusemlp_kernels.checks import binds
-from fusemlp_kernels.contract import ACTIVATIONS, HYPER, LOSSES, NEEDS_Z, Dropout, LossSpec
+from fusemlp_kernels.contract import ACTIVATIONS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, perturb
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
@@ -95,6 +95,22 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
     return dslope.zero_ if programs == 0 and dslope is not None else run
 
 
+@binds("perturb")
+def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``perturb``."""
+    change, moves = given.change, given.start is None
+    drawn = not moves and change.seed is not None
+    key0, key1 = seed_key(change.seed or 0)
+    arguments = {
+        "K": given.K, **places(given.x, x=given.x, dx=given.dx, adv=given.adv if moves else given.start),
+        "counters": given.counters,
+        "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
+        "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(drawn), "key0": signed(key0),
+        "key1": signed(key1), "length": change.step, "eps": change.eps, "low": change.low, "high": change.high,
+    }  # fmt: skip
+    return device.launch(perturb.perturb_kernel, given.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
+
+
 def target_arguments(device: Device, given: SimpleNamespace) -> dict[str, Any]:
     """The kernels' arguments for the targets of a loss and for their weights."""
     target, weight, class_weight, ignored = given.target, given.weight, given.class_weight, given.loss.ignore_index or 0
@@ -131,11 +147,12 @@ def _launch_loss(
     """A loss kernel over whole rows of ``matrices``; ``inputs`` and ``constants`` are those of this kernel alone."""
     m, n, dz, rows, dslope, hyper = given.M, given.N, given.dz, given.rows, given.dslope, given.hyper
     read = tuple(matrices.values())
+    stats = device.zeros(STATS, "float64") if given.stats is None else given.stats
     programs, spare = -(-m // tile.rows), device.zeros(1, "real")
     arguments = {
         "M": m, "N": n, **places(read[0], dz=dz, **matrices), "store_dz": int(dz is not None),
         "rows": device.zeros(1, "int64") if rows is None else rows, "gather": int(rows is not None),
-        "dslope": spare if dslope is None else dslope, "stats": given.stats, "counters": given.counters,
+        "dslope": spare if dslope is None else dslope, "stats": stats, "counters": given.counters,
         "settings": device.numbers(loss_settings(given.loss, given), "real"),
         "hyper": device.zeros(HYPER, "float64") if hyper is None else hyper, "scaled": int(hyper is not None),
         "partials": device.zeros(4 * programs, "float64"), "ticket": device.zeros(1, "int32"), "programs": programs,
@@ -143,7 +160,7 @@ def _launch_loss(
     }  # fmt: skip
     if m * n == 0:
         # the loss of no rows, or of no outputs, is zero
-        return in_sequence([given.stats[:1].zero_, arguments["dslope"].zero_])
+        return in_sequence([stats[:1].zero_, arguments["dslope"].zero_])
     constants |= {
         "ALIGNED": all(is_aligned(matrix) for matrix in (*read, dz) if matrix is not None),
         "CROSS_ENTROPY": given.loss.kind == "cross_entropy",

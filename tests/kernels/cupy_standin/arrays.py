@@ -91,9 +91,37 @@ class ndarray:
     def __truediv__(self, other: Any) -> ndarray:
         return _computed(np.divide, self, other)
 
+    def __sub__(self, other: Any) -> ndarray:
+        return _computed(np.subtract, self, other)
+
+    def __abs__(self) -> ndarray:
+        out = ndarray(self.shape, self.dtype)
+        streams.start(lambda: _assign(out, np.abs(host_of(self))))
+        return out
+
+    def __gt__(self, other: Any) -> ndarray:
+        return _computed(np.greater, self, other, bool)
+
+    def __eq__(self, other: Any) -> ndarray:  # type: ignore[override]
+        return _computed(np.equal, self, other, bool)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __invert__(self) -> ndarray:
+        out = ndarray(self.shape, self.dtype)
+        streams.start(lambda: _assign(out, ~host_of(self)))
+        return out
+
     def __iadd__(self, other: Any) -> ndarray:
         streams.start(lambda: _assign(self, host_of(self) + _value(other)))
         return self
+
+    def __imul__(self, other: Any) -> ndarray:
+        streams.start(lambda: _assign(self, host_of(self) * _value(other)))
+        return self
+
+    def clip(self, least: ndarray, most: ndarray) -> ndarray:
+        return _computed(np.minimum, _computed(np.maximum, self, least), most)
 
     def sum(self) -> ndarray:
         out = ndarray((), self.dtype)
@@ -101,9 +129,13 @@ class ndarray:
         return out
 
     def __getitem__(self, key: Any) -> ndarray:
+        if isinstance(key, ndarray) and key.dtype.kind == "i":
+            out = ndarray((*key.shape, *self.shape[1:]), self.dtype)
+            streams.start(lambda: _assign(out, host_of(self)[host_of(key)]))
+            return out
         parts = key if isinstance(key, tuple) else (key,)
         for part in parts:
-            if not isinstance(part, (int, np.integer, slice, type(...))):
+            if not isinstance(part, (int, np.integer, slice, type(...), type(None))):
                 raise Misuse(f"cupy.ndarray: the stand-in takes numbers, slices and ... as an index, got {part!r}")
         # As in CuPy, a single element is an array without dimensions.
         part = host_of(self)[parts if ... in parts else (*parts, ...)]
@@ -163,11 +195,11 @@ def _value(operand: Any) -> Any:
     return host_of(operand) if isinstance(operand, ndarray) else operand
 
 
-def _computed(function: np.ufunc, array: ndarray, other: Any) -> ndarray:
+def _computed(function: np.ufunc, array: ndarray, other: Any, dtype: Any = None) -> ndarray:
     """Return a new array, of the shape and type that NumPy's rules give two arrays, or of those of the one."""
     both = isinstance(other, ndarray)
     shape = np.broadcast_shapes(array.shape, other.shape) if both else array.shape
-    out = ndarray(shape, np.result_type(array.dtype, other.dtype) if both else array.dtype)
+    out = ndarray(shape, dtype or (np.result_type(array.dtype, other.dtype) if both else array.dtype))
     streams.start(lambda: _assign(out, function(host_of(array), _value(other))))
     return out
 

@@ -17,6 +17,7 @@ from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, re
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.perturb import move, start
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative, update_average
 from fusemlp_kernels.numpy.compiled.products import column_sums
 from fusemlp_kernels.numpy.compiled.tables import (
@@ -61,6 +62,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     DEPTH,
     DESCENDS,
     DEVIATION,
+    DRAWN,
     DSLOPE,
     DZ,
     ELEMENTWISE,
@@ -72,6 +74,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     GATHER,
     HEAD_COLUMNS,
     HEAD_FACTORS,
+    HIGH,
     HITS_PART,
     IDENTITY,
     KEEP,
@@ -81,7 +84,9 @@ from fusemlp_kernels.numpy.compiled.tables import (
     LANES_ROW,
     LARGEST,
     LEFT,
+    LENGTH,
     LOSS_PART,
+    LOW,
     LR_FACTOR,
     MASK_LAYER,
     NOISE_HIGH,
@@ -96,6 +101,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     PANELS,
     PARAM,
     PARTIALS,
+    PERTURB,
     PHASE,
     PHASE_COLUMNS,
     PHASES,
@@ -106,7 +112,9 @@ from fusemlp_kernels.numpy.compiled.tables import (
     PROLOGUE,
     PULLS,
     RATE,
+    RECORDED,
     RIGHT,
+    ROUND,
     ROW_END,
     ROW_FIRST,
     ROWS,
@@ -226,6 +234,33 @@ def _backward(call: Any, numbers: Any, integers: Any, like: Any, partials: Any, 
 
 
 @register_jitable(**EXACT)
+def _perturb(
+    call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, lanes: int
+) -> None:  # fmt: skip
+    """Rows of the inputs that an attack moves; lanes is an address."""
+    columns, size = call[K], like.itemsize
+    for i in range(first, first + count):
+        adv = _block(like, call[OUT], i, columns)
+        if rows[i] < 0:
+            for j in range(columns):
+                adv[j] = 0
+            continue
+        x = _block(like, call[X], rows[i], columns)
+        if call[DZ]:
+            dx = _block(like, call[DZ], i, columns)
+            move(
+                adv, x, dx, columns, call[ROUND], numbers[LENGTH], numbers[LARGEST], numbers[LOW], numbers[HIGH]
+            )  # fmt: skip
+        elif call[DRAWN]:
+            start(
+                adv, x, elements(np.uint64, lanes), elements(np.uint32, lanes), columns, call[ROUND], numbers[LARGEST],
+                numbers[LOW], numbers[HIGH], i, batch_index, call[KEY_LOW], call[KEY_HIGH],
+            )  # fmt: skip
+        else:
+            copy(like, call[OUT] + size * i * columns, call[X] + size * rows[i] * columns, columns)
+
+
+@register_jitable(**EXACT)
 def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, task: int) -> None:
     """A task's rows of a call."""
     kind, batch_index = call[KIND_OF_ROW], counters[BATCH_INDEX]
@@ -271,6 +306,9 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
             dz[i] = 0
     elif kind == BACKWARD:
         _backward(call, numbers, integers, like, partials, first, count)
+    elif kind == PERTURB:
+        lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
+        _perturb(call, numbers, like, rows, first, count, batch_index, lanes)
     elif kind == SQUARES:
         x, dz = _block(like, call[X], first, call[K]), _block(like, call[DZ], first, call[N])
         add_squares(elements(np.float64, call[OUT] + 8 * first), x, dz, count, call[K], call[N], call[B], call[AFRESH])
@@ -408,7 +446,7 @@ def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, 
         for task in range(tasks):
             total += partials[width * task + call[SLOPE_PART]]
         elements(like, call[DSLOPE])[0] = total
-    if kind in (ENTROPY, ELEMENTWISE):
+    if kind in (ENTROPY, ELEMENTWISE) and call[RECORDED]:
         loss, hits, scored = 0.0, 0.0, 0.0
         for task in range(tasks):
             loss += partials[width * task + LOSS_PART]

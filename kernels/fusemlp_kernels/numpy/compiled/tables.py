@@ -63,9 +63,9 @@ DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them. By pieces of a tensor: WEIGHT,
-# BIAS, SLOPES: a gradient, with its update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE;
-# PACK: weights into panels. CLOCK.
+# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; PERTURB: inputs that raise the
+# loss. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its update where there is a PARAM; NORM: squares
+# of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -83,7 +83,8 @@ DEPTH = 512
     CLOCK,
     SQUARES,
     SHRINK,
-) = range(16)
+    PERTURB,
+) = range(17)
 
 # A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
 # holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
@@ -103,7 +104,8 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # gradient may be updated from at once: PARAM, its states and its AVERAGE, of tensor FIRST; with DESCENDS the product
 # lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
-# target; WIDE: a row of classes fills the vector registers. AFRESH: the norms begin with this layer.
+# target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin
+# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout.
 (
     KIND_OF_ROW,
     N,
@@ -147,14 +149,29 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     IGNORED,
     ACCURACY,
     WIDE,
+    RECORDED,
     AFRESH,
+    ROUND,
+    DRAWN,
     CALL_COLUMNS,
-) = range(44)
+) = range(47)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
-# by beside the row weights; the largest norm of a row's gradient.
-FIXED_SLOPE, RATE, STRENGTH, SMOOTHING, OPTION, DIVISOR, LARGEST, CALL_FACTORS = range(8)
+# by beside the row weights; the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
+(
+    FIXED_SLOPE,
+    RATE,
+    STRENGTH,
+    SMOOTHING,
+    OPTION,
+    DIVISOR,
+    LARGEST,
+    LENGTH,
+    LOW,
+    HIGH,
+    CALL_FACTORS,
+) = range(11)
 
 # A row a trained tensor
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)

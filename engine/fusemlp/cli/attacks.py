@@ -1,0 +1,78 @@
+"""The options of attacks, and of IBP, as a description: for ``evaluate --attack`` and ``train --adversarial``."""
+
+from __future__ import annotations
+
+from fusemlp.cli.options import EvaluateOptions, TrainOptions, one_of
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.adversarial import FGSM, PGD, Attack
+from fusemlp.describe.checks import check_choice
+from fusemlp.describe.intervals import IBP
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.evidence import image_shape
+from fusemlp_kernels.errors import ArgumentError
+
+Kind = type[FGSM] | type[PGD] | type[IBP]
+_ATTACKS: dict[str, Kind] = {"pgd": PGD, "fgsm": FGSM}
+_TRAININGS: dict[str, Kind] = {**_ATTACKS, "ibp": IBP}
+# Fields of PGD by the options for them.
+_FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
+
+
+def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array) -> Attack | IBP | None:
+    """Return the attack of the options on rows X, as the network takes them; None if there is none.
+
+    Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
+    options that do not go together, and for inputs that no small change of a cell can give.
+    """
+    option, kinds = ("adversarial", _TRAININGS) if isinstance(options, TrainOptions) else ("attack", _ATTACKS)
+    kind: str | None = getattr(options, option)
+    given = {name: getattr(options, name) for name in _FIELDS if getattr(options, name) is not None}
+    if kind is None:
+        for name in given:
+            raise ArgumentError(f"{name}: it is of an attack; give --{option} too, such as --{option} pgd")
+        return None
+    described = kinds[check_choice(option, kind, kinds)]
+    if "attack_eps" not in given:
+        raise ArgumentError(
+            "attack_eps: say how far an input may move, in its units after --scale, such as --attack-eps 0.1"
+        )
+    if described is not PGD and len(given) > 1:
+        reason = "is one step in the norm inf" if described is FGSM else "takes no steps, and the norm inf"
+        raise ArgumentError(f"{[*given][1]}: {kind} {reason}; leave it out, or take pgd")
+    _check_columns(option, made)
+    within = image_shape(made) is not None and made.scale == "none"
+    bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None
+    try:
+        return described(**{_FIELDS[name]: value for name, value in given.items()}, bounds=bounds)
+    except ArgumentError as error:
+        raise ArgumentError(f"attack_{error}") from None
+
+
+def _check_columns(option: str, made: Preprocessor) -> None:
+    """Refuse words, marks of missing cells and pieces: their inputs do not move by themselves."""
+    of = {
+        "words": [words is not None for words in made.categories],
+        "missing cells": made.missing_inputs,
+        "pieces of numbers (--scale piecewise)": [made.pieces(at) > 1 for at in range(len(made.feature_names))],
+    }
+    for what, found in of.items():
+        named = [repr(name) for name, is_one in zip(made.feature_names, found, strict=False) if is_one]
+        if named:
+            raise ArgumentError(
+                f"{option}: a small change of an input means nothing for {what}, which are inputs of "
+                f"{one_of(named[:3], 'and')}{' and others' if len(named) > 3 else ''}; train on columns of numbers "
+                "alone, with --drop, and --scale standard, minmax or none"
+            )
+
+
+def check_trained(options: TrainOptions) -> None:
+    """Raise ArgumentError for what ``train`` cannot do beside ``--adversarial``."""
+    if options.adversarial is None:
+        return
+    for name, given in (
+        ("models", (options.models or 1) > 1),
+        ("final_fit", options.final_fit),
+        ("dp_epsilon", options.dp_epsilon is not None),
+    ):
+        if given:
+            raise ArgumentError(f"{name}: adversarial training makes one model of the training rows; leave it out")

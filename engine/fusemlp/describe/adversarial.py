@@ -1,0 +1,118 @@
+"""Attacks on the inputs of a network as descriptions, for ``Engine.attack`` and for adversarial training."""
+
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.description import Count, Description, Flag, Positive
+from fusemlp.describe.elsewhere import knows_names_of
+from fusemlp_kernels.contract import Perturbation
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+
+NORMS = ("inf", "2")
+Seed = Annotated[int, partial(as_count, minimum=0)]
+
+
+def _as_norm(argument: str, value: object) -> str:
+    return check_choice(argument, "2" if value in (2, 2.0) else "inf" if value == float("inf") else value, NORMS)
+
+
+def as_bounds(argument: str, value: Any) -> tuple[float, float]:
+    """Return a pair of numbers, the lower one first."""
+    if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := tuple(value)) != 2:
+        raise ArgumentTypeError(f"{argument}: expected (low, high) such as (0.0, 1.0), or None, got {value!r}")
+    low, high = (as_number(argument, one) for one in pair)
+    if low >= high:
+        raise ArgumentError(f"{argument}: expected (low, high) with low < high, got {value!r}")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Attack(Description):
+    """Changes inputs by at most ``eps``, in their own units, to raise the loss of their labels.
+
+    The changed inputs stay within ``bounds``, (low, high), if given.
+    """
+
+    eps: Positive
+    _: KW_ONLY
+    bounds: Annotated[tuple[float, float], as_bounds] | None = None
+
+    @property
+    def plain(self) -> "PGD":
+        """The same attack as projected gradient steps."""
+        raise NotImplementedError
+
+    def perturbation(self) -> Perturbation:
+        """Return what the kernels are told."""
+        own, (low, high) = self.plain, self.bounds or (-float("inf"), float("inf"))
+        return Perturbation(own.eps, own.length, own.norm, low, high, own.seed if own.random_start else None)
+
+
+@dataclass(frozen=True)
+class FGSM(Attack):
+    """One step of ``eps`` in the direction of the sign of the gradient (Goodfellow, Shlens and Szegedy, 2015)."""
+
+    kind = "fgsm"
+
+    @property
+    def plain(self) -> "PGD":
+        return PGD(self.eps, steps=1, step_size=self.eps, random_start=False, bounds=self.bounds)
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """Steps along the gradient, each projected back to ``eps`` (Madry et al., 2018): ``PGD(0.1, bounds=(0, 1))``.
+
+    ``steps`` of ``step_size`` (None: 2.5 * eps / steps) each. ``norm``: "inf", each input changes by up to eps, or 2,
+    the row by up to eps in the Euclidean norm. ``random_start``: begin at a random change of ``seed``, and not at 0.
+    ``restarts``: of this many attacks from other starts, keep for each row the one with the largest loss.
+    """
+
+    kind = "pgd"
+
+    steps: Count = 10
+    step_size: Positive | None = None
+    norm: Annotated[str, _as_norm] = "inf"
+    _: KW_ONLY
+    restarts: Count = 1
+    random_start: Flag = True
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restarts > 1 and not self.random_start:
+            raise ArgumentError(
+                f"restarts: without a random start all {self.restarts} attacks are the same; leave out "
+                "random_start=False"
+            )
+
+    @property
+    def length(self) -> float:
+        """The length of a step."""
+        return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+
+    @property
+    def plain(self) -> "PGD":
+        return self
+
+
+# Arguments of torchattacks, Foolbox and the Adversarial Robustness Toolbox.
+_ELSEWHERE = {
+    **dict.fromkeys(("epsilon", "epsilons", "radius"), "it is called eps here: PGD(0.1)"),
+    **dict.fromkeys(("alpha", "eps_step", "rel_stepsize", "abs_stepsize"), "it is called step_size here"),
+    **dict.fromkeys(("max_iter", "nb_iter", "iterations"), "it is called steps here"),
+    **dict.fromkeys(("clip_min", "clip_max", "clip_values"), "it is called bounds here: bounds=(0.0, 1.0)"),
+    "num_random_init": "it is called restarts here",
+}
+for _one in (FGSM, PGD):
+    knows_names_of(_one, _ELSEWHERE)
+
+
+def as_attack(argument: str, value: object) -> Attack:
+    """Return ``value`` if it is an attack; raises ArgumentTypeError."""
+    if not isinstance(value, Attack):
+        raise ArgumentTypeError(f"{argument}: expected an attack such as PGD(0.1) or FGSM(0.1), got {value!r}")
+    return value

@@ -1,0 +1,75 @@
+"""Training with interval bounds as a description (Gowal et al., "On the effectiveness of interval bound propagation for
+training verifiably robust models", 2018)."""
+
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Annotated
+
+from fusemlp.describe.adversarial import as_bounds
+from fusemlp.describe.checks import as_number
+from fusemlp.describe.description import Description, Fraction, Positive
+from fusemlp.describe.elsewhere import knows_names_of
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer
+from fusemlp_kernels import pointwise
+from fusemlp_kernels.errors import ArgumentError
+
+Share = Annotated[float, partial(as_number, low=0.0, high=1.0)]
+
+
+@dataclass(frozen=True)
+class IBP(Description):
+    """Training for certified accuracy: ``fit(..., adversarial=IBP(0.1, bounds=(0, 1)))``.
+
+    The loss is ``kappa`` times that of the rows plus 1 - kappa times the cross-entropy of their worst case: the lower
+    bound of the logit of the label and the upper bounds of the others, for inputs within ``eps`` of the row, in its own
+    units, and within ``bounds``, (low, high), if given.
+
+    The first share ``warmup`` of the updates is plain training. In the share ``ramp`` after it eps rises from 0, and
+    the share of the plain loss falls from 1 to kappa.
+    """
+
+    kind = "ibp"
+
+    eps: Positive
+    kappa: Share = 0.5
+    _: KW_ONLY
+    warmup: Fraction = 0.1
+    ramp: Share = 0.5
+    bounds: Annotated[tuple[float, float], as_bounds] | None = None
+
+    def at(self, progress: float) -> tuple[float, float]:
+        """Return eps and the share of the plain loss after a share of the updates."""
+        risen = progress - self.warmup
+        reached = float(risen >= 0.0) if not self.ramp else min(1.0, max(0.0, risen / self.ramp))
+        return self.eps * reached, 1.0 - (1.0 - self.kappa) * reached
+
+    def check(self, net: MLP, loss: Loss, optimizer: Optimizer) -> None:
+        """Raise ArgumentError for what it cannot train."""
+        for one in net.activations:
+            row = pointwise.ACTIVATIONS[one.name]
+            if row.learned or row.turn > float("-inf"):
+                reason = "has a slope that may turn negative" if row.learned else "falls before it rises"
+                raise ArgumentError(
+                    f"adversarial: IBP takes activations that rise everywhere, and {one.name} {reason}; use relu, "
+                    "leaky_relu, elu or softplus"
+                )
+        if any(net.dropouts):
+            raise ArgumentError(f"adversarial: IBP takes no dropout, and the network has {net.dropouts}; leave it out")
+        if loss.kind != "cross_entropy":
+            raise ArgumentError(f"adversarial: IBP needs the loss cross_entropy, this engine has {loss.kind!r}")
+        if optimizer.accumulate > 1:
+            raise ArgumentError(
+                f"accumulate: IBP takes one batch an update, got {optimizer.accumulate}; use a larger batch_size"
+            )
+
+
+# Arguments of other implementations.
+_ELSEWHERE = {
+    **dict.fromkeys(("epsilon", "eps_max", "radius"), "it is called eps here: IBP(0.1)"),
+    **dict.fromkeys(("clip_min", "clip_max", "clip_values"), "it is called bounds here: bounds=(0.0, 1.0)"),
+    **dict.fromkeys(("warmup_epochs", "warm_up"), "it is called warmup here, a share of the updates: warmup=0.1"),
+    **dict.fromkeys(("ramp_epochs", "rampup"), "it is called ramp here, a share of the updates: ramp=0.5"),
+}
+knows_names_of(IBP, _ELSEWHERE)

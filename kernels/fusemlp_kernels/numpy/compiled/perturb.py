@@ -1,0 +1,95 @@
+"""Inputs that raise the loss, within a norm and bounds: the rows of ``perturb``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba.extending import register_jitable
+
+from fusemlp_kernels.numpy.compiled.functions import maximum, minimum, sign
+from fusemlp_kernels.numpy.compiled.masks import draw
+from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
+from fusemlp_kernels.philox import START, WORD
+
+_WORD, _START, _LOWEST = np.uint64(WORD), np.uint64(START), np.uint32(9)
+
+
+@register_jitable(**REDUCTION)
+def _norm(values: Any, count: int) -> float:
+    """In float64, where no square of a float32 underflows."""
+    total = 0.0
+    for i in range(np.uintp(count)):
+        total += np.float64(values[i]) * np.float64(values[i])
+    return math.sqrt(total)
+
+
+@register_jitable(**ELEMENTWISE)
+def _by_sign(adv: Any, x: Any, dx: Any, count: int, length: float, eps: float, low: float, high: float) -> None:
+    real = x.dtype.type
+    step, most, least, lowest, highest = real(length), real(eps), real(-eps), real(low), real(high)
+    for i in range(np.uintp(count)):
+        d = minimum(maximum(adv[i] - x[i] + step * sign(dx[i]), least), most)
+        adv[i] = minimum(maximum(x[i] + d, lowest), highest)
+
+
+@register_jitable(**ELEMENTWISE)
+def _by_gradient(adv: Any, x: Any, dx: Any, count: int, factor: float) -> None:
+    """adv becomes what it has moved, and a step."""
+    scale = x.dtype.type(factor)
+    for i in range(np.uintp(count)):
+        adv[i] = adv[i] - x[i] + scale * dx[i]
+
+
+@register_jitable(**ELEMENTWISE)
+def _moved(adv: Any, x: Any, count: int, factor: float, low: float, high: float) -> None:
+    """``x + factor * adv``, within the bounds."""
+    real = x.dtype.type
+    scale, lowest, highest = real(factor), real(low), real(high)
+    for i in range(np.uintp(count)):
+        adv[i] = minimum(maximum(x[i] + scale * adv[i], lowest), highest)
+
+
+@register_jitable(**EXACT)
+def _within(adv: Any, x: Any, count: int, eps: float, low: float, high: float) -> None:
+    """x moved by adv, shortened to the norm eps."""
+    length = _norm(adv, count)
+    # a NaN stays
+    _moved(adv, x, count, 1.0 if length <= eps else eps / length, low, high)
+
+
+@register_jitable(**EXACT)
+def move(
+    adv: Any, x: Any, dx: Any, count: int, round: int, length: float, eps: float, low: float, high: float
+) -> None:  # fmt: skip
+    """A step of a row of inputs, projected; ``round``: in the Euclidean norm."""
+    if round:
+        norm = _norm(dx, count)
+        _by_gradient(adv, x, dx, count, length / norm if norm != 0.0 else 0.0)
+        _within(adv, x, count, eps, low, high)
+    else:
+        _by_sign(adv, x, dx, count, length, eps, low, high)
+
+
+@register_jitable(**ELEMENTWISE)
+def _scattered(adv: Any, lanes: Any, count: int, eps: float) -> None:
+    """``eps`` times the numbers of ``philox.uniform``."""
+    real = adv.dtype.type
+    for i in range(np.uintp(count)):
+        adv[i] = real(eps) * (real(np.int32(lanes[i] >> _LOWEST)) * real(2.0**-22) + real(2.0**-23 - 1.0))
+
+
+@register_jitable(**EXACT)
+def start(
+    adv: Any, x: Any, pairs: Any, lanes: Any, count: int, round: int, eps: float, low: float, high: float, row: int,
+    batch_index: int, key_low: int, key_high: int,
+) -> None:  # fmt: skip
+    """The random start of a row of inputs; pairs: memory, two uint64 for each four columns begun, lanes: as uint32."""
+    c3 = np.uint64(batch_index) & _WORD
+    draw(pairs, (count + 3) // 4, np.uint64(row) & _WORD, _START, c3, np.uint64(key_low), np.uint64(key_high))
+    _scattered(adv, lanes, count, eps)
+    if round:
+        _within(adv, x, count, eps, low, high)
+    else:
+        _moved(adv, x, count, 1.0, low, high)

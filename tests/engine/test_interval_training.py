@@ -1,0 +1,242 @@
+"""Training with interval bounds: whole runs against torch, on every backend, resumed, and what is refused."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from devices import INTERPRETER, NUMPY, STAND_IN, usable
+from same_state import assert_same_state
+from torch_oracle import TORCH_ACTIVATIONS, tensor
+
+from fusemlp import (
+    DPSGD,
+    ELU,
+    IBP,
+    MLP,
+    SGD,
+    Adam,
+    ArgumentError,
+    ArgumentTypeError,
+    Callback,
+    CrossEntropy,
+    Engine,
+    LeakyReLU,
+    ParameterOptions,
+    load_checkpoint,
+)
+
+Array = np.ndarray[Any, Any]
+ROWS, BATCH, EPOCHS = 70, 16, 8
+RNG = np.random.default_rng(11)
+X = np.clip(RNG.normal(size=(ROWS, 6)), -1.5, 1.5)
+LABELS = (X @ RNG.normal(size=(6, 3))).argmax(axis=1)
+WEIGHT = RNG.uniform(0.2, 2.0, ROWS)
+
+
+def make(activation: Any = "tanh", **options: Any) -> Engine:
+    given = {"optimizer": SGD(lr=0.2, momentum=0.8), "precision": "fp64", "backend": "numpy", "seed": 3}
+    return Engine(
+        MLP([6, 9, 8, 3], activation=activation), **{**given, "batch_size": BATCH, "normalise": False, **options}
+    )
+
+
+def torch_fit(engine: Engine, ibp: IBP, optimizer: Any, frozen: tuple[str, ...] = (), **weights: Any) -> dict[str, Any]:
+    """Return the parameters after the same training by torch in float64, with the loss written as in the paper."""
+    state = {name: tensor(array, grad=name not in frozen) for name, array in engine.state_dict().items()}
+    layers = [(state[f"{2 * at}.weight"], state[f"{2 * at}.bias"]) for at in range(engine.network.layers)]
+    mean, scale = (tensor(engine.input_scale.mean), tensor(engine.input_scale.scale)) if engine.input_scale else (0, 1)
+    step, total, done = optimizer([p for p in state.values() if p.requires_grad]), EPOCHS * -(-ROWS // BATCH), 0
+    own = {"weight": None if engine.loss.class_weight is None else tensor(engine.loss.class_weight)}
+    own |= {"label_smoothing": engine.loss.label_smoothing, "reduction": "none"}
+    for _ in range(EPOCHS):
+        for start in range(0, ROWS, BATCH):
+            rows = slice(start, start + BATCH)
+            x, y = tensor(X[rows]), torch.tensor(LABELS[rows])
+            reached = min(1.0, max(0.0, (done / total - ibp.warmup) / ibp.ramp))
+            low, high = x - ibp.eps * reached, x + ibp.eps * reached
+            if ibp.bounds is not None:
+                low, high = low.clamp(*ibp.bounds), high.clamp(*ibp.bounds)
+            h, low, high = ((one - mean) / scale for one in (x, low, high))
+            for chosen, (w, b) in zip(engine.network.activations, layers, strict=True):
+                middle, spread = (low + high) / 2 @ w.T + b, (high - low) / 2 @ w.abs().T
+                h, low, high = (
+                    TORCH_ACTIVATIONS[chosen.name](z, chosen.slope)
+                    for z in (h @ w.T + b, middle - spread, middle + spread)
+                )
+            worst = torch.where(torch.nn.functional.one_hot(y, 3).bool(), low, high)
+            weight = tensor(weights.get("sample_weight", np.ones(ROWS))[rows])
+            share = weight if own["weight"] is None else weight * own["weight"][y]
+            plain, hard = (
+                (weight * torch.nn.functional.cross_entropy(z, y, **own)).sum() / share.sum() for z in (h, worst)
+            )
+            kappa = 1.0 - (1.0 - ibp.kappa) * reached
+            step.zero_grad()
+            (kappa * plain + (1.0 - kappa) * hard).backward()
+            if engine.optimizer.clip_norm:
+                torch.nn.utils.clip_grad_norm_(
+                    [p for p in state.values() if p.requires_grad], engine.optimizer.clip_norm
+                )
+            step.step()
+            done += 1
+    return {name: p.detach().numpy() for name, p in state.items()}
+
+
+def momentum(parameters: Any) -> Any:
+    return torch.optim.SGD(parameters, lr=0.2, momentum=0.8)
+
+
+def adam(parameters: Any) -> Any:
+    return torch.optim.Adam(parameters, lr=0.02)
+
+
+FROZEN = Adam(lr=0.02, per_parameter={"2.weight": ParameterOptions(trainable=False)})
+CASES: dict[str, tuple[Any, dict[str, Any], IBP, Any, dict[str, Any]]] = {
+    **{
+        str(activation): (activation, {}, IBP(0.2), momentum, {})
+        for activation in ("relu", LeakyReLU(0.2), "sigmoid", "tanh", ELU(0.7), "selu", "softplus", "identity")
+    },
+    "bounds": ("relu", {}, IBP(0.3, 0.2, warmup=0.0, ramp=0.9, bounds=(-1.5, 1.5)), momentum, {}),
+    "scaled inputs": ("relu", {"normalise": X}, IBP(0.3, bounds=(-1.5, 1.5)), momentum, {}),
+    "weights": ("relu", {}, IBP(0.1), momentum, {"sample_weight": WEIGHT}),
+    "loss": (
+        "relu",
+        {"loss": CrossEntropy(class_weight=[1.0, 2.0, 0.5], label_smoothing=0.1)},
+        IBP(0.1),
+        momentum,
+        {"sample_weight": WEIGHT},
+    ),
+    "clipping": ("tanh", {"optimizer": Adam(lr=0.02, clip_norm=0.5)}, IBP(0.2), adam, {}),
+    "frozen": ("tanh", {"optimizer": FROZEN}, IBP(0.2), adam, {"frozen": ("2.weight",)}),
+    "no plain loss": ("tanh", {}, IBP(0.2, kappa=0.0, ramp=0.1), momentum, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_is_torchs(name):
+    activation, options, ibp, optimizer, others = CASES[name]
+    engine = make(activation, **options)
+    expected = torch_fit(engine, ibp, optimizer, **others)
+    before = engine.tensors("")
+    given = {key: value for key, value in others.items() if key != "frozen"}
+    engine.fit(X, LABELS, epochs=EPOCHS, shuffle=False, adversarial=ibp, **given)
+    for key, value in engine.tensors("").items():
+        np.testing.assert_allclose(value, expected[key], rtol=0, atol=1e-9)
+        assert np.array_equal(value, before[key]) == (key in others.get("frozen", ()))
+
+
+@pytest.mark.parametrize("device", [NUMPY, INTERPRETER, STAND_IN], ids=lambda device: device.name)
+def test_every_backend_trains_alike(device):
+    small = {"precision": "fp32", "batch_size": 12}
+    ibp = IBP(0.2, warmup=0.0, ramp=0.0, bounds=(-2.0, 2.0))
+    expected = make("relu", **{**small, "precision": "fp64"})
+    with nullcontext() if device is NUMPY else usable(device):
+        engine = make("relu", **small, backend=device.backend)
+        for one in (expected, engine):
+            one.fit(X[:30], LABELS[:30], epochs=1, shuffle=False, adversarial=ibp)
+        for name, value in expected.state_dict().items():
+            # three steps, each with errors of a few hundred u of numbers of order one
+            np.testing.assert_allclose(engine.state_dict()[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_is_the_same(tmp_path):
+    ibp, path = IBP(0.2, bounds=(-3, 3)), tmp_path / "half.ckpt"
+
+    class Save(Callback):
+        def on_batch_end(self, engine: Engine, batch: int) -> None:
+            if engine.update_count == 12:
+                engine.save_checkpoint(path)
+
+    whole = make(precision="fp32")
+    whole.fit(X, LABELS, epochs=5, adversarial=ibp, callbacks=[Save()])
+    half = load_checkpoint(path, backend="numpy")
+    with pytest.raises(ArgumentError, match="adversarial: the fit that is resumed trains against"):
+        half.fit(X, LABELS, epochs=5, resume=True)
+    half.fit(X, LABELS, epochs=5, adversarial=ibp, resume=True)
+    assert_same_state(half, whole)
+
+
+def test_plans_train_alike():
+    runs = []
+    for plan in ("eager", "resident"):
+        engine = make(plan=plan)
+        engine.fit(X, LABELS, epochs=3, shuffle=False, adversarial=IBP(0.2))
+        runs.append(engine.state_dict())
+    for name, value in runs[0].items():
+        np.testing.assert_allclose(runs[1][name], value, rtol=0, atol=1e-12)
+
+
+def test_training_certifies_more_rows():
+    from sklearn.datasets import load_digits
+
+    pixels, y = load_digits(return_X_y=True)
+    pixels = pixels / 16.0
+    shares, accuracies = [], []
+    for adversarial in (None, IBP(0.05, bounds=(0, 1))):
+        engine = Engine(MLP([64, 64, 10]), optimizer=Adam(lr=0.003), backend="numpy", batch_size=64)
+        engine.fit(pixels[:1400], y[:1400], epochs=20, adversarial=adversarial)
+        shares.append(engine.certified(pixels[1400:], y[1400:], 0.05, bounds=(0, 1)).mean())
+        accuracies.append(engine.evaluate(pixels[1400:], y[1400:])["accuracy"])
+    assert shares[0] < 0.2
+    assert shares[1] > 0.6
+    assert accuracies[1] > accuracies[0] - 0.05
+
+
+def test_eps_and_kappa_go_up_and_down():
+    ibp = IBP(0.4, kappa=0.5, warmup=0.2, ramp=0.5)
+    assert [ibp.at(progress) for progress in (0.0, 0.2, 0.9, 1.0)] == [(0.0, 1.0), (0.0, 1.0), (0.4, 0.5), (0.4, 0.5)]
+    assert ibp.at(0.45) == pytest.approx((0.2, 0.75))
+    sudden = IBP(0.4, warmup=0.5, ramp=0.0)
+    assert sudden.at(0.4) == (0.0, 1.0)
+    assert sudden.at(0.5) == (0.4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "error", "message"),
+    [
+        ({"activation": "gelu"}, {}, ArgumentError, "IBP takes activations that rise everywhere, and gelu falls"),
+        ({"activation": "prelu"}, {}, ArgumentError, "prelu has a slope that may turn negative; use relu"),
+        ({"loss": "mse"}, {"y": X[:, :3]}, ArgumentError, "IBP needs the loss cross_entropy, this engine has 'mse'"),
+        ({"optimizer": SGD(accumulate=2)}, {}, ArgumentError, "accumulate: IBP takes one batch an update, got 2"),
+        ({"privacy": DPSGD(1.0)}, {}, ArgumentError, "adversarial: the engine trains privately"),
+        ({}, {"y": np.eye(3)[LABELS]}, ArgumentError, "y: IBP takes class labels"),
+        ({}, {"X": [(X, LABELS)], "y": None}, ArgumentError, "y: IBP takes arrays X and y, not batches"),
+        (
+            {},
+            {"early_stopping": 3, "validation_split": 0.2},
+            ArgumentError,
+            "early_stopping: IBP makes the task harder",
+        ),
+        (
+            {},
+            {"adversarial": 0.1},
+            ArgumentTypeError,
+            r"adversarial: expected an attack such as PGD\(0.1\), or IBP\(0.1\), got 0.1",
+        ),
+    ],
+)
+def test_refusals_change_nothing(options, given, error, message):
+    engine = make(**options)
+    before = engine.state_dict()
+    with pytest.raises(error, match=message):
+        engine.fit(**{"X": X, "y": LABELS, "epochs": 1, "adversarial": IBP(0.1), **given})
+    assert all(np.array_equal(before[name], value) for name, value in engine.state_dict().items())
+    assert engine.epochs_trained == 0
+
+
+def test_dropout_and_bad_numbers_are_refused():
+    engine = Engine(MLP([6, 8, 3], dropout=0.1), backend="numpy", normalise=False)
+    with pytest.raises(ArgumentError, match="adversarial: IBP takes no dropout"):
+        engine.fit(X, LABELS, epochs=1, adversarial=IBP(0.1))
+    for given, message in [
+        ({"eps": 0.0}, "eps: expected a finite number above 0, got 0.0"),
+        ({"eps": 0.1, "kappa": 1.5}, "kappa: expected a finite number of at least 0 and at most 1, got 1.5"),
+        ({"eps": 0.1, "bounds": (1, 0)}, r"bounds: expected \(low, high\) with low < high, got \(1, 0\)"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            IBP(**given)
+    with pytest.raises(TypeError, match="epsilon: it is called eps here"):
+        IBP(epsilon=0.1)
