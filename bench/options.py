@@ -20,6 +20,7 @@ COMMANDS = {
     "trust": "time adversarial and private steps, and integrated gradients, beside torch's libraries",
     "fleet_search": "time a grid search: fusemlp, scikit-learn and JAX",
     "tables": "score fusemlp train with its defaults on real tables, beside scikit-learn's models",
+    "examples": "score privacy, robustness, transfer and explanations on digits",
     "time_to_result": "time from arrays to an accuracy, imports and compilation included",
     "scaling": "time a step over batch, width, depth and number of models",
     "roofline": "compare each call of a step with the limits of the hardware",

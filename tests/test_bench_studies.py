@@ -18,6 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import (
+    examples,
     kernels,
     loops,
     memory,
@@ -366,3 +367,22 @@ def test_a_table_for_its_memory(
     assert (found["rows"], found["words"]) == (300, 35)
     # An interpreter with NumPy takes more than 20 MB; the table is nothing beside it.
     assert 2e7 < found["peak"] < 2e9
+
+
+def test_the_examples_are_told_as_means_over_the_seeds() -> None:
+    lines: list[dict[str, Any]] = []
+    for seed, share in enumerate((0.5, 1.0)):
+        lines += [{"part": part, "seed": seed, "way": "plain", "accuracy": share} for part in examples.TITLES]
+        lines[-len(examples.TITLES)] |= {"under PGD-40": share / 2, "certified": 0.0}
+    told = examples.text(lines)
+    assert "| plain | 75.0% | 37.5% | 0.0% |" in told
+    assert told.count("| plain | 75.0% |\n") == 3
+    assert "Means over 2 seeds" in told
+
+
+def test_transfer_takes_digits_that_its_source_has_not_seen() -> None:
+    X = np.arange(20.0).reshape(10, 2)
+    y = np.array([7, 0, 5, 9, 4, 3, 6, 8, 2, 1])
+    few, codes = examples.only((X, y), 5)
+    np.testing.assert_array_equal(few, X[[0, 2, 3, 6, 7]])
+    assert codes.tolist() == [2, 0, 4, 1, 3]
