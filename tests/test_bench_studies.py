@@ -366,3 +366,18 @@ def test_a_table_for_its_memory(
     assert (found["rows"], found["words"]) == (300, 35)
     # An interpreter with NumPy takes more than 20 MB; the table is nothing beside it.
     assert 2e7 < found["peak"] < 2e9
+
+
+def test_trust_times_both_sides_and_names_what_is_not_installed(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch")
+    from bench import trust
+
+    monkeypatch.setattr(trust, "BATCHES", 2)
+    monkeypatch.setattr(trust, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(trust.importlib.util, "find_spec", lambda name: None)
+    assert trust.main(["--rounds", "1", "--out", str(tmp_path / "trust.jsonl")]) == 0
+    shown = capsys.readouterr()
+    assert "| PGD-10 training step: torch |" in shown.out and "python -m bench trust" in shown.out
+    assert "left out: captum: not installed; pip install captum" in shown.err
+    with pytest.raises(RuntimeError, match="twice: results differ by 1"):
+        trust.compare("twice", (lambda: np.zeros(2), lambda: np.ones(2)), rounds=1, agree=True)
