@@ -386,3 +386,18 @@ def test_transfer_takes_digits_that_its_source_has_not_seen() -> None:
     few, codes = examples.only((X, y), 5)
     np.testing.assert_array_equal(few, X[[0, 2, 3, 6, 7]])
     assert codes.tolist() == [2, 0, 4, 1, 3]
+
+
+def test_trust_times_both_sides_and_names_what_is_not_installed(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch")
+    from bench import trust
+
+    monkeypatch.setattr(trust, "BATCHES", 2)
+    monkeypatch.setattr(trust, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(trust.importlib.util, "find_spec", lambda name: None)
+    assert trust.main(["--rounds", "1", "--out", str(tmp_path / "trust.jsonl")]) == 0
+    shown = capsys.readouterr()
+    assert "| PGD-10 training step: torch |" in shown.out and "python -m bench trust" in shown.out
+    assert "left out: captum: not installed; pip install captum" in shown.err
+    with pytest.raises(RuntimeError, match="twice: results differ by 1"):
+        trust.compare("twice", (lambda: np.zeros(2), lambda: np.ones(2)), rounds=1, agree=True)

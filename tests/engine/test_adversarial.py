@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusemlp
-from fusemlp import DPSGD, FGSM, MLP, PGD, SGD, Adam, Engine, Fleet
+from fusemlp import DPSGD, FGSM, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Fleet
 from fusemlp.runtime.attacking import row_losses
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
@@ -248,6 +248,16 @@ def test_restarts_keep_the_largest_loss_of_each_row(loss):
     best = row_losses(spec, engine.outputs(engine.attack(X, y, PGD(0.5, steps=1, restarts=4))), target)
     first = row_losses(spec, engine.outputs(engine.attack(X, y, PGD(0.5, steps=1))), target)
     assert (best >= first).all() and (best > first).any()
+
+
+def test_row_losses_have_class_weights_in_a_smoothed_target():
+    X, y = problem("cross_entropy")
+    loss = CrossEntropy(reduction="sum", label_smoothing=0.3, class_weight=[1.0, 3.0, 0.5])
+    engine = Engine(MLP([INPUTS, OUTPUTS]), loss, precision="fp64")
+    data = engine.examples(X, y, None)
+    own = [engine.evaluate(X[i : i + 1], y[i : i + 1])["loss"] for i in range(ROWS)]
+    found = row_losses(engine.spec_for(data.targets), engine.outputs(X), y, np.array([1.0, 3.0, 0.5]))
+    np.testing.assert_allclose(found, own, rtol=1e-12)
 
 
 def digits():

@@ -34,6 +34,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     own, change = how.plain, how.perturbation()
     x = np.array(engine.on_host(data.X), np.float64 if engine.precision == "fp64" else np.float32)
     target, spec = engine.on_host(data.targets.values), engine.spec_for(data.targets)
+    class_weight = None if engine.class_weight is None else engine.on_host(engine.class_weight)
     steps = backend("numpy", None, "fp64" if engine.precision == "fp64" else "fp32")
     adv, dx, counters = np.empty_like(x), np.empty_like(x), np.zeros(COUNTERS, np.int64)
     operands: dict[str, Any] = {"x": x, "change": change, "counters": counters}
@@ -46,7 +47,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
             dx[:] = engine.input_gradient(adv, y)
             move()
         if own.restarts > 1:
-            found = row_losses(spec, engine.outputs(adv), target)
+            found = row_losses(spec, engine.outputs(adv), target, class_weight)
             # a NaN is as bad as it gets
             worse = ~(found <= losses)
             losses[worse] = found[worse]
@@ -67,7 +68,7 @@ def check_within(engine: Session, argument: str, X: Any, how: Attack | IBP) -> N
         )
 
 
-def row_losses(spec: LossSpec, outputs: Array, target: Array) -> Array:
+def row_losses(spec: LossSpec, outputs: Array, target: Array, class_weight: Array | None = None) -> Array:
     """Return the loss of each row (n,) float64 from outputs (n, N), up to a positive factor of its own."""
     from scipy.special import expit, log_softmax
 
@@ -75,6 +76,7 @@ def row_losses(spec: LossSpec, outputs: Array, target: Array) -> Array:
     if spec.kind == "cross_entropy":
         q = target if spec.soft else np.arange(columns) == target[:, None]
         q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / columns
+        q = q if class_weight is None else q * class_weight
         return np.asarray(-(q * log_softmax(y, axis=1)).sum(axis=1))
     known = {"y": y, "t": target, "delta": spec.delta, "quantile": spec.quantile}
     functions = {name: getattr(np, name) for name in ("abs", "exp", "log1p", "maximum", "minimum", "sign")}

@@ -100,13 +100,13 @@ def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``perturb``."""
     change, moves = given.change, given.start is None
     drawn = not moves and change.seed is not None
-    key0, key1 = seed_key(change.seed or 0)
+    keys = [signed(word) for word in seed_key(change.seed or 0)]
     arguments = {
         "K": given.K, **places(given.x, x=given.x, dx=given.dx, adv=given.adv if moves else given.start),
         "counters": given.counters,
         "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
-        "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(drawn), "key0": signed(key0),
-        "key1": signed(key1), "length": change.step, "eps": change.eps, "low": change.low, "high": change.high,
+        "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(drawn), "key0": keys[0],
+        "key1": keys[1], "length": change.step, "eps": change.eps, "low": change.low, "high": change.high,
     }  # fmt: skip
     return device.launch(perturb.perturb_kernel, given.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
 
