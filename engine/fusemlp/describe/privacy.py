@@ -94,8 +94,12 @@ class DPSGD(Description):
         """Return a JSON-able description, without the seed: a file that held it would undo the privacy."""
         return {name: value for name, value in super().to_config().items() if name != "seed"}
 
-    def check(self, net: MLP, loss: Loss, optimizer: Optimizer, *, normalise: object) -> None:
+    def check(self, net: MLP, loss: Loss, optimizer: Optimizer, *, precision: str, normalise: object) -> None:
         """Raise ArgumentError for what cannot be trained privately."""
+        if precision == "fp16":
+            raise ArgumentError(
+                "precision: fp16 skips batches whose gradients overflow, which privacy does not cover; use fp32 or bf16"
+            )
         if any(one.name == "prelu" for one in net.activations):
             raise ArgumentError("privacy: prelu's slopes have no gradient for each row here; use leaky_relu")
         if loss.reduction != "mean":

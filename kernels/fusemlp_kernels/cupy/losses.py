@@ -34,7 +34,7 @@ def _bind_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bi
         "z": z, "bias": bias, "dz": given.dz, "indices": given.rows, "counters": given.counters, "stats": given.stats,
         "labels" if entropy and not loss.soft else "target": given.target, "weight": given.weight,
         "class_weight": given.class_weight, "dslope": given.dslope, "hyper": given.hyper, "rows": m, "columns": n,
-        "kind": LOSSES.index(loss.kind), "mean": loss.reduction == "mean", "soft": loss.soft, "accuracy": loss.accuracy,
+        "kind": LOSSES.index(loss.kind), "mean": loss.reduction != "sum", "by_row": loss.reduction == "rows", "soft": loss.soft, "accuracy": loss.accuracy,
         "ignores": loss.ignore_index is not None, "ignored": loss.ignore_index,
         "divisor": 1.0 if entropy else float(n), "smoothing": loss.label_smoothing, "option": loss.option,
         "partials": device.allocate(4 * blocks, "float64"), "ticket": device.allocate(1, "uint32"),
