@@ -167,8 +167,8 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Segment:
-    """A tensor's stretch of the flat arena, in elements; with ``columns``, of a matrix whose rows are ``pitch`` elements
-    apart."""
+    """A tensor's stretch of the flat arena, in elements; that of a matrix may tell its ``columns`` and its ``pitch``,
+    the elements from one row to the next."""
 
     offset: int
     size: int

@@ -70,7 +70,8 @@ def noisy(g, noise, tensor, update):
     # rows and columns of a matrix, or the length of a vector
     tensors=st.lists(
         st.one_of(st.tuples(st.integers(1, 40), st.integers(1, 40)), st.tuples(st.integers(1, 200))),
-        min_size=1, max_size=2,
+        min_size=1,
+        max_size=2,
     ),
     rule=st.sampled_from(list(RULES.values())),
     deviation=st.sampled_from((0.0, 0.5, 30.0)),
@@ -138,7 +139,13 @@ def test_update_adds_noise(tensors, rule, deviation, divisor, updates, counts, p
 
 @st.composite
 def clipped_layers(draw, device):
-    return draw(sizes(device)), draw(sizes(device)), draw(st.booleans()), draw(st.booleans()), draw(placements(device, 1))
+    return (
+        draw(sizes(device)),
+        draw(sizes(device)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(placements(device, 1)),
+    )
 
 
 @contract_test(

@@ -22,6 +22,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibr
 Spent: TypeAlias = Sequence[tuple[float, int]]
 # The accountant rounds a privacy loss up to a multiple of the first; a tail of the second weight is unbounded loss.
 ROUNDING, NEGLECTED = 1e-3, 1e-15
+# Figures of the private rows, which no choice may follow.
+OF_TRAINING_ROWS = ("loss", "accuracy")
 # Noise for a given epsilon is sought from the first up to the second number.
 LEAST_NOISE, MOST_NOISE = 0.25, 1e4
 

@@ -112,7 +112,8 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
     tensors = Tensors(device, given)
     for segment in given.segments:
         # between the rows there is no noise
-        shape, pitch = (segment.size,), 1
+        shape: tuple[int, ...] = (segment.size,)
+        pitch = 1
         if given.noise is not None and segment.pitch:
             shape, pitch = (segment.size // segment.pitch, segment.columns), segment.pitch
         grads, params, shadow, *states = (

@@ -200,7 +200,8 @@ def _noise(device: Device, noise: Noise | None, rows: Tensor | None) -> dict[str
     chosen = Noise(0.0, 1.0, 0) if noise is None else noise
     low, high = seed_key(chosen.seed)
     return {
-        "noise": device.numbers([chosen.deviation, chosen.divisor], "float64"), "key0": signed(low), "key1": signed(high),
+        "noise": device.numbers([chosen.deviation, chosen.divisor], "float64"),
+        "key0": signed(low), "key1": signed(high),
         # zeros are no padding
         "rows": device.zeros(1, "int64") if rows is None else rows,
     }  # fmt: skip
