@@ -172,6 +172,21 @@ def test_the_calls_of_a_step(device, more):
         assert len(private) == len(ops(optimizer=Adam(clip_norm=1.0))) + 1
 
 
+@pytest.mark.parametrize(
+    "device", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (STAND_IN, CUPY_GPU, GPU)]
+)
+def test_a_graph_is_the_eager_steps(device):
+    """Batches of other lengths too: the clock counts their rows."""
+    case = CASES["adam, dropout, frozen"]
+    X, y, _ = case.data()
+    with usable(device):
+        eager, graph = (case.engine(backend=device.backend, plan=plan) for plan in ("eager", "graph"))
+        histories = [engine.fit(X, y, epochs=3).history for engine in (eager, graph)]
+        wanted, found = eager.snapshot(), graph.snapshot()
+    assert histories[0] == histories[1]
+    assert all(np.array_equal(array, found[name]) for name, array in wanted.items())
+
+
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_rounded_rows_are_clipped_to_less(precision):
     """So that no row's gradient is larger than the clip, after it has been rounded."""

@@ -87,7 +87,9 @@ def launches(target: str, precision: str) -> list[Recorded]:
             # a step of its own: the accountant's library need not be here
             engine = Engine(MLP([6, 9, 4]), batch_size=20, **options | {"plan": "eager", "privacy": DPSGD(1.0)})
             data = {"x": rng.standard_normal((20, 6)), "target": labels[:20]}
-            arrays = {name: engine._backend.from_host(array, {"x": "compute"}.get(name)) for name, array in data.items()}
+            arrays = {
+                name: engine._backend.from_host(array, {"x": "compute"}.get(name)) for name, array in data.items()
+            }
             inputs = Inputs(20, indexed=True)
             engine.bind(inputs, engine.loss.spec(accuracy=True), engine.optimizer.rule(), 20, arrays).run()
     return device.launches

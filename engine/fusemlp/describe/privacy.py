@@ -161,12 +161,23 @@ def joined(spent: Iterable[tuple[float, int]]) -> list[tuple[float, int]]:
     return [(rate, count) for rate, count in steps.items() if count]
 
 
+# Epsilons by noise, parts and delta: the models of a fleet ask for the same. At most ``REMEMBERED`` of them.
+_KNOWN: dict[tuple[float, tuple[tuple[float, int], ...], float], float] = {}
+REMEMBERED = 1000
+
+
 class Accountant:
     """Computes epsilon for the steps of one noise; from one call to the next it adds the steps in between."""
 
     def __init__(self, noise: float) -> None:
         self.noise = noise
+        self._begin()
+
+    def _begin(self) -> None:
         self._done: dict[float, int] = {}
+        # what one call after another has added, and how many of these the total holds
+        self._parts: tuple[tuple[float, int], ...] = ()
+        self._composed = 0
         self._total: Any = None
 
     def epsilon(self, spent: Spent, delta: float) -> float:
@@ -174,12 +185,24 @@ class Accountant:
         steps = dict(joined(spent))
         if any(steps.get(rate, 0) < count for rate, count in self._done.items()):
             # training has gone back
-            self._done, self._total = {}, None
-        for rate, count in steps.items():
-            if more := count - self._done.get(rate, 0):
-                part = _loss_of_steps(self.noise, rate, more)
-                self._total = part if self._total is None else self._total.compose(part, NEGLECTED)
+            self._begin()
+        added = ((rate, count - self._done.get(rate, 0)) for rate, count in steps.items())
+        self._parts += tuple((rate, more) for rate, more in added if more)
         self._done = steps
+        key = self.noise, self._parts, delta
+        found = _KNOWN.get(key)
+        if found is None:
+            found = self._computed(delta)
+            if len(_KNOWN) >= REMEMBERED:
+                _KNOWN.clear()
+            _KNOWN[key] = found
+        return found
+
+    def _computed(self, delta: float) -> float:
+        for rate, more in self._parts[self._composed :]:
+            part = _loss_of_steps(self.noise, rate, more)
+            self._total = part if self._total is None else self._total.compose(part, NEGLECTED)
+        self._composed = len(self._parts)
         return 0.0 if self._total is None else float(self._total.get_epsilon_for_delta(delta))
 
 
