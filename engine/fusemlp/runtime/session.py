@@ -52,7 +52,6 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
-    BackendUnavailableError,
     DivergenceError,
     ShapeError,
 )
@@ -118,7 +117,7 @@ class Session(Predicting, Spending):
         self.precision = precision
         self.privacy = as_privacy(privacy)
         if self.privacy is not None:
-            self.privacy.check(net, self.loss, self.optimizer, normalise=normalise)
+            self.privacy.check(net, self.loss, self.optimizer, precision=precision, normalise=normalise)
         self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
@@ -157,15 +156,11 @@ class Session(Predicting, Spending):
                 raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
         if device is not None and not isinstance(device, str):
             raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
-        if self.privacy is not None and name != "numpy":
-            if name != "auto":
-                raise BackendUnavailableError(f"backend: privacy needs the numpy backend, got {name!r}")
-            name = "numpy"
         self._backend = backend(name, device, self.precision)
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
-        self.plan, self.plan_reason = choose_plan(plan, traits, self.network.sizes, self.batch_size, self.precision)
+        self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self._use_memory(None, None, None)
@@ -229,12 +224,17 @@ class Session(Predicting, Spending):
         """
         if batch_size == self.batch_size:
             return
-        plan, traits = self.plan if self.plan_reason == ASKED else "auto", self._backend.traits
-        chosen = choose_plan(plan, traits, self.network.sizes, batch_size, self.precision)
+        plan = self.plan if self.plan_reason == ASKED else "auto"
+        chosen = self._chosen(plan, batch_size)
         self.make_room_for(batch_size)
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
         self._staged.clear()
+
+    def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
+        """The plan that ``plan`` comes to for batches of this size, and why."""
+        traits, private = self._backend.traits, self.privacy is not None
+        return choose_plan(plan, traits, self.network.sizes, batch_size, self.precision, private=private)
 
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""

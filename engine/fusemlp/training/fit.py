@@ -143,7 +143,7 @@ def fit(
     given = checked_callbacks(() if callbacks is None else callbacks)
     if engine.privacy is not None:
         check_private(
-            engine,
+            engine.optimizer.schedule,
             {"y": y is None, "shuffle": not shuffle, "row_order": row_order, "drop_last": drop_last},
             class_weight,
             validates=bool(share) or validation_data is not None,

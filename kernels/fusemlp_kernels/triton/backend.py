@@ -17,7 +17,12 @@ from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.ops import check_names
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
-from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
+from fusemlp_kernels.triton.grouped import (
+    bind_clip_examples,
+    bind_grad_weight,
+    bind_grad_weight_update,
+    bind_update,
+)
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, is_interpreted, mark_owned
 from fusemlp_kernels.triton.layers import (
     bind_advance,
@@ -43,7 +48,7 @@ ADOPTED = frozenset(
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     bind.__name__.removeprefix("bind_"): bind
     for bind in (
-        *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_grad_weight),
+        *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_clip_examples, bind_grad_weight),
         *(bind_grad_weight_update, bind_update, bind_advance, bind_perturb, bind_train_resident, bind_train_fleet),
     )
 }

@@ -203,10 +203,12 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     return options
 
 
-# Launches without a product: of ``loss_grad`` for rows of any width, the clock, and the sweeps over the arenas.
+# Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the arenas, and
+# ``clip_examples``.
 LOSS = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
+CLIP = Tile(4, 256, 0, 4, 1)
 
 
 def table_length(tasks: int) -> int:

@@ -85,6 +85,8 @@ def _read(op: str, calls: Calls, params: Tensor) -> _Step:
                 f"{above['w'].shape[1]}"
             )
     last, clock = forward[-1], calls[-1][1]
+    if clock.get("noise") is not None or last["loss"].reduction == "rows":
+        raise ArgumentError(f"{op}: calls: the kernel trains without privacy; run them one by one")
     lowest = depth if end == ["advance"] else depth - 1 - back
     segments = clock.get("segments", ()) if end != ["grad_weight_update"] else _segments(clock, params)
     return _Step(forward, backward, lowest, segments, last["loss"], clock["rule"], last.get("ridge") or Ridge())

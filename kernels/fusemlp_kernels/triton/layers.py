@@ -124,10 +124,16 @@ def target_arguments(device: Device, given: SimpleNamespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _mean(spec: LossSpec, outputs: int) -> float:
+    """The field "mean" of ``loss.SETTING_FIELDS``."""
+    each = 1 if spec.kind == "cross_entropy" else outputs
+    return {"sum": 0.0, "mean": 1.0, "rows": -float(each)}[spec.reduction]
+
+
 def loss_settings(spec: LossSpec, given: SimpleNamespace) -> list[float]:
     """``loss.SETTING_FIELDS`` of a loss whose weights are ``given``."""
     settings = {
-        "kind": LOSSES.index(spec.kind), "mean": spec.reduction == "mean", "smoothing": spec.label_smoothing,
+        "kind": LOSSES.index(spec.kind), "mean": _mean(spec, given.N), "smoothing": spec.label_smoothing,
         "soft": spec.soft, "option": spec.option, "accuracy": spec.accuracy,
         "ignores": spec.ignore_index is not None, "weighted": given.weight is not None,
         "classes": given.class_weight is not None,
