@@ -197,9 +197,9 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     firsts: list[int] = []
     fill = RateTable._fill
 
-    def counted(self: RateTable, first: int) -> None:
+    def counted(self: RateTable, first: int, most: int) -> None:
         firsts.append(first)
-        fill(self, first)
+        fill(self, first, most)
 
     monkeypatch.setattr(RateTable, "_fill", counted)
     return firsts
