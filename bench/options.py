@@ -26,6 +26,7 @@ COMMANDS = {
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
+    "host": "measure the host's work for a GPU, without one",
     "table_memory": "measure the peak memory of fusemlp train on long tables",
     "launches": "count the launches of a step and of eager PyTorch's",
     "tune": "measure the tiles of the Triton kernels on a card",

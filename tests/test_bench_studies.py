@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import (
     examples,
+    host,
     kernels,
     loops,
     memory,
@@ -37,7 +38,7 @@ from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scaling", "overhead", "table_memory", "tables", "time_to_result")
+STUDIES = ("roofline", "kernels", "scaling", "overhead", "host", "table_memory", "tables", "time_to_result")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -201,6 +202,24 @@ def test_a_point_has_the_work_of_all_models() -> None:
     assert scaling.work_of(scaling.case_at("models", 16)) == 16 * scaling.case_at("models", 1).flops
     assert scaling.case_at("depth", 3).sizes == (64, 128, 128, 128, 10)
     assert scaling.case_at("batch", 32).rows == scaling.case_at("batch", 32).steps * 32
+
+
+# host
+
+
+def test_host_puts_the_versions_of_a_door_together() -> None:
+    lines = [
+        {"door": door, "label": label, "seconds": {"step": seconds}}
+        for label, seconds in (("before", 2e-5), ("after", 1e-6))
+        for door in ("fit", "fuse")
+    ]
+    rows = [line.split("|")[1:4] for line in host.text(lines).splitlines() if line.startswith("| f")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["fit", "before", "20.0"],
+        ["fit", "after", "1.0"],
+        ["fuse", "before", "20.0"],
+        ["fuse", "after", "1.0"],
+    ]
 
 
 # overhead

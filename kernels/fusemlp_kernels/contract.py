@@ -348,8 +348,17 @@ class Backend(Protocol):
     def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """Return a contiguous NumPy copy, in ``out`` if given."""
 
+    def read(self, *arrays: Any) -> list[np.ndarray[Any, Any]]:
+        """Return float64 host copies of small arrays on the device, perhaps flat, and wait for it once."""
+
+    def place(self, array: Any) -> Any:
+        """Return where an adopted array lies: two that lie in the same place are the same to a bound call."""
+
     def copy_into(self, destination: Any, source: Any) -> None:
-        """Write a host array, or an adopted one, into a device array of the same shape."""
+        """Write a host array, or an adopted one, into a device array of the same shape; does not wait for the device.
+
+        The host array may change when this returns.
+        """
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """Return the call, to be run any number of times; ``train_resident`` and ``train_fleet`` take the steps."""

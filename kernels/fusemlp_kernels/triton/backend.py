@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -174,6 +175,15 @@ class TritonBackend:
         np.copyto(out, host)
         return out
 
+    def read(self, *arrays: Tensor) -> list[np.ndarray[Any, Any]]:
+        """See ``contract.Backend``."""
+        flat = torch.cat([array.reshape(-1).to(torch.float64) for array in arrays]).cpu().numpy()
+        return np.split(flat, np.cumsum([array.numel() for array in arrays])[:-1])
+
+    def place(self, array: Tensor) -> tuple[Any, ...]:
+        """See ``contract.Backend``."""
+        return array.data_ptr(), tuple(array.shape), array.stride(), array.dtype
+
     def copy_into(self, destination: Tensor, source: np.ndarray[Any, Any] | Tensor) -> None:
         """See ``contract.Backend``."""
         if isinstance(source, Tensor):
@@ -182,7 +192,7 @@ class TritonBackend:
         contiguous = np.ascontiguousarray(source)
         # torch warns of read-only memory
         tensor = torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
-        destination.copy_(tensor.reshape(destination.shape))
+        self._device.upload(destination, tensor.reshape(destination.shape))
 
     def scalar(self, array: Tensor, index: int) -> Tensor:
         """See ``contract.Backend``."""
@@ -190,14 +200,40 @@ class TritonBackend:
 
     def capture(self, run: Run, times: int) -> Run:
         """See ``contract.Backend``: one CUDA graph. Its addresses stay valid, since the bound calls keep their tensors
-        alive."""
+        alive. While the caller captures a graph of their own, the runs become a part of that one."""
         if self._device.interpreted:
             raise BackendUnavailableError("plan: Triton's interpreter has no graphs; use plan='eager'")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device.device), torch.cuda.graph(graph):
-            for _ in range(times):
-                run()
-        return graph.replay
+        graph = None if torch.cuda.is_current_stream_capturing() else self._captured(run, times)
+
+        def replay() -> None:
+            nonlocal graph
+            if torch.cuda.is_current_stream_capturing():
+                for _ in range(times):
+                    run()
+                return
+            if graph is None:
+                graph = self._captured(run, times)
+            graph.replay()
+
+        return replay
+
+    def _captured(self, run: Run, times: int) -> torch.cuda.CUDAGraph:
+        """Return the graph of ``times`` runs; raises BackendUnavailableError if it is empty."""
+        graph, device = torch.cuda.CUDAGraph(), self._device.device
+        # torch's own stream for captures belongs to the first device that captured
+        stream = torch.cuda.Stream(device)
+        try:
+            with warnings.catch_warnings(), torch.cuda.device(device):
+                warnings.filterwarnings("error", message="The CUDA Graph is empty")
+                # work of other threads on the card does not end the capture
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    for _ in range(times):
+                        run()
+        except UserWarning as error:
+            raise BackendUnavailableError(
+                f"plan: the graph of a step on {device} is empty, so it would train nothing; use plan='eager'"
+            ) from error
+        return graph
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from fusemlp_kernels.checks import binds, checked
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
@@ -325,7 +327,7 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
         if not entries:
             return
         if entries != listed:
-            live[: len(entries)].copy_(device.numbers(entries, "int64"))
+            device.upload(live[: len(entries)], torch.tensor(entries))
             listed[:] = entries
         if len(entries) not in launches:
             launches[len(entries)] = device.launch(resident.resident_kernel, len(entries), arguments, constants, tile)
