@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.markdown is not None:
             return print_table(options.markdown)
+        if options.resume and options.out is None:
+            raise ValueError("--resume: it continues a file; name it with --out")
         plan = planned(options)
         if options.list:
             return print_list(plan)
@@ -70,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--out {path}: it holds figures measured {beside(busy_of(found))}, and these are measured "
                 f"{beside(plan.busy)}; name another file"
             )
-        return compare(plan, path, as_json=options.json, plots=options.plots)
+        deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+        if options.resume and path.is_file():
+            done = {line["case"] for line in read(path)}
+            plan = replace(plan, cases=[case for case in plan.cases if case.name not in done])
+        return compare(plan, path, deadline, as_json=options.json, plots=options.plots)
     except ValueError as error:
         say(f"error: {error}")
         return 2
@@ -124,15 +132,21 @@ def planned(options: Any) -> Plan:
     )
 
 
-def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
-    """Measure case by case, write to ``path``, print the tables; return 1 if a contender was refused or failed."""
+def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bool) -> int:
+    """Measure case by case, write to ``path``, print the tables; return 1 if a contender was refused or failed.
+
+    No case begins after ``deadline``, by ``time.monotonic``.
+    """
     unset = openblas_settings()
     if unset:
         say(f"{', '.join(sorted(unset))}: unset for this run, to measure the default BLAS")
     lines: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
     with started(plan.peers, plan.cases) as workers:
-        for case in plan.cases:
+        for number, case in enumerate(plan.cases):
+            if time.monotonic() >= deadline:
+                say(f"the time is over: {number} of {len(plan.cases)} cases are measured; --resume continues")
+                break
             results = measure(
                 case, workers, repeats=plan.repeats, progress=say, turn_seconds=plan.turn_seconds, busy=plan.busy
             )
@@ -141,9 +155,10 @@ def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
             found = records(results, common)
             write(found, path)
             lines += found
-    last = absences(plan.missing, common)
-    write(last, path)
-    lines += last
+    if lines:
+        last = absences(plan.missing, common)
+        write(last, path)
+        lines += last
     print(json.dumps({"file": str(path), "lines": lines}) if as_json else markdown(lines))
     say(f"figures in {path}")
     if plots:
