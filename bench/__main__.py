@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.cases import CASES, QUICK, Case
 from bench.hardware import card
-from bench.measure import TURN_SECONDS, measure, started
+from bench.measure import ABSENT, FAILED, REFUSED, TURN_SECONDS, measure, started
 from bench.options import COMMANDS, parser
 from bench.peers import PEERS, absent, unsuited
 from bench.report import (
@@ -76,9 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
         if options.resume and path.is_file():
-            done = {line["case"] for line in read(path)}
-            plan = replace(plan, cases=[case for case in plan.cases if case.name not in done])
-        return compare(plan, path, deadline, as_json=options.json, plots=options.plots)
+            plan = left_of(plan, read(path))
+        status = compare(plan, path, deadline, as_json=options.json, plots=options.plots)
+        # A contender that an earlier run of this file refused is still wrong.
+        return status or int(options.resume and path.is_file() and any(map(is_wrong, read(path))))
     except ValueError as error:
         say(f"error: {error}")
         return 2
@@ -132,6 +133,18 @@ def planned(options: Any) -> Plan:
     )
 
 
+def left_of(plan: Plan, lines: Sequence[dict[str, Any]]) -> Plan:
+    """Return the plan without the cases, and without the absent contenders, that a file has already."""
+    done, told = {line["case"] for line in lines}, {line["peer"] for line in lines if line["status"] == ABSENT}
+    missing = {peer: reason for peer, reason in plan.missing.items() if peer not in told}
+    return replace(plan, cases=[case for case in plan.cases if case.name not in done], missing=missing)
+
+
+def is_wrong(line: dict[str, Any]) -> bool:
+    """Return whether a contender was refused or failed."""
+    return line["status"] in (REFUSED, FAILED)
+
+
 def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bool) -> int:
     """Measure case by case, write to ``path``, print the tables; return 1 if a contender was refused or failed.
 
@@ -163,7 +176,7 @@ def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bo
     say(f"figures in {path}")
     if plots:
         draw(lines, path)
-    return 1 if any(line["status"] in ("refused", "failed") for line in lines) else 0
+    return int(any(map(is_wrong, lines)))
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
