@@ -181,41 +181,47 @@ def sound(product: str, precision: str, tile: Tile, target: str) -> bool:
     return True
 
 
-def calls(
-    backend: TritonBackend,
-    product: str,
-    precision: str,
-    tile: Tile,
-    shapes: Sequence[tuple[int, int, int]],
-    family: str,
-) -> list[Callable[[], object]]:
-    """Return bound calls with this tile, one for each result of (rows, columns) over a reduction."""
+def operands(
+    backend: TritonBackend, product: str, shapes: Sequence[tuple[int, int, int]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return an op and its operands for each result of (rows, columns) over a reduction; the candidates share them."""
     from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, TensorRule, UpdateRule
 
     def matrix(rows: int, columns: int, dtype: str) -> Any:
         pitch = -(-columns // 8) * 8
         return backend.view(backend.allocate(rows * pitch, dtype), 0, (rows, columns), pitch)
 
-    made: list[Callable[[], object]] = []
-    with only(tile, family, product, precision):
-        for rows, columns, depth in shapes:
-            if product == "forward":
-                x, w, y = (matrix(*sides, "compute") for sides in ((rows, depth), (columns, depth), (rows, columns)))
-                b = backend.allocate(columns, "real")
-                made.append(backend.bind("linear", x=x, w=w, b=b, y=y, activation="relu"))
-                continue
-            layer = {
-                "dz": matrix(depth, rows, "compute"), "x": matrix(depth, columns, "compute"),
-                "w": matrix(rows, columns, "real"), "b": None, "w_rule": TensorRule(),
-                "w_state": tuple(matrix(rows, columns, "real") for _ in range(2)),
-            }  # fmt: skip
-            clock = {
-                "hyper": backend.allocate(HYPER, "float64"), "counters": backend.allocate(COUNTERS, "int64"),
-                "rates": backend.allocate(2 * RATE_COLUMNS, "float64").reshape(2, RATE_COLUMNS),
-            }  # fmt: skip
-            rule = UpdateRule("adam")
-            made.append(backend.bind("grad_weight_update", layers=[layer], rule=rule, **clock))
+    made: list[tuple[str, dict[str, Any]]] = []
+    for rows, columns, depth in shapes:
+        if product == "forward":
+            x, w, y = (matrix(*sides, "compute") for sides in ((rows, depth), (columns, depth), (rows, columns)))
+            b = backend.allocate(columns, "real")
+            made.append(("linear", {"x": x, "w": w, "b": b, "y": y, "activation": "relu"}))
+            continue
+        layer = {
+            "dz": matrix(depth, rows, "compute"), "x": matrix(depth, columns, "compute"),
+            "w": matrix(rows, columns, "real"), "b": None, "w_rule": TensorRule(),
+            "w_state": tuple(matrix(rows, columns, "real") for _ in range(2)),
+        }  # fmt: skip
+        clock = {
+            "hyper": backend.allocate(HYPER, "float64"), "counters": backend.allocate(COUNTERS, "int64"),
+            "rates": backend.allocate(2 * RATE_COLUMNS, "float64").reshape(2, RATE_COLUMNS),
+        }  # fmt: skip
+        made.append(("grad_weight_update", {"layers": [layer], "rule": UpdateRule("adam"), **clock}))
     return made
+
+
+def calls(
+    backend: TritonBackend,
+    product: str,
+    precision: str,
+    tile: Tile,
+    given: Sequence[tuple[str, dict[str, Any]]],
+    family: str,
+) -> list[Callable[[], object]]:
+    """Return the ops bound with this tile."""
+    with only(tile, family, product, precision):
+        return [backend.bind(op, **each) for op, each in given]
 
 
 def result_shapes(tile: Tile, processors: int) -> list[tuple[int, int, int]]:
@@ -300,26 +306,27 @@ class Tuner:
         left = [place for place in every if place not in done]
         return sorted(left, key=lambda place: -used[place])[: options.entries]
 
-    def compiled(self, place: Place, tiles: Sequence[Tile]) -> list[Tile]:
-        """Return the tiles that compile without spills, the present one first; after the deadline no more than so
-        far."""
+    def compiled(self, place: Place, tiles: Sequence[Tile]) -> list[Tile] | None:
+        """Return the tiles that compile without spills, the present one first; None after the deadline. Triton's cache
+        keeps those that were compiled."""
         family, product, kind, _ = place
         if self.interpreted:
             return list(tiles)
         with ProcessPoolExecutor(self.options.jobs, mp_context=get_context("spawn")) as pool:
             work = {pool.submit(sound, product, PRECISIONS[kind], tile, family): tile for tile in tiles[1:]}
             good = set()
+            left = None if math.isinf(self.deadline) else max(self.deadline - time.monotonic(), 1.0)
             try:
-                for done in as_completed(work, timeout=max(self.deadline - time.monotonic(), 1.0)):
+                for done in as_completed(work, timeout=left):
                     if done.result():
                         good.add(work[done])
             except TimeoutError:
-                say(f"the time is over: {len(good)} of {len(tiles)} candidates compiled")
-            pool.shutdown(cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
+                return None
         return [tiles[0], *(tile for tile in tiles[1:] if tile in good)]
 
-    def tuned(self, place: Place) -> dict[str, Any]:
-        """Return the line of an entry."""
+    def tuned(self, place: Place) -> dict[str, Any] | None:
+        """Return the line of an entry; None if the time was over before its candidates were compiled."""
         from fusemlp_kernels.registry import TRAITS
         from fusemlp_kernels.triton import configs
         from fusemlp_kernels.triton.backend import TritonBackend
@@ -329,10 +336,13 @@ class Tuner:
         present = configs.Tile(*configs.TABLES[family][product][kind][index])
         tiles = candidates(present)[: self.options.candidates]
         found = self.compiled(place, tiles)
+        if found is None:
+            return None
         backend = TritonBackend(TRAITS["triton"], None, precision)
         clock, times = clock_of(backend), 1 if self.interpreted else RUNS_A_GRAPH
-        shapes = result_shapes(present, self.arch.processors)[: 1 if self.interpreted else None]
-        runs = {tile: calls(backend, product, precision, tile, shapes, family) for tile in found}
+        shapes = [(64, 64, 64)] if self.interpreted else result_shapes(present, self.arch.processors)
+        given = operands(backend, product, shapes)
+        runs = {tile: calls(backend, product, precision, tile, given, family) for tile in found}
         first = {tile: statistics.geometric_mean(each) for tile, each in seconds(clock, runs, 1, times).items()}
         finalists = {present, *sorted(first, key=first.__getitem__)[:FINALISTS]}
         taken = seconds(clock, {tile: runs[tile] for tile in found if tile in finalists}, self.options.rounds, times)
@@ -356,10 +366,10 @@ def main(arguments: Sequence[str]) -> int:
     tuner = Tuner(options, time.monotonic() + 60 * options.minutes)
     entries, changed = tuner.entries(), False
     for number, place in enumerate(entries):
-        if time.monotonic() >= tuner.deadline:
+        line = tuner.tuned(place) if time.monotonic() < tuner.deadline else None
+        if line is None:
             say(f"the time is over: {number} of {len(entries)} entries are tuned")
             break
-        line = tuner.tuned(place)
         best = configs.Tile(*line["best"])
         said = f"{line['share']:.2f} of the time, {line['measured']} of {line['candidates']} candidates measured"
         print(f"{tuner.card} {' '.join(map(str, place[1:]))}: {line['present']} -> {line['best']}, {said}", flush=True)

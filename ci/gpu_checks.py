@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 REHEARSED = os.environ.get("FUSEMLP_REHEARSE") == "1"
 FITTED = "12-9-4@8" if REHEARSED else "61-96-40-10@32"
 PROFILED = "12-9-4@8" if REHEARSED else "784-512-256-10@128"
+EPOCHS = 1 if REHEARSED else 2
 MOST_LINES = 12
 
 
@@ -56,7 +57,7 @@ def fit(backend: str, plan: str, precision: str) -> dict[str, Any]:
     from bench.verification import Judge, trajectories
 
     case = replace(
-        network(FITTED), steps=2 if REHEARSED else 20, optimizer="adam", learning_rate=1e-3, precision=precision,
+        network(FITTED), steps=1 if REHEARSED else 20, optimizer="adam", learning_rate=1e-3, precision=precision,
         device="cpu" if REHEARSED else "gpu",
     )  # fmt: skip
     judge, name = Judge(case), f"engine_{backend}_{plan}"
@@ -110,7 +111,7 @@ def fuse() -> dict[str, Any]:
 
 
 def profile(backend: str, plan: str, folder: str) -> dict[str, Any]:
-    """Trace two epochs of ``fit``; return the share of time in which the device works, and its longest kernels.
+    """Trace epochs of ``fit``; return the share of time in which the device works, and its longest kernels.
 
     The trace goes into ``folder``; chrome://tracing and Perfetto show it. The functions of Python that take longest
     are printed.
@@ -122,13 +123,13 @@ def profile(backend: str, plan: str, folder: str) -> dict[str, Any]:
     from bench.peers.engine import EngineTrainer
     from bench.study import network
 
-    case = replace(network(PROFILED), steps=2 if REHEARSED else 100)
+    case = replace(network(PROFILED), steps=1 if REHEARSED else 100)
     trainer = EngineTrainer(case, make_data(case), backend, plan)
-    trainer.train(2)
+    trainer.train(1)
     activities = [ProfilerActivity.CPU, *([] if REHEARSED else [ProfilerActivity.CUDA])]
     with torch.profiler.profile(activities=activities) as traced:
         began = time.perf_counter()
-        trainer.train(2)
+        trainer.train(EPOCHS)
         seconds = time.perf_counter() - began
     traced.export_chrome_trace(str(Path(folder) / f"{backend}-{plan}.json.gz"))
     kernels: Counter[str] = Counter()
@@ -138,16 +139,16 @@ def profile(backend: str, plan: str, folder: str) -> dict[str, Any]:
             kernels[event.name] += event.time_range.elapsed_us()
             spans.append((event.time_range.start, event.time_range.end))
     python = cProfile.Profile()
-    python.runcall(trainer.train, 2)
+    python.runcall(trainer.train, EPOCHS)
     text = io.StringIO()
     pstats.Stats(python, stream=text).sort_stats("tottime").print_stats(MOST_LINES)
     print(text.getvalue())
     return {
         "case": PROFILED,
-        "microseconds_a_step": round(1e6 * seconds / (2 * case.steps), 2),
+        "microseconds_a_step": round(1e6 * seconds / (EPOCHS * case.steps), 2),
         "device_busy": round(covered(spans) / (1e6 * seconds), 3),
         "kernels_microseconds_a_step": {
-            name[:80]: round(took / (2 * case.steps), 2) for name, took in kernels.most_common(MOST_LINES)
+            name[:80]: round(took / (EPOCHS * case.steps), 2) for name, took in kernels.most_common(MOST_LINES)
         },
     }
 

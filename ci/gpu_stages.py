@@ -42,6 +42,8 @@ STAGES = {
     "profile": "a trace of every plan, and the time in kernels and in Python",
 }
 TESTS_A_SLICE = 40
+FOR_CARDS = ("tests/kernels/test_cards.py", "tests/kernels/test_gpu.py")
+LONG = "compute_sanitizer"
 # A slice whose process was lost this often is given up.
 MOST_LOSSES = 5
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -87,11 +89,11 @@ def proofs(run: Run) -> None:
     """Collect the tests of a card once, and run those without a result in slices, each in a process of its own."""
     listed, results = run.out / "collected.txt", run.out / "proofs.jsonl"
     options = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-    where = ("tests/kernels/test_cards.py", "tests/kernels/test_gpu.py")
+    where = FOR_CARDS if run.rehearse else ()
     if run.rehearse:
         # Triton 3.6's interpreter warns of NumPy's conversions.
         options += ("-W", "ignore:Conversion of an array:DeprecationWarning")
-    collect = Item("proofs", "collect", python(*options, "-q", "--collect-only", *(where if run.rehearse else ())), 240)
+    collect = Item("proofs", "collect", python(*options, "-q", "--collect-only", *where), 240)
     if unsettled(run, [collect]) or not listed.is_file():
         _, log, seconds = execute(run, collect)
         tests = [
@@ -102,9 +104,9 @@ def proofs(run: Run) -> None:
     tests = listed.read_text(encoding="utf-8").splitlines()
     slices: list[list[str]] = []
     before = settled_tests(run, results)
-    for test in sorted(test for test in tests if before.get(test, "failed") == "failed"):
+    for test in sorted((test for test in tests if before.get(test, "failed") == "failed"), key=by_worth):
         fits = slices and len(slices[-1]) < TESTS_A_SLICE and slices[-1][0].split("::")[0] == test.split("::")[0]
-        slices[-1].append(test) if fits else slices.append([test])
+        slices[-1].append(test) if fits and LONG not in test else slices.append([test])
     with ThreadPoolExecutor(run.jobs) as pool:
         list(pool.map(lambda numbered: prove(run, results, options, *numbered), enumerate(slices)))
     found = settled_tests(run, results)
@@ -112,6 +114,11 @@ def proofs(run: Run) -> None:
     left = len(tests) - len(found)
     status = FAILED if counts["failed"] or not counts["passed"] else UNFINISHED if left else PASSED
     run.note(Item("proofs", "tests", ()), status, log=str(results), figures={**counts, "left": left})
+
+
+def by_worth(test: str) -> tuple[bool, bool, str]:
+    """Return a key that puts the tests written for a card first, and those that take minutes last."""
+    return LONG in test, not test.startswith(FOR_CARDS), test
 
 
 def settled_tests(run: Run, results: Path) -> dict[str, str]:
@@ -161,6 +168,7 @@ def tune(run: Run) -> None:
 
 
 def bench(run: Run) -> None:
+    from bench.peers import PEERS
     from bench.roofline import NETWORKS
 
     def study(name: str, precision: str, *arguments: str) -> Item:
@@ -177,7 +185,9 @@ def bench(run: Run) -> None:
         items = [Item("bench", "table", python(*table, *row)), study("kernels", "fp32", *tiny, "--shape", "8-16-8")]
         all_of(run, [*items, study("roofline", "fp32", "12-8-4@8", *tiny)], run.jobs)
         return
-    every = ("--device", "gpu", "--repeats", "7", "--minutes", f"{max(run.left() / 60 - 2, 0.5):.2f}")
+    # the contenders that compute on the card
+    peers = ",".join(name for name, peer in PEERS.items() if not peer.host)
+    every = ("--device", "gpu", "--peer", peers, "--repeats", "7", "--minutes", f"{max(run.left() / 60 - 2, 0.5):.2f}")
     items = [Item("bench", "table", python(*table, *every))]
     items += [study("kernels", precision) for precision in PRECISIONS[:3]]
     items.append(study("kernels", "fp32", "--backend", "cupy"))

@@ -76,7 +76,8 @@ def test_calls_are_bound_with_the_candidate(product, kind, precision, monkeypatc
     made = backend.TritonBackend(TRAITS["triton"], None, precision)
     tile = configs.Tile(32, 64, 32, 4, 2, 1)
     before = configs.table_text(configs.TABLES)
-    runs = tune.calls(made, product, precision, tile, [(64, 64, 32), (64, 128, 64)], "sm_90")
+    given = tune.operands(made, product, [(64, 64, 32), (64, 128, 64)])
+    runs = tune.calls(made, product, precision, tile, given, "sm_90")
     name = "linear_kernel" if product == "forward" else "grad_weight_kernel"
     assert len(runs) == 2 and seen == [(name, tile)] * 2
     assert configs.table_text(configs.TABLES) == before
