@@ -18,7 +18,7 @@ import numpy as np
 from bench.measure import spread
 from bench.report import Record
 from bench.study import COLOURS, clocks, count, duration, figure, finish, parse, parser, say, table
-from bench.timing import Ceilings, clock_of, flusher, kind_of, measure_ceilings
+from bench.timing import ROUNDS, Ceilings, clock_of, flusher, kind_of, measure_ceilings
 from bench.trials import CLASSES, Trial, trials
 from bench.vendor import Run, Vendor
 
@@ -220,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = kind_of(vendor.backend)
     if kind == "cpu":
         say("no GPU is used: its kernels stay unmeasured; these are the ops of the host's backend")
-    lines = study(vendor, options.shape or SHAPES[kind], options.rounds, measure_ceilings(vendor, 1 << 20))
+    most = measure_ceilings(vendor, 1 << 20, rounds=min(ROUNDS, options.rounds))
+    lines = study(vendor, options.shape or SHAPES[kind], options.rounds, most)
     finish("kernels", options, lines, text(lines), draw)
     return 0
 

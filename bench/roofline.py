@@ -21,7 +21,7 @@ from bench.cases import Case, make_data
 from bench.measure import spread
 from bench.report import Record
 from bench.study import COLOURS, count, duration, figure, finish, network, parse, parser, say, table
-from bench.timing import Ceilings, clock_of, kind_of, measure_ceilings
+from bench.timing import ROUNDS, Ceilings, clock_of, kind_of, measure_ceilings
 from bench.vendor import Vendor
 from fusemlp.program.program import scaled
 
@@ -113,7 +113,7 @@ def study(case: Case, options: dict[str, Any], rounds: int, ceilings: Ceilings |
     if ceilings is None:
         touched = {name for call in program.calls for name in (*call.reads, *call.writes)}
         near = sum(program.bytes_of(name) for name in touched if name not in ("x", "target"))
-        ceilings = measure_ceilings(Vendor(backend, engine.precision), near)
+        ceilings = measure_ceilings(Vendor(backend, engine.precision), near, rounds=min(ROUNDS, rounds))
     places, together = time_calls(bound, rounds)
     common = {
         "case": case.name,
