@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     listed = "; ".join(f"{name}: {text}" for name, text in STAGES.items())
-    made.add_argument("stages", nargs="*", choices=[[], *STAGES], metavar="STAGE", help=f"default: all. {listed}")
+    made.add_argument("stages", nargs="*", metavar="STAGE", help=f"default: all. {listed}")
     made.add_argument("--minutes", type=float, default=9.5, help="the limit of a stage (default: %(default)g)")
     made.add_argument(
         "--out",
@@ -268,6 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--jobs", type=int, help="processes side by side (default: the cores, at most 8)")
     made.add_argument("--rehearse", action="store_true", help="run every stage on a CPU, at tiny sizes")
     options = made.parse_args(arguments)
+    for name in options.stages:
+        if name not in STAGES:
+            made.error(f"STAGE: expected some of {', '.join(STAGES)}, got {name!r}")
+    if not 0 < options.minutes < math.inf:
+        made.error(f"argument --minutes: expected a number above 0, got {options.minutes:g}")
     run = started(options)
     from bench.hardware import card
 

@@ -93,6 +93,16 @@ def test_without_a_card_it_says_how_to_rehearse(tmp_path):
     assert "no card was found" in done.stderr and "--rehearse" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["smok"], "expected some of smoke, proofs, tune, bench, profile, got 'smok'"), (["--minutes", "0"], "above 0")],
+)
+def test_wrong_arguments_are_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        gpu_stages.main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_the_time_in_which_the_device_works_counts_once():
     assert gpu_checks.covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 5.0
     assert gpu_checks.covered([]) == 0.0
