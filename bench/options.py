@@ -84,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
         help="N processes spin beside each contender during its turns (default: none)",
     )
     made.add_argument("--repeats", type=count, metavar="N", help="rounds of a case (default: 11, with --quick 3)")
+    made.add_argument("--minutes", type=float, metavar="N", help="begin no case after this time (default: no limit)")
+    made.add_argument("--resume", action="store_true", help="leave out the cases that --out FILE has already")
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="(default: the card, if any)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
     made.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")

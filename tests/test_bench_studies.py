@@ -77,6 +77,13 @@ def test_what_is_no_network_is_refused(text: str) -> None:
         study.network(text)
 
 
+@pytest.mark.parametrize("text", ["8-16", "8-16-0", "8x16x8", "8-16-8-2"])
+def test_what_is_no_shape_of_a_layer_is_refused(text: str) -> None:
+    assert kernels.shape("8-16-4") == (8, 16, 4)
+    with pytest.raises(Exception, match="expected"):
+        kernels.shape(text)
+
+
 # roofline
 
 

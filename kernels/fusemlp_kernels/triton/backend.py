@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
@@ -95,6 +96,7 @@ def open_device(name: str | None, precision: str) -> Device:
     properties = torch.cuda.get_device_properties(device)
     target = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     arch = configs.Architecture(configs.family_of(target), properties.multi_processor_count)
+    configs.check_compiler(arch.family, triton.__version__)
     return Device(device, arch, precision, COMPUTE[precision], False)
 
 
@@ -149,11 +151,13 @@ class TritonBackend:
         """See ``contract.Backend``. Matrices of numbers get rows that start at multiples of 16 bytes."""
         if isinstance(array, Tensor):
             kind = {True: "int64", False: "real"}[self.is_integer(array)] if dtype is None else dtype
-            if array.dtype == self._device.dtype(kind) and (array.ndim != 2 or is_aligned(array)):
+            # Triton compiles another kernel for an address that is no multiple of 16 bytes
+            aligned = is_aligned(array) if array.ndim == 2 else array.data_ptr() % 16 == 0
+            if array.dtype == self._device.dtype(kind) and aligned:
                 return array
             _log.info(
-                "an array %s of %s on the device is copied once: the kernels read %s in rows that start at multiples "
-                "of 16 bytes",
+                "an array %s of %s on the device is copied once: the kernels read %s in vectors and rows that start at "
+                "multiples of 16 bytes",
                 *(tuple(array.shape), array.dtype, self._device.dtype(kind)),
             )
         else:

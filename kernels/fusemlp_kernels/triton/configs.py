@@ -8,6 +8,7 @@ without spills on the architecture (``ci/kernel_resources.json``); ``python -m b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,27 @@ FAMILIES = {
     "sm_121": "sm_86",
     "gfx942": "gfx942",
 }
+
+
+# The first version of Triton with the fence between the copies to shared memory and the products that read it. Without
+# it results on Blackwell (sm_100) differ from run to run: triton-lang/triton issue 9871, pytorch/pytorch issue 181248.
+FENCED_TRITON = (3, 7, 1)
+NEEDS_FENCE = ("sm_100",)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version such as "3.7.1+cu130"."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def check_compiler(family: str, version: str) -> None:
+    """Raise BackendUnavailableError if this version of Triton compiles wrong code for the family."""
+    if family in NEEDS_FENCE and version_of(version) < FENCED_TRITON:
+        raise BackendUnavailableError(
+            f"device: Triton {version} lacks a fence that Blackwell cards need, so results differ from run to run; "
+            f"expected Triton {'.'.join(map(str, FENCED_TRITON))} or later, which a newer torch brings. Upgrade torch, "
+            "or use backend='cupy'"
+        )
 
 
 def family_of(target: str) -> str:

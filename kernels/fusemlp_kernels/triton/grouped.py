@@ -118,7 +118,13 @@ def _bind_gradients(
         **tile.sides("NKM"), "PRODUCT": device.product, "ALIGNED": tasks.aligned, "PARTS": tile.parts,
         "UPDATES": updates, "RULE": given.rule.code if updates else 0, "TASKS": configs.table_length(count),
     }  # fmt: skip
-    return device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile), programs
+    launch = device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile)
+
+    # the kernel has only the distances between the tensors: this keeps their memory alive
+    def run(_kept: Any = given) -> None:
+        launch()
+
+    return run if programs else launch, programs
 
 
 @binds("grad_weight")
