@@ -6,7 +6,8 @@ change results, see ``kernel_machine_code``: a product without the fence it need
 ``ci/kernel_resources.json`` records the resources of all variants, by version of Triton.
 
 Without ``--all`` a systematic part is compiled: for each kernel and element type, the largest tile and the constants
-with the most registers. The record holds all variants.
+with the most registers. The record holds all variants. ``--check`` compiles for the architectures of ``SAMPLE`` alone
+if the record has the installed version of Triton: its rows name the code that they were compiled from.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ SHARED_LIMITS = {
     "gfx942": 64 << 10,
 }
 SYSTEM_SHARED = {"sm_90": 1 << 10, "sm_100": 1 << 10, "sm_120": 1 << 10}
+# One of each compiler: NVIDIA's with the asynchronous products, and AMD's.
+SAMPLE = ("sm_90", "gfx942")
 # Kernels that may use a stack, by architecture and name, with the reason.
 STACK_REASONS = {
     ("gfx942", "resident"): "its functions save registers and take arguments there, by the calling convention of AMD",
@@ -217,7 +220,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the options."""
     made = argparse.ArgumentParser(prog="ci/compile_kernels.py", description=(__doc__ or "").split("\n\n")[0])
     made.add_argument(
-        "--arch", nargs="+", choices=kernel_variants.TARGETS, default=kernel_variants.TARGETS, help="default: all"
+        "--arch",
+        nargs="+",
+        choices=kernel_variants.TARGETS,
+        help=f"default: all; with --check {' '.join(SAMPLE)} if the record has this version of Triton",
     )
     made.add_argument(
         "--kernel",
@@ -241,7 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(arguments)
     start = time.monotonic()
-    work = list(chosen(options.arch, options.kernel, options.all))
+    recorded = options.check and any(row["triton"] == triton.__version__ for row in read_record())
+    archs = options.arch or (SAMPLE if recorded else kernel_variants.TARGETS)
+    work = list(chosen(archs, options.kernel, options.all))
     rows, failures = compile_all(work, options.jobs)
     print(table(rows), flush=True)
     print(f"{len(rows)} compilations with Triton {triton.__version__} in {time.monotonic() - start:.0f} s")
