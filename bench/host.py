@@ -139,17 +139,17 @@ def of_fit(plan: str, rounds: int, *, batches: bool = False, on_card: bool = Fal
     return found | ({"gap": spread(between).p50} if between and not batches else {})
 
 
-def of_calls(step: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Return the seconds of a step by hand."""
-    for _ in range(10):
-        step()
-    taken = []
-    for _ in range(20 * rounds):
+def of_calls(step: Callable[[], object], rounds: int, steps: int = 1) -> dict[str, float]:
+    """Return the seconds of a step by hand; each call takes ``steps``, an epoch if several."""
+    at_once, taken = max(1, 10 // steps), []
+    for _ in range(1 + max(1, 20 // steps) * rounds):
         began = time.thread_time()
-        for _ in range(10):
+        for _ in range(at_once):
             step()
-        taken.append((time.thread_time() - began) / 10)
-    return {"step": spread(taken).p50}
+        taken.append((time.thread_time() - began) / at_once)
+    # the first compiles
+    call = spread(taken[1:]).p50
+    return {"step": call / steps, **({"epoch": call} if steps > 1 else {})}
 
 
 def fused_step() -> Callable[[], object]:
@@ -176,9 +176,34 @@ def engine_step() -> Callable[[], object]:
     return lambda: engine.step(x, y)
 
 
+def layers_step() -> Callable[[], object]:
+    """Return forward and backward of ``fusemlp.torch.FusedMLP``, for a gradient of its outputs."""
+    import torch
+
+    from fusemlp.torch import FusedMLP, autograd
+
+    made: Any = autograd
+    made.torch_backend = lambda _: "triton"
+    module = FusedMLP(SIZES)
+    x, gradient = torch.randn(BATCH, SIZES[0]), torch.randn(BATCH, SIZES[-1])
+    return lambda: module(x).backward(gradient)
+
+
+def estimator_epoch() -> Callable[[], object]:
+    """Return ``partial_fit`` of ``fusemlp.sklearn.MLPClassifier`` on the rows of an epoch, in host memory."""
+    from fusemlp.sklearn import MLPClassifier
+
+    generator = np.random.default_rng(0)
+    X, y = generator.standard_normal((ROWS, SIZES[0]), dtype=np.float32), generator.integers(0, SIZES[-1], ROWS)
+    model = MLPClassifier(SIZES[1:-1], batch_size=BATCH, backend="triton")
+    return lambda: model.partial_fit(X, y, classes=range(SIZES[-1]))
+
+
 STEPPED = {
     "Engine.step, arrays in host memory": engine_step,
     "fuse, tensors on the device": fused_step,
+    "FusedMLP, forward and backward": layers_step,
+    "MLPClassifier.partial_fit, arrays in host memory": estimator_epoch,
 }
 
 
@@ -219,7 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines.append({**common, "door": door, "seconds": of_fit(rounds=options.rounds, **given)})
     for door, begin in STEPPED.items():
         say(door)
-        lines.append({**common, "door": door, "seconds": of_calls(begin(), options.rounds)})
+        lines.append(
+            {
+                **common,
+                "door": door,
+                "seconds": of_calls(begin(), options.rounds, STEPS if begin is estimator_epoch else 1),
+            }
+        )
     finish("host", options, lines, text(lines), None)
     return 0
 
