@@ -69,7 +69,7 @@ def noisy(g, noise, tensor, update):
 @contract_test(
     # rows and columns of a matrix, or the length of a vector
     tensors=st.lists(
-        st.one_of(st.tuples(st.integers(1, 40), st.integers(1, 40)), st.tuples(st.integers(1, 200))),
+        st.one_of(st.tuples(st.integers(1, 20), st.integers(1, 20)), st.tuples(st.integers(1, 300))),
         min_size=1,
         max_size=2,
     ),
