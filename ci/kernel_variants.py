@@ -130,14 +130,14 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
-            for noisy in (False, True):
+            for noisy, tile in ((False, configs.SWEEP), (True, configs.NOISY_SWEEP)):
                 constants = {
-                    "BLOCK": configs.SWEEP.columns,
+                    "BLOCK": tile.columns,
                     "RULE": RULES.index(rule),
                     "TASKS": tasks,
                     "NOISY": noisy,
                 }
-                yield Variant("update", ELEMENTS[precision], configs.SWEEP, constants)
+                yield Variant("update", ELEMENTS[precision], tile, constants)
     sides = {"BM": configs.CLIP.rows, "BK": configs.CLIP.columns}
     yield Variant("clip_examples", ELEMENTS[precision], configs.CLIP, sides)
     yield Variant("perturb", ELEMENTS[precision], configs.SWEEP, {"BLOCK": configs.SWEEP.columns})

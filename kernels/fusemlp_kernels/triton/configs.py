@@ -230,6 +230,8 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
 LOSS = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
+# Noise is of float64, which takes two registers a number.
+NOISY_SWEEP = Tile(1, 256, 0, 4, 1)
 CLIP = Tile(4, 256, 0, 4, 1)
 
 

@@ -171,7 +171,8 @@ def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
 def bind_update(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``update``."""
     params, grads, states, rule = given.params, given.grads, given.states, given.rule
-    norm, shadow, tile, noise = given.norm, given.shadow, configs.SWEEP, given.noise
+    norm, shadow, noise = given.norm, given.shadow, given.noise
+    tile = configs.SWEEP if noise is None else configs.NOISY_SWEEP
     before: list[Run] = []
     if norm is None and (rule.clip_norm is not None or given.scaled):
         norm = device.zeros(1, "float64")
