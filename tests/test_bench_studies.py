@@ -406,14 +406,6 @@ def test_the_examples_are_told_as_means_over_the_seeds() -> None:
     assert "Means over 2 seeds" in told
 
 
-def test_transfer_takes_digits_that_its_source_has_not_seen() -> None:
-    X = np.arange(20.0).reshape(10, 2)
-    y = np.array([7, 0, 5, 9, 4, 3, 6, 8, 2, 1])
-    few, codes = examples.only((X, y), 5)
-    np.testing.assert_array_equal(few, X[[0, 2, 3, 6, 7]])
-    assert codes.tolist() == [2, 0, 4, 1, 3]
-
-
 def test_trust_times_both_sides_and_names_what_is_not_installed(monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch")
     from bench import trust
