@@ -66,11 +66,12 @@ class Code:
 
     def _results(self, place: int) -> Step:
         """Return a step that copies the results of the call at ``place``."""
-        here = self.module.function(place).names
+        here = self.module.function(place)
+        # the function has stored them before it returned
         pairs = [
-            (here[name.removeprefix("func_")], found)
+            (here.register(name.removeprefix("func_"), np.uint64), found)
             for name, found in self.callee(place).names.items()
-            if name.startswith("func_retval") and name.removeprefix("func_") in here
+            if name.startswith("func_retval")
         ]
 
         def run(active: Active) -> None:
