@@ -13,9 +13,7 @@ sys.path.insert(0, str(HERE))
 
 APART = "test_apart.py"
 collect_ignore = [
-    path.name
-    for path in HERE.glob("test_*.py")
-    if (path.name != APART) == (os.environ.get("TRITON_INTERPRET") == "1")
+    path.name for path in HERE.glob("test_*.py") if (path.name != APART) == (os.environ.get("TRITON_INTERPRET") == "1")
 ]
 
 

@@ -1,8 +1,8 @@
 """The PTX of every class of kernels, executed for sm_80 and sm_90, is within the bounds of the float64 oracle.
 
-A class is a kernel with its constants: the instruction of its matrix products, the path for aligned matrices or for any,
-the kind of loss, the optimizer. Activations, dropout, weights and gathered rows are run-time values, which the cases
-share out. The bodies are those of the contract's tests.
+A class is a kernel with its constants: the instruction of its matrix products, the path for aligned matrices or for
+any, the kind of loss, the optimizer. Activations, dropout, weights and gathered rows are run-time values, which the
+cases share out. The bodies are those of the contract's tests.
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ def loss_case(variant, aligned, loss, n):
     spec, activation = LOSSES[loss]
     inputs, output = layouts(aligned, 3)
     return losses_of.LossCase(
-        variant, spec, 37, n, short=2, by_row=True, weights="sparse", class_weights="some" if spec is ENTROPY else "none",
-        activation=activation, layouts=inputs, output_layout=output, dz="apart", dslope=True, loss_scale=16.0, seed=5,
+        variant, spec, 37, n, short=2, by_row=True, weights="sparse",
+        class_weights="some" if spec is ENTROPY else "none", activation=activation, layouts=inputs,
+        output_layout=output, dz="apart", dslope=True, loss_scale=16.0, seed=5,
     )  # fmt: skip
 
 

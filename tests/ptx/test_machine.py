@@ -93,14 +93,69 @@ def test_a_broken_rule_stops_the_kernel(body, problem):
     assert str(raised.value.place).startswith("kernel at kernel.py:8: ")
 
 
-def test_the_order_of_warps_shows_a_race_through_global_memory():
-    """Each warp reads the word of the other: the result depends on which runs first."""
-    body = "xor.b32 %r3, %r2, 128;\ncvt.u64.u32 %rd4, %r3;\nadd.s64 %rd5, %rd1, %rd4;\n" + (
-        "add.s32 %r5, %r1, 1;\nst.global.b32 [ %rd2 + 0 ], { %r5 };\nld.global.b32 { %r4 }, [ %rd5 + 0 ];\n"
-        "st.global.b32 [ %rd2 + 256 ], { %r4 };"
-    )
-    results = {run(body, words=128, orders=2, seed=seed)[64:].tobytes() for seed in range(8)}
-    assert len(results) > 1
+EXCHANGE = """
+	xor.b32 	%r3, %r2, 128;
+	cvt.u64.u32 	%rd4, %r3;
+	add.s64 	%rd5, %rd1, %rd4;
+	st.global.b32 	[ %rd2 + 0 ], { %r1 };
+	BARRIER
+	ld.global.b32 	{ %r4 }, [ %rd5 + 0 ];
+	st.global.b32 	[ %rd2 + 256 ], { %r4 };
+"""
+
+
+def test_a_barrier_orders_global_memory_within_a_block():
+    expected = (np.arange(64, dtype=np.uint32) ^ 32).tobytes()
+    for seed in range(4):
+        assert run(EXCHANGE.replace("BARRIER", "bar.sync 0;"), 128, orders=2, seed=seed)[64:].tobytes() == expected
+        # without it the values are unknown: all ones
+        assert run(EXCHANGE.replace("BARRIER", ""), 128, orders=2, seed=seed)[64:].tobytes() != expected
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("ld.global.b32 { %r4 }, [ %rd1 + 0 ];\nst.global.b32 [ %rd1 + 0 ], { %r1 };", "another block has read"),
+        ("mov.u32 %r3, %ctaid.x;\nst.global.b32 [ %rd2 + 0 ], { %r3 };", "different values"),
+        ("st.global.b32 [ %rd1 + 0 ], { %r1 };", "different values"),
+        (
+            "mov.u32 %r3, %ctaid.x;\nsetp.eq.u32 %p1, %r3, 0;\n@%p1 bra L1;\nst.global.b32 [ %rd2 + 0 ], { %r3 };\n"
+            "bra.uni L2;\nL1:\nst.global.b32 [ %rd2 + 0 ], { %r3 };\nL2:",
+            "another block has written",
+        ),
+    ],
+)  # fmt: skip
+def test_a_race_through_global_memory_is_found(body, problem):
+    with pytest.raises(Fault, match=f"race: .*{problem}"):
+        run(body, blocks=2)
+
+
+TICKET = """
+	mov.u32 	%r3, %ctaid.x;
+	setp.eq.u32 	%p1, %r1, 0;
+	mul.lo.s32 	%r4, %r3, 4;
+	cvt.u64.u32 	%rd4, %r4;
+	add.s64 	%rd5, %rd1, %rd4;
+	@%p1 st.global.b32 	[ %rd5 + 4 ], { %r3 };
+	bar.sync 	0;
+	mov.b32 	%r5, 1;
+	@!%p1 bra 	L1;
+	ATOMIC
+	setp.ne.b32 	%p2, %r6, 2;
+	@%p2 bra 	L1;
+	ld.global.v2.b32 	{ %r7, %r8 }, [ %rd1 + 8 ];
+	add.s32 	%r7, %r7, %r8;
+	st.global.b32 	[ %rd1 + 16 ], { %r7 };
+L1:
+"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_last_ticket_sees_what_the_other_blocks_have_written(seed):
+    atomic = "atom.global.gpu.acq_rel.add.u32 %r6, [ %rd1 + 0 ], %r5;"
+    assert run(TICKET.replace("ATOMIC", atomic), blocks=3, seed=seed)[4] == 3
+    with pytest.raises(Fault, match="race: reads global memory that another block has written"):
+        run(TICKET.replace("ATOMIC", "mov.b32 %r6, 2;"), blocks=3, seed=seed)
 
 
 def test_a_copy_arrives_when_its_thread_waits_for_its_group():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -63,7 +63,7 @@ class Emulator:
     seed: int = 0
     orders: int = 1
     limit: int = 5_000_000
-    edit: Any = staticmethod(lambda text: text)
+    edit: Callable[[str], str] = str
     allocations: Allocations = field(default_factory=Allocations)
     launched: list[tuple[str, int]] = field(default_factory=list)
 

@@ -133,7 +133,7 @@ def _load(instruction: Instruction) -> Step:
 
     def run(active: Active) -> None:
         if space == "global":
-            values = active.threads.memory.read(address(active), size, len(parts))
+            values = active.threads.memory.read(address(active), size, len(parts), active.now)
         else:
             values = active.threads.shared.read(*active.owners, address(active), size, len(parts))
         for part, value in zip(parts, values, strict=True):
@@ -156,7 +156,7 @@ def _store(instruction: Instruction) -> Step:
     def run(active: Active) -> None:
         values = [active.pick(read(active.threads)) for read in reads]
         if space == "global":
-            active.threads.memory.write(address(active), values)
+            active.threads.memory.write(address(active), values, active.now)
         else:
             active.threads.shared.write(*active.owners, address(active), values)
 
@@ -172,12 +172,11 @@ def _atomic(instruction: Instruction) -> Step:
     address, read = _address(place, "u64"), reader(amount, f"b{8 * size}")
 
     def run(active: Active) -> None:
-        memory, where, amounts = active.threads.memory, address(active), active.pick(read(active.threads))
+        where, amounts, now = address(active), active.pick(read(active.threads)), active.now
         found = np.empty(len(where), amounts.dtype)
         for one in active.threads.random.permutation(len(where)):
             only = slice(one, one + 1)
-            found[only] = memory.read(where[only], size)[0]
-            memory.write(where[only], [found[only] + amounts[only]])
+            found[only] = active.threads.memory.add(where[only], amounts[only], int(now[one]))
         active.scatter(_register(target), found)
 
     return run
@@ -278,7 +277,7 @@ def _copy(instruction: Instruction) -> Step:
         values = np.zeros((len(wanted), width // 4), np.uint32)
         filled = np.flatnonzero(wanted)
         if len(filled):
-            found = active.threads.memory.read(addresses(active)[filled], 4, width // 4)
+            found = active.threads.memory.read(addresses(active)[filled], 4, width // 4, active.now[filled])
             values[filled] = np.stack(found, axis=1)
         copies.begin(active, places(active), values)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .faults import Problem
+from .order import UNIT, WARP_BITS, Order
 
 Array = np.ndarray[Any, Any]
 
@@ -48,11 +49,13 @@ class Global:
         self.ends = np.array([start + size for start, size in self.regions], np.uint64)
         self.low = self.regions[0][0] // 16 * 16 if self.regions else 0
         span = int(self.ends.max()) - self.low + 16 if self.regions else 16
+        sizes = [-(-size // UNIT) for _, size in self.regions]
+        self.firsts, self.order = np.cumsum([0, *sizes[:-1]]), Order(sum(sizes))
         whole = np.frombuffer((ctypes.c_uint8 * (span // 16 * 16)).from_address(self.low or id(self)), np.uint8)
         self.views = {size: whole.view(kind) for size, kind in UNSIGNED.items()}
 
-    def _places(self, addresses: Array, size: int, width: int) -> Array:
-        """Return the indices, in elements of ``size``, of accesses of ``width`` bytes."""
+    def _places(self, addresses: Array, size: int, width: int) -> tuple[Array, Array]:
+        """Return for accesses of ``width`` bytes the indices, in elements of ``size``, and the units of ``order``."""
         check_alignment(addresses, width, "global")
         region = np.searchsorted(self.starts, addresses, "right") - 1
         inside = (region >= 0) & (addresses + np.uint64(width) <= self.ends[region])
@@ -61,7 +64,8 @@ class Global:
             raise Problem(
                 f"global address {address:#x}, {width} bytes, is outside the allocations{self._near(address)}"
             )
-        return (addresses - np.uint64(self.low)).astype(np.int64) // size
+        units = self.firsts[region] + (addresses - self.starts[region]).astype(np.int64) // UNIT
+        return (addresses - np.uint64(self.low)).astype(np.int64) // size, units[:, None] + np.arange(-(-width // UNIT))
 
     def _near(self, address: int) -> str:
         """Return how far the address is from the closest allocation, where that is near."""
@@ -72,17 +76,35 @@ class Global:
         side = f"{start - address} bytes before" if address < start else f"at byte {address - start} of"
         return f" ({side} one of {size} bytes)"
 
-    def read(self, addresses: Array, size: int, count: int = 1) -> list[Array]:
-        """Return ``count`` numbers of ``size`` bytes from each address."""
-        places = self._places(addresses, size, size * count)
-        return [self.views[size][places + part] for part in range(count)]
+    def read(self, addresses: Array, size: int, count: int, now: Array) -> list[Array]:
+        """Return ``count`` numbers of ``size`` bytes from each address; ``now``: see ``Order``."""
+        places, units = self._places(addresses, size, size * count)
+        found = [self.views[size][places + part] for part in range(count)]
+        unknown = self.order.read(units.ravel(), np.repeat(now, units.shape[1]))
+        if unknown.any():
+            lanes = unknown.reshape(units.shape).any(axis=1)
+            found = [np.where(lanes, ~UNSIGNED[size](0), part) for part in found]
+        return found
 
-    def write(self, addresses: Array, values: Sequence[Array]) -> None:
+    def write(self, addresses: Array, values: Sequence[Array], now: Array) -> None:
         """Store the values, unsigned, one after another from each address on."""
         size = values[0].dtype.itemsize
-        places = self._places(addresses, size, size * len(values))
+        places, units = self._places(addresses, size, size * len(values))
+        same = np.logical_and.reduce([self.views[size][places + part] == value for part, value in enumerate(values)])
+        self.order.write(units.ravel(), *(np.repeat(one, units.shape[1]) for one in (now, same)))
         for part, value in enumerate(values):
             self.views[size][places + part] = value
+            if (self.views[size][places + part] != value).any():
+                raise Problem("race: threads write different values into the same bytes of global memory")
+
+    def add(self, address: Array, amount: Array, now: int) -> Array:
+        """Add to the number at one address, and return it as it was. This orders memory: see ``Order``."""
+        size = amount.dtype.itemsize
+        places, _ = self._places(address, size, size)
+        found = self.views[size][places]
+        self.views[size][places] = found + amount
+        self.order.synchronise(now >> WARP_BITS)
+        return found
 
 
 class Shared:

@@ -140,7 +140,9 @@ def parse(text: str) -> Module:
     bodies = {name: _body(text, found.end()) for name, found in headers.items()}
     # Functions stand before their callers, so that the threads inside a function run before those that wait outside.
     for name in _callees_first(bodies):
-        kinds = {prefix: WIDTHS[re.sub(r"^[a-z]+(?=\d)", "", kind)] for kind, prefix, _ in REGISTERS.findall(bodies[name])}
+        kinds = {
+            prefix: WIDTHS[re.sub(r"^[a-z]+(?=\d)", "", kind)] for kind, prefix, _ in REGISTERS.findall(bodies[name])
+        }
         function = Function(name, kinds, places)
         function.parameters = [
             function.register(parameter, WIDTHS[kind[1:]])

@@ -211,7 +211,7 @@ class Launch:
         if (resume[blocks] != resume[blocks][:, :1]).any():
             raise Problem("divergence at a barrier: the block's threads wait at different ones")
         self.places.reshape(self.blocks, -1)[blocks] = resume[blocks]
-        self.threads.shared.barrier(blocks)
+        self.threads.pass_barrier(blocks)
         self._deal(blocks)
         return WAITS
 

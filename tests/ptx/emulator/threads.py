@@ -11,6 +11,7 @@ import numpy as np
 from .faults import Problem
 from .memory import Global, Shared
 from .opcodes import TYPES
+from .order import WARP_BITS
 from .parse import Operand, Register
 
 Array = np.ndarray[Any, Any]
@@ -33,6 +34,11 @@ class Active:
     def owners(self) -> tuple[Array, Array]:
         """The block and the warp in it of each of these threads."""
         return self.threads.block[self.index], self.threads.warp[self.index]
+
+    @property
+    def now(self) -> Array:
+        """The stretch and warp of each of these threads; see ``order``."""
+        return self.threads.now[self.index]
 
     @functools.cached_property
     def warps(self) -> Array:
@@ -101,6 +107,8 @@ class Threads:
         self.registers: dict[int, Array] = {}
         self.memory, self.shared = memory, Shared(len(blocks), shared_bytes, size // WARP)
         self.random = np.random.default_rng(seed)
+        self.names, self.now = blocks, np.zeros(self.count, np.int64)
+        self.pass_barrier(np.arange(len(blocks)))
         # The operations under way (``copies``, ``warpgroup``), and the number of groups that are complete.
         self.copies: list[Any] = []
         self.copy_groups = np.zeros(self.count, np.int64)
@@ -113,6 +121,15 @@ class Threads:
             # the address of the dynamic shared memory
             "global_smem": np.zeros(1, np.uint32),
         }  # fmt: skip
+
+    def pass_barrier(self, blocks: Array) -> None:
+        """What these blocks did before is ordered before what they do next."""
+        self.shared.barrier(blocks)
+        stretches = self.memory.order.begin(self.names[blocks])
+        mine = np.isin(self.block, blocks)
+        numbers = np.zeros(len(self.names), np.int64)
+        numbers[blocks] = stretches
+        self.now[mine] = numbers[self.block[mine]] << WARP_BITS | self.warp[mine]
 
 
 Read = Callable[[Threads], Array]
