@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# the cache of ci/compile_kernels.py
+os.environ.setdefault("TRITON_CACHE_DIR", str(HERE.parents[1] / "build/triton"))
 # the emulator and the emulated cards
 sys.path.insert(0, str(HERE))
 

@@ -58,8 +58,10 @@ def test_every_step_of_a_fit_is_the_oracles(target, plan):
     )
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("precision", "number"), [("fp32", 14), ("tf32", 3), ("bf16", 4)])
+# Compiling the resident kernel takes longer than its steps: bf16 on one card, whose products are mma.sync too.
+@pytest.mark.parametrize(
+    ("target", "precision", "number"), [("sm_80", "fp32", 14), ("sm_90", "fp32", 3), ("sm_90", "bf16", 4)]
+)
 def test_a_fleet_is_the_oracles(target, precision, number):
     """A block for each model: seed, rates, slopes, rows and optimizer's numbers of its own."""
     shape, model = case(number)
@@ -79,13 +81,12 @@ def test_the_fleets_have_both_paths_of_the_update():
     assert [CASES[number][1] for number in (14, 3, 4)] == ["adamw", "clipped", "nesterov"]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_the_order_of_warps_and_blocks_changes_no_bit(target):
+@pytest.mark.parametrize(("target", "plan"), [("sm_90", "resident"), ("sm_90", "eager")])
+def test_the_order_of_warps_and_blocks_changes_no_bit(target, plan):
     found = set()
     for seed in range(2):
         with card(target, "bf16", seed=seed, orders=2):
-            for plan in ("eager", "resident"):
-                engine = Engine(NET, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan=plan)
-                engine.fit(X, y, epochs=1)
-                found.add((plan, engine.snapshot()["params"].tobytes()))
-    assert len(found) == 2
+            engine = Engine(NET, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan=plan)
+            engine.fit(X, y, epochs=1)
+            found.add(engine.snapshot()["params"].tobytes())
+    assert len(found) == 1

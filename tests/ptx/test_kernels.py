@@ -24,13 +24,11 @@ RULES = {
 }
 TENSOR = TensorRule(0.5, 0.01)
 CLOCK = {"updates": 3, "rates": [0.1, 0.05, 0.02], "rate_scale": 0.5, "seed": 6}
-GENERAL = [path for path in PATHS if "mma.sync" in path]
-PRODUCTS = [(path, precision, True) for path in PATHS for precision in ("fp32", "bf16")]
-PRODUCTS += [(path, "fp32", False) for path in GENERAL]
+GENERAL = [(path, "fp32", False) for path in PATHS if "mma.sync" in path]
+PRODUCTS = [(path, precision, True) for path in PATHS for precision in ("fp32", "bf16")] + GENERAL
 # The other precisions differ in the products alone.
-LINEAR = PRODUCTS + [
-    (path, precision, True) for path in ("sm_80 mma.sync", "sm_90 wgmma") for precision in ("tf32", "fp16")
-]
+LINEAR = [*PRODUCTS, ("sm_80 mma.sync", "fp16", True), ("sm_90 wgmma", "tf32", True)]
+WEIGHTS = [("sm_80 mma.sync", "bf16", True), ("sm_90 mma.sync", "fp32", True), ("sm_90 wgmma", "bf16", True), *GENERAL]
 
 
 def layouts(aligned, count):
@@ -63,7 +61,7 @@ def test_grad_input(path, precision, aligned):
         layers_of.test_grad_input.of_case(case)
 
 
-@pytest.mark.parametrize(("path", "precision", "aligned"), PRODUCTS)
+@pytest.mark.parametrize(("path", "precision", "aligned"), WEIGHTS)
 def test_grad_weight(path, precision, aligned):
     target, rows = PATHS[path]
     layers = [
@@ -79,9 +77,11 @@ def test_grad_weight(path, precision, aligned):
 
 @pytest.mark.parametrize(
     ("path", "precision", "aligned", "rule"),
-    [(path, precision, True, "adam") for path in PATHS for precision in ("fp32", "bf16")]
-    + [(path, "fp32", True, rule) for path, rule in zip(PATHS, ("sgd", "momentum", "nesterov"), strict=True)]
-    + [(path, "fp32", False, "adam") for path in GENERAL],
+    [
+        *((path, "fp32", True, "adam") for path in PATHS),
+        *((path, "bf16", True, rule) for path, rule in zip(PATHS, ("sgd", "momentum", "nesterov"), strict=True)),
+        *((*general, "adam") for general in GENERAL),
+    ],
 )
 def test_grad_weight_update(path, precision, aligned, rule):
     target, rows = PATHS[path]
@@ -110,8 +110,8 @@ LOSS_CASES = [
     (target, precision, loss, aligned)
     for target in ("sm_80", "sm_90")
     for precision, loss, aligned in (
-        *(("fp32", "entropy", True), ("bf16", "entropy", True), ("fp32", "entropy", False)),
-        *(("fp32", "huber", True), ("bf16", "huber", False)),
+        *(("fp32", "entropy", True), ("bf16", "huber", True)),
+        *(("fp32", "entropy", False), ("fp32", "huber", False)),
     )
 ]
 
@@ -129,8 +129,7 @@ def test_loss_grad(target, precision, loss, aligned):
         losses_of.test_loss_grad.of_case(loss_case(variant_of(target, precision), aligned, loss, 300))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "precision"), [*((rule, "fp32") for rule in RULES), ("adam", "bf16")])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_update(target, rule, precision):
     """The norm has a kernel of its own."""

@@ -182,14 +182,15 @@ def _statements(body: str, kernel: str, files: dict[str, str]) -> Iterator[Place
     """Yield the statements, each as the place it is in; labels; and tables of branch targets, each after its label."""
     source, targets = "?", ""
     for raw in body.splitlines():
+        if raw.startswith("\t.loc"):
+            _, file, number, _ = raw.split(None, 3)
+            # Line 0 stands for code that belongs to no line.
+            source = source if number == "0" else f"{files.get(file, '?')}:{number}"
+            continue
         line = raw.partition("//")[0].strip()
         if not line or line in ("{", "}") or line.startswith((".reg", ".param", ".pragma")):
             continue
-        if line.startswith(".loc"):
-            _, file, number, *_ = line.split()
-            # Line 0 stands for code that belongs to no line.
-            source = source if number == "0" else f"{files.get(file, '?')}:{number}"
-        elif line == ".branchtargets" or targets:
+        if line == ".branchtargets" or targets:
             targets += " " + line
             if line.endswith(";"):
                 yield re.findall(r"\$\w+", targets)

@@ -69,7 +69,7 @@ class Active:
 
     def by_warp(self, values: Array) -> Array:
         """Return the values as (warps, 32)."""
-        whole = values if len(values) == self.threads.count else np.broadcast_to(values, self.threads.count)
+        whole = values if len(values) > 1 else np.repeat(values, self.threads.count)
         whole = whole.reshape(-1, WARP)
         return whole if self.mask is None else whole[self.warps]
 
@@ -125,11 +125,8 @@ class Threads:
     def pass_barrier(self, blocks: Array) -> None:
         """What these blocks did before is ordered before what they do next."""
         self.shared.barrier(blocks)
-        stretches = self.memory.order.begin(self.names[blocks])
-        mine = np.isin(self.block, blocks)
-        numbers = np.zeros(len(self.names), np.int64)
-        numbers[blocks] = stretches
-        self.now[mine] = numbers[self.block[mine]] << WARP_BITS | self.warp[mine]
+        stretches = self.memory.order.begin(self.names[blocks]) << WARP_BITS
+        self.now.reshape(-1, self.size)[blocks] = stretches[:, None] | self.warp[: self.size]
 
 
 Read = Callable[[Threads], Array]
