@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,9 +15,8 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(HERE.parents[1] / "build/triton"))
 sys.path.insert(0, str(HERE))
 
 APART = "test_apart.py"
-collect_ignore = [
-    path.name for path in HERE.glob("test_*.py") if (path.name != APART) == (os.environ.get("TRITON_INTERPRET") == "1")
-]
+HERE_TOO = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
+collect_ignore = [path.name for path in HERE.glob("test_*.py") if (path.name == APART) == HERE_TOO]
 
 
 def pytest_collection_finish() -> None:

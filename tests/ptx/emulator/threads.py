@@ -123,7 +123,7 @@ class Threads:
         }  # fmt: skip
 
     def pass_barrier(self, blocks: Array) -> None:
-        """What these blocks did before is ordered before what they do next."""
+        """Order the accesses of these blocks until now before those to come."""
         self.shared.barrier(blocks)
         stretches = self.memory.order.begin(self.names[blocks]) << WARP_BITS
         self.now.reshape(-1, self.size)[blocks] = stretches[:, None] | self.warp[: self.size]
