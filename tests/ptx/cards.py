@@ -12,9 +12,14 @@ from emulator.driver import Emulator, emulated
 
 from fusemlp_kernels.triton import configs
 
-# Rows of the tiles that compile to each instruction of tensor cores.
+# Rows of the tiles that compile to each instruction of tensor cores. The larger tiles of sm_100 need tcgen05.
 WARP, WARPGROUP = 16, 64
-PATHS = {"sm_80 mma.sync": ("sm_80", WARP), "sm_90 mma.sync": ("sm_90", WARP), "sm_90 wgmma": ("sm_90", WARPGROUP)}
+PATHS = {
+    "sm_80 mma.sync": ("sm_80", WARP),
+    "sm_90 mma.sync": ("sm_90", WARP),
+    "sm_90 wgmma": ("sm_90", WARPGROUP),
+    "sm_100 mma.sync": ("sm_100", WARP),
+}
 
 
 def variant_of(target: str, precision: str) -> Variant:

@@ -24,11 +24,15 @@ RULES = {
 }
 TENSOR = TensorRule(0.5, 0.01)
 CLOCK = {"updates": 3, "rates": [0.1, 0.05, 0.02], "rate_scale": 0.5, "seed": 6}
-GENERAL = [(path, "fp32", False) for path in PATHS if "mma.sync" in path]
-PRODUCTS = [(path, precision, True) for path in PATHS for precision in ("fp32", "bf16")] + GENERAL
-# The other precisions differ in the products alone.
-LINEAR = [*PRODUCTS, ("sm_80 mma.sync", "fp16", True), ("sm_90 wgmma", "tf32", True)]
-WEIGHTS = [("sm_80 mma.sync", "bf16", True), ("sm_90 mma.sync", "fp32", True), ("sm_90 wgmma", "bf16", True), *GENERAL]
+CLASSES = ("sm_80 mma.sync", "sm_90 mma.sync", "sm_90 wgmma")
+GENERAL = [(path, "fp32", False) for path in CLASSES if "mma.sync" in path]
+PRODUCTS = [(path, precision, True) for path in CLASSES for precision in ("fp32", "bf16")] + GENERAL
+# The other precisions differ in the products alone, and sm_100 has arithmetic on pairs.
+LINEAR = [*PRODUCTS, ("sm_80 mma.sync", "fp16", True), ("sm_90 wgmma", "tf32", True), ("sm_100 mma.sync", "fp32", True)]
+WEIGHTS = [
+    *(("sm_80 mma.sync", "bf16", True), ("sm_90 mma.sync", "fp32", True), ("sm_90 wgmma", "bf16", True)),
+    *(*GENERAL, ("sm_100 mma.sync", "bf16", True)),
+]
 
 
 def layouts(aligned, count):
@@ -78,8 +82,8 @@ def test_grad_weight(path, precision, aligned):
 @pytest.mark.parametrize(
     ("path", "precision", "aligned", "rule"),
     [
-        *((path, "fp32", True, "adam") for path in PATHS),
-        *((path, "bf16", True, rule) for path, rule in zip(PATHS, ("sgd", "momentum", "nesterov"), strict=True)),
+        *((path, "fp32", True, "adam") for path in CLASSES),
+        *((path, "bf16", True, rule) for path, rule in zip(CLASSES, ("sgd", "momentum", "nesterov"), strict=True)),
         *((*general, "adam") for general in GENERAL),
     ],
 )

@@ -38,6 +38,9 @@ INF, NAN = np.inf, np.nan
         ("fma.rn.f32", ([1.0 + 2**-23], [1.0 - 2**-23], [-1.0]), [-(2.0**-46)]),
         ("fma.rn.ftz.f32", ([2.0**-100], [2.0**-40], [0.0]), [0.0]),
         ("popc.b32", ([0xFF00FF],), [16]),
+        # of sm_100: a bfloat16 and a float32; pairs of float32
+        ("add.rn.f32.bf16", ([0x3F80], [0.5]), [1.5]),
+        ("mul.f32x2", ([0x40000000_3F800000], [0x40000000_40400000]), [0x40800000_40400000]),
     ],
 )
 def test_an_instruction_computes(name, sources, result):

@@ -16,6 +16,6 @@ It cannot show
 - the bits of approximate functions (``ex2.approx``, ``div.full``): they are rounded as NumPy's;
 - the sums inside a tensor core: an instruction's sum is exact and cut off once;
 - a missing ``bar.warp.sync``: the threads of a warp run in step;
-- TMA, mbarriers, clusters and tcgen05 (sm_100's products): the kernels for sm_80 and sm_90 use none, and an emulated
-  sm_100 runs only kernels without them.
+- TMA, mbarriers, clusters and tcgen05: the kernels for sm_80 and sm_90 use none. On sm_100 only the tiles of 16 rows,
+  whose products are mma.sync, run.
 """

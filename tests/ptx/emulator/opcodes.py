@@ -19,6 +19,7 @@ TYPES: dict[str, type[np.generic]] = {
     "s64": np.int64, "f16": np.float16, "f32": np.float32, "f64": np.float64,
     # bits, which no NumPy type computes with
     "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "tf32": np.uint32,
+    "f32x2": np.uint64,
 }  # fmt: skip
 
 
@@ -189,12 +190,35 @@ def arithmetic(name: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
         if kind == "bf16":
             return (kind,), lambda a, b: compare(f32_of_bf16(a), f32_of_bf16(b))
         return (kind,), compare
+    if base.endswith(".f32") and kind in ("bf16", "f16"):
+        return _mixed(base.removesuffix(".f32"), kind)
+    base = base if base in PLAIN else base.removesuffix(".rn")
     if base not in PLAIN or kind not in TYPES:
         raise NotImplementedError(name)
+    if kind == "f32x2":
+        return (kind,), _pairwise(PLAIN[base])
     sources = [OTHER_TYPES.get((base, place), kind) for place in range(3)]
     if base == "mad.wide":
         sources[2] = kind.replace("32", "64")
     return tuple(sources), PLAIN[base]
+
+
+def _mixed(base: str, kind: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
+    """Return sources and function of an operation on 16-bit numbers and, last, a float32."""
+    function = PLAIN[base if base in PLAIN else base.removesuffix(".rn")]
+    widen = f32_of_bf16 if kind == "bf16" else lambda a: a.astype(np.float32)
+    factors = 2 if base.startswith("fma") else 1
+    return (kind,) * factors + ("f32",), lambda *given: function(*map(widen, given[:-1]), given[-1])
+
+
+def _pairwise(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Return the function over pairs of float32 in 64 bits."""
+
+    def both(*given: Array) -> Array:
+        pairs = (np.ascontiguousarray(one).view(np.float32).reshape(-1, 2) for one in given)
+        return np.ascontiguousarray(function(*pairs)).view(np.uint64)[:, 0]
+
+    return both
 
 
 def packed_comparison(name: str) -> Callable[[Array, Array], tuple[Array, Array]]:
