@@ -13,13 +13,15 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-MODULES = sorted(path.name for path in HERE.glob("test_*.py") if path != Path(__file__))
+KERNELS = HERE / "test_kernels.py"
+OTHERS = sorted(path for path in HERE.glob("test_*.py") if path not in (KERNELS, Path(__file__)))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_without_the_interpreter(module):
+# Two processes, as each takes seconds to import torch and Triton.
+@pytest.mark.parametrize("modules", [[KERNELS], OTHERS], ids=["kernels", "others"])
+def test_without_the_interpreter(modules):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / module],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules],
         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
