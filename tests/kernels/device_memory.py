@@ -77,6 +77,9 @@ class TorchMemory(DeviceMemory):
 
         for base, flat in self.flats.values():
             flat.copy_(torch.from_numpy(np.array(base)))
+            if flat.dtype == torch.bfloat16:
+                # a conversion may give any NaN, and the bits are compared
+                flat.masked_fill_(flat.isnan(), np.nan)
 
     def download(self) -> None:
         for base, flat in self.flats.values():

@@ -47,7 +47,8 @@ class Oracle:
         offset, count, batch_index = (int(self.counters[at]) for at in (ROW_OFFSET, ROW_COUNT, BATCH_INDEX))
         rows = np.array(fleet.rows[self.index, offset : offset + count])
         divided = self._divided()
-        short = TwoBytes(scale=1.0 / divided) if fleet.variant.output_unit else None
+        unit, tiny = fleet.variant.output_unit, fleet.variant.output_tiny
+        short = TwoBytes(unit, tiny, 1.0 / divided) if unit else None
         layers, keeps = [], []
         for index, name in enumerate(shape.activations):
             rate = model.rate if index < len(shape.activations) - 1 else 0.0

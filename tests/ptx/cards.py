@@ -1,0 +1,41 @@
+"""The emulated cards as devices of the contract's tests, and the choice of a tile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from devices import GPU, Device, Variant
+from emulator.driver import Emulator, emulated
+
+from fusemlp_kernels.triton import configs
+
+# Rows of the tiles that compile to each instruction of tensor cores. The larger tiles of sm_100 need tcgen05.
+WARP, WARPGROUP = 16, 64
+PATHS = {
+    "sm_80 mma.sync": ("sm_80", WARP),
+    "sm_90 mma.sync": ("sm_90", WARP),
+    "sm_90 wgmma": ("sm_90", WARPGROUP),
+    "sm_100 mma.sync": ("sm_100", WARP),
+}
+
+
+def variant_of(target: str, precision: str) -> Variant:
+    """Return the Triton backend on an emulated card, with the bounds of tensor cores."""
+    given = {name: getattr(GPU, name) for name in Device.__dataclass_fields__}
+    return Variant(Device(**{**given, "name": f"triton, emulated {target}"}), precision)
+
+
+@contextlib.contextmanager
+def card(target: str, precision: str, rows: int = WARP, **settings: Any) -> Iterator[Emulator]:
+    """Emulate a card with tiles of ``rows`` rows for matrix products; see ``emulated``."""
+    kind = configs._kind(precision)
+    table = configs.TABLES[target]
+    chosen = {
+        product: {**table[product], kind: [tile for tile in table[product][kind] if tile[0] == rows]}
+        for product in ("forward", "weight")
+    }
+    with mock.patch.dict(table, chosen), emulated(target, precision, **settings) as emulator:
+        yield emulator

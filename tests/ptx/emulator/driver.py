@@ -1,0 +1,178 @@
+"""A Triton driver whose card is the emulator: the engine's own launches run on the CPU, from the PTX a card would get.
+
+``emulated`` makes it the active driver and lends the Triton backend a device. Triton compiles as for the card, up to
+PTX; ptxas is not needed. Device memory is the memory of the torch tensors made meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+
+from fusemlp_kernels.triton import backend, configs
+from fusemlp_kernels.triton.launch import Device
+
+from .memory import Global
+from .parse import parse
+from .schedule import Code, Launch
+
+# More threads than this run in several launches of the emulator, one after another.
+MOST_THREADS = 1 << 13
+
+
+class Allocations(TorchDispatchMode):
+    """Device memory: the storages of the tensors that torch makes while this mode is on, and that still live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+
+    def regions(self) -> list[tuple[int, int]]:
+        """Return (address, bytes) of the storages."""
+        self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
+        return [(address, size) for address, (_, size) in self.storages.items()]
+
+
+@dataclass
+class Emulator:
+    """A card: the settings of its launches, and what it has launched. ``edit`` changes the text of a kernel's PTX."""
+
+    target: str
+    seed: int = 0
+    orders: int = 1
+    limit: int = 5_000_000
+    edit: Callable[[str], str] = str
+    allocations: Allocations = field(default_factory=Allocations)
+    launched: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def capability(self) -> int:
+        return int(self.target.removeprefix("sm_"))
+
+    def launch(self, function: Function, programs: int, signature: Sequence[str], arguments: Sequence[Any]) -> None:
+        """Run a kernel over ``programs`` blocks."""
+        values = [_bits(kind, value) for kind, value in zip(signature, arguments, strict=True) if kind != "constexpr"]
+        for value in arguments:
+            if isinstance(value, torch.Tensor):
+                self.allocations.add(value)
+        code = _loaded(self.edit(function.text))
+        module = code.module
+        memory = Global(self.allocations.regions())
+        # pointers to scratch memory, which these kernels do not use
+        values += [0] * (len(module.entry.parameters) - len(values))
+        self.launched.append((module.name, programs))
+        blocks = np.random.default_rng(self.seed).permutation(programs)
+        together = max(MOST_THREADS // module.threads, 1)
+        for some in np.split(blocks, range(together, programs, together)):
+            Launch(
+                code, some, values, memory, function.shared, seed=self.seed, orders=self.orders, limit=self.limit
+            ).run()
+
+
+@dataclass(frozen=True)
+class Function:
+    """A loaded kernel: its PTX, and the bytes of its dynamic shared memory."""
+
+    text: str
+    shared: int
+
+
+@functools.cache
+def _loaded(text: str) -> Code:
+    return Code(parse(text))
+
+
+def _bits(kind: str, value: Any) -> int:
+    if kind.startswith("*"):
+        return 0 if value is None else value.data_ptr() if hasattr(value, "data_ptr") else int(value)
+    if kind in ("fp32", "f32"):
+        return int(np.float32(value).view(np.uint32))
+    if kind == "fp64":
+        return int(np.float64(value).view(np.uint64))
+    return int(value)
+
+
+class Driver:
+    """The parts of a Triton driver that launches use. A card's target is also its number, so that Triton keeps the
+    kernels of different targets apart."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator, self.utils = emulator, self
+
+    def get_current_device(self) -> int:
+        return self.emulator.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.emulator.capability, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10}
+
+    def load_binary(self, name: str, text: bytes, shared: int, device: int) -> tuple[Any, Function, int, int, int]:
+        # module, function, registers, spills, threads
+        return None, Function(text.decode(), shared), 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        signature = list(source.signature.values())
+
+        def launch(x: int, y: int, z: int, stream: int, function: Function, *rest: Any) -> None:
+            # packed and launch metadata, two hooks, then the arguments
+            triton.runtime.driver.active.emulator.launch(function, x * y * z, signature, rest[4:])
+
+        return launch
+
+
+def _keep_ptx(*given: Any) -> tuple[str, str] | None:
+    """Triton's hook on the stages of a compilation: the PTX is the binary."""
+    if given:
+        given[1]["cubin"] = lambda source, _: source.encode()
+    return "ptx", "ptx"
+
+
+@contextlib.contextmanager
+def emulated(target: str, precision: str = "fp32", processors: int = 4, **settings: Any) -> Iterator[Emulator]:
+    """Run the Triton backend on an emulated card of ``target``, such as "sm_80"; see ``Emulator`` for the settings.
+
+    ``processors`` is the card's number of multiprocessors, on which the choice of tiles depends.
+    """
+    emulator = Emulator(target, **settings)
+    arch = configs.Architecture(configs.family_of(target), processors)
+    # As under the interpreter, memory is the host's, and there is nothing to wait for.
+    device = Device(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Driver(emulator))
+    try:
+        with (
+            mock.patch("fusemlp_kernels.registry._triton_reason", lambda: None),
+            mock.patch.object(backend, "open_device", lambda *_: device),
+            mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", _keep_ptx),
+            emulator.allocations,
+        ):
+            yield emulator
+    finally:
+        triton.runtime.driver._active = before

@@ -1,0 +1,256 @@
+"""PTX text as data: functions, and instructions with their operands and source lines.
+
+Registers get places in one numbering over the whole module. A function needs one set of registers for each thread, as
+no kernel here is recursive. The parameters of functions and of calls are places too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .faults import Place
+
+WIDTHS = {"pred": np.bool_, "8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
+GUARDED = re.compile(r"^@(!?)(%\w+)\s+(.*)$", re.DOTALL)
+REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+?)<(\d+)>")
+FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+[^,)]*?)?([$\w]+)(\[\d+\])?\s*[,)\n]")
+FUNCTION = re.compile(
+    r"^(?:\.visible\s+)?\.(entry|func)\s+(?:\([^)]*\)\s*)?([$\w.]+)\s*\((.*?)\)([^{;]*)([{;])", re.DOTALL | re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Register:
+    """A register, or a parameter; ``place`` is its number in the module."""
+
+    place: int
+    kind: type[np.generic]
+
+
+@dataclass(frozen=True)
+class Address:
+    """``[base + offset]``; the base is a register, a symbol, or nothing."""
+
+    base: Register | str | None
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    """``{a, b}``; None stands for a part that is dropped."""
+
+    parts: tuple[Operand, ...]
+
+
+# A number's bits, in the width of its notation; a string names a special register, a symbol or a label.
+Operand = Register | Address | Vector | int | str | None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``@guard name operands``; ``modifiers`` are the parts of the name."""
+
+    name: str
+    operands: tuple[Operand, ...]
+    guard: Register | None
+    negated: bool
+    place: Place
+
+    @property
+    def modifiers(self) -> tuple[str, ...]:
+        return tuple(self.name.split("."))
+
+
+class Function:
+    """A function of a module: its registers and parameters by name, and the index of its first instruction."""
+
+    def __init__(self, name: str, kinds: dict[str, type[np.generic]], places: Iterator[int]) -> None:
+        self.name, self.first, self.parameters = name, 0, list[Register]()
+        self.names: dict[str, Register] = {}
+        self._kinds, self._places = kinds, places
+
+    def register(self, name: str, kind: type[np.generic] | None = None) -> Register:
+        """Return the register of that name; its kind is the declared one unless it is a parameter."""
+        if name not in self.names:
+            kind = self._kinds[re.sub(r"\d+$", "", name)] if kind is None else kind
+            self.names[name] = Register(next(self._places), kind)
+        return self.names[name]
+
+
+class Module:
+    """A kernel's PTX: its functions, each after those it calls; ``labels`` and ``tables`` of branch targets lead to
+    indices of its code, which ``instruction`` reads when it is first asked for."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name, self.threads = name, threads
+        self.functions: dict[str, Function] = {}
+        self.labels: dict[str, int] = {}
+        self.tables: dict[str, list[int]] = {}
+        self._statements: list[tuple[Place, Function]] = []
+        self._read: dict[int, Instruction] = {}
+
+    @property
+    def entry(self) -> Function:
+        return self.functions[self.name]
+
+    def function(self, index: int) -> Function:
+        """Return the function that an instruction belongs to."""
+        return self._statements[index][1]
+
+    def instruction(self, index: int) -> Instruction:
+        """Return an instruction by its index."""
+        if index not in self._read:
+            place, function = self._statements[index]
+            self._read[index] = _instruction(place, function)
+        return self._read[index]
+
+    def add(self, function: Function, statements: Iterator[Place | str | list[str]]) -> None:
+        """Add a function's body."""
+        tables: dict[str, list[str]] = {}
+        label = ""
+        self.functions[function.name] = function
+        function.first = len(self._statements)
+        for statement in statements:
+            if isinstance(statement, Place):
+                self._statements.append((statement, function))
+            elif isinstance(statement, str):
+                label = statement
+                self.labels[label] = len(self._statements)
+            else:
+                tables[label] = statement
+        self.tables |= {name: [self.labels[target] for target in targets] for name, targets in tables.items()}
+
+
+def parse(text: str) -> Module:
+    """Return the module of a kernel."""
+    files = {number: Path(path).name for number, path in FILE.findall(text)}
+    headers = {found[2]: found for found in FUNCTION.finditer(text) if found[5] == "{"}
+    entry = next(found for found in headers.values() if found[1] == "entry")
+    threads = re.search(r"\.reqntid\s+(\d+)", entry[4])
+    if threads is None:
+        raise ValueError(f"{entry[2]} does not say how many threads it has")
+    module, places = Module(entry[2], int(threads[1])), itertools.count()
+    bodies = {name: _body(text, found.end()) for name, found in headers.items()}
+    # Functions stand before their callers, so that the threads inside a function run before those that wait outside.
+    for name in _callees_first(bodies):
+        kinds = {
+            prefix: WIDTHS[re.sub(r"^[a-z]+(?=\d)", "", kind)] for kind, prefix, _ in REGISTERS.findall(bodies[name])
+        }
+        function = Function(name, kinds, places)
+        function.parameters = [
+            function.register(parameter, WIDTHS[kind[1:]])
+            for kind, parameter, _ in PARAMETER.findall(headers[name][3] + ")")
+        ]
+        kernel = name if name == entry[2] else f"{entry[2]}, {name}"
+        module.add(function, _statements(bodies[name], kernel, files))
+    return module
+
+
+def _body(text: str, start: int) -> str:
+    """Return the text up to the brace that closes the one before ``start``."""
+    depth = 1
+    for found in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if found[0] == "{" else -1
+        if depth == 0:
+            return text[start : start + found.start()]
+    raise ValueError("a brace is not closed")
+
+
+def _callees_first(bodies: dict[str, str]) -> list[str]:
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        for callee in re.findall(r"call\.uni\s+(?:\([^)]*\)\s*,\s*)?([$\w.]+)", bodies[name]):
+            if callee not in order:
+                visit(callee)
+        if name not in order:
+            order.append(name)
+
+    for name in bodies:
+        visit(name)
+    return order
+
+
+def _statements(body: str, kernel: str, files: dict[str, str]) -> Iterator[Place | str | list[str]]:
+    """Yield the statements, each as the place it is in; labels; and tables of branch targets, each after its label."""
+    source, targets = "?", ""
+    for raw in body.splitlines():
+        if raw.startswith("\t.loc"):
+            _, file, number, _ = raw.split(None, 3)
+            # Line 0 stands for code that belongs to no line.
+            source = source if number == "0" else f"{files.get(file, '?')}:{number}"
+            continue
+        line = raw.partition("//")[0].strip()
+        if not line or line in ("{", "}") or line.startswith((".reg", ".param", ".pragma")):
+            continue
+        if line == ".branchtargets" or targets:
+            targets += " " + line
+            if line.endswith(";"):
+                yield re.findall(r"\$\w+", targets)
+                targets = ""
+        elif line.endswith(":"):
+            yield line[:-1]
+        else:
+            for statement in filter(None, map(str.strip, line.split(";"))):
+                yield Place(kernel, source, statement)
+
+
+def _instruction(place: Place, function: Function) -> Instruction:
+    guard, negated, statement = None, False, place.text
+    if found := GUARDED.match(statement):
+        guard, negated, statement = function.register(found[2]), bool(found[1]), found[3]
+    name, *rest = statement.split(None, 1)
+    operands = tuple(_operand(part, function) for part in _split(" ".join(rest)))
+    return Instruction(name, operands, guard, negated, place)
+
+
+def _split(text: str) -> Iterator[str]:
+    """Yield the operands, which commas outside brackets separate; ``a|b`` are two."""
+    depth, part = 0, ""
+    for letter in text:
+        depth += (letter in "{[(") - (letter in "}])")
+        if (letter == "," and depth == 0) or (letter == "|" and depth == 0):
+            yield part.strip()
+            part = ""
+        else:
+            part += letter
+    if part.strip():
+        yield part.strip()
+
+
+def _operand(text: str, function: Function) -> Operand:
+    if text == "_":
+        return None
+    if text[0] in "{(":
+        return Vector(tuple(_operand(part, function) for part in _split(text[1:-1].strip())))
+    if text[0] == "[":
+        base, _, offset = text[1:-1].replace(" ", "").partition("+")
+        number = int(offset or 0)
+        if base.startswith("%"):
+            return Address(function.register(base), number)
+        if re.match(r"^-?\d", base):
+            return Address(None, int(base))
+        if "param" in base or "retval" in base:
+            # The parts of an array are places of their own. Calls use the same names for arguments of any width.
+            return function.register(base + (f"+{number}" if number else ""), np.uint64)
+        return Address(base, number)
+    if text.startswith("%") and "." not in text and re.search(r"\d$", text):
+        return function.register(text)
+    return _number(text, function)
+
+
+def _number(text: str, function: Function) -> Operand:
+    if found := re.match(r"^0([fd])([0-9A-Fa-f]+)$", text):
+        return int(found[2], 16)
+    if re.match(r"^-?(0x[0-9a-fA-F]+|\d+)U?$", text):
+        return int(text.rstrip("U"), 0)
+    if text.startswith(("param", "retval")):
+        return function.names.get(text, text)
+    return text

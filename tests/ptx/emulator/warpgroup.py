@@ -1,0 +1,157 @@
+"""wgmma: products whose factors lie in shared memory, and that are done when their warp waits for them.
+
+A card may do them at any time between, so this is the latest it may read the factors and write the sums. A kernel that
+overwrites a factor too early, or reads a sum too early, gets a wrong result here.
+
+A descriptor names a matrix in shared memory ("Matrix Descriptor Format"): its start, two strides, and the swizzle. The
+rows of a swizzled matrix have 32, 64 or 128 bytes; eight of them lie one after another, and the 16-byte units of each
+change places by the number of the row, which is a part of the address. Each warp computes its 16 rows of the 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .matrix import GROUP, MEMBER, gathered, product, values_of
+from .parse import Instruction, Register, Vector
+from .threads import WARP, Active, Threads, reader
+
+Array = np.ndarray[Any, Any]
+
+# The bytes of a row, by the descriptor's two bits for the swizzle.
+SPANS = np.array([16, 128, 64, 32])
+
+
+def addresses_of(descriptors: Array, across: Array, along: Array, transposed: bool, size: int) -> Array:
+    """Return the addresses of elements of ``size`` bytes: ``across`` counts along M or N, ``along`` along K.
+
+    ``transposed``: M or N is the direction of neighbouring addresses, else K. ``descriptors`` broadcast with both.
+    """
+    encoded = descriptors.astype(np.int64)
+    start, lead, stride = ((encoded >> place & 0x3FFF) << 4 for place in (0, 16, 32))
+    span = SPANS[(descriptors >> np.uint64(62)).astype(np.int64)]
+    if transposed and (span == 16).any():
+        raise NotImplementedError("transposed matrices without a swizzle")
+    near, far = (across, along) if transposed else (along, across)
+    near = near * size
+    offset = near // span * lead + near % span + far // 8 * stride + far % 8 * span
+    address = start + offset
+    return address ^ (address >> 7 & span // 16 - 1) << 4
+
+
+@dataclass
+class Product:
+    """``target`` += a @ b, of ``warps``; a is an array of descriptors (warps,) or of matrices; ``keeps`` tells whether
+    the sums go on from those in ``target``. ``group`` is the number of each warp's group of products."""
+
+    warps: Array
+    group: Array
+    target: tuple[Register, ...]
+    kind: str
+    a: Array
+    b: Array
+    transposed: tuple[bool, bool]
+    keeps: Array
+
+    def of(self, some: Array) -> Product:
+        rows = (one[some] for one in (self.warps, self.group, self.a, self.b, self.keeps))
+        warps, group, a, b, keeps = rows
+        return Product(warps, group, self.target, self.kind, a, b, self.transposed, keeps)
+
+
+def step_of(instruction: Instruction) -> Callable[[Active], None]:
+    """Return a wgmma instruction as a function of the active threads."""
+    name = instruction.modifiers[1]
+    if name == "mma_async":
+        return _multiply(instruction)
+    if name == "commit_group":
+        return _commit
+    if name == "wait_group":
+        count = int(str(instruction.operands[0]))
+        return lambda active: _wait(active, count)
+    # wgmma.fence orders registers, which are in order here
+    return lambda active: None
+
+
+def _multiply(instruction: Instruction) -> Callable[[Active], None]:
+    target, a, b, keeps, *signs = instruction.operands
+    kind = instruction.modifiers[-1]
+    # the signs of a and b, then for 16-bit factors the directions of those in shared memory
+    if signs[:2] != [1, 1] or instruction.modifiers[-3] != "f32":
+        raise NotImplementedError(instruction.name)
+    turns = [bool(turn) for turn in signs[2:]]
+    turned = (False, *turns) if len(turns) == 1 else tuple(turns) or (False, False)
+    reads = [reader(part, "b32") for part in a.parts] if isinstance(a, Vector) else [reader(a, "b64")]
+    reads += [reader(b, "b64"), reader(keeps, "pred")]
+
+    def run(active: Active) -> None:
+        threads, warps = active.threads, active.warps
+        *left, right, goes_on = (active.by_warp(read(threads)) for read in reads)
+        factor = gathered(np.stack(left), "a", kind) if isinstance(a, Vector) else left[0][:, 0]
+        groups = threads.product_groups[warps]
+        begun = Product(warps, groups, target.parts, kind, factor, right[:, 0], turned, goes_on[:, 0])
+        # what it reads must be there already
+        _factors(threads, begun)
+        threads.products.append(begun)
+
+    return run
+
+
+def _commit(active: Active) -> None:
+    active.threads.product_groups[active.warps] += 1
+
+
+def _wait(active: Active, count: int) -> None:
+    threads = active.threads
+    running = np.zeros(len(threads.product_groups), np.bool_)
+    running[active.warps] = True
+    left = []
+    for begun in threads.products:
+        done = running[begun.warps] & (begun.group < threads.product_groups[begun.warps] - count)
+        if done.any():
+            _finish(threads, begun.of(done))
+        if not done.all():
+            left.append(begun.of(~done))
+    threads.products = left
+
+
+def _factors(threads: Threads, of: Product) -> tuple[Array, Array]:
+    """Return a (warps, 16, K) and b (warps, K, N) in float64, from shared memory as it is now."""
+    size = 4 if of.kind == "tf32" else 2
+    along, columns = np.arange(32 // size), np.arange(2 * len(of.target))
+    rows = 16 * (of.warps % 4)[:, None, None] + np.arange(16)[:, None]
+    b = _matrix(threads, of, of.b, columns[:, None], along, of.transposed[1], size)
+    if of.a.ndim == 1:
+        return _matrix(threads, of, of.a, rows, along, of.transposed[0], size), np.swapaxes(b, 1, 2)
+    return of.a, np.swapaxes(b, 1, 2)
+
+
+def _matrix(
+    threads: Threads, of: Product, descriptors: Array, across: Array, along: Array, transposed: bool, size: int
+) -> Array:
+    addresses = addresses_of(descriptors[:, None, None], across, along, transposed, size)
+    per_block = threads.size // WARP
+    owners = (
+        np.broadcast_to(one[:, None, None], addresses.shape).ravel()
+        for one in (of.warps // per_block, of.warps % per_block)
+    )
+    bits = threads.shared.read(*owners, addresses.ravel(), size)[0]
+    return values_of(bits.reshape(addresses.shape), of.kind)
+
+
+def _finish(threads: Threads, of: Product) -> None:
+    mask = np.zeros((len(threads.product_groups), WARP), np.bool_)
+    mask[of.warps] = True
+    active = Active(threads, mask.ravel())
+    place = np.arange(len(of.target))[:, None]
+    rows, columns = GROUP + 8 * (place // 2 % 2), 8 * (place // 4) + 2 * MEMBER + place % 2
+    before = np.stack([active.by_warp(reader(part, "f32")(threads)) for part in of.target])
+    sums = np.zeros((len(of.warps), 16, 2 * len(of.target)), np.float32)
+    sums[:, rows, columns] = np.swapaxes(np.where(of.keeps[:, None], before, np.float32(0)), 0, 1)
+    after = product(*_factors(threads, of), sums)
+    for part, value in zip(of.target, np.swapaxes(after[:, rows, columns], 0, 1), strict=True):
+        active.scatter(part, value)

@@ -1,0 +1,92 @@
+"""The engine's own launches on emulated cards: each step of a fit is the oracle's, within its bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cards import card, variant_of
+from step_bounds import Step
+from test_train_fleet import CASES, Fleet, Oracle, case, varied
+from tolerance import assert_within
+
+from fusemlp import MLP, Adam, Callback, CrossEntropy, Engine, PReLU
+from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
+from fusemlp_kernels.philox import row_order
+
+ROWS, WIDTH, CLASSES, BATCH = 45, 21, 5, 20
+NET = MLP([WIDTH, 24, 10, CLASSES], activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
+rng = np.random.default_rng(2)
+X = rng.standard_normal((ROWS, WIDTH)).astype(np.float32)
+y = (X @ rng.standard_normal((WIDTH, CLASSES))).argmax(axis=1)
+
+
+class Bounded(Callback):
+    """Compare every update, from the state before it, and every loss with the oracle's."""
+
+    def __init__(self, products):
+        self.products, self.checked = products, 0
+
+    def on_batch_begin(self, engine, batch):
+        self.step = Step(engine, products=self.products)
+        epoch, at = divmod(int(engine.memory.counters[BATCH_INDEX]), -(-ROWS // BATCH))
+        rows = row_order(ROWS, engine.seed, epoch)[at * BATCH :][:BATCH]
+        self.trace = self.step.trace(X[rows], y[rows])
+
+    def on_batch_end(self, engine, batch):
+        assert_within(float(engine.memory.stats[LAST_LOSS]), self.trace.loss, self.trace.loss_bound)
+        self.step.check()
+        self.checked += 1
+
+
+@pytest.mark.parametrize("plan", ["eager", "resident"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_step_of_a_fit_is_the_oracles(target, plan):
+    fitted = []
+    with card(target, "fp32") as emulator:
+        for callbacks in ([Bounded(variant_of(target, "fp32").products)], []):
+            loss = CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1, 1, 1])
+            engine = Engine(NET, loss, Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan=plan)
+            engine.fit(X, y, epochs=1, callbacks=callbacks)
+            fitted.append(engine.snapshot()["params"].tobytes())
+            assert not callbacks or callbacks[0].checked == 3
+    assert fitted[0] == fitted[1]
+    names = {name for name, _ in emulator.launched}
+    assert names == (
+        {"resident_kernel"}
+        if plan == "resident"
+        else {"linear_kernel", "linear_loss_grad_kernel", "grad_input_kernel", "grad_weight_kernel"}
+    )
+
+
+# Compiling the resident kernel takes longer than its steps: bf16 on one card, whose products are mma.sync too.
+@pytest.mark.parametrize(
+    ("target", "precision", "number"), [("sm_80", "fp32", 14), ("sm_90", "fp32", 3), ("sm_90", "bf16", 4)]
+)
+def test_a_fleet_is_the_oracles(target, precision, number):
+    """A block for each model: seed, rates, slopes, rows and optimizer's numbers of its own."""
+    shape, model = case(number)
+    with card(target, precision) as emulator:
+        fleet = Fleet(variant_of(target, precision), shape, varied(model, 3))
+        for _ in range(2):
+            steps = [Oracle(fleet, index) for index in range(3)]
+            fleet.run([1] * 3)
+            for step in steps:
+                step.check()
+        fleet.check_gaps()
+    assert emulator.launched == [("resident_kernel", 3)] * 2
+
+
+def test_the_fleets_have_both_paths_of_the_update():
+    """Case 3 clips, so its gradients go through memory; the others update in the product's epilogue."""
+    assert [CASES[number][1] for number in (14, 3, 4)] == ["adamw", "clipped", "nesterov"]
+
+
+@pytest.mark.parametrize(("target", "plan"), [("sm_90", "resident"), ("sm_90", "eager")])
+def test_the_order_of_warps_and_blocks_changes_no_bit(target, plan):
+    found = set()
+    for seed in range(2):
+        with card(target, "bf16", seed=seed, orders=2):
+            engine = Engine(NET, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan=plan)
+            engine.fit(X, y, epochs=1)
+            found.add(engine.snapshot()["params"].tobytes())
+    assert len(found) == 1

@@ -1,0 +1,154 @@
+"""The PTX of every class of kernels, executed for sm_80 and sm_90, is within the bounds of the float64 oracle.
+
+A class is a kernel with its constants: the instruction of its matrix products, the path for aligned matrices or for
+any, the kind of loss, the optimizer. Activations, dropout, weights and gathered rows are run-time values, which the
+cases share out. The bodies are those of the contract's tests.
+"""
+
+from __future__ import annotations
+
+import pytest
+import test_layers as layers_of
+import test_loss as losses_of
+import test_update as updates_of
+from cards import PATHS, card, variant_of
+
+from fusemlp_kernels.contract import LossSpec, TensorRule, UpdateRule
+
+ADAM = UpdateRule("adam", decoupled=True, ema=0.9)
+RULES = {
+    "sgd": UpdateRule("sgd"),
+    "momentum": UpdateRule("sgd", momentum=0.9),
+    "nesterov": UpdateRule("sgd", momentum=0.9, nesterov=True),
+    "adam": ADAM,
+}
+TENSOR = TensorRule(0.5, 0.01)
+CLOCK = {"updates": 3, "rates": [0.1, 0.05, 0.02], "rate_scale": 0.5, "seed": 6}
+CLASSES = ("sm_80 mma.sync", "sm_90 mma.sync", "sm_90 wgmma")
+GENERAL = [(path, "fp32", False) for path in CLASSES if "mma.sync" in path]
+PRODUCTS = [(path, precision, True) for path in CLASSES for precision in ("fp32", "bf16")] + GENERAL
+# The other precisions differ in the products alone, and sm_100 has arithmetic on pairs.
+LINEAR = [*PRODUCTS, ("sm_80 mma.sync", "fp16", True), ("sm_90 wgmma", "tf32", True), ("sm_100 mma.sync", "fp32", True)]
+WEIGHTS = [
+    *(("sm_80 mma.sync", "bf16", True), ("sm_90 mma.sync", "fp32", True), ("sm_90 wgmma", "bf16", True)),
+    *(*GENERAL, ("sm_100 mma.sync", "bf16", True)),
+]
+
+
+def layouts(aligned, count):
+    """Return those of ``count`` inputs, and of the outputs."""
+    return (("owned",) * count, "owned") if aligned else (("stepped", "transposed", "plain")[:count], "transposed")
+
+
+def layer_case(variant, aligned, m, k, n, activation, rate):
+    inputs, output = layouts(aligned, 3)
+    return layers_of.LayerCase(
+        variant, m, k, n, activation=activation, slope=0.3 if activation == "prelu" else 0.0, rate=rate, scale=1.0,
+        batch_index=1, layouts=inputs, output_layout=output, seed=3,
+    )  # fmt: skip
+
+
+# The reductions have more steps than the pipeline has stages.
+@pytest.mark.parametrize(("path", "precision", "aligned"), LINEAR)
+def test_linear(path, precision, aligned):
+    target, rows = PATHS[path]
+    with card(target, precision, rows):
+        case = layer_case(variant_of(target, precision), aligned, 37, 290, 41, "gelu", 0.5)
+        layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
+
+
+@pytest.mark.parametrize(("path", "precision", "aligned"), PRODUCTS)
+def test_grad_input(path, precision, aligned):
+    target, rows = PATHS[path]
+    with card(target, precision, rows):
+        case = layer_case(variant_of(target, precision), aligned, 37, 41, 290, "prelu", 0.5)
+        layers_of.test_grad_input.of_case(case)
+
+
+@pytest.mark.parametrize(("path", "precision", "aligned"), WEIGHTS)
+def test_grad_weight(path, precision, aligned):
+    target, rows = PATHS[path]
+    layers = [
+        layers_of.GradWeightLayer(k, n, *layouts(aligned, 2), frozenset(frozen))
+        for k, n, frozen in ((70, 33, ""), (9, 20, "w"))
+    ]
+    with card(target, precision, rows):
+        layers_of.test_grad_weight.of_case(
+            layers, 290, by_row=True, accumulate=2, slope_count=1, wants_norm=True,
+            variant=variant_of(target, precision), seed=4,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "precision", "aligned", "rule"),
+    [
+        *((path, "fp32", True, "adam") for path in CLASSES),
+        *((path, "bf16", True, rule) for path, rule in zip(CLASSES, ("sgd", "momentum", "nesterov"), strict=True)),
+        *((*general, "adam") for general in GENERAL),
+    ],
+)
+def test_grad_weight_update(path, precision, aligned, rule):
+    target, rows = PATHS[path]
+    layers = [(33, 70, "", TENSOR, TensorRule(), layouts(aligned, 2))]
+    with card(target, precision, rows):
+        updates_of.test_grad_weight_update.of_case(
+            layers, 290, slope_count=1, by_row=True, rule=RULES[rule], variant=variant_of(target, precision), **CLOCK
+        )
+
+
+ENTROPY = LossSpec("cross_entropy", label_smoothing=0.1, ignore_index=1, accuracy=True)
+LOSSES = {"entropy": (ENTROPY, "identity"), "huber": (LossSpec("huber", delta=0.5, accuracy=True), "prelu")}
+
+
+def loss_case(variant, aligned, loss, n):
+    spec, activation = LOSSES[loss]
+    inputs, output = layouts(aligned, 3)
+    return losses_of.LossCase(
+        variant, spec, 37, n, short=2, by_row=True, weights="sparse",
+        class_weights="some" if spec is ENTROPY else "none", activation=activation, layouts=inputs,
+        output_layout=output, dz="apart", dslope=True, loss_scale=16.0, seed=5,
+    )  # fmt: skip
+
+
+LOSS_CASES = [
+    (target, precision, loss, aligned)
+    for target in ("sm_80", "sm_90")
+    for precision, loss, aligned in (
+        *(("fp32", "entropy", True), ("bf16", "huber", True)),
+        *(("fp32", "entropy", False), ("fp32", "huber", False)),
+    )
+]
+
+
+@pytest.mark.parametrize(("target", "precision", "loss", "aligned"), LOSS_CASES)
+def test_linear_loss_grad(target, precision, loss, aligned):
+    with card(target, precision):
+        case = loss_case(variant_of(target, precision), aligned, loss, 13)
+        losses_of.test_linear_loss_grad.of_case(case, 150, by_x_row=True)
+
+
+@pytest.mark.parametrize(("target", "precision", "loss", "aligned"), LOSS_CASES)
+def test_loss_grad(target, precision, loss, aligned):
+    with card(target, precision):
+        losses_of.test_loss_grad.of_case(loss_case(variant_of(target, precision), aligned, loss, 300))
+
+
+@pytest.mark.parametrize(("rule", "precision"), [*((rule, "fp32") for rule in RULES), ("adam", "bf16")])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_update(target, rule, precision):
+    """The norm has a kernel of its own."""
+    tensors = [(70, TENSOR, 0), (30, None, 1), (1100, TensorRule(), 0)]
+    with card(target, precision):
+        updates_of.test_update.of_case(
+            tensors, RULES[rule], clip_norm=0.5, accumulate=2, norm_given=False,
+            variant=variant_of(target, precision), **CLOCK,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_advance(target):
+    with card(target, "fp32"):
+        updates_of.test_advance.of_case(
+            variant_of(target, "fp32"), ADAM, accumulate=2, updates=7, rates=[0.1, 0.2], ahead=1, scale=0.1,
+            walk=(4, 8, 4),
+        )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Bugs planted in the PTX of ``linear`` are found: deleted barriers and waits, wrong addresses and layouts.
+
+Each is an edit of the compiled text, as a wrong compiler or a wrong kernel would give it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from cards import PATHS, card, variant_of
+from emulator.faults import Fault
+from test_kernels import layer_case, layers_of
+
+
+def without(pattern, number=0):
+    """Delete an instruction: the one of this number that fits the pattern."""
+
+    def edit(text):
+        found = list(re.finditer(pattern, text))[number]
+        return text[: found.start()] + text[found.end() :]
+
+    return edit
+
+
+def instead(pattern, other):
+    """Replace all that fits the pattern."""
+
+    def edit(text):
+        changed = re.sub(pattern, other, text)
+        assert changed != text
+        return changed
+
+    return edit
+
+
+def descriptor(swizzle, stride):
+    """Return the constant part of a wgmma descriptor: bits 62 and 63, and from bit 32 on 16ths of the stride."""
+    return str(swizzle << 62 | stride // 16 << 32)
+
+
+BARRIER, WAIT, PRODUCTS = r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+\d+;", r"wgmma\.wait_group\S+\s+\d+;"
+STORE = r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0 \]"
+COPY = r"(cp\.async\.cg\.shared\.global \[ %r\d+ \+) 0 \]"
+MULTIPLY = r"(mma\.sync\S+ {[^}]*}, {) (%r\d+), (%r\d+),"
+FAULTS = [
+    ("sm_80 mma.sync", "fp32", without(BARRIER), "race: reads shared memory"),
+    ("sm_80 mma.sync", "fp32", without(BARRIER, 1), "race: writes shared memory"),
+    ("sm_80 mma.sync", "bf16", without(WAIT), "reads shared memory while a copy"),
+    ("sm_80 mma.sync", "bf16", without(r"cp\.async\.commit_group;", 1), "reads shared memory while a copy"),
+    ("sm_80 mma.sync", "bf16", instead(r"wait_group\s+\d", "wait_group 5"), "reads shared memory while a copy"),
+    ("sm_80 mma.sync", "fp32", instead(STORE, r"\1 4 ]"), "misaligned global address"),
+    ("sm_80 mma.sync", "fp32", instead(STORE, r"\1 33554432 ]"), "is outside the allocations"),
+    ("sm_80 mma.sync", "bf16", instead(COPY, r"\1 8 ]"), "misaligned shared address"),
+    ("sm_80 mma.sync", "bf16", instead(COPY, r"\1 262144 ]"), "shared address"),
+    ("sm_90 wgmma", "bf16", without(BARRIER), "race: reads shared memory"),
+    ("sm_90 wgmma", "bf16", without(PRODUCTS), "reads shared memory while a copy"),
+]
+# These leave the rules and change the results: elements are out of the bound.
+WRONG = [
+    ("sm_80 mma.sync", "bf16", instead(MULTIPLY, r"\1 \3, \2,")),
+    # the last products: read before they are done
+    ("sm_90 wgmma", "bf16", without(PRODUCTS, 1)),
+    # eight rows are 1,024 bytes apart, and swizzled over 128
+    ("sm_90 wgmma", "bf16", instead(descriptor(1, 1024), descriptor(1, 512))),
+    ("sm_90 wgmma", "bf16", instead(descriptor(1, 1024), descriptor(2, 1024))),
+]
+
+
+def run(path, precision, **settings):
+    target, rows = PATHS[path]
+    with card(target, precision, rows, **settings):
+        case = layer_case(variant_of(target, precision), True, 37, 290, 41, "relu", 0.0)
+        layers_of.test_linear.of_case(case, by_row=False, short=0, counted=False, keep_z=False)
+
+
+@pytest.mark.parametrize(("path", "precision", "edit", "problem"), FAULTS)
+def test_a_broken_rule_is_reported_with_its_line(path, precision, edit, problem):
+    with pytest.raises(Fault, match=problem) as raised:
+        run(path, precision, edit=edit)
+    assert re.match(r"linear_kernel at (linear|tiles|standard)\.py:\d+", str(raised.value.place))
+
+
+@pytest.mark.parametrize(("path", "precision", "edit"), WRONG)
+def test_a_wrong_layout_is_out_of_bound(path, precision, edit):
+    with pytest.raises(AssertionError, match="elements out of bound"):
+        run(path, precision, edit=edit)
