@@ -38,6 +38,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     adv, dx, counters = np.empty_like(x), np.empty_like(x), np.zeros(COUNTERS, np.int64)
     operands: dict[str, Any] = {"x": x, "change": change, "counters": counters}
     start, move = steps.bind("perturb", start=adv, **operands), steps.bind("perturb", dx=dx, adv=adv, **operands)
+    weights = None if engine.class_weight is None else engine.on_host(engine.class_weight)
     best, losses = adv, np.full(len(x), -np.inf)
     for restart in range(own.restarts):
         counters[BATCH_INDEX] = restart
@@ -46,7 +47,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
             dx[:] = engine.input_gradient(adv, y)
             move()
         if own.restarts > 1:
-            found = row_losses(spec, engine.outputs(adv), target)
+            found = row_losses(spec, engine.outputs(adv), target, weights)
             # a NaN is as bad as it gets
             worse = ~(found <= losses)
             losses[worse] = found[worse]
@@ -67,7 +68,7 @@ def check_within(engine: Session, argument: str, X: Any, how: Attack | IBP) -> N
         )
 
 
-def row_losses(spec: LossSpec, outputs: Array, target: Array) -> Array:
+def row_losses(spec: LossSpec, outputs: Array, target: Array, class_weight: Array | None = None) -> Array:
     """Return the loss of each row (n,) float64 from outputs (n, N), up to a positive factor of its own."""
     from scipy.special import expit, log_softmax
 
@@ -75,6 +76,7 @@ def row_losses(spec: LossSpec, outputs: Array, target: Array) -> Array:
     if spec.kind == "cross_entropy":
         q = target if spec.soft else np.arange(columns) == target[:, None]
         q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / columns
+        q = q if class_weight is None else q * class_weight
         return np.asarray(-(q * log_softmax(y, axis=1)).sum(axis=1))
     known = {"y": y, "t": target, "delta": spec.delta, "quantile": spec.quantile}
     functions = {name: getattr(np, name) for name in ("abs", "exp", "log1p", "maximum", "minimum", "sign")}
