@@ -364,7 +364,7 @@ def test_impossible_attacks_are_refused(made, kind, message):
     ("engine", "given", "kind", "message"),
     [
         ({}, {"adversarial": 0.1}, ArgumentTypeError, "adversarial: expected an attack"),
-        ({}, {"adversarial": PGD(0.1, restarts=2)}, ArgumentError, "adversarial: restarts are for attack"),
+        ({}, {"adversarial": PGD(0.1, restarts=2)}, ArgumentError, "adversarial: restarts are for Engine.attack"),
         ({}, {"adversarial": PGD(0.1, bounds=(0, 0.5))}, DataError, "X: values from .* are not within the bounds"),
         ({}, {"y": None}, ArgumentError, "y: adversarial training takes arrays X and y"),
         ({"normalise": True}, {}, ArgumentError, "adversarial: eps would be in the units of the scaled columns"),

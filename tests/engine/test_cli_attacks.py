@@ -122,7 +122,10 @@ def test_numbers_are_attacked_too(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("--adversarial", "pgd", "--attack-eps", "0"), "--attack-eps: expected a finite number above 0"),
         (("--adversarial", "pgd", "--attack-eps", "1", "--models", "3"), "--models: adversarial training makes one"),
         (("--adversarial", "pgd", "--attack-eps", "1", "--final-fit"), "--final-fit: adversarial training makes one"),
-        (("--adversarial", "pgd", "--attack-eps", "1", "--dp-epsilon", "3"), "--dp-epsilon: adversarial training"),
+        (
+            ("--adversarial", "pgd", "--attack-eps", "1", "--dp-epsilon", "3"),
+            "--dp-epsilon: adversarial training is not private",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(

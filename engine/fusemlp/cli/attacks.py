@@ -78,10 +78,8 @@ def check_trained(options: TrainOptions) -> None:
     """Raise ArgumentError for what ``train`` cannot do beside ``--adversarial``."""
     if options.adversarial is None:
         return
-    for name, given in (
-        ("models", (options.models or 1) > 1),
-        ("final_fit", options.final_fit),
-        ("dp_epsilon", options.dp_epsilon is not None),
-    ):
+    if options.dp_epsilon is not None:
+        raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
+    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
         if given:
             raise ArgumentError(f"{name}: adversarial training makes one model of the training rows; leave it out")

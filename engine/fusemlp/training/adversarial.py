@@ -31,7 +31,7 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
         _check_intervals(engine, against, stops=stops)
         return
     if against.plain.restarts > 1:
-        raise ArgumentError("adversarial: restarts are for attack and evaluate; training takes one, restarts=1")
+        raise ArgumentError("adversarial: restarts are for Engine.attack; training takes one, restarts=1")
     if engine.normalise:
         raise ArgumentError(
             "adversarial: eps would be in the units of the scaled columns, and that of attack is in raw ones; scale X "
