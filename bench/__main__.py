@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from bench.cases import CASES, QUICK, Case
 from bench.hardware import card
-from bench.measure import TURN_SECONDS, measure, started
+from bench.measure import ABSENT, FAILED, REFUSED, TURN_SECONDS, measure, started
 from bench.options import COMMANDS, parser
 from bench.peers import PEERS, absent, unsuited
 from bench.report import (
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.markdown is not None:
             return print_table(options.markdown)
+        if options.resume and options.out is None:
+            raise ValueError("--resume: it continues a file; name it with --out")
         plan = planned(options)
         if options.list:
             return print_list(plan)
@@ -70,7 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--out {path}: it holds figures measured {beside(busy_of(found))}, and these are measured "
                 f"{beside(plan.busy)}; name another file"
             )
-        return compare(plan, path, as_json=options.json, plots=options.plots)
+        deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+        if options.resume and path.is_file():
+            plan = left_of(plan, read(path))
+        status = compare(plan, path, deadline, as_json=options.json, plots=options.plots)
+        # A contender that an earlier run of this file refused is still wrong.
+        return status or int(options.resume and path.is_file() and any(map(is_wrong, read(path))))
     except ValueError as error:
         say(f"error: {error}")
         return 2
@@ -124,15 +133,33 @@ def planned(options: Any) -> Plan:
     )
 
 
-def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
-    """Measure case by case, write to ``path``, print the tables; return 1 if a contender was refused or failed."""
+def left_of(plan: Plan, lines: Sequence[dict[str, Any]]) -> Plan:
+    """Return the plan without the cases, and without the absent contenders, that a file has already."""
+    done, told = {line["case"] for line in lines}, {line["peer"] for line in lines if line["status"] == ABSENT}
+    missing = {peer: reason for peer, reason in plan.missing.items() if peer not in told}
+    return replace(plan, cases=[case for case in plan.cases if case.name not in done], missing=missing)
+
+
+def is_wrong(line: dict[str, Any]) -> bool:
+    """Return whether a contender was refused or failed."""
+    return line["status"] in (REFUSED, FAILED)
+
+
+def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bool) -> int:
+    """Measure case by case, write to ``path``, print the tables; return 1 if a contender was refused or failed.
+
+    No case begins after ``deadline``, by ``time.monotonic``.
+    """
     unset = openblas_settings()
     if unset:
         say(f"{', '.join(sorted(unset))}: unset for this run, to measure the default BLAS")
     lines: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
     with started(plan.peers, plan.cases) as workers:
-        for case in plan.cases:
+        for number, case in enumerate(plan.cases):
+            if time.monotonic() >= deadline:
+                say(f"the time is over: {number} of {len(plan.cases)} cases are measured; --resume continues")
+                break
             results = measure(
                 case, workers, repeats=plan.repeats, progress=say, turn_seconds=plan.turn_seconds, busy=plan.busy
             )
@@ -141,14 +168,15 @@ def compare(plan: Plan, path: Path, *, as_json: bool, plots: bool) -> int:
             found = records(results, common)
             write(found, path)
             lines += found
-    last = absences(plan.missing, common)
-    write(last, path)
-    lines += last
+    if lines:
+        last = absences(plan.missing, common)
+        write(last, path)
+        lines += last
     print(json.dumps({"file": str(path), "lines": lines}) if as_json else markdown(lines))
     say(f"figures in {path}")
     if plots:
         draw(lines, path)
-    return 1 if any(line["status"] in ("refused", "failed") for line in lines) else 0
+    return int(any(map(is_wrong, lines)))
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

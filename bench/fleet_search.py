@@ -26,6 +26,7 @@ from sklearn.neural_network import MLPClassifier as TheirClassifier
 
 from bench.doors import circumstances_of, finish, parser
 from bench.measure import PAUSE_SECONDS, spread
+from bench.peers import JAX as JAX_SETTINGS
 from bench.report import Record
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 
@@ -61,6 +62,7 @@ def searched(kind: Any, estimator: Any, X: Array, y: Array, *, small: bool = Fal
 
 def jax_search(X: Array, y: Array) -> Callable[[], Array]:
     """Return a function that runs the search as one compiled program and returns its scores (candidates, folds)."""
+    os.environ.update(JAX_SETTINGS)
     import jax
     import jax.numpy as jnp
 

@@ -8,6 +8,7 @@ fills the last cache. The table gives rates as shares of two ceilings, measured 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy as np
 from bench.measure import spread
 from bench.report import Record
 from bench.study import COLOURS, clocks, count, duration, figure, finish, parse, parser, say, table
-from bench.timing import Ceilings, clock_of, flusher, kind_of, measure_ceilings
+from bench.timing import ROUNDS, Ceilings, clock_of, flusher, kind_of, measure_ceilings
 from bench.trials import CLASSES, Trial, trials
 from bench.vendor import Run, Vendor
 
@@ -31,6 +32,14 @@ SHAPES = {
 }
 # One figure is the mean of this many runs: in one graph, or in a row on the host.
 RUNS_IN_A_ROW = {"cpu": 5, "gpu": 20}
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """Parse the shape of a layer, such as 128-784-128, for ``argparse``."""
+    sides = [count(side) for side in text.split("-")]
+    if len(sides) != 3:
+        raise argparse.ArgumentTypeError(f"expected rows-inputs-outputs such as 128-784-128, got {text!r}")
+    return sides[0], sides[1], sides[2]
 
 
 def measure(trial: Trial, vendor: Vendor, flush: Run, rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -203,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--backend", default="auto", help="default: the first that works here")
     made.add_argument("--precision", default="fp32")
     made.add_argument("--rounds", type=count, default=30, metavar="N", help="default: %(default)s")
+    made.add_argument("--shape", type=shape, action="append", metavar="M-K-N", help="rows-inputs-outputs of a layer")
     options = parse(made, arguments)
     from fusemlp.runtime.backends import open_backend
 
@@ -210,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = kind_of(vendor.backend)
     if kind == "cpu":
         say("no GPU is used: its kernels stay unmeasured; these are the ops of the host's backend")
-    lines = study(vendor, SHAPES[kind], options.rounds, measure_ceilings(vendor, 1 << 20))
+    most = measure_ceilings(vendor, 1 << 20, rounds=min(ROUNDS, options.rounds))
+    lines = study(vendor, options.shape or SHAPES[kind], options.rounds, most)
     finish("kernels", options, lines, text(lines), draw)
     return 0
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
+    "host": "measure the host's work for a GPU, without one",
     "table_memory": "measure the peak memory of fusemlp train on long tables",
     "launches": "count the launches of a step and of eager PyTorch's",
     "tune": "measure the tiles of the Triton kernels on a card",
@@ -83,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
         help="N processes spin beside each contender during its turns (default: none)",
     )
     made.add_argument("--repeats", type=count, metavar="N", help="rounds of a case (default: 11, with --quick 3)")
+    made.add_argument("--minutes", type=float, metavar="N", help="begin no case after this time (default: no limit)")
+    made.add_argument("--resume", action="store_true", help="leave out the cases that --out FILE has already")
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="(default: the card, if any)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
     made.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")

@@ -21,7 +21,7 @@ from bench.cases import Case, make_data
 from bench.measure import spread
 from bench.report import Record
 from bench.study import COLOURS, count, duration, figure, finish, network, parse, parser, say, table
-from bench.timing import Ceilings, clock_of, kind_of, measure_ceilings
+from bench.timing import ROUNDS, Ceilings, clock_of, kind_of, measure_ceilings
 from bench.vendor import Vendor
 from fusemlp.program.program import scaled
 
@@ -113,7 +113,7 @@ def study(case: Case, options: dict[str, Any], rounds: int, ceilings: Ceilings |
     if ceilings is None:
         touched = {name for call in program.calls for name in (*call.reads, *call.writes)}
         near = sum(program.bytes_of(name) for name in touched if name not in ("x", "target"))
-        ceilings = measure_ceilings(Vendor(backend, engine.precision), near)
+        ceilings = measure_ceilings(Vendor(backend, engine.precision), near, rounds=min(ROUNDS, rounds))
     places, together = time_calls(bound, rounds)
     common = {
         "case": case.name,
@@ -139,8 +139,9 @@ def study(case: Case, options: dict[str, Any], rounds: int, ceilings: Ceilings |
     lines.append(common | {"row": "sum", "label": "sum of the calls"} | work | _timed(summed, floor))
     how = "the whole step" if kind_of(backend) == "cpu" else f"the step, {RUNS_A_GRAPH} in a graph"
     lines.append(common | {"row": "step", "label": how} | work | _timed(together, floor))
-    # Many steps, so that the fixed cost of an epoch is small.
-    longer = Case(case.sizes, case.batch_size, steps=max(2, min(200, int(2e9 / case.flops))), epochs=1)
+    # Many steps, so that the fixed cost of an epoch is small; the interpreter's figures mean nothing anyway.
+    steps = 2 if common["interpreted"] else max(2, min(200, int(2e9 / case.flops)))
+    longer = Case(case.sizes, case.batch_size, steps=steps, epochs=1)
     for plan in backend.traits.plans:
         seconds = fit_seconds(longer, options, plan, rounds)
         lines.append(

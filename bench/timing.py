@@ -22,6 +22,8 @@ from fusemlp_kernels.numpy.cores import threads
 # Bytes of a copy that no cache holds, on the host and on a card; the side of a square product that fills all units.
 LARGE_BYTES = {"cpu": 1 << 28, "gpu": 1 << 30}
 LARGE_SIDE = {"cpu": 2048, "gpu": 8192}
+# The ceilings are the best of this many rounds, after one that warms up.
+ROUNDS = 7
 # Bytes that are overwritten between two cold calls, to empty the last cache.
 FLUSHED_BYTES = {"cpu": 1 << 27, "gpu": 1 << 28}
 
@@ -119,7 +121,7 @@ class Ceilings:
 
 
 def measure_ceilings(
-    vendor: Vendor, near_size: int, *, rounds: int = 7, side: int | None = None, size: int | None = None
+    vendor: Vendor, near_size: int, *, rounds: int = ROUNDS, side: int | None = None, size: int | None = None
 ) -> Ceilings:
     """Measure the ceilings of a backend's device with the vendor's product and copy; the best of ``rounds`` rounds."""
     backend, kind = vendor.backend, kind_of(vendor.backend)

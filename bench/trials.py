@@ -118,7 +118,7 @@ def _updates(vendor: Vendor, x: Any, dz: Any, k: int, n: int, counters: Any) -> 
     hyper = vendor.backend.allocate(HYPER, "float64")
     hyper[:] = 1.0
     hyper[LEARNING_RATE] = RATE
-    rates = vendor.backend.from_host(rate_table(UpdateRule("sgd"), [RATE]))
+    rates = vendor.backend.from_host(rate_table(UpdateRule("sgd"), [RATE]), "float64")
     item, real = x.itemsize, w.itemsize
     flops, reads = 2 * m * n * k, item * (m * n + m * k)
     # The library's products have the type of their operands.

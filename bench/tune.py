@@ -3,27 +3,42 @@
 The table lists tiles by size, and a product takes the largest that still gives every multiprocessor a program
 (``fusemlp_kernels.triton.configs``). So tiles of one size compete on products that would take that size: two tiles for
 each multiprocessor, with a short and a long reduction. Tiles that spill are left out.
+
+The entries that the benchmark's networks use most come first. Processes compile an entry's candidates side by side.
+Each candidate is timed by events around a graph of runs, so the time of Python does not count. A first round leaves the
+fastest few, and these take turns. After each entry the result is added to a file and the table is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
 import importlib
 import itertools
+import json
 import math
+import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from bench.cases import CASES
+from bench.report import write
+from bench.study import count
+from bench.timing import EventClock, HostClock, clock_of
+
 if TYPE_CHECKING:
     from fusemlp_kernels.triton.backend import TritonBackend
-    from fusemlp_kernels.triton.configs import Tile
+    from fusemlp_kernels.triton.configs import Architecture, Tile
 
 REDUCTIONS = (256, 2048)
 PRECISIONS = {"fp32": "fp32", "tf32": "tf32", "half": "bf16"}
@@ -33,6 +48,10 @@ WARPS = (2, 4, 8)
 PARTS = (1, 2, 4)
 # A candidate replaces the table's tile only if it is faster by this share.
 GAIN = 0.02
+# The candidates that take turns after the first round, and the runs in a graph between two events.
+FINALISTS = 4
+RUNS_A_GRAPH = 20
+Place = tuple[str, str, str, int]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,14 +59,27 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m bench tune",
         description="Measure candidate tiles of the Triton kernels on this machine's card, in turns, and rewrite the "
-        "table of its architecture, fusemlp_kernels/triton/tiles.json. Takes about an hour, most of it compiling.",
+        "table of its architecture, fusemlp_kernels/triton/tiles.json, after each entry. Most of the time goes into "
+        "compiling.",
     )
     made.add_argument("--product", nargs="+", choices=PRODUCTS, default=PRODUCTS, help="default: all")
     made.add_argument(
         "--precision", nargs="+", choices=tuple(PRECISIONS), default=tuple(PRECISIONS), help="default: all"
     )
-    made.add_argument("--rounds", type=int, default=30, help="rounds of each candidate (default: %(default)s)")
-    made.add_argument("--dry-run", action="store_true", help="print the fastest tiles, and write nothing")
+    made.add_argument("--rounds", type=count, default=30, help="rounds of the finalists (default: %(default)s)")
+    made.add_argument("--minutes", type=float, default=math.inf, help="end after this time (default: no limit)")
+    made.add_argument("--entries", type=count, help="tune this many entries (default: all)")
+    made.add_argument("--candidates", type=count, help="measure this many candidates of an entry (default: all)")
+    made.add_argument(
+        "--jobs", type=count, default=os.cpu_count() or 1, help="compiling processes (default: all cores)"
+    )
+    made.add_argument(
+        "--out", type=Path, metavar="FILE", help="add a JSON line for each entry, and leave out the entries in FILE"
+    )
+    made.add_argument("--dry-run", action="store_true", help="print the fastest tiles, and leave the table alone")
+    made.add_argument(
+        "--rehearse", action="store_true", help="run on the CPU under Triton's interpreter, and leave the table alone"
+    )
     return made
 
 
@@ -58,6 +90,28 @@ def why_not() -> str | None:
     if interprets_triton():
         return "TRITON_INTERPRET is set, and the interpreter's times say nothing about a card; unset it"
     return availability()["triton"]
+
+
+def uses(arch: Architecture) -> collections.Counter[Place]:
+    """Return how often the benchmark's networks take each entry of the table on this card."""
+    from fusemlp_kernels.triton import configs
+
+    found: collections.Counter[Place] = collections.Counter()
+
+    def add(product: str, precision: str, tile: Tile) -> None:
+        kind = "half" if precision == "bf16" else precision
+        rows = configs.TABLES[arch.family][product][kind]
+        found[arch.family, product, kind, rows.index(list(dataclasses.astuple(tile)))] += 1
+
+    for case in CASES.values():
+        layers = list(itertools.pairwise(case.sizes))
+        if case.models is None:
+            # forward to each hidden layer, and back to it
+            for width in 2 * case.sizes[1:-1]:
+                add("forward", case.precision, configs.forward_tile(arch, case.precision, case.batch_size, width))
+            shapes = [(outputs, inputs) for inputs, outputs in layers]
+            add("weight", case.precision, configs.weight_tile(arch, case.precision, shapes))
+    return found
 
 
 def candidates(tile: Tile) -> list[Tile]:
@@ -127,41 +181,47 @@ def sound(product: str, precision: str, tile: Tile, target: str) -> bool:
     return True
 
 
-def calls(
-    backend: TritonBackend,
-    product: str,
-    precision: str,
-    tile: Tile,
-    shapes: Sequence[tuple[int, int, int]],
-    family: str,
-) -> list[Callable[[], object]]:
-    """Return bound calls with this tile, one for each result of (rows, columns) over a reduction."""
+def operands(
+    backend: TritonBackend, product: str, shapes: Sequence[tuple[int, int, int]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return an op and its operands for each result of (rows, columns) over a reduction; the candidates share them."""
     from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, TensorRule, UpdateRule
 
     def matrix(rows: int, columns: int, dtype: str) -> Any:
         pitch = -(-columns // 8) * 8
         return backend.view(backend.allocate(rows * pitch, dtype), 0, (rows, columns), pitch)
 
-    made: list[Callable[[], object]] = []
-    with only(tile, family, product, precision):
-        for rows, columns, depth in shapes:
-            if product == "forward":
-                x, w, y = (matrix(*sides, "compute") for sides in ((rows, depth), (columns, depth), (rows, columns)))
-                b = backend.allocate(columns, "real")
-                made.append(backend.bind("linear", x=x, w=w, b=b, y=y, activation="relu"))
-                continue
-            layer = {
-                "dz": matrix(depth, rows, "compute"), "x": matrix(depth, columns, "compute"),
-                "w": matrix(rows, columns, "real"), "b": None, "w_rule": TensorRule(),
-                "w_state": tuple(matrix(rows, columns, "real") for _ in range(2)),
-            }  # fmt: skip
-            clock = {
-                "hyper": backend.allocate(HYPER, "float64"), "counters": backend.allocate(COUNTERS, "int64"),
-                "rates": backend.allocate(2 * RATE_COLUMNS, "float64").reshape(2, RATE_COLUMNS),
-            }  # fmt: skip
-            rule = UpdateRule("adam")
-            made.append(backend.bind("grad_weight_update", layers=[layer], rule=rule, **clock))
+    made: list[tuple[str, dict[str, Any]]] = []
+    for rows, columns, depth in shapes:
+        if product == "forward":
+            x, w, y = (matrix(*sides, "compute") for sides in ((rows, depth), (columns, depth), (rows, columns)))
+            b = backend.allocate(columns, "real")
+            made.append(("linear", {"x": x, "w": w, "b": b, "y": y, "activation": "relu"}))
+            continue
+        layer = {
+            "dz": matrix(depth, rows, "compute"), "x": matrix(depth, columns, "compute"),
+            "w": matrix(rows, columns, "real"), "b": None, "w_rule": TensorRule(),
+            "w_state": tuple(matrix(rows, columns, "real") for _ in range(2)),
+        }  # fmt: skip
+        clock = {
+            "hyper": backend.allocate(HYPER, "float64"), "counters": backend.allocate(COUNTERS, "int64"),
+            "rates": backend.allocate(2 * RATE_COLUMNS, "float64").reshape(2, RATE_COLUMNS),
+        }  # fmt: skip
+        made.append(("grad_weight_update", {"layers": [layer], "rule": UpdateRule("adam"), **clock}))
     return made
+
+
+def calls(
+    backend: TritonBackend,
+    product: str,
+    precision: str,
+    tile: Tile,
+    given: Sequence[tuple[str, dict[str, Any]]],
+    family: str,
+) -> list[Callable[[], object]]:
+    """Return the ops bound with this tile."""
+    with only(tile, family, product, precision):
+        return [backend.bind(op, **each) for op, each in given]
 
 
 def result_shapes(tile: Tile, processors: int) -> list[tuple[int, int, int]]:
@@ -171,25 +231,19 @@ def result_shapes(tile: Tile, processors: int) -> list[tuple[int, int, int]]:
     return [(length, length, depth) for depth in REDUCTIONS]
 
 
-def milliseconds(contestants: Mapping[Any, Sequence[Callable[[], object]]], rounds: int) -> dict[Any, list[float]]:
-    """Return the median time of each call of each contestant, in turn."""
-    import torch
-
-    times: dict[Any, list[list[float]]] = {name: [[] for _ in runs] for name, runs in contestants.items()}
+def seconds(
+    clock: EventClock | HostClock, contestants: Mapping[Any, Sequence[Callable[[], object]]], rounds: int, times: int
+) -> dict[Any, list[float]]:
+    """Return the median time of each call of each contestant, in turn, as means over ``times`` runs."""
+    taken: dict[Any, list[list[float]]] = {name: [[] for _ in runs] for name, runs in contestants.items()}
     for round_ in range(rounds + 1):
         for name, runs in contestants.items():
             for place, run in enumerate(runs):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                run()
-                start.record()
-                for _ in range(5):
-                    run()
-                end.record()
-                end.synchronize()
-                # The first round warms up.
+                took = clock.seconds(run, times)
+                # The first round compiles and captures.
                 if round_:
-                    times[name][place].append(start.elapsed_time(end) / 5)
-    return {name: [statistics.median(found) for found in places] for name, places in times.items()}
+                    taken[name][place].append(took)
+    return {name: [statistics.median(one) for one in each] for name, each in taken.items()}
 
 
 def fastest(times: Mapping[Any, Sequence[float]], present: Any) -> tuple[Any, float]:
@@ -220,44 +274,112 @@ def say(text: str) -> None:
     print(f"bench tune: {text}", file=sys.stderr, flush=True)
 
 
-def measure(options: argparse.Namespace) -> dict[tuple[str, str, str, int], Tile]:
-    """Return the fastest tiles by their places in the table."""
-    import torch
+class Tuner:
+    """Tunes the entries of one card's table, until ``deadline`` by ``time.monotonic``."""
 
-    from fusemlp_kernels.registry import TRAITS
-    from fusemlp_kernels.triton import configs
-    from fusemlp_kernels.triton.backend import TritonBackend, open_device
+    def __init__(self, options: argparse.Namespace, deadline: float) -> None:
+        from fusemlp_kernels.triton.backend import open_device
 
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    target = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    family = configs.family_of(target)
-    found: dict[tuple[str, str, str, int], Tile] = {}
-    for product, kind in itertools.product(options.product, options.precision):
+        self.options, self.deadline = options, deadline
+        device = open_device(None, "fp32")
+        self.arch, self.interpreted = device.arch, device.interpreted
+        self.card = "the interpreter"
+        if not self.interpreted:
+            import torch
+
+            self.card = torch.cuda.get_device_name(device.device)
+
+    def entries(self) -> list[Place]:
+        """Return the entries that the options select and the file lacks, the most used ones first."""
+        from fusemlp_kernels.triton import configs
+
+        family, options = self.arch.family, self.options
+        every = [
+            (family, product, kind, index)
+            for product, kind in itertools.product(options.product, options.precision)
+            for index in range(len(configs.TABLES[family][product][kind]))
+        ]
+        used, done = uses(self.arch), set()
+        if options.out is not None and options.out.is_file():
+            lines = map(json.loads, options.out.read_text(encoding="utf-8").splitlines())
+            done = {tuple(line["place"]) for line in lines if line["card"] == self.card}
+        left = [place for place in every if place not in done]
+        return sorted(left, key=lambda place: -used[place])[: options.entries]
+
+    def compiled(self, place: Place, tiles: Sequence[Tile]) -> list[Tile] | None:
+        """Return the tiles that compile without spills, the present one first; None after the deadline. Triton's cache
+        keeps those that were compiled."""
+        family, product, kind, _ = place
+        if self.interpreted:
+            return list(tiles)
+        with ProcessPoolExecutor(self.options.jobs, mp_context=get_context("spawn")) as pool:
+            work = {pool.submit(sound, product, PRECISIONS[kind], tile, family): tile for tile in tiles[1:]}
+            good = set()
+            left = None if math.isinf(self.deadline) else max(self.deadline - time.monotonic(), 1.0)
+            try:
+                for done in as_completed(work, timeout=left):
+                    if done.result():
+                        good.add(work[done])
+            except TimeoutError:
+                pool.shutdown(cancel_futures=True)
+                return None
+        return [tiles[0], *(tile for tile in tiles[1:] if tile in good)]
+
+    def tuned(self, place: Place) -> dict[str, Any] | None:
+        """Return the line of an entry; None if the time was over before its candidates were compiled."""
+        from fusemlp_kernels.registry import TRAITS
+        from fusemlp_kernels.triton import configs
+        from fusemlp_kernels.triton.backend import TritonBackend
+
+        family, product, kind, index = place
         precision = PRECISIONS[kind]
+        present = configs.Tile(*configs.TABLES[family][product][kind][index])
+        tiles = candidates(present)[: self.options.candidates]
+        found = self.compiled(place, tiles)
+        if found is None:
+            return None
         backend = TritonBackend(TRAITS["triton"], None, precision)
-        processors = open_device(None, precision).arch.processors
-        for index, row in enumerate(configs.TABLES[family][product][kind]):
-            present = configs.Tile(*row)
-            shapes = result_shapes(present, processors)
-            tiles = [tile for tile in candidates(present) if tile == present or sound(product, precision, tile, family)]
-            runs = {tile: calls(backend, product, precision, tile, shapes, family) for tile in tiles}
-            best, share = fastest(milliseconds(runs, options.rounds), present)
-            found[family, product, kind, index] = best
-            print(f"{properties.name} {product} {kind} {present}: {best}, {share:.2f} of the time", flush=True)
-    return found
+        clock, times = clock_of(backend), 1 if self.interpreted else RUNS_A_GRAPH
+        shapes = [(64, 64, 64)] if self.interpreted else result_shapes(present, self.arch.processors)
+        given = operands(backend, product, shapes)
+        runs = {tile: calls(backend, product, precision, tile, given, family) for tile in found}
+        first = {tile: statistics.geometric_mean(each) for tile, each in seconds(clock, runs, 1, times).items()}
+        finalists = {present, *sorted(first, key=first.__getitem__)[:FINALISTS]}
+        taken = seconds(clock, {tile: runs[tile] for tile in found if tile in finalists}, self.options.rounds, times)
+        best, share = fastest(taken, present)
+        return {
+            "study": "tune", "card": self.card, "place": list(place), "present": list(dataclasses.astuple(present)),
+            "best": list(dataclasses.astuple(best)), "share": share, "candidates": len(tiles), "measured": len(found),
+            "seconds": {str(dataclasses.astuple(tile)): each for tile, each in taken.items()},
+        }  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(arguments)
-    reason = why_not()
+    reason = None if options.rehearse else why_not()
     if reason is not None:
         say(f"there is no card to measure on: {reason}")
         return 2
     from fusemlp_kernels.triton import configs
 
-    tables = rewritten(configs.TABLES, measure(options))
-    if not options.dry_run:
-        configs.TABLE_FILE.write_text(configs.table_text(tables))
+    tuner = Tuner(options, time.monotonic() + 60 * options.minutes)
+    entries, changed = tuner.entries(), False
+    for number, place in enumerate(entries):
+        line = tuner.tuned(place) if time.monotonic() < tuner.deadline else None
+        if line is None:
+            say(f"the time is over: {number} of {len(entries)} entries are tuned")
+            break
+        best = configs.Tile(*line["best"])
+        said = f"{line['share']:.2f} of the time, {line['measured']} of {line['candidates']} candidates measured"
+        print(f"{tuner.card} {' '.join(map(str, place[1:]))}: {line['present']} -> {line['best']}, {said}", flush=True)
+        if options.out is not None:
+            write([line], options.out)
+        if line["best"] != line["present"] and not (options.dry_run or options.rehearse):
+            # The next entries are measured with the table as it is now.
+            configs.TABLES.update(rewritten(configs.TABLES, {place: best}))
+            configs.TABLE_FILE.write_text(configs.table_text(configs.TABLES), encoding="utf-8")
+            changed = True
+    if changed:
         say(f"wrote {configs.TABLE_FILE}; now run ci/compile_kernels.py --all --write, and commit both")
     return 0

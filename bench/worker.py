@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import multiprocessing
 import os
 import time
@@ -82,12 +83,16 @@ class _Served:
         return seconds / (epochs * self.case.steps * (self.case.models or 1))
 
     def environment(self) -> dict[str, Any]:
-        """Return the contender's version, and the thread pools (BLAS, OpenMP) in its process."""
-        from threadpoolctl import threadpool_info
+        """Return the contender's version, and the thread pools (BLAS, OpenMP) in its process, none without
+        threadpoolctl."""
+        found: list[dict[str, Any]] = []
+        if importlib.util.find_spec("threadpoolctl") is not None:
+            from threadpoolctl import threadpool_info
 
+            found = threadpool_info()
         pools = [
             {key: pool.get(key) for key in ("user_api", "internal_api", "version", "architecture", "num_threads")}
-            for pool in threadpool_info()
+            for pool in found
         ]
         return {"version": version_of(PEERS[self.peer].package), "pools": pools}
 

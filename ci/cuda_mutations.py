@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mutations import (
     ADVANCE,
+    CLIP,
     FUSED,
     GRAD_INPUT,
     GRAD_WEIGHT,
@@ -17,6 +18,7 @@ from mutations import (
     LOSS,
     MANY_CLASSES,
     NAN_LAYER,
+    NOISE,
     OVERFLOW,
     OWN_WAY,
     PERTURB,
@@ -249,6 +251,9 @@ CUDA_MUTATIONS = (
             GRAD_WEIGHT,
         ),
         ("decay without the rate", "1.0 - rate * decay", "1.0 - decay", FUSED),
+        ("bias in no row's norm", " + static_cast<double>(layer.biased)", "", CLIP),
+        ("row clipped by its last layer alone", "squares += width *", "squares = width *", CLIP),
+        ("padding clipped", "    if (row >= call.counters[ROW_COUNT]) return;\n", "", CLIP),
     ),
     *_bugs(
         "update.cu",
@@ -260,6 +265,21 @@ CUDA_MUTATIONS = (
         ),
         ("gradients not divided by the loss scale", "            factor /= call.hyper[LOSS_SCALE];\n", "", SCALED),
         ("overflow taken for an update", "sound = fabs(norm) < largest", "sound = fabs(norm) <= largest", OVERFLOW),
+        ("noise not divided", "(g + call.deviation * z) / call.divisor", "g + call.deviation * z", NOISE),
+        ("padding of private batches counted", "if (call.batches) leave_out", "if (!call.batches) leave_out", NOISE),
+    ),
+    *_bugs(
+        "noise.cuh",
+        ("noise of one tensor for all", "0xfffffffeu - static_cast<unsigned>(tensor)", "0xfffffffeu", NOISE),
+        ("second word of an element a word too high", "element / NORMALS)", "element / NORMALS + 1)", NOISE),
+        ("sine where the cosine belongs", "(odd ? sine : cosine)", "(odd ? cosine : sine)", NOISE),
+        (
+            "signs of sine and cosine swapped",
+            "(odd ? angle & 2u : angle & 1u)",
+            "(odd ? angle & 1u : angle & 2u)",
+            NOISE,
+        ),
+        ("padding counted before the clock has written", "    __syncthreads();\n    rows +=", "    rows +=", NOISE),
     ),
     *_bugs(
         "clock.cuh",

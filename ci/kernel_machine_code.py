@@ -1,4 +1,6 @@
-"""Read from machine code, without a GPU, how many registers and how much memory a kernel takes."""
+"""Read from compiled code, without a GPU, how many registers and how much memory a kernel takes, and two faults: a
+tensor-core product that reads shared memory too early, and a function that holds shared memory while it calls another.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,13 @@ NVIDIA_PRODUCTS = ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA")
 MFMA = re.compile(r"^\s*v_mfma_", re.MULTILINE)
 OPERATION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+# wgmma and tcgen05 read shared memory through the asynchronous proxy; cp.async writes it through the generic one (PTX
+# ISA, "Proxies"). Between the wait for the copies and the product a fence must make the writes visible.
+PROXIES = re.compile(
+    r"(?P<wait>cp\.async\.wait_(?:group|all))|(?P<fence>fence\.proxy\.async)|(?P<product>"
+    r"(?:wgmma\.mma_async|tcgen05\.mma)\b)"
+)
+FUNCTION = re.compile(r"^\s*tt\.func ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,9 @@ class Resources:
     ``spills`` counts the instructions that store to or load from local memory; on AMD the vector registers kept there.
     (AMD keeps scalar registers in lanes of vector registers, which takes no memory.) ``tensor_core`` is the tensor-core
     instruction, or "".
+
+    Faults: ``unfenced`` counts the waits for copies that a product follows without a fence. ``shared_callers`` counts
+    the functions that hold shared memory and call others; Triton places that of all functions at one address.
     """
 
     registers: int
@@ -34,13 +46,32 @@ class Resources:
     shared_static: int
     shared_dynamic: int
     tensor_core: str
+    unfenced: int = 0
+    shared_callers: int = 0
+
+
+FAULTS = ("unfenced", "shared_callers")
 
 
 def of(asm: Mapping[str, Any], shared: int) -> Resources:
     """Return the resources of a compiled kernel; ``shared`` is Triton's own count of the dynamic shared memory."""
-    if "cubin" in asm:
-        return _nvidia(asm["cubin"], shared)
-    return _amd(asm["amdgcn"], shared)
+    found = _nvidia(asm["cubin"], shared) if "cubin" in asm else _amd(asm["amdgcn"], shared)
+    return replace(found, unfenced=unfenced(asm.get("ptx", "")), shared_callers=shared_callers(asm["ttgir"]))
+
+
+def unfenced(ptx: str) -> int:
+    """Return the number of waits for asynchronous copies with a product after them and no fence in between."""
+    found, waited = 0, False
+    for match in PROXIES.finditer(ptx):
+        if match.lastgroup == "product":
+            found += waited
+        waited = match.lastgroup == "wait"
+    return found
+
+
+def shared_callers(ttgir: str) -> int:
+    """Return the number of functions in Triton's GPU code that allocate shared memory and call a function."""
+    return sum("ttg.local_alloc" in body and "tt.call @" in body for body in FUNCTION.split(ttgir))
 
 
 def disassembly(cubin: bytes) -> tuple[str, str]:

@@ -24,13 +24,14 @@ from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, perturb, resident, update
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, perturb, privacy, resident, update
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = {
     "linear": linear.linear_kernel,
     "grad_input": gradients.grad_input_kernel,
+    "clip_examples": privacy.clip_examples_kernel,
     "grad_weight": gradients.grad_weight_kernel,
     "linear_loss_grad": loss.linear_loss_grad_kernel,
     "loss_grad": loss.loss_grad_kernel,
@@ -55,7 +56,7 @@ POINTERS = {
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
-    **dict.fromkeys(("measured", "epoch_stats"), "fp64"),
+    **dict.fromkeys(("measured", "epoch_stats", "limit", "noise"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     "ticket": "i32",
 }
@@ -78,7 +79,7 @@ class Variant:
         """Return a name that tells it from the kernel's other variants."""
         tile = self.tile
         size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
-        flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "UPDATES": "updates"}
+        flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "UPDATES": "updates", "NOISY": "noisy"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
         numbers = {"TASKS": "tasks", "OUTPUTS": "outputs"}
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
@@ -129,8 +130,16 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
-            constants = {"BLOCK": configs.SWEEP.columns, "RULE": RULES.index(rule), "TASKS": tasks}
-            yield Variant("update", ELEMENTS[precision], configs.SWEEP, constants)
+            for noisy, tile in ((False, configs.SWEEP), (True, configs.NOISY_SWEEP)):
+                constants = {
+                    "BLOCK": tile.columns,
+                    "RULE": RULES.index(rule),
+                    "TASKS": tasks,
+                    "NOISY": noisy,
+                }
+                yield Variant("update", ELEMENTS[precision], tile, constants)
+    sides = {"BM": configs.CLIP.rows, "BK": configs.CLIP.columns}
+    yield Variant("clip_examples", ELEMENTS[precision], configs.CLIP, sides)
     yield Variant("perturb", ELEMENTS[precision], configs.SWEEP, {"BLOCK": configs.SWEEP.columns})
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):
@@ -200,11 +209,13 @@ def source(variant: Variant, target: str) -> ASTSource:
 
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
-    """Compile for ``target``, without a GPU; return the row of the record, see ``kernel_machine_code.Resources``."""
+    """Compile for ``target``, without a GPU; return the row of the record, see ``kernel_machine_code.Resources``. A row
+    has a fault only if its code has it."""
     options = configs.launch_options(configs.family_of(target), variant.tile)
     compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
-    found = kernel_machine_code.of(compiled.asm, compiled.metadata.shared)
+    found = dataclasses.asdict(kernel_machine_code.of(compiled.asm, compiled.metadata.shared))
+    kept = {name: value for name, value in found.items() if value or name not in kernel_machine_code.FAULTS}
     return {
         "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,
-        **dataclasses.asdict(found), "source": source_hash(variant.kernel),
+        **kept, "source": source_hash(variant.kernel),
     }  # fmt: skip

@@ -15,6 +15,7 @@ GRAD_WEIGHT, PARTS = "test_layers.py::test_grad_weight", "test_layers.py::test_g
 FUSED, UPDATE, ADVANCE = (
     f"test_update.py::{name}" for name in ("test_grad_weight_update", "test_update", "test_advance")
 )
+CLIP, NOISE = (f"test_clip_examples.py::{name}" for name in ("test_clip_examples", "test_update_adds_noise"))
 WEIGHTS = "test_loss.py::test_all_weights_of_a_cross_entropy_together"
 MANY_CLASSES = "test_loss.py::test_cross_entropy_of_ten_thousand_classes"
 SCALED = "test_loss_scale.py::test_scaled_gradients_give_the_update_of_the_unscaled"
@@ -372,6 +373,39 @@ MUTATIONS = (
             "if is_last(ticket, programs):\n        advance_clock(",
             "if is_last(ticket, programs) | True:\n        advance_clock(",
             UPDATE,
+        ),
+        (
+            "padding of private batches counted",
+            "            leave_out_padding(counters, rows, COUNTED)",
+            "            pass",
+            NOISE,
+        ),
+    ),
+    *_bugs(
+        "privacy.py",
+        ("bias in no row's norm", "(by_x + tl.where(tl.load(row + KIND) == BIAS, 1.0, 0.0))", "by_x", CLIP),
+        ("row clipped by its last layer alone", "squares += by_dz *", "squares = by_dz *", CLIP),
+        ("rows clipped to the square", "factor = (largest / tl.sqrt(", "factor = (largest / (", CLIP),
+        ("rows of the first batch in every norm", "this_batch(rows, counters, gather), at_m", "rows, at_m", CLIP),
+        ("padding clipped", "inside = at_m < count\n    far", "inside = at_m < M\n    far", CLIP),
+        ("noise of one tensor for all", "zero + (-2 - tensor)", "zero + (-2 - 0 * tensor)", NOISE),
+        ("noise of one update for all", "zero + update.to(tl.uint32)", "zero", NOISE),
+        ("second word of an element a word too high", "element // NORMALS", "element // NORMALS + 1", NOISE),
+        ("sine where the cosine belongs", "tl.where(odd, sine, -sine)", "tl.where(odd, -sine, sine)", NOISE),
+        (
+            "signs of sine and cosine swapped",
+            "tl.where(odd, angle & 2, angle & 1)",
+            "tl.where(odd, angle & 1, angle & 2)",
+            NOISE,
+        ),
+        ("variance of the noise is two", "tl.sqrt(-tl.log(", "tl.sqrt(-2.0 * tl.log(", NOISE),
+        ("noise not divided", "* (1.0 / tl.load(noise + 1))", "", NOISE),
+        ("noise between the rows", "tl.where(column.to(tl.int64) < columns, noisy, 0.0)", "noisy", NOISE),
+        (
+            "gaps between the rows counted",
+            "(top + down.to(tl.int64)) * columns",
+            "(top + down.to(tl.int64)) * pitch",
+            NOISE,
         ),
     ),
     *_bugs(

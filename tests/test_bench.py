@@ -134,6 +134,15 @@ def test_a_measurement_ends_in_a_full_report(
     assert main(["--markdown", str(path)]) == 0
     assert capsys.readouterr().out == printed.out
 
+    # a run that continues the file measures what is not in it, and no case begins after the time
+    before = path.read_text()
+    assert main([*asked, "--resume", "--out", str(path)]) == 0
+    assert main([*asked, "--case", "64-32-10@32", "--resume", "--minutes", "0", "--out", str(path)]) == 0
+    assert "the time is over: 0 of 1 cases are measured" in capsys.readouterr().err
+    assert path.read_text() == before
+    path.write_text(before.replace('"timed"', '"refused"', 1))
+    assert main([*asked, "--resume", "--out", str(path)]) == 1
+
 
 def test_json_is_one_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -282,6 +291,7 @@ def test_what_it_does_not_know_is_answered_with_the_nearest(
         (["--case", "1024-1024-1024-1024-1024@4096:bf16", "--device", "cpu"], "it is for a GPU only"),
         (["--case", "784-10-10@32", "--peer", "fleet", "--device", "cpu"], "fleet: trains many models at once"),
         (["--markdown", "no/such/file.jsonl"], "no/such/file.jsonl"),
+        (["--resume"], "--resume: it continues a file; name it with --out"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

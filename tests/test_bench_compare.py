@@ -273,3 +273,28 @@ def test_the_committed_results_are_whole() -> None:
             record = json.loads(line)
             assert {"date", "machine", "versions"} <= record.keys(), path.name
             assert record["machine"]["system"] == "Linux x86_64", path.name
+
+
+def test_the_figures_of_a_card_get_a_section_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, found, page = tmp_path / "results", tmp_path / "gpu", tmp_path / "README.md"
+    results.mkdir()
+    found.mkdir()
+    monkeypatch.setattr(readme, "PAGES", (page,))
+    monkeypatch.setattr(readme, "RESULTS", results)
+    written(results / "host.jsonl", lines(0))
+    page.write_text("<!-- bench host.jsonl -->\n<!-- /bench -->\n<!-- gpu -->\nNothing yet.\n<!-- /gpu -->\n")
+    written(found / "table.jsonl", lines(0))
+    assert readme.main(["--gpu", str(found)]) == 2
+    assert "expected the results of ci/gpu on a card" in capsys.readouterr().err
+    for name, speed in (("Card B", 1), ("Card A", 2), ("Card A", 3)):
+        (found / "table.jsonl").unlink()
+        card = {"card": {"name": name, "driver": "1"}, "device": "gpu"}
+        written(found / "table.jsonl", [line | card for line in lines(speed)])
+        assert readme.main(["--gpu", str(found)]) == 0
+    text = page.read_text()
+    assert text.count("### Card A\n") == text.count("### Card B\n") == 1 and "Nothing yet" not in text
+    assert text.count("(driver 1)") == 2 and readme.main(["--check"]) == 0
+    assert "| the networks above | not yet" not in text and "not yet measured on a GPU" in text
+    assert readme.kind(results / "host.jsonl") == "" and len(list(results.glob("*-card-a-table.jsonl"))) == 1

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import (
     examples,
+    host,
     kernels,
     loops,
     memory,
@@ -37,7 +38,7 @@ from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scaling", "overhead", "table_memory", "tables", "time_to_result")
+STUDIES = ("roofline", "kernels", "scaling", "overhead", "host", "table_memory", "tables", "time_to_result")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -74,6 +75,13 @@ def test_a_study_runs_as_a_module() -> None:
 def test_what_is_no_network_is_refused(text: str) -> None:
     with pytest.raises(Exception, match="expected widths@batch"):
         study.network(text)
+
+
+@pytest.mark.parametrize("text", ["8-16", "8-16-0", "8x16x8", "8-16-8-2"])
+def test_what_is_no_shape_of_a_layer_is_refused(text: str) -> None:
+    assert kernels.shape("8-16-4") == (8, 16, 4)
+    with pytest.raises(Exception, match="expected"):
+        kernels.shape(text)
 
 
 # roofline
@@ -201,6 +209,24 @@ def test_a_point_has_the_work_of_all_models() -> None:
     assert scaling.work_of(scaling.case_at("models", 16)) == 16 * scaling.case_at("models", 1).flops
     assert scaling.case_at("depth", 3).sizes == (64, 128, 128, 128, 10)
     assert scaling.case_at("batch", 32).rows == scaling.case_at("batch", 32).steps * 32
+
+
+# host
+
+
+def test_host_puts_the_versions_of_a_door_together() -> None:
+    lines = [
+        {"door": door, "label": label, "seconds": {"step": seconds}}
+        for label, seconds in (("before", 2e-5), ("after", 1e-6))
+        for door in ("fit", "fuse")
+    ]
+    rows = [line.split("|")[1:4] for line in host.text(lines).splitlines() if line.startswith("| f")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["fit", "before", "20.0"],
+        ["fit", "after", "1.0"],
+        ["fuse", "before", "20.0"],
+        ["fuse", "after", "1.0"],
+    ]
 
 
 # overhead
@@ -380,9 +406,16 @@ def test_the_examples_are_told_as_means_over_the_seeds() -> None:
     assert "Means over 2 seeds" in told
 
 
-def test_transfer_takes_digits_that_its_source_has_not_seen() -> None:
-    X = np.arange(20.0).reshape(10, 2)
-    y = np.array([7, 0, 5, 9, 4, 3, 6, 8, 2, 1])
-    few, codes = examples.only((X, y), 5)
-    np.testing.assert_array_equal(few, X[[0, 2, 3, 6, 7]])
-    assert codes.tolist() == [2, 0, 4, 1, 3]
+def test_trust_times_both_sides_and_names_what_is_not_installed(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch")
+    from bench import trust
+
+    monkeypatch.setattr(trust, "BATCHES", 2)
+    monkeypatch.setattr(trust, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(trust.importlib.util, "find_spec", lambda name: None)
+    assert trust.main(["--rounds", "1", "--out", str(tmp_path / "trust.jsonl")]) == 0
+    shown = capsys.readouterr()
+    assert "| PGD-10 training step: torch |" in shown.out and "python -m bench trust" in shown.out
+    assert "left out: captum: not installed; pip install captum" in shown.err
+    with pytest.raises(RuntimeError, match="twice: results differ by 1"):
+        trust.compare("twice", (lambda: np.zeros(2), lambda: np.ones(2)), rounds=1, agree=True)

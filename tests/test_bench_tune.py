@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import tune
+from bench.report import write
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import Device
@@ -74,7 +76,8 @@ def test_calls_are_bound_with_the_candidate(product, kind, precision, monkeypatc
     made = backend.TritonBackend(TRAITS["triton"], None, precision)
     tile = configs.Tile(32, 64, 32, 4, 2, 1)
     before = configs.table_text(configs.TABLES)
-    runs = tune.calls(made, product, precision, tile, [(64, 64, 32), (64, 128, 64)], "sm_90")
+    given = tune.operands(made, product, [(64, 64, 32), (64, 128, 64)])
+    runs = tune.calls(made, product, precision, tile, given, "sm_90")
     name = "linear_kernel" if product == "forward" else "grad_weight_kernel"
     assert len(runs) == 2 and seen == [(name, tile)] * 2
     assert configs.table_text(configs.TABLES) == before
@@ -107,3 +110,34 @@ def test_the_table_is_rewritten_at_its_places_only(tmp_path):
     assert [line.strip(" ,") for line in changed] == [f"[{tile.rows}, {tile.columns}, 32, 4, 2, 4]"]
     with pytest.raises(ValueError, match="would lose its order"):
         tune.rewritten(configs.TABLES, {place: configs.Tile(16, 32, 32, 2, 2)})
+
+
+def test_the_entries_that_the_benchmarks_networks_use_come_first(tmp_path):
+    arch = configs.Architecture("sm_90", 132)
+    used = tune.uses(arch)
+    options = tune.parser().parse_args(["--out", str(tmp_path / "tune.jsonl")])
+    tuner = object.__new__(tune.Tuner)
+    tuner.options, tuner.arch, tuner.card = options, arch, "a card"
+    entries = tuner.entries()
+    tables = configs.TABLES["sm_90"]
+    assert len(entries) == sum(len(tables[product][kind]) for product in tune.PRODUCTS for kind in tune.PRECISIONS)
+    assert [used[place] for place in entries] == sorted((used[place] for place in entries), reverse=True)
+    assert set(used) <= set(entries) and used[entries[0]] > 1
+    # an entry in the file is done, on the card that measured it
+    write([{"card": "a card", "place": list(entries[0])}, {"card": "another", "place": list(entries[1])}], options.out)
+    assert tuner.entries() == entries[1:]
+
+
+def test_a_rehearsal_measures_and_leaves_the_table_alone(tmp_path):
+    before = configs.TABLE_FILE.read_bytes()
+    out = tmp_path / "tune.jsonl"
+    small = ["--rehearse", "--precision", "fp32", "--entries", "1", "--candidates", "2", "--rounds", "1"]
+    assert tune.main([*small, "--product", "weight", "--out", str(out)]) == 0
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert line["place"] == ["interpreter", "weight", "fp32", 0] and line["measured"] == 2
+    assert len(line["seconds"]) == 2 and all(one > 0 for each in line["seconds"].values() for one in each)
+    assert configs.TABLE_FILE.read_bytes() == before
+    # every entry is in the file now, or the time is over
+    assert tune.main([*small, "--product", "weight", "--out", str(out)]) == 0
+    assert tune.main([*small, "--minutes", "0"]) == 0
+    assert len(out.read_text().splitlines()) == 1

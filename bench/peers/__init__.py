@@ -74,6 +74,8 @@ class Peer:
 
 
 HOST: dict[str, Any] = {"host": True, "dropout": False, "precisions": ("fp32",)}
+# By default JAX takes three quarters of a card's memory when it starts, and the contenders share the card.
+JAX = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 EPS = "Adam adds eps before the bias correction, as scikit-learn does"
 
 # The first one is the reference of all others.
@@ -108,8 +110,8 @@ PEERS = {
         precisions=("fp32", "tf32"),
     ),
     "sklearn_mlp": Peer("scikit-learn", "sklearn", **HOST, rules=SCIKIT_LEARN, differs=EPS),
-    "jax_jit": Peer("JAX jit", "jax"),
-    "jax_scan": Peer("JAX lax.scan", "jax"),
+    "jax_jit": Peer("JAX jit", "jax", environment=JAX),
+    "jax_scan": Peer("JAX lax.scan", "jax", environment=JAX),
     "tiny_cuda_nn": Peer(
         "tiny-cuda-nn",
         "tinycudann",
@@ -121,7 +123,7 @@ PEERS = {
         differs="no biases, half precision",
     ),
     "fleet": Peer("fusemlp Fleet", "fusemlp", fleet=True),
-    "jax_vmap": Peer("JAX vmap + lax.scan", "jax", fleet=True),
+    "jax_vmap": Peer("JAX vmap + lax.scan", "jax", fleet=True, environment=JAX),
     "torch_func": Peer("PyTorch torch.func", "torch", fleet=True, dropout=False),
     "sklearn_loop": Peer("scikit-learn one by one", "sklearn", **HOST, fleet=True, rules=SCIKIT_LEARN, differs=EPS),
 }

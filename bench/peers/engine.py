@@ -51,7 +51,9 @@ class EngineTrainer:
             plan=plan,
         )
         self.engine.load_state_dict(state_of(data.parameters))
-        self.initial = self.engine.snapshot()
+        self.initial = self.engine.remember()
+        # on a card the data stays there, as that of the peers does
+        self.X, self.y = map(self.engine.memory.backend.from_host, (data.X, data.y))
 
     @property
     def chosen(self) -> str:
@@ -62,7 +64,7 @@ class EngineTrainer:
         self.engine.restore(self.initial)
 
     def train(self, epochs: int) -> None:
-        self.engine.fit(self.data.X, self.data.y, epochs=epochs)
+        self.engine.fit(self.X, self.y, epochs=epochs)
 
     def losses(self, order: Array) -> Array:
         recorder = _Recorder()

@@ -18,7 +18,8 @@ import numpy as np
 from bench.cases import Array, Case, Data, Parameters
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-PRODUCTS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
+# "bfloat16" here would be TF32 on a GPU: for bf16 the operands are cast, see ``layer``.
+PRODUCTS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "float32"}
 
 
 class State(NamedTuple):
@@ -44,16 +45,23 @@ def start(case: Case, parameters: Any, key: jax.Array) -> State:
     return State(own, (zeros(own), zeros(own)) if case.optimizer == "adam" else (), jnp.float32(0), key)
 
 
+def layer(case: Case, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """Return x @ weight.T + bias; in bf16 with operands and result in 16 bits, as under PyTorch's autocast."""
+    if case.precision == "bf16":
+        x, weight, bias = (array.astype(jnp.bfloat16) for array in (x, weight, bias))
+    return x @ weight.T + bias
+
+
 def batch_loss(case: Case, parameters: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
     """Return the mean loss of a batch: x (M, K), y (M,), for mse (M, N)."""
     *hidden, (weight, bias) = parameters
     activation = jnp.tanh if case.activation == "tanh" else jax.nn.relu
-    for layer, (w, b) in enumerate(hidden):
-        x = activation(x @ w.T + b)
+    for index, (w, b) in enumerate(hidden):
+        x = activation(layer(case, x, w, b))
         if case.dropout:
-            kept = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - case.dropout, x.shape)
+            kept = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - case.dropout, x.shape)
             x = jnp.where(kept, x / (1 - case.dropout), 0)
-    x = x @ weight.T + bias
+    x = layer(case, x, weight, bias).astype(jnp.float32)
     if case.loss == "mse":
         return ((x - y) ** 2).mean()
     log_probabilities = jax.nn.log_softmax(x)

@@ -62,7 +62,7 @@ class Engine(Session):
     numbers stay when the engine is fitted again, and are part of its ``state_dict`` and files. None, the default,
     scales nothing, and training warns (InputScaleWarning) of inputs far from unit scale; False does not warn.
 
-    ``privacy``, a ``DPSGD``, trains with differential privacy, on NumPy; ``privacy_spent()`` returns its epsilon.
+    ``privacy``, a ``DPSGD``, trains with differential privacy; ``privacy_spent()`` returns its epsilon.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.

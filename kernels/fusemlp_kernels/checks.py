@@ -107,7 +107,7 @@ def _checked(
     for operand, picks, value, dtype, letters in found:
         name = place + operand.name
         shape = (None,) if picks else tuple(map(sizes.get, letters))
-        written, flat = operand.use != READ, picks or letters == "A"
+        written, flat = operand.use != READ, picks or letters in ("A", "B")
         if not operand.several:
             values[operand.name] = check(op, name, value, shape, dtype, written=written, flat=flat)
         elif values[OF_STATES.get(operand.name, operand.name.removesuffix("_state"))] is not None:
@@ -138,8 +138,6 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
         kind = given["loss"].kind
         if kind not in LOSSES:
             raise unknown_name(f"{op}: loss", kind, LOSSES)
-        if given["loss"].reduction == "rows":
-            raise ArgumentError(f"{op}: loss: the reduction 'rows' is the numpy backend's; expected 'mean' or 'sum'")
         if kind == "cross_entropy" and activation != "identity":
             raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
     if op == "grad_input":
@@ -156,6 +154,8 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
                     f"{op}: counters: {name} needs them, since they say where the batch begins; got None"
                 )
     rule = given.get("rule")
+    if given.get("noise") is not None:
+        given["noise"].check(rule)
     if op == "grad_weight_update" and isinstance(rule, UpdateRule) and not _fuses(rule):
         raise ArgumentError(
             f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"

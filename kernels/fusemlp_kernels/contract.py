@@ -42,7 +42,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusemlp_kernels import pointwise
-from fusemlp_kernels.errors import unknown_name
+from fusemlp_kernels.errors import ArgumentError, unknown_name
 
 ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
 # The derivatives of the others are computed from the output.
@@ -168,11 +168,14 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Segment:
-    """A tensor's stretch of the flat arena, in elements."""
+    """A tensor's stretch of the flat arena, in elements; that of a matrix may tell its ``columns`` and its ``pitch``,
+    the elements from one row to the next."""
 
     offset: int
     size: int
     rule: TensorRule
+    columns: int = 0
+    pitch: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,17 @@ class Noise:
     """Gaussian noise for the sum of clipped gradients (Abadi et al., "Deep learning with differential privacy", 2016).
 
     The gradient g of a tensor becomes (g + ``deviation`` * z) / ``divisor`` with z standard normal: see
-    ``philox.normal``, whose key is ``seed``.
+    ``philox.normal``, whose key is ``seed``, and whose elements are a tensor's without gaps between its rows.
     """
 
     deviation: float
     divisor: float
     seed: int
+
+    def check(self, rule: UpdateRule) -> None:
+        """Raise ArgumentError for an optimizer that does not take one batch's gradients as they are."""
+        if rule.clip_norm is not None or rule.accumulate != 1:
+            raise ArgumentError("noise: it is for one batch's clipped gradients; leave out clip_norm and accumulate")
 
 
 @dataclass(frozen=True)
@@ -263,11 +271,18 @@ class Traits:
     resident: ResidentLimits | None = None
 
 
-def resident_refusal(traits: Traits, sizes: Sequence[int], batch: int, precision: str) -> str | None:
-    """Return why a backend has no ``train_resident`` for a network of these widths, inputs first; None if it has."""
+def resident_refusal(
+    traits: Traits, sizes: Sequence[int], batch: int, precision: str, *, private: bool = False
+) -> str | None:
+    """Return why a backend has no ``train_resident`` for a network of these widths, inputs first; None if it has.
+
+    ``private``: the steps have clipped rows and noise.
+    """
     limits = traits.resident
     if limits is None:
         return None
+    if private:
+        return f"the {traits.name} backend's resident kernel trains without privacy"
     for what, given, most in (
         ("layers", len(sizes) - 1, limits.layers),
         ("inputs", sizes[0], limits.inputs),
@@ -333,8 +348,17 @@ class Backend(Protocol):
     def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """Return a contiguous NumPy copy, in ``out`` if given."""
 
+    def read(self, *arrays: Any) -> list[np.ndarray[Any, Any]]:
+        """Return float64 host copies of small arrays on the device, perhaps flat, and wait for it once."""
+
+    def place(self, array: Any) -> Any:
+        """Return where an adopted array lies: two that lie in the same place are the same to a bound call."""
+
     def copy_into(self, destination: Any, source: Any) -> None:
-        """Write a host array, or an adopted one, into a device array of the same shape."""
+        """Write a host array, or an adopted one, into a device array of the same shape; does not wait for the device.
+
+        The host array may change when this returns.
+        """
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """Return the call, to be run any number of times; ``train_resident`` and ``train_fleet`` take the steps."""

@@ -29,8 +29,6 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 REFUSED = {
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
-    ("triton", "clip_examples"): "it trains without privacy",
-    ("cupy", "clip_examples"): "it trains without privacy",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
 }
@@ -40,7 +38,7 @@ REFUSED = {
 class Operand:
     """One operand of an op, or one field of an operand that is a sequence of mappings (``fields``).
 
-    ``shape``: a letter a dimension, A for a flat arena; None for what is no array. ``dtype`` as in
+    ``shape``: a letter a dimension, A for a flat arena, B for all batches; None for what is no array. ``dtype`` as in
     ``Backend.allocate``. A target's depend on the loss: (M,) int64 for classes, (M, N) real for others. ``rows``: the
     operand whose row numbers pick this one's rows; where that is given, the array has n rows in place of M. ``use``:
     an updated operand is read and written. ``kind``: what a written operand holds, as in ``program.KINDS``.
@@ -316,8 +314,9 @@ OPS = {op.name: op for op in (
             "that of segment i",
         ),
         Operand(
-            "rows", "M", "int64", optional=True, hidden=True,
-            note="with noise: those of the calls. The clock counts the rows of the next batch, without -1 at its end",
+            "rows", "B", "int64", optional=True, hidden=True,
+            note="with noise: those of the calls, of all batches. The clock counts the rows of the next batch, without "
+            "-1 at its end",
         ),
         *_PARTS,
     )),

@@ -31,6 +31,9 @@ ROW_ORDER = WORD
 START = 1 << 31
 # The numbers of a tensor's noise that have one second word.
 NORMALS = 128
+# Taylor's series of cos(t) and sin(t) / t in t * t, from the highest power down: exact to rounding up to pi / 4.
+COSINE = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(8, -1, -1))
+SINE = tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1))
 # With halves of at least eight values, six rounds leave no bias that 60,000 permutations of five rows show.
 FEISTEL_ROUNDS = 6
 FEISTEL_MIN_RADIX = 8

@@ -35,7 +35,7 @@ def pytest_terminal_summary(terminalreporter):
     groups = defaultdict(Counter)
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            for name, value in report.user_properties:
+            for name, value in getattr(report, "user_properties", ()):
                 if name == LINE:
                     lines.append(value)
                 elif name == GROUP:

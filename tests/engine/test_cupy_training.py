@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import CUPY_GPU, STAND_IN, marks_of, usable
+from devices import CUPY_GPU, STAND_IN, marks_of, usable, why_not
 from training_cases import CASES, IN_FLOAT16, check_fit, check_steps, check_steps_in_float16
 
 from fusemlp import MLP, SGD, Engine, Fleet
@@ -58,3 +58,33 @@ def test_a_fleet_trains_one_model_after_another(device: Any) -> None:
             found, wanted = results.engine(index), engine.snapshot()
             assert found.history.history == engine.history.history
             assert all(np.array_equal(array, wanted[name]) for name, array in found.snapshot().items())
+
+
+def test_an_epoch_on_graphs_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := why_not(STAND_IN)) is not None:
+        pytest.skip(f"cupy on the host: {reason}")
+    random = np.random.default_rng(4)
+    X, y = random.standard_normal((29, 5)).astype(np.float32), np.arange(29) % 3
+    with usable(STAND_IN):
+        from cupy_standin import arrays
+
+        from fusemlp_kernels.cupy import device
+
+        reads: list[int] = []
+        asnumpy = arrays.asnumpy
+
+        def counted(array: Any) -> Any:
+            reads.append(array.nbytes)
+            return asnumpy(array)
+
+        monkeypatch.setattr(arrays, "asnumpy", counted)
+        monkeypatch.setattr(device.cupy, "asnumpy", counted)
+        engine = Engine(MLP([5, 9, 3]), batch_size=8, backend="cupy", plan="graph", normalise=False)
+        engine.fit(X, y, epochs=1)
+        of_fits = []
+        for epochs in (3, 4):
+            reads.clear()
+            engine.fit(X, y, epochs=epochs)
+            of_fits.append(list(reads))
+        epoch = of_fits[1][len(of_fits[0]) :]
+        assert len(epoch) == 1 and sum(epoch) <= 1024

@@ -14,10 +14,11 @@ from fusemlp import MLP, SGD, Adam, Callback, Cosine, Engine, Fleet, OneCycle, l
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
 from fusemlp.program import layout, lowering
+from fusemlp.runtime.backends import open_backend
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels import reference
 from fusemlp_kernels.clock import corrections
-from fusemlp_kernels.contract import HYPER, LEARNING_RATE, LOSS_SCALE, LossSpec
+from fusemlp_kernels.contract import HYPER, LEARNING_RATE, LOSS_SCALE, RATE_COLUMNS, LossSpec, UpdateRule
 from fusemlp_kernels.registry import availability, interprets_triton
 
 Array = np.ndarray[Any, Any]
@@ -197,9 +198,9 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     firsts: list[int] = []
     fill = RateTable._fill
 
-    def counted(self: RateTable, first: int) -> None:
+    def counted(self: RateTable, first: int, most: int) -> None:
         firsts.append(first)
-        fill(self, first)
+        fill(self, first, most)
 
     monkeypatch.setattr(RateTable, "_fill", counted)
     return firsts
@@ -260,3 +261,39 @@ def test_bias_corrections_are_those_of_the_paper(beta: float) -> None:
     for first, count in ((0, 50), (40, 60), (340, 40), (36_000, 1000), (10**7, 3)):
         wanted = [1.0 - beta**t for t in range(first + 1, first + count + 1)]
         assert corrections(beta, first, count).tolist() == wanted
+
+
+class Counters:
+    """Counters on a device: each look at them is a wait."""
+
+    def __init__(self) -> None:
+        self.updates, self.waits = 0, 0
+
+    def __getitem__(self, _: int) -> int:
+        self.waits += 1
+        return self.updates
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_table_on_a_device_holds_every_update_of_the_steps_that_it_covers(accumulate: int, skips: bool) -> None:
+    rows, rule = 8, UpdateRule("adam", beta1=0.9, beta2=0.999, eps=1e-8, accumulate=accumulate)
+    random = np.random.default_rng(3)
+    counters, hyper, rates = Counters(), np.zeros(HYPER), np.zeros((1 + rows, RATE_COLUMNS))
+    backend = open_backend("numpy", None, "fp32")
+    table, schedule = RateTable(backend, rule, hyper, rates, counters, skips=skips), Zigzag(0.1)
+    table.follow(schedule, 1.0)
+    batches, waits = 0, counters.waits
+    for _ in range(200):
+        covered = table.cover(schedule, int(random.integers(1, 9)))
+        assert covered > 0
+        for _ in range(covered):
+            batches += 1
+            counters.updates += batches % accumulate == 0 and not (skips and random.random() < 0.4)
+            # the clock reads the row of the next update
+            first, filled = rates[0, :2].astype(int)
+            assert first <= counters.updates < first + filled
+        if random.random() < 0.2:
+            table.note(counters.updates)
+    # without skipped updates the host counts by itself
+    assert skips or counters.waits == waits

@@ -183,16 +183,16 @@ def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) 
     import signal
 
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
-    original = type(fleet.engines[0]).snapshot
+    original = type(fleet.engines[0]).remember
     asked = []
 
-    def snapshot(engine: Engine, *arguments: Any) -> Any:
+    def remember(engine: Engine, *arguments: Any) -> Any:
         asked.append(engine)
         if len(asked) == 3:
             signal.raise_signal(signal.SIGINT)
         return original(engine, *arguments)
 
-    monkeypatch.setattr(Engine, "snapshot", snapshot)
+    monkeypatch.setattr(Engine, "remember", remember)
     with pytest.raises(KeyboardInterrupt):
         # with rows to validate on, each epoch is a launch
         fleet.fit(X, y, epochs=50, validation_data=(X[:4], y[:4]))

@@ -13,7 +13,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -30,6 +30,8 @@ from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.registry import TRAITS
 
+# ``ci/gpu --rehearse``: the tests for cards run on the CPU, at tiny sizes, to find what no longer fits the program.
+REHEARSED = os.environ.get("FUSEMLP_REHEARSE") == "1"
 REALS = {"fp64": np.float64}
 # The types of matrix products. NumPy has no bfloat16: the host holds the rounded values in float32.
 COMPUTE = {"fp64": np.float64, "fp16": np.float16}
@@ -202,6 +204,8 @@ def triton_is_interpreted() -> bool:
 def why_not(device: Device) -> str | None:
     """Why the device is not here; None if it is."""
     reason = fusemlp_kernels.availability()[device.backend]
+    if REHEARSED and device in (GPU, CUPY_GPU):
+        return why_not(INTERPRETER if device is GPU else STAND_IN)
     if device is STAND_IN:
         return "CuPy works here: its tests need the card" if reason is None else cupy_standin.why_not()
     if device.backend == "triton" and reason is None:
@@ -288,6 +292,9 @@ CUPY_GPU = Device(
     output_layouts=INTERPRETER.output_layouts,
     tensor_cores=True,
 )
+if REHEARSED:
+    GPU = replace(INTERPRETER, name=GPU.name, precisions=("fp32",), tensor_cores=True)
+    CUPY_GPU = replace(STAND_IN, name=CUPY_GPU.name, precisions=("fp32",), tensor_cores=True)
 DEVICES = (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)
 WITHOUT_A_CARD = (NUMPY, INTERPRETER, STAND_IN)
 
@@ -295,12 +302,16 @@ WITHOUT_A_CARD = (NUMPY, INTERPRETER, STAND_IN)
 @contextlib.contextmanager
 def usable(device: Device) -> Iterator[None]:
     """Make the device's backend available by name: the registry does not know CuPy's stand-in."""
-    if device is not STAND_IN:
+    if device is not STAND_IN and not (REHEARSED and device is CUPY_GPU):
         yield
         return
     cupy_standin.load()
     with mock.patch.object(registry, "_cupy_reason", lambda: None):
         yield
+
+
+# For tests of events, streams, memory or accuracy, which only a card has.
+needs_a_card = pytest.mark.skipif(REHEARSED, reason="a rehearsal: only a card can show this")
 
 
 def marks_of(device: Device) -> list[pytest.MarkDecorator]:
@@ -327,4 +338,5 @@ __all__ = [
     "WITHOUT_A_CARD",
     "Device",
     "Variant",
+    "needs_a_card",
 ]

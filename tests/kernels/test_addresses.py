@@ -6,6 +6,7 @@ A row number times a pitch that wraps around leads into the other half of the ma
 from __future__ import annotations
 
 import mmap
+import weakref
 
 import numpy as np
 import pytest
@@ -100,3 +101,35 @@ def test_parts_beyond_32_bits(variant):
     total = -clock.rate * products.sum(axis=0)
     limit = clock.rate * limits.sum(axis=0) + 4.0 * variant.unit * clock.rate * magnitudes.sum(axis=0)
     assert_within(params.numpy().reshape(3, 8), total, limit)
+
+
+@on_the_interpreter
+def test_a_grouped_launch_keeps_its_operands_alive(variant):
+    """The kernel reads them by their distances from the first one: freed memory would go unnoticed on a card."""
+    import torch
+
+    backend, clock = variant.backend(), Clock(UpdateRule("adam")).operands
+    clock = {name: value if name == "rule" else torch.from_numpy(value) for name, value in clock.items()}
+    x, dz, w = (torch.ones((8, 8), dtype=kind) for kind in (*(backend._device.compute,) * 2, torch.float32))
+    states = tuple(torch.zeros(8, 8) for _ in range(2))
+    layer = {"dz": dz, "x": x, "w": w, "b": None, "w_rule": TensorRule(), "w_state": states}
+    run = backend.bind("grad_weight_update", layers=[layer], **clock)
+    kept = [weakref.ref(tensor) for tensor in (x, dz, w, *states)]
+    del x, dz, w, states, layer
+    assert all(tensor() is not None for tensor in kept)
+    run()
+    assert float(kept[2]()[0, 0]) != 1.0
+
+
+@on_the_interpreter
+def test_a_vector_on_the_device_is_bound_in_place_only_if_it_is_aligned(variant):
+    """Triton compiles another kernel for an address that is no multiple of 16 bytes."""
+    import torch
+
+    backend = variant.backend()
+    labels = backend.allocate(9, "int64")
+    labels.copy_(torch.arange(9))
+    assert backend.from_host(labels) is labels
+    moved = backend.from_host(labels[1:])
+    assert moved.data_ptr() % 16 == 0 != labels[1:].data_ptr() % 16
+    np.testing.assert_array_equal(moved.numpy(), np.arange(1, 9))

@@ -1,19 +1,21 @@
 """Tests that need a card, for every backend that runs on one: graphs, determinism, 64-bit addresses, the sanitizer.
 
 ``pytest -m gpu`` also runs the random cases and the step-by-step trainings on a card. ``test_gpu.py`` has the tests of
-the Triton backend alone.
+the Triton backend alone. ``ci/gpu --rehearse`` runs both files on a CPU, at tiny sizes and without graphs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from calls import gathering
-from devices import CUPY_GPU, GPU, Variant, marks_of
+from devices import CUPY_GPU, GPU, REHEARSED, Variant, marks_of, needs_a_card, usable
 from memory import place, poisoned
 from strategies import Values, exact
 from tolerance import assert_within, bound
@@ -39,13 +41,15 @@ VARIANTS = [
 ]
 on_a_card = pytest.mark.parametrize("variant", VARIANTS)
 
-NET = MLP([61, 96, 40, 10], activation=["gelu", "relu"], dropout=[0.2, 0.0])
-M, K, N = 517, 203, 130
+NET = MLP([9, 8, 6, 4] if REHEARSED else [61, 96, 40, 10], activation=["gelu", "relu"], dropout=[0.2, 0.0])
+M, K, N = (17, 11, 9) if REHEARSED else (517, 203, 130)
+ROWS, REPEATS = (32, 2) if REHEARSED else (1600, 50)
+PLANS = ["eager"] if REHEARSED else ["graph", "eager"]
 
 
-def data(rows=1600):
+def data(rows=ROWS):
     rng = np.random.default_rng(0)
-    return rng.standard_normal((rows, 61)).astype(np.float32), rng.integers(0, 10, rows)
+    return rng.standard_normal((rows, NET.sizes[0])).astype(np.float32), rng.integers(0, NET.sizes[-1], rows)
 
 
 def everything(engine):
@@ -56,13 +60,18 @@ def everything(engine):
 
 def trained(variant, optimizer=None, *, epochs, plan):
     optimizer = optimizer or AdamW(OneCycle(0.01, steps=500))
-    engine = Engine(
-        NET, optimizer=optimizer, batch_size=32, seed=3, backend=variant.device.backend, precision=variant.precision,
-        plan=plan,
-    )  # fmt: skip
+    engine = engine_of(variant, plan, optimizer=optimizer)
     engine.fit(*data(), epochs=epochs)
-    assert engine.update_count == 50 * epochs
+    assert engine.update_count == ROWS // 32 * epochs
     return everything(engine)
+
+
+def engine_of(variant, plan, *, seed=3, **options):
+    with usable(variant.device):
+        return Engine(
+            NET, batch_size=32, seed=seed, backend=variant.device.backend, precision=variant.precision, plan=plan,
+            **options,
+        )  # fmt: skip
 
 
 def assert_same(first, second):
@@ -78,6 +87,7 @@ OPTIMIZERS = {
 }
 
 
+@needs_a_card
 @on_a_card
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_graph_is_the_eager_plan_bitwise_while_the_rate_changes_every_step(variant, optimizer):
@@ -85,10 +95,51 @@ def test_a_graph_is_the_eager_plan_bitwise_while_the_rate_changes_every_step(var
     assert_same(graph, eager)
 
 
-@pytest.mark.parametrize("plan", ["graph", "eager"])
+@pytest.mark.parametrize("plan", PLANS)
 @on_a_card
 def test_two_hundred_steps_repeat_bitwise(variant, plan):
-    assert_same(trained(variant, epochs=4, plan=plan), trained(variant, epochs=4, plan=plan))
+    epochs = 1 if REHEARSED else 4
+    assert_same(trained(variant, epochs=epochs, plan=plan), trained(variant, epochs=epochs, plan=plan))
+
+
+def own_stream(backend):
+    """Return a context in which the calling thread works on a stream of its own."""
+    if REHEARSED:
+        return contextlib.nullcontext()
+    if backend == "cupy":
+        import cupy
+
+        return cupy.cuda.Stream(non_blocking=True)
+    import torch
+
+    return torch.cuda.stream(torch.cuda.Stream())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("device", CARDS)
+def test_engines_side_by_side_train_as_they_do_alone(device, plan):
+    """By turns on one stream; and on a card in threads, each on a stream of its own."""
+    variant, seeds = Variant(device, "fp32"), (1, 2)
+
+    def by_turns(*chosen):
+        engines = [engine_of(variant, plan, seed=seed, optimizer=AdamW(0.01)) for seed in chosen]
+        for _ in range(2):
+            for engine in engines:
+                engine.fit(*data(), epochs=1)
+        return [everything(engine) for engine in engines]
+
+    def in_a_thread(seed):
+        with own_stream(device.backend):
+            return by_turns(seed)[0]
+
+    alone = [by_turns(seed)[0] for seed in seeds]
+    found = [by_turns(*seeds)]
+    if not REHEARSED:
+        with ThreadPoolExecutor(2) as pool:
+            found.append(list(pool.map(in_a_thread, seeds)))
+    for together in found:
+        for first, second in zip(together, alone, strict=True):
+            assert_same(first, second)
 
 
 def bound_ops(variant):
@@ -142,7 +193,7 @@ def _arrays(value):
 def test_every_op_gives_the_same_bits_fifty_times(variant):
     for op, run, arrays in bound_ops(variant):
         start, first = [np.array(a) for a in arrays], None
-        for _ in range(50):
+        for _ in range(REPEATS):
             for array, values in zip(arrays, start, strict=True):
                 array[...] = values
             run()
@@ -151,6 +202,7 @@ def test_every_op_gives_the_same_bits_fifty_times(variant):
             assert found == first, op
 
 
+@needs_a_card
 @pytest.mark.parametrize("device", CARDS)
 def test_addresses_past_two_to_the_31_elements(device):
     """x has more elements than an int32 counts, and in a second call so has y; its last rows come out right."""
@@ -199,8 +251,9 @@ import sys
 import numpy as np
 from fusemlp import MLP, SGD, Adam, Engine
 rng = np.random.default_rng(0)
-X, y = rng.standard_normal((70, 19)).astype(np.float32), rng.integers(0, 5, 70)
-for precision in sys.argv[2:]:
+rows = int(sys.argv[2])
+X, y = rng.standard_normal((rows, 19)).astype(np.float32), rng.integers(0, 5, rows)
+for precision in sys.argv[3:]:
     for optimizer in (Adam(0.01), SGD(0.1, momentum=0.9, clip_norm=0.5)):
         for plan in ("eager",) if precision == "fp16" or sys.argv[1] == "cupy" else ("eager", "resident"):
             engine = Engine(MLP([19, 33, 17, 5], activation=["prelu", "gelu"], dropout=0.2), optimizer=optimizer,
@@ -209,12 +262,17 @@ for precision in sys.argv[2:]:
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+@pytest.mark.parametrize("tool", ["memcheck"] if REHEARSED else ["memcheck", "racecheck", "initcheck"])
 @pytest.mark.parametrize("device", CARDS)
 def test_compute_sanitizer_finds_nothing(device, tool):
-    if shutil.which("compute-sanitizer") is None:
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    if REHEARSED:
+        sanitizer = []
+        if device is CUPY_GPU:
+            pytest.skip("a rehearsal: another process does not have the stand-in for CuPy")
+    elif shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    command += [device.backend, *device.precisions]
+    command = [*sanitizer, sys.executable, "-c", SANITIZED, device.backend, "20" if REHEARSED else "70"]
+    command += device.precisions
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

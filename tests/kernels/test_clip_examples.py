@@ -7,17 +7,20 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from devices import NUMPY, Variant
+from calls import RATE, RULES, Clock, gathering, state_arrays
+from devices import NUMPY, VARIANT_PARAMETERS, Variant
+from hypothesis import strategies as st
+from memory import ROW_MULTIPLE, place
+from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
+from tolerance import assert_within, update_bound
 
 from fusemlp_kernels import philox, reference
-from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
     ROW_COUNT,
     ROW_OFFSET,
     ROW_STEP,
     ROW_TOTAL,
-    UPDATE_COUNT,
     LossSpec,
     Noise,
     Segment,
@@ -26,7 +29,6 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError
 
-VARIANTS = [Variant(NUMPY, "fp64"), Variant(NUMPY, "fp32")]
 SEED = (5 << 40) + 3
 
 
@@ -50,74 +52,171 @@ def test_the_noise_is_another_for_each_seed_tensor_and_update():
     assert np.array_equal(philox.normal(SEED, 0, 0, 77), streams[0][:77])
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_an_update_adds_the_noise_before_it_divides(variant):
-    sizes, gap, updates = (1, 131, 5000), 3, 6
-    offsets = np.cumsum([0, *(size + gap for size in sizes)])[:-1]
-    generator = np.random.default_rng(0)
-    params, grads = np.zeros(offsets[-1] + sizes[-1], variant.real), np.zeros(offsets[-1] + sizes[-1], variant.real)
-    grads[:] = given = generator.normal(size=grads.size)
-    counters, rule = np.zeros(COUNTERS, np.int64), UpdateRule("sgd")
-    counters[UPDATE_COUNT] = updates
-    # the last batch has one row, the one after it none
-    rows = np.array([3, 1, 0, -1, -1, -1])
-    counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = 2, len(rows), 2
-    run = variant.backend().bind(
-        "update", params=params, grads=grads, states=(), rule=rule, hyper=hyper_at(rule, 1.0), counters=counters,
-        segments=[Segment(int(at), size, TensorRule()) for at, size in zip(offsets, sizes, strict=True)],
-        rates=rate_table(rule, [1.0]), noise=Noise(0.5, 8.0, SEED), rows=rows,
+def noisy(g, noise, tensor, update):
+    """The gradient of a tensor with its noise, and the most that float64 may err in it.
+
+    A pair of numbers is a length at an angle. The two ways to compute it err by 32 roundings of the length at most,
+    about ten each of the angle, its functions and their sum, and by an error of the logarithm whose root the length is:
+    NumPy's cancels near 1, within four roundings of 1.
+    """
+    pairs = philox.normal(noise.seed, tensor, update, g.size + g.size % 2).reshape(-1, 2)
+    length = np.repeat(np.hypot(*pairs.T), 2)[: g.size].reshape(g.shape)
+    z = pairs.ravel()[: g.size].reshape(g.shape)
+    error = noise.deviation * (2.0**-48 * length + 2.0**-51 / length) + 2.0**-50 * np.abs(g + noise.deviation * z)
+    return (g + noise.deviation * z) / noise.divisor, error / noise.divisor
+
+
+@contract_test(
+    # rows and columns of a matrix, or the length of a vector
+    tensors=st.lists(
+        st.one_of(st.tuples(st.integers(1, 20), st.integers(1, 20)), st.tuples(st.integers(1, 300))),
+        min_size=1,
+        max_size=2,
+    ),
+    rule=st.sampled_from(list(RULES.values())),
+    deviation=st.sampled_from((0.0, 0.5, 30.0)),
+    divisor=st.sampled_from((1.0, 7.0)),
+    updates=st.sampled_from((0, 6)),
+    # valid rows of three batches with room for five
+    counts=st.tuples(*[st.integers(0, 5)] * 3),
+    parts=st.integers(1, 3),
+    variant=variants,
+    seed=seeds,
+)
+def test_update_adds_noise(tensors, rule, deviation, divisor, updates, counts, parts, variant, seed):
+    values, dtype, u = Values(seed, variant), variant.real, variant.unit
+    parts = parts if variant.traits.split_rows else 1
+    multiple = variant.traits.row_multiple
+    segments, shapes, size = [], [], 0
+    for shape in tensors:
+        pitch = -(-shape[-1] // multiple) * multiple if len(shape) == 2 else shape[0]
+        length = pitch * (shape[0] if len(shape) == 2 else 1)
+        segments.append(Segment(size, length, TensorRule(0.5, 0.01), shape[-1], pitch))
+        shapes.append(shape)
+        size += -(-length // 64) * 64
+    valid = np.zeros(size, np.bool_)
+
+    def matrix(flat, segment, shape):
+        return flat[segment.offset : segment.offset + segment.size].reshape(-1, segment.pitch)[:, : shape[-1]]
+
+    for segment, shape in zip(segments, shapes, strict=True):
+        matrix(valid, segment, shape)[...] = True
+    params = np.where(valid, values.normal(size), 0).astype(dtype)
+    states = tuple(np.where(valid, state, 0).astype(dtype) for state in state_arrays(rule, values, size))
+    grads = np.zeros(parts * size, dtype)
+    clock = Clock(rule, updates, updates)
+    rows = np.concatenate([padded_rows(values.rng, count, 5, 9) for count in counts])
+    clock.counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = 5, 15, counts[0]
+    noise = Noise(deviation, divisor, int(values.rng.integers(0, 2**64, dtype=np.uint64)))
+    shadow = {"shadow": variant.rounded(params)} if variant.output_unit else {}
+    split = {"parts": parts, "part": size} if parts > 1 else {}
+    run = variant.bind(
+        "update", params=params, grads=grads[:size], states=states, segments=tuple(segments), noise=noise, rows=rows,
+        **shadow, **split, **clock.operands,
     )  # fmt: skip
-    run()
-    for tensor, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
-        wanted = -(given[at : at + size] + 0.5 * philox.normal(SEED, tensor, updates, size)) / 8.0
-        np.testing.assert_allclose(params[at : at + size], wanted, rtol=0, atol=4 * np.finfo(variant.real).eps)
-        assert not params[at + size : at + size + gap].any()
-    assert (counters[ROW_OFFSET], counters[ROW_COUNT]) == (2, 1)
-    run()
-    assert (counters[ROW_OFFSET], counters[ROW_COUNT]) == (4, 0)
+    for batch in range(3):
+        grads[...] = np.where(np.tile(valid, parts), values.normal(parts * size), 0.0)
+        before = exact(params), exact(grads).reshape(parts, size), tuple(exact(state) for state in states)
+        run()
+        following = (batch + 1) % 3
+        assert (clock.counters[ROW_OFFSET], clock.counters[ROW_COUNT]) == (5 * following, counts[following])
+        for number, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
+            p, *own = (matrix(one, segment, shape) for one in (before[0], *before[2]))
+            given = np.stack([matrix(one, segment, shape) for one in before[1]])
+            g, limit = noisy(given.sum(axis=0), noise, number, updates + batch)
+            # the sum of the parts is rounded
+            limit = limit + u * (np.abs(g) + (parts > 1) * parts * np.abs(given).sum(axis=0) / divisor)
+            args = rule, segment.rule, p, g, tuple(own), updates + batch, RATE
+            wanted, limits = reference.update(*args), update_bound(*args, limit, u)
+            assert_within(matrix(params, segment, shape), wanted[0], limits[0])
+            for state, expected, most in zip(states, wanted[1], limits[1], strict=True):
+                assert_within(matrix(state, segment, shape), expected, most)
+        # nothing gets between the rows
+        assert not params[~valid].any() and not any(state[~valid].any() for state in states)
+        if shadow:
+            np.testing.assert_array_equal(shadow["shadow"], variant.rounded(params))
 
 
-def clip(variant, xs, dzs, trained, largest, count):
-    layers = [
-        {"x": x, "dz": dz, "w_trained": w, "b_trained": b} for x, dz, (w, b) in zip(xs, dzs, trained, strict=True)
-    ]
-    counters = np.zeros(COUNTERS, np.int64)
-    counters[ROW_COUNT] = count
-    variant.backend().bind("clip_examples", layers=layers, clip=largest, counters=counters)()
+@st.composite
+def clipped_layers(draw, device):
+    # 300 columns are more than a tile or a block has
+    width = st.one_of(sizes(device), st.just(300))
+    return draw(width), draw(width), draw(st.booleans()), draw(st.booleans()), draw(placements(device, 1))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("trained", [((True, True), (True, True)), ((False, True), (True, False))])
-def test_rows_are_scaled_to_the_largest_norm(variant, trained):
-    generator, rows, count = np.random.default_rng(1), 37, 30
-    xs, dzs = ([generator.normal(size=(rows, n)).astype(variant.real) for n in widths] for widths in ((9, 4), (4, 3)))
-    norms = np.zeros(rows)
-    for i in range(rows):
-        for x, dz, kinds in zip(xs, dzs, trained, strict=True):
-            parts = np.outer(dz[i].astype(float), x[i]), dz[i].astype(float)
-            norms[i] += sum(np.sum(part**2) for part, is_trained in zip(parts, kinds, strict=True) if is_trained)
-    norms = np.sqrt(norms)
-    largest = float(np.median(norms))
-    wanted = [dz * np.where(np.arange(rows) < count, np.minimum(1.0, largest / norms), 1.0)[:, None] for dz in dzs]
-    clip(variant, xs, dzs, trained, largest, count)
-    for dz, values in zip(dzs, wanted, strict=True):
-        np.testing.assert_allclose(dz, values, rtol=8 * np.finfo(variant.real).eps)
+@contract_test(
+    layers=lambda device: st.lists(clipped_layers(device), min_size=1, max_size=3),
+    m=st.integers(0, 13),
+    short=st.integers(0, 3),
+    by_row=st.booleans(),
+    share=st.sampled_from((0.0, 0.5, 1.0)),
+    variant=variants,
+    seed=seeds,
+)
+def test_clip_examples(layers, m, short, by_row, share, variant, seed):
+    """``share``: the part of the rows that are clipped, about."""
+    values, counters = Values(seed, variant), np.zeros(COUNTERS, np.int64)
+    counters[ROW_COUNT] = count = max(m - short, 0)
+    operands, squares, terms = [], np.zeros(m), 0
+    for index, (n, k, w_trained, b_trained, (layouts, output_layout)) in enumerate(layers):
+        dz, x = place(values.factors(m, n), output_layout), place(values.factors(m, k), layouts[0])
+        layer = {"dz": dz, "x": x, "w_trained": w_trained, "b_trained": b_trained}
+        if by_row and index == 0:
+            rows = padded_rows(values.rng, count, m, max(m, 1))
+            source = place(values.factors(max(m, 1), k), layouts[0])
+            x = np.where(rows[:, None] >= 0, source[np.maximum(rows, 0)], 0).astype(source.dtype)
+            operand, _ = walked(values, rows, counters)
+            layer |= {"x": source} | gathering(variant, operand, gathered=x)
+        operands.append(layer)
+        # the squares of the whole gradients, element by element
+        parts = [np.einsum("mn,mk->mnk", exact(dz), exact(x))] * w_trained + [exact(dz)] * b_trained
+        squares += sum(np.square(part).sum(axis=tuple(range(1, part.ndim))) for part in parts)
+        terms += n + k
+    norms = np.sqrt(squares)
+    largest = float(np.quantile(norms[:count], 1.0 - share)) if count else 1.0
+    largest = largest if largest > 0.0 else 1.0
+    factors = np.where(np.arange(m) < count, np.minimum(1.0, largest / np.maximum(norms, 1e-300)), 1.0)
+    before = [exact(layer["dz"]) for layer in operands]
+    variant.bind("clip_examples", layers=operands, clip=largest, counters=counters)()
+    for layer, dz in zip(operands, before, strict=True):
+        wanted = dz * factors[:, None]
+        # the sums are of float64; the factor and its product are rounded
+        limit = (2.0**-53 * (terms + 8) + 2.0 * variant.unit) * np.abs(wanted) + 2.0**-126
+        assert_within(layer["dz"], wanted, variant.result_bound(limit, wanted))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_impossible_rows_stay_among_themselves(variant):
-    x = np.ones((4, 2), variant.real)
-    # the square of a number of row 1 overflows in float32
-    dz = np.array([[0.0, 0.0], [1e30, 0.0], [np.nan, 1.0], [0.1, 0.1]], variant.real)
-    clip(variant, [x], [dz], [(True, True)], 1.0, 4)
-    np.testing.assert_allclose(dz, [[0, 0], [3**-0.5, 0], [np.nan, np.nan], [0.1, 0.1]], rtol=1e-6)
+    x = np.ones((4, 2), variant.compute)
+    # the square of a number of row 1 overflows in float32, or in float16
+    huge = 1e30 if variant.compute != np.float16 else 6e4
+    dz = np.array([[0.0, 0.0], [huge, 0.0], [np.nan, 1.0], [0.1, 0.1]], variant.compute)
+    counters = np.zeros(COUNTERS, np.int64)
+    counters[ROW_COUNT] = 4
+    layer = {"x": x, "dz": dz, "w_trained": True, "b_trained": True}
+    variant.bind("clip_examples", layers=[layer], clip=1.0, counters=counters)()
+    tolerance = 2e-3 if variant.compute == np.float16 else 1e-6
+    np.testing.assert_allclose(dz, [[0, 0], [3**-0.5, 0], [np.nan, np.nan], [0.1, 0.1]], rtol=tolerance)
 
 
-def test_noise_is_for_one_batch():
-    rule = UpdateRule("sgd", accumulate=2)
-    given = dict.fromkeys(("params", "grads", "hyper", "rates", "counters"), np.zeros(8))
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_noise_is_for_one_batch(variant):
+    params = np.zeros(8, variant.real)
+    clock = Clock(UpdateRule("sgd", accumulate=2))
     with pytest.raises(ArgumentError, match="noise: it is for one batch's clipped gradients"):
-        VARIANTS[0].backend().bind("update", **given, states=(), segments=(), rule=rule, noise=Noise(1.0, 1.0, 0))
+        variant.bind(
+            "update", params=params, grads=params.copy(), states=(), segments=(), noise=Noise(1.0, 1.0, 0),
+            **clock.operands,
+        )  # fmt: skip
+
+
+def test_numpy_has_no_gaps_between_rows():
+    params, clock = np.zeros(ROW_MULTIPLE), Clock(UpdateRule("sgd"))
+    with pytest.raises(ArgumentError, match="segments: the numpy backend adds noise to matrices without gaps"):
+        Variant(NUMPY, "fp64").backend().bind(
+            "update", params=params, grads=params.copy(), states=(), noise=Noise(1.0, 1.0, 0), **clock.operands,
+            segments=(Segment(0, ROW_MULTIPLE, TensorRule(), 3, ROW_MULTIPLE),),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "mse"])

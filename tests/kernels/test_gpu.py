@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from devices import GPU, Variant, marks_of
+from devices import GPU, REHEARSED, Variant, marks_of, needs_a_card
 from fleet_cases import Fleet, Model, Shape
 from memory import poisoned
 from strategies import Values, exact
@@ -19,7 +19,7 @@ from fusemlp_kernels.contract import LossSpec, UpdateRule
 pytestmark = marks_of(GPU)
 
 FP32 = Variant(GPU, "fp32")
-NET = MLP([61, 96, 40, 10], activation=["gelu", "relu"], dropout=[0.2, 0.0])
+NET = MLP([9, 8, 6, 4] if REHEARSED else [61, 96, 40, 10], activation=["gelu", "relu"], dropout=[0.2, 0.0])
 
 
 @pytest.fixture(params=["eager", "graph"])
@@ -34,6 +34,7 @@ def warm(request):
     return next(iter(engine._staged.values()))
 
 
+@needs_a_card
 def test_a_step_does_not_wait_for_the_device(warm):
     import torch
 
@@ -45,6 +46,7 @@ def test_a_step_does_not_wait_for_the_device(warm):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_a_card
 def test_a_step_allocates_nothing(warm):
     import torch
 
@@ -54,6 +56,7 @@ def test_a_step_allocates_nothing(warm):
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
+@needs_a_card
 @pytest.mark.parametrize("k", [17, 128, 784, 4096])
 def test_tf32x3_keeps_the_bound_of_fp32_and_tf32_does_not(k):
     """Random signs, so that the errors do not add up. The architecture's constant: 0.75 for truncating sums."""
@@ -72,7 +75,7 @@ def test_tf32x3_keeps_the_bound_of_fp32_and_tf32_does_not(k):
                 assert_within(y, z, limit)
 
 
-def fleet_of(models, data=2048):
+def fleet_of(models, data=64 if REHEARSED else 2048):
     """A fleet of 64-32-10 on the device: the call, and what it trains."""
     from devices import TorchMemory, _converted
 
@@ -104,6 +107,7 @@ def seconds(call, steps):
     return min(times[1:])
 
 
+@needs_a_card
 def test_a_model_for_each_multiprocessor_takes_as_long_as_one():
     import torch
 
@@ -114,21 +118,23 @@ def test_a_model_for_each_multiprocessor_takes_as_long_as_one():
 
 def test_a_fleet_repeats_bitwise_and_in_launches_of_any_length():
     found = []
-    for launches in ([200], [200], [1, 99, 100]):
-        call, there = fleet_of(40)
+    models, part = (2, 1) if REHEARSED else (40, 50)
+    for launches in ([4 * part], [4 * part], [1, 2 * part - 1, 2 * part]):
+        call, there = fleet_of(models)
         for steps in launches:
-            call([steps] * 40)
+            call([steps] * models)
         found.append([flat.cpu().numpy().tobytes() for _, flat in there.flats.values()])
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32"] if REHEARSED else ["fp32", "tf32", "bf16"])
 def test_resident_is_the_training_of_a_graph(precision):
     """Other sums, so other roundings: the losses of an epoch agree to the precision of the products."""
     rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((320, 61)).astype(np.float32), rng.integers(0, 10, 320)
+    rows, inputs, outputs = 32 if REHEARSED else 320, NET.sizes[0], NET.sizes[-1]
+    X, y = rng.standard_normal((rows, inputs)).astype(np.float32), rng.integers(0, outputs, rows)
     fitted = []
-    for plan in ("resident", "graph"):
+    for plan in ("resident", "eager" if REHEARSED else "graph"):
         engine = Engine(NET, batch_size=32, seed=3, backend="triton", precision=precision, plan=plan)
         fitted.append(engine.fit(X, y, epochs=1).history["loss"][0])
     assert abs(fitted[0] - fitted[1]) <= {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision] * fitted[1]

@@ -80,7 +80,7 @@ def loss_cases(draw, device, widest=1 << 31):
     weighted = not cross_entropy or draw(st.booleans())
     spec = LossSpec(
         kind,
-        reduction=draw(st.sampled_from(("mean", "sum"))),
+        reduction=draw(st.sampled_from(("mean", "sum", "rows"))),
         label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.7))) if cross_entropy else 0.0,
         ignore_index=draw(st.sampled_from((None, None, 0, 1, -100))) if cross_entropy and weighted else None,
         soft=cross_entropy and weighted and draw(st.booleans()),

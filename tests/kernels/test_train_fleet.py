@@ -239,6 +239,9 @@ WRONG = {
     "target: models of one launch": lambda given: changed(
         given, "linear_loss_grad", target=np.array(given["calls"][0][1][1]["target"])
     ),
+    "calls: the kernel trains without privacy": lambda given: changed(
+        given, "linear_loss_grad", loss=LossSpec("mse", reduction="rows")
+    ),
     "calls: the values of model 1": lambda given: changed(given, "linear", y=given["calls"][0][0][1]["y"]),
     "calls: the kernel runs linear layer by layer": swapped,
     "calls: models of one launch": frozen,

@@ -154,6 +154,10 @@ def loss_grad_bound(
     y_bound = activation_bound(activation, z, z_bound, slope, u) * np.ones_like(z)
     kind = _cross_entropy_bound if spec.kind == "cross_entropy" else _elementwise_bound
     loss_error, dy_error = kind(spec, y, y_bound, target, weight, class_weight, u)
+    if spec.reduction == "rows":
+        # dz is that of the sum, divided by a number
+        _, dy_error = kind(replace(spec, reduction="sum"), y, y_bound, target, weight, class_weight, u)
+        dy_error = dy_error if spec.kind == "cross_entropy" else dy_error / y.shape[1]
     _, dy = reference.loss_of_output(spec, y, target, weight, class_weight)
     factor = np.abs(reference.activation_grad(activation, z, slope))
     factor_error = activation_grad_bound(activation, z, z_bound, slope, u)

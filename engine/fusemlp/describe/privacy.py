@@ -22,6 +22,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibr
 Spent: TypeAlias = Sequence[tuple[float, int]]
 # The accountant rounds a privacy loss up to a multiple of the first; a tail of the second weight is unbounded loss.
 ROUNDING, NEGLECTED = 1e-3, 1e-15
+# Figures of the private rows, which no choice may follow.
+OF_TRAINING_ROWS = ("loss", "accuracy")
 # Noise for a given epsilon is sought from the first up to the second number.
 LEAST_NOISE, MOST_NOISE = 0.25, 1e4
 
@@ -94,8 +96,12 @@ class DPSGD(Description):
         """Return a JSON-able description, without the seed: a file that held it would undo the privacy."""
         return {name: value for name, value in super().to_config().items() if name != "seed"}
 
-    def check(self, net: MLP, loss: Loss, optimizer: Optimizer, *, normalise: object) -> None:
+    def check(self, net: MLP, loss: Loss, optimizer: Optimizer, *, precision: str, normalise: object) -> None:
         """Raise ArgumentError for what cannot be trained privately."""
+        if precision == "fp16":
+            raise ArgumentError(
+                "precision: fp16 skips batches whose gradients overflow, which privacy does not cover; use fp32 or bf16"
+            )
         if any(one.name == "prelu" for one in net.activations):
             raise ArgumentError("privacy: prelu's slopes have no gradient for each row here; use leaky_relu")
         if loss.reduction != "mean":
@@ -155,12 +161,23 @@ def joined(spent: Iterable[tuple[float, int]]) -> list[tuple[float, int]]:
     return [(rate, count) for rate, count in steps.items() if count]
 
 
+# Epsilons by noise, parts and delta: the models of a fleet ask for the same. At most ``REMEMBERED`` of them.
+_KNOWN: dict[tuple[float, tuple[tuple[float, int], ...], float], float] = {}
+REMEMBERED = 1000
+
+
 class Accountant:
     """Computes epsilon for the steps of one noise; from one call to the next it adds the steps in between."""
 
     def __init__(self, noise: float) -> None:
         self.noise = noise
+        self._begin()
+
+    def _begin(self) -> None:
         self._done: dict[float, int] = {}
+        # what one call after another has added, and how many of these the total holds
+        self._parts: tuple[tuple[float, int], ...] = ()
+        self._composed = 0
         self._total: Any = None
 
     def epsilon(self, spent: Spent, delta: float) -> float:
@@ -168,12 +185,24 @@ class Accountant:
         steps = dict(joined(spent))
         if any(steps.get(rate, 0) < count for rate, count in self._done.items()):
             # training has gone back
-            self._done, self._total = {}, None
-        for rate, count in steps.items():
-            if more := count - self._done.get(rate, 0):
-                part = _loss_of_steps(self.noise, rate, more)
-                self._total = part if self._total is None else self._total.compose(part, NEGLECTED)
+            self._begin()
+        added = ((rate, count - self._done.get(rate, 0)) for rate, count in steps.items())
+        self._parts += tuple((rate, more) for rate, more in added if more)
         self._done = steps
+        key = self.noise, self._parts, delta
+        found = _KNOWN.get(key)
+        if found is None:
+            found = self._computed(delta)
+            if len(_KNOWN) >= REMEMBERED:
+                _KNOWN.clear()
+            _KNOWN[key] = found
+        return found
+
+    def _computed(self, delta: float) -> float:
+        for rate, more in self._parts[self._composed :]:
+            part = _loss_of_steps(self.noise, rate, more)
+            self._total = part if self._total is None else self._total.compose(part, NEGLECTED)
+        self._composed = len(self._parts)
         return 0.0 if self._total is None else float(self._total.get_epsilon_for_delta(delta))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -17,6 +18,7 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
@@ -29,6 +31,7 @@ from fusemlp.training.fit import ELSEWHERE, check_monitor, checked_validation, f
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.policy import FitPolicy
+from fusemlp.training.private import check_private
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
@@ -68,6 +71,10 @@ class Fleet:
 
     ``initial``: for each model parameters to start with, by the names of ``state_dict``; its seed draws the others.
 
+    ``privacy``: a ``DPSGD``, with which each model trains privately, with its own sampling and noise; a seed for tests
+    is that of the first, and the others have the next ones. ``results.privacy_spent()`` returns the epsilon of all
+    models together, which is larger than that of each.
+
     ``normalise`` is that of ``Engine``; all models scale their inputs alike, by the mean and deviation of all rows of
     the first ``fit``.
 
@@ -88,14 +95,17 @@ class Fleet:
         precision: str = "fp32",
         plan: str = "auto",
         normalise: Any = None,
+        privacy: DPSGD | None = None,
         memory: int | None = None,
         initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
+        self._privacy = as_privacy(privacy)
         self.candidates = tuple(
-            candidate(base, parameters, f"vary, model {index}") for index, parameters in enumerate(combinations(vary))
+            replace(candidate(base, parameters, f"vary, model {index}"), privacy=_of_member(self._privacy, index))
+            for index, parameters in enumerate(combinations(vary))
         )
         self._plan = plan
         self._machine: dict[str, Any] = {"backend": backend, "device": device, "precision": precision, "plan": plan}
@@ -208,6 +218,16 @@ class Fleet:
                 "fit: the models were trained in parts, and their optimizers' state is gone; make a new Fleet, or one "
                 "with more memory="
             )
+        if self._privacy is not None:
+            for schedule in {one.optimizer.schedule for one in self.candidates}:
+                check_private(
+                    schedule,
+                    {"drop_last": drop_last},
+                    None,
+                    validates=validation_data is not None or validation_rows is not None,
+                    stops=patience is not None,
+                    monitors=[monitor],
+                )
         first = self._built[0]
         data = first.examples(X, y, sample_weight)
         count = len(data.X)
@@ -338,7 +358,9 @@ class Fleet:
         one = self.candidates[index]
         held: Engine | Kept = engine
         if self._in_parts:
-            held = Kept(one, self._machine, engine.state_dict(), history, engine.epochs_trained)
+            held = Kept(
+                one, self._machine, engine.state_dict(), history, engine.epochs_trained, engine.privacy_config()
+            )
         return Member(index, one.parameters, held, history, status, reason, scores)
 
     def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
@@ -374,6 +396,11 @@ class Fleet:
         if not left:
             raise DivergenceError(f"loss: all {len(self)} models diverged")
         return together((member.engine for member in left), X)
+
+
+def _of_member(privacy: DPSGD | None, index: int) -> DPSGD | None:
+    """Return the privacy of a model: each has a seed of its own."""
+    return privacy if privacy is None or privacy.seed is None else replace(privacy, seed=privacy.seed + index)
 
 
 def _launches(fit: Callable[[int], EpochLoop[FitPolicy]], index: int, stop: Stop) -> Training:

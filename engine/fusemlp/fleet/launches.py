@@ -51,7 +51,15 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
     for places in by_signature.values():
         together = [engines[place] for place in places]
         first = together[0]
-        chosen = choose_plan(plan, traits, first.network.sizes, first.batch_size, first.precision, models=len(together))
+        chosen = choose_plan(
+            plan,
+            traits,
+            first.network.sizes,
+            first.batch_size,
+            first.precision,
+            models=len(together),
+            private=first.privacy is not None,
+        )
         for engine in together:
             engine.plan, engine.plan_reason = chosen
         if chosen[0] == "resident":

@@ -23,18 +23,22 @@ KEPT_OBJECTS = 6 << 10
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A model without its engine: its parameters, by the names of ``state_dict``, and its history."""
+    """A model without its engine: its parameters, by the names of ``state_dict``, its history, and the privacy that it
+    has spent."""
 
     candidate: Candidate
     machine: Mapping[str, Any]
     parameters: dict[str, Array]
     history: History
     epochs_trained: int
+    privacy: dict[str, Any] | None = None
 
     def engine(self) -> Engine:
         """Return a new engine with these parameters; its optimizer starts afresh."""
         engine = self.candidate.engine(self.machine)
         engine.load_state_dict(self.parameters)
+        # with a new seed: its updates are counted afresh
+        engine.start_spending_from(self.privacy)
         engine.history, engine.epochs_trained = self.history, self.epochs_trained
         return engine
 

@@ -20,7 +20,7 @@ FEW_ROWS, LEAST_ROWS, MODELS = 100_000, 40, 5
 
 
 def default_models(rows: int, activations: Sequence[str]) -> int:
-    """Return the default number of models that a table of ``rows`` rows trains, to be merged."""
+    """Return how many models a table of ``rows`` rows trains, to be merged, unless the caller decides."""
     return MODELS if LEAST_ROWS <= rows <= FEW_ROWS and "prelu" not in activations else 1
 
 

@@ -11,11 +11,13 @@ import numpy as np
 
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.metrics import rises
+from fusemlp.describe.privacy import OF_TRAINING_ROWS
 from fusemlp.engine import Engine
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.seeds import Combination, Point, averages, combinations
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import aligned
+from fusemlp.runtime.spending import spent_together
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
 
@@ -69,8 +71,21 @@ class FleetResults:
     def __repr__(self) -> str:
         statuses = [member.status for member in self.members]
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses)))
-        best = "" if set(statuses) <= {"diverged"} else f"; best: {self.best()!r}"
+        unknown = set(statuses) <= {"diverged"} or (self._is_private and self.metric == "loss")
+        best = "" if unknown else f"; best: {self.best()!r}"
         return f"FleetResults({counts}{best})"
+
+    def privacy_spent(self) -> dict[str, Any]:
+        """Return the privacy that all models together have spent on the rows, as ``Engine.privacy_spent`` does for one.
+
+        Publishing several models, or the best of them, reveals as much. Raises ArgumentError if the models have not
+        trained privately, MissingLibraryError without dp-accounting.
+        """
+        found = [
+            member.held.privacy if isinstance(member.held, Kept) else member.held.privacy_config()
+            for member in self.members
+        ]
+        return spent_together([one for one in found if one is not None])
 
     def engine(self, index: int) -> Engine:
         """Return the engine of a model; if the fleet was trained in parts a new one, whose optimizer starts afresh."""
@@ -79,6 +94,10 @@ class FleetResults:
         if not -len(self.members) <= index < len(self.members):
             raise ArgumentError(f"index: expected 0 to {len(self.members) - 1}, got {index}")
         return self.members[index].engine
+
+    @property
+    def _is_private(self) -> bool:
+        return any("epsilon" in member.scores for member in self.members)
 
     @property
     def metric(self) -> str:
@@ -121,8 +140,14 @@ class FleetResults:
     def best(self, metric: str | None = None) -> Member:
         """Return the best model by a score; if seeds vary too, of the combination with the best mean over its seeds.
 
-        Raises DivergenceError if every model diverged.
+        Raises DivergenceError if every model diverged, ArgumentError for a score of private rows.
         """
+        chosen = metric or self.metric
+        if self._is_private and chosen in OF_TRAINING_ROWS:
+            raise ArgumentError(
+                f"metric: {chosen!r} is of the private rows, which privacy does not cover; fit with "
+                "validation_data=(Xv, yv) of rows that need no protection, and choose by val_loss"
+            )
         first = self.combinations(metric)[0].sound[0]
         if first.status == "diverged":
             raise DivergenceError(f"loss: all {len(self.members)} models diverged; the first: {first.reason}")

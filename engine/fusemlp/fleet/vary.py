@@ -12,6 +12,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
@@ -53,10 +54,11 @@ class Candidate:
     optimizer: Optimizer
     batch_size: int
     seed: int
+    privacy: DPSGD | None = None
 
     def engine(self, machine: Mapping[str, Any]) -> Engine:
         """Return a new engine of the model; ``machine``: the arguments of ``Engine`` that are no part of a model."""
-        return Engine(self.net, self.loss, self.optimizer, self.batch_size, self.seed, **machine)
+        return Engine(self.net, self.loss, self.optimizer, self.batch_size, self.seed, privacy=self.privacy, **machine)
 
 
 def combinations(vary: Vary) -> list[dict[str, Any]]:
@@ -132,6 +134,7 @@ def candidate(base: Candidate, parameters: Mapping[str, Any], where: str) -> Can
             _optimizer(base.optimizer, {name: parameters[name] for name in OF_OPTIMIZER if name in parameters}),
             as_count("batch_size", parameters.get("batch_size", base.batch_size), minimum=1),
             as_count("seed", parameters.get("seed", base.seed), minimum=0),
+            base.privacy,
         )
         found.loss.check_network(found.net)
         found.optimizer.check_network(found.net)

@@ -55,7 +55,9 @@ class DeviceInputs:
                 if matches and self._fits(values, *bounds):
                     return Targets(values, False)
             y = backend.to_host(native)
-        return as_targets(argument, y, loss, outputs=outputs, rows=rows, dtype=self._real)
+        found = as_targets(argument, y, loss, outputs=outputs, rows=rows, dtype=self._real)
+        # checked on the host and not converted: those on the device will do
+        return found if native is None or found.values is not y else Targets(native, found.soft)
 
     def weights(self, argument: str, weight: Any, *, rows: int) -> Any | None:
         """Return sample weights (n,), or None."""
@@ -93,15 +95,23 @@ class DeviceInputs:
 
     def largest(self, array: Any) -> float:
         """Return the greatest absolute value in a checked array."""
+        return max(map(abs, self.extent(array)))
+
+    def extent(self, array: Any) -> tuple[float, float]:
+        """Return the least and the greatest value in a checked array."""
         if isinstance(array, np.ndarray):
-            return float(np.abs(array).max())
-        return max(abs(bound) for bound in self._backend.extent(array))
+            return float(array.min()), float(array.max())
+        return self._backend.extent(array)
 
     def counts_hits(self, targets: Targets) -> bool:
         """Return whether these targets have an accuracy."""
         if self.loss.is_classification:
             return True
-        return self.loss.kind in ("mse", "mae", "huber") and are_one_hot(self.on_host(targets.values))
+        if self.loss.kind not in ("mse", "mae", "huber"):
+            return False
+        # most other targets on a device stay there
+        values = targets.values
+        return (isinstance(values, np.ndarray) or self.extent(values) == (0, 1)) and are_one_hot(self.on_host(values))
 
     def _fits(self, native: Any, lowest: float = -np.inf, highest: float = np.inf) -> bool:
         """Return whether all elements are from ``lowest`` to ``highest`` and finite in the engine's type."""

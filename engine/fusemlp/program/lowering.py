@@ -366,12 +366,12 @@ class _Builder:
         penalised = step.ridge is not None and (step.ridge.strength != 0.0 or self.traits.resident is not None)
         clipped = step.scaled or rule.clip_norm is not None
         private = step.privacy
-        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised or private is not None
+        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised
         parts = 1
         if not (whole or step.resident):
             weights = sum(places[short].size for short in self.rules)
             parts = min(step.most_parts, batch_parts(self.traits, self.batch, weights))
-        fused = rule.kind in self.traits.fused_updates and not whole and parts == 1
+        fused = rule.kind in self.traits.fused_updates and not whole and parts == 1 and private is None
         for short in self.rules:
             shape = places[short].shape
             if not fused:
@@ -428,7 +428,8 @@ class _Builder:
             grads=Ref("grads"),
             states=tuple(Ref(f"state{index}") for index in self.states),
             segments=tuple(
-                Segment(places[short].offset, places[short].size, changes) for short, changes in self.rules.items()
+                Segment(place.offset, place.size, changes, place.shape[-1], place.pitch)
+                for place, changes in ((places[short], changes) for short, changes in self.rules.items())
             ),
             **applied,
             **clock,

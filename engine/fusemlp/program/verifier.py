@@ -98,8 +98,8 @@ def _check_order(program: Program) -> None:
             if name in own:
                 raise ProgramError(f"{where}: writes {name!r} twice")
             again = name in writers and program.calls[writers[name]].op == call.op
-            anew = operand in op.only_written and not (again and stale(name) is not None)
-            if name in writers and (again if operand == "stats" else anew):
+            kept = not (again and stale(name) is not None)
+            if name in writers and (again if operand == "stats" else kept and operand in op.only_written):
                 raise ProgramError(f"{where}: writes {name!r}, which call {writers[name]} has written")
             own.add(name)
         # parameters are those of the whole step: see _check_updates
@@ -218,7 +218,7 @@ def _compare(
     for record in records:
         given = operands.get(record.name)
         for one in given if isinstance(given, tuple | list) else (given,):
-            if not isinstance(one, Ref) or record.shape in (None, "A"):
+            if not isinstance(one, Ref) or record.shape in (None, "A", "B"):
                 continue
             dtype, letters = expected(record, operands)
             if dtype == "compute" and program.compute_bytes is None:

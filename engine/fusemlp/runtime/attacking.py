@@ -34,11 +34,11 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     own, change = how.plain, how.perturbation()
     x = np.array(engine.on_host(data.X), np.float64 if engine.precision == "fp64" else np.float32)
     target, spec = engine.on_host(data.targets.values), engine.spec_for(data.targets)
+    class_weight = None if engine.class_weight is None else engine.on_host(engine.class_weight)
     steps = backend("numpy", None, "fp64" if engine.precision == "fp64" else "fp32")
     adv, dx, counters = np.empty_like(x), np.empty_like(x), np.zeros(COUNTERS, np.int64)
     operands: dict[str, Any] = {"x": x, "change": change, "counters": counters}
     start, move = steps.bind("perturb", start=adv, **operands), steps.bind("perturb", dx=dx, adv=adv, **operands)
-    weights = None if engine.class_weight is None else engine.on_host(engine.class_weight)
     best, losses = adv, np.full(len(x), -np.inf)
     for restart in range(own.restarts):
         counters[BATCH_INDEX] = restart
@@ -47,7 +47,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
             dx[:] = engine.input_gradient(adv, y)
             move()
         if own.restarts > 1:
-            found = row_losses(spec, engine.outputs(adv), target, weights)
+            found = row_losses(spec, engine.outputs(adv), target, class_weight)
             # a NaN is as bad as it gets
             worse = ~(found <= losses)
             losses[worse] = found[worse]

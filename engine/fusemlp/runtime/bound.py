@@ -11,7 +11,7 @@ from fusemlp.program.layout import allocate, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.plans import UNINTERRUPTED, resident_chunk
-from fusemlp_kernels.contract import ROW_COUNT, ROW_OFFSET, ROW_STEP, ROW_TOTAL, Backend
+from fusemlp_kernels.contract import ROW_COUNT, ROW_STEP, Backend
 
 Array = np.ndarray[Any, Any]
 
@@ -122,12 +122,13 @@ def walk_rows(
     given = min(len(order), len(rows))
     count = given // epochs
     backend.copy_into(rows[:given], np.asarray(order[:given], np.int64))
-    rows[given:] = -1
+    if given < len(rows):
+        rows[given:] = -1
     # behind the last batch the clock has gone back to the first
     offset = first_batch * size if first_batch * size < count else 0
-    counters[ROW_STEP], counters[ROW_TOTAL], counters[ROW_OFFSET] = size, count, offset
     # private batches have padding each
-    counters[ROW_COUNT] = np.count_nonzero(np.asarray(order[offset : min(count, offset + size)]) >= 0)
+    now = np.count_nonzero(np.asarray(order[offset : min(count, offset + size)]) >= 0)
+    backend.copy_into(counters[ROW_COUNT : ROW_STEP + 1], np.array([now, offset, count, size]))
 
 
 def _in_order(steps: tuple[Callable[..., object], ...], on_host: bool) -> Callable[[], None]:

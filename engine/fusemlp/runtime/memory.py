@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fusemlp.describe.network import MLP
@@ -13,6 +13,8 @@ from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, Backe
 REAL_BYTES = {"fp64": 8}
 # Precisions whose matrix products read another type than the parameters have.
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2}
+# Types of what a step changes beside arenas of "real".
+DTYPES = {"counters": "int64", "hyper": "float64", "stats": "float64"}
 
 
 def new_arenas(
@@ -22,7 +24,8 @@ def new_arenas(
     that of a model's parameters in elements."""
     sizes = {"params": (size, "real"), "grads": (size * gradient_parts, "real")}
     sizes |= {f"state{index}": (size, "real") for index in range(state_count)}
-    sizes |= {"counters": (COUNTERS, "int64"), "hyper": (HYPER, "float64"), "stats": (STATS, "float64")}
+    sizes |= {"counters": (COUNTERS, DTYPES["counters"]), "hyper": (HYPER, DTYPES["hyper"])}
+    sizes["stats"] = STATS, DTYPES["stats"]
     sizes["rates"] = (1 + layout.RATE_ROWS) * RATE_COLUMNS, "float64"
     if mixed:
         sizes["shadow"] = size, "compute"
@@ -81,12 +84,26 @@ class Memory:
         for arena in (*states, *rounded):
             self.arrays |= {f"{name}.{arena}": view for name, view in views(backend, arenas[arena]).items()}
 
+    @property
+    def evaluated_arena(self) -> str:
+        """The name of the flat array that predictions read."""
+        return self.evaluated.removeprefix(".") or "params"
+
+    def copies(self, names: Iterable[str], into: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Copies of these flat arrays on the device, in the arrays of ``into`` if given."""
+        backend, arrays = self.backend, self.arrays
+        if into is None:
+            into = {name: backend.allocate(len(arrays[name]), DTYPES.get(name, "real")) for name in names}
+        for name, copy in into.items():
+            backend.copy_into(copy, arrays[name])
+        return into
+
     def read_evaluated(self, memory: Memory) -> None:
         """Take over what predictions read of ``memory``."""
         if memory is self:
             return
         copy = self.backend.copy_into
-        copy(self.params, memory.arrays[memory.evaluated.removeprefix(".") or "params"])
+        copy(self.params, memory.arrays[memory.evaluated_arena])
         if memory.evaluated:
             self.refresh_shadow()
         elif self.shadow is not None:
@@ -95,7 +112,7 @@ class Memory:
     def refresh_shadow(self) -> None:
         """Round the parameters into the shadow, after they were written from outside a step."""
         if self.shadow is not None:
-            self.backend.copy_into(self.shadow, self.backend.to_host(self.params))
+            self.backend.copy_into(self.shadow, self.params)
 
 
 def on_device(backend: Backend, arrays: Mapping[str, Any]) -> dict[str, Any]:

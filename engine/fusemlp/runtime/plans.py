@@ -31,17 +31,24 @@ PROCESSOR_FLOPS = 1e11
 
 
 def choose_plan(
-    plan: str, traits: Traits, sizes: Sequence[int], batch: int, precision: str, models: int = 1
+    plan: str,
+    traits: Traits,
+    sizes: Sequence[int],
+    batch: int,
+    precision: str,
+    models: int = 1,
+    *,
+    private: bool = False,
 ) -> tuple[str, str]:
     """The plan that ``plan`` ("auto" or a name) comes to on a backend, for ``models`` models with these widths that
-    train at once, and why.
+    train at once, and why; ``private``: with differential privacy.
 
     Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have, or not
     for such a network.
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
-    refusal = resident_refusal(traits, sizes, batch, precision)
+    refusal = resident_refusal(traits, sizes, batch, precision, private=private)
     if plan == "auto":
         return _quickest(traits, refusal, step_flops(sizes, batch), models)
     if plan not in traits.plans:

@@ -26,6 +26,7 @@ from fusemlp.program.lowering import Attack, Inputs, lower_training, lowered_att
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
+from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan
 from fusemlp.runtime.predicting import Predicting
@@ -52,7 +53,6 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
-    BackendUnavailableError,
     DivergenceError,
     ShapeError,
 )
@@ -85,7 +85,7 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Predicting, Spending):
+class Session(Predicting, Spending, Keeping):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
@@ -118,7 +118,7 @@ class Session(Predicting, Spending):
         self.precision = precision
         self.privacy = as_privacy(privacy)
         if self.privacy is not None:
-            self.privacy.check(net, self.loss, self.optimizer, normalise=normalise)
+            self.privacy.check(net, self.loss, self.optimizer, precision=precision, normalise=normalise)
         self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
@@ -157,15 +157,11 @@ class Session(Predicting, Spending):
                 raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
         if device is not None and not isinstance(device, str):
             raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
-        if self.privacy is not None and name != "numpy":
-            if name != "auto":
-                raise BackendUnavailableError(f"backend: privacy needs the numpy backend, got {name!r}")
-            name = "numpy"
         self._backend = backend(name, device, self.precision)
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
-        self.plan, self.plan_reason = choose_plan(plan, traits, self.network.sizes, self.batch_size, self.precision)
+        self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self._use_memory(None, None, None)
@@ -180,7 +176,7 @@ class Session(Predicting, Spending):
             self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
         self.history: History | None = None
         self.fit_state: FitState | None = None
-        self.best_parameters: dict[str, Array] | None = None
+        self.best_parameters = None
         # (models, N): how far the last biases of merged models lie from their mean
         self.merged_biases: Array | None = None
         self.epochs_trained = 0
@@ -206,12 +202,13 @@ class Session(Predicting, Spending):
             average=rule.average,
         )
         # the learning rates of the updates to come, for those who launch steps
-        self.rates = RateTable(self._backend, rule, memory.hyper, memory.rates, memory.counters)
+        self.rates = self._rate_table(rule)
         self.rates.schedule = schedule
         self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
         self._inference = Inference(self.network, memory, scale)
         self._staged: dict[tuple[bool, bool], BoundProgram] = {}
+        self._last_fit = None
 
     def move_into(self, arenas: Mapping[str, Any]) -> None:
         """Keep what the engine keeps in these arrays from now on: flat ones like those of ``new_arenas``."""
@@ -229,12 +226,17 @@ class Session(Predicting, Spending):
         """
         if batch_size == self.batch_size:
             return
-        plan, traits = self.plan if self.plan_reason == ASKED else "auto", self._backend.traits
-        chosen = choose_plan(plan, traits, self.network.sizes, batch_size, self.precision)
+        plan = self.plan if self.plan_reason == ASKED else "auto"
+        chosen = self._chosen(plan, batch_size)
         self.make_room_for(batch_size)
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
         self._staged.clear()
+
+    def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
+        """The plan that ``plan`` comes to for batches of this size, and why."""
+        traits, private = self._backend.traits, self.privacy is not None
+        return choose_plan(plan, traits, self.network.sizes, batch_size, self.precision, private=private)
 
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
@@ -327,10 +329,7 @@ class Session(Predicting, Spending):
                 f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
                 "engine, and give it the weights by load_state_dict"
             )
-        if rule != self.rates.rule:
-            # another optimizer since the last fit
-            memory = self.memory
-            self.rates = RateTable(self._backend, rule, memory.hyper, memory.rates, memory.counters)
+        self._take_rule(rule)
         arrays = dict(given)
         if self.class_weight is not None:
             arrays["class_weight"] = self.class_weight
@@ -354,6 +353,47 @@ class Session(Predicting, Spending):
             # the steps of an attack are many launches
             plan = self._backend.traits.plans[-2]
         return BoundProgram(program, self.memory, self._workspace, arrays, plan=plan)
+
+    def bind_fit(
+        self,
+        inputs: Inputs,
+        spec: LossSpec,
+        rule: UpdateRule,
+        batch_size: int,
+        data: Mapping[str, Any],
+        *,
+        batches: int,
+        epochs: int,
+        resident: bool,
+        keep_gradients: bool = False,
+        attack: Attack | None = None,
+    ) -> BoundProgram:
+        """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
+
+        def bound(there: Mapping[str, Any]) -> BoundProgram:
+            rows = self._backend.allocate(epochs * batches * batch_size, "int64")
+            return self.bind(
+                *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
+                resident_batches=batches if resident else None,
+                epochs=epochs,
+                keep_gradients=keep_gradients,
+                attack=attack,
+            )
+
+        self._take_rule(rule)
+        key = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack, self.optimizer)
+        return self.bound_again(key, data, bound)
+
+    def _take_rule(self, rule: UpdateRule) -> None:
+        if rule != self.rates.rule:
+            # another optimizer since the last fit
+            self.rates = self._rate_table(rule)
+
+    def _rate_table(self, rule: UpdateRule) -> RateTable:
+        memory = self.memory
+        return RateTable(
+            self._backend, rule, memory.hyper, memory.rates, memory.counters, skips=self.precision == "fp16"
+        )
 
     @property
     def learning_rate(self) -> float:
@@ -422,7 +462,8 @@ class Session(Predicting, Spending):
         if self._scaled:
             self._unchecked_steps += 1
             if self._unchecked_steps == SCALING_CHECKS:
-                self.check_scaling()
+                # waits for the device
+                self.check_scaling(self.memory.counters, self.memory.hyper)
         return self._backend.scalar(bound.arrays["stats"], LAST_LOSS)
 
     def run_staged(self, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
@@ -437,14 +478,14 @@ class Session(Predicting, Spending):
                     arrays[name][count:] = 0
         bound.run()
 
-    def check_scaling(self) -> None:
-        """Raise DivergenceError if the gradients overflow at every loss scale; waits for the device."""
+    def check_scaling(self, counters: Any, hyper: Any) -> None:
+        """Raise DivergenceError if the gradients overflow at every loss scale, by these counters and hyper."""
         self._unchecked_steps = 0
-        skipped = int(self.memory.counters[SKIPPED_IN_A_ROW])
+        skipped = int(counters[SKIPPED_IN_A_ROW])
         if skipped >= SKIPPED_LIMIT:
             raise DivergenceError(
                 f"loss: the gradients overflowed in {skipped} batches in a row, down to a loss scale of "
-                f"{float(self.memory.hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
+                f"{float(hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
                 "precision='bf16' or 'fp32'"
             )
 
@@ -527,24 +568,6 @@ class Session(Predicting, Spending):
         if not prefix and not suffix:
             self.memory.refresh_shadow()
 
-    def snapshot(self, into: dict[str, Array] | None = None) -> dict[str, Array]:
-        """Host copies of all that a step changes, for ``restore``; ``into`` is one that may be overwritten."""
-        old = into or {}
-        return {name: self._backend.to_host(self.memory.arrays[name], out=old.get(name)) for name in self._changing()}
-
-    def restore(self, snapshot: Mapping[str, Array]) -> None:
-        """Go back to a ``snapshot`` of this engine."""
-        for name in self._changing():
-            self._backend.copy_into(self.memory.arrays[name], snapshot[name])
-        self.memory.refresh_shadow()
-        self.rates.forget()
-
-    def _changing(self) -> list[str]:
-        states = [f"state{index}" for index in range(len(self.memory.states))]
-        # gradients outlive a step only where they are accumulated
-        grads = ["grads"] if self.optimizer.accumulate > 1 else []
-        return ["params", *grads, *states, "counters", "hyper", "stats"]
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
 
@@ -560,9 +583,11 @@ class Session(Predicting, Spending):
         self.write_tensors(arrays, "")
 
     def release(self) -> None:
-        """Give back the memory that steps and predictions work in; the next ones make it anew."""
+        """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
+        ones make it anew."""
         self._workspace = Workspace(self._backend)
         self._staged.clear()
+        self._last_fit = None
         self._inference.release()
 
     def __repr__(self) -> str:

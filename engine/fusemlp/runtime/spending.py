@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fusemlp.describe.privacy import DPSGD, Accountant, joined, usual_delta
+from fusemlp.describe.privacy import DPSGD, Accountant, Spent, joined, usual_delta
 from fusemlp.program.lowering import Privacy
 from fusemlp_kernels.contract import Noise
 from fusemlp_kernels.errors import ArgumentError
+
+# Rounding clipped rows, or the factors of their products, makes a row's gradient larger by at most this part of it;
+# that of float32 is neglected, as the accountant neglects that of the noise.
+ROUNDED = {"tf32": 2.0**-10, "bf16": 2.0**-8}
+
+
+NOT_PRIVATE = "privacy: it has not trained privately; make it with privacy=DPSGD(noise=1.1, clip=1.0), and then fit"
 
 
 class Spending:
@@ -18,6 +25,7 @@ class Spending:
 
     privacy: DPSGD | None
     batch_size: int
+    precision: str
     # private steps of earlier fits; the sampling rate of the last one, and the updates before it
     _spent: list[tuple[float, int]]
     _sampling: tuple[float, int] | None
@@ -50,7 +58,8 @@ class Spending:
         if self.privacy is None:
             return None
         deviation = self.privacy.noise * self.privacy.clip
-        return Privacy(self.privacy.clip, Noise(deviation, float(self._expected_rows), self._private_seed))
+        clip = self.privacy.clip * (1.0 - ROUNDED.get(self.precision, 0.0))
+        return Privacy(clip, Noise(deviation, float(self._expected_rows), self._private_seed))
 
     def sample_privately(self, rows: int, rate: float) -> int:
         """Let the steps from now on take each of ``rows`` rows with probability ``rate``; return the seed for that."""
@@ -76,10 +85,25 @@ class Spending:
         trained privately, MissingLibraryError without dp-accounting.
         """
         if self.privacy is None or self.privacy.delta is None:
-            raise ArgumentError(
-                "privacy: the engine has not trained privately; make it with privacy=DPSGD(noise=1.1, clip=1.0), and "
-                "then fit"
-            )
-        spent = self.steps_spent
-        epsilon = self._accountant.epsilon(spent, self.privacy.delta)
-        return {"epsilon": epsilon, **self.privacy.to_config(), "steps": sum(count for _, count in spent)}
+            raise ArgumentError(NOT_PRIVATE)
+        return _spent(self._accountant, self.privacy, self.steps_spent)
+
+
+def _spent(accountant: Accountant, privacy: DPSGD, spent: Spent) -> dict[str, Any]:
+    assert privacy.delta is not None
+    epsilon = accountant.epsilon(spent, privacy.delta)
+    return {"epsilon": epsilon, **privacy.to_config(), "steps": sum(count for _, count in spent)}
+
+
+def spent_together(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the ``privacy_spent`` of several engines of one privacy on the same rows, by their ``privacy_config``.
+
+    Raises ArgumentError if there are none that have trained, MissingLibraryError without dp-accounting.
+    """
+    trained = [dict(one) for one in configs if one["delta"] is not None]
+    if not trained:
+        raise ArgumentError(NOT_PRIVATE)
+    spent = joined((rate, count) for one in trained for rate, count in one.pop("spent"))
+    # the smallest holds for all
+    privacy = DPSGD(**min(trained, key=lambda one: one["delta"]))
+    return _spent(Accountant(privacy.noise), privacy, spent)

@@ -33,17 +33,34 @@ EXACT_SIZES = 8
 
 
 class Runnable:
-    """A bound program: ``before`` are its calls up to the updates of ``sets``, its last ones."""
+    """A bound program: ``before`` are its calls up to the updates of ``sets``, its last ones.
 
-    def __init__(self, bound: BoundProgram, before: tuple[Callable[[], object], ...]) -> None:
+    With ``captures`` the first run loads the kernels, the second captures a graph, and this and the others replay it.
+    """
+
+    def __init__(self, bound: BoundProgram, before: tuple[Callable[[], object], ...], *, captures: bool) -> None:
         self.bound = bound
         self.sets: list[UpdateSet] = []
-        self.calls = before
-        self._before = before
+        self._before, self._captures = before, captures
+        self.run: Callable[[], object]
 
     def use(self, sets: list[UpdateSet], memory: Memory) -> None:
         """Bind the updates again, for the rules of ``sets``."""
-        self.calls = (*self._before, *bind_updates(self.bound, sets, memory.layout))
+        calls = (*self._before, *bind_updates(self.bound, sets, memory.layout))
+
+        def run_calls() -> None:
+            for call in calls:
+                call()
+
+        def run_first() -> None:
+            run_calls()
+            self.run = run_captured
+
+        def run_captured() -> None:
+            self.run = self.bound.backend.capture(run_calls, 1)
+            self.run()
+
+        self.run = run_first if self._captures else run_calls
         self.sets = sets
 
 
@@ -66,8 +83,8 @@ class Batch:
         self._columns, self._classes = programs.reading.network.sizes[0], programs.reading.network.sizes[-1]
         self._squeezes = programs.reading.squeezes
         # Labels on a GPU are checked by the kernels, without a synchronisation.
-        labels = torch.as_tensor(self._rows_of_y) if kind == "labels" else None
-        self._labels = None if labels is None or not labels.is_cpu else labels.numpy()
+        labels = kind == "labels" and programs.device == "cpu"
+        self._labels = torch.as_tensor(self._rows_of_y).numpy() if labels else None
         # As an unsigned number, a negative label is too large as well. None where any label may be the ignored index.
         self._unsigned: Any = None
         if self._labels is not None and programs.labels == "labels":
@@ -119,6 +136,7 @@ class Programs:
         self.sets = sets
         self.running = Running()
         self._pos_weight, self._clip_norm = pos_weight, clip_norm
+        self.device = memory.backend.device
         self._memory = memory
         self._seed = seed
         self._workspace = Workspace(memory.backend)
@@ -169,7 +187,9 @@ class Programs:
                 given["class_weight"] = self._class_weight
             program = self.lower(capacity, kind, returns)
             bound = BoundProgram(program, self._memory, self._workspace, given)
-            self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)))
+            # torch's calls between the kernels' depend on the number of rows, or return memory
+            captures = "graph" in bound.backend.traits.plans and not returns and self._pos_weight is None
+            self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)), captures=captures)
         return self._runnables[key]
 
     def _before_updates(self, bound: BoundProgram, returns: bool) -> Iterator[Callable[[], object]]:

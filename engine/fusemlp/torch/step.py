@@ -142,8 +142,7 @@ class FusedStep:
                 parameter.grad = None
         for one in self._sets:
             one.table.cover(UNIT_RATE, 1)
-        for call in runnable.calls:
-            call()
+        runnable.run()
         loss = self._after_step(batch)
         if not return_output:
             return loss

@@ -22,7 +22,6 @@ from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.program.lowering import Inputs, lowered_attack
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import row_order as shuffled
-from fusemlp.runtime.memory import on_device
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
@@ -91,7 +90,8 @@ def fit(
     (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host memory
     or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``).
     The kernels read device arrays in place, or copy them once if their type or strides do not suit. An engine with
-    ``normalise=True`` measures the X of its first fit, and trains on a scaled copy.
+    ``normalise=True`` measures the X of its first fit, and trains on a scaled copy. On a GPU the engine keeps program,
+    graphs and data there for another fit on arrays of the same shapes; ``engine.release()`` gives them back.
 
     Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any iterable.
     An epoch is ``steps_per_epoch`` batches, by default len(X); an iterable that ends begins again. One update takes
@@ -143,7 +143,7 @@ def fit(
     given = checked_callbacks(() if callbacks is None else callbacks)
     if engine.privacy is not None:
         check_private(
-            engine,
+            engine.optimizer.schedule,
             {"y": y is None, "shuffle": not shuffle, "row_order": row_order, "drop_last": drop_last},
             class_weight,
             validates=bool(share) or validation_data is not None,
@@ -219,6 +219,7 @@ def fit(
         deadline=deadline,
         against=adversarial,
     )
+    engine.let_go_with((X, y, sample_weight))
     _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
         return loop.run()
@@ -323,23 +324,24 @@ def fit_checked(
         patience=patience,
         resumes=resume,
         deadline=deadline,
+        draws_ahead=order is None and not engine.memory.backend.traits.on_host,
     )
     called = certifies or (lowered is not None and not engine.memory.backend.traits.on_host)
     resident = engine.plan == "resident" and not called
     if at_once is None:
-        at_once = epochs_at_once(engine, epochs, count, asked=validation is not None or bool(callbacks) or not resident)
+        asked = validation is not None or bool(callbacks) or not resident
+        at_once = epochs_at_once(engine, epochs, count, asked=asked)
     if bound is None:
-        backend = engine.memory.backend
-        given = on_device(backend, data.arrays)
-        given["rows"] = backend.allocate(at_once * batches * batch_size, "int64")
-        bound = engine.bind(
-            Inputs(len(data.X), indexed=True, weighted=data.weight is not None),
+        inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
+        bound = engine.bind_fit(
+            inputs,
             policy.spec,
             policy.rule,
             batch_size,
-            given,
-            resident_batches=batches if resident else None,
+            data.arrays,
+            batches=batches,
             epochs=at_once,
+            resident=resident,
             keep_gradients=certifies,
             attack=lowered,
         )
@@ -454,9 +456,9 @@ def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> N
     if engine.batch_size > rows and not streamed:
         found.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
     if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1 and not streamed:
-        labels = engine.on_host(labels)
-        if np.all(labels == labels[0]):
-            found.append(f"y: every label is {labels[0]}; a classifier needs examples of two classes")
+        least, greatest = engine.extent(labels)
+        if least == greatest:
+            found.append(f"y: every label is {least:.0f}; a classifier needs examples of two classes")
     for message in found:
         # past fit and its check of names
         warnings.warn(message, stacklevel=4)

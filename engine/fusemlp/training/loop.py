@@ -17,10 +17,19 @@ import numpy as np
 from fusemlp.callbacks import deferred_interrupt, name_of, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.contract import BATCH_INDEX, LOSS_SUM, ROW_OFFSET, ROW_TOTAL
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    LEARNING_RATE,
+    LOSS_SUM,
+    RATE_SCALE,
+    ROW_OFFSET,
+    ROW_TOTAL,
+    UPDATE_COUNT,
+)
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
+    from fusemlp.runtime.keeping import Account
     from fusemlp.runtime.session import Session
     from fusemlp.training.history import FitState, History
 
@@ -62,6 +71,9 @@ class Policy:
     def order(self, epoch: int) -> Array:
         """Return the rows (n,) of an epoch in their order; asked for each epoch of a launch before it starts."""
         raise NotImplementedError
+
+    def launched(self, following: range) -> None:
+        """Learn that all steps of a launch are started, and which epochs the next has; a GPU still computes."""
 
     def cut_off(self, begun: int) -> None:
         """Learn that a launch ended early, when ``begun`` of its epochs had begun."""
@@ -145,7 +157,7 @@ class EpochLoop(Generic[PolicyT]):
         at the last good epoch.
         """
         engine, state, policy = self.engine, self.state, self.policy
-        good: dict[str, Array] = {}
+        good: dict[str, Any] | None = None
         # ``again``: epochs to train once more after a divergence, all of them to their end
         at_once, again, begun = self.at_once, 0, False
 
@@ -158,7 +170,7 @@ class EpochLoop(Generic[PolicyT]):
             # a fit that is resumed ends its epoch first
             epochs = 1 if first_batch else min(at_once, wanted)
             if policy.rewinds:
-                good = engine.snapshot(good)
+                good = engine.remember(good)
             began = time.perf_counter()
             if first_batch == 0:
                 self._call("on_epoch_begin", first_epoch)
@@ -169,10 +181,10 @@ class EpochLoop(Generic[PolicyT]):
             ended = state.epoch - first_epoch + (0 if left else 1)
             if ended < epochs:
                 policy.cut_off(ended + (1 if left else 0))
-            accounts = self._accounts(ended, ran=first_batch < self.batches)
+            account = self._account(ended, ran=first_batch < self.batches)
             state.epoch = first_epoch
-            if policy.rewinds and ended and not self._is_finite(accounts):
-                rate = engine.learning_rate
+            if good is not None and ended and not self._is_finite(account):
+                rate = float(account.hyper[LEARNING_RATE])
                 engine.restore(good)
                 state.batch = first_batch
                 if ended == 1 and not left:
@@ -182,10 +194,10 @@ class EpochLoop(Generic[PolicyT]):
                 continue
             again = max(0, again - 1)
             seconds = (time.perf_counter() - began) / max(1, ended)
-            rates = self._rates(ended, left)
+            rates = self._rates(account, ended, left)
             if not left:
                 engine.memory.stats[:] = 0.0
-            for stats, rate in zip(accounts, rates, strict=True):
+            for stats, rate in zip(account.stats[:ended], rates, strict=True):
                 self._end_epoch(stats, rate, seconds)
             if left:
                 state.batch = left
@@ -217,34 +229,34 @@ class EpochLoop(Generic[PolicyT]):
         # epoch it is not the next epoch yet.
         state.epoch = first + (done - 1) // self.batches
         state.batch = done - (state.epoch - first) * self.batches
-        if self._epoch_stats is not None:
-            # as if each epoch had been given its rows
-            counters = engine.memory.counters
-            counters[ROW_OFFSET] = int(counters[ROW_OFFSET]) % int(counters[ROW_TOTAL])
+        self.policy.launched(range(first + epochs, first + 2 * epochs))
 
-    def _accounts(self, epochs: int, *, ran: bool) -> Array:
-        """Return the statistics (epochs, STATS) of the last epochs; ``ran``: this fit has run steps of them."""
-        memory = self.engine.memory
+    def _account(self, epochs: int, *, ran: bool) -> Account:
+        """Return the account of the last epochs; ``ran``: this fit has run steps of them."""
+        engine, rewinds, own = self.engine, self.policy.rewinds, self._epoch_stats
         # a checkpoint may have been written after the last batch, before the epoch was closed
-        if self._epoch_stats is None or not ran:
-            return memory.backend.to_host(memory.stats)[None][:epochs]
-        return memory.backend.to_host(self._epoch_stats[:epochs])
+        stats = None if own is None or not ran or not epochs else own[:epochs]
+        account = engine.account(stats, check_finite=rewinds)
+        if own is not None:
+            # as if each epoch had been given its rows
+            offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]
+            engine.memory.counters[ROW_OFFSET] = int(offset % total)
+        return account
 
-    def _is_finite(self, accounts: Array) -> bool:
+    def _is_finite(self, account: Account) -> bool:
         """Return whether the losses of these epochs, and the parameters after the last, are finite."""
-        memory = self.engine.memory
-        self.engine.check_scaling()
-        return all(map(math.isfinite, (*accounts[:, LOSS_SUM].tolist(), *memory.backend.extent(memory.params))))
+        self.engine.check_scaling(account.counters, account.hyper)
+        return account.finite and all(map(math.isfinite, account.stats[:, LOSS_SUM].tolist()))
 
-    def _rates(self, epochs: int, left: int) -> list[float]:
+    def _rates(self, account: Account, epochs: int, left: int) -> list[float]:
         """Return the learning rate at the end of each of the last ``epochs`` epochs, ``left`` batches before now."""
-        engine = self.engine
         if epochs == 1 and not left:
-            return [engine.learning_rate]
-        every, updates = engine.optimizer.accumulate, engine.update_count
-        batches = int(engine.memory.counters[BATCH_INDEX])
+            return [float(account.hyper[LEARNING_RATE])]
+        every, rates = self.engine.optimizer.accumulate, self.engine.rates
+        batches, updates = (int(account.counters[place]) for place in (BATCH_INDEX, UPDATE_COUNT))
         ends = [batches - left - ahead * self.batches for ahead in reversed(range(epochs))]
-        return [engine.rates.after(updates - batches // every + end // every) for end in ends]
+        scale = float(account.hyper[RATE_SCALE])
+        return [rates.after(updates - batches // every + end // every, scale) for end in ends]
 
     def _end_epoch(self, stats: Array, rate: float, seconds: float) -> None:
         state = self.state

@@ -47,6 +47,8 @@ class FitPolicy(Policy):
     resumes: bool
     # of ``time.monotonic``
     deadline: float
+    # whether rows may be asked for before their epoch
+    draws_ahead: bool = False
 
     def __post_init__(self) -> None:
         self.rule = self.engine.optimizer.rule()
@@ -55,6 +57,7 @@ class FitPolicy(Policy):
         self._keeps_best = self.validation is not None or bool(self.state.monitor)
         self._monitor = self.state.monitor or ("loss" if self.validation is None else "val_loss")
         self._sign = -1.0 if rises(self._monitor) else 1.0
+        self._ahead: dict[int, Array] = {}
 
     def begin(self) -> None:
         """Bind the state of the fit to the engine, and set the learning rate."""
@@ -86,7 +89,13 @@ class FitPolicy(Policy):
 
     def order(self, epoch: int) -> Array:
         """Return the rows of an epoch in their order."""
-        return self.rows(epoch)
+        drawn = self._ahead.pop(epoch, None)
+        return self.rows(epoch) if drawn is None else drawn
+
+    def launched(self, following: range) -> None:
+        """Draw the rows of the epochs that follow while the device works."""
+        if self.draws_ahead:
+            self._ahead = {epoch: self.rows(epoch) for epoch in following if epoch < self.last_epoch}
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Validate, keep the best weights, and lower the learning rate on a plateau."""
@@ -103,7 +112,7 @@ class FitPolicy(Policy):
             if self._keeps_best:
                 state.history.best_epoch = state.epoch
                 if self.patience is not None:
-                    engine.best_parameters = engine.evaluated_tensors()
+                    engine.keep_best()
         else:
             state.waited += 1
         if isinstance(self.schedule, ReduceOnPlateau):
@@ -139,7 +148,7 @@ class FitPolicy(Policy):
         elif engine.stop_training:
             state.history.stopped = "a callback stopped the training"
         elif not state.history.stopped and state.epoch < state.last_epoch:
-            restored = self.patience is not None and engine.best_parameters is not None
+            restored = self.patience is not None and engine.keeps_best
             state.history.stopped = f"the time limit was reached{self._restored if restored else ''}"
-        if self.patience is not None and engine.best_parameters is not None and not interrupted:
-            engine.write_tensors(engine.best_parameters, "")
+        if self.patience is not None and engine.keeps_best and not interrupted:
+            engine.go_to_best()

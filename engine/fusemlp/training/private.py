@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.privacy import check_accountant, sampling_rate, steps_of_an_epoch
-from fusemlp.describe.schedules import ReduceOnPlateau
+from fusemlp.describe.privacy import OF_TRAINING_ROWS, check_accountant, sampling_rate, steps_of_an_epoch
+from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
 
 
 class PoissonRows:
@@ -54,7 +51,7 @@ class PoissonRows:
 
 
 def check_private(
-    engine: Session,
+    schedule: Schedule,
     given: Mapping[str, Any],
     class_weight: Any,
     *,
@@ -65,8 +62,8 @@ def check_private(
     """Raise ArgumentError for arguments of ``fit`` that a private engine does not take, MissingLibraryError without
     dp-accounting.
 
-    ``given``: arguments that it refuses unless they are false. It has validation rows if it ``validates``, and
-    ``stops`` early by the first of ``monitors``; callbacks follow the others.
+    ``schedule``: its optimizer's. ``given``: arguments that it refuses unless they are false. It has validation rows if
+    it ``validates``, and ``stops`` early by the first of ``monitors``; callbacks follow the others.
     """
     mends = {
         "y": "give arrays X and y: each step draws its rows at random from all",
@@ -83,10 +80,10 @@ def check_private(
             "class"
         )
     first, *others = monitors
-    if first is None and (stops or isinstance(engine.optimizer.schedule, ReduceOnPlateau)):
+    if first is None and (stops or isinstance(schedule, ReduceOnPlateau)):
         first = "val_loss" if validates else "loss"
     for monitor in (first, *others):
-        if monitor in ("loss", "accuracy"):
+        if monitor in OF_TRAINING_ROWS:
             raise ArgumentError(
                 f"monitor: {monitor!r} is of the private rows, which privacy does not cover; give "
                 "validation_data=(Xv, yv) of rows that need no protection, and follow val_loss"

@@ -12,7 +12,13 @@ from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear, bind_perturb
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
-from fusemlp_kernels.cupy.updates import bind_advance, bind_grad_weight, bind_grad_weight_update, bind_update
+from fusemlp_kernels.cupy.updates import (
+    bind_advance,
+    bind_clip_examples,
+    bind_grad_weight,
+    bind_grad_weight_update,
+    bind_update,
+)
 from fusemlp_kernels.ops import check_names
 
 _log = logging.getLogger("fusemlp.kernels")
@@ -22,6 +28,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear_loss_grad": bind_linear_loss_grad,
     "loss_grad": bind_loss_grad,
     "grad_input": bind_grad_input,
+    "clip_examples": bind_clip_examples,
     "grad_weight": bind_grad_weight,
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,

@@ -201,6 +201,18 @@ class Device:
         np.copyto(out, host)
         return out
 
+    def read(self, *arrays: Array) -> list[np.ndarray[Any, Any]]:
+        """See ``contract.Backend``."""
+        ends = np.cumsum([array.size for array in arrays])
+        flat = self.allocate(int(ends[-1]), "float64")
+        for end, array in zip(ends.tolist(), arrays, strict=True):
+            self.copy_into(flat[end - array.size : end], array)
+        return np.split(self.to_host(flat), ends[:-1])
+
+    def place(self, array: Array) -> tuple[Any, ...]:
+        """See ``contract.Backend``."""
+        return array.data.ptr, array.shape, array.strides, array.dtype
+
     def adopt(self, array: Any) -> Array | None:
         found = shared(array)
         return found if found is not None and found.device.id == self._card.id and found.dtype.kind in "fiub" else None

@@ -25,6 +25,7 @@ struct Loss {
     long long columns;
     long long kind;
     long long mean;
+    long long by_row;  // dz of each row is that of its own loss
     long long soft;
     long long accuracy;
     long long ignores;
@@ -78,10 +79,10 @@ __device__ inline double normaliser_of(const Loss& call, long long valid) {
     return total * call.divisor;
 }
 
-// The factor of every dz: 1 / normaliser under "mean", and the loss scale.
+// The factor of every dz: 1 / normaliser under "mean", 1 / divisor under "rows", and the loss scale.
 __device__ __forceinline__ float gradient_scale(const Loss& call, double normaliser) {
     double scale = 1.0;
-    if (call.mean) scale = normaliser == 0.0 ? 0.0 : 1.0 / normaliser;
+    if (call.mean) scale = normaliser == 0.0 ? 0.0 : 1.0 / (call.by_row ? call.divisor : normaliser);
     if (call.hyper) scale *= call.hyper[LOSS_SCALE];
     return static_cast<float>(scale);
 }

@@ -1,4 +1,4 @@
-"""Binding the calls over all layers at once: ``grad_weight``, ``grad_weight_update`` and ``update``."""
+"""Binding the calls over all layers at once: ``clip_examples``, ``grad_weight``, ``grad_weight_update``, ``update``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,34 @@ from fusemlp_kernels.errors import ArgumentError
 _NO_PARTS = ["parts", "part"]
 
 
-def _bind_weight(device: Device, op: str, index: int, layer: SimpleNamespace, out: Array, scalars: Array | None) -> Run:
-    """Return the product of a weight's gradient, dz.T @ x; ``linear`` has gathered an x that is picked by row."""
+def _batch(op: str, index: int, layer: SimpleNamespace) -> Array:
+    """Return a layer's inputs; ``linear`` has gathered an x that is picked by row."""
     x = layer.x if layer.rows is None else layer.gathered
     if x is None:
         raise ArgumentError(f"{op}: layers[{index}]: gathered: expected the rows that linear has gathered, got None")
-    return bind_product(device, out, transposed(layer.dz), x, scalars)
+    return x
+
+
+def _bind_weight(device: Device, op: str, index: int, layer: SimpleNamespace, out: Array, scalars: Array | None) -> Run:
+    """Return the product of a weight's gradient, dz.T @ x."""
+    return bind_product(device, out, transposed(layer.dz), _batch(op, index, layer), scalars)
+
+
+@binds("clip_examples")
+def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
+    """Bind the contract's ``clip_examples``: one launch."""
+    rows = [
+        {
+            "x": _batch("clip_examples", index, layer), "dz": layer.dz, "inputs": layer.K if layer.w_trained else 0,
+            "outputs": layer.N, "biased": layer.b_trained,
+        }
+        for index, layer in enumerate(given.layers)
+    ]  # fmt: skip
+    layers, kept = device.table("gradients", "Clipped", rows)
+    return device.launch(
+        "gradients", "clip_examples", given.M, kept,
+        layers=layers, count=len(rows), counters=given.counters, limit=given.clip,
+    )  # fmt: skip
 
 
 @binds("grad_weight", without=_NO_PARTS)
@@ -77,7 +99,7 @@ def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
     return in_sequence([sums.bind(sgd=plain), *products, *([] if plain else [tensors.bind_update()])])
 
 
-@binds("update", without=(*_NO_PARTS, "noise", "rows"))
+@binds("update", without=_NO_PARTS)
 def bind_update(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``update``: one launch, and one for the norm if it is needed and not given."""
     before: list[Run] = []
@@ -89,11 +111,17 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
         before.append(whole.bind_norm(norm))
     tensors = Tensors(device, given)
     for segment in given.segments:
-        at = slice(segment.offset, segment.offset + segment.size)
-        states = [state[at] for state in given.states]
-        shadow = None if given.shadow is None else given.shadow[at]
-        tensors.add(segment.rule, given.grads[at], given.params[at], states, shadow)
-    return in_sequence([*before, tensors.bind_update(norm, scaled=given.scaled)])
+        # between the rows there is no noise
+        shape: tuple[int, ...] = (segment.size,)
+        pitch = 1
+        if given.noise is not None and segment.pitch:
+            shape, pitch = (segment.size // segment.pitch, segment.columns), segment.pitch
+        grads, params, shadow, *states = (
+            None if arena is None else device.view(arena, segment.offset, shape, pitch)
+            for arena in (given.grads, given.params, given.shadow, *given.states)
+        )
+        tensors.add(segment.rule, grads, params, states, shadow)
+    return in_sequence([*before, tensors.bind_update(norm, scaled=given.scaled, noise=given.noise)])
 
 
 @binds("advance")

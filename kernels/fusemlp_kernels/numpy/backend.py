@@ -78,6 +78,13 @@ class NumpyBackend:
         np.copyto(out, array)
         return out
 
+    def read(self, *arrays: Array) -> list[Array]:
+        """See ``contract.Backend``."""
+        return [np.array(array, np.float64, ndmin=1) for array in arrays]
+
+    def place(self, array: Array) -> None:
+        """See ``contract.Backend``; no array is adopted."""
+
     def copy_into(self, destination: Array, source: Array) -> None:
         """See ``contract.Backend``."""
         np.copyto(destination, source, casting="same_kind")

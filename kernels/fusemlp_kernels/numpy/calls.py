@@ -354,8 +354,9 @@ def _update(
     rows: Array | None = None,
 ) -> int:
     if noise is not None:
-        if rule.clip_norm is not None or rule.accumulate != 1:
-            raise ArgumentError("noise: it is for one batch's clipped gradients; leave out clip_norm and accumulate")
+        noise.check(rule)
+        if any(segment.columns != segment.pitch for segment in segments):
+            raise ArgumentError("segments: the numpy backend adds noise to matrices without gaps between their rows")
         table.noise(noise, rows)
     tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
     columns = _updated(rule, params, states)

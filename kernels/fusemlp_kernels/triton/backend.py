@@ -6,18 +6,25 @@ import dataclasses
 import functools
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import triton
 
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.ops import check_names
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
-from fusemlp_kernels.triton.grouped import bind_grad_weight, bind_grad_weight_update, bind_update
+from fusemlp_kernels.triton.grouped import (
+    bind_clip_examples,
+    bind_grad_weight,
+    bind_grad_weight_update,
+    bind_update,
+)
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, is_interpreted, mark_owned
 from fusemlp_kernels.triton.layers import (
     bind_advance,
@@ -43,7 +50,7 @@ ADOPTED = frozenset(
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     bind.__name__.removeprefix("bind_"): bind
     for bind in (
-        *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_grad_weight),
+        *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_clip_examples, bind_grad_weight),
         *(bind_grad_weight_update, bind_update, bind_advance, bind_perturb, bind_train_resident, bind_train_fleet),
     )
 }
@@ -89,6 +96,7 @@ def open_device(name: str | None, precision: str) -> Device:
     properties = torch.cuda.get_device_properties(device)
     target = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     arch = configs.Architecture(configs.family_of(target), properties.multi_processor_count)
+    configs.check_compiler(arch.family, triton.__version__)
     return Device(device, arch, precision, COMPUTE[precision], False)
 
 
@@ -143,11 +151,13 @@ class TritonBackend:
         """See ``contract.Backend``. Matrices of numbers get rows that start at multiples of 16 bytes."""
         if isinstance(array, Tensor):
             kind = {True: "int64", False: "real"}[self.is_integer(array)] if dtype is None else dtype
-            if array.dtype == self._device.dtype(kind) and (array.ndim != 2 or is_aligned(array)):
+            # Triton compiles another kernel for an address that is no multiple of 16 bytes
+            aligned = is_aligned(array) if array.ndim == 2 else array.data_ptr() % 16 == 0
+            if array.dtype == self._device.dtype(kind) and aligned:
                 return array
             _log.info(
-                "an array %s of %s on the device is copied once: the kernels read %s in rows that start at multiples "
-                "of 16 bytes",
+                "an array %s of %s on the device is copied once: the kernels read %s in vectors and rows that start at "
+                "multiples of 16 bytes",
                 *(tuple(array.shape), array.dtype, self._device.dtype(kind)),
             )
         else:
@@ -169,6 +179,15 @@ class TritonBackend:
         np.copyto(out, host)
         return out
 
+    def read(self, *arrays: Tensor) -> list[np.ndarray[Any, Any]]:
+        """See ``contract.Backend``."""
+        flat = torch.cat([array.reshape(-1).to(torch.float64) for array in arrays]).cpu().numpy()
+        return np.split(flat, np.cumsum([array.numel() for array in arrays])[:-1])
+
+    def place(self, array: Tensor) -> tuple[Any, ...]:
+        """See ``contract.Backend``."""
+        return array.data_ptr(), tuple(array.shape), array.stride(), array.dtype
+
     def copy_into(self, destination: Tensor, source: np.ndarray[Any, Any] | Tensor) -> None:
         """See ``contract.Backend``."""
         if isinstance(source, Tensor):
@@ -177,7 +196,7 @@ class TritonBackend:
         contiguous = np.ascontiguousarray(source)
         # torch warns of read-only memory
         tensor = torch.from_numpy(contiguous if contiguous.flags.writeable else contiguous.copy())
-        destination.copy_(tensor.reshape(destination.shape))
+        self._device.upload(destination, tensor.reshape(destination.shape))
 
     def scalar(self, array: Tensor, index: int) -> Tensor:
         """See ``contract.Backend``."""
@@ -185,14 +204,40 @@ class TritonBackend:
 
     def capture(self, run: Run, times: int) -> Run:
         """See ``contract.Backend``: one CUDA graph. Its addresses stay valid, since the bound calls keep their tensors
-        alive."""
+        alive. While the caller captures a graph of their own, the runs become a part of that one."""
         if self._device.interpreted:
             raise BackendUnavailableError("plan: Triton's interpreter has no graphs; use plan='eager'")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device.device), torch.cuda.graph(graph):
-            for _ in range(times):
-                run()
-        return graph.replay
+        graph = None if torch.cuda.is_current_stream_capturing() else self._captured(run, times)
+
+        def replay() -> None:
+            nonlocal graph
+            if torch.cuda.is_current_stream_capturing():
+                for _ in range(times):
+                    run()
+                return
+            if graph is None:
+                graph = self._captured(run, times)
+            graph.replay()
+
+        return replay
+
+    def _captured(self, run: Run, times: int) -> torch.cuda.CUDAGraph:
+        """Return the graph of ``times`` runs; raises BackendUnavailableError if it is empty."""
+        graph, device = torch.cuda.CUDAGraph(), self._device.device
+        # torch's own stream for captures belongs to the first device that captured
+        stream = torch.cuda.Stream(device)
+        try:
+            with warnings.catch_warnings(), torch.cuda.device(device):
+                warnings.filterwarnings("error", message="The CUDA Graph is empty")
+                # work of other threads on the card does not end the capture
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    for _ in range(times):
+                        run()
+        except UserWarning as error:
+            raise BackendUnavailableError(
+                f"plan: the graph of a step on {device} is empty, so it would train nothing; use plan='eager'"
+            ) from error
+        return graph
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
         """See ``contract.Backend``."""

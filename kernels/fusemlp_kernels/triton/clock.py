@@ -118,6 +118,19 @@ def advance_clock(counters, hyper, rates, rule, applied, skipped):
 
 
 @triton.jit
+def leave_out_padding(counters, rows, BLOCK: tl.constexpr):
+    """Take the rows of -1 out of the count of the next batch, in the program that has advanced the clock."""
+    tl.debug_barrier()
+    rows += tl.load(counters + ROW_OFFSET)
+    count = tl.load(counters + ROW_COUNT).to(tl.int32)
+    valid = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        valid += (tl.load(rows + at, mask=at < count, other=-1) >= 0).to(tl.int32)
+    tl.store(counters + ROW_COUNT, tl.sum(valid, axis=0).to(tl.int64))
+
+
+@triton.jit
 def advance_kernel(counters, hyper, rates, rule):
     """The clock alone, one program."""
     batch = tl.load(counters + BATCH_INDEX) + 1

@@ -8,6 +8,7 @@ without spills on the architecture (``ci/kernel_resources.json``); ``python -m b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,27 @@ FAMILIES = {
     "sm_121": "sm_86",
     "gfx942": "gfx942",
 }
+
+
+# The first version of Triton with the fence between the copies to shared memory and the products that read it. Without
+# it results on Blackwell (sm_100) differ from run to run: triton-lang/triton issue 9871, pytorch/pytorch issue 181248.
+FENCED_TRITON = (3, 7, 1)
+NEEDS_FENCE = ("sm_100",)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version such as "3.7.1+cu130"."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def check_compiler(family: str, version: str) -> None:
+    """Raise BackendUnavailableError if this version of Triton compiles wrong code for the family."""
+    if family in NEEDS_FENCE and version_of(version) < FENCED_TRITON:
+        raise BackendUnavailableError(
+            f"device: Triton {version} lacks a fence that Blackwell cards need, so results differ from run to run; "
+            f"expected Triton {'.'.join(map(str, FENCED_TRITON))} or later, which a newer torch brings. Upgrade torch, "
+            "or use backend='cupy'"
+        )
 
 
 def family_of(target: str) -> str:
@@ -203,10 +225,14 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     return options
 
 
-# Launches without a product: of ``loss_grad`` for rows of any width, the clock, and the sweeps over the arenas.
+# Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the arenas, and
+# ``clip_examples``.
 LOSS = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
+# Noise is of float64, which takes two registers a number.
+NOISY_SWEEP = Tile(1, 256, 0, 4, 1)
+CLIP = Tile(4, 256, 0, 4, 1)
 
 
 def table_length(tasks: int) -> int:

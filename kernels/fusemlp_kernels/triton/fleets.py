@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from fusemlp_kernels.checks import binds, checked
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
@@ -85,6 +87,8 @@ def _read(op: str, calls: Calls, params: Tensor) -> _Step:
                 f"{above['w'].shape[1]}"
             )
     last, clock = forward[-1], calls[-1][1]
+    if clock.get("noise") is not None or last["loss"].reduction == "rows":
+        raise ArgumentError(f"{op}: calls: the kernel trains without privacy; run them one by one")
     lowest = depth if end == ["advance"] else depth - 1 - back
     segments = clock.get("segments", ()) if end != ["grad_weight_update"] else _segments(clock, params)
     return _Step(forward, backward, lowest, segments, last["loss"], clock["rule"], last.get("ridge") or Ridge())
@@ -323,7 +327,7 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
         if not entries:
             return
         if entries != listed:
-            live[: len(entries)].copy_(device.numbers(entries, "int64"))
+            device.upload(live[: len(entries)], torch.tensor(entries))
             listed[:] = entries
         if len(entries) not in launches:
             launches[len(entries)] = device.launch(resident.resident_kernel, len(entries), arguments, constants, tile)

@@ -1,4 +1,4 @@
-"""Binding the calls over all layers at once: ``grad_weight``, ``grad_weight_update`` and ``update``."""
+"""Binding the calls over all layers at once: ``clip_examples``, ``grad_weight``, ``grad_weight_update``, ``update``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusemlp_kernels.checks import binds
-from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, TensorRule
-from fusemlp_kernels.triton import clock, configs, gradients, update
-from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned
+from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, Noise, TensorRule
+from fusemlp_kernels.philox import seed_key
+from fusemlp_kernels.triton import clock, configs, gradients, privacy, update
+from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
 from fusemlp_kernels.triton.layers import launch_clock
 
 WEIGHT, BIAS, SLOPE, SEGMENT = range(4)
@@ -117,7 +118,13 @@ def _bind_gradients(
         **tile.sides("NKM"), "PRODUCT": device.product, "ALIGNED": tasks.aligned, "PARTS": tile.parts,
         "UPDATES": updates, "RULE": given.rule.code if updates else 0, "TASKS": configs.table_length(count),
     }  # fmt: skip
-    return device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile), programs
+    launch = device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile)
+
+    # the kernel has only the distances between the tensors: this keeps their memory alive
+    def run(_kept: Any = given) -> None:
+        launch()
+
+    return run if programs else launch, programs
 
 
 @binds("grad_weight")
@@ -138,19 +145,44 @@ def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
     return launch_clock(device, given)
 
 
-@binds("update", without=("noise", "rows"))
+@binds("clip_examples")
+def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``clip_examples``."""
+    tasks, tile = _Tasks(device), configs.CLIP
+    for layer in given.layers:
+        tasks.add(
+            PLAIN, kind=BIAS if layer.b_trained else WEIGHT, N=layer.N, K=layer.K if layer.w_trained else 0,
+            gather=int(layer.rows is not None), dz=layer.dz, x=layer.x,
+        )  # fmt: skip
+    rows = next((layer.rows for layer in given.layers if layer.rows is not None), None)
+    table, _, _ = tasks.tables(1, 1)
+    arguments = {
+        "compute": device.far_base(tasks.base("compute" if device.compute != device.dtype("real") else "real")),
+        "rows": device.zeros(1, "int64") if rows is None else rows, "table": table,
+        "limit": device.numbers([given.clip], "float64"), "counters": given.counters, "M": given.M,
+        "tasks": len(tasks.rows),
+    }  # fmt: skip
+    constants = {"BM": tile.rows, "BK": tile.columns}
+    programs = -(-given.M // tile.rows)
+    return device.launch(privacy.clip_examples_kernel, programs, arguments, constants, tile)
+
+
+@binds("update")
 def bind_update(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``update``."""
     params, grads, states, rule = given.params, given.grads, given.states, given.rule
-    norm, shadow, tile = given.norm, given.shadow, configs.SWEEP
+    norm, shadow, noise = given.norm, given.shadow, given.noise
+    tile = configs.SWEEP if noise is None else configs.NOISY_SWEEP
     before: list[Run] = []
     if norm is None and (rule.clip_norm is not None or given.scaled):
         norm = device.zeros(1, "float64")
         before.append(_bind_norm(device, grads, norm))
     tasks = _Tasks(device)
     for segment in given.segments:
-        tasks.add(segment.rule, kind=SEGMENT, N=segment.size, K=1, p=segment.offset)
-    table, tensors, programs = tasks.tables(tile.columns, 1)
+        # without gaps any width will do
+        columns, pitch = segment.columns or tile.columns, segment.pitch or tile.columns
+        tasks.add(segment.rule, kind=SEGMENT, N=segment.size, K=columns, p=segment.offset, p_row=pitch)
+    table, tensors, programs = tasks.tables(tile.columns, LARGEST_INDEX)
     if programs == 0:
         return launch_clock(device, given, scaled=given.scaled)
     first, second, average = rule.places(states, params)
@@ -161,9 +193,25 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
         "rule": device.numbers(clock.rule_values(rule, scaled=given.scaled), "float64"),
         "ticket": device.zeros(1, "int32"), "tasks": len(tasks.rows), "programs": programs,
         "parts": given.parts, "part": given.part, "shadowed": int(shadow is not None),
+        **_noise(device, noise, given.rows),
     }  # fmt: skip
-    constants = {"BLOCK": tile.columns, "RULE": rule.code, "TASKS": configs.table_length(len(tasks.rows))}
+    constants = {
+        "BLOCK": tile.columns, "RULE": rule.code, "TASKS": configs.table_length(len(tasks.rows)),
+        "NOISY": noise is not None,
+    }  # fmt: skip
     return in_sequence([*before, device.launch(update.update_kernel, programs, arguments, constants, tile)])
+
+
+def _noise(device: Device, noise: Noise | None, rows: Tensor | None) -> dict[str, Any]:
+    """The arguments of noise; ``rows``: those of the batches."""
+    chosen = Noise(0.0, 1.0, 0) if noise is None else noise
+    low, high = seed_key(chosen.seed)
+    return {
+        "noise": device.numbers([chosen.deviation, chosen.divisor], "float64"),
+        "key0": signed(low), "key1": signed(high),
+        # zeros are no padding
+        "rows": device.zeros(1, "int64") if rows is None else rows,
+    }  # fmt: skip
 
 
 def _bind_norm(device: Device, grads: Tensor, norm: Tensor) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from fusemlp_kernels.triton.configs import Architecture, Tile, launch_options
 Tensor = torch.Tensor
 Run = Callable[[], object]
 
+# The most that goes to the device at once through pinned memory.
+UPLOAD_BYTES = 16 << 20
 # The most that an int32 index of a kernel counts.
 LARGEST_INDEX = 2**31 - 1
 DTYPES = {
@@ -78,6 +81,33 @@ class Device:
     def numbers(self, values: Any, kind: str) -> Tensor:
         """Numbers that a kernel reads."""
         return torch.tensor(values, dtype=self.dtype(kind), device=self.device)
+
+    def upload(self, destination: Tensor, source: Tensor) -> None:
+        """Copy from host memory through pinned memory, which the device reads while the host goes on.
+
+        Torch's allocator of pinned memory gives out a piece again when the copy from it has ended. A large array goes
+        in parts: the host fills one while the device reads the part before it.
+        """
+        if destination.is_cpu:
+            # under the interpreter
+            destination.copy_(source)
+            return
+        rows = max(1, UPLOAD_BYTES // max(1, source[:1].nbytes)) if source.ndim else 0
+        if not source.ndim or len(source) <= rows:
+            self._start_upload(destination, source)
+            return
+        ended: list[torch.cuda.Event] = []
+        for part, there in zip(source.split(rows), destination.split(rows), strict=True):
+            if len(ended) == 2:
+                ended.pop(0).synchronize()
+            self._start_upload(there, part)
+            ended.append(torch.cuda.Event())
+            ended[-1].record(torch.cuda.current_stream(self.device))
+
+    @staticmethod
+    def _start_upload(destination: Tensor, source: Tensor) -> None:
+        pinned = torch.empty(source.shape, dtype=destination.dtype, pin_memory=True)
+        destination.copy_(pinned.copy_(source), non_blocking=True)
 
     def far_base(self, tensor: Tensor) -> Any:
         """``tensor``, as the base of a table's offsets, which lead to other tensors.
@@ -150,12 +180,30 @@ class Device:
         if programs > LARGEST_INDEX:
             raise ShapeError(f"{kernel.fn.__name__}: {programs} programs are more than a launch can have")
         given = {**arguments, **constants, **launch_options(self.arch.family, tile)}
+        again: Run | None = None
 
         def run() -> None:
+            nonlocal again
             with np.errstate(all="ignore") if self.interpreted else torch.cuda.device(self.device):
-                kernel[(programs,)](**given)
+                if again is not None:
+                    again()
+                    return
+                compiled = kernel[(programs,)](**given)
+                if not self.interpreted:
+                    again = _started_again(kernel, compiled, programs, given)
 
         return run
+
+
+def _started_again(kernel: Any, compiled: Any, programs: int, given: Mapping[str, Any]) -> Run:
+    """Return the launch of a compiled kernel with arguments that never change.
+
+    It leaves out Triton's search for the kernel of these arguments, and its comparison of all global names that the
+    kernel reads with their values when it was compiled.
+    """
+    defaults = kernel.signature.parameters
+    arguments = [given[name] if name in given else defaults[name].default for name in kernel.arg_names]
+    return functools.partial(compiled[(programs, 1, 1)], *arguments)
 
 
 def _nothing() -> None:

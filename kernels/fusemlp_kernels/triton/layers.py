@@ -100,13 +100,13 @@ def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``perturb``."""
     change, moves = given.change, given.start is None
     drawn = not moves and change.seed is not None
-    key0, key1 = seed_key(change.seed or 0)
+    keys = [signed(word) for word in seed_key(change.seed or 0)]
     arguments = {
         "K": given.K, **places(given.x, x=given.x, dx=given.dx, adv=given.adv if moves else given.start),
         "counters": given.counters,
         "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
-        "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(drawn), "key0": signed(key0),
-        "key1": signed(key1), "length": change.step, "eps": change.eps, "low": change.low, "high": change.high,
+        "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(drawn), "key0": keys[0],
+        "key1": keys[1], "length": change.step, "eps": change.eps, "low": change.low, "high": change.high,
     }  # fmt: skip
     return device.launch(perturb.perturb_kernel, given.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
 
@@ -124,10 +124,16 @@ def target_arguments(device: Device, given: SimpleNamespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _mean(spec: LossSpec, outputs: int) -> float:
+    """The field "mean" of ``loss.SETTING_FIELDS``."""
+    each = 1 if spec.kind == "cross_entropy" else outputs
+    return {"sum": 0.0, "mean": 1.0, "rows": -float(each)}[spec.reduction]
+
+
 def loss_settings(spec: LossSpec, given: SimpleNamespace) -> list[float]:
     """``loss.SETTING_FIELDS`` of a loss whose weights are ``given``."""
     settings = {
-        "kind": LOSSES.index(spec.kind), "mean": spec.reduction == "mean", "smoothing": spec.label_smoothing,
+        "kind": LOSSES.index(spec.kind), "mean": _mean(spec, given.N), "smoothing": spec.label_smoothing,
         "soft": spec.soft, "option": spec.option, "accuracy": spec.accuracy,
         "ignores": spec.ignore_index is not None, "weighted": given.weight is not None,
         "classes": given.class_weight is not None,

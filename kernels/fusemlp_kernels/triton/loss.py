@@ -34,7 +34,8 @@ PARTIALS: tl.constexpr = tl.constexpr(4)
 # Rows whose weights are added at a time.
 CHUNK: tl.constexpr = tl.constexpr(256)
 
-# The fields of a loss's settings on the device, float32.
+# The fields of a loss's settings on the device, float32. "mean" is 0 for the reduction "sum", 1 for "mean", and for
+# "rows" minus the divisor of a row's own loss.
 SETTING_FIELDS = (
     "kind", "mean", "smoothing", "soft", "option", "accuracy", "ignores", "weighted", "classes",
 )  # fmt: skip
@@ -169,6 +170,15 @@ def gradient_scale(hyper, normaliser, settings, scaled):
     return scale.to(tl.float32)
 
 
+@triton.jit
+def stored_scale(hyper, normaliser, settings, scaled):
+    """Return ``gradient_scale``, or the factor under "rows"."""
+    each = -tl.load(settings + MEAN).to(tl.float64)
+    rows = each > 0.0
+    divisor = tl.where(rows & (normaliser != 0.0), each, normaliser)
+    return gradient_scale(hyper, divisor, settings, scaled)
+
+
 LOSS_NUMBERS = [
     "M", "N", "label_step", "target_row", "target_col", "weight_step", "dz_row", "dz_col", "gather", "activation",
     "ignored_low", "ignored_high", "store_dz", "scaled", "programs",
@@ -262,7 +272,7 @@ def linear_loss_grad_kernel(
     normaliser = normaliser_of(
         rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather, CHUNK
     )
-    scale = gradient_scale(hyper, normaliser, settings, scaled)
+    scale = stored_scale(hyper, normaliser, settings, scaled)
     slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
     result, loss, right, scored, below = loss_of_rows(
         z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight, weight_step,
@@ -305,7 +315,7 @@ def loss_grad_kernel(
     normaliser = normaliser_of(
         rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather, CHUNK
     )
-    scale = gradient_scale(hyper, normaliser, settings, scaled)
+    scale = stored_scale(hyper, normaliser, settings, scaled)
     weights, label, counts, _ = row_weights(
         at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )

@@ -11,12 +11,18 @@ from fusemlp_kernels.triton.clock import (
     CLIP_NORM,
     LOSS_SCALE,
     SCALED,
+    UPDATE_COUNT,
     advance_clock,
     is_last,
+    leave_out_padding,
     sum_of,
 )
 from fusemlp_kernels.triton.gradients import FIELDS, FIRST_TILE, TASK_N, TENSOR_FIELDS, P, square_sum, task_of
 from fusemlp_kernels.triton.pointwise_triton import stored_update
+from fusemlp_kernels.triton.privacy import with_noise
+
+# Rows of a batch that are counted at a time.
+COUNTED: tl.constexpr = tl.constexpr(256)
 
 
 @triton.jit(do_not_specialize=["size", "programs"])
@@ -37,16 +43,17 @@ def clip_factor(norm, limit):
     return tl.where(factor > 1.0, 1.0, factor)
 
 
-@triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "shadowed"])
+@triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "shadowed", "key0", "key1"])
 def update_kernel(
     parameters, grads, first, second, average, shadow, norm, table, tensors, hyper, rates, rule, counters, ticket,
-    tasks, programs, parts, part, shadowed,
-    BLOCK: tl.constexpr, RULE: tl.constexpr, TASKS: tl.constexpr,
+    noise, rows, tasks, programs, parts, part, shadowed, key0, key1,
+    BLOCK: tl.constexpr, RULE: tl.constexpr, TASKS: tl.constexpr, NOISY: tl.constexpr,
 ):  # fmt: skip
     """Update each segment of the arenas by its rule, to the mean of the accumulated gradients, clipped.
 
     The gradient is the sum of ``parts`` arenas, ``part`` elements apart, in order. Under loss scaling a norm that is
-    not finite skips the update: only the counters and the scale change.
+    not finite skips the update: only the counters and the scale change. ``NOISY``: ``noise`` (2,) float64 has the
+    deviation and the divisor, and the next batch is counted in ``rows``.
     """
     program = tl.program_id(0)
     task = task_of(table, tasks, program, TASKS)
@@ -65,7 +72,8 @@ def update_kernel(
         factor = factor * clip_factor(length * factor, limit)
     applied = due & sound
     if applied:
-        at = (program - tl.load(row + FIRST_TILE)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        start = (program - tl.load(row + FIRST_TILE)).to(tl.int64) * BLOCK
+        at = start + tl.arange(0, BLOCK)
         mask = at < tl.load(row + TASK_N)
         at += tl.load(row + P)
         g = tl.load(grads + at, mask=mask, other=0.0)
@@ -73,9 +81,13 @@ def update_kernel(
             g += tl.load(grads + index * part.to(tl.int64) + at, mask=mask, other=0.0)
         # a factor that is NaN must not get into the padding
         g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
+        if NOISY:
+            g = with_noise(g, start, row, task, noise, tl.load(counters + UPDATE_COUNT), key0, key1, BLOCK)
         stored_update(
             g, parameters + at, first + at, second + at, average + at, shadow + at, mask, hyper, rule,
             tl.load(tensors + task * TENSOR_FIELDS), tl.load(tensors + task * TENSOR_FIELDS + 1), shadowed, RULE,
         )  # fmt: skip
     if is_last(ticket, programs):
         advance_clock(counters, hyper, rates, rule, applied, due & (sound == 0))
+        if NOISY:
+            leave_out_padding(counters, rows, COUNTED)

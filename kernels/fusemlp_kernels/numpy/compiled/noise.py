@@ -12,7 +12,7 @@ from fusemlp_kernels.numpy.compiled.functions import log1p
 from fusemlp_kernels.numpy.compiled.masks import draw
 from fusemlp_kernels.numpy.compiled.options import ELEMENT, ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.views import part
-from fusemlp_kernels.philox import NORMALS, WORD
+from fusemlp_kernels.philox import COSINE, NORMALS, SINE, WORD
 
 # Random words are in pairs, of two normal numbers.
 WORDS = NORMALS // 2
@@ -21,9 +21,6 @@ _WORD, _HALF, _MANTISSA = np.uint64(WORD), np.uint64(32), np.uint64(52)
 _ONE, _BEHIND, _WHOLE = np.uint64(1023 << 52), np.uint64((1 << 52) - 1), np.uint64(1075 << 52)
 _TO_MANTISSA, _FIRST, _SECOND = np.uint64(20), np.uint64(1), np.uint64(2)
 _TO_SIGN, _FROM_SECOND = np.uint64(63), np.uint64(62)
-# Taylor's series of cos(t) and sin(t) / t in t * t, from the highest power down: exact to rounding up to pi / 4.
-_COSINE = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(8, -1, -1))
-_SINE = tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1))
 
 
 @register_jitable(**REDUCTION)
@@ -83,9 +80,9 @@ def _normals(words: Any, numbers: Any) -> None:
         length = math.sqrt(-_log(_fraction(pair & _WORD)))
         t = (_fraction(angle) - 0.5) * (0.5 * math.pi)
         square, cosine, sine = t * t, 0.0, 0.0
-        for factor in _COSINE:
+        for factor in COSINE:
             cosine = cosine * square + factor
-        for factor in _SINE:
+        for factor in SINE:
             sine = sine * square + factor
         sine *= t
         numbers[two * i] = _signed(length * (cosine - sine), (angle & _FIRST) << _TO_SIGN)

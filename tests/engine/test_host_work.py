@@ -1,0 +1,389 @@
+"""The host's work beside a card's, counted on a card that is not there: waits, copies, launches, captures."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusemlp import MLP, SGD, Adam, Cosine, DataError, DivergenceError, Engine
+from fusemlp.program import layout, lowering
+from fusemlp.runtime.bound import STEPS_A_GRAPH, BoundProgram
+from fusemlp_kernels import availability
+from fusemlp_kernels.errors import BackendUnavailableError
+
+if availability()["triton"] is not None:
+    pytest.skip(f"triton: {availability()['triton']}", allow_module_level=True)
+
+import torch
+from torch import nn
+
+from fusemlp.torch import fuse
+from fusemlp_kernels.triton import launch
+
+if not launch.is_interpreted():
+    pytest.skip("triton: the counting card needs the interpreter", allow_module_level=True)
+
+from counting_card import Card, counting, put
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.standard_normal((43, 3)).astype(np.float32), RNG.integers(0, 2, 43)
+OTHERS = RNG.standard_normal((43, 3)).astype(np.float32), RNG.integers(0, 2, 43)
+BATCH = 4
+STEPS = 11
+REPLAYS = sum(divmod(STEPS, STEPS_A_GRAPH))
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    """Its kernels compute nothing."""
+    with counting(computes=False) as found:
+        yield found
+
+
+@pytest.fixture
+def computing() -> Iterator[Card]:
+    with counting(computes=True) as found:
+        yield found
+
+
+@pytest.fixture
+def short_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make tables of rates for four updates, fewer than an epoch has."""
+    for module in (layout, lowering):
+        monkeypatch.setattr(module, "RATE_ROWS", 4)
+    lowering.lower.cache_clear()
+    yield
+    lowering.lower.cache_clear()
+
+
+def made(plan: str = "graph", optimizer: Any = "adam", sizes: Any = (3, 4, 2)) -> Engine:
+    net = MLP(sizes)
+    return Engine(net, optimizer=optimizer, batch_size=BATCH, backend="triton", plan=plan, normalise=False)
+
+
+def assert_same(found: Engine, expected: Engine) -> None:
+    wanted = expected.snapshot()
+    for name, array in found.snapshot().items():
+        assert array.tobytes() == wanted[name].tobytes(), name
+
+
+def of_an_epoch(card: Card, engine: Engine, **options: Any) -> tuple[Card, Card]:
+    """Return what a fit asks of the card outside its epochs, and what an epoch asks of it."""
+    engine.fit(X, Y, epochs=1, **options)
+    fits = []
+    for epochs in (3, 4):
+        with card.counted() as found:
+            engine.fit(X, Y, epochs=epochs, **options)
+        fits.append(found)
+    names = ("waits", "bytes_read", "bytes_sent", "launches")
+    epoch = Card(**{name: getattr(fits[1], name) - getattr(fits[0], name) for name in names})
+    epoch.events = fits[1].events[len(fits[0].events) :]
+    return Card(**{name: getattr(fits[0], name) - 3 * getattr(epoch, name) for name in names}), epoch
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.1), Adam(0.01)])
+def test_an_epoch_waits_once_at_its_end_and_reads_less_than_a_kilobyte(card: Card, optimizer: Any) -> None:
+    around, epoch = of_an_epoch(card, made(optimizer=optimizer))
+    assert epoch.waits == 1 and epoch.events == ["replay"] * REPLAYS + ["wait"]
+    assert epoch.bytes_read <= 1024
+    # the rows of the epoch, and where to walk them
+    assert epoch.bytes_sent == 8 * len(X) + 32
+    # the number of updates before, twice
+    assert around.waits == 2 and around.bytes_read <= 1024
+
+
+def test_a_planted_wait_is_counted(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_many = BoundProgram.run_many
+
+    def impatient(self: BoundProgram, count: int) -> None:
+        run_many(self, count)
+        float(self.arrays["stats"][0])
+
+    monkeypatch.setattr(BoundProgram, "run_many", impatient)
+    _, epoch = of_an_epoch(card, made())
+    assert epoch.waits == 2 and epoch.events[-2:] == ["wait", "wait"]
+
+
+def test_a_planted_copy_from_pageable_memory_is_counted(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.Device, "upload", lambda self, destination, source: destination.copy_(source))
+    _, epoch = of_an_epoch(card, made())
+    assert epoch.waits == 3
+
+
+def test_the_counts_do_not_depend_on_the_size_of_the_network(card: Card) -> None:
+    """The state to go back to stays on the card."""
+    _, epoch = of_an_epoch(card, made(sizes=(3, 300, 2)))
+    assert (epoch.waits, epoch.bytes_read) == (1, of_an_epoch(card, made())[1].bytes_read)
+
+
+@pytest.mark.usefixtures("short_tables")
+@pytest.mark.parametrize("optimizer", [Adam(0.01), Adam(0.01, accumulate=3)])
+def test_a_table_of_rates_that_ends_in_an_epoch_is_filled_without_a_wait(card: Card, optimizer: Any) -> None:
+    _, epoch = of_an_epoch(card, made(optimizer=optimizer))
+    assert epoch.waits == 1 and epoch.bytes_sent > 8 * len(X) + 32
+
+
+def test_the_best_weights_stay_on_the_card(card: Card) -> None:
+    _, epoch = of_an_epoch(card, made(), validation_data=OTHERS, early_stopping=50)
+    # one more for the validation
+    assert epoch.waits == 2 and epoch.bytes_read <= 1024
+
+
+def three_fits(plan: str) -> Engine:
+    """Train on two data sets of one shape, and on the first again, with all that keeps a state."""
+    engine = made(plan, Adam(Cosine(0.05), accumulate=2, ema=0.5))
+    first, second = (X[:7], Y[:7]), (OTHERS[0][:7], OTHERS[1][:7])
+    engine.fit(*first, epochs=1)
+    engine.fit(*second, epochs=1)
+    engine.fit(*first, epochs=2, validation_data=second, early_stopping=1)
+    return engine
+
+
+@pytest.mark.usefixtures("short_tables")
+def test_the_results_are_those_of_eager_steps() -> None:
+    expected = three_fits("eager")
+    with counting(computes=True) as card:
+        engine = three_fits("graph")
+        assert card.events.count("captured") == 1
+        assert_same(engine, expected)
+        assert engine.history is not None and expected.history is not None
+        assert engine.history.history == expected.history.history
+        best, wanted = engine.best_parameters, expected.best_parameters
+        assert best is not None and wanted is not None and best.keys() == engine.state_dict().keys() == wanted.keys()
+        for name, tensor in best.items():
+            np.testing.assert_array_equal(tensor, wanted[name])
+
+
+def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing: Card) -> None:
+    engine = made(optimizer=SGD(0.1))
+    engine.fit(X[:8], Y[:8], epochs=1)
+    before = engine.snapshot()
+    with pytest.raises(DivergenceError):
+        engine.fit(np.full_like(X[:8], 1e30), Y[:8], epochs=2)
+    assert "captured" in computing.events
+    for name, array in engine.snapshot().items():
+        # hyper and counters are part of it
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+
+
+def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusemlp.training import fit
+
+    drawn = fit.shuffled
+
+    def draw(backend: str, plan: str, n: int, seed: int, epoch: int) -> Any:
+        card.events.append(("drawn", epoch))
+        return drawn(backend, plan, n, seed, epoch)
+
+    monkeypatch.setattr(fit, "shuffled", draw)
+    engine = made()
+    engine.fit(X, Y, epochs=1)
+    with card.counted() as found:
+        engine.fit(X, Y, epochs=3)
+    # the first alone is drawn while the card is idle
+    walk = [event for event in found.events if event == "wait" or event[0] == "drawn"][2:]
+    assert walk == [("drawn", 1), ("drawn", 2), "wait", ("drawn", 3), "wait", "wait"]
+
+
+def test_another_fit_of_the_same_shapes_captures_nothing(card: Card) -> None:
+    engine = made()
+    engine.fit(X, Y, epochs=1)
+    for data in (OTHERS, (X, Y)):
+        with card.counted() as found:
+            engine.fit(*data, epochs=1)
+        assert "captured" not in found.events and found.events.count("replay") == REPLAYS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda engine: setattr(engine, "optimizer", Adam(0.01, weight_decay=0.1)),
+        lambda engine: engine.take_batches_of(5),
+        lambda engine: engine.release(),
+    ],
+    ids=["optimizer", "batch size", "release"],
+)
+def test_a_fit_after_a_change_captures_again(card: Card, change: Any) -> None:
+    engine = made()
+    engine.fit(X, Y, epochs=1)
+    change(engine)
+    with card.counted() as found:
+        engine.fit(X, Y, epochs=1)
+    assert "captured" in found.events
+
+
+def test_arrays_on_the_card_are_read_where_they_are(card: Card) -> None:
+    there, labels = RNG.standard_normal((43, 8)).astype(np.float32), put(Y)
+    data = put(there)
+    engine = made(sizes=(8, 4, 2))
+    with card.counted() as first:
+        engine.fit(data, labels, epochs=1)
+    with card.counted() as second:
+        engine.fit(data, labels, epochs=1)
+    for found in (first, second):
+        assert found.bytes_read < labels.nbytes
+    assert second.bytes_sent < first.bytes_sent < there.nbytes + 40_000
+    assert "captured" in first.events and "captured" not in second.events
+    # at another place they are bound again
+    with card.counted() as third:
+        engine.fit(data.clone(), labels, epochs=1)
+    assert "captured" in third.events
+
+
+def test_the_engine_lets_go_of_arrays_with_their_owner(card: Card) -> None:
+    engine = made(sizes=(8, 4, 2))
+    data, labels = put(RNG.standard_normal((43, 8)).astype(np.float32)), put(Y)
+    engine.fit(data, labels, epochs=1)
+    assert engine._last_fit is not None
+    del data
+    gc.collect()
+    assert engine._last_fit is None
+
+
+def test_probabilities_on_the_card_are_not_copied_back(card: Card) -> None:
+    soft = RNG.dirichlet((1.0, 1.0), 43).astype(np.float32)
+    engine = made()
+    engine.fit(X, put(soft), epochs=1)
+    with card.counted() as found:
+        engine.fit(X, put(soft), epochs=1)
+    assert found.bytes_sent < 2 * X.nbytes
+    wrong = soft.copy()
+    wrong[3] *= 2.0
+    with pytest.raises(DataError, match="sum"):
+        engine.fit(X, put(wrong), epochs=1)
+
+
+def pair(optimizer: Any) -> tuple[Any, Any, Any]:
+    """Return a fused step on the card, and the optimizer and the step of torch alone from the same parameters."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    other = copy.deepcopy(module)
+    step = fuse(module, nn.CrossEntropyLoss(), optimizer(module.parameters()), backend="triton")
+    usual, loss = optimizer(other.parameters()), nn.CrossEntropyLoss()
+
+    def eager(x: Any, y: Any) -> Any:
+        usual.zero_grad()
+        found = loss(other(x), y)
+        found.backward()
+        usual.step()
+        return found.detach()
+
+    return step, usual, eager
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    "groups": lambda parameters: torch.optim.Adam(
+        [{"params": [one], "lr": 0.01 * (at + 1)} for at, one in enumerate(parameters)]
+    ),
+}
+
+
+@pytest.mark.usefixtures("short_tables")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_fused_step_is_two_copies_and_a_replay(card: Card, kind: str) -> None:
+    step, _, _ = pair(OPTIMIZERS[kind])
+    there = put(torch.randn(6, 3)), put(torch.randint(2, (6,)))
+    step(*there), step(*there)
+    launches = []
+    for _ in range(8):
+        with card.counted() as found:
+            step(*there)
+        assert found.waits == 0 and found.bytes_read == 0 and found.events == ["replay"]
+        # now and then a table of rates is sent
+        launches += [found.launches] * (not found.bytes_sent)
+    # x, y, the replay, and the loss as a tensor of its own
+    assert launches and set(launches) == {4}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "groups"])
+def test_replayed_steps_are_torchs(computing: Card, kind: str) -> None:
+    step, _, eager = pair(OPTIMIZERS[kind])
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    for _ in range(4):
+        np.testing.assert_allclose(float(step(put(x), put(y))), float(eager(x, y)), rtol=1e-5)
+    assert computing.events.count("replay") == 3
+
+
+def test_a_fused_step_that_returns_its_output_waits_for_nothing(card: Card) -> None:
+    step, _, _ = pair(OPTIMIZERS["adam"])
+    there = put(torch.randn(6, 3)), put(torch.randint(2, (6,)))
+    for at in range(3):
+        with card.counted() as found:
+            step(*there, return_output=True)
+        assert at == 0 or (found.waits == 0 and "captured" not in found.events)
+
+
+def test_a_changed_rate_reaches_the_graph(computing: Card) -> None:
+    step, usual, eager = pair(OPTIMIZERS["sgd"])
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    there = put(x), put(y)
+    for at in range(4):
+        for optimizer in (step.optimizer, usual):
+            optimizer.param_groups[0]["lr"] = 0.1 / (at + 1)
+        with computing.counted() as found:
+            loss = step(*there)
+        np.testing.assert_allclose(float(loss), float(eager(x, y)), rtol=1e-5)
+        assert ("captured" in found.events) == (at == 1) and found.waits == (at == 1) + 7 * (at == 0)
+
+
+def test_a_capture_is_on_a_stream_of_the_engines_device(card: Card) -> None:
+    engine = made()
+    engine.fit(X, Y, epochs=1)
+    backend: Any = engine.memory.backend
+    assert len(card.streams) == 2 and all(stream.device is backend._device.device for stream in card.streams)
+
+
+def test_an_empty_graph_is_refused(card: Card) -> None:
+    with pytest.raises(BackendUnavailableError, match="empty"):
+        made().memory.backend.capture(lambda: None, 1)
+
+
+def test_a_step_inside_a_capture_of_the_callers_is_part_of_it(card: Card) -> None:
+    from counting_card import Graph
+
+    backend, ran = made().memory.backend, []
+    card.capturing = Graph()
+    replay = backend.capture(lambda: ran.append(card.start(lambda: None)), 3)
+    replay()
+    assert len(ran) == len(card.capturing.nodes) == 3 and not card.streams
+    card.capturing = None
+    replay()
+    assert len(ran) == 6 and len(card.streams) == 1
+
+
+def test_batches_and_steps_from_host_memory_wait_for_nothing(card: Card) -> None:
+    """The host gets the next batch while the card trains on the last."""
+    batches = [(X[at : at + BATCH], Y[at : at + BATCH]) for at in range(0, 40, BATCH)]
+    engine = made()
+    waits = []
+    for epochs in (1, 3, 4):
+        with card.counted() as found:
+            engine.fit(batches, epochs=epochs)
+        waits.append(found.waits)
+    # the one at the end of the epoch
+    assert waits[2] - waits[1] == 1
+    for at in range(4):
+        with card.counted() as found:
+            engine.step(X[:BATCH], Y[:BATCH])
+        assert at < 2 or (found.waits == 0 and found.events == ["replay"])
+
+
+def test_large_arrays_go_to_the_card_in_parts(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "UPLOAD_BYTES", 64)
+    backend: Any = made().memory.backend
+    for shape in ((43, 3), (43,), (1, 300), (0, 3)):
+        host = RNG.standard_normal(shape).astype(np.float32)
+        with card.counted() as found:
+            there = backend.from_host(host)
+        assert there.shape == shape
+        np.testing.assert_array_equal(backend.to_host(there), host)
+        # the host runs ahead of the card by two parts; a part has a row at least
+        parts = -(-len(host) // max(1, 64 // max(1, host[:1].nbytes)))
+        assert found.waits == max(0, parts - 2)

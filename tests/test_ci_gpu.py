@@ -1,0 +1,115 @@
+"""``ci/gpu``: a lost process costs one test, results are written item by item, and a second run continues."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_checks
+import gpu_items
+import gpu_stages
+import pytest
+
+from bench.hardware import card
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = ("-m", "pytest", "-p", "no:cacheprovider", "--rootdir", ".", "-c", "/dev/null")
+CULPRITS = """
+import os
+
+def test_a(): pass
+def test_b(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_c(): assert not os.environ.get("LOST")
+def test_d(): os._exit(3)
+def test_e(): assert False
+def test_f(): pass
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with a minute left."""
+    made = gpu_items.Run(tmp_path, True, 1.0, 2, "abc", "now", time.monotonic() + 60)
+    made.environment = {**gpu_stages.os.environ, "PYTHONPATH": str(ROOT / "ci")}
+    return made
+
+
+def item(text, name="one", seconds=20.0):
+    return gpu_items.Item("smoke", name, gpu_items.python("-c", text), seconds)
+
+
+def statuses(run):
+    return {line["item"]: line["status"] for line in gpu_items.lines_of(run.results)}
+
+
+def test_a_lost_process_costs_the_test_that_lost_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_items, "ROOT", tmp_path)
+    (tmp_path / "test_culprits.py").write_text(CULPRITS)
+    tests = [f"test_culprits.py::test_{letter}" for letter in "abcdef"]
+    results = tmp_path / "proofs.jsonl"
+    gpu_stages.prove(run, results, PLAIN, 0, tests)
+    found = {test[-1]: outcome for test, outcome in gpu_stages.settled_tests(run, results).items()}
+    assert found == {"a": "passed", "b": "failed", "c": "passed", "d": "failed", "e": "failed", "f": "passed"}
+    messages = {line["test"][-1]: line["message"] for line in gpu_items.lines_of(results)}
+    assert "illegal memory access" in messages["b"] and messages["d"] == "the process ended with 3"
+
+
+def test_results_are_written_and_what_passed_is_not_run_again(run):
+    items = [
+        item("print('figures: {\"steps\": 3}')", "good"),
+        item("raise SystemExit('a reason')", "bad"),
+        item("import time; time.sleep(30)", "slow", seconds=1.0),
+        item("print('bench tune: the time is over: 1 of 2 entries are tuned')", "partly"),
+    ]
+    gpu_items.all_of(run, items, jobs=2)
+    assert statuses(run) == {"good": "passed", "bad": "failed", "slow": "failed", "partly": "unfinished"}
+    lines = {line["item"]: line for line in gpu_items.lines_of(run.results)}
+    assert lines["good"]["figures"] == {"steps": 3} and "a reason" in lines["bad"]["message"]
+    assert [one.name for one in gpu_items.unsettled(run, items)] == ["bad", "slow", "partly"]
+    run.commit = "def"
+    assert gpu_items.unsettled(run, items) == items
+    text, good = gpu_stages.summary(run, ["smoke"])
+    assert not good and "1 passed, 2 failed, 1 unfinished" in text and "Look first at smoke: bad" in text
+
+
+def test_the_end_of_a_stage_fails_nothing(run, monkeypatch):
+    monkeypatch.setattr(gpu_items, "LEAST_SECONDS", 1.0)
+    run.deadline = time.monotonic() + gpu_items.LEAST_SECONDS + 1.0
+    gpu_items.settle(run, item("import time; time.sleep(40)", "cut", seconds=60.0))
+    run.deadline = time.monotonic() + gpu_items.LEAST_SECONDS - 0.5
+    gpu_items.settle(run, item("pass", "late"))
+    assert statuses(run) == {"cut": "unfinished", "late": "unfinished"}
+    assert gpu_stages.summary(run, ["smoke"])[1]
+
+
+@pytest.mark.skipif(card() is not None, reason="there is a card")
+def test_without_a_card_it_says_how_to_rehearse(tmp_path):
+    command = [ROOT / "ci/gpu", "smoke", "--out", tmp_path / "out"]
+    environment = {**gpu_stages.os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no card was found" in done.stderr and "--rehearse" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["smok"], "expected some of smoke, proofs, tune, bench, profile, got 'smok'"), (["--minutes", "0"], "above 0")],
+)
+def test_wrong_arguments_are_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        gpu_stages.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_the_time_in_which_the_device_works_counts_once():
+    assert gpu_checks.covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 5.0
+    assert gpu_checks.covered([]) == 0.0
+
+
+def test_every_stage_has_its_function_and_its_help():
+    done = subprocess.run(
+        [sys.executable, ROOT / "ci/gpu_stages.py", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert all(name in done.stdout and callable(getattr(gpu_stages, name)) for name in gpu_stages.STAGES)
