@@ -126,7 +126,7 @@ MUTATIONS = (
     *_bugs(
         "layers.py",
         ("mask of the next layer", '"layer": dropout.layer,', '"layer": dropout.layer + 1,', LINEAR),
-        ("seed cut to its low half", '"key1": signed(key1),', '"key1": 0,', LINEAR),
+        ("seed cut to its low half", '        "key1": signed(key1),\n', '        "key1": 0,\n', LINEAR),
     ),
     *_bugs(
         "functions.py",

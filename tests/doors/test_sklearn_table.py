@@ -324,6 +324,8 @@ def test_targets_in_logarithms() -> None:
     assert (made.predict(NEW) > 0).all()
     with pytest.raises(DataError, match=r"^log_targets: the target 'y' holds -?\d"):
         TableRegressor(log_target=True, backend="numpy").fit(X, -grown)
+    with pytest.raises(ArgumentError, match=r"^log_target: only numbers have logarithms"):
+        TableClassifier(log_target=True, backend="numpy").fit(X, grown > 1.0)
 
 
 def test_early_stopping_restores_the_best_weights() -> None:

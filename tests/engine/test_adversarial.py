@@ -250,14 +250,21 @@ def test_restarts_keep_the_largest_loss_of_each_row(loss):
     assert (best >= first).all() and (best > first).any()
 
 
-def test_row_losses_have_class_weights_in_a_smoothed_target():
-    X, y = problem("cross_entropy")
-    loss = CrossEntropy(reduction="sum", label_smoothing=0.3, class_weight=[1.0, 3.0, 0.5])
-    engine = Engine(MLP([INPUTS, OUTPUTS]), loss, precision="fp64")
-    data = engine.examples(X, y, None)
-    own = [engine.evaluate(X[i : i + 1], y[i : i + 1])["loss"] for i in range(ROWS)]
-    found = row_losses(engine.spec_for(data.targets), engine.outputs(X), y, np.array([1.0, 3.0, 0.5]))
-    np.testing.assert_allclose(found, own, rtol=1e-12)
+def test_restarts_weigh_the_classes_of_probabilities():
+    X, weights = problem("cross_entropy")[0], np.geomspace(0.01, 100.0, OUTPUTS)
+    y = np.random.default_rng(1).dirichlet(np.ones(OUTPUTS), ROWS)
+    engine = Engine(
+        MLP([INPUTS, 8, OUTPUTS]), CrossEntropy(class_weight=list(weights), label_smoothing=0.3), precision="fp64"
+    )
+    spec = engine.spec_for(engine.examples(X, y, None).targets)
+
+    def losses(adv):
+        own = np.array([engine.evaluate(adv[i : i + 1], y[i : i + 1])["loss"] for i in range(ROWS)])
+        np.testing.assert_allclose(row_losses(spec, engine.outputs(adv), y, weights), own, rtol=1e-12)
+        return own
+
+    one, several = (losses(engine.attack(X, y, PGD(0.5, steps=1, restarts=count))) for count in (1, 4))
+    assert (several >= one).all() and (several > one).any()
 
 
 def digits():
@@ -342,6 +349,7 @@ def test_wrong_attacks_are_refused(given, kind, message):
         (lambda: PGD(0.0), ArgumentError, "eps: expected a finite number above 0"),
         (lambda: PGD(0.1, steps=0), ArgumentError, "steps: expected a whole number of at least 1"),
         (lambda: PGD(0.1, norm=1), ArgumentTypeError, "norm: expected one of inf, 2, got 1"),
+        (lambda: PGD(0.1, norm=np.array([2, 2])), ArgumentTypeError, "norm: expected one of inf, 2, got array"),
         (lambda: PGD(0.1, bounds=(1, 0)), ArgumentError, "bounds: expected .low, high. with low < high"),
         (lambda: PGD(0.1, bounds=1.0), ArgumentTypeError, r"bounds: expected \(low, high\) such as \(0\.0, 1\.0\)"),
         (lambda: PGD(0.1, restarts=3, random_start=False), ArgumentError, "restarts: without a random start all 3"),
@@ -358,7 +366,7 @@ def test_impossible_attacks_are_refused(made, kind, message):
     ("engine", "given", "kind", "message"),
     [
         ({}, {"adversarial": 0.1}, ArgumentTypeError, "adversarial: expected an attack"),
-        ({}, {"adversarial": PGD(0.1, restarts=2)}, ArgumentError, "adversarial: restarts are for attack"),
+        ({}, {"adversarial": PGD(0.1, restarts=2)}, ArgumentError, "adversarial: restarts are for Engine.attack"),
         ({}, {"adversarial": PGD(0.1, bounds=(0, 0.5))}, DataError, "X: values from .* are not within the bounds"),
         ({}, {"y": None}, ArgumentError, "y: adversarial training takes arrays X and y"),
         ({"normalise": True}, {}, ArgumentError, "adversarial: eps would be in the units of the scaled columns"),

@@ -19,11 +19,14 @@ SHORT = ("--hidden", "32", "--epochs", "12", "--quiet")
 
 
 def table(path: Path, *columns: str) -> Path:
-    """Write a table of two columns of numbers, one of words, and a target that follows from the numbers."""
+    """Write a table of some of these columns, and a target that follows from the numbers."""
     random = np.random.default_rng(0)
     a, b = random.normal(size=(2, 120))
     words = random.choice(["red", "green"], 120)
-    text = {"a": a, "b": b, "word": words, "price": 100.0 + 10.0 * a - 5.0 * b}
+    days = np.datetime64("2020-01-01") + random.integers(0, 900, 120)
+    # missing in the last row by --time b, which is a test row
+    gaps = np.where(b == b.max(), "", a.astype(str))
+    text = {"a": a, "b": b, "gaps": gaps, "day": days, "word": words, "price": 100.0 + 10.0 * a - 5.0 * b}
     lines = [
         ",".join(columns),
         *(",".join(map(str, row)) for row in zip(*(text[name] for name in columns), strict=True)),
@@ -119,7 +122,10 @@ def test_numbers_are_attacked_too(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("--adversarial", "pgd", "--attack-eps", "0"), "--attack-eps: expected a finite number above 0"),
         (("--adversarial", "pgd", "--attack-eps", "1", "--models", "3"), "--models: adversarial training makes one"),
         (("--adversarial", "pgd", "--attack-eps", "1", "--final-fit"), "--final-fit: adversarial training makes one"),
-        (("--adversarial", "pgd", "--attack-eps", "1", "--dp-epsilon", "3"), "--dp-epsilon: adversarial training"),
+        (
+            ("--adversarial", "pgd", "--attack-eps", "1", "--dp-epsilon", "3"),
+            "--dp-epsilon: adversarial training is not private",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -133,6 +139,8 @@ def test_what_does_not_go_together_is_refused(
     ("columns", "scale", "what"),
     [
         (("a", "word", "price"), "standard", "words, which are inputs of 'word'"),
+        (("a", "day", "price"), "standard", "dates, which are inputs of 'day'"),
+        (("b", "gaps", "price"), "standard", "missing cells, which are inputs of 'gaps'"),
         (("a", "b", "price"), "piecewise", "pieces"),
     ],
 )
@@ -140,9 +148,9 @@ def test_inputs_that_no_small_change_moves_are_refused(
     columns: tuple[str, ...], scale: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = table(tmp_path / "prices.csv", *columns)
-    options = ("--target", "price", "--scale", scale, "--adversarial", "pgd", "--attack-eps", "0.1")
-    assert run("train", data, *options, "--out", tmp_path / "run") == 2
-    assert what in capsys.readouterr().err
-    assert run("train", data, *options[:4], *SHORT, "--models", "1", "--out", tmp_path / "run") == 0
+    plain = ("--target", "price", "--scale", scale, *(("--time", "b") if "gaps" in columns else ()))
+    assert run("train", data, *plain, "--adversarial", "pgd", "--attack-eps", "0.1", "--out", tmp_path / "run") == 2
+    assert what in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert run("train", data, *plain, *SHORT, "--models", "1", "--out", tmp_path / "run") == 0
     assert run("evaluate", tmp_path / "run", "--attack", "pgd", "--eps", "0.1") == 2
     assert what in capsys.readouterr().err

@@ -203,7 +203,7 @@ def test_eps_and_kappa_go_up_and_down():
         ({"optimizer": SGD(accumulate=2)}, {}, ArgumentError, "accumulate: IBP takes one batch an update, got 2"),
         ({"privacy": DPSGD(1.0)}, {}, ArgumentError, "adversarial: the engine trains privately"),
         ({}, {"y": np.eye(3)[LABELS]}, ArgumentError, "y: IBP takes class labels"),
-        ({}, {"X": [(X, LABELS)], "y": None}, ArgumentError, "y: IBP takes arrays X and y, not batches"),
+        ({}, {"X": [(X, LABELS)], "y": None}, ArgumentError, "y: adversarial training takes arrays X and y"),
         (
             {},
             {"early_stopping": 3, "validation_split": 0.2},

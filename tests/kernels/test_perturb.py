@@ -94,10 +94,10 @@ def test_a_start_and_a_step_are_those_of_the_definition(variant, norm, bounds):
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_tiny_gradients_move_as_far_and_nan_stays_in_its_row(variant, norm):
     dx, x = np.zeros((3, 5)), np.full((3, 5), 0.5)
-    # of the first the squares underflow in float32
-    dx[0, 2], dx[1, 3], dx[2, 1] = 1e-7 if variant.output_unit else 1e-30, 1.0, np.nan
-    adv, _ = perturbed(variant, Perturbation(0.25, 0.125, norm), x, x, dx)
-    assert (adv[0, 2], adv[1, 3]) == (0.625, 0.625)
+    # in float32 the squares of the first underflow, and the step divided by it overflows
+    dx[0, 2], dx[1, 3], dx[2, 1] = 1e-7 if variant.output_unit else 2e-38, 1.0, np.nan
+    adv, _ = perturbed(variant, Perturbation(16.0, 8.0, norm), x, x, dx)
+    assert (adv[0, 2], adv[1, 3]) == (8.5, 8.5)
     assert np.array_equal(np.isnan(adv), np.isnan(dx) if norm == "inf" else np.isnan(dx).any(axis=1)[:, None] & (x > 0))
 
 

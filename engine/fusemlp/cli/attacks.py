@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
+
 from fusemlp.cli.options import EvaluateOptions, TrainOptions, one_of
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import FGSM, PGD, Attack
@@ -12,14 +16,16 @@ from fusemlp.report.evidence import image_shape
 from fusemlp_kernels.errors import ArgumentError
 
 Kind = type[FGSM] | type[PGD] | type[IBP]
-_ATTACKS: dict[str, Kind] = {"pgd": PGD, "fgsm": FGSM}
-_TRAININGS: dict[str, Kind] = {**_ATTACKS, "ibp": IBP}
+_ATTACKS: dict[str, Kind] = {one.kind: one for one in (PGD, FGSM)}
+_TRAININGS: dict[str, Kind] = {**_ATTACKS, IBP.kind: IBP}
 # Fields of PGD by the options for them.
 _FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
 
 
-def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array) -> Attack | IBP | None:
+def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array, cells: Array) -> Attack | IBP | None:
     """Return the attack of the options on rows X, as the network takes them; None if there is none.
+
+    ``cells`` are the rows that are scored under it, as in the data.
 
     Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
     options that do not go together, and for inputs that no small change of a cell can give.
@@ -39,7 +45,7 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
     if described is not PGD and len(given) > 1:
         reason = "is one step in the norm inf" if described is FGSM else "takes no steps, and the norm inf"
         raise ArgumentError(f"{[*given][1]}: {kind} {reason}; leave it out, or take pgd")
-    _check_columns(option, made)
+    _check_columns(option, made, cells)
     within = image_shape(made) is not None and made.scale == "none"
     bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None
     try:
@@ -48,20 +54,23 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
         raise ArgumentError(f"attack_{error}") from None
 
 
-def _check_columns(option: str, made: Preprocessor) -> None:
-    """Refuse words, marks of missing cells and pieces: their inputs do not move by themselves."""
-    of = {
+def _check_columns(option: str, made: Preprocessor, cells: Array) -> None:
+    """Refuse words, dates, missing cells and pieces: their inputs do not move by themselves."""
+    of: dict[str, Iterable[bool]] = {
         "words": [words is not None for words in made.categories],
-        "missing cells": made.missing_inputs,
+        "dates": [name != source for name, source in zip(made.feature_names, made.sources, strict=True)],
+        "missing cells": made.missing_inputs
+        if any(made.missing_inputs)
+        else [np.isnan(column).any() for column in cells.T],
         "pieces of numbers (--scale piecewise)": [made.pieces(at) > 1 for at in range(len(made.feature_names))],
     }
     for what, found in of.items():
-        named = [repr(name) for name, is_one in zip(made.feature_names, found, strict=False) if is_one]
+        named = [*dict.fromkeys(repr(name) for name, is_one in zip(made.sources, found, strict=False) if is_one)]
         if named:
             raise ArgumentError(
                 f"{option}: a small change of an input means nothing for {what}, which are inputs of "
-                f"{one_of(named[:3], 'and')}{' and others' if len(named) > 3 else ''}; train on columns of numbers "
-                "alone, with --drop, and --scale standard, minmax or none"
+                f"{one_of(named[:3], 'and')}{' and others' if len(named) > 3 else ''}; take complete "
+                "columns of numbers alone, with --drop in train, and --scale standard, minmax or none"
             )
 
 
@@ -69,10 +78,8 @@ def check_trained(options: TrainOptions) -> None:
     """Raise ArgumentError for what ``train`` cannot do beside ``--adversarial``."""
     if options.adversarial is None:
         return
-    for name, given in (
-        ("models", (options.models or 1) > 1),
-        ("final_fit", options.final_fit),
-        ("dp_epsilon", options.dp_epsilon is not None),
-    ):
+    if options.dp_epsilon is not None:
+        raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
+    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
         if given:
             raise ArgumentError(f"{name}: adversarial training makes one model of the training rows; leave it out")

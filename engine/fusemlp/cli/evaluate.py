@@ -49,7 +49,7 @@ def evaluate(options: EvaluateOptions) -> None:
         )
         seen = _trained_on(options, preprocessor, features, labels, notes)
         X, weight = network_inputs(preprocessor, features, engine.precision), None
-    how = attacks.chosen(options, preprocessor, X)
+    how = attacks.chosen(options, preprocessor, X, features)
     report = score(engine, preprocessor, X, labels, weight)
     if isinstance(how, Attack):
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)

@@ -18,7 +18,8 @@ from fusemlp.cli.choices import Choices, among, names_or_files, run_folders
 from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.textfiles import Form
-from fusemlp.describe.adversarial import NORMS
+from fusemlp.describe.adversarial import FGSM, NORMS, PGD
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
@@ -63,12 +64,13 @@ BACKENDS = ("auto", "triton", "cupy", "numpy")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 PLANS = ("auto", "eager", "graph", "resident")
 EXPLAIN_METHODS = ("permutation", *METHODS)
-ATTACKS = ("pgd", "fgsm")
-ATTACK_EPS = (
-    "The most by which an input may move: in standard deviations of a column after --scale standard, as a share of its "
-    "range after minmax, in the data's own units after none (8 is usual for grey levels from 0 to 255), and in units "
-    "of the scaled input after the others."
+ATTACKS = (PGD.kind, FGSM.kind)
+EPS_UNITS = (
+    "in standard deviations of a column after --scale standard, as a share of its range after minmax, in the data's "
+    "own units after none (8 is usual for grey levels from 0 to 255), and in units of the scaled input after the others"
 )
+ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
+PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
 ATTACK_STEPS = "For pgd: its steps (10), each 2.5 * eps / steps long."
 ATTACK_NORM = "For pgd: inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
 SHELLS = ("bash", "zsh", "fish", "powershell")
@@ -364,9 +366,9 @@ class TrainOptions(FitOptions):
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
         "ibp: train for certified accuracy within --attack-eps, without early stopping. For inputs that are numbers; "
-        "words and missing cells are refused. Trains one model.",
+        "words, dates and missing cells are refused. Trains one model.",
         "ATTACK",
-        values=(*ATTACKS, "ibp"),
+        values=(*ATTACKS, IBP.kind),
     )
     attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
     attack_steps: int | None = _training(None, ATTACK_STEPS)
@@ -461,8 +463,7 @@ class EvaluateOptions(ApplyOptions):
     attack: str | None = _option(
         None,
         f"{one_of(ATTACKS)}: also score the rows as this attack changes them to raise the loss of their labels. For "
-        "inputs that are numbers; words and missing cells are refused. After --scale none, pixels stay within the "
-        "least and the greatest of the rows.",
+        f"inputs that are numbers; words, dates and missing cells are refused. {PIXELS}",
         "ATTACK",
         values=ATTACKS,
     )
@@ -472,10 +473,8 @@ class EvaluateOptions(ApplyOptions):
     certify: float | None = _option(
         None,
         "Also say which share of the rows is predicted right however their numbers move by at most EPS, or of numbers "
-        "the mean width of the bounds of a prediction. EPS is in standard deviations of a column after --scale "
-        "standard, a share of its range after minmax, in the data's own units after none, of the scaled input after "
-        "the others (of piecewise in interquartile ranges). Words, dates and missing cells do not move; after --scale "
-        "none, pixels stay within the least and the greatest of the rows.",
+        f"the mean width of the bounds of a prediction. EPS is {EPS_UNITS} (of piecewise in interquartile ranges). "
+        f"Words, dates and missing cells do not move. {PIXELS}",
         "EPS",
     )
 

@@ -22,8 +22,9 @@ from fusemlp.cli.output import command_line, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.datasets.load import NAMES
-from fusemlp.datasets.prepare import watch
+from fusemlp.datasets.prepare import Rows, watch
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.network import MLP
@@ -147,7 +148,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
         final=final,
         held_out=held_out,
         temperature=temperature,
-        attack=attacks.chosen(options, prepared.preprocessor, prepared.test.X),
+        attack=attack_on(prepared.test, options, prepared),
     )
     failure = failure or refused
     tracked = None
@@ -168,6 +169,12 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
     return {"event": "end", **content, "tracked": tracked}, lines, failure
 
 
+def attack_on(rows: Rows, options: TrainOptions, prepared: Prepared) -> Attack | IBP | None:
+    """Return what the training is against, for rows as the network takes them; the test rows are scored under it."""
+    cells, _, tested = prepared.test_rows
+    return attacks.chosen(options, prepared.preprocessor, rows.X, cells[tested])
+
+
 def new_session(options: TrainOptions) -> Session:
     """Check everything, then make the run folder."""
     if options.data is None:
@@ -183,13 +190,12 @@ def new_session(options: TrainOptions) -> Session:
     attacks.check_trained(options)
     prepared = prepare(options, source=source)
     watched(options, prepared)
-    against = attacks.chosen(options, prepared.preprocessor, prepared.train.X)
+    against = attack_on(prepared.train, options, prepared)
     prepared = ensemble.within(prepared, options)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     if against is not None:
-        stops = isinstance(against, IBP) and bool(options.early_stopping)
-        check_adversarial(engine, against, {"early_stopping": stops})
+        check_adversarial(engine, against, stops=bool(options.early_stopping))
     if tracker is not None:
         tracker.open(tracking.parameters(options, engine, epochs))
     with tracking.closing(tracker):
@@ -420,7 +426,7 @@ def run_session(session: Session, told: Events, seconds: float | None) -> tuple[
             drop_last=options.drop_last,
             resume=engine.fit_state is not None,
             time_limit=seconds,
-            adversarial=attacks.chosen(options, session.prepared.preprocessor, session.prepared.train.X),
+            adversarial=attack_on(session.prepared.train, options, session.prepared),
         )
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:

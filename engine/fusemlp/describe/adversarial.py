@@ -1,6 +1,6 @@
 """Attacks on the inputs of a network as descriptions, for ``Engine.attack`` and for adversarial training."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -16,7 +16,8 @@ Seed = Annotated[int, partial(as_count, minimum=0)]
 
 
 def _as_norm(argument: str, value: object) -> str:
-    return check_choice(argument, "2" if value in (2, 2.0) else "inf" if value == float("inf") else value, NORMS)
+    known: dict[Any, Any] = {2: "2", float("inf"): "inf"}
+    return check_choice(argument, known.get(value, value) if isinstance(value, Hashable) else value, NORMS)
 
 
 def as_bounds(argument: str, value: Any) -> tuple[float, float]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_number
@@ -27,9 +26,9 @@ def reach(preprocessor: Preprocessor, cells: Array, eps: float, precision: str) 
     inputs with it. Words, dates and missing cells do not move. Pixels that are not scaled stay within the least and the
     greatest of these rows.
     """
-    dates = part_names(name for name, _ in preprocessor.dates)
-    of_words = zip(preprocessor.feature_names, preprocessor.categories, strict=True)
-    moves = np.array([words is None and name not in dates for name, words in of_words])
+    # the parts of a date have another source
+    columns = zip(preprocessor.feature_names, preprocessor.sources, preprocessor.categories, strict=True)
+    moves = np.array([words is None and name == source for name, source, words in columns])
     cut = np.array([preprocessor.pieces(column) > 1 for column in range(len(moves))])
     shift = eps * np.where(moves & cut, preprocessor.feature_scale, 0.0)
     low, high = (network_inputs(preprocessor, end, precision) for end in (cells - shift, cells + shift))

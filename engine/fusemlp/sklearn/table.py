@@ -593,6 +593,10 @@ class TableClassifier(ClassifierMixin, _TableEstimator):
         return labels
 
     def _checked_loss(self) -> Loss:
+        if self.log_target:
+            raise ArgumentError(
+                "log_target: only numbers have logarithms, and y holds classes; leave it out, or take TableRegressor"
+            )
         loss = as_loss(self.loss or "cross_entropy")
         if not loss.is_classification and loss.kind not in ("mse", "mae", "huber"):
             raise ArgumentError(

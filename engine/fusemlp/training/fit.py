@@ -151,8 +151,7 @@ def fit(
             monitors=[monitor, *_monitors(given)],
         )
     if adversarial is not None:
-        stops = isinstance(adversarial, IBP) and early_stopping is not None
-        check_adversarial(engine, adversarial, {"y": y is None, "early_stopping": stops})
+        check_adversarial(engine, adversarial, batches=y is None, stops=early_stopping is not None)
     batches = None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}

@@ -7,7 +7,7 @@ contract compute them and their gradients, and the two parts of that by (p m) gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,30 +21,6 @@ if TYPE_CHECKING:
     from fusemlp.inputs.targets import Targets
     from fusemlp.runtime.bound import BoundProgram
     from fusemlp.runtime.session import Session
-
-PRECISIONS = ("fp32", "fp64", "tf32")
-
-
-def check_intervals(engine: Session, ibp: IBP, given: Mapping[str, Any]) -> None:
-    """Raise ArgumentError for what ``fit`` cannot do beside ``ibp``.
-
-    ``given``: arguments of ``fit`` that it refuses unless they are false.
-    """
-    ibp.check(engine.network, engine.loss, engine.optimizer)
-    if engine.privacy is not None:
-        raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
-    if engine.precision not in PRECISIONS:
-        raise ArgumentError(
-            f"adversarial: IBP trains in {', '.join(PRECISIONS)}, this engine in {engine.precision}; give another "
-            "precision"
-        )
-    mends = {
-        "y": "IBP takes arrays X and y, not batches; give both",
-        "early_stopping": "IBP makes the task harder from epoch to epoch, and would keep an early one; leave it out",
-    }
-    for name, value in given.items():
-        if value:
-            raise ArgumentError(f"{name}: {mends[name]}")
 
 
 def check_labels(targets: Targets) -> None:

@@ -131,10 +131,12 @@ struct Attack {
 
 // The change of x at a column of a row, before it is brought back.
 __device__ __forceinline__ float displacement(
-    const Attack& call, long long row, long long column, float x, float factor) {
+    const Attack& call, long long row, long long column, float x, double factor) {
     if (call.dx.data) {
         float g = load(call.dx.at(row, column));
-        return load(call.adv.at(row, column)) - x + factor * (call.euclid ? g : sign(g));
+        // the factor of a tiny gradient is no float
+        float step = call.euclid ? static_cast<float>(factor * g) : static_cast<float>(factor) * sign(g);
+        return load(call.adv.at(row, column)) - x + step;
     }
     if (!call.drawn) return 0.0f;
     Words words = philox(
@@ -155,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) perturb(const Attack call)
         for (long long j = threadIdx.x; j < call.columns; j += THREADS) store(call.adv.at(row, j), 0.0f);
         return;
     }
-    float factor = static_cast<float>(call.length);
+    double factor = call.length;
     float share = 1.0f;
     if (call.euclid) {
         if (call.dx.data) {
@@ -165,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) perturb(const Attack call)
                 squares += g * g;
             }
             double norm = sqrt(block_sum(squares));
-            factor = norm == 0.0 ? 0.0f : static_cast<float>(call.length / norm);
+            factor = norm == 0.0 ? 0.0 : call.length / norm;
         }
         double squares = 0.0;
         for (long long j = threadIdx.x; j < call.columns; j += THREADS) {

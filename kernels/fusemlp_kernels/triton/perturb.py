@@ -42,9 +42,11 @@ def displacement(
     d = tl.zeros((COLS,), tl.float32)
     if moves != 0:
         g = tl.load(dx + at * dx_col, mask=inside, other=0.0).to(tl.float32)
-        if euclid == 0:
-            g = sign(g)
-        d = tl.load(adv + at * adv_col, mask=inside, other=0.0).to(tl.float32) - own + factor * g
+        step = factor.to(tl.float32) * sign(g)
+        if euclid != 0:
+            # the factor of a tiny gradient is no float32
+            step = (factor * g.to(tl.float64)).to(tl.float32)
+        d = tl.load(adv + at * adv_col, mask=inside, other=0.0).to(tl.float32) - own + step
     if drawn != 0:
         d = eps * uniform(row, start, batch_index, key0, key1, COLS)
     return own, tl.where(inside, d, 0.0)
@@ -75,7 +77,7 @@ def perturb_kernel(
     x_col = x_col.to(tl.int64)
     dx_col = dx_col.to(tl.int64)
     adv_col = adv_col.to(tl.int64)
-    factor = length
+    factor = tl.full((), 1.0, tl.float64) * length
     share = tl.full((), 1.0, tl.float32)
     if euclid != 0:
         if moves != 0:
@@ -85,7 +87,7 @@ def perturb_kernel(
                 g = tl.load(dx + at * dx_col, mask=at < width, other=0.0).to(tl.float64)
                 squares += g * g
             norm = tl.sqrt(tl.sum(squares, axis=0))
-            factor = tl.where(norm == 0.0, 0.0, length / tl.where(norm == 0.0, 1.0, norm)).to(tl.float32)
+            factor = tl.where(norm == 0.0, 0.0, length / tl.where(norm == 0.0, 1.0, norm))
         squares = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, K, BLOCK):
             at = start + tl.arange(0, BLOCK)

@@ -36,10 +36,10 @@ def _by_sign(adv: Any, x: Any, dx: Any, count: int, length: float, eps: float, l
 
 @register_jitable(**ELEMENTWISE)
 def _by_gradient(adv: Any, x: Any, dx: Any, count: int, factor: float) -> None:
-    """adv becomes what it has moved, and a step."""
-    scale = x.dtype.type(factor)
+    """adv becomes what it has moved, and a step; the factor of a tiny gradient is no float32."""
+    real = x.dtype.type
     for i in range(np.uintp(count)):
-        adv[i] = adv[i] - x[i] + scale * dx[i]
+        adv[i] = adv[i] - x[i] + real(factor * np.float64(dx[i]))
 
 
 @register_jitable(**ELEMENTWISE)
