@@ -381,7 +381,8 @@ class Session(Predicting, Spending, Keeping):
             )
 
         self._take_rule(rule)
-        key = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack, self.optimizer)
+        told = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack)
+        key = (told, self.optimizer, self.seed, self.lowered_privacy())
         return self.bound_again(key, data, bound)
 
     def _take_rule(self, rule: UpdateRule) -> None:
@@ -457,8 +458,13 @@ class Session(Predicting, Spending, Keeping):
             self.check_measured()
             self.warn_of_scale("x", x, stacklevel=3)
         bound = self._staged_program(targets.soft, weight is not None)
-        self.rates.cover(self._step_schedule, 1)
-        self.run_staged(bound, self.normalised(x), targets.values, weight)
+        try:
+            self.rates.cover(self._step_schedule, 1)
+            self.run_staged(bound, self.normalised(x), targets.values, weight)
+        except BaseException:
+            # Ctrl-C too: only the device knows whether there was an update
+            self.rates.forget()
+            raise
         if self._scaled:
             self._unchecked_steps += 1
             if self._unchecked_steps == SCALING_CHECKS:
