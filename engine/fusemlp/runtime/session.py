@@ -168,8 +168,8 @@ class Session(Predicting, Spending, Keeping):
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         self._unchecked_steps = 0
-        # the schedule of ``step``, which knows of no end
-        self._step_schedule: Schedule | None = None
+        # the optimizer of ``step``, and its schedule, which knows of no end
+        self._stepping: tuple[Optimizer, Schedule] | None = None
         # the loss's class weights, on the device
         self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
@@ -452,14 +452,15 @@ class Session(Predicting, Spending, Keeping):
             )
         targets = self.targets("y", y, rows=count)
         weight = self.weights("sample_weight", sample_weight, rows=count)
-        if self._step_schedule is None:
-            self._step_schedule = self.optimizer.schedule.over(None)
+        if self._stepping is None or self._stepping[0] is not self.optimizer:
+            self._stepping = self.optimizer, self.optimizer.schedule.over(None)
+            self._staged.clear()
         if not self._staged and not self.epochs_trained:
             self.check_measured()
             self.warn_of_scale("x", x, stacklevel=3)
         bound = self._staged_program(targets.soft, weight is not None)
         try:
-            self.rates.cover(self._step_schedule, 1)
+            self.rates.cover(self._stepping[1], 1)
             self.run_staged(bound, self.normalised(x), targets.values, weight)
         except BaseException:
             # Ctrl-C too: only the device knows whether there was an update
