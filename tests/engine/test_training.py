@@ -367,7 +367,6 @@ class TestStep:
         other.fit(X, y, epochs=2)
         assert_same_parameters(one, other)
 
-
     @pytest.mark.parametrize("after", [SGD(0.5, momentum=0.9), SGD(0.1, momentum=0.5, clip_norm=0.01)], ids=repr)
     def test_it_follows_another_optimizer(self, after):
         one, other = make(), make()
