@@ -57,6 +57,8 @@ HUNG_SECONDS = 200.0
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 STATUSES = (PASSED, FAILED, UNFINISHED)
 CHECKS = "ci/gpu_checks.py"
+# Files that ``tune`` and ``bench readme`` write into the checkout.
+WRITTEN = ("kernels/fusemlp_kernels/triton/tiles.json", "*.md")
 EXAMPLES = """\
 examples:
   ci/gpu                                 all stages, into build/gpu
@@ -248,14 +250,13 @@ def summary(run: Run, stages: Sequence[str]) -> tuple[str, bool]:
 
 
 def version() -> str:
-    """Return the commit of the checkout, with a digest of what differs from it."""
+    """Return the commit of the checkout, with a digest of what differs from it but for what a run itself changes."""
     from bench.hardware import commit
 
-    name = commit() or "unknown"
-    if not name.endswith("+"):
-        return name
-    changes = subprocess.run(("git", "diff", "HEAD"), cwd=ROOT, capture_output=True, check=True).stdout
-    return name + hashlib.sha256(changes).hexdigest()[:8]
+    name = (commit() or "unknown").removesuffix("+")
+    command = ("git", "diff", "HEAD", "--", ".", *(f":!{path}" for path in WRITTEN))
+    changes = subprocess.run(command, cwd=ROOT, capture_output=True, check=name != "unknown").stdout
+    return name + ("+" + hashlib.sha256(changes).hexdigest()[:8] if changes else "")
 
 
 def set_aside(out: Path, commit: str, *, rehearse: bool) -> None:

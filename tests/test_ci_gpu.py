@@ -104,6 +104,26 @@ def test_results_of_another_commit_and_of_rehearsals_are_set_aside(run):
     assert len(aside) == 2
 
 
+def test_the_version_has_what_was_mended_but_not_what_tuning_wrote(tmp_path, monkeypatch):
+    assert (ROOT / gpu_stages.WRITTEN[0]).is_file()
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
+    monkeypatch.setattr("bench.hardware.commit", lambda: "abc")
+    tiles = tmp_path / gpu_stages.WRITTEN[0]
+    tiles.parent.mkdir(parents=True)
+    paths = [tiles, tmp_path / "bench" / "README.md", tmp_path / "a.py"]
+    paths[1].parent.mkdir()
+    for path in paths:
+        path.write_text("before")
+    for command in (("init", "-q"), ("add", "."), ("-c", "user.name=a", "-c", "user.email=a", "commit", "-qm", "a")):
+        subprocess.run(("git", *command), cwd=tmp_path, check=True)
+    found = []
+    for path in paths:
+        path.write_text("after")
+        found.append(gpu_stages.version())
+    paths[-1].write_text("again")
+    assert found[:2] == ["abc", "abc"] and len({"abc", found[2], gpu_stages.version()}) == 3
+
+
 def test_ctrl_c_ends_the_processes_and_the_stage(run):
     """The main thread waits for a stage's threads when Ctrl-C comes."""
     began = time.monotonic()
