@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -354,6 +355,22 @@ def test_a_changed_rate_reaches_the_graph(computing: Card) -> None:
             loss = step(*there)
         np.testing.assert_allclose(float(loss), float(eager(x, y)), rtol=1e-5)
         assert ("captured" in found.events) == (at == 1) and found.waits == (at == 1) + 7 * (at == 0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.usefixtures("card")
+def test_a_fused_program_is_in_no_ring(steps: int) -> None:
+    """Its memory on the card is free when it is, before the garbage collector runs."""
+    step, _, _ = pair(OPTIMIZERS["sgd"])
+    for _ in range(steps):
+        step(put(torch.randn(6, 3)), put(torch.randint(2, (6,))))
+    (program,) = map(weakref.ref, step._programs._runnables.values())
+    gc.disable()
+    try:
+        step._batches.clear(), step._programs._runnables.clear()
+        assert program() is None
+    finally:
+        gc.enable()
 
 
 def stopped(owner: Any, name: str, call: Any, *arguments: Any) -> None:
