@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -93,9 +93,9 @@ def execute(run: Run, item: Item, **environment: str) -> tuple[int | None, Path,
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            status: int | None = process.wait(timeout=max(min(item.seconds, run.left()), 1.0))
-        except subprocess.TimeoutExpired:
-            status = None
+            end = began + item.seconds
+            while (status := process.poll()) is None and time.monotonic() < min(end, run.deadline):
+                time.sleep(0.05)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -121,13 +121,21 @@ def settle(run: Run, item: Item) -> None:
 
 
 def unsettled(run: Run, items: Iterable[Item]) -> list[Item]:
-    """Return the items that have not passed at this commit."""
-    lines = [line for line in lines_of(run.results) if line["commit"] == run.commit]
-    latest = {(line["stage"], line["item"]): line["status"] for line in lines}
+    """Return the items that have not passed."""
+    latest = {(line["stage"], line["item"]): line["status"] for line in lines_of(run.results)}
     return [item for item in items if latest.get((item.stage, item.name)) != PASSED]
 
 
 def all_of(run: Run, items: Sequence[Item], jobs: int = 1) -> None:
     """Settle the items, ``jobs`` at a time."""
+    side_by_side(run, jobs, lambda item: settle(run, item), unsettled(run, items))
+
+
+def side_by_side(run: Run, jobs: int, work: Callable[[Any], None], over: Iterable[Any]) -> None:
+    """Do this work ``jobs`` at a time; Ctrl-C ends the stage, and with it the processes under way."""
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda item: settle(run, item), unsettled(run, items)))
+        try:
+            list(pool.map(work, over))
+        except BaseException:
+            run.deadline = -math.inf
+            raise

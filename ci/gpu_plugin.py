@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 
 import pytest
 
@@ -26,7 +27,7 @@ def note(**line):
 
 
 def pytest_runtest_logstart(nodeid):
-    note(test=nodeid, outcome="started")
+    note(test=nodeid, outcome="started", at=time.time())
 
 
 @pytest.hookimpl(wrapper=True)

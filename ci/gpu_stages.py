@@ -1,22 +1,26 @@
 """Prove, tune and measure on a card in one command: ``ci/gpu``, from a checkout, without an installation.
 
 The stages run in order of worth. Each ends in time, and the same command continues where it ended: results are written
-after every item, and what has passed at this commit does not run again. A failed item does not end a stage.
+after every item, and what has passed does not run again; results of another commit are set aside. A failed item does
+not end a stage.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from gpu_items import (
     FAILED,
@@ -32,6 +36,7 @@ from gpu_items import (
     lines_of,
     now,
     python,
+    side_by_side,
     unsettled,
 )
 
@@ -47,9 +52,13 @@ FOR_CARDS = ("tests/kernels/test_cards.py", "tests/kernels/test_gpu.py")
 LONG = "compute_sanitizer"
 # A slice whose process was lost this often is given up.
 MOST_LOSSES = 5
+# A test that has run for this many seconds when its process is stopped has failed.
+HUNG_SECONDS = 200.0
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 STATUSES = (PASSED, FAILED, UNFINISHED)
 CHECKS = "ci/gpu_checks.py"
+# Files that ``tune`` and ``bench readme`` write into the checkout.
+WRITTEN = ("kernels/fusemlp_kernels/triton/tiles.json", "*.md")
 EXAMPLES = """\
 examples:
   ci/gpu                                 all stages, into build/gpu
@@ -96,25 +105,27 @@ def proofs(run: Run) -> None:
         options += ("-W", "ignore:Conversion of an array:DeprecationWarning")
     collect = Item("proofs", "collect", python(*options, "-q", "--collect-only", *where), 240)
     if unsettled(run, [collect]) or not listed.is_file():
-        _, log, seconds = execute(run, collect)
-        tests = [
-            line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("tests/") and "::" in line
-        ]
+        ended, log, seconds = execute(run, collect)
+        said = log.read_text(encoding="utf-8")
+        tests = [line for line in said.splitlines() if line.startswith("tests/") and "::" in line]
         listed.write_text("\n".join(tests) + "\n", encoding="utf-8")
-        run.note(collect, "passed" if tests else "failed", seconds=seconds, log=str(log), figures={"tests": len(tests)})
+        # a file that cannot be imported fails, and the tests of the others run
+        status = PASSED if ended == 0 and tests else UNFINISHED if ended is None else FAILED
+        more = {"message": said} if status == FAILED else {}
+        run.note(collect, status, seconds=seconds, log=str(log), figures={"tests": len(tests)}, **more)
     tests = listed.read_text(encoding="utf-8").splitlines()
     slices: list[list[str]] = []
-    before = settled_tests(run, results)
-    for test in sorted((test for test in tests if before.get(test, "failed") == "failed"), key=by_worth):
+    done = {test for test, line in settled_tests(results).items() if line["outcome"] != "failed"}
+    for test in sorted((test for test in tests if test not in done), key=by_worth):
         fits = slices and len(slices[-1]) < TESTS_A_SLICE and slices[-1][0].split("::")[0] == test.split("::")[0]
         slices[-1].append(test) if fits and LONG not in test else slices.append([test])
-    with ThreadPoolExecutor(run.jobs) as pool:
-        list(pool.map(lambda numbered: prove(run, results, options, *numbered), enumerate(slices)))
-    found = settled_tests(run, results)
-    counts = {outcome: list(found.values()).count(outcome) for outcome in ("passed", "failed", "skipped")}
+    side_by_side(run, run.jobs, lambda numbered: prove(run, results, options, *numbered), enumerate(slices))
+    found = [line["outcome"] for line in settled_tests(results).values()]
+    counts = {outcome: found.count(outcome) for outcome in ("passed", "failed", "skipped")}
     left = len(tests) - len(found)
-    status = FAILED if counts["failed"] or not counts["passed"] else UNFINISHED if left else PASSED
-    run.note(Item("proofs", "tests", ()), status, log=str(results), figures={**counts, "left": left})
+    status = FAILED if counts["failed"] or not (counts["passed"] or left) else UNFINISHED if left else PASSED
+    more = {"message": f"{counts['failed']} failed, {counts['passed']} passed"} if status == FAILED else {}
+    run.note(Item("proofs", "tests", ()), status, log=str(results), figures={**counts, "left": left}, **more)
 
 
 def by_worth(test: str) -> tuple[bool, bool, str]:
@@ -122,33 +133,40 @@ def by_worth(test: str) -> tuple[bool, bool, str]:
     return LONG in test, not test.startswith(FOR_CARDS), test
 
 
-def settled_tests(run: Run, results: Path) -> dict[str, str]:
-    """Return the outcome of each test in its last run at this commit; a failed set-up or clean-up counts."""
-    found: dict[str, dict[str, str]] = {}
+def settled_tests(results: Path) -> dict[str, dict[str, Any]]:
+    """Return the result of each test in its last run; a failed set-up or clean-up counts."""
+    found: dict[str, dict[str, Any]] = {}
     for line in lines_of(results):
         before = found.get(line["test"], {})
-        if line["commit"] == run.commit and (before.get("outcome") != "failed" or before["began"] != line["began"]):
+        if before.get("outcome") != "failed" or before["began"] != line["began"]:
             found[line["test"]] = line
-    return {test: line["outcome"] for test, line in found.items()}
+    return found
 
 
 def prove(run: Run, results: Path, options: Sequence[str], number: int, tests: list[str]) -> None:
     """Run a slice of tests. The tests after one that ended the process run again without it."""
-    name = f"slice {number} {Path(tests[0].split('::')[0]).stem}"
+    stem = Path(tests[0].split("::")[0]).stem
     listed, lines = run.out / f"slice-{number}.txt", run.out / f"slice-{number}.jsonl"
-    for _ in range(MOST_LOSSES):
+    for again in range(MOST_LOSSES):
         if not tests or run.left() < LEAST_SECONDS:
             return
         listed.write_text("\n".join(tests), encoding="utf-8")
         lines.unlink(missing_ok=True)
-        item = Item("proofs", name, python(*options, "-q", "-p", "gpu_plugin", f"@{listed}"))
-        status, _, _ = execute(run, item, GPU_RESULTS=str(lines))
+        item = Item(
+            "proofs", f"slice {number}.{again} {stem}", python(*options, "-q", "-p", "gpu_plugin", f"@{listed}")
+        )
+        status, log, _ = execute(run, item, GPU_RESULTS=str(lines))
         noted = lines_of(lines)
         ended = [line for line in noted if line["outcome"] != "started"]
         done = {line["test"] for line in ended}
-        # The last test that began ended the process, unless the time was over.
-        for test in [line["test"] for line in noted if line["test"] not in done][-1:] if status is not None else []:
-            ended.append({"test": test, "outcome": "failed", "message": f"the process ended with {status}"})
+        for line in [line for line in noted if line["test"] not in done][-1:]:
+            # The last test that began ended the process, unless the time was over.
+            took, reason = time.time() - line["at"], f"the process ended with {status}"
+            if status is None and took > HUNG_SECONDS and LONG not in line["test"]:
+                reason = f"it was stopped after {took:.0f} s"
+            elif status is None:
+                continue
+            ended.append({"test": line["test"], "outcome": "failed", "message": f"{reason}; {log}"})
         for line in ended:
             append(results, {**line, "commit": run.commit, "began": run.began})
         tests = [test for test in tests if test not in {line["test"] for line in ended}]
@@ -219,9 +237,9 @@ def summary(run: Run, stages: Sequence[str]) -> tuple[str, bool]:
         parts += ["", f"Look first at {failed[0]['stage']}: {failed[0]['item']}, {failed[0]['log']}"]
     for line in failed:
         parts += ["", f"## failed: {line['stage']}: {line['item']}", "", "```", line.get("message", "")[-800:], "```"]
-    lost = [line for line in lines_of(run.out / "proofs.jsonl") if line["outcome"] == "failed"]
-    latest_lost = {line["test"]: line for line in lost if line["began"] == run.began}
-    parts += [f"\nfailed test: {test}: {line['message'][-300:]}" for test, line in list(latest_lost.items())[:20]]
+    tests = settled_tests(run.out / "proofs.jsonl").values() if "proofs" in stages else ()
+    lost = [line for line in tests if line["outcome"] == "failed"]
+    parts += [f"\nfailed test: {line['test']}: {line['message'][-300:]}" for line in lost[:20]]
     parts += ["", "## figures", ""]
     for line in latest.values():
         if "figures" in line and line["item"] != "machine":
@@ -231,16 +249,34 @@ def summary(run: Run, stages: Sequence[str]) -> tuple[str, bool]:
     return "\n".join(parts) + "\n", not failed
 
 
+def version() -> str:
+    """Return the commit of the checkout, with a digest of what differs from it but for what a run itself changes."""
+    from bench.hardware import commit
+
+    name = (commit() or "unknown").removesuffix("+")
+    command = ("git", "diff", "HEAD", "--", ".", *(f":!{path}" for path in WRITTEN))
+    changes = subprocess.run(command, cwd=ROOT, capture_output=True, check=name != "unknown").stdout
+    return name + ("+" + hashlib.sha256(changes).hexdigest()[:8] if changes else "")
+
+
+def set_aside(out: Path, commit: str, *, rehearse: bool) -> None:
+    """Rename a folder whose results are of another commit, or of a rehearsal if this is none."""
+    for line in lines_of(out / "results.jsonl")[-1:]:
+        if (line["commit"], line["rehearsed"]) != (commit, rehearse):
+            kind = "-rehearsal" if line["rehearsed"] else ""
+            aside = tempfile.mkdtemp(prefix=f"{out.name}-{line['commit']}{kind}-", dir=out.parent)
+            out.rename(aside)
+            print(f"ci/gpu: {out} had results of {line['commit']}{kind}, and this is {commit}: they are in {aside}")
+
+
 def started(options: argparse.Namespace) -> Run:
     """Return the run of the options, with the environment of its processes."""
     new = tempfile.mkdtemp(prefix="gpu-rehearsal-") if options.rehearse and options.out is None else None
-    out = Path(new or options.out or ROOT / "build" / "gpu").resolve()
+    out, commit = Path(new or options.out or ROOT / "build" / "gpu").resolve(), version()
+    set_aside(out, commit, rehearse=options.rehearse)
     out.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(ROOT))
-    from bench.hardware import commit
-
     jobs = options.jobs or min(len(os.sched_getaffinity(0)), 8)
-    run = Run(out, options.rehearse, options.minutes, jobs, commit() or "unknown", now())
+    run = Run(out, options.rehearse, options.minutes, jobs, commit, now())
     paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT / "ci"), str(ROOT)]
     run.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run.environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
@@ -252,7 +288,7 @@ def started(options: argparse.Namespace) -> Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages; return 1 if an item failed, 2 if there is no card."""
+    """Run the stages; return 1 if an item failed, 2 if there is no card, 130 after Ctrl-C."""
     made = argparse.ArgumentParser(
         prog="ci/gpu", description=(__doc__ or "").split("\n")[0], epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -272,24 +308,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.stages:
         if name not in STAGES:
             made.error(f"STAGE: expected some of {', '.join(STAGES)}, got {name!r}")
-    if not 0 < options.minutes < math.inf:
-        made.error(f"argument --minutes: expected a number above 0, got {options.minutes:g}")
-    run = started(options)
+    if not 1 <= options.minutes < math.inf:
+        made.error(f"argument --minutes: expected a number from 1 on, got {options.minutes:g}")
+    if options.jobs is not None and options.jobs < 1:
+        made.error(f"argument --jobs: expected an integer from 1 on, got {options.jobs}")
+    sys.path.insert(0, str(ROOT))
     from bench.hardware import card
 
     if not options.rehearse and card() is None:
         print("ci/gpu: no card was found (nvidia-smi, /dev/kfd); --rehearse runs the stages on a CPU", file=sys.stderr)
         return 2
+    run = started(options)
     stages = options.stages or list(STAGES)
     work: dict[str, Callable[[Run], None]] = {
         "smoke": smoke, "proofs": proofs, "tune": tune, "bench": bench, "profile": profile,
     }  # fmt: skip
-    for stage in stages:
-        run.deadline = time.monotonic() + 60 * run.minutes
-        work[stage](run)
+    # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted = False
+    try:
+        for stage in stages:
+            run.deadline = time.monotonic() + 60 * run.minutes
+            work[stage](run)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("ci/gpu: interrupted; the same command continues", flush=True)
     text, good = summary(run, stages)
     (run.out / "summary.md").write_text(text, encoding="utf-8")
     print(text)
+    if interrupted:
+        return 130
     if options.rehearse and options.out is None and good:
         shutil.rmtree(run.out)
     return 0 if good else 1

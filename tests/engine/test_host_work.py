@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from fusemlp import MLP, SGD, Adam, Cosine, DataError, DivergenceError, Engine
+from fusemlp import DPSGD, MLP, SGD, Adam, Cosine, DataError, DivergenceError, Engine
 from fusemlp.program import layout, lowering
 from fusemlp.runtime.bound import STEPS_A_GRAPH, BoundProgram
 from fusemlp_kernels import availability
@@ -217,6 +219,25 @@ def test_a_fit_after_a_change_captures_again(card: Card, change: Any) -> None:
     assert "captured" in found.events
 
 
+def test_private_fits_of_another_batch_size_are_bound_again(computing: Card) -> None:
+    """The largest batches that are drawn may have one size, where the noise is divided by another."""
+
+    def trained(between: Any) -> Engine:
+        privacy = DPSGD(noise=1.0, clip=1.0, seed=2)
+        net, options = MLP((3, 4, 2)), {"backend": "triton", "plan": "graph", "normalise": False}
+        engine = Engine(net, optimizer=SGD(0.1), batch_size=7, privacy=privacy, **options)
+        engine.fit(X[:12], Y[:12], epochs=1)
+        sizes.append(engine._last_fit.key[0][0][3])
+        between(engine)
+        engine.fit(X[:12], Y[:12], epochs=1, batch_size=8)
+        sizes.append(engine._last_fit.key[0][0][3])
+        return engine
+
+    sizes: list[int] = []
+    assert_same(trained(lambda engine: None), trained(Engine.release))
+    assert len(set(sizes)) == 1
+
+
 def test_arrays_on_the_card_are_read_where_they_are(card: Card) -> None:
     there, labels = RNG.standard_normal((43, 8)).astype(np.float32), put(Y)
     data = put(there)
@@ -235,10 +256,13 @@ def test_arrays_on_the_card_are_read_where_they_are(card: Card) -> None:
     assert "captured" in third.events
 
 
-def test_the_engine_lets_go_of_arrays_with_their_owner(card: Card) -> None:
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_engine_lets_go_of_arrays_with_their_owner(card: Card, streams: bool) -> None:
     engine = made(sizes=(8, 4, 2))
     data, labels = put(RNG.standard_normal((43, 8)).astype(np.float32)), put(Y)
     engine.fit(data, labels, epochs=1)
+    if streams:
+        engine.fit([(np.ones((4, 8), np.float32), Y[:4])], epochs=1)
     assert engine._last_fit is not None
     del data
     gc.collect()
@@ -331,6 +355,49 @@ def test_a_changed_rate_reaches_the_graph(computing: Card) -> None:
             loss = step(*there)
         np.testing.assert_allclose(float(loss), float(eager(x, y)), rtol=1e-5)
         assert ("captured" in found.events) == (at == 1) and found.waits == (at == 1) + 7 * (at == 0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.usefixtures("card")
+def test_a_fused_program_is_in_no_ring(steps: int) -> None:
+    """Its memory on the card is free when it is, before the garbage collector runs."""
+    step, _, _ = pair(OPTIMIZERS["sgd"])
+    for _ in range(steps):
+        step(put(torch.randn(6, 3)), put(torch.randint(2, (6,))))
+    (program,) = map(weakref.ref, step._programs._runnables.values())
+    gc.disable()
+    try:
+        step._batches.clear(), step._programs._runnables.clear()
+        assert program() is None
+    finally:
+        gc.enable()
+
+
+def stopped(owner: Any, name: str, call: Any, *arguments: Any) -> None:
+    """Run a step that Ctrl-C ends before its launch."""
+    with mock.patch.object(owner, name, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        call(*arguments)
+
+
+@pytest.mark.usefixtures("short_tables", "computing")
+def test_an_interrupted_step_is_no_update() -> None:
+    """The table of rates that follows begins with the update that the card is at."""
+    engine, eager = made(optimizer=Adam(0.05)), made("eager", Adam(0.05))
+    for at in range(9):
+        if at in (2, 3):
+            stopped(engine._staged[False, False], "run_many", engine.step, X[:4], Y[:4])
+        assert float(engine.step(X[:4], Y[:4])) == float(eager.step(X[:4], Y[:4]))
+
+
+@pytest.mark.usefixtures("short_tables", "computing")
+def test_an_interrupted_fused_step_is_no_update() -> None:
+    step, _, eager = pair(OPTIMIZERS["adam"])
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    for at in range(9):
+        if at in (2, 3):
+            (runnable,) = step._programs._runnables.values()
+            stopped(runnable, "run", step, put(x), put(y))
+        np.testing.assert_allclose(float(step(put(x), put(y))), float(eager(x, y)), rtol=1e-5)
 
 
 def test_a_capture_is_on_a_stream_of_the_engines_device(card: Card) -> None:

@@ -367,6 +367,16 @@ class TestStep:
         other.fit(X, y, epochs=2)
         assert_same_parameters(one, other)
 
+    @pytest.mark.parametrize("after", [SGD(0.5, momentum=0.9), SGD(0.1, momentum=0.5, clip_norm=0.01)], ids=repr)
+    def test_it_follows_another_optimizer(self, after):
+        one, other = make(), make()
+        one.step(X[:16], y[:16])
+        other.fit(X[:16], y[:16], epochs=1, shuffle=False)
+        one.optimizer = other.optimizer = after
+        one.step(X[:16], y[:16])
+        other.fit(X[:16], y[:16], epochs=1, shuffle=False)
+        assert_same_parameters(one, other)
+
 
 class TestEarlyStopping:
     NOISE = np.random.default_rng(9).integers(0, CLASSES, ROWS)

@@ -122,6 +122,23 @@ def test_a_grouped_launch_keeps_its_operands_alive(variant):
 
 
 @on_the_interpreter
+def test_a_launch_that_clips_rows_keeps_its_operands_alive(variant):
+    import torch
+
+    backend = variant.backend()
+    x, dz = (torch.ones((8, 8), dtype=backend._device.compute) for _ in range(2))
+    layer = {"dz": dz, "x": x, "w_trained": True, "b_trained": True}
+    # as many rows as there are
+    counters = torch.full((COUNTERS,), 8)
+    run = backend.bind("clip_examples", layers=[layer], clip=1.0, counters=counters)
+    kept = [weakref.ref(tensor) for tensor in (x, dz)]
+    del x, dz, layer
+    assert all(tensor() is not None for tensor in kept)
+    run()
+    assert 0.0 < float(kept[1]()[0, 0]) < 1.0
+
+
+@on_the_interpreter
 def test_a_vector_on_the_device_is_bound_in_place_only_if_it_is_aligned(variant):
     """Triton compiles another kernel for an address that is no multiple of 16 bytes."""
     import torch

@@ -168,8 +168,8 @@ class Session(Predicting, Spending, Keeping):
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         self._unchecked_steps = 0
-        # the schedule of ``step``, which knows of no end
-        self._step_schedule: Schedule | None = None
+        # the optimizer of ``step``, and its schedule, which knows of no end
+        self._stepping: tuple[Optimizer, Schedule] | None = None
         # the loss's class weights, on the device
         self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
@@ -381,7 +381,8 @@ class Session(Predicting, Spending, Keeping):
             )
 
         self._take_rule(rule)
-        key = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack, self.optimizer)
+        told = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack)
+        key = (told, self.optimizer, self.seed, self.lowered_privacy())
         return self.bound_again(key, data, bound)
 
     def _take_rule(self, rule: UpdateRule) -> None:
@@ -451,14 +452,20 @@ class Session(Predicting, Spending, Keeping):
             )
         targets = self.targets("y", y, rows=count)
         weight = self.weights("sample_weight", sample_weight, rows=count)
-        if self._step_schedule is None:
-            self._step_schedule = self.optimizer.schedule.over(None)
+        if self._stepping is None or self._stepping[0] is not self.optimizer:
+            self._stepping = self.optimizer, self.optimizer.schedule.over(None)
+            self._staged.clear()
         if not self._staged and not self.epochs_trained:
             self.check_measured()
             self.warn_of_scale("x", x, stacklevel=3)
         bound = self._staged_program(targets.soft, weight is not None)
-        self.rates.cover(self._step_schedule, 1)
-        self.run_staged(bound, self.normalised(x), targets.values, weight)
+        try:
+            self.rates.cover(self._stepping[1], 1)
+            self.run_staged(bound, self.normalised(x), targets.values, weight)
+        except BaseException:
+            # Ctrl-C too: only the device knows whether there was an update
+            self.rates.forget()
+            raise
         if self._scaled:
             self._unchecked_steps += 1
             if self._unchecked_steps == SCALING_CHECKS:

@@ -25,7 +25,7 @@ from fusemlp.torch.batches import check_shapes, check_tensors
 from fusemlp.torch.epilogue import Running, bind_clipping, bind_output, bind_weighted_loss
 from fusemlp.torch.modules import Reading
 from fusemlp.torch.updates import UpdateSet, bind_updates
-from fusemlp_kernels.contract import TensorRule
+from fusemlp_kernels.contract import Backend, TensorRule
 from fusemlp_kernels.errors import ArgumentError
 
 # This many batch sizes get programs of exactly their size; other batches are padded to a power of two.
@@ -52,16 +52,29 @@ class Runnable:
             for call in calls:
                 call()
 
-        def run_first() -> None:
-            run_calls()
-            self.run = run_captured
-
-        def run_captured() -> None:
-            self.run = self.bound.backend.capture(run_calls, 1)
-            self.run()
-
-        self.run = run_first if self._captures else run_calls
+        self.run = _replayed(self.bound.backend, run_calls) if self._captures else run_calls
         self.sets = sets
+
+
+def _replayed(backend: Backend, calls: Callable[[], object]) -> Callable[[], None]:
+    """Return the run of these calls that loads their kernels at first, then captures a graph, and replays it.
+
+    The ``Runnable`` is no part of it: in a ring the program and its memory would outlive their use.
+    """
+    warm, replay = False, None
+
+    def run() -> None:
+        nonlocal warm, replay
+        if replay is not None:
+            replay()
+        elif warm:
+            replay = backend.capture(calls, 1)
+            replay()
+        else:
+            calls()
+            warm = True
+
+    return run
 
 
 class Batch:

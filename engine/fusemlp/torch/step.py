@@ -140,9 +140,15 @@ class FusedStep:
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad = None
-        for one in self._sets:
-            one.table.cover(UNIT_RATE, 1)
-        runnable.run()
+        try:
+            for one in self._sets:
+                one.table.cover(UNIT_RATE, 1)
+            runnable.run()
+        except BaseException:
+            # Ctrl-C too: only the device knows whether there was an update
+            for one in self._sets:
+                one.table.forget()
+            raise
         loss = self._after_step(batch)
         if not return_output:
             return loss

@@ -219,7 +219,8 @@ def fit(
         deadline=deadline,
         against=adversarial,
     )
-    engine.let_go_with((X, y, sample_weight))
+    if batches is None:
+        engine.let_go_with((X, y, sample_weight))
     _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
         return loop.run()

@@ -119,12 +119,16 @@ def _bind_gradients(
         "UPDATES": updates, "RULE": given.rule.code if updates else 0, "TASKS": configs.table_length(count),
     }  # fmt: skip
     launch = device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile)
+    return _keeping(given, launch, programs), programs
 
-    # the kernel has only the distances between the tensors: this keeps their memory alive
+
+def _keeping(given: SimpleNamespace, launch: Run, programs: int) -> Run:
+    """Return a launch that keeps its operands' memory alive: the kernel has only the distances between them."""
+
     def run(_kept: Any = given) -> None:
         launch()
 
-    return run if programs else launch, programs
+    return run if programs else launch
 
 
 @binds("grad_weight")
@@ -164,7 +168,8 @@ def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
     }  # fmt: skip
     constants = {"BM": tile.rows, "BK": tile.columns}
     programs = -(-given.M // tile.rows)
-    return device.launch(privacy.clip_examples_kernel, programs, arguments, constants, tile)
+    launch = device.launch(privacy.clip_examples_kernel, programs, arguments, constants, tile)
+    return _keeping(given, launch, programs)
 
 
 @binds("update")
