@@ -120,8 +120,8 @@ class ndarray:
         streams.start(lambda: _assign(self, host_of(self) * _value(other)))
         return self
 
-    def clip(self, least: ndarray, most: ndarray) -> ndarray:
-        return _computed(np.minimum, _computed(np.maximum, self, least), most)
+    def clip(self, min: ndarray, max: ndarray) -> ndarray:
+        return _computed(np.minimum, _computed(np.maximum, self, min), max)
 
     def sum(self) -> ndarray:
         out = ndarray((), self.dtype)
