@@ -252,7 +252,10 @@ WRONG: dict[str, tuple[Callable[[Engine], object], str]] = {
     "fit workers": (lambda e: e.fit(X, Y, epochs=1, workers=2), "workers: .*num_workers"),
     "fit loss": (lambda e: e.fit(X, Y, epochs=1, loss="mse"), r"loss: it belongs to the engine: Engine\(net"),
     "fit typo": (lambda e: e.fit(X, Y, epoch=1), "epoch: there is no such argument; did you mean 'epochs'"),
-    "fit nonsense": (lambda e: e.fit(X, Y, qqq=1), "qqq: there is no such argument; there are X, adversarial, batch_size"),
+    "fit nonsense": (
+        lambda e: e.fit(X, Y, qqq=1),
+        "qqq: there is no such argument; there are X, adversarial, batch_size",
+    ),
     "fit places": (lambda e: e.fit(X, Y, 32, 10), r"fit: too many arguments without names; write fit\(X, y, epochs"),
     "engine metrics": (lambda e: Engine(NET, metrics=["auc"]), "metrics: it belongs to fit and evaluate"),
     "engine lr": (lambda e: Engine(NET, learning_rate=0.1), "learning_rate: it belongs to the optimizer"),
