@@ -253,7 +253,7 @@ def planned(options: SweepOptions) -> Plan:
     epochs = checked_epochs(options)
     tracking.tracker(options, "sweep")
     if options.workers is not None:
-        check_workers(options.workers)
+        check_workers(options.workers, connected=False)
     check_address(options.workers, options.address)
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)
@@ -366,8 +366,8 @@ def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tupl
 
             def ended(member: Member) -> None:
                 member = replace(member, index=left[member.index])
-                members[member.index] = member
                 journal.add(run, member)
+                members[member.index] = member
                 update(members.values())
                 told.model(member, len(plan.points), plan.points[member.index])
                 tracking.record_model(options, run.path.name, member, plan.trained_by[member.index], plan.epochs)

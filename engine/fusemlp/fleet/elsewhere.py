@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from importlib import import_module
 from typing import Any
 
 import joblib
 
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import ArgumentError, MissingLibraryError, WorkerError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, WorkerError, unknown_name
 
 _log = logging.getLogger("fusemlp")
 
@@ -26,29 +28,36 @@ LOST = 3
 Task = Callable[..., list[Member]]
 
 
-def check_workers(workers: object) -> str:
-    """Return the name of a joblib backend; ArgumentError for any other, MissingLibraryError without its library."""
+def check_workers(workers: object, *, connected: bool = True) -> None:
+    """Raise ArgumentError for what is no backend of joblib, MissingLibraryError where its library is missing.
+
+    ``connected``: it must be ready to work.
+    """
     if not isinstance(workers, str):
-        raise ArgumentError(f"workers: expected the name of a backend of joblib, such as 'loky', got {workers!r}")
+        raise ArgumentTypeError(f"workers: expected the name of a backend of joblib, such as 'loky', got {workers!r}")
     if workers in LIBRARIES:
         try:
-            __import__(LIBRARIES[workers])
+            import_module(LIBRARIES[workers])
         except ImportError:
-            extra = "dask[distributed]" if workers == "dask" else workers
             raise MissingLibraryError(
-                f"workers: {workers!r} needs the library {LIBRARIES[workers]}; install it with: pip install '{extra}'"
+                f"workers: {workers!r} needs the library {LIBRARIES[workers]}; install it with: pip install "
+                f"'fusemlp[{workers}]'"
             ) from None
     if workers == "ray":
         from ray.util.joblib import register_ray
 
         register_ray()
-    try:
-        with joblib.parallel_config(backend=workers):
-            pass
-    except ValueError as error:
-        known = "'loky', 'dask', 'ray'"
-        raise ArgumentError(f"workers: joblib cannot use {workers!r} ({error}); it has {known}") from None
-    return workers
+    elif workers not in LIBRARIES and workers not in joblib.parallel.BACKENDS:
+        raise unknown_name("workers", workers, sorted({*LIBRARIES, *joblib.parallel.BACKENDS}))
+    if connected and workers == "dask":
+        from distributed import get_client
+
+        try:
+            get_client()
+        except ValueError:
+            raise ArgumentError(
+                "workers: 'dask' has no client here; make one first: Client('tcp://host:8786')"
+            ) from None
 
 
 def check_address(workers: str | None, address: str | None) -> None:
@@ -87,7 +96,7 @@ def connected(workers: str | None, address: str | None) -> Iterator[None]:
 
 def trained_elsewhere(
     models: int, task: Task, arrays: Sequence[Any], *, workers: str, jobs: int | None
-) -> Iterator[Member]:
+) -> Generator[Member, None, None]:
     """Yield each of the ``models`` when it has ended, in any order.
 
     ``task(numbers, *arrays)`` returns those of some numbers; it goes to the workers by pickle, and the arrays once to
@@ -103,11 +112,12 @@ def trained_elsewhere(
         size = max(1, min(MOST_AT_ONCE, -(-models // (TASKS * at_once))))
         for lost in range(LOST + 1):
             try:
-                for found in _outcomes(task, arrays, _cut(sorted(left), size), at_once):
-                    if isinstance(found, Exception):
-                        raise _Raised(found)
-                    left -= {member.index for member in found}
-                    yield from found
+                with closing(_outcomes(task, arrays, _cut(sorted(left), size), at_once)) as outcomes:
+                    for found in outcomes:
+                        if isinstance(found, Exception):
+                            raise _Raised(found)
+                        left -= {member.index for member in found}
+                        yield from found
                 return
             except _Raised as error:
                 raise error.args[0] from None
@@ -141,16 +151,21 @@ class _Stored:
 
 def _outcomes(
     task: Task, arrays: Sequence[Any], tasks: list[list[int]], at_once: int
-) -> Iterator[list[Member] | Exception]:
-    parallel = joblib.Parallel(n_jobs=at_once, return_as="list")
-    if parallel._backend.supports_return_generator:
-        parallel = joblib.Parallel(n_jobs=at_once, return_as="generator_unordered", pre_dispatch=2 * at_once)
-        rounds = [tasks]
-    else:
-        # results arrive with the last of a round
-        rounds = list(_cut(tasks, at_once))
-    for some in rounds:
-        yield from parallel(joblib.delayed(_caught)(task, one, *arrays) for one in some)
+) -> Generator[list[Member] | Exception, None, None]:
+    if not joblib.parallel.get_active_backend()[0].supports_return_generator:
+        # the outcomes arrive with the last of a round
+        for some in _cut(tasks, at_once):
+            yield from joblib.Parallel(at_once)(joblib.delayed(_caught)(task, one, *arrays) for one in some)
+        return
+    parallel = joblib.Parallel(at_once, return_as="generator_unordered", pre_dispatch=2 * at_once)
+    running = parallel(joblib.delayed(_caught)(task, one, *arrays) for one in tasks)
+    try:
+        yield from running
+    finally:
+        with warnings.catch_warnings():
+            # of tasks that an early end leaves
+            warnings.simplefilter("ignore")
+            running.close()
 
 
 def _cut(values: Sequence[Any], size: int) -> list[list[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -327,10 +328,11 @@ class Fleet:
             task = partial(_train_part, self.part(range(len(self))), rows=trained_on, validation_rows=own, **given)
             sent = [*_arrays(first, data), *_arrays(first, None if validation is None else validation.data)]
             self.results, self._in_parts, self._built = None, True, []
-            for member in trained_elsewhere(len(self), task, sent, workers=workers, jobs=given_jobs):
-                members[member.index] = member
-                if callback is not None:
-                    callback(member)
+            with closing(trained_elsewhere(len(self), task, sent, workers=workers, jobs=given_jobs)) as trained:
+                for member in trained:
+                    members[member.index] = member
+                    if callback is not None:
+                        callback(member)
             self.results = FleetResults(tuple(members[index] for index in range(len(self))))
             return self.results
         # one model at a time on a GPU; and the eager plan's calls hold Python's lock
