@@ -1,4 +1,4 @@
-"""What a sweep writes while it runs, so that ``--resume`` goes on where it was cut off: options, and ended models.
+"""The journal of a sweep: its options and its ended models, so that ``--resume`` goes on where it was cut off.
 
 The parameters of the models are not among it: the best is trained again if it had ended before, with the same result.
 """

@@ -160,7 +160,9 @@ def _outcomes(
     parallel = joblib.Parallel(at_once, return_as="generator_unordered", pre_dispatch=2 * at_once)
     running = parallel(joblib.delayed(_caught)(task, one, *arrays) for one in tasks)
     try:
-        yield from running
+        # not yield from, which would close it first
+        for outcome in running:  # noqa: UP028
+            yield outcome
     finally:
         with warnings.catch_warnings():
             # of tasks that an early end leaves
