@@ -21,7 +21,7 @@ _log = logging.getLogger("fusemlp")
 LIBRARIES = {"dask": "distributed", "ray": "ray"}
 # Tasks for each worker, so that a fast one takes more of them. A task has no more models than a launch.
 TASKS, MOST_AT_ONCE = 4, 256
-# So often a task may be lost with its worker.
+# So often workers may be lost in a row.
 LOST = 3
 
 # Trains the models of some numbers on the arrays.
@@ -100,17 +100,18 @@ def trained_elsewhere(
     """Yield each of the ``models`` when it has ended, in any order.
 
     ``task(numbers, *arrays)`` returns those of some numbers; it goes to the workers by pickle, and the arrays once to
-    each. ``jobs``: the most tasks at once; None for as many as there are workers. The
-    tasks of a worker that has died go to the others, ``LOST`` times at most; then WorkerError is raised. An error that
-    ``task`` raises is raised here.
+    each. ``jobs``: the most tasks at once; None for as many as there are workers. The tasks of a worker that has died
+    run again; WorkerError is raised when this happens more than ``LOST`` times without a model that has ended between.
+    An error that ``task`` raises is raised here.
     """
-    left = set(range(models))
+    left, lost = set(range(models)), 0
     with joblib.parallel_config(backend=workers):
         at_once = joblib.effective_n_jobs(-1 if jobs is None else jobs)
         if workers == "ray":
             arrays = [None if one is None else _Stored(one) for one in arrays]
         size = max(1, min(MOST_AT_ONCE, -(-models // (TASKS * at_once))))
-        for lost in range(LOST + 1):
+        while left:
+            before = len(left)
             try:
                 with closing(_outcomes(task, arrays, _cut(sorted(left), size), at_once)) as outcomes:
                     for found in outcomes:
@@ -118,15 +119,15 @@ def trained_elsewhere(
                             raise _Raised(found)
                         left -= {member.index for member in found}
                         yield from found
-                return
             except _Raised as error:
                 raise error.args[0] from None
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                if lost == LOST:
+                lost = 0 if len(left) < before else lost + 1
+                if lost > LOST:
                     raise WorkerError(
-                        f"workers: workers of {workers!r} were lost {LOST + 1} times, with {len(left)} models left, "
-                        f"the last by {reason}; look at their memory and their logs, or give fewer jobs"
+                        f"workers: workers of {workers!r} were lost {lost} times, with {len(left)} models left, the "
+                        f"last by {reason}; look at their memory and their logs, or give fewer jobs"
                     ) from error
                 _log.warning("fleet: a worker was lost (%s); its models are trained again", reason)
 
