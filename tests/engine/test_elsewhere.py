@@ -20,7 +20,7 @@ from commands import read, rows, run
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, FleetResults, WorkerError
 from fusemlp.cli import journal
 from fusemlp.fleet import elsewhere
-from fusemlp.fleet.elsewhere import LOST, trained_elsewhere
+from fusemlp.fleet.elsewhere import trained_elsewhere
 from fusemlp.fleet.results import Member
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 
@@ -68,13 +68,13 @@ class TestFleets:
     @pytest.mark.parametrize("options", [{}, {"normalise": True}], ids=str)
     def test_other_processes_train_the_same_models(self, options: dict[str, Any]) -> None:
         expected, seen = fleet(**options).fit(X, Y, **FIT), list[int]()
-        elsewhere = fleet(**options)
-        found = elsewhere.fit(X, Y, **FIT, workers="loky", jobs=2, callback=lambda one: seen.append(one.index))
+        other = fleet(**options)
+        found = other.fit(X, Y, **FIT, workers="loky", jobs=2, callback=lambda one: seen.append(one.index))
         assert_same(found, expected)
         assert sorted(seen) == list(range(8))
-        assert elsewhere.predict(X).mean.shape == (300, 2)
+        assert other.predict(X).mean.shape == (300, 2)
         with pytest.raises(ArgumentError, match=r"^fit: the models were trained in parts"):
-            elsewhere.fit(X, Y, epochs=1)
+            other.fit(X, Y, epochs=1)
 
     def test_each_model_has_its_rows_and_its_start(self) -> None:
         own = [np.arange(start, 300, 2) for start in (0, 1)] * 4
