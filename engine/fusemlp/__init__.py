@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         FusemlpError,
         MissingLibraryError,
         ShapeError,
+        WorkerError,
     )
 
 __all__ = [
@@ -122,6 +123,7 @@ __all__ = [
     "StepDecay",
     "TensorBoard",
     "WandB",
+    "WorkerError",
     "__version__",
     "load",
     "load_checkpoint",

@@ -189,7 +189,10 @@ def _read_source(source: Any, options: Mapping[str, Any]) -> Any:
     path = Path(source)
     if path.is_dir():
         path = weights_path(open_run(path)[0], "model")
-    metadata, tensors = files.read_file(path, files.MODEL)
+    try:
+        metadata, tensors = files.read_file(path, files.MODEL)
+    except CheckpointError as error:
+        raise CheckpointError(f"source: {str(error).removeprefix('path: ')}") from error
     if not {files.MODEL.entry, files.CHECKPOINT.entry} & metadata.keys():
         return tensors
     machine = {name: options[name] for name in ("device", "precision") if name in options}

@@ -46,6 +46,10 @@ class DivergenceError(FusemlpError, ArithmeticError):
     """The loss stopped being a finite number."""
 
 
+class WorkerError(FusemlpError, RuntimeError):
+    """Processes that train parts of a fleet have died again and again."""
+
+
 def unknown_name(argument: str, given: object, known: Iterable[str]) -> ArgumentError:
     """Return the error for a name that is not in ``known``; it proposes the nearest, in any case."""
     names = list(known)

@@ -372,7 +372,7 @@ WRONG = {
     "short batches": (["--vary", "batch_size=8,500", "--drop-last"], "--drop-last: 108 rows do not fill one batch"),
     "epochs": (["--vary", "seed=0:2", "--epochs", "0"], "--epochs: expected"),
     "split seed": (["--vary", "seed=0:2", "--split-seed", "-1"], "--split-seed: expected"),
-    "train's option": (["--vary", "seed=0:2", "--resume", "x"], "No such option"),
+    "train's option": (["--vary", "seed=0:2", "--probe", "3"], "No such option"),
 }
 
 
@@ -396,8 +396,8 @@ def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "file").touch()
     for out, words in ((tmp_path, "is not empty"), (tmp_path / "file", "is a file")):
         assert run("sweep", "iris", "--vary", "seed=0:2", "--out", out) == 2
-        # a sweep has no --resume
-        assert capsys.readouterr().err.endswith(f"{words}; give a new or empty folder\n")
+        going_on = f", or go on with the run in it: --resume {out}" if out.is_dir() else ""
+        assert capsys.readouterr().err.endswith(f"{words}; give a new or empty folder{going_on}\n")
 
 
 def test_help_has_the_syntax_and_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from fusemlp import (
     Quantile,
     ShapeError,
 )
+from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, attributions
 from fusemlp.runtime import inference as inference_module
 
@@ -313,6 +314,10 @@ class TestOtherMethods:
         found = Attributions(values, np.array([1.0, 2.0]), np.array([0.5, 0.5]), np.zeros(2, np.int64))
         np.testing.assert_array_equal(found.importance, [2.0, 1.0])
         np.testing.assert_array_equal(found.error, [1.5, 4.5])
+        sizes = "the mean of their sizes: column 0 2, column 1 1"
+        assert repr(found) == f"<Attributions of 2 rows; {sizes}; error at most 4>"
+        table = Importance("RMSE", list("abcdef"), [], np.arange(6.0), np.zeros(6), 80, 0)
+        assert repr(table) == "<Importance of 6 columns for RMSE, by 80 rows: f 5, e 4, d 3, c 2, b 1 ...>"
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -302,7 +302,7 @@ def test_wrong_sources_and_arguments_are_refused(source: Engine, tmp_path: Path)
     wrong: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
         ((3,), {}, ArgumentTypeError, "source: expected an Engine, a path, or a mapping of names to arrays, got int"),
         ((nn.Linear(2, 2),), {}, ArgumentTypeError, "for a module give fusemlp.torch.from_torch(module)"),
-        ((tmp_path / "none",), {}, CheckpointError, "path: there is no model"),
+        ((tmp_path / "none",), {}, CheckpointError, "source: there is no model"),
         ((tmp_path / "folder",), {}, CheckpointError, "is not a run folder"),
         (
             (tmp_path / "conv.safetensors", net),

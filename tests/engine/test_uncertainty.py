@@ -54,6 +54,15 @@ def test_intervals_cover_their_share_of_new_rows(models: int, log_target: bool) 
     np.testing.assert_array_equal(model.predict_interval(new, 0.5), model.predict_interval(new, coverage=0.5))
 
 
+def test_intervals_of_counts_begin_at_zero_at_least() -> None:
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(300, 2))
+    y = generator.poisson(np.exp(X[:, 0]))
+    model = TableRegressor(models=1, loss="poisson", epochs=20).fit(X, y)
+    low, high = model.predict_interval(X, coverage=0.9)
+    assert low.min() == 0.0 and (low < high).all()
+
+
 def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class() -> None:
     generator = np.random.default_rng(0)
     X = generator.normal(size=(1200, 2))

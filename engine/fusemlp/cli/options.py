@@ -414,6 +414,18 @@ class SweepOptions(FitOptions):
         "COUNT",
     )
     jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
+    workers: str | None = _option(
+        None,
+        "Train in other processes: loky starts them here, dask and ray (with their libraries) here or on the machines "
+        "of --address. A dead worker's models are trained again.",
+        "BACKEND",
+    )
+    address: str | None = _option(
+        None, "Where the scheduler of dask (tcp://host:8786) or the head of ray (host:6379) listens.", "ADDRESS"
+    )
+    resume: str | None = _output(
+        None, "Go on with the sweep in this folder: train the models that had not ended.", "RUN", values=run_folders
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,7 @@ def _ends(
 ) -> dict[str, Array]:
     """Return the ends of intervals, or which classes are in each set."""
     if preprocessor.classes is None:
-        low, high = intervals(preprocessor, predicted, held, coverage)
+        low, high = intervals(engine, preprocessor, predicted, held, coverage)
         return {"low": low, "high": high}
     return {"in_set": sets(class_scores(engine, X), held, coverage)}
 

@@ -11,18 +11,29 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import columns, defaults, ensemble, grid, recipe, tracking
+from fusemlp.cli import columns, defaults, ensemble, grid, journal, recipe, tracking
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
-from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
+from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions, name_of
 from fusemlp.cli.output import command_line, finite, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.standings import Seldom, counts, standings, table
-from fusemlp.cli.train import arguments, checked_epochs, configuration, describe_data, given_options, watched
+from fusemlp.cli.train import (
+    arguments,
+    checked_epochs,
+    configuration,
+    describe_data,
+    given_options,
+    own_files,
+    stored_path,
+    watched,
+)
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.metrics import rises
+from fusemlp.fleet.elsewhere import check_address, check_workers, connected
 from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Combination, Point, averages
 from fusemlp.report.baselines import baseline_line
@@ -38,7 +49,7 @@ from fusemlp.report.runs import (
     write_json,
 )
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 # The files of a sweep, beside those of a run.
 RESULTS, PICTURE = "results.csv", "scores.png"
@@ -47,6 +58,8 @@ OPTIONS = {"betas": ("beta1", "beta2")}
 # Seconds between two writes of the results so far.
 WRITE = 5.0
 SHOWN = 5  # models in the table at the end
+# The options that --resume accepts; all others keep the values of the sweep.
+FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "backend", "device"})
 # A list of up to this many values is drawn as words side by side.
 MOST_WORDS = 12
 
@@ -75,23 +88,34 @@ def sweep(options: SweepOptions) -> None:
 def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[str]]:
     """Return the results of a whole sweep, and lines on the best model."""
     started = datetime.now()
-    if options.data is None:
-        raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}")
-    folder = choose_folder(options.out, options.data, started, resumes=False)
-    plan = planned(options)
-    was_there = folder.exists()
-    run = create_run(folder)
+    if options.resume is not None:
+        run, plan, members = resumed(options, options.resume)
+        was_there = True
+    else:
+        if options.data is None:
+            raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
+        folder = choose_folder(options.out, options.data, started)
+        plan, members = planned(options), []
+        was_there = folder.exists()
+        run = create_run(folder)
+        stored = {**asdict(options), **own_files(options), "data": stored_path(options.data)}
+        journal.begin(run, stored, plan.prepared.summary["fingerprint"])
     if not options.quiet:
         print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
     told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described(plan))
     began = time.perf_counter()
     try:
-        members, interrupted = trained(plan, run, told)
+        with connected(options.workers, options.address):
+            members, interrupted = trained(plan, run, told, members)
     except BaseException:
         # Remove the empty folder, so that the same command works again.
-        discard_if_empty(run, itself=not was_there)
+        if len(journal.read(str(run.path))[2]) == 0:
+            journal.close(run)
+            discard_if_empty(run, itself=not was_there)
         raise
     seconds = time.perf_counter() - began
+    if not interrupted:
+        journal.close(run)
     write_results(plan, run, members)
     results = FleetResults(tuple(members))
     chosen = results.combinations(plan.metric, plan.points)[0]
@@ -102,6 +126,7 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
     if not options.as_json:
         if interrupted:
             print(f"interrupted: kept are the {len(members)} models that had ended, of {len(plan.points)}")
+            print(f"to train the others: fusemlp sweep --resume {run.path}")
         print(f"{counts(members, len(plan.points))}; {seconds:.1f} s\n")
         print(f"{aligned(table(members, plan.points, plan.metric, limit=SHOWN))}\n")
         print(f"results {run.path / RESULTS}")
@@ -131,11 +156,13 @@ def keep(
     plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], started: datetime, *, no_plot: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Write the best model of the best combination as a run of ``train``; return its results, and lines on it."""
-    best = chosen.sound[0]
+    best = _with_parameters(plan, chosen.sound[0])
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
     columns.write(plan.prepared, run)
     begun = started.astimezone().isoformat(timespec="seconds")
     write_json(run.config, {**config, "started": begun, "sweep": about})
+    # those of an earlier best
+    run.metrics.unlink(missing_ok=True)
     for row in best.history.rows():
         append_metrics(run, row)
     report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
@@ -179,6 +206,35 @@ def keep(
     return content, lines
 
 
+def _with_parameters(plan: Plan, member: Member) -> Member:
+    """Return a model with its parameters, trained again if an earlier command did so without keeping them."""
+    if not isinstance(member.held, Kept) or member.held.parameters:
+        return member
+    (again,) = plan.fleet.part([member.index]).fit(**fit_options(plan)).members
+    return replace(again, index=member.index)
+
+
+def resumed(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]]:
+    """Return the sweep in a folder, and its models that have ended; refuse other data, and options that change it."""
+    given = given_options(options)
+    for option in fields(options):
+        if option.name in given and option.name not in FREE:
+            raise ArgumentError(
+                f"{name_of(option)}: a resumed sweep keeps its own; leave it out, or start a new one without --resume"
+            )
+    run, first, told = journal.read(folder)
+    # where it trains is told anew
+    changes: dict[str, Any] = {"workers": None, "address": None, "jobs": None, "quiet": False, **given}
+    stored = SweepOptions(**first["options"])
+    plan = planned(replace(stored, **changes))
+    if plan.prepared.summary["fingerprint"] != first["fingerprint"]:
+        raise CheckpointError(
+            f"resume: the data {stored.data!r} are not those that the sweep was started with; put the old ones back, "
+            "or start a new sweep"
+        )
+    return run, plan, [journal.member(one, plan.fleet) for one in told]
+
+
 def planned(options: SweepOptions) -> Plan:
     """Check all options, and raise their errors before the folder exists."""
     if options.seeds == 1:
@@ -196,6 +252,9 @@ def planned(options: SweepOptions) -> Plan:
     options = defaults.filled_in(options)
     epochs = checked_epochs(options)
     tracking.tracker(options, "sweep")
+    if options.workers is not None:
+        check_workers(options.workers, connected=False)
+    check_address(options.workers, options.address)
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)
     split_seed = options.seed if options.split_seed is None else options.split_seed
@@ -283,30 +342,38 @@ def describe(plan: Plan) -> str:
     )
 
 
-def trained(plan: Plan, run: Run, told: Events) -> tuple[list[Member], bool]:
-    """Return the finished models in the order of the points, and True if Ctrl-C came before the end."""
+def fit_options(plan: Plan) -> dict[str, Any]:
+    """Return the arguments of the fleet's ``fit`` that say how each model is trained."""
+    return {
+        **plan.prepared.fit_data,
+        **watched(plan.options, plan.prepared),
+        "epochs": plan.epochs,
+        "early_stopping": plan.options.early_stopping or None,
+        "drop_last": plan.options.drop_last,
+    }
+
+
+def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tuple[list[Member], bool]:
+    """Train the models that are not ``known``; return all that have ended in the order of the points, and True if
+    Ctrl-C came before the end."""
     options = plan.options
-    members: dict[int, Member] = {}
+    members = {member.index: member for member in known}
+    left = [index for index in range(len(plan.points)) if index not in members]
+    fleet = plan.fleet if not known else plan.fleet.part(left)
     seldom, interrupted = Seldom(WRITE), False
     try:
         with standings(plan.points, plan.metric, quiet=options.quiet) as update:
 
             def ended(member: Member) -> None:
+                member = replace(member, index=left[member.index])
+                journal.add(run, member)
                 members[member.index] = member
                 update(members.values())
                 told.model(member, len(plan.points), plan.points[member.index])
                 tracking.record_model(options, run.path.name, member, plan.trained_by[member.index], plan.epochs)
                 seldom.do(lambda: write_results(plan, run, members.values()))
 
-            plan.fleet.fit(
-                **plan.prepared.fit_data,
-                **watched(options, plan.prepared),
-                epochs=plan.epochs,
-                early_stopping=options.early_stopping or None,
-                drop_last=options.drop_last,
-                jobs=options.jobs,
-                callback=ended,
-            )
+            fleet.fit(**fit_options(plan), jobs=options.jobs, workers=options.workers, callback=ended)
     except KeyboardInterrupt:
         if not members:
             print("interrupted before a model had ended: nothing is kept", file=sys.stderr)

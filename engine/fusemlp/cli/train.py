@@ -328,14 +328,13 @@ def arguments(options: FitOptions) -> list[str]:
 def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epochs: int) -> dict[str, Any]:
     """Return everything that is needed to repeat a run."""
     assert options.data is not None
-    source = options.data if options.data in NAMES else str(Path(options.data).absolute())
     libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
     return {
         "format": FORMAT,
         "command": command_line(["fusemlp", "train", *arguments(options)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "options": asdict(options) | own_files(options),
-        "data": {"source": source, **prepared.summary},
+        "data": {"source": stored_path(options.data), **prepared.summary},
         "preprocessor": prepared.preprocessor.to_config(),
         "network": engine.network.to_config(),
         "loss": engine.loss.to_config(),
@@ -360,7 +359,12 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
 def own_files(options: FitOptions) -> dict[str, str]:
     """Return the given files of validation and test rows and the run of --from; a run stores their absolute paths."""
     given = {name: getattr(options, name, None) for name in ("validation", "test", "from_run")}
-    return {name: file if file in NAMES else str(Path(file).absolute()) for name, file in given.items() if file}
+    return {name: stored_path(file) for name, file in given.items() if file}
+
+
+def stored_path(file: str) -> str:
+    """Return a data set's name, or the absolute path of a file: a run may be opened from another folder."""
+    return file if file in NAMES else str(Path(file).absolute())
 
 
 def describe(session: Session) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -20,13 +21,15 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
+from fusemlp.fleet.elsewhere import check_workers, trained_elsewhere
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
 from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
-from fusemlp.runtime.backends import cpu_threads
+from fusemlp.inputs.targets import Examples
+from fusemlp.runtime.backends import cpu_threads, one_thread
 from fusemlp.training.fit import ELSEWHERE, check_monitor, checked_validation, fit_checked, logged, with_metrics
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
@@ -107,10 +110,6 @@ class Fleet:
             replace(candidate(base, parameters, f"vary, model {index}"), privacy=_of_member(self._privacy, index))
             for index, parameters in enumerate(combinations(vary))
         )
-        self._plan = plan
-        self._machine: dict[str, Any] = {"backend": backend, "device": device, "precision": precision, "plan": plan}
-        self._machine["normalise"] = normalise
-        self._memory = None if memory is None else as_count("memory", memory, minimum=1)
         self._initial = initial or [{}] * len(self.candidates)
         if isinstance(initial, Mapping | Engine):
             raise ArgumentTypeError(
@@ -121,6 +120,13 @@ class Fleet:
             raise ArgumentError(
                 f"initial: expected parameters for each of the {len(self.candidates)} models, got {len(initial)}"
             )
+        self._memory = None if memory is None else as_count("memory", memory, minimum=1)
+        machine = {"backend": backend, "device": device, "precision": precision, "plan": plan, "normalise": normalise}
+        self._begin(machine)
+
+    def _begin(self, machine: Mapping[str, Any]) -> None:
+        """Build the first engine."""
+        self._plan, self._machine = machine["plan"], dict(machine)
         # the first engine checks the machine and resolves "auto" for all
         self._built = [self._started(0, self._machine)]
         first = self._built[0]
@@ -133,6 +139,17 @@ class Fleet:
 
     def __len__(self) -> int:
         return len(self.candidates)
+
+    def part(self, numbers: Sequence[int]) -> Fleet:
+        """Return an untrained fleet of the models of these numbers."""
+        fleet = Fleet.__new__(Fleet)
+        fleet.candidates = tuple(self.candidates[number] for number in numbers)
+        fleet._initial, fleet._memory = [self._initial[number] for number in numbers], self._memory
+        fleet._privacy = self._privacy
+        fleet._begin(self._machine)
+        if self._input_scale is not None:
+            fleet._input_scale = fleet._built[0].input_scale = self._input_scale
+        return fleet
 
     @property
     def first(self) -> Engine:
@@ -189,6 +206,7 @@ class Fleet:
         jobs: int | None = None,
         callback: Callable[[Member], object] | None = None,
         time_limit: float | None = None,
+        workers: str | None = None,
     ) -> FleetResults:
         """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
 
@@ -204,12 +222,22 @@ class Fleet:
         ``time_limit``: seconds that the models share evenly, from this call on: they take turns, and each ends as by
         its early stopping.
 
-        Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
+        ``workers``: train in other processes or on other machines, by a backend of joblib: "loky" (processes here),
+        "dask" (a ``dask.distributed.Client`` is connected), "ray" (``ray.init``), or one that is registered. ``jobs``
+        are tasks at once then, each of some models, and a dead worker's tasks run again. The results are those of
+        one process on the same hardware; as of a fleet in parts they keep parameters and histories.
+
+        Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed, WorkerError if workers
+        die again and again.
         """
         end = as_deadline("time_limit", time_limit)
         epochs = as_count("epochs", epochs, minimum=1)
         patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
-        workers = cpu_threads() if jobs is None else as_count("jobs", jobs, minimum=1)
+        given_jobs = None if jobs is None else as_count("jobs", jobs, minimum=1)
+        if workers is not None:
+            check_workers(workers)
+            if time_limit is not None:
+                raise ArgumentError("time_limit: workers do not share one; leave out time_limit or workers")
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
@@ -246,10 +274,10 @@ class Fleet:
             validations = [None if one is None else picked[one.tobytes()] for one in validated_on]
         if monitor is not None or metrics:
             each = {id(one): one for one in validations if one is not None}
-            asked = metrics if isinstance(metrics, str) else tuple(metrics)
-            different = {key: with_metrics(first, one, asked, [monitor]) for key, one in each.items()}
-            if not different and asked:
-                raise ArgumentError(f"metrics: they are of validation rows; give validation_data too, got {asked!r}")
+            metrics = metrics if isinstance(metrics, str) else tuple(metrics)
+            different = {key: with_metrics(first, one, metrics, [monitor]) for key, one in each.items()}
+            if not different and metrics:
+                raise ArgumentError(f"metrics: they are of validation rows; give validation_data too, got {metrics!r}")
             validations = [None if one is None else different[id(one)] for one in validations]
             check_monitor(monitor, logged(first, data.targets, validations[0]))
         if patience is not None and validations[0] is None and monitor is None:
@@ -267,8 +295,6 @@ class Fleet:
                 )
 
         most = room(self._memory, self.candidates, first.precision, device=first.device)
-        # one model at a time on a GPU; and the eager plan's calls hold Python's lock
-        workers = workers if first.memory.backend.traits.on_host and first.plan == "resident" else 1
         members: dict[int, Member] = {}
 
         common: dict[str, Any] = {
@@ -290,6 +316,28 @@ class Fleet:
                 callback(members[index])
 
         first.warn_of_scale("X", data.X, stacklevel=4)
+        if workers is not None:
+            given: dict[str, Any] = {
+                "epochs": epochs,
+                "metrics": metrics,
+                "early_stopping": patience,
+                "monitor": monitor,
+                "drop_last": drop_last,
+            }
+            own = None if validation_rows is None else validated_on
+            task = partial(_train_part, self.part(range(len(self))), rows=trained_on, validation_rows=own, **given)
+            sent = [*_arrays(first, data), *_arrays(first, None if validation is None else validation.data)]
+            self.results, self._in_parts, self._built = None, True, []
+            with closing(trained_elsewhere(len(self), task, sent, workers=workers, jobs=given_jobs)) as trained:
+                for member in trained:
+                    members[member.index] = member
+                    if callback is not None:
+                        callback(member)
+            self.results = FleetResults(tuple(members[index] for index in range(len(self))))
+            return self.results
+        # one model at a time on a GPU; and the eager plan's calls hold Python's lock
+        side_by_side = first.memory.backend.traits.on_host and first.plan == "resident"
+        at_once = (given_jobs or cpu_threads()) if side_by_side else 1
         # all models train on the same rows
         common["taken_in"] = first.take_in(data.X)
         if self._input_scale is None:
@@ -303,18 +351,18 @@ class Fleet:
             groups = self._grouped(engines)
             peers = {key: len(keys) for _, keys in groups for key in keys}
             if groups:
-                at_once = {
+                epochs_each = {
                     index: epochs_at_once(engine, epochs, counts[index], asked=validations[index] is not None)
                     for index, engine in engines.items()
                 }
                 arrays = data._replace(X=common["taken_in"]).arrays
-                train_together(groups, fit, arrays, counts=counts, at_once=at_once, ended=ended)
+                train_together(groups, fit, arrays, counts=counts, at_once=epochs_each, ended=ended)
             alone = [index for index in engines if index not in members]
             if alone:
                 peers |= dict.fromkeys(alone, len(alone))
                 trainings = ((index, partial(_launches, fit, index)) for index in alone)
                 turns = None if time_limit is None else len(alone)
-                run_side_by_side(trainings, min(workers, len(alone)), ended, turns)
+                run_side_by_side(trainings, min(at_once, len(alone)), ended, turns)
                 del trainings
             # gone before the next are built
             del groups
@@ -356,12 +404,19 @@ class Fleet:
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
         one = self.candidates[index]
-        held: Engine | Kept = engine
-        if self._in_parts:
-            held = Kept(
-                one, self._machine, engine.state_dict(), history, engine.epochs_trained, engine.privacy_config()
-            )
+        held = self._kept(index, engine) if self._in_parts else engine
         return Member(index, one.parameters, held, history, status, reason, scores)
+
+    def _kept(self, index: int, engine: Engine) -> Kept:
+        history = engine.history if engine.history is not None else History()
+        return Kept(
+            self.candidates[index],
+            self._machine,
+            engine.state_dict(),
+            history,
+            engine.epochs_trained,
+            engine.privacy_config(),
+        )
 
     def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
         if given is None:
@@ -396,6 +451,40 @@ class Fleet:
         if not left:
             raise DivergenceError(f"loss: all {len(self)} models diverged")
         return together((member.engine for member in left), X)
+
+
+def _train_part(
+    whole: Fleet,
+    numbers: Sequence[int],
+    X: Array,
+    y: Array,
+    weight: Array | None,
+    *validation: Array | None,
+    rows: Sequence[Any],
+    validation_rows: Sequence[Any] | None,
+    **options: Any,
+) -> list[Member]:
+    """Train the models of some numbers on one core."""
+    fleet, every = whole.part(numbers), np.arange(len(X))
+    options["rows"] = [every if rows[number] is None else rows[number] for number in numbers]
+    if validation_rows is not None:
+        options["validation_rows"] = [validation_rows[number] for number in numbers]
+    elif validation[0] is not None:
+        options["validation_data"] = validation
+    with one_thread():
+        found = fleet.fit(X, y, sample_weight=weight, jobs=1, **options).members
+    return [
+        replace(one, index=number, held=one.held if isinstance(one.held, Kept) else fleet._kept(place, one.held))
+        for place, (number, one) in enumerate(zip(numbers, found, strict=True))
+    ]
+
+
+def _arrays(engine: Engine, data: Examples | None) -> tuple[Array | None, Array | None, Array | None]:
+    """Return X, y and weight on the host."""
+    if data is None:
+        return None, None, None
+    X, targets, weight = data.map(engine.on_host)
+    return X, targets.values, weight
 
 
 def _of_member(privacy: DPSGD | None, index: int) -> DPSGD | None:

@@ -31,9 +31,9 @@ REMEDIES = {
     "weight decay": ("more --weight-decay", "more weight decay (AdamW(weight_decay=0.1))"),
     "data": ("more data", "more data"),
     "leaky": ("--activation leaky_relu or prelu", "MLP(activation='leaky_relu') or 'prelu'"),
-    "lower rate": ("a lower learning rate (--lr)", "a lower learning rate (Adam(lr=...))"),
+    "lower rate": ("a lower learning rate (--lr)", "a lower learning rate (lr= of the optimizer)"),
     "higher rate": ("a higher learning rate (--lr; fusemlp lr-find)", "a higher learning rate (engine.lr_find(X, y))"),
-    "clipping": ("--clip-norm 1", "Adam(clip_norm=1.0)"),
+    "clipping": ("--clip-norm 1", "clip_norm=1.0 of the optimizer"),
     "scaling": ("--scale standard", "inputs of unit scale (Engine(normalise=True))"),
     "epochs": ("more --epochs", "more epochs"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +23,8 @@ MOST_ROWS, PERMUTED_ROWS = 50_000, 500
 # Seconds after which no further column is permuted.
 SECONDS, REPEATS = 3.0, 3
 PARTS = 10
+# A line on columns names this many.
+SHOWN = 5
 # A heat map of an image has at most this many squares a side.
 SIDE = 8
 _PIXEL = re.compile(r"pixel_(\d+)_(\d+)")
@@ -42,6 +44,16 @@ class Importance(NamedTuple):
     deviation: Array
     rows: int
     left_out: int
+
+    def __repr__(self) -> str:
+        shown = most_important(self.names, self.worse)
+        return f"<Importance of {len(self.names)} columns for {self.metric}, by {self.rows} rows: {shown}>"
+
+
+def most_important(names: Sequence[str], sizes: Array) -> str:
+    """Return the largest of the columns' sizes in words."""
+    first = np.argsort(-sizes, kind="stable")[:SHOWN]
+    return ", ".join(f"{names[index]} {sizes[index]:.3g}" for index in first) + (" ..." if len(sizes) > SHOWN else "")
 
 
 def image_shape(preprocessor: Preprocessor) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ import numpy as np
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.evidence import Evidence, Importance
+from fusemlp.report.evidence import Evidence, Importance, most_important
 from fusemlp.report.metrics import predicted_codes
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
@@ -34,6 +34,13 @@ class Attributions:
     base: Array
     chosen: Array
     names: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        rows, columns = self.values.shape
+        names = self.names or [f"column {index}" for index in range(columns)]
+        shown = most_important(names, self.importance)
+        most = np.abs(self.error).max(initial=0.0)
+        return f"<Attributions of {rows} rows; the mean of their sizes: {shown}; error at most {most:.1g}>"
 
     @property
     def error(self) -> Array:

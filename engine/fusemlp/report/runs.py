@@ -70,10 +70,10 @@ class Run:
         return self.path / "checkpoints" / f"{name}.safetensors"
 
 
-def choose_folder(out: str | None, data: str, now: datetime, *, resumes: bool = True) -> Path:
+def choose_folder(out: str | None, data: str, now: datetime) -> Path:
     """Return the folder of a new run, checked but not made: ``out``, or ``runs/`` with the data's name and the time.
 
-    Raises ArgumentError if ``out`` is a file or not empty; ``resumes``: True if the command has --resume.
+    Raises ArgumentError if ``out`` is a file or not empty.
     """
     if out is None:
         stem = f"{Path(data).stem or 'data'}-{now:%Y%m%d-%H%M%S}"
@@ -89,7 +89,7 @@ def choose_folder(out: str | None, data: str, now: datetime, *, resumes: bool = 
         raise ArgumentError(f"out: the folder {out!r} cannot be read ({error.strerror})") from error
     if taken:
         what = "is not empty" if path.is_dir() else "is a file"
-        instead = f", or go on with the run in it: --resume {out}" if resumes and path.is_dir() else ""
+        instead = f", or go on with the run in it: --resume {out}" if path.is_dir() else ""
         raise ArgumentError(f"out: {out!r} {what}; give a new or empty folder{instead}")
     return path
 

@@ -116,13 +116,17 @@ def _comparable(preprocessor: Preprocessor, values: Array) -> Array:
     return np.log(np.maximum(values, np.finfo(np.float64).tiny)) if preprocessor.target_log else values
 
 
-def intervals(preprocessor: Preprocessor, predicted: Array, held: HeldOut, coverage: float) -> tuple[Array, Array]:
-    """Return the lower and the upper ends around predicted values, shaped like these."""
+def intervals(
+    engine: Session, preprocessor: Preprocessor, predicted: Array, held: HeldOut, coverage: float
+) -> tuple[Array, Array]:
+    """Return the lower and the upper ends around predicted values, shaped like these; of counts none is below 0."""
     if preprocessor.classes is not None:
         raise DataError("intervals are of numbers, and the model predicts classes; ask for sets of classes")
     centre, bound = _comparable(preprocessor, predicted), held.bound(coverage)
     ends = centre - bound, centre + bound
     low, high = (np.exp(end) if preprocessor.target_log else end for end in ends)
+    if engine.loss.kind == "poisson":
+        low = np.maximum(low, 0.0)
     return low.reshape(predicted.shape), high.reshape(predicted.shape)
 
 
@@ -153,5 +157,5 @@ def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, X: Array
     found = {"level": COVERAGE, "coverage": float(np.mean(inside))}
     if preprocessor.classes is not None:
         return found | {"classes": float(sets(class_scores(engine, X), held, COVERAGE).sum(axis=1).mean())}
-    low, high = intervals(preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
+    low, high = intervals(engine, preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
     return found | {"width": float(np.mean(high - low))}

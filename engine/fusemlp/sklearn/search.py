@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,8 @@ from fusemlp.sklearn.convergence import one_warning
 from fusemlp.sklearn.sharing import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
+# joblib's own backends, in whose place models train side by side.
+LOCAL = {joblib.parallel.BACKENDS[name] for name in ("loky", "multiprocessing", "threading", "sequential")}
 # The most models of one launch: about two for each multiprocessor of a large card.
 MOST_AT_ONCE = 256
 
@@ -48,18 +51,29 @@ class _FleetSearch(BaseSearchCV):
         estimator, cv = self.estimator, self.cv
         spaces = _checked(self._space, getattr(self, self._space), estimator, self._plain)
         sharing = None
-        if isinstance(estimator, Pipeline) and estimator.memory is None and not any("memory" in one for one in spaces):
+        # the user's workers: scikit-learn sends them a fit each
+        self._elsewhere = type(joblib.parallel.get_active_backend()[0]) not in LOCAL
+        if self._elsewhere:
+            here: AbstractContextManager[Any] = nullcontext()
+        else:
+            here = joblib.parallel_config(backend="sequential")
+        if (
+            not self._elsewhere
+            and isinstance(estimator, Pipeline)
+            and estimator.memory is None
+            and not any("memory" in one for one in spaces)
+        ):
             sharing = clone(estimator).set_params(memory=SharedFits())
         # splits may be given as an iterator, which can be read once
         self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator))
         self._given = X, y, params
         try:
             self.estimator = estimator if sharing is None else sharing
-            with one_warning(self), joblib.parallel_config(backend="sequential"):
+            with one_warning(self), here:
                 super().fit(X, y, **params)
         finally:
             self.estimator, self.cv = estimator, cv
-            del self._given
+            del self._given, self._elsewhere
             if sharing is not None:
                 # the default scorer keeps the pipeline
                 sharing.memory = None
@@ -75,7 +89,7 @@ class _FleetSearch(BaseSearchCV):
 
         def evaluate(candidates: Any, **named: Any) -> Any:
             candidates = list(candidates)
-            if asked == 1:
+            if asked == 1 or self._elsewhere:
                 return evaluate_candidates(candidates, **named)
             X, y = indexable(*self._given[:2])
             routed = self._get_routed_params_for_fit(_check_method_params(X, params=self._given[2]))
@@ -110,7 +124,8 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
     are no longer finite, gets ``error_score`` with a FitFailedWarning. On NumPy each model trains in one compiled loop,
     and ends with the same bits as one that is fitted alone; there are rows of two folds a core in memory, and no more.
     On Triton models of one shape, from all candidates and folds, train in one launch, which one that has converged
-    leaves; within rounding they end where models end that are fitted alone. On CuPy, with callbacks, ``verbose``,
+    leaves; within rounding they end where models end that are fitted alone. With joblib.parallel_config(backend="dask")
+    or "ray" their workers train them, a fit each. On CuPy, with callbacks, ``verbose``,
     ``warm_start`` or L-BFGS they train one after another.
     """
 

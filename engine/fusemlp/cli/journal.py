@@ -1,0 +1,74 @@
+"""The journal of a sweep: its options and its ended models, so that ``--resume`` goes on where it was cut off.
+
+The parameters of the models are not among it: the best is trained again if it had ended before, with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.memory import Kept
+from fusemlp.fleet.results import Member
+from fusemlp.report.runs import Run
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import CheckpointError
+
+JOURNAL = "sweep.jsonl"
+
+
+def begin(run: Run, options: Mapping[str, Any], fingerprint: str) -> None:
+    """Write the first line: the options of ``sweep``, and the fingerprint of its data."""
+    first = {"options": dict(options), "fingerprint": fingerprint}
+    (run.path / JOURNAL).write_text(f"{json.dumps(first, default=str)}\n", encoding="utf-8")
+
+
+def add(run: Run, member: Member) -> None:
+    """Write a line for a model that has ended."""
+    told = {
+        "index": member.index,
+        "status": member.status,
+        "reason": member.reason,
+        "scores": member.scores,
+        "history": asdict(member.history),
+    }
+    with (run.path / JOURNAL).open("a", encoding="utf-8") as stream:
+        stream.write(f"{json.dumps(told)}\n")
+
+
+def read(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
+    """Return a sweep's folder, its first line, and those of its models; CheckpointError if it cannot go on."""
+    run = Run(Path(folder))
+    if not (run.path / JOURNAL).is_file():
+        config = json.loads(run.config.read_text(encoding="utf-8")) if run.config.is_file() else {}
+        reason = "is no folder of a sweep" if "sweep" not in config else "holds a sweep that has ended"
+        mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
+        raise CheckpointError(f"resume: {folder!r} {reason}{mend}")
+    lines = (run.path / JOURNAL).read_text(encoding="utf-8").splitlines()
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            # the line that was being written
+            break
+    if not found:
+        raise CheckpointError(f"resume: {folder!r} was cut off before its first line; start the sweep again")
+    return run, found[0], found[1:]
+
+
+def member(told: Mapping[str, Any], fleet: Fleet) -> Member:
+    """Return a model of which a line tells, without its parameters."""
+    one, history = fleet.candidates[told["index"]], History(**told["history"])
+    history.in_use = list(history.in_use)
+    held = Kept(one, {}, {}, history, len(history.epochs))
+    return Member(told["index"], one.parameters, held, history, told["status"], told["reason"], told["scores"])
+
+
+def close(run: Run) -> None:
+    """Remove the file: there is nothing to go on with."""
+    (run.path / JOURNAL).unlink(missing_ok=True)
