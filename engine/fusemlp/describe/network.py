@@ -158,7 +158,8 @@ class MLP(Description):
     activations: tuple[Activation, ...]
     dropouts: tuple[float, ...]
     init: str
-    members: int
+    # what pickles of older releases lack
+    members: int = 1
 
     @knows_names(_ARGUMENTS, call="MLP([784, 128, 10], activation='relu')")
     def __init__(

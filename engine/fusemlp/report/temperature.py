@@ -61,6 +61,8 @@ def temperature_of(parts: Iterable[tuple[Array, Array, Array]]) -> Temperature |
     from scipy.special import logsumexp
 
     logits, codes, weights = map(np.concatenate, zip(*parts, strict=True))
+    # without members (n, classes)
+    logits = logits.reshape(len(logits), -1, logits.shape[-1])
     rows = int((weights > 0).sum())
     if rows < LEAST_ROWS:
         return None
