@@ -281,7 +281,6 @@ def refused(engine: Engine) -> dict[str, Any]:
         "bounds": lambda: engine.bounds(X, 0.1),
         "certified": lambda: engine.certified(X, y, 0.1),
         "input_gradient": lambda: engine.input_gradient(X, y),
-        "dead_units": lambda: engine.diagnose(X),
         "to_onnx": lambda: engine.to_onnx("model.onnx"),
         "probe": lambda: engine.probe(X, y, epochs=1),
         "from_pretrained": lambda: Engine.from_pretrained(engine, head=2),

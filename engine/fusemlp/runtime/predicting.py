@@ -258,8 +258,12 @@ class Predicting(Normalising):
         return self._evaluation(inference, data, self.spec_for(data.targets), repeated=True)
 
     def dead_units(self, X: Any) -> dict[str, float]:
-        """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X."""
-        self.network.check_single("X", "the look at hidden units")
+        """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X.
+
+        Of a network with members none is looked at.
+        """
+        if self.network.members > 1:
+            return {}
         features = self.features("X", X)
         self.check_measured()
         hidden = enumerate(self.network.activations[:-1])
