@@ -272,17 +272,19 @@ class Traits:
 
 
 def resident_refusal(
-    traits: Traits, sizes: Sequence[int], batch: int, precision: str, *, private: bool = False
+    traits: Traits, sizes: Sequence[int], batch: int, precision: str, *, private: bool = False, members: int = 1
 ) -> str | None:
     """Return why a backend has no ``train_resident`` for a network of these widths, inputs first; None if it has.
 
-    ``private``: the steps have clipped rows and noise.
+    ``private``: the steps have clipped rows and noise. ``members`` share the network's weights.
     """
     limits = traits.resident
     if limits is None:
         return None
     if private:
         return f"the {traits.name} backend's resident kernel trains without privacy"
+    if members > 1:
+        return f"the {traits.name} backend's resident kernel trains networks without members"
     for what, given, most in (
         ("layers", len(sizes) - 1, limits.layers),
         ("inputs", sizes[0], limits.inputs),

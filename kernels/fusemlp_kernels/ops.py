@@ -29,6 +29,17 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 REFUSED = {
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
+    **{
+        (backend, op): "it has no networks with members yet; use backend='numpy'"
+        for backend in ("triton", "cupy")
+        for op in (
+            "affine_members",
+            "grad_affine_members",
+            "linear_members",
+            "grad_input_members",
+            "grad_weight_members",
+        )
+    },
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
 }
@@ -38,12 +49,13 @@ REFUSED = {
 class Operand:
     """One operand of an op, or one field of an operand that is a sequence of mappings (``fields``).
 
-    ``shape``: a letter a dimension, A for a flat arena, B for all batches; None for what is no array. ``dtype`` as in
-    ``Backend.allocate``. A target's depend on the loss: (M,) int64 for classes, (M, N) real for others. ``rows``: the
-    operand whose row numbers pick this one's rows; where that is given, the array has n rows in place of M. ``use``:
-    an updated operand is read and written. ``kind``: what a written operand holds, as in ``program.KINDS``.
-    ``default``: what None stands for, where an operand is left out. ``nullable``: it must be named, and may be None.
-    ``hidden``: the printed program leaves it out. ``several``: a tuple of arrays of this shape.
+    ``shape``: a letter a dimension, A for a flat arena, B for all batches, D for what all members have, one after
+    another; None for what is no array. ``dtype`` as in ``Backend.allocate``. A target's depend on the loss: (M,) int64
+    for classes, (M, N) real for others. ``rows``: the operand whose row numbers pick this one's rows; where that is
+    given, the array has n rows in place of M. ``use``: an updated operand is read and written. ``kind``: what a written
+    operand holds, as in ``program.KINDS``. ``default``: what None stands for, where an operand is left out.
+    ``nullable``: it must be named, and may be None. ``hidden``: the printed program leaves it out. ``several``: a tuple
+    of arrays of this shape.
     """
 
     name: str
@@ -158,6 +170,14 @@ _LOSS = (
         note="the sum of the row weights, with ridge; a loop may keep it in a register",
     ),
 )  # fmt: skip
+_MEMBERS = (
+    Operand("s", "DK", optional=True),
+    Operand("b", "DK", optional=True, note="with s"),
+    Operand("r", "DK", optional=True),
+    replace(_ACTIVATION[0], optional=True, default="identity", note="a name of ACTIVATIONS but prelu; with s"),
+    _SLOPES[0],
+    _DROPOUT,
+)
 _LAYER = (
     Operand("dz", "MN", "compute"),
     replace(_ROWS, note="of the first layer, where x is picked by row"),
@@ -226,6 +246,57 @@ OPS = {op.name: op for op in (
         _DROPOUT,
         replace(_COUNTERS, optional=True),
         Operand("keep", "MK", "bool", optional=True, note="what linear has written"),
+    )),
+    Op("affine_members",
+        "y = dropout(act(x * s + b)) * r, row i of the batch with row i % D of s, b and r; those left out change "
+        "nothing", (
+        replace(_ROWS, note="row numbers; where they are -1, x is zero"),
+        Operand("x", "MK", "compute", rows="rows"),
+        Operand("y", "MK", "compute", WRITTEN),
+        *_MEMBERS,
+        replace(_COUNTERS, optional=True),
+        Operand("keep", "MK", "bool", WRITTEN, optional=True, note="dropout's mask, for backends that store it"),
+    )),
+    Op("grad_affine_members",
+        "back through affine_members: dx, and the sums ds, db and dr over the rows of each member; y is not read", (
+        replace(_ROWS, note="row numbers; where they are -1, x is zero"),
+        Operand("dy", "MK", "compute"),
+        Operand("x", "MK", "compute", rows="rows"),
+        Operand("dx", "MK", "compute", WRITTEN, optional=True, note="aliases nothing; with s and b"),
+        *_MEMBERS,
+        *(
+            Operand(
+                f"d{name}", "DK", use=WRITTEN, kind="gradient", optional=True,
+                note=f"where {name} is given; accumulated as by grad_weight",
+            )
+            for name in "sbr"
+        ),
+        _RULE,
+        _COUNTERS,
+        Operand("keep", "MK", "bool", optional=True, note="what affine_members has written"),
+    )),
+    Op("linear_members",
+        "z = x @ w[m].T + b[m] for row i of the batch, m being i % (D / N): w[m] and b[m] are rows m * N to before "
+        "(m + 1) * N", (
+        Operand("w", "DK", "compute"),
+        Operand("x", "MK", "compute"),
+        Operand("b", "D"),
+        Operand("z", "MN", "compute", WRITTEN),
+    )),
+    Op("grad_input_members", "dx = dz @ w[m], with w[m] as in linear_members", (
+        Operand("dz", "MN", "compute"),
+        Operand("w", "DK", "compute"),
+        Operand("dx", "MK", "compute", WRITTEN, note="aliases nothing"),
+    )),
+    Op("grad_weight_members",
+        "dw[m] = dz.T @ x, db[m] = sum of dz, over the rows of member m, as in linear_members; accumulated as by "
+        "grad_weight", (
+        Operand("dz", "MN", "compute"),
+        Operand("x", "MK", "compute"),
+        Operand("dw", "DK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
+        Operand("db", "D", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
+        _RULE,
+        _COUNTERS,
     )),
     Op("clip_examples",
         "the rows of all dz times min(1, clip / norm) with the norm of the row's gradient by all trained parameters: "

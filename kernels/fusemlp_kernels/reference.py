@@ -313,6 +313,66 @@ def gradients(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> tuple[fl
     return loss, grads
 
 
+def of_members(vectors: Array, rows: int) -> Array:
+    """The vectors (members, K) of the rows of a batch, (M, K): row i belongs to member i % members."""
+    return vectors[np.arange(rows) % len(vectors)]
+
+
+def member_sums(terms: Array, members: int) -> Array:
+    """The sums of ``terms`` (M, K) over the rows of each member, (members, K)."""
+    return np.asarray(terms.reshape(-1, members, terms.shape[1]).sum(axis=0))
+
+
+@dataclass(frozen=True)
+class MemberLayer:
+    """One layer of k members (Gorishniy et al., "TabM", 2025): w (N, K) is common, r (k, K), s and b (k, N) are not."""
+
+    r: Array
+    w: Array
+    s: Array
+    b: Array
+    activation: str = "identity"
+    slope: float = 0.0
+    rate: float = 0.0
+
+
+def member_gradients(
+    layers: Sequence[MemberLayer], heads: tuple[Array, Array], spec: LossSpec, batch: Batch
+) -> tuple[float, list[tuple[Array, ...]]]:
+    """Forward and backward of members that share weights: the loss, and the gradients by each layer's r, w, s and b;
+    the last are those by the heads.
+
+    The members of a data row are rows of the batch, one after another. A layer is z = ((x * r) @ w.T) * s + b. Each
+    member has its own output layer: heads are w (k, N, K) and b (k, N). The loss is the mean over all rows: that of
+    the members' losses.
+    """
+    rows, members = len(batch.x), len(heads[0])
+    keeps = batch.keeps or [None] * len(layers)
+    inputs, products, zs = [batch.x], [], []
+    for layer, keep in zip(layers, keeps, strict=True):
+        products.append((inputs[-1] * of_members(layer.r, rows)) @ layer.w.T)
+        zs.append(products[-1] * of_members(layer.s, rows) + of_members(layer.b, rows))
+        inputs.append(dropout(activation(layer.activation, zs[-1], layer.slope), keep, layer.rate))
+    own = np.arange(rows) % members
+    y = np.einsum("ik,ink->in", inputs[-1], heads[0][own]) + heads[1][own]
+    loss, dz = loss_of_output(spec, y, batch.target, batch.weight, batch.class_weight)
+    by_heads = np.zeros_like(heads[0]), np.zeros_like(heads[1])
+    for member in range(members):
+        by_heads[0][member], by_heads[1][member] = grad_weight(dz[member::members], inputs[-1][member::members])
+    grads: list[tuple[Array, ...]] = [by_heads]
+    dy = np.einsum("in,ink->ik", dz, heads[0][own])
+    for i in reversed(range(len(layers))):
+        layer = layers[i]
+        dz = dropout(dy, keeps[i], layer.rate) * activation_grad(layer.activation, zs[i], layer.slope)
+        du, r = dz * of_members(layer.s, rows), of_members(layer.r, rows)
+        dx = du @ layer.w
+        by_w, _ = grad_weight(du, inputs[i] * r)
+        sums = [member_sums(terms, members) for terms in (dx * inputs[i], dz * products[i], dz)]
+        grads.insert(0, (sums[0], by_w, sums[1], sums[2]))
+        dy = dx * r
+    return loss, grads
+
+
 def clipped_gradients(
     layers: Sequence[Layer], spec: LossSpec, batch: Batch, clip: float, frozen: Iterable[tuple[int, int]] = ()
 ) -> list[tuple[Array, ...]]:

@@ -43,7 +43,7 @@ def test_a_binder_takes_what_the_record_says(backend, op):
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_record_is_complete(op):
     for name, operand in op.by_name.items():
-        assert operand.shape == "target" or set(operand.shape or "") <= {*"ABMNKR", *FIXED}, name
+        assert operand.shape == "target" or set(operand.shape or "") <= {*"ABDMNKR", *FIXED}, name
         assert operand.rows in ("", *(other.name for other in op.operands)) or name.startswith("layers."), name
         assert operand.use == UPDATED or operand.kind != "control" or name == "epoch_stats", name
         # what is written has a shape, or is an arena

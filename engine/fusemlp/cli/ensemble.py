@@ -138,6 +138,10 @@ def fit_on_all_rows(
     data: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
     initial = transfer.initial(prepared, options, data, {}, prepared.models)
     schedule = recipe.schedule(options, rows=len(X), epochs=epochs)
+    if prepared.network.members > 1:
+        engine = prepared.engine(options, schedule)
+        engine.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
+        return engine, len(X)
     fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
     results = fleet.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
     try:
@@ -187,4 +191,4 @@ def decisions(prepared: Prepared) -> dict[str, Any]:
 
 def described(prepared: Prepared, options: TrainOptions) -> TrainOptions:
     """Return the options with what the data decided."""
-    return replace(options, models=prepared.models, **decisions(prepared))
+    return replace(options, **{**prepared.preset, "models": prepared.models, **decisions(prepared)})

@@ -25,6 +25,7 @@ from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
+from fusemlp.fleet.presets import LEAST_ROWS, MEMBERS, PRESETS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -321,6 +322,13 @@ class TrainOptions(FitOptions):
         "raised.",
         "RUN",
         values=run_folders,
+    )
+    preset: str | None = _network(
+        None,
+        f"{one_of(PRESETS)}: a recipe for what is not given. tabm: one network of {MEMBERS} members that share "
+        "weights, --hidden 128,128 --activation silu --optimizer adamw --lr 0.002 --batch-size 256 (less below 4,096 "
+        f"rows). auto: tabm for a table of {LEAST_ROWS:,} rows and more, without the test rows. plain unless given.",
+        values=PRESETS,
     )
     from_run: str | None = _network(
         None,

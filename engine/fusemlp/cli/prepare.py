@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from fusemlp.cli import defaults, ensemble, recipe, transfer
 from fusemlp.cli.options import ModelOptions, TrainOptions
+from fusemlp.cli.preset import changed_by, with_preset
 from fusemlp.datasets.load import MANY_CLASSES, Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Fold, Hashes, among, folds, hold_out, row_hashes, with_files
@@ -59,6 +61,8 @@ class Prepared:
     # of a new training with --from
     start: transfer.Start | None = None
     weight_decay: float | None = None
+    # those that --preset has changed
+    preset: Mapping[str, Any] = field(default_factory=dict)
     # when the data had been read, as ``time.monotonic`` tells it
     began: float = 0.0
 
@@ -231,7 +235,7 @@ def prepare(
     as_number("validation_fraction", options.validation_fraction, low=0.0, high=1.0, high_open=True)
     if options.scale is not None:
         check_choice("scale", options.scale, SCALES)
-    widths = recipe.hidden_widths(options.hidden)
+    recipe.hidden_widths(options.hidden)
     assert options.data is not None, "checked where the options come in"
     columns = Columns(
         options.drop or (),
@@ -252,8 +256,6 @@ def prepare(
     dataset = dataset if source is None else source.noted(dataset)
     dataset = with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
     began = time.monotonic()
-    if like is None:
-        options = replace(options, weight_decay=defaults.weight_decay(options, dataset))
     if dataset.y.dtype.kind in "iuf":
         _check_classes(dataset)
     classify = dataset.task == "classification"
@@ -262,6 +264,11 @@ def prepare(
     tested = validated = training[:0]
     if dataset.test is None:
         training, tested = _split("test rows", dataset, training, fraction=TEST_FRACTION, seed=seed)
+    # small trainings decide for the plain recipe
+    plain, members, told = options, 1, list[str]()
+    if like is None:
+        options, members, told = with_preset(options, len(training))
+        plain, options = (replace(one, weight_decay=defaults.weight_decay(one, dataset)) for one in (plain, options))
     models = defaults.models_of(options, dataset, new=like is None)
     parts: tuple[Fold, ...] = ()
     shared = dataset.validation is not None or options.group is not None or options.time is not None
@@ -279,7 +286,7 @@ def prepare(
     # small trainings would read the private rows, and may choose inputs that no attack can move
     decides = like is None and source is None and defaults.trains_plainly(options)
     if decides and defaults.is_a_table(options):
-        scale, log_target, tried = ensemble.decided(dataset, training, options, name, seed=seed)
+        scale, log_target, tried = ensemble.decided(dataset, training, plain, name, seed=seed)
     start = None
     if source is not None:
         assert isinstance(options, TrainOptions), "no other command has --from"
@@ -288,7 +295,8 @@ def prepare(
     else:
         preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
         first, last = network_ends(preprocessor, name)
-        net = network or recipe.network((first, *widths, last), options, init=options.init)
+        widths = recipe.hidden_widths(options.hidden)
+        net = network or recipe.network((first, *widths, last), options, init=options.init, members=members)
     check_memory(
         preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), options.precision
     )
@@ -321,9 +329,10 @@ def prepare(
         options.test is not None,
         models,
         parts,
-        tuple(tried),
+        (*told, *tried),
         start,
         options.weight_decay,
+        changed_by(plain, options),
         began,
     )
     if source is None or start is None or start.about["new_output_layer"]:

@@ -83,7 +83,7 @@ def _numbers(argument: str, text: str) -> list[float]:
         raise ArgumentError(f"{argument}: expected a number, or several as in 0.2,0.5, got {text!r}") from None
 
 
-def network(sizes: Sequence[int], options: StepOptions, *, init: str = "auto") -> MLP:
+def network(sizes: Sequence[int], options: StepOptions, *, init: str = "auto", members: int = 1) -> MLP:
     """Return the network of these widths; ``slope`` of the options applies to the activations that have one."""
     activations = [as_activation("activation", name.strip()) for name in options.activation.split(",")]
     if options.slope is not None:
@@ -99,6 +99,7 @@ def network(sizes: Sequence[int], options: StepOptions, *, init: str = "auto") -
         output_activation=options.output_activation,
         dropout=dropouts if len(dropouts) > 1 else dropouts[0],
         init=init,
+        members=members,
     )
 
 

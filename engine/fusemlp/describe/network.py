@@ -2,7 +2,8 @@
 
 Layer ``l`` of ``L`` computes ``dropout(act(x @ w.T + b))`` with ``w`` of shape ``(sizes[l + 1], sizes[l])``.
 Parameters bear the names that torch gives them in the plain ``nn.Sequential``: ``{2l}.weight``,
-``{2l}.bias``, and ``{2l + 1}.weight`` for the one slope of a PReLU behind layer ``l``.
+``{2l}.bias``, and ``{2l + 1}.weight`` for the one slope of a PReLU behind layer ``l``. A network with members has
+their factors too, ``{2l}.r`` and ``{2l}.s``.
 """
 
 from __future__ import annotations
@@ -144,6 +145,12 @@ class MLP(Description):
     - auto: he_normal before relu, leaky_relu, prelu, gelu, silu, elu and mish, lecun_normal before selu
       (Klambauer et al., Self-normalizing neural networks, 2017), glorot_uniform before the others
 
+    ``members``: this many networks share the weights of the hidden layers (TabM: Gorishniy et al., 2025). Layer ``l``
+    of member m is ``act(((x * r[m]) @ w.T) * s[m] + b[m])`` with its own r (members, K), s and b (members, N): the
+    first r starts with random signs, the others and s at 1. Each member has its own output layer; its weight has the
+    shape (members * N, K), member after member. Training minimises the mean of the members' losses. A prediction is the
+    mean of their probabilities or values. Dropout masks differ from member to member.
+
     Raises ArgumentError or ArgumentTypeError for impossible values.
     """
 
@@ -151,6 +158,8 @@ class MLP(Description):
     activations: tuple[Activation, ...]
     dropouts: tuple[float, ...]
     init: str
+    # what pickles of older releases lack
+    members: int = 1
 
     @knows_names(_ARGUMENTS, call="MLP([784, 128, 10], activation='relu')")
     def __init__(
@@ -161,6 +170,7 @@ class MLP(Description):
         output_activation: str | Activation = "identity",
         dropout: float | Iterable[float] = 0.0,
         init: str = "auto",
+        members: int = 1,
     ) -> None:
         if isinstance(sizes, str) or not isinstance(sizes, Iterable):
             raise ArgumentTypeError(f"sizes: expected a sequence of widths such as [784, 128, 10], got {sizes!r}")
@@ -179,7 +189,31 @@ class MLP(Description):
             activations=(*activations, as_activation("output_activation", output_activation)),
             dropouts=(*dropouts, 0.0),
             init=check_choice("init", init, INITS),
+            members=as_count("members", members, minimum=1),
         )
+        if self.members > 1:
+            self._check_members()
+
+    def _check_members(self) -> None:
+        given = f"got members={self.members}"
+        if self.layers == 1:
+            raise ArgumentError(
+                f"members: they share hidden layers, and sizes has none, {given}; add one: MLP([8, 64, 2])"
+            )
+        if any(one.name == "prelu" for one in self.activations):
+            raise ArgumentError(f"members: prelu's slope belongs to a whole layer, {given}; use leaky_relu")
+        if self.activations[-1].name != "identity":
+            raise ArgumentError(
+                f"output_activation: with members it must be 'identity', got {self.activations[-1].name!r}"
+            )
+
+    def check_single(self, argument: str, what: str) -> None:
+        """Raise ArgumentError for a network with members, for which ``what`` is not there."""
+        if self.members > 1:
+            raise ArgumentError(
+                f"{argument}: {what} takes a network without members, and this one has {self.members}; make it with "
+                "members=1"
+            )
 
     @property
     def layers(self) -> int:
@@ -195,8 +229,15 @@ class MLP(Description):
         """Return the shape of each parameter by its name, in the order of ``state_dict``."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
-            shapes[f"{2 * layer}.weight"] = (outputs, inputs)
-            shapes[f"{2 * layer}.bias"] = (outputs,)
+            if self.members > 1 and layer < self.layers - 1:
+                shapes[f"{2 * layer}.r"] = (self.members, inputs)
+                shapes[f"{2 * layer}.weight"] = (outputs, inputs)
+                shapes[f"{2 * layer}.s"] = (self.members, outputs)
+                shapes[f"{2 * layer}.bias"] = (self.members, outputs)
+                continue
+            # the output layer of each member
+            shapes[f"{2 * layer}.weight"] = (self.members * outputs, inputs)
+            shapes[f"{2 * layer}.bias"] = (self.members * outputs,)
             if self.activations[layer].name == "prelu":
                 shapes[f"{2 * layer + 1}.weight"] = (1,)
         return shapes
@@ -220,7 +261,16 @@ class MLP(Description):
         arrays: list[Array] = []
         for layer, (stream, activation) in enumerate(zip(streams, self.activations, strict=True)):
             generator = np.random.Generator(np.random.PCG64(stream))
-            arrays += _draw(generator, self.init_of(layer), activation, *self.sizes[layer : layer + 2])
+            how: Any = self.init_of(layer), activation, *self.sizes[layer : layer + 2]
+            if self.members > 1 and layer < self.layers - 1:
+                weight, bias = _draw(generator, *how)
+                inputs, outputs = how[2:]
+                signs = generator.choice([-1.0, 1.0], (self.members, inputs))
+                arrays += [signs if layer == 0 else np.ones_like(signs), weight, np.ones((self.members, outputs))]
+                arrays.append(np.tile(bias, (self.members, 1)))
+                continue
+            drawn = [_draw(generator, *how) for _ in range(self.members)]
+            arrays += map(np.concatenate, zip(*drawn, strict=True))
             if activation.name == "prelu":
                 arrays.append(np.full(1, activation.slope))
         return dict(zip(self.parameter_shapes(), arrays, strict=True))
@@ -228,7 +278,8 @@ class MLP(Description):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:
         """Return the network of a description from ``to_config``."""
-        check_keys("network", config, ("sizes", "activations", "dropouts", "init"))
+        config = {"members": 1, **config}
+        check_keys("network", config, ("sizes", "activations", "dropouts", "init", "members"))
         *hidden, output = (activation_from_config(one) for one in config["activations"])
         return cls(
             config["sizes"],
@@ -236,7 +287,15 @@ class MLP(Description):
             output_activation=output,
             dropout=config["dropouts"][:-1],
             init=config["init"],
+            members=config["members"],
         )
+
+    def to_config(self) -> dict[str, Any]:
+        """Return a JSON-able description; earlier releases read one without members."""
+        config = super().to_config()
+        if self.members == 1:
+            del config["members"]
+        return config
 
     def __repr__(self) -> str:
         shown = [activation if activation.name in SLOPES else activation.name for activation in self.activations]
@@ -245,6 +304,8 @@ class MLP(Description):
         if any(self.dropouts):
             options.append(f"dropout={_compact(self.dropouts[:-1])}")
         options.append(f"init={self.init!r}")
+        if self.members > 1:
+            options.append(f"members={self.members}")
         return f"MLP({list(self.sizes)!r}, {', '.join(options)})"
 
 

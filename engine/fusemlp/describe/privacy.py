@@ -98,6 +98,7 @@ class DPSGD(Description):
 
     def check(self, net: MLP, loss: Loss, optimizer: Optimizer, *, precision: str, normalise: object) -> None:
         """Raise ArgumentError for what cannot be trained privately."""
+        net.check_single("privacy", "private training")
         if precision == "fp16":
             raise ArgumentError(
                 "precision: fp16 skips batches whose gradients overflow, which privacy does not cover; use fp32 or bf16"

@@ -45,7 +45,8 @@ def layer_lines(net: MLP) -> list[str]:
                 f"{counts[layer]:,}",
             )
         )
-    return [f"MLP {'-'.join(map(str, net.sizes))}", *aligned(rows), f"{net.parameter_count:,} parameters"]
+    members = f", {net.members} members" if net.members > 1 else ""
+    return [f"MLP {'-'.join(map(str, net.sizes))}{members}", *aligned(rows), f"{net.parameter_count:,} parameters"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:

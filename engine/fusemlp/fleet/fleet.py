@@ -104,6 +104,7 @@ class Fleet:
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
+        net.check_single("net", "a fleet")
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
         self._privacy = as_privacy(privacy)
         self.candidates = tuple(

@@ -27,8 +27,9 @@ RATE_ROWS = 1024
 
 
 def short_names(net: MLP) -> dict[str, str]:
-    """Return the parameters' names in the state_dict by those in the program (w0, b0, s0 for a slope)."""
-    kinds = {(0, "weight"): "w", (0, "bias"): "b", (1, "weight"): "s"}
+    """Return the parameters' names in the state_dict by those in the program: w0, b0, s0 for a slope, or for members'
+    factors r0 and s0."""
+    kinds = {(0, "weight"): "w", (0, "bias"): "b", (1, "weight"): "s", (0, "r"): "r", (0, "s"): "s"}
     names = {}
     for name in net.parameter_shapes():
         number, _, tensor = name.partition(".")

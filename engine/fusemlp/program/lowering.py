@@ -3,7 +3,8 @@
 A step of L layers is L forward calls (the last with loss and dz), L - 1 ``grad_input`` and one grouped
 ``grad_weight_update`` at the end, when nothing reads the old weights any more: 2L calls. Clipping and accumulation
 need the gradients of the whole network at once: then ``grad_weight`` and ``update`` stand at the end. Privacy puts
-``clip_examples`` before them. Adversarial training begins with the calls that move the batch.
+``clip_examples`` before them. Adversarial training begins with the calls that move the batch. The members of a network
+are rows of the batch, one after another, and each product stands between what they have of their own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ OptionsFor = Callable[[str], tuple[bool, TensorRule]]
 class Inputs:
     """The data that a program is given.
 
-    ``rows`` examples; with ``indexed`` a batch is picked from them by row index, else they are the batch.
+    ``rows`` examples; with ``indexed`` a batch is picked from them by row index, else they are the batch. A network
+    with members needs the indices: each row of the data stands there once for each member.
     ``weighted``: there is a weight for each row. ``class_weighted``: the loss has class weights.
     """
 
@@ -74,7 +76,8 @@ def lowered_attack(attack: adversarial.Attack) -> Attack:
 
 
 class Step(NamedTuple):
-    """A training step over batches of ``batch_size`` rows; without ``rule`` a forward pass, without ``spec`` up to y.
+    """A training step over batches of ``batch_size`` rows, of each member if the network has some; without ``rule`` a
+    forward pass, without ``spec`` up to y.
 
     ``trained``: the changes of the rule for each tensor that is trained, by its short name.
 
@@ -145,16 +148,25 @@ def lower(step: Step) -> Program:
     if step.attack is not None:
         build.attack(step.attack)
     for layer in range(step.gradient or 0, last):
-        build.linear(layer, f"h{layer + 1}", build.activation(layer))
+        if step.net.members > 1:
+            build.of_members(layer)
+        else:
+            build.linear(layer, f"h{layer + 1}", build.activation(layer))
     if step.rule is not None:
         build.add("hyper", (HYPER,), "float64", "control")
         build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
     if step.spec is not None:
         build.loss(step.spec)
+    elif step.net.members > 1:
+        build.heads("y")
     elif step.gradient is None or build.top > last:
         build.linear(last, "y", build.activation(last))
-    for layer in range(build.top, build.first, -1):
-        build.grad_input(layer)
+    if step.net.members > 1:
+        if step.rule is not None:
+            build.back_through_members()
+    else:
+        for layer in range(build.top, build.first, -1):
+            build.grad_input(layer)
     if step.rule is not None:
         build.update(step.rule)
     return build.program()
@@ -164,7 +176,9 @@ class _Builder:
     """Collects the values and calls of a program."""
 
     def __init__(self, step: Step) -> None:
-        self.step, self.net, self.batch, self.traits = step, step.net, step.batch_size, step.traits
+        self.step, self.net, self.traits = step, step.net, step.traits
+        self.members = step.net.members
+        self.batch = step.batch_size * self.members
         self.values: dict[str, Value] = {}
         self.calls: list[Call] = []
         self.mixed = step.compute_bytes is not None
@@ -197,7 +211,8 @@ class _Builder:
         # whether a batch that is picked by row is copied first
         self.copies = inputs.indexed and not self.traits.gathers_in_load
         attacked = step.attack is not None
-        self.gathered = self.work("gathered", self.net.sizes[0]) if self.copies and not attacked else None
+        gathers = self.copies and not attacked and self.members == 1
+        self.gathered = self.work("gathered", self.net.sizes[0]) if gathers else None
         # the rows of x, where the first layer picks its batch from it
         self.picks = None if attacked else self.rows
         # whether the calls are those of the attack
@@ -289,6 +304,96 @@ class _Builder:
         )
         return y
 
+    def mixed_members(self, layer: int) -> Any:
+        """The operands of what members do before the product of ``layer``: after that of the layer before it, if any,
+        and without factors r for the heads."""
+        dropout = self.dropout(layer - 1) if layer else None
+        activation = self.activation(layer - 1) if layer else {}
+        return {
+            "x": Ref(f"u{layer}") if layer else self.x,
+            "rows": None if layer else self.rows,
+            "s": Ref(f"s{layer - 1}") if layer else None,
+            "b": Ref(f"b{layer - 1}") if layer else None,
+            "r": Ref(f"r{layer}") if layer < self.net.layers - 1 else None,
+            **{name: activation.get(name) for name in ("activation", "slope")},
+            "dropout": dropout,
+        }
+
+    def mix(self, layer: int) -> Ref:
+        """The inputs of a layer's product, for all members."""
+        given, width = self.mixed_members(layer), self.net.sizes[layer]
+        y, dropout = self.work(f"h{layer}", width), given["dropout"]
+        label = given["activation"] or ""
+        self.call(
+            "affine_members",
+            label if dropout is None else f"{label} dropout {dropout.rate:g}",
+            y=y,
+            **given,
+            counters=self.counters,
+            keep=self.work(f"keep{layer}", width, "bool") if dropout and self.traits.stores_masks else None,
+        )
+        return y
+
+    def of_members(self, layer: int) -> None:
+        """A hidden layer up to its product, which has no bias."""
+        width = self.net.sizes[layer + 1]
+        self.call(
+            "linear",
+            "",
+            [self.product(layer)],
+            x=self.mix(layer),
+            w=self.weight(layer),
+            b=self.add(f"zeros{layer}", (width,), "real", "control"),
+            y=self.work(f"u{layer + 1}", width),
+            activation="identity",
+        )
+
+    def heads(self, output: str) -> Ref:
+        """The output layer of each member."""
+        last = self.net.layers - 1
+        h, z = self.mix(last), self.work(output, self.net.sizes[-1])
+        self.call("linear_members", "", [self.product(last)], x=h, w=self.weight(last), b=Ref(f"b{last}"), z=z)
+        return z
+
+    def back_through_members(self) -> None:
+        """From dz of the heads to the gradients by all that members have of their own, and by the products."""
+        last, rule = self.net.layers - 1, self.step.rule
+        common: dict[str, Any] = {"rule": rule, "counters": self.counters}
+        for layer in range(last, -1, -1):
+            outputs, inputs = self.net.sizes[layer + 1], self.net.sizes[layer]
+            # what is trained below
+            needed = any(int(short[1:]) < layer or short == f"r{layer}" for short in self.rules)
+            if not needed:
+                return
+            dy = self.work(f"dh{layer}", inputs)
+            products = [(self.batch, inputs, outputs)]
+            if layer == last:
+                dz = Ref(f"dz{layer + 1}")
+                self.call("grad_input_members", "", products, dz=dz, w=self.weight(layer), dx=dy)
+            else:
+                h, dz = Ref(f"h{layer}"), Ref(f"du{layer + 1}")
+                given: dict[str, Any] = {"y": h, "dz_prev": dy, "activation": "identity"}
+                self.call("grad_input", "identity", products, dz=dz, w=self.weight(layer), **given)
+            own = self.mixed_members(layer)
+            names: dict[str, str] = {"ds": f"s{layer - 1}", "db": f"b{layer - 1}", "dr": f"r{layer}"}
+            by_own: dict[str, Any] = {name: self.gradient(short) for name, short in names.items()}
+            self.call(
+                "grad_affine_members",
+                own["activation"] or "",
+                dy=dy,
+                **own,
+                dx=self.work(f"du{layer}", inputs) if layer else None,
+                **by_own,
+                keep=Ref(f"keep{layer}") if own["dropout"] and self.traits.stores_masks else None,
+                **common,
+            )
+
+    def gradient(self, short: str) -> Ref | None:
+        """The gradient by a trained tensor; None if it is not trained."""
+        if short not in self.rules:
+            return None
+        return self.add(f"d{short}", self.step.layout.places[short].shape, "real", "gradient")
+
     def loss(self, spec: LossSpec) -> None:
         """The last layer, the loss and its gradient: one call where the backend can, else two.
 
@@ -323,7 +428,9 @@ class _Builder:
             "dz": self.work(f"dz{net.layers}", outputs) if gradient else None,
             "dslope": self.slope_gradient(last) if gradient else None,
         }
-        if outputs <= self.traits.widest_fused_output:
+        if self.members > 1:
+            self.call("loss_grad", spec.kind, z=self.heads(f"z{net.layers}"), **operands)
+        elif outputs <= self.traits.widest_fused_output:
             layer = {**self.operands(last), **self.picked(last, rows="x_rows")}
             self.call("linear_loss_grad", spec.kind, [self.product(last)], **layer, **operands)
         else:
@@ -367,22 +474,32 @@ class _Builder:
         clipped = step.scaled or rule.clip_norm is not None
         private = step.privacy
         whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised
+        shared = self.members > 1
         parts = 1
-        if not (whole or step.resident):
+        if not (whole or step.resident or shared):
             weights = sum(places[short].size for short in self.rules)
             parts = min(step.most_parts, batch_parts(self.traits, self.batch, weights))
-        fused = rule.kind in self.traits.fused_updates and not whole and parts == 1 and private is None
+        fused = rule.kind in self.traits.fused_updates and not (whole or shared) and parts == 1 and private is None
         for short in self.rules:
             shape = places[short].shape
             if not fused:
                 self.add(f"d{short}", shape, "real", "gradient")
             for index in self.states:
                 self.add(f"{short}.state{index}", shape, "real", "state")
+        last = self.net.layers - 1
         gradients: dict[str, Any] = {
-            "layers": tuple(self.layer_gradient(layer, fused=fused) for layer in self.having("wb")),
+            "layers": tuple(self.layer_gradient(layer, fused=fused) for layer in self.having("wb"))
+            if not shared
+            else tuple(
+                {"dz": Ref(f"du{layer + 1}"), "x": Ref(f"h{layer}"), "dw": self.gradient(f"w{layer}"), "db": None}
+                for layer in self.having("w")
+                if layer < last
+            ),
             "slopes": tuple(
                 {"dslope": Ref(f"dslope{layer}"), **self.tensor("s", layer, fused=fused)} for layer in self.having("s")
-            ),
+            )
+            if not shared
+            else (),
             **clock,
         }
         if private is not None:
@@ -406,11 +523,18 @@ class _Builder:
             self.call("grad_weight_update", rule.kind, products, **gradients, **applied)
             return
         # gradients that are changed before the update have another norm
-        normed = self.traits.norms_gradients and clipped and not (step.keep_gradients or penalised or step.resident)
+        normed = self.traits.norms_gradients and clipped and not shared
+        normed = normed and not (step.keep_gradients or penalised or step.resident)
         common: dict[str, Any] = {"norm": self.add("norm", (1,), "float64", "work")} if normed else {}
         if parts > 1:
             common |= {"parts": parts, "part": step.layout.size}
-        self.call("grad_weight", f"in {parts} parts" if parts > 1 else "", products, **gradients, **common)
+        if shared and {f"w{last}", f"b{last}"} & self.rules.keys():
+            head = {"dz": Ref(f"dz{last + 1}"), "x": Ref(f"h{last}")}
+            by_head = {"dw": self.gradient(f"w{last}"), "db": self.gradient(f"b{last}")}
+            own = [products.pop()] if f"w{last}" in self.rules else []
+            self.call("grad_weight_members", "", own, **head, **by_head, **clock)
+        if not shared or gradients["layers"]:
+            self.call("grad_weight", f"in {parts} parts" if parts > 1 else "", products, **gradients, **common)
         if penalised:
             self.call(
                 "penalty",

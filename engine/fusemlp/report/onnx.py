@@ -89,6 +89,7 @@ def onnx_bytes(
     classes: Sequence[Any] | Array | None = None,
 ) -> bytes:
     """Return the content of the file of ``to_onnx``."""
+    engine.network.check_single("to_onnx", "an ONNX graph")
     labels = _labels(engine, preprocessor, classes)
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     engine.check_measured()

@@ -38,13 +38,14 @@ class Temperature:
 
 
 def held_out_logits(engine: Session, X: Array, y: Array, weight: Array | None) -> tuple[Array, Array, Array]:
-    """Return logits (n, classes), classes (n,) and weights (n,) of rows as ``fit`` takes them, for ``temperature_of``.
+    """Return logits (n, members, classes), classes (n,) and weights (n,) of rows as ``fit`` takes them, for
+    ``temperature_of``.
 
     The weights are those of the loss of validation: of the rows, times those of the classes.
     """
-    logits, codes = engine.outputs(X).astype(np.float64), np.asarray(y).reshape(-1).astype(np.int64)
-    if logits.shape[1] == 1:
-        logits = np.hstack([np.zeros_like(logits), logits])
+    logits, codes = engine.member_outputs(X).astype(np.float64), np.asarray(y).reshape(-1).astype(np.int64)
+    if logits.shape[2] == 1:
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=2)
     weights = np.ones(len(codes)) if weight is None else weight.astype(np.float64)
     by_class = engine.loss.class_weight
     return logits, codes, weights if by_class is None else weights * np.array(by_class)[codes]
@@ -60,13 +61,17 @@ def temperature_of(parts: Iterable[tuple[Array, Array, Array]]) -> Temperature |
     from scipy.special import logsumexp
 
     logits, codes, weights = map(np.concatenate, zip(*parts, strict=True))
+    # without members (n, classes)
+    logits = logits.reshape(len(logits), -1, logits.shape[-1])
     rows = int((weights > 0).sum())
     if rows < LEAST_ROWS:
         return None
-    margins, shares = logits - logits[np.arange(len(codes)), codes, None], weights / weights.sum()
+    margins, shares = logits - np.take_along_axis(logits, codes[:, None, None], axis=2), weights / weights.sum()
 
     def log_loss(logarithm: float) -> float:
-        return float(shares @ logsumexp(margins / np.exp(logarithm), axis=1))
+        # of the mean of the members' probabilities
+        losses = logsumexp(margins / np.exp(logarithm), axis=2)
+        return float(shares @ -logsumexp(-losses, axis=1, b=1.0 / losses.shape[1]))
 
     def objective(logarithm: float) -> float:
         return rows * log_loss(logarithm) + 0.5 * (logarithm / DEVIATION) ** 2

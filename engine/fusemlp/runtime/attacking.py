@@ -28,6 +28,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     rows outside the bounds, before anything has been computed.
     """
     how = as_attack("how", how)
+    engine.network.check_single("how", "an attack")
     data = engine.examples(X, y, None)
     engine.check_measured()
     check_within(engine, "X", data.X, how)

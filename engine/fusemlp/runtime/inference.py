@@ -22,6 +22,13 @@ SMALLEST_ROWS = 16
 MEAN, SCALE = "normalise.mean", "normalise.scale"
 
 
+def member_rows(backend: Backend, rows: int, members: int) -> Any:
+    """Return the row numbers of a batch that is all of ``rows`` rows of data, each once for each member."""
+    found = backend.allocate(rows * members, "int64")
+    backend.copy_into(found, np.repeat(np.arange(rows), members))
+    return found
+
+
 class InputScale:
     """The inputs x (n, K) of a network as (x - mean) / scale; ``mean`` and ``scale`` (K,) are host arrays."""
 
@@ -67,7 +74,8 @@ class Inference:
 
     def _rows_for(self, n: int) -> int:
         """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
-        most = max(SMALLEST_ROWS, (1 << (LARGEST // max(self.net.sizes)).bit_length()) >> 1)
+        widest = max(self.net.sizes) * self.net.members
+        most = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
         return min(most, max(SMALLEST_ROWS, 1 << (n - 1).bit_length()))
 
     def program(
@@ -104,11 +112,14 @@ class Inference:
     ) -> BoundProgram:
         """Return a new program as ``program`` describes it; ``own`` are arrays for its data."""
         memory = self.memory
-        inputs = Inputs(rows, weighted=weighted, class_weighted=class_weight is not None)
+        shared = net.members > 1
+        inputs = Inputs(rows, indexed=shared, weighted=weighted, class_weighted=class_weight is not None)
         traits, sizes = memory.backend.traits, (memory.real_bytes, memory.compute_bytes)
         given = {"counters": self.counters, "stats": self.stats, **(own or {})}
         if class_weight is not None:
             given["class_weight"] = class_weight
+        if shared:
+            given["rows"] = member_rows(memory.backend, rows, net.members)
         program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient))
         bound = BoundProgram(program, memory, workspace or self.workspace, given)
         if "unit" in program.values:
@@ -127,7 +138,7 @@ class Inference:
     def bring(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any], start: int, stop: int) -> None:
         """Copy the rows from ``start`` to ``stop`` into a program for batches of ``rows``."""
         copy, count = self.memory.backend.copy_into, stop - start
-        self.counters[ROW_COUNT] = count
+        self.counters[ROW_COUNT] = count * self.net.members
         for name, array in arrays.items():
             part = array[start:stop]
             if name == "x" and self.input_scale is not None:
@@ -138,10 +149,12 @@ class Inference:
                 bound.arrays[name][count:] = 0
 
     def outputs(self, X: Any, net: MLP | None = None) -> Array:
-        """Return the outputs (n, N) for X (n, K) of the network, or of ``net``, its first layers."""
+        """Return the outputs (n, N) for X (n, K) of the network, or of ``net``, its first layers; with members (n,
+        members, N)."""
         rows = self._rows_for(len(X))
         bound = self.program(rows, net=net)
-        return self._collected("y", bound, rows, {"x": X})
+        found = self._collected("y", bound, rows, {"x": X})
+        return found if self.net.members == 1 else found.reshape(len(X), self.net.members, -1)
 
     def input_gradient(
         self,
@@ -165,9 +178,11 @@ class Inference:
     def _collected(self, name: str, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Array:
         """Return a value of the program for all rows, on the host."""
         self.memory.read_evaluated(self.trained)
-        found = np.empty((len(arrays["x"]), bound.program.values[name].shape[1]), self.real)
+        members = self.net.members
+        found = np.empty((len(arrays["x"]) * members, bound.program.values[name].shape[1]), self.real)
         for start, stop in self.batches(bound, rows, arrays):
-            found[start:stop] = self.memory.backend.to_host(bound.arrays[name][: stop - start])
+            part = bound.arrays[name][: (stop - start) * members]
+            found[start * members : stop * members] = self.memory.backend.to_host(part)
         return found
 
     def silent(self, X: Any, layer: int) -> float:

@@ -107,6 +107,7 @@ def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) 
 
 def ball(engine: Session, X: Any, eps: Any, limits: Any = None) -> Box:
     """Return the ends of the box of inputs around X that the arguments of ``bounds`` describe, checked."""
+    engine.network.check_single("eps", "interval bounds")
     rows = engine.on_host(engine.features("X", X)).astype(np.float64)
     engine.check_measured()
     width = engine.network.sizes[0]

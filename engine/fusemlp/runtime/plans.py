@@ -39,18 +39,19 @@ def choose_plan(
     models: int = 1,
     *,
     private: bool = False,
+    members: int = 1,
 ) -> tuple[str, str]:
     """The plan that ``plan`` ("auto" or a name) comes to on a backend, for ``models`` models with these widths that
-    train at once, and why; ``private``: with differential privacy.
+    train at once, and why; ``private``: with differential privacy; ``members`` share the weights of each.
 
     Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have, or not
     for such a network.
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
-    refusal = resident_refusal(traits, sizes, batch, precision, private=private)
+    refusal = resident_refusal(traits, sizes, batch, precision, private=private, members=members)
     if plan == "auto":
-        return _quickest(traits, refusal, step_flops(sizes, batch), models)
+        return _quickest(traits, refusal, step_flops(sizes, batch * members), models)
     if plan not in traits.plans:
         raise BackendUnavailableError(
             f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"
@@ -112,7 +113,7 @@ def chosen_plan(
     traits = _traits(backend, precision)
     if traits.resident is None:
         return None
-    return choose_plan("auto", traits, net.sizes, batch_size, precision)
+    return choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
 
 
 def plan_text(
@@ -148,6 +149,6 @@ def plan_text(
         compute_bytes=COMPUTE_BYTES.get(precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
-        resident=choose_plan("auto", traits, net.sizes, batch_size, precision)[0] == "resident",
+        resident=choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)[0] == "resident",
     )
     return str(program)

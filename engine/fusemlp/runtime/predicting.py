@@ -14,6 +14,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.batches import Batches
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.runtime.inference import Evaluation, Inference
+from fusemlp.runtime.members import MeanEvaluation, combined
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.normalising import Normalising
 from fusemlp.runtime.paths import path_gradient
@@ -78,10 +79,19 @@ class Predicting(Normalising):
         return np.asarray(expit(outputs))
 
     def outputs(self, X: Any) -> Array:
-        """Return the last layer's outputs (n, N) for X (n, K): logits, if the loss is a cross-entropy."""
+        """Return the last layer's outputs (n, N) for X (n, K): logits, if the loss is a cross-entropy.
+
+        Those of a network with members are of the mean prediction: logits of the mean probability.
+        """
+        found = self.member_outputs(X)
+        return combined(self.loss.kind, found) if self.network.members > 1 else found[:, 0]
+
+    def member_outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, members, N) for X (n, K)."""
         X = self.features("X", X)
         self.check_measured()
-        return self._inference.outputs(X)
+        found = self._inference.outputs(X)
+        return found if self.network.members > 1 else found[:, None]
 
     @knows_names(OF_PREDICT, call="input_gradient(X, y)")
     def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:
@@ -95,6 +105,7 @@ class Predicting(Normalising):
 
         Raises ArgumentError, ShapeError, DTypeError or DataError, before anything has been computed.
         """
+        self.network.check_single("X", "the gradient by the inputs")
         if y is None:
             X = self.features("X", X)
             self.check_measured()
@@ -117,6 +128,7 @@ class Predicting(Normalising):
 
     def path_gradient(self, X: Array, baseline: Array, output: Array, points: Array, weights: Array) -> Array:
         """Return ``paths.path_gradient`` of one output of each of the checked rows X, ``output`` (n,)."""
+        self.network.check_single("X", "the gradient by the inputs")
         return path_gradient(self._inference, X, baseline, self.seeds(output), points, weights)
 
     def chosen(self, X: Any, output: Any = None) -> Array:
@@ -156,6 +168,7 @@ class Predicting(Normalising):
 
     def outputs_of(self, X: Any, layers: int) -> Array:
         """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""
+        self.network.check_single("layers", "the output of hidden layers")
         return self._inference.outputs(X, self._inference.first(layers))
 
     @knows_names(OF_PREDICT, call="evaluate(X, y)")
@@ -179,8 +192,16 @@ class Predicting(Normalising):
         data = self._rows_of(X, y, sample_weight, steps)
         self.check_measured()
         asked = as_metrics("metrics", metrics, self.kind_of(data.targets)) if metrics else ()
-        evaluation = Evaluation(self._inference, data, self.spec_for(data.targets), self.class_weight, repeated=False)
+        spec = self.spec_for(data.targets)
+        evaluation = self._evaluation(self._inference, data, spec, repeated=False)
         return {**evaluation.of(self._inference.trained), **self.figures(data, asked)}
+
+    def _evaluation(
+        self, inference: Inference, data: Examples, spec: LossSpec, *, repeated: bool
+    ) -> Evaluation | MeanEvaluation:
+        if self.network.members > 1:
+            return MeanEvaluation(inference, data, spec, self.class_weight)
+        return Evaluation(inference, data, spec, self.class_weight, repeated)
 
     def _rows_of(self, X: Any, y: Any, weight: Any, steps: int | None) -> Examples:
         if y is not None and steps is None:
@@ -226,7 +247,7 @@ class Predicting(Normalising):
             truth, scores, weight = truth[kept], scores[kept], None if weight is None else weight[kept]
         return Judged(truth, scores.argmax(axis=1), scores, weight)
 
-    def evaluation(self, data: Examples, *, apart: bool) -> Evaluation:
+    def evaluation(self, data: Examples, *, apart: bool) -> Evaluation | MeanEvaluation:
         """Return a repeatable ``evaluate`` of the same arrays. With ``apart`` the parameters are copied first:
         the result serves all engines with these layers and this loss, and keeps no reference to this one."""
         memory = self._inference.memory
@@ -234,10 +255,15 @@ class Predicting(Normalising):
             real, compute = memory.real_bytes, memory.compute_bytes
             memory = Memory(self.network, self._backend, 0, item_bytes=real, compute_bytes=compute)
         inference, data = Inference(self.network, memory), data._replace(X=self.normalised(data.X))
-        return Evaluation(inference, data, self.spec_for(data.targets), self.class_weight, repeated=True)
+        return self._evaluation(inference, data, self.spec_for(data.targets), repeated=True)
 
     def dead_units(self, X: Any) -> dict[str, float]:
-        """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X."""
+        """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X.
+
+        Of a network with members none is looked at.
+        """
+        if self.network.members > 1:
+            return {}
         features = self.features("X", X)
         self.check_measured()
         hidden = enumerate(self.network.activations[:-1])

@@ -25,7 +25,7 @@ from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Attack, Inputs, lower_training, lowered_attack
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
+from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale, member_rows
 from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan
@@ -39,6 +39,7 @@ from fusemlp_kernels.contract import (
     LOSS_SCALE,
     RATE_SCALE,
     ROW_COUNT,
+    ROW_OFFSET,
     ROW_STEP,
     SKIPPED,
     SKIPPED_IN_A_ROW,
@@ -235,8 +236,8 @@ class Session(Predicting, Spending, Keeping):
 
     def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
         """The plan that ``plan`` comes to for batches of this size, and why."""
-        traits, private = self._backend.traits, self.privacy is not None
-        return choose_plan(plan, traits, self.network.sizes, batch_size, self.precision, private=private)
+        traits, private, net = self._backend.traits, self.privacy is not None, self.network
+        return choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
 
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
@@ -337,7 +338,7 @@ class Session(Predicting, Spending, Keeping):
         if resident_batches is not None:
             allocate = self._backend.allocate
             if inputs.indexed and "rows" not in arrays:
-                arrays["rows"] = allocate(epochs * resident_batches * batch_size, "int64")
+                arrays["rows"] = allocate(epochs * resident_batches * batch_size * self.network.members, "int64")
             if epochs > 1:
                 epoch_stats = allocate(epochs * STATS, "float64")
                 arrays["epoch_stats"] = self._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
@@ -371,7 +372,7 @@ class Session(Predicting, Spending, Keeping):
         """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
 
         def bound(there: Mapping[str, Any]) -> BoundProgram:
-            rows = self._backend.allocate(epochs * batches * batch_size, "int64")
+            rows = self._backend.allocate(epochs * batches * batch_size * self.network.members, "int64")
             return self.bind(
                 *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
                 resident_batches=batches if resident else None,
@@ -477,7 +478,7 @@ class Session(Predicting, Spending, Keeping):
         """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
         copy, arrays, count = self._backend.copy_into, bound.arrays, len(x)
         short, counters = count < len(arrays["x"]), arrays["counters"]
-        counters[ROW_STEP], counters[ROW_COUNT] = 0, count
+        counters[ROW_STEP], counters[ROW_COUNT] = 0, count * self.network.members
         for name, array in (("x", x), ("target", target), ("weight", weight)):
             if array is not None:
                 copy(arrays[name][:count], array)
@@ -512,8 +513,13 @@ class Session(Predicting, Spending, Keeping):
         """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
         # on a GPU the resident kernel is for many steps
         batches = 1 if self.plan == "resident" and self._backend.traits.on_host else None
-        inputs = Inputs(rows, weighted=weighted)
-        return self.bind(inputs, spec, self.optimizer.rule(), rows, {}, resident_batches=batches)
+        members, given = self.network.members, dict[str, Any]()
+        if members > 1:
+            given["rows"] = member_rows(self._backend, rows, members)
+            # a fit leaves it at the next batch of an epoch
+            self.memory.counters[ROW_OFFSET] = 0
+        inputs = Inputs(rows, indexed=members > 1, weighted=weighted)
+        return self.bind(inputs, spec, self.optimizer.rule(), rows, given, resident_batches=batches)
 
     def summary(self, print_fn: Callable[[str], object] = print) -> None:
         """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""

@@ -6,6 +6,7 @@ options and seed, an estimator has the model of the command line.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -35,7 +36,7 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
-from fusemlp.fleet import trials
+from fusemlp.fleet import presets, trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, default_models, members, merged, sound
 from fusemlp.report.certification import certify
@@ -58,6 +59,8 @@ log = logging.getLogger("fusemlp.sklearn")
 class TableParameters:
     """The parameters of both estimators, with the defaults of ``fusemlp train``.
 
+    preset : "plain" (None too), "tabm" or "auto", a recipe for hidden, activation, optimizer, lr and batch_size where
+        these have their defaults: ``fusemlp.fleet.presets``. "tabm" is one network of 16 members that share weights.
     hidden : widths of the hidden layers; () for none.
     activation, dropout : one for all hidden layers, or a sequence with one for each.
     loss : a name or an object such as ``Huber(2.0)``; None is cross_entropy for classes, mse for numbers.
@@ -90,6 +93,7 @@ class TableParameters:
     ``feature_names_in_``.
     """
 
+    preset: str | None = None
     hidden: Any = (128,)
     activation: Any = "relu"
     dropout: Any = 0.0
@@ -184,6 +188,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         # that of one model, where several were merged
         net, options = MLP.from_config(config["network"]), config["options"]
         estimator = cls(
+            preset="tabm" if net.members > 1 else None,
             hidden=net.sizes[1:-1],
             activation=net.activations[:-1],
             dropout=net.dropouts[:-1],
@@ -235,7 +240,8 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         dataset, weight = self._read(X, self._checked_targets(y), sample_weight)
         labels = dataset.y
         training, held = np.arange(len(labels)), np.arange(0)
-        models, cut = self._models(len(labels)), list[Fold]()
+        how, shared = self._with_preset(len(labels), notes)
+        models, cut = how._models(len(labels)), list[Fold]()
         if models > 1 and self.callbacks:
             raise ArgumentError(f"callbacks: they see the epochs of one model, and models is {models}; leave one out")
         if self.early_stopping is not None and X_val is None:
@@ -251,14 +257,15 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         fewest = min((len(one) for one, _ in cut), default=len(training))
         described: dict[str, Any] = {
             "loss": loss,
-            "optimizer": self._optimizer(),
-            "batch_size": min(as_count("batch_size", self.batch_size), fewest),
+            "optimizer": how._optimizer(),
+            "batch_size": min(as_count("batch_size", how.batch_size), fewest),
             "seed": seed,
             "backend": self.backend,
             "precision": self.precision,
             "normalise": False,
         }
-        net = MLP((first, *self._widths(), last), activation=self.activation, dropout=self.dropout)
+        widths = (first, *how._widths(), last)
+        net = MLP(widths, activation=how.activation, dropout=self.dropout, members=shared)
         check_mergeable(net, models)
         engine = Engine(net, **described)
 
@@ -322,6 +329,21 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         self.held_out_, self.temperature_ = errors, 1.0 if temperature is None else temperature.value
         _tell(self.notes_)
         return self
+
+    def _with_preset(self, rows: int, notes: list[str]) -> tuple[Self, int]:
+        """Return the estimator with the parameters of its recipe, and the number of members; the choice goes to
+        ``notes``."""
+        widths, usual = self._widths(), TableParameters()
+        given = {name: getattr(self, name) != getattr(usual, name) for name in presets.TABM if name != "hidden"}
+        given["hidden"] = widths != usual.hidden
+        activations = [one.name for one in MLP((1, *widths, 1), activation=self.activation).activations]
+        against = presets.obstacles(self, backend=self.backend, activations=activations, widths=widths)
+        name, note = presets.chosen(self.preset, rows, against)
+        notes += [note] if note else []
+        if name == "plain":
+            return self, 1
+        how = copy.copy(self)
+        return how.set_params(models=1, **presets.changes(given, rows)), presets.MEMBERS
 
     def _models(self, rows: int) -> int:
         if self.models is not None:

@@ -29,6 +29,7 @@ def to_torch(engine: Engine) -> nn.Sequential:
         raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
     engine.check_measured()
     net = engine.network
+    net.check_single("engine", "to_torch")
     state = {name: torch.from_numpy(array) for name, array in engine.state_dict().items()}
     dtype = next(iter(state.values())).dtype
     module = nn.Sequential()

@@ -23,6 +23,7 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
     """
     if not isinstance(against, Attack | IBP):
         raise ArgumentTypeError(f"adversarial: expected an attack such as PGD(0.1), or IBP(0.1), got {against!r}")
+    engine.network.check_single("adversarial", "adversarial training")
     if engine.privacy is not None:
         raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
     if batches:

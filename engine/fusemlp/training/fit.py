@@ -314,12 +314,20 @@ def fit_checked(
         sampled = PoissonRows(count, batch_size, seed, updates)
         order, batch_size, at_once = sampled.order, sampled.size, 1
     data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
+    of_epoch = by_seed if order is None else order
+    if engine.network.members > 1:
+        # members of one data row follow one another
+        single = of_epoch
+
+        def of_epoch(epoch: int) -> Array:
+            return np.repeat(single(epoch), engine.network.members)
+
     policy = FitPolicy(
         engine,
         data.X,
         state,
         engine.spec_for(data.targets),
-        by_seed if order is None else order,
+        of_epoch,
         last_epoch=first_epoch + epochs,
         validation=validation,
         patience=patience,
@@ -329,9 +337,10 @@ def fit_checked(
     )
     called = certifies or (lowered is not None and not engine.memory.backend.traits.on_host)
     resident = engine.plan == "resident" and not called
+    members = engine.network.members
     if at_once is None:
         asked = validation is not None or bool(callbacks) or not resident
-        at_once = epochs_at_once(engine, epochs, count, asked=asked)
+        at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
         bound = engine.bind_fit(
@@ -350,7 +359,7 @@ def fit_checked(
             now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
             spec = engine.loss.spec(accuracy=False, soft=False)
             bound = IntervalSteps(engine, bound, spec, against, batch_size, now, state.total_updates)
-    return EpochLoop(engine, bound, policy, state, batch_size, batches, at_once, callbacks)
+    return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
 
 
 def checked_validation(

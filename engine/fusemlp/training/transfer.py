@@ -82,6 +82,9 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
             f"net: parameters alone need their network, net=MLP([784, 128, 10], activation='relu'), and no head; other "
             f"sources have one, and take head=10 for a new output layer; got net={net!r}, head={head!r}"
         )
+    for one in (known, net):
+        if one is not None:
+            one.check_single("source" if one is known else "net", "transfer")
     count = None if layers is None else as_count("layers", layers, minimum=1)
     if known is None:
         return net, count
@@ -190,6 +193,7 @@ def probe(
     the errors of ``fit``, and ArgumentError for impossible layers.
     """
     net = engine.network
+    net.check_single("layers", "a probe")
     kept = net.layers - 1 if layers is None else as_count("layers", layers)
     if not 1 <= kept < net.layers:
         raise ArgumentError(

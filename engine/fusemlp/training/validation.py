@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.metrics import Metric
 from fusemlp.runtime.inference import Evaluation
+from fusemlp.runtime.members import MeanEvaluation
 
 if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples
@@ -25,7 +26,7 @@ class Validation:
     common: bool = False
     metrics: tuple[Metric, ...] = ()
     # evaluations not in use, by network and loss
-    _idle: dict[Any, list[Evaluation]] = field(default_factory=dict)
+    _idle: dict[Any, list[Evaluation | MeanEvaluation]] = field(default_factory=dict)
 
     def of(self, engine: Session) -> Callable[[], dict[str, float]]:
         """Return a function that evaluates ``engine`` on the rows, for the end of each epoch."""

@@ -24,6 +24,7 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.plan import MOST_TASKS
 from fusemlp_kernels.numpy.tables import Array, Form, Run, Table
 from fusemlp_kernels.ops import OPS, hands_on
 from fusemlp_kernels.philox import seed_key, threshold
@@ -265,6 +266,121 @@ def _perturb(
     return len(out)
 
 
+def _of_members(table: Table, vectors: Array | None, rows: int, outputs: int = 1) -> int:
+    """The number of members; a task has as many rows of each."""
+    assert vectors is not None
+    table.height, table.members = max(table.height, rows), len(vectors) // outputs
+    return table.members
+
+
+def _affine_columns(
+    table: Table, activation: str, slope: float, dropout: Dropout | None, keep: Array | None, width: int
+) -> tuple[dict[str, Any], dict[int, float]]:
+    """The columns and numbers of what members do between products, with memory for two rows of each task."""
+    if activation == "prelu":
+        raise ArgumentError("activation: members share no learned slope; give another activation than prelu")
+    columns, numbers = _activation(table, activation, slope, None, None)
+    dropped, rates = _dropout(table, dropout, keep)
+    return {**columns, **dropped, "Z": (table.scratch(2 * MOST_TASKS, width), 0)}, numbers | rates
+
+
+def _affine_members(
+    table: Table,
+    *,
+    x: Array,
+    y: Array,
+    s: Array | None = None,
+    b: Array | None = None,
+    r: Array | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
+    rows: Array | None = None,
+    dropout: Dropout | None = None,
+    counters: Array | None = None,
+    keep: Array | None = None,
+) -> int:
+    columns, numbers = _affine_columns(table, activation, slope, dropout, keep, y.shape[1])
+    members = _of_members(table, r if s is None else s, len(y))
+    table.add(
+        "MEMBERS_AFFINE", numbers, N=y.shape[1], MEMBERS=members, X=x, OUT=y, BY_S=s, B=b, BY_R=r, **columns,
+        **_rows(rows, len(y)),
+    )  # fmt: skip
+    table.control(counters)
+    return len(y)
+
+
+def _grad_affine_members(
+    table: Table,
+    *,
+    dy: Array,
+    x: Array,
+    rule: UpdateRule,
+    counters: Array,
+    dx: Array | None = None,
+    s: Array | None = None,
+    b: Array | None = None,
+    r: Array | None = None,
+    ds: Array | None = None,
+    db: Array | None = None,
+    dr: Array | None = None,
+    activation: str = "identity",
+    slope: float = 0.0,
+    rows: Array | None = None,
+    dropout: Dropout | None = None,
+    keep: Array | None = None,
+) -> int:
+    count: int = len(dy)
+    width = dy.shape[1]
+    columns, numbers = _affine_columns(table, activation, slope, dropout, keep, width)
+    members = _of_members(table, r if s is None else s, count)
+    if s is not None:
+        columns["OUT"] = table.scratch(count, width) if dx is None else dx
+    given = (("SUM_S", s, ds), ("SUM_B", b, db), ("SUM_R", r, dr))
+    sums = {name: table.scratch(MOST_TASKS, members * width) for name, own, _ in given if own is not None}
+    table.add(
+        "MEMBERS_BACKWARD", numbers, N=width, MEMBERS=members, X=x, DZ=dy, BY_S=s, B=b, BY_R=r, **columns,
+        **{name: (array, 0) for name, array in sums.items()}, **_rows(rows, count),
+    )  # fmt: skip
+    for name, _, out in given:
+        if out is not None:
+            summed = {"DZ": (sums[name], 0), "SUMS": table.scratch(members * width), "OUT": (out, 0)}
+            table.later.append({"N": members * width, "PARTS": True, **summed})
+    table.accumulate(rule, counters)
+    return count
+
+
+def _linear_members(table: Table, *, x: Array, w: Array, b: Array, z: Array) -> int:
+    outputs = z.shape[1]
+    members = _of_members(table, w, len(z), outputs)
+    table.add("HEADS", N=outputs, K=w.shape[1], MEMBERS=members, X=x, PANELS=table.in_panels(w), B=b, Z=z)
+    table.control(None)
+    rows: int = len(z)
+    return rows
+
+
+def _grad_input_members(table: Table, *, dz: Array, w: Array, dx: Array) -> int:
+    outputs = dz.shape[1]
+    members = _of_members(table, w, len(dz), outputs)
+    table.add("HEADS_BACKWARD", N=outputs, K=w.shape[1], MEMBERS=members, DZ=dz, W=w, OUT=dx)
+    table.control(None)
+    rows: int = len(dz)
+    return rows
+
+
+def _grad_weight_members(
+    table: Table, *, dz: Array, x: Array, dw: Array | None, db: Array | None, rule: UpdateRule, counters: Array
+) -> int:
+    count: int = len(dz)
+    outputs = dz.shape[1]
+    for kind, out, inputs in (("WEIGHT", dw, x.shape[1]), ("BIAS", db, 0)):
+        if out is not None:
+            members = _of_members(table, out, count, outputs)
+            sums = table.scratch(len(out)) if kind == "BIAS" else None
+            table.add(kind, N=len(out), K=inputs, MEMBERS=members, X=x, DZ=dz, OUT=out, SUMS=sums)
+    table.accumulate(rule, counters)
+    return count
+
+
 def _gradients(
     table: Table, layer: Operands, w: Mapping[str, Any] | None, b: Mapping[str, Any] | None
 ) -> None:  # fmt: skip
@@ -358,6 +474,7 @@ def _update(
         if any(segment.columns != segment.pitch for segment in segments):
             raise ArgumentError("segments: the numpy backend adds noise to matrices without gaps between their rows")
         table.noise(noise, rows)
+    table.add_later()
     tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
     columns = _updated(rule, params, states)
     at_once = rule.clip_norm is None and rule.accumulate == 1
@@ -407,6 +524,11 @@ ENTRIES: dict[str, Callable[..., int]] = {
     "loss_grad": _loss_grad,
     "linear_loss_grad": _linear_loss_grad,
     "grad_input": _grad_input,
+    "affine_members": _affine_members,
+    "grad_affine_members": _grad_affine_members,
+    "linear_members": _linear_members,
+    "grad_input_members": _grad_input_members,
+    "grad_weight_members": _grad_weight_members,
     "clip_examples": _clip_examples,
     "perturb": _perturb,
     "grad_weight": _grad_weight,
@@ -440,11 +562,11 @@ def bind_train_resident(
         run = memo["form"].bind(arrays, epoch_stats)
         if run is not None:
             return run
-    losses = [operands for op, operands in calls if op == "linear_loss_grad" and operands.get("stats") is not None]
+    losses = [operands for op, operands in calls if "loss" in operands and operands.get("stats") is not None]
     output = next(iter(losses), None)
     if output is None or "rule" not in calls[-1][1]:
         raise ArgumentError(
-            "train_resident: calls: expected those of a training step, with linear_loss_grad and last what advances "
+            "train_resident: calls: expected those of a training step, with a loss and last what advances "
             f"the clock, got {', '.join(op for op, _ in calls)}"
         )
     table = Table(real)

@@ -7,6 +7,7 @@ be known before the first update. The cuts follow from the shapes alone, and so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,23 +44,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tables of phases, tasks and pieces; ``block`` rows a task, ``most`` tasks in a phase."""
+    """The tables of phases, tasks and pieces; ``block`` rows a task, ``blocks`` tasks by rows, ``most`` in a phase."""
 
     phases: list[int]
     tasks: list[int]
     pieces: list[int]
     block: int
+    blocks: int
     prologue: int
     most: int
 
 
-def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int]) -> Plan:
+def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int], members: int = 1) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows, the table of tensors being ``tensors``.
+
+    A task has as many rows of each of ``members``.
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
     weights into panels itself, after that.
     """
-    block = _block(rows, height)
+    block = _block(rows, height, math.lcm(ROWS, members))
     by_rows = max(1, -(-height // block)) if block else 1
     phases: list[int] = []
     tasks: list[int] = []
@@ -95,7 +99,7 @@ def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequen
         phase(first, group)
         if packs and group[0].kind == "UPDATE":
             phase(len(rows), packs)
-    return Plan(phases, tasks, pieces, block, prologue, most)
+    return Plan(phases, tasks, pieces, block, by_rows, prologue, most)
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
@@ -124,11 +128,11 @@ def _disturbs(row: Row, others: Sequence[Row]) -> bool:
     return False
 
 
-def _block(rows: Sequence[Row], height: int) -> int:
-    """Rows a task."""
+def _block(rows: Sequence[Row], height: int, unit: int) -> int:
+    """Rows a task, a multiple of ``unit``."""
     cost = 0
     for row in rows:
-        if row.kind in ("AFFINE", "BACKWARD"):
+        if row.kind in ("AFFINE", "BACKWARD", "HEADS", "HEADS_BACKWARD"):
             cost += row.n * row.k
         elif row.kind in ("ENTROPY", "ELEMENTWISE"):
             cost += LOSS * row.n
@@ -137,7 +141,7 @@ def _block(rows: Sequence[Row], height: int) -> int:
         elif row.kind not in _CUT:
             cost += ELEMENT * row.n
     count = max(1, min(MOST_TASKS, height * cost // GRAIN))
-    return -(-height // (count * ROWS)) * ROWS
+    return -(-height // (count * unit)) * unit
 
 
 def _even(size: int, parts: int, unit: int) -> Iterator[tuple[int, int]]:

@@ -36,6 +36,7 @@ NAMES = frozenset(
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
         *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN"),
+        *("MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD", "MEMBERS", "PARTS", "BY_R", "BY_S"),
         *("PARAM", "AVERAGE", "PANELS", "PULLS"),
         *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
         *("DESCENDS", "SLOPE", "DSLOPE"),
@@ -133,6 +134,10 @@ class Table:
         self.rows: list[Row] = []
         # the most rows of a batch; gradients by slopes
         self.height, self.slopes = 0, 0
+        # row i of the batch is one of member i % members
+        self.members = 1
+        # the columns of sums over the tasks by rows, which follow the last of these
+        self.later: list[dict[str, Any]] = []
         # weights and their panels
         self.panels: dict[int, tuple[Array, Array]] = {}
         self.tensors: list[int] = []
@@ -204,6 +209,12 @@ class Table:
             self.slopes += 1
         self.widest = max(self.widest, columns.get("N", 0))
         self.amend(len(self.rows) - 1, numbers, KIND_OF_ROW=COLUMNS[kind], **columns)
+
+    def add_later(self) -> None:
+        """The rows of ``later``."""
+        for columns in self.later:
+            self.add("BIAS", **columns)
+        self.later.clear()
 
     def amend(self, row: int, numbers: Mapping[int, float] | None = None, /, **columns: Any) -> None:
         """Fill columns of a row: numbers, arrays, or an array and the place of an element in it."""
@@ -302,13 +313,14 @@ class Table:
 
         The loop is chosen now with ``alone``, else at the first run.
         """
+        self.add_later()
         rows = tuple(self.rows)
         for w, panels in self.panels.values():
             self.add("PACK", N=len(w), K=w.shape[1], W=w, PANELS=panels)
-        found = plan(rows, self.rows[len(rows) :], self.height, self.tensors)
+        found = plan(rows, self.rows[len(rows) :], self.height, self.tensors, self.members)
         head = self.integers
         head[t.CALLS], head[t.BATCH] = len(self.rows), batch
-        head[t.BLOCK], head[t.PROLOGUE] = found.block, found.prologue
+        head[t.BLOCK], head[t.BLOCKS], head[t.PROLOGUE] = found.block, found.blocks, found.prologue
         head[t.PHASES] = len(found.phases) // t.PHASE_COLUMNS
         head[t.AT_PHASES] = len(head) + len(self.tensors)
         head[t.AT_TASKS] = head[t.AT_PHASES] + len(found.phases)

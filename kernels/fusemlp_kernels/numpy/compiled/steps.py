@@ -15,6 +15,7 @@ from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
+from fusemlp_kernels.numpy.compiled.members import activated, add_products, clear, derive, kept, scale
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.perturb import move, start
@@ -47,9 +48,12 @@ from fusemlp_kernels.numpy.compiled.tables import (
     BATCH,
     BIAS,
     BLOCK,
+    BLOCKS,
     BOTTOM,
     BY_PIECES,
+    BY_R,
     BY_ROWS,
+    BY_S,
     CALL_COLUMNS,
     CALL_FACTORS,
     CALLS,
@@ -74,6 +78,8 @@ from fusemlp_kernels.numpy.compiled.tables import (
     GATHER,
     HEAD_COLUMNS,
     HEAD_FACTORS,
+    HEADS,
+    HEADS_BACKWARD,
     HIGH,
     HITS_PART,
     IDENTITY,
@@ -89,6 +95,9 @@ from fusemlp_kernels.numpy.compiled.tables import (
     LOW,
     LR_FACTOR,
     MASK_LAYER,
+    MEMBERS,
+    MEMBERS_AFFINE,
+    MEMBERS_BACKWARD,
     NOISE_HIGH,
     NOISE_LOW,
     NOISY,
@@ -101,6 +110,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     PANELS,
     PARAM,
     PARTIALS,
+    PARTS,
     PERTURB,
     PHASE,
     PHASE_COLUMNS,
@@ -131,6 +141,9 @@ from fusemlp_kernels.numpy.compiled.tables import (
     STEP,
     STEPS,
     STRENGTH,
+    SUM_B,
+    SUM_R,
+    SUM_S,
     SUMS,
     TARGET,
     TASK_COLUMNS,
@@ -261,6 +274,109 @@ def _perturb(
 
 
 @register_jitable(**EXACT)
+def _members_affine(
+    call: Any, numbers: Any, integers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
+) -> None:  # fmt: skip
+    """Rows of ``y = dropout(act(x * s + b)) * r``; zeros where there is no x."""
+    columns, members, size = call[N], call[MEMBERS], like.itemsize
+    lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
+    z = _block(like, call[Z], 2 * task, columns)
+    for i in range(first, first + count):
+        y = _block(like, call[OUT], i, columns)
+        if rows[i] < 0:
+            clear(y, columns)
+            continue
+        x, own = call[X] + size * rows[i] * columns, i % members
+        if call[BY_S]:
+            s, b = _block(like, call[BY_S], own, columns), _block(like, call[B], own, columns)
+            activated(y, z, elements(like, x), s, b, columns, call[ACTIVATION], _slope(call, numbers, like))
+            if call[KEEP]:
+                drop(
+                    y, elements(np.uint8, call[KEEP] + i * columns), elements(np.uint64, lanes),
+                    elements(np.uint16, lanes), i, 1, columns, 1.0 / (1.0 - numbers[RATE]), call[THRESHOLD],
+                    call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
+                )  # fmt: skip
+            if call[BY_R]:
+                scale(y, y, _block(like, call[BY_R], own, columns), columns)
+        else:
+            scale(y, elements(like, x), _block(like, call[BY_R], own, columns), columns)
+
+
+@register_jitable(**EXACT)
+def _members_backward(
+    call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, task: int
+) -> None:  # fmt: skip
+    """Rows of the gradient by x, and this task's sums for r, s and b."""
+    columns, members, size = call[N], call[MEMBERS], like.itemsize
+    every = members * columns
+    z, h = _block(like, call[Z], 2 * task, columns), _block(like, call[Z], 2 * task + 1, columns)
+    by_r, by_s = _block(like, call[SUM_R], task, every), _block(like, call[SUM_S], task, every)
+    by_b = _block(like, call[SUM_B], task, every)
+    if call[BY_R]:
+        clear(by_r, every)
+    if call[BY_S]:
+        clear(by_s, every)
+        clear(by_b, every)
+    for i in range(first, first + count):
+        if rows[i] < 0:
+            continue
+        dy, own = _block(like, call[DZ], i, columns), i % members
+        x = elements(like, call[X] + size * rows[i] * columns)
+        if call[BY_S]:
+            s, b = _block(like, call[BY_S], own, columns), _block(like, call[B], own, columns)
+            slope = _slope(call, numbers, like)
+            activated(h, z, x, s, b, columns, call[ACTIVATION], slope)
+            dz = _block(like, call[OUT], i, columns)
+            if call[KEEP]:
+                # the mask is of h too: without it the sum for r would have what was dropped
+                for j in range(columns):
+                    dz[j] = dy[j]
+                kept(dz, elements(np.uint8, call[KEEP] + i * columns), columns, 1.0 / (1.0 - numbers[RATE]))
+                dy = dz
+            if call[BY_R]:
+                add_products(part(by_r, own * columns), dy, h, columns)
+                scale(dz, dy, _block(like, call[BY_R], own, columns), columns)
+            elif not call[KEEP]:
+                for j in range(columns):
+                    dz[j] = dy[j]
+            derive(
+                dz, h, z, x, s, part(by_s, own * columns), part(by_b, own * columns), columns, call[ACTIVATION], slope
+            )  # fmt: skip
+        else:
+            add_products(part(by_r, own * columns), dy, x, columns)
+
+
+@register_jitable(**EXACT)
+def _heads(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
+    """The outputs of each member by its own rows of the weights, which lie in panels."""
+    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
+    for member in range(members):
+        at, end = member * outputs, (member + 1) * outputs
+        while at < end:
+            stop = min(end, (at // PANEL + 1) * PANEL)
+            call_function(
+                integers[AT_PRODUCT], call[X] + size * (first + member) * inputs, members * inputs, 1,
+                call[PANELS] + size * (at // PANEL * PANEL * inputs + at % PANEL), PANEL * inputs, PANEL, inputs,
+                call[B] + size * at, 1, 1.0, 0.0,
+                call[Z] + size * ((first + member) * outputs + at - member * outputs), members * outputs,
+                count // members, stop - at,
+            )  # fmt: skip
+            at = stop
+
+
+@register_jitable(**EXACT)
+def _heads_backward(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
+    """The gradient by the inputs of each member's outputs."""
+    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
+    for member in range(members):
+        call_function(
+            integers[AT_PRODUCT], call[DZ] + size * (first + member) * outputs, members * outputs, 1,
+            call[W] + size * member * outputs * inputs, PANEL, inputs, outputs, integers[AT_ZEROS], 0, 1.0, 0.0,
+            call[OUT] + size * (first + member) * inputs, members * inputs, count // members, inputs,
+        )  # fmt: skip
+
+
+@register_jitable(**EXACT)
 def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, task: int) -> None:
     """A task's rows of a call."""
     kind, batch_index = call[KIND_OF_ROW], counters[BATCH_INDEX]
@@ -309,6 +425,14 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
     elif kind == PERTURB:
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
         _perturb(call, numbers, like, rows, first, count, batch_index, lanes)
+    elif kind == MEMBERS_AFFINE:
+        _members_affine(call, numbers, integers, like, rows, first, count, batch_index, task)
+    elif kind == MEMBERS_BACKWARD:
+        _members_backward(call, numbers, like, rows, first, count, task)
+    elif kind == HEADS:
+        _heads(call, integers, like, first, count)
+    elif kind == HEADS_BACKWARD:
+        _heads_backward(call, integers, like, first, count)
     elif kind == SQUARES:
         x, dz = _block(like, call[X], first, call[K]), _block(like, call[DZ], first, call[N])
         add_squares(elements(np.float64, call[OUT] + 8 * first), x, dz, count, call[K], call[N], call[B], call[AFRESH])
@@ -328,7 +452,20 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
         alpha = -hyper[LEARNING_RATE] * tensor_factors[start + LR_FACTOR]
         beta = 1.0 + alpha * tensor_factors[start + DECAY]
     top, left = piece[TOP], piece[LEFT]
-    if call[KIND_OF_ROW] == WEIGHT:
+    if call[KIND_OF_ROW] == WEIGHT and call[MEMBERS]:
+        # the rows of the weights of one member after another, each by its own rows of the batch
+        inputs, members = call[K], call[MEMBERS]
+        own = outputs // members
+        while top < piece[BOTTOM]:
+            member = top // own
+            stop = min(piece[BOTTOM], (member + 1) * own)
+            call_function(
+                integers[AT_PRODUCT], call[DZ] + size * top, 1, outputs, call[X] + size * (member * inputs + left),
+                PANEL, members * inputs, count // members, integers[AT_ZEROS], 0, alpha, beta,
+                call[OUT] + size * (top * inputs + left), inputs, stop - top, piece[RIGHT] - left,
+            )  # fmt: skip
+            top = stop
+    elif call[KIND_OF_ROW] == WEIGHT:
         inputs = call[K]
         for first in range(0, max(count, 1), DEPTH):
             call_function(
@@ -341,6 +478,10 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
     else:
         # a bias, or a slope, whose gradient is one number already
         rows = count if call[KIND_OF_ROW] == BIAS else 1
+        if call[MEMBERS]:
+            rows = count // call[MEMBERS]
+        if call[PARTS]:
+            rows = integers[BLOCKS]
         column_sums(
             like, call[OUT] + size * left, call[DZ] + size * left, call[SUMS] + size * left, rows, outputs,
             piece[RIGHT] - left, alpha, beta,

@@ -14,7 +14,7 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 # pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
 # words a task; zeros. The functions of products and panels. The plan: rows a task, phases, and how many of them come
 # before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY: the address of the row
-# numbers where the gradients get noise; its key.
+# numbers where the gradients get noise; its key. BLOCKS: the tasks of phases that are cut by rows.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -50,8 +50,9 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     NOISY,
     NOISE_LOW,
     NOISE_HIGH,
+    BLOCKS,
     HEAD_COLUMNS,
-) = range(35)
+) = range(36)
 # The factors before those of the calls: the hyperparameters in their order, then the largest norm, what gradients are
 # multiplied by in the update, and the deviation and the divisor of noise.
 CLIP_NORM, SCALE, DEVIATION, SHARED_BY, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(5))
@@ -64,8 +65,9 @@ DEPTH = 512
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
 # row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; PERTURB: inputs that raise the
-# loss. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its update where there is a PARAM; NORM: squares
-# of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
+# loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights have of their own; HEADS and
+# HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its
+# update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -84,7 +86,11 @@ DEPTH = 512
     SQUARES,
     SHRINK,
     PERTURB,
-) = range(17)
+    MEMBERS_AFFINE,
+    MEMBERS_BACKWARD,
+    HEADS,
+    HEADS_BACKWARD,
+) = range(21)
 
 # A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
 # holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
@@ -106,6 +112,8 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
 # target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin
 # with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout.
+# MEMBERS: row i of the batch is one of member i % MEMBERS; members' factors before and after a product, BY_R and BY_S,
+# and each task's sums of their gradients and of B's (arrays, a row a task); PARTS: a bias whose rows are such sums.
 (
     KIND_OF_ROW,
     N,
@@ -153,8 +161,15 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     AFRESH,
     ROUND,
     DRAWN,
+    MEMBERS,
+    BY_R,
+    BY_S,
+    SUM_R,
+    SUM_S,
+    SUM_B,
+    PARTS,
     CALL_COLUMNS,
-) = range(47)
+) = range(54)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides

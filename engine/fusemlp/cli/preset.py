@@ -1,0 +1,47 @@
+"""``--preset``: the options of a recipe by its name."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from fusemlp.cli import recipe
+from fusemlp.cli.defaults import is_a_table
+from fusemlp.cli.options import ModelOptions, TrainOptions
+from fusemlp.fleet import presets
+
+# Options of other trainings than the recipe's.
+_OTHERS = {
+    "from_run": "that run has its own network",
+    "dp_epsilon": "private training takes plain networks",
+    "adversarial": "adversarial training takes plain networks",
+}
+
+
+def with_preset(options: ModelOptions, rows: int) -> tuple[ModelOptions, int, list[str]]:
+    """Return the options with those of ``--preset``, the number of members, and a note on the choice.
+
+    ``rows`` are those beside the test rows.
+    """
+    if not isinstance(options, TrainOptions):
+        return options, 1, []
+    usual = TrainOptions()
+    given = {name: getattr(options, name) != getattr(usual, name) for name in presets.TABM}
+    widths, activations = recipe.hidden_widths(options.hidden), options.activation.split(",")
+    against = presets.obstacles(options, backend=options.backend, activations=activations, widths=widths)
+    for name, reason in _OTHERS.items():
+        if getattr(options, name) is not None:
+            against[name] = f"{reason}; leave it out"
+    name, note = presets.chosen(options.preset, rows if is_a_table(options) else 0, against)
+    if name == "plain":
+        return options, 1, [note] if note else []
+    changed = presets.changes(given, rows)
+    if "hidden" in changed:
+        changed["hidden"] = [",".join(map(str, changed["hidden"]))]
+    return replace(options, preset=name, models=1, **changed), presets.MEMBERS, [note]
+
+
+def changed_by(plain: ModelOptions, options: ModelOptions) -> dict[str, Any]:
+    """Return what ``options`` have in place of those of ``plain``, by name."""
+    values = {one.name: getattr(options, one.name) for one in fields(options)}
+    return {name: value for name, value in values.items() if value != getattr(plain, name)}

@@ -1,0 +1,70 @@
+"""Recipes of a training by name, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fusemlp.describe.checks import check_choice
+from fusemlp.runtime.backends import trains_members
+from fusemlp_kernels.errors import ArgumentError
+
+PRESETS = ("auto", "plain", "tabm")
+# The members of the recipe "tabm", and what it has in place of defaults (Gorishniy et al., "TabM", 2025).
+MEMBERS = 16
+LEAST_STEPS = 16
+# From this many rows on "auto" takes it.
+LEAST_ROWS = 16_000
+TABM: Mapping[str, Any] = {
+    "hidden": (128, 128),
+    "activation": "silu",
+    "optimizer": "adamw",
+    "lr": 2e-3,
+    "batch_size": 256,
+}
+
+
+def obstacles(options: Any, *, backend: str, activations: Sequence[str], widths: Sequence[int]) -> dict[str, str]:
+    """Return the options that the recipe "tabm" does not go with, and why; ``widths`` are of the hidden layers."""
+    found = {}
+    if (options.models or 1) > 1:
+        found["models"] = "it is one network whose members share weights; leave it out"
+    if not widths:
+        found["hidden"] = "members share hidden layers; leave it out"
+    if "prelu" in activations:
+        found["activation"] = "prelu's slope belongs to a whole layer; use leaky_relu"
+    if not trains_members(backend):
+        found["backend"] = f"{backend!r} has no networks with members here; use numpy"
+    return found
+
+
+def chosen(asked: str | None, rows: int, against: Mapping[str, str]) -> tuple[str, str]:
+    """Return the name of the recipe for ``rows`` rows of a table, and a note that says why.
+
+    ``against``: as ``obstacles`` returns them. Raises ArgumentError for an unknown name, and for "tabm" with an
+    obstacle.
+    """
+    name = "plain" if asked is None else check_choice("preset", asked, PRESETS)
+    about = f"{MEMBERS} members share the weights of one network"
+    if name == "tabm":
+        for option, reason in against.items():
+            raise ArgumentError(f"{option}: the preset tabm does not take it: {reason}")
+        return name, f"preset tabm: {about}, as asked for"
+    if name == "plain":
+        return name, ""
+    if rows < LEAST_ROWS:
+        return "plain", f"preset plain: tabm is for {LEAST_ROWS:,} rows and more, and these are {rows:,}"
+    if against:
+        return "plain", f"preset plain: tabm does not take what was given for {', '.join(against)}"
+    return "tabm", f"preset tabm: {about}, chosen for {rows:,} rows"
+
+
+def changes(given: Mapping[str, bool], rows: int) -> dict[str, Any]:
+    """Return what the recipe "tabm" has for ``rows`` rows in place of options that are not ``given``.
+
+    An epoch has ``LEAST_STEPS`` steps at least, unless that takes batches of less than the plain recipe's rows.
+    """
+    # a rate belongs to its optimizer
+    kept = {**given, "lr": given["lr"] or given["optimizer"]}
+    size = max(32, min(TABM["batch_size"], 1 << max(0, rows // LEAST_STEPS).bit_length() >> 1))
+    return {name: value for name, value in {**TABM, "batch_size": size}.items() if not kept[name]}

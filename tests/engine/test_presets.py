@@ -1,0 +1,156 @@
+"""``--preset`` and the estimators' ``preset``: the choice, the options that it leaves alone, and whole trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+from commands import read, rows, run
+
+from fusemlp import MLP, ArgumentError, load_checkpoint
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.prepare import prepare
+from fusemlp.datasets.preprocessing import split
+from fusemlp.fleet import presets
+from fusemlp.sklearn import TableClassifier, TableRegressor
+
+QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
+
+
+def table(path: Path, *, count: int = 150, target: str = "kind") -> Path:
+    generator = np.random.default_rng(0)
+    frame = pandas.DataFrame(generator.normal(size=(count, 2)), columns=["a", "b"])
+    frame["word"] = generator.choice([*"xyz"], count)
+    signal = frame["a"] + frame["b"]
+    frame[target] = np.where(signal > 0, "yes", "no") if target == "kind" else signal.round(3)
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preset")
+    data = table(folder / "data.csv", count=400)
+    told = ("--preset", "tabm", "--final-fit", *QUICK)
+    assert run("train", data, "--target", "kind", *told, "--out", folder / "run") == 0
+    return folder / "run"
+
+
+def test_a_run_says_and_stores_what_the_recipe_chose(trained: Path) -> None:
+    config, report = read(trained / "config.json"), read(trained / "report.json")
+    assert MLP.from_config(config["network"]).members == presets.MEMBERS
+    assert config["network"]["sizes"][1:-1] == [128, 128] and config["batch_size"] == 32
+    assert config["optimizer"]["kind"] == "adamw" and config["options"]["models"] == 1
+    assert any("preset tabm: 16 members" in note for note in config["data"]["notes"])
+    assert report["test"]["accuracy"] > 0.8 and report["dead_units"] == {} and "held_out" in report
+    assert report["final_fit"]["rows"] == 400
+
+
+def test_the_files_of_a_run_predict(trained: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.csv"
+    assert run("predict", trained, "--data", trained.parent / "data.csv", "--proba", "--out", answers) == 0
+    engine = load_checkpoint(trained / "checkpoints" / "model.safetensors", backend="numpy")
+    assert engine.network.members == presets.MEMBERS and len(rows(answers)) == 400
+    assert run("evaluate", trained) == 0
+    assert run("explain", trained, "--out", tmp_path / "columns.csv") == 0
+
+
+def test_a_run_goes_on_with_its_recipe(tmp_path: Path) -> None:
+    data = table(tmp_path / "data.csv")
+    told = ("--target", "kind", "--preset", "tabm", "--scale", "robust", "--quiet", "--backend", "numpy")
+    for name, epochs in (("whole", "4"), ("half", "2")):
+        assert run("train", data, *told, "--epochs", epochs, "--out", tmp_path / name) == 0
+    assert run("train", "--resume", tmp_path / "half", "--epochs", "4", "--quiet") == 0
+    whole, half = (load_checkpoint(tmp_path / name / "checkpoints" / "last.safetensors") for name in ("whole", "half"))
+    for name, value in whole.state_dict().items():
+        np.testing.assert_array_equal(value, half.state_dict()[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "against", "name", "note"),
+    [
+        (presets.LEAST_ROWS, {}, "tabm", "preset tabm: 16 members share the weights of one network, chosen for"),
+        (presets.LEAST_ROWS - 1, {}, "plain", "preset plain: tabm is for"),
+        (10**6, {"models": "x"}, "plain", "preset plain: tabm does not take what was given for models"),
+    ],
+)
+def test_auto_chooses_by_the_rows_and_says_why(rows: int, against: dict[str, str], name: str, note: str) -> None:
+    found, told = presets.chosen("auto", rows, against)
+    assert found == name and told.startswith(note)
+    assert presets.chosen(None, rows, against) == presets.chosen("plain", rows, against) == ("plain", "")
+
+
+def test_auto_leaves_a_small_table_to_the_plain_recipe(tmp_path: Path) -> None:
+    made = prepared(tmp_path, preset="auto")
+    assert made.network.members == 1 and made.models == 5 and not made.preset
+    assert "preset plain: tabm is for 16,000 rows and more, and these are 120" in made.notes
+
+
+def test_batches_grow_with_the_rows() -> None:
+    nothing = dict.fromkeys(presets.TABM, False)
+    sizes = [presets.changes(nothing, rows)["batch_size"] for rows in (10, 1023, 1024, 2047, 4095, 4096, 10**6)]
+    assert sizes == [32, 32, 64, 64, 128, 256, 256]
+
+
+def prepared(folder: Path, **given: Any) -> Any:
+    options = {"target": "value", "scale": "robust", "log_target": False, "backend": "numpy", "preset": "tabm"}
+    return prepare(TrainOptions(data=str(table(folder / "data.csv", target="value")), **{**options, **given}))
+
+
+def test_what_is_given_stays(tmp_path: Path) -> None:
+    made = prepared(tmp_path, hidden=["8"], optimizer="sgd", activation="tanh")
+    assert made.network.sizes[1:-1] == (8,) and made.network.members == presets.MEMBERS
+    assert {one.name for one in made.network.activations[:-1]} == {"tanh"}
+    # the recipe's rate is adamw's
+    assert "optimizer" not in made.preset and "lr" not in made.preset and "batch_size" not in made.preset
+    assert prepared(tmp_path, preset="plain", hidden=["8"]).network.members == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"models": 3}, "models: the preset tabm does not take it"),
+        ({"hidden": ["none"]}, "hidden: the preset tabm does not take it"),
+        ({"activation": "prelu"}, "activation: the preset tabm does not take it"),
+        ({"adversarial": "ibp", "attack_eps": 0.1}, "adversarial: the preset tabm does not take it"),
+        ({"dp_epsilon": 3.0}, "dp_epsilon: the preset tabm does not take it"),
+        ({"preset": "tabn"}, "preset: unknown name 'tabn'; did you mean 'tabm'"),
+    ],
+)
+def test_what_the_recipe_does_not_take_is_named(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        prepared(tmp_path, **given)
+
+
+def test_an_estimator_has_the_model_of_the_command_line(tmp_path: Path) -> None:
+    data = table(tmp_path / "data.csv", target="value")
+    assert run("train", data, "--target", "value", "--preset", "tabm", *QUICK, "--out", tmp_path / "run") == 0
+    there = TableRegressor.from_run(tmp_path / "run", backend="numpy")
+    assert there.preset == "tabm" and there.hidden == (128, 128)
+    frame = pandas.read_csv(data)
+    # the rows beside the test fifth, as the command line orders them
+    frame = frame.iloc[split(frame["value"].to_numpy(), seed=0, stratify=False)[0]]
+    here = TableRegressor(preset="tabm", scale="robust", log_target=False, epochs=4, backend="numpy")
+    here.fit(frame.drop(columns="value"), frame["value"])
+    assert any("preset tabm" in note for note in here.notes_)
+    for name, value in there.engine_.state_dict().items():
+        np.testing.assert_array_equal(here.engine_.state_dict()[name], value, err_msg=name)
+    low, high = here.predict_interval(frame, 0.8)
+    assert (low < here.predict(frame)).all() and (high > low).all()
+    here.save(tmp_path / "estimator")
+    again = TableRegressor.load(tmp_path / "estimator", backend="numpy")
+    np.testing.assert_array_equal(again.predict(frame), here.predict(frame))
+
+
+def test_a_classifier_has_the_temperature_of_its_members() -> None:
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(1200, 3))
+    y = (X[:, 0] + generator.normal(size=1200) > 0).astype(int)
+    fitted = TableClassifier(
+        preset="tabm", scale="robust", epochs=30, early_stopping=30, backend="numpy", hidden=(16,), lr=0.05
+    ).fit(X, y)
+    assert fitted.engine_.network.members == presets.MEMBERS and fitted.temperature_ != 1.0
+    np.testing.assert_allclose(fitted.predict_proba(X).sum(axis=1), 1.0, rtol=1e-5)

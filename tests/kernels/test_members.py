@@ -1,0 +1,278 @@
+"""The ops of members that share weights, against the oracle; the oracle against differences and the package tabm."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from calls import kept
+from devices import VARIANT_PARAMETERS
+from memory import ROW_MULTIPLE, place, poisoned
+from strategies import Values, exact, padded_rows, walked
+from tolerance import (
+    UNIT,
+    activation_bound,
+    activation_grad_bound,
+    assert_within,
+    bound,
+    grad_input_bound,
+    linear_bound,
+)
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, ROW_COUNT, Dropout, LossSpec, UpdateRule
+from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.ops import refusal
+from fusemlp_kernels.philox import dropout_keep
+from fusemlp_kernels.reference import Batch, MemberLayer
+
+VARIANTS = [one for one in VARIANT_PARAMETERS if not refusal(one.values[0].device.backend, "affine_members")]
+SLOPES = {"leaky_relu": 0.1, "elu": 1.3}
+# members, rows of each, columns: one of each, odd ones, several vectors and blocks, more than a task takes
+SHAPES = ((1, 1, 1), (3, 5, 7), (5, 9, 33), (16, 32, 129), (2, 700, 16))
+
+
+def small_case(rng, activation="silu", kind="cross_entropy", rate=0.0):
+    """Two layers and heads of three members, and a batch of four data rows."""
+    members, widths, outputs = 3, (4, 5, 6), 2
+    layers = [
+        MemberLayer(
+            rng.normal(size=(members, k)), rng.normal(size=(n, k)) / 2, rng.normal(1, 0.3, (members, n)),
+            rng.normal(size=(members, n)), activation, SLOPES.get(activation, 0.0), rate,
+        )
+        for k, n in itertools.pairwise(widths)
+    ]  # fmt: skip
+    heads = rng.normal(size=(members, outputs, widths[-1])), rng.normal(size=(members, outputs))
+    x = np.repeat(rng.normal(size=(4, widths[0])), members, axis=0)
+    target = np.repeat(rng.integers(0, 2, 4) if kind == "cross_entropy" else rng.normal(size=(4, 2)), members, axis=0)
+    keeps = [rng.random((len(x), n)) >= rate for n in widths[1:]] if rate else None
+    return layers, heads, Batch(x, target, keeps=keeps)
+
+
+# see test_gradients
+STEP = UNIT["float64"] ** (1 / 3)
+TOLERANCE = (3**6 / 6) * STEP**2 + 100 * UNIT["float64"] / STEP
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("cross_entropy", 0.25), ("mse", 0.0)])
+def test_gradients_are_the_derivatives_of_the_loss(kind, rate):
+    layers, heads, batch = small_case(np.random.default_rng(0), kind=kind, rate=rate)
+    spec = LossSpec(kind)
+    loss, grads = reference.member_gradients(layers, heads, spec, batch)
+
+    def moved(value, at, sign):
+        value = value.copy()
+        value[at] += sign * STEP
+        return value
+
+    def difference(value, changed):
+        result = np.empty(value.shape)
+        for at in np.ndindex(value.shape):
+            one, two = (
+                reference.member_gradients(*changed(moved(value, at, sign)), spec, batch)[0] for sign in (1.0, -1.0)
+            )
+            result[at] = (one - two) / (2.0 * STEP)
+        return result
+
+    for index, layer in enumerate(layers):
+        for field, grad in zip(("r", "w", "s", "b"), grads[index], strict=True):
+
+            def changed(value, index=index, field=field, layer=layer):
+                return [*layers[:index], replace(layer, **{field: value}), *layers[index + 1 :]], heads
+
+            assert_within(grad, difference(getattr(layer, field), changed), TOLERANCE * max(1.0, loss))
+    by_w = difference(heads[0], lambda value: (layers, (value, heads[1])))
+    by_b = difference(heads[1], lambda value: (layers, (heads[0], value)))
+    assert_within(grads[-1][0], by_w, TOLERANCE * max(1.0, loss))
+    assert_within(grads[-1][1], by_b, TOLERANCE * max(1.0, loss))
+
+
+@pytest.mark.parametrize(("activation", "torch_name"), [("relu", "ReLU"), ("silu", "SiLU")])
+def test_forward_and_gradients_are_those_of_the_package_tabm(activation, torch_name):
+    torch, tabm = pytest.importorskip("torch"), pytest.importorskip("tabm")
+    layers, heads, batch = small_case(np.random.default_rng(1), activation)
+    model = tabm.TabM.make(
+        n_num_features=4, d_out=2, k=3, n_blocks=2, d_block=5, dropout=0.0, activation=torch_name, arch_type="tabm",
+        start_scaling_init="random-signs",
+    ).double()  # fmt: skip
+    # the package's blocks have one width
+    layers = [replace(layers[0]), replace(layers[1], w=layers[1].w[:5], s=layers[1].s[:, :5], b=layers[1].b[:, :5])]
+    heads = heads[0][:, :, :5], heads[1]
+    there = []
+    with torch.no_grad():
+        for block, layer in zip(model.backbone.blocks, layers, strict=True):
+            own = [(block[0].r, layer.r), (block[0].weight, layer.w), (block[0].s, layer.s), (block[0].bias, layer.b)]
+            there.append([parameter for parameter, _ in own])
+            for parameter, value in own:
+                parameter.copy_(torch.from_numpy(value))
+        model.output.weight.copy_(torch.from_numpy(heads[0].transpose(0, 2, 1).copy()))
+        model.output.bias.copy_(torch.from_numpy(heads[1]))
+    outputs = model(torch.from_numpy(batch.x[::3]))
+    # the loss of each member, and their mean
+    loss = torch.nn.functional.cross_entropy(outputs.flatten(0, 1), torch.from_numpy(batch.target))
+    loss.backward()
+    found, grads = reference.member_gradients(layers, heads, LossSpec("cross_entropy"), batch)
+    assert abs(found - loss.item()) < 1e-12
+    for own, parameters in zip(grads[:-1], there, strict=True):
+        for grad, parameter in zip(own, parameters, strict=True):
+            np.testing.assert_allclose(grad, parameter.grad.numpy(), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(grads[-1][0].transpose(0, 2, 1), model.output.weight.grad.numpy(), atol=1e-12)
+    np.testing.assert_allclose(grads[-1][1], model.output.bias.grad.numpy(), atol=1e-12)
+
+
+def own_vectors(values, members, columns, layout="plain"):
+    """s, b and r, as a backend reads them."""
+    return {name: place(values.normal(members, columns), layout) for name in "sbr"}
+
+
+def of_rows(vectors, rows):
+    return {name: reference.of_members(exact(array), rows) for name, array in vectors.items()}
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "prelu"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_affine_members_and_back(variant, activation):
+    u, slope = variant.unit, SLOPES.get(activation, 0.0)
+    for case, (members, each, columns) in enumerate(SHAPES):
+        values, rows = Values(case, variant), members * each
+        layout = ("plain", "owned" if columns % ROW_MULTIPLE else "plain", "pitched")[case % 3]
+        rate, with_r, accumulate = (0.0, 0.25)[case % 2], case != 1, 1 + case % 2
+        vectors = own_vectors(values, members, columns, layout)
+        given = vectors if with_r else {name: vectors[name] for name in "sb"}
+        x = place(values.factors(rows, columns), layout)
+        counters = np.zeros(COUNTERS, np.int64)
+        counters[ROW_COUNT], counters[BATCH_INDEX] = rows, 6
+        operands = {"activation": activation, "counters": counters, **({"slope": slope} if slope else {})}
+        keep, drops = None, {}
+        if rate:
+            keep = dropout_keep(rate, 2, case + 5, 6, rows, columns)
+            drops = {"dropout": Dropout(rate, 2, case + 5), **kept(variant, poisoned((rows, columns), np.bool_))}
+        y = poisoned((rows, columns), variant.compute)
+        variant.bind("affine_members", x=x, y=y, **given, **operands, **drops)()
+        if "keep" in drops:
+            np.testing.assert_array_equal(drops["keep"], keep)
+        wide, exact_x = of_rows(vectors, rows), exact(x)
+        r = wide["r"] if with_r else np.ones_like(exact_x)
+        z = exact_x * wide["s"] + wide["b"]
+        z_bound = 2.0 * u * (np.abs(exact_x * wide["s"]) + np.abs(wide["b"]))
+        h = reference.activation(activation, z, slope)
+        h_bound = activation_bound(activation, z, z_bound, slope, u)
+        dropped = reference.dropout(h, keep, rate)
+        dropped_bound = reference.dropout(h_bound, keep, rate) + 2.0 * u * np.abs(dropped)
+        expected = dropped * r
+        assert_within(
+            y, expected, variant.result_bound(np.abs(r) * dropped_bound + 2.0 * u * np.abs(expected), expected)
+        )
+
+        dy = place(values.factors(rows, columns), layout)
+        dx = poisoned((rows, columns), variant.compute)
+        sums = {f"d{name}": poisoned((members, columns), variant.real) for name in given}
+        rule = UpdateRule("sgd", accumulate=accumulate)
+        run = variant.bind("grad_affine_members", dy=dy, x=x, dx=dx, rule=rule, **given, **sums, **operands, **drops)
+        for _ in range(accumulate):
+            # the mask is that of batch 6; backends that do not store it draw it anew
+            run()
+            counters[BATCH_INDEX] += 1 if not rate or "keep" in drops else 0
+        grown = reference.dropout(exact(dy), keep, rate)
+        slopes = reference.activation_grad(activation, z, slope)
+        slopes_bound = activation_grad_bound(activation, z, z_bound, slope, u)
+        dz = grown * r * slopes
+        dz_bound = np.abs(grown * r) * (slopes_bound + 6.0 * u * np.abs(slopes)) + 2.0**-126
+        dx_wanted = dz * wide["s"]
+        dx_bound = dz_bound * np.abs(wide["s"]) + 2.0 * u * np.abs(dx_wanted)
+        assert_within(dx, dx_wanted, variant.result_bound(dx_bound, dx_wanted))
+        terms = {
+            "ds": (dz * exact_x, dz_bound * np.abs(exact_x)),
+            "db": (dz, dz_bound),
+            "dr": (grown * h, np.abs(grown) * (h_bound + 4.0 * u * np.abs(h))),
+        }
+        for name, found in sums.items():
+            each_term, error = terms[name]
+            total = accumulate * reference.member_sums(each_term, members)
+            carried = accumulate * reference.member_sums(error, members)
+            magnitude = accumulate * reference.member_sums(np.abs(each_term) + error, members)
+            assert_within(found, total, carried + bound(each * accumulate, magnitude, u, output=total, ulps=accumulate))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_factors_take_the_rows_of_a_batch(variant):
+    """Members of one data row follow one another; padding comes last."""
+    for case, (members, each, columns) in enumerate(SHAPES):
+        values, size, u = Values(case, variant), members * each, variant.unit
+        x, r = values.factors(37, columns), values.normal(members, columns)
+        counters = np.zeros(COUNTERS, np.int64)
+        rows = np.repeat(padded_rows(values.rng, max(1, each - 2), each, 37), members)
+        operand, rows = walked(values, rows, counters)
+        counters[ROW_COUNT] = np.count_nonzero(rows >= 0)
+        batch = np.where(rows[:, None] >= 0, exact(x)[np.maximum(rows, 0)], 0.0)
+        y = poisoned((size, columns), variant.compute)
+        given = {"x": x, "r": r, "counters": counters, "rows": operand}
+        variant.bind("affine_members", y=y, **given)()
+        wanted = batch * reference.of_members(exact(r), size)
+        assert_within(y, wanted, variant.result_bound(u * np.abs(wanted), wanted))
+        dy, dr = values.factors(size, columns), poisoned((members, columns), variant.real)
+        variant.bind("grad_affine_members", dy=dy, dr=dr, rule=UpdateRule("sgd"), **given)()
+        terms = exact(dy) * batch
+        total = reference.member_sums(terms, members)
+        assert_within(dr, total, bound(each, reference.member_sums(np.abs(terms), members), u, output=total))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heads_and_their_gradients(variant):
+    u = variant.unit
+    for case, ((members, each, columns), outputs) in enumerate(zip(SHAPES, (1, 3, 40, 7, 1), strict=True)):
+        values, rows = Values(case, variant), members * each
+        layout = ("plain", "owned", "pitched")[case % 3]
+        w = place(values.factors(members * outputs, columns, scale=columns**-0.5), layout)
+        b, x = values.normal(members * outputs), place(values.factors(rows, columns), layout)
+        dz = place(values.factors(rows, outputs), layout)
+        z, dx = poisoned((rows, outputs), variant.compute), poisoned((rows, columns), variant.compute)
+        variant.bind("linear_members", w=w, x=x, b=b, z=z)()
+        variant.bind("grad_input_members", dz=dz, w=w, dx=dx)()
+        counters = np.zeros(COUNTERS, np.int64)
+        counters[ROW_COUNT] = rows
+        dw, db = poisoned(w.shape, variant.real), poisoned(b.shape, variant.real)
+        frozen = {"dw": dw, "db": None} if case == 1 else {"dw": dw, "db": db}
+        rule = UpdateRule("sgd", accumulate=2)
+        run = variant.bind("grad_weight_members", dz=dz, x=x, rule=rule, counters=counters, **frozen)
+        for batch_index in range(2):
+            counters[BATCH_INDEX] = batch_index
+            run()
+        for member in range(members):
+            own = slice(member * outputs, (member + 1) * outputs)
+            mine, by_z = exact(x)[member::members], exact(dz)[member::members]
+            own_w, own_b = exact(w)[own], exact(b)[own]
+            wanted = reference.linear(mine, own_w, own_b)
+            z_bound, _ = linear_bound(mine, own_w, own_b, u=u, products=variant.products)
+            assert_within(z[member::members], wanted, variant.result_bound(z_bound, wanted))
+            wanted = by_z @ own_w
+            dx_bound = grad_input_bound(by_z, own_w, mine, "identity", u=u, products=variant.products)
+            assert_within(dx[member::members], wanted, variant.result_bound(dx_bound, wanted))
+            totals = [2.0 * total for total in reference.grad_weight(by_z, mine)]
+            sizes = [2.0 * total for total in reference.grad_weight(np.abs(by_z), np.abs(mine))]
+            for found, total, size in zip((dw, db), totals, sizes, strict=True):
+                if found is dw or frozen["db"] is not None:
+                    limit = bound(2 * each, size, u, output=total, ulps=2, products=variant.products)
+                    assert_within(found[own], total, limit)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_dropped_or_padding_may_be_nan(variant):
+    rows, columns = 4, 8
+    keep = dropout_keep(0.5, 0, 1, 0, rows, columns)
+    x = np.where(keep, 1.0, np.nan).astype(variant.compute)
+    ones = {name: np.ones((2, columns), variant.real) for name in "sbr"}
+    given = {"x": x, "activation": "relu", "dropout": Dropout(0.5, 0, 1), "counters": np.zeros(COUNTERS, np.int64)}
+    given |= kept(variant, np.zeros((rows, columns), np.bool_))
+    y = np.full((rows, columns), np.nan, variant.compute)
+    variant.bind("affine_members", y=y, **ones, **given)()
+    np.testing.assert_array_equal(y, np.where(keep, 4.0, 0.0))
+
+
+def test_a_learned_slope_is_refused():
+    numpy = VARIANTS[0].values[0]
+    one = {name: np.ones((1, 1), numpy.real) for name in ("x", "y", "s", "b", "r")}
+    with pytest.raises(ArgumentError, match="activation: members share no learned slope"):
+        numpy.bind("affine_members", activation="prelu", **one)()
