@@ -240,14 +240,17 @@ OPS = {op.name: op for op in (
         _COUNTERS,
     )),
     Op("perturb",
-        "start = x + d within the bounds, d being 0 or random; or adv = x + d, d being adv - x and a step in the "
-        "direction of dx, brought back to norm eps. The direction is sign(dx) in the norm inf, dx / |dx| in the norm 2 "
-        "(0 where dx is 0), of each row. Where rows is -1, zeros", (
+        "start = x + d within the bounds, d being 0, random or given; or adv = x + d, d being adv - x and a step in "
+        "the direction of dx, brought back to norm eps; or carried = d, d being carried and such a step. The direction "
+        "is sign(dx) in the norm inf, dx / |dx| in the norm 2 (0 where dx is 0), of each row. Where rows is -1, zeros; "
+        "there carried stays", (
         _ROWS,
-        Operand("x", "MK", "compute", rows="rows"),
+        Operand("x", "MK", "compute", rows="rows", nullable=True, note="None with carried"),
         Operand("start", "MK", "compute", WRITTEN, optional=True, note="random as philox.uniform says"),
-        Operand("dx", "MK", "compute", optional=True, note="with adv: the gradient by it"),
+        Operand("delta", "MK", "compute", optional=True, note="with start: d"),
+        Operand("dx", "MK", "compute", optional=True, note="with adv or carried: the gradient by the moved inputs"),
         Operand("adv", "MK", "compute", UPDATED, optional=True, note="in place of start"),
+        Operand("carried", "MK", "compute", UPDATED, "control", optional=True, note="in place of start, without x"),
         Operand("change", note="Perturbation"),
         _COUNTERS,
     )),

@@ -3,17 +3,20 @@
 A step of L layers is L forward calls (the last with loss and dz), L - 1 ``grad_input`` and one grouped
 ``grad_weight_update`` at the end, when nothing reads the old weights any more: 2L calls. Clipping and accumulation
 need the gradients of the whole network at once: then ``grad_weight`` and ``update`` stand at the end. Privacy puts
-``clip_examples`` before them. Adversarial training begins with the calls that move the batch.
+``clip_examples`` before them. Adversarial training begins with the calls that move the batch; what ``Free`` adds to a
+batch is a value that stays from one step to the next.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fusemlp.describe import adversarial
+from fusemlp.describe.adversarial import Attack as AttackOfInputs
+from fusemlp.describe.hardening import Free, Hardening
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
@@ -62,15 +65,19 @@ class Privacy(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them."""
+    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them.
+
+    ``carried``: no such steps; the step's own backward pass moves what is added to the inputs of the next step.
+    """
 
     steps: int
     change: Perturbation
+    carried: bool = False
 
 
-def lowered_attack(attack: adversarial.Attack) -> Attack:
-    """Return what a step is told of an attack."""
-    return Attack(attack.plain.steps, attack.perturbation())
+def lowered_attack(against: AttackOfInputs | Hardening) -> Attack:
+    """Return what a step is told of an attack, or of a training against one."""
+    return Attack(against.plain.steps, against.plain.perturbation(), isinstance(against, Free))
 
 
 class Step(NamedTuple):
@@ -143,7 +150,7 @@ def lower(step: Step) -> Program:
     """Return the program of a step; the models of a fleet share it, so it is remembered."""
     build, last = _Builder(step), step.net.layers - 1
     if step.attack is not None:
-        build.attack(step.attack)
+        (build.add_carried if step.attack.carried else build.attack)(step.attack)
     for layer in range(step.gradient or 0, last):
         build.linear(layer, f"h{layer + 1}", build.activation(layer))
     if step.rule is not None:
@@ -155,6 +162,8 @@ def lower(step: Step) -> Program:
         build.linear(last, "y", build.activation(last))
     for layer in range(build.top, build.first, -1):
         build.grad_input(layer)
+    if step.attack is not None and step.attack.carried:
+        build.move_carried(step.attack)
     if step.rule is not None:
         build.update(step.rule)
     return build.program()
@@ -270,6 +279,21 @@ class _Builder:
             self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, **rows)
         self.first, self.attacking = first, False
 
+    def add_carried(self, attack: Attack) -> None:
+        """Add what is carried to the batch; what follows reads the sum in place of x."""
+        delta = self.add("delta", (self.batch, self.net.sizes[0]), self.matrix, "control")
+        x, self.x = self.x, self.work("adv", self.net.sizes[0])
+        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
+        self.call("perturb", "start", x=x, start=self.x, delta=delta, change=attack.change, **rows)
+        # the gradient goes back to the inputs
+        self.first = -1
+
+    def move_carried(self, attack: Attack) -> None:
+        """Move what is carried; the bounds are those of the inputs."""
+        change = replace(attack.change, low=-math.inf, high=math.inf)
+        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
+        self.call("perturb", change.norm, x=None, dx=Ref("dx"), carried=Ref("delta"), change=change, **rows)
+
     def linear(self, layer: int, output: str, activation: dict[str, Any]) -> Ref:
         """A layer forward, with its activation; returns its output."""
         width, name, dropout = self.net.sizes[layer + 1], activation["activation"], self.dropout(layer)
@@ -336,7 +360,7 @@ class _Builder:
         inputs, outputs = self.net.sizes[layer], self.net.sizes[min(layer + 1, end)]
         # the data has no activation
         activation = self.activation(before) if layer else {"activation": "identity"}
-        name, dropout = activation["activation"], self.dropout(before)
+        name, dropout = activation["activation"], self.dropout(before) if layer else None
         seeded = layer == self.top and self.step.spec is None
         self.call(
             "grad_input",

@@ -241,24 +241,26 @@ def _clip_examples(table: Table, *, layers: Sequence[Operands], clip: float, cou
 def _perturb(
     table: Table,
     *,
-    x: Array,
+    x: Array | None,
     change: Perturbation,
     counters: Array,
     start: Array | None = None,
+    delta: Array | None = None,
     dx: Array | None = None,
     adv: Array | None = None,
+    carried: Array | None = None,
     rows: Array | None = None,
 ) -> int:
-    out = adv if start is None else start
-    assert out is not None
+    out = next(one for one in (start, adv, carried) if one is not None)
     columns: int = out.shape[1]
     table.height = max(table.height, len(out))
-    drawn = start is not None and change.seed is not None
+    drawn = start is not None and delta is None and change.seed is not None
     low, high = seed_key(change.seed or 0)
     table.lanes = max(table.lanes, drawn * -(-columns // 4))
     numbers = {t.LARGEST: change.eps, t.LENGTH: change.step, t.LOW: change.low, t.HIGH: change.high}
     table.add(
-        "PERTURB", numbers, N=columns, K=columns, X=x, DZ=dx, OUT=out, ROUND=change.norm == "2", DRAWN=drawn,
+        "PERTURB", numbers, N=columns, K=columns, X=table.scratch(columns) if x is None else x, Y=delta, DZ=dx,
+        OUT=out, CARRIED=delta is not None or carried is not None, ROUND=change.norm == "2", DRAWN=drawn,
         KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(out)),
     )  # fmt: skip
     table.control(counters)

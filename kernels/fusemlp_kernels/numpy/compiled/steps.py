@@ -17,7 +17,7 @@ from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, re
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.perturb import move, start
+from fusemlp_kernels.numpy.compiled.perturb import move, moved, start
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative, update_average
 from fusemlp_kernels.numpy.compiled.products import column_sums
 from fusemlp_kernels.numpy.compiled.tables import (
@@ -53,6 +53,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     CALL_COLUMNS,
     CALL_FACTORS,
     CALLS,
+    CARRIED,
     CLASS_WEIGHTED,
     CLIP_NORM,
     CLIPS,
@@ -242,11 +243,15 @@ def _perturb(
     for i in range(first, first + count):
         adv = _block(like, call[OUT], i, columns)
         if rows[i] < 0:
-            for j in range(columns):
-                adv[j] = 0
+            if not (call[CARRIED] and call[DZ]):
+                for j in range(columns):
+                    adv[j] = 0
             continue
-        x = _block(like, call[X], rows[i], columns)
-        if call[DZ]:
+        x = _block(like, call[X], 0 if call[CARRIED] and call[DZ] else rows[i], columns)
+        if call[CARRIED] and not call[DZ]:
+            copy(like, call[OUT] + size * i * columns, call[Y] + size * i * columns, columns)
+            moved(adv, x, columns, 1.0, numbers[LOW], numbers[HIGH])
+        elif call[DZ]:
             dx = _block(like, call[DZ], i, columns)
             move(
                 adv, x, dx, columns, call[ROUND], numbers[LENGTH], numbers[LARGEST], numbers[LOW], numbers[HIGH]

@@ -105,7 +105,8 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
 # target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin
-# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout.
+# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout; CARRIED: it
+# is kept by itself, from one step to the next, and X is a row of zeros where it moves.
 (
     KIND_OF_ROW,
     N,
@@ -153,8 +154,9 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     AFRESH,
     ROUND,
     DRAWN,
+    CARRIED,
     CALL_COLUMNS,
-) = range(47)
+) = range(48)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
