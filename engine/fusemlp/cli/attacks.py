@@ -11,23 +11,27 @@ from fusemlp.cli.options import EvaluateOptions, TrainOptions, one_of
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import FGSM, PGD, Attack
 from fusemlp.describe.checks import check_choice
-from fusemlp.describe.hardening import Free, Hardening
+from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp_kernels.errors import ArgumentError
 
-Kind = type[FGSM] | type[PGD] | type[Free] | type[IBP]
+Kind = type[FGSM] | type[PGD] | type[Free] | type[TRADES] | type[IBP]
 _ATTACKS: dict[str, Kind] = {one.kind: one for one in (PGD, FGSM)}
-_TRAININGS: dict[str, Kind] = {**_ATTACKS, Free.kind: Free, IBP.kind: IBP}
+_TRAININGS: dict[str, Kind] = {**_ATTACKS, Free.kind: Free, TRADES.kind: TRADES, IBP.kind: IBP}
 # Fields of attacks and trainings by the options for them.
-_FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm", "attack_repeats": "repeats"}
+_FIELDS = {
+    **{"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"},
+    **{"attack_repeats": "repeats", "attack_beta": "beta"},
+}
 # The reason why a kind has no such field.
 _ABSENT = {
     "fgsm": "is one step in the norm inf",
     "ibp": "takes no steps, and the norm inf",
     "free": "takes a step in each update",
-    "pgd": "updates once on each batch",
+    "pgd": "trains on the attacked rows alone, once on each batch",
+    "trades": "updates once on each batch",
 }
 
 

@@ -3,9 +3,11 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
-from fusemlp.describe.adversarial import ELSEWHERE, PGD, Norm, as_bounds
+from fusemlp.describe.adversarial import ELSEWHERE, PGD, Norm, Seed, as_bounds
 from fusemlp.describe.description import Count, Description, Positive
 from fusemlp.describe.elsewhere import knows_names_of
+from fusemlp.describe.losses import CrossEntropy, Loss
+from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp_kernels.errors import ArgumentError
 
@@ -63,14 +65,55 @@ class Free(Hardening):
             )
 
 
-knows_names_of(
-    Free,
-    {
-        **{
-            name: sentence.replace("PGD(", "Free(")
-            for name, sentence in ELSEWHERE.items()
-            if "restarts" not in sentence
-        },
-        **dict.fromkeys(("m", "replays", "n_repeats", "steps"), "it is called repeats here: Free(0.1, repeats=4)"),
-    },
-)
+@dataclass(frozen=True)
+class TRADES(Hardening):
+    """Training that trades accuracy for robustness: ``fit(..., adversarial=TRADES(0.1, beta=6.0))``.
+
+    The loss is that of the rows plus ``beta`` times the divergence KL(p, q) of the probabilities q of changed rows from
+    their own p; both have a gradient. ``steps`` of ``step_size`` (None: 2.5 * eps / steps) from a random change of
+    ``seed`` on raise the divergence (Zhang et al., "Theoretically principled trade-off between robustness and
+    accuracy", 2019). ``norm`` as in ``PGD``. A larger ``beta`` is for more robustness and less accuracy.
+    """
+
+    kind = "trades"
+
+    steps: Count = 10
+    step_size: Positive | None = None
+    beta: Positive = 6.0
+    norm: Norm = "inf"
+    _: KW_ONLY
+    seed: Seed = 0
+
+    @property
+    def plain(self) -> PGD:
+        return self.attack
+
+    @property
+    def attack(self) -> PGD:
+        return PGD(self.eps, self.steps, self.step_size, self.norm, seed=self.seed, bounds=self.bounds)
+
+    def check(self, net: MLP, loss: Loss) -> None:
+        """Raise ArgumentError for what it cannot train."""
+        if not isinstance(loss, CrossEntropy):
+            raise ArgumentError(f"adversarial: TRADES needs the loss cross_entropy, this engine has {loss.kind!r}")
+        if loss.class_weight is not None or loss.ignore_index is not None:
+            raise ArgumentError(
+                "loss: TRADES weighs the divergence of each row like its loss; leave out class_weight and "
+                "ignore_index, and give the weights to fit, class_weight=... or sample_weight=..."
+            )
+        if any(net.dropouts):
+            raise ArgumentError(
+                f"adversarial: TRADES takes no dropout, and the network has {net.dropouts}; leave it out"
+            )
+
+
+def _elsewhere(kind: str) -> dict[str, str]:
+    return {
+        name: sentence.replace("PGD(", f"{kind}(") for name, sentence in ELSEWHERE.items() if "restarts" not in sentence
+    }
+
+
+_REPEATS = dict.fromkeys(("m", "replays", "n_repeats", "steps"), "it is called repeats here: Free(0.1, repeats=4)")
+knows_names_of(Free, _elsewhere("Free") | _REPEATS)
+_OTHERS = {"perturb_steps": "it is called steps here", "distance": "it is called norm here, 'inf' or 2"}
+knows_names_of(TRADES, _elsewhere("TRADES") | _OTHERS)

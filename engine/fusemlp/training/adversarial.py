@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.hardening import Free, Hardening
+from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.runtime.plans import ASKED
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -46,6 +46,12 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
             raise ArgumentError(
                 "precision: gradients in fp16 overflow now and then, and Free would keep that in the inputs; give fp32 "
                 "or bf16"
+            )
+    if isinstance(against, TRADES):
+        against.check(engine.network, engine.loss)
+        if not engine.memory.backend.traits.on_host:
+            raise ArgumentError(
+                f"adversarial: TRADES trains on backend='numpy', this engine has {engine.backend!r}; take it, or PGD"
             )
     if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
         raise ArgumentError("plan: the resident kernel does not attack its batches; use plan='auto'")

@@ -122,6 +122,7 @@ def fit(
     ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters of
     the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows unchanged.
     ``Free(eps, repeats=4)``: change it by the gradients that training computes, with 4 updates on each batch.
+    ``TRADES(eps, beta=6.0)``: add beta times the divergence of the outputs of attacked rows from their own to the loss.
     ``IBP(eps)``: train for certified accuracy, call by call; the history is of the rows as they are.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises

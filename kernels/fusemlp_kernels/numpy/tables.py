@@ -35,7 +35,7 @@ NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
-        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN", "CARRIED"),
+        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN", "CARRIED", "DIVERGENCE"),
         *("PARAM", "AVERAGE", "PANELS", "PULLS"),
         *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
         *("DESCENDS", "SLOPE", "DSLOPE"),

@@ -13,7 +13,14 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET, UPDATE_COUNT
 from fusemlp_kernels.numpy.compiled.clock import advance
-from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
+from fusemlp_kernels.numpy.compiled.losses import (
+    cross_entropy,
+    divergence,
+    elementwise,
+    record,
+    record_divergence,
+    shares_of,
+)
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
@@ -63,6 +70,8 @@ from fusemlp_kernels.numpy.compiled.tables import (
     DEPTH,
     DESCENDS,
     DEVIATION,
+    DIVERGENCE,
+    DIVERGENCE_PART,
     DRAWN,
     DSLOPE,
     DZ,
@@ -304,6 +313,16 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         own_rows = part(rows, first)
         elementwise(y, dz, target, weight, own_rows, count if call[N] else 0, call[N], call, numbers, shares, partials)
         _derivative(call, numbers, like, partials, y, z, dz, count * call[N], 1.0)
+    elif kind == DIVERGENCE:
+        weight, outputs = elements(like, call[WEIGHTED]), call[N]
+        z, other = _block(like, call[Z], first, outputs), _block(like, call[Y], first, outputs)
+        dz, dother = _block(like, call[X], first, outputs), _block(like, call[DZ], first, outputs)
+        shares = shares_of(rows, weight, weight, rows, whole, call)
+        divergence(
+            z, other, dother, dz, _block(like, call[OUT], first, outputs), weight, part(rows, first), count, outputs,
+            call, numbers, shares, partials,
+        )  # fmt: skip
+        partials[SHARES_PART] = shares
     elif kind == PADDING:
         end = min(call[K], first + integers[BLOCK])
         dz = _block(like, call[DZ], first, call[N])
@@ -335,21 +354,27 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
     top, left = piece[TOP], piece[LEFT]
     if call[KIND_OF_ROW] == WEIGHT:
         inputs = call[K]
-        for first in range(0, max(count, 1), DEPTH):
-            call_function(
-                integers[AT_PRODUCT], call[DZ] + size * (first * outputs + top), 1, outputs,
-                call[X] + size * (first * inputs + left), PANEL, inputs, min(DEPTH, count - first),
-                integers[AT_ZEROS], 0, alpha, beta,
-                call[OUT] + size * (top * inputs + left), inputs, piece[BOTTOM] - top, piece[RIGHT] - left,
-            )  # fmt: skip
-            beta = 1.0
+        # those of a second batch are added
+        for batch in range(2 if call[Z] else 1):
+            x, dz = (call[Y], call[Z]) if batch else (call[X], call[DZ])
+            for first in range(0, max(count, 1), DEPTH):
+                call_function(
+                    integers[AT_PRODUCT], dz + size * (first * outputs + top), 1, outputs,
+                    x + size * (first * inputs + left), PANEL, inputs, min(DEPTH, count - first),
+                    integers[AT_ZEROS], 0, alpha, beta,
+                    call[OUT] + size * (top * inputs + left), inputs, piece[BOTTOM] - top, piece[RIGHT] - left,
+                )  # fmt: skip
+                beta = 1.0
     else:
         # a bias, or a slope, whose gradient is one number already
         rows = count if call[KIND_OF_ROW] == BIAS else 1
-        column_sums(
-            like, call[OUT] + size * left, call[DZ] + size * left, call[SUMS] + size * left, rows, outputs,
-            piece[RIGHT] - left, alpha, beta,
-        )  # fmt: skip
+        for batch in range(2 if call[Z] else 1):
+            dz = call[Z] if batch else call[DZ]
+            column_sums(
+                like, call[OUT] + size * left, dz + size * left, call[SUMS] + size * left, rows, outputs,
+                piece[RIGHT] - left, alpha, beta,
+            )  # fmt: skip
+            beta = 1.0
 
 
 @register_jitable(**EXACT)
@@ -460,6 +485,13 @@ def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, 
         count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
         stats = elements(np.float64, integers[AT_STATS])
         record(stats, loss, hits, scored, partials[SHARES_PART], call, numbers, count if call[N] else 0)
+    if kind == DIVERGENCE and call[RECORDED]:
+        value = 0.0
+        for task in range(tasks):
+            value += partials[width * task + DIVERGENCE_PART]
+        count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+        stats = elements(np.float64, integers[AT_STATS])
+        record_divergence(stats, value, partials[SHARES_PART], call, numbers, count)
 
 
 @register_jitable(**EXACT)

@@ -63,9 +63,9 @@ DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; PERTURB: inputs that raise the
-# loss. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its update where there is a PARAM; NORM: squares
-# of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
+# row; BACKWARD; DIVERGENCE: a loss between two outputs; SQUARES and SHRINK: the norms of the rows' gradients, and
+# clipping them; PERTURB: inputs that raise the loss. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its
+# update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -84,7 +84,8 @@ DEPTH = 512
     SQUARES,
     SHRINK,
     PERTURB,
-) = range(17)
+    DIVERGENCE,
+) = range(18)
 
 # A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
 # holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
@@ -93,9 +94,9 @@ BY_ROWS, BY_PIECES, AT_ONCE = range(3)
 CUT, ROW_FIRST, ROW_END, TASKS, TASK_FIRST, PHASE_COLUMNS = range(6)
 PIECE_FIRST, PIECE_END, TASK_COLUMNS = range(3)
 PIECE_ROW, TOP, BOTTOM, LEFT, RIGHT, PIECE_COLUMNS = range(6)
-# Partial results of a task by rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; then
-# gradients by slopes.
-LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
+# Partial results of a task by rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; a
+# divergence; then gradients by slopes.
+LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = range(6)
 
 # A row. Arrays, 0 where there is none: row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
